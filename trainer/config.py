@@ -1,0 +1,316 @@
+"""The run file: strict, typed, every mistake reported at once. Imports no torch.
+
+One class per section, in the order of the file. Field names follow PEFT and transformers where they
+have one. ``load`` reads a file and its ``key=value`` overrides; ``BadInput`` carries every problem
+with the line, the setting, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from trainer import runfile
+from trainer.errors import BadInput
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _no_bool(value: Any) -> Any:
+    """In Python true is 1; in a run file it is a mistake."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
+_Number = BeforeValidator(_no_bool)
+PositiveInt = Annotated[int, _Number, Field(gt=0)]
+NonNegativeInt = Annotated[int, _Number, Field(ge=0)]
+PositiveFloat = Annotated[float, _Number, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, _Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, _Number, Field(ge=0, le=1, allow_inf_nan=False)]
+# A name becomes a folder and a metric's prefix: letters, digits, '.', '_' and '-'.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+#: Settings that DESIGN fixes but this version does not run yet: (setting, value) -> what to use.
+NOT_YET = {
+    ("method", "prefix_tuning"): "use prompt_tuning or p_tuning",
+    ("matmul", "int8"): "use auto or dequantize, which is exact to the stored weights",
+    ("encoder", "lstm"): "use mlp",
+    ("encoder", "residual"): "use mlp",
+}
+NOT_YET_KEYS = {
+    "prompts.sweep": "write one prompt per combination",
+    "prompts.init.labels": "use init: {text: ...} with the labels in the text",
+    "prompts.init.from": "use init: {text: ...}, {vocab: true} or {random: true}",
+}
+
+
+class Section(BaseModel):
+    """A part of the run file: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _checked(section: SectionT, problems: Sequence[str]) -> SectionT:
+    """A section, unless a check across its settings found problems: one ``setting: text`` each."""
+    if problems:
+        raise ValueError("\n".join(problems))
+    return section
+
+
+class Base(Section):
+    """The frozen pretrained model."""
+
+    model: str = Field(description="folder or hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    quantization: Literal["int8", "none"] = Field("int8", description="how weights are stored")
+    matmul: Literal["auto", "dequantize"] = Field(
+        "auto", description="how stored int8 weights are multiplied; dequantize is exact to them"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Engine(Section):
+    """How the base is sharded and recomputed."""
+
+    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="recompute activations in backward; auto: only on a GPU"
+    )
+    timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
+
+
+class Task(Section):
+    """Rows + template + metric."""
+
+    name: Name
+    train: str = Field(description="jsonl, json, csv or parquet file")
+    validation: str | None = Field(None, description="rows never trained on")
+    shifted_validation: str | None = Field(
+        None, description="rows that ask the same in another context: shows overfitting"
+    )
+    input: str = Field(description="template with {column} fields: what the base reads")
+    target: str = Field(description="template with {column} fields: what it should write")
+    choices: list[str] | None = Field(
+        None, description="values of the target's one column, scored by their likelihood"
+    )
+    metric: Literal["accuracy", "exact_match", "execution", "loss"] = Field(
+        "loss", description="higher is better, but for loss"
+    )
+    tests: str = Field(
+        "tests", description="metric execution: the column that holds the test calls"
+    )
+    append_eos: bool = Field(True, description="train the base to stop after the target")
+    too_long: Literal["refuse", "skip", "truncate"] = Field(
+        "refuse", description="a row longer than the context; truncate cuts the input from the left"
+    )
+    max_new_tokens: PositiveInt = Field(64, description="length limit where the metric generates")
+    hand_written: list[str] = Field(
+        default_factory=list, description="hard prompts to compare with, put in front of the input"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Task:
+        problems = []
+        if not template_fields(self.input):
+            problems.append("input: has no {column} field, so every row would read the same")
+        if self.metric == "accuracy" and not self.choices:
+            problems.append(
+                "choices: metric accuracy needs them; list the labels, or use exact_match"
+            )
+        if self.choices is not None:
+            fields = template_fields(self.target)
+            if len(fields) != 1:
+                problems.append(
+                    "choices: target must have exactly one {column} field to put them in, "
+                    f"found {len(fields)}: {self.target!r}"
+                )
+            if len(self.choices) < 2 or len(set(self.choices)) != len(self.choices):
+                problems.append(f"choices: {self.choices} needs at least two values, all different")
+        return _checked(self, problems)
+
+
+class Init(Section):
+    """Where the virtual tokens start. Exactly one of the fields is given."""
+
+    text: str | None = Field(
+        None, min_length=1, description="word embeddings of this text, repeated"
+    )
+    vocab: bool = Field(False, description="embeddings of tokens drawn from the vocabulary")
+    random: bool = Field(False, description="normal noise with the embeddings' root mean square")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``init: vocab`` stands for ``{vocab: true}``, ``init: random`` for ``{random: true}``."""
+        return {value: True} if value in ("vocab", "random") else value
+
+    @model_validator(mode="after")
+    def _one(self) -> Init:
+        if sum([self.text is not None, self.vocab, self.random]) != 1:
+            raise ValueError("give exactly one of text, vocab, random")
+        return self
+
+
+class Prompt(Section):
+    """One named, trainable thing: virtual tokens and the encoder that makes them."""
+
+    name: Name
+    task: str
+    method: Literal["prompt_tuning", "p_tuning"] = "prompt_tuning"
+    encoder: Literal["embedding", "mlp"] | None = Field(
+        None, description="default: embedding for prompt_tuning, mlp for p_tuning"
+    )
+    encoder_hidden_size: PositiveInt | None = Field(
+        None, description="default: the base's hidden size"
+    )
+    num_virtual_tokens: PositiveInt = 20
+    init: Init = Field(default_factory=lambda: Init(vocab=True))
+    learning_rate: PositiveFloat = 3.0e-3
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_ratio: Share = Field(0.03, description="share of the steps")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
+    seed: NonNegativeInt | None = Field(None, description="default: training.seed")
+
+    @model_validator(mode="after")
+    def _check(self) -> Prompt:
+        if self.method == "prompt_tuning" and self.encoder not in (None, "embedding"):
+            raise ValueError(
+                f"encoder: prompt_tuning has no {self.encoder} encoder; use method: p_tuning"
+            )
+        if self.method == "p_tuning" and self.encoder == "embedding":
+            raise ValueError(
+                "encoder: p_tuning trains an encoder; use mlp, or method: prompt_tuning"
+            )
+        return self
+
+    @property
+    def encoder_name(self) -> str:
+        return self.encoder or ("mlp" if self.method == "p_tuning" else "embedding")
+
+
+class Training(Section):
+    """How long, and how much a step reads."""
+
+    steps: PositiveInt
+    tokens_per_step: PositiveInt = Field(
+        8192, description="useful tokens of one prompt's update, over all ranks and micro-batches"
+    )
+    micro_batch_tokens: PositiveInt = Field(8192, description="most tokens of one stream")
+    seed: NonNegativeInt = 0
+    max_skipped_updates: PositiveInt = Field(
+        5, description="non-finite updates in a row before the run stops"
+    )
+
+
+class EarlyStopping(Section):
+    """Stop a prompt whose validation loss has not improved for ``patience`` evaluations."""
+
+    patience: PositiveInt
+
+
+class Evaluation(Section):
+    every: PositiveInt = Field(50, description="steps between validations; the last step always is")
+    early_stopping: EarlyStopping | None = None
+
+
+class Checkpoint(Section):
+    every: PositiveInt = Field(50, description="steps between checkpoints; the last step always is")
+    keep: PositiveInt = Field(3, description="newest checkpoints that are kept")
+
+
+class Tracking(Section):
+    experiment: str = Field("promptshard", min_length=1)
+    uri: str | None = Field(None, description="null: $MLFLOW_TRACKING_URI, or SQLite in output_dir")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU load of rank 0's node")
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    output_dir: str
+    base: Base
+    engine: Engine = Field(default_factory=Engine)
+    tasks: Annotated[list[Task], Field(min_length=1)]
+    prompts: Annotated[list[Prompt], Field(min_length=1)]
+    training: Training
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
+
+    @field_validator("tasks", "prompts")
+    @classmethod
+    def _unique_names(cls, items: list[Any]) -> list[Any]:
+        names = [item.name for item in items]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"names must differ; used more than once: {', '.join(twice)}")
+        return items
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> RunConfig:
+        names = [task.name for task in self.tasks]
+        problems = [
+            f"prompts[{i}].task: {prompt.task!r} is not a task of this file; "
+            f"known: {', '.join(names)}{runfile.did_you_mean(prompt.task, names)}"
+            for i, prompt in enumerate(self.prompts)
+            if prompt.task not in names
+        ]
+        return _checked(self, problems)
+
+    def task(self, name: str) -> Task:
+        return next(task for task in self.tasks if task.name == name)
+
+    def prompt_seed(self, prompt: Prompt) -> int:
+        return self.training.seed if prompt.seed is None else prompt.seed
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of the ``{column}`` fields of a template, in order; ``{{`` and ``}}`` are braces."""
+    return re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", template.replace("{{", "").replace("}}", ""))
+
+
+def resolve_path(path: str) -> Path:
+    """A path of the run file: from the working folder, else from the project's own files."""
+    here = Path(path).expanduser()
+    shipped = PROJECT_ROOT / path
+    return shipped if not here.exists() and shipped.exists() else here
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a run file.
+
+    Raises:
+        BadInput: with every problem found, as ``FILE:LINE: setting: what is wrong; remedy``, or
+            ``override 'key=value': setting: ...`` where the value came from the command line.
+    """
+    source = runfile.read(Path(path), overrides)
+    try:
+        return RunConfig.model_validate(source.data)
+    except ValidationError as error:
+        raise BadInput(runfile.explain(error, source, RunConfig, NOT_YET, NOT_YET_KEYS)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved run file as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
