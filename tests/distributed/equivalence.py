@@ -1,0 +1,193 @@
+"""Rank program: our sharded, packed base against plain transformers and PEFT on the same weights.
+
+    python -m tests.distributed.equivalence OUT.json BASE QUANTIZATION CHECKPOINTING
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from trainer.base.files import open_base
+from trainer.base.linear import FrozenLinear
+from trainer.base.loading import build_skeleton, load_base
+from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.config import RunConfig
+from trainer.engine import Engine, base_bytes, base_digest, full_parameter, resolve_policy
+from trainer.objective import step_gradients
+from trainer.tasks.streams import Piece
+from trainer.tasks.tokens import Example
+from transformers import AutoModelForCausalLM
+
+LENGTHS = [5, 8]  # virtual tokens of the two prompts
+ROWS = [7, 20, 33, 12, 5, 18, 40, 9]
+
+
+def main() -> None:
+    out, folder, quantization, checkpointing = sys.argv[1:]
+    config = run_config(folder, quantization)
+    engine = Engine(120)
+    policy = resolve_policy(config, torch.float32, 64)
+    files = open_base(config.base)
+    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
+    base, stats = load_base(
+        skeleton,
+        files,
+        dtype=torch.float32,
+        device=engine.device,
+        shard=engine.sharder(policy),
+        checkpointing=checkpointing == "yes",
+    )
+    module = engine.attach(base, policy)
+    digest = base_digest(base)
+
+    pieces, prompts = problem()
+    ours = step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
+    split = step_gradients(engine, module, pieces, prompts, max_tokens=48)
+    alone = step_gradients(engine, module, pieces[:1], prompts, max_tokens=10_000)
+    gathered = engine.gathered_bytes
+    step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
+
+    poisoned = [p.clone() for p in prompts]
+    if engine.rank == 1:
+        poisoned[1][0, 0] = math.nan
+    nan = step_gradients(engine, module, pieces, poisoned, max_tokens=10_000)
+
+    reference = plain_model(Path(folder), quantization)
+    expected = padded_peft(reference, pieces, prompts)
+    result: dict[str, Any] = {
+        "losses": ours.losses,
+        "expected_losses": [loss for loss, _ in expected],
+        "gradient_errors": errors(ours.gradients, [g for _, g in expected]),
+        "split_errors": errors(split.gradients, ours.gradients),
+        "alone": [alone.losses[0], alone.skipped],
+        "nan_skipped": nan.skipped,
+        "nan_gradients": [g is None for g in nan.gradients],
+        "nan_other_loss": nan.losses[0],
+        "digest_kept": base_digest(base) == digest,
+        "weights_equal": weights_equal(base, Path(folder), quantization),
+        "base_bytes": engine.all_gather(base_bytes(base)),
+        "full_bytes": full_bytes(reference, quantization),
+        "gathered_bytes_per_step": engine.gathered_bytes - gathered,
+        "bytes_read": stats.bytes_read,
+        "world_size": engine.world_size,
+    }
+    every = engine.all_gather(result)
+    if engine.is_main:
+        result["ranks_agree"] = all(
+            r["losses"] == result["losses"] and r["nan_skipped"] == result["nan_skipped"]
+            for r in every
+        )
+        Path(out).write_text(json.dumps(result))
+    engine.close()
+
+
+def run_config(folder: str, quantization: str) -> RunConfig:
+    task = {"name": "t", "train": "-", "input": "{a}", "target": "{b}"}
+    prompts = [{"name": f"p{i}", "task": "t"} for i in range(len(LENGTHS))]
+    base = {"model": folder, "quantization": quantization}
+    return RunConfig.model_validate(
+        {
+            "output_dir": "-",
+            "base": base,
+            "tasks": [task],
+            "prompts": prompts,
+            "training": {"steps": 1},
+        }
+    )
+
+
+def problem() -> tuple[list[Piece], list[torch.Tensor]]:
+    """Rows of several lengths, alternating between two prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        Example(tuple(torch.randint(3, 300, (n,), generator=generator).tolist()), n // 2, i)
+        for i, n in enumerate(ROWS)
+    ]
+    prompts = [torch.randn(p, 64, generator=generator) * 0.3 for p in LENGTHS]
+    return [Piece(row, i % 2, i) for i, row in enumerate(rows)], prompts
+
+
+def plain_model(folder: Path, quantization: str) -> Any:
+    """transformers' own model; with int8, on the weights that the stored rows stand for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if quantization == "int8":
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.data = dequantize_rows(*quantize_rows(module.weight.data))
+    return model
+
+
+def padded_peft(
+    model: Any, pieces: list[Piece], prompts: list[torch.Tensor]
+) -> list[tuple[float, torch.Tensor]]:
+    """Loss and prompt gradient of PEFT's PeftModel on padded rows, one prompt after the other."""
+    found = []
+    for k, prompt in enumerate(prompts):
+        rows = [piece.example for piece in pieces if piece.prompt == k]
+        longest = max(row.num_tokens for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            ids[i, : row.num_tokens] = torch.tensor(row.input_ids)
+            mask[i, : row.num_tokens] = 1
+            labels[i, row.target_start : row.num_tokens] = ids[i, row.target_start : row.num_tokens]
+        settings = PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=len(prompt), token_dim=prompt.shape[1]
+        )
+        peft = get_peft_model(model, settings)
+        weight = peft.prompt_encoder["default"].embedding.weight
+        weight.data.copy_(prompt)
+        logits = peft(input_ids=ids, attention_mask=mask).logits[:, len(prompt) :]
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        found.append((loss.item(), weight.grad.clone()))
+        model = peft.get_base_model()
+    return found
+
+
+def errors(found: list[Any], expected: list[Any]) -> list[float]:
+    """Largest difference relative to the largest gradient."""
+    return [
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    ]
+
+
+def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> bool:
+    """Whether the sharded base holds the checkpoint's weights, to the byte."""
+    stored = load_file(folder / "model.safetensors")
+    equal = True
+    for path, module in base.model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = full_parameter(parameter)
+            wanted = stored.get(f"{path}.{name}")
+            if wanted is None:  # the tied head
+                wanted = stored["model.embed_tokens.weight"]
+            if isinstance(module, FrozenLinear) and module.absmax is not None:
+                wanted, absmax = quantize_rows(wanted)
+                equal &= torch.equal(module.absmax, absmax)
+            equal &= torch.equal(whole, wanted)
+    return equal
+
+
+def full_bytes(model: Any, quantization: str) -> int:
+    """Bytes of the whole base as it is stored: one per quantised weight, and the rest."""
+    total = 0
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            linear = isinstance(module, torch.nn.Linear) and name != "lm_head"
+            if name == "lm_head":
+                continue
+            total += parameter.numel() * (1 if linear and quantization == "int8" else 4)
+    return total
+
+
+if __name__ == "__main__":
+    main()

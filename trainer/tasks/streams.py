@@ -1,0 +1,177 @@
+"""Packed streams: ``[prompt segments | row segments]``, no padding.
+
+A prompt stands once per stream, not once per row: in a causal model its states do not depend on the
+text behind it. Every row attends to its own prompt and to itself, and its positions go on where the
+prompt's end.
+
+Shape letters: T tokens of a stream, N label positions, K prompts of the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trainer.tasks.tokens import Example
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One row as one prompt reads it.
+
+    Attributes:
+        prompt: index in the bank, or None for the base without a prompt.
+        slot: the caller's own number for this row; losses come back by it.
+        filler: keeps ranks in lockstep where there is no row left; its labels count nothing.
+    """
+
+    example: Example
+    prompt: int | None
+    slot: int
+    filler: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that attends causally to itself, and to the whole of one earlier segment."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the base reads in one forward.
+
+    Attributes:
+        token_ids_T: word ids; 0 where virtual tokens stand.
+        position_ids_T: positions, restarting for every segment behind its prompt.
+        prompts: (index in the bank, segment) of every prompt in the stream.
+        segments: all segments, prompts first.
+        label_positions_N: positions whose output predicts a label.
+        labels_N: the tokens to predict.
+        label_prompt_N: index in the bank, -1 for none.
+        label_slot_N: ``Piece.slot`` of the row; -1 in a filler.
+    """
+
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    prompts: tuple[tuple[int, Segment], ...]
+    segments: tuple[Segment, ...]
+    label_positions_N: Tensor
+    labels_N: Tensor
+    label_prompt_N: Tensor
+    label_slot_N: Tensor
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.numel()
+
+    def to(self, device: torch.device) -> Stream:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Stream(**{**{f: getattr(self, f) for f in self.__dataclass_fields__}, **moved})
+
+
+def build_stream(pieces: Sequence[Piece], prompt_lengths: Sequence[int]) -> Stream:
+    """Lay the pieces end to end behind the prompts they read.
+
+    Args:
+        prompt_lengths: number of virtual tokens of every prompt in the bank, [K].
+    """
+    used = sorted({piece.prompt for piece in pieces if piece.prompt is not None})
+    token_ids: list[int] = []
+    position_ids: list[int] = []
+    prompt_segments: dict[int, Segment] = {}
+    for k in used:
+        prompt_segments[k] = Segment(len(token_ids), prompt_lengths[k])
+        token_ids += [0] * prompt_lengths[k]
+        position_ids += range(prompt_lengths[k])
+
+    segments = list(prompt_segments.values())
+    label_positions: list[int] = []
+    labels: list[int] = []
+    label_prompt: list[int] = []
+    label_slot: list[int] = []
+    for piece in pieces:
+        start, ids = len(token_ids), piece.example.input_ids
+        prefix = Segment(0, 0) if piece.prompt is None else prompt_segments[piece.prompt]
+        segments.append(Segment(start, len(ids), prefix.start, prefix.length))
+        token_ids += ids
+        position_ids += range(prefix.length, prefix.length + len(ids))
+        count = len(ids) - piece.example.target_start
+        # The output at one position predicts the token at the next.
+        first = start + piece.example.target_start - 1
+        label_positions += range(first, first + count)
+        labels += ids[piece.example.target_start :]
+        label_prompt += [-1 if piece.prompt is None else piece.prompt] * count
+        label_slot += [-1 if piece.filler else piece.slot] * count
+    return Stream(
+        token_ids_T=torch.tensor(token_ids),
+        position_ids_T=torch.tensor(position_ids),
+        prompts=tuple(prompt_segments.items()),
+        segments=tuple(segments),
+        label_positions_N=torch.tensor(label_positions),
+        labels_N=torch.tensor(labels),
+        label_prompt_N=torch.tensor(label_prompt),
+        label_slot_N=torch.tensor(label_slot),
+    )
+
+
+def plan_streams(
+    pieces: Sequence[Piece], prompt_lengths: Sequence[int], num_ranks: int, max_tokens: int
+) -> list[list[list[Piece]]]:
+    """Split pieces over ranks and streams: ``plan[rank][stream]`` is a list of pieces.
+
+    Every rank gets the same number of streams, because an unequal number of forwards deadlocks
+    ZeRO-3; a stream that would be empty gets a filler. Longest rows are placed first, each into the
+    stream that holds the fewest tokens (longest-processing-time rule), so that ranks are nearly
+    equally loaded. A pure function of its arguments: all ranks make the same plan.
+
+    Raises:
+        ValueError: if ``pieces`` is empty.
+    """
+    if not pieces:
+        raise ValueError("no rows to plan")
+    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].example.num_tokens, i))
+    total = sum(piece.example.num_tokens for piece in pieces)
+    num_streams = -(-total // (max_tokens * num_ranks)) * num_ranks
+    while True:
+        streams = _fill(pieces, order, prompt_lengths, num_streams)
+        tokens = [_tokens(stream, prompt_lengths) for stream in streams]
+        full = any(t > max_tokens and len(s) > 1 for t, s in zip(tokens, streams, strict=True))
+        if not full:
+            break
+        num_streams += num_ranks
+    shortest = pieces[order[-1]]
+    filler = Piece(shortest.example, shortest.prompt, shortest.slot, filler=True)
+    streams = [stream or [filler] for stream in streams]
+    return [streams[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _fill(
+    pieces: Sequence[Piece], order: Sequence[int], prompt_lengths: Sequence[int], num_streams: int
+) -> list[list[Piece]]:
+    streams: list[list[Piece]] = [[] for _ in range(num_streams)]
+    loads = [0] * num_streams
+    seen: list[set[int]] = [set() for _ in range(num_streams)]
+    for i in order:
+        piece = pieces[i]
+        lightest = min(range(num_streams), key=lambda s: loads[s])
+        streams[lightest].append(piece)
+        loads[lightest] += piece.example.num_tokens
+        if piece.prompt is not None and piece.prompt not in seen[lightest]:
+            seen[lightest].add(piece.prompt)
+            loads[lightest] += prompt_lengths[piece.prompt]
+    return streams
+
+
+def _tokens(stream: Sequence[Piece], prompt_lengths: Sequence[int]) -> int:
+    prompts = {piece.prompt for piece in stream if piece.prompt is not None}
+    rows = sum(piece.example.num_tokens for piece in stream)
+    return rows + sum(prompt_lengths[k] for k in prompts)
