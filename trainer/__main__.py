@@ -1,0 +1,106 @@
+"""``python -m trainer RUN.yaml [key=value ...]``: the program that one rank runs.
+
+Wires the parts in the order of the data. Imports of heavy libraries stand inside functions, behind
+the checks that need none of them: bad input answers in a moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trainer import config as run_file
+from trainer.config import RunConfig
+from trainer.console import Console
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.process import die_with_parent
+from trainer.terminal import claim
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    die_with_parent()
+    try:
+        config = run_file.load(args.run, args.overrides)
+        logs = writable(Path(config.output_dir)) / "logs"
+    except BadInput as error:
+        if rank == 0:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+    def train(console: Console) -> None:
+        from trainer.run import train as train_run
+
+        train_run(config, console, fresh=args.fresh, command=shown_command(args))
+
+    return guarded(rank, logs, train)
+
+
+def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
+    """Run a program of this rank with its chatter in a log; turn what it raises into an exit code."""
+    log = logs / f"rank-{rank}.log"
+    terminal = claim(rank, log)
+    console = Console(terminal.out, terminal.err)
+    try:
+        program(console)
+        return EXIT_DONE
+    except BadInput as error:
+        for problem in error.problems:
+            console.error(problem)
+        return EXIT_BAD_INPUT
+    except Exception as error:
+        traceback.print_exc()
+        if rank == 0:
+            first_line = str(error).strip().split("\n")[0]
+            console.error(f"{type(error).__name__}: {first_line} (all of it: {log})")
+        return EXIT_FAILURE
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        BadInput: if nothing can be written there.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(
+            f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); give another folder"
+        ) from None
+    return folder
+
+
+def shown_command(args: argparse.Namespace) -> str:
+    return " ".join(["deepspeed --module trainer", args.run, *args.overrides])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module trainer",
+        description="Train the prompts of a run file. `promptshard train` starts this on every device.",
+    )
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument(
+        "--fresh", action="store_true", help="put an earlier run aside instead of going on with it"
+    )
+    parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
+    return parser
+
+
+if __name__ == "__main__":
+    # Threads of libraries may not outlive the run: leave at once, with everything flushed.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

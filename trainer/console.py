@@ -1,0 +1,101 @@
+"""What rank 0 shows a person: a live progress line on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+import rich.console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+#: Seconds between plain lines where there is no terminal.
+PLAIN_INTERVAL = 5.0
+
+
+class Console:
+    """Rank 0's words; on other ranks ``out`` leads nowhere."""
+
+    def __init__(self, out: TextIO, err: TextIO) -> None:
+        self._out = rich.console.Console(file=out, highlight=False, soft_wrap=True)
+        self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        self._out.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self._err.print(f"warning: {text}", style="yellow", markup=False)
+
+    def error(self, text: str) -> None:
+        self._err.print(f"error: {text}", style="red", markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._out.print(table)
+
+    @contextmanager
+    def loading(self, what: str, total_bytes: int) -> Iterator[Loading]:
+        """A bar with bytes while the base is read."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            console=self._out,
+            disable=not self._out.is_terminal,
+        )
+        if not self._out.is_terminal:
+            self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
+        with bar:
+            yield Loading(bar, bar.add_task(what, total=total_bytes))
+
+    @contextmanager
+    def training(self, steps: int, done: int) -> Iterator[StepLine]:
+        """The progress line of a run: step, loss, useful tokens per second, time left."""
+        bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self._out,
+            disable=not self._out.is_terminal,
+        )
+        with bar:
+            yield StepLine(self, bar, bar.add_task("", total=steps, completed=done, status=""))
+
+
+class Loading:
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, num_bytes: int) -> None:
+        self._bar.advance(self._task, num_bytes)
+
+
+class StepLine:
+    """Shows the newest step; on a terminal in place, elsewhere every few seconds."""
+
+    def __init__(self, console: Console, bar: Progress, task: TaskID) -> None:
+        self._console, self._bar, self._task = console, bar, task
+        self._last_plain = float("-inf")
+
+    def show(self, step: int, steps: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+        left = (steps - step) * seconds_per_step
+        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {_clock(left)}"
+        self._bar.update(self._task, completed=step, status=status)
+        now = time.monotonic()
+        due = now - self._last_plain >= PLAIN_INTERVAL or step == steps
+        if self._bar.disable and due:
+            self._last_plain = now
+            self._console.say(f"step {step}/{steps}  {status}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

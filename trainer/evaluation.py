@@ -1,0 +1,123 @@
+"""Scores of prompts on rows that are never trained on.
+
+All prompts are scored in one packed pass: slots number every (prompt, row, candidate), ranks fill
+in the losses of their own streams, and one all-reduce gives all ranks all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trainer.base.model import PromptedBase
+from trainer.engine import Engine
+from trainer.generation import generate
+from trainer.tasks import metrics
+from trainer.tasks.feed import EvalSet
+from trainer.tasks.rows import render
+from trainer.tasks.streams import Piece, build_stream, plan_streams
+
+#: Metrics for which less is better.
+LOWER_IS_BETTER = {"loss"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score one set of rows as one prompt reads them; ``prompt=None``: the base alone."""
+
+    rows: EvalSet
+    prompt: int | None
+
+
+@dataclass
+class Evaluator:
+    """What scoring needs; the prompts come with each call."""
+
+    engine: Engine
+    base: PromptedBase
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    @torch.no_grad()
+    def score(
+        self,
+        requests: Sequence[Request],
+        virtual_tokens: Sequence[Tensor],
+        progress: Callable[[float], None] = lambda _: None,
+    ) -> list[dict[str, float]]:
+        """``loss`` and the task's metric, under its own name, for every request."""
+        pieces, starts = _pieces(requests)
+        lengths = [prompt.shape[0] for prompt in virtual_tokens]
+        nll = self._row_losses(pieces, lengths, virtual_tokens, progress)
+        return [
+            self._result(request, nll[start : start + count], virtual_tokens)
+            for request, (start, count) in zip(requests, starts, strict=True)
+        ]
+
+    def _row_losses(
+        self,
+        pieces: Sequence[Piece],
+        lengths: Sequence[int],
+        virtual_tokens: Sequence[Tensor],
+        progress: Callable[[float], None],
+    ) -> Tensor:
+        """Summed negative log-likelihood of each slot's target, on every rank."""
+        totals = torch.zeros(len(pieces), dtype=torch.float64, device=self.engine.device)
+        plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
+        mine = plan[self.engine.rank]
+        for done, stream_pieces in enumerate(mine, start=1):
+            stream = build_stream(stream_pieces, lengths).to(self.engine.device)
+            nll_N = self.base(stream, virtual_tokens).double()
+            real = stream.label_slot_N >= 0
+            totals.index_add_(0, stream.label_slot_N[real], nll_N[real])
+            progress(done / len(mine))
+        self.engine.all_reduce_sum([totals])
+        return totals.cpu()
+
+    def _result(
+        self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]
+    ) -> dict[str, float]:
+        rows, task = request.rows, request.rows.task
+        width = len(rows.candidates[0])
+        nll_RC = nll.view(-1, width)
+        right = torch.tensor(rows.gold)[:, None]
+        result = {"loss": float(nll_RC.gather(1, right).sum()) / rows.num_labels}
+        if task.metric == "accuracy":
+            result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
+        elif task.metric != "loss":
+            prompt = None if request.prompt is None else virtual_tokens[request.prompt]
+            result[task.metric] = self._generated(rows, prompt)
+        return result
+
+    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> float:
+        """A metric of what the base writes. Generated code is run by rank 0 alone."""
+        examples = [candidates[0] for candidates in rows.candidates]
+        inputs = [example.input_ids[: example.target_start] for example in examples]
+        texts = generate(
+            self.engine, self.base, self.tokenizer, inputs, prompt, rows.task.max_new_tokens
+        )
+        values = [rows.rows[example.row] for example in examples]
+        if rows.task.metric == "exact_match":
+            return metrics.exact_match(texts, [render(rows.task.target, value) for value in values])
+        score = None
+        if self.engine.is_main:
+            passed = metrics.execution(texts, [value[rows.task.tests] for value in values])
+            score = sum(passed) / len(passed)
+        return self.engine.broadcast(score)
+
+
+def _pieces(requests: Sequence[Request]) -> tuple[list[Piece], list[tuple[int, int]]]:
+    """All rows of all requests as pieces, and where each request's slots start and how many."""
+    pieces: list[Piece] = []
+    starts = []
+    for request in requests:
+        start = len(pieces)
+        for candidates in request.rows.candidates:
+            for example in candidates:
+                pieces.append(Piece(example, request.prompt, len(pieces)))
+        starts.append((start, len(pieces) - start))
+    return pieces, starts

@@ -1,0 +1,95 @@
+"""``python -m trainer.generate RUN_DIR --prompt NAME --input TEXT``: the base under a trained prompt.
+
+Started on every device like training, because the base is sharded the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import config as run_file
+from trainer.__main__ import guarded
+from trainer.config import RunConfig, template_fields
+from trainer.console import Console
+from trainer.errors import BadInput
+from trainer.process import die_with_parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    die_with_parent()
+    folder = Path(args.run_dir)
+
+    def program(console: Console) -> None:
+        config = run_file.load(folder / "run.yaml")
+        _generate(config, folder, args.prompt, args.input, args.max_new_tokens, console)
+
+    return guarded(int(os.environ.get("RANK", "0")), folder / "logs", program)
+
+
+def _generate(
+    config: RunConfig,
+    folder: Path,
+    name: str,
+    text: str,
+    max_new_tokens: int | None,
+    console: Console,
+) -> None:
+    from safetensors.torch import load_file
+
+    from trainer.base.files import open_base
+    from trainer.engine import Engine
+    from trainer.generation import generate
+    from trainer.run import load
+    from trainer.tasks.rows import render
+
+    prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)
+    if prompt is None:
+        known = ", ".join(prompt.name for prompt in config.prompts)
+        raise BadInput(f"--prompt: {folder} has no prompt {name!r}; known: {known}")
+    task = config.task(prompt.task)
+    fields = template_fields(task.input)
+    if len(set(fields)) == 1:
+        text = render(task.input, {fields[0]: text})
+
+    engine = Engine(config.engine.timeout_seconds)
+    files = engine.together(lambda: open_base(config.base))
+    input_ids = files.tokenizer(text)["input_ids"]
+    limit = max_new_tokens or task.max_new_tokens
+    room = files.context_length - prompt.num_virtual_tokens - limit
+    if not 0 < len(input_ids) <= room:
+        raise BadInput(
+            f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "
+            "shorten it or lower --max-new-tokens"
+        )
+    loaded = load(engine, config.base, files, config, console)
+    tensors = load_file(folder / "prompts" / name / "adapter_model.safetensors")
+    virtual_tokens = tensors["prompt_embeddings"].to(engine.device)
+    (written,) = generate(
+        engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit
+    )
+    console.say(written.strip())
+    engine.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deepspeed --module trainer.generate")
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--prompt", required=True, metavar="NAME")
+    parser.add_argument(
+        "--input", required=True, metavar="TEXT", help="fills the template if it has one field"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
+    return parser
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,260 @@
+"""The order of events of a run. Knows no library: each line of the loop is one event.
+
+    read the rows of every active prompt
+    forward, backward, one all-reduce; leave out what is not finite
+    one optimizer step per prompt
+    log; validate if due, keep the best, stop early; checkpoint if due
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.console import Console, StepLine
+from trainer.engine import Engine
+from trainer.evaluation import LOWER_IS_BETTER, Evaluator, Request
+from trainer.objective import StepResult, step_gradients
+from trainer.optimization import EarlyStopping
+from trainer.prompts.bank import Bank
+from trainer.tasks.feed import Feed, TaskData
+
+Scores = dict[str, float]
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        scores: of each prompt at its best validation, by metric name.
+        skipped: updates left out so far, and in a row, of each prompt.
+    """
+
+    step: int = 0
+    useful_tokens: int = 0
+    train_seconds: float = 0.0
+    baselines: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Loop:
+    """A run that is ready to go.
+
+    Attributes:
+        steps_here, train_gathered_bytes: since this process started, unlike ``progress``.
+    """
+
+    config: RunConfig
+    engine: Engine
+    evaluator: Evaluator
+    tasks: Mapping[str, TaskData]
+    bank: Bank
+    feed: Feed
+    console: Console
+    log: Callable[[int, int, Mapping[str, float], str | None], None]
+    save: Callable[[Loop], None]
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        rule = self.config.evaluation.early_stopping
+        patience = rule.patience if rule else None
+        self.steps_here = 0
+        self.train_gathered_bytes = 0
+        self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
+
+    def run(self) -> None:
+        """Train until every prompt has stopped.
+
+        Raises:
+            Diverged: if a prompt's updates are not finite too many times in a row.
+        """
+        training = self.config.training
+        if not self.progress.baselines:
+            self._score_baselines()
+        with self.console.training(training.steps, self.progress.step) as line:
+            while self.progress.step < training.steps and any(self.bank.active):
+                self._step(line)
+                last = self.progress.step == training.steps
+                if last or self.progress.step % self.config.evaluation.every == 0:
+                    self._evaluate()
+                last = last or not any(self.bank.active)
+                if last or self.progress.step % self.config.checkpoint.every == 0:
+                    self.save(self)
+
+    def _step(self, line: StepLine) -> None:
+        started, gathered = time.perf_counter(), self.engine.gathered_bytes
+        pieces = self.feed.next_step(self.bank.active)
+        result = step_gradients(
+            self.engine,
+            self.evaluator.base,
+            pieces,
+            self.bank.virtual_tokens(),
+            self.config.training.micro_batch_tokens,
+        )
+        rates = self.bank.learning_rates
+        norms = self.bank.update(result.gradients)
+        self.progress.step += 1
+        self.progress.useful_tokens += result.useful_tokens
+        self._count_skipped(result, norms)
+
+        seconds = time.perf_counter() - started
+        gathered = self.engine.gathered_bytes - gathered
+        self.progress.train_seconds += seconds
+        self.steps_here += 1
+        self.train_gathered_bytes += gathered
+        self._log_step(result, norms, rates, seconds, gathered)
+        losses = [loss for loss in result.losses if not math.isnan(loss)]
+        line.show(
+            self.progress.step,
+            self.config.training.steps,
+            sum(losses) / len(losses) if losses else math.nan,
+            result.useful_tokens / seconds,
+            self.progress.train_seconds / self.progress.step,
+        )
+
+    def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> None:
+        """Note left-out updates: equal on all ranks, because sums and replicas are."""
+        limit = self.config.training.max_skipped_updates
+        for name, skipped, norm in zip(self.bank.names, result.skipped, norms, strict=True):
+            if not skipped and math.isfinite(norm):
+                self.progress.skipped_in_a_row[name] = 0
+                continue
+            row = self.progress.skipped_in_a_row.get(name, 0) + 1
+            self.progress.skipped_in_a_row[name] = row
+            self.progress.skipped[name] = self.progress.skipped.get(name, 0) + 1
+            self.console.warn(
+                f"step {self.progress.step}: loss or gradient of prompt {name!r} is not finite; its "
+                f"update was left out on all ranks ({row} in a row)"
+            )
+            if row >= limit:
+                raise Diverged(
+                    f"prompt {name!r}: {row} updates in a row were not finite "
+                    f"(training.max_skipped_updates={limit}); lower its learning_rate, or look for "
+                    "damaged rows or weights; the last checkpoint is from before"
+                )
+
+    def _log_step(
+        self,
+        result: StepResult,
+        norms: Sequence[float],
+        rates: Sequence[float],
+        seconds: float,
+        gathered: int,
+    ) -> None:
+        step, tokens = self.progress.step, self.progress.useful_tokens
+        for i, name in enumerate(self.bank.names):
+            if not math.isnan(result.losses[i]) or result.skipped[i]:
+                metrics = {
+                    "train_loss": result.losses[i],
+                    "grad_norm": norms[i],
+                    "learning_rate": rates[i],
+                    "skipped_updates": self.progress.skipped.get(name, 0),
+                }
+                self.log(step, tokens, metrics, name)
+        speed = {
+            "useful_tokens_per_second": result.useful_tokens / seconds,
+            "step_seconds": seconds,
+            "gathered_bytes": gathered,
+        }
+        self.log(step, tokens, speed, None)
+
+    def _evaluate(self) -> None:
+        """Validate every active prompt; keep the best; stop those that no longer improve."""
+        active = [k for k, active in enumerate(self.bank.active) if active]
+        requests = [
+            Request(rows, k)
+            for k in active
+            for rows in self.tasks[self.config.prompts[k].task].evaluation.values()
+        ]
+        results = self.evaluator.score(requests, self.bank.virtual_tokens()) if requests else []
+        for k in active:
+            scores = merge_scores(
+                (request.rows.split, result)
+                for request, result in zip(requests, results, strict=True)
+                if request.prompt == k
+            )
+            self._judge(k, scores)
+
+    def _judge(self, k: int, scores: Scores) -> None:
+        name, step = self.bank.names[k], self.progress.step
+        if not scores:  # a task without validation: the last prompt is the best we know
+            self.bank.keep_best(k)
+            return
+        self.log(step, self.progress.useful_tokens, scores, name)
+        stopping = self.stopping[name]
+        if stopping.update(step, scores["validation_loss"]):
+            self.bank.keep_best(k)
+            self.progress.scores[name] = scores
+        task = self.config.prompts[k].task
+        self.console.say(f"step {step}  {name}: {describe(scores, self.tasks[task].task.metric)}")
+        if stopping.should_stop:
+            self.bank.stop(k)
+            self.console.say(
+                f"step {step}  {name}: stopped early, best at step {stopping.best_step}"
+            )
+
+    def _score_baselines(self) -> None:
+        """What the base does without a trained prompt: with none, and with the hand-written ones."""
+        keys: list[tuple[str, str | None]] = []
+        requests: list[Request] = []
+        for name, data in self.tasks.items():
+            for split, rows in data.evaluation.items():
+                keys.append((name, None))
+                requests.append(Request(rows, None))
+                texts = data.task.hand_written
+                for text, written in zip(texts, data.hand_written[split], strict=True):
+                    keys.append((name, text))
+                    requests.append(Request(written, None))
+        results = self.evaluator.score(requests, []) if requests else []
+        found: dict[tuple[str, str | None], list[tuple[str, Scores]]] = {}
+        for key, request, result in zip(keys, requests, results, strict=True):
+            found.setdefault(key, []).append((request.rows.split, result))
+        for name, data in self.tasks.items():
+            self.progress.baselines[name] = {
+                "no_prompt": merge_scores(found.get((name, None), [])),
+                "hand_written": [
+                    {"text": text, **merge_scores(found.get((name, text), []))}
+                    for text in data.task.hand_written
+                ],
+            }
+
+    def state(self) -> dict[str, Any]:
+        """All but the bank's tensors that going on needs, as JSON."""
+        return {
+            "progress": vars(self.progress),
+            "stopping": {name: rule.state() for name, rule in self.stopping.items()},
+            "feed": self.feed.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        for name, saved in state["stopping"].items():
+            self.stopping[name].load_state(saved)
+        self.feed.load_state_dict(state["feed"])
+
+
+def merge_scores(parts: Any) -> Scores:
+    """``{"validation_loss": ..., "validation_accuracy": ..., "shifted_validation_loss": ...}``."""
+    return {
+        f"{split}_{metric}": value for split, scores in parts for metric, value in scores.items()
+    }
+
+
+def describe(scores: Mapping[str, float], metric: str) -> str:
+    """One line for people: losses and the task's metric."""
+    names = ["validation_loss"]
+    if metric not in LOWER_IS_BETTER:
+        names += [f"validation_{metric}", f"shifted_validation_{metric}"]
+    return "  ".join(f"{name} {scores[name]:.4f}" for name in names if name in scores)
