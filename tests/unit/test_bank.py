@@ -1,0 +1,307 @@
+"""The bank: replicas equal to the bit, prompts independent of each other, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trainer.config import RunConfig
+from trainer.errors import BadInput
+from trainer.optimization import make_optimizer
+from trainer.prompts.bank import Bank
+
+H, V, STEPS = 8, 40, 12
+TABLE_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(5)) * 0.1
+
+PROMPTS: list[dict[str, Any]] = [
+    {"name": "words", "num_virtual_tokens": 4, "init": {"text": "w3 w5"}},
+    {"name": "drawn.v2", "num_virtual_tokens": 6, "seed": 3, "weight_decay": 0.1},
+    {"name": "mlp", "num_virtual_tokens": 3, "method": "p_tuning", "learning_rate": 0.01},
+    {"name": "noise", "num_virtual_tokens": 5, "init": "random", "max_grad_norm": None},
+]
+
+
+def make_config(prompts: list[dict[str, Any]] = PROMPTS) -> RunConfig:
+    task = {"name": "t", "train": "t.jsonl", "input": "{text}", "target": "{label}"}
+    return RunConfig.model_validate(
+        {
+            "output_dir": "runs/test",
+            "base": {"model": "tiny"},
+            "tasks": [task],
+            "prompts": [{"task": "t", **prompt} for prompt in prompts],
+            "training": {"steps": STEPS, "seed": 11},
+        }
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0")
+
+
+def make_bank(prompts: list[dict[str, Any]] = PROMPTS) -> Bank:
+    return Bank(
+        make_config(prompts),
+        lambda ids: TABLE_VH[torch.tensor(ids)],
+        make_tokenizer(),
+        V,
+        H,
+        torch.device("cpu"),
+        make_optimizer=make_optimizer,
+    )
+
+
+def loss_gradients(bank: Bank) -> list[Tensor | None]:
+    """d loss / d virtual tokens, as the loop makes it, of a loss of each prompt alone."""
+    leaves = [tokens.detach().requires_grad_() for tokens in bank.virtual_tokens()]
+    loss = sum(((leaf - 0.3) ** 2).sum() + leaf.sin().sum() for leaf in leaves)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return [leaf.grad if on else None for leaf, on in zip(leaves, bank.active, strict=True)]
+
+
+def train(bank: Bank, steps: int) -> list[list[float]]:
+    return [bank.update(loss_gradients(bank)) for _ in range(steps)]
+
+
+def assert_same(one: Bank, other: Bank) -> None:
+    (tensors, meta), (tensors_2, meta_2) = one.state(), other.state()
+    assert meta == meta_2
+    assert tensors.keys() == tensors_2.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, tensors_2[name]), name
+    assert one.digest() == other.digest()
+
+
+def test_what_it_holds() -> None:
+    bank = make_bank()
+    assert bank.names == ["words", "drawn.v2", "mlp", "noise"]
+    assert bank.lengths == [4, 6, 3, 5]
+    assert bank.active == [True] * 4
+    assert len(bank) == 4
+    tokens = bank.virtual_tokens()
+    assert [tuple(t.shape) for t in tokens] == [(n, H) for n in bank.lengths]
+    assert all(t.dtype == torch.float32 and t.requires_grad for t in tokens)
+    assert torch.equal(tokens[0], TABLE_VH[[3, 5, 3, 5]])
+
+
+def test_ranks_stay_equal_to_the_bit() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = make_bank()
+    train(one, 5)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+    torch.manual_seed(2)
+    other = make_bank()
+    train(other, 5)
+    assert_same(one, other)
+
+
+def test_digest_sees_one_bit() -> None:
+    one, other = make_bank(), make_bank()
+    with torch.no_grad():
+        weight = other._encoders[2].mlp_head[2].bias  # type: ignore[union-attr, index]
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+    assert one.digest() != other.digest()
+
+
+@pytest.mark.parametrize("i", range(len(PROMPTS)))
+def test_prompt_in_a_bank_equals_the_same_alone(i: int) -> None:
+    bank, alone = make_bank(), make_bank([PROMPTS[i]])
+    together = [norms[i] for norms in train(bank, STEPS)]
+    assert together == [norms[0] for norms in train(alone, STEPS)]
+    assert torch.equal(bank.snapshot(i), alone.snapshot(0))
+
+
+def test_update_equals_plain_backpropagation() -> None:
+    """Backward in two parts, through the virtual tokens, is the gradient of the whole."""
+    bank, whole = make_bank([PROMPTS[2]]), make_bank([PROMPTS[2]])
+    train(bank, 1)
+    encoder = whole._encoders[0]
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.0)
+    out = encoder()
+    (((out - 0.3) ** 2).sum() + out.sin().sum()).backward()
+    torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+    optimizer.step()
+    tensors, _ = bank.state()
+    for name, parameter in encoder.named_parameters():
+        ours = tensors[f"mlp/optimizer/{name}/exp_avg"]
+        torch.testing.assert_close(ours, optimizer.state[parameter]["exp_avg"])
+
+
+def test_training_lowers_the_loss() -> None:
+    bank = make_bank()
+    start = [bank.snapshot(i) for i in range(len(bank))]
+    train(bank, STEPS)
+    for i in range(len(bank)):
+        before, after = (
+            ((t - 0.3) ** 2).sum() + t.sin().sum() for t in (start[i], bank.snapshot(i))
+        )
+        assert after < before, bank.names[i]
+
+
+def test_encoder_runs_once_per_update() -> None:
+    bank = make_bank()
+    train(bank, 1)  # warm-up: the first update has learning rate 0
+    runs: list[int] = []
+    bank._encoders[2].register_forward_hook(lambda *_: runs.append(1))
+    first = bank.virtual_tokens()
+    assert all(a is b for a, b in zip(first, bank.virtual_tokens(), strict=True))
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in bank.virtual_tokens()), "evaluation needs no graph"
+    assert len(runs) == 2
+    bank.update([torch.ones_like(t) for t in first])
+    assert len(runs) == 2
+    assert not torch.equal(bank.virtual_tokens()[2], first[2]), "still the outputs of old weights"
+
+
+def test_virtual_tokens_given_out_do_not_change() -> None:
+    bank = make_bank()
+    train(bank, 1)
+    given = bank.virtual_tokens()
+    copies = [t.detach().clone() for t in given]
+    train(bank, 1)
+    assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
+
+
+def test_none_leaves_a_prompt_and_its_schedule() -> None:
+    bank, other = make_bank(), make_bank()
+    train(bank, 2)
+    train(other, 2)
+    gradients = loss_gradients(other)
+    norms = other.update([None, *gradients[1:]])
+    assert norms[0] == 0
+    assert all(norm > 0 for norm in norms[1:])
+    assert torch.equal(other.snapshot(0), bank.snapshot(0))
+    assert other.learning_rates[0] == bank.learning_rates[0]
+    assert other.learning_rates[1] != bank.learning_rates[1]
+
+
+def test_non_finite_gradient_reaches_no_weight() -> None:
+    bank = make_bank()
+    train(bank, 2)
+    before = bank.state()
+    gradients = loss_gradients(bank)
+    assert gradients[3] is not None
+    gradients[3][0, 0] = math.nan
+    with pytest.raises(AssertionError, match="noise"):
+        bank.update(gradients)
+    after = bank.state()
+    assert before[1] == after[1], "some prompts were updated, others not"
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+
+
+def test_overflow_inside_an_encoder_skips_that_prompt_alone() -> None:
+    bank = make_bank()
+    train(bank, 2)
+    still, rates = bank.snapshot(2), bank.learning_rates
+    gradients = loss_gradients(bank)
+    assert gradients[2] is not None
+    gradients[2].fill_(3e38)
+    norms = bank.update(gradients)
+    assert not math.isfinite(norms[2])
+    assert math.isfinite(norms[1])
+    assert torch.equal(bank.snapshot(2), still)
+    assert bank.learning_rates[2] == rates[2]
+    assert bank.learning_rates[1] != rates[1]
+
+
+def test_stopped_prompt_stays() -> None:
+    bank = make_bank()
+    train(bank, 2)
+    bank.virtual_tokens()
+    bank.stop(1)
+    assert bank.active == [True, False, True, True]
+    still = bank.snapshot(1)
+    tokens = bank.virtual_tokens()
+    assert not tokens[1].requires_grad
+    assert torch.equal(tokens[1], still)
+    with pytest.raises(AssertionError, match=r"drawn\.v2.*stopped"):
+        bank.update([torch.ones_like(t) for t in tokens])
+    train(bank, 3)
+    assert torch.equal(bank.snapshot(1), still)
+
+
+def test_best_and_last() -> None:
+    bank = make_bank()
+    assert torch.equal(bank.best(0), bank.snapshot(0)), "nothing kept yet: the current"
+    train(bank, 2)
+    bank.keep_best(0)
+    kept = bank.snapshot(0)
+    train(bank, 2)
+    assert torch.equal(bank.best(0), kept)
+    assert not torch.equal(bank.snapshot(0), kept)
+    bank.best(0).zero_()
+    assert torch.equal(bank.best(0), kept), "a copy, not the bank's own"
+
+
+def through_files(
+    tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> tuple[dict[str, Tensor], Any]:
+    return from_bytes(to_bytes(tensors)), json.loads(json.dumps(meta))
+
+
+@pytest.mark.parametrize("done", [0, 1, 7])
+def test_resumed_equals_never_stopped(done: int) -> None:
+    straight = make_bank()
+    train(straight, done)
+    straight.keep_best(2)
+    if done == 7:
+        straight.stop(0)
+    state = through_files(*straight.state())
+    resumed = make_bank()
+    train(resumed, 3)  # what it held before must not matter
+    resumed.keep_best(1)
+    resumed.virtual_tokens()
+    resumed.load_state(*state)
+    assert_same(straight, resumed)
+    assert resumed.active == straight.active
+    norms, norms_2 = train(straight, STEPS - done), train(resumed, STEPS - done)
+    assert norms == norms_2
+    assert_same(straight, resumed)
+    assert torch.equal(straight.best(2), resumed.best(2))
+    assert torch.equal(resumed.best(1), resumed.snapshot(1)), "a best that was not saved is left"
+
+
+def test_state_is_a_copy() -> None:
+    bank = make_bank()
+    train(bank, 1)
+    tensors, _ = bank.state()
+    kept = {k: v.clone() for k, v in tensors.items()}
+    train(bank, 2)
+    assert all(torch.equal(tensors[k], kept[k]) for k in kept)
+
+
+def test_state_of_other_prompts_is_refused() -> None:
+    bank = make_bank()
+    train(bank, 1)
+    state = bank.state()
+    longer: list[dict[str, Any]] = [dict(p) for p in PROMPTS]
+    longer[0]["num_virtual_tokens"] = 5
+    longer[1]["method"] = "p_tuning"
+    longer[2]["encoder_hidden_size"] = 16
+    other = make_bank(longer)
+    before = other.digest()
+    with pytest.raises(BadInput) as caught:
+        other.load_state(*state)
+    problems = caught.value.problems
+    assert any(
+        "prompts.words.num_virtual_tokens: 5, but the checkpoint has 4" in p for p in problems
+    )
+    assert any("prompts.drawn.v2.method: 'p_tuning'" in p for p in problems)
+    assert any("encoder_hidden_size" in p for p in problems)
+    assert other.digest() == before
+    with pytest.raises(BadInput, match="the run file has words, the checkpoint words, drawn"):
+        make_bank(PROMPTS[:1]).load_state(*state)

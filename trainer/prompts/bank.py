@@ -1,0 +1,266 @@
+"""The bank: all prompts of a run, trained together, each as if it were alone.
+
+Ranks share nothing but the sum of d loss / d virtual tokens. Each rank then backpropagates its own
+replica of every encoder and makes the same update, so everything here is a function of the run file
+and those sums, to the bit: one generator per prompt, no global randomness, one optimizer each.
+
+Shape letters: P virtual tokens, H hidden size, K prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Prompt, RunConfig
+from trainer.errors import BadInput
+from trainer.prompts.encoders import PromptEncoder, make_encoder
+from trainer.prompts.initializers import Vocabulary, initialize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Optimizer(Protocol):
+    """What the bank asks of ``trainer.optimization``, which stands above it in the imports."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    def step(self) -> float: ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
+
+
+#: (prompt, its parameters by name, number of updates of the run) -> optimizer.
+OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int], Optimizer]
+
+
+class Bank:
+    """K prompts over one frozen base.
+
+    Args:
+        config: the run file; order and seeds of the prompts come from it.
+        embed: word embeddings [n, H] of token ids; may be a collective.
+        device: where encoders and optimizers live; they start on the CPU and are moved.
+        make_optimizer: ``trainer.optimization.make_optimizer``.
+
+    Attributes:
+        names: names of the prompts, in the order of the run file.
+        lengths: P of each.
+        active: False once a prompt has stopped.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        embed: Callable[[Sequence[int]], Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        hidden_size: int,
+        device: torch.device,
+        *,
+        make_optimizer: OptimizerFactory,
+    ) -> None:
+        vocabulary = Vocabulary(embed, tokenizer, vocab_size)
+        self.names = [prompt.name for prompt in config.prompts]
+        self.lengths = [prompt.num_virtual_tokens for prompt in config.prompts]
+        self.active = [True] * len(self.names)
+        self._prompts = config.prompts
+        self._encoders = [
+            _build(prompt, config.prompt_seed(prompt), vocabulary).to(device)
+            for prompt in config.prompts
+        ]
+        self._optimizers = [
+            make_optimizer(prompt, dict(encoder.named_parameters()), config.training.steps)
+            for prompt, encoder in zip(config.prompts, self._encoders, strict=True)
+        ]
+        self._best: list[Tensor | None] = [None] * len(self.names)
+        self._outputs: list[Tensor | None] = [None] * len(self.names)
+        for encoder in self._encoders:
+            assert encoder.hidden_size == hidden_size, (encoder.hidden_size, hidden_size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Learning rate of each prompt's next update."""
+        return [optimizer.learning_rate for optimizer in self._optimizers]
+
+    def virtual_tokens(self) -> list[Tensor]:
+        """fp32 [P, H] of every prompt, on the device.
+
+        With gradients enabled the outputs carry the encoder's graph for ``update``, and further
+        calls before it return the same tensors: an encoder runs once per update. Do not run
+        ``loss.backward()`` through them: detach them, or ask ``torch.autograd.grad`` for the
+        gradient with respect to them.
+        """
+        return [self._output(i) for i in range(len(self))]
+
+    def _output(self, i: int) -> Tensor:
+        if not self.active[i] or not torch.is_grad_enabled():
+            with torch.no_grad():
+                folded_PH: Tensor = self._encoders[i]()
+                return folded_PH
+        output_PH = self._outputs[i]
+        if output_PH is None:
+            output_PH = self._outputs[i] = self._encoders[i]()
+        return output_PH
+
+    def update(self, gradients: Sequence[Tensor | None]) -> list[float]:
+        """One optimizer step per prompt from d loss / d virtual tokens, [P, H] each.
+
+        Args:
+            gradients: summed over ranks and normalised; None leaves the prompt as it is, with its
+                schedule.
+
+        Returns:
+            Norm of each prompt's own gradient before clipping; 0 where there was None. A norm that
+            is not finite, from an overflow inside the encoder, has changed nothing; every rank
+            sees the same.
+        """
+        assert len(gradients) == len(self), (len(gradients), len(self))
+        # All are checked before the first step: no update is made by halves.
+        for name, active, gradient_PH in zip(self.names, self.active, gradients, strict=True):
+            if gradient_PH is not None:
+                assert active, f"prompt {name!r} has stopped, but rows were read for it"
+                assert gradient_PH.isfinite().all(), f"prompt {name!r}: the loop must skip this"
+        norms = [0.0 if g is None else self._update(i, g) for i, g in enumerate(gradients)]
+        self._outputs = [None] * len(self)
+        return norms
+
+    def _update(self, i: int, gradient_PH: Tensor) -> float:
+        parameters = list(self._encoders[i].parameters())
+        with torch.enable_grad():
+            output_PH = self._output(i)
+        found = torch.autograd.grad(output_PH, parameters, gradient_PH.to(output_PH))
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        return self._optimizers[i].step()
+
+    def stop(self, i: int) -> None:
+        """Freeze a prompt: it keeps its virtual tokens and is never updated again."""
+        self.active[i] = False
+        self._outputs[i] = None
+
+    def snapshot(self, i: int) -> Tensor:
+        """The current virtual tokens, folded: fp32 [P, H] on the CPU, a copy."""
+        with torch.no_grad():
+            folded_PH: Tensor = self._encoders[i]()
+            return folded_PH.to("cpu", copy=True)
+
+    def keep_best(self, i: int) -> None:
+        """Remember the current virtual tokens as the best so far: what will be exported."""
+        self._best[i] = self.snapshot(i)
+
+    def best(self, i: int) -> Tensor:
+        """The virtual tokens kept as best, fp32 [P, H] on the CPU; the current if none were."""
+        best_PH = self._best[i]
+        return self.snapshot(i) if best_PH is None else best_PH.clone()
+
+    def digest(self) -> str:
+        """sha256 over all trainable bytes: differs between ranks if replicas have drifted."""
+        digest = hashlib.sha256()
+        for encoder in self._encoders:
+            for name, parameter in encoder.named_parameters():
+                digest.update(name.encode())
+                digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that resuming needs, as copies on the CPU.
+
+        Returns:
+            Tensors named ``PROMPT/encoder/PARAMETER``, ``PROMPT/optimizer/PARAMETER/MOMENT`` and
+            ``PROMPT/best``, and JSON.
+        """
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {}
+        for i, name in enumerate(self.names):
+            for key, parameter in self._encoders[i].named_parameters():
+                tensors[f"{name}/encoder/{key}"] = parameter.detach().to("cpu", copy=True)
+            moments, counters = self._optimizers[i].state()
+            tensors |= {f"{name}/optimizer/{key}": value for key, value in moments.items()}
+            best_PH = self._best[i]
+            if best_PH is not None:
+                tensors[f"{name}/best"] = best_PH.clone()
+            identity = _identity(self._prompts[i])
+            meta[name] = {**identity, "active": self.active[i], "optimizer": counters}
+        return tensors, {"prompts": meta}
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Go on from ``state()``, to the bit.
+
+        Raises:
+            BadInput: if the saved bank is of other prompts, with every difference; nothing has been
+                loaded then.
+        """
+        saved: Mapping[str, Any] = meta["prompts"]
+        problems = self._differences(tensors, saved)
+        if problems:
+            raise BadInput(problems)
+        for i, name in enumerate(self.names):
+            self._encoders[i].load_state_dict(_under(f"{name}/encoder/", tensors))
+            moments = _under(f"{name}/optimizer/", tensors)
+            self._optimizers[i].load_state(moments, saved[name]["optimizer"])
+            best_PH = tensors.get(f"{name}/best")
+            self._best[i] = None if best_PH is None else best_PH.clone()
+            self.active[i] = bool(saved[name]["active"])
+        self._outputs = [None] * len(self)
+
+    def _differences(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[str]:
+        remedy = "continue with the settings of the checkpoint, or give another output_dir"
+        problems = []
+        missing = [name for name in self.names if name not in saved]
+        surplus = [name for name in saved if name not in self.names]
+        if missing or surplus:
+            problems.append(
+                f"prompts: the run file has {', '.join(self.names)}, the checkpoint "
+                f"{', '.join(saved)}; {remedy}"
+            )
+        for i, name in enumerate(self.names):
+            if name in missing:
+                continue
+            identity = _identity(self._prompts[i])
+            changed = {k: v for k, v in identity.items() if saved[name].get(k) != v}
+            for key, value in changed.items():
+                problems.append(
+                    f"prompts.{name}.{key}: {value!r}, but the checkpoint has "
+                    f"{saved[name].get(key)!r}; {remedy}"
+                )
+            ours = {k: tuple(v.shape) for k, v in self._encoders[i].named_parameters()}
+            theirs = {k: tuple(v.shape) for k, v in _under(f"{name}/encoder/", tensors).items()}
+            if not changed and ours != theirs:
+                problems.append(
+                    f"prompts.{name}: its parameters are {ours}, but the checkpoint has {theirs}; "
+                    f"the base or encoder_hidden_size has changed; {remedy}"
+                )
+        return problems
+
+
+def _build(prompt: Prompt, seed: int, vocabulary: Vocabulary) -> PromptEncoder:
+    """A prompt's encoder on the CPU: a function of its own settings and seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    init_PH = initialize(prompt.init, vocabulary, prompt.num_virtual_tokens, generator)
+    return make_encoder(prompt, init_PH, generator)
+
+
+def _identity(prompt: Prompt) -> dict[str, Any]:
+    """Settings that a resumed prompt must share with the saved one."""
+    return {
+        "task": prompt.task,
+        "method": prompt.method,
+        "encoder": prompt.encoder_name,
+        "num_virtual_tokens": prompt.num_virtual_tokens,
+    }
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
