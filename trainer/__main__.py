@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer import config as run_file
-from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
 from trainer.process import die_with_parent
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
-    """Run a program of this rank with its chatter in a log; turn what it raises into an exit code."""
+    """Run this rank's program with its chatter in a log; turn what it raises into an exit code."""
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
     console = Console(terminal.out, terminal.err)
@@ -87,7 +86,7 @@ def shown_command(args: argparse.Namespace) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed --module trainer",
-        description="Train the prompts of a run file. `promptshard train` starts this on every device.",
+        description="Train the prompts of a run file. `promptshard train` starts this everywhere.",
     )
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*")

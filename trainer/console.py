@@ -13,13 +13,16 @@ from rich.table import Table
 
 #: Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 5.0
+#: Columns of a table where there is no terminal to ask.
+PLAIN_WIDTH = 110
 
 
 class Console:
     """Rank 0's words; on other ranks ``out`` leads nowhere."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
-        self._out = rich.console.Console(file=out, highlight=False, soft_wrap=True)
+        width = None if out.isatty() else PLAIN_WIDTH
+        self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
         self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
 
     def say(self, text: str = "") -> None:
@@ -84,7 +87,9 @@ class StepLine:
         self._console, self._bar, self._task = console, bar, task
         self._last_plain = float("-inf")
 
-    def show(self, step: int, steps: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+    def show(
+        self, step: int, steps: int, loss: float, tokens_per_second: float, seconds_per_step: float
+    ) -> None:
         left = (steps - step) * seconds_per_step
         status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {_clock(left)}"
         self._bar.update(self._task, completed=step, status=status)

@@ -1,4 +1,4 @@
-"""DeepSpeed, and everything that needs to know there are other ranks. The only importer of deepspeed.
+"""DeepSpeed, and all that knows there are other ranks. The only importer of deepspeed.
 
 ZeRO-3 without an optimizer (``DeepSpeedZeRoOffload``) shards the frozen base and gathers each layer
 where it is needed. Prompts stay outside: they are small, replicated, and their gradients are summed
@@ -46,7 +46,9 @@ def resolve_policy(config: RunConfig, dtype: torch.dtype, hidden_size: int) -> d
     try:
         policy: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BadInput(f"engine.deepspeed: {file!r} is not there; try ds_configs/zero3.json") from None
+        raise BadInput(
+            f"engine.deepspeed: {file!r} is not there; try ds_configs/zero3.json"
+        ) from None
     except json.JSONDecodeError as error:
         raise BadInput(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     problems = [
@@ -58,18 +60,20 @@ def resolve_policy(config: RunConfig, dtype: torch.dtype, hidden_size: int) -> d
     zero = dict(policy.get("zero_optimization", {}))
     if zero.get("stage") != 3:
         problems.append(
-            f"{file}: zero_optimization.stage is {zero.get('stage')}, but only stage 3 shards a frozen "
-            "base; set it to 3"
+            f"{file}: zero_optimization.stage is {zero.get('stage')}, but only stage 3 shards a "
+            "frozen base; set it to 3"
         )
     offload = zero.get("offload_param", {}).get("device", "none")
     if offload not in ("none", "cpu"):
-        problems.append(f"{file}: offload_param.device {offload!r} is not supported; use none or cpu")
+        problems.append(
+            f"{file}: offload_param.device {offload!r} is not supported; use none or cpu"
+        )
     clipping = policy.get("gradient_clipping", "auto")
     norms = sorted({str(prompt.max_grad_norm) for prompt in config.prompts})
     if clipping != "auto" and norms != [str(float(clipping))]:
         problems.append(
-            f"{file}: gradient_clipping is {clipping}, but the run file's prompts[].max_grad_norm is "
-            f"{', '.join(norms)}; set it to \"auto\""
+            f"{file}: gradient_clipping is {clipping}, but prompts[].max_grad_norm in the run "
+            f'file is {", ".join(norms)}; set it to "auto"'
         )
     if problems:
         raise BadInput(problems)
@@ -83,7 +87,7 @@ def resolve_policy(config: RunConfig, dtype: torch.dtype, hidden_size: int) -> d
     _fill(zero, "stage3_max_reuse_distance", 1_000_000_000)
     unfilled = [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto"]
     if unfilled:
-        raise BadInput(f"{file}: \"auto\" has no meaning for {', '.join(unfilled)}; give a number")
+        raise BadInput(f'{file}: "auto" has no meaning for {", ".join(unfilled)}; give a number')
     policy["zero_optimization"] = zero
     # The loader has already given every parameter its type; DeepSpeed would cast int8 to bf16.
     for key in ("bf16", "fp16", "gradient_clipping", *OWNED_BY_RUN_FILE):
@@ -98,7 +102,7 @@ def _precision_problems(policy: dict[str, Any], dtype: torch.dtype, file: str) -
         if enabled != "auto" and enabled != (dtype == wanted):
             problems.append(
                 f"{file}: {key}.enabled is {str(enabled).lower()}, but the run computes in "
-                f"{str(dtype).removeprefix('torch.')} (base.dtype); set it to \"auto\" or change base.dtype"
+                f'{str(dtype).removeprefix("torch.")} (base.dtype); set it to "auto"'
             )
     return problems
 
@@ -207,7 +211,7 @@ class Engine:
             dist.destroy_process_group()
 
     def _count_gathers(self) -> None:
-        """Count what ZeRO-3 receives: the full size of every gathered buffer, less our own share."""
+        """Count what ZeRO-3 receives: the size of every gathered buffer, less our own share."""
         gather = partition_parameters._dist_allgather_fn
 
         def counted(input_tensor: Tensor, output_tensor: Tensor, group: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""``python -m trainer.generate RUN_DIR --prompt NAME --input TEXT``: the base under a trained prompt.
+"""``python -m trainer.generate RUN_DIR --prompt NAME --input TEXT``: what a trained prompt does.
 
 Started on every device like training, because the base is sharded the same way.
 """
@@ -69,9 +69,7 @@ def _generate(
     loaded = load(engine, config.base, files, config, console)
     tensors = load_file(folder / "prompts" / name / "adapter_model.safetensors")
     virtual_tokens = tensors["prompt_embeddings"].to(engine.device)
-    (written,) = generate(
-        engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit
-    )
+    (written,) = generate(engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit)
     console.say(written.strip())
     engine.close()
 

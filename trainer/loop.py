@@ -1,9 +1,9 @@
 """The order of events of a run. Knows no library: each line of the loop is one event.
 
-    read the rows of every active prompt
-    forward, backward, one all-reduce; leave out what is not finite
-    one optimizer step per prompt
-    log; validate if due, keep the best, stop early; checkpoint if due
+read the rows of every active prompt
+forward, backward, one all-reduce; leave out what is not finite
+one optimizer step per prompt
+log; validate if due, keep the best, stop early; checkpoint if due
 """
 
 from __future__ import annotations
@@ -135,14 +135,14 @@ class Loop:
             self.progress.skipped_in_a_row[name] = row
             self.progress.skipped[name] = self.progress.skipped.get(name, 0) + 1
             self.console.warn(
-                f"step {self.progress.step}: loss or gradient of prompt {name!r} is not finite; its "
-                f"update was left out on all ranks ({row} in a row)"
+                f"step {self.progress.step}: loss or gradient of prompt {name!r} is not finite; "
+                f"its update was left out on all ranks ({row} in a row)"
             )
             if row >= limit:
                 raise Diverged(
                     f"prompt {name!r}: {row} updates in a row were not finite "
-                    f"(training.max_skipped_updates={limit}); lower its learning_rate, or look for "
-                    "damaged rows or weights; the last checkpoint is from before"
+                    f"(training.max_skipped_updates={limit}); lower its learning_rate, or look "
+                    "for damaged rows or weights; the last checkpoint is from before"
                 )
 
     def _log_step(
@@ -172,6 +172,10 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Validate every active prompt; keep the best; stop those that no longer improve."""
+        if len(set(self.engine.all_gather(self.bank.digest()))) > 1:
+            raise RuntimeError(
+                "the prompts of this run differ between ranks; all devices must be of one kind"
+            )
         active = [k for k, active in enumerate(self.bank.active) if active]
         requests = [
             Request(rows, k)
@@ -206,7 +210,7 @@ class Loop:
             )
 
     def _score_baselines(self) -> None:
-        """What the base does without a trained prompt: with none, and with the hand-written ones."""
+        """What the base does without a trained prompt: with none, and with hand-written ones."""
         keys: list[tuple[str, str | None]] = []
         requests: list[Request] = []
         for name, data in self.tasks.items():

@@ -53,8 +53,8 @@ class StepResult:
 
     Attributes:
         losses: mean cross-entropy per label token of each prompt; NaN where it read no rows.
-        gradients: d loss / d virtual tokens, [P, H] per prompt, summed over ranks; None where it read
-            no rows, or where loss or gradient is not finite on any rank.
+        gradients: d loss / d virtual tokens, [P, H] per prompt, summed over ranks; None where it
+            read no rows, or where loss or gradient is not finite on any rank.
         skipped: prompts whose update is left out because something was not finite.
         useful_tokens: text tokens the base read, over all ranks.
     """
@@ -74,7 +74,7 @@ def step_gradients(
 ) -> StepResult:
     """Forward and backward over this rank's streams of a step, and the sum over ranks.
 
-    Sums carry NaN from any rank to all, so that all leave out the same updates without another word.
+    Sums carry NaN from any rank to all, so all leave out the same updates without another word.
     """
     leaves = [prompt.detach().requires_grad_() for prompt in virtual_tokens]
     lengths = [leaf.shape[0] for leaf in leaves]
@@ -84,7 +84,7 @@ def step_gradients(
     for stream_pieces in plan[engine.rank]:
         stream = build_stream(stream_pieces, lengths).to(engine.device)
         objective, stream_sums_K = stream_objective(base, stream, leaves, counts)
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         sums_K += stream_sums_K
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     engine.all_reduce_sum([sums_K, *gradients])

@@ -1,6 +1,6 @@
 """A run, from a checked run file to results: wires the parts in the order of the data.
 
-    run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapters, summary, report
+run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapters, summary, report
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.device,
         make_optimizer=make_optimizer,
     )
-    evaluator = Evaluator(
-        engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens
-    )
+    evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
     feed = Feed(config, tasks)
     log = MetricsLog(output) if engine.is_main else None
 
@@ -182,9 +180,7 @@ def _put_aside(output: Path, console: Console) -> None:
     console.say(f"an earlier run was put aside: {aside}")
 
 
-def _identity(
-    config: RunConfig, files: BaseFiles, tasks: Mapping[str, TaskData]
-) -> dict[str, Any]:
+def _identity(config: RunConfig, files: BaseFiles, tasks: Mapping[str, TaskData]) -> dict[str, Any]:
     """What must be equal for a run to go on from a checkpoint, by the setting's name."""
     settings = config.model_dump(mode="json")
     identity: dict[str, Any] = {}
@@ -336,12 +332,16 @@ def _finish(
         scores = loop.progress.scores.get(prompt.name, {})
         folder = output / "prompts" / prompt.name
         said = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
-        for where, virtual_tokens in ((folder, bank.best(k)), (folder / "last", bank.snapshot(k))):
+        for where, title, virtual_tokens in (
+            (folder, prompt.name, bank.best(k)),
+            (folder / "last", f"{prompt.name} (last step)", bank.snapshot(k)),
+        ):
             save_peft(
                 where,
                 virtual_tokens,
                 config.base.model,
                 config.base.revision,
+                title=title,
                 description=f"Task {prompt.task}. {said}".strip(),
                 **shape,
             )
@@ -391,7 +391,9 @@ def _show_results(summary: Mapping[str, Any], config: RunConfig, console: Consol
             [[name, *(_number(scores.get(column)) for column in shown)] for name, scores in rows],
         )
     speed = summary["throughput"]["useful_tokens_per_second"]
-    console.say(f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts")
+    console.say(
+        f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
+    )
     console.say(f"report:  {output}/report.html")
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
@@ -419,7 +421,7 @@ def device_name(device: torch.device) -> str:
 
 
 def git_revision() -> str | None:
-    """Commit of the code that runs, with ``+changed`` if it differs from it; None outside a clone."""
+    """Commit of the running code, with ``+changed`` if files differ; None outside a clone."""
     try:
         revision, changes = (
             subprocess.run(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from launch.local import Devices, environment, free_port, local_arguments
 
 ROOT = Path(__file__).resolve().parents[2]

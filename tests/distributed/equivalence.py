@@ -1,6 +1,6 @@
 """Rank program: our sharded, packed base against plain transformers and PEFT on the same weights.
 
-    python -m tests.distributed.equivalence OUT.json BASE QUANTIZATION CHECKPOINTING
+python -m tests.distributed.equivalence OUT.json BASE QUANTIZATION CHECKPOINTING
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
 from trainer.base.files import open_base
 from trainer.base.linear import FrozenLinear
 from trainer.base.loading import build_skeleton, load_base
@@ -24,7 +26,6 @@ from trainer.engine import Engine, base_bytes, base_digest, full_parameter, reso
 from trainer.objective import step_gradients
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import Example
-from transformers import AutoModelForCausalLM
 
 LENGTHS = [5, 8]  # virtual tokens of the two prompts
 ROWS = [7, 20, 33, 12, 5, 18, 40, 9]

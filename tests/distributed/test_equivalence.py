@@ -1,4 +1,4 @@
-"""Invariants 1, 2, 3 and 6: only prompts change; packed equals padded; ranks and splits do not matter."""
+"""Invariants 1, 2, 3, 6: only prompts change; packed = padded; ranks, splits do not matter."""
 
 from __future__ import annotations
 

@@ -44,9 +44,11 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
             f"base.model: {name!r} is of family {config.model_type!r}, which is not supported yet; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
-    if family.sliding_window and "sliding_attention" in (getattr(config, "layer_types", None) or []):
+    if family.sliding_window and "sliding_attention" in (
+        getattr(config, "layer_types", None) or []
+    ):
         raise BadInput(
             f"base.model: {name!r} uses sliding-window attention "
-            f"(sliding_window={config.sliding_window}), which is not supported yet; use a model without"
+            f"(sliding_window={config.sliding_window}), which is not supported yet"
         )
     return family

@@ -79,7 +79,9 @@ def open_base(settings: Base) -> BaseFiles:
         raise BadInput(
             f"base.model: {settings.model!r} has no tokenizer that loads: {_first_line(error)}"
         ) from None
-    return BaseFiles(settings.model, folder, config, tokenizer, _tensor_files(folder, settings.model))
+    return BaseFiles(
+        settings.model, folder, config, tokenizer, _tensor_files(folder, settings.model)
+    )
 
 
 def _folder(settings: Base) -> Path:
@@ -87,8 +89,8 @@ def _folder(settings: Base) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BadInput(
-                f"base.model: {settings.model!r} has no config.json; name the folder that holds the "
-                "model's files"
+                f"base.model: {settings.model!r} has no config.json; name the folder that "
+                "holds the model's files"
             )
         return folder
     if folder.exists() or settings.model.startswith((".", "/", "~")):
@@ -124,7 +126,9 @@ def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
     if (folder / SINGLE).is_file():
         with _open(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
-    other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    other = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt")
+    )
     found = f"found {', '.join(other)}, which can run code when opened" if other else "found none"
     raise BadInput(
         f"base.model: {name!r} has no safetensors weights ({found}); save it with "

@@ -34,7 +34,9 @@ class LoadStats:
     bytes_read: int
 
 
-def build_skeleton(files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def build_skeleton(
+    files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The model with frozen layers, on ``meta``, its non-persistent buffers on ``device``.
 
     Args:
@@ -126,12 +128,13 @@ def _replace_layers(
 def _tie(model: PreTrainedModel) -> None:
     if model.config.tie_word_embeddings:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        assert isinstance(head, FrozenLinear) and isinstance(embedding, FrozenEmbedding)
+        assert isinstance(head, FrozenLinear)
+        assert isinstance(embedding, FrozenEmbedding)
         head.weight = embedding.weight
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute what no checkpoint holds: rotary frequencies. Scales are filled with their weights."""
+    """Compute what no checkpoint holds: rotary frequencies. Scales come with their weights."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             own = [b for n, b in child.named_buffers(recurse=False) if n != "absmax"]
@@ -148,7 +151,11 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _fill(
-    module: nn.Module, parameter: nn.Parameter, stored: Tensor, dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    parameter: nn.Parameter,
+    stored: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Give a parameter its values: quantised, or in the narrower of stored and compute type."""
     if parameter.dtype == torch.int8:

@@ -49,12 +49,14 @@ class PromptedBase(nn.Module):
     def vocab_size(self) -> int:
         return int(self.model.config.vocab_size)
 
-    def forward(self, inputs: Stream | DecodeStep | Tensor, virtual_tokens: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, inputs: Stream | DecodeStep | Tensor, virtual_tokens: Sequence[Tensor]
+    ) -> Tensor:
         """Everything goes through one forward, because ZeRO-3 counts steps by it.
 
         Args:
             inputs: a stream (loss), a decode step (generation), or token ids (word embeddings).
-            virtual_tokens: [P, H] of every prompt in the bank; for a decode step, of the one prompt.
+            virtual_tokens: [P, H] of every prompt in the bank; in a decode step, of the one prompt.
 
         Returns:
             Stream: negative log-likelihood of each label, fp32 [N]. Decode step: logits of the next

@@ -67,8 +67,8 @@ def load_tasks(
         try:
             if room < 2:
                 raise BadInput(
-                    f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room in "
-                    f"a context of {context_length}; lower num_virtual_tokens"
+                    f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
+                    f"in a context of {context_length}; lower num_virtual_tokens"
                 )
             tasks[task.name] = _load_task(task, tokenizer, room, vocab_size)
         except BadInput as error:
@@ -159,7 +159,9 @@ class Feed:
         for k, cursor in enumerate(self._cursors):
             if active[k]:
                 rows = cursor.next_rows()
-                pieces += [Piece(self._examples[k][row], k, len(pieces) + i) for i, row in enumerate(rows)]
+                pieces += [
+                    Piece(self._examples[k][row], k, len(pieces) + i) for i, row in enumerate(rows)
+                ]
         return pieces
 
     def state_dict(self) -> list[dict[str, Any]]:
