@@ -46,6 +46,7 @@ def _generate(
     from trainer.generation import generate
     from trainer.run import load
     from trainer.tasks.rows import render
+    from trainer.tasks.tokens import encode_input
 
     prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)
     if prompt is None:
@@ -58,7 +59,7 @@ def _generate(
 
     engine = Engine(config.engine.timeout_seconds)
     files = engine.together(lambda: open_base(config.base))
-    input_ids = files.tokenizer(text)["input_ids"]
+    input_ids = encode_input(files.tokenizer, text)
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
     if not 0 < len(input_ids) <= room:

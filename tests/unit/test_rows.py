@@ -1,0 +1,446 @@
+"""Data files: what is read is what is written, and every mistake has its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from trainer.config import RunConfig, Task, template_fields
+from trainer.errors import BadInput
+from trainer.tasks.rows import check_rows, fields, gold_target, load_rows, render
+
+GOOD = [{"text": "a cat", "label": "meat"}, {"text": "a cow", "label": "plants"}]
+
+
+def task(**settings) -> Task:
+    values = {"input": "{text}\nAnswer:", "target": " {label}", "train": "x.jsonl", **settings}
+    return Task(name="animals", **values)
+
+
+def write(folder: Path, name: str, content: str | bytes | list) -> str:
+    """A data file; a list becomes JSON lines."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    data = content.encode() if isinstance(content, str) else content
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def problems(path: str, **settings) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        load_rows(path, task(**settings))
+    return [text.replace(path, Path(path).name) for text in caught.value.problems]
+
+
+def problem(path: str, **settings) -> str:
+    (only,) = problems(path, **settings)
+    return only
+
+
+# Reading
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    table = pa.Table.from_pylist(GOOD)
+    parquet.write_table(table, tmp_path / "d.parquet")
+    paths = [
+        write(tmp_path, "d.jsonl", GOOD),
+        write(tmp_path, "d.json", json.dumps(GOOD, indent=1)),
+        write(tmp_path, "lines.json", "\n".join(map(json.dumps, GOOD))),
+        write(tmp_path, "d.csv", "text,label\na cat,meat\na cow,plants\n"),
+        write(tmp_path, "d.tsv", "text\tlabel\r\na cat\tmeat\r\n\r\na cow\tplants"),
+        str(tmp_path / "d.parquet"),
+    ]
+    for path in paths:
+        rows = load_rows(path, task())
+        assert list(rows) == [rows[0], rows[1]] == GOOD, path
+        assert rows.columns == ["text", "label"]
+        assert rows.digest == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_rows_are_memory_mapped_and_leave_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    rows = load_rows(write(tmp_path, "d.jsonl", GOOD * 700), task())
+    assert len(rows) == 1400
+    assert list(rows)[1399] == rows[-1] == GOOD[1]
+    assert list((tmp_path / "tmp").iterdir()) == []
+    with pytest.raises(IndexError):
+        rows[1400]
+
+
+def test_rows_stay_in_memory_where_no_temporary_file_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    assert list(load_rows(write(tmp_path, "d.jsonl", GOOD), task())) == GOOD
+
+
+def test_where_counts_lines_or_rows(tmp_path):
+    jsonl = load_rows(
+        write(tmp_path, "d.jsonl", "\n" + json.dumps(GOOD[0]) + "\n" * 3 + json.dumps(GOOD[1])),
+        task(),
+    )
+    assert [jsonl.where(i) for i in (0, 1)] == [f"{tmp_path}/d.jsonl:2", f"{tmp_path}/d.jsonl:5"]
+    csv = load_rows(
+        write(tmp_path, "d.csv", 'text,label\n"two\nlines",meat\na cow,plants\n'), task()
+    )
+    assert csv[0]["text"] == "two\nlines"
+    assert csv.where(1) == f"{tmp_path}/d.csv: row 2 (line 4)"
+    listed = load_rows(write(tmp_path, "d.json", json.dumps(GOOD)), task())
+    assert listed.where(1) == f"{tmp_path}/d.json: row 2"
+
+
+def test_values_are_not_guessed(tmp_path):
+    """Arrow's own readers turn dates into timestamps, 01 into 1 and NA into null."""
+    rows = [{"text": "2020-01-01", "label": "None"}, {"text": "01", "label": "NA"}]
+    assert list(load_rows(write(tmp_path, "d.jsonl", rows), task())) == rows
+    csv = "text,label\n2020-01-01,None\n01,NA\n"
+    assert list(load_rows(write(tmp_path, "d.csv", csv), task())) == rows
+
+
+def test_numbers_stay_exact(tmp_path):
+    rows = [{"text": "x", "label": value} for value in (1, 2.5, 10**30)]
+    found = load_rows(write(tmp_path, "d.jsonl", rows), task())
+    assert [gold_target(row, task()) for row in found] == ["1", "2.5", str(10**30)]
+    flags = [{"text": "x", "label": value} for value in (True, False)]
+    found = load_rows(write(tmp_path, "b.jsonl", flags), task(choices=["True", "False"]))
+    assert [gold_target(row, task()) for row in found] == ["True", "False"]
+
+
+def test_byte_order_mark_and_unusual_line_ends_inside_text(tmp_path):
+    rows = [{"text": "a\u2028b\u0085c\u00e9", "label": "x"}]
+    line = json.dumps(rows[0], ensure_ascii=False)
+    for name, text in (
+        ("d.jsonl", line),
+        ("d.json", f"[{line}]"),
+        ("d.csv", "text,label\na\u2028b\u0085cé,x"),
+    ):
+        path = write(tmp_path, name, b"\xef\xbb\xbf" + text.encode())
+        assert list(load_rows(path, task())) == rows
+
+
+def test_parquet_with_dates_categories_and_other_columns(tmp_path):
+    table = pa.table(
+        {
+            "text": pa.array(["a", "b"]).dictionary_encode(),
+            "label": [date(2020, 1, 2), date(2020, 1, 3)],
+            "image": [b"\xff", b"\x00"],
+            "nested": [[{"x": 1}], None],
+        }
+    )
+    parquet.write_table(table, tmp_path / "d.parquet")
+    rows = load_rows(str(tmp_path / "d.parquet"), task())
+    assert rows[1] == {"text": "b", "label": "2020-01-03"}
+    assert rows.columns == ["text", "label", "image", "nested"]
+
+
+def test_test_calls_may_be_of_any_shape(tmp_path):
+    calls = [{"args": [0, "x"], "result": [None, {"a": 1.5}]}]
+    more = [{"args": [[1]], "result": "text"}]
+    rows = [{"text": "t", "label": "l", "tests": calls}, {"text": "t", "label": "l", "tests": more}]
+    run = task(metric="execution")
+    assert [row["tests"] for row in load_rows(write(tmp_path, "d.jsonl", rows), run)] == [
+        calls,
+        more,
+    ]
+    csv = 'text,label,tests\nt,l,"[{""args"": [1], ""result"": 2}]"\n'
+    assert load_rows(write(tmp_path, "d.csv", csv), run)[0]["tests"] == [{"args": [1], "result": 2}]
+
+
+# Templates
+
+
+def test_render():
+    row = {"text": "T", "n": 3, "two words": "W"}
+    assert render("{text}\nAnswer:", row) == "T\nAnswer:"
+    assert render("{n}{two words}{{text}}{{{n}}}", row) == "3W{text}{3}"
+    assert render('{"answer": "{text}"}', row) == '{"answer": "T"}'
+    assert render("{text}", {"text": "{n} {{"}) == "{n} {{"
+    with pytest.raises(KeyError):
+        render("{other}", row)
+
+
+@pytest.mark.parametrize(
+    "template", ["{a}", "{a}{b} {a}", "{{a}}", "{{{a}}}", "", "{}", '{"k": "{a}"}']
+)
+def test_fields_agree_with_the_run_file(template):
+    assert fields(template) == list(dict.fromkeys(template_fields(template)))
+
+
+# Mistakes in files
+
+
+def test_missing_file_folder_empty_file_and_format(tmp_path):
+    write(tmp_path, "train.jsonl", GOOD)
+    write(tmp_path, "empty.jsonl", "")
+    write(tmp_path, "blank.jsonl", "\n \n")
+    write(tmp_path, "head.csv", "text,label\n")
+    write(tmp_path, "d.xlsx", "x")
+    found = {
+        name: problem(str(tmp_path / name))
+        for name in (
+            "trian.jsonl",
+            "no/train.jsonl",
+            "empty.jsonl",
+            "blank.jsonl",
+            "head.csv",
+            "d.xlsx",
+        )
+    }
+    assert "no such file (did you mean 'train.jsonl'?)" in found["trian.jsonl"]
+    assert "there is no folder" in found["no/train.jsonl"]
+    assert "is empty" in found["empty.jsonl"]
+    assert "has no rows" in found["blank.jsonl"]
+    assert "has no rows" in found["head.csv"]
+    assert "'.xlsx' is not known; use .jsonl" in found["d.xlsx"]
+    assert "is a folder; name one data file" in problem(str(tmp_path))
+    assert "train.jsonl" in problem(str(tmp_path))
+    assert "hub" in problem("someone/some_dataset")
+
+
+def test_setting_is_named(tmp_path):
+    path = str(tmp_path / "none.jsonl")
+    assert problem(path, train="x", validation=path).startswith("tasks.animals.validation: ")
+
+
+def test_bad_json_names_line_and_column(tmp_path):
+    lines = [
+        json.dumps(GOOD[0]),
+        '{"text": "a", "label" "b"}',
+        '{"text": "cut',
+        "[1]",
+        '"x"',
+        "null",
+        '{"text": NaN}',
+    ]
+    found = problems(write(tmp_path, "d.jsonl", "\n".join(lines)))
+    assert found[0].startswith(
+        "d.jsonl:2: not valid JSON at column 23: Expecting ':' delimiter: near "
+    )
+    assert found[1].startswith("d.jsonl:3: not valid JSON at column 10: Unterminated string")
+    assert found[2].startswith("d.jsonl:4: is a list, [1]; a row is an object")
+    assert found[3].startswith("d.jsonl:5: is text, 'x'")
+    assert found[4].startswith("d.jsonl:6: is null")
+    assert found[5].startswith("d.jsonl:7: not valid JSON: NaN is not JSON")
+    assert len(found) == 6
+
+
+def test_a_pretty_printed_object_is_one_problem(tmp_path):
+    text = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD, indent=2)))
+    assert "JSON Lines file has one whole object per line (a list: name it .json)" in text
+
+
+def test_bad_json_list_names_line(tmp_path):
+    found = problem(write(tmp_path, "d.json", '[\n {"text": "a",\n "label": }\n]'))
+    assert found.startswith("d.json:3: not valid JSON at column 11")
+
+
+def test_bad_utf8_names_line_and_column(tmp_path):
+    bad = b'{"text": "caf\xe9", "label": "x"}\n'
+    found = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD[0]).encode() + b"\n" + bad))
+    assert (
+        found
+        == 'd.jsonl:2: not UTF-8 at column 14: byte 0xe9 after \'{"text": "caf\'; save it as UTF-8'
+    )
+    assert problem(write(tmp_path, "d.csv", b"text,label\ncaf\xe9,x\n")).startswith(
+        "d.csv:2: not UTF-8"
+    )
+    utf16 = problems(write(tmp_path, "u.jsonl", json.dumps(GOOD[0]).encode("utf-16")))
+    assert "UTF-16" in utf16[0]
+
+
+def test_half_a_surrogate_pair(tmp_path):
+    found = problem(write(tmp_path, "d.jsonl", '{"text": "a \\ud83d", "label": "x"}\n'))
+    assert found.startswith('d.jsonl:1: text: holds half a character, "\\ud83d"')
+
+
+def test_missing_column_of_a_whole_file_is_said_once(tmp_path):
+    rows = [{"text": "x", "lable": "y"}] * 30
+    expected = (
+        "no column 'label', which tasks.animals.target uses; columns: text, lable "
+        "(did you mean 'lable'?)"
+    )
+    assert problem(write(tmp_path, "d.jsonl", rows)) == f"d.jsonl: {expected}"
+    assert problem(write(tmp_path, "d.csv", "text,lable\na,b\n")) == f"d.csv: {expected}"
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert problem(str(tmp_path / "d.parquet")) == f"d.parquet: {expected}"
+
+
+def test_missing_column_of_some_rows(tmp_path):
+    found = problems(
+        write(tmp_path, "d.jsonl", [*GOOD, {"text": "x", "Label": "y"}, {"text": "z"}])
+    )
+    assert found[0].startswith("d.jsonl:3: no column 'label'")
+    assert "did you mean 'Label'?" in found[0]
+    assert found[1].startswith("d.jsonl:4: no column 'label'")
+
+
+def test_wrong_delimiter(tmp_path):
+    found = problems(write(tmp_path, "d.csv", "text;label\na;b\n"))
+    assert len(found) == 2
+    assert all("separate the fields with commas (.csv) or tabs (.tsv)" in text for text in found)
+
+
+def test_null_empty_and_nested_values(tmp_path):
+    rows = [
+        {"text": None, "label": "x"},
+        {"text": " \n", "label": "x"},
+        {"text": ["a", "b"], "label": "x"},
+        {"text": "a", "label": ""},
+    ]
+    assert problems(write(tmp_path, "d.jsonl", rows)) == [
+        "d.jsonl:1: text: is null; give it a value or remove the row",
+        "d.jsonl:2: text: is empty, so the input says nothing; fill it or remove the row",
+        "d.jsonl:3: text: is a list, ['a', 'b']; a template takes text or a number",
+        "d.jsonl:4: label: is empty, so the target says nothing; fill it or remove the row",
+    ]
+    assert "d.csv: row 2 (line 3): label: is empty" in problem(
+        write(tmp_path, "d.csv", "text,label\na,b\nc,\n")
+    )
+    table = pa.table({"text": [1.0, float("nan")], "label": ["a", "b"]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert problem(str(tmp_path / "d.parquet")).startswith("d.parquet: row 2: text: is NaN")
+
+
+def test_an_optional_field_may_be_empty(tmp_path):
+    path = write(tmp_path, "d.jsonl", [{"context": "", "text": "q", "label": "a"}])
+    assert len(load_rows(path, task(input="{context}\n{text}"))) == 1
+    path = write(tmp_path, "e.jsonl", [{"context": "", "text": " ", "label": "a"}])
+    assert "context and text: are empty" in problem(path, input="{context}\n{text}")
+
+
+def test_mixed_kinds_name_the_odd_row(tmp_path):
+    rows = [{"text": "x", "label": label} for label in ("a", "b", 3, True)]
+    assert problems(write(tmp_path, "d.jsonl", rows)) == [
+        "d.jsonl:3: label: 3 is a number, other rows have text; put it in quotes",
+        "d.jsonl:4: label: True is a truth value, other rows have text; put it in quotes",
+    ]
+
+
+def test_other_columns_do_not_matter(tmp_path):
+    rows = [{**GOOD[0], "id": 1, "note": None}, {**GOOD[1], "id": "two"}]
+    assert len(load_rows(write(tmp_path, "d.jsonl", rows), task())) == 2
+
+
+def test_choices_are_compared_as_text(tmp_path):
+    rows = [{"text": "x", "label": label} for label in (1, 2, 3)]
+    found = problem(write(tmp_path, "d.jsonl", rows), choices=["1", "2"])
+    assert found == "d.jsonl:3: label: '3' is not one of tasks.animals.choices: '1', '2'"
+    rows = [{"text": "x", "label": label} for label in ("meat", "plants ", "Plants")]
+    found = problems(write(tmp_path, "e.jsonl", rows), choices=["meat", "plants"])
+    assert found[0].startswith("e.jsonl:2: label: 'plants ' is not one of")
+    assert all(text.endswith("(did you mean 'plants'?)") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "tests: is null"),
+        ([], "tests: [] is not a list of test calls"),
+        ("[1", "tests: is not JSON"),
+        ([{"args": [1]}], "tests: [0] is {'args': [1]}; a test call has args and result"),
+        ([{"args": 1, "result": 1}], "tests: [0].args is 1, not a list"),
+    ],
+)
+def test_malformed_test_calls(tmp_path, value, expected):
+    path = write(tmp_path, "d.jsonl", [{**GOOD[0], "tests": value}])
+    assert problem(path, metric="execution").startswith(f"d.jsonl:1: {expected}")
+
+
+def test_csv_mistakes(tmp_path):
+    ragged = problems(write(tmp_path, "r.csv", "text,label\na,b\na, b,c\na\n"))
+    assert ragged[0].startswith("r.csv: row 2 (line 3): has 3 fields where the header has 2")
+    assert ragged[1].startswith("r.csv: row 3 (line 4): has 1 fields")
+    open_quote = problem(write(tmp_path, "q.csv", 'text,label\na,b\n"never,closed\nx,y\n'))
+    assert open_quote.startswith('q.csv:3: not valid csv: a quote (") is opened and never closed')
+    assert "stands twice" in problem(write(tmp_path, "t.csv", "text,label,text\na,b,c\n"))
+    long = write(tmp_path, "l.csv", f"text,label\n{'x' * 200_000},b\n")
+    assert len(load_rows(long, task())[0]["text"]) == 200_000
+
+
+def test_damaged_parquet(tmp_path):
+    assert "is not a whole parquet file" in problem(write(tmp_path, "d.parquet", b"PAR1 no"))
+    parquet.write_table(
+        pa.table({"text": ["abc"] * 5000, "label": list(map(str, range(5000)))}),
+        tmp_path / "e.parquet",
+    )
+    data = bytearray((tmp_path / "e.parquet").read_bytes())
+    data[200:9000] = b"\xff" * 8800
+    assert "write it again" in problem(write(tmp_path, "e.parquet", bytes(data)))
+
+
+def test_ten_problems_and_how_many_more(tmp_path):
+    rows = [{"text": "x", "label": None}] * 25
+    found = problems(write(tmp_path, "d.jsonl", rows))
+    assert len(found) == 11
+    assert found[0].startswith("d.jsonl:1:")
+    assert found[-1] == "d.jsonl: and 15 more"
+    rows = (
+        [{"text": "x", "label": "y"}] * 30 + [{"text": "x", "label": 1}] * 12 + [{"text": "x"}] * 13
+    )
+    found = problems(write(tmp_path, "e.jsonl", rows))
+    assert (len(found), found[0][:10], found[-1]) == (11, "e.jsonl:31", "e.jsonl: and 15 more")
+
+
+# The preflight
+
+
+def run_config(*tasks: dict) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output_dir": "out",
+            "base": {"model": "m"},
+            "tasks": [{"input": "{text}", "target": "{label}", **task} for task in tasks],
+            "prompts": [{"name": "p", "task": tasks[0]["name"]}],
+            "training": {"steps": 1},
+        }
+    )
+
+
+def test_check_rows_reports_every_file(tmp_path):
+    good = write(tmp_path, "good.jsonl", GOOD)
+    bad = write(tmp_path, "bad.jsonl", [{"text": "x", "label": ""}] * 20)
+    worse = write(tmp_path, "worse.jsonl", [*GOOD, {"text": None, "label": "x"}])
+    check_rows(run_config({"name": "a", "train": good, "validation": good}))
+    with pytest.raises(BadInput) as caught:
+        check_rows(
+            run_config(
+                {"name": "a", "train": good, "validation": bad},
+                {"name": "b", "train": worse, "shifted_validation": str(tmp_path / "none.jsonl")},
+            )
+        )
+    found = caught.value.problems
+    assert found[0].startswith("tasks.b.shifted_validation: ")
+    assert f"{bad}: and 15 more" in found
+    assert found[-1].startswith(f"{worse}:3: text: is null")
+
+
+def test_check_rows_is_fast_and_imports_no_torch(tmp_path):
+    path = write(tmp_path, "d.jsonl", [*GOOD * 3000, {"text": "x", "label": None}])
+    parquet.write_table(pa.Table.from_pylist(GOOD), tmp_path / "d.parquet")
+    config = run_config({"name": "a", "train": path, "validation": str(tmp_path / "d.parquet")})
+    code = f"""
+import sys
+from trainer.config import RunConfig
+from trainer.tasks.rows import check_rows, load_rows
+config = RunConfig.model_validate_json({config.model_dump_json()!r})
+try:
+    check_rows(config)
+except ValueError as error:
+    print(error)
+load_rows(config.tasks[0].validation, config.tasks[0])
+print(sorted({{"torch", "transformers", "deepspeed", "mlflow"}} & set(sys.modules)))
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{path}:6001: label: is null; give it a value or remove the row\n[]\n"
+    assert done.stderr == ""
+    assert time.monotonic() - start < 20  # about 2 s on an idle machine

@@ -1,0 +1,200 @@
+"""Rows as tokens: what stands where, what is cut, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from trainer.config import Task
+from trainer.errors import BadInput
+from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.tokens import (
+    Example,
+    check_vocabulary,
+    encode_input,
+    gold,
+    tokenize,
+    tokenize_choices,
+)
+
+WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "Answer", ":", "yes", "no", "maybe"]
+IDS = {word: i for i, word in enumerate(WORDS)}
+BOS, EOS = IDS["<s>"], IDS["</s>"]
+
+
+def make_tokenizer(template: str | None = "<s> $A", eos: str | None = "</s>") -> Any:
+    """Words at white space and punctuation, with special tokens as a template puts them."""
+    inner = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        specials = [("<s>", BOS), ("</s>", EOS)]
+        inner.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=specials
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token=eos,
+        model_max_length=8,
+    )
+
+
+def make_task(**settings: Any) -> Task:
+    values = {"input": "{text}\nAnswer:", "target": " {label}", "train": "x.jsonl", **settings}
+    return Task(name="t", **values)
+
+
+def make_rows(folder: Path, pairs: list[tuple[str, str]], task: Task) -> Rows:
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in pairs))
+    return load_rows(str(path), task)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(IDS[word] for word in text.split())
+
+
+def test_a_row_is_input_target_and_eos(tmp_path):
+    task = make_task()
+    rows = make_rows(tmp_path, [("a b", "yes"), ("c", "no maybe")], task)
+    found = tokenize(rows, task, make_tokenizer(), 100)
+    assert found.examples == [
+        Example(ids("<s> a b Answer : yes </s>"), 5, 0),
+        Example(ids("<s> c Answer : no maybe </s>"), 4, 1),
+    ]
+    assert [(e.num_tokens, e.num_labels) for e in found.examples] == [(7, 2), (7, 3)]
+    assert (found.skipped, found.truncated) == (0, 0)
+
+
+def test_without_eos(tmp_path):
+    task = make_task(append_eos=False)
+    rows = make_rows(tmp_path, [("a", "yes")], task)
+    tokenizer = make_tokenizer(eos=None)
+    assert tokenize(rows, task, tokenizer, 100).examples[0].input_ids == ids("<s> a Answer : yes")
+    with pytest.raises(BadInput, match=r"tasks\.t\.append_eos: true, but the tokenizer has no EOS"):
+        tokenize(rows, make_task(), tokenizer, 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "front"),
+    [("<s> $A </s>", "<s>"), ("$A </s>", ""), (None, ""), ("<s> <s> $A", "<s> <s>")],
+)
+def test_special_tokens_stay_in_front_and_never_part_input_from_target(tmp_path, template, front):
+    task = make_task()
+    rows = make_rows(tmp_path, [("a </s>", "yes")], task)
+    tokenizer = make_tokenizer(template)
+    (example,) = tokenize(rows, task, tokenizer, 100).examples
+    assert example.input_ids == ids(f"{front} a </s> Answer : yes </s>")
+    assert tuple(encode_input(tokenizer, "a b")) == ids(f"{front} a b")
+    cut = tokenize(rows, make_task(too_long="truncate"), tokenizer, 5 + len(front.split()))
+    assert cut.examples[0].input_ids == ids(f"{front} </s> Answer : yes </s>")
+
+
+def test_prefix_is_joined_as_text(tmp_path):
+    task = make_task()
+    rows = make_rows(tmp_path, [("b", "yes")], task)
+    (example,) = tokenize(rows, task, make_tokenizer(), 100, prefix="c d\n").examples
+    assert example == Example(ids("<s> c d b Answer : yes </s>"), 6, 0)
+
+
+def test_too_long_refuse_names_rows(tmp_path):
+    task = make_task()
+    rows = make_rows(tmp_path, [("a", "yes"), *[("a b c d e", "yes")] * 12], task)
+    with pytest.raises(BadInput) as caught:
+        tokenize(rows, task, make_tokenizer(), 8)
+    assert len(caught.value.problems) == 11
+    assert caught.value.problems[0] == (
+        f"{tmp_path}/d.jsonl:2: has 10 tokens, 8 fit (context minus virtual tokens); "
+        f"shorten it, or set tasks.t.too_long to skip or truncate"
+    )
+    assert caught.value.problems[-1].endswith("d.jsonl: and 2 more")
+
+
+def test_too_long_skip_counts_and_keeps_row_numbers(tmp_path):
+    task = make_task(too_long="skip", choices=["yes", "no"])
+    rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no"), ("a b c", "yes")], task)
+    found = tokenize(rows, task, make_tokenizer(), 8)
+    assert ([e.row for e in found.examples], found.skipped, found.truncated) == ([1, 2], 1, 0)
+    scored = tokenize_choices(rows, task, make_tokenizer(), 8)
+    assert [[e.row for e in examples] for examples in scored] == [[1, 1], [2, 2]]
+    assert gold(rows, task) == [0, 1, 0]
+    with pytest.raises(BadInput, match="all 3 rows are longer than 4 tokens"):
+        tokenize(rows, task, make_tokenizer(), 4)
+
+
+def test_truncate_cuts_the_input_from_the_left_and_keeps_bos_and_prefix(tmp_path):
+    task = make_task(too_long="truncate")
+    rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no")], task)
+    found = tokenize(rows, task, make_tokenizer(), 8)
+    assert found.examples[0] == Example(ids("<s> c d e Answer : yes </s>"), 6, 0)
+    assert (found.skipped, found.truncated) == (0, 1)
+    prefixed = tokenize(rows, task, make_tokenizer(), 8, prefix="maybe ")
+    assert prefixed.examples[0] == Example(ids("<s> maybe d e Answer : yes </s>"), 6, 0)
+
+
+def test_a_target_is_never_cut(tmp_path):
+    task = make_task(too_long="truncate")
+    rows = make_rows(tmp_path, [("a", "yes"), ("a", "no " * 9)], task)
+    with pytest.raises(BadInput, match=r"d\.jsonl:2: its target alone has 10 tokens; 8 fit"):
+        tokenize(rows, task, make_tokenizer(), 8)
+
+
+def test_all_choices_of_a_row_follow_the_same_input(tmp_path):
+    task = make_task(too_long="truncate", choices=["yes", "no maybe"])
+    rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no maybe")], task)
+    (long, short) = tokenize_choices(rows, task, make_tokenizer(), 8)
+    assert [e.input_ids for e in long] == [
+        ids("<s> d e Answer : yes </s>"),
+        ids("<s> d e Answer : no maybe </s>"),
+    ]
+    assert [e.input_ids for e in short] == [
+        ids("<s> a Answer : yes </s>"),
+        ids("<s> a Answer : no maybe </s>"),
+    ]
+    assert {e.target_start for e in long} == {5}
+    assert gold(rows, task) == [0, 1]
+
+
+def test_choices_that_look_the_same_to_the_base(tmp_path):
+    task = make_task(choices=["yes", "metabolic", "cardiac"])
+    rows = make_rows(tmp_path, [("a", "yes")], task)
+    with pytest.raises(BadInput, match="'metabolic' and 'cardiac' give the same tokens"):
+        tokenize_choices(rows, task, make_tokenizer(), 100)
+
+
+def test_texts_without_tokens(tmp_path):
+    task = make_task(input="{text}", append_eos=False)
+    rows = make_rows(tmp_path, [("a", "yes")], task)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("yes", "")
+    with pytest.raises(BadInput, match=r"d\.jsonl:1: its target gives no tokens"):
+        tokenize(rows, task, tokenizer, 100)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    with pytest.raises(BadInput, match=r"d\.jsonl:1: its input gives no tokens"):
+        tokenize(rows, task, tokenizer, 100)
+
+
+def test_no_room_for_text(tmp_path):
+    task = make_task()
+    rows = make_rows(tmp_path, [("a", "yes")], task)
+    with pytest.raises(BadInput, match="use fewer virtual tokens"):
+        tokenize(rows, task, make_tokenizer(), -3)
+
+
+def test_check_vocabulary(tmp_path):
+    check_vocabulary([Example((1, 2, 9), 1, 0)], 10)
+    with pytest.raises(BadInput, match=r"id 10 \(row 4\), but the base embeds 10 tokens"):
+        check_vocabulary([Example((1, 2), 1, 0), Example((1, 10), 1, 3)], 10)
+
+
+def test_long_texts_give_no_warning(tmp_path, capfd):
+    task = make_task()
+    rows = make_rows(tmp_path, [("a " * 50, "yes")], task)
+    tokenize(rows, task, make_tokenizer(), 100)
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,311 @@
+"""Data files -> records, with a diagnosis for whatever is wrong. Imports no torch.
+
+``datasets`` and Arrow say *that* a file is broken, seldom where, and they repair silently: a column
+of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is filled up. So the
+files are read here, value by value as they are written, and every problem gets its line or row.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import resolve_path
+from trainer.errors import BadInput
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as the file has it, or what is wrong with it.
+
+    Attributes:
+        row: number of the row, from 1; lines that are broken count.
+        line: number of its line, from 1, where the format has lines.
+        values: column -> value; empty if ``problem`` is given.
+        problem: what is wrong and the remedy, without the place.
+    """
+
+    row: int
+    line: int | None
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+def place(path: str, row: int, line: int | None) -> str:
+    """How a row is named in messages: ``FILE:LINE`` in jsonl, else ``FILE: row N``."""
+    if line is None:
+        return f"{path}: row {row}"
+    return f"{path}:{line}" if path.endswith(".jsonl") else f"{path}: row {row} (line {line})"
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """``repr`` of a value, cut for a message."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint for a misspelt name, or nothing."""
+    lower = {name.lower().strip(): name for name in known}
+    close = difflib.get_close_matches(word.lower().strip(), list(lower), n=1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
+
+def locate(path: str, setting: str) -> Path:
+    """The data file that a setting names.
+
+    Raises:
+        BadInput: it is not there, a folder, unreadable, empty or of no known format.
+    """
+    file = resolve_path(path)
+    problem = _problem_of_file(file)
+    if problem:
+        raise BadInput(f"{setting}: {path}: {problem}")
+    return file
+
+
+def _problem_of_file(file: Path) -> str | None:
+    suffix = file.suffix.lower()
+    if file.is_dir():
+        inside = sorted(f.name for f in file.iterdir() if f.suffix.lower() in FORMATS)
+        files = f"; it holds {', '.join(inside[:5])}" if inside else ""
+        return f"is a folder; name one data file ({', '.join(FORMATS)}){files}"
+    if not file.exists():
+        if not suffix and len(file.parts) <= 2:
+            return "no such file; data sets of the hub are not read yet: save the rows as .jsonl"
+        if not file.parent.is_dir():
+            return f"no such file: there is no folder {str(file.parent)!r}"
+        near = did_you_mean(file.name, [f.name for f in file.parent.iterdir()])
+        return f"no such file{near}; paths start at the working folder, {os.getcwd()}"
+    if suffix not in FORMATS:
+        return f"format {suffix or 'without a suffix'!r} is not known; use {', '.join(FORMATS)}"
+    if not os.access(file, os.R_OK):
+        return "may not be read; change its permissions"
+    return "is empty; it has no rows" if file.stat().st_size == 0 else None
+
+
+def read_records(file: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Every row of a file, in its order. Broken rows come with their problem.
+
+    Args:
+        file: an existing file of one of ``FORMATS``.
+        columns: the columns that are needed; a parquet file is read for no others.
+
+    Raises:
+        BadInput: the file as a whole cannot be read.
+    """
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(file, columns)
+    if suffix in (".csv", ".tsv"):
+        return _csv(file, "\t" if suffix == ".tsv" else ",")
+    return _json_list(file) if suffix == ".json" and _starts_with_list(file) else _jsonl(file)
+
+
+def columns_of(file: Path) -> list[str] | None:
+    """Columns as the file's head gives them; None for JSON, where every row has its own."""
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return list(_open_parquet(file).schema_arrow.names)
+    if suffix in (".csv", ".tsv"):
+        return _header(file, "\t" if suffix == ".tsv" else ",")[0]
+    return None
+
+
+def _jsonl(file: Path) -> Iterator[Record]:
+    row = 0
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            raw = raw.removeprefix(_BOM) if number == 1 else raw
+            if not raw.strip():
+                continue
+            row += 1
+            values, problem = _json_line(raw)
+            if problem and row == 1 and raw.strip() in (b"{", b"["):
+                problem += (
+                    "; a JSON Lines file has one whole object per line (a list: name it .json)"
+                )
+                yield Record(row, number, {}, problem)
+                return  # every other line would only repeat it
+            yield Record(row, number, values, problem)
+
+
+def _json_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
+    try:
+        text = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return {}, _bad_utf8(raw, error)
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        return (
+            {},
+            f"not valid JSON at column {error.colno}: {error.msg}: {_around(text, error.pos)}",
+        )
+    except RecursionError:
+        return {}, "not readable JSON: nested too deeply"
+    except ValueError as error:
+        return {}, f"not valid JSON: {error}"
+    return _as_row(value, suspicious="\\ud" in text.lower())
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON; write null or a number")
+
+
+def _around(text: str, position: int) -> str:
+    """The spot of a JSON error with a few characters on either side."""
+    start, end = max(0, position - 20), min(len(text), position + 20)
+    if position >= len(text):
+        return f"the line ends with {text[start:]!r}"
+    return f"near {text[start:end]!r}"
+
+
+def _as_row(value: Any, suspicious: bool) -> tuple[dict[str, Any], str | None]:
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "text", type(None): "null"}.get(type(value), "a number")
+        return {}, f'is {kind}, {shorten(value)}; a row is an object: {{"column": value, ...}}'
+    if suspicious:  # half of a surrogate pair is legal JSON but no text that can be stored
+        for column, item in value.items():
+            try:
+                json.dumps([column, item], ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError as error:
+                bad = json.dumps(error.object[error.start : error.end])
+                return (
+                    {},
+                    f"{column}: holds half a character, {bad}; write the whole surrogate pair",
+                )
+    return value, None
+
+
+def _bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
+    column = len(raw[: error.start].decode("utf-8", "replace")) + 1
+    hint = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
+    spot = f" after {before!r}" if before else ""
+    return (
+        f"not UTF-8 at column {column}: byte 0x{raw[error.start]:02x}{spot}; {hint}save it as UTF-8"
+    )
+
+
+def _starts_with_list(file: Path) -> bool:
+    with file.open("rb") as stream:
+        for raw in stream:
+            if raw.removeprefix(_BOM).strip():
+                return raw.removeprefix(_BOM).lstrip().startswith(b"[")
+    return False
+
+
+def _text_of(file: Path) -> str:
+    """The whole file as text; a bad byte is reported with its line."""
+    problems = []
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                problems.append(f"{file}:{number}: {_bad_utf8(raw, error)}")
+    if problems:
+        raise BadInput(problems)
+    return file.read_bytes().removeprefix(_BOM).decode("utf-8")
+
+
+def _json_list(file: Path) -> Iterator[Record]:
+    text = _text_of(file)
+    try:
+        values = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        spot = f"{file}:{error.lineno}: not valid JSON at column {error.colno}"
+        raise BadInput(f"{spot}: {error.msg}: {_around(text, error.pos)}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: not valid JSON: {error}") from None
+    suspicious = "\\ud" in text.lower()
+    for row, value in enumerate(values, start=1):
+        content, problem = _as_row(value, suspicious)
+        yield Record(row, None, content, problem)
+
+
+def _header(file: Path, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Column names of a csv file, and an iterator of (line, fields) over the rows behind them."""
+    csv.field_size_limit(sys.maxsize)  # the default refuses a text of 128 kB
+    rows = _fields(file, csv.reader(_lines(_text_of(file)), delimiter=delimiter, strict=True))
+    _, names = next(rows, (0, []))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{file}:1: column {twice[0]!r} stands twice in the header; rename one")
+    if not any(names):
+        raise BadInput(f"{file}:1: no header; the first line names the columns")
+    return names, rows
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines at newlines only: ``str.splitlines`` would also cut at characters inside a field."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """(first line, fields) of every csv row that is not blank."""
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        what = (
+            'a quote (") is opened and never closed' if "end of data" in str(error) else str(error)
+        )
+        raise BadInput(f'{file}:{line}: not valid csv: {what}; write "" for a quote') from None
+
+
+def _csv(file: Path, delimiter: str) -> Iterator[Record]:
+    names, rows = _header(file, delimiter)
+    for row, (line, fields) in enumerate(rows, start=1):
+        problem = None
+        if len(fields) != len(names):
+            problem = (
+                f"has {len(fields)} fields where the header has {len(names)} "
+                f"({', '.join(names)}): {shorten(fields)}; put text with commas in quotes"
+            )
+        yield Record(row, line, {} if problem else dict(zip(names, fields, strict=True)), problem)
+
+
+def _open_parquet(file: Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{file}: is not a whole parquet file: {reason}; write it again") from None
+
+
+def _parquet(file: Path, columns: Sequence[str]) -> Iterator[Record]:
+    table = _open_parquet(file)
+    wanted = [name for name in table.schema_arrow.names if name in columns]
+    row = 0
+    try:
+        for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            for values in batch.to_pylist() if wanted else [{}] * batch.num_rows:
+                row += 1
+                yield Record(row, None, values)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"{file}: cannot be read behind row {row}: {reason}; write it again"
+        ) from None

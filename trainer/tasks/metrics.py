@@ -1,0 +1,136 @@
+"""Metrics of tasks as pure functions. Higher is better, and 1 is perfect.
+
+``execution`` runs generated Python, never in this process: see ``sandbox`` for what holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_SANDBOX = Path(__file__).with_name("sandbox.py")
+_MOST_PROCESSES = 4
+
+
+def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
+    """Share of rows whose predicted choice is the gold one."""
+    return _mean([float(p == g) for p, g in zip(predicted, gold, strict=True)])
+
+
+def exact_match(texts: Sequence[str], targets: Sequence[str]) -> float:
+    """Share of generated texts that equal their target, white space around them aside."""
+    return _mean([float(a.strip() == b.strip()) for a, b in zip(texts, targets, strict=True)])
+
+
+def execution(
+    texts: Sequence[str],
+    tests: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    function: str = "f",
+    cpu_seconds: float = 0.5,
+    wall_seconds: float = 5.0,
+    memory_mb: int = 256,
+    processes: int | None = None,
+    seccomp: bool = True,
+) -> list[float]:
+    """Run generated Python functions on test calls, in a subprocess with limits.
+
+    A result counts if it equals the expected one as JSON: a tuple is a list, ``True`` is not 1,
+    floats may differ in the last digits. Code that fails, hangs, prints, forks, writes or takes
+    too much memory scores 0 and disturbs no other.
+
+    Args:
+        texts: Python source, each defining ``function``; white space around it is dropped.
+        tests: for each text its calls, ``{"args": [...], "result": ...}``; at least one.
+        cpu_seconds: limit of one text, over all its calls.
+        wall_seconds: the same by the clock, for code that waits.
+        memory_mb: limit of one text, the interpreter included.
+        processes: texts that run at the same time; default: the cores, at most 4.
+        seccomp: use the kernel's system call filter where there is one.
+
+    Returns:
+        1.0 for each text that passes all its tests, else 0.0.
+
+    Raises:
+        RuntimeError: the sandbox does not start or fails a right function: no score would count.
+    """
+    request = {
+        "function": function,
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": wall_seconds,
+        "memory_bytes": memory_mb << 20,
+        "processes": processes or min(_MOST_PROCESSES, os.cpu_count() or 1),
+        "seccomp": seccomp,
+    }
+    jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
+    scores: dict[int, float] = {}
+    while pending := [job for job in jobs if job["index"] not in scores]:
+        found = _run_sandbox({**request, "jobs": pending}, wall_seconds)
+        # A snippet that brought down the whole sandbox: it fails, the others get a fresh one.
+        scores |= found or {pending[0]["index"]: 0.0}
+    return [scores[i] for i in range(len(jobs))]
+
+
+def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not calls:
+        raise ValueError(f"text {index} has no tests")
+    return {
+        "index": index,
+        "code": textwrap.dedent(text).strip(),
+        "args": [call["args"] for call in calls],
+        "results": [call["result"] for call in calls],
+    }
+
+
+def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> dict[int, float]:
+    """Start the sandbox once; the scores it gave before it ended."""
+    python = sys.executable
+    # LD_LIBRARY_PATH: some interpreters find their own library by it. Nothing else goes in.
+    keep = {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "SYSTEMROOT")}
+    with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
+        process = subprocess.Popen(
+            [python, "-I", "-S", "-B", "-X", "utf8", str(_SANDBOX)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            cwd=folder,
+            env=keep,
+            start_new_session=True,
+        )
+        longest = 30 + wall_seconds * len(request["jobs"])
+        alarm = threading.Timer(longest, _kill_group, [process.pid])
+        alarm.start()
+        try:
+            output, errors = process.communicate(json.dumps(request))
+        finally:
+            alarm.cancel()
+            _kill_group(process.pid)
+            process.wait()
+    ready, *lines = output.splitlines() or [""]
+    if not ready.startswith("ready"):
+        raise RuntimeError(f"the sandbox of metric execution does not start: {errors.strip()}")
+    return {int(line.split()[0]): float(line.split()[1]) for line in lines}
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _mean(scores: Sequence[float]) -> float:
+    if not scores:
+        raise ValueError("a metric of no rows")
+    return sum(scores) / len(scores)
