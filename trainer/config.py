@@ -129,6 +129,16 @@ class Task(Section):
         default_factory=list, description="hard prompts to compare with, put in front of the input"
     )
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _as_text(cls, choices: Any) -> Any:
+        """Rows are compared as text, so ``[0, 1]`` is as good as ``["0", "1"]``."""
+        if not isinstance(choices, list):
+            return choices
+        if any(isinstance(choice, bool) for choice in choices):
+            raise ValueError('YAML reads a bare yes, no, on or off as true or false; write "yes"')
+        return [str(c) if isinstance(c, int | float) else c for c in choices]
+
     @model_validator(mode="after")
     def _check(self) -> Task:
         problems = []
@@ -287,7 +297,7 @@ class RunConfig(Section):
 
 def template_fields(template: str) -> list[str]:
     """Names of the ``{column}`` fields of a template, in order; ``{{`` and ``}}`` are braces."""
-    return re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", template.replace("{{", "").replace("}}", ""))
+    return [name for name in re.findall(r"\{\{|\}\}|\{([^{}]+)\}", template) if name]
 
 
 def resolve_path(path: str) -> Path:

@@ -24,8 +24,9 @@ from torch import nn
 
 from trainer import checkpoint
 from trainer.base.files import BaseFiles, open_base
-from trainer.base.loading import LoadStats, build_skeleton, load_base
+from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
+from trainer.base.skeleton import build_skeleton
 from trainer.config import PROJECT_ROOT, Base, RunConfig, dump
 from trainer.console import Console
 from trainer.engine import Engine, base_bytes, compute_dtype, resolve_policy
@@ -307,12 +308,12 @@ def _measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "train_seconds": progress.train_seconds,
         },
         "memory": {
-            "base_bytes_per_rank": list(base),
+            "base_bytes_per_rank": max(base),
             "peak_rss_bytes": max(rss),
             "peak_gpu_bytes": max(gpu) if on_gpu else None,
         },
         "communication": {"gathered_bytes_per_step": max(gathered) / steps},
-        "load": {"seconds": max(seconds), "bytes_read_per_rank": list(read)},
+        "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},
         "versions": versions(),
         "world_size": engine.world_size,
     }

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from trainer.base.files import open_base
 from trainer.base.linear import FrozenLinear
-from trainer.base.loading import build_skeleton, load_base
+from trainer.base.loading import load_base
 from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.base.skeleton import build_skeleton
 from trainer.config import RunConfig
 from trainer.engine import Engine, base_bytes, base_digest, full_parameter, resolve_policy
 from trainer.objective import step_gradients

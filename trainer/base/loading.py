@@ -1,7 +1,7 @@
 """From a checkpoint straight into shards.
 
-The model is built on ``meta``; then, module by module, its tensors are read, quantised, handed to
-``shard`` and forgotten. No rank ever holds more than its shard and one layer.
+Module by module, the tensors of a skeleton are read, quantised, handed to ``shard`` and forgotten. No
+rank ever holds more than its shard and one layer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from trainer.base.attention import PACKED
 from trainer.base.files import BaseFiles, SafetensorsReader
 from trainer.base.linear import FrozenEmbedding, FrozenLinear
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
-from trainer.config import Base
-from trainer.errors import BadInput
 
 Shard = Callable[[nn.Module], None]
 Progress = Callable[[int], None]
@@ -32,37 +29,6 @@ class LoadStats:
 
     seconds: float
     bytes_read: int
-
-
-def build_skeleton(
-    files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """The model with frozen layers, on ``meta``, its non-persistent buffers on ``device``.
-
-    Args:
-        dtype: type of activations; also of weights that are not quantised, where the checkpoint's
-            own type is not narrower.
-
-    Raises:
-        BadInput: with every tensor that is missing or of another shape; no weight is read.
-    """
-    files.config._attn_implementation = PACKED
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(files.config, dtype=dtype)
-    head = model.get_output_embeddings()
-    quantized = settings.quantization == "int8"
-    _replace_layers(model, keep_float={id(head)}, quantized=quantized, dtype=dtype)
-    _tie(model)
-    _rebuild_buffers(model, device)
-    with SafetensorsReader(files) as reader:
-        problems = [
-            problem
-            for name, parameter in model.named_parameters()
-            if (problem := reader.problem(name, parameter.shape))
-        ]
-    if problems:
-        raise BadInput(problems[:10])
-    return model
 
 
 def load_base(
@@ -103,51 +69,6 @@ def load_base(
     if checkpointing:
         _enable_checkpointing(model)
     return PromptedBase(model, dtype), stats
-
-
-def _replace_layers(
-    model: PreTrainedModel, keep_float: set[int], quantized: bool, dtype: torch.dtype
-) -> None:
-    """Put frozen layers where the model has trainable ones. The head stays in its float type."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                layer: nn.Module = FrozenLinear(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    quantized=quantized and id(child) not in keep_float,
-                )
-            elif child is model.get_input_embeddings():
-                layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype)
-            else:
-                continue
-            setattr(parent, name, layer)
-
-
-def _tie(model: PreTrainedModel) -> None:
-    if model.config.tie_word_embeddings:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        assert isinstance(head, FrozenLinear)
-        assert isinstance(embedding, FrozenEmbedding)
-        head.weight = embedding.weight
-
-
-def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute what no checkpoint holds: rotary frequencies. Scales come with their weights."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            own = [b for n, b in child.named_buffers(recurse=False) if n != "absmax"]
-            if not any(buffer.is_meta for buffer in own):
-                continue
-            try:
-                rebuilt = type(child)(model.config).to(device)
-            except TypeError:
-                raise BadInput(
-                    f"base.model: cannot rebuild the buffers of {type(child).__name__}; "
-                    "this model needs support of its own"
-                ) from None
-            setattr(parent, name, rebuilt)
 
 
 def _fill(

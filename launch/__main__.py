@@ -1,0 +1,213 @@
+"""The command line, ``promptshard``: run file -> processes. No torch, so it answers at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from launch import __version__, local, messages, preflight, processes
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+
+EXIT_CODES = """\
+**Exit codes:** 0 done; 2 bad input, nothing was started or changed; 75 stopped, run the same
+command again to go on; 1 anything else.
+"""
+
+app = typer.Typer(
+    help="Train soft prompts for frozen language models that are too big for one GPU.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[
+    str, typer.Argument(metavar="RUN.yaml", help="The run file; examples/ has some to copy.")
+]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace those of the file: training.steps=100, prompts.triage.seed=1.",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"promptshard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=EXIT_CODES)
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    hostfile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` a line.",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
+    ] = False,
+) -> None:
+    """Train the prompts of a run file over one sharded base.
+
+    The run file and every row are checked first. Then the DeepSpeed launcher starts one process
+    per GPU; it can also be called by hand: `deepspeed --module trainer RUN.yaml`. Ctrl-C ends all
+    processes. Logs of every process stand in `output_dir/logs`.
+
+    **Examples:**
+
+    - `promptshard train examples/quickstart.yaml`
+    - `promptshard train run.yaml training.steps=50 output_dir=runs/short --processes 1`
+    - `promptshard train run.yaml --hostfile hosts`
+    """
+    overrides = overrides or []
+    config = preflight.check_run(run_file, overrides)
+    arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
+    _launch("trainer", arguments, config.output_dir, processes, hostfile)
+
+
+@app.command(epilog=EXIT_CODES)
+def validate(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Check a run file and every row it names, and start nothing.
+
+    All mistakes are reported at once, each with its line, the setting, its value and the remedy.
+
+    **Example:** `promptshard validate run.yaml training.steps=50`
+    """
+    config = preflight.check_run(run_file, overrides or [])
+    typer.echo(
+        f"{run_file}: good: {_count(len(config.prompts), 'prompt')}, "
+        f"{_count(len(config.tasks), 'task')}, {_count(config.training.steps, 'step')} "
+        f"on {config.base.model}, into {config.output_dir}"
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def generate(
+    run_dir: RunDir,
+    prompt: Annotated[str, typer.Option(metavar="NAME", help="Which prompt of the run.")],
+    text: Annotated[
+        str, typer.Option("--input", metavar="TEXT", help="What the base reads after the prompt.")
+    ],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Length limit. [default: the task's]")
+    ] = None,
+    processes: Processes = None,
+) -> None:
+    """Let the base continue a text under a trained prompt.
+
+    **Example:** `promptshard generate runs/quickstart --prompt triage --input "Chest pain."`
+    """
+    preflight.check_result(run_dir, prompt)
+    # NAME=VALUE in one word: a text may start with a dash
+    arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
+    if max_new_tokens is not None:
+        arguments.append(f"--max-new-tokens={max_new_tokens}")
+    _launch("trainer.generate", arguments, run_dir, processes, None)
+
+
+@app.command(epilog=EXIT_CODES)
+def sync(run_dir: RunDir) -> None:
+    """Send to MLflow what could not be sent while the run went on.
+
+    Metrics are always in `RUN_DIR/metrics.jsonl` first. Sending again sends nothing twice.
+
+    **Example:** `promptshard sync runs/quickstart`
+    """
+    preflight.check_result(run_dir)
+    command = [sys.executable, "-m", "trainer.tracking", "sync", run_dir]
+    _end(subprocess.run(command, check=False).returncode)
+
+
+def _launch(
+    module: str,
+    arguments: Sequence[str],
+    output_dir: str,
+    count: int | None,
+    hostfile: str | None,
+) -> None:
+    port = local.free_port()
+    hosts = local.read_hostfile(hostfile) if hostfile else []
+    if hostfile and not local.is_local(hosts):
+        local.check_remote(arguments)
+        command = local.hostfile_arguments(module, arguments, hostfile, count, port)
+        log = preflight.open_log(output_dir, "launcher.log")
+        _announce(
+            command, f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts", log
+        )
+        _end_with(processes.run_remote(command, os.environ, log))
+    slots = hosts[0].slots if hosts else None
+    gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    devices = local.choose_devices(slots if count is None else count, gpus)
+    command = local.local_arguments(module, arguments, devices, port)
+    environment = local.environment(os.environ, devices, len(os.sched_getaffinity(0)))
+    log = preflight.open_log(output_dir, "launcher.log")
+    where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
+    _announce(command, f"{_count(len(devices.ids), 'process')} on {where}", log)
+    _end_with(processes.run_local(command, environment, log, module, len(devices.ids)))
+
+
+def _announce(command: Sequence[str], what: str, log: os.PathLike[str]) -> None:
+    messages.note(f"starting {what}; logs: {os.path.dirname(log)}")
+    messages.note(local.by_hand(command))
+
+
+def _end_with(ending: processes.Ending) -> None:
+    if ending.message:
+        messages.failure(ending.message)
+    _end(ending.code)
+
+
+def _end(code: int) -> None:
+    raise typer.Exit(code)
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def main() -> None:
+    """The entry point: run a command and end with its exit code."""
+    try:
+        app(prog_name="promptshard")
+    except BadInput as error:
+        messages.problems(error.problems)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(EXIT_DONE)
+
+
+if __name__ == "__main__":
+    main()

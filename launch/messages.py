@@ -1,0 +1,32 @@
+"""What the command line says to a person, on stderr: coloured on a terminal, plain elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+
+def problems(lines: Sequence[str]) -> None:
+    """All problems of an input in one message. ``FILE:LINE:`` stands first, so editors can jump."""
+    if len(lines) == 1:
+        _print("error: ", "bold red", lines[0])
+        return
+    _print("error: ", "bold red", f"{len(lines)} problems")
+    for line in lines:
+        _print("  ", "", line)
+
+
+def failure(text: str) -> None:
+    _print("error: ", "bold red", text)
+
+
+def note(text: str) -> None:
+    _print("", "", text, style="dim")
+
+
+def _print(head: str, head_style: str, text: str, style: str = "") -> None:
+    # soft_wrap: a problem stays one line, for whoever greps; Text: what people wrote is no markup
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text(head, style=head_style) + Text(text, style=style))

@@ -1,0 +1,232 @@
+"""Run the DeepSpeed launcher: its chatter to a log, signals to the ranks, nobody left behind.
+
+Three facts about the launcher (0.19.8) shape this file. Its runner has no signal handlers, so a
+signal ends it and orphans the ranks. Its per-node part turns a signal into exit code 1 and hides
+the ranks' own codes, so signals go to the ranks and not to it. And the runner answers 0 when the
+per-node part was killed, so success is read from the log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import psutil
+
+from launch import guard
+from launch.local import STDOUT_FD_VARIABLE
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE
+
+GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
+PER_NODE_MODULE = "deepspeed.launcher.launch"  # what the runner starts, and what starts the ranks
+REMOTE_GRACE_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
+POLL_SECONDS = 0.1
+REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
+CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Our exit code, and what to tell the person if rank 0 has not told it."""
+
+    code: int
+    message: str = ""
+
+
+class _Stop:
+    """Stop signals that this process received."""
+
+    def __init__(self) -> None:
+        self.signals: list[signal.Signals] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(signal.Signals(number))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Collect stop signals, but leave those that our parent ignores (nohup) ignored."""
+        before: dict[signal.Signals, Any] = {}
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, self)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_local(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, module: str, ranks: int
+) -> Ending:
+    """Run the launcher on this machine and hand on how its ranks ended.
+
+    Rank 0 finds our stdout at its descriptor 0 (trainer/terminal.py); stderr is shared, for what
+    goes wrong before a rank has opened its log.
+    """
+    stop = _Stop()
+    with log.open("wb") as chatter, stop.listening():
+        process = subprocess.Popen(
+            command,
+            env={**environment, STDOUT_FD_VARIABLE: "0"},
+            stdin=REAL_STDOUT,
+            stdout=chatter,
+            start_new_session=True,  # a group of its own: the terminal's Ctrl-C reaches only us
+        )
+        with _guarded(process.pid):
+            _wait(process, stop, lambda number: _signal_ranks(process.pid, module, number))
+            _end_ranks(process.pid, module)
+    finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
+    return _ending(process.returncode, stop.signals, log, lost=finished < ranks)
+
+
+def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
+    """Run the launcher over several hosts; its chatter is told from rank 0's lines by its form."""
+    stop = _Stop()
+    with log.open("w") as chatter, stop.listening():
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        sorter = threading.Thread(target=_sort_lines, args=(process.stdout, chatter, sys.stdout))
+        sorter.start()
+        with _guarded(process.pid):
+            # the runner's own handler ends the ranks of all hosts
+            _wait(process, stop, lambda _: _signal_runner(process), REMOTE_GRACE_SECONDS)
+            if stop.signals:
+                _signal_group(process.pid, signal.SIGKILL)
+        sorter.join(timeout=GRACE_SECONDS)
+    return _ending(process.returncode, stop.signals, log, lost=False)
+
+
+def _wait(
+    process: subprocess.Popen[Any],
+    stop: _Stop,
+    forward: Callable[[signal.Signals], None],
+    grace_seconds: float = GRACE_SECONDS,
+) -> None:
+    """Wait for the launcher. A stop signal is forwarded; a second one, or time, ends the group."""
+    deadline = None
+    while process.poll() is None:
+        if stop.signals and deadline is None:
+            deadline = time.monotonic() + grace_seconds
+            forward(stop.signals[0])
+        if deadline is not None and (len(stop.signals) > 1 or time.monotonic() > deadline):
+            _signal_group(process.pid, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def _signal_ranks(group: int, module: str, number: signal.Signals) -> None:
+    """Send SIGINT or SIGTERM to the ranks; with no rank yet there is nothing to save: end all."""
+    ranks = _running(group, module)
+    if not ranks:
+        _signal_group(group, signal.SIGKILL)
+    for rank in ranks:
+        _try_signal(rank, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def _end_ranks(group: int, module: str) -> None:
+    """End ranks that outlived the launcher, but nothing that they left running on purpose."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in _running(group, module):
+        _try_signal(process, signal.SIGTERM)
+    while left := _running(group, module) + _running(group, PER_NODE_MODULE):
+        if time.monotonic() > deadline:
+            for process in left:
+                _try_signal(process, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def _running(group: int, module: str) -> list[psutil.Process]:
+    """Processes of the group that run ``python -u -m module``, without their own worker copies."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) != group or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.cmdline()[1:4] == ["-u", "-m", module]:  # as the launcher starts them
+                found[process.pid] = (process, process.ppid())
+        except (psutil.Error, OSError):
+            continue
+    return [process for process, parent in found.values() if parent not in found]
+
+
+def _signal_runner(process: subprocess.Popen[Any]) -> None:
+    process.send_signal(signal.SIGTERM)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _try_signal(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+@contextmanager
+def _guarded(group: int) -> Iterator[None]:
+    """Have ``launch/guard.py`` end the group if this process dies in here."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-S", "-E", guard.__file__, str(group)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        watcher.communicate(guard.DONE)
+
+
+def _sort_lines(source: IO[str], chatter: IO[str], terminal: IO[str]) -> None:
+    for line in source:
+        stream = chatter if CHATTER.match(line) else terminal
+        stream.write(line)
+        stream.flush()
+
+
+def _ending(returncode: int, stopped: Sequence[signal.Signals], log: Path, *, lost: bool) -> Ending:
+    """The exit code that the ranks meant, and a message where they cannot have given one."""
+    if returncode == EXIT_DONE and not lost:
+        return Ending(EXIT_DONE)
+    if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
+        return Ending(returncode)  # rank 0 has said why
+    if stopped:
+        return Ending(EXIT_FAILURE, f"stopped by {stopped[0].name}; all processes have ended")
+    if returncode == EXIT_DONE:
+        how = "the launcher was killed and the ranks did not finish"
+    else:
+        how = _describe(returncode)
+    return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
+
+
+def _describe(returncode: int) -> str:
+    """``sys.exit(-9)`` of the launcher, its way to say "killed by signal 9", arrives as 247."""
+    number = -returncode if returncode < 0 else 256 - returncode if returncode > 192 else 0
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"a process ended with exit code {returncode}"
+    hint = " (out of memory?)" if number == signal.SIGKILL else ""
+    return f"a process was killed by {name}{hint}"

@@ -1,0 +1,206 @@
+"""Whole runs from the command line on the tiny base: the way from a run file to a PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+
+
+def promptshard(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+
+def write_run_file(folder: Path) -> Path:
+    """The quickstart's first task, with one prompt of each method and few steps."""
+    run = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    run["output_dir"] = str(folder / "run")
+    run["tasks"] = run["tasks"][:1]
+    task = run["tasks"][0]
+    for split, rows in (("train", 200), ("validation", 40)):
+        lines = (ROOT / task[split]).read_text().splitlines()[:rows]
+        task[split] = str(folder / f"{split}.jsonl")
+        Path(task[split]).write_text("\n".join(lines) + "\n")
+    task.pop("shifted_validation", None)
+    run["prompts"] = [
+        {"name": "soft", "task": task["name"], "num_virtual_tokens": 5, "init": "random"},
+        {"name": "mlp", "task": task["name"], "method": "p_tuning", "num_virtual_tokens": 8},
+    ]
+    run["training"] = {"steps": STEPS, "tokens_per_step": 512, "micro_batch_tokens": 300}
+    run["evaluation"] = {"every": STEPS // 2}
+    run["checkpoint"] = {"every": STEPS // 2}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run_file(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_file: Path) -> Path:
+    done = promptshard("train", str(run_file), "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_file.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_file: Path) -> Path:
+    output = run_file.parent / "one"
+    done = promptshard("train", str(run_file), f"output_dir={output}", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+def summary(output: Path) -> Any:
+    return json.loads((output / "summary.json").read_text())
+
+
+def lines(output: Path) -> list[Any]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_rank_and_two_agree(two_ranks: Path, one_rank: Path) -> None:
+    two, one = summary(two_ranks), summary(one_rank)
+    assert (two["world_size"], one["world_size"]) == (2, 1)
+    for name in ("soft", "mlp"):
+        loss = two["prompts"][name]["validation_loss"]
+        assert loss == pytest.approx(one["prompts"][name]["validation_loss"], abs=1e-3)
+
+
+def test_loss_falls(two_ranks: Path) -> None:
+    losses = [
+        line["metrics"]["train_loss"]
+        for line in lines(two_ranks)
+        if line["prompt"] == "soft" and "train_loss" in line["metrics"]
+    ]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+
+
+def test_output_folder(two_ranks: Path) -> None:
+    for name in ("run.yaml", "metrics.jsonl", "report.html", "environment.json", "mlflow.db"):
+        assert (two_ranks / name).stat().st_size > 0, name
+    assert sorted(p.name for p in (two_ranks / "checkpoints").iterdir()) == [
+        f"step-{STEPS // 2:08d}",
+        f"step-{STEPS:08d}",
+    ]
+    found = summary(two_ranks)
+    assert found["communication"]["gathered_bytes_per_step"] > 0
+    assert found["throughput"]["useful_tokens_per_second"] > 0
+    whole = summary_of_one_base(two_ranks)
+    assert found["memory"]["base_bytes_per_rank"] < 0.6 * whole
+
+
+def summary_of_one_base(output: Path) -> int:
+    """Bytes of the tiny base's file: a bound of what one rank would hold alone."""
+    model = yaml.safe_load((output / "run.yaml").read_text())["base"]["model"]
+    return (ROOT / model / "model.safetensors").stat().st_size
+
+
+def test_resumed_equals_uninterrupted(run_file: Path, two_ranks: Path) -> None:
+    output = run_file.parent / "resumed"
+    shutil.copytree(two_ranks, output, ignore=shutil.ignore_patterns("logs", "mlflow.db"))
+    shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")
+    for name in ("summary.json", "tracking.json"):
+        (output / name).unlink(missing_ok=True)
+    done = promptshard("train", str(run_file), f"output_dir={output}", "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on from step {STEPS // 2} of {STEPS}" in done.stdout
+    final = f"checkpoints/step-{STEPS:08d}/state.safetensors"
+    before, after = load_file(two_ranks / final), load_file(output / final)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    steps = [(line["step"], line["prompt"], *line["metrics"]) for line in lines(output)]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+
+
+def test_other_settings_are_not_mixed_into_a_run(run_file: Path, two_ranks: Path) -> None:
+    done = promptshard("train", str(run_file), "prompts.soft.learning_rate=0.5")
+    assert done.returncode == 2
+    assert "prompts.soft.learning_rate: is 0.5, but" in done.stderr
+
+
+def test_finished_run_is_not_repeated(run_file: Path, two_ranks: Path) -> None:
+    before = (two_ranks / "summary.json").stat().st_mtime_ns
+    done = promptshard("train", str(run_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished" in done.stdout
+    assert (two_ranks / "summary.json").stat().st_mtime_ns == before
+
+
+def test_adapter_loads_in_peft(two_ranks: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
+    plain = AutoModelForCausalLM.from_pretrained(ROOT / model, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    for name in ("soft", "mlp"):
+        folder = two_ranks / "prompts" / name
+        virtual_PH = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+        embedded = torch.cat([virtual_PH, plain.get_input_embeddings()(ids[0])])[None]
+        with torch.no_grad():
+            expected = plain(inputs_embeds=embedded).logits
+            peft = PeftModel.from_pretrained(plain, folder)
+            assert torch.allclose(peft(input_ids=ids).logits, expected, atol=1e-5)
+        plain = peft.unload() if hasattr(peft, "unload") else peft.get_base_model()
+
+
+def test_generate(two_ranks: Path) -> None:
+    arguments = ["generate", str(two_ranks), "--prompt", "soft", "--max-new-tokens", "8"]
+    done = promptshard(*arguments, "--input", "The patient has chest pain.")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = promptshard(*arguments, "--input", "The patient has chest pain.", "--processes", "1")
+    assert one.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+
+def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
+    output = run_file.parent / "diverged"
+    done = promptshard(
+        "train",
+        str(run_file),
+        f"output_dir={output}",
+        "prompts.soft.learning_rate=1e38",
+        "prompts.soft.warmup_ratio=0",
+        "training.max_skipped_updates=2",
+        "--processes",
+        "2",
+    )
+    assert done.returncode == 1
+    assert "2 updates in a row were not finite" in done.stderr
+    assert "lower its learning_rate" in done.stderr
+    assert summary(output)["status"] == "failed"
+
+
+@pytest.fixture
+def no_orphans() -> Callable[[Path], None]:
+    def check(output: Path) -> None:
+        listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+        assert str(output) not in listing.stdout
+
+    return check

@@ -1,0 +1,349 @@
+"""Tracking against real MLflow stores, and against servers that fail in every way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.unit.run_folder import (
+    PROMPTS,
+    STEPS,
+    finished_run,
+    log_steps,
+    write_inputs,
+    write_results,
+)
+from trainer.tracking import MetricsLog, Sender
+from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "hunter2-secret"
+
+
+@pytest.fixture(autouse=True)
+def _no_mlflow_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("MLFLOW_"):
+            monkeypatch.delenv(name)
+
+
+class Server:
+    """A real ``mlflow server`` on loopback that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        wait_until(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            child.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["hangs", "answers 500", "is not there"])
+def broken(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a server that takes connections and no more, or fails, or does not exist."""
+    if request.param == "is not there":
+        yield f"http://127.0.0.1:{free_port()}"
+        return
+    listener = socket.create_server(("127.0.0.1", 0))
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            held.append(connection)
+            if request.param == "answers 500":
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 500 no\r\nContent-Length: 2\r\n\r\nno")
+                connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+    for connection in held:
+        connection.close()
+
+
+def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "support")
+    assert "MLflow has all of run" in sync(folder).stdout
+    parent, prompts = runs(f"sqlite:///{folder}/mlflow.db")
+    assert parent.info.status == "FINISHED"
+    assert {run.info.status for run in prompts.values()} == {"FINISHED"}
+    assert parent.info.run_name == "support"
+    assert set(prompts) == set(PROMPTS)
+    assert parent.data.params["base.quantization"] == "int8"
+    assert prompts["triage-mlp"].data.params["num_virtual_tokens"] == "10"
+    assert "**triage** (trained)" in parent.data.tags["mlflow.note.content"]
+    assert prompts["triage"].data.metrics["best/validation_accuracy"] == 0.94
+    assert len(parent.inputs.dataset_inputs) == 6
+    names = {item.dataset.name for item in prompts["animals"].inputs.dataset_inputs}
+    assert names == {"animals train", "animals validation", "animals shifted validation"}
+    assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
+    client = client_of(f"sqlite:///{folder}/mlflow.db")
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"run.yaml", "environment.json", "datasets.json", "summary.json"}
+    adapter = {f.path for f in client.list_artifacts(prompts["triage"].info.run_id, "adapter")}
+    assert adapter == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+    assert "(0 new points)" in sync(folder).stdout
+    (folder / "tracking.json").write_text(  # lost progress: the store itself is asked
+        (folder / "tracking.json").read_text().replace('"offsets": {', '"offsets_": {')
+    )
+    assert "(0 new points)" in sync(folder).stdout
+    assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
+
+
+def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
+    answer = sync(tmp_path, expect=2)
+    assert "no run.yaml" in answer.stderr
+
+
+def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Server) -> None:
+    folder = write_inputs(tmp_path / "http", experiment="http")
+    uri = server.uri.replace("http://", f"http://me:{SECRET}@")
+    log = MetricsLog(folder)
+    sender = Sender(folder, uri, every=0.2)
+    sender.start()
+    log_steps(log, 0, 40)
+    wait_until(lambda: sent(folder) > 0, 60)
+    server.kill()
+    started = time.monotonic()
+    log_steps(log, 41, 80)
+    assert time.monotonic() - started < 1.0  # 160 lines
+    time.sleep(1.0)
+    server.start()
+    log_steps(log, 81, STEPS)
+    write_results(folder)
+    result = sender.finish(60)
+    if not result.complete:  # the pause after the last failure may be longer than the run
+        assert "promptshard sync" in result.message
+        sync(folder, MLFLOW_TRACKING_URI=uri)
+    parent, _ = runs(server.uri, "http")
+    assert parent.info.status == "FINISHED"
+    assert_complete(folder, server.uri, "http")
+    # Nothing in the folder, what was sent, or what the server wrote has the password in it.
+    sync(folder, MLFLOW_TRACKING_URI=uri)
+    for place in (folder, server.folder):
+        for file in place.rglob("*"):
+            if file.is_file():
+                assert SECRET.encode() not in file.read_bytes(), file
+
+
+def test_a_broken_tracker_costs_the_trainer_nothing(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_inputs(tmp_path / "run")
+    uri = broken.replace("http://", f"http://me:{SECRET}@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    log, sender = MetricsLog(folder), Sender(folder, every=0.2)
+    started = time.monotonic()
+    sender.start()
+    log_steps(log, 0, STEPS)
+    assert time.monotonic() - started < 1.5  # 600 lines and the start of a process
+    pid = sender.pid
+    assert pid is not None
+    wait_until(lambda: (folder / "tracking.json").exists(), 60)
+    write_results(folder)
+    started = time.monotonic()
+    result = sender.finish(4)
+    assert time.monotonic() - started < 6
+    assert not result.complete
+    assert "lines of metrics" in result.message
+    assert "promptshard sync" in result.message
+    assert not psutil.pid_exists(pid)
+    answer = sync(folder, expect=1, MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_TIMEOUT="2")
+    assert SECRET not in result.message + answer.stdout + answer.stderr
+    for file in folder.rglob("*"):
+        assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync(folder)  # into the folder's own SQLite
+    assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
+
+
+TRAINER = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from trainer.tracking import MetricsLog, Sender
+    from tests.unit.run_folder import log_steps, write_results
+    folder, rewind, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    log = MetricsLog(folder)
+    log.rewind(rewind)
+    sender = Sender(folder, every=0.2, grace=20)
+    sender.start()
+    print(sender.pid, flush=True)
+    log_steps(log, rewind + 1, last)
+    if last < 120:
+        time.sleep(float(sys.argv[4]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_results(folder)
+    print(sender.finish(60), flush=True)
+"""
+
+
+def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path) -> None:
+    folder = write_inputs(tmp_path / "run", system_metrics=True)
+    store = f"sqlite:///{folder}/mlflow.db"
+    first, _ = train(folder, 0, 50, pause=0.0)  # killed while the sidecar still starts
+    wait_until(lambda: not psutil.pid_exists(first), 30)
+    parent, _ = runs(store)
+    assert parent.info.status == "KILLED"
+    second, _ = train(folder, 40, 90, pause=8.0)  # from the checkpoint of step 40
+    _, out = train(folder, 80, STEPS)  # at once: the second sidecar may still be at work
+    assert "complete=True" in out
+    assert not psutil.pid_exists(second)
+    again, prompts = runs(store)
+    assert again.info.run_id == parent.info.run_id
+    assert {run.info.status for run in [again, *prompts.values()]} == {"FINISHED"}
+    assert_complete(folder, store)
+    assert any(key.startswith("system/cpu") for key in again.data.metrics)
+    log = (folder / "logs" / "tracking.log").read_text()
+    assert "trainer gone" in log
+    assert "Traceback" not in log
+
+
+def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path) -> None:
+    folder = write_inputs(tmp_path / "run")
+    log, sender = MetricsLog(folder), Sender(folder, every=0.2)
+    sender.start()
+    assert sender.pid is not None
+    wait_until(lambda: (folder / "tracking.json").exists(), 30)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(sender.pid, number)
+    assert "still sending" in sync(folder, expect=2).stderr
+    log_steps(log, 1, 3)
+    write_results(folder, status="failed")
+    assert sender.finish(60).complete
+    parent, _ = runs(f"sqlite:///{folder}/mlflow.db")
+    assert parent.info.status == "FAILED"
+
+
+def train(folder: Path, rewind: int, last: int, pause: float = 0.0) -> tuple[int, str]:
+    """A trainer of its own process; the id of its sidecar, and the rest of what it printed."""
+    options = [str(folder), str(rewind), str(last), str(pause)]
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRAINER), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode in (0, -signal.SIGKILL), process.stderr
+    pid, _, rest = process.stdout.partition("\n")
+    return int(pid), rest
+
+
+def sync(folder: Path, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.tracking", "sync", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def client_of(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def runs(uri: str, experiment: str = "support") -> tuple[Any, dict[str, Any]]:
+    """The one parent run, and the prompts' runs, of an experiment."""
+    client = client_of(uri)
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    prompts = [run for run in found if run.data.tags.get("mlflow.parentRunId")]
+    assert {run.data.tags["mlflow.parentRunId"] for run in prompts} <= {parent.info.run_id}
+    by_name = {run.data.tags["prompt"]: run for run in prompts}
+    assert len(by_name) == len(prompts)
+    return parent, by_name
+
+
+def assert_complete(folder: Path, uri: str, experiment: str = "support") -> None:
+    """MLflow has every point of ``metrics.jsonl`` once, with its value, and no other steps."""
+    parent, prompts = runs(uri, experiment)
+    wanted: dict[tuple[str, str], dict[int, float]] = {}
+    for line, _ in read_lines(folder / METRICS_FILE):
+        assert line is not None
+        run = parent if line.prompt is None else prompts[line.prompt]
+        for name, value in {
+            **line.metrics,
+            "useful_tokens": float(line.useful_tokens or 0),
+        }.items():
+            wanted.setdefault((run.info.run_id, name), {})[line.step] = value
+    client = client_of(uri)
+    for (run_id, name), values in wanted.items():
+        history = client.get_metric_history(run_id, name)
+        assert max(Counter(point.step for point in history).values()) == 1, name
+        assert {point.step: point.value for point in history} == pytest.approx(values), name
+
+
+def sent(folder: Path) -> int:
+    """Bytes of ``metrics.jsonl`` that some store has."""
+    from trainer.tracking.state import State
+
+    if not (folder / "tracking.json").exists():
+        return 0
+    stores = State(folder).stores.values()
+    return max((store.offsets.get(METRICS_FILE, 0) for store in stores), default=0)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)

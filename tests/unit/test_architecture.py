@@ -1,0 +1,205 @@
+"""The house rules about imports, held by reading every file's syntax tree and by one stopwatch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("trainer", "launch")
+HEAVY = {"torch", "transformers", "deepspeed", "mlflow", "accelerate", "peft", "bitsandbytes"}
+
+#: Who alone may import a library, anywhere in the file.
+ONLY_IMPORTER = {"deepspeed": "trainer.engine", "mlflow": "trainer.tracking"}
+
+#: Modules that a laptop's command line needs: no heavy library, not even through others.
+LIGHT = (
+    "trainer.config",
+    "trainer.runfile",
+    "trainer.errors",
+    "trainer.terminal",
+    "trainer.tasks.rows",
+)
+
+#: Floors of the house, from the ground up. A module imports from its own floor or below.
+FLOORS = (
+    ("trainer.errors", "trainer.terminal", "trainer.process", "trainer.redact"),
+    ("trainer.runfile", "trainer.config"),
+    ("trainer.tasks", "trainer.base", "trainer.prompts"),
+    ("trainer.engine", "trainer.objective", "trainer.optimization", "trainer.checkpoint"),
+    (
+        "trainer.export",
+        "trainer.generation",
+        "trainer.console",
+        "trainer.tracking",
+        "trainer.report",
+    ),
+    ("trainer.evaluation",),
+    ("trainer.loop",),
+    ("trainer.run", "trainer.generate", "trainer.__main__"),
+)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, *, top_level_only: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports; type-checking blocks do not count.
+
+    ``from a import b`` counts as ``a.b`` where that is a module of ours, else as ``a``.
+    """
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for node in _walk(tree, top_level_only):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: write absolute imports"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
+
+
+def _walk(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if top_level_only and isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        ):
+            continue
+        yield child
+        yield from _walk(child, top_level_only)
+
+
+def reachable(name: str) -> dict[str, str]:
+    """All that importing a module loads, each with the module of ours that asks for it."""
+    found: dict[str, str] = {}
+    todo = [name]
+    while todo:
+        module = todo.pop()
+        parents = [module.rsplit(".", n)[0] for n in range(1, module.count(".") + 1)]
+        for wanted in [*imports(module, top_level_only=True), *parents]:
+            if wanted not in found:
+                found[wanted] = module
+                if wanted in MODULES:
+                    todo.append(wanted)
+    return found
+
+
+def floor(name: str) -> int:
+    """The floor of a module; its package counts for all that is in it."""
+    for level, names in enumerate(FLOORS):
+        if any(name == known or name.startswith(f"{known}.") for known in names):
+            return level
+    raise AssertionError(f"{name} is on no floor: add it to FLOORS in {Path(__file__).name}")
+
+
+def test_the_walk_sees_the_project():
+    assert {"trainer.config", "launch.__main__", "launch.local"} <= set(MODULES)
+    assert "trainer.errors" in set(imports("launch.__main__"))
+
+
+@pytest.mark.parametrize("library", ONLY_IMPORTER)
+def test_a_library_has_one_importer(library):
+    importers = {name for name in MODULES if any(i.split(".")[0] == library for i in imports(name))}
+    owner = ONLY_IMPORTER[library]
+    assert {n for n in importers if n != owner and not n.startswith(f"{owner}.")} == set()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if n in LIGHT or n == "launch" or n.startswith("launch.")]
+)
+def test_light_modules_load_nothing_heavy(name):
+    loads = reachable(name)
+    heavy = {wanted: by for wanted, by in loads.items() if wanted.split(".")[0] in HEAVY}
+    assert heavy == {}
+
+
+def test_tracking_and_launch_never_import_torch():
+    """The tracker's sidecar process is started beside every run: it must stay small."""
+    for name in MODULES:
+        if name.startswith(("launch", "trainer.tracking")):
+            assert "torch" not in {wanted.split(".")[0] for wanted in imports(name)}, name
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("trainer.")])
+def test_imports_go_one_way(name):
+    upward = [
+        wanted
+        for wanted in imports(name)
+        if wanted.startswith("trainer.") and floor(wanted) > floor(name)
+    ]
+    assert upward == []
+
+
+def test_trainer_does_not_know_launch():
+    for name in MODULES:
+        if name.split(".")[0] == "trainer":
+            assert not any(wanted.split(".")[0] == "launch" for wanted in imports(name)), name
+
+
+def test_no_import_cycles():
+    for name in MODULES:
+        seen: set[str] = set()
+        todo = [wanted for wanted in imports(name, top_level_only=True) if wanted in MODULES]
+        while todo:
+            module = todo.pop()
+            assert module != name, f"{name} imports itself through others"
+            if module not in seen:
+                seen.add(module)
+                todo += [i for i in imports(module, top_level_only=True) if i in MODULES]
+
+
+def test_the_loop_knows_no_library():
+    """DESIGN: the loop is the order of events. It may hold tensors, but calls no library."""
+    if "trainer.loop" in MODULES:
+        allowed = set(sys.stdlib_module_names) | {"trainer", "torch"}
+        assert {wanted.split(".")[0] for wanted in imports("trainer.loop")} <= allowed
+
+
+def test_help_answers_within_a_second_and_without_torch():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['promptshard', 'validate', '--help']\n"
+        "try:\n    runpy.run_module('launch', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(3):
+        started = _cpu_seconds()  # not the clock: other work may share the cores
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "100"},
+        )
+        seconds.append(_cpu_seconds() - started)
+        assert done.returncode == 0, done.stderr
+        assert "RUN.yaml" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def _cpu_seconds() -> float:
+    """CPU time of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

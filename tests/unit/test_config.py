@@ -1,0 +1,454 @@
+"""The run file: what is accepted, and how every kind of mistake is worded and located."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer import config
+from trainer.config import RunConfig, load
+from trainer.errors import BadInput
+
+GOOD = """\
+output_dir: runs/x
+base:
+  model: some/base
+tasks:
+  - name: triage
+    train: train.jsonl
+    input: "{text}\\nTopic:"
+    target: " {label}"
+    choices: [a, b]
+    metric: accuracy
+prompts:
+  - name: one
+    task: triage
+    num_virtual_tokens: 5
+  - name: two
+    task: triage
+    method: p_tuning
+training:
+  steps: 10
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path):
+    def write(text: str = GOOD) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    """The problems of a bad run file, with the file's own name shortened to ``FILE``."""
+    with pytest.raises(BadInput) as caught:
+        load(path, overrides)
+    return [problem.replace(str(path), "FILE") for problem in caught.value.problems]
+
+
+def replaced(old: str, new: str) -> str:
+    assert GOOD.count(old) == 1, old
+    return GOOD.replace(old, new)
+
+
+def test_defaults_are_those_of_the_design(run_file):
+    run = load(run_file())
+    assert (run.base.quantization, run.base.matmul, run.base.dtype) == ("int8", "auto", "auto")
+    assert run.engine.deepspeed == "ds_configs/zero3.json"
+    assert run.training.tokens_per_step == 8192
+    assert run.prompts[0].init.vocab
+    assert [prompt.encoder_name for prompt in run.prompts] == ["embedding", "mlp"]
+    assert run.tasks[0].append_eos
+    assert run.tracking.uri is None
+
+
+def test_dump_of_the_resolved_file_loads_to_the_same(run_file):
+    run = load(run_file(), ["prompts.one.init={text: 'Ä text: with colon'}", "training.seed=7"])
+    again = load(run_file(config.dump(run)))
+    assert again == run
+    assert yaml.safe_load(config.dump(run))["checkpoint"] == {"every": 50, "keep": 3}
+
+
+def test_sections_do_not_change_after_loading(run_file):
+    run = load(run_file())
+    with pytest.raises(ValueError, match="frozen"):
+        run.training.steps = 5  # type: ignore[misc]
+
+
+def test_seed_of_a_prompt_is_its_own_or_the_runs(run_file):
+    run = load(run_file(), ["training.seed=4", "prompts.two.seed=0"])
+    assert [run.prompt_seed(prompt) for prompt in run.prompts] == [4, 0]
+
+
+@pytest.mark.parametrize(
+    ("template", "fields"),
+    [
+        ("{text}\nTopic:", ["text"]),
+        ("{a} and {b}{c}", ["a", "b", "c"]),
+        ("{{not}} {yes}", ["yes"]),
+        ("{{{yes}}}", ["yes"]),
+        ("plain", []),
+    ],
+)
+def test_template_fields(template, fields):
+    assert config.template_fields(template) == fields
+
+
+# Overrides
+
+
+def test_overrides_reach_settings_by_key_index_and_name(run_file):
+    run = load(
+        run_file(),
+        [
+            "training.steps=99",
+            "prompts[0].learning_rate=1e-2",
+            "prompts.two.num_virtual_tokens=7",
+            "prompts.1.seed=3",
+            "evaluation.early_stopping.patience=2",
+            "tracking.uri=",
+            "tasks.triage.choices=[x, y, z]",
+        ],
+    )
+    assert run.training.steps == 99
+    assert run.prompts[0].learning_rate == 0.01
+    assert (run.prompts[1].num_virtual_tokens, run.prompts[1].seed) == (7, 3)
+    assert run.evaluation.early_stopping is not None
+    assert run.evaluation.early_stopping.patience == 2
+    assert run.tracking.uri is None
+    assert run.tasks[0].choices == ["x", "y", "z"]
+
+
+def test_the_last_override_wins_and_null_sections_can_be_entered(run_file):
+    text = GOOD + "evaluation: {early_stopping: null}\n"
+    run = load(
+        run_file(text),
+        ["training.steps=1", "training.steps=2", "evaluation.early_stopping.patience=4"],
+    )
+    assert run.training.steps == 2
+    assert run.evaluation.early_stopping is not None
+
+
+def test_a_name_made_of_digits_is_found_before_an_index(run_file):
+    text = replaced("- name: two", '- name: "0"')
+    run = load(run_file(text), ["prompts.0.seed=5"])
+    assert [prompt.seed for prompt in run.prompts] == [None, 5]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.steps", "an override is written key=value, for example training.steps=100"),
+        ("=5", "an override is written key=value, for example training.steps=100"),
+        ("prompts.tow.seed=1", "no item 'tow' (did you mean 'two'?); known: one, two"),
+        ("prompts[9].seed=1", "no item '9'; known: one, two"),
+        ("output_dir.x=1", "'x' does not lead to a setting of this run file"),
+        ("training.steps=[1", "the value is not valid YAML; quote it"),
+    ],
+)
+def test_overrides_that_lead_nowhere(run_file, override, expected):
+    assert problems_of(run_file(), override) == [f"{override!r}: {expected}"]
+
+
+def test_every_bad_override_is_reported(run_file):
+    assert len(problems_of(run_file(), "a", "b", "prompts.x.y=1")) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.steps=-1", "training.steps: -1 must be greater than 0"),
+        ("prompts.two.seed=-5", "prompts[1].seed: -5 must be greater than or equal to 0"),
+        ("training={}", "training.steps: is missing; add it"),
+        (
+            "evaluation.early_stopping.patience=0",
+            "evaluation.early_stopping.patience: 0 must be greater than 0",
+        ),
+        (
+            "tasks.triage.choices=[a]",
+            "tasks[0].choices: ['a'] needs at least two values, all different",
+        ),
+    ],
+)
+def test_a_bad_value_from_an_override_names_the_override(run_file, override, expected):
+    assert problems_of(run_file(), override) == [f"override {override!r}: {expected}"]
+
+
+def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
+    (problem,) = problems_of(run_file(), "trainig.steps=5")
+    assert problem.startswith("override 'trainig.steps=5': trainig: unknown setting")
+    assert "did you mean 'training'?" in problem
+
+
+# Values and keys
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "expected"),
+    [
+        ("steps: 10", "steps: 0", 19, "training.steps: 0 must be greater than 0"),
+        ("steps: 10", "steps: true", 19, "training.steps: true is not a number"),
+        ("steps: 10", "steps: [1]", 19, "training.steps: [1] must be a valid integer"),
+        ("steps: 10", "seed: 1", 18, "training.steps: is missing; add it"),
+        (
+            "num_virtual_tokens: 5",
+            "learning_rate: -0.1",
+            14,
+            "prompts[0].learning_rate: -0.1 must be greater than 0",
+        ),
+        (
+            "num_virtual_tokens: 5",
+            "warmup_ratio: 1.5",
+            14,
+            "prompts[0].warmup_ratio: 1.5 must be less than or equal to 1",
+        ),
+        (
+            "num_virtual_tokens: 5",
+            "nmu_virtual_tokens: 5",
+            14,
+            "prompts[0].nmu_virtual_tokens: unknown setting (did you mean 'num_virtual_tokens'?)",
+        ),
+        (
+            "method: p_tuning",
+            "method: p_tunning",
+            17,
+            "prompts[1].method: 'p_tunning' is not one of prompt_tuning, p_tuning "
+            "(did you mean 'p_tuning'?)",
+        ),
+        (
+            "method: p_tuning",
+            "encoder: mlp",
+            17,
+            "prompts[1].encoder: prompt_tuning has no mlp encoder; use method: p_tuning",
+        ),
+        (
+            "method: p_tuning",
+            "init: {text: x, vocab: true}",
+            17,
+            "prompts[1].init: give exactly one of text, vocab, random",
+        ),
+        (
+            "- name: two",
+            "- name: a b",
+            15,
+            "prompts[1].name: 'a b' string should match pattern",
+        ),
+        (
+            "- name: two",
+            "- name: one",
+            11,
+            "prompts: names must differ; used more than once: one",
+        ),
+        (
+            "choices: [a, b]",
+            "choices: [yes, b]",
+            9,
+            'tasks[0].choices: YAML reads a bare yes, no, on or off as true or false; write "yes"',
+        ),
+        (
+            "choices: [a, b]",
+            "append_eos: true",
+            5,
+            "tasks[0].choices: metric accuracy needs them; list the labels, or use exact_match",
+        ),
+        (
+            'target: " {label}"',
+            'target: " {a} {b}"',
+            9,
+            "tasks[0].choices: target must have exactly one {column} field to put them in, found 2",
+        ),
+        (
+            'input: "{text}\\nTopic:"',
+            'input: "Topic:"',
+            7,
+            "tasks[0].input: has no {column} field",
+        ),
+        ("output_dir: runs/x", "output_dir: 5", 1, "output_dir: 5 is no text; put it in quotes"),
+        ("output_dir: runs/x", "# nothing", None, "output_dir: is missing; add it"),
+        (
+            "  model: some/base",
+            "  model: some/base\n  quantisation: none",
+            4,
+            "base.quantisation: unknown setting (did you mean 'quantization'?); known: model,",
+        ),
+    ],
+)
+def test_one_mistake_one_problem_with_its_line(run_file, old, new, line, expected):
+    problems = problems_of(run_file(replaced(old, new)))
+    assert len(problems) == 1, problems
+    where = f"FILE:{line}: " if line else "FILE: "
+    assert problems[0].startswith(where + expected), problems[0]
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("setting", ["learning_rate", "weight_decay", "warmup_ratio"])
+def test_numbers_that_are_not_finite_are_refused(run_file, setting, value):
+    (problem,) = problems_of(run_file(), f"prompts.one.{setting}={value}")
+    assert f"prompts[0].{setting}: " in problem
+
+
+@pytest.mark.parametrize("value", ["3e-3", "3.0e-3", "0.003"])
+def test_learning_rates_may_be_written_as_people_write_them(run_file, value):
+    assert math.isclose(
+        load(run_file(), [f"prompts.one.learning_rate={value}"]).prompts[0].learning_rate, 0.003
+    )
+
+
+@pytest.mark.parametrize("section", ["tasks", "prompts"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[]", "[] is empty; give at least one"),
+        ("null", "None is no list; start every item with a dash"),
+        ("triage", "'triage' is no list; start every item with a dash"),
+    ],
+)
+def test_tasks_and_prompts_are_lists_of_at_least_one(run_file, section, value, expected):
+    problems = problems_of(run_file(), f"{section}={value}")
+    assert problems == [f"override '{section}={value}': {section}: {expected}"]
+
+
+@pytest.mark.parametrize("value", ["sometimes", "3", "null"])
+def test_a_union_is_one_problem_that_names_all_its_values(run_file, value):
+    (problem,) = problems_of(run_file(), f"engine.gradient_checkpointing={value}")
+    assert "engine.gradient_checkpointing: " in problem
+    assert problem.endswith("is not one of auto, true, false")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("true", True), ("no", False)])
+def test_a_union_takes_each_of_its_values(run_file, value, expected):
+    run = load(run_file(), [f"engine.gradient_checkpointing={value}"])
+    assert run.engine.gradient_checkpointing == expected
+
+
+def test_a_value_where_a_section_belongs(run_file):
+    (problem,) = problems_of(run_file(), "evaluation.early_stopping=3")
+    assert problem.endswith("evaluation.early_stopping: 3 is no group of settings; known: patience")
+
+
+def test_long_values_are_cut(run_file):
+    (problem,) = problems_of(run_file(), f"training.steps={'x' * 5000}")
+    assert len(problem) < 6000  # the override itself is quoted in full, the value is not
+    assert "..." in problem
+
+
+def test_all_mistakes_are_reported_at_once(run_file):
+    text = GOOD.replace("steps: 10", "steps: -1").replace("num_virtual_tokens: 5", "tokens: 5")
+    text = text.replace("  model: some/base", "  model: some/base\n  dtype: int4")
+    lines = [problem.split(": ")[1] for problem in problems_of(run_file(text))]
+    assert lines == ["base.dtype", "prompts[0].tokens", "training.steps"]
+
+
+def test_several_mistakes_of_one_task_are_reported_at_once(run_file):
+    text = replaced('input: "{text}\\nTopic:"', "input: x").replace("[a, b]", "[a, a]")
+    settings = [problem.split(": ")[1] for problem in problems_of(run_file(text))]
+    assert settings == ["tasks[0].input", "tasks[0].choices"]
+
+
+def test_every_prompt_of_an_unknown_task_is_reported(run_file):
+    text = GOOD.replace("task: triage", "task: triaje")
+    problems = problems_of(run_file(text))
+    assert [problem.split(": ")[:2] for problem in problems] == [
+        ["FILE:13", "prompts[0].task"],
+        ["FILE:16", "prompts[1].task"],
+    ]
+    assert all("known: triage (did you mean 'triage'?)" in problem for problem in problems)
+
+
+# What a later version brings
+
+
+@pytest.mark.parametrize(("setting", "value"), list(config.NOT_YET))
+def test_values_of_later_versions_are_named(run_file, setting, value):
+    section = next(
+        path
+        for path, model in (("prompts.one", config.Prompt), ("base", config.Base))
+        if setting in model.model_fields
+    )
+    (problem,) = problems_of(run_file(), f"{section}.{setting}={value}")
+    assert f"{value!r} is not supported yet; {config.NOT_YET[setting, value]}" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("prompts.one.sweep={seed: [0, 1]}", "prompts.sweep"),
+        ("prompts.one.init={labels: true}", "prompts.init.labels"),
+        ("prompts.one.init={from: runs/other}", "prompts.init.from"),
+    ],
+)
+def test_settings_of_later_versions_are_named(run_file, override, key):
+    (problem,) = problems_of(run_file(), override)
+    assert problem.endswith(f"not supported yet; {config.NOT_YET_KEYS[key]}")
+
+
+def test_the_short_form_of_an_init_of_a_later_version_is_named(run_file):
+    (problem,) = problems_of(run_file(), "prompts.one.init=labels")
+    assert "prompts[0].init: 'labels' is not supported yet; use init: {text: ...}" in problem
+
+
+@pytest.mark.parametrize("name", ["vocab", "random"])
+def test_short_forms_of_init(run_file, name):
+    init = load(run_file(), [f"prompts.one.init={name}"]).prompts[0].init
+    assert getattr(init, name) is True
+
+
+# The file itself
+
+
+def test_no_file_a_folder_and_bad_encoding(tmp_path):
+    assert "no such run file" in problems_of(tmp_path / "none.yaml")[0]
+    assert "is a folder" in problems_of(tmp_path)[0]
+    bad = tmp_path / "latin.yaml"
+    bad.write_bytes(b"output_dir: caf\xe9\n")
+    assert problems_of(bad) == ["FILE: not UTF-8 at byte 15; save it as UTF-8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "FILE: a run file is a mapping of settings; see examples/quickstart.yaml"),
+        ("- a\n", "FILE: a run file is a mapping of settings; see examples/quickstart.yaml"),
+        ("a: 1\nb: [1\nc: 2\n", "FILE:3: not valid YAML: "),
+        ("a: 1\n\tb: 2\n", "FILE:2: not valid YAML: "),
+        ("a: !!python/object/apply:os.getcwd []\n", "FILE:1: not valid YAML: "),
+    ],
+)
+def test_what_is_no_run_file(run_file, text, expected):
+    (problem,) = problems_of(run_file(text))
+    assert problem.startswith(expected)
+
+
+def test_a_setting_given_twice_is_refused(run_file):
+    text = GOOD + "  seed: 1\n  steps: 12\n"
+    assert problems_of(run_file(text)) == ["FILE:21: training.steps: stands here twice; remove one"]
+
+
+def test_resolve_path_prefers_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = config.resolve_path("ds_configs/zero3.json")
+    assert shipped.is_absolute()
+    assert shipped.is_file()
+    own = tmp_path / "ds_configs" / "zero3.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert config.resolve_path("ds_configs/zero3.json") == Path("ds_configs/zero3.json")
+    assert config.resolve_path("nowhere/x") == Path("nowhere/x")
+
+
+def test_every_setting_but_plain_names_says_what_it_is():
+    bare = [
+        f"{model.__name__}.{name}"
+        for model in config.Section.__subclasses__()
+        for name, info in model.model_fields.items()
+        if model is not RunConfig and info.description is None
+    ]
+    known = {"name", "task", "method", "init", "learning_rate", "weight_decay", "steps", "seed"}
+    known |= {"num_virtual_tokens", "patience", "experiment", "early_stopping"}
+    assert {name.split(".")[1] for name in bare} <= known

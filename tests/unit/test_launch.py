@@ -1,0 +1,425 @@
+"""The command line: what it starts, for whom, and how it answers bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import local, preflight, processes
+from launch.local import Devices, Host
+from trainer.errors import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNNER = ["python3", "-m", "deepspeed.launcher.runner"]
+GPUS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
+
+RUN = """\
+output_dir: {folder}/out
+base:
+  model: {folder}/base
+tasks:
+  - name: triage
+    train: {folder}/train.jsonl
+    input: "{{text}}\\nTopic:"
+    target: " {{label}}"
+    choices: [heart, other]
+prompts:
+  - name: triage
+    task: triage
+    learning_rate: 0.01
+training:
+  steps: 5
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    rows = [{"text": "chest pain", "label": "heart"}, {"text": "a cold", "label": "other"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(folder=tmp_path))
+    return path
+
+
+def promptshard(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+    )
+
+
+# What is started
+
+
+def test_arguments_on_cpu():
+    command = local.local_arguments(
+        "trainer", ["r.yaml", "a.b=1"], Devices("cpu", (0, 1)), 4711, python="python3"
+    )
+    assert command == [
+        *RUNNER,
+        *["--num_gpus", "2", "--hostfile", "/dev/null", "--master_port", "4711"],
+        *["--no_local_rank", "--module", "trainer", "r.yaml", "a.b=1"],
+    ]
+    assert local.by_hand(command).startswith("deepspeed --num_gpus 2 ")
+
+
+def test_arguments_on_gpus_name_them():
+    command = local.local_arguments(
+        "trainer", ["r.yaml"], Devices("cuda", (2, 3)), 4711, python="python3"
+    )
+    assert command == [
+        *RUNNER,
+        *["--include", "localhost:2,3", "--hostfile", "/dev/null", "--master_port", "4711"],
+        *["--no_local_rank", "--module", "trainer", "r.yaml"],
+    ]
+
+
+def test_arguments_for_several_hosts():
+    command = local.hostfile_arguments("trainer", ["r.yaml"], "hosts", 4, 4711, python="python3")
+    assert command == [
+        *RUNNER,
+        *["--hostfile", "hosts", "--num_gpus", "4", "--force_multi", "--master_port", "4711"],
+        *["--no_local_rank", "--module", "trainer", "r.yaml"],
+    ]
+
+
+def test_the_launcher_knows_every_argument_we_give():
+    """Golden arguments are worth something only if the real launcher takes them."""
+    from deepspeed.launcher.runner import parse_args
+
+    for command in (
+        local.local_arguments("trainer", ["r.yaml", "--fresh"], Devices("cuda", (1,)), 5),
+        local.hostfile_arguments("trainer", ["r.yaml", "--fresh"], "h", 2, 5),
+    ):
+        parsed = parse_args(command[3:])
+        assert (parsed.user_script, parsed.user_args) == ("trainer", ["r.yaml", "--fresh"])
+        assert (parsed.module, parsed.no_local_rank, parsed.master_port) == (True, True, 5)
+
+
+def test_environment_shares_the_cores_and_hides_nothing_else():
+    cpu = local.environment({"A": "1", "CUDA_VISIBLE_DEVICES": ""}, Devices("cpu", (0, 1)), 8)
+    assert cpu == {"A": "1", "OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
+    gpu = local.environment({"CUDA_VISIBLE_DEVICES": "1"}, Devices("cuda", (1,)), 8)
+    assert gpu == {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    own = local.environment({"OMP_NUM_THREADS": "3"}, Devices("cpu", (0, 1)), 1)
+    assert own["OMP_NUM_THREADS"] == "3"
+    assert local.environment({}, Devices("cpu", (0, 1)), 1)["OMP_NUM_THREADS"] == "1"
+
+
+def test_free_port_can_be_bound():
+    assert 1024 <= local.free_port() < 65536
+
+
+# On which devices
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("2,0", [2, 0]),
+        ("1,-1,2", [1]),
+        ("GPU-cc", [2]),
+        ("GPU-cc33, 0", [2, 0]),
+    ],
+)
+def test_visible_gpus(visible, expected):
+    assert local.visible_gpus(GPUS, visible) == expected
+
+
+@pytest.mark.parametrize("visible", ["7", "GPU-zz", "GPU-a", "MIG-1"])
+def test_visible_gpus_that_are_not_there(visible):
+    with pytest.raises(BadInput, match=f"CUDA_VISIBLE_DEVICES={visible}"):
+        local.visible_gpus(GPUS, visible)
+
+
+def test_devices_are_all_gpus_or_two_cpu_processes():
+    assert local.choose_devices(None, [2, 3]) == Devices("cuda", (2, 3))
+    assert local.choose_devices(1, [2, 3]) == Devices("cuda", (2,))
+    assert local.choose_devices(None, []) == Devices("cpu", (0, 1))
+    assert local.choose_devices(3, []) == Devices("cpu", (0, 1, 2))
+
+
+@pytest.mark.parametrize("count", [0, -1, 3])
+def test_numbers_of_processes_that_cannot_be(count):
+    with pytest.raises(BadInput, match=f"--processes: {count} "):
+        local.choose_devices(count, [0, 1])
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa11)'\n"
+        "echo '  MIG 1g.10gb     Device  0: (UUID: MIG-xx)'\n"
+        "echo 'GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-ab22)'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
+    assert local.list_gpus() == ["GPU-aa11", "GPU-ab22"]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
+    assert local.list_gpus() == []
+
+
+def test_hostfiles(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# mine\nn1 slots=8\n\nn2   slots=4\n")
+    assert local.read_hostfile(str(path)) == [Host("n1", 8), Host("n2", 4)]
+    path.write_text("n1\nn2 slots=x\nn3 slots=1\nn3 slots=1\n")
+    with pytest.raises(BadInput) as caught:
+        local.read_hostfile(str(path))
+    assert [problem.split(":")[1] for problem in caught.value.problems] == ["1", "2", "4"]
+    path.write_text("")
+    with pytest.raises(BadInput, match="names no host"):
+        local.read_hostfile(str(path))
+    with pytest.raises(BadInput, match="cannot read"):
+        local.read_hostfile(str(tmp_path / "none"))
+
+
+def test_a_hostfile_that_means_this_machine_needs_no_ssh():
+    assert local.is_local([Host("localhost", 2)])
+    assert not local.is_local([Host("elsewhere", 2)])
+    assert not local.is_local([Host("localhost", 2), Host("elsewhere", 2)])
+
+
+def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
+    for tool in ("pdsh", "ssh"):
+        (tmp_path / tool).write_text("#!/bin/sh\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    local.check_remote(["run.yaml", "prompts[0].seed=1", "training.steps=5", "--fresh"])
+    for text in ("a=$HOME", "a=`x`", "a=(b)", "a=b;c", "a='x'", "a=\nb", "a={x}"):
+        with pytest.raises(BadInput, match="write it into the run file"):
+            local.check_remote([text])
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BadInput, match="pdsh is not installed"):
+        local.check_remote([])
+
+
+# How it ended
+
+
+@pytest.mark.parametrize(
+    ("returncode", "stopped", "lost", "code", "message"),
+    [
+        (0, [], False, 0, ""),
+        (0, [signal.SIGINT], False, 0, ""),
+        (2, [], True, 2, ""),
+        (75, [signal.SIGTERM], True, 75, ""),
+        (1, [], True, 1, "a process ended with exit code 1; see the logs in logs"),
+        (3, [], True, 1, "a process ended with exit code 3; see the logs in logs"),
+        (247, [], True, 1, "a process was killed by SIGKILL (out of memory?); see the logs"),
+        (245, [], True, 1, "a process was killed by SIGSEGV; see the logs"),
+        (-15, [], True, 1, "a process was killed by SIGTERM; see the logs"),
+        (0, [], True, 1, "the launcher was killed and the ranks did not finish; see the logs"),
+        (254, [signal.SIGINT], True, 1, "stopped by SIGINT; all processes have ended"),
+    ],
+)
+def test_exit_codes(returncode, stopped, lost, code, message):
+    ending = processes._ending(returncode, stopped, Path("logs/launcher.log"), lost=lost)
+    assert ending.code == code
+    assert ending.message.startswith(message)
+    assert bool(ending.message) == bool(message)
+
+
+def test_chatter_of_the_launcher_is_told_from_the_ranks_lines():
+    chatter = "[2026-01-02 03:04:05,678] [INFO] [launch.py:152:main] WORLD INFO DICT: {}"
+    assert processes.CHATTER.match(chatter)
+    assert processes.CHATTER.match(f"n1: {chatter}")
+    assert not processes.CHATTER.match("n1: step 5/10  loss 1.2")
+
+
+def test_the_guard_ends_the_group_of_a_killed_parent():
+    """kill -9 of promptshard: its guard sees the pipe close and ends the group."""
+    group = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import time\nfrom launch import processes\n"
+            f"with processes._guarded({group.pid}):\n    print('ready', flush=True)\n"
+            "    time.sleep(60)",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    assert group.poll() is None
+    parent.kill()
+    assert group.wait(timeout=20) == -signal.SIGTERM
+    parent.wait()
+
+
+def test_the_guard_leaves_a_group_alone_when_all_is_done():
+    group = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    with processes._guarded(group.pid):
+        pass
+    time.sleep(0.3)
+    assert group.poll() is None
+    group.kill()
+    group.wait()
+
+
+# What the command line answers
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["validate"], ["generate"], ["sync"]])
+def test_help_teaches(command):
+    done = promptshard(*command, "--help")
+    assert done.returncode == 0
+    assert "75 stopped" in done.stdout
+    assert not command or "Example" in done.stdout
+
+
+def test_validate_says_what_it_read(run_file):
+    done = promptshard("validate", run_file, "training.steps=7")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "good: 1 prompt, 1 task, 7 steps" in done.stdout
+
+
+def broken_row(folder: Path) -> None:
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"text": "no label"}\n')
+
+
+def missing_file(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+
+
+def wrong_key(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rat: 0.01"))
+
+
+def negative_learning_rate(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: -0.01"))
+
+
+def no_base(folder: Path) -> None:
+    (folder / "base" / "config.json").unlink()
+
+
+def no_run_file(folder: Path) -> None:
+    (folder / "run.yaml").unlink()
+
+
+def output_is_a_file(folder: Path) -> None:
+    (folder / "out").write_text("")
+
+
+@pytest.mark.parametrize("command", ["train", "validate"])
+@pytest.mark.parametrize(
+    ("spoil", "where", "words"),
+    [
+        (wrong_key, "run.yaml:13", "learning_rat: unknown setting (did you mean 'learning_rate'?)"),
+        (negative_learning_rate, "run.yaml:13", "learning_rate: -0.01 must be greater than 0"),
+        (missing_file, "train.jsonl", ""),
+        (broken_row, "train.jsonl:3", "label"),
+        (no_base, "base.model", "has no config.json"),
+        (no_run_file, "run.yaml", "no such run file"),
+        (output_is_a_file, "output_dir", "is a file; choose another folder"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bad_input_is_exit_code_2_at_once_in_one_message(run_file, command, spoil, where, words):
+    spoil(run_file.parent)
+    started = time.monotonic()
+    done = promptshard(command, run_file)
+    assert time.monotonic() - started < 10
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert where in done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (run_file.parent / "out" / "logs").exists()
+
+
+def test_several_problems_are_one_message(run_file):
+    missing_file(run_file.parent)
+    no_base(run_file.parent)
+    done = promptshard("train", run_file)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "error: 2 problems"
+    assert len(done.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["train", "RUN", "--no-such-option"],
+        ["train", "RUN", "--processes", "many"],
+        ["train", "RUN", "--processes", "0"],
+        ["train", "RUN", "--hostfile", "nowhere"],
+        ["generate", "nowhere", "--prompt", "a", "--input", "b"],
+        ["sync", "nowhere"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_use_is_exit_code_2(run_file, arguments):
+    done = promptshard(*[str(run_file) if word == "RUN" else word for word in arguments])
+    assert done.returncode == 2
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_generate_names_the_prompts_it_knows(run_file, tmp_path):
+    saved = tmp_path / "out"
+    (saved / "prompts" / "triage").mkdir(parents=True)
+    (saved / "run.yaml").write_text(run_file.read_text())
+    preflight.check_result(str(saved), "triage")
+    with pytest.raises(BadInput, match=r"did you mean 'triage'\?.*known: triage"):
+        preflight.check_result(str(saved), "triaje")
+    (saved / "prompts" / "triage").rmdir()
+    with pytest.raises(BadInput, match="not saved yet"):
+        preflight.check_result(str(saved), "triage")
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ("org/name", None),
+        ("name", None),
+        ("./nowhere", "no such folder"),
+        ("/nowhere/at/all", "no such folder"),
+        ("examples/no_such_base", "no such folder"),
+    ],
+)
+def test_a_base_that_looks_like_a_folder_must_be_one(run_file, monkeypatch, model, problem):
+    monkeypatch.chdir(ROOT)
+    if problem is None:
+        preflight.check_run(str(run_file), [f"base.model={model}"])
+    else:
+        with pytest.raises(BadInput, match=f"base.model: {model}: {problem}"):
+            preflight.check_run(str(run_file), [f"base.model={model}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [(None, "no such file"), ("{", "not valid JSON"), ("[]", "JSON object")]
+)
+def test_policies_that_are_none(run_file, tmp_path, text, problem):
+    policy = tmp_path / "policy.json"
+    if text is not None:
+        policy.write_text(text)
+    with pytest.raises(BadInput, match=problem):
+        preflight.check_run(str(run_file), [f"engine.deepspeed={policy}"])

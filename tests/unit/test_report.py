@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
+from trainer.report import write_report
+from trainer.report.collect import collect
+
+
+def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:
+    html = write_report(finished_run(tmp_path / "support")).read_text()
+    for text in [*PROMPTS, *(t for hard in HAND_WRITTEN.values() for t, *_ in hard)]:
+        assert text in html
+    for text in (
+        "94.0%",
+        "34.0%",
+        "69.0%",
+        "5,204",
+        "3.41 MB",
+        "gathered per step",
+        "git revision",
+    ):
+        assert text in html
+    assert html.count("<svg") == 2 * 2 + 1  # two tasks by two x axes, and the speed
+    assert "promptshard generate" in html
+    assert "mlflow ui" in html
+
+
+def test_the_page_needs_no_network_and_is_well_formed(tmp_path: Path) -> None:
+    html = write_report(finished_run(tmp_path)).read_text()
+    assert not re.search(r"(?:src|href)=\"(?!#)|@import|url\((?!#)|<script", html)
+    open_tags: list[str] = []
+
+    class Check(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "br", "input"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    Check().feed(html)
+    assert not open_tags
+
+
+def test_warnings_say_what_went_wrong(tmp_path: Path) -> None:
+    report = collect(finished_run(tmp_path))
+    assert any("3 of 600 rows were truncated" in text for text in report.warnings)
+    assert any(text.startswith("animals: 65.0% on shifted") for text in report.warnings)
+    assert len(report.warnings) == 2
+
+
+def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["prompts"]["animals"]["validation_accuracy"] = 0.5
+    (folder / "summary.json").write_text(json.dumps(summary))
+    task = collect(folder).tasks[1]
+    assert "not better than the best hand-written one" in task.verdict
+    assert [row.kind for row in task.rows if row.best] == ["hand"]
+
+
+def test_a_run_that_broke_off_has_a_page_too(tmp_path: Path) -> None:
+    html = write_report(write_inputs(tmp_path)).read_text()
+    assert "unfinished" in html
+    assert "did not come to its end" in html
+
+
+def test_text_of_users_is_escaped_and_credentials_hidden(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path, uri="http://me:hunter2-secret@host")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["tasks"]["triage"]["hand_written"][0]["text"] = "<script>alert(1)</script>"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = write_report(folder).read_text()
+    assert "<script" not in html
+    assert "hunter2-secret" not in html
+
+
+def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()

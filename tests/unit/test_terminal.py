@@ -1,0 +1,69 @@
+"""Rank 0 keeps the person's stdout, terminal or not; everything else goes to the rank's log."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RANK = """
+import os, sys
+from pathlib import Path
+from trainer.terminal import claim
+terminal = claim(int(sys.argv[1]), Path(sys.argv[2]))
+print("chatter of Python")
+os.system("echo chatter of a child; echo more >&2")
+terminal.out.write(f"own words, tty {terminal.out.isatty()}\\n")
+terminal.err.write("own error\\n")
+assert os.read(0, 1) == b""
+"""
+
+
+def start(rank: int, log: Path, **streams) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RANK, str(rank), str(log)],
+        cwd=ROOT,
+        text=True,
+        timeout=30,
+        check=True,
+        **streams,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_by_hand_stdout_is_where_it_always_is(tmp_path, rank):
+    log = tmp_path / "logs" / "rank.log"
+    done = start(rank, log, capture_output=True)
+    assert done.stdout == ("own words, tty False\n" if rank == 0 else "")
+    assert done.stderr == ("own error\n" if rank == 0 else "")
+    chatter = sorted(log.read_text().splitlines())
+    assert chatter == ["chatter of Python", "chatter of a child", "more"]
+
+
+def test_under_the_launcher_descriptor_0_is_the_persons_terminal(tmp_path):
+    master, terminal = pty.openpty()
+    with (tmp_path / "launcher.log").open("wb") as launcher:
+        start(
+            0,
+            tmp_path / "rank.log",
+            stdin=terminal,
+            stdout=launcher,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PROMPTSHARD_STDOUT_FD": "0"},
+        )
+    os.close(terminal)
+    assert os.read(master, 1000) == b"own words, tty True\r\n"
+    os.close(master)
+    assert (tmp_path / "launcher.log").read_text() == ""
+
+
+def test_a_resumed_run_appends_to_its_log(tmp_path):
+    log = tmp_path / "rank.log"
+    for _ in range(2):
+        start(0, log, capture_output=True)
+    assert log.read_text().count("chatter of Python") == 2

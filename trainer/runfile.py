@@ -1,0 +1,307 @@
+"""A run file as text: YAML, ``key=value`` overrides, and where each value came from. No torch.
+
+``read`` gives plain data with the origin of every setting; ``explain`` words what pydantic found
+wrong with it. What the settings mean stands in trainer/config.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trainer.errors import BadInput
+
+SettingPath = tuple[str | int, ...]
+
+
+@dataclass
+class Source:
+    """Data of a run file after its overrides, and where each setting stands."""
+
+    file: str
+    data: dict[str, Any]
+    lines: Mapping[SettingPath, int]
+    overrides: dict[SettingPath, str] = field(default_factory=dict)
+
+    def where(self, path: SettingPath) -> str:
+        """``FILE:LINE`` of a setting, or the override that gave its value."""
+        prefixes = [path[:n] for n in range(len(path), 0, -1)]
+        for prefix in prefixes:
+            if prefix in self.overrides:
+                return f"override {self.overrides[prefix]!r}"
+        if path not in self.lines:  # perhaps a section that only an override made
+            for deeper, override in self.overrides.items():
+                if path and deeper[: len(path)] == path:
+                    return f"override {override!r}"
+        for prefix in prefixes:
+            if prefix in self.lines:
+                return f"{self.file}:{self.lines[prefix]}"
+        return self.file
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Source:
+    """Read a run file and apply ``key=value`` overrides, in order.
+
+    Raises:
+        BadInput: the file cannot be read, is not YAML or gives a setting twice; or every override
+            that leads nowhere.
+    """
+    text = _read_text(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise BadInput(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+    if node is None or not isinstance(data, dict):
+        raise BadInput(f"{path}: a run file is a mapping of settings; see examples/quickstart.yaml")
+    if twice := list(_duplicates(node)):
+        raise BadInput(
+            f"{path}:{line}: {dotted(where)}: stands here twice; remove one"
+            for where, line in twice
+        )
+    source = Source(str(path), data, dict(_lines(node)))
+    problems = []
+    for override in overrides:
+        try:
+            source.overrides[_apply(data, override)] = override
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return source
+
+
+def explain(
+    error: ValidationError,
+    source: Source,
+    model: type[BaseModel],
+    not_yet: Mapping[tuple[str, str], str],
+    not_yet_keys: Mapping[str, str],
+) -> list[str]:
+    """Every problem of a validation, one line each: where, setting, value, remedy.
+
+    Args:
+        model: the run file's own model, to name the settings that exist.
+        not_yet: (setting, value) -> what to use instead, for values of a later version.
+        not_yet_keys: the same for settings, by their path without list indices.
+    """
+    problems: list[str] = []
+    unions: dict[SettingPath, Any] = {}
+    for item in error.errors():
+        path = tuple(item["loc"])
+        if item["type"] != "extra_forbidden" and path and _is_union_tag(path[-1]):
+            # pydantic reports each type that a union tried; together they are one problem
+            path = path[:-1]
+            if path in unions:
+                continue
+            unions[path] = True
+            what = _one_of(path, item["input"], _union_values(model, path))
+            problems.append(f"{source.where(path)}: {what}")
+        elif item["type"] == "value_error":
+            for reason in str(item["ctx"]["error"]).split("\n"):
+                inner, text = _inner_path(reason)
+                full = (*path, *inner)
+                setting = f"{dotted(full)}: " if full else ""
+                problems.append(f"{source.where(full)}: {setting}{text}")
+        else:
+            text = _word(path, dict(item), model, not_yet, not_yet_keys)
+            problems.append(f"{source.where(path)}: {text}")
+    return problems
+
+
+def dotted(path: SettingPath) -> str:
+    """A path as people write it: ``prompts[0].init.text``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` with the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such run file; see examples/ for some to copy") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: is a folder; name the run file (YAML)") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> SettingPath:
+    """Set one ``a.b[0].c=value`` of the command line; the value is YAML. Returns the path set.
+
+    List items are addressed by index or, in ``tasks`` and ``prompts``, by name.
+    """
+    key, equals, value = override.partition("=")
+    parts = re.findall(r"[^.\[\]]+", key)
+    if not equals or not parts:
+        raise BadInput(
+            f"{override!r}: an override is written key=value, for example training.steps=100"
+        )
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BadInput(f"{override!r}: the value is not valid YAML; quote it") from None
+    target: Any = data
+    path: list[str | int] = []
+    for depth, name in enumerate(parts):
+        at = _key(target, name, override)
+        path.append(at)
+        if depth == len(parts) - 1:
+            target[at] = parsed
+        else:
+            if isinstance(target, dict) and target.get(at) is None:
+                target[at] = {}
+            target = target[at]
+    return tuple(path)
+
+
+def _key(target: Any, name: str, override: str) -> str | int:
+    """The key of ``name`` in a mapping, or its index in a list."""
+    if isinstance(target, dict):
+        return name
+    if not isinstance(target, list):
+        raise BadInput(f"{override!r}: {name!r} does not lead to a setting of this run file")
+    names = [str(item.get("name")) for item in target if isinstance(item, dict)]
+    if name in names:
+        return next(
+            i for i, x in enumerate(target) if isinstance(x, dict) and str(x.get("name")) == name
+        )
+    if name.isdigit() and int(name) < len(target):
+        return int(name)
+    raise BadInput(
+        f"{override!r}: no item {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
+    )
+
+
+def _lines(node: yaml.Node, path: SettingPath = ()) -> Iterator[tuple[SettingPath, int]]:
+    """Line (from 1) of every setting, by its path."""
+    yield path, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            yield from _lines(value, here)
+            yield here, key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _lines(value, (*path, i))
+
+
+def _duplicates(node: yaml.Node, path: SettingPath = ()) -> Iterator[tuple[SettingPath, int]]:
+    """Keys that a mapping has twice: YAML would silently take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in seen:
+                yield here, key.start_mark.line + 1
+            seen.add(here)
+            yield from _duplicates(value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _duplicates(value, (*path, i))
+
+
+def _word(
+    path: SettingPath,
+    item: Mapping[str, Any],
+    model: type[BaseModel],
+    not_yet: Mapping[tuple[str, str], str],
+    not_yet_keys: Mapping[str, str],
+) -> str:
+    setting, kind, value = dotted(path), item["type"], item.get("input")
+    generic = ".".join(str(part) for part in path if not isinstance(part, int))
+    if kind == "extra_forbidden":
+        if generic in not_yet_keys:
+            return f"{setting}: not supported yet; {not_yet_keys[generic]}"
+        known = list(_section(model, path[:-1]).model_fields)
+        hint = did_you_mean(str(path[-1]), known)
+        return f"{setting}: unknown setting{hint}; known: {', '.join(known)}"
+    if kind == "missing":
+        return f"{setting}: is missing; add it"
+    if isinstance(value, str) and (str(path[-1]), value) in not_yet:
+        return f"{setting}: {value!r} is not supported yet; {not_yet[str(path[-1]), value]}"
+    if isinstance(value, str) and f"{generic}.{value}" in not_yet_keys:
+        return f"{setting}: {value!r} is not supported yet; {not_yet_keys[f'{generic}.{value}']}"
+    if kind == "literal_error":
+        return _one_of(path, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    if kind == "model_type":
+        known = list(_section(model, path).model_fields)
+        return f"{setting}: {_shown(value)} is no group of settings; known: {', '.join(known)}"
+    if kind == "list_type":
+        return f"{setting}: {_shown(value)} is no list; start every item with a dash"
+    if kind == "too_short":
+        return f"{setting}: {_shown(value)} is empty; give at least one"
+    if kind == "string_type":
+        return f"{setting}: {_shown(value)} is no text; put it in quotes"
+    reason = re.sub(r"^Input should be", "must be", item["msg"])
+    return f"{setting}: {_shown(value)} {reason[0].lower() + reason[1:]}"
+
+
+def _one_of(path: SettingPath, value: Any, known: Sequence[str]) -> str:
+    hint = did_you_mean(str(value), known)
+    return f"{dotted(path)}: {_shown(value)} is not one of {', '.join(known)}{hint}"
+
+
+def _shown(value: Any, width: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _inner_path(reason: str) -> tuple[SettingPath, str]:
+    """A validator of a whole section starts its message with the setting it means."""
+    match = re.match(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*): (.*)$", reason, flags=re.DOTALL)
+    if match is None:
+        return (), reason
+    parts = re.findall(r"[^.\[\]]+", match[1])
+    return tuple(int(part) if part.isdigit() else part for part in parts), match[2]
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """pydantic puts the tried type of a union into the path; it is no setting."""
+    return isinstance(part, str) and (part.startswith("literal[") or part in ("bool", "str", "int"))
+
+
+def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
+    """The values that a union of literals and bool takes."""
+    annotation = _section(model, path[:-1]).model_fields[str(path[-1])].annotation
+    values: list[str] = []
+    for choice in get_args(annotation):
+        values += ["true", "false"] if choice is bool else [str(v) for v in get_args(choice)]
+    return values
+
+
+def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:
+    """The model of the section at ``path``."""
+    for part in path:
+        if isinstance(part, str):
+            model = next(_models(model.model_fields[part].annotation))
+    return model
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models inside ``X``, ``X | None``, ``list[X]`` or ``Annotated[...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

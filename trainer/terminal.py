@@ -1,0 +1,51 @@
+"""Who may write to the terminal: rank 0's own words. Imports nothing but the standard library.
+
+``promptshard train`` sends the DeepSpeed launcher's stdout to a log file. The launcher hands file
+descriptor 0 to its ranks untouched, so the person's stdout travels there, and
+``PROMPTSHARD_STDOUT_FD`` says so: it stays the real terminal, pipe or file, and ``isatty`` holds.
+Started by hand with ``deepspeed --module trainer``, stdout is where it always is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+VARIABLE = "PROMPTSHARD_STDOUT_FD"
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Streams to the person; on ranks other than 0 they lead nowhere."""
+
+    out: TextIO
+    err: TextIO
+
+
+def claim(rank: int, log: Path) -> Terminal:
+    """Take the terminal for rank 0 and send all other output of this process to ``log``.
+
+    Libraries, child processes and C code write to descriptors 1 and 2, which lead to ``log`` from
+    now on. Call it before anything that chatters is imported.
+    """
+    given = os.environ.pop(VARIABLE, None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if rank == 0:
+        out, err = os.dup(int(given) if given else 1), os.dup(2)
+    else:
+        out, err = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    chatter = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (chatter, 1), (chatter, 2)):
+        os.dup2(source, target)
+    os.close(chatter)
+    os.close(nothing)
+    return Terminal(
+        out=os.fdopen(out, "w", encoding="utf-8", errors="replace", buffering=1),
+        err=os.fdopen(err, "w", encoding="utf-8", errors="replace", buffering=1),
+    )
