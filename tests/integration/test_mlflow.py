@@ -244,6 +244,7 @@ def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path) -
     log = (folder / "logs" / "tracking.log").read_text()
     assert "trainer gone" in log
     assert "Traceback" not in log
+    assert "not sent, next try" not in log
 
 
 def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From a checkpoint straight into shards.
 
-Module by module, the tensors of a skeleton are read, quantised, handed to ``shard`` and forgotten. No
-rank ever holds more than its shard and one layer.
+Module by module, the tensors of a skeleton are read, quantised, handed to ``shard`` and
+forgotten. No rank ever holds more than its shard and one layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model's structure on ``meta``: frozen layers in place of trainable ones, no weight read yet."""
+"""The model's structure on ``meta``: frozen layers in place of trainable ones, no weights."""
 
 from __future__ import annotations
 

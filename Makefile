@@ -1,0 +1,55 @@
+# make help shows what there is. Everything is done in .venv; a second call does only what changed.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+
+# The first interpreter that is new enough; override with make PYTHON=...
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+PINNED := pyproject.toml constraints.txt
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q \
+	-c constraints.txt $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(VENV)/.installed ## Install promptshard into .venv
+
+quickstart: $(VENV)/.installed ## Install, train two prompts on a tiny base, show the result
+	$(BIN)/promptshard train examples/quickstart.yaml
+
+test: $(VENV)/.installed-test lint ## Install what tests need, check the code, run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test ## Check format, lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test ## Rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 or newer found; install one, or give make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(PINNED) | $(BIN)/python
+	@echo "installing promptshard and its libraries into $(VENV) (a few minutes the first time)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need into $(VENV)"
+	$(INSTALL) -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,44 @@
+"""Take credentials out of text, before it reaches a file, a log or a tracker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from urllib.parse import unquote, urlsplit
+
+HIDDEN = "***"
+
+# user:password@ in front of a host. The first form is RFC 3986; the second also catches a raw "/"
+# in a password, which SQLAlchemy accepts.
+_USER_INFO = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)"
+    r"(?:[^\s'\"<>/?#]*@|[^\s'\"<>@/:]*:[^\s'\"<>@]*@)",
+    re.IGNORECASE,
+)
+_SECRET_WORD = r"(?:token|passwo?r?d|pwd|secret|api_?key|access_?key|sig|signature|credential)"
+_QUERY = re.compile(rf"(?P<name>[?&][^=\s&]*{_SECRET_WORD}[^=\s&]*=)[^&\s'\"#]+", re.IGNORECASE)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """``text`` with ``user:password@`` and ``?token=`` of every URI, and ``secrets``, hidden."""
+    text = _USER_INFO.sub(rf"\g<scheme>{HIDDEN}@", text)
+    text = _QUERY.sub(rf"\g<name>{HIDDEN}", text)
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def secrets_of(uri: str) -> list[str]:
+    """The secret parts of ``uri``, both as written and percent-decoded, longest first.
+
+    Words of less than four letters are left out: hiding every "abc" would garble a log.
+    """
+    found = set()
+    user_info = _USER_INFO.match(uri)
+    if user_info:
+        inside = user_info.group(0)[len(user_info["scheme"]) : -1]
+        found.add(inside.partition(":")[2] or inside)
+    for match in _QUERY.finditer("?" + urlsplit(uri).query if "?" in uri else ""):
+        found.add(match.group(0)[len(match["name"]) :])
+    found |= {unquote(secret) for secret in found}
+    return sorted((s for s in found if len(s) >= 4 and s != HIDDEN), key=len, reverse=True)

@@ -1,0 +1,34 @@
+"""``report.html``: what a person looks at when a run has ended. One file, no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from trainer.redact import redact
+from trainer.report.collect import collect
+
+__all__ = ["write_report"]
+
+
+def write_report(output_dir: Path | str) -> Path:
+    """Write ``OUTPUT_DIR/report.html`` from the files of ``output_dir`` alone.
+
+    It reads ``summary.json``, ``metrics.jsonl``, ``run.yaml``, ``environment.json`` and
+    ``datasets.json``; a part whose file is missing is left out.
+    """
+    output_dir = Path(output_dir)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trainer.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("template.html.j2").render(report=collect(output_dir))
+    path = output_dir / "report.html"
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(redact(html), encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,157 @@
+"""Curves as inline SVG. Text and axes take the page's colour, so that dark pages work too."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from trainer.tracking.metrics_log import Line
+
+#: One per prompt, in order of rank; told apart also by people who see few colours.
+COLORS = (
+    "#2f6fde", "#e0791b", "#1e9e77", "#c2418c", "#8a6fd1", "#b08a00", "#3aa6c9", "#7a7a7a",
+)  # fmt: skip
+INK = "#010203"  # stands for the page's text colour, put in below
+MOST_POINTS = 400
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "promptshard",  # the same picture, the same bytes
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
+
+
+@dataclass
+class Curve:
+    """The lines of one prompt, and the colour it has all over the page."""
+
+    label: str
+    color: str
+    lines: Sequence[Line]
+
+    def points(self, metric: str, x: str) -> tuple[list[float], list[float]]:
+        pairs = [
+            (float(at), line.metrics[metric])
+            for line in self.lines
+            if metric in line.metrics
+            and math.isfinite(line.metrics[metric])
+            and (at := getattr(line, x)) is not None
+        ]
+        stride = max(1, math.ceil(len(pairs) / MOST_POINTS))
+        pairs = pairs[::-stride][::-1]  # thinned from the end: the last point is always there
+        return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def curves_svg(curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str) -> str:
+    """Loss on the left, the task's metric on the right (but for metric ``loss``).
+
+    Args:
+        levels: name -> score to draw as a level line, of ``validation_<metric>``.
+        x: ``step`` or ``useful_tokens``.
+    """
+    with rc_context(STYLE):
+        panels = 1 if metric == "loss" else 2
+        figure = Figure(figsize=(5.1 * panels, 3.0), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _loss_panel(axes[0], curves, x)
+        if metric == "loss":
+            _draw_levels(axes[0], levels)
+        else:
+            _metric_panel(axes[1], curves, metric, levels, x)
+        for ax in axes:
+            ax.set_xlabel("step" if x == "step" else "useful tokens read by the prompt")
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            ax.grid(axis="y", color=INK, alpha=0.10, linewidth=0.6)
+        return _svg(figure)
+
+
+def sparkline_svg(points: Sequence[tuple[int, float]]) -> str:
+    """Useful tokens per second over the steps."""
+    stride = max(1, math.ceil(len(points) / MOST_POINTS))
+    points = points[::stride]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10.2, 1.6), layout="constrained")
+        ax = figure.subplots()
+        ax.plot([a for a, _ in points], [b for _, b in points], color=COLORS[0], linewidth=1.1)
+        ax.set_ylim(0, 1.15 * max(b for _, b in points))
+        ax.set_xlabel("step")
+        ax.yaxis.set_major_locator(MaxNLocator(3))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.grid(axis="y", color=INK, alpha=0.10, linewidth=0.6)
+        return _svg(figure)
+
+
+def _loss_panel(ax: Axes, curves: Sequence[Curve], x: str) -> None:
+    ax.set_title("loss per target token", loc="left", fontsize=10)
+    for curve in curves:
+        at, values = curve.points("train_loss", x)
+        ax.plot(at, values, color=curve.color, linewidth=0.8, alpha=0.35)
+        at, values = curve.points("validation_loss", x)
+        ax.plot(at, values, color=curve.color, linewidth=1.8, marker="o", markersize=3)
+        at, values = curve.points("shifted_validation_loss", x)
+        ax.plot(at, values, color=curve.color, linewidth=1.2, linestyle=(0, (4, 2)))
+    ax.set_ylim(bottom=0)
+
+
+def _metric_panel(
+    ax: Axes, curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str
+) -> None:
+    ax.set_title(metric.replace("_", " "), loc="left", fontsize=10)
+    for curve in curves:
+        at, values = curve.points(f"validation_{metric}", x)
+        ax.plot(at, values, color=curve.color, linewidth=1.8, marker="o", markersize=3)
+        at, values = curve.points(f"shifted_validation_{metric}", x)
+        ax.plot(at, values, color=curve.color, linewidth=1.2, linestyle=(0, (4, 2)))
+    _draw_levels(ax, levels)
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _draw_levels(ax: Axes, levels: dict[str, float]) -> None:
+    """Level lines, named at their right end above the line."""
+    for name, value in levels.items():
+        ax.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), alpha=0.7)
+        ax.annotate(
+            name,
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            alpha=0.8,
+        )
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -1,0 +1,17 @@
+"""Metrics to a file first, to MLflow from there, in a process of its own.
+
+    loop -> MetricsLog -> OUTPUT_DIR/metrics.jsonl -> sidecar -> MLflow
+
+The trainer only ever appends to a local file. A sidecar process reads it and talks to the tracker,
+so a tracker that is down, slow or hanging cannot slow a step. What was not sent stays in the file;
+``sync`` sends it later. This package is the only importer of mlflow, and imports no torch.
+"""
+
+from __future__ import annotations
+
+from trainer.tracking.metrics_log import MetricsLog
+from trainer.tracking.sender import Finished, Sender
+from trainer.tracking.sync import SyncResult, sync
+from trainer.tracking.target import check_uri
+
+__all__ = ["Finished", "MetricsLog", "Sender", "SyncResult", "check_uri", "sync"]

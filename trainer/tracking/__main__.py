@@ -1,0 +1,51 @@
+"""``python -m trainer.tracking``: ``sync RUN_DIR`` for people, ``follow`` for the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.tracking.sender import URI_VARIABLE
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.tracking")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sync = commands.add_parser("sync", help="send to MLflow what was not sent during the run")
+    sync.add_argument("run_dir", type=Path, help="the run's output folder")
+    follow = commands.add_parser("follow", help="started by the trainer")
+    follow.add_argument("options")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "follow":
+        from trainer.tracking import sidecar
+
+        with contextlib.suppress(OSError):
+            os.nice(10)  # the trainer's processes come first
+        return sidecar.main(chosen.options, os.environ.pop(URI_VARIABLE, None))
+    return _sync(chosen.run_dir)
+
+
+def _sync(run_dir: Path) -> int:
+    from trainer.tracking.sidecar import HTTP_LIMITS
+    from trainer.tracking.sync import sync
+
+    for name, value in HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        result = sync(run_dir)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(result.message, file=sys.stdout if result.complete else sys.stderr)
+    return EXIT_DONE if result.complete else EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

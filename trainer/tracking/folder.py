@@ -1,0 +1,300 @@
+"""What an output folder says about its run, in MLflow's words."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.redact import redact
+
+#: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
+#: Of a digest, its pages show all: as many letters as git does; the whole is in the profile.
+MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
+#: Settings that say where a run was written and not what it did.
+NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
+HIGHER_IS_WORSE = ("loss",)
+
+
+@dataclass
+class Folder:
+    """Reads an output folder anew at each call; a missing file is an empty one."""
+
+    path: Path
+
+    @property
+    def run_file(self) -> dict[str, Any]:
+        try:
+            data = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return self.json("environment.json") or {}
+
+    def summary(self, stale_ns: int | None = None) -> dict[str, Any]:
+        """``summary.json``, unless it is the one that an earlier session left behind."""
+        try:
+            if (self.path / "summary.json").stat().st_mtime_ns == stale_ns:
+                return {}
+        except OSError:
+            return {}
+        return self.json("summary.json") or {}
+
+    @property
+    def tracking(self) -> dict[str, Any]:
+        return self.run_file.get("tracking") or {}
+
+    @property
+    def name(self) -> str:
+        return os.environ.get("MLFLOW_RUN_NAME") or self.path.resolve().name
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return list(self.run_file.get("prompts") or [])
+
+    def params(self) -> dict[str, str]:
+        """Settings of the whole run, flat: ``base.model``, ``tasks.triage.metric``, ..."""
+        run = self.run_file
+        tree: dict[str, Any] = {k: v for k, v in run.items() if k not in NOT_PARAMS}
+        tree["tasks"] = {task["name"]: task for task in run.get("tasks") or []}
+        environment = self.environment
+        for key in ("world_size", "device", "versions"):
+            if key in environment:
+                tree[key] = environment[key]
+        return dict(_flatten(tree))
+
+    def prompt_params(self, prompt: Mapping[str, Any]) -> dict[str, str]:
+        """Settings of one prompt, and those of the run that a comparison over runs needs."""
+        run = self.run_file
+        training, base = run.get("training") or {}, run.get("base") or {}
+        settings: dict[str, Any] = {k: v for k, v in prompt.items() if k not in ("name", "init")}
+        if settings.get("seed") is None:
+            settings["seed"] = training.get("seed", 0)
+        settings["encoder"] = prompt.get("encoder") or (
+            "mlp" if prompt.get("method") == "p_tuning" else "embedding"
+        )
+        settings["init"] = _init(prompt.get("init"))
+        for key in ("steps", "tokens_per_step"):
+            settings[f"training.{key}"] = training.get(key)
+        for key in ("model", "quantization"):
+            settings[f"base.{key}"] = base.get(key)
+        return dict(_flatten(settings))
+
+    def tags(self) -> dict[str, str]:
+        environment = self.environment
+        run = self.run_file
+        tags = {
+            "kind": "run",
+            "base_model": Path(str((run.get("base") or {}).get("model") or "")).name,
+            "output_dir": str(self.path.resolve()),
+            "tasks": ", ".join(task["name"] for task in run.get("tasks") or []),
+            "command": environment.get("command"),
+            "mlflow.user": _user(),
+            "mlflow.source.name": "promptshard",
+            "mlflow.source.type": "JOB" if os.environ.get("SLURM_JOB_ID") else "LOCAL",
+            "mlflow.source.git.commit": environment.get("git_revision"),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            **_environment_tags(),
+        }
+        return _clean(tags)
+
+    @property
+    def started(self) -> float | None:
+        """When the run was first set up, unix seconds."""
+        try:
+            return (self.path / "run.yaml").stat().st_mtime
+        except OSError:
+            return None
+
+    def prompt_tags(self, prompt: Mapping[str, Any]) -> dict[str, str]:
+        own = {
+            "kind": "prompt",
+            "prompt": prompt["name"],
+            "task": prompt.get("task"),
+            "method": prompt.get("method"),
+        }
+        common = {k: v for k, v in self.tags().items() if k not in ("kind", "tasks", "command")}
+        return common | _clean(own)
+
+    def datasets(self, task: str | None = None) -> list[dict[str, Any]]:
+        found = self.json("datasets.json") or []
+        return [item for item in found if task is None or item.get("task") == task]
+
+    def early_artifacts(self) -> list[Artifact]:
+        names = ("run.yaml", "environment.json", "datasets.json")
+        return [Artifact(None, self.path / n, "", text=True) for n in names if self._has(n)]
+
+    def late_artifacts(self) -> list[Artifact]:
+        names = ("summary.json", "report.html")
+        found = [Artifact(None, self.path / n, "", text=True) for n in names if self._has(n)]
+        for prompt in self.prompts:
+            folder = self.path / "prompts" / str(prompt["name"])
+            files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
+            for file in files:
+                inside = Path("adapter", *file.relative_to(folder).parts[:-1]).as_posix()
+                found.append(Artifact(str(prompt["name"]), file, inside))
+        return found
+
+    def _has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def final_metrics(
+        self, prompt: Mapping[str, Any], summary: Mapping[str, Any]
+    ) -> tuple[int, dict[str, float]]:
+        """Step and scores of the saved adapter, beside those it has to beat.
+
+        Names: ``best/validation_accuracy``, ``no_prompt/validation_accuracy``,
+        ``hand_written/validation_accuracy`` (of the hand-written prompt best at it), ...: MLflow
+        shows what is in front of the slash as a section of its own, apart from the curves.
+        """
+        result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
+        task = (summary.get("tasks") or {}).get(prompt.get("task")) or {}
+        step = int(result.get("best_step") or summary.get("steps") or 0)
+        scores = {f"best/{k}": v for k, v in _scores(result)}
+        scores |= {f"no_prompt/{k}": v for k, v in _scores(task.get("no_prompt") or {})}
+        for hard in task.get("hand_written") or []:
+            for key, value in _scores(hard):
+                name = f"hand_written/{key}"
+                better = min if key.endswith(HIGHER_IS_WORSE) else max
+                scores[name] = better(scores.get(name, value), value)
+        if "best_step" in result:
+            scores["best/step"] = step
+        return step, scores
+
+    def note(self, summary: Mapping[str, Any]) -> str:
+        """The parent run's description (Markdown): the table a person looks for first."""
+        tasks, prompts = summary.get("tasks") or {}, summary.get("prompts") or {}
+        lines = []
+        for name in tasks or {p.get("task") for p in prompts.values()}:
+            task = tasks.get(name) or {}
+            rows = [(f"**{p}** (trained)", r) for p, r in prompts.items() if r.get("task") == name]
+            rows += [(f"“{h.get('text', '')}”", h) for h in task.get("hand_written") or []]
+            rows += [("no prompt", task.get("no_prompt") or {})]
+            keys = sorted({k for _, row in rows for k, _ in _scores(row)}, key=_score_order)
+            lines += [
+                f"#### Task {name}",
+                "",
+                "| prompt | " + " | ".join(map(_spoken, keys)) + " |",
+            ]
+            lines += ["|---|" + "---:|" * len(keys)]
+            for label, row in rows:
+                cells = (_number(key, dict(_scores(row)).get(key)) for key in keys)
+                lines.append(f"| {_cell(label)} | " + " | ".join(cells) + " |")
+            lines.append("")
+        return "\n".join(lines)[:MAX_TAG]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file for MLflow: the prompt whose run gets it (None: the parent), and the folder there."""
+
+    prompt: str | None
+    path: Path
+    folder: str
+    text: bool = False  #: sent with credentials hidden
+
+    @property
+    def key(self) -> str:
+        return f"{self.prompt or ''}:{self.folder}/{self.path.name}"
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, name + ".")
+        elif key == "name":
+            continue  # already in the path
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield legal(name), shorten(redact(text), MAX_PARAM)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters; what was cut is said, and where to find the whole."""
+    if len(text) <= limit:
+        return text
+    note = f" … [{len(text)} characters, whole text in run.yaml]"
+    return text[: limit - len(note)] + note
+
+
+def legal(name: str) -> str:
+    """MLflow takes letters, digits and ``_-. :/`` in names, at most 250 of them."""
+    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)[:MAX_KEY]
+
+
+def _clean(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {legal(k): shorten(redact(str(v)), MAX_TAG) for k, v in tags.items() if v}
+
+
+def _environment_tags() -> dict[str, str]:
+    try:
+        tags = json.loads(os.environ.get("MLFLOW_TAGS") or "{}")
+    except ValueError:
+        return {}
+    return {str(k): str(v) for k, v in tags.items()} if isinstance(tags, dict) else {}
+
+
+def _init(init: Any) -> str:
+    """``{text: ..., vocab: false, random: false}`` as a person would say it."""
+    if not isinstance(init, Mapping):
+        return str(init or "vocab")
+    if init.get("text"):
+        return f"text: {init['text']}"
+    return next((k for k, v in init.items() if v), "vocab")
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return None
+
+
+def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The scores of a row of ``summary.json``; counts and texts stay behind."""
+    return [
+        (key, float(value))
+        for key, value in row.items()
+        if key.startswith(("validation_", "shifted_validation_"))
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+    ]
+
+
+def _score_order(key: str) -> tuple[bool, bool, str]:
+    return key.startswith("shifted_"), key.endswith("loss"), key
+
+
+def _spoken(key: str) -> str:
+    return key.replace("validation_", "").replace("_", " ")
+
+
+def _number(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if key.endswith("loss") else f"{value:.1%}"
+
+
+def _cell(text: str) -> str:
+    return shorten(" ".join(text.split()).replace("|", "\\|"), 160)

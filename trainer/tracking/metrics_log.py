@@ -1,0 +1,147 @@
+"""``metrics.jsonl``: every number of a run, one JSON object a line, written before all else.
+
+    {"time": 1763.. s, "step": 50, "useful_tokens": 409600, "prompt": "triage",
+     "metrics": {"train_loss": 0.71, "learning_rate": 0.003}}
+
+``prompt`` is null for numbers of the whole run. Numbers that JSON does not have are written as the
+strings "NaN", "Infinity" and "-Infinity", which ``float()`` reads back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of ``metrics.jsonl``."""
+
+    time: float
+    step: int
+    useful_tokens: int | None
+    prompt: str | None
+    metrics: dict[str, float]
+
+
+class MetricsLog:
+    """Appends to ``OUTPUT_DIR/metrics.jsonl``; only the disk can make it fail (``OSError``).
+
+    Steps of one metric of one prompt must not decrease, but for ``rewind``.
+    """
+
+    def __init__(self, output_dir: Path | str, name: str = METRICS_FILE) -> None:
+        self.path = Path(output_dir) / name
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
+        self._file: BinaryIO = self.path.open("ab")
+
+    def log(
+        self,
+        step: int,
+        useful_tokens: int | None,
+        metrics: Mapping[str, float],
+        prompt: str | None = None,
+    ) -> None:
+        """Append one line and hand it to the operating system (not to the disk: no fsync)."""
+        line = {
+            "time": round(time.time(), 3),
+            "step": int(step),
+            "useful_tokens": None if useful_tokens is None else int(useful_tokens),
+            "prompt": prompt,
+            "metrics": {name: _encode(value) for name, value in metrics.items()},
+        }
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after ``step``: a resumed run does those steps again.
+
+        Call it before the sender starts. The file is replaced in one go, so a crash leaves the old
+        or the new one.
+        """
+        self._file.close()
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        with temporary.open("wb") as out:
+            for raw, line, _ in read_raw(self.path):
+                if line is not None and line.step <= step:
+                    out.write(raw)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(self.path)
+        self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
+    """Complete lines from byte ``offset`` on, each with the offset behind it; garbled: ``None``."""
+    for _, line, end in read_raw(path, offset):
+        yield line, end
+
+
+def read_raw(path: Path, offset: int = 0) -> Iterator[tuple[bytes, Line | None, int]]:
+    """As ``read_lines``, with the bytes of the line in front. A missing file has no lines."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return  # still being written
+            offset += len(raw)
+            yield raw, _parse(raw), offset
+
+
+def _parse(raw: bytes) -> Line | None:
+    try:
+        data = json.loads(raw)
+        tokens = data.get("useful_tokens")
+        return Line(
+            time=float(data["time"]),
+            step=int(data["step"]),
+            useful_tokens=None if tokens is None else int(tokens),
+            prompt=data.get("prompt"),
+            metrics={str(k): float(v) for k, v in data["metrics"].items() if v is not None},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _encode(value: float) -> float | int | str:
+    number = float(value)
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return int(value) if number.is_integer() and isinstance(value, int) else number
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A crash can leave half a line at the end; the next line must not be glued to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            file.truncate(position)

@@ -1,0 +1,260 @@
+"""Bring an MLflow store up to what the output folder says. Used by the sidecar and by a person."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import BadInput
+from trainer.tracking.folder import Artifact, Folder
+from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
+from trainer.tracking.state import Progress, State
+from trainer.tracking.store import Store
+from trainer.tracking.target import HTTP, Target, resolve
+
+logger = logging.getLogger(__name__)
+SYSTEM_FILE = "logs/system_metrics.jsonl"
+TAILED = (METRICS_FILE, SYSTEM_FILE)
+LINES_PER_ROUND = 2000
+STATUS = {"finished": "FINISHED", "failed": "FAILED"}
+
+
+@dataclass(frozen=True)
+class Unsent:
+    """What a store does not have yet, as far as the folder knows."""
+
+    lines: int
+    artifacts: int
+    status: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.lines or self.artifacts or self.status)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.lines:
+            parts.append(f"{self.lines} lines of metrics")
+        if self.artifacts:
+            parts.append(f"{self.artifacts} files")
+        if self.status:
+            parts.append("the run's final status")
+        return ", ".join(parts) or "nothing"
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """How a ``sync`` went."""
+
+    complete: bool
+    points: int  #: metric values sent by this call
+    unsent: Unsent
+    target: str  #: the store, without credentials
+    run_id: str | None
+    message: str  #: for a person, without credentials
+
+
+class Pusher:
+    """Sends what is new since the last call; keeps ``tracking.json``."""
+
+    def __init__(self, output_dir: Path, target: Target, state: State) -> None:
+        self.folder = Folder(output_dir)
+        self.target, self.state = target, state
+        self.progress = state.stores.setdefault(target.name, Progress())
+        self.points = 0
+        self._store: Store | None = None
+
+    def push(self, *, running: bool) -> None:
+        """Connect if need be, then send new lines and the files known at the start.
+
+        Raises whatever went wrong, after forgetting the connection: the next call asks the store
+        anew what it has.
+        """
+        try:
+            store = self._connect(running)
+            if running and self.progress.status != "RUNNING":
+                self._save(status="RUNNING")
+            self._send_artifacts(store, self.folder.early_artifacts())
+            for name in TAILED:
+                self._send_lines(store, name)
+        except BaseException:
+            self._store = None
+            raise
+
+    def end(self) -> None:
+        """Send the rest, then say how the run ended: by ``summary.json``, else it was killed."""
+        self.push(running=False)
+        store = self._store
+        assert store is not None
+        failed = self._send_artifacts(store, self.folder.late_artifacts())
+        summary = self._summary()
+        status = STATUS.get(str(summary.get("status")), "KILLED")
+        store.end(status, summary, self._ended())
+        self._save(status=status)
+        if failed:
+            raise failed[0]
+
+    def unsent(self) -> Unsent:
+        lines = 0
+        for name in TAILED:
+            path = self.folder.path / name
+            lines += sum(1 for _ in read_lines(path, _offset(path, name, self.progress)))
+        artifacts = [*self.folder.early_artifacts(), *self.folder.late_artifacts()]
+        missing = [a for a in artifacts if self.progress.artifacts.get(a.key) != a.digest()]
+        wanted = STATUS.get(str(self._summary().get("status")), "KILLED")
+        return Unsent(lines, len(missing), self.progress.status != wanted)
+
+    def _connect(self, running: bool) -> Store:
+        if self._store is None:
+            store = Store(self.folder, self.target, self.state.output_id)
+            store.attach(self.progress, running=running)
+            if store.is_new:  # also: a store that lost what it once had
+                self.progress.offsets, self.progress.tails = {}, {}
+                self.progress.artifacts = {}
+            self._save()
+            self._store = store
+            logger.info("run %s in %s", self.progress.run_id, self.target.name)
+        return self._store
+
+    def _send_lines(self, store: Store, name: str) -> None:
+        path = self.folder.path / name
+        lines = read_lines(path, _offset(path, name, self.progress))
+        while batch := list(islice(lines, LINES_PER_ROUND)):
+            good: list[Line] = [line for line, _ in batch if line is not None]
+            if len(good) < len(batch):
+                logger.warning("%s: %d garbled lines left out", name, len(batch) - len(good))
+            self.points += store.send(good)
+            self.progress.offsets[name] = batch[-1][1]
+            self.progress.tails[name] = _tail(path, batch[-1][1])
+            self._save()
+
+    def _send_artifacts(self, store: Store, artifacts: list[Artifact]) -> list[Exception]:
+        """Files that cannot be sent hold up nothing else; they are tried again at the next call."""
+        errors: list[Exception] = []
+        for artifact in artifacts:
+            digest = artifact.digest()
+            if self.progress.artifacts.get(artifact.key) == digest:
+                continue
+            try:
+                store.upload(artifact)
+            except Exception as error:
+                logger.warning("%s: not sent: %s", artifact.path.name, error)
+                errors.append(error)
+                continue
+            self.progress.artifacts[artifact.key] = digest
+            self._save()
+        return errors
+
+    def _summary(self) -> dict[str, Any]:
+        return self.folder.summary(self.state.stale_summary_ns)
+
+    def _ended(self) -> float:
+        """Unix seconds of the last sign of life; the same at every call on an unchanged folder."""
+        names = ["summary.json"] if self._summary() else [*TAILED, "run.yaml"]
+        times = [p.stat().st_mtime for n in names if (p := self.folder.path / n).exists()]
+        return max(times, default=0.0)
+
+    def _save(self, status: str | None = None) -> None:
+        self.progress.status = status or self.progress.status
+        self.state.save()
+
+
+def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
+    """Send everything of a finished or broken-off run that its store does not have; idempotent.
+
+    ``uri`` and then the run file, the environment and the folder's own SQLite say where to.
+
+    Raises:
+        BadInput: not an output folder, its run is still going on, or the address cannot be used.
+    """
+    output_dir = Path(output_dir)
+    if not (output_dir / "run.yaml").is_file():
+        raise BadInput(f"{output_dir}: no run.yaml in it; name the output folder of a run")
+    target = resolve(output_dir, uri or Folder(output_dir).tracking.get("uri"))
+    with target.applied(), folder_lock(output_dir) as free:
+        if not free:
+            raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
+        pusher = Pusher(output_dir, target, State(output_dir))
+        try:
+            pusher.end()
+            problem = ""
+        except Exception as error:
+            logger.debug("sync", exc_info=True)
+            problem = explain(error, target)
+        unsent = pusher.unsent()
+    return SyncResult(
+        complete=not unsent and not problem,
+        points=pusher.points,
+        unsent=unsent,
+        target=target.name,
+        run_id=pusher.progress.run_id,
+        message=_message(pusher, unsent, problem),
+    )
+
+
+def explain(error: BaseException, target: Target) -> str:
+    """One line for a person: what the store answered, and what to do where that is known."""
+    text = target.hide(" ".join(str(error).split())) or type(error).__name__
+    if "401" in text or "403" in text:
+        text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
+    return text[:600]
+
+
+def _message(pusher: Pusher, unsent: Unsent, problem: str) -> str:
+    target, progress = pusher.target, pusher.progress
+    if problem or unsent:
+        return f"{target.name}: {problem or 'not everything was sent'}. Not sent: {unsent}"
+    where = progress.url or where_to_look(target)
+    return f"MLflow has all of run {progress.run_id} ({pusher.points} new points): {where}"
+
+
+def where_to_look(target: Target) -> str:
+    """The address of the web pages, or the command that serves them."""
+    if target.uri.partition("://")[0] in HTTP:
+        return target.name
+    return f"mlflow ui --backend-store-uri {target.name}"
+
+
+@contextlib.contextmanager
+def folder_lock(output_dir: Path) -> Iterator[bool]:
+    """Whether this process is now the only one that sends from ``output_dir``.
+
+    The kernel lets go of the lock with its process. Where the file system has no locks, everyone
+    is let in.
+    """
+    path = output_dir / "logs" / "tracking.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                yield False
+                return
+            logger.warning("%s: cannot be locked: %s", path, error)
+        yield True
+
+
+def _offset(path: Path, name: str, progress: Progress) -> int:
+    """Where to read on; from the start where the file is not the one that was read (rewound)."""
+    offset = progress.offsets.get(name, 0)
+    return offset if offset and _tail(path, offset) == progress.tails.get(name) else 0
+
+
+def _tail(path: Path, offset: int) -> str:
+    """Digest of the bytes in front of ``offset``; a line has its time in it, so they differ."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, offset - 512)
+            file.seek(start)
+            data = file.read(offset - start)
+    except OSError:
+        return ""
+    return hashlib.sha256(data).hexdigest()[:16] if len(data) == offset - start else ""
