@@ -160,22 +160,22 @@ class Folder:
     ) -> tuple[int, dict[str, float]]:
         """Step and scores of the saved adapter, beside those it has to beat.
 
-        Names: ``best/validation_accuracy``, ``no_prompt/validation_accuracy``,
-        ``hand_written/validation_accuracy`` (of the hand-written prompt best at it), ...: MLflow
-        shows what is in front of the slash as a section of its own, apart from the curves.
+        Names: ``result/best_validation_accuracy``, ``result/no_prompt_validation_accuracy``,
+        ``result/hand_written_validation_accuracy`` (of the hand-written prompt best at it), ...:
+        MLflow shows what is in front of the slash as a section of its own, below the curves.
         """
         result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
         task = (summary.get("tasks") or {}).get(prompt.get("task")) or {}
         step = int(result.get("best_step") or summary.get("steps") or 0)
-        scores = {f"best/{k}": v for k, v in _scores(result)}
-        scores |= {f"no_prompt/{k}": v for k, v in _scores(task.get("no_prompt") or {})}
+        scores = {f"result/best_{k}": v for k, v in _scores(result)}
+        scores |= {f"result/no_prompt_{k}": v for k, v in _scores(task.get("no_prompt") or {})}
         for hard in task.get("hand_written") or []:
             for key, value in _scores(hard):
-                name = f"hand_written/{key}"
+                name = f"result/hand_written_{key}"
                 better = min if key.endswith(HIGHER_IS_WORSE) else max
                 scores[name] = better(scores.get(name, value), value)
         if "best_step" in result:
-            scores["best/step"] = step
+            scores["result/best_step"] = step
         return step, scores
 
     def note(self, summary: Mapping[str, Any]) -> str:
@@ -188,6 +188,8 @@ class Folder:
             rows += [(f"“{h.get('text', '')}”", h) for h in task.get("hand_written") or []]
             rows += [("no prompt", task.get("no_prompt") or {})]
             keys = sorted({k for _, row in rows for k, _ in _scores(row)}, key=_score_order)
+            if any(key.startswith("validation_") and not key.endswith("loss") for key in keys):
+                keys = [key for key in keys if key != "shifted_validation_loss"]  # narrow page
             lines += [
                 f"#### Task {name}",
                 "",
@@ -293,7 +295,7 @@ def _spoken(key: str) -> str:
 def _number(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.4f}" if key.endswith("loss") else f"{value:.1%}"
+    return f"{value:.3f}" if key.endswith("loss") else f"{value:.1%}"
 
 
 def _cell(text: str) -> str:
