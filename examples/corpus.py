@@ -496,10 +496,12 @@ def scene_document(rng: random.Random, scene: Scene) -> Document:
     entities = {role: entity for role, entity in entities.items() if role in kept}
     text = scene_text(rng, scene, entities, context)
     role = rng.choice(kept)
-    form = rng.choices(("class", "name", "overview"), (50, 25, 25))[0]
+    form = rng.choices(("class", "name", "overview"), (40, 15, 45))[0]
     if form == "overview":
         instruction = rng.choice(scene.ask_all)
-        answer = "; ".join(f"{scene.roles[r].heading} {label_of[r]}" for r in entities)
+        order = rng.sample(sorted(entities), len(entities))
+        parts = (f"{scene.roles[r].heading}: {entities[r]}, {label_of[r]}" for r in order)
+        answer = "; ".join(parts)
     else:
         asks = scene.ask_class if form == "class" else scene.ask_name
         instruction = common(rng, asks).format(np=common(rng, scene.roles[role].phrases))

@@ -28,9 +28,9 @@ TASKS = ("triage", "animals", "codegen")
 VOCABULARY = 1536
 EOS, PAD = "<eos>", "<pad>"
 
-# Text tokens teach the language, answers the capability. An answer weighs the same whether it is
-# one word or a line of code, or the label words would be lost among many tokens that are easier.
-TEXT_WEIGHT, ANSWER_WEIGHT = 0.25, 8.0
+# Text teaches the language, answers the capability. The tokens of a long answer weigh less, or the
+# label words would be lost among many tokens that are easier.
+TEXT_WEIGHT = 0.1
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -117,7 +117,7 @@ def batches(
                 tokens_BT[row, : len(ids)] = torch.tensor(ids)
                 for position in rng.sample(range(answer_start), answer_start // 5):
                     weights_BT[row, position] = TEXT_WEIGHT
-                weights_BT[row, answer_start : len(ids)] = ANSWER_WEIGHT / (len(ids) - answer_start)
+                weights_BT[row, answer_start : len(ids)] = (len(ids) - answer_start) ** -0.5
             yield tokens_BT, weights_BT
 
 
@@ -127,7 +127,7 @@ def pretrain(
     steps: int,
     seed: int,
     console: Console,
-    rows: int = 48,
+    rows: int = 64,
     learning_rate: float = 3e-3,
 ) -> float:
     """Train all weights in fp32; return the mean weighted loss of the last 50 steps."""
