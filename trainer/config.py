@@ -97,7 +97,32 @@ class Engine(Section):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="recompute activations in backward; auto: only on a GPU"
     )
+    shard_group: Literal["auto", "world", "node"] | int = Field(
+        "world",
+        description="ranks that hold one copy of the base together: all, those of a node, a "
+        "number, or auto: as few as base_memory allows",
+    )
+    base_memory: str = Field(
+        "auto",
+        description="memory of a rank for the base, as 24GB: its shard, the layers at work, and "
+        "gathered layers that stay until the step ends; auto: half of what is free",
+    )
     timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
+
+    @field_validator("shard_group", mode="before")
+    @classmethod
+    def _check_group(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value not in ("auto", "world", "node") and not number:
+            raise ValueError(f"{value!r} is not one of auto, world, node or a number of ranks")
+        return value
+
+    @field_validator("base_memory", mode="before")
+    @classmethod
+    def _check_memory(cls, value: Any) -> Any:
+        if value != "auto":
+            parse_bytes(value)
+        return value
 
 
 class Task(Section):
@@ -293,6 +318,18 @@ class RunConfig(Section):
 
     def prompt_seed(self, prompt: Prompt) -> int:
         return self.training.seed if prompt.seed is None else prompt.seed
+
+
+def parse_bytes(size: Any) -> int:
+    """``24GB``, ``500 MB`` or ``1.5TB`` as a number of bytes; units are powers of ten.
+
+    Raises:
+        ValueError: if it is not written so.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", str(size))
+    if match is None:
+        raise ValueError(f"{size!r} is no size; write a number and KB, MB, GB or TB, as 24GB")
+    return int(float(match[1]) * 1000 ** (1 + "KMGT".index(match[2])))
 
 
 def template_fields(template: str) -> list[str]:
