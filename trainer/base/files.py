@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from trainer.base.families import family_of
+from trainer.base.families import context_length, family_of
 from trainer.config import Base, resolve_path
 from trainer.errors import BadInput
 
@@ -42,7 +42,7 @@ class BaseFiles:
 
     @property
     def context_length(self) -> int:
-        return int(self.config.max_position_embeddings)
+        return context_length(self.config)
 
     @property
     def num_bytes(self) -> int:

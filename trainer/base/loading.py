@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.base.experts import FrozenExperts
+from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, SafetensorsReader
-from trainer.base.linear import FrozenEmbedding, FrozenLinear
+from trainer.base.linear import FrozenEmbedding, FrozenLinear, absmax_name
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
+from trainer.base.sources import find_sources
 
 Shard = Callable[[nn.Module], None]
 Progress = Callable[[int], None]
@@ -52,14 +55,15 @@ def load_base(
     """
     started = time.perf_counter()
     done: set[int] = set()
+    sources = find_sources(model, files.tensors, family_of(model.config, files.name))
     with SafetensorsReader(files) as reader:
         for path, module in model.named_modules():
             before = reader.bytes_read
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) not in done:
                     done.add(id(parameter))
-                    stored = reader.read(f"{path}.{name}" if path else name)
-                    _fill(module, parameter, stored, dtype, device)
+                    stored = sources[f"{path}.{name}" if path else name].read(reader)
+                    _fill(module, name, parameter, stored, dtype, device)
             if reader.bytes_read > before:
                 shard(module)
                 progress(reader.bytes_read - before)
@@ -73,6 +77,7 @@ def load_base(
 
 def _fill(
     module: nn.Module,
+    name: str,
     parameter: nn.Parameter,
     stored: Tensor,
     dtype: torch.dtype,
@@ -80,11 +85,11 @@ def _fill(
 ) -> None:
     """Give a parameter its values: quantised, or in the narrower of stored and compute type."""
     if parameter.dtype == torch.int8:
-        assert isinstance(module, FrozenLinear)
         weight, absmax = quantize_rows(stored.to(device))
-        module.absmax = absmax
+        setattr(module, absmax_name(name), absmax)
     else:
-        large = isinstance(module, FrozenLinear | FrozenEmbedding) and stored.dim() > 1
+        frozen = isinstance(module, FrozenLinear | FrozenEmbedding | FrozenExperts)
+        large = frozen and stored.dim() > 1
         narrow = large and stored.element_size() < dtype.itemsize
         weight = stored.to(device, stored.dtype if narrow else dtype)
     # ``.data`` cannot leave meta; swapping keeps the identity, so that tied weights stay tied.
