@@ -81,6 +81,12 @@ class Base(Section):
     model: str = Field(description="folder or hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     quantization: Literal["int8", "none"] = Field("int8", description="how weights are stored")
+    embeddings: Literal["keep", "int8"] = Field(
+        "keep", description="how word embeddings are stored; keep: in the checkpoint's type"
+    )
+    head: Literal["keep", "int8"] = Field(
+        "keep", description="the same for the head; where it is the embedding table, both are one"
+    )
     matmul: Literal["auto", "dequantize"] = Field(
         "auto", description="how stored int8 weights are multiplied; dequantize is exact to them"
     )

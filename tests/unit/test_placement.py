@@ -42,7 +42,7 @@ def test_node_and_world() -> None:
 
 def test_a_number_must_divide_the_ranks() -> None:
     assert group(4, 80, TWO_NODES).group_size == 4
-    with pytest.raises(BadInput, match="5 does not divide the 16 ranks.*one of 1, 2, 4, 8, 16"):
+    with pytest.raises(BadInput, match=r"5 does not divide the 16 ranks.*one of 1, 2, 4, 8, 16"):
         group(5, 80, TWO_NODES)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from trainer.base.families import family_of
+from trainer.base.families import context_length, family_of
 from trainer.config import Base, resolve_path
 from trainer.errors import BadInput
 
@@ -52,7 +52,7 @@ class BaseFiles:
 
     @property
     def context_length(self) -> int:
-        return int(self.config.max_position_embeddings)
+        return context_length(self.config)
 
     @property
     def num_bytes(self) -> int:
@@ -81,6 +81,7 @@ def open_base(settings: Base) -> BaseFiles:
         config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"base.model: {settings.model!r}: {_first_line(error)}") from None
+    _check_quantization(config, settings.model)
     config = config.get_text_config()
     family_of(config, settings.model)
     try:
@@ -92,6 +93,22 @@ def open_base(settings: Base) -> BaseFiles:
     return BaseFiles(
         settings.model, folder, config, tokenizer, _tensor_files(folder, settings.model)
     )
+
+
+def _check_quantization(config: PretrainedConfig, name: str) -> None:
+    """Of the folders that are quantised already, those in bitsandbytes' 8 bits can be loaded."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found if isinstance(found, dict) else found.to_dict()
+    if method.get("quant_method") != "bitsandbytes" or not method.get("load_in_8bit"):
+        kind = method.get("quant_method", "an unknown method")
+        kind += " in 4 bits" if method.get("load_in_4bit") else ""
+        raise BadInput(
+            f"base.model: {name!r} is quantised already, with {kind}; give the model that it was "
+            "made from, or one in bitsandbytes' 8 bits (promptshard prepare writes one)"
+        )
+    del config.quantization_config
 
 
 def _folder(settings: Base) -> Path:
@@ -176,6 +193,12 @@ class StoredTensor:
         return DTYPES.get(self.type)
 
 
+def scales_name(name: str) -> str:
+    """Where an 8-bit folder keeps the row scales of a tensor: bitsandbytes' ``SCB``."""
+    module, _, own = name.rpartition(".")
+    return f"{module}.SCB" if own == "weight" else f"{name}_SCB"
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a safetensors file.
 
@@ -229,6 +252,16 @@ class SafetensorsReader:
             self._headers[path] = read_header(path)
         return self._headers[path].get(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self.find(name)
+        assert stored is not None, name
+        assert stored.dtype is not None, name
+        return stored.dtype
+
+    def is_int8(self, name: str) -> bool:
+        stored = self.find(name)
+        return stored is not None and stored.dtype == torch.int8
+
     def problem(self, name: str, shape: Sequence[int]) -> str | None:
         """What is wrong with a tensor, from the file's header alone; None if nothing is."""
         stored = self.find(name)
@@ -262,13 +295,11 @@ class SafetensorsReader:
         Raises:
             BadInput: if they cannot be read or are not finite.
         """
-        stored = self.find(name)
+        stored, dtype = self.find(name), self.dtype(name)
         assert stored is not None, name
-        assert stored.dtype is not None, name
-        size = stored.dtype.itemsize
-        raw = torch.empty((stop - start) * size, dtype=torch.uint8)
-        self._pread(stored, name, raw, stored.begin + start * size)
-        values = raw.view(stored.dtype)
+        raw = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        self._pread(stored, name, raw, stored.begin + start * dtype.itemsize)
+        values = raw.view(dtype)
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise BadInput(f"{stored.path}: {name!r} holds NaN or infinite weights")
         return values

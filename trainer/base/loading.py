@@ -7,28 +7,28 @@ and no weight travels between ranks; only the row scales do, once, at the end.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.base.files import BaseFiles, SafetensorsReader
-from trainer.base.linear import FrozenEmbedding, FrozenLinear
+from trainer.base.experts import FrozenExperts
+from trainer.base.families import family_of
+from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.linear import FrozenEmbedding, FrozenLinear, absmax_name
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
+from trainer.base.sources import RowReader, Source, find_sources
 from trainer.errors import BadInput
 
 Progress = Callable[[int], None]
 
 #: Bytes read, quantised and put away at a time: what loading needs beyond the shards.
 BLOCK_BYTES = 4 << 20
-#: bitsandbytes keeps the scales of ``x.weight`` in ``x.SCB``.
-SCALES_SUFFIX = "SCB"
 
 
 class Sharder(Protocol):
@@ -79,11 +79,13 @@ def load_base(
         BadInput: on all ranks, with every tensor that any of them cannot read or that holds NaN.
     """
     started = time.perf_counter()
+    sources = find_sources(model, files.tensors, family_of(model.config, files.name))
     with SafetensorsReader(files) as reader:
         loader = _Loader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                loader.load(module, parameter, f"{path}.{name}" if path else name)
+                source = sources[f"{path}.{name}" if path else name]
+                loader.load(module, name, parameter, source)
         shard.finish(loader.partial_scales, loader.problems)
         stats = LoadStats(time.perf_counter() - started, reader.bytes_read)
     model.requires_grad_(False)
@@ -110,74 +112,91 @@ class _Loader:
         self.problems: list[str] = []
         self._scales: dict[int, Tensor | None] = {}  # by the id of a parameter that is done
 
-    def load(self, module: nn.Module, parameter: nn.Parameter, name: str) -> None:
+    def load(self, module: nn.Module, name: str, parameter: nn.Parameter, source: Source) -> None:
         """Give a parameter its shard; a rank with a problem goes on, so that none waits for it."""
         if id(parameter) not in self._scales:
             scales = None
             before = self.reader.bytes_read
             try:
                 if parameter.dtype == torch.int8:
-                    scales = self._load_int8(parameter, name)
+                    scales = self._load_int8(parameter, source)
                 else:
-                    self._load_float(module, parameter, name)
+                    self._load_float(module, parameter, source)
             except BadInput as error:
                 self.problems += error.problems
             self._scales[id(parameter)] = scales
             self.progress(self.reader.bytes_read - before)
         scales = self._scales[id(parameter)]
         if scales is not None:
-            module.absmax = scales
+            setattr(module, absmax_name(name), scales)
 
-    def _load_int8(self, parameter: nn.Parameter, name: str) -> Tensor:
+    def _load_int8(self, parameter: nn.Parameter, source: Source) -> Tensor:
         """Quantise this rank's rows, or take them as they are stored; gives the row scales."""
-        stored = self.reader.find(name)
-        assert stored is not None, name
-        *leading, width = parameter.shape
-        count = parameter.numel()
-        start, stop = self.shard.bounds(count)
-        shard = self.shard.allocate(count, torch.int8)
-        if stored.dtype == torch.int8:
-            scales = self.reader.read(scales_name(name)).to(self.device, torch.float32)
-            for begin, end in _blocks(start, stop, BLOCK_BYTES):
-                shard[begin - start : end - start] = self.reader.read_flat(name, begin, end)
+        shard = self.shard.allocate(parameter.numel(), torch.int8)
+        if self.reader.is_int8(source.tensors[0]):
+            names = [scales_name(name) for name in source.tensors]
+            scales = torch.cat([self.reader.read(name).flatten() for name in names])
+            scales = scales.to(self.device, torch.float32)
+            for block in self._blocks(replace(source, transposed=False)):
+                shard[block.to] = block.values.flatten()[block.part]
         else:
-            scales = torch.zeros(count // width, device=self.device)
-            rows = _blocks(start // width, math.ceil(stop / width), BLOCK_BYTES // (4 * width))
-            for first, last in rows if stop > start else ():
-                values = self.reader.read_flat(name, first * width, last * width).to(self.device)
-                quantized, scales[first:last] = quantize_rows(values.view(-1, width))
-                # The first and the last row may be shared with the ranks before and after.
-                begin, end = max(start, first * width), min(stop, last * width)
-                flat = quantized.view(-1)[begin - first * width : end - first * width]
-                shard[begin - start : end - start] = flat
+            scales = torch.zeros(source.shape[:-1].numel(), device=self.device)
+            for block in self._blocks(source):
+                quantized, scales[block.rows] = quantize_rows(block.values.to(self.device))
+                shard[block.to] = quantized.flatten()[block.part]
             self.partial_scales.append(scales)
         self.shard.adopt(parameter, shard)
-        return scales.view(leading)
+        return scales.view(source.shape[:-1])
 
-    def _load_float(self, module: nn.Module, parameter: nn.Parameter, name: str) -> None:
+    def _load_float(self, module: nn.Module, parameter: nn.Parameter, source: Source) -> None:
         """Keep this rank's part in the narrower of stored and compute type."""
-        stored = self.reader.find(name)
-        assert stored is not None, name
-        assert stored.dtype is not None, name
-        large = isinstance(module, FrozenLinear | FrozenEmbedding) and parameter.dim() > 1
-        narrow = large and stored.dtype.itemsize < self.dtype.itemsize
-        kept = stored.dtype if narrow else self.dtype
-        start, stop = self.shard.bounds(parameter.numel())
+        stored = self.reader.dtype(source.tensors[0])
+        large = isinstance(module, FrozenLinear | FrozenEmbedding | FrozenExperts)
+        narrow = large and parameter.dim() > 1 and stored.itemsize < self.dtype.itemsize
+        kept = stored if narrow else self.dtype
         shard = self.shard.allocate(parameter.numel(), kept)
-        for begin, end in _blocks(start, stop, BLOCK_BYTES // stored.dtype.itemsize):
-            shard[begin - start : end - start] = self.reader.read_flat(name, begin, end)
+        for block in self._blocks(source):
+            shard[block.to] = block.values.flatten()[block.part].to(kept)
         self.shard.adopt(parameter, shard)
 
+    def _blocks(self, source: Source) -> Iterator[_Block]:
+        """The rows that this rank's part touches, a few at a time."""
+        start, stop = self.shard.bounds(source.shape.numel())
+        width = source.shape[-1] if len(source.shape) > 1 else 1
+        rows = RowReader(source, self.reader)
+        for first, last in row_blocks(start // width, -(-stop // width), width):
+            # The first and the last row may be shared with the ranks before and after.
+            begin, end = max(start, first * width), min(stop, last * width)
+            yield _Block(
+                rows.read(first, last),
+                slice(first, last),
+                slice(begin - first * width, end - first * width),
+                slice(begin - start, end - start),
+            )
 
-def scales_name(name: str) -> str:
-    """Where an 8-bit folder keeps the row scales of a weight."""
-    return f"{name.rpartition('.')[0]}.{SCALES_SUFFIX}"
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a tensor.
+
+    Attributes:
+        values: the rows, in the type they are stored in.
+        rows: which rows these are.
+        part: elements of ``values`` that are this rank's.
+        to: where in the shard they go.
+    """
+
+    values: Tensor
+    rows: slice
+    part: slice
+    to: slice
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    size = max(1, size)
-    for begin in range(start, stop, size):
-        yield begin, min(begin + size, stop)
+def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Rows ``start`` to ``stop`` in blocks that take BLOCK_BYTES in fp32."""
+    size = max(1, BLOCK_BYTES // (4 * width))
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
