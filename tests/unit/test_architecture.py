@@ -44,7 +44,7 @@ FLOORS = (
     ),
     ("trainer.evaluation",),
     ("trainer.loop",),
-    ("trainer.run", "trainer.generate", "trainer.__main__"),
+    ("trainer.run", "trainer.generate", "trainer.prepare", "trainer.__main__"),
 )
 
 

@@ -295,14 +295,24 @@ class SafetensorsReader:
         Raises:
             BadInput: if they cannot be read or are not finite.
         """
-        stored, dtype = self.find(name), self.dtype(name)
-        assert stored is not None, name
-        raw = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        self._pread(stored, name, raw, stored.begin + start * dtype.itemsize)
-        values = raw.view(dtype)
+        dtype = self.dtype(name)
+        values = self.read_bytes(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
         if values.is_floating_point() and not torch.isfinite(values).all():
-            raise BadInput(f"{stored.path}: {name!r} holds NaN or infinite weights")
+            path = self.files.tensors[name]
+            raise BadInput(f"{path}: {name!r} holds NaN or infinite weights")
         return values
+
+    def read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Bytes ``start`` to ``stop`` of a tensor, whatever its type.
+
+        Raises:
+            BadInput: if they cannot be read.
+        """
+        stored = self.find(name)
+        assert stored is not None, name
+        raw = torch.empty(stop - start, dtype=torch.uint8)
+        self._pread(stored, name, raw, stored.begin + start)
+        return raw
 
     def _pread(self, stored: StoredTensor, name: str, raw: torch.Tensor, offset: int) -> None:
         view, done = raw.numpy().data, 0
