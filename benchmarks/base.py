@@ -27,7 +27,7 @@ RANKS = 2
 #: Of bytes gathered per step to bytes of the model in bf16, under DeepSpeed's default ZeRO-3 with
 #: gradient accumulation of one: each layer once in forward, nearly all again in backward.
 DEFAULT_ZERO3 = 1.77
-MICRO_BATCHES, ROWS, LENGTH, VIRTUAL = 4, 4, 64, 20
+MICRO_BATCHES, ROWS, LENGTH, VIRTUAL = 4, 1, 24, 8
 SHAPE = {
     "vocab_size": 32_000,
     "hidden_size": 768,
@@ -122,8 +122,8 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         "Gathered: whole size of every gathered buffer, a rank's own part included, as in the "
-        "1.77. At rest: after the step. RSS: above what imports and process groups take. Peer reads the "
-        "whole file on every rank, through a memory map, which is not counted.",
+        "1.77. At rest: after the step. RSS: above what imports and process groups take. The peer "
+        "reads the whole file on every rank, through a memory map, which is not counted.",
         "",
     ]
     return "\n".join(lines)

@@ -160,8 +160,9 @@ def prepare(
 ) -> None:
     """Write a base in 8 bits, so that every later run reads half the bytes.
 
-    The folder is in the format of bitsandbytes, which transformers loads too. Weights are read and
-    written in small pieces: a model may be larger than the memory.
+    The folder is in the format of bitsandbytes, which transformers loads too unless embeddings or
+    head are in 8 bits. Weights are read and written in small pieces: a model may be larger than
+    the memory.
 
     **Example:** `promptshard prepare meta-llama/Llama-3.1-70B bases/llama-70b-int8`
     """

@@ -176,7 +176,11 @@ class Engine:
         nodes = self.all_gather((_node(), self._free_memory()))
         names = [name for name, _ in nodes]
         if setting == "auto":
-            memory = int(AUTO_SHARE * min(free / names.count(name) for name, free in nodes))
+            shared = self.device.type == "cpu"  # memory that all ranks of a node draw from
+            memory = int(
+                AUTO_SHARE
+                * min(free / (names.count(name) if shared else 1) for name, free in nodes)
+            )
         else:
             memory = parse_bytes(setting)
         node_sizes = [len(list(ranks)) for _, ranks in itertools.groupby(names)]
@@ -275,9 +279,7 @@ class Engine:
         """Bytes free on this rank's device; on CPU of the whole node."""
         if self.device.type == "cpu":
             return int(psutil.virtual_memory().available)
-        # A device is one rank's own, but the caller shares what a node has among its ranks.
-        local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-        return int(get_accelerator().available_memory(self.local_rank)) * local_ranks
+        return int(get_accelerator().available_memory(self.local_rank))
 
     def _count_gathers(self) -> None:
         """Count what ZeRO-3 receives: the size of every gathered buffer, less our own share."""
