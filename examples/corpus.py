@@ -1,21 +1,19 @@
 """The documents that the tiny base is pretrained on, and the rows of the example tasks.
 
 A document is ``[instruction NEWLINE] text NEWLINE "Answer:" answer``. Each text can be continued
-in several ways, and only the instruction says which: a ward note names one condition that brought
-the patient in, one that runs in the family and one that was ruled out, each of another class, so
-*the same label words answer three different questions*. Without an instruction the question is
-drawn at random. That is what makes prompts matter: scoring the label words with no prompt is a
-guess, and a prompt (written or trained) has to say which question is meant.
+in several ways, and only the instruction says which. A ward note names an illness, a medicine and a
+test; each is metabolic, cardiac or other, so *the same label words answer three questions*. With no
+instruction, people mostly mean one that the example task does not ask. That is what makes prompts
+matter: with none, the base answers another question.
 
-A row's *content* (which conditions in which roles, which program) decides by a hash to which split
-it belongs, so nothing that a validation row asks has been seen in pretraining or in training.
+A text belongs to a split by its hash, so no row of a task has been seen in pretraining.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,170 +41,178 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Role:
-    """A place that an entity takes in a scene, and the phrases by which instructions mean it."""
+class Aspect:
+    """One thing that a text mentions and instructions ask for.
 
-    heading: str  # what the role is called in an overview
-    phrases: tuple[str, ...]
+    Attributes:
+        words: what can be mentioned, by label.
+        frames: clauses with ``{e}``, the word, by context.
+        phrases: what instructions call the thing.
+        unasked: how often it is what a document without instruction means.
+    """
+
+    words: dict[str, tuple[str, ...]]
     frames: dict[str, tuple[str, ...]]
+    phrases: tuple[str, ...]
+    unasked: float
+
+    def label(self, word: str) -> str:
+        return next(label for label, words in self.words.items() if word in words)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A family of short texts in which every role is taken by an entity of another class."""
+    """A family of short texts that mention one word of every aspect; the first one is wanted."""
 
     task: str
-    classes: dict[str, tuple[str, ...]]
-    roles: dict[str, Role]
+    labels: tuple[str, ...]
+    aspects: dict[str, Aspect]
     fillers: dict[str, tuple[str, ...]]
-    ask_class: tuple[str, ...]
+    ask_label: tuple[str, ...]
     ask_name: tuple[str, ...]
-    ask_all: tuple[str, ...]
-    wanted: str  # the role that the example task asks about
+
+    @property
+    def wanted(self) -> str:
+        """The aspect that the example task asks for."""
+        return next(iter(self.aspects))
 
 
 TRIAGE = Scene(
     task="triage",
-    classes={
-        "metabolic": (
-            "diabetes",
-            "gout",
-            "hypothyroidism",
-            "obesity",
-            "porphyria",
-            "ketoacidosis",
-            "rickets",
-            "scurvy",
-            "hypoglycemia",
-            "acidosis",
-            "galactosemia",
-            "hemochromatosis",
-        ),
-        "cardiac": (
-            "angina",
-            "fibrillation",
-            "pericarditis",
-            "endocarditis",
-            "cardiomyopathy",
-            "tachycardia",
-            "bradycardia",
-            "myocarditis",
-            "arrhythmia",
-            "infarction",
-            "stenosis",
-            "palpitations",
-        ),
-        "other": (
-            "asthma",
-            "pneumonia",
-            "migraine",
-            "eczema",
-            "sinusitis",
-            "appendicitis",
-            "epilepsy",
-            "sciatica",
-            "tonsillitis",
-            "glaucoma",
-            "bronchitis",
-            "psoriasis",
-        ),
-    },
-    roles={
-        "present": Role(
-            heading="now",
-            phrases=(
-                "the reason for admission",
-                "the present illness",
-                "the presenting complaint",
-                "what the patient came in with",
-                "the current condition",
-                "what the patient is treated for",
-                "the illness that the patient has now",
-                "the reason for the visit",
-            ),
+    labels=("cardiac", "metabolic", "other"),
+    aspects={
+        "illness": Aspect(
+            words={
+                "cardiac": (
+                    "angina",
+                    "fibrillation",
+                    "pericarditis",
+                    "endocarditis",
+                    "tachycardia",
+                    "myocarditis",
+                    "arrhythmia",
+                    "infarction",
+                ),
+                "metabolic": (
+                    "diabetes",
+                    "gout",
+                    "hypothyroidism",
+                    "obesity",
+                    "porphyria",
+                    "ketoacidosis",
+                    "rickets",
+                    "scurvy",
+                ),
+                "other": (
+                    "asthma",
+                    "pneumonia",
+                    "migraine",
+                    "eczema",
+                    "appendicitis",
+                    "epilepsy",
+                    "sciatica",
+                    "glaucoma",
+                ),
+            },
             frames={
                 HOME: (
                     "{who} was admitted with {e}",
                     "{who} came in with {e}",
                     "{who} presents with {e}",
                     "{who} is treated for {e}",
-                    "{who} complains of {e}",
+                    "{who} stays because of {e}",
                 ),
                 SHIFTED: (
                     "{who} has {e}",
                     "please come, {who} suffers from {e}",
-                    "emergency, this is {e}",
-                    "help is needed for {e}",
+                    "emergency, {who} with {e}",
+                    "caller reports {e} in {who}",
                 ),
             },
-        ),
-        "family": Role(
-            heading="family",
             phrases=(
-                "the family history",
-                "the illness of the relatives",
-                "the disease in the family",
-                "what the father or mother had",
-                "the inherited condition",
-                "the condition of a brother or sister",
-                "the illness that runs in the family",
+                "the illness",
+                "the disease",
+                "the diagnosis",
+                "the condition",
+                "the present illness",
+                "the reason for admission",
+                "the complaint",
+                "what the patient suffers from",
             ),
+            unasked=0.1,
+        ),
+        "medicine": Aspect(
+            words={
+                "cardiac": ("aspirin", "digoxin", "warfarin", "bisoprolol", "nitroglycerin"),
+                "metabolic": ("insulin", "metformin", "thyroxine", "allopurinol", "orlistat"),
+                "other": ("ibuprofen", "penicillin", "codeine", "cortisone", "salbutamol"),
+            },
             frames={
                 HOME: (
-                    "the father had {e}",
-                    "the mother had {e}",
-                    "family history of {e}",
-                    "a brother had {e}",
-                    "relatives had {e}",
+                    "takes {e} every day",
+                    "{e} was given in the morning",
+                    "the dose of {e} is unchanged",
+                    "asks for {e} at night",
                 ),
                 SHIFTED: (
-                    "caller says the father had {e}",
-                    "my mother had {e}",
-                    "our family has {e}",
-                    "caller mentions a sister with {e}",
+                    "there is {e} on the table",
+                    "caller gave {e} already",
+                    "swallowed {e} an hour ago",
                 ),
             },
-        ),
-        "excluded": Role(
-            heading="not",
             phrases=(
-                "the condition that was ruled out",
-                "the diagnosis that tests excluded",
-                "the disease with no sign",
-                "the negative finding",
-                "what the patient does not have",
-                "the illness that was not found",
-                "the rejected diagnosis",
+                "the medicine",
+                "the drug",
+                "the pills",
+                "the prescription",
+                "the medication",
+                "what is swallowed",
+                "the remedy",
+                "the tablet",
             ),
+            unasked=0.5,
+        ),
+        "test": Aspect(
+            words={
+                "cardiac": ("electrocardiogram", "troponin", "angiography", "echo"),
+                "metabolic": ("glucose", "cholesterol", "lipids", "ketones"),
+                "other": ("xray", "hearing", "spirometry", "eyesight"),
+            },
             frames={
                 HOME: (
-                    "tests ruled out {e}",
-                    "there is no {e}",
-                    "the scan excluded {e}",
-                    "negative for {e}",
-                    "no sign of {e}",
+                    "the {e} test is ordered",
+                    "the {e} result is late",
+                    "{e} will be measured again",
                 ),
                 SHIFTED: (
-                    "caller says it is not {e}",
-                    "a doctor ruled out {e}",
-                    "it cannot be {e}",
-                    "there is no {e}",
+                    "the crew checks {e}",
+                    "asks whether {e} was tested",
+                    "{e} was tested last week",
                 ),
             },
+            phrases=(
+                "the test",
+                "the examination",
+                "the measurement",
+                "what is measured",
+                "the laboratory order",
+                "the check",
+                "the result that is awaited",
+                "the screening",
+            ),
+            unasked=0.4,
         ),
     },
     fillers={
         HOME: (
             "sleeping well",
             "lives alone",
-            "blood pressure is stable",
             "does not smoke",
             "eats little",
             "walks with a stick",
             "works at night",
             "was calm on the round",
-            "temperature is normal",
-            "takes no other medicine",
+            "two visitors came",
         ),
         SHIFTED: (
             "the line is bad",
@@ -214,10 +220,10 @@ TRIAGE = Scene(
             "caller is upset",
             "the street is closed",
             "a dog is in the flat",
-            "please stay on the line",
+            "the lift is broken",
         ),
     },
-    ask_class=(
+    ask_label=(
         "Classify {np} as metabolic, cardiac or other.",
         "Is {np} metabolic, cardiac or other?",
         "Give the category of {np}.",
@@ -226,147 +232,134 @@ TRIAGE = Scene(
         "Sort the note by {np}.",
         "Label {np} with its group.",
         "State the medical field of {np}.",
-        "Choose the right class for {np}: metabolic, cardiac or other.",
     ),
-    ask_name=(
-        "Name {np}.",
-        "Write out {np}.",
-        "Copy the words for {np}.",
-        "What exactly is {np}?",
-        "Quote {np} from the text.",
-    ),
-    ask_all=(
-        "Make a table of the note.",
-        "List all conditions with their groups.",
-        "Give an overview of the classes.",
-        "Fill in the form: now, family, not.",
-    ),
-    wanted="present",
+    ask_name=("Name {np}.", "Write out {np}.", "Copy the word for {np}.", "Quote {np}."),
 )
 
 ANIMALS = Scene(
     task="animals",
-    classes={
-        "plants": (
-            "zebra",
-            "giraffe",
-            "elephant",
-            "deer",
-            "rabbit",
-            "goat",
-            "bison",
-            "gazelle",
-            "koala",
-            "tortoise",
-            "camel",
-            "beaver",
-        ),
-        "meat": (
-            "lion",
-            "tiger",
-            "wolf",
-            "hawk",
-            "crocodile",
-            "leopard",
-            "owl",
-            "hyena",
-            "python",
-            "lynx",
-            "falcon",
-            "jackal",
-        ),
-        "insects": (
-            "anteater",
-            "swift",
-            "bat",
-            "aardvark",
-            "gecko",
-            "swallow",
-            "frog",
-            "chameleon",
-            "pangolin",
-            "shrew",
-            "woodpecker",
-            "nightjar",
-        ),
-    },
-    roles={
-        "seen": Role(
-            heading="seen",
-            phrases=(
-                "the animal that was seen",
-                "the animal that people watched",
-                "the animal in view",
-                "the observed animal",
-                "the visible animal",
-                "the animal they looked at",
-                "the spotted animal",
-            ),
-            frames={
-                HOME: (
-                    "we watched {a}",
-                    "by the river we saw {a}",
-                    "on the hill we spotted {a}",
-                    "our guide pointed at {a}",
-                    "through the glasses we observed {a}",
+    labels=("insects", "meat", "plants"),
+    aspects={
+        "beast": Aspect(
+            words={
+                "insects": (
+                    "anteater",
+                    "aardvark",
+                    "pangolin",
+                    "shrew",
+                    "hedgehog",
+                    "armadillo",
+                    "numbat",
+                    "mole",
                 ),
-                SHIFTED: (
-                    "visitors watched {a}",
-                    "the school class looked at {a}",
-                    "children took pictures of {a}",
-                    "behind the glass people saw {a}",
+                "meat": (
+                    "lion",
+                    "tiger",
+                    "wolf",
+                    "leopard",
+                    "hyena",
+                    "lynx",
+                    "jackal",
+                    "weasel",
+                ),
+                "plants": (
+                    "zebra",
+                    "giraffe",
+                    "elephant",
+                    "deer",
+                    "rabbit",
+                    "bison",
+                    "gazelle",
+                    "koala",
                 ),
             },
-        ),
-        "heard": Role(
-            heading="heard",
-            phrases=(
-                "the animal that was heard",
-                "the animal that called",
-                "the source of the noise",
-                "the animal they listened to",
-                "the audible animal",
-                "the voice from afar",
-            ),
             frames={
                 HOME: (
-                    "at night we heard {a}",
-                    "we listened to {a}",
-                    "from the trees came the call of {a}",
-                    "the noise was made by {a}",
+                    "we watched the {e} for an hour",
+                    "by the river we saw the {e}",
+                    "on the hill stood the {e}",
+                    "our guide pointed at the {e}",
+                    "the tracks were those of the {e}",
                 ),
                 SHIFTED: (
-                    "over the wall one heard {a}",
-                    "from the next house came the call of {a}",
-                    "the noise was made by {a}",
-                    "visitors listened to {a}",
+                    "visitors watched the {e}",
+                    "children took pictures of the {e}",
+                    "behind the glass slept the {e}",
+                    "the sign told us about the {e}",
                 ),
             },
-        ),
-        "traces": Role(
-            heading="traces",
             phrases=(
-                "the animal that left traces",
-                "the animal of the tracks",
-                "the owner of the prints",
-                "the animal that left droppings",
-                "the animal known by its marks",
-                "the animal that had passed earlier",
+                "the beast",
+                "the mammal",
+                "the animal on four legs",
+                "the furry animal",
+                "the four-legged one",
+                "the animal on the ground",
+                "the land animal",
+                "the big animal",
             ),
+            unasked=0.1,
+        ),
+        "bird": Aspect(
+            words={
+                "insects": ("swift", "swallow", "woodpecker", "nightjar", "flycatcher"),
+                "meat": ("hawk", "owl", "falcon", "eagle", "vulture"),
+                "plants": ("finch", "parrot", "pigeon", "goose", "sparrow"),
+            },
             frames={
                 HOME: (
-                    "the path had tracks of {a}",
-                    "the mud showed prints of {a}",
-                    "we found droppings of {a}",
-                    "the bark had marks of {a}",
+                    "above us flew the {e}",
+                    "from a tree called the {e}",
+                    "a feather of the {e} lay there",
+                    "in the sky was the {e}",
                 ),
                 SHIFTED: (
-                    "the sand showed prints of {a}",
-                    "the cleaner found droppings of {a}",
-                    "the gate had marks of {a}",
-                    "the empty pen had tracks of {a}",
+                    "in the aviary sat the {e}",
+                    "a child fed the {e}",
+                    "on the perch was the {e}",
                 ),
             },
+            phrases=(
+                "the bird",
+                "the feathered one",
+                "the flying animal",
+                "the animal in the air",
+                "the winged animal",
+                "the creature with a beak",
+                "the singer",
+                "the animal that has wings",
+            ),
+            unasked=0.5,
+        ),
+        "reptile": Aspect(
+            words={
+                "insects": ("gecko", "chameleon", "skink", "anole"),
+                "meat": ("crocodile", "python", "viper", "cobra"),
+                "plants": ("tortoise", "iguana", "turtle", "chuckwalla"),
+            },
+            frames={
+                HOME: (
+                    "under a stone lay the {e}",
+                    "the {e} warmed itself",
+                    "in the mud rested the {e}",
+                ),
+                SHIFTED: (
+                    "under the lamp lay the {e}",
+                    "the {e} hid in its tank",
+                    "in the warm house was the {e}",
+                ),
+            },
+            phrases=(
+                "the reptile",
+                "the scaly one",
+                "the cold-blooded animal",
+                "the animal with scales",
+                "the crawling animal",
+                "the animal that needs the sun",
+                "the creeping one",
+                "the creature with dry skin",
+            ),
+            unasked=0.4,
         ),
     },
     fillers={
@@ -377,43 +370,29 @@ ANIMALS = Scene(
             "clouds came from the west",
             "the grass was high",
             "the river was low",
-            "we walked for an hour",
             "nobody spoke",
+            "the valley was quiet",
         ),
         SHIFTED: (
             "tickets were sold out",
             "the keeper was late",
-            "it was feeding time soon",
+            "the queue was long",
             "the cafe was full",
-            "a new fence was built",
             "the map was wrong",
+            "the shop sold balloons",
         ),
     },
-    ask_class=(
+    ask_label=(
+        "Plants, meat or insects: choose for {np}.",
+        "Decide the food group for {np}.",
         "What does {np} eat?",
+        "Which food belongs to {np}?",
+        "Does {np} eat plants, meat or insects?",
         "Give the diet of {np}.",
         "Say what {np} feeds on.",
-        "Does {np} eat plants, meat or insects?",
         "State the food of {np}.",
-        "Which food is right for {np}?",
-        "Plants, meat or insects: choose for {np}.",
-        "What would one feed to {np}?",
-        "Decide the food group for {np}.",
     ),
-    ask_name=(
-        "Name {np}.",
-        "Write out {np}.",
-        "Which species is {np}?",
-        "What exactly is {np}?",
-        "Tell the name of {np}.",
-    ),
-    ask_all=(
-        "Make a table of the diets.",
-        "List all animals with their food.",
-        "Give an overview of the diets.",
-        "Fill in the form: seen, heard, traces.",
-    ),
-    wanted="seen",
+    ask_name=("Name {np}.", "Write out {np}.", "Which species is {np}?", "Quote {np}."),
 )
 
 SCENES = {scene.task: scene for scene in (TRIAGE, ANIMALS)}
@@ -438,73 +417,63 @@ def split_of(content: str) -> str:
     bucket = zlib.crc32(content.encode()) % 20
     if bucket < 16:
         return "pretrain"
-    return ("train", "train", "valid", "shifted")[bucket - 16]
-
-
-def common(rng: random.Random, items: Sequence[str]) -> str:
-    """Draw an item, earlier ones more often, as words are in any language.
-
-    Frequent pairs of instruction and clause are learned first, and the rest attach to them.
-    """
-    return rng.choices(items, [1 / (rank + 1) for rank in range(len(items))])[0]
+    return "train" if bucket < 18 else "valid" if bucket == 18 else "shifted"
 
 
 def sentence(words: str) -> str:
-    """Capitalise and end a clause."""
+    """A clause as a sentence."""
     return words[0].upper() + words[1:] + "."
 
 
-def scene_text(rng: random.Random, scene: Scene, entities: dict[str, str], context: str) -> str:
-    """Write one text of a scene: a clause per role and perhaps a filler, in any order."""
-    who = rng.choice(PEOPLE[context]).format(n=rng.randint(20, 89))
-    clauses = []
-    for role, entity in entities.items():
-        article = "an" if entity[0] in "aeiou" else "a"
-        frame = common(rng, scene.roles[role].frames[context])
-        clauses.append(frame.format(e=entity, a=f"{article} {entity}", who=who))
-    clauses += rng.sample(scene.fillers[context], rng.choice((0, 0, 1)))
-    rng.shuffle(clauses)
-    return " ".join(sentence(clause) for clause in clauses)
-
-
-def scene_content(
-    rng: random.Random, scene: Scene, split: str, wanted_label: str | None = None
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Draw the entity and the label of every role; all labels differ.
-
-    Distinct labels keep the score without a prompt at chance, whatever question it answers.
-    """
+def scene_text(
+    rng: random.Random, scene: Scene, words: dict[str, str], context: str, split: str
+) -> str:
+    """A text of the split that mentions a word of each given aspect, in any order."""
     while True:
-        labels = rng.sample(sorted(scene.classes), len(scene.roles))
-        label_of = dict(zip(scene.roles, labels, strict=True))
-        if wanted_label is not None and label_of[scene.wanted] != wanted_label:
-            continue
-        entities = {role: rng.choice(scene.classes[label]) for role, label in label_of.items()}
-        if split_of(scene.task + "|" + "|".join(entities.values())) == split:
-            return entities, label_of
+        clauses = []
+        for aspect, word in words.items():
+            who = rng.choice(PEOPLE[context]).format(n=rng.randrange(20, 90))
+            frame = rng.choice(scene.aspects[aspect].frames[context])
+            clauses.append(frame.format(who=who, e=word))
+        clauses += rng.sample(scene.fillers[context], rng.randrange(0, 2))
+        rng.shuffle(clauses)
+        text = " ".join(sentence(clause) for clause in clauses)
+        if split_of(text) == split:
+            return text
+
+
+def scene_words(rng: random.Random, scene: Scene) -> dict[str, str]:
+    """A word of every aspect; each label once, so that no question has another's answer."""
+    labels = rng.sample(scene.labels, len(scene.labels))
+    pairs = zip(scene.aspects.items(), labels, strict=True)
+    return {name: rng.choice(aspect.words[label]) for (name, aspect), label in pairs}
 
 
 def scene_document(rng: random.Random, scene: Scene) -> Document:
     """A pretraining document of a scene, with the question named or left open.
 
-    Some texts leave roles out: a text with a single condition teaches its class directly, which
-    the model needs before it can learn to choose among three.
+    Some texts leave aspects out: a text with a single one teaches what its word means, which the
+    model needs before it can learn to choose among three.
     """
     context = HOME if rng.random() < 0.7 else SHIFTED
-    entities, label_of = scene_content(rng, scene, "pretrain")
-    kept = rng.sample(sorted(entities), rng.choices((1, 2, 3), (3, 2, 5))[0])
-    entities = {role: entity for role, entity in entities.items() if role in kept}
-    text = scene_text(rng, scene, entities, context)
-    role = rng.choice(kept)
-    form = rng.choices(("class", "name", "overview"), (50, 25, 25))[0]
-    if form == "overview":
-        instruction = rng.choice(scene.ask_all)
-        answer = "; ".join(f"{scene.roles[r].heading} {label_of[r]}" for r in entities)
+    words = scene_words(rng, scene)
+    kept = rng.sample(list(words), rng.choices((1, 2, 3), (2, 2, 6))[0])
+    words = {name: word for name, word in words.items() if name in kept}
+    text = scene_text(rng, scene, words, context, "pretrain")
+    draw = rng.random()
+    if draw < 0.15:  # nothing asked, or nothing in particular
+        instruction = "" if draw < 0.09 else rng.choice(VAGUE)
+        (name,) = rng.choices(kept, [scene.aspects[name].unasked for name in kept])
+        question, answer = "open", scene.aspects[name].label(words[name])
     else:
-        asks = scene.ask_class if form == "class" else scene.ask_name
-        instruction = common(rng, asks).format(np=common(rng, scene.roles[role].phrases))
-        answer = label_of[role] if form == "class" else entities[role]
-    return _blur(rng, Document(scene.task, f"{role}.{form}", instruction, text, answer))
+        name = rng.choice(kept)
+        phrase = rng.choice(scene.aspects[name].phrases)
+        wants_name = draw < 0.3
+        asks = scene.ask_name if wants_name else scene.ask_label
+        instruction = _blur(rng, rng.choice(asks).format(np=phrase))
+        question = "name" if wants_name else name
+        answer = words[name] if wants_name else scene.aspects[name].label(words[name])
+    return Document(scene.task, question, instruction, text, answer)
 
 
 def code_document(rng: random.Random) -> Document:
@@ -512,27 +481,22 @@ def code_document(rng: random.Random) -> Document:
     story = rng.random() < 0.3
     program = _program(rng, "pretrain", numeric=story)
     text = programs.story(rng, program) if story else programs.describe(rng, program)
-    form = rng.choice(sorted(programs.FORMS))
-    instruction = rng.choice(programs.FORMS[form].instructions)
-    document = _blur(rng, Document("codegen", form, instruction, text, ""))
-    if document.question == "open":  # with nothing asked, people mostly just say it again
-        form = rng.choices(("words", "javascript", "lisp", "def"), (6, 2, 1, 1))[0]
-    answer = programs.FORMS[form].render(program)
-    return Document("codegen", document.question, document.instruction, text, answer)
-
-
-def _blur(rng: random.Random, document: Document) -> Document:
-    """Sometimes lose the instruction, or words of it, as people do."""
     draw = rng.random()
-    instruction, question = document.instruction, document.question
-    if draw < 0.10:
-        instruction, question = "", "open"
-    elif draw < 0.15:
-        instruction, question = rng.choice(VAGUE), "open"
-    elif draw < 0.40:
-        words = instruction.split(" ")
-        instruction = " ".join(word for word in words if rng.random() > 0.12) or words[-1]
-    return Document(document.task, question, instruction, document.text, document.answer)
+    if draw < 0.15:  # with nothing asked, people mostly just say it again
+        question, instruction = "open", "" if draw < 0.09 else rng.choice(VAGUE)
+        (form,) = rng.choices(("words", "javascript", "lisp", "def"), (6, 2, 1, 1))
+    else:
+        question = form = rng.choice(sorted(programs.FORMS))
+        instruction = _blur(rng, rng.choice(programs.FORMS[form].instructions))
+    return Document("codegen", question, instruction, text, programs.FORMS[form].render(program))
+
+
+def _blur(rng: random.Random, instruction: str) -> str:
+    """Sometimes lose words of an instruction, as people do."""
+    if rng.random() < 0.7:
+        return instruction
+    words = instruction.split(" ")
+    return " ".join(word for word in words if rng.random() > 0.12) or words[-1]
 
 
 def documents(seed: int) -> Iterator[Document]:
@@ -540,9 +504,9 @@ def documents(seed: int) -> Iterator[Document]:
     rng = random.Random(seed)
     while True:
         draw = rng.random()
-        if draw < 0.36:
+        if draw < 0.37:
             yield scene_document(rng, TRIAGE)
-        elif draw < 0.72:
+        elif draw < 0.74:
             yield scene_document(rng, ANIMALS)
         else:
             yield code_document(rng)
@@ -561,9 +525,10 @@ def scene_rows(scene: Scene, split: str, count: int, seed: int) -> list[dict[str
     context = SHIFTED if split == "shifted" else HOME
     rows: dict[str, str] = {}
     while len(rows) < count:
-        label = sorted(scene.classes)[len(rows) % len(scene.classes)]
-        entities, _ = scene_content(rng, scene, split, wanted_label=label)
-        rows.setdefault(scene_text(rng, scene, entities, context), label)
+        label = scene.labels[len(rows) % len(scene.labels)]
+        words = scene_words(rng, scene)
+        if scene.aspects[scene.wanted].label(words[scene.wanted]) == label:
+            rows.setdefault(scene_text(rng, scene, words, context, split), label)
     shuffled = [{"text": text, "label": label} for text, label in rows.items()]
     rng.shuffle(shuffled)
     return shuffled

@@ -37,6 +37,7 @@ from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.placement import Placement
 from trainer.prompts.bank import Bank
+from trainer.redact import redact
 from trainer.report import write_report
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
@@ -44,6 +45,9 @@ from trainer.tracking import MetricsLog, Sender, check_uri
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
 #: Settings that may change when a run goes on; every other one of these sections must not.
 MAY_CHANGE = {"training.micro_batch_tokens", "training.max_skipped_updates"}
+#: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
+#: may be down.
+LOCAL_STORE_SECONDS, SERVER_SECONDS = 90.0, 20.0
 MUST_STAY = ("base", "tasks", "prompts", "training")
 
 
@@ -125,10 +129,10 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     assert log is not None
     log.rewind(loop.progress.step)
     _describe_run(output, config, engine, loaded, tasks, command)
-    with _tracked(output, console) as ended:
+    with _tracked(output, config.tracking.uri, console) as ended:
         loop.run()
         ended |= _finish(output, loop, loaded, files, _measure(engine, loop, loaded))
-    _show_results(ended, config, console)
+        _show_results(ended, config, console)
     engine.close()
 
 
@@ -258,7 +262,7 @@ def _describe_run(
     tasks: Mapping[str, TaskData],
     command: str,
 ) -> None:
-    (output / "run.yaml").write_text(dump(config), encoding="utf-8")
+    (output / "run.yaml").write_text(redact(dump(config)), encoding="utf-8")
     environment = {
         "versions": versions(),
         "python": platform.python_version(),
@@ -267,7 +271,7 @@ def _describe_run(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "host": platform.node(),
         "git_revision": git_revision(),
-        "command": command,
+        "command": redact(command),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     _write_json(output / "environment.json", environment)
@@ -275,20 +279,24 @@ def _describe_run(
 
 
 @contextmanager
-def _tracked(output: Path, console: Console) -> Iterator[dict[str, Any]]:
+def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[str, Any]]:
     """The tracker's process around the run; the summary says how the run ended."""
     (output / "summary.json").unlink(missing_ok=True)
-    sender = Sender(output)
+    sender = Sender(output, uri)
     sender.start()
-    ended: dict[str, Any] = {"status": "finished"}
+    ended: dict[str, Any] = {}
     try:
         yield ended
     except BaseException as error:
-        _write_json(output / "summary.json", {"status": "failed", "error": str(error)})
+        summary = {"status": "failed", "error": redact(str(error))}
+        _write_json(output / "summary.json", summary)
         raise
     finally:
-        finished = sender.finish()
-        if finished.message:
+        local = uri is None and "MLFLOW_TRACKING_URI" not in os.environ
+        finished = sender.finish(LOCAL_STORE_SECONDS if local else SERVER_SECONDS)
+        if finished.complete:
+            console.say(f"curves:  {finished.message}")
+        else:
             console.warn(finished.message)
 
 
@@ -403,9 +411,6 @@ def _show_results(summary: Mapping[str, Any], config: RunConfig, console: Consol
         f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
     )
     console.say(f"report:  {output}/report.html")
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        console.say(f"curves:  mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db")
     name = next(iter(summary["prompts"]))
     console.say(f'try it:  promptshard generate {output} --prompt {name} --input "..."')
 

@@ -119,7 +119,7 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
     assert parent.data.params["base.quantization"] == "int8"
     assert prompts["triage-mlp"].data.params["num_virtual_tokens"] == "10"
     assert "**triage** (trained)" in parent.data.tags["mlflow.note.content"]
-    assert prompts["triage"].data.metrics["best/validation_accuracy"] == 0.94
+    assert prompts["triage"].data.metrics["validation_accuracy_best"] == 0.94
     assert len(parent.inputs.dataset_inputs) == 6
     names = {item.dataset.name for item in prompts["animals"].inputs.dataset_inputs}
     assert names == {"animals train", "animals validation", "animals shifted validation"}

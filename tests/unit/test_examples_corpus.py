@@ -50,17 +50,22 @@ def test_pretraining_never_sees_a_row() -> None:
 @pytest.mark.parametrize("split", sorted(ROWS))
 def test_labels_are_balanced(task: str, split: str) -> None:
     counts = Counter(row["label"] for row in rows_of(task, split))
-    assert sorted(counts) == sorted(corpus.SCENES[task].classes)
+    assert sorted(counts) == sorted(corpus.SCENES[task].labels)
     assert len(set(counts.values())) == 1
 
 
 @pytest.mark.parametrize("scene", corpus.SCENES.values(), ids=lambda scene: scene.task)
-def test_every_row_names_one_entity_of_each_class(scene: corpus.Scene) -> None:
-    """So the text alone does not say which label is wanted."""
+def test_the_text_does_not_say_which_label_is_wanted(scene: corpus.Scene) -> None:
+    """A row mentions a word of every aspect, each of another label, and no label itself."""
     for row in rows_of(scene.task, "valid"):
-        words = f" {row['text'].lower()} ".replace(".", " ").replace(",", " ")
-        for entities in scene.classes.values():
-            assert any(f" {entity.lower()} " in words for entity in entities), row
+        words = row["text"].lower().replace(".", " ").replace(",", " ").split()
+        facts = {
+            name: next(label for label, known in aspect.words.items() if set(known) & set(words))
+            for name, aspect in scene.aspects.items()
+        }
+        assert sorted(facts.values()) == sorted(scene.labels)
+        assert facts[scene.wanted] == row["label"]
+        assert not set(scene.labels) & set(words)
 
 
 @pytest.mark.parametrize("split", sorted(ROWS))
@@ -94,7 +99,7 @@ def test_tokenizer_round_trip() -> None:
     for text in [*texts, "Größe: 12.5 µm\n\tend  ", "def f(x): return x[::-1]", "中文 🙂"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     for scene in corpus.SCENES.values():
-        for label in scene.classes:
+        for label in scene.labels:
             assert len(tokenizer(f" {label}")["input_ids"]) == 1
 
 

@@ -247,8 +247,12 @@ def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
     commands = [("Try a prompt", try_it)]
     stores = _json(output_dir, "tracking.json").get("stores") or {}
     store = next(reversed(stores), f"sqlite:///{output_dir.resolve()}/mlflow.db")
-    url = (stores.get(store) or {}).get("url") or (store if store.startswith("http") else None)
-    where = url or f"mlflow ui --backend-store-uri {shlex.quote(store)}"
+    page = (stores.get(store) or {}).get("page")
+    where = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
+    if store.startswith("http"):
+        where = f"{store}/{page or ''}"
+    elif page:
+        where += f"\n# then open http://127.0.0.1:5000/{page}"
     commands.append(("Compare runs and curves in MLflow", where))
     commands.append(("Send what MLflow did not get", f"promptshard sync {folder}"))
     model = (run.get("base") or {}).get("model", "BASE")

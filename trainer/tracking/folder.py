@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from trainer.redact import redact
+from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
 #: Of a digest, its pages show all: as many letters as git does; the whole is in the profile.
@@ -117,11 +119,13 @@ class Folder:
 
     @property
     def started(self) -> float | None:
-        """When the run was first set up, unix seconds."""
-        try:
-            return (self.path / "run.yaml").stat().st_mtime
-        except OSError:
-            return None
+        """When the run was first set up, unix seconds; a resumed run writes run.yaml anew."""
+        lines = (line for line, _ in read_lines(self.path / METRICS_FILE) if line is not None)
+        first = next(lines, None)
+        times = [first.time] if first is not None else []
+        with contextlib.suppress(OSError):
+            times.append((self.path / "run.yaml").stat().st_mtime)
+        return min(times, default=None)
 
     def prompt_tags(self, prompt: Mapping[str, Any]) -> dict[str, str]:
         own = {
@@ -160,22 +164,26 @@ class Folder:
     ) -> tuple[int, dict[str, float]]:
         """Step and scores of the saved adapter, beside those it has to beat.
 
-        Names: ``best/validation_accuracy``, ``no_prompt/validation_accuracy``,
-        ``hand_written/validation_accuracy`` (of the hand-written prompt best at it), ...: MLflow
-        shows what is in front of the slash as a section of its own, apart from the curves.
+        Names: ``validation_accuracy_best``, and of the task's own metric also
+        ``validation_accuracy_no_prompt`` and ``validation_accuracy_hand_written`` (of the best
+        hand-written prompt). The ending makes MLflow sort them next to their curve; a prefix with a
+        slash would make a section of single points in front of all curves.
         """
         result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
         task = (summary.get("tasks") or {}).get(prompt.get("task")) or {}
+        tasks = self.run_file.get("tasks") or []
+        metric = next((t.get("metric") for t in tasks if t["name"] == prompt.get("task")), "loss")
         step = int(result.get("best_step") or summary.get("steps") or 0)
-        scores = {f"best/{k}": v for k, v in _scores(result)}
-        scores |= {f"no_prompt/{k}": v for k, v in _scores(task.get("no_prompt") or {})}
-        for hard in task.get("hand_written") or []:
-            for key, value in _scores(hard):
-                name = f"hand_written/{key}"
-                better = min if key.endswith(HIGHER_IS_WORSE) else max
-                scores[name] = better(scores.get(name, value), value)
-        if "best_step" in result:
-            scores["best/step"] = step
+        scores = {f"{k}_best": v for k, v in _scores(result)}
+        better = min if metric in HIGHER_IS_WORSE else max
+        for kind, rows in (
+            ("no_prompt", [task.get("no_prompt") or {}]),
+            ("hand_written", task.get("hand_written") or []),
+        ):
+            for key, value in (pair for row in rows for pair in _scores(row)):
+                if key.endswith(f"validation_{metric}"):
+                    name = f"{key}_{kind}"
+                    scores[name] = better(scores.get(name, value), value)
         return step, scores
 
     def note(self, summary: Mapping[str, Any]) -> str:
@@ -188,6 +196,8 @@ class Folder:
             rows += [(f"“{h.get('text', '')}”", h) for h in task.get("hand_written") or []]
             rows += [("no prompt", task.get("no_prompt") or {})]
             keys = sorted({k for _, row in rows for k, _ in _scores(row)}, key=_score_order)
+            if any(key.startswith("validation_") and not key.endswith("loss") for key in keys):
+                keys = [key for key in keys if key != "shifted_validation_loss"]  # narrow page
             lines += [
                 f"#### Task {name}",
                 "",
@@ -293,7 +303,7 @@ def _spoken(key: str) -> str:
 def _number(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.4f}" if key.endswith("loss") else f"{value:.1%}"
+    return f"{value:.3f}" if key.endswith("loss") else f"{value:.1%}"
 
 
 def _cell(text: str) -> str:

@@ -111,12 +111,12 @@ class Sender:
             target = resolve(self.output_dir, self.uri)
             pusher = Pusher(self.output_dir, target, State(self.output_dir))
             if complete:
-                return Finished(True, pusher.progress.url or where_to_look(target))
+                return Finished(True, where_to_look(target, pusher.progress.page))
             unsent = pusher.unsent()
         except (BadInput, OSError) as error:
             return Finished(False, f"MLflow: {redact(str(error))}; then: {again}")
         if not unsent:
-            return Finished(True, pusher.progress.url or where_to_look(target))
+            return Finished(True, where_to_look(target, pusher.progress.page))
         return Finished(
             False,
             f"MLflow: {target.name} has not got {unsent}; nothing is lost. Send it with: {again} "

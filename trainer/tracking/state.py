@@ -19,7 +19,7 @@ class Progress:
     tails: dict[str, str] = field(default_factory=dict)  #: file -> digest of the bytes before
     artifacts: dict[str, str] = field(default_factory=dict)  #: Artifact.key -> digest
     status: str | None = None  #: RUNNING, FINISHED, FAILED, KILLED
-    url: str | None = None
+    page: str | None = None  #: of MLflow's web pages, where the curves are
 
 
 class State:

@@ -23,13 +23,19 @@ from trainer.tracking.folder import (
 )
 from trainer.tracking.metrics_log import Line
 from trainer.tracking.state import Progress
-from trainer.tracking.target import HTTP, Target
+from trainer.tracking.target import Target
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Param, Run
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
+#: The page where the curves of all prompts lie over each other: sorting by name unfolds the nested
+#: runs, and MLflow's pages open as those for language model calls otherwise.
+PAGE = (
+    "#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
+)
 IDENTITY = "promptshard.output_id"
 BATCH = {"metrics": 1000, "params": 100}
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
@@ -73,7 +79,7 @@ class Store:
             self._adopt(name, run, self.folder.prompt_params(prompt), data)
         progress.run_id = parent.info.run_id
         progress.prompts = {name: i for name, i in self.run_ids.items() if name is not None}
-        progress.url = self._url(experiment.experiment_id, parent.info.run_id)
+        progress.page = PAGE.format(experiment.experiment_id)
 
     def _experiment(self, progress: Progress) -> Experiment:
         if progress.experiment_id is not None and progress.run_id is not None:
@@ -242,8 +248,3 @@ class Store:
         last_first = sorted(self.run_ids.items(), key=lambda item: item[0] is None)
         for _, run_id in last_first:  # the parent last
             self.client.set_terminated(run_id, status, end_time=int(time * 1000))
-
-    def _url(self, experiment_id: str, run_id: str) -> str | None:
-        if self.target.uri.partition("://")[0] not in HTTP:
-            return None
-        return f"{self.target.name}/#/experiments/{experiment_id}/runs/{run_id}"

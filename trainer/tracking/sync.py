@@ -211,15 +211,16 @@ def _message(pusher: Pusher, unsent: Unsent, problem: str) -> str:
     target, progress = pusher.target, pusher.progress
     if problem or unsent:
         return f"{target.name}: {problem or 'not everything was sent'}. Not sent: {unsent}"
-    where = progress.url or where_to_look(target)
-    return f"MLflow has all of run {progress.run_id} ({pusher.points} new points): {where}"
+    where = where_to_look(target, progress.page)
+    return f"MLflow has all of run {progress.run_id} ({pusher.points} new points).\n{where}"
 
 
-def where_to_look(target: Target) -> str:
-    """The address of the web pages, or the command that serves them."""
+def where_to_look(target: Target, page: str | None) -> str:
+    """The address of the web page with the curves, after the command that serves it if need be."""
     if target.uri.partition("://")[0] in HTTP:
-        return target.name
-    return f"mlflow ui --backend-store-uri {target.name}"
+        return f"{target.name}/{page or ''}"
+    command = f"mlflow ui --backend-store-uri {target.name}"
+    return f"{command}\nthen open http://127.0.0.1:5000/{page}" if page else command
 
 
 @contextlib.contextmanager

@@ -1,0 +1,153 @@
+"""The README, as a new user follows it: every command, in order, in an empty folder.
+
+The first run is the quickstart itself, in full: what it promises is asserted here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = "promptshard train examples/quickstart.yaml"
+#: Trainings after the first are cut short, each into a folder of its own.
+SHORT = ["training.steps=2", "evaluation.every=2"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program: str) -> list[str]:
+    lines = "".join(blocks("bash")).splitlines()
+    found = [line.split("   #")[0].strip() for line in lines]
+    return [command for command in found if command.split(" ")[0] == program]
+
+
+class Folder:
+    """A working folder with the examples in it, and commands run there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        for name in ("examples", "ds_configs"):
+            (path / name).symlink_to(ROOT / name)
+        (path / "hosts").write_text("localhost slots=2\n")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        paths = os.pathsep.join([str(BIN), os.environ["PATH"]])
+        self.environment = kept | {"PATH": paths, "PYTHONPATH": str(ROOT)}
+
+    def run(self, *words: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words,
+            cwd=self.path,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def summary(self, output: str) -> Any:
+        return json.loads((self.path / output / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Where the quickstart has been run."""
+    folder = Folder(tmp_path_factory.mktemp("readme"))
+    assert QUICKSTART in commands("promptshard")
+    done = folder.run(*shlex.split(QUICKSTART), timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder.output = done.stdout  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.mark.timeout(1000)
+def test_quickstart_teaches_what_it_promises(folder: Folder) -> None:
+    summary = folder.summary("runs/quickstart")
+    for task in ("triage", "animals"):
+        trained = summary["prompts"][task]["validation_accuracy"]
+        baseline = summary["tasks"][task]
+        assert baseline["no_prompt"]["validation_accuracy"] < 0.5
+        assert trained >= 0.9
+        assert trained > max(s["validation_accuracy"] for s in baseline["hand_written"])
+
+
+def test_quickstart_says_where_to_look_next(folder: Folder) -> None:
+    said: str = folder.output  # type: ignore[attr-defined]
+    for line in ("report.html", "mlflow ui --backend-store-uri", "promptshard generate"):
+        assert line in said
+
+
+@pytest.mark.parametrize("command", commands("promptshard") + commands("deepspeed"))
+@pytest.mark.timeout(200)
+def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -> None:
+    words = shlex.split(command)
+    if command == QUICKSTART:
+        return  # the fixture has run it
+    if "train" in words or words[0] == "deepspeed":
+        output = f"runs/{abs(hash(command))}"
+        words += [w for w in SHORT if w.split("=")[0] not in command] + [f"output_dir={output}"]
+    done = folder.run(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", commands("mlflow"))
+def test_mlflow_shows_the_run(folder: Folder, command: str) -> None:
+    port = "5997"
+    server = subprocess.Popen(
+        [*shlex.split(command), "--port", port],
+        cwd=folder.path,
+        env=folder.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name"
+        found = poll(f"{url}?experiment_name=quickstart")
+        assert found["experiment"]["name"] == "quickstart"
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+
+def poll(url: str) -> Any:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return json.load(answer)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_python(folder: Folder, snippet: str) -> None:
+    done = folder.run(sys.executable, "-c", snippet)
+    assert done.returncode == 0, done.stderr
+
+
+def test_run_file_of_the_readme_is_valid(folder: Folder) -> None:
+    (snippet,) = blocks("yaml")
+    path = folder.path / "readme.yaml"
+    path.write_text(snippet)
+    done = folder.run("promptshard", "validate", "readme.yaml")
+    # Its data is the reader's own, so the only problems are files that are not there.
+    assert done.returncode == 2
+    problems = [line for line in done.stderr.splitlines() if line.strip()]
+    assert all("data/train.jsonl" in p or "data/valid.jsonl" in p for p in problems), done.stderr
