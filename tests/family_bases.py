@@ -48,7 +48,12 @@ _ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
 }
-_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.1] * 6,
+    "long_factor": [4.0] * 6,
+}
 
 _HALF = {"partial_rotary_factor": 0.5}
 
@@ -68,7 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
     "phi3-longrope": (
         "phi3",
-        {**_LLAMA, "rope_parameters": {**_LONG, "short_factor": [1.1] * 6, "long_factor": [4] * 6}},
+        {**_LLAMA, "rope_parameters": _LONG, "original_max_position_embeddings": 64},
     ),
     "gpt2": ("gpt2", {**_BASIC, "n_positions": 128}),
     "gpt_neox": (
@@ -90,11 +95,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "do_layer_norm_before": False,
         },
     ),
-    "bloom": ("bloom", {**_BASIC, "num_attention_heads": 6}),
+    "bloom": ("bloom", {**_BASIC, "num_attention_heads": 12}),
     "falcon": ("falcon", {**_BASIC, "max_position_embeddings": 128}),
     "falcon-alibi": (
         "falcon",
-        {**_BASIC, "num_attention_heads": 6, "alibi": True, "multi_query": False, "bias": True},
+        {**_BASIC, "num_attention_heads": 12, "alibi": True, "multi_query": False, "bias": True},
     ),
     "falcon-grouped": ("falcon", {**_BASIC, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "stablelm": ("stablelm", {**_LLAMA, **_HALF, "use_qkv_bias": True, "qk_layernorm": True}),

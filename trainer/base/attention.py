@@ -27,6 +27,29 @@ BUCKET_RATIO = 0.7
 
 
 @dataclass(frozen=True)
+class Scores:
+    """How a layer turns queries and keys into scores.
+
+    Attributes:
+        scaling: of the products.
+        window: positions a token sees, its own included; None for all.
+        softcap: scores pass through ``softcap * tanh(score / softcap)`` (Gemma 2).
+        sinks_A: a score of nothing, one per head, that takes its share of the softmax (gpt-oss).
+        slopes: what each head's score gains per position of the key (ALiBi, arXiv 2108.12409).
+        slope_dtype: the gain is rounded to it,
+        slope_scaling: and then multiplied by this.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks_A: Tensor | None = None
+    slopes: tuple[float, ...] | None = None
+    slope_dtype: torch.dtype = torch.float32
+    slope_scaling: float = 1.0
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Segments of similar length, side by side.
 
@@ -43,16 +66,32 @@ class Bucket:
     query_position_SQ: Tensor
     key_position_SK: Tensor
     mask: Tensor
-    _windows: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[object, Tensor] = field(default_factory=dict)
 
-    def mask_within(self, window: int | None) -> Tensor:
-        """The mask where a query sees ``window`` positions, its own included: [S, 1, Q, K]."""
-        if window is None or window >= self.key_position_SK.shape[1]:
+    def mask_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
+        """True where a query may look, or what its score gains there; one for all layers alike.
+
+        Returns:
+            bool [S, 1, Q, K], or with slopes ``dtype`` [S, A, Q, K].
+        """
+        window, slopes = scores.window, scores.slopes
+        if window is not None and window >= self.key_position_SK.shape[1]:
+            window = None
+        if window is None and slopes is None:
             return self.mask
-        if window not in self._windows:
-            distance_SQK = self.query_position_SQ[:, :, None] - self.key_position_SK[:, None, :]
-            self._windows[window] = self.mask & (distance_SQK < window)[:, None]
-        return self._windows[window]
+        key = (window, slopes, scores.slope_dtype, scores.slope_scaling, dtype)
+        if key not in self._masks:
+            mask = self.mask
+            if window is not None:
+                distance_SQK = self.query_position_SQ[:, :, None] - self.key_position_SK[:, None]
+                mask = mask & (distance_SQK < window)[:, None]
+            if slopes is not None:
+                slopes_A = torch.tensor(slopes, device=mask.device, dtype=scores.slope_dtype)
+                gain_SAK = slopes_A[:, None] * self.key_position_SK[:, None, :]
+                gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
+                mask = torch.where(mask, gain_SAK[:, :, None, :], -torch.inf)
+            self._masks[key] = mask
+        return self._masks[key]
 
     def to(self, device: torch.device) -> Bucket:
         return Bucket(
@@ -125,27 +164,6 @@ def _bucket(group: Sequence[Segment]) -> Bucket:
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How a layer turns queries and keys into scores.
-
-    Attributes:
-        scaling: of the products.
-        window: positions a token sees, its own included; None for all.
-        softcap: scores pass through ``softcap * tanh(score / softcap)`` (Gemma 2).
-        sinks_A: a score of nothing, one per head, that takes its share of the softmax (gpt-oss).
-        slopes_A: what each head's score gains per position of the key (ALiBi, arXiv 2108.12409).
-        slope_scaling: of that gain.
-    """
-
-    scaling: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks_A: Tensor | None = None
-    slopes_A: Tensor | None = None
-    slope_scaling: float = 1.0
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """Attention of one layer over a packed stream.
 
@@ -172,11 +190,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Sc
 def _bucket_attention(
     query_SAQD: Tensor, key_SAKD: Tensor, value_SAKD: Tensor, bucket: Bucket, scores: Scores
 ) -> Tensor:
-    mask = bucket.mask_within(scores.window)
-    if scores.slopes_A is not None:
-        gain = scores.slopes_A[:, None] * bucket.key_position_SK[:, None, :]
-        gain_SAQK = (gain.to(query_SAQD.dtype) * scores.slope_scaling)[:, :, None, :]
-        mask = torch.where(mask, gain_SAQK, -torch.inf)
+    mask = bucket.mask_for(scores, query_SAQD.dtype)
     grouped = query_SAQD.shape[1] // key_SAKD.shape[1]
     if scores.softcap is None and scores.sinks_A is None:
         return scaled_dot_product_attention(

@@ -96,6 +96,16 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
             f"base.model: {name!r} is of family {config.model_type!r}, which is not supported "
             f"({reason}); supported: {', '.join(sorted(FAMILIES))}"
         )
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or stored.get("load_in_4bit"):
+        method = "4 bits" if method == "bitsandbytes" else method
+        raise BadInput(
+            f"base.model: the weights of {name!r} are stored in {method}, which cannot be read; "
+            "save them in 16 bits first (in transformers: model.dequantize(), "
+            "model.save_pretrained(folder))"
+        )
     for setting, reason in family.refused.items():
         if getattr(config, setting, False):
             raise BadInput(

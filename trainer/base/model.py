@@ -111,10 +111,16 @@ class PromptedBase(nn.Module):
         """Inside, the model attends as transformers does by itself: for decode steps."""
         config = self.model.config
         config._attn_implementation = family_of(config, config.model_type).cached_attention
+        # A layer that is in training mode, to be recomputed, would forget the cache.
+        recomputed = [module for module in self.model.modules() if module.training]
+        for module in recomputed:
+            module.training = False
         try:
             yield
         finally:
             config._attn_implementation = PACKED
+            for module in recomputed:
+                module.training = True
 
 
 def _insert_prompt(words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shape letters: T tokens of a stream, A attention heads, D head size.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -37,8 +38,7 @@ class PackedBloomAttention(BloomAttention):
         if not isinstance(attention_mask, Layout):
             return super().forward(hidden_states, residual, alibi, attention_mask, **more)
         query, key, value = self._reshape(self.query_key_value(hidden_states))
-        slopes_A = alibi_slopes(self.num_heads, hidden_states.device)
-        scores = Scores(self.inv_norm_factor, slopes_A=slopes_A)
+        scores = Scores(self.inv_norm_factor, slopes=alibi_slopes(self.num_heads))
         output_1TAD = attend(query, key, value, attention_mask, scores)
         return self.dense(output_1TAD.flatten(2)) + residual, None
 
@@ -53,14 +53,16 @@ class PackedFalconAttention(FalconAttention):
             return super().forward(hidden_states, alibi, attention_mask, **more)
         fused = self.query_key_value(hidden_states)
         query, key, value = (x.transpose(1, 2) for x in self._split_heads(fused))
-        slopes_A = None
+        scaling = self.inv_norm_factor
         if alibi is None:
             query, key = apply_rotary_pos_emb(query, key, *more["position_embeddings"])
+            scores = Scores(scaling)
         else:
             # The model was trained with slopes and their products rounded to bfloat16.
-            slopes_A = alibi_slopes(self.num_heads, hidden_states.device).bfloat16()
-        scaling = self.inv_norm_factor
-        scores = Scores(scaling, slopes_A=slopes_A, slope_scaling=scaling)
+            slopes = alibi_slopes(self.num_heads)
+            scores = Scores(
+                scaling, slopes=slopes, slope_dtype=torch.bfloat16, slope_scaling=scaling
+            )
         output_1TAD = attend(query, key, value, attention_mask, scores)
         return self.dense(output_1TAD.flatten(2)), None
 
@@ -119,12 +121,12 @@ def replace_attention(model: PreTrainedModel) -> None:
         block.register_forward_pre_hook(hand_down, with_kwargs=True)
 
 
-def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """fp32 [A] (arXiv 2108.12409, section 3; for other than powers of two, its authors' code)."""
+@functools.cache
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """One per head (arXiv 2108.12409, section 3; its authors' code where A is no power of two)."""
     closest = 2 ** math.floor(math.log2(num_heads))
-    slopes = _powers(closest, range(1, 1 + closest))
-    slopes += _powers(2 * closest, range(1, 1 + 2 * (num_heads - closest), 2))
-    return torch.tensor(slopes, device=device)
+    more = range(1, 1 + 2 * (num_heads - closest), 2)
+    return (*_powers(closest, range(1, 1 + closest)), *_powers(2 * closest, more))
 
 
 def _powers(num_heads: int, exponents: range) -> list[float]:
