@@ -25,6 +25,7 @@ from tests.family_bases import (
     save_family,
 )
 from tests.random_base import make_tokenizer
+from tests.whole_base import OneRank
 from trainer.base.experts import FrozenExperts
 from trainer.base.families import FAMILIES, context_length, family_of
 from trainer.base.files import SafetensorsReader, open_base
@@ -71,7 +72,7 @@ def load(
         files,
         dtype=dtype,
         device=CPU,
-        shard=lambda _: None,
+        shard=OneRank(),
         checkpointing=checkpointing,
     )
     return base
