@@ -230,8 +230,8 @@ def main() -> int:
     parser.add_argument("base")
     parser.add_argument("out", type=Path)
     parser.add_argument("--revision")
-    parser.add_argument("--embeddings", default="keep")
-    parser.add_argument("--head", default="keep")
+    parser.add_argument("--embeddings", default="keep", choices=("keep", "int8"))
+    parser.add_argument("--head", default="keep", choices=("keep", "int8"))
     given = parser.parse_args()
     console = Console(sys.stdout, sys.stderr)
     settings = Base.model_validate(

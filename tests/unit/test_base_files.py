@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.family_bases import save_family
 from tests.random_base import llama_config, save_random
 from tests.whole_base import load_rank
 from trainer.base.quantization import dequantize_rows, quantize_rows
@@ -212,3 +213,18 @@ def test_a_file_cut_short_is_named(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert f"{path}: is damaged" in refusal(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("case", ["gpt2", "mixtral", "gpt_oss"])
+def test_transposed_and_stacked_weights_survive_8_bits(tmp_path: Path, case: str) -> None:
+    """Conv1D matrices, one tensor per expert, and all experts in one transposed stack."""
+    base = save_family(tmp_path / "base", case)
+    folder = prepared(base, tmp_path / "int8")
+    direct, again = load_rank(base), load_rank(folder)
+    for a, b in zip(direct[1].shards, again[1].shards, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(direct[0].buffers(), again[0].buffers(), strict=True):
+        assert torch.equal(a, b)
+    parts = [load_rank(folder, rank, 3)[1].shards for rank in range(3)]
+    for whole, *pieces in zip(again[1].shards, *parts, strict=True):
+        assert torch.equal(torch.cat(pieces)[: len(whole)], whole)
