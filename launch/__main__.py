@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import subprocess
 import sys
@@ -47,6 +48,13 @@ Processes = Annotated[
         help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
     ),
 ]
+
+
+class Stored(str, enum.Enum):
+    """How a part of the base is stored; as base.embeddings and base.head in the run file."""
+
+    KEEP = "keep"
+    INT8 = "int8"
 
 
 def _version(wanted: bool) -> None:
@@ -136,6 +144,33 @@ def generate(
     if max_new_tokens is not None:
         arguments.append(f"--max-new-tokens={max_new_tokens}")
     _launch("trainer.generate", arguments, run_dir, processes, None)
+
+
+@app.command(epilog=EXIT_CODES)
+def prepare(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A model's folder or hub id.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    embeddings: Annotated[
+        Stored, typer.Option(help="Word embeddings: as they are, or in 8 bits too.")
+    ] = Stored.KEEP,
+    head: Annotated[Stored, typer.Option(help="The same for the head.")] = Stored.KEEP,
+) -> None:
+    """Write a base in 8 bits, so that every later run reads half the bytes.
+
+    The folder is in the format of bitsandbytes, which transformers loads too unless embeddings or
+    head are in 8 bits. Weights are read and written in small pieces: a model may be larger than
+    the memory.
+
+    **Example:** `promptshard prepare meta-llama/Llama-3.1-70B bases/llama-70b-int8`
+    """
+    options = [f"--embeddings={embeddings.value}", f"--head={head.value}"]
+    if revision is not None:
+        options.append(f"--revision={revision}")
+    command = [sys.executable, "-m", "trainer.prepare", *options, "--", base, out]
+    _end(subprocess.run(command, check=False).returncode)
 
 
 @app.command(epilog=EXIT_CODES)

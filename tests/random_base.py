@@ -50,7 +50,8 @@ def llama_config(**changes: object) -> LlamaConfig:
 def save_random(folder: Path, config: PretrainedConfig | None = None, seed: int = 0) -> Path:
     """Write a model folder; weights large enough that attention is far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or llama_config())
+    config = config or llama_config()
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)

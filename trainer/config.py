@@ -81,6 +81,12 @@ class Base(Section):
     model: str = Field(description="folder or hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     quantization: Literal["int8", "none"] = Field("int8", description="how weights are stored")
+    embeddings: Literal["keep", "int8"] = Field(
+        "keep", description="how word embeddings are stored; keep: in the checkpoint's type"
+    )
+    head: Literal["keep", "int8"] = Field(
+        "keep", description="the same for the head; where it is the embedding table, both are one"
+    )
     matmul: Literal["auto", "dequantize"] = Field(
         "auto", description="how stored int8 weights are multiplied; dequantize is exact to them"
     )
@@ -97,7 +103,32 @@ class Engine(Section):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="recompute activations in backward; auto: only on a GPU"
     )
+    shard_group: Literal["auto", "world", "node"] | int = Field(
+        "world",
+        description="ranks that hold one copy of the base together: all, those of a node, a "
+        "number, or auto: as few as base_memory allows",
+    )
+    base_memory: str = Field(
+        "auto",
+        description="memory of a rank for the base, as 24GB: its shard, the layers at work, and "
+        "gathered layers that stay until the step ends; auto: half of what is free",
+    )
     timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
+
+    @field_validator("shard_group", mode="before")
+    @classmethod
+    def _check_group(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value not in ("auto", "world", "node") and not number:
+            raise ValueError(f"{value!r} is not one of auto, world, node or a number of ranks")
+        return value
+
+    @field_validator("base_memory", mode="before")
+    @classmethod
+    def _check_memory(cls, value: Any) -> Any:
+        if value != "auto":
+            parse_bytes(value)
+        return value
 
 
 class Task(Section):
@@ -293,6 +324,18 @@ class RunConfig(Section):
 
     def prompt_seed(self, prompt: Prompt) -> int:
         return self.training.seed if prompt.seed is None else prompt.seed
+
+
+def parse_bytes(size: Any) -> int:
+    """``24GB``, ``500 MB`` or ``1.5TB`` as a number of bytes; units are powers of ten.
+
+    Raises:
+        ValueError: if it is not written so.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", str(size))
+    if match is None:
+        raise ValueError(f"{size!r} is no size; write a number and KB, MB, GB or TB, as 24GB")
+    return int(float(match[1]) * 1000 ** (1 + "KMGT".index(match[2])))
 
 
 def template_fields(template: str) -> list[str]:

@@ -8,24 +8,32 @@ in one flat all-reduce.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor, nn
 
-from trainer.config import RunConfig, resolve_path
+from trainer.config import RunConfig, parse_bytes, resolve_path
 from trainer.errors import BadInput
+from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
 
 T = TypeVar("T")
+
+#: Stands among the modules that use a parameter now, so that DeepSpeed does not release it.
+KEPT = -1
 
 #: Settings whose meaning here is given by the run file: (path in the JSON, run file's setting).
 OWNED_BY_RUN_FILE = {
@@ -35,8 +43,13 @@ OWNED_BY_RUN_FILE = {
 }
 
 
-def resolve_policy(config: RunConfig, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:
+def resolve_policy(
+    config: RunConfig, dtype: torch.dtype, hidden_size: int, placement: Placement | None = None
+) -> dict[str, Any]:
     """The DeepSpeed JSON with every ``"auto"`` filled in from the run.
+
+    Args:
+        placement: what the memory allows; without it DeepSpeed's defaults.
 
     Raises:
         BadInput: with every contradiction between the JSON and the run file, both values named.
@@ -82,6 +95,8 @@ def resolve_policy(config: RunConfig, dtype: torch.dtype, hidden_size: int) -> d
     _fill(policy, "train_micro_batch_size_per_gpu", 1)
     _fill(policy, "gradient_accumulation_steps", 1)
     _fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)
+    for key, number in (placement.policy if placement else {}).items():
+        _fill(zero, key, number)
     _fill(zero, "stage3_prefetch_bucket_size", 10 * hidden_size * hidden_size)
     _fill(zero, "stage3_max_live_parameters", 1_000_000_000)
     _fill(zero, "stage3_max_reuse_distance", 1_000_000_000)
@@ -117,6 +132,7 @@ class Engine:
 
     Attributes:
         gathered_bytes: bytes of base this rank has received into gathered layers so far.
+        kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
     """
 
     def __init__(self, timeout_seconds: int) -> None:
@@ -140,32 +156,81 @@ class Engine:
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gathered_bytes = 0
+        self.kept_bytes = 0
+        self._kept: list[Any] = []
         self._count_gathers()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sharder(self, policy: dict[str, Any]) -> Callable[[nn.Module], None]:
-        """A function that partitions the parameters of one module over all ranks."""
-        first: list[nn.Parameter] = []
+    def place(
+        self, skeleton: nn.Module, config: RunConfig, dtype: torch.dtype, *, offload: bool = False
+    ) -> Placement:
+        """Choose the shard group and what stays gathered, alike on all ranks.
 
-        def shard(module: nn.Module) -> None:
-            parameters = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
-            if not first and parameters:
-                deepspeed.zero.Init(module=module, config_dict_or_path=policy)
-                first.append(parameters[0])
-            elif parameters:
-                first[0].convert_to_zero_parameters(param_list=parameters)  # type: ignore[attr-defined]
+        Raises:
+            BadInput: if the group does not divide the ranks, or the base does not fit.
+        """
+        setting = config.engine.base_memory
+        nodes = self.all_gather((_node(), self._free_memory()))
+        names = [name for name, _ in nodes]
+        if setting == "auto":
+            shared = self.device.type == "cpu"  # memory that all ranks of a node draw from
+            memory = int(
+                AUTO_SHARE
+                * min(free / (names.count(name) if shared else 1) for name, free in nodes)
+            )
+        else:
+            memory = parse_bytes(setting)
+        node_sizes = [len(list(ranks)) for _, ranks in itertools.groupby(names)]
+        return place(
+            base_size(skeleton, dtype),
+            config.engine.shard_group,
+            memory,
+            node_sizes,
+            offload=offload,
+            exact=setting != "auto",
+        )
 
-        return shard
+    def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Sharder:
+        """What builds this rank's shards of the base.
 
-    def attach(self, base: nn.Module, policy: dict[str, Any]) -> nn.Module:
-        """Let ZeRO-3 gather and release the sharded base as it runs."""
+        Args:
+            group_size: consecutive ranks that hold one copy together; None for all.
+        """
+        group = None
+        if group_size not in (None, self.world_size):
+            for first in range(0, self.world_size, group_size):
+                made = dist.new_group(list(range(first, first + group_size)))
+                group = made if first <= self.rank < first + group_size else group
+        return Sharder(self, policy, group)
+
+    def attach(self, base: nn.Module, policy: dict[str, Any], kept_bytes: int = 0) -> nn.Module:
+        """Let ZeRO-3 gather and release the sharded base as it runs.
+
+        Args:
+            kept_bytes: of parameters that, once gathered, stay until ``end_step``.
+        """
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
+        self._kept, self.kept_bytes = [], 0
+        for parameter in base.parameters():
+            zero: Any = parameter
+            num_bytes = zero.ds_numel * zero.ds_tensor.element_size()
+            if self.kept_bytes + num_bytes <= kept_bytes:
+                self.kept_bytes += num_bytes
+                zero.ds_active_sub_modules.add(KEPT)
+                self._kept.append(zero)
         # Called directly: the wrapper of the engine refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
         return module
+
+    def end_step(self) -> None:
+        """Release what was kept gathered; the next step fetches it again, once."""
+        for parameter in self._kept:
+            if parameter.ds_status == partition_parameters.ZeroParamStatus.AVAILABLE:
+                with _released(parameter):
+                    parameter.partition()
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place, in one collective."""
@@ -210,6 +275,12 @@ class Engine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def _free_memory(self) -> int:
+        """Bytes free on this rank's device; on CPU of the whole node."""
+        if self.device.type == "cpu":
+            return int(psutil.virtual_memory().available)
+        return int(get_accelerator().available_memory(self.local_rank))
+
     def _count_gathers(self) -> None:
         """Count what ZeRO-3 receives: the size of every gathered buffer, less our own share."""
         gather = partition_parameters._dist_allgather_fn
@@ -220,6 +291,67 @@ class Engine:
             return gather(input_tensor, output_tensor, group)
 
         partition_parameters._dist_allgather_fn = counted
+
+
+class Sharder:
+    """Builds the shards that ZeRO-3 works on, each from what this rank alone has read.
+
+    ``deepspeed.zero.Init`` would take whole tensors and send rank 0's to everyone. Its bookkeeping
+    is kept; the partition is put in its place directly.
+    """
+
+    def __init__(self, engine: Engine, policy: dict[str, Any], group: Any) -> None:
+        self._engine = engine
+        self._init = deepspeed.zero.Init(
+            module=nn.Module(), config_dict_or_path=policy, data_parallel_group=group
+        )
+        self._group = self._init.ds_process_group
+        self._rank, self._ranks = self._init.rank, self._init.dp_world_size
+
+    def bounds(self, num_elements: int) -> tuple[int, int]:
+        """Start and stop of this rank's part of a flat tensor; the last ranks may have less."""
+        size = self._size(num_elements)
+        start = min(self._rank * size, num_elements)
+        return start, min(start + size, num_elements)
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """Memory for this rank's part of a flat tensor, padding included, zeroed."""
+        device = str(self._init.remote_device)
+        shard = torch.zeros(self._size(num_elements), dtype=dtype, device=device)
+        if self._init.pin_memory:
+            shard = get_accelerator().pin_memory(shard)
+        return shard
+
+    def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        """Turn a parameter on ``meta`` into one of which this rank holds ``shard``."""
+        device = self._init.local_device
+        # Has the shape, but no memory. ``.data`` cannot leave meta; swapping keeps the identity,
+        # so that tied weights stay tied.
+        hollow = torch.empty((), dtype=shard.dtype, device=device).expand(parameter.shape)
+        torch.utils.swap_tensors(parameter, nn.Parameter(hollow, requires_grad=False))
+        self._init._convert_to_deepspeed_param(parameter)
+        zero: Any = parameter  # has DeepSpeed's attributes from now on
+        zero.ds_tensor = shard
+        zero.ds_tensor.ds_numel = shard.numel()
+        zero.ds_tensor.status = partition_parameters.PartitionedParamStatus.AVAILABLE
+        zero.ds_tensor.final_location = None
+        zero.ds_numel_aligned = shard.numel() * self._ranks
+        zero.data = torch.empty(0, dtype=shard.dtype, device=device)
+        zero.ds_status = partition_parameters.ZeroParamStatus.NOT_AVAILABLE
+
+    def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
+        """Raise any rank's problems on all; complete the scales, which are zero where not read."""
+        found = [p for rank in self._engine.all_gather(list(problems)) for p in rank]
+        if found:
+            raise BadInput(list(dict.fromkeys(found))[:10])
+        if scales:
+            flat = torch.cat(list(scales))
+            dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._group)
+            for tensor, whole in zip(scales, flat.split([len(s) for s in scales]), strict=True):
+                tensor.copy_(whole)
+
+    def _size(self, num_elements: int) -> int:
+        return -(-num_elements // self._ranks)
 
 
 def base_bytes(base: nn.Module) -> int:
@@ -237,8 +369,43 @@ def base_digest(base: nn.Module) -> str:
 
 def full_parameter(parameter: nn.Parameter) -> Tensor:
     """A copy of a sharded parameter in full; every rank must call it."""
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with _released(parameter), deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def base_size(skeleton: nn.Module, dtype: torch.dtype) -> BaseSize:
+    """Sizes of a model on ``meta``, stored in ``dtype`` where it is not quantised."""
+
+    def num_bytes(parameter: nn.Parameter) -> int:
+        return parameter.numel() * min(parameter.element_size(), dtype.itemsize)
+
+    whole = list(skeleton.parameters())
+    units = [[parameter] for parameter in whole]
+    for module in skeleton.modules():
+        if isinstance(module, nn.ModuleList):
+            units += [list(layer.parameters()) for layer in module]
+    largest = max(units, key=lambda unit: sum(map(num_bytes, unit)))
+    return BaseSize(
+        total_bytes=sum(map(num_bytes, whole)),
+        layer_bytes=sum(map(num_bytes, largest)),
+        layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
+    )
+
+
+@contextmanager
+def _released(parameter: Any) -> Iterator[None]:
+    """Inside, nothing uses the parameter, so that it may be partitioned."""
+    users = set(parameter.ds_active_sub_modules)
+    parameter.ds_active_sub_modules.clear()
+    try:
+        yield
+    finally:
+        parameter.ds_active_sub_modules.update(users & {KEPT})
+
+
+def _node() -> str:
+    """The node this rank is on: as the launcher counts them, else by name."""
+    return os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or socket.gethostname()
 
 
 def _resident(base: nn.Module) -> Iterable[Tensor]:

@@ -88,6 +88,7 @@ def step_gradients(
         sums_K += stream_sums_K
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     engine.all_reduce_sum([sums_K, *gradients])
+    engine.end_step()
 
     losses = [s / n if n else math.nan for s, n in zip(sums_K.tolist(), counts, strict=True)]
     finite = [

@@ -35,6 +35,7 @@ from trainer.evaluation import LOWER_IS_BETTER, Evaluator
 from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
+from trainer.placement import Placement
 from trainer.prompts.bank import Bank
 from trainer.redact import redact
 from trainer.report import write_report
@@ -57,6 +58,7 @@ class LoadedBase:
     model: PromptedBase
     stats: LoadStats
     dtype: torch.dtype
+    placement: Placement
 
 
 def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> None:
@@ -142,21 +144,24 @@ def load(
     policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
     setting = config.engine.gradient_checkpointing
     checkpointing = engine.device.type != "cpu" if setting == "auto" else setting
-    # All that can be wrong without reading weights is found here: once sharding has begun, a rank
-    # that fails can only end, and be ended with.
+    # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
-    with console.loading(f"loading {settings.model}", files.num_bytes) as bar:
+    offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
+    placement = engine.place(skeleton, config, dtype, offload=offload)
+    policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
+    share = files.num_bytes // placement.group_size
+    with console.loading(f"loading {settings.model}", share) as bar:
         base, stats = load_base(
             skeleton,
             files,
             dtype=dtype,
             device=engine.device,
-            shard=engine.sharder(policy),
+            shard=engine.sharder(policy, placement.group_size),
             checkpointing=checkpointing,
             progress=bar.advance,
         )
-    engine.attach(base, policy)
-    return LoadedBase(base, stats, dtype)
+    engine.attach(base, policy, placement.kept_bytes)
+    return LoadedBase(base, stats, dtype, placement)
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:
@@ -317,6 +322,8 @@ def _measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
         },
         "memory": {
             "base_bytes_per_rank": max(base),
+            "kept_bytes_per_rank": engine.kept_bytes,
+            "ranks_per_copy": loaded.placement.group_size,
             "peak_rss_bytes": max(rss),
             "peak_gpu_bytes": max(gpu) if on_gpu else None,
         },

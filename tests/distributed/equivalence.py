@@ -175,7 +175,7 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
             if isinstance(module, FrozenLinear) and module.absmax is not None:
                 wanted, absmax = quantize_rows(wanted)
                 equal &= torch.equal(module.absmax, absmax)
-            equal &= torch.equal(whole, wanted)
+            equal &= torch.equal(whole, wanted.to(whole.dtype))
     return equal
 
 

@@ -64,4 +64,4 @@ class TestEquivalence:
 
 def test_two_ranks_equal_one(result: Callable[..., dict[str, Any]]) -> None:
     two, one = result(2, "int8", "no"), result(1, "int8", "yes")
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)

@@ -32,6 +32,7 @@ LIGHT = (
 FLOORS = (
     ("trainer.errors", "trainer.terminal", "trainer.process", "trainer.redact"),
     ("trainer.runfile", "trainer.config"),
+    ("trainer.placement",),
     ("trainer.tasks", "trainer.base", "trainer.prompts"),
     ("trainer.engine", "trainer.objective", "trainer.optimization", "trainer.checkpoint"),
     (
@@ -43,7 +44,7 @@ FLOORS = (
     ),
     ("trainer.evaluation",),
     ("trainer.loop",),
-    ("trainer.run", "trainer.generate", "trainer.__main__"),
+    ("trainer.run", "trainer.generate", "trainer.prepare", "trainer.__main__"),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from trainer import config
-from trainer.config import RunConfig, load
+from trainer.config import RunConfig, load, parse_bytes
 from trainer.errors import BadInput
 
 GOOD = """\
@@ -325,6 +325,33 @@ def test_a_union_is_one_problem_that_names_all_its_values(run_file, value):
 def test_a_union_takes_each_of_its_values(run_file, value, expected):
     run = load(run_file(), [f"engine.gradient_checkpointing={value}"])
     assert run.engine.gradient_checkpointing == expected
+
+
+@pytest.mark.parametrize("value", ["auto", "world", "node", 4])
+def test_shard_groups(run_file, value):
+    assert load(run_file(), [f"engine.shard_group={value}"]).engine.shard_group == value
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "true", "half", "2.5", "null"])
+def test_other_shard_groups_are_refused(run_file, value):
+    (problem,) = problems_of(run_file(), f"engine.shard_group={value}")
+    assert "engine.shard_group: " in problem
+    assert problem.endswith("is not one of auto, world, node or a number of ranks")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("24GB", 24 * 10**9), ("1.5 TB", 15 * 10**11), ("20MB", 20_000_000)]
+)
+def test_sizes(run_file, size, expected):
+    run = load(run_file(), [f"engine.base_memory={size}"])
+    assert parse_bytes(run.engine.base_memory) == expected
+
+
+@pytest.mark.parametrize("size", ["24", "24GiB", "much", "-1GB", "null"])
+def test_other_sizes_are_refused(run_file, size):
+    (problem,) = problems_of(run_file(), f"engine.base_memory={size}")
+    assert "engine.base_memory: " in problem
+    assert problem.endswith("is no size; write a number and KB, MB, GB or TB, as 24GB")
 
 
 def test_a_value_where_a_section_belongs(run_file):

@@ -280,7 +280,9 @@ def test_the_guard_leaves_a_group_alone_when_all_is_done():
 # What the command line answers
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["validate"], ["generate"], ["sync"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["validate"], ["generate"], ["prepare"], ["sync"]]
+)
 def test_help_teaches(command):
     done = promptshard(*command, "--help")
     assert done.returncode == 0

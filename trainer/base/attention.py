@@ -1,17 +1,17 @@
 """Attention over a packed stream, plugged into transformers by name.
 
-Each segment of the stream attends causally to itself and to the whole of its prefix segment. The
-tokens stay packed in every linear layer; only here, segments are laid side by side in a few buckets
-of similar length and handed to scaled-dot-product attention.
+Each segment of the stream attends causally to itself and to the whole of its prefix segment, within
+the layer's window if it has one. The tokens stay packed in every linear layer; only here, segments
+are laid side by side in a few buckets of similar length and handed to scaled-dot-product attention.
 
 Shape letters: T tokens of a stream, S segments of a bucket, Q longest segment, P longest prefix,
-A attention heads, D head size.
+K = P + Q keys, A attention heads, D head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,18 +27,80 @@ BUCKET_RATIO = 0.7
 
 
 @dataclass(frozen=True)
+class Scores:
+    """How a layer turns queries and keys into scores.
+
+    Attributes:
+        scaling: of the products.
+        window: positions a token sees, its own included; None for all.
+        softcap: scores pass through ``softcap * tanh(score / softcap)`` (Gemma 2).
+        sinks_A: a score of nothing, one per head, that takes its share of the softmax (gpt-oss).
+        slopes: what each head's score gains per position of the key (ALiBi, arXiv 2108.12409).
+        slope_dtype: the gain is rounded to it,
+        slope_scaling: and then multiplied by this.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks_A: Tensor | None = None
+    slopes: tuple[float, ...] | None = None
+    slope_dtype: torch.dtype = torch.float32
+    slope_scaling: float = 1.0
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Segments of similar length, side by side.
 
     Attributes:
         query_SQ: where in the stream each query stands; padding repeats the segment's last token.
-        key_SPQ: where each key stands, prefix first: [S, P + Q].
-        mask: True where a query may look: [S, 1, Q, P + Q].
+        key_SK: where each key stands, prefix first.
+        query_position_SQ: positions of the queries, counted from the start of their prefix.
+        key_position_SK: likewise of the keys.
+        mask: True where a query may look: [S, 1, Q, K].
     """
 
     query_SQ: Tensor
-    key_SPQ: Tensor
+    key_SK: Tensor
+    query_position_SQ: Tensor
+    key_position_SK: Tensor
     mask: Tensor
+    _masks: dict[object, Tensor] = field(default_factory=dict)
+
+    def mask_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
+        """True where a query may look, or what its score gains there; one for all layers alike.
+
+        Returns:
+            bool [S, 1, Q, K], or with slopes ``dtype`` [S, A, Q, K].
+        """
+        window, slopes = scores.window, scores.slopes
+        if window is not None and window >= self.key_position_SK.shape[1]:
+            window = None
+        if window is None and slopes is None:
+            return self.mask
+        key = (window, slopes, scores.slope_dtype, scores.slope_scaling, dtype)
+        if key not in self._masks:
+            mask = self.mask
+            if window is not None:
+                distance_SQK = self.query_position_SQ[:, :, None] - self.key_position_SK[:, None]
+                mask = mask & (distance_SQK < window)[:, None]
+            if slopes is not None:
+                slopes_A = torch.tensor(slopes, device=mask.device, dtype=scores.slope_dtype)
+                gain_SAK = slopes_A[:, None] * self.key_position_SK[:, None, :]
+                gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
+                mask = torch.where(mask, gain_SAK[:, :, None, :], -torch.inf)
+            self._masks[key] = mask
+        return self._masks[key]
+
+    def to(self, device: torch.device) -> Bucket:
+        return Bucket(
+            self.query_SQ.to(device),
+            self.key_SK.to(device),
+            self.query_position_SQ.to(device),
+            self.key_position_SK.to(device),
+            self.mask.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,12 +134,7 @@ def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
             places = torch.arange(segment.length) + offset + row * longest
             restore_T[segment.start : segment.start + segment.length] = places
         offset += bucket.query_SQ.numel()
-    return Layout(
-        tuple(
-            Bucket(b.query_SQ.to(device), b.key_SPQ.to(device), b.mask.to(device)) for b in buckets
-        ),
-        restore_T.to(device),
-    )
+    return Layout(tuple(bucket.to(device) for bucket in buckets), restore_T.to(device))
 
 
 def _bucket(group: Sequence[Segment]) -> Bucket:
@@ -97,7 +154,63 @@ def _bucket(group: Sequence[Segment]) -> Bucket:
     causal = own[:, :, None] >= own[:, None, :]  # [1, Q, Q]
     sees_prefix = (prefix < prefix_length)[:, None, :].expand(-1, longest, -1)  # [S, Q, P]
     mask = torch.cat([sees_prefix, causal.expand(len(group), -1, -1)], dim=2)[:, None]
-    return Bucket(query_SQ, torch.cat([prefix_SP, query_SQ], dim=1), mask)
+    query_position_SQ = prefix_length + own
+    return Bucket(
+        query_SQ,
+        torch.cat([prefix_SP, query_SQ], dim=1),
+        query_position_SQ,
+        torch.cat([prefix.expand(len(group), -1), query_position_SQ], dim=1),
+        mask,
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    """Attention of one layer over a packed stream.
+
+    Args:
+        query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
+
+    Returns:
+        [1, T, A, D].
+    """
+    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
+    outputs = []
+    for bucket in layout.buckets:
+        output_SAQD = _bucket_attention(
+            query_TAD[bucket.query_SQ].transpose(1, 2),
+            key_TAD[bucket.key_SK].transpose(1, 2),
+            value_TAD[bucket.key_SK].transpose(1, 2),
+            bucket,
+            scores,
+        )
+        outputs.append(output_SAQD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[layout.restore_T][None]
+
+
+def _bucket_attention(
+    query_SAQD: Tensor, key_SAKD: Tensor, value_SAKD: Tensor, bucket: Bucket, scores: Scores
+) -> Tensor:
+    mask = bucket.mask_for(scores, query_SAQD.dtype)
+    grouped = query_SAQD.shape[1] // key_SAKD.shape[1]
+    if scores.softcap is None and scores.sinks_A is None:
+        return scaled_dot_product_attention(
+            query_SAQD,
+            key_SAKD,
+            value_SAKD,
+            attn_mask=mask,
+            scale=scores.scaling,
+            enable_gqa=grouped > 1,
+        )
+    key_SAKD, value_SAKD = (x.repeat_interleave(grouped, dim=1) for x in (key_SAKD, value_SAKD))
+    score = query_SAQD @ key_SAKD.mT * scores.scaling
+    if scores.softcap is not None:
+        score = torch.tanh(score / scores.softcap) * scores.softcap
+    score = score.masked_fill(~mask, -torch.inf)
+    if scores.sinks_A is not None:
+        sinks = scores.sinks_A.to(score.dtype)[:, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat([score, sinks], dim=-1)
+    share = score.softmax(dim=-1, dtype=torch.float32).to(value_SAKD.dtype)
+    return share[..., : key_SAKD.shape[2]] @ value_SAKD
 
 
 def packed_attention(
@@ -105,34 +218,28 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Layout | None,
     *,
     scaling: float,
-    layout: Layout,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer; called by transformers.
 
     Args:
         query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
-        layout: handed down through the model's keyword arguments.
+        layout: handed down through the model's keyword arguments, or in place of the mask.
 
     Returns:
         [1, T, A, D], and no attention weights.
     """
-    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
-    outputs = []
-    for bucket in layout.buckets:
-        output_SAQD = scaled_dot_product_attention(
-            query_TAD[bucket.query_SQ].transpose(1, 2),
-            key_TAD[bucket.key_SPQ].transpose(1, 2),
-            value_TAD[bucket.key_SPQ].transpose(1, 2),
-            attn_mask=bucket.mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        outputs.append(output_SAQD.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[layout.restore_T][None], None
+    layout = layout or attention_mask  # type: ignore[assignment]
+    assert isinstance(layout, Layout)
+    scores = Scores(scaling, sliding_window, softcap, s_aux)
+    return attend(query, key, value, layout, scores), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from trainer.base.families import family_of
+from trainer.base.families import context_length, family_of
 from trainer.config import Base, resolve_path
 from trainer.errors import BadInput
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Enough of a weight file for its header and the first tensors.
 HEADER_BYTES = 1 << 20
+#: Types of weights that can be loaded, by their name in a safetensors header.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
@@ -42,7 +52,7 @@ class BaseFiles:
 
     @property
     def context_length(self) -> int:
-        return int(self.config.max_position_embeddings)
+        return context_length(self.config)
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +81,7 @@ def open_base(settings: Base) -> BaseFiles:
         config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"base.model: {settings.model!r}: {_first_line(error)}") from None
+    _check_quantization(config, settings.model)
     config = config.get_text_config()
     family_of(config, settings.model)
     try:
@@ -82,6 +93,22 @@ def open_base(settings: Base) -> BaseFiles:
     return BaseFiles(
         settings.model, folder, config, tokenizer, _tensor_files(folder, settings.model)
     )
+
+
+def _check_quantization(config: PretrainedConfig, name: str) -> None:
+    """Of the folders that are quantised already, those in bitsandbytes' 8 bits can be loaded."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found if isinstance(found, dict) else found.to_dict()
+    if method.get("quant_method") != "bitsandbytes" or not method.get("load_in_8bit"):
+        kind = method.get("quant_method", "an unknown method")
+        kind += " in 4 bits" if method.get("load_in_4bit") else ""
+        raise BadInput(
+            f"base.model: {name!r} is quantised already, with {kind}; give the model that it was "
+            "made from, or one in bitsandbytes' 8 bits (promptshard prepare writes one)"
+        )
+    del config.quantization_config
 
 
 def _folder(settings: Base) -> Path:
@@ -141,62 +168,165 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: is damaged ({_first_line(error)}); download it again") from None
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        type: as the header names it, for example ``BF16``.
+        begin: of its first byte, from the start of the file.
+    """
+
+    path: Path
+    type: str
+    shape: tuple[int, ...]
+    begin: int
+    num_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None where weights of this type cannot be loaded."""
+        return DTYPES.get(self.type)
+
+
+def scales_name(name: str) -> str:
+    """Where an 8-bit folder keeps the row scales of a tensor: bitsandbytes' ``SCB``."""
+    module, _, own = name.rpartition(".")
+    return f"{module}.SCB" if own == "weight" else f"{name}_SCB"
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        BadInput: if the file is cut short or no safetensors file.
+    """
+    with _open(path):  # the library checks header and size
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
 class SafetensorsReader:
-    """Reads tensors by name, keeps files open, counts bytes, and refuses what cannot be right."""
+    """Reads tensors, or rows of them, and counts bytes.
+
+    Reads with ``pread`` into memory of its own: of a mapped file every page that was touched would
+    stay resident until the file is closed, and network file systems read maps page by page.
+    """
 
     def __init__(self, files: BaseFiles) -> None:
         self.files = files
         self.bytes_read = 0
-        self._stack = ExitStack()
-        self._open_files: dict[Path, Any] = {}
-        self._known: dict[Path, set[str]] = {}
+        self._headers: dict[Path, dict[str, StoredTensor]] = {}
+        self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> SafetensorsReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._open_files.clear()
-        self._stack.close()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
-    def problem(self, name: str, shape: torch.Size) -> str | None:
-        """What is wrong with a tensor, from the file's header alone; None if nothing is."""
+    def find(self, name: str) -> StoredTensor | None:
         path = self.files.tensors.get(name)
-        if path is None or name not in self._keys(path):
-            return f"{path or self.files.folder}: has no tensor {name!r}; the model is incomplete"
-        found = self._file(path).get_slice(name).get_shape()
-        if found != list(shape):
-            return f"{path}: {name!r} has shape {found}, but config.json asks for {list(shape)}"
+        if path is None:
+            return None
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        return self._headers[path].get(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self.find(name)
+        assert stored is not None, name
+        assert stored.dtype is not None, name
+        return stored.dtype
+
+    def is_int8(self, name: str) -> bool:
+        stored = self.find(name)
+        return stored is not None and stored.dtype == torch.int8
+
+    def problem(self, name: str, shape: Sequence[int]) -> str | None:
+        """What is wrong with a tensor, from the file's header alone; None if nothing is."""
+        stored = self.find(name)
+        if stored is None:
+            path = self.files.tensors.get(name, self.files.folder)
+            return f"{path}: has no tensor {name!r}; the model is incomplete"
+        if stored.dtype is None:
+            return f"{stored.path}: {name!r} is stored as {stored.type}, which is not supported"
+        if stored.shape != tuple(shape):
+            return (
+                f"{stored.path}: {name!r} has shape {list(stored.shape)}, but config.json asks "
+                f"for {list(shape)}"
+            )
         return None
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor ``name``, in the type it is stored in.
+        """The whole tensor ``name``, in the type it is stored in.
 
         Raises:
             BadInput: if it cannot be read or is not finite.
         """
-        path = self.files.tensors[name]
-        try:
-            tensor: torch.Tensor = self._file(path).get_tensor(name)
-        except SafetensorError as error:
-            raise BadInput(f"{path}: cannot read {name!r}: {_first_line(error)}") from None
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        stored = self.find(name)
+        assert stored is not None, name
+        return self.read_flat(name, 0, math.prod(stored.shape)).view(stored.shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of a tensor as if it had one dimension.
+
+        Rows follow each other in the file, so rows a to b of [N, K] are elements a * K to b * K.
+
+        Raises:
+            BadInput: if they cannot be read or are not finite.
+        """
+        dtype = self.dtype(name)
+        values = self.read_bytes(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            path = self.files.tensors[name]
             raise BadInput(f"{path}: {name!r} holds NaN or infinite weights")
-        self.bytes_read += tensor.numel() * tensor.element_size()
-        return tensor
+        return values
 
-    def _file(self, path: Path) -> Any:
-        if path not in self._open_files:
-            self._open_files[path] = self._stack.enter_context(_open(path))
-        return self._open_files[path]
+    def read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Bytes ``start`` to ``stop`` of a tensor, whatever its type.
 
-    def _keys(self, path: Path) -> set[str]:
-        if path not in self._known:
-            self._known[path] = set(self._file(path).keys())
-        return self._known[path]
+        Raises:
+            BadInput: if they cannot be read.
+        """
+        stored = self.find(name)
+        assert stored is not None, name
+        raw = torch.empty(stop - start, dtype=torch.uint8)
+        self._pread(stored, name, raw, stored.begin + start)
+        return raw
+
+    def _pread(self, stored: StoredTensor, name: str, raw: torch.Tensor, offset: int) -> None:
+        view, done = raw.numpy().data, 0
+        try:
+            if stored.path not in self._descriptors:
+                self._descriptors[stored.path] = os.open(stored.path, os.O_RDONLY)
+            while done < len(view):
+                count = os.preadv(self._descriptors[stored.path], [view[done:]], offset + done)
+                if count == 0:
+                    raise OSError("the file ends here")
+                done += count
+        except OSError as error:
+            raise BadInput(f"{stored.path}: cannot read {name!r}: {error}") from None
+        self.bytes_read += done
 
 
 def _first_line(error: Exception) -> str:

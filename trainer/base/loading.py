@@ -1,26 +1,54 @@
 """From a checkpoint straight into shards.
 
-Module by module, the tensors of a skeleton are read, quantised, handed to ``shard`` and
-forgotten. No rank ever holds more than its shard and one layer.
+Every rank reads only the rows that its own part of a tensor touches, quantises them (rows are
+quantised alone, so this is exact) and keeps them as its shard. Nobody ever holds a whole tensor,
+and no weight travels between ranks; only the row scales do, once, at the end.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.base.files import BaseFiles, SafetensorsReader
-from trainer.base.linear import FrozenEmbedding, FrozenLinear
+from trainer.base.experts import FrozenExperts
+from trainer.base.families import family_of
+from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.linear import FrozenEmbedding, FrozenLinear, absmax_name
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
+from trainer.base.sources import RowReader, Source, find_sources
+from trainer.errors import BadInput
 
-Shard = Callable[[nn.Module], None]
 Progress = Callable[[int], None]
+
+#: Bytes read, quantised and put away at a time: what loading needs beyond the shards.
+BLOCK_BYTES = 4 << 20
+
+
+class Sharder(Protocol):
+    """What loading must know of the other ranks."""
+
+    def bounds(self, num_elements: int) -> tuple[int, int]:
+        """Start and stop of this rank's part of a flat tensor."""
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """Memory for this rank's part of a flat tensor, padding included, zeroed."""
+
+    def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        """Turn a parameter on ``meta`` into one of which this rank holds ``shard``."""
+
+    def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
+        """The one time ranks speak: any problem is raised on all of them; scales are completed.
+
+        Args:
+            scales: of each tensor, with zero for rows that this rank has not read; in place.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,32 +65,28 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    shard: Shard,
+    shard: Sharder,
     checkpointing: bool,
     progress: Progress = lambda _: None,
 ) -> tuple[PromptedBase, LoadStats]:
-    """Fill a skeleton, module by module.
+    """Fill a skeleton, tensor by tensor.
 
     Args:
-        shard: takes over the parameters of one module as soon as they are read.
+        shard: takes over each parameter as soon as this rank's part of it is read.
         progress: called with the bytes read since the last call.
 
     Raises:
-        BadInput: if a tensor cannot be read or is not finite.
+        BadInput: on all ranks, with every tensor that any of them cannot read or that holds NaN.
     """
     started = time.perf_counter()
-    done: set[int] = set()
+    sources = find_sources(model, files.tensors, family_of(model.config, files.name))
     with SafetensorsReader(files) as reader:
+        loader = _Loader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():
-            before = reader.bytes_read
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in done:
-                    done.add(id(parameter))
-                    stored = reader.read(f"{path}.{name}" if path else name)
-                    _fill(module, parameter, stored, dtype, device)
-            if reader.bytes_read > before:
-                shard(module)
-                progress(reader.bytes_read - before)
+                source = sources[f"{path}.{name}" if path else name]
+                loader.load(module, name, parameter, source)
+        shard.finish(loader.partial_scales, loader.problems)
         stats = LoadStats(time.perf_counter() - started, reader.bytes_read)
     model.requires_grad_(False)
     model.eval()
@@ -71,28 +95,115 @@ def load_base(
     return PromptedBase(model, dtype), stats
 
 
-def _fill(
-    module: nn.Module,
-    parameter: nn.Parameter,
-    stored: Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Give a parameter its values: quantised, or in the narrower of stored and compute type."""
-    if parameter.dtype == torch.int8:
-        assert isinstance(module, FrozenLinear)
-        weight, absmax = quantize_rows(stored.to(device))
-        module.absmax = absmax
-    else:
-        large = isinstance(module, FrozenLinear | FrozenEmbedding) and stored.dim() > 1
-        narrow = large and stored.element_size() < dtype.itemsize
-        weight = stored.to(device, stored.dtype if narrow else dtype)
-    # ``.data`` cannot leave meta; swapping keeps the identity, so that tied weights stay tied.
-    torch.utils.swap_tensors(parameter, nn.Parameter(weight, requires_grad=False))
+class _Loader:
+    """Loads parameters one by one and remembers what the ranks must settle at the end."""
+
+    def __init__(
+        self,
+        reader: SafetensorsReader,
+        shard: Sharder,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.reader, self.shard, self.dtype, self.device = reader, shard, dtype, device
+        self.progress = progress
+        self.partial_scales: list[Tensor] = []
+        self.problems: list[str] = []
+        self._scales: dict[int, Tensor | None] = {}  # by the id of a parameter that is done
+
+    def load(self, module: nn.Module, name: str, parameter: nn.Parameter, source: Source) -> None:
+        """Give a parameter its shard; a rank with a problem goes on, so that none waits for it."""
+        if id(parameter) not in self._scales:
+            scales = None
+            before = self.reader.bytes_read
+            try:
+                if parameter.dtype == torch.int8:
+                    scales = self._load_int8(parameter, source)
+                else:
+                    self._load_float(module, parameter, source)
+            except BadInput as error:
+                self.problems += error.problems
+            self._scales[id(parameter)] = scales
+            self.progress(self.reader.bytes_read - before)
+        scales = self._scales[id(parameter)]
+        if scales is not None:
+            setattr(module, absmax_name(name), scales)
+
+    def _load_int8(self, parameter: nn.Parameter, source: Source) -> Tensor:
+        """Quantise this rank's rows, or take them as they are stored; gives the row scales."""
+        shard = self.shard.allocate(parameter.numel(), torch.int8)
+        if self.reader.is_int8(source.tensors[0]):
+            names = [scales_name(name) for name in source.tensors]
+            scales = torch.cat([self.reader.read(name).flatten() for name in names])
+            scales = scales.to(self.device, torch.float32)
+            for block in self._blocks(replace(source, transposed=False)):
+                shard[block.to] = block.values.flatten()[block.part]
+        else:
+            scales = torch.zeros(source.shape[:-1].numel(), device=self.device)
+            for block in self._blocks(source):
+                quantized, scales[block.rows] = quantize_rows(block.values.to(self.device))
+                shard[block.to] = quantized.flatten()[block.part]
+            self.partial_scales.append(scales)
+        self.shard.adopt(parameter, shard)
+        return scales.view(source.shape[:-1])
+
+    def _load_float(self, module: nn.Module, parameter: nn.Parameter, source: Source) -> None:
+        """Keep this rank's part in the narrower of stored and compute type."""
+        stored = self.reader.dtype(source.tensors[0])
+        large = isinstance(module, FrozenLinear | FrozenEmbedding | FrozenExperts)
+        narrow = large and parameter.dim() > 1 and stored.itemsize < self.dtype.itemsize
+        kept = stored if narrow else self.dtype
+        shard = self.shard.allocate(parameter.numel(), kept)
+        for block in self._blocks(source):
+            shard[block.to] = block.values.flatten()[block.part].to(kept)
+        self.shard.adopt(parameter, shard)
+
+    def _blocks(self, source: Source) -> Iterator[_Block]:
+        """The rows that this rank's part touches, a few at a time."""
+        start, stop = self.shard.bounds(source.shape.numel())
+        width = source.shape[-1] if len(source.shape) > 1 else 1
+        rows = RowReader(source, self.reader)
+        for first, last in row_blocks(start // width, -(-stop // width), width):
+            # The first and the last row may be shared with the ranks before and after.
+            begin, end = max(start, first * width), min(stop, last * width)
+            yield _Block(
+                rows.read(first, last),
+                slice(first, last),
+                slice(begin - first * width, end - first * width),
+                slice(begin - start, end - start),
+            )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a tensor.
+
+    Attributes:
+        values: the rows, in the type they are stored in.
+        rows: which rows these are.
+        part: elements of ``values`` that are this rank's.
+        to: where in the shard they go.
+    """
+
+    values: Tensor
+    rows: slice
+    part: slice
+    to: slice
+
+
+def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Rows ``start`` to ``stop`` in blocks that take BLOCK_BYTES in fp32."""
+    size = max(1, BLOCK_BYTES // (4 * width))
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers makes word embeddings ask for a gradient, which only reentrant checkpointing
+    # needs: ZeRO-3 would gather the table for a backward that nobody reads, and never release it.
+    model.disable_input_require_grads()
     for module in model.modules():
         # transformers recomputes only layers in training mode; their children stay in evaluation
         # mode, so that a frozen base never drops out.

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from trainer.base.attention import PACKED, make_layout
+from trainer.base.families import family_of
 from trainer.tasks.streams import Stream
 
 
@@ -43,7 +44,8 @@ class PromptedBase(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
+        """Of word embeddings and virtual tokens; OPT-350M projects them up behind."""
+        return int(self.model.get_input_embeddings().embedding_dim)
 
     @property
     def vocab_size(self) -> int:
@@ -107,11 +109,18 @@ class PromptedBase(nn.Module):
     @contextmanager
     def unpacked(self) -> Iterator[None]:
         """Inside, the model attends as transformers does by itself: for decode steps."""
-        self.model.set_attn_implementation("sdpa")
+        config = self.model.config
+        config._attn_implementation = family_of(config, config.model_type).cached_attention
+        # A layer that is in training mode, to be recomputed, would forget the cache.
+        recomputed = [module for module in self.model.modules() if module.training]
+        for module in recomputed:
+            module.training = False
         try:
             yield
         finally:
-            self.model.set_attn_implementation(PACKED)
+            config._attn_implementation = PACKED
+            for module in recomputed:
+                module.training = True
 
 
 def _insert_prompt(words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A weight ``[N, K]`` is kept as ``int8`` rows and one fp32 ``absmax`` per row (bitsandbytes calls it
 ``SCB``): ``weight ≈ int8 * absmax / 127`` (LLM.int8(), arXiv 2208.07339, section 2.1).
 
-Shape letters: N output features, K input features.
+Shape letters: N output features, K input features. Matrices may be stacked: [..., N, K].
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ def quantize_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise each row by its largest magnitude.
 
     Returns:
-        ``int8`` of shape [N, K] and the ``absmax`` of each row, fp32 of shape [N].
+        ``int8`` of shape [..., N, K] and the ``absmax`` of each row, fp32 of shape [..., N].
     """
     weight_NK = weight_NK.float()
-    absmax_N = weight_NK.abs().amax(dim=1)
+    absmax_N = weight_NK.abs().amax(dim=-1)
     # A row of zeros has no scale: divide by one, so that it stays zero instead of becoming NaN.
     divisor_N = torch.where(absmax_N == 0, torch.ones_like(absmax_N), absmax_N)
-    quantized_NK = torch.round(weight_NK * (INT8_MAX / divisor_N)[:, None]).to(torch.int8)
+    quantized_NK = torch.round(weight_NK * (INT8_MAX / divisor_N)[..., None]).to(torch.int8)
     return quantized_NK, absmax_N
 
 
 def dequantize_rows(quantized_NK: Tensor, absmax_N: Tensor) -> Tensor:
-    """fp32 weight of shape [N, K] that the stored int8 rows stand for."""
-    return quantized_NK.float() * (absmax_N / INT8_MAX)[:, None]
+    """fp32 weight of shape [..., N, K] that the stored int8 rows stand for."""
+    return quantized_NK.float() * (absmax_N / INT8_MAX)[..., None]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trainer.base.attention import PACKED
-from trainer.base.files import BaseFiles, SafetensorsReader
-from trainer.base.linear import FrozenEmbedding, FrozenLinear
+from trainer.base.experts import FrozenExperts, is_experts
+from trainer.base.families import family_of
+from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.linear import FrozenEmbedding, FrozenLinear, store_int8
+from trainer.base.own_attention import replace_attention
+from trainer.base.sources import Source, find_sources
 from trainer.config import Base
 from trainer.errors import BadInput
 
@@ -25,40 +34,105 @@ def build_skeleton(
     Raises:
         BadInput: with every tensor that is missing or of another shape; no weight is read.
     """
-    files.config._attn_implementation = PACKED
+    family = family_of(files.config, files.name)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(files.config, dtype=dtype)
-    head = model.get_output_embeddings()
-    quantized = settings.quantization == "int8"
-    _replace_layers(model, keep_float={id(head)}, quantized=quantized, dtype=dtype)
-    _tie(model)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            _frozen_config(files.config), dtype=dtype, attn_implementation="eager"
+        )
+    model.config._attn_implementation = PACKED
     _rebuild_buffers(model, device)
+    _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
     with SafetensorsReader(files) as reader:
+        stored = find_sources(model, files.tensors, family)
+        _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name].tensors[0]))
+        _tie(model)
+        replace_attention(model)
+        sources = find_sources(model, files.tensors, family)
         problems = [
             problem
             for name, parameter in model.named_parameters()
-            if (problem := reader.problem(name, parameter.shape))
+            for problem in _problems(reader, sources[name], parameter.dtype == torch.int8)
         ]
     if problems:
         raise BadInput(problems[:10])
     return model
 
 
-def _replace_layers(
-    model: PreTrainedModel, keep_float: set[int], quantized: bool, dtype: torch.dtype
+def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> list[str]:
+    """What is wrong with the tensors of a parameter, and with the scales of 8-bit ones."""
+    if not reader.is_int8(source.tensors[0]):
+        return source.problems(reader)
+    if not quantized:
+        return [
+            f"base.model: {source.tensors[0]!r} is stored in 8 bits, but would be kept in a float "
+            "type; use base.quantization: int8, or the model that the folder was made from"
+        ]
+    # Rows that were quantised are stored as rows, whatever the layout of the original.
+    source = replace(source, transposed=False)
+    problems = source.problems(reader)
+    for name in source.tensors:
+        scales = scales_name(name)
+        if reader.find(scales) is None:
+            problems.append(
+                f"{reader.files.folder}: {name!r} is stored in 8 bits, but its row scales "
+                f"{scales!r} are missing; write the folder again (promptshard prepare)"
+            )
+        elif problem := reader.problem(scales, source.stored_shape[:-1]):
+            problems.append(problem)
+    return problems
+
+
+def _quantize_ends(
+    model: PreTrainedModel, settings: Base, is_stored_int8: Callable[[str], bool]
 ) -> None:
+    """Store word embeddings and head in int8 where the run file says so or the checkpoint does."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    tied = model.config.tie_word_embeddings
+    if tied and settings.embeddings != settings.head:
+        raise BadInput(
+            f"base.head: {settings.head}, but base.embeddings: {settings.embeddings}, and this "
+            "model's head is its embedding table; give both the same value"
+        )
+    for layer, setting in ((embedding, settings.embeddings), (head, settings.head)):
+        if setting == "int8" and settings.quantization != "int8":
+            raise BadInput(
+                f"base.quantization: {settings.quantization}, but base.embeddings or base.head "
+                "asks for int8; use quantization: int8"
+            )
+        stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
+        if setting == "int8" or (stored and settings.quantization == "int8"):
+            store_int8(layer)
+
+
+def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a model that never drops anything out, even in layers that are recomputed."""
+    config = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("drop" in name or name.endswith("jitter_noise")):
+            setattr(config, name, 0.0)
+    for name in ("output_router_logits", "slow_but_exact"):
+        if getattr(config, name, False):
+            setattr(config, name, False)
+    return config
+
+
+def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype) -> None:
     """Put frozen layers where the model has trainable ones. The head stays in its float type."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                layer: nn.Module = FrozenLinear(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    quantized=quantized and id(child) not in keep_float,
-                )
-            elif child is model.get_input_embeddings():
-                layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype)
+            layer: nn.Module
+            if child is embedding:
+                scale = getattr(child, "scalar_embed_scale", 1.0)
+                layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype, scale)
+            elif is_experts(child):
+                layer = FrozenExperts(child, quantized)
+            elif isinstance(child, nn.Linear | Conv1D):
+                transposed = isinstance(child, Conv1D)
+                n, k = child.weight.T.shape if transposed else child.weight.shape
+                bias = child.bias is not None
+                layer = FrozenLinear(k, n, bias, quantized and child is not head, transposed)
             else:
                 continue
             setattr(parent, name, layer)
@@ -73,17 +147,28 @@ def _tie(model: PreTrainedModel) -> None:
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute what no checkpoint holds: rotary frequencies. Scales come with their weights."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            own = [b for n, b in child.named_buffers(recurse=False) if n != "absmax"]
-            if not any(buffer.is_meta for buffer in own):
-                continue
-            try:
-                rebuilt = type(child)(model.config).to(device)
-            except TypeError:
-                raise BadInput(
-                    f"base.model: cannot rebuild the buffers of {type(child).__name__}; "
-                    "this model needs support of its own"
-                ) from None
-            setattr(parent, name, rebuilt)
+    """Compute what no checkpoint holds (rotary frequencies, tables of sines).
+
+    Done as transformers does it after loading: every family's ``_init_weights`` fills such buffers
+    in, and leaves parameters on ``meta`` as they are.
+    """
+    for path, module in model.named_modules():
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        if not buffers or module is model.get_input_embeddings():
+            continue
+        kept = sorted(set(buffers) - module._non_persistent_buffers_set)
+        if kept:
+            raise BadInput(
+                f"base.model: {path} ({type(module).__name__}) keeps {', '.join(kept)} beside its "
+                "weights, which is not supported"
+            )
+        for name, buffer in buffers.items():
+            nan = torch.full(buffer.shape, torch.nan, device=device)
+            module._buffers[name] = nan.to(buffer.dtype)
+        with torch.no_grad():
+            model._init_weights(module)
+        if any(not module._buffers[name].isfinite().all() for name in buffers):
+            raise BadInput(
+                f"base.model: cannot rebuild the buffers of {path} ({type(module).__name__}); "
+                "this model needs support of its own"
+            )

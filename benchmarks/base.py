@@ -1,0 +1,344 @@
+"""What a frozen 8-bit base costs: this trainer beside PEFT + bitsandbytes + ZeRO-3, on 2 CPU ranks.
+
+    python -m benchmarks.base
+
+Makes a Llama of 110M random weights in bf16, loads it both ways, trains a soft prompt for one step
+of several micro-batches, and writes a table and JSON to benchmarks/results/. Bytes are counted, not
+estimated, and do not depend on the machine; needs the ``test`` extra (peft) and accelerate.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RANKS = 2
+#: Of bytes gathered per step to bytes of the model in bf16, under DeepSpeed's default ZeRO-3 with
+#: gradient accumulation of one: each layer once in forward, nearly all again in backward.
+DEFAULT_ZERO3 = 1.77
+MICRO_BATCHES, ROWS, LENGTH, VIRTUAL = 4, 1, 24, 8
+SHAPE = {
+    "vocab_size": 32_000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "llama-110m"
+        _python("-m", "benchmarks.base", "make", str(folder))
+        prepared = Path(temporary) / "llama-110m-int8"
+        _python("-m", "launch", "prepare", str(folder), str(prepared))
+        arms = {
+            "ours": _ranks(folder, "ours", "keep"),
+            "ours, 8-bit folder": _ranks(prepared, "ours", "keep"),
+            "ours, embeddings int8": _ranks(folder, "ours", "int8"),
+            "peer": _ranks(folder, "peer"),
+        }
+        file_bytes = (folder / "model.safetensors").stat().st_size
+    report = {
+        "ranks": RANKS,
+        "micro_batches": MICRO_BATCHES,
+        "shape": SHAPE,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "file_bytes": file_bytes,
+        "arms": arms,
+        "figures": figures(arms, file_bytes),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "base.json").write_text(json.dumps(report, indent=2) + "\n")
+    text = table(report)
+    (RESULTS / "base.md").write_text(text)
+    print(text)
+
+
+def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
+    """Each figure beside what it is to reach: the worst rank's, in the unit of its name."""
+    ours, lean, peer = arms["ours"], arms["ours, embeddings int8"], arms["peer"]
+    bf16 = 2 * ours["parameters"]
+    gathered = DEFAULT_ZERO3 * bf16
+    return [
+        _figure("int8 bytes at rest per rank / peer's", ours["int8"] / peer["int8"], 0.4),
+        _figure("all base bytes at rest per rank / peer's", ours["base"] / peer["base"], None),
+        _figure("gathered per step / 1.77 x bf16 model", ours["gathered"] / gathered, 0.32),
+        _figure("the same, embeddings int8", lean["gathered"] / gathered, 0.32),
+        _figure("gathered per step / peer's", ours["gathered"] / peer["gathered"], None),
+        _figure(
+            "peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1
+        ),
+        _figure("bytes read per rank / file", ours["read"] / file_bytes, 0.55),
+        # Time of the int8 product at these shapes: benchmarks/matmul.py measures it.
+    ]
+
+
+def _figure(name: str, value: float, reach: float | None) -> dict[str, Any]:
+    return {"figure": name, "value": round(value, 3), "reach": reach}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: the figures, and what they were made of."""
+    lines = [
+        "# The frozen base: 110M-parameter Llama, 2 CPU ranks",
+        "",
+        f"`python -m benchmarks.base` on {report['machine']}. One step of "
+        f"{report['micro_batches']} micro-batches per rank. Peer: transformers `load_in_8bit` + "
+        "PEFT prompt tuning + DeepSpeed ZeRO-3 through Trainer.",
+        "",
+        "| figure | measured | reach |",
+        "|---|---|---|",
+    ]
+    for row in report["figures"]:
+        reach = "" if row["reach"] is None else f"<= {row['reach']}"
+        lines.append(f"| {row['figure']} | {row['value']:.3f} | {reach} |")
+    titles = {
+        "int8": "int8 at rest",
+        "base": "base at rest",
+        "gathered": "gathered per step",
+        "peak": "peak RSS while loading",
+        "read": "read",
+    }
+    lines += ["", f"| MB per rank | {' | '.join(titles.values())} |", "|---" * 6 + "|"]
+    for name, arm in report["arms"].items():
+        values = ("-" if arm[key] is None else f"{arm[key] / 1e6:.1f}" for key in titles)
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    lines += [
+        "",
+        "Gathered: whole size of every gathered buffer, a rank's own part included, as in the "
+        "1.77. At rest: after the step. RSS: above what imports and process groups take. The peer "
+        "reads the whole file on every rank, through a memory map, which is not counted.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# --- one rank ---
+
+
+def ours(folder: str, ends: str) -> dict[str, Any]:
+    from trainer.base.files import open_base
+    from trainer.config import RunConfig
+    from trainer.console import Console
+    from trainer.engine import Engine, base_bytes
+    from trainer.objective import step_gradients
+    from trainer.run import load
+    from trainer.tasks.streams import Piece
+    from trainer.tasks.tokens import Example
+
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "-",
+            "base": {"model": folder, "embeddings": ends, "head": ends},
+            "tasks": [{"name": "t", "train": "-", "input": "{a}", "target": "{b}"}],
+            "prompts": [{"name": "p", "task": "t", "num_virtual_tokens": VIRTUAL}],
+            "training": {"steps": 1},
+        }
+    )
+    engine = Engine(600)
+    gathered = _count_gathers()
+    files = open_base(config.base)
+    with open(os.devnull, "w") as nothing:
+        before = _start_peak()
+        loaded = load(engine, config.base, files, config, Console(nothing, nothing))
+        peak = _resident("VmHWM") - before
+    rows = engine.world_size * MICRO_BATCHES * ROWS
+    ids = torch.randint(3, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
+    pieces = [
+        Piece(Example(tuple(row), LENGTH // 2, i), 0, i) for i, row in enumerate(ids.tolist())
+    ]
+    prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02
+    for _ in range(2):  # the second is a step like all that follow
+        start = gathered[0]
+        step_gradients(engine, loaded.model, pieces, [prompt], VIRTUAL + ROWS * LENGTH)
+    sizes = [p.ds_numel * p.ds_tensor.element_size() for p in loaded.model.parameters()]
+    stored = base_bytes(loaded.model)
+    result = {
+        "parameters": sum(p.ds_numel for p in loaded.model.parameters()),
+        "int8": _live_int8(),
+        "base": stored,
+        "gathered": gathered[0] - start,
+        "peak": peak,
+        "allowed": stored + 2 * max(sizes),
+        "read": loaded.stats.bytes_read,
+    }
+    return _worst(result)
+
+
+def peer(folder: str) -> dict[str, Any]:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import (
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        Trainer,
+        TrainingArguments,
+    )
+
+    policy = {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+    }
+    with tempfile.TemporaryDirectory() as output:
+        settings = TrainingArguments(
+            output_dir=output,
+            per_device_train_batch_size=ROWS,
+            gradient_accumulation_steps=MICRO_BATCHES,
+            max_steps=2,
+            use_cpu=True,
+            bf16=True,
+            deepspeed=policy,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        gathered = _count_gathers()
+        before = _start_peak()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+            dtype=torch.bfloat16,
+        )
+        peak = _resident("VmHWM") - before
+        prompted = get_peft_model(
+            model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+        )
+        ids = torch.randint(3, 300, (256, LENGTH), generator=torch.Generator().manual_seed(0))
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = Trainer(model=prompted, args=settings, train_dataset=rows)
+        trainer.train()
+        result = {
+            "int8": _live_int8(),
+            "base": _live_base(prompted),
+            "gathered": gathered[0] // 2,  # of two steps
+            "peak": peak,
+            "read": None,
+        }
+        return _worst(result)
+
+
+def _count_gathers() -> list[int]:
+    """Bytes of all buffers that ZeRO-3 gathers from now on, in a list of one."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    gather, total = partition_parameters._dist_allgather_fn, [0]
+
+    def counted(own: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
+        total[0] += whole.nbytes
+        return gather(own, whole, group)
+
+    partition_parameters._dist_allgather_fn = counted
+    return total
+
+
+def _live_int8() -> int:
+    """Bytes of all int8 memory that is alive, shared memory counted once."""
+    return sum(_storages(t for t in _tensors() if t.dtype == torch.int8).values())
+
+
+def _live_base(model: torch.nn.Module) -> int:
+    """Bytes of int8 memory, and of shards and buffers of other types, of a frozen model."""
+    held = [getattr(p, "ds_tensor", p) for p in model.parameters() if not p.requires_grad]
+    held += list(model.buffers())
+    held += [t for t in _tensors() if t.dtype == torch.int8]
+    return sum(_storages(held).values())
+
+
+def _tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+
+
+def _storages(tensors: Any) -> dict[int, int]:
+    return {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t.device.type != "meta" and t.untyped_storage().nbytes()
+    }
+
+
+def _start_peak() -> int:
+    """Let the peak of resident memory start anew; gives what is resident now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _worst(result: dict[str, Any]) -> dict[str, Any]:
+    """The largest of all ranks, figure by figure."""
+    import torch.distributed as dist
+
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, result)
+    return {
+        key: None if value is None else max(one[key] for one in every)
+        for key, value in result.items()
+    }
+
+
+# --- processes ---
+
+
+def make(folder: str) -> None:
+    from tests.random_base import llama_config, save_random
+
+    save_random(Path(folder), llama_config(**SHAPE))
+
+
+def _ranks(folder: Path, arm: str, *arguments: str) -> dict[str, Any]:
+    from launch.local import Devices, environment, free_port, local_arguments
+
+    print(f"{arm} {' '.join(arguments)}: {RANKS} ranks ...", file=sys.stderr, flush=True)
+    devices = Devices("cpu", tuple(range(RANKS)))
+    out = folder.parent / "result.json"
+    command = local_arguments(
+        "benchmarks.base", [arm, str(out), str(folder), *arguments], devices, free_port()
+    )
+    _run(command, environment(os.environ, devices, os.cpu_count() or 1))
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def _python(*arguments: str) -> None:
+    _run([sys.executable, *arguments], dict(os.environ))
+
+
+def _run(command: list[str], environ: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    elif sys.argv[1] == "make":
+        make(sys.argv[2])
+    else:
+        measured = {"ours": ours, "peer": peer}[sys.argv[1]](*sys.argv[3:])
+        if os.environ.get("RANK", "0") == "0":
+            Path(sys.argv[2]).write_text(json.dumps(measured))

@@ -1,0 +1,72 @@
+"""Rank program: what loading reads and holds, and how it ends where a weight is NaN.
+
+python -m tests.distributed.loading OUT.json BASE BASE_WITH_NAN
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.equivalence import run_config, weights_equal
+from trainer.base.files import open_base
+from trainer.base.loading import load_base
+from trainer.base.skeleton import build_skeleton
+from trainer.engine import Engine, base_bytes, resolve_policy
+from trainer.errors import BadInput
+
+
+def main() -> None:
+    out, folder, damaged = sys.argv[1:]
+    engine = Engine(120)
+    nan_problems: list[str] = []
+    try:
+        load(engine, damaged)
+    except BadInput as error:
+        nan_problems = error.problems
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident_bytes("VmRSS")
+    base, read = load(engine, folder)
+    peak = resident_bytes("VmHWM") - before
+    result = {
+        "peak": peak,
+        "bytes_read": read,
+        "base_bytes": base_bytes(base),
+        "weights_equal": weights_equal(base, Path(folder), "int8"),
+        "nan_problems": nan_problems,
+    }
+    every = engine.all_gather(result)
+    if engine.is_main:
+        Path(out).write_text(json.dumps({"ranks": every}))
+    engine.close()
+
+
+def load(engine: Engine, folder: str) -> tuple[Any, int]:
+    config = run_config(folder, "int8")
+    files = open_base(config.base)
+    policy = resolve_policy(config, torch.float32, files.config.hidden_size)
+    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
+    base, stats = load_base(
+        skeleton,
+        files,
+        dtype=torch.float32,
+        device=engine.device,
+        shard=engine.sharder(policy),
+        checkpointing=False,
+    )
+    return base, stats.bytes_read
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS``: resident now; ``VmHWM``: its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Every family on 2 real ranks: sharded int8 equals the same weights dequantised and unsharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.family_bases import CASES
+
+
+@pytest.fixture(scope="module")
+def result(
+    run_ranks: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """One launch for all: starting ranks costs more than all families together."""
+    folder: Path = tmp_path_factory.mktemp("families")
+    return run_ranks("families", 2, str(folder), "int8", "yes")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_equals_plain(result: dict[str, Any], case: str) -> None:
+    found = result[case]
+    assert found["loss_error"] < 1e-5
+    assert found["gradient_error"] < 1e-5
+    assert found["digest_kept"]
+    assert found["whole"] == []
+    assert found["float_stacks"] == []

@@ -1,0 +1,47 @@
+"""Shard groups, kept layers and CPU offload change where the base lies, and no number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def found(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> dict[str, Any]:
+    return run_ranks("placement", RANKS, str(random_base))
+
+
+def test_every_way_gives_the_same_losses_and_gradients(found: dict[str, Any]) -> None:
+    for rank in found["ranks"]:
+        for way in rank.values():
+            assert way["losses"] == pytest.approx(rank["world"]["losses"], abs=1e-6)
+            assert max(way["gradient_errors"]) < 1e-6
+            assert way["digest_kept"]
+
+
+def test_two_groups_of_two_hold_a_copy_each(found: dict[str, Any]) -> None:
+    groups = [rank["pairs"]["group"] for rank in found["ranks"]]
+    assert groups == [[0, 1], [0, 1], [2, 3], [2, 3]]  # no weight goes from one to the other
+    for rank in found["ranks"]:
+        scales = rank["copies"]["base_bytes"] - rank["copies"]["whole_bytes"]
+        for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):
+            share = rank[way]["whole_bytes"] / size
+            assert rank[way]["base_bytes"] - scales == pytest.approx(share, rel=1e-3)
+            assert rank[way]["bytes_read"] <= 1.01 * rank["copies"]["bytes_read"] / size
+
+
+def test_kept_parameters_are_gathered_once_per_step(found: dict[str, Any]) -> None:
+    for rank in found["ranks"]:
+        for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):
+            from_others = rank[way]["whole_bytes"] * (size - 1) // size
+            assert rank[way]["gathered"] == [from_others] * 3
+        assert min(rank["lean"]["gathered"]) > 2 * rank["world"]["gathered"][0]
+
+
+def test_a_group_that_does_not_divide_the_ranks_is_refused(found: dict[str, Any]) -> None:
+    assert "engine.shard_group: 3 does not divide the 4 ranks" in found["refusal"]

@@ -1,0 +1,212 @@
+"""A tiny model of every family, and what plain transformers computes with it.
+
+Every rule a family has is at work: windows shorter than rows, capped scores, sinks, ALiBi with a
+number of heads that is no power of two, partial rotation, tied and untied heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from tests.random_base import VOCAB_SIZE, make_tokenizer
+from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.tasks.streams import Piece
+from trainer.tasks.tokens import Example
+
+HIDDEN = 48
+WINDOW = 6
+PROMPT_LENGTHS = [5, 8]
+ROW_LENGTHS = [7, 20, 12, 5, 9, 13]
+
+_BASIC = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_LLAMA = {
+    **_BASIC,
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_MOE = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.1] * 6,
+    "long_factor": [4.0] * 6,
+}
+
+_HALF = {"partial_rotary_factor": 0.5}
+
+#: name of the case -> (model_type, settings)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**_LLAMA, "sliding_window": WINDOW}),
+    "qwen2": ("qwen2", {**_LLAMA, **_ALTERNATING, "use_sliding_window": True}),
+    "qwen3": ("qwen3", {**_LLAMA, "head_dim": 16}),
+    "gemma": ("gemma", {**_LLAMA, "head_dim": 16}),
+    "gemma2": ("gemma2", {**_LLAMA, **_ALTERNATING, "head_dim": 16, "attn_logit_softcapping": 2.0}),
+    "gemma3": (
+        "gemma3_text",
+        {**_LLAMA, **_ALTERNATING, "head_dim": 16, "rope_parameters": _ROPES},
+    ),
+    "phi": ("phi", {**_LLAMA, **_HALF}),
+    "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
+    "phi3-longrope": (
+        "phi3",
+        {**_LLAMA, "rope_parameters": _LONG, "original_max_position_embeddings": 64},
+    ),
+    "gpt2": ("gpt2", {**_BASIC, "n_positions": 128}),
+    "gpt_neox": (
+        "gpt_neox",
+        {**_BASIC, "intermediate_size": 64, "rotary_pct": 0.5, "max_position_embeddings": 128},
+    ),
+    "gptj": ("gptj", {**_BASIC, "rotary_dim": 4, "n_positions": 128, "n_inner": 64}),
+    "opt": (
+        "opt",
+        {**_BASIC, "ffn_dim": 64, "max_position_embeddings": 128, "word_embed_proj_dim": HIDDEN},
+    ),
+    "opt-projected": (
+        "opt",
+        {
+            **_BASIC,
+            "ffn_dim": 64,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 24,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "bloom": ("bloom", {**_BASIC, "num_attention_heads": 12}),
+    "falcon": ("falcon", {**_BASIC, "max_position_embeddings": 128}),
+    "falcon-alibi": (
+        "falcon",
+        {**_BASIC, "num_attention_heads": 12, "alibi": True, "multi_query": False, "bias": True},
+    ),
+    "falcon-grouped": ("falcon", {**_BASIC, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "stablelm": ("stablelm", {**_LLAMA, **_HALF, "use_qkv_bias": True, "qk_layernorm": True}),
+    "cohere": ("cohere", {**_LLAMA, "use_qk_norm": True}),
+    "cohere2": ("cohere2", {**_LLAMA, **_ALTERNATING}),
+    "olmo": ("olmo", {**_LLAMA, "clip_qkv": 1.0}),
+    "olmo2": ("olmo2", _LLAMA),
+    "starcoder2": ("starcoder2", {**_LLAMA, "sliding_window": WINDOW}),
+    "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "sliding_window": WINDOW}),
+    "qwen2_moe": ("qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 16}),
+    "olmoe": ("olmoe", _MOE),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_LLAMA, **_ALTERNATING, "head_dim": 16, "num_local_experts": 4},
+    ),
+}
+
+
+def family_config(case: str) -> PretrainedConfig:
+    model_type, settings = CASES[case]
+    return AutoConfig.for_model(model_type, **copy.deepcopy(settings))
+
+
+def save_family(folder: Path, case: str, **options: Any) -> Path:
+    """Write a folder of random weights, every parameter of its own; see ``randomize``."""
+    model = AutoModelForCausalLM.from_config(family_config(case), attn_implementation="eager")
+    randomize(model)
+    model.save_pretrained(folder, **options)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights large enough that attention is far from uniform; no bias or norm left at 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * 0.15)
+            else:
+                parameter.add_(noise * (0.5 if "sinks" in name else 0.1))
+
+
+def plain_model(folder: Path, quantization: str) -> Any:
+    """transformers' own model; with int8, on the weights that the stored rows stand for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    if quantization == "int8":
+        quantize_plain(model)
+    return model.eval().requires_grad_(False)
+
+
+def quantize_plain(model: Any) -> None:
+    """Round the weights to what int8 rows, one scale per output feature, stand for."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            _round(module.weight, transposed=True)
+        elif isinstance(module, nn.Linear) and module is not head:
+            _round(module.weight)
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed"):
+            _round(module.gate_up_proj, module.is_transposed)
+            _round(module.down_proj, module.is_transposed)
+
+
+def _round(weight: nn.Parameter, transposed: bool = False) -> None:
+    rows = weight.data.mT if transposed else weight.data
+    rounded = dequantize_rows(*quantize_rows(rows))
+    weight.data = rounded.mT.contiguous() if transposed else rounded
+
+
+def problem(hidden_size: int) -> tuple[list[Piece], list[Tensor]]:
+    """Rows of several lengths, alternating between two prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        Example(tuple(torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()), n // 2, i)
+        for i, n in enumerate(ROW_LENGTHS)
+    ]
+    prompts = [torch.randn(p, hidden_size, generator=generator) * 0.3 for p in PROMPT_LENGTHS]
+    return [Piece(row, i % 2, i) for i, row in enumerate(rows)], prompts
+
+
+def row_by_row(
+    model: Any, pieces: Sequence[Piece], prompts: Sequence[Tensor]
+) -> tuple[list[float], list[Tensor]]:
+    """Mean loss per label of each prompt and its gradient, one row at a time, no mask needed."""
+    leaves = [prompt.clone().requires_grad_() for prompt in prompts]
+    losses = []
+    for k, leaf in enumerate(leaves):
+        rows = [piece.example for piece in pieces if piece.prompt == k]
+        total = torch.zeros(())
+        for row in rows:
+            ids = torch.tensor([row.input_ids])
+            embeds = torch.cat([leaf[None], model.get_input_embeddings()(ids)], dim=1)
+            logits = model(inputs_embeds=embeds, use_cache=False).logits[0, len(leaf) :]
+            start = row.target_start
+            total = total + cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+        loss = total / sum(row.num_labels for row in rows)
+        loss.backward()
+        losses.append(loss.item())
+    return losses, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Largest difference relative to the largest gradient."""
+    return [
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    ]

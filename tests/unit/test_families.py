@@ -1,0 +1,348 @@
+"""Every family: packed and frozen against plain transformers, one row at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from tests.family_bases import (
+    CASES,
+    errors,
+    family_config,
+    plain_model,
+    problem,
+    randomize,
+    row_by_row,
+    save_family,
+)
+from tests.random_base import make_tokenizer
+from tests.whole_base import OneRank
+from trainer.base.experts import FrozenExperts
+from trainer.base.families import FAMILIES, context_length, family_of
+from trainer.base.files import SafetensorsReader, open_base
+from trainer.base.loading import load_base
+from trainer.base.model import DecodeStep, PromptedBase
+from trainer.base.skeleton import build_skeleton
+from trainer.base.sources import RowReader, Source, find_sources
+from trainer.config import Base
+from trainer.errors import BadInput
+from trainer.tasks.streams import build_stream
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    saved: dict[str, Path] = {}
+
+    def get(case: str) -> Path:
+        if case not in saved:
+            saved[case] = save_family(tmp_path_factory.mktemp(case), case)
+        return saved[case]
+
+    return get
+
+
+def load(
+    folder: Path, quantization: str, checkpointing: bool = False, dtype: torch.dtype = torch.float32
+) -> PromptedBase:
+    settings = Base(model=str(folder), quantization=quantization)
+    files = open_base(settings)
+    skeleton = build_skeleton(files, settings, dtype, CPU)
+    base, _ = load_base(
+        skeleton,
+        files,
+        dtype=dtype,
+        device=CPU,
+        shard=OneRank(),
+        checkpointing=checkpointing,
+    )
+    return base
+
+
+def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
+    """Mean loss per label of each prompt and its gradient, from one stream."""
+    pieces, prompts = problem(base.hidden_size)
+    leaves = [prompt.requires_grad_() for prompt in prompts]
+    stream = build_stream(pieces, [len(leaf) for leaf in leaves])
+    nll_N = base(stream, leaves)
+    losses = torch.stack([nll_N[stream.label_prompt_N == k].mean() for k in range(len(leaves))])
+    losses.sum().backward()
+    return losses.tolist(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def test_every_family_of_the_table_is_compared():
+    assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestFamily:
+    @pytest.mark.parametrize(("quantization", "checkpointing"), [("int8", False), ("none", True)])
+    def test_packed_equals_plain(
+        self, folder: Any, case: str, quantization: str, checkpointing: bool
+    ) -> None:
+        base = load(folder(case), quantization, checkpointing)
+        losses, gradients = packed(base)
+        pieces, prompts = problem(base.hidden_size)
+        expected, wanted = row_by_row(plain_model(folder(case), quantization), pieces, prompts)
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert max(errors(gradients, wanted)) < 1e-5
+
+    def test_a_diverged_prompt_harms_no_other(self, folder: Any, case: str) -> None:
+        base = load(folder(case), "int8")
+        pieces, prompts = problem(base.hidden_size)
+        prompts[0].fill_(torch.nan)
+        leaves = [prompt.requires_grad_() for prompt in prompts]
+        stream = build_stream(pieces, [len(leaf) for leaf in leaves])
+        nll_N = base(stream, leaves)
+        nll_N.sum().backward()
+        assert nll_N[stream.label_prompt_N == 0].isnan().all()
+        assert nll_N[stream.label_prompt_N == 1].isfinite().all()
+        gradient = leaves[1].grad
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+    def test_bf16(self, folder: Any, case: str) -> None:
+        losses, gradients = packed(load(folder(case), "int8", dtype=torch.bfloat16))
+        exact, _ = packed(load(folder(case), "int8"))
+        assert losses == pytest.approx(exact, rel=0.05)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+    def test_decoding_equals_plain(self, folder: Any, case: str) -> None:
+        """Two rows of different lengths behind a prompt, padded on the left, two steps."""
+        base, model = load(folder(case), "none", True), plain_model(folder(case), "none")
+        pieces, prompts = problem(base.hidden_size)
+        rows = [list(piece.example.input_ids) for piece in pieces[:2]]
+        longest, prompt = max(map(len, rows)), prompts[1]
+        pads = [longest - len(row) for row in rows]
+        ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest + len(prompt) - pad) for pad in pads])
+        cache = DynamicCache()
+        with torch.no_grad(), base.unpacked():
+            first = base(DecodeStep(ids, mask, cache), [prompt])
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [prompt])
+            for i, row in enumerate(rows):
+                words = model.get_input_embeddings()(torch.tensor([[*row, 7]]))
+                embeds = torch.cat([prompt[None], words], dim=1)
+                wanted = model(inputs_embeds=embeds, use_cache=False).logits[0]
+                torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(second[i], wanted[-1], rtol=1e-4, atol=1e-4)
+
+
+class TestCheckpointLayouts:
+    """The same model, written down in every way that its family is found in."""
+
+    @staticmethod
+    def same(one: Path, other: Path) -> None:
+        first, second = packed(load(one, "int8")), packed(load(other, "int8"))
+        assert first[0] == second[0]
+        assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+    @staticmethod
+    def rename(folder: Path, out: Path, change: Callable[[str], str | None]) -> Path:
+        """A copy of a model's folder with other tensor names; None leaves a tensor out."""
+        shutil.copytree(folder, out)
+        file = out / "model.safetensors"
+        renamed = {change(name): tensor for name, tensor in load_file(file).items()}
+        save_file({name: t for name, t in renamed.items() if name is not None}, file)
+        return out
+
+    @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"])
+    def test_experts_one_by_one_and_stacked(self, tmp_path: Path, case: str) -> None:
+        single = save_family(tmp_path / "single", case)
+        stacked = save_family(tmp_path / "stacked", case, save_original_format=False)
+        assert any(".experts.3." in name for name in load_file(single / "model.safetensors"))
+        assert any(
+            name.endswith("experts.gate_up_proj")
+            for name in load_file(stacked / "model.safetensors")
+        )
+        self.same(single, stacked)
+
+    @pytest.mark.parametrize("case", ["gpt2", "bloom", "opt", "llama"])
+    def test_without_the_model_s_prefix(self, folder: Any, tmp_path: Path, case: str) -> None:
+        prefix = {"llama": "model.", "opt": "model."}.get(case, "transformer.")
+        other = self.rename(folder(case), tmp_path / "x", lambda name: name.removeprefix(prefix))
+        assert load_file(other / "model.safetensors").keys() != (
+            load_file(folder(case) / "model.safetensors").keys()
+        )
+        self.same(folder(case), other)
+
+    def test_tied_weights_under_the_head_s_name(self, folder: Any, tmp_path: Path) -> None:
+        words = "model.embed_tokens.weight"
+        other = self.rename(
+            folder("llama"),
+            tmp_path / "x",
+            lambda name: "lm_head.weight" if name == words else name,
+        )
+        self.same(folder("llama"), other)
+
+    @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
+    def test_text_model_in_a_multimodal_checkpoint(
+        self, folder: Any, tmp_path: Path, prefix: str
+    ) -> None:
+        def move(name: str) -> str:
+            if prefix == "language_model.":
+                return prefix + name
+            return prefix + name.removeprefix("model.")
+
+        other = self.rename(folder("gemma3"), tmp_path / "x", move)
+        text = json.loads((other / "config.json").read_text())
+        text.pop("architectures")
+        config = {"model_type": "gemma3", "text_config": text}
+        (other / "config.json").write_text(json.dumps(config))
+        self.same(folder("gemma3"), other)
+
+    def test_gemma3_with_eyes_reads_text_alike(self, tmp_path: Path) -> None:
+        """transformers' own multimodal class, saved as it saves itself."""
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        config = AutoConfig.for_model(
+            "gemma3",
+            text_config=family_config("gemma3").to_dict(),
+            vision_config=vision,
+            mm_tokens_per_image=4,
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        assert hasattr(model.model, "vision_tower")
+        randomize(model)
+        model.save_pretrained(tmp_path)
+        make_tokenizer().save_pretrained(tmp_path)
+        base = load(tmp_path, "none")
+        losses, gradients = packed(base)
+        pieces, prompts = problem(base.hidden_size)
+        expected, wanted = row_by_row(model, pieces, prompts)
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert max(errors(gradients, wanted)) < 1e-5
+
+    def test_a_missing_expert_is_named(self, folder: Any, tmp_path: Path) -> None:
+        lost = "model.layers.1.mlp.experts.2.up_proj.weight"
+        other = self.rename(
+            folder("qwen3_moe"), tmp_path / "x", lambda name: None if name == lost else name
+        )
+        with pytest.raises(BadInput, match=r"layers\.1\.mlp\.experts"):
+            load(other, "int8")
+
+
+class FlatFile:
+    """Tensors read as flat ranges; counts elements."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.elements = tensors, 0
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        self.elements += stop - start
+        return self.tensors[name].flatten()[start:stop]
+
+
+class TestRowReader:
+    @pytest.mark.parametrize("case", ["gpt2", "gpt_oss", "mixtral", "bloom"])
+    def test_rows_equal_rows_of_the_whole(self, folder: Any, case: str) -> None:
+        settings = Base(model=str(folder(case)))
+        files = open_base(settings)
+        model = build_skeleton(files, settings, torch.float32, CPU)
+        sources = find_sources(model, files.tensors, family_of(files.config, "-"))
+        flat = FlatFile(load_file(folder(case) / "model.safetensors"))
+        with SafetensorsReader(files) as reader:
+            for source in sources.values():
+                whole = source.read(reader)
+                tall = whole if whole.dim() == 1 else whole.flatten(0, -2)
+                third = len(tall) // 3
+                rows = RowReader(source, flat)
+                for start, stop in ((0, third), (third, 2 * third + 1), (2 * third + 1, len(tall))):
+                    assert torch.equal(rows.read(start, stop), tall[start:stop])
+
+    def test_reads_only_the_rows_asked_for(self) -> None:
+        flat = FlatFile({"a": torch.randn(4, 5), "b": torch.randn(4, 5)})
+        rows = RowReader(Source(("a", "b"), torch.Size((8, 5))), flat)
+        rows.read(3, 6)
+        assert flat.elements == 3 * 5
+
+    def test_a_transposed_expert_is_read_once(self) -> None:
+        flat = FlatFile({"a": torch.randn(3, 5, 4)})
+        rows = RowReader(Source(("a",), torch.Size((3, 4, 5)), transposed=True), flat)
+        rows.read(4, 6)
+        rows.read(6, 8)
+        assert flat.elements == 4 * 5
+
+
+class TestExperts:
+    def test_int8_and_no_copy_kept_for_backward(self, folder: Any) -> None:
+        base = load(folder("mixtral"), "int8")
+        experts = [m for m in base.modules() if isinstance(m, FrozenExperts)]
+        assert len(experts) == 2
+        sizes = {p.numel() // len(p) for m in experts for p in m.parameters()}
+        x = torch.randn(9, 48, requires_grad=True)
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            chosen = torch.tensor([[0, 3]] * 4 + [[1, 0]] * 5)
+            experts[0](x, chosen, torch.rand(9, 2)).sum().backward()
+        assert all(p.dtype == torch.int8 for p in experts[0].parameters())
+        assert x.grad is not None
+        assert not {tensor.numel() for tensor in kept} & sizes
+        assert sum(t.numel() * t.element_size() for t in kept) < 9 * 2 * 64 * 4 * 8
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("model_type", "reason"),
+        [
+            ("mamba", "state would leak"),
+            ("codegen", "takes no packed rows"),
+            ("t5", "encoder-decoder"),
+            ("xglm", "not been compared"),
+        ],
+    )
+    def test_a_family_is_refused_by_name_before_weights(
+        self, tmp_path: Path, model_type: str, reason: str
+    ) -> None:
+        AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+        with pytest.raises(BadInput, match=f"'{model_type}'.*{reason}"):
+            open_base(Base(model=str(tmp_path)))
+
+    def test_a_variant_is_refused_with_its_setting(self) -> None:
+        config = family_config("gemma3")
+        config.use_bidirectional_attention = True
+        with pytest.raises(BadInput, match="use_bidirectional_attention=True"):
+            family_of(config, "m")
+
+    def test_weights_in_another_format_are_refused(self) -> None:
+        config = family_config("gpt_oss")
+        config.quantization_config = {"quant_method": "mxfp4"}
+        with pytest.raises(BadInput, match="mxfp4"):
+            family_of(config, "m")
+
+
+def test_context_ends_where_frequencies_would_change() -> None:
+    assert context_length(family_config("phi3-longrope")) == 64
+    assert context_length(family_config("phi3")) == 128
+    assert context_length(family_config("bloom")) == 2048

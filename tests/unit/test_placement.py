@@ -1,0 +1,67 @@
+"""Where the base lies follows from sizes and one memory budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.errors import BadInput
+from trainer.placement import BaseSize, Placement, place
+
+GB = 10**9
+SIZE = BaseSize(total_bytes=70 * GB, layer_bytes=1 * GB, layer_elements=GB)
+TWO_NODES = [8, 8]
+
+
+def group(setting: int | str, memory: int, nodes: list[int], **options: bool) -> Placement:
+    return place(SIZE, setting, memory * GB, nodes, **options)
+
+
+@pytest.mark.parametrize(
+    ("memory", "ranks"),
+    [(70, 1), (69, 2), (37, 2), (36, 4), (20, 4), (12, 8), (7, 16)],
+)
+def test_auto_shards_only_as_far_as_needed(memory: int, ranks: int) -> None:
+    assert group("auto", memory, TWO_NODES).group_size == ranks
+
+
+def test_auto_takes_all_ranks_where_nothing_fits() -> None:
+    assert group("auto", 3, TWO_NODES).group_size == 16
+
+
+def test_auto_keeps_groups_inside_nodes() -> None:
+    assert group("auto", 20, [6, 6]).group_size == 6  # 4 would lie across two nodes
+    assert group("auto", 37, [2, 4]).group_size == 6
+
+
+def test_node_and_world() -> None:
+    assert group("node", 80, TWO_NODES).group_size == 8
+    assert group("world", 80, TWO_NODES).group_size == 16
+    with pytest.raises(BadInput, match=r"shard_group: node needs as many ranks .* 4, 8"):
+        group("node", 80, [4, 8])
+
+
+def test_a_number_must_divide_the_ranks() -> None:
+    assert group(4, 80, TWO_NODES).group_size == 4
+    with pytest.raises(BadInput, match=r"5 does not divide the 16 ranks.*one of 1, 2, 4, 8, 16"):
+        group(5, 80, TWO_NODES)
+
+
+def test_what_the_budget_has_left_stays_gathered() -> None:
+    assert group("world", 7, [16]).kept_bytes == 625_000_000  # 7 - 70/16 - two layers
+    assert group("world", 4, [16]).kept_bytes == 0
+    assert group("world", 200, [16]).kept_bytes == 70 * GB
+    assert group(1, 200, [16]).kept_bytes == 0  # nothing is gathered
+    assert group("world", 10, [16], offload=True).kept_bytes == 8 * GB
+
+
+def test_limits_grow_with_what_is_kept() -> None:
+    policy = group("world", 7, [16]).policy
+    assert policy["stage3_prefetch_bucket_size"] == GB
+    assert policy["stage3_max_reuse_distance"] == 2 * GB
+    assert policy["stage3_max_live_parameters"] == 4 * GB + 625_000_000
+
+
+def test_a_budget_that_is_too_small_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"base_memory: 6.00 GB is too little: with 16 of 16 ranks"):
+        group("world", 6, TWO_NODES, exact=True)
+    assert group("world", 6, TWO_NODES, exact=True, offload=True).kept_bytes == 4 * GB

@@ -1,0 +1,61 @@
+"""Loading without other ranks: what a rank would hold, for tests of files and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer.base.files import open_base
+from trainer.base.loading import LoadStats, load_base
+from trainer.base.model import PromptedBase
+from trainer.base.skeleton import build_skeleton
+from trainer.config import Base
+from trainer.errors import BadInput
+
+
+@dataclass
+class OneRank:
+    """A sharder for rank ``rank`` of ``ranks`` that speaks to nobody."""
+
+    rank: int = 0
+    ranks: int = 1
+    shards: list[Tensor] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+
+    def bounds(self, num_elements: int) -> tuple[int, int]:
+        size = -(-num_elements // self.ranks)
+        start = min(self.rank * size, num_elements)
+        return start, min(start + size, num_elements)
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(-(-num_elements // self.ranks), dtype=dtype)
+
+    def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        self.shards.append(shard)
+        if self.ranks == 1:
+            whole = nn.Parameter(shard.view(parameter.shape), requires_grad=False)
+            torch.utils.swap_tensors(parameter, whole)
+
+    def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
+        self.scales = list(scales)
+        if problems:
+            raise BadInput(problems)
+
+
+def load_rank(
+    folder: Path, rank: int = 0, ranks: int = 1, **settings: str
+) -> tuple[PromptedBase, OneRank, LoadStats]:
+    files = open_base(Base.model_validate({"model": str(folder), **settings}))
+    cpu = torch.device("cpu")
+    skeleton = build_skeleton(
+        files, Base.model_validate({"model": str(folder), **settings}), torch.float32, cpu
+    )
+    one = OneRank(rank, ranks)
+    base, stats = load_base(
+        skeleton, files, dtype=torch.float32, device=cpu, shard=one, checkpointing=False
+    )
+    return base, one, stats

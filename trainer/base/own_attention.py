@@ -1,0 +1,134 @@
+"""Packed attention for families that need more than a function plugged in by name.
+
+Some have attention of their own: their modules compute queries, keys and values as ever, and only
+what comes after is ours. Some hand nothing down to their layers but an attention mask, so the
+layout takes its place.
+
+Shape letters: T tokens of a stream, A attention heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
+from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.stablelm.modeling_stablelm import StableLmAttention
+
+from trainer.base.attention import Layout, Scores, attend
+
+
+class PackedBloomAttention(BloomAttention):
+    """Bloom: ALiBi; adds the residual itself."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor,
+        attention_mask: Any,
+        **more: Any,
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layout):
+            return super().forward(hidden_states, residual, alibi, attention_mask, **more)
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        scores = Scores(self.inv_norm_factor, slopes=alibi_slopes(self.num_heads))
+        output_1TAD = attend(query, key, value, attention_mask, scores)
+        return self.dense(output_1TAD.flatten(2)) + residual, None
+
+
+class PackedFalconAttention(FalconAttention):
+    """Falcon: rotary positions or ALiBi, by config; heads fused in three different ways."""
+
+    def forward(
+        self, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Any, **more: Any
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layout):
+            return super().forward(hidden_states, alibi, attention_mask, **more)
+        fused = self.query_key_value(hidden_states)
+        query, key, value = (x.transpose(1, 2) for x in self._split_heads(fused))
+        scaling = self.inv_norm_factor
+        if alibi is None:
+            query, key = apply_rotary_pos_emb(query, key, *more["position_embeddings"])
+            scores = Scores(scaling)
+        else:
+            # The model was trained with slopes and their products rounded to bfloat16.
+            slopes = alibi_slopes(self.num_heads)
+            scores = Scores(
+                scaling, slopes=slopes, slope_dtype=torch.bfloat16, slope_scaling=scaling
+            )
+        output_1TAD = attend(query, key, value, attention_mask, scores)
+        return self.dense(output_1TAD.flatten(2)), None
+
+
+class PackedGPTJAttention(GPTJAttention):
+    """GPT-J: all but the scores is its own."""
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layout):
+            return super()._attn(query, key, value, attention_mask)
+        # Scores in fp32: in half precision they overflow.
+        output_1TAD = attend(
+            query.float(),
+            key.float(),
+            value.float(),
+            attention_mask,
+            Scores(1 / math.sqrt(self.head_dim)),
+        )
+        return output_1TAD.transpose(1, 2).to(value.dtype), None
+
+
+#: Attention whose layers get the layout in place of the mask -> what takes its place.
+PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    BloomAttention: PackedBloomAttention,
+    FalconAttention: PackedFalconAttention,
+    GPTJAttention: PackedGPTJAttention,
+    StableLmAttention: StableLmAttention,
+}
+
+
+def replace_attention(model: PreTrainedModel) -> None:
+    """Make the attention of these families take a layout; others are left as they are."""
+    blocks = []
+    for parent in model.modules():
+        for child in parent.children():
+            packed = PACKED_CLASSES.get(type(child))
+            if packed is not None:
+                child.__class__ = packed
+                blocks.append(parent)
+    if not blocks:
+        return
+    current: list[Layout | None] = [None]
+
+    def take(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        current[0] = kwargs.pop("layout", None)
+        return args, kwargs
+
+    def hand_down(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # A hook stands outside of checkpointing, so a layer is recomputed with its own layout.
+        return args, kwargs if current[0] is None else kwargs | {"attention_mask": current[0]}
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    for block in blocks:
+        block.register_forward_pre_hook(hand_down, with_kwargs=True)
+
+
+@functools.cache
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """One per head (arXiv 2108.12409, section 3; its authors' code where A is no power of two)."""
+    closest = 2 ** math.floor(math.log2(num_heads))
+    more = range(1, 1 + 2 * (num_heads - closest), 2)
+    return (*_powers(closest, range(1, 1 + closest)), *_powers(2 * closest, more))
+
+
+def _powers(num_heads: int, exponents: range) -> list[float]:
+    base = 2 ** -(2 ** -(math.log2(num_heads) - 3))
+    return [base**exponent for exponent in exponents]
