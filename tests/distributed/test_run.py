@@ -185,7 +185,7 @@ def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
         "train",
         str(run_file),
         f"output_dir={output}",
-        "prompts.soft.learning_rate=1e38",
+        "prompts.soft.learning_rate=1e30",
         "prompts.soft.warmup_ratio=0",
         "training.max_skipped_updates=2",
         "--processes",
