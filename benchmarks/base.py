@@ -85,7 +85,6 @@ def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
             "peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1
         ),
         _figure("bytes read per rank / file", ours["read"] / file_bytes, 0.55),
-        # Time of the int8 product at these shapes: benchmarks/matmul.py measures it.
     ]
 
 

@@ -48,7 +48,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 #: Settings that DESIGN fixes but this version does not run yet: (setting, value) -> what to use.
 NOT_YET = {
     ("method", "prefix_tuning"): "use prompt_tuning or p_tuning",
-    ("matmul", "int8"): "use auto or dequantize, which is exact to the stored weights",
     ("encoder", "lstm"): "use mlp",
     ("encoder", "residual"): "use mlp",
 }
@@ -87,8 +86,10 @@ class Base(Section):
     head: Literal["keep", "int8"] = Field(
         "keep", description="the same for the head; where it is the embedding table, both are one"
     )
-    matmul: Literal["auto", "dequantize"] = Field(
-        "auto", description="how stored int8 weights are multiplied; dequantize is exact to them"
+    matmul: Literal["auto", "int8", "dequantize"] = Field(
+        "auto",
+        description="int8: activations are quantised too; dequantize: exact to the stored weights; "
+        "auto: int8 where that was measured to be faster",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"

@@ -24,6 +24,7 @@ from torch import nn
 
 from trainer import checkpoint
 from trainer.base.files import BaseFiles, open_base
+from trainer.base.linear import multiply_in_int8, resolve_matmul
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
 from trainer.base.skeleton import build_skeleton
@@ -59,6 +60,7 @@ class LoadedBase:
     stats: LoadStats
     dtype: torch.dtype
     placement: Placement
+    matmul: str
 
 
 def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> None:
@@ -146,6 +148,13 @@ def load(
     checkpointing = engine.device.type != "cpu" if setting == "auto" else setting
     # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
+    matmul = engine.together(
+        lambda: resolve_matmul(
+            settings.matmul, settings.quantization, engine.device, files.config.hidden_size
+        )
+    )
+    if matmul == "int8":
+        multiply_in_int8(skeleton)
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
@@ -161,7 +170,7 @@ def load(
             progress=bar.advance,
         )
     engine.attach(base, policy, placement.kept_bytes)
-    return LoadedBase(base, stats, dtype, placement)
+    return LoadedBase(base, stats, dtype, placement, matmul)
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:
@@ -269,6 +278,7 @@ def _describe_run(
         "world_size": engine.world_size,
         "device": device_name(engine.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "matmul": loaded.matmul,
         "host": platform.node(),
         "git_revision": git_revision(),
         "command": redact(command),

@@ -179,6 +179,17 @@ def test_generate(two_ranks: Path) -> None:
     assert one.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
+def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:
+    output = run_file.parent / "int8"
+    done = promptshard("train", str(run_file), f"output_dir={output}", "base.matmul=int8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    exact, fast = summary(two_ranks)["prompts"], summary(output)["prompts"]
+    for name in ("soft", "mlp"):
+        loss = exact[name]["validation_loss"]
+        assert fast[name]["validation_loss"] != loss
+        assert fast[name]["validation_loss"] == pytest.approx(loss, rel=0.1)
+
+
 def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
     output = run_file.parent / "diverged"
     done = promptshard(
