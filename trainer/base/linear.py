@@ -128,8 +128,8 @@ class _Int8Matmul(torch.autograd.Function):
 
     ``y = int_mm(q(x), W.T) * s_x * s_W`` (LLM.int8(), arXiv 2208.07339, section 2.1, without its
     outlier part) and ``dx = int_mm(q(dy * s_W), W) * s``: an input-gradient in 8 bits trains as
-    well (SwitchBack, arXiv 2304.13013, section 2). Integer sums are exact, so the error is that of the
-    two roundings, about 1% of a random row.
+    well (SwitchBack, arXiv 2304.13013, section 2). Integer sums are exact, so the error is
+    that of the two roundings, about 1% of a random row.
     """
 
     @staticmethod
