@@ -194,11 +194,12 @@ def _launch(
     hostfile: str | None,
 ) -> None:
     port = local.free_port()
+    log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
     hosts = local.read_hostfile(hostfile) if hostfile else []
     if hostfile and not local.is_local(hosts):
         local.check_remote(arguments)
         command = local.hostfile_arguments(module, arguments, hostfile, count, port)
-        log = preflight.open_log(output_dir, "launcher.log")
+        log = preflight.open_log(output_dir, log_name)
         _announce(
             command, f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts", log
         )
@@ -208,7 +209,7 @@ def _launch(
     devices = local.choose_devices(slots if count is None else count, gpus)
     command = local.local_arguments(module, arguments, devices, port)
     environment = local.environment(os.environ, devices, len(os.sched_getaffinity(0)))
-    log = preflight.open_log(output_dir, "launcher.log")
+    log = preflight.open_log(output_dir, log_name)
     where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
     _announce(command, f"{_count(len(devices.ids), 'process')} on {where}", log)
     _end_with(processes.run_local(command, environment, log, module, len(devices.ids)))

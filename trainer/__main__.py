@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from trainer import config as run_file
 from trainer.console import Console
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, BadInput
 from trainer.process import die_with_parent
 from trainer.terminal import claim
 
@@ -28,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = run_file.load(args.run, args.overrides)
         logs = writable(Path(config.output_dir)) / "logs"
     except BadInput as error:
-        if rank == 0:
+        # One rank of every node, as a file can be missing on one node alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            node = "" if rank == 0 else f"{platform.node()}: "
             for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
+                print(f"error: {node}{problem}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
     def train(console: Console) -> None:
@@ -45,20 +49,31 @@ def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
     """Run this rank's program with its chatter in a log; turn what it raises into an exit code."""
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
-    console = Console(terminal.out, terminal.err)
+    console = Console(terminal.out, terminal.err, log)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         program(console)
         return EXIT_DONE
+    except KeyboardInterrupt:
+        return _stopped(logs.parent, console)
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)
         return EXIT_BAD_INPUT
     except Exception as error:
         traceback.print_exc()
-        if rank == 0:
-            first_line = str(error).strip().split("\n")[0]
-            console.error(f"{type(error).__name__}: {first_line} (all of it: {log})")
+        console.failure(error)
         return EXIT_FAILURE
+
+
+def _stopped(output: Path, console: Console) -> int:
+    """What a run that was told to stop leaves behind, and its exit code."""
+    saved = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
+    if not saved:
+        console.error("stopped before the first checkpoint")
+        return EXIT_FAILURE
+    console.error(f"stopped; the same command goes on from {saved[-1]}")
+    return EXIT_RESUMABLE
 
 
 def writable(folder: Path) -> Path:

@@ -52,6 +52,7 @@ NOT_YET = {
     ("encoder", "residual"): "use mlp",
 }
 NOT_YET_KEYS = {
+    "base.trust_remote_code": "models that need code of their own are refused",
     "prompts.sweep": "write one prompt per combination",
     "prompts.init.labels": "use init: {text: ...} with the labels in the text",
     "prompts.init.from": "use init: {text: ...}, {vocab: true} or {random: true}",
@@ -94,7 +95,6 @@ class Base(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class Engine(Section):
@@ -189,11 +189,20 @@ class Task(Section):
                 )
             if len(self.choices) < 2 or len(set(self.choices)) != len(self.choices):
                 problems.append(f"choices: {self.choices} needs at least two values, all different")
+        if self.validation is None:
+            for name in ("shifted_validation", "hand_written"):
+                if getattr(self, name):
+                    problems.append(f"{name}: needs validation too; name a file of rows to score")
+        if self.tests != "tests" and self.metric != "execution":
+            problems.append(f"tests: metric {self.metric} runs none; use metric: execution")
         return _checked(self, problems)
 
 
 class Init(Section):
-    """Where the virtual tokens start. Exactly one of the fields is given."""
+    """Where the virtual tokens start, or, in p_tuning, the input of the encoder that makes them.
+
+    Exactly one of the fields is given.
+    """
 
     text: str | None = Field(
         None, min_length=1, description="word embeddings of this text, repeated"
@@ -243,6 +252,10 @@ class Prompt(Section):
         if self.method == "p_tuning" and self.encoder == "embedding":
             raise ValueError(
                 "encoder: p_tuning trains an encoder; use mlp, or method: prompt_tuning"
+            )
+        if self.method == "prompt_tuning" and self.encoder_hidden_size is not None:
+            raise ValueError(
+                "encoder_hidden_size: prompt_tuning has no encoder; remove it, or use p_tuning"
             )
         return self
 
@@ -300,6 +313,13 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
 
+    @field_validator("output_dir")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty; name a folder")
+        return str(Path(value).expanduser())
+
     @field_validator("tasks", "prompts")
     @classmethod
     def _unique_names(cls, items: list[Any]) -> list[Any]:
@@ -318,6 +338,12 @@ class RunConfig(Section):
             for i, prompt in enumerate(self.prompts)
             if prompt.task not in names
         ]
+        without = [task.name for task in self.tasks if task.validation is None]
+        if self.evaluation.early_stopping and without:
+            problems.append(
+                f"evaluation.early_stopping: task {without[0]!r} has no validation to stop by; "
+                "name a file, or remove early_stopping"
+            )
         return _checked(self, problems)
 
     def task(self, name: str) -> Task:

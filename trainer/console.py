@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 import rich.console
@@ -20,7 +21,9 @@ PLAIN_WIDTH = 110
 class Console:
     """Rank 0's words; on other ranks ``out`` leads nowhere."""
 
-    def __init__(self, out: TextIO, err: TextIO) -> None:
+    def __init__(self, out: TextIO, err: TextIO, log: Path | None = None) -> None:
+        self._log = log
+        self._told: BaseException | None = None
         width = None if out.isatty() else PLAIN_WIDTH
         self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
         self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
@@ -33,6 +36,14 @@ class Console:
 
     def error(self, text: str) -> None:
         self._err.print(f"error: {text}", style="red", markup=False)
+
+    def failure(self, error: BaseException) -> None:
+        """What ends the run, in one line, once."""
+        if error is not self._told:
+            self._told = error
+            first_line = str(error).strip().split("\n")[0]
+            where = f" (all of it: {self._log})" if self._log else ""
+            self.error(f"{type(error).__name__}: {first_line}{where}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold")

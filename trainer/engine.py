@@ -35,12 +35,38 @@ T = TypeVar("T")
 #: Stands among the modules that use a parameter now, so that DeepSpeed does not release it.
 KEPT = -1
 
-#: Settings whose meaning here is given by the run file: (path in the JSON, run file's setting).
-OWNED_BY_RUN_FILE = {
-    "optimizer": "prompts[].learning_rate and weight_decay",
-    "scheduler": "prompts[].warmup_ratio",
-    "train_batch_size": "training.tokens_per_step",
+#: Settings whose meaning here is given by the run file: key of the JSON -> the run file's setting.
+OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
+    "optimizer": lambda run: f"prompts[].learning_rate={_each(run, 'learning_rate')} with AdamW",
+    "scheduler": lambda run: f"prompts[].warmup_ratio={_each(run, 'warmup_ratio')}, then cosine",
+    "train_batch_size": lambda run: f"training.tokens_per_step={run.training.tokens_per_step}",
+    "train_micro_batch_size_per_gpu": lambda run: (
+        f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
+    ),
+    "gradient_accumulation_steps": lambda run: (
+        f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
+    ),
+    "gradient_clipping": lambda run: f"prompts[].max_grad_norm={_each(run, 'max_grad_norm')}",
+    "activation_checkpointing": lambda run: (
+        f"engine.gradient_checkpointing={run.engine.gradient_checkpointing}"
+    ),
 }
+#: What of zero_optimization has a meaning for a frozen base.
+KNOWN_ZERO = {
+    "stage",
+    "offload_param",
+    "overlap_comm",
+    "contiguous_gradients",
+    "allgather_sequential",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+}
+
+
+def _each(run: RunConfig, setting: str) -> str:
+    return ", ".join(sorted({str(getattr(prompt, setting)) for prompt in run.prompts}))
 
 
 def resolve_policy(
@@ -65,7 +91,8 @@ def resolve_policy(
     except json.JSONDecodeError as error:
         raise BadInput(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     problems = [
-        f"{file}: {key} contradicts the run file, where {setting} decides; remove it"
+        f"{file}: {key} is {json.dumps(policy[key])}, but the run file decides: {setting(config)}; "
+        'set it to "auto"'
         for key, setting in OWNED_BY_RUN_FILE.items()
         if policy.get(key, "auto") != "auto"
     ]
@@ -81,19 +108,13 @@ def resolve_policy(
         problems.append(
             f"{file}: offload_param.device {offload!r} is not supported; use none or cpu"
         )
-    clipping = policy.get("gradient_clipping", "auto")
-    norms = sorted({str(prompt.max_grad_norm) for prompt in config.prompts})
-    if clipping != "auto" and norms != [str(float(clipping))]:
-        problems.append(
-            f"{file}: gradient_clipping is {clipping}, but prompts[].max_grad_norm in the run "
-            f'file is {", ".join(norms)}; set it to "auto"'
-        )
+    problems += [
+        f"{file}: zero_optimization.{key} is not supported for a frozen base; remove it"
+        for key in sorted(zero.keys() - KNOWN_ZERO)
+    ]
     if problems:
         raise BadInput(problems)
 
-    # Micro-batches are streams of tokens; DeepSpeed, which steps nothing here, need not know.
-    _fill(policy, "train_micro_batch_size_per_gpu", 1)
-    _fill(policy, "gradient_accumulation_steps", 1)
     _fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)
     for key, number in (placement.policy if placement else {}).items():
         _fill(zero, key, number)
@@ -105,8 +126,10 @@ def resolve_policy(
         raise BadInput(f'{file}: "auto" has no meaning for {", ".join(unfilled)}; give a number')
     policy["zero_optimization"] = zero
     # The loader has already given every parameter its type; DeepSpeed would cast int8 to bf16.
-    for key in ("bf16", "fp16", "gradient_clipping", *OWNED_BY_RUN_FILE):
+    for key in ("bf16", "fp16", *OWNED_BY_RUN_FILE):
         policy.pop(key, None)
+    # Micro-batches are streams of tokens; DeepSpeed, which steps nothing here, need not know.
+    policy |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return policy
 
 
@@ -149,6 +172,8 @@ class Engine:
         on_cpu = accelerator.device_name() == "cpu"
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.device = torch.device("cpu" if on_cpu else accelerator.device_name(self.local_rank))
+        if not on_cpu:  # before the first collective, which would else meet on one device
+            accelerator.set_device(self.local_rank)
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
             timeout=timedelta(seconds=timeout_seconds),

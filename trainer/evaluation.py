@@ -6,7 +6,7 @@ in the losses of their own streams, and one all-reduce gives all ranks all of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,34 +47,32 @@ class Evaluator:
         self,
         requests: Sequence[Request],
         virtual_tokens: Sequence[Tensor],
-        progress: Callable[[float], None] = lambda _: None,
     ) -> list[dict[str, float]]:
         """``loss`` and the task's metric, under its own name, for every request."""
         pieces, starts = _pieces(requests)
         lengths = [prompt.shape[0] for prompt in virtual_tokens]
-        nll = self._row_losses(pieces, lengths, virtual_tokens, progress)
-        return [
+        nll = self._row_losses(pieces, lengths, virtual_tokens)
+        results = [
             self._result(request, nll[start : start + count], virtual_tokens)
             for request, (start, count) in zip(requests, starts, strict=True)
         ]
+        self.engine.end_step()
+        return results
 
     def _row_losses(
         self,
         pieces: Sequence[Piece],
         lengths: Sequence[int],
         virtual_tokens: Sequence[Tensor],
-        progress: Callable[[float], None],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
         totals = torch.zeros(len(pieces), dtype=torch.float64, device=self.engine.device)
         plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
-        mine = plan[self.engine.rank]
-        for done, stream_pieces in enumerate(mine, start=1):
+        for stream_pieces in plan[self.engine.rank]:
             stream = build_stream(stream_pieces, lengths).to(self.engine.device)
             nll_N = self.base(stream, virtual_tokens).double()
             real = stream.label_slot_N >= 0
             totals.index_add_(0, stream.label_slot_N[real], nll_N[real])
-            progress(done / len(mine))
         self.engine.all_reduce_sum([totals])
         return totals.cpu()
 

@@ -107,7 +107,7 @@ class Loop:
         norms = self.bank.update(result.gradients)
         self.progress.step += 1
         self.progress.useful_tokens += result.useful_tokens
-        self._count_skipped(result, norms)
+        diverged = self._count_skipped(result, norms)
 
         seconds = time.perf_counter() - started
         gathered = self.engine.gathered_bytes - gathered
@@ -115,6 +115,8 @@ class Loop:
         self.steps_here += 1
         self.train_gathered_bytes += gathered
         self._log_step(result, norms, rates, seconds, gathered)
+        if diverged is not None:
+            raise diverged
         losses = [loss for loss in result.losses if not math.isnan(loss)]
         line.show(
             self.progress.step,
@@ -124,8 +126,13 @@ class Loop:
             self.progress.train_seconds / self.progress.step,
         )
 
-    def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> None:
-        """Note left-out updates: equal on all ranks, because sums and replicas are."""
+    def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> Diverged | None:
+        """Note left-out updates; equal on all ranks, because sums and replicas are.
+
+        Returns:
+            What ends the run, once this step is logged.
+        """
+        diverged = None
         limit = self.config.training.max_skipped_updates
         for name, skipped, norm in zip(self.bank.names, result.skipped, norms, strict=True):
             if not skipped and math.isfinite(norm):
@@ -139,11 +146,12 @@ class Loop:
                 f"its update was left out on all ranks ({row} in a row)"
             )
             if row >= limit:
-                raise Diverged(
+                diverged = Diverged(
                     f"prompt {name!r}: {row} updates in a row were not finite "
                     f"(training.max_skipped_updates={limit}); lower its learning_rate, or look "
                     "for damaged rows or weights; the last checkpoint is from before"
                 )
+        return diverged
 
     def _log_step(
         self,

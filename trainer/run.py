@@ -28,7 +28,7 @@ from trainer.base.linear import multiply_in_int8, resolve_matmul
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
 from trainer.base.skeleton import build_skeleton
-from trainer.config import PROJECT_ROOT, Base, RunConfig, dump
+from trainer.config import PROJECT_ROOT, Base, RunConfig, dump, resolve_path
 from trainer.console import Console
 from trainer.engine import Engine, base_bytes, compute_dtype, resolve_policy
 from trainer.errors import BadInput
@@ -48,7 +48,9 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datase
 MAY_CHANGE = {"training.micro_batch_tokens", "training.max_skipped_updates"}
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
-LOCAL_STORE_SECONDS, SERVER_SECONDS = 90.0, 20.0
+LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
+#: Where files lie may change; what they hold may not, and is compared by its digest.
+PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
 MUST_STAY = ("base", "tasks", "prompts", "training")
 
 
@@ -72,12 +74,12 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     output = Path(config.output_dir)
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
-    if fresh and engine.is_main:
-        _put_aside(output, console)
     files = engine.together(lambda: open_base(config.base))
     tasks = engine.together(
         lambda: load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
     )
+    if fresh:
+        engine.together(lambda: _put_aside(output, console) if engine.is_main else None)
     identity = _identity(config, files, tasks)
     saved = engine.broadcast(
         engine.together(lambda: _find_checkpoint(output, identity) if engine.is_main else None)
@@ -133,7 +135,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     _describe_run(output, config, engine, loaded, tasks, command)
     with _tracked(output, config.tracking.uri, console) as ended:
         loop.run()
-        ended |= _finish(output, loop, loaded, files, _measure(engine, loop, loaded))
+        ended |= _finish(output, loop, loaded, files, _measure(engine, loop, loaded), console)
         _show_results(ended, config, console)
     engine.close()
 
@@ -190,6 +192,8 @@ def _put_aside(output: Path, console: Console) -> None:
     kept = [path for path in output.iterdir() if path.name != "logs"]
     if not kept:
         return
+    if not (output / "run.yaml").exists():
+        raise BadInput(f"--fresh: {output} holds other things than a run; give another output_dir")
     number = 1
     while (aside := output.with_name(f"{output.name}.{number}")).exists():
         number += 1
@@ -205,7 +209,7 @@ def _identity(config: RunConfig, files: BaseFiles, tasks: Mapping[str, TaskData]
     identity: dict[str, Any] = {}
     for section in MUST_STAY:
         for key, value in _flatten(section, settings[section]):
-            if key not in MAY_CHANGE:
+            if key not in MAY_CHANGE and key.split(".")[-1] not in PATHS:
                 identity[key] = value
     identity["base files"] = files.fingerprint
     for name, data in tasks.items():
@@ -271,7 +275,7 @@ def _describe_run(
     tasks: Mapping[str, TaskData],
     command: str,
 ) -> None:
-    (output / "run.yaml").write_text(redact(dump(config)), encoding="utf-8")
+    (output / "run.yaml").write_text(redact(dump(_anywhere(config))), encoding="utf-8")
     environment = {
         "versions": versions(),
         "python": platform.python_version(),
@@ -288,6 +292,15 @@ def _describe_run(
     _write_json(output / "datasets.json", [s for data in tasks.values() for s in data.sources])
 
 
+def _anywhere(config: RunConfig) -> RunConfig:
+    """The run file with the base's folder in full, so that it is found from any working folder."""
+    folder = resolve_path(config.base.model)
+    if not folder.is_dir():
+        return config
+    base = config.base.model_copy(update={"model": str(folder.resolve())})
+    return config.model_copy(update={"base": base})
+
+
 @contextmanager
 def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[str, Any]]:
     """The tracker's process around the run; the summary says how the run ended."""
@@ -300,8 +313,13 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
     except BaseException as error:
         summary = {"status": "failed", "error": redact(str(error))}
         _write_json(output / "summary.json", summary)
+        # The launcher ends this rank a second after another has failed: say why before the tracker
+        # is waited for.
+        if isinstance(error, Exception):
+            console.failure(error)
+        sender.finish(FAILED_SECONDS)
         raise
-    finally:
+    else:
         local = uri is None and "MLFLOW_TRACKING_URI" not in os.environ
         finished = sender.finish(LOCAL_STORE_SECONDS if local else SERVER_SECONDS)
         if finished.complete:
@@ -345,7 +363,12 @@ def _measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
 
 
 def _finish(
-    output: Path, loop: Loop, loaded: LoadedBase, files: BaseFiles, measured: Mapping[str, Any]
+    output: Path,
+    loop: Loop,
+    loaded: LoadedBase,
+    files: BaseFiles,
+    measured: Mapping[str, Any],
+    console: Console,
 ) -> dict[str, Any]:
     """Write adapters, summary and report."""
     config, bank = loop.config, loop.bank
@@ -362,6 +385,9 @@ def _finish(
             (folder, prompt.name, bank.best(k)),
             (folder / "last", f"{prompt.name} (last step)", bank.snapshot(k)),
         ):
+            if not virtual_tokens.isfinite().all():
+                console.warn(f"prompt {title!r}: its virtual tokens are not finite; not saved")
+                continue
             save_peft(
                 where,
                 virtual_tokens,
@@ -388,7 +414,10 @@ def _finish(
         **measured,
     }
     _write_json(output / "summary.json", summary)
-    write_report(output)
+    try:
+        write_report(output)
+    except Exception as error:  # the results are there; a picture of them must not lose them
+        console.warn(f"no report written: {type(error).__name__}: {error}")
     return summary
 
 

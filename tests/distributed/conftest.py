@@ -29,7 +29,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
         )
         env = environment(os.environ | {"PYTHONPATH": str(ROOT)}, devices, os.cpu_count() or 1)
         done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150, check=False
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False
         )
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
         result: dict[str, Any] = json.loads(out.read_text())

@@ -48,7 +48,7 @@ class Folder:
         paths = os.pathsep.join([str(BIN), os.environ["PATH"]])
         self.environment = kept | {"PATH": paths, "PYTHONPATH": str(ROOT)}
 
-    def run(self, *words: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             words,
             cwd=self.path,
@@ -92,7 +92,6 @@ def test_quickstart_says_where_to_look_next(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("command", commands("promptshard") + commands("deepspeed"))
-@pytest.mark.timeout(200)
 def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -> None:
     words = shlex.split(command)
     if command == QUICKSTART:
@@ -102,6 +101,9 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
         words += [w for w in SHORT if w.split("=")[0] not in command] + [f"output_dir={output}"]
     done = folder.run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
+    if "generate" in words:
+        # Angina is cardiac, and insulin metabolic: the prompt asks for the illness.
+        assert done.stdout.splitlines()[-1] == "cardiac"
 
 
 @pytest.mark.parametrize("command", commands("mlflow"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def promptshard(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         check=False,
     )
 
@@ -160,9 +161,10 @@ def test_adapter_loads_in_peft(two_ranks: Path) -> None:
     model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
     plain = AutoModelForCausalLM.from_pretrained(ROOT / model, dtype=torch.float32)
     ids = torch.arange(5, 25)[None]
+    saved = load_file(two_ranks / f"checkpoints/step-{STEPS:08d}/state.safetensors")
     for name in ("soft", "mlp"):
         folder = two_ranks / "prompts" / name
-        virtual_PH = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+        virtual_PH = saved[f"{name}/best"]
         embedded = torch.cat([virtual_PH, plain.get_input_embeddings()(ids[0])])[None]
         with torch.no_grad():
             expected = plain(inputs_embeds=embedded).logits
@@ -208,10 +210,53 @@ def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
     assert summary(output)["status"] == "failed"
 
 
-@pytest.fixture
-def no_orphans() -> Callable[[Path], None]:
-    def check(output: Path) -> None:
-        listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-        assert str(output) not in listing.stdout
+def test_early_stop(run_file: Path) -> None:
+    """Prompts that cannot move are stopped after the second validation; the first was the best."""
+    output = run_file.parent / "early"
+    done = promptshard(
+        "train",
+        str(run_file),
+        f"output_dir={output}",
+        "prompts.soft.learning_rate=1e-30",
+        "prompts.mlp.learning_rate=1e-30",
+        "evaluation.every=2",
+        "evaluation.early_stopping.patience=1",
+        "--processes",
+        "1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stopped early, best at step 2" in done.stdout
+    found = summary(output)
+    assert found["steps"] == 4
+    assert {prompt["best_step"] for prompt in found["prompts"].values()} == {2}
 
-    return check
+
+def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
+    output = run_file.parent / "stopped"
+    words = ["train", str(run_file), f"output_dir={output}", "checkpoint.every=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", *words, "training.steps=5000", "evaluation.every=5000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 150
+    while not list((output / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "the same command goes on from step-" in said
+    deadline = time.monotonic() + 30  # the tracker's process may send on for a moment
+    while str(output) in running():
+        assert time.monotonic() < deadline, running()
+        time.sleep(0.5)
+
+
+def running() -> str:
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return listing.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,7 @@ def test_overrides_reach_settings_by_key_index_and_name(run_file):
             "prompts.two.num_virtual_tokens=7",
             "prompts.1.seed=3",
             "evaluation.early_stopping.patience=2",
+            "tasks.triage.validation=valid.jsonl",
             "tracking.uri=",
             "tasks.triage.choices=[x, y, z]",
         ],
@@ -129,7 +131,12 @@ def test_the_last_override_wins_and_null_sections_can_be_entered(run_file):
     text = GOOD + "evaluation: {early_stopping: null}\n"
     run = load(
         run_file(text),
-        ["training.steps=1", "training.steps=2", "evaluation.early_stopping.patience=4"],
+        [
+            "training.steps=1",
+            "training.steps=2",
+            "tasks.triage.validation=valid.jsonl",
+            "evaluation.early_stopping.patience=4",
+        ],
     )
     assert run.training.steps == 2
     assert run.evaluation.early_stopping is not None
@@ -479,3 +486,23 @@ def test_every_setting_but_plain_names_says_what_it_is():
     known = {"name", "task", "method", "init", "learning_rate", "weight_decay", "steps", "seed"}
     known |= {"num_virtual_tokens", "patience", "experiment", "early_stopping"}
     assert {name.split(".")[1] for name in bare} <= known
+
+
+# Settings that would have no effect
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("tasks.triage.hand_written=[Look]", "hand_written: needs validation too"),
+        ("tasks.triage.shifted_validation=s.jsonl", "shifted_validation: needs validation too"),
+        ("tasks.triage.tests=calls", "tests: metric accuracy runs none"),
+        ("evaluation.early_stopping.patience=2", "has no validation to stop by"),
+        ("prompts.one.encoder_hidden_size=8", "encoder_hidden_size: prompt_tuning has no encoder"),
+        ("output_dir=", "output_dir"),
+        ("base.trust_remote_code=true", "base.trust_remote_code: not supported yet"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(run_file, override, problem):
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        load(run_file(), [override])

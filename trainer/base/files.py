@@ -76,7 +76,8 @@ def open_base(settings: Base) -> BaseFiles:
         BadInput: if it is not there, not supported, or not in safetensors.
     """
     folder = _folder(settings)
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    # False, not unset: transformers would ask on the terminal and wait.
+    options: dict[str, Any] = {"trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -54,7 +54,7 @@ class TaskData:
 def load_tasks(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
 ) -> dict[str, TaskData]:
-    """Read and tokenise all tasks that a prompt trains on.
+    """Read and tokenise the tasks of a run.
 
     Raises:
         BadInput: with the problems of all tasks.

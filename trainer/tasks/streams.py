@@ -9,6 +9,7 @@ Shape letters: T tokens of a stream, N label positions, K prompts of the bank.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,7 +148,7 @@ def plan_streams(
         full = any(t > max_tokens and len(s) > 1 for t, s in zip(tokens, streams, strict=True))
         if not full:
             break
-        num_streams += num_ranks
+        num_streams += num_ranks * max(1, num_streams // (20 * num_ranks))
     shortest = pieces[order[-1]]
     filler = Piece(shortest.example, shortest.prompt, shortest.slot, filler=True)
     streams = [stream or [filler] for stream in streams]
@@ -158,16 +159,17 @@ def _fill(
     pieces: Sequence[Piece], order: Sequence[int], prompt_lengths: Sequence[int], num_streams: int
 ) -> list[list[Piece]]:
     streams: list[list[Piece]] = [[] for _ in range(num_streams)]
-    loads = [0] * num_streams
+    loads = [(0, stream) for stream in range(num_streams)]
     seen: list[set[int]] = [set() for _ in range(num_streams)]
     for i in order:
         piece = pieces[i]
-        lightest = min(range(num_streams), key=lambda s: loads[s])
+        load, lightest = loads[0]
         streams[lightest].append(piece)
-        loads[lightest] += piece.example.num_tokens
+        load += piece.example.num_tokens
         if piece.prompt is not None and piece.prompt not in seen[lightest]:
             seen[lightest].add(piece.prompt)
-            loads[lightest] += prompt_lengths[piece.prompt]
+            load += prompt_lengths[piece.prompt]
+        heapq.heapreplace(loads, (load, lightest))
     return streams
 
 
