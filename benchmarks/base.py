@@ -137,7 +137,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.console import Console
     from trainer.engine import Engine, base_bytes
     from trainer.objective import step_gradients
-    from trainer.run import load
+    from trainer.sharded import load
     from trainer.tasks.streams import Piece
     from trainer.tasks.tokens import Example
 

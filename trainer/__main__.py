@@ -18,7 +18,7 @@ from pathlib import Path
 from trainer import config as run_file
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, BadInput
-from trainer.process import die_with_parent
+from trainer.process import die_with_parent, leave
 from trainer.terminal import claim
 
 
@@ -113,8 +113,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # Threads of libraries may not outlive the run: leave at once, with everything flushed.
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main())

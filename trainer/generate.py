@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from trainer.__main__ import guarded
 from trainer.config import RunConfig, template_fields
 from trainer.console import Console
 from trainer.errors import BadInput
-from trainer.process import die_with_parent
+from trainer.process import die_with_parent, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +43,7 @@ def _generate(
     from trainer.base.files import open_base
     from trainer.engine import Engine
     from trainer.generation import generate
-    from trainer.run import load
+    from trainer.sharded import load
     from trainer.tasks.rows import render
     from trainer.tasks.tokens import encode_input
 
@@ -88,7 +87,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main())

@@ -42,8 +42,9 @@ FLOORS = (
         "trainer.tracking",
         "trainer.report",
     ),
-    ("trainer.evaluation",),
+    ("trainer.evaluation", "trainer.sharded"),
     ("trainer.loop",),
+    ("trainer.resume", "trainer.results"),
     ("trainer.run", "trainer.generate", "trainer.prepare", "trainer.__main__"),
 )
 

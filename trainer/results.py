@@ -1,0 +1,232 @@
+"""What a run writes about itself and shows: settings, environment, adapters, summary, tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.base.files import BaseFiles
+from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
+from trainer.console import Console
+from trainer.engine import Engine, base_bytes
+from trainer.evaluation import LOWER_IS_BETTER
+from trainer.export import save_peft
+from trainer.loop import Loop
+from trainer.redact import redact
+from trainer.report import write_report
+from trainer.sharded import LoadedBase
+from trainer.tasks.feed import TaskData
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
+
+
+def describe_run(
+    output: Path,
+    config: RunConfig,
+    engine: Engine,
+    loaded: LoadedBase,
+    tasks: Mapping[str, TaskData],
+    command: str,
+) -> None:
+    (output / "run.yaml").write_text(redact(dump(_anywhere(config))), encoding="utf-8")
+    environment = {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "world_size": engine.world_size,
+        "device": device_name(engine.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "matmul": loaded.matmul,
+        "host": platform.node(),
+        "git_revision": git_revision(),
+        "command": redact(command),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(output / "environment.json", environment)
+    write_json(output / "datasets.json", [s for data in tasks.values() for s in data.sources])
+
+
+def _anywhere(config: RunConfig) -> RunConfig:
+    """The run file with the base's folder in full, so that it is found from any working folder."""
+    folder = resolve_path(config.base.model)
+    if not folder.is_dir():
+        return config
+    base = config.base.model_copy(update={"model": str(folder.resolve())})
+    return config.model_copy(update={"base": base})
+
+
+def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
+    """Memory, traffic and load of all ranks; a collective."""
+    on_gpu = engine.device.type == "cuda"
+    mine = [
+        base_bytes(loaded.model),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        torch.cuda.max_memory_allocated() if on_gpu else 0,
+        loaded.stats.seconds,
+        loaded.stats.bytes_read,
+        loop.train_gathered_bytes,
+    ]
+    base, rss, gpu, seconds, read, gathered = zip(*engine.all_gather(mine), strict=True)
+    steps = max(1, loop.steps_here)
+    progress = loop.progress
+    return {
+        "throughput": {
+            "useful_tokens_per_second": progress.useful_tokens / max(progress.train_seconds, 1e-9),
+            "useful_tokens": progress.useful_tokens,
+            "train_seconds": progress.train_seconds,
+        },
+        "memory": {
+            "base_bytes_per_rank": max(base),
+            "kept_bytes_per_rank": engine.kept_bytes,
+            "ranks_per_copy": loaded.placement.group_size,
+            "peak_rss_bytes": max(rss),
+            "peak_gpu_bytes": max(gpu) if on_gpu else None,
+        },
+        "communication": {"gathered_bytes_per_step": max(gathered) / steps},
+        "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},
+        "versions": versions(),
+        "world_size": engine.world_size,
+    }
+
+
+def finish(
+    output: Path,
+    loop: Loop,
+    loaded: LoadedBase,
+    files: BaseFiles,
+    measured: Mapping[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """Write adapters, summary and report."""
+    config, bank = loop.config, loop.bank
+    shape = {
+        "num_layers": files.config.num_hidden_layers,
+        "num_attention_heads": files.config.num_attention_heads,
+    }
+    prompts: dict[str, Any] = {}
+    for k, prompt in enumerate(config.prompts):
+        scores = loop.progress.scores.get(prompt.name, {})
+        folder = output / "prompts" / prompt.name
+        said = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        for where, title, virtual_tokens in (
+            (folder, prompt.name, bank.best(k)),
+            (folder / "last", f"{prompt.name} (last step)", bank.snapshot(k)),
+        ):
+            if not virtual_tokens.isfinite().all():
+                console.warn(f"prompt {title!r}: its virtual tokens are not finite; not saved")
+                continue
+            save_peft(
+                where,
+                virtual_tokens,
+                config.base.model,
+                config.base.revision,
+                title=title,
+                description=f"Task {prompt.task}. {said}".strip(),
+                **shape,
+            )
+        prompts[prompt.name] = {
+            "task": prompt.task,
+            "method": prompt.method,
+            "num_virtual_tokens": prompt.num_virtual_tokens,
+            "best_step": loop.stopping[prompt.name].best_step or loop.progress.step,
+            "skipped_updates": loop.progress.skipped.get(prompt.name, 0),
+            **scores,
+        }
+    summary = {
+        "status": "finished",
+        "steps": loop.progress.step,
+        "prompts": prompts,
+        "tasks": loop.progress.baselines,
+        "data": {name: data.counts for name, data in loop.tasks.items()},
+        **measured,
+    }
+    write_json(output / "summary.json", summary)
+    try:
+        write_report(output)
+    except Exception as error:  # the results are there; a picture of them must not lose them
+        console.warn(f"no report written: {type(error).__name__}: {error}")
+    return summary
+
+
+def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console) -> None:
+    output = config.output_dir
+    for task in config.tasks:
+        baseline = summary["tasks"].get(task.name, {})
+        metric = task.metric
+        better = min if metric in LOWER_IS_BETTER else max
+        columns = [f"validation_{metric}", f"shifted_validation_{metric}"]
+        if metric not in LOWER_IS_BETTER:
+            columns.append("validation_loss")
+        rows = [("no prompt", baseline.get("no_prompt", {}))]
+        if baseline.get("hand_written"):
+            best = better(baseline["hand_written"], key=lambda scores: scores.get(columns[0], 0.0))
+            rows.append((f"hand-written: {best['text'].strip()}", best))
+        rows += [
+            (f"trained: {name} ({scores['num_virtual_tokens']} virtual tokens)", scores)
+            for name, scores in summary["prompts"].items()
+            if scores["task"] == task.name
+        ]
+        shown = [column for column in columns if any(column in scores for _, scores in rows)]
+        console.table(
+            task.name,
+            ["", *(column.replace("_", " ") for column in shown)],
+            [[name, *(_number(scores.get(column)) for column in shown)] for name, scores in rows],
+        )
+    speed = summary["throughput"]["useful_tokens_per_second"]
+    console.say(
+        f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
+    )
+    console.say(f"report:  {output}/report.html")
+    name = next(iter(summary["prompts"]))
+    console.say(f'try it:  promptshard generate {output} --prompt {name} --input "..."')
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def git_revision() -> str | None:
+    """Commit of the running code, with ``+changed`` if files differ; None outside a clone."""
+    try:
+        revision, changes = (
+            subprocess.run(
+                ["git", "-C", str(PROJECT_ROOT), *what],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout.strip()
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changed" if changes else "")
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

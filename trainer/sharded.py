@@ -1,0 +1,63 @@
+"""The base on all ranks: read, quantised, sharded, attached; used by training and generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.base.files import BaseFiles
+from trainer.base.linear import multiply_in_int8, resolve_matmul
+from trainer.base.loading import LoadStats, load_base
+from trainer.base.model import PromptedBase
+from trainer.base.skeleton import build_skeleton
+from trainer.config import Base, RunConfig
+from trainer.console import Console
+from trainer.engine import Engine, compute_dtype, resolve_policy
+from trainer.placement import Placement
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """The base on this rank's device, sharded and attached."""
+
+    model: PromptedBase
+    stats: LoadStats
+    dtype: torch.dtype
+    placement: Placement
+    matmul: str
+
+
+def load(
+    engine: Engine, settings: Base, files: BaseFiles, config: RunConfig, console: Console
+) -> LoadedBase:
+    """Read, quantise, shard and attach the base, with a progress bar."""
+    dtype = compute_dtype(settings.dtype, engine.device)
+    policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
+    setting = config.engine.gradient_checkpointing
+    checkpointing = engine.device.type != "cpu" if setting == "auto" else setting
+    # All that can be wrong without reading weights is found here, before minutes of reading.
+    skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
+    matmul = engine.together(
+        lambda: resolve_matmul(
+            settings.matmul, settings.quantization, engine.device, files.config.hidden_size
+        )
+    )
+    if matmul == "int8":
+        multiply_in_int8(skeleton)
+    offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
+    placement = engine.place(skeleton, config, dtype, offload=offload)
+    policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
+    share = files.num_bytes // placement.group_size
+    with console.loading(f"loading {settings.model}", share) as bar:
+        base, stats = load_base(
+            skeleton,
+            files,
+            dtype=dtype,
+            device=engine.device,
+            shard=engine.sharder(policy, placement.group_size),
+            checkpointing=checkpointing,
+            progress=bar.advance,
+        )
+    engine.attach(base, policy, placement.kept_bytes)
+    return LoadedBase(base, stats, dtype, placement, matmul)
