@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = "promptshard train examples/quickstart.yaml"
 #: Trainings after the first are cut short, each into a folder of its own.
-SHORT = ["training.steps=2", "evaluation.every=2"]
+SHORT = ["training.steps=2", "evaluation.every=50"]
 
 
 def blocks(language: str) -> list[str]:
