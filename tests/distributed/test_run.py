@@ -198,8 +198,8 @@ def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
         "train",
         str(run_file),
         f"output_dir={output}",
-        "prompts.soft.learning_rate=1e30",
-        "prompts.soft.warmup_ratio=0",
+        "prompts.mlp.learning_rate=1e30",  # its encoder overflows
+        "prompts.mlp.warmup_ratio=0",
         "training.max_skipped_updates=2",
         "--processes",
         "2",
