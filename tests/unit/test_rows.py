@@ -414,7 +414,12 @@ def test_check_rows_reports_every_file(tmp_path):
         check_rows(
             run_config(
                 {"name": "a", "train": good, "validation": bad},
-                {"name": "b", "train": worse, "shifted_validation": str(tmp_path / "none.jsonl")},
+                {
+                    "name": "b",
+                    "train": worse,
+                    "validation": good,
+                    "shifted_validation": str(tmp_path / "none.jsonl"),
+                },
             )
         )
     found = caught.value.problems
