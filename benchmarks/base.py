@@ -160,7 +160,8 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     rows = engine.world_size * MICRO_BATCHES * ROWS
     ids = torch.randint(3, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
     pieces = [
-        Piece(Example(tuple(row), LENGTH // 2, i), 0, i) for i, row in enumerate(ids.tolist())
+        Piece(Example.with_target(tuple(row), LENGTH // 2, i), 0, i)
+        for i, row in enumerate(ids.tolist())
     ]
     prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02
     for _ in range(2):  # the second is a step like all that follow

@@ -177,7 +177,9 @@ def problem(hidden_size: int) -> tuple[list[Piece], list[Tensor]]:
     """Rows of several lengths, alternating between two prompts of different lengths."""
     generator = torch.Generator().manual_seed(1)
     rows = [
-        Example(tuple(torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()), n // 2, i)
+        Example.with_target(
+            tuple(torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()), n // 2, i
+        )
         for i, n in enumerate(ROW_LENGTHS)
     ]
     prompts = [torch.randn(p, hidden_size, generator=generator) * 0.3 for p in PROMPT_LENGTHS]

@@ -110,7 +110,9 @@ def problem() -> tuple[list[Piece], list[torch.Tensor]]:
     """Rows of several lengths, alternating between two prompts of different lengths."""
     generator = torch.Generator().manual_seed(1)
     rows = [
-        Example(tuple(torch.randint(3, 300, (n,), generator=generator).tolist()), n // 2, i)
+        Example.with_target(
+            tuple(torch.randint(3, 300, (n,), generator=generator).tolist()), n // 2, i
+        )
         for i, n in enumerate(ROWS)
     ]
     prompts = [torch.randn(p, 64, generator=generator) * 0.3 for p in LENGTHS]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import Task
 from trainer.errors import BadInput
 from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.streams import Piece, build_stream
 from trainer.tasks.tokens import (
     Example,
     check_vocabulary,
@@ -65,8 +66,8 @@ def test_a_row_is_input_target_and_eos(tmp_path):
     rows = make_rows(tmp_path, [("a b", "yes"), ("c", "no maybe")], task)
     found = tokenize(rows, task, make_tokenizer(), 100)
     assert found.examples == [
-        Example(ids("<s> a b Answer : yes </s>"), 5, 0),
-        Example(ids("<s> c Answer : no maybe </s>"), 4, 1),
+        Example.with_target(ids("<s> a b Answer : yes </s>"), 5, 0),
+        Example.with_target(ids("<s> c Answer : no maybe </s>"), 4, 1),
     ]
     assert [(e.num_tokens, e.num_labels) for e in found.examples] == [(7, 2), (7, 3)]
     assert (found.skipped, found.truncated) == (0, 0)
@@ -100,7 +101,7 @@ def test_prefix_is_joined_as_text(tmp_path):
     task = make_task()
     rows = make_rows(tmp_path, [("b", "yes")], task)
     (example,) = tokenize(rows, task, make_tokenizer(), 100, prefix="c d\n").examples
-    assert example == Example(ids("<s> c d b Answer : yes </s>"), 6, 0)
+    assert example == Example.with_target(ids("<s> c d b Answer : yes </s>"), 6, 0)
 
 
 def test_too_long_refuse_names_rows(tmp_path):
@@ -132,10 +133,10 @@ def test_truncate_cuts_the_input_from_the_left_and_keeps_bos_and_prefix(tmp_path
     task = make_task(too_long="truncate")
     rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no")], task)
     found = tokenize(rows, task, make_tokenizer(), 8)
-    assert found.examples[0] == Example(ids("<s> c d e Answer : yes </s>"), 6, 0)
+    assert found.examples[0] == Example.with_target(ids("<s> c d e Answer : yes </s>"), 6, 0)
     assert (found.skipped, found.truncated) == (0, 1)
     prefixed = tokenize(rows, task, make_tokenizer(), 8, prefix="maybe ")
-    assert prefixed.examples[0] == Example(ids("<s> maybe d e Answer : yes </s>"), 6, 0)
+    assert prefixed.examples[0] == Example.with_target(ids("<s> maybe d e Answer : yes </s>"), 6, 0)
 
 
 def test_a_target_is_never_cut(tmp_path):
@@ -188,9 +189,11 @@ def test_no_room_for_text(tmp_path):
 
 
 def test_check_vocabulary(tmp_path):
-    check_vocabulary([Example((1, 2, 9), 1, 0)], 10)
+    check_vocabulary([Example.with_target((1, 2, 9), 1, 0)], 10)
     with pytest.raises(BadInput, match=r"id 10 \(row 4\), but the base embeds 10 tokens"):
-        check_vocabulary([Example((1, 2), 1, 0), Example((1, 10), 1, 3)], 10)
+        check_vocabulary(
+            [Example.with_target((1, 2), 1, 0), Example.with_target((1, 10), 1, 3)], 10
+        )
 
 
 def test_long_texts_give_no_warning(tmp_path, capfd):
@@ -198,3 +201,16 @@ def test_long_texts_give_no_warning(tmp_path, capfd):
     rows = make_rows(tmp_path, [("a " * 50, "yes")], task)
     tokenize(rows, task, make_tokenizer(), 100)
     assert capfd.readouterr().err == ""
+
+
+def test_labels_may_stand_in_several_spans():
+    two = Example((7, 8, 9, 10, 11), ((1, 2), (3, 5)), 0)
+    stream = build_stream(
+        [Piece(Example.with_target((1, 2), 1, 0), None, 0), Piece(two, 0, 1)], [3]
+    )
+    assert two.num_labels == 3
+    assert two.target_start == 1
+    # [prompt 0..2 | row of two tokens 3..4 | row of five tokens 5..9]
+    assert stream.label_positions_N.tolist() == [3, 5, 7, 8]
+    assert stream.labels_N.tolist() == [2, 8, 10, 11]
+    assert stream.label_slot_N.tolist() == [0, 1, 1, 1]

@@ -105,11 +105,11 @@ def build_stream(pieces: Sequence[Piece], prompt_lengths: Sequence[int]) -> Stre
         segments.append(Segment(start, len(ids), prefix.start, prefix.length))
         token_ids += ids
         position_ids += range(prefix.length, prefix.length + len(ids))
-        count = len(ids) - piece.example.target_start
-        # The output at one position predicts the token at the next.
-        first = start + piece.example.target_start - 1
-        label_positions += range(first, first + count)
-        labels += ids[piece.example.target_start :]
+        for first, stop in piece.example.label_spans:
+            # The output at one position predicts the token at the next.
+            label_positions += range(start + first - 1, start + stop - 1)
+            labels += ids[first:stop]
+        count = piece.example.num_labels
         label_prompt += [-1 if piece.prompt is None else piece.prompt] * count
         label_slot += [-1 if piece.filler else piece.slot] * count
     return Stream(

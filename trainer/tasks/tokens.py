@@ -24,13 +24,24 @@ class Example:
 
     Attributes:
         input_ids: the whole row: input, target, EOS; no virtual tokens.
-        target_start: index of the first label; all behind it are labels too.
+        label_spans: (start, stop) of the tokens that are labels, ascending and apart: one for a
+            target, one per answer of a dialogue.
         row: index in its ``Rows``.
     """
 
     input_ids: tuple[int, ...]
-    target_start: int
+    label_spans: tuple[tuple[int, int], ...]
     row: int
+
+    @classmethod
+    def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
+        """All tokens from ``target_start`` on are labels."""
+        return cls(input_ids, ((target_start, len(input_ids)),), row)
+
+    @property
+    def target_start(self) -> int:
+        """Index of the first label."""
+        return self.label_spans[0][0]
 
     @property
     def num_tokens(self) -> int:
@@ -38,7 +49,7 @@ class Example:
 
     @property
     def num_labels(self) -> int:
-        return len(self.input_ids) - self.target_start
+        return sum(stop - start for start, stop in self.label_spans)
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,9 @@ class _Fitter:
         return []
 
     def _examples(self, row: int, ids: list[int], targets: list[list[int]]) -> list[Example]:
-        return [Example((*ids, *target, *self.eos), len(ids), row) for target in targets]
+        return [
+            Example.with_target((*ids, *target, *self.eos), len(ids), row) for target in targets
+        ]
 
     def _problem(self, row: int, text: str) -> None:
         self.count += 1
