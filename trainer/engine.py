@@ -8,6 +8,7 @@ in one flat all-reduce.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -160,6 +161,7 @@ class Engine:
 
     def __init__(self, timeout_seconds: int) -> None:
         _quiet_deepspeed()
+        _leave_shared_memory_alone()
         for name, default in {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -451,3 +453,14 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 def _quiet_deepspeed() -> None:
     """DeepSpeed logs every step of its own; only its warnings are for us."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def _leave_shared_memory_alone() -> None:
+    """Keep DeepSpeed (0.19.8) from compiling a C++ all-reduce for CPU and filling /dev/shm for it.
+
+    Only ``inference_all_reduce`` uses it, which is never called here. Each rank would write a file
+    of 69 MB there, which does not fit in many containers and stays behind when the run has ended.
+    """
+    # By name: the package has an attribute ``torch`` that is PyTorch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None

@@ -80,6 +80,7 @@ def main() -> None:
         "gathered_bytes_per_step": engine.gathered_bytes - gathered,
         "bytes_read": stats.bytes_read,
         "world_size": engine.world_size,
+        "shared_files": engine.all_gather(shared_files()),
     }
     every = engine.all_gather(result)
     if engine.is_main:
@@ -179,6 +180,12 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
                 equal &= torch.equal(module.absmax, absmax)
             equal &= torch.equal(whole, wanted.to(whole.dtype))
     return equal
+
+
+def shared_files() -> list[str]:
+    """Files of shared memory that this process uses and that would outlive it."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
 
 
 def full_bytes(model: Any, quantization: str) -> int:
