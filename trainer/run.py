@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer import atomic
 from trainer.base.files import open_base
 from trainer.config import RunConfig
 from trainer.console import Console
@@ -24,7 +25,7 @@ from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prompts.bank import Bank
 from trainer.redact import redact
-from trainer.results import describe_run, finish, measure, show_results, write_json
+from trainer.results import describe_run, finish, measure, show_results
 from trainer.resume import (
     find_checkpoint,
     identity_of,
@@ -139,7 +140,7 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         yield ended
     except Exception as error:
         summary = {"status": "failed", "error": redact(str(error))}
-        write_json(output / "summary.json", summary)
+        atomic.write_json(output / "summary.json", summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)
