@@ -21,9 +21,6 @@ from trainer.tasks.feed import EvalSet
 from trainer.tasks.rows import render
 from trainer.tasks.streams import Piece, build_stream, plan_streams
 
-#: Metrics for which less is better.
-LOWER_IS_BETTER = {"loss"}
-
 
 @dataclass(frozen=True)
 class Request:

@@ -15,10 +15,9 @@ import torch
 
 from trainer import atomic
 from trainer.base.files import BaseFiles
-from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
+from trainer.config import LOWER_IS_BETTER, PROJECT_ROOT, RunConfig, dump, resolve_path
 from trainer.console import Console
 from trainer.engine import Engine, base_bytes
-from trainer.evaluation import LOWER_IS_BETTER
 from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.redact import redact
@@ -51,7 +50,9 @@ def describe_run(
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     atomic.write_json(output / "environment.json", environment)
-    atomic.write_json(output / "datasets.json", [s for data in tasks.values() for s in data.sources])
+    atomic.write_json(
+        output / "datasets.json", [s for data in tasks.values() for s in data.sources]
+    )
 
 
 def _anywhere(config: RunConfig) -> RunConfig:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks.files import Record, did_you_mean, place, shorten
+from trainer.errors import BadInput, did_you_mean
+from trainer.tasks.files import Record, place, shorten
 
 MOST_PROBLEMS = 10
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")

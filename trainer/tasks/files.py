@@ -8,7 +8,6 @@ files are read here, value by value as they are written, and every problem gets 
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import resolve_path
-from trainer.errors import BadInput
+from trainer.errors import BadInput, did_you_mean
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BOM = b"\xef\xbb\xbf"
@@ -52,13 +51,6 @@ def shorten(value: Any, length: int = 60) -> str:
     """``repr`` of a value, cut for a message."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint for a misspelt name, or nothing."""
-    lower = {name.lower().strip(): name for name in known}
-    close = difflib.get_close_matches(word.lower().strip(), list(lower), n=1)
-    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def locate(path: str, setting: str) -> Path:
