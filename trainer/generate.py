@@ -66,7 +66,7 @@ def _generate(
             f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "
             "shorten it or lower --max-new-tokens"
         )
-    loaded = load(engine, config.base, files, config, console)
+    loaded = load(engine, files, config, console)
     tensors = load_file(folder / "prompts" / name / "adapter_model.safetensors")
     virtual_tokens = tensors["prompt_embeddings"].to(engine.device)
     (written,) = generate(engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit)

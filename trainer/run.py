@@ -67,7 +67,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.close()
         return
 
-    loaded = load(engine, config.base, files, config, console)
+    loaded = load(engine, files, config, console)
     bank = Bank(
         config,
         _embedder(loaded.model, engine.device),

@@ -11,7 +11,7 @@ from trainer.base.linear import multiply_in_int8, resolve_matmul
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
 from trainer.base.skeleton import build_skeleton
-from trainer.config import Base, RunConfig
+from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine, compute_dtype, resolve_policy
 from trainer.placement import Placement
@@ -28,10 +28,9 @@ class LoadedBase:
     matmul: str
 
 
-def load(
-    engine: Engine, settings: Base, files: BaseFiles, config: RunConfig, console: Console
-) -> LoadedBase:
+def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) -> LoadedBase:
     """Read, quantise, shard and attach the base, with a progress bar."""
+    settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
     setting = config.engine.gradient_checkpointing
