@@ -181,6 +181,65 @@ def test_generate(two_ranks: Path) -> None:
     assert one.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
+def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
+    """Shards in CPU memory are the same shards; here that is the rank's memory too."""
+    output = run_file.parent / "offload"
+    policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
+    done = promptshard("train", str(run_file), f"output_dir={output}", policy, "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(step_losses(output)) == 2 * STEPS
+    assert step_losses(output) == step_losses(one_rank)
+    # One rank alone has its shard at hand, and nothing to fetch; an offloaded one has.
+    assert summary(one_rank)["memory"]["kept_bytes_per_rank"] == 0
+    assert summary(output)["memory"]["kept_bytes_per_rank"] > 0
+
+
+def step_losses(output: Path) -> list[tuple[int, str, float]]:
+    return [
+        (line["step"], line["prompt"], line["metrics"]["train_loss"])
+        for line in lines(output)
+        if "train_loss" in line["metrics"]
+    ]
+
+
+#: Questions in the base's own words, which it answers without a prompt.
+KNOWN = {
+    "codegen": "Answer with a named Python function.\n",
+    "animals": "What do lions and deer live on?\n",
+}
+
+
+def test_metrics_of_what_the_base_writes(tmp_path: Path) -> None:
+    """Programs that are run and answers that must be exact, from files of rows to the summary."""
+    run = yaml.safe_load((ROOT / "examples" / "codegen.yaml").read_text())
+    animals = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())["tasks"][1]
+    del animals["choices"], animals["metric"]
+    run["tasks"].append(animals | {"metric": "exact_match", "max_new_tokens": 4})
+    for task in run["tasks"]:
+        rows = (ROOT / task["validation"]).read_text().splitlines()[:20]
+        task["validation"] = str(tmp_path / f"{task['name']}.jsonl")
+        Path(task["validation"]).write_text("\n".join(rows) + "\n")
+        del task["shifted_validation"]
+        task["hand_written"] = [KNOWN[task["name"]]]
+    run["prompts"] = [
+        {"name": name, "task": name, "num_virtual_tokens": 10, "init": {"text": text}}
+        for name, text in KNOWN.items()
+    ]
+    run |= {"output_dir": str(tmp_path / "run"), "training": {"steps": 1, "tokens_per_step": 256}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    done = promptshard("train", str(path), "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary(tmp_path / "run")
+    for name, metric in (("codegen", "execution"), ("animals", "exact_match")):
+        key = f"validation_{metric}"
+        base, (known,) = found["tasks"][name]["no_prompt"], found["tasks"][name]["hand_written"]
+        assert base[key] < 0.2
+        assert known[key] > 0.5
+        score = found["prompts"][name][key]
+        assert score == pytest.approx(round(score * 20) / 20), "a share of 20 rows"
+
+
 def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:
     output = run_file.parent / "int8"
     done = promptshard("train", str(run_file), f"output_dir={output}", "base.matmul=int8")
