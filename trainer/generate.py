@@ -40,10 +40,9 @@ def _generate(
 ) -> None:
     from safetensors.torch import load_file
 
-    from trainer.base.files import open_base
     from trainer.engine import Engine
     from trainer.generation import generate
-    from trainer.sharded import load
+    from trainer.sharded import load, open_files
     from trainer.tasks.rows import render
     from trainer.tasks.tokens import encode_input
 
@@ -57,7 +56,7 @@ def _generate(
         text = render(task.input, {fields[0]: text})
 
     engine = Engine(config.engine.timeout_seconds)
-    files = engine.together(lambda: open_base(config.base))
+    files = open_files(engine, config.base, console)
     input_ids = encode_input(files.tokenizer, text)
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from trainer import atomic
-from trainer.base.files import open_base
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
@@ -33,7 +32,7 @@ from trainer.resume import (
     put_aside,
     save_checkpoint,
 )
-from trainer.sharded import load
+from trainer.sharded import load, open_files
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
 
@@ -51,7 +50,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     output = Path(config.output_dir)
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
-    files = engine.together(lambda: open_base(config.base))
+    files = open_files(engine, config.base, console)
     tasks = engine.together(
         lambda: load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
     )

@@ -17,12 +17,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.hub_cache import TINY, fill_cache
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 
 
-def promptshard(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+def promptshard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | variables
     return subprocess.run(
         [sys.executable, "-m", "launch", *arguments],
         cwd=ROOT,
@@ -238,6 +240,28 @@ def test_metrics_of_what_the_base_writes(tmp_path: Path) -> None:
         assert known[key] > 0.5
         score = found["prompts"][name][key]
         assert score == pytest.approx(round(score * 20) / 20), "a share of 20 rows"
+
+
+def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) -> None:
+    """From a cache as huggingface_hub lays it out; another model is missing there."""
+    snapshot = fill_cache(tmp_path / "cache")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    output = tmp_path / "run"
+    words = ["train", str(run_file), f"output_dir={output}", "training.steps=1"]
+    words += [f"tasks[0].validation={run_file.parent / 'few.jsonl'}", "tasks[0].hand_written=[]"]
+    few = (run_file.parent / "validation.jsonl").read_text().splitlines()[:4]
+    (run_file.parent / "few.jsonl").write_text("\n".join(few) + "\n")
+    done = promptshard(*words, "base.model=org/tiny", **offline)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((output / "prompts" / "soft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+    assert sorted(path.name for path in snapshot.iterdir()) == sorted(os.listdir(TINY))
+
+    done = promptshard(*words, "base.model=org/gone", "--fresh", **offline)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "base.model: 'org/gone' is not a folder here" in done.stderr
+    assert "hf download org/gone" in done.stderr
+    assert done.stderr.count("org/gone") <= 4, "said by one rank alone"
 
 
 def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:
