@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from trainer.config import RunConfig, Task, template_fields
+from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
-from trainer.tasks.rows import check_rows, fields, gold_target, load_rows, render
+from trainer.tasks.rows import check_rows, gold_target, load_rows, render
 
 GOOD = [{"text": "a cat", "label": "meat"}, {"text": "a cow", "label": "plants"}]
 
@@ -168,13 +168,6 @@ def test_render():
         render("{other}", row)
 
 
-@pytest.mark.parametrize(
-    "template", ["{a}", "{a}{b} {a}", "{{a}}", "{{{a}}}", "", "{}", '{"k": "{a}"}']
-)
-def test_fields_agree_with_the_run_file(template):
-    assert fields(template) == list(dict.fromkeys(template_fields(template)))
-
-
 # Mistakes in files
 
 
@@ -201,7 +194,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     assert "has no rows" in found["blank.jsonl"]
     assert "has no rows" in found["head.csv"]
     assert "'.xlsx' is not known; use .jsonl" in found["d.xlsx"]
-    assert "is a folder; name one data file" in problem(str(tmp_path))
+    assert "is a folder; name data files" in problem(str(tmp_path))
     assert "train.jsonl" in problem(str(tmp_path))
     assert "hub" in problem("someone/some_dataset")
 

@@ -151,7 +151,7 @@ class _Loader:
             {
                 "task": self.task.name,
                 "split": split,
-                "path": getattr(self.task, split),
+                "path": rows.path,
                 "rows": len(rows),
                 "digest": rows.digest,
             }
@@ -160,7 +160,8 @@ class _Loader:
 
     def _evaluation(self, data: TaskData, split: str, rows: Rows) -> None:
         """The rows of a split without a prompt and behind every hard one; those that all have."""
-        width = len(self.task.choices or [0])
+        likelihood = self.task.scored_by_likelihood
+        width = len(self.task.choices or []) if likelihood else 1
         read = [self._read(rows, "", self.room)]
         check_vocabulary(read[0].examples, self.vocab_size)
         read += [self._read(rows, text, self._room_behind(text)) for text in self.task.hand_written]
@@ -173,7 +174,7 @@ class _Loader:
                 f"tasks.{self.task.name}.hand_written: no row of {rows.path} fits behind all of "
                 f"them; shorten them, or set tasks.{self.task.name}.too_long to truncate"
             )
-        right = gold(rows, self.task) if self.task.choices else [0] * len(rows)
+        right = gold(rows, self.task) if likelihood else [0] * len(rows)
         sets = [
             EvalSet(
                 self.task,
@@ -188,7 +189,7 @@ class _Loader:
         self._note(data, split, rows, len(rows) - len(common), read[0].truncated)
 
     def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
-        how = tokenize_choices if self.task.choices else tokenize
+        how = tokenize_choices if self.task.scored_by_likelihood else tokenize
         return how(rows, self.task, self.tokenizer, room, prefix=prefix, progress=self.progress)
 
     def _room_behind(self, prefix: str) -> int:

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import Task
+from trainer.config import Task, template_fields
 from trainer.errors import BadInput
 from trainer.tasks.cache import cached, tokenizer_digest
-from trainer.tasks.checks import MOST_PROBLEMS, fields, render
+from trainer.tasks.checks import MOST_PROBLEMS, render
 from trainer.tasks.rows import Rows, gold_target
 from trainer.tasks.table import Block, Example, TokenTable, in_memory
 from trainer.tasks.workers import in_order
@@ -97,7 +97,7 @@ def tokenize_choices(
         BadInput: as ``tokenize``; or two choices give the same tokens.
     """
     assert task.choices is not None, "a task without choices is not scored by likelihood"
-    column = fields(task.target)[0]
+    column = template_fields(task.target)[0]
     texts = [render(task.target, {column: choice}) for choice in task.choices]
     targets = _encode(tokenizer, texts, special=False)
     _check_choices(task, targets)
@@ -329,6 +329,9 @@ _NOT_TOKENS = {
     "train",
     "validation",
     "shifted_validation",
+    "validation_share",
+    "max_rows",
+    "max_validation_rows",
     "metric",
     "tests",
     "max_new_tokens",
