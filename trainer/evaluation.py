@@ -19,7 +19,8 @@ from trainer.generation import generate
 from trainer.prefetch import ahead, prepare_stream
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
-from trainer.tasks.rows import render
+from trainer.tasks.nested import split_labels
+from trainer.tasks.rows import target_text
 from trainer.tasks.streams import Piece, Stream, plan_streams
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
@@ -101,24 +102,33 @@ class Evaluator:
             result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
         elif task.metric != "loss":
             prompt = None if request.prompt is None else virtual_tokens[request.prompt]
-            result[task.metric] = self._generated(rows, prompt)
+            result |= self._generated(rows, prompt)
         return result
 
-    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> float:
-        """A metric of what the base writes. Generated code is run by rank 0 alone."""
+    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> dict[str, float]:
+        """Metrics of what the base writes. Generated code is run by rank 0 alone.
+
+        Of a dialogue it is the last answer.
+        """
         examples = [candidates[0] for candidates in rows.candidates]
-        inputs = [example.input_ids[: example.target_start] for example in examples]
+        inputs = [example.input_ids[: example.label_spans[-1][0]] for example in examples]
         texts = generate(
             self.engine, self.base, self.tokenizer, inputs, prompt, rows.task.max_new_tokens
         )
         values = [rows.rows[example.row] for example in examples]
-        if rows.task.metric == "exact_match":
-            return metrics.exact_match(texts, [render(rows.task.target, value) for value in values])
-        score = None
-        if self.engine.is_main:
-            passed = metrics.execution(texts, [value[rows.task.tests] for value in values])
-            score = sum(passed) / len(passed)
-        return self.engine.broadcast(score)
+        task = rows.task
+        if task.metric == "execution":
+            score = None
+            if self.engine.is_main:
+                passed = metrics.execution(texts, [value[task.tests] for value in values])
+                score = sum(passed) / len(passed)
+            return {"execution": self.engine.broadcast(score)}
+        targets = [target_text(value, task) for value in values]
+        if task.multi_label:
+            written, right = ([split_labels(t, task) for t in found] for found in (texts, targets))
+            scores = metrics.multi_label(written, right, task.choices or [])
+            return scores if task.metric == "f1" else {"exact_match": scores["exact_match"]}
+        return {"exact_match": metrics.exact_match(texts, targets)}
 
 
 def _width(request: Request) -> int:

@@ -83,6 +83,8 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
             raise ValueError(f"[{number}].content: {shorten(content)} is no text")
         if role != "tool" and not content.strip() and not turn.get("tool_calls"):
             raise ValueError(f"[{number}].content: is empty; fill it or remove the turn")
+    if turns[0]["role"] == "assistant":
+        raise ValueError("[0] is of the assistant; begin with what it answers")
     if turns[-1]["role"] != "assistant":
         raise ValueError(
             f"the last turn is of the {turns[-1]['role']}; end with the assistant's answer, "

@@ -44,6 +44,7 @@ __all__ = [
     "load_rows",
     "load_splits",
     "render",
+    "target_text",
 ]
 
 SPLITS = ("train", "validation", "shifted_validation")
@@ -292,6 +293,13 @@ def leaks(task: Task, splits: Mapping[str, Rows]) -> list[Leaked]:
 def gold_target(row: dict[str, Any], task: Task) -> str:
     """The value of a row that ``task.choices`` lists: the target's one column, as text."""
     return str(row[template_fields(task.target)[0]])
+
+
+def target_text(row: Mapping[str, Any], task: Task) -> str:
+    """What the base should write: the target, of a dialogue the last answer."""
+    if task.messages is not None:
+        return str(row[task.messages][-1]["content"])
+    return render(task.target, row)
 
 
 class _Reader:

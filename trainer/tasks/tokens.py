@@ -1,7 +1,8 @@
 """Rows -> token ids with the place where the labels start. Needs a tokenizer, but no torch.
 
 A row is ``tokenizer(input)`` with its special tokens, then ``tokenizer(target)`` without them,
-then EOS. The loss is on the target and EOS only.
+then EOS. The loss is on the target and EOS only. Dialogues are written by the tokenizer's chat
+template (chat.py), and rows may be token ids already (given.py).
 
 Files of many rows are tokenised by worker processes, once: the table is kept in the cache.
 """
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from trainer.config import Task, template_fields
 from trainer.errors import BadInput
 from trainer.tasks.cache import cached, tokenizer_digest
-from trainer.tasks.checks import MOST_PROBLEMS, render
+from trainer.tasks.chat import DialogueFitter, encode_opening
+from trainer.tasks.checks import render
+from trainer.tasks.found import Found
+from trainer.tasks.given import GivenFitter
 from trainer.tasks.rows import Rows, gold_target
 from trainer.tasks.table import Block, Example, TokenTable, in_memory
 from trainer.tasks.workers import in_order
@@ -76,7 +80,14 @@ def tokenize(
         BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
             that give no tokens, a tokenizer without EOS, or no row left.
     """
-    return _tokenized(rows, _Fitter(task, tokenizer, max_length, prefix), progress)
+    fitter: Fitter
+    if task.messages is not None:
+        fitter = DialogueFitter(task, tokenizer, max_length)
+    elif task.tokens is not None:
+        fitter = GivenFitter(task, max_length)
+    else:
+        fitter = _TextFitter(task, tokenizer, max_length, prefix)
+    return _tokenized(rows, tokenizer, fitter, progress)
 
 
 def tokenize_choices(
@@ -101,7 +112,8 @@ def tokenize_choices(
     texts = [render(task.target, {column: choice}) for choice in task.choices]
     targets = _encode(tokenizer, texts, special=False)
     _check_choices(task, targets)
-    return _tokenized(rows, _Fitter(task, tokenizer, max_length, prefix, targets), progress)
+    fitter = _TextFitter(task, tokenizer, max_length, prefix, targets)
+    return _tokenized(rows, tokenizer, fitter, progress)
 
 
 def gold(rows: Rows, task: Task) -> list[int]:
@@ -111,8 +123,14 @@ def gold(rows: Rows, task: Task) -> list[int]:
     return [index[gold_target(row, task)] for row in rows]
 
 
-def encode_input(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one input as rows have them, for generating from text that is in no file."""
+def encode_input(tokenizer: Any, text: str, *, dialogue: bool = False) -> list[int]:
+    """Token ids of one input as rows have them, for generating from text that is in no file.
+
+    Args:
+        dialogue: the text is a user's turn, for the chat template.
+    """
+    if dialogue:
+        return encode_opening(tokenizer, text)
     return _Specials(tokenizer).encode([text])[0]
 
 
@@ -125,8 +143,9 @@ def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
     example = examples.first_beyond(vocab_size)
     if example is not None:
         raise BadInput(
-            f"base.model: the tokenizer gives id {max(example.input_ids)} (row {example.row + 1}), "
-            f"but the base embeds {vocab_size} tokens; tokenizer and weights are not of one model"
+            f"base.model: row {example.row + 1} has the id {max(example.input_ids)}, but the base "
+            f"embeds {vocab_size} tokens; its tokenizer, or the one that made the rows, is not "
+            "that of the weights"
         )
 
 
@@ -153,33 +172,25 @@ class _Specials:
         return [ids[:-cut] if ids[-cut:] == self.back else ids for ids in encoded]
 
 
-@dataclass
-class _Found:
-    """What became of some rows, or of all. Problems: (row, what is wrong with it), the first."""
+class Fitter(Protocol):
+    """Makes examples of rows. It goes to the workers, so it knows a batch of rows, not their file.
 
-    rows: int = 0
-    skipped: int = 0
-    truncated: int = 0
-    count: int = 0
-    problems: list[tuple[int, str]] = field(default_factory=list)
+    Attributes:
+        max_length: most tokens of a row.
+        limit: what sets that limit, for messages.
+    """
 
-    def problem(self, row: int, text: str) -> None:
-        self.count += 1
-        if len(self.problems) < MOST_PROBLEMS:
-            self.problems.append((row, text))
+    task: Task
+    max_length: int
+    limit: str
 
-    def add(self, other: _Found) -> None:
-        self.rows += other.rows
-        self.skipped += other.skipped
-        self.truncated += other.truncated
-        self.count += other.count
-        self.problems = (self.problems + other.problems)[:MOST_PROBLEMS]
+    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+        """Examples of consecutive rows, the first of which has the number ``first``."""
+        ...
 
 
-class _Fitter:
+class _TextFitter:
     """Puts inputs and targets together, within ``max_length``, by the policy of the task.
-
-    It goes to the workers, so it knows a batch of rows at a time, not their file.
 
     Args:
         choices: token ids of the targets that every row is tried with; None: each has its own.
@@ -221,7 +232,7 @@ class _Fitter:
             raise BadInput(f"{setting}: true, but the tokenizer has no EOS token; set it to false")
         return [tokenizer.eos_token_id]
 
-    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, _Found]:
+    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
         texts = [self.prefix + render(self.task.input, row) for row in rows]
         inputs = self.specials.encode(texts)
@@ -230,13 +241,13 @@ class _Fitter:
             targets = [[ids] for ids in _encode(self.tokenizer, texts, special=False)]
         else:
             targets = [self.choices] * len(rows)
-        found, examples = _Found(len(rows)), list[Example]()
+        found, examples = Found(len(rows)), list[Example]()
         for i, (input_ids, behind) in enumerate(zip(inputs, targets, strict=True)):
             examples += self._fit(first + i, input_ids, behind, found)
         return Block.of(examples), found
 
     def _fit(
-        self, row: int, input_ids: list[int], targets: list[list[int]], found: _Found
+        self, row: int, input_ids: list[int], targets: list[list[int]], found: Found
     ) -> list[Example]:
         """One example per target, all behind the same input; none if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
@@ -274,13 +285,13 @@ class _Fitter:
         ]
 
 
-def _tokenized(rows: Rows, fitter: _Fitter, progress: Progress) -> Tokenized:
+def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -> Tokenized:
     """All rows through the fitter: here if they are few, else by workers, or from the cache."""
-    found = _Found()
+    found = Found()
 
     def make() -> Iterator[Block]:
         nonlocal found
-        found = _Found()
+        found = Found()
         many = len(rows) >= MANY_ROWS
         with progress(f"tokenising {rows.path}", len(rows)) if many else unseen() as advance:
             for block, part in in_order(fitter, _batches(rows), here=not many):
@@ -294,7 +305,7 @@ def _tokenized(rows: Rows, fitter: _Fitter, progress: Progress) -> Tokenized:
 
     if len(rows) < MANY_ROWS:
         return Tokenized(in_memory(make()), **counts())
-    table, said = cached(_identity(rows, fitter), make, counts)
+    table, said = cached(_identity(rows, tokenizer, fitter), make, counts)
     return Tokenized(table, said["skipped"], said["truncated"])
 
 
@@ -310,7 +321,7 @@ def _batches(rows: Rows) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         yield first, batch
 
 
-def _check_found(rows: Rows, fitter: _Fitter, found: _Found) -> None:
+def _check_found(rows: Rows, fitter: Fitter, found: Found) -> None:
     problems = [f"{rows.where(row)}: {text}" for row, text in found.problems]
     if found.count > len(problems):
         problems.append(f"{rows.path}: and {found.count - len(problems)} more")
@@ -339,14 +350,14 @@ _NOT_TOKENS = {
 }
 
 
-def _identity(rows: Rows, fitter: _Fitter) -> dict[str, Any]:
+def _identity(rows: Rows, tokenizer: Any, fitter: Fitter) -> dict[str, Any]:
     """All that a table follows from."""
     return {
         "rows": [rows.digest, len(rows)],
-        "tokenizer": tokenizer_digest(fitter.tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "task": fitter.task.model_dump(mode="json", exclude=_NOT_TOKENS),
-        "choices": fitter.choices,
-        "prefix": fitter.prefix,
+        "choices": getattr(fitter, "choices", None),
+        "prefix": getattr(fitter, "prefix", ""),
         "max_length": fitter.max_length,
     }
 
