@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import messages
 from trainer.config import RunConfig, load, resolve_path
+from trainer.console import Console
 from trainer.errors import BadInput
 
 
@@ -108,5 +110,5 @@ def _rows(config: RunConfig) -> list[str]:
     """Check every row; what is worth knowing about them."""
     from trainer.tasks.rows import check_rows  # loads Arrow only where rows are read
 
-    with messages.reading() as said:
+    with Console(sys.stderr, sys.stderr).reading() as said:
         return check_rows(config, said=said)

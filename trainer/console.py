@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 import rich.console
+import rich.text
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -77,6 +78,34 @@ class Console:
             self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
         with bar:
             yield Loading(bar, bar.add_task(what, total=total_bytes))
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str, int], None]]:
+        """A live line on a terminal, elsewhere one now and then, while files are read.
+
+        Yields:
+            What to tell the file's name and how many of its rows were read so far.
+        """
+        status = self._out.status("")
+        due = time.monotonic() + QUIET_SECONDS
+
+        def said(name: str, rows: int) -> None:
+            nonlocal due
+            if (now := time.monotonic()) < due:
+                return
+            text = f"reading {name}: {rows:,} rows"
+            if self._out.is_terminal:
+                due = now + 0.1
+                status.update(rich.text.Text(text))
+                status.start()
+            else:
+                due = now + PLAIN_INTERVAL
+                self.say(text)
+
+        try:
+            yield said
+        finally:
+            status.stop()
 
     @contextmanager
     def working(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

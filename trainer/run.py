@@ -62,8 +62,14 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
             files.context_length,
             files.config.vocab_size,
             console.working,
+            console.reading,
         ),
     )
+    for data in tasks.values():
+        for remark in data.remarks:
+            console.say(remark)
+        for leak in data.leaks:
+            console.warn(leak.warning)
     if fresh:
         engine.together(lambda: put_aside(output, console) if engine.is_main else None)
     identity = identity_of(config, files, tasks)

@@ -167,6 +167,13 @@ def _warnings(
     elif not summary:
         found.append("The run has no summary.json: it did not come to its end.")
     for item in data:
+        if item["also_in_train"]:
+            rows = [f"{here} is {there}" for here, there in item["leaked_rows"]]
+            rows += ["..."] if item["also_in_train"] > len(rows) else []
+            found.append(
+                f"{item['task']} {item['split']}: {item['also_in_train']} of {item['rows']} rows "
+                f"are also in train ({'; '.join(rows)}): on them a score is memory, not skill."
+            )
         for what, remedy in (
             ("skipped", "too long for the context (tasks.too_long: skip)"),
             ("truncated", "cut from the left (tasks.too_long: truncate)"),
@@ -231,6 +238,8 @@ def _data(output_dir: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "digest": str(item.get("digest", "")),
                 "skipped": count.get("skipped", 0),
                 "truncated": count.get("truncated", 0),
+                "also_in_train": count.get("also_in_train", 0),
+                "leaked_rows": item.get("also_in_train", []),
             }
         )
     return rows

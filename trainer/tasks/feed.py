@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.rows import Rows, Source, load_splits
+from trainer.tasks.parts import Said
+from trainer.tasks.rows import Leaked, Rows, Source, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import (
     Example,
@@ -27,6 +29,9 @@ from trainer.tasks.tokens import (
     tokenize_choices,
     unseen,
 )
+
+#: Shows that files are read: ``with reading() as said: said(file, rows read so far)``.
+Reading = Callable[[], AbstractContextManager[Said | None]]
 
 
 class Candidates(Sequence[list[Example]]):
@@ -80,6 +85,8 @@ class TaskData:
         counts: of each split: its rows, how many of them were skipped and how many truncated. A
             row of an evaluation is skipped if it is too long behind any of the hard prompts, so
             that all are compared on the same rows.
+        leaks: splits that share rows with train.
+        remarks: what to say about where the rows came from.
     """
 
     task: Task
@@ -88,6 +95,8 @@ class TaskData:
     evaluation: dict[str, EvalSet] = field(default_factory=dict)
     hand_written: dict[str, list[EvalSet]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    leaks: list[Leaked] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -97,8 +106,13 @@ def load_tasks(
     context_length: int,
     vocab_size: int,
     progress: Progress = unseen,
+    reading: Reading = nullcontext,
 ) -> dict[str, TaskData]:
     """Read and tokenise the tasks of a run.
+
+    Args:
+        progress: shows how far tokenising has come.
+        reading: shows how far reading has come.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -114,7 +128,7 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
-            loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress)
+            loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress, reading)
             tasks[task.name] = loader.load()
         except BadInput as error:
             problems += error.problems
@@ -133,9 +147,11 @@ class _Loader:
     context_length: int
     vocab_size: int
     progress: Progress
+    reading: Reading
 
     def load(self) -> TaskData:
-        splits = load_splits(self.task)
+        with self.reading() as said:
+            splits = load_splits(self.task, said=said)
         rows = splits["train"]
         train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
         check_vocabulary(train.examples, self.vocab_size)
@@ -144,6 +160,11 @@ class _Loader:
         for split, rows in splits.items():
             if split != "train":
                 self._evaluation(data, split, rows)
+        data.leaks, data.remarks = leaks(self.task, splits), remarks(self.task, splits)
+        for leak in data.leaks:
+            data.counts[leak.split]["also_in_train"] = leak.count
+            source = next(s for s in data.sources if s["split"] == leak.split)
+            source["also_in_train"] = leak.rows
         return data
 
     def _note(self, data: TaskData, split: str, rows: Rows, skipped: int, truncated: int) -> None:

@@ -39,10 +39,10 @@ __all__ = [
     "Source",
     "check_rows",
     "gold_target",
-    "held_back",
     "leaks",
     "load_rows",
     "load_splits",
+    "remarks",
     "render",
     "target_text",
 ]
@@ -113,6 +113,10 @@ class Rows:
         self._chosen = chosen
         self.sources = self._within(self._all, index)
         self.digest = self._digest()
+
+    @property
+    def num_files(self) -> int:
+        return len(self._parts)
 
     def __len__(self) -> int:
         return self._first[-1] if self._index is None else len(self._index)
@@ -236,20 +240,29 @@ def check_rows(config: RunConfig, *, said: Said | None = None) -> list[str]:
     for task in config.tasks:
         splits = reader.splits(task)
         if splits:
-            notes += [*held_back(task, splits), *(leak.warning for leak in leaks(task, splits))]
+            notes += [*remarks(task, splits), *(leak.warning for leak in leaks(task, splits))]
     reader.raise_if_any()
     return notes
 
 
-def held_back(task: Task, splits: Mapping[str, Rows]) -> list[str]:
-    """What to say where validation is a part of train."""
-    if task.validation is not None or "validation" not in splits:
-        return []
-    held, of = len(splits["validation"]), len(splits["validation"]) + len(splits["train"])
-    return [
-        f"task {task.name}: no validation is named, so {held:,} of {of:,} rows are kept for it, "
-        f"chosen by a hash of their content (validation_share: {task.kept_share:g})"
-    ]
+def remarks(task: Task, splits: Mapping[str, Rows]) -> list[str]:
+    """What is worth saying about where rows came from: many files, shares, rows held back."""
+    found = []
+    for name, rows in splits.items():
+        shares = [source.weight for source in rows.sources]
+        if rows.num_files > 1 and (name != "validation" or task.validation is not None):
+            found.append(f"task {task.name}: {name}: {len(rows):,} rows of {rows.path}")
+        if name == "train" and len(shares) > 1 and all(shares):
+            total = sum(share or 0 for share in shares)
+            parts = ", ".join(f"{(share or 0) / total:.1%}" for share in shares)
+            found.append(f"task {task.name}: {name}: mixed by weight: {parts} of every epoch")
+    if task.validation is None and "validation" in splits:
+        held, of = len(splits["validation"]), len(splits["validation"]) + len(splits["train"])
+        found.append(
+            f"task {task.name}: no validation is named, so {held:,} of {of:,} rows are kept for "
+            f"it, chosen by a hash of their content (validation_share: {task.kept_share:g})"
+        )
+    return found
 
 
 @dataclass(frozen=True)
