@@ -62,10 +62,10 @@ def test_rows_that_are_also_in_train_are_counted_and_named(tmp_path: Path) -> No
     item = next(s for s in sources if (s["task"], s["split"]) == ("triage", "validation"))
     item["also_in_train"] = [["v.jsonl:3", "t.jsonl:8"]]
     (folder / "datasets.json").write_text(json.dumps(sources))
-    assert collect(folder).warnings[0] == (
+    assert (
         "triage validation: 9 of 150 rows are also in train (v.jsonl:3 is t.jsonl:8; ...): "
         "on them a score is memory, not skill."
-    )
+    ) in collect(folder).warnings
 
 
 def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
