@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launch import messages
 from trainer.config import RunConfig, load, resolve_path
+from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
 
 
@@ -19,9 +22,15 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
     """
     config = load(run_file, overrides)
     problems = [*_base(config), *_policy(config), *_output(config)]
-    problems += _rows(config)
+    notes: list[str] = []
+    try:
+        notes = _rows(config)
+    except BadInput as error:
+        problems += error.problems
     if problems:
         raise BadInput(problems)
+    for text in notes:
+        messages.note(text)
     return config
 
 
@@ -96,10 +105,8 @@ def _output(config: RunConfig) -> Iterator[str]:
 
 
 def _rows(config: RunConfig) -> list[str]:
-    from trainer.tasks.rows import check_rows  # loads the datasets library only where rows are read
+    """Check every row; what is worth knowing about them."""
+    from trainer.tasks.rows import check_rows  # loads Arrow only where rows are read
 
-    try:
-        check_rows(config)
-    except BadInput as error:
-        return error.problems
-    return []
+    with Console(sys.stderr, sys.stderr).reading() as said:
+        return check_rows(config, said=said)

@@ -52,12 +52,12 @@ def _generate(
         raise BadInput(f"--prompt: {folder} has no prompt {name!r}; known: {known}")
     task = config.task(prompt.task)
     fields = template_fields(task.input)
-    if len(set(fields)) == 1:
+    if len(fields) == 1:
         text = render(task.input, {fields[0]: text})
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_files(engine, config.base, console)
-    input_ids = encode_input(files.tokenizer, text)
+    input_ids = encode_input(files.tokenizer, text, dialogue=task.messages is not None)
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
     if not 0 < len(input_ids) <= room:

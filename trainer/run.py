@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from trainer.engine import Engine
 from trainer.evaluation import Evaluator
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
+from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.redact import redact
 from trainer.results import describe_run, finish, measure, show_results
@@ -35,6 +36,8 @@ from trainer.resume import (
 from trainer.sharded import load, open_files
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
+
+T = TypeVar("T")
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
@@ -51,9 +54,22 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
     files = open_files(engine, config.base, console)
-    tasks = engine.together(
-        lambda: load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
+    tasks = load_once_per_node(
+        engine,
+        lambda: load_tasks(
+            config,
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            console.working,
+            console.reading,
+        ),
     )
+    for data in tasks.values():
+        for remark in data.remarks:
+            console.say(remark)
+        for leak in data.leaks:
+            console.warn(leak.warning)
     if fresh:
         engine.together(lambda: put_aside(output, console) if engine.is_main else None)
     identity = identity_of(config, files, tasks)
@@ -77,7 +93,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         make_optimizer=make_optimizer,
     )
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
-    feed = Feed(config, tasks)
+    feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
 
     def save(loop: Loop) -> None:
@@ -114,6 +130,20 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         ended |= finish(output, loop, loaded, files, measure(engine, loop, loaded), console)
         show_results(ended, config, console)
     engine.close()
+
+
+def load_once_per_node(engine: Engine, load: Callable[[], T]) -> T:
+    """What every rank loads, first by one rank of each node: the others map what it made.
+
+    Raises:
+        BadInput: on all ranks together.
+    """
+    first = engine.local_rank == 0
+    found = engine.together(lambda: load() if first else None)
+    rest = engine.together(lambda: None if first else load())
+    result = found if first else rest
+    assert result is not None
+    return result
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:

@@ -30,6 +30,7 @@ tasks:
     input: "{{text}}\\nTopic:"
     target: " {{label}}"
     choices: [heart, other]
+    validation_share: 0
 prompts:
   - name: triage
     task: triage
