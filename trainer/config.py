@@ -90,14 +90,27 @@ class Base(Section):
     head: Literal["keep", "int8"] = Field(
         "keep", description="the same for the head; where it is the embedding table, both are one"
     )
-    matmul: Literal["auto", "int8", "dequantize"] = Field(
+    matmul: Literal["auto", "int8", "int8_outliers", "dequantize"] = Field(
         "auto",
-        description="int8: activations are quantised too; dequantize: exact to the stored weights; "
-        "auto: int8 where that was measured to be faster",
+        description="int8: activations are quantised too; int8_outliers: all but the largest; "
+        "dequantize: exact to the stored weights; auto: int8 where that was measured to be faster",
+    )
+    outlier_threshold: PositiveFloat = Field(
+        6.0, description="matmul int8_outliers: activations beyond this are not quantised"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Base:
+        problems = []
+        if self.outlier_threshold != 6.0 and self.matmul != "int8_outliers":
+            problems.append(
+                f"outlier_threshold: matmul {self.matmul} knows no outliers; use matmul: "
+                "int8_outliers, or remove it"
+            )
+        return _checked(self, problems)
 
 
 class Engine(Section):

@@ -147,7 +147,7 @@ def load_once_per_node(engine: Engine, load: Callable[[], T]) -> T:
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:
-    """Word embeddings [n, H] of token ids; the table is shared out, so every rank calls it alike."""
+    """Word embeddings [n, H] of token ids; the table is shared out: all ranks call it alike."""
 
     def embed(token_ids: Any) -> torch.Tensor:
         with torch.no_grad():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
+from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, local_folder, open_base
-from trainer.base.linear import multiply_in_int8, resolve_matmul
 from trainer.base.loading import LoadStats, load_base
+from trainer.base.matmul import MEASURE, largest_shapes, measure, resolve_matmul, use_matmul
 from trainer.base.model import PromptedBase
 from trainer.base.skeleton import build_skeleton
 from trainer.config import Base, RunConfig
@@ -61,13 +63,13 @@ def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) 
     checkpointing = engine.device.type != "cpu" if setting == "auto" else setting
     # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
-    matmul = engine.together(
-        lambda: resolve_matmul(
-            settings.matmul, settings.quantization, engine.device, files.config.hidden_size
+    matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
+    if not family_of(files.config, files.name).packed:
+        console.say(
+            f"base.model: {files.config.model_type} cannot read packed rows; the rows of a stream "
+            "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
+            "where it runs short)"
         )
-    )
-    if matmul == "int8":
-        multiply_in_int8(skeleton)
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
@@ -84,3 +86,30 @@ def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) 
         )
     engine.attach(base, policy, placement.kept_bytes)
     return LoadedBase(base, stats, dtype, placement, matmul)
+
+
+def _choose_matmul(
+    engine: Engine, settings: Base, skeleton: PreTrainedModel, dtype: torch.dtype, console: Console
+) -> str:
+    """Set how the layers multiply, alike on all ranks: ``base.matmul``, or what rank 0 measured."""
+    found = engine.together(
+        lambda: resolve_matmul(
+            settings.matmul, settings.quantization, engine.device, skeleton.config.hidden_size
+        )
+    )
+    kinds = set(engine.all_gather(found))
+    matmul = found if len(kinds) == 1 else "dequantize"  # auto, on devices that are not alike
+    if matmul == MEASURE:
+        shapes = largest_shapes(skeleton)
+        measured = engine.broadcast(
+            measure(shapes, dtype, engine.device) if engine.is_main else None
+        )
+        matmul = measured.kind
+        console.say(f"base.matmul: auto is {matmul} here ({measured.reason})")
+    exact = use_matmul(skeleton, matmul, settings.outlier_threshold)
+    if exact:
+        console.say(
+            f"base.matmul: {len(exact)} layer(s) too wide for sums in 32 bits are dequantised "
+            f"({exact[0]} and its like)"
+        )
+    return matmul
