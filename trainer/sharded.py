@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, local_folder, open_base
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.matmul import MEASURE, largest_shapes, measure, resolve_matmul, use_matmul
@@ -63,6 +64,12 @@ def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) 
     # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
     matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
+    if not family_of(files.config, files.name).packed:
+        console.say(
+            f"base.model: {files.config.model_type} cannot read packed rows; the rows of a stream "
+            "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
+            "where it runs short)"
+        )
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)

@@ -39,14 +39,15 @@ def build_skeleton(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             _frozen_config(files.config), dtype=dtype, attn_implementation="eager"
         )
-    model.config._attn_implementation = PACKED
+    model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     _rebuild_buffers(model, device)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
     with SafetensorsReader(files) as reader:
         stored = find_sources(model, files.tensors, family)
         _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name].tensors[0]))
         _tie(model)
-        replace_attention(model)
+        if family.packed:
+            replace_attention(model)
         sources = find_sources(model, files.tensors, family)
         problems = [
             problem
@@ -124,7 +125,8 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
         for name, child in list(parent.named_children()):
             layer: nn.Module
             if child is embedding:
-                scale = getattr(child, "scalar_embed_scale", 1.0)
+                scales = (getattr(child, f"{x}embed_scale", None) for x in ("scalar_", ""))
+                scale = next((s for s in scales if s is not None), 1.0)
                 layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype, scale)
             elif is_experts(child):
                 layer = FrozenExperts(child, quantized)
