@@ -104,7 +104,7 @@ class Console:
             What to tell the file's name and how many of its rows were read so far.
         """
         status = self._out.status("")
-        due = time.monotonic() + QUIET_SECONDS
+        due = time.monotonic() + (QUIET_SECONDS if self._out.is_terminal else PLAIN_INTERVAL)
 
         def said(name: str, rows: int) -> None:
             nonlocal due

@@ -97,13 +97,14 @@ class _Int8Matmul(torch.autograd.Function):
         weight_NK, scale_N = matrix()
         assert scale_N is not None
         steps = _steps()
-        rows_TK = x.flatten(0, -2)
+        # Detached, or every step would be compiled twice, with and without a gradient to come.
+        rows_TK = x.detach().flatten(0, -2)
         if threshold is None:
             x_TK, scale_T1 = steps.quantize(rows_TK)
         else:
             x_TK, scale_T1, is_outlier_K = steps.quantize_inliers(rows_TK, threshold)
         product_TN = int_product(x_TK, weight_NK.T)
-        y_TN = steps.scale_both(product_TN, scale_T1, scale_N, x)
+        y_TN = steps.scale_both(product_TN, scale_T1, scale_N, rows_TK)
         if threshold is not None:
             features_C = is_outlier_K.nonzero().flatten()
             if len(features_C) > 0:
