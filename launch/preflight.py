@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from launch import messages
 from trainer.config import RunConfig, load, resolve_path
 from trainer.console import Console
-from trainer.errors import BadInput
+from trainer.errors import BadInput, did_you_mean
 
 
 def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
@@ -45,8 +44,7 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     config = load(saved)
     names = [item.name for item in config.prompts]
     if prompt is not None and prompt not in names:
-        close = difflib.get_close_matches(prompt, names, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(prompt, names)
         raise BadInput(
             f"--prompt: {prompt!r} is not a prompt of {run_dir}{hint}; known: {', '.join(names)}"
         )

@@ -42,11 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))
 
-    return guarded(rank, logs, train)
+    return guarded(rank, logs, train, resumable=True)
 
 
-def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
-    """Run this rank's program with its chatter in a log; turn what it raises into an exit code."""
+def guarded(
+    rank: int, logs: Path, program: Callable[[Console], None], *, resumable: bool = False
+) -> int:
+    """Run this rank's program with its chatter in a log; turn what it raises into an exit code.
+
+    Args:
+        resumable: a program that was stopped goes on from its newest checkpoint.
+    """
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
     console = Console(terminal.out, terminal.err, log)
@@ -55,7 +61,10 @@ def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
         program(console)
         return EXIT_DONE
     except KeyboardInterrupt:
-        return _stopped(logs.parent, console)
+        if resumable:
+            return _stopped(logs.parent, console)
+        console.error("stopped")
+        return EXIT_FAILURE
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)

@@ -24,9 +24,12 @@ from pydantic import (
 )
 
 from trainer import runfile
-from trainer.errors import BadInput
+from trainer.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+#: Metrics for which less is better.
+LOWER_IS_BETTER = frozenset({"loss"})
 
 
 def _no_bool(value: Any) -> Any:
@@ -510,7 +513,7 @@ class RunConfig(Section):
         names = [task.name for task in self.tasks]
         problems = [
             f"prompts[{i}].task: {prompt.task!r} is not a task of this file; "
-            f"known: {', '.join(names)}{runfile.did_you_mean(prompt.task, names)}"
+            f"known: {', '.join(names)}{did_you_mean(prompt.task, names)}"
             for i, prompt in enumerate(self.prompts)
             if prompt.task not in names
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,6 +141,22 @@ class Console:
             bar.stop()
 
     @contextmanager
+    def downloading(self, what: str) -> Iterator[Downloading]:
+        """A bar with bytes while files come over a network; nothing if none do."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            console=self._out,
+            disable=not self._out.is_terminal,
+        )
+        shown = Downloading(self, bar, f"downloading {what}")
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+    @contextmanager
     def training(self, steps: int, done: int) -> Iterator[StepLine]:
         """The progress line of a run: step, loss, useful tokens per second, time left."""
         bar = Progress(
@@ -160,6 +177,31 @@ class Loading:
 
     def advance(self, num_bytes: int) -> None:
         self._bar.advance(self._task, num_bytes)
+
+
+class Downloading:
+    """Call it, from any thread, with the bytes that are here and those to come; both may grow."""
+
+    def __init__(self, console: Console, bar: Progress, what: str) -> None:
+        self._console, self._bar, self._what = console, bar, what
+        self._task: TaskID | None = None
+        self._last_plain = float("-inf")
+        self._lock = threading.Lock()
+
+    def __call__(self, done: int, total: int) -> None:
+        with self._lock:
+            if self._task is None:  # not before: an empty bar would be a blank line
+                self._task = self._bar.add_task(self._what)
+                self._bar.start()
+            self._bar.update(self._task, completed=done, total=total)
+            now = time.monotonic()
+            if self._bar.disable and now - self._last_plain >= PLAIN_INTERVAL:
+                self._last_plain = now
+                self._console.say(f"{self._what}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._bar.stop()
 
 
 class StepLine:

@@ -8,12 +8,15 @@ in one flat all-reduce.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,6 +35,8 @@ from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
 
 T = TypeVar("T")
 
+#: How often ranks that wait for slow work hear from each other.
+TURN_SECONDS = 1.0
 #: Stands among the modules that use a parameter now, so that DeepSpeed does not release it.
 KEPT = -1
 
@@ -160,6 +165,7 @@ class Engine:
 
     def __init__(self, timeout_seconds: int) -> None:
         _quiet_deepspeed()
+        _leave_shared_memory_alone()
         for name, default in {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -295,6 +301,32 @@ class Engine:
         if found is not None:
             raise BadInput(found)
         return result  # type: ignore[return-value]
+
+    def on_each_node(self, work: Callable[[], T]) -> T | None:
+        """Run slow work on one rank of every node while the others wait, however long it takes.
+
+        Returns:
+            What the work gave on the first rank of a node, None on the others.
+
+        Raises:
+            BadInput: any node's, on all ranks.
+        """
+        outcome: Future[T | None] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        if self.local_rank == 0:
+            threading.Thread(target=run, daemon=True).start()
+        else:
+            outcome.set_result(None)
+        # In short turns: one collective would give up after the engine's timeout.
+        while self.any(not wait([outcome], TURN_SECONDS).done):
+            pass
+        return self.together(outcome.result)
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -451,3 +483,14 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 def _quiet_deepspeed() -> None:
     """DeepSpeed logs every step of its own; only its warnings are for us."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def _leave_shared_memory_alone() -> None:
+    """Keep DeepSpeed (0.19.8) from compiling a C++ all-reduce for CPU and filling /dev/shm for it.
+
+    Only ``inference_all_reduce`` uses it, which is never called here. Each rank would write a file
+    of 69 MB there, which does not fit in many containers and stays behind when the run has ended.
+    """
+    # By name: the package has an attribute ``torch`` that is PyTorch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None

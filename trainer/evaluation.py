@@ -26,9 +26,6 @@ from trainer.tasks.streams import Piece, Stream, plan_streams
 #: Rows of so many streams of each rank are planned together, however many there are to score.
 WINDOW_STREAMS = 64
 
-#: Metrics for which less is better.
-LOWER_IS_BETTER = {"loss"}
-
 
 @dataclass(frozen=True)
 class Request:

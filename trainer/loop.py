@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import LOWER_IS_BETTER, RunConfig
 from trainer.console import Console, StepLine
 from trainer.engine import Engine
-from trainer.evaluation import LOWER_IS_BETTER, Evaluator, Request
+from trainer.evaluation import Evaluator, Request
 from trainer.objective import StepResult, batch_gradients
 from trainer.optimization import EarlyStopping
 from trainer.prefetch import Batch, Prefetch

@@ -68,7 +68,8 @@ def prepare(
     """
     if out.exists():
         raise BadInput(f"{out}: is there already; give a new folder")
-    files = open_base(settings)
+    with console.downloading(settings.model) as progress:
+        files = open_base(settings, progress=progress)
     stored_int8 = [name for name in files.tensors if scales_name(name) in files.tensors]
     if stored_int8:
         raise BadInput(

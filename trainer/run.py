@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from trainer.base.files import open_base
+from trainer import atomic
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
@@ -25,7 +25,7 @@ from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.redact import redact
-from trainer.results import describe_run, finish, measure, show_results, write_json
+from trainer.results import describe_run, finish, measure, show_results
 from trainer.resume import (
     find_checkpoint,
     identity_of,
@@ -33,7 +33,7 @@ from trainer.resume import (
     put_aside,
     save_checkpoint,
 )
-from trainer.sharded import load
+from trainer.sharded import load, open_files
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
 
@@ -53,7 +53,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     output = Path(config.output_dir)
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
-    files = engine.together(lambda: open_base(config.base))
+    files = open_files(engine, config.base, console)
     tasks = load_once_per_node(
         engine,
         lambda: load_tasks(
@@ -82,7 +82,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.close()
         return
 
-    loaded = load(engine, config.base, files, config, console)
+    loaded = load(engine, files, config, console)
     bank = Bank(
         config,
         _embedder(loaded.model, engine.device),
@@ -169,7 +169,7 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         yield ended
     except Exception as error:
         summary = {"status": "failed", "error": redact(str(error))}
-        write_json(output / "summary.json", summary)
+        atomic.write_json(output / "summary.json", summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)

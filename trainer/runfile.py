@@ -6,7 +6,6 @@ wrong with it. What the settings mean stands in trainer/config.py.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.errors import BadInput
+from trainer.errors import BadInput, did_you_mean
 
 SettingPath = tuple[str | int, ...]
 
@@ -126,12 +125,6 @@ def dotted(path: SettingPath) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)`` with the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _read_text(path: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.base.files import BaseFiles
+from trainer.base.files import BaseFiles, local_folder, open_base
 from trainer.base.linear import multiply_in_int8, resolve_matmul
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
@@ -14,6 +14,7 @@ from trainer.base.skeleton import build_skeleton
 from trainer.config import Base, RunConfig
 from trainer.console import Console
 from trainer.engine import Engine, compute_dtype, resolve_policy
+from trainer.errors import BadInput
 from trainer.placement import Placement
 
 
@@ -28,10 +29,32 @@ class LoadedBase:
     matmul: str
 
 
-def load(
-    engine: Engine, settings: Base, files: BaseFiles, config: RunConfig, console: Console
-) -> LoadedBase:
+def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
+    """The base's files, on all ranks. One rank of each node downloads what its cache lacks.
+
+    Raises:
+        BadInput: on all ranks, if the files are not there, not supported, or not the same on all.
+    """
+
+    def download() -> BaseFiles | None:
+        if local_folder(settings) is not None:
+            return None
+        with console.downloading(settings.model) as progress:
+            return open_base(settings, progress=progress)
+
+    downloaded = engine.on_each_node(download)
+    files = engine.together(lambda: downloaded or open_base(settings, download=False))
+    if len(set(engine.all_gather(files.fingerprint))) > 1:
+        raise BadInput(
+            f"base.model: {settings.model!r} is not the same on all nodes; name a commit in "
+            "base.revision, or copy one folder to all"
+        )
+    return files
+
+
+def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) -> LoadedBase:
     """Read, quantise, shard and attach the base, with a progress bar."""
+    settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
     setting = config.engine.gradient_checkpointing

@@ -10,13 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.distributed.equivalence import run_config, weights_equal
-from trainer.base.files import open_base
-from trainer.base.loading import load_base
-from trainer.base.skeleton import build_skeleton
-from trainer.engine import Engine, base_bytes, resolve_policy
+from tests.distributed.equivalence import weights_equal
+from tests.distributed.sharded_base import run_config, shard_base
+from trainer.engine import Engine, base_bytes
 from trainer.errors import BadInput
 
 
@@ -47,19 +43,8 @@ def main() -> None:
 
 
 def load(engine: Engine, folder: str) -> tuple[Any, int]:
-    config = run_config(folder, "int8")
-    files = open_base(config.base)
-    policy = resolve_policy(config, torch.float32, files.config.hidden_size)
-    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
-    base, stats = load_base(
-        skeleton,
-        files,
-        dtype=torch.float32,
-        device=engine.device,
-        shard=engine.sharder(policy),
-        checkpointing=False,
-    )
-    return base, stats.bytes_read
+    loaded = shard_base(engine, run_config(folder, "int8"))
+    return loaded.model, loaded.stats.bytes_read
 
 
 def resident_bytes(field: str) -> int:

@@ -30,7 +30,13 @@ LIGHT = (
 
 #: Floors of the house, from the ground up. A module imports from its own floor or below.
 FLOORS = (
-    ("trainer.errors", "trainer.terminal", "trainer.process", "trainer.redact"),
+    (
+        "trainer.atomic",
+        "trainer.errors",
+        "trainer.terminal",
+        "trainer.process",
+        "trainer.redact",
+    ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement",),
     ("trainer.tasks", "trainer.base", "trainer.prompts"),

@@ -156,6 +156,7 @@ def test_a_name_made_of_digits_is_found_before_an_index(run_file):
         ("training.steps", "an override is written key=value, for example training.steps=100"),
         ("=5", "an override is written key=value, for example training.steps=100"),
         ("prompts.tow.seed=1", "no item 'tow' (did you mean 'two'?); known: one, two"),
+        ("prompts.TWO.seed=1", "no item 'TWO' (did you mean 'two'?); known: one, two"),
         ("prompts[9].seed=1", "no item '9'; known: one, two"),
         ("output_dir.x=1", "'x' does not lead to a setting of this run file"),
         ("training.steps=[1", "the value is not valid YAML; quote it"),

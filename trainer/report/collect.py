@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
@@ -317,7 +318,7 @@ def _rank(value: float | None, metric: str) -> float:
     """Small is good, whatever the metric."""
     if value is None or value != value:
         return float("inf")
-    return value if metric == "loss" else -value
+    return value if metric in LOWER_IS_BETTER else -value
 
 
 def _column_order(key: str) -> tuple[bool, bool, str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import PLACEHOLDER, Task, template_fields
-from trainer.errors import BadInput
-from trainer.tasks.files import Record, did_you_mean, place, shorten
+from trainer.errors import BadInput, did_you_mean
+from trainer.tasks.files import Record, place, shorten
 from trainer.tasks.nested import parsers, problem_of_tokens
 
 MOST_PROBLEMS = 10

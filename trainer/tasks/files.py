@@ -9,10 +9,9 @@ Formats that are tables already (parquet, arrow) are read in tables.py.
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,6 @@ def shorten(value: Any, length: int = 60) -> str:
     """``repr`` of a value, cut for a message."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint for a misspelt name, or nothing."""
-    lower = {name.lower().strip(): name for name in known}
-    close = difflib.get_close_matches(word.lower().strip(), list(lower), n=1)
-    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def read_text(file: Path) -> Iterator[Record]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.config import Task, template_fields
-from trainer.tasks.files import did_you_mean, shorten
+from trainer.errors import did_you_mean
+from trainer.tasks.files import shorten
 
 ROLES = ("system", "user", "assistant", "tool")
 NO_LABEL = -100  #: a position without a label, as in transformers

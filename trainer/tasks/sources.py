@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer.config import PROJECT_ROOT, DataSource, resolve_path
-from trainer.errors import BadInput
-from trainer.tasks.files import TEXT_FORMATS, Record, did_you_mean, header_of, read_text
+from trainer.errors import BadInput, did_you_mean
+from trainer.tasks.files import TEXT_FORMATS, Record, header_of, read_text
 from trainer.tasks.tables import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 
 FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
