@@ -29,6 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor, nn
 
+from trainer.base.embedding import FrozenEmbedding, RowExchange
 from trainer.config import RunConfig, parse_bytes, resolve_path
 from trainer.errors import BadInput
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
@@ -159,7 +160,8 @@ class Engine:
     """This rank's place among the others.
 
     Attributes:
-        gathered_bytes: bytes of base this rank has received into gathered layers so far.
+        gathered_bytes: bytes of base this rank has received so far: gathered layers, and rows that
+            were looked up with what asking for them took.
         kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
     """
 
@@ -350,11 +352,30 @@ class Engine:
         partition_parameters._dist_allgather_fn = counted
 
 
+class GroupRows:
+    """Swaps rows among the ranks of a shard group; what is received counts as gathered."""
+
+    def __init__(self, engine: Engine, group: Any) -> None:
+        self._engine, self._group = engine, group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Give every rank its rows and get what all have for us; see ``RowExchange``."""
+        taken = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(taken, rows, list(received), list(sent), group=self._group)
+        from_others = sum(received) - received[self.rank]
+        self._engine.gathered_bytes += from_others * taken[:1].nbytes
+        return taken
+
+
 class Sharder:
     """Builds the shards that ZeRO-3 works on, each from what this rank alone has read.
 
     ``deepspeed.zero.Init`` would take whole tensors and send rank 0's to everyone. Its bookkeeping
     is kept; the partition is put in its place directly.
+
+    Attributes:
+        exchange: swaps rows within the shard group; None in a group of one.
     """
 
     def __init__(self, engine: Engine, policy: dict[str, Any], group: Any) -> None:
@@ -364,17 +385,24 @@ class Sharder:
         )
         self._group = self._init.ds_process_group
         self._rank, self._ranks = self._init.rank, self._init.dp_world_size
+        self.exchange: RowExchange | None = None
+        if self._ranks > 1:
+            self.exchange = GroupRows(engine, self._group)
 
-    def bounds(self, num_elements: int) -> tuple[int, int]:
-        """Start and stop of this rank's part of a flat tensor; the last ranks may have less."""
-        size = self._size(num_elements)
+    def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
+        """Start and stop of this rank's part of a flat tensor; the last ranks may have less.
+
+        Args:
+            unit: elements that stay together.
+        """
+        size = self._size(num_elements, unit)
         start = min(self._rank * size, num_elements)
         return start, min(start + size, num_elements)
 
-    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+    def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
         """Memory for this rank's part of a flat tensor, padding included, zeroed."""
         device = str(self._init.remote_device)
-        shard = torch.zeros(self._size(num_elements), dtype=dtype, device=device)
+        shard = torch.zeros(self._size(num_elements, unit), dtype=dtype, device=device)
         if self._init.pin_memory:
             shard = get_accelerator().pin_memory(shard)
         return shard
@@ -407,8 +435,8 @@ class Sharder:
             for tensor, whole in zip(scales, flat.split([len(s) for s in scales]), strict=True):
                 tensor.copy_(whole)
 
-    def _size(self, num_elements: int) -> int:
-        return -(-num_elements // self._ranks)
+    def _size(self, num_elements: int, unit: int) -> int:
+        return -(-num_elements // (self._ranks * unit)) * unit
 
 
 def base_bytes(base: nn.Module) -> int:
@@ -437,13 +465,19 @@ def base_size(skeleton: nn.Module, dtype: torch.dtype) -> BaseSize:
         return parameter.numel() * min(parameter.element_size(), dtype.itemsize)
 
     whole = list(skeleton.parameters())
-    units = [[parameter] for parameter in whole]
+    looked_up = [
+        module.weight
+        for module in skeleton.modules()
+        if isinstance(module, FrozenEmbedding) and not module.tied
+    ]
+    units = [[p] for p in whole if not any(p is table for table in looked_up)]
     for module in skeleton.modules():
         if isinstance(module, nn.ModuleList):
             units += [list(layer.parameters()) for layer in module]
     largest = max(units, key=lambda unit: sum(map(num_bytes, unit)))
     return BaseSize(
         total_bytes=sum(map(num_bytes, whole)),
+        looked_up_bytes=sum(map(num_bytes, looked_up)),
         layer_bytes=sum(map(num_bytes, largest)),
         layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
     )

@@ -190,44 +190,6 @@ def _scale_rows(product_TK: Tensor, scale_T1: Tensor, like: Tensor) -> Tensor:
     return (product_TK.float() * scale_T1).to(like.dtype)
 
 
-class FrozenEmbedding(nn.Module):
-    """Word embeddings kept in the checkpoint's type, or in int8, and read in the compute type.
-
-    Attributes:
-        absmax: fp32 buffer [V], present when the weight is int8.
-        scale: what every embedding is multiplied by (Gemma: the root of the hidden size), rounded
-            to the compute type as the model was trained with it.
-    """
-
-    absmax: Tensor | None
-
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, scale: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
-        self.scale = torch.tensor(scale, device="cpu").to(dtype).item()
-        self.weight = nn.Parameter(
-            torch.empty(num_embeddings, embedding_dim, device="meta"), requires_grad=False
-        )
-        self.register_buffer("absmax", None)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        embedded = nn.functional.embedding(token_ids, self.weight)
-        if self.absmax is not None:
-            embedded = embedded.float() * (self.absmax / INT8_MAX)[token_ids, None]
-        embedded = embedded.to(self.dtype)
-        return embedded if self.scale == 1.0 else embedded * self.scale
-
-
-def store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
-    """Make the weight of a layer on ``meta`` an int8 one."""
-    shape = layer.weight.shape
-    weight = torch.empty(shape, dtype=torch.int8, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.absmax = torch.empty(shape[0], dtype=torch.float32, device="meta")
-
-
 def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden_size: int) -> str:
     """``base.matmul`` with ``auto`` resolved: int8 where that was measured to be faster.
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.base.attention import PACKED
+from trainer.base.embedding import FrozenEmbedding
 from trainer.base.experts import FrozenExperts, is_experts
 from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
-from trainer.base.linear import FrozenEmbedding, FrozenLinear, store_int8
+from trainer.base.linear import FrozenLinear
 from trainer.base.own_attention import replace_attention
 from trainer.base.sources import Source, find_sources
 from trainer.config import Base
@@ -102,7 +103,15 @@ def _quantize_ends(
             )
         stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
         if setting == "int8" or (stored and settings.quantization == "int8"):
-            store_int8(layer)
+            _store_int8(layer)
+
+
+def _store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
+    """Make the weight of a layer on ``meta`` an int8 one."""
+    shape = layer.weight.shape
+    weight = torch.empty(shape, dtype=torch.int8, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.absmax = torch.empty(shape[0], dtype=torch.float32, device="meta")
 
 
 def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -143,7 +152,7 @@ def _tie(model: PreTrainedModel) -> None:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         assert isinstance(head, FrozenLinear)
         assert isinstance(embedding, FrozenEmbedding)
-        head.weight = embedding.weight
+        head.weight, embedding.tied = embedding.weight, True
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
