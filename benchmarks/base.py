@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -302,8 +303,10 @@ def _live_base(model: torch.nn.Module) -> int:
 
 
 def _tensors() -> list[torch.Tensor]:
+    """All tensors that are alive, without those that torch.compile only imagines."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return [tensor for tensor in found if not is_fake(tensor)]
 
 
 def _storages(tensors: Any) -> dict[int, int]:

@@ -117,7 +117,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:
-    """Word embeddings [n, H] of token ids; gathers the table, so every rank calls it alike."""
+    """Word embeddings [n, H] of token ids; the table is shared out, so every rank calls it alike."""
 
     def embed(token_ids: Any) -> torch.Tensor:
         with torch.no_grad():
