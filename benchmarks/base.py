@@ -92,6 +92,7 @@ def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
             "the same, head untied from embeddings", untied["gathered"] / gathered_untied, 0.32
         ),
         _figure("the same, embeddings int8", lean["gathered"] / gathered, 0.32),
+        _figure("the same, untied head in bf16", untied["gathered"] / gathered_untied, 0.32),
         _figure("gathered per step / peer's", ours["gathered"] / peer["gathered"], None),
         _figure(
             "peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1

@@ -138,10 +138,9 @@ def load_once_per_node(engine: Engine, load: Callable[[], T]) -> T:
     Raises:
         BadInput: on all ranks together.
     """
-    first = engine.local_rank == 0
-    found = engine.together(lambda: load() if first else None)
-    rest = engine.together(lambda: None if first else load())
-    result = found if first else rest
+    found = engine.on_each_node(load)
+    rest = engine.together(lambda: load() if found is None else None)
+    result = rest if found is None else found
     assert result is not None
     return result
 
