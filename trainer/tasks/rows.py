@@ -13,6 +13,7 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ from trainer.tasks.files import columns_of, locate, place, read_records
 __all__ = [
     "SPLITS",
     "Rows",
+    "Source",
     "check_rows",
     "fields",
     "gold_target",
     "load_rows",
+    "load_splits",
     "render",
 ]
 
@@ -43,6 +46,34 @@ SPLITS = ("train", "validation", "shifted_validation")
 _INT64 = range(-(2**63), 2**63)
 _BATCH = 1000
 _ARROW_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A range of rows that are mixed with others by weight: ``rows[start:stop]``.
+
+    Without weights (``None`` for all sources of a split, never for some) an epoch reads every row
+    once, in one shuffled order, as if there were one source.
+
+    With weights an epoch still reads N rows, as many as the split has. Source s gives n_s of them,
+    N * weight_s / sum of weights, rounded by largest remainder (ties: the earlier source), so that
+    the n_s sum to N. Each source is read in passes of its own: pass k is its rows in an order that
+    is a pure function of (seed, s, k), and the passes are laid end to end. Epoch e takes the places
+    e * n_s to (e + 1) * n_s of that endless sequence, and shuffles the rows of all sources together
+    by (seed, e). So the shares are exact in every epoch, no row of a source is read again before
+    all others of that source were, and an epoch is a pure function of (seed, epoch). Small sources
+    with large weights are repeated within an epoch, large ones with small weights take several
+    epochs to be read once; with weights in proportion to their rows every row is read once.
+    (T5's mixing by rate, arXiv 1910.10683 section 3.5.2, with exact shares in place of draws.)
+
+    Attributes:
+        start, stop: rows of the split; sources are in order and without gaps.
+        weight: positive, or None.
+    """
+
+    start: int
+    stop: int
+    weight: float | None = None
 
 
 class Rows:
@@ -55,6 +86,7 @@ class Rows:
         path: the file.
         columns: all its columns.
         digest: SHA-256 of its bytes, in hex.
+        sources: ranges of rows that are mixed by weight.
     """
 
     def __init__(
@@ -66,6 +98,7 @@ class Rows:
         self._table = table
         self._as_json = as_json
         self._lines = lines
+        self.sources = (Source(0, len(table)),)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -107,6 +140,16 @@ def load_rows(path: str, task: Task) -> Rows:
     as_json = {name for name, kinds in types.items() if _arrow_type(kinds) is None}
     table = _store(file, types, task.tests if task.metric == "execution" else None)
     return Rows(str(file), columns, _digest(file), table, as_json, lines)
+
+
+def load_splits(task: Task) -> dict[str, Rows]:
+    """All rows of a task: ``train``, and ``validation`` and ``shifted_validation`` if it has any.
+
+    Raises:
+        BadInput: with every problem of all files.
+    """
+    paths = {split: getattr(task, split) for split in SPLITS}
+    return {split: load_rows(path, task) for split, path in paths.items() if path is not None}
 
 
 def check_rows(config: RunConfig) -> None:
