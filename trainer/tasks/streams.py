@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,13 +69,9 @@ class Stream:
     label_prompt_N: Tensor
     label_slot_N: Tensor
 
-    @cached_property
-    def num_tokens(self) -> int:
-        return self.token_ids_T.numel()
-
     def to(self, device: torch.device) -> Stream:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Stream(**{**{f: getattr(self, f) for f in self.__dataclass_fields__}, **moved})
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def build_stream(pieces: Sequence[Piece], prompt_lengths: Sequence[int]) -> Stream:
