@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import rich.console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 #: Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 5.0
+#: Work that takes less is not shown.
+QUIET_SECONDS = 1.0
 #: Columns of a table where there is no terminal to ask.
 PLAIN_WIDTH = 110
 
@@ -84,6 +94,38 @@ class Console:
             yield shown
         finally:
             shown.close()
+
+    @contextmanager
+    def working(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for what may take long; nothing is shown before ``QUIET_SECONDS`` are over.
+
+        Yields:
+            What to call with the number of rows that were just done.
+        """
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
+            TimeRemainingColumn(),
+            console=self._out,
+            disable=not self._out.is_terminal,
+        )
+        task = bar.add_task(what, total=total)
+        started, shown = time.monotonic(), False
+
+        def advance(rows: int) -> None:
+            nonlocal shown
+            bar.advance(task, rows)
+            if not shown and time.monotonic() - started > QUIET_SECONDS:
+                shown = True
+                bar.start()
+                if bar.disable:
+                    self.say(f"{what} ({total:,} rows)")
+
+        try:
+            yield advance
+        finally:
+            bar.stop()
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[StepLine]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ from trainer.sharded import load, open_files
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
 
+T = TypeVar("T")
+
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
@@ -51,8 +53,15 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
     files = open_files(engine, config.base, console)
-    tasks = engine.together(
-        lambda: load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
+    tasks = load_once_per_node(
+        engine,
+        lambda: load_tasks(
+            config,
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            console.working,
+        ),
     )
     if fresh:
         engine.together(lambda: put_aside(output, console) if engine.is_main else None)
@@ -114,6 +123,20 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         ended |= finish(output, loop, loaded, files, measure(engine, loop, loaded), console)
         show_results(ended, config, console)
     engine.close()
+
+
+def load_once_per_node(engine: Engine, load: Callable[[], T]) -> T:
+    """What every rank loads, first by one rank of each node: the others map what it made.
+
+    Raises:
+        BadInput: on all ranks together.
+    """
+    first = engine.local_rank == 0
+    found = engine.together(lambda: load() if first else None)
+    rest = engine.together(lambda: None if first else load())
+    result = found if first else rest
+    assert result is not None
+    return result
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.rows import Rows, load_splits
 from trainer.tasks.streams import Piece
-from trainer.tasks.tokens import Example, check_vocabulary, gold, tokenize, tokenize_choices
+from trainer.tasks.tokens import (
+    Example,
+    Progress,
+    Tokenized,
+    TokenTable,
+    check_vocabulary,
+    encode_input,
+    gold,
+    tokenize,
+    tokenize_choices,
+    unseen,
+)
+
+
+class Candidates(Sequence[list[Example]]):
+    """``[row][choice]``: some rows of a table that holds ``width`` examples of each row."""
+
+    def __init__(self, table: TokenTable, width: int, kept: Sequence[int]) -> None:
+        self.table, self.width, self.kept = table, width, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first = self.kept[index] * self.width
+        return self.table[first : first + self.width]
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -29,30 +61,42 @@ class EvalSet:
     task: Task
     split: str
     rows: Rows
-    candidates: list[list[Example]]
+    candidates: Candidates
     gold: list[int]
 
-    @property
+    @cached_property
     def num_labels(self) -> int:
         """Tokens of all right targets."""
-        pairs = zip(self.candidates, self.gold, strict=True)
-        return sum(candidates[right].num_labels for candidates, right in pairs)
+        first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
+        return int(self.candidates.table.num_labels[first + np.asarray(self.gold)].sum())
 
 
 @dataclass
 class TaskData:
-    """A task's rows, as tokens."""
+    """A task's rows, as tokens.
+
+    Attributes:
+        train_rows: where ``train`` came from.
+        counts: of each split: its rows, how many of them were skipped and how many truncated. A
+            row of an evaluation is skipped if it is too long behind any of the hard prompts, so
+            that all are compared on the same rows.
+    """
 
     task: Task
-    train: list[Example]
-    evaluation: dict[str, EvalSet]
-    hand_written: dict[str, list[EvalSet]]
+    train: TokenTable
+    train_rows: Rows
+    evaluation: dict[str, EvalSet] = field(default_factory=dict)
+    hand_written: dict[str, list[EvalSet]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_tasks(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    vocab_size: int,
+    progress: Progress = unseen,
 ) -> dict[str, TaskData]:
     """Read and tokenise the tasks of a run.
 
@@ -70,7 +114,8 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
-            tasks[task.name] = _load_task(task, tokenizer, room, vocab_size)
+            loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress)
+            tasks[task.name] = loader.load()
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -78,57 +123,83 @@ def load_tasks(
     return tasks
 
 
-def _load_task(
-    task: Task, tokenizer: PreTrainedTokenizerBase, room: int, vocab_size: int
-) -> TaskData:
-    data = TaskData(task, [], {}, {})
-    for split in ("train", "validation", "shifted_validation"):
-        path = getattr(task, split)
-        if path is None:
-            continue
-        rows = load_rows(path, task)
-        tokenized = tokenize(rows, task, tokenizer, room)
-        check_vocabulary(tokenized.examples, vocab_size)
+@dataclass
+class _Loader:
+    """One task on its way from files to tokens."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    room: int
+    context_length: int
+    vocab_size: int
+    progress: Progress
+
+    def load(self) -> TaskData:
+        splits = load_splits(self.task)
+        rows = splits["train"]
+        train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
+        check_vocabulary(train.examples, self.vocab_size)
+        data = TaskData(self.task, train.examples, rows)
+        self._note(data, "train", rows, train.skipped, train.truncated)
+        for split, rows in splits.items():
+            if split != "train":
+                self._evaluation(data, split, rows)
+        return data
+
+    def _note(self, data: TaskData, split: str, rows: Rows, skipped: int, truncated: int) -> None:
         data.sources.append(
             {
-                "task": task.name,
+                "task": self.task.name,
                 "split": split,
-                "path": path,
+                "path": getattr(self.task, split),
                 "rows": len(rows),
                 "digest": rows.digest,
             }
         )
-        data.counts[split] = {
-            "rows": len(rows),
-            "skipped": tokenized.skipped,
-            "truncated": tokenized.truncated,
-        }
-        if split == "train":
-            data.train = tokenized.examples
-            continue
-        data.evaluation[split] = _eval_set(task, split, rows, tokenizer, room)
-        data.hand_written[split] = [
-            _eval_set(task, split, rows, tokenizer, room, prefix=text) for text in task.hand_written
+        data.counts[split] = {"rows": len(rows), "skipped": skipped, "truncated": truncated}
+
+    def _evaluation(self, data: TaskData, split: str, rows: Rows) -> None:
+        """The rows of a split without a prompt and behind every hard one; those that all have."""
+        width = len(self.task.choices or [0])
+        read = [self._read(rows, "", self.room)]
+        check_vocabulary(read[0].examples, self.vocab_size)
+        read += [self._read(rows, text, self._room_behind(text)) for text in self.task.hand_written]
+        numbers = [found.examples.rows_R[::width] for found in read]
+        common = numbers[0]
+        for found in numbers[1:]:
+            common = np.intersect1d(common, found, assume_unique=True)
+        if not len(common):
+            raise BadInput(
+                f"tasks.{self.task.name}.hand_written: no row of {rows.path} fits behind all of "
+                f"them; shorten them, or set tasks.{self.task.name}.too_long to truncate"
+            )
+        right = gold(rows, self.task) if self.task.choices else [0] * len(rows)
+        sets = [
+            EvalSet(
+                self.task,
+                split,
+                rows,
+                Candidates(found.examples, width, np.searchsorted(number, common).tolist()),
+                [right[row] for row in common.tolist()],
+            )
+            for found, number in zip(read, numbers, strict=True)
         ]
-    return data
+        data.evaluation[split], data.hand_written[split] = sets[0], sets[1:]
+        self._note(data, split, rows, len(rows) - len(common), read[0].truncated)
 
+    def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
+        how = tokenize_choices if self.task.choices else tokenize
+        return how(rows, self.task, self.tokenizer, room, prefix=prefix, progress=self.progress)
 
-def _eval_set(
-    task: Task,
-    split: str,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    room: int,
-    prefix: str = "",
-) -> EvalSet:
-    if task.choices:
-        candidates = tokenize_choices(rows, task, tokenizer, room, prefix=prefix)
-        right = gold(rows, task)
-        kept = [c[0].row for c in candidates]
-        return EvalSet(task, split, rows, candidates, [right[row] for row in kept])
-    tokenized = tokenize(rows, task, tokenizer, room, prefix=prefix)
-    examples = [[example] for example in tokenized.examples]
-    return EvalSet(task, split, rows, examples, [0] * len(examples))
+    def _room_behind(self, prefix: str) -> int:
+        """Tokens of a row with a hard prompt, which stands where the virtual tokens stand.
+
+        Where rows are cut, as much of their own text is left as behind the virtual tokens.
+        """
+        if self.task.too_long != "truncate":
+            return self.context_length
+        words = len(encode_input(self.tokenizer, prefix)) - len(encode_input(self.tokenizer, ""))
+        return min(self.context_length, self.room + words)
 
 
 class Feed:
@@ -141,7 +212,7 @@ class Feed:
         self._examples = [tasks[prompt.task].train for prompt in config.prompts]
         self._cursors = [
             Cursor(
-                [example.num_tokens for example in examples],
+                examples.lengths.tolist(),
                 config.training.tokens_per_step,
                 config.prompt_seed(prompt),
             )
