@@ -1,4 +1,4 @@
-"""Tables of tokens: the same in memory, in files and from workers; made once, whole or not at all."""
+"""Tables of tokens: the same in memory, in files, from workers; made once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_tokens import make_task, make_tokenizer
@@ -38,6 +38,7 @@ def split(items: list[Example], cut: int) -> list[Block]:
     return [Block.of(items[:cut]), Block.of(items[cut:])]
 
 
+@settings(deadline=None, max_examples=40)
 @given(examples(), st.integers(0, 12))
 def test_a_table_gives_back_what_was_put_in(tmp_path_factory, items, cut):
     folder = tmp_path_factory.mktemp("table")
@@ -261,7 +262,10 @@ def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
 def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
     monkeypatch.setattr(workers, "num_cores", lambda: 2)
     here = os.getpid()
-    assert list(workers.in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [(1, here), (2, here)]
+    assert list(workers.in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
+        (1, here),
+        (2, here),
+    ]
 
 
 def test_a_workers_error_reaches_us_and_ends_the_others(monkeypatch):

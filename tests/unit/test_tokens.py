@@ -193,9 +193,10 @@ def test_no_room_for_text(tmp_path):
 
 def test_check_vocabulary(tmp_path):
     check_vocabulary(in_memory([Block.of([Example.with_target((1, 2, 9), 1, 0)])]), 10)
+    rows = [Example.with_target((1, 2), 1, 0), Example.with_target((1, 10), 1, 3)]
+    table = in_memory([Block.of(rows)])
     with pytest.raises(BadInput, match=r"id 10 \(row 4\), but the base embeds 10 tokens"):
-        rows = [Example.with_target((1, 2), 1, 0), Example.with_target((1, 10), 1, 3)]
-        check_vocabulary(in_memory([Block.of(rows)]), 10)
+        check_vocabulary(table, 10)
 
 
 def test_long_texts_give_no_warning(tmp_path, capfd):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.rows import Rows, load_splits
+from trainer.tasks.rows import Rows, Source, load_splits
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import (
     Example,
@@ -212,9 +212,10 @@ class Feed:
         self._examples = [tasks[prompt.task].train for prompt in config.prompts]
         self._cursors = [
             Cursor(
-                examples.lengths.tolist(),
+                examples.lengths,
                 config.training.tokens_per_step,
                 config.prompt_seed(prompt),
+                _sources(examples, tasks[prompt.task].train_rows),
             )
             for prompt, examples in zip(config.prompts, self._examples, strict=True)
         ]
@@ -236,3 +237,14 @@ class Feed:
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         for cursor, saved in zip(self._cursors, state, strict=True):
             cursor.load_state_dict(saved)
+
+
+def _sources(examples: TokenTable, rows: Rows) -> list[Source]:
+    """The sources of a file's rows as ranges of its examples: rows may have been skipped."""
+    bounds = [(source.start, source.stop) for source in rows.sources]
+    return [
+        replace(source, start=start, stop=stop)
+        for source, (start, stop) in zip(
+            rows.sources, np.searchsorted(examples.rows_R, bounds).tolist(), strict=True
+        )
+    ]
