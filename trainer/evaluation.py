@@ -6,7 +6,7 @@ in the losses of their own streams, and one all-reduce gives all ranks all of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from trainer.base.model import PromptedBase
 from trainer.engine import Engine
 from trainer.generation import generate
+from trainer.prefetch import ahead, prepare_stream
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.rows import render
-from trainer.tasks.streams import Piece, build_stream, plan_streams
+from trainer.tasks.streams import Piece, Stream, plan_streams
+
+#: Rows of so many streams of each rank are planned together, however many there are to score.
+WINDOW_STREAMS = 64
 
 
 @dataclass(frozen=True)
@@ -46,27 +50,37 @@ class Evaluator:
         virtual_tokens: Sequence[Tensor],
     ) -> list[dict[str, float]]:
         """``loss`` and the task's metric, under its own name, for every request."""
-        pieces, starts = _pieces(requests)
+        slots = [len(request.rows.candidates) * _width(request) for request in requests]
         lengths = [prompt.shape[0] for prompt in virtual_tokens]
-        nll = self._row_losses(pieces, lengths, virtual_tokens)
+        nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
         results = [
-            self._result(request, nll[start : start + count], virtual_tokens)
-            for request, (start, count) in zip(requests, starts, strict=True)
+            self._result(request, part, virtual_tokens)
+            for request, part in zip(requests, nll.split(slots), strict=True)
         ]
         self.engine.end_step()
         return results
 
     def _row_losses(
         self,
-        pieces: Sequence[Piece],
+        requests: Sequence[Request],
+        num_slots: int,
         lengths: Sequence[int],
         virtual_tokens: Sequence[Tensor],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
-        totals = torch.zeros(len(pieces), dtype=torch.float64, device=self.engine.device)
-        plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
-        for stream_pieces in plan[self.engine.rank]:
-            stream = build_stream(stream_pieces, lengths).to(self.engine.device)
+        totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
+
+        def streams() -> Iterator[list[Piece]]:
+            most = WINDOW_STREAMS * self.max_tokens * self.engine.world_size
+            for pieces in _windows(_pieces(requests), most):
+                plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
+                yield from plan[self.engine.rank]
+
+        def make(pieces: list[Piece]) -> Stream:
+            return prepare_stream(pieces, lengths, self.engine.device)
+
+        for prepared in ahead(make, streams()):
+            stream = prepared.to(self.engine.device)
             nll_N = self.base(stream, virtual_tokens).double()
             real = stream.label_slot_N >= 0
             totals.index_add_(0, stream.label_slot_N[real], nll_N[real])
@@ -77,8 +91,7 @@ class Evaluator:
         self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]
     ) -> dict[str, float]:
         rows, task = request.rows, request.rows.task
-        width = len(rows.candidates[0])
-        nll_RC = nll.view(-1, width)
+        nll_RC = nll.view(-1, _width(request))
         right = torch.tensor(rows.gold)[:, None]
         result = {"loss": float(nll_RC.gather(1, right).sum()) / rows.num_labels}
         if task.metric == "accuracy":
@@ -105,14 +118,32 @@ class Evaluator:
         return self.engine.broadcast(score)
 
 
-def _pieces(requests: Sequence[Request]) -> tuple[list[Piece], list[tuple[int, int]]]:
-    """All rows of all requests as pieces, and where each request's slots start and how many."""
-    pieces: list[Piece] = []
-    starts = []
-    for request in requests:
-        start = len(pieces)
-        for candidates in request.rows.candidates:
-            for example in candidates:
-                pieces.append(Piece(example, request.prompt, len(pieces)))
-        starts.append((start, len(pieces) - start))
-    return pieces, starts
+def _width(request: Request) -> int:
+    """Candidates of each row."""
+    return request.rows.candidates.width
+
+
+def _pieces(requests: Sequence[Request]) -> Iterator[Piece]:
+    """All candidates of all rows of all requests; slots are numbered in this order."""
+    examples = (
+        (example, request.prompt)
+        for request in requests
+        for candidates in request.rows.candidates
+        for example in candidates
+    )
+    for slot, (example, prompt) in enumerate(examples):
+        yield Piece(example, prompt, slot)
+
+
+def _windows(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
+    """Pieces in portions of at most so many tokens, or one piece."""
+    window: list[Piece] = []
+    tokens = 0
+    for piece in pieces:
+        tokens += piece.example.num_tokens
+        if window and tokens > most:
+            yield window
+            window, tokens = [], piece.example.num_tokens
+        window.append(piece)
+    if window:
+        yield window

@@ -83,6 +83,7 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "useful_tokens_per_second": progress.useful_tokens / max(progress.train_seconds, 1e-9),
             "useful_tokens": progress.useful_tokens,
             "train_seconds": progress.train_seconds,
+            "data_wait_share": progress.data_wait_seconds / max(progress.train_seconds, 1e-9),
         },
         "memory": {
             "base_bytes_per_rank": max(base),

@@ -22,6 +22,7 @@ from trainer.engine import Engine
 from trainer.evaluation import Evaluator
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
+from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.redact import redact
 from trainer.results import describe_run, finish, measure, show_results
@@ -86,7 +87,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         make_optimizer=make_optimizer,
     )
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
-    feed = Feed(config, tasks)
+    feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
 
     def save(loop: Loop) -> None:

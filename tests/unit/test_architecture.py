@@ -40,6 +40,7 @@ FLOORS = (
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement",),
     ("trainer.tasks", "trainer.base", "trainer.prompts"),
+    ("trainer.prefetch",),
     ("trainer.engine", "trainer.objective", "trainer.optimization", "trainer.checkpoint"),
     (
         "trainer.export",

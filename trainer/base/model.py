@@ -84,7 +84,7 @@ class PromptedBase(nn.Module):
             inputs_embeds=hidden_TH[None],
             position_ids=stream.position_ids_T[None],
             logits_to_keep=stream.label_positions_N,
-            layout=make_layout(stream.segments, hidden_TH.device),
+            layout=stream.layout or make_layout(stream.segments, hidden_TH.device),
             use_cache=False,
         )
         return cross_entropy(output.logits[0].float(), stream.labels_N, reduction="none")
