@@ -272,7 +272,8 @@ class Training(Section):
 
     steps: PositiveInt
     tokens_per_step: PositiveInt = Field(
-        8192, description="useful tokens of one prompt's update, over all ranks and micro-batches"
+        8192,
+        description="most useful tokens of one prompt's update, over all ranks and micro-batches",
     )
     micro_batch_tokens: PositiveInt = Field(8192, description="most tokens of one stream")
     seed: NonNegativeInt = 0

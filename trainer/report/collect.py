@@ -199,13 +199,15 @@ def _gap(task: TaskReport, row: Row) -> list[str]:
 
 def _facts(summary: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
     memory, load = summary.get("memory") or {}, summary.get("load") or {}
-    speed = (summary.get("throughput") or {}).get("useful_tokens_per_second")
+    throughput = summary.get("throughput") or {}
+    speed, waited = (throughput.get(k) for k in ("useful_tokens_per_second", "data_wait_share"))
     gathered = (summary.get("communication") or {}).get("gathered_bytes_per_step")
     tokens = max((l_.useful_tokens or 0 for l_ in lines if l_.prompt is None), default=0)
     facts = [
         ("steps", summary.get("steps")),
         ("useful tokens", f"{tokens:,}" if tokens else None),
         ("useful tokens/s", f"{speed:,.0f}" if speed else None),
+        ("time waited for data", f"{waited:.1%}" if waited is not None else None),
         ("ranks", summary.get("world_size")),
         ("base per rank", size(memory.get("base_bytes_per_rank"))),
         ("peak memory (RSS)", size(memory.get("peak_rss_bytes"))),
