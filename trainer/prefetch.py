@@ -47,7 +47,10 @@ def prepare_stream(
     """A stream with its layout, on the host; pinned where a GPU will read it."""
     stream = build_stream(pieces, prompt_lengths)
     stream = replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
-    return stream if device.type == "cpu" else changed(stream, torch.Tensor.pin_memory)
+    if device.type != "cuda":
+        return stream
+    with torch.cuda.device(device):  # a new thread stands on the first device, which is another's
+        return changed(stream, torch.Tensor.pin_memory)
 
 
 def prepare(
