@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.config import RunConfig, load, resolve_path
+from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path
 from trainer.errors import BadInput, did_you_mean
 
 
@@ -17,7 +18,11 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
     Raises:
         BadInput: with every problem found; those of the run file first, as they hide the others.
     """
-    config = load(run_file, overrides)
+    return check_config(load(run_file, overrides))
+
+
+def check_config(config: RunConfig) -> RunConfig:
+    """The same for a run file that is loaded."""
     problems = [*_base(config), *_policy(config), *_output(config)]
     problems += _rows(config)
     if problems:
@@ -44,6 +49,46 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
             f"{run_dir}: prompt {prompt!r} is not saved yet; train the run to its end first"
         )
     return config
+
+
+def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
+    """What ``inspect`` is to look at: a run file, an output folder, or a base without either.
+
+    Raises:
+        BadInput: if it is none of these, or with every problem found in it.
+    """
+    path = Path(target)
+    if is_run_dir(target):
+        return check_config(load_output(path, overrides))
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return check_run(target, overrides)
+    folder = resolve_path(target)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(
+            f"{target}: has neither a run.yaml (the output folder of a run) nor a config.json "
+            "(a model's folder); give a run file, a run's folder, or a model's folder or hub id"
+        )
+    if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", target):
+        raise BadInput(
+            f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
+            "folder or hub id"
+        )
+    return load_base(target, overrides)
+
+
+def is_run_dir(target: str) -> bool:
+    """Whether a folder is the output folder of a run."""
+    return (Path(target) / "run.yaml").is_file()
+
+
+def check_new_file(path: Path) -> Path:
+    """The whole path of a file that can be written."""
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        raise BadInput(f"--json: {path} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--json: cannot write into {path.parent}; name a folder that is there")
+    return path
 
 
 def open_log(output_dir: str, name: str) -> Path:

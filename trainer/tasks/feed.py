@@ -15,6 +15,8 @@ from trainer.tasks.rows import Rows, load_rows
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import Example, check_vocabulary, gold, tokenize, tokenize_choices
 
+SPLITS = ("train", "validation", "shifted_validation")
+
 
 @dataclass(frozen=True)
 class EvalSet:
@@ -52,9 +54,16 @@ class TaskData:
 
 
 def load_tasks(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    vocab_size: int,
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, TaskData]:
     """Read and tokenise the tasks of a run.
+
+    Args:
+        splits: those that are needed; others stay empty.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -70,7 +79,7 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
-            tasks[task.name] = _load_task(task, tokenizer, room, vocab_size)
+            tasks[task.name] = _load_task(task, tokenizer, room, vocab_size, splits)
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -79,10 +88,14 @@ def load_tasks(
 
 
 def _load_task(
-    task: Task, tokenizer: PreTrainedTokenizerBase, room: int, vocab_size: int
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    vocab_size: int,
+    splits: Sequence[str],
 ) -> TaskData:
     data = TaskData(task, [], {}, {})
-    for split in ("train", "validation", "shifted_validation"):
+    for split in splits:
         path = getattr(task, split)
         if path is None:
             continue
