@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
             f"{target}: has neither a run.yaml (the output folder of a run) nor a config.json "
             "(a model's folder); give a run file, a run's folder, or a model's folder or hub id"
         )
-    if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", target):
+    if not folder.is_dir() and _looks_local(target):
         raise BadInput(
             f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
             "folder or hub id"
@@ -106,15 +105,20 @@ def _base(config: RunConfig) -> Iterator[str]:
     """A base that must be a folder but is none. Anything else may be a hub id."""
     name = config.base.model
     folder = resolve_path(name)
-    first = Path(name).expanduser().parts[:1]
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             yield f"base.model: {name} has no config.json, so it is not a model's folder"
     elif folder.exists():
         yield f"base.model: {name} is a file; name the folder it is in"
-    elif looks_local or (first and resolve_path(first[0]).is_dir()):
+    elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name that is no folder was meant as one, and not as a hub id."""
+    first = Path(name).expanduser().parts[:1]
+    shaped = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return shaped or bool(first and resolve_path(first[0]).is_dir())
 
 
 def _policy(config: RunConfig) -> Iterator[str]:
