@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.distributed.equivalence import weights_equal
 from tests.distributed.sharded_base import run_config, shard_base
 from trainer.engine import Engine, base_bytes

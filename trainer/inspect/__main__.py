@@ -55,7 +55,8 @@ def _base_alone(args: argparse.Namespace) -> int:
     console = Console(sys.stdout, sys.stderr)
     try:
         settings = _in_int8(run_file.load_base(args.target, args.overrides))
-        files = open_base(settings)
+        with console.downloading(settings.model) as progress:
+            files = open_base(settings, progress=progress)
         weights = int8_weights(files, settings)
         with console.loading(f"reading {settings.model}", stored_bytes(files, weights)) as bar:
             errors = measure_weights(files, weights, bar.advance)
@@ -74,14 +75,14 @@ def _inspect_run(
     config: RunConfig, saved: Path | None, num_rows: int, out: Path | None, console: Console
 ) -> None:
     """Weights and losses of a run's base; ``saved``: the output folder, for trained prompts."""
-    from trainer.base.files import open_base
     from trainer.engine import Engine
     from trainer.inspect.losses import measure_losses, readers, trained_prompts
     from trainer.results import device_name, versions
+    from trainer.sharded import open_files
     from trainer.tasks.feed import load_tasks
 
     engine = Engine(config.engine.timeout_seconds)
-    files = engine.together(lambda: open_base(config.base))
+    files = open_files(engine, config.base, console)
     tasks = engine.together(
         lambda: load_tasks(
             config,

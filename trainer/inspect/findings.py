@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from trainer import atomic
 from trainer.console import Console
 from trainer.errors import BadInput
 from trainer.inspect.weights import OUTLIER_RATIO, WeightError, relative_error
@@ -151,7 +151,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
         BadInput: if the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        atomic.write_json(path, found)
     except OSError as error:
         raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
 

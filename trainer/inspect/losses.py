@@ -192,7 +192,7 @@ def _score(
     base = setting.base(config.base)
     changed = config.model_copy(update={"base": base})
     # A failure of memory would end the ranks and lose what is measured already.
-    loaded = load(engine, base, files, changed, console, must_fit=setting.name == ORIGINAL)
+    loaded = load(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
     wrong = [p.shape[1] for p in virtual_tokens if p.shape[1] != hidden_size]
     if wrong:
