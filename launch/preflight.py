@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import messages
-from trainer.config import RunConfig, load, resolve_path
+from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path
 from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
 
@@ -20,7 +20,11 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
     Raises:
         BadInput: with every problem found; those of the run file first, as they hide the others.
     """
-    config = load(run_file, overrides)
+    return check_config(load(run_file, overrides))
+
+
+def check_config(config: RunConfig) -> RunConfig:
+    """The same for a run file that is loaded."""
     problems = [*_base(config), *_policy(config), *_output(config)]
     notes: list[str] = []
     try:
@@ -55,6 +59,46 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     return config
 
 
+def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
+    """What ``inspect`` is to look at: a run file, an output folder, or a base without either.
+
+    Raises:
+        BadInput: if it is none of these, or with every problem found in it.
+    """
+    path = Path(target)
+    if is_run_dir(target):
+        return check_config(load_output(path, overrides))
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return check_run(target, overrides)
+    folder = resolve_path(target)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(
+            f"{target}: has neither a run.yaml (the output folder of a run) nor a config.json "
+            "(a model's folder); give a run file, a run's folder, or a model's folder or hub id"
+        )
+    if not folder.is_dir() and _looks_local(target):
+        raise BadInput(
+            f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
+            "folder or hub id"
+        )
+    return load_base(target, overrides)
+
+
+def is_run_dir(target: str) -> bool:
+    """Whether a folder is the output folder of a run."""
+    return (Path(target) / "run.yaml").is_file()
+
+
+def check_new_file(path: Path) -> Path:
+    """The whole path of a file that can be written."""
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        raise BadInput(f"--json: {path} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--json: cannot write into {path.parent}; name a folder that is there")
+    return path
+
+
 def open_log(output_dir: str, name: str) -> Path:
     """The path of a log file under ``output_dir``, its folder made."""
     folder = Path(output_dir).expanduser() / "logs"
@@ -70,15 +114,20 @@ def _base(config: RunConfig) -> Iterator[str]:
     """A base that must be a folder but is none. Anything else may be a hub id."""
     name = config.base.model
     folder = resolve_path(name)
-    first = Path(name).expanduser().parts[:1]
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             yield f"base.model: {name} has no config.json, so it is not a model's folder"
     elif folder.exists():
         yield f"base.model: {name} is a file; name the folder it is in"
-    elif looks_local or (first and resolve_path(first[0]).is_dir()):
+    elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name that is no folder was meant as one, and not as a hub id."""
+    first = Path(name).expanduser().parts[:1]
+    shaped = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return shaped or bool(first and resolve_path(first[0]).is_dir())
 
 
 def _policy(config: RunConfig) -> Iterator[str]:

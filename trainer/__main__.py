@@ -30,12 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = run_file.load(args.run, args.overrides)
         logs = writable(Path(config.output_dir)) / "logs"
     except BadInput as error:
-        # One rank of every node, as a file can be missing on one node alone.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            node = "" if rank == 0 else f"{platform.node()}: "
-            for problem in error.problems:
-                print(f"error: {node}{problem}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refused(rank, error)
 
     def train(console: Console) -> None:
         from trainer.run import train as train_run
@@ -43,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train_run(config, console, fresh=args.fresh, command=shown_command(args))
 
     return guarded(rank, logs, train, resumable=True)
+
+
+def refused(rank: int, error: BadInput) -> int:
+    """Say what is wrong before there is a log; gives the exit code."""
+    # One rank of every node, as a file can be missing on one node alone.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        node = "" if rank == 0 else f"{platform.node()}: "
+        for problem in error.problems:
+            print(f"error: {node}{problem}", file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 def guarded(

@@ -7,6 +7,7 @@ with the line, the setting, its value and the remedy.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -585,6 +586,34 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(source.data)
     except ValidationError as error:
         raise BadInput(runfile.explain(error, source, RunConfig, NOT_YET, NOT_YET_KEYS)) from None
+
+
+def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file that a run saved in its output folder, wherever that folder lies now.
+
+    Raises:
+        BadInput: as ``load``.
+    """
+    # JSON is YAML: no path is taken for anything but text.
+    here = f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"
+    return load(Path(folder) / "run.yaml", [*overrides, here])
+
+
+class _BaseAlone(Section):
+    base: Base
+
+
+def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
+    """The settings of a base that no run file names: defaults, and overrides of ``base.*``.
+
+    Raises:
+        BadInput: as ``load``.
+    """
+    source = runfile.override(runfile.Source(model, {"base": {"model": model}}, {}), overrides)
+    try:
+        return _BaseAlone.model_validate(source.data).base
+    except ValidationError as error:
+        raise BadInput(runfile.explain(error, source, _BaseAlone, NOT_YET, NOT_YET_KEYS)) from None
 
 
 def dump(config: RunConfig) -> str:

@@ -198,9 +198,18 @@ class Engine:
         return self.rank == 0
 
     def place(
-        self, skeleton: nn.Module, config: RunConfig, dtype: torch.dtype, *, offload: bool = False
+        self,
+        skeleton: nn.Module,
+        config: RunConfig,
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+        must_fit: bool = False,
     ) -> Placement:
         """Choose the shard group and what stays gathered, alike on all ranks.
+
+        Args:
+            must_fit: hold what ``base_memory: auto`` stands for as strictly as a number.
 
         Raises:
             BadInput: if the group does not divide the ranks, or the base does not fit.
@@ -223,7 +232,7 @@ class Engine:
             memory,
             node_sizes,
             offload=offload,
-            exact=setting != "auto",
+            exact=must_fit or setting != "auto",
         )
 
     def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Sharder:
@@ -257,6 +266,18 @@ class Engine:
         # Called directly: the wrapper of the engine refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
         return module
+
+    def release(self, base: nn.Module) -> None:
+        """Free this rank's memory of a base that is not used again, so that another can be loaded.
+
+        DeepSpeed refers to every module that it ever ran, in a list and in caches of its own, so
+        the memory is taken from under the tensors.
+        """
+        self._kept, self.kept_bytes = [], 0
+        for tensor in [*_resident(base), *base.parameters()]:
+            tensor.data = tensor.data.new_empty(0)
+        if self.device.type != "cpu":
+            get_accelerator().empty_cache()
 
     def end_step(self) -> None:
         """Release what was kept gathered; the next step fetches it again, once."""

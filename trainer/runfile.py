@@ -69,11 +69,19 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
             f"{path}:{line}: {dotted(where)}: stands here twice; remove one"
             for where, line in twice
         )
-    source = Source(str(path), data, dict(_lines(node)))
+    return override(Source(str(path), data, dict(_lines(node))), overrides)
+
+
+def override(source: Source, overrides: Sequence[str]) -> Source:
+    """Apply ``key=value`` overrides, in order, and remember them.
+
+    Raises:
+        BadInput: with every override that leads nowhere.
+    """
     problems = []
-    for override in overrides:
+    for text in overrides:
         try:
-            source.overrides[_apply(data, override)] = override
+            source.overrides[_apply(source.data, text)] = text
         except BadInput as error:
             problems += error.problems
     if problems:

@@ -54,8 +54,19 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
     return files
 
 
-def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) -> LoadedBase:
-    """Read, quantise, shard and attach the base, with a progress bar."""
+def load(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    *,
+    must_fit: bool = False,
+) -> LoadedBase:
+    """Read, quantise, shard and attach the base, with a progress bar.
+
+    Args:
+        must_fit: refuse a base that does not fit into the memory that is free, instead of trying.
+    """
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
@@ -71,7 +82,7 @@ def load(engine: Engine, files: BaseFiles, config: RunConfig, console: Console) 
             "where it runs short)"
         )
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
-    placement = engine.place(skeleton, config, dtype, offload=offload)
+    placement = engine.place(skeleton, config, dtype, offload=offload, must_fit=must_fit)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:

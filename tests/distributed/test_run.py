@@ -264,6 +264,37 @@ def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) ->
     assert done.stderr.count("org/gone") <= 4, "said by one rank alone"
 
 
+def test_inspect_scores_as_validation_did(two_ranks: Path, tmp_path: Path) -> None:
+    """All 40 rows over the base as it was trained on: the run's own losses; none is close."""
+    done = promptshard("inspect", str(two_ranks), "--base", "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((two_ranks / "base_inspection.json").read_text())
+    names = ["none", "int8/dequantize", "int8/int8"]
+    ways = [way for way in found["losses"]["settings"] if way["name"] in names]
+    assert [way["left_out"] for way in ways] == [None] * 3
+
+    trained = summary(two_ranks)
+    (baseline,) = trained["tasks"].values()
+    expected = {None: baseline["no_prompt"], **trained["prompts"]}
+    expected |= {scores["text"]: scores for scores in baseline["hand_written"]}
+    readers = {reader["name"]: reader for reader in found["losses"]["readers"]}
+    assert readers.keys() == expected.keys()
+    for name, reader in readers.items():
+        assert reader["rows"] == 40
+        plain, exact, fast = (reader["scores"][way] for way in names)
+        assert exact["loss"] == pytest.approx(expected[name]["validation_loss"], abs=1e-5)
+        assert exact["accuracy"] == expected[name]["validation_accuracy"]
+        for other in (plain, fast):
+            assert other["loss"] != exact["loss"]
+            assert other["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+    alone = tmp_path / "alone.json"
+    model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
+    done = promptshard("inspect", model, "--base", "--json", str(alone))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(alone.read_text())["weights"] == found["weights"]
+
+
 def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:
     output = run_file.parent / "int8"
     done = promptshard("train", str(run_file), f"output_dir={output}", "base.matmul=int8")

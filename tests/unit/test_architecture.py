@@ -52,7 +52,13 @@ FLOORS = (
     ("trainer.evaluation", "trainer.sharded"),
     ("trainer.loop",),
     ("trainer.resume", "trainer.results"),
-    ("trainer.run", "trainer.generate", "trainer.prepare", "trainer.__main__"),
+    (
+        "trainer.run",
+        "trainer.generate",
+        "trainer.inspect",
+        "trainer.prepare",
+        "trainer.__main__",
+    ),
 )
 
 

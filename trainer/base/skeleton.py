@@ -60,6 +60,13 @@ def build_skeleton(
     return model
 
 
+def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, Source]:
+    """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
+    sources = find_sources(skeleton, files.tensors, family_of(files.config, files.name))
+    int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
+    return {name: sources[name] for name in int8}
+
+
 def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> list[str]:
     """What is wrong with the tensors of a parameter, and with the scales of 8-bit ones."""
     if not reader.is_int8(source.tensors[0]):

@@ -17,6 +17,7 @@ from trainer.tasks.cursor import Cursor
 from trainer.tasks.parts import Said
 from trainer.tasks.rows import Leaked, Rows, Source, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
+from trainer.tasks.table import in_memory
 from trainer.tasks.tokens import (
     Example,
     Progress,
@@ -53,6 +54,9 @@ class Candidates(Sequence[list[Example]]):
         return (self[i] for i in range(len(self)))
 
 
+SPLITS = ("train", "validation", "shifted_validation")
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Rows to score: each with one candidate target, or one per choice.
@@ -68,6 +72,15 @@ class EvalSet:
     rows: Rows
     candidates: Candidates
     gold: list[int]
+
+    def subset(self, indices: Sequence[int]) -> EvalSet:
+        """Some of the rows, by their places in this set."""
+        table, width, kept = self.candidates.table, self.candidates.width, self.candidates.kept
+        return replace(
+            self,
+            candidates=Candidates(table, width, [kept[i] for i in indices]),
+            gold=[self.gold[i] for i in indices],
+        )
 
     @cached_property
     def num_labels(self) -> int:
@@ -107,12 +120,14 @@ def load_tasks(
     vocab_size: int,
     progress: Progress = unseen,
     reading: Reading = nullcontext,
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, TaskData]:
     """Read and tokenise the tasks of a run.
 
     Args:
         progress: shows how far tokenising has come.
         reading: shows how far reading has come.
+        splits: those that are needed; of the others nothing is tokenised.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -129,7 +144,7 @@ def load_tasks(
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
             loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress, reading)
-            tasks[task.name] = loader.load()
+            tasks[task.name] = loader.load(splits)
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -149,23 +164,30 @@ class _Loader:
     progress: Progress
     reading: Reading
 
-    def load(self) -> TaskData:
+    def load(self, wanted: Sequence[str]) -> TaskData:
         with self.reading() as said:
             splits = load_splits(self.task, said=said)
-        rows = splits["train"]
-        train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
-        check_vocabulary(train.examples, self.vocab_size)
-        data = TaskData(self.task, train.examples, rows)
-        self._note(data, "train", rows, train.skipped, train.truncated)
+        data = TaskData(self.task, in_memory([]), splits["train"])
         for split, rows in splits.items():
-            if split != "train":
+            if split not in wanted:
+                data.counts[split] = {"rows": len(rows)}
+            elif split == "train":
+                self._train(data, rows)
+            else:
                 self._evaluation(data, split, rows)
         data.leaks, data.remarks = leaks(self.task, splits), remarks(self.task, splits)
         for leak in data.leaks:
             data.counts[leak.split]["also_in_train"] = leak.count
-            source = next(s for s in data.sources if s["split"] == leak.split)
-            source["also_in_train"] = leak.rows
+            for source in data.sources:
+                if source["split"] == leak.split:
+                    source["also_in_train"] = leak.rows
         return data
+
+    def _train(self, data: TaskData, rows: Rows) -> None:
+        train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
+        check_vocabulary(train.examples, self.vocab_size)
+        data.train = train.examples
+        self._note(data, "train", rows, train.skipped, train.truncated)
 
     def _note(self, data: TaskData, split: str, rows: Rows, skipped: int, truncated: int) -> None:
         data.sources.append(
