@@ -26,6 +26,8 @@ from rich.table import Table
 PLAIN_INTERVAL = 5.0
 #: Work that takes less is not shown.
 QUIET_SECONDS = 1.0
+#: Files of fewer rows are read in a moment.
+MANY_ROWS = 10_000
 #: Columns of a table where there is no terminal to ask.
 PLAIN_WIDTH = 110
 
@@ -108,7 +110,7 @@ class Console:
 
         def said(name: str, rows: int) -> None:
             nonlocal due
-            if (now := time.monotonic()) < due:
+            if rows < MANY_ROWS or (now := time.monotonic()) < due:
                 return
             text = f"reading {name}: {rows:,} rows"
             if self._out.is_terminal:

@@ -19,3 +19,18 @@ def test_work_is_shown_once_it_takes_long(monkeypatch):
         advance(1000)
         advance(1000)
     assert out.getvalue() == "tokenising d.jsonl (3,000 rows)\n"
+
+
+def test_reading_is_shown_where_it_takes_long(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Console(out, io.StringIO()).reading() as said:
+        said("a.jsonl", 20_000)
+        now[0] = 3.0
+        said("small.jsonl", 2)
+        said("b.jsonl", 30_000)
+        said("b.jsonl", 40_000)
+        now[0] = 9.0
+        said("b.jsonl", 50_000)
+    assert out.getvalue() == "reading b.jsonl: 30,000 rows\nreading b.jsonl: 50,000 rows\n"

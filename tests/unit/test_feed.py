@@ -72,7 +72,8 @@ def test_all_prompts_are_compared_on_the_same_rows(tmp_path, choices):
     width, fits = (2, [2]) if choices else (1, [0, 2])
     assert rows_of(data) == [fits] * 3
     assert data.counts["train"] == {"rows": 4, "skipped": 1, "truncated": 0}
-    assert data.counts["validation"] == {"rows": 4, "skipped": 4 - len(fits), "truncated": 0}
+    held = {"rows": 4, "skipped": 4 - len(fits), "truncated": 0, "also_in_train": 4}
+    assert data.counts["validation"] == held
     for rows in (data.evaluation["validation"], *data.hand_written["validation"]):
         assert rows.gold == [0] * len(fits)
         assert rows.num_labels == 2 * len(fits)

@@ -332,8 +332,8 @@ def output_is_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "where", "words"),
     [
-        (wrong_key, "run.yaml:13", "learning_rat: unknown setting (did you mean 'learning_rate'?)"),
-        (negative_learning_rate, "run.yaml:13", "learning_rate: -0.01 must be greater than 0"),
+        (wrong_key, "run.yaml:14", "learning_rat: unknown setting (did you mean 'learning_rate'?)"),
+        (negative_learning_rate, "run.yaml:14", "learning_rate: -0.01 must be greater than 0"),
         (missing_file, "train.jsonl", ""),
         (broken_row, "train.jsonl:3", "label"),
         (no_base, "base.model", "has no config.json"),
