@@ -27,10 +27,10 @@ def test_reading_is_shown_where_it_takes_long(monkeypatch):
     out = io.StringIO()
     with Console(out, io.StringIO()).reading() as said:
         said("a.jsonl", 20_000)
-        now[0] = 3.0
+        now[0] = 6.0
         said("small.jsonl", 2)
         said("b.jsonl", 30_000)
         said("b.jsonl", 40_000)
-        now[0] = 9.0
+        now[0] = 12.0
         said("b.jsonl", 50_000)
     assert out.getvalue() == "reading b.jsonl: 30,000 rows\nreading b.jsonl: 50,000 rows\n"
