@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.sharded_base import run_config, shard_base
+from trainer.base.embedding import FrozenEmbedding
 from trainer.base.linear import FrozenLinear
 from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest, full_parameter
@@ -152,6 +153,9 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
                 wanted, absmax = quantize_rows(wanted)
                 equal &= torch.equal(module.absmax, absmax)
             equal &= torch.equal(whole, wanted.to(whole.dtype))
+        if isinstance(module, FrozenEmbedding) and not module.tied:
+            every_id = torch.arange(module.num_embeddings)
+            equal &= torch.equal(module(every_id), stored[f"{path}.weight"].float())
     return equal
 
 
