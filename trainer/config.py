@@ -120,6 +120,11 @@ class Engine(Section):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="recompute activations in backward; auto: only on a GPU"
     )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="of the packed rows; flex: one FlexAttention kernel, on a GPU only; sdpa: rows "
+        "of similar length side by side; auto: sdpa, as flex has not been measured to be faster",
+    )
     shard_group: Literal["auto", "world", "node"] | int = Field(
         "world",
         description="ranks that hold one copy of the base together: all, those of a node, a "

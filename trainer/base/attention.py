@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from trainer.base.flex import FlexLayout, make_flex_layout
+from trainer.errors import BadInput
 from trainer.tasks.streams import Segment
 
 PACKED = "promptshard_packed"
@@ -115,11 +117,13 @@ class Layout:
         restore_T: for each token, its place among the outputs of all buckets laid end to end.
         past: per layer, keys and values [P, 2, A, D] that stand behind those of the tokens; empty
             if there are none.
+        flex: the same for one kernel instead of buckets; None where these are wanted.
     """
 
     buckets: tuple[Bucket, ...]
     restore_T: Tensor
     past: tuple[Tensor, ...] = ()
+    flex: FlexLayout | None = None
 
 
 def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
@@ -153,6 +157,11 @@ def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
     # One slice per layer, made here once: a slice taken in every layer would send back a gradient
     # of the whole from each of them.
     return replace(layout, past=torch.cat(list(past)).unbind(1)) if past else layout
+
+
+def with_flex(layout: Layout, segments: Sequence[Segment]) -> Layout:
+    """The layout for one kernel, except where a layer has sinks."""
+    return replace(layout, flex=make_flex_layout(segments, layout.restore_T.device))
 
 
 def _bucket(group: Sequence[Segment]) -> Bucket:
@@ -194,11 +203,13 @@ def attend(
     Returns:
         [1, T, A, D].
     """
-    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
     if layout.past:
-        past_P2AD = layout.past[layer].to(key.dtype)
-        key_TAD = torch.cat([key_TAD, past_P2AD[:, 0]])
-        value_TAD = torch.cat([value_TAD, past_P2AD[:, 1]])
+        past_2APD = layout.past[layer].to(key.dtype).permute(1, 2, 0, 3)
+        key = torch.cat([key, past_2APD[None, 0]], dim=2)
+        value = torch.cat([value, past_2APD[None, 1]], dim=2)
+    if layout.flex is not None and scores.sinks_A is None:
+        return layout.flex.attend(query, key, value, scores)
+    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
     outputs = []
     for bucket in layout.buckets:
         output_SAQD = _bucket_attention(
@@ -266,6 +277,20 @@ def packed_attention(
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     layer: Any = module.layer_idx
     return attend(query, key, value, layout, scores, layer), None
+
+
+def resolve_attention(setting: str, device: torch.device) -> bool:
+    """Whether ``engine.attention`` asks for FlexAttention.
+
+    Raises:
+        BadInput: where it cannot run backward.
+    """
+    if setting == "flex" and device.type != "cuda":
+        raise BadInput(
+            f"engine.attention: flex, but this machine computes on {device.type}, where "
+            "FlexAttention has no backward; use sdpa or auto"
+        )
+    return setting == "flex"
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from trainer.base.attention import make_layout, with_past
+from trainer.base.attention import make_layout, with_flex, with_past
 from trainer.base.families import family_of
 from trainer.base.padded import pad_rows
 from trainer.base.past import PastCache
@@ -42,12 +42,14 @@ class PromptedBase(nn.Module):
 
     Attributes:
         packed: rows of a stream are read end to end; otherwise padded, see ``Family.packed``.
+        flex: streams attend by FlexAttention instead of buckets.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
+        self.flex = False
 
     @property
     def hidden_size(self) -> int:
@@ -99,13 +101,15 @@ class PromptedBase(nn.Module):
         return cross_entropy(logits_NV.float(), stream.labels_N, reduction="none")
 
     def _packed_logits(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
-        layout = stream.layout or make_layout(stream.segments, hidden_TH.device)
+        layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
+        if self.flex:
+            layout = with_flex(layout, stream.segments)
         # Logits only where there is a label: the head sees N positions instead of T.
         output: Any = self.model(
             inputs_embeds=hidden_TH[None],
             position_ids=stream.position_ids_T[None],
             logits_to_keep=stream.label_positions_N,
-            layout=with_past(layout, past),
+            layout=layout,
             use_cache=False,
         )
         logits_NV: Tensor = output.logits[0]
