@@ -63,7 +63,7 @@ def main() -> None:
         "alone": [alone.losses[0], alone.skipped],
         "apart": [apart.losses, apart.skipped],
         "wanted_apart": [
-            padded_peft(reference, [pieces[i]], prompts, only=k)[0][0] for i, k in ((6, 0), (2, 2))
+            loss for loss, _ in padded_peft(reference, [pieces[6], pieces[2]], prompts)
         ],
         "nan_skipped": nan.skipped,
         "nan_gradients": [g is None for g in nan.gradients],
@@ -112,14 +112,14 @@ def plain_model(folder: Path, quantization: str) -> Any:
 
 
 def padded_peft(
-    model: Any, pieces: list[Piece], prompts: list[torch.Tensor], only: int | None = None
+    model: Any, pieces: list[Piece], prompts: list[torch.Tensor]
 ) -> list[tuple[float, torch.Tensor]]:
     """Loss and prompt gradient of PEFT's PeftModel on padded rows, one prompt after the other."""
     found = []
     for k, prompt in enumerate(prompts):
-        if only not in (None, k):
-            continue
         rows = [piece.example for piece in pieces if piece.prompt == k]
+        if not rows:
+            continue
         longest = max(row.num_tokens for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)

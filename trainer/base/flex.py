@@ -24,7 +24,7 @@ from trainer.tasks.streams import Segment
 if TYPE_CHECKING:
     from trainer.base.attention import Scores
 
-#: ``segment_T`` where there is no prefix to see.
+#: ``prefix_T`` where there is no prefix to see.
 NONE = -1
 
 
