@@ -21,7 +21,7 @@ from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
 from trainer.tasks.rows import target_text
-from trainer.tasks.streams import Piece, Stream, plan_streams
+from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
 WINDOW_STREAMS = 64
@@ -52,7 +52,7 @@ class Evaluator:
     ) -> list[dict[str, float]]:
         """``loss`` and the task's metric, under its own name, for every request."""
         slots = [len(request.rows.candidates) * _width(request) for request in requests]
-        lengths = [prompt.shape[0] for prompt in virtual_tokens]
+        lengths = PromptLengths.of(virtual_tokens)
         nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
         results = [
             self._result(request, part, virtual_tokens)
@@ -65,7 +65,7 @@ class Evaluator:
         self,
         requests: Sequence[Request],
         num_slots: int,
-        lengths: Sequence[int],
+        lengths: PromptLengths,
         virtual_tokens: Sequence[Tensor],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
@@ -74,7 +74,7 @@ class Evaluator:
         def streams() -> Iterator[list[Piece]]:
             most = WINDOW_STREAMS * self.max_tokens * self.engine.world_size
             for pieces in _windows(_pieces(requests), most):
-                plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
+                plan = plan_streams(pieces, lengths.tokens, self.engine.world_size, self.max_tokens)
                 yield from plan[self.engine.rank]
 
         def make(pieces: list[Piece]) -> Stream:

@@ -23,6 +23,7 @@ from trainer.optimization import EarlyStopping
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.tasks.feed import TaskData
+from trainer.tasks.streams import PromptLengths
 
 Scores = dict[str, float]
 
@@ -102,7 +103,7 @@ class Loop:
     def _step(self, line: StepLine) -> None:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
         virtual_tokens = self.bank.virtual_tokens()
-        batch, waited = self._next_batch([prompt.shape[0] for prompt in virtual_tokens])
+        batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
         result = batch_gradients(self.engine, self.evaluator.base, batch, virtual_tokens)
         rates = self.bank.learning_rates
         norms = self.bank.update(result.gradients)
@@ -127,7 +128,7 @@ class Loop:
             self.progress.train_seconds / self.progress.step,
         )
 
-    def _next_batch(self, prompt_lengths: Sequence[int]) -> tuple[Batch, float]:
+    def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[Batch, float]:
         """What this step reads, and the seconds that were waited for it."""
         started = time.perf_counter()
         most = self.config.training.micro_batch_tokens

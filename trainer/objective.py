@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.engine import Engine
 from trainer.prefetch import Batch, Rank, prepare
-from trainer.tasks.streams import Piece, Stream
+from trainer.tasks.streams import Piece, PromptLengths, Stream
 
 
 def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
@@ -54,7 +54,7 @@ class StepResult:
 
     Attributes:
         losses: mean cross-entropy per label token of each prompt; NaN where it read no rows.
-        gradients: d loss / d virtual tokens, [P, H] per prompt, summed over ranks; None where it
+        gradients: d loss / d virtual tokens of each prompt, summed over ranks; None where it
             read no rows, or where loss or gradient is not finite on any rank.
         skipped: prompts whose update is left out because something was not finite.
         useful_tokens: text tokens the base read, over all ranks.
@@ -74,7 +74,7 @@ def step_gradients(
     max_tokens: int,
 ) -> StepResult:
     """``batch_gradients`` of rows that were not prepared ahead."""
-    lengths = [prompt.shape[0] for prompt in virtual_tokens]
+    lengths = PromptLengths.of(virtual_tokens)
     rank = Rank(engine.rank, engine.world_size, engine.device)
     batch = prepare(list(pieces), lengths, rank, max_tokens)
     return batch_gradients(engine, base, batch, virtual_tokens)

@@ -20,6 +20,7 @@ from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
 from trainer.evaluation import Evaluator
+from trainer.generation import keys_and_values
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
@@ -91,6 +92,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         loaded.model.hidden_size,
         engine.device,
         make_optimizer=make_optimizer,
+        past=lambda ids: keys_and_values(engine, loaded.model, ids),
     )
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from trainer.base.attention import resolve_attention
 from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, local_folder, open_base
 from trainer.base.loading import LoadStats, load_base
@@ -81,6 +82,7 @@ def load(
             "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
             "where it runs short)"
         )
+    flex = engine.together(lambda: resolve_attention(config.engine.attention, engine.device))
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload, must_fit=must_fit)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
@@ -95,6 +97,7 @@ def load(
             checkpointing=checkpointing,
             progress=bar.advance,
         )
+    base.flex = flex
     engine.attach(base, policy, placement.kept_bytes)
     return LoadedBase(base, stats, dtype, placement, matmul)
 

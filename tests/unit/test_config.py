@@ -228,7 +228,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "method: p_tuning",
             "method: p_tunning",
             17,
-            "prompts[1].method: 'p_tunning' is not one of prompt_tuning, p_tuning "
+            "prompts[1].method: 'p_tunning' is not one of prompt_tuning, p_tuning, prefix_tuning "
             "(did you mean 'p_tuning'?)",
         ),
         (
@@ -239,9 +239,15 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
         ),
         (
             "method: p_tuning",
+            "init: zero",
+            17,
+            "prompts[1].init: zero leaves the base nothing to read",
+        ),
+        (
+            "method: p_tuning",
             "init: {text: x, vocab: true}",
             17,
-            "prompts[1].init: give exactly one of text, vocab, random",
+            "prompts[1].init: give exactly one of text, vocab, random, zero",
         ),
         (
             "- name: two",
@@ -430,9 +436,19 @@ def test_the_short_form_of_an_init_of_a_later_version_is_named(run_file):
     assert "prompts[0].init: 'labels' is not supported yet; use init: {text: ...}" in problem
 
 
-@pytest.mark.parametrize("name", ["vocab", "random"])
+def test_prefix_tuning_and_its_encoders(run_file):
+    prefix = "prompts.one.method=prefix_tuning"
+    assert load(run_file(), [prefix]).prompts[0].encoder_name == "embedding"
+    wide = [prefix, "prompts.one.encoder=mlp", "prompts.one.encoder_hidden_size=8"]
+    assert load(run_file(), wide).prompts[0].encoder_name == "mlp"
+    (problem,) = problems_of(run_file(), prefix, "prompts.one.encoder_hidden_size=8")
+    assert "encoder_hidden_size: prefix_tuning has no encoder; remove it, or use encoder" in problem
+
+
+@pytest.mark.parametrize("name", ["vocab", "random", "zero"])
 def test_short_forms_of_init(run_file, name):
-    init = load(run_file(), [f"prompts.one.init={name}"]).prompts[0].init
+    overrides = ["prompts.one.method=prefix_tuning", f"prompts.one.init={name}"]
+    init = load(run_file(), overrides).prompts[0].init
     assert getattr(init, name) is True
 
 

@@ -1,7 +1,7 @@
 """The base with prompts in front of its rows.
 
 Shape letters: T tokens of a stream, N label positions, H hidden size, P virtual tokens, B rows,
-L longest row, V vocabulary.
+L longest row, V vocabulary. Keys and values of a prompt: [P, layers, 2, heads, head size].
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from trainer.base.attention import make_layout
+from trainer.base.attention import make_layout, with_flex, with_past
 from trainer.base.families import family_of
 from trainer.base.padded import pad_rows
+from trainer.base.past import PastCache
 from trainer.tasks.streams import Stream
 
 
@@ -33,7 +34,7 @@ class DecodeStep:
 
     token_ids_BL: Tensor
     attention_mask_BT: Tensor
-    cache: DynamicCache
+    cache: PastCache
 
 
 class PromptedBase(nn.Module):
@@ -41,12 +42,14 @@ class PromptedBase(nn.Module):
 
     Attributes:
         packed: rows of a stream are read end to end; otherwise padded, see ``Family.packed``.
+        flex: streams attend by FlexAttention instead of buckets.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
+        self.flex = False
 
     @property
     def hidden_size(self) -> int:
@@ -64,7 +67,8 @@ class PromptedBase(nn.Module):
 
         Args:
             inputs: a stream (loss), a decode step (generation), or token ids (word embeddings).
-            virtual_tokens: [P, H] of every prompt in the bank; in a decode step, of the one prompt.
+            virtual_tokens: [P, H] of every prompt in the bank, or its keys and values; in a decode
+                step, of the one prompt.
 
         Returns:
             Stream: negative log-likelihood of each label, fp32 [N]. Decode step: logits of the next
@@ -85,16 +89,27 @@ class PromptedBase(nn.Module):
         prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
-        run = self._packed_logits if self.packed else self._padded_logits
-        return cross_entropy(run(stream, hidden_TH).float(), stream.labels_N, reduction="none")
+        past = [virtual_tokens[k].to(self.dtype) for k, _ in stream.past]
+        if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
+            # Backward then gathers the same layers as on a rank whose stream has virtual tokens.
+            hidden_TH = hidden_TH.detach().requires_grad_()
+        if self.packed:
+            logits_NV = self._packed_logits(stream, hidden_TH, past)
+        else:
+            assert not past, "refused before the base was loaded"
+            logits_NV = self._padded_logits(stream, hidden_TH)
+        return cross_entropy(logits_NV.float(), stream.labels_N, reduction="none")
 
-    def _packed_logits(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+    def _packed_logits(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+        layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
+        if self.flex:
+            layout = with_flex(layout, stream.segments)
         # Logits only where there is a label: the head sees N positions instead of T.
         output: Any = self.model(
             inputs_embeds=hidden_TH[None],
             position_ids=stream.position_ids_T[None],
             logits_to_keep=stream.label_positions_N,
-            layout=stream.layout or make_layout(stream.segments, hidden_TH.device),
+            layout=layout,
             use_cache=False,
         )
         logits_NV: Tensor = output.logits[0]
@@ -123,7 +138,12 @@ class PromptedBase(nn.Module):
         words_BLH = self._embed(step.token_ids_BL)
         first = step.cache.get_seq_length() == 0
         if first and virtual_tokens:
-            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, virtual_tokens[0])
+            prompt = virtual_tokens[0]
+            if prompt.dim() > 2:
+                pads_B = (step.attention_mask_BT == 0).sum(1)
+                step.cache.place(prompt.to(self.dtype), pads_B)
+                prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
+            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt)
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
         output: Any = self.model(
             inputs_embeds=words_BLH,
