@@ -275,7 +275,10 @@ class Engine:
         """
         self._kept, self.kept_bytes = [], 0
         for tensor in [*_resident(base), *base.parameters()]:
+            storage = tensor.untyped_storage()
             tensor.data = tensor.data.new_empty(0)
+            if storage.resizable():  # a view's base holds it too; pinned memory is not resizable
+                storage.resize_(0)
         if self.device.type != "cpu":
             get_accelerator().empty_cache()
 
