@@ -118,7 +118,8 @@ class Engine(Section):
 
     deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations in backward; auto: only on a GPU"
+        "auto",
+        description="recompute activations in backward; auto: where they would not fit otherwise",
     )
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto",
@@ -483,11 +484,22 @@ class Training(Section):
         8192,
         description="most useful tokens of one prompt's update, over all ranks and micro-batches",
     )
-    micro_batch_tokens: PositiveInt = Field(8192, description="most tokens of one stream")
+    micro_batch_tokens: Literal["auto"] | int = Field(
+        "auto",
+        description="most tokens of one stream; auto: as many as memory holds and a step needs",
+    )
     seed: NonNegativeInt = 0
     max_skipped_updates: PositiveInt = Field(
         5, description="non-finite updates in a row before the run stops"
     )
+
+    @field_validator("micro_batch_tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value != "auto" and not number:
+            raise ValueError(f"{value!r} is not auto or a number of tokens")
+        return value
 
 
 class EarlyStopping(Section):

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.base.model import PromptedBase
 from trainer.engine import Engine
 from trainer.generation import generate
+from trainer.memory import StreamBudget
 from trainer.prefetch import ahead, prepare_stream
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
@@ -42,7 +43,7 @@ class Evaluator:
     engine: Engine
     base: PromptedBase
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int
+    budget: StreamBudget
 
     @torch.no_grad()
     def score(
@@ -69,12 +70,13 @@ class Evaluator:
         virtual_tokens: Sequence[Tensor],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
+        max_tokens = self.budget.tokens
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
 
         def streams() -> Iterator[list[Piece]]:
-            most = WINDOW_STREAMS * self.max_tokens * self.engine.world_size
+            most = WINDOW_STREAMS * max_tokens * self.engine.world_size
             for pieces in _windows(_pieces(requests), most):
-                plan = plan_streams(pieces, lengths.tokens, self.engine.world_size, self.max_tokens)
+                plan = plan_streams(pieces, lengths.tokens, self.engine.world_size, max_tokens)
                 yield from plan[self.engine.rank]
 
         def make(pieces: list[Piece]) -> Stream:

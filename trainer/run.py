@@ -44,6 +44,9 @@ T = TypeVar("T")
 #: may be down.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
 
+#: Rows of each task whose lengths tell how much streams will take.
+SAMPLE = 1000
+
 
 def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> None:
     """Train all prompts of a run, or go on where its output folder says it stopped.
@@ -83,7 +86,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.close()
         return
 
-    loaded = load(engine, files, config, console)
+    sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
+    loaded = load(engine, files, config, console, lengths=sample)
     bank = Bank(
         config,
         _embedder(loaded.model, engine.device),
@@ -94,7 +98,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, loaded.model, ids),
     )
-    evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
+    evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
 

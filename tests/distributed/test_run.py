@@ -75,8 +75,12 @@ def two_ranks(run_file: Path) -> Path:
 @pytest.fixture(scope="module")
 def one_rank(run_file: Path) -> Path:
     output = run_file.parent / "one"
-    done = promptshard("train", str(run_file), f"output_dir={output}", "--processes", "1")
+    automatic = "training.micro_batch_tokens=auto"
+    done = promptshard(
+        "train", str(run_file), f"output_dir={output}", automatic, "--processes", "1"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "streams of up to" in done.stdout
     return output
 
 
@@ -94,6 +98,15 @@ def test_one_rank_and_two_agree(two_ranks: Path, one_rank: Path) -> None:
     for name in ("soft", "mlp", "prefix"):
         loss = two["prompts"][name]["validation_loss"]
         assert loss == pytest.approx(one["prompts"][name]["validation_loss"], abs=1e-3)
+
+
+def test_streams_are_as_long_as_a_step_needs(two_ranks: Path, one_rank: Path) -> None:
+    given, automatic = summary(two_ranks)["memory"], summary(one_rank)["memory"]
+    assert given["stream_tokens"] == 300
+    assert 2 * 512 < automatic["stream_tokens"] < 4 * 512  # two prompts, one rank
+    for memory in (given, automatic):
+        assert memory["gradient_checkpointing"] is False
+        assert memory["saved_bytes_per_token"] > memory["saved_bytes_per_token_and_layer"] > 0
 
 
 def test_loss_falls(two_ranks: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from trainer.base.attention import make_layout, with_flex, with_past
@@ -94,45 +93,40 @@ class PromptedBase(nn.Module):
             # Backward then gathers the same layers as on a rank whose stream has virtual tokens.
             hidden_TH = hidden_TH.detach().requires_grad_()
         if self.packed:
-            logits_NV = self._packed_logits(stream, hidden_TH, past)
+            hidden_NH = self._packed(stream, hidden_TH, past)
         else:
             assert not past, "refused before the base was loaded"
-            logits_NV = self._padded_logits(stream, hidden_TH)
-        return cross_entropy(logits_NV.float(), stream.labels_N, reduction="none")
+            hidden_NH = self._padded(stream, hidden_TH)
+        # Logits only where there is a label: the head sees N positions instead of T.
+        nll_N: Tensor = self.model.get_output_embeddings()(hidden_NH, stream.labels_N)
+        return nll_N
 
-    def _packed_logits(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+    def _packed(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+        """What the last layer gives at the labels, [N, H]."""
         layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
         if self.flex:
             layout = with_flex(layout, stream.segments)
-        # Logits only where there is a label: the head sees N positions instead of T.
-        output: Any = self.model(
+        output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[None],
             position_ids=stream.position_ids_T[None],
-            logits_to_keep=stream.label_positions_N,
             layout=layout,
             use_cache=False,
         )
-        logits_NV: Tensor = output.logits[0]
-        return logits_NV
+        hidden_NH: Tensor = output.last_hidden_state[0, stream.label_positions_N]
+        return hidden_NH
 
-    def _padded_logits(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+    def _padded(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+        """The same for a family that cannot read packed rows."""
         rows = pad_rows(stream.segments[len(stream.prompts) :]).to(hidden_TH.device)
-        place_N = rows.place_T[stream.label_positions_N]
-        # The same: ``logits_to_keep`` would keep the same columns of every row.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0].flatten(0, 1)[place_N][None],)
+        output: Any = self.model.base_model(
+            inputs_embeds=hidden_TH[rows.token_BL],
+            attention_mask=rows.mask_BL,
+            position_ids=rows.position_BL,
+            use_cache=False,
         )
-        try:
-            output: Any = self.model(
-                inputs_embeds=hidden_TH[rows.token_BL],
-                attention_mask=rows.mask_BL,
-                position_ids=rows.position_BL,
-                use_cache=False,
-            )
-        finally:
-            hook.remove()
-        logits_NV: Tensor = output.logits[0]
-        return logits_NV
+        place_N = rows.place_T[stream.label_positions_N]
+        hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[place_N]
+        return hidden_NH
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[Tensor]) -> Tensor:
         words_BLH = self._embed(step.token_ids_BL)

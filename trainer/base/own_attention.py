@@ -160,7 +160,7 @@ def replace_attention(model: PreTrainedModel) -> None:
         # A hook stands outside of checkpointing, so a layer is recomputed with its own layout.
         return args, kwargs if current[0] is None else kwargs | {"attention_mask": current[0]}
 
-    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(take, with_kwargs=True)
     for block in blocks:
         block.register_forward_pre_hook(hand_down, with_kwargs=True)
 
