@@ -96,7 +96,7 @@ class PromptedBase(nn.Module):
         if self.packed:
             logits_NV = self._packed_logits(stream, hidden_TH, past)
         else:
-            assert not past, "refused before the base was loaded"
+            assert not past, "check_past refuses this"
             logits_NV = self._padded_logits(stream, hidden_TH)
         return cross_entropy(logits_NV.float(), stream.labels_N, reduction="none")
 
