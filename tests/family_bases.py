@@ -190,7 +190,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("nanochat", _LLAMA),
     "nemotron": ("nemotron", {**_LLAMA, **_HALF}),
     "olmo3": ("olmo3", {**_LLAMA, **_ALTERNATING}),
-    "persimmon": ("persimmon", {**_LLAMA, **_HALF}),
+    "persimmon": (
+        "persimmon",
+        {**_BASIC, **_HALF, "intermediate_size": 64, "max_position_embeddings": 128},
+    ),
     "seed_oss": ("seed_oss", {**_LLAMA, "head_dim": 16}),
     "smollm3": (
         "smollm3",

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trainer import atomic
+from trainer.base.families import check_past
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
@@ -58,6 +59,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
     files = open_files(engine, config.base, console)
+    if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
+        engine.together(lambda: check_past(files.config, files.name))
     tasks = load_once_per_node(
         engine,
         lambda: load_tasks(

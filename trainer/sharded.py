@@ -89,13 +89,16 @@ def load(
     # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
     matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
-    if not family_of(files.config, files.name).packed:
+    packed = family_of(files.config, files.name).packed
+    flex = engine.together(
+        lambda: resolve_attention(config.engine.attention, engine.device, packed)
+    )
+    if not packed:
         console.say(
             f"base.model: {files.config.model_type} cannot read packed rows; the rows of a stream "
             "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
             "where it runs short)"
         )
-    flex = engine.together(lambda: resolve_attention(config.engine.attention, engine.device))
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload, must_fit=must_fit)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)

@@ -100,7 +100,10 @@ def test_models_read_a_stream_alike(
 
 def test_refused_where_it_has_no_backward() -> None:
     cpu = torch.device("cpu")
-    assert not resolve_attention("auto", cpu)
+    assert not resolve_attention("auto", cpu, packed=True)
     with pytest.raises(BadInput, match=r"engine\.attention: flex.*use sdpa or auto"):
-        resolve_attention("flex", cpu)
-    assert resolve_attention("flex", torch.device("cuda", 0))
+        resolve_attention("flex", cpu, packed=True)
+    gpu = torch.device("cuda", 0)
+    assert resolve_attention("flex", gpu, packed=True)
+    with pytest.raises(BadInput, match="those of this base are padded"):
+        resolve_attention("flex", gpu, packed=False)

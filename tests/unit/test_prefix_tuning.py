@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,20 @@ from peft import PeftModel, PrefixTuningConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.family_bases import CASES, PROMPT_LENGTHS, errors, plain_model, problem, save_family
+from tests.family_bases import (
+    CASES,
+    PROMPT_LENGTHS,
+    errors,
+    family_config,
+    plain_model,
+    problem,
+    save_family,
+)
 from tests.whole_base import load_whole
+from trainer.base.families import FAMILIES, check_past
 from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.past import PastCache
+from trainer.errors import BadInput
 from trainer.export import load_peft, save_peft
 from trainer.tasks.streams import Piece, PromptLengths, build_stream
 
@@ -97,7 +108,10 @@ def padded_peft(
     return loss.item(), weight.grad.view(past.shape)
 
 
-@pytest.mark.parametrize("case", CASES)
+WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_past]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])
 def test_packed_equals_peft(folder: Any, tmp_path: Path, case: str) -> None:
     base = load_whole(folder(case), "int8", checkpointing=True)
     pieces, _ = problem(base.hidden_size)
@@ -112,6 +126,20 @@ def test_packed_equals_peft(folder: Any, tmp_path: Path, case: str) -> None:
         assert losses[k] == pytest.approx(loss, rel=1e-5)
         assert errors([gradients[k]], [gradient])[0] < 1e-5
         assert torch.equal(load_peft(tmp_path / str(k)), past)
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_other_families_are_refused_with_the_reason(case: str) -> None:
+    config = family_config(case)
+    reason = re.escape(FAMILIES[config.model_type].no_past)
+    with pytest.raises(BadInput, match=f"prefix_tuning cannot train .*{reason}.*use prompt_tuning"):
+        check_past(config, "m")
+
+
+def test_padded_families_are_refused() -> None:
+    assert {"mpt", "xglm", "doge", "deepseek_v2", "diffllama"} == set(WITHOUT)
+    assert all(family.no_past for family in FAMILIES.values() if not family.packed)
+    check_past(family_config("llama"), "m")
 
 
 @pytest.mark.parametrize("case", SOME)

@@ -279,12 +279,16 @@ def packed_attention(
     return attend(query, key, value, layout, scores, layer), None
 
 
-def resolve_attention(setting: str, device: torch.device) -> bool:
+def resolve_attention(setting: str, device: torch.device, packed: bool) -> bool:
     """Whether ``engine.attention`` asks for FlexAttention.
 
     Raises:
-        BadInput: where it cannot run backward.
+        BadInput: where it cannot run backward, or no rows are packed.
     """
+    if setting == "flex" and not packed:
+        raise BadInput(
+            "engine.attention: flex is for packed rows, but those of this base are padded; use auto"
+        )
     if setting == "flex" and device.type != "cuda":
         raise BadInput(
             f"engine.attention: flex, but this machine computes on {device.type}, where "

@@ -7,7 +7,7 @@ embeddings, buffers to rebuild) is read from them and needs no line here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -28,6 +28,7 @@ class Family:
         experts: names of gate, up and down where a checkpoint has one tensor per expert.
         renamed: (in the checkpoint, in the model), parts of tensor names.
         refused: settings of the config that cannot be trained, each with the reason.
+        no_past: why prefix tuning cannot train it; empty if it can.
     """
 
     packed: bool = True
@@ -35,6 +36,7 @@ class Family:
     experts: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    no_past: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Saves:
 
 
 _EAGER = Family(cached_attention="eager")
-_PADDED = Family(packed=False, cached_attention="eager")
+_NO_PADDED_PAST = "its rows are padded, and keys and values are given to packed rows alone"
+_PADDED = Family(packed=False, cached_attention="eager", no_past=_NO_PADDED_PAST)
 _EXPERTS = Family(experts=("gate_proj", "up_proj", "down_proj"))
 _GRANITE_EXPERTS = Family(
     renamed=(
@@ -68,9 +71,9 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(),
     "cohere2": Family(),
     "cwm": Family(),
-    "deepseek_v2": _EXPERTS,
-    "diffllama": Family(),
-    "doge": Family(packed=False),
+    "deepseek_v2": replace(_EXPERTS, no_past="its keys and values are of different sizes"),
+    "diffllama": Family(no_past="it pairs the heads of its values up behind the cache"),
+    "doge": Family(packed=False, no_past=_NO_PADDED_PAST),
     "ernie4_5": Family(),
     "exaone4": Family(),
     "falcon": Family(),
@@ -202,6 +205,20 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
                 f"which is not supported ({reason})"
             )
     return family
+
+
+def check_past(config: PretrainedConfig, name: str) -> None:
+    """Whether prompts of keys and values can be trained.
+
+    Raises:
+        BadInput: if not; says why.
+    """
+    reason = family_of(config, name).no_past
+    if reason:
+        raise BadInput(
+            f"prompts.method: prefix_tuning cannot train base.model {name!r} of family "
+            f"{config.model_type!r} ({reason}); use prompt_tuning or p_tuning"
+        )
 
 
 def context_length(config: PretrainedConfig) -> int:

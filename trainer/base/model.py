@@ -95,7 +95,7 @@ class PromptedBase(nn.Module):
         if self.packed:
             hidden_NH = self._packed(stream, hidden_TH, past)
         else:
-            assert not past, "refused before the base was loaded"
+            assert not past, "check_past refuses this"
             hidden_NH = self._padded(stream, hidden_TH)
         # Logits only where there is a label: the head sees N positions instead of T.
         nll_N: Tensor = self.model.get_output_embeddings()(hidden_NH, stream.labels_N)
