@@ -91,7 +91,7 @@ class PromptedBase(nn.Module):
         past = [virtual_tokens[k].to(self.dtype) for k, _ in stream.past]
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
             # Backward then gathers the same layers as on a rank whose stream has virtual tokens.
-            hidden_TH = hidden_TH.detach().requires_grad_()
+            hidden_TH = _Anchored.apply(hidden_TH, past[0])
         if self.packed:
             hidden_NH = self._packed(stream, hidden_TH, past)
         else:
@@ -166,6 +166,19 @@ class PromptedBase(nn.Module):
             config._attn_implementation = before
             for module in recomputed:
                 module.training = True
+
+
+class _Anchored(torch.autograd.Function):
+    """A constant that counts as a function of ``anchor``, with a gradient of zero, never NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, constant: Tensor, anchor: Tensor) -> Tensor:
+        ctx.like = anchor.new_zeros(()).expand(anchor.shape)
+        return constant.view_as(constant)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.like
 
 
 def _insert_prompt(words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor) -> Tensor:
