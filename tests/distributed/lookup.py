@@ -23,7 +23,7 @@ from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import generate
 from trainer.objective import step_gradients
-from trainer.tasks.streams import build_stream, plan_streams
+from trainer.tasks.streams import PromptLengths, build_stream, plan_streams
 
 TABLE = "model.embed_tokens.weight"
 MAX_TOKENS = 40  # several streams a rank
@@ -115,10 +115,10 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
 def streams(world_size: int) -> list[tuple[Tensor, ...]]:
     """Ids of all ranks' streams of the step, one tuple for each lookup."""
     pieces, prompts = problem()
-    lengths = [len(prompt) for prompt in prompts]
-    plan = plan_streams(pieces, lengths, world_size, MAX_TOKENS)
+    lengths = PromptLengths.of(prompts)
+    plan = plan_streams(pieces, lengths.tokens, world_size, MAX_TOKENS)
     return [
-        tuple(build_stream(stream, lengths).token_ids_T for stream in together)
+        tuple(build_stream(stream, lengths.tokens, lengths.past).token_ids_T for stream in together)
         for together in zip(*plan, strict=True)
     ]
 
