@@ -5,6 +5,10 @@
 Makes a Llama of 110M random weights in bf16, loads it both ways, trains a soft prompt for one step
 of several micro-batches, and writes a table and JSON to benchmarks/results/. Bytes are counted, not
 estimated, and do not depend on the machine; needs the ``test`` extra (peft) and accelerate.
+
+The head of that model is its embedding table, which the head needs in full. Where the head is a
+matrix of its own, only the rows of the stream's words are fetched from the table: measured on a
+second model, with the same layers and an untied head (134M weights).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,10 +52,13 @@ def main() -> None:
         _python("-m", "benchmarks.base", "make", str(folder))
         prepared = Path(temporary) / "llama-110m-int8"
         _python("-m", "launch", "prepare", str(folder), str(prepared))
+        untied = Path(temporary) / "llama-134m-untied"
+        _python("-m", "benchmarks.base", "make", str(untied), "untied")
         arms = {
             "ours": _ranks(folder, "ours", "keep"),
             "ours, 8-bit folder": _ranks(prepared, "ours", "keep"),
             "ours, embeddings int8": _ranks(folder, "ours", "int8"),
+            "ours, untied head": _ranks(untied, "ours", "keep"),
             "peer": _ranks(folder, "peer"),
         }
         file_bytes = (folder / "model.safetensors").stat().st_size
@@ -73,13 +81,18 @@ def main() -> None:
 def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
     """Each figure beside what it is to reach: the worst rank's, in the unit of its name."""
     ours, lean, peer = arms["ours"], arms["ours, embeddings int8"], arms["peer"]
-    bf16 = 2 * ours["parameters"]
-    gathered = DEFAULT_ZERO3 * bf16
+    untied = arms["ours, untied head"]
+    gathered = DEFAULT_ZERO3 * 2 * ours["parameters"]
+    gathered_untied = DEFAULT_ZERO3 * 2 * untied["parameters"]
     return [
         _figure("int8 bytes at rest per rank / peer's", ours["int8"] / peer["int8"], 0.4),
         _figure("all base bytes at rest per rank / peer's", ours["base"] / peer["base"], None),
         _figure("gathered per step / 1.77 x bf16 model", ours["gathered"] / gathered, 0.32),
+        _figure(
+            "the same, head untied from embeddings", untied["gathered"] / gathered_untied, 0.32
+        ),
         _figure("the same, embeddings int8", lean["gathered"] / gathered, 0.32),
+        _figure("the same, untied head in bf16", untied["gathered"] / gathered_untied, 0.32),
         _figure("gathered per step / peer's", ours["gathered"] / peer["gathered"], None),
         _figure(
             "peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1
@@ -111,18 +124,27 @@ def table(report: dict[str, Any]) -> str:
         "int8": "int8 at rest",
         "base": "base at rest",
         "gathered": "gathered per step",
+        "rows": "of it looked-up rows",
         "peak": "peak RSS while loading",
         "read": "read",
     }
-    lines += ["", f"| MB per rank | {' | '.join(titles.values())} |", "|---" * 6 + "|"]
+    lines += [
+        "",
+        f"| MB per rank | {' | '.join(titles.values())} |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
     for name, arm in report["arms"].items():
-        values = ("-" if arm[key] is None else f"{arm[key] / 1e6:.1f}" for key in titles)
+        values = ("-" if arm[key] is None else f"{arm[key] / 1e6:.2f}" for key in titles)
         lines.append(f"| {name} | {' | '.join(values)} |")
     lines += [
         "",
         "Gathered: whole size of every gathered buffer, a rank's own part included, as in the "
-        "1.77. At rest: after the step. RSS: above what imports and process groups take. The peer "
-        "reads the whole file on every rank, through a memory map, which is not counted.",
+        "1.77. With it goes what word embeddings looked up by the row take: counts, ids and rows. "
+        "Only a table that is not the head's too is looked up; a tied one is gathered for the "
+        f"head, once per step. The model with an untied head has the same layers and "
+        f"{report['arms']['ours, untied head']['parameters'] / 1e6:.0f}M weights. At rest: after "
+        "the step. RSS: above what imports and process groups take. The peer reads the whole file "
+        "on every rank, through a memory map, which is not counted.",
         "",
     ]
     return "\n".join(lines)
@@ -151,7 +173,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
         }
     )
     engine = Engine(600)
-    gathered = _count_gathers()
+    gathered, swapped = _count_gathers(), _count_swaps()
     files = open_base(config.base)
     with open(os.devnull, "w") as nothing:
         before = _start_peak()
@@ -165,15 +187,20 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     ]
     prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02
     for _ in range(2):  # the second is a step like all that follow
-        start = gathered[0]
+        start, rows_start = gathered[0], swapped[0]
         step_gradients(engine, loaded.model, pieces, [prompt], VIRTUAL + ROWS * LENGTH)
+    embedding = loaded.model.model.get_input_embeddings()
+    table = 0 if embedding.tied else embedding.num_embeddings * embedding.embedding_dim
     sizes = [p.ds_numel * p.ds_tensor.element_size() for p in loaded.model.parameters()]
+    sizes.append(table * embedding.rows.element_size() if table else 0)
+    row_bytes = swapped[0] - rows_start
     stored = base_bytes(loaded.model)
     result = {
-        "parameters": sum(p.ds_numel for p in loaded.model.parameters()),
+        "parameters": table + sum(p.ds_numel for p in loaded.model.parameters()),
         "int8": _live_int8(),
         "base": stored,
-        "gathered": gathered[0] - start,
+        "gathered": gathered[0] - start + row_bytes,
+        "rows": row_bytes,
         "peak": peak,
         "allowed": stored + 2 * max(sizes),
         "read": loaded.stats.bytes_read,
@@ -228,6 +255,7 @@ def peer(folder: str) -> dict[str, Any]:
             "int8": _live_int8(),
             "base": _live_base(prompted),
             "gathered": gathered[0] // 2,  # of two steps
+            "rows": None,
             "peak": peak,
             "read": None,
         }
@@ -248,6 +276,20 @@ def _count_gathers() -> list[int]:
     return total
 
 
+def _count_swaps() -> list[int]:
+    """Bytes that word embeddings are looked up with from now on, in a list of one."""
+    import torch.distributed as dist
+
+    swap, total = dist.all_to_all_single, [0]
+
+    def counted(taken: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        total[0] += taken.nbytes
+        return swap(taken, *arguments, **options)
+
+    dist.all_to_all_single = counted
+    return total
+
+
 def _live_int8() -> int:
     """Bytes of all int8 memory that is alive, shared memory counted once."""
     return sum(_storages(t for t in _tensors() if t.dtype == torch.int8).values())
@@ -262,8 +304,10 @@ def _live_base(model: torch.nn.Module) -> int:
 
 
 def _tensors() -> list[torch.Tensor]:
+    """All tensors that are alive, without those that torch.compile only imagines."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return [tensor for tensor in found if not is_fake(tensor)]
 
 
 def _storages(tensors: Any) -> dict[int, int]:
@@ -301,10 +345,10 @@ def _worst(result: dict[str, Any]) -> dict[str, Any]:
 # --- processes ---
 
 
-def make(folder: str) -> None:
+def make(folder: str, head: str = "tied") -> None:
     from tests.random_base import llama_config, save_random
 
-    save_random(Path(folder), llama_config(**SHAPE))
+    save_random(Path(folder), llama_config(**SHAPE | {"tie_word_embeddings": head == "tied"}))
 
 
 def _ranks(folder: Path, arm: str, *arguments: str) -> dict[str, Any]:
@@ -337,7 +381,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     elif sys.argv[1] == "make":
-        make(sys.argv[2])
+        make(*sys.argv[2:])
     else:
         measured = {"ours": ours, "peer": peer}[sys.argv[1]](*sys.argv[3:])
         if os.environ.get("RANK", "0") == "0":

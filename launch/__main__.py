@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launch import __version__, local, messages, preflight, processes
+from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
 EXIT_CODES = """\
@@ -171,6 +173,64 @@ def prepare(
         options.append(f"--revision={revision}")
     command = [sys.executable, "-m", "trainer.prepare", *options, "--", base, out]
     _end(subprocess.run(command, check=False).returncode)
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN.yaml|RUN_DIR|MODEL",
+            help="A run file, the output_dir of a run, or a model's folder or hub id.",
+        ),
+    ],
+    overrides: Overrides = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Look at the base: what storing it in int8 costs.")
+    ] = False,
+    rows: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Validation rows of each task that are scored.")
+    ] = 64,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Where all numbers go. [default: base_inspection.json in a RUN_DIR]",
+        ),
+    ] = None,
+    processes: Processes = None,
+) -> None:
+    """Measure what int8 does to a base: to its weights, and to the losses of its prompts.
+
+    Of every weight that int8 rounds: the relative error, that of its worst row, and the share of
+    rows with an outlier, in one line per layer. Then the validation loss of no prompt, of the
+    hand-written and, in a RUN_DIR, of the trained prompts: over the base as it was published,
+    and over int8 with each base.matmul that works here. Of a MODEL alone, the weights only.
+
+    **Examples:**
+
+    - `promptshard inspect run.yaml --base base.head=int8`
+    - `promptshard inspect runs/quickstart --base --rows 200`
+    - `promptshard inspect meta-llama/Llama-3.1-8B --base base.embeddings=int8 --json errors.json`
+    """
+    if not base:
+        raise BadInput(
+            "inspect: say what to look at: --base measures what int8 costs the base, in its "
+            "weights and in validation losses"
+        )
+    found = preflight.check_target(target, overrides or [])
+    if json_file is None and preflight.is_run_dir(target):
+        json_file = Path(target) / "base_inspection.json"
+    # NAME=VALUE in one word, as a name may start with a dash
+    options = [f"--json={preflight.check_new_file(json_file)}"] if json_file else []
+    arguments = [target, *(overrides or []), *options]
+    if isinstance(found, RunConfig):
+        arguments.append(f"--rows={rows}")
+        _launch("trainer.inspect", arguments, found.output_dir, processes, None)
+    else:
+        command = [sys.executable, "-m", "trainer.inspect", "--model", *arguments]
+        _end(subprocess.run(command, check=False).returncode)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -24,9 +24,6 @@ from trainer.errors import BadInput
 CPU_PROCESSES = 2  # default without a GPU: the smallest number that shards
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 
-#: Tells the trainer which descriptor is the person's stdout; see trainer/terminal.py.
-STDOUT_FD_VARIABLE = "PROMPTSHARD_STDOUT_FD"
-
 
 @dataclass(frozen=True)
 class Devices:

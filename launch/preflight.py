@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.config import RunConfig, load, resolve_path
-from trainer.errors import BadInput
+from launch import messages
+from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path
+from trainer.console import Console
+from trainer.errors import BadInput, did_you_mean
 
 
 def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
@@ -18,11 +20,21 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
     Raises:
         BadInput: with every problem found; those of the run file first, as they hide the others.
     """
-    config = load(run_file, overrides)
+    return check_config(load(run_file, overrides))
+
+
+def check_config(config: RunConfig) -> RunConfig:
+    """The same for a run file that is loaded."""
     problems = [*_base(config), *_policy(config), *_output(config)]
-    problems += _rows(config)
+    notes: list[str] = []
+    try:
+        notes = _rows(config)
+    except BadInput as error:
+        problems += error.problems
     if problems:
         raise BadInput(problems)
+    for text in notes:
+        messages.note(text)
     return config
 
 
@@ -36,8 +48,7 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     config = load(saved)
     names = [item.name for item in config.prompts]
     if prompt is not None and prompt not in names:
-        close = difflib.get_close_matches(prompt, names, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(prompt, names)
         raise BadInput(
             f"--prompt: {prompt!r} is not a prompt of {run_dir}{hint}; known: {', '.join(names)}"
         )
@@ -46,6 +57,46 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
             f"{run_dir}: prompt {prompt!r} is not saved yet; train the run to its end first"
         )
     return config
+
+
+def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
+    """What ``inspect`` is to look at: a run file, an output folder, or a base without either.
+
+    Raises:
+        BadInput: if it is none of these, or with every problem found in it.
+    """
+    path = Path(target)
+    if is_run_dir(target):
+        return check_config(load_output(path, overrides))
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return check_run(target, overrides)
+    folder = resolve_path(target)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(
+            f"{target}: has neither a run.yaml (the output folder of a run) nor a config.json "
+            "(a model's folder); give a run file, a run's folder, or a model's folder or hub id"
+        )
+    if not folder.is_dir() and _looks_local(target):
+        raise BadInput(
+            f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
+            "folder or hub id"
+        )
+    return load_base(target, overrides)
+
+
+def is_run_dir(target: str) -> bool:
+    """Whether a folder is the output folder of a run."""
+    return (Path(target) / "run.yaml").is_file()
+
+
+def check_new_file(path: Path) -> Path:
+    """The whole path of a file that can be written."""
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        raise BadInput(f"--json: {path} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--json: cannot write into {path.parent}; name a folder that is there")
+    return path
 
 
 def open_log(output_dir: str, name: str) -> Path:
@@ -63,15 +114,20 @@ def _base(config: RunConfig) -> Iterator[str]:
     """A base that must be a folder but is none. Anything else may be a hub id."""
     name = config.base.model
     folder = resolve_path(name)
-    first = Path(name).expanduser().parts[:1]
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             yield f"base.model: {name} has no config.json, so it is not a model's folder"
     elif folder.exists():
         yield f"base.model: {name} is a file; name the folder it is in"
-    elif looks_local or (first and resolve_path(first[0]).is_dir()):
+    elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name that is no folder was meant as one, and not as a hub id."""
+    first = Path(name).expanduser().parts[:1]
+    shaped = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return shaped or bool(first and resolve_path(first[0]).is_dir())
 
 
 def _policy(config: RunConfig) -> Iterator[str]:
@@ -98,10 +154,8 @@ def _output(config: RunConfig) -> Iterator[str]:
 
 
 def _rows(config: RunConfig) -> list[str]:
-    from trainer.tasks.rows import check_rows  # loads the datasets library only where rows are read
+    """Check every row; what is worth knowing about them."""
+    from trainer.tasks.rows import check_rows  # loads Arrow only where rows are read
 
-    try:
-        check_rows(config)
-    except BadInput as error:
-        return error.problems
-    return []
+    with Console(sys.stderr, sys.stderr).reading() as said:
+        return check_rows(config, said=said)

@@ -25,8 +25,8 @@ from typing import IO, Any
 import psutil
 
 from launch import guard
-from launch.local import STDOUT_FD_VARIABLE
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE
+from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 
 GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
 PER_NODE_MODULE = "deepspeed.launcher.launch"  # what the runner starts, and what starts the ranks

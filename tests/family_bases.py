@@ -56,6 +56,22 @@ _LONG = {
 }
 
 _HALF = {"partial_rotary_factor": 0.5}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
+#: Queries, keys and values of several sizes, by way of a smaller state.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 
 #: name of the case -> (model_type, settings)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -116,6 +132,74 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_oss",
         {**_LLAMA, **_ALTERNATING, "head_dim": 16, "num_local_experts": 4},
     ),
+    "afmoe": ("afmoe", {**_MOE, **_ALTERNATING, "head_dim": 12}),
+    "arcee": ("arcee", _LLAMA),
+    "biogpt": (
+        "biogpt",
+        {**_BASIC, "intermediate_size": 64, "max_position_embeddings": 128},
+    ),
+    "codegen": ("codegen", {**_BASIC, "rotary_dim": 4, "n_positions": 128, "n_inner": 64}),
+    "cwm": ("cwm", {**_LLAMA, **_ALTERNATING, "head_dim": 12, "bos_token_id": 2}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **_MOE,
+            **_LATENT,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "diffllama": ("diffllama", _LLAMA),
+    "doge": ("doge", _LLAMA),
+    "ernie4_5": ("ernie4_5", _LLAMA),
+    "exaone4": ("exaone4", {**_LLAMA, **_ALTERNATING}),
+    "flex_olmo": ("flex_olmo", _MOE),
+    "glm": ("glm", {**_LLAMA, **_HALF, "head_dim": 12}),
+    "glm4": ("glm4", {**_LLAMA, **_HALF, "head_dim": 12}),
+    "gpt_bigcode": ("gpt_bigcode", {**_BASIC, "n_positions": 128}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            **_BASIC,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": WINDOW,
+            "intermediate_size": 64,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "granite": ("granite", {**_LLAMA, **_GRANITE}),
+    "granitemoe": ("granitemoe", {**_MOE, **_GRANITE, "num_local_experts": 4}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**_MOE, **_GRANITE, "num_local_experts": 4, "shared_intermediate_size": 32},
+    ),
+    "helium": ("helium", {**_LLAMA, "head_dim": 12}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {**_LLAMA, "head_dim": 16}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**_MOE, "head_dim": 16, "moe_topk": 2}),
+    "jais2": ("jais2", _LLAMA),
+    "mellum": ("mellum", _MOE),
+    "ministral": (
+        "ministral",
+        {**_LLAMA, **_ALTERNATING, "head_dim": 16, "rope_parameters": _ROPE},
+    ),
+    "ministral3": ("ministral3", {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW}),
+    "mpt": ("mpt", {**_BASIC, "max_seq_len": 128, "expansion_ratio": 2, "n_heads": 12}),
+    "nanochat": ("nanochat", _LLAMA),
+    "nemotron": ("nemotron", {**_LLAMA, **_HALF}),
+    "olmo3": ("olmo3", {**_LLAMA, **_ALTERNATING}),
+    "persimmon": ("persimmon", {**_LLAMA, **_HALF}),
+    "seed_oss": ("seed_oss", {**_LLAMA, "head_dim": 16}),
+    "smollm3": (
+        "smollm3",
+        {**_LLAMA, **_ALTERNATING, "use_sliding_window": True, "no_rope_layers": [1, 0]},
+    ),
+    "vaultgemma": (
+        "vaultgemma",
+        {**_LLAMA, **_ALTERNATING, "head_dim": 16, "attn_logit_softcapping": 2.0},
+    ),
+    "xglm": ("xglm", {**_BASIC, "ffn_dim": 64, "max_position_embeddings": 128}),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainer.base.embedding import RowExchange
 from trainer.base.files import open_base
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
@@ -25,14 +26,18 @@ class OneRank:
     ranks: int = 1
     shards: list[Tensor] = field(default_factory=list)
     scales: list[Tensor] = field(default_factory=list)
+    exchange: RowExchange | None = None
 
-    def bounds(self, num_elements: int) -> tuple[int, int]:
-        size = -(-num_elements // self.ranks)
+    def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
+        size = self._size(num_elements, unit)
         start = min(self.rank * size, num_elements)
         return start, min(start + size, num_elements)
 
-    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(-(-num_elements // self.ranks), dtype=dtype)
+    def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
+        return torch.zeros(self._size(num_elements, unit), dtype=dtype)
+
+    def _size(self, num_elements: int, unit: int) -> int:
+        return -(-num_elements // (self.ranks * unit)) * unit
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
         self.shards.append(shard)

@@ -30,23 +30,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = run_file.load(args.run, args.overrides)
         logs = writable(Path(config.output_dir)) / "logs"
     except BadInput as error:
-        # One rank of every node, as a file can be missing on one node alone.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            node = "" if rank == 0 else f"{platform.node()}: "
-            for problem in error.problems:
-                print(f"error: {node}{problem}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refused(rank, error)
 
     def train(console: Console) -> None:
         from trainer.run import train as train_run
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))
 
-    return guarded(rank, logs, train)
+    return guarded(rank, logs, train, resumable=True)
 
 
-def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
-    """Run this rank's program with its chatter in a log; turn what it raises into an exit code."""
+def refused(rank: int, error: BadInput) -> int:
+    """Say what is wrong before there is a log; gives the exit code."""
+    # One rank of every node, as a file can be missing on one node alone.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        node = "" if rank == 0 else f"{platform.node()}: "
+        for problem in error.problems:
+            print(f"error: {node}{problem}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def guarded(
+    rank: int, logs: Path, program: Callable[[Console], None], *, resumable: bool = False
+) -> int:
+    """Run this rank's program with its chatter in a log; turn what it raises into an exit code.
+
+    Args:
+        resumable: a program that was stopped goes on from its newest checkpoint.
+    """
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
     console = Console(terminal.out, terminal.err, log)
@@ -55,7 +66,10 @@ def guarded(rank: int, logs: Path, program: Callable[[Console], None]) -> int:
         program(console)
         return EXIT_DONE
     except KeyboardInterrupt:
-        return _stopped(logs.parent, console)
+        if resumable:
+            return _stopped(logs.parent, console)
+        console.error("stopped")
+        return EXIT_FAILURE
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)

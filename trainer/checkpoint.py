@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from trainer import atomic
 from trainer.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -143,16 +144,9 @@ def _write_all(
     }
     folder.mkdir()
     for name, content in files.items():
-        _write(folder / name, content)
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        atomic.write(folder / name, content, durable=True)
+    atomic.write(folder / MANIFEST, json.dumps(manifest, indent=1), durable=True)
     _flush(folder)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush(folder: Path) -> None:

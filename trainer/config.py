@@ -7,6 +7,7 @@ with the line, the setting, its value and the remedy.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,12 @@ from pydantic import (
 )
 
 from trainer import runfile
-from trainer.errors import BadInput
+from trainer.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+#: Metrics for which less is better.
+LOWER_IS_BETTER = frozenset({"loss"})
 
 
 def _no_bool(value: Any) -> Any:
@@ -87,14 +91,27 @@ class Base(Section):
     head: Literal["keep", "int8"] = Field(
         "keep", description="the same for the head; where it is the embedding table, both are one"
     )
-    matmul: Literal["auto", "int8", "dequantize"] = Field(
+    matmul: Literal["auto", "int8", "int8_outliers", "dequantize"] = Field(
         "auto",
-        description="int8: activations are quantised too; dequantize: exact to the stored weights; "
-        "auto: int8 where that was measured to be faster",
+        description="int8: activations are quantised too; int8_outliers: all but the largest; "
+        "dequantize: exact to the stored weights; auto: int8 where that was measured to be faster",
+    )
+    outlier_threshold: PositiveFloat = Field(
+        6.0, description="matmul int8_outliers: activations beyond this are not quantised"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Base:
+        problems = []
+        if self.outlier_threshold != 6.0 and self.matmul != "int8_outliers":
+            problems.append(
+                f"outlier_threshold: matmul {self.matmul} knows no outliers; use matmul: "
+                "int8_outliers, or remove it"
+            )
+        return _checked(self, problems)
 
 
 class Engine(Section):
@@ -132,21 +149,117 @@ class Engine(Section):
         return value
 
 
+class DataSource(Section):
+    """Where rows come from: files, a folder of ``Dataset.save_to_disk``, or a hub data set."""
+
+    path: str | None = Field(
+        None, description="a file, a glob such as data/*.jsonl, or a folder of save_to_disk"
+    )
+    hub: str | None = Field(None, description="id of a data set of the Hugging Face hub")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(
+        None, description="split of a hub data set or saved folder; default: that of the setting"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    weight: PositiveFloat | None = Field(
+        None,
+        description="share of the rows of an epoch, beside the other sources' weights; an epoch "
+        "has as many rows as all sources together, so a large weight repeats a small source; "
+        "null, for all sources alike: every row once",
+    )
+    max_rows: PositiveInt | None = Field(
+        None, description="most rows of this source, chosen by a hash of their content"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``hf://NAME`` stands for ``{hub: NAME}``, any other text for ``{path: TEXT}``."""
+        if not isinstance(value, str):
+            return value
+        return {"hub": value[5:]} if value.startswith("hf://") else {"path": value}
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        alone = [key for key in ("name", "revision") if getattr(self, key) and self.hub is None]
+        return _checked(self, [f"{key}: only a hub data set has one" for key in alone])
+
+    @property
+    def label(self) -> str:
+        """The source as messages name it."""
+        if self.path is not None:
+            return self.path
+        return f"hf://{self.hub}" + (f"/{self.name}" if self.name else "")
+
+
+def _listed(value: Any) -> Any:
+    """One source or a list of them: always a list."""
+    return value if value is None or isinstance(value, list) else [value]
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_listed), Field(min_length=1)]
+#: Share of the train rows that is kept for validation where no rows are named for it.
+DEFAULT_VALIDATION_SHARE = 0.1
+
+
+class TokenColumns(Section):
+    """Columns of rows that are token ids already."""
+
+    input_ids: str = Field("input_ids", min_length=1, description="column of the token ids")
+    labels: str = Field(
+        "labels", min_length=1, description="column of the labels: the id itself, or -100 for none"
+    )
+
+
 class Task(Section):
     """Rows + template + metric."""
 
     name: Name
-    train: str = Field(description="jsonl, json, csv or parquet file")
-    validation: str | None = Field(None, description="rows never trained on")
-    shifted_validation: str | None = Field(
+    train: Sources = Field(
+        description="one or a list of: a jsonl, json, csv, tsv, txt, parquet or arrow file, a "
+        "glob, a folder of save_to_disk, hf://NAME, or a mapping with weight and max_rows"
+    )
+    validation: Sources | None = Field(
+        None, description="rows never trained on; null: validation_share of the train rows"
+    )
+    shifted_validation: Sources | None = Field(
         None, description="rows that ask the same in another context: shows overfitting"
     )
-    input: str = Field(description="template with {column} fields: what the base reads")
-    target: str = Field(description="template with {column} fields: what it should write")
+    validation_share: Annotated[float, _Number, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="share of the train rows kept for validation, chosen by a hash of their "
+        "content: equal rows stay together, and new rows move none; null: 0.1; 0: no validation",
+    )
+    max_rows: PositiveInt | None = Field(
+        None,
+        description="most train rows; those with the smallest hash of their content, so that "
+        "fewer are always among more and neither depends on the order of the file",
+    )
+    max_validation_rows: PositiveInt | None = Field(
+        None, description="the same for validation and for shifted_validation"
+    )
+    input: str = Field("", description="template with {column} fields: what the base reads")
+    target: str = Field("", description="template with {column} fields: what it should write")
+    messages: str | None = Field(
+        None,
+        description="in place of input and target: the column that holds a dialogue, a list of "
+        "{role, content}; written by the tokenizer's chat template, the assistant's turns learnt",
+    )
+    tokens: TokenColumns | None = Field(
+        None, description="in place of input and target: columns of token ids and labels"
+    )
     choices: list[str] | None = Field(
         None, description="values of the target's one column, scored by their likelihood"
     )
-    metric: Literal["accuracy", "exact_match", "execution", "loss"] = Field(
+    multi_label: bool = Field(
+        False, description="the target's column holds a list of choices; scored by generating"
+    )
+    label_separator: str = Field(
+        ", ", min_length=1, description="multi_label: stands between the labels of a row"
+    )
+    metric: Literal["accuracy", "exact_match", "f1", "execution", "loss"] = Field(
         "loss", description="higher is better, but for loss"
     )
     tests: str = Field(
@@ -171,11 +284,78 @@ class Task(Section):
             raise ValueError('YAML reads a bare yes, no, on or off as true or false; write "yes"')
         return [str(c) if isinstance(c, int | float) else c for c in choices]
 
+    @property
+    def has_validation(self) -> bool:
+        return self.validation is not None or self.kept_share > 0
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the train rows that become validation rows."""
+        if self.validation is not None:
+            return 0.0
+        share = self.validation_share
+        return DEFAULT_VALIDATION_SHARE if share is None else share
+
+    @property
+    def scored_by_likelihood(self) -> bool:
+        """Every choice is scored on every row; else the row's own target alone."""
+        return self.choices is not None and not self.multi_label
+
     @model_validator(mode="after")
     def _check(self) -> Task:
+        problems = [*self._problems_of_form(), *self._problems_of_choices()]
+        for name in ("train", "validation", "shifted_validation"):
+            sources = getattr(self, name) or []
+            weights = [source.weight for source in sources]
+            if any(weights) and None in weights:
+                problems.append(
+                    f"{name}[{weights.index(None)}].weight: is missing; give every source of "
+                    f"{name} a weight, or none"
+                )
+            if any(weights) and name != "train":
+                problems.append(f"{name}: weights mix train rows; validation reads all rows once")
+        if self.validation is not None and self.validation_share is not None:
+            problems.append("validation_share: validation names its rows already; remove one")
+        if not self.has_validation:
+            for name in ("shifted_validation", "hand_written"):
+                if getattr(self, name):
+                    problems.append(
+                        f"{name}: needs validation too; name rows to score, or give "
+                        "validation_share"
+                    )
+        if self.tests != "tests" and self.metric != "execution":
+            problems.append(f"tests: metric {self.metric} runs none; use metric: execution")
+        return _checked(self, problems)
+
+    def _problems_of_form(self) -> list[str]:
+        """Exactly one of: input and target, messages, tokens."""
+        other = [name for name in ("messages", "tokens") if getattr(self, name) is not None]
+        if not other:
+            problems = [
+                f"{name}: is missing; add it"
+                for name in ("input", "target")
+                if not getattr(self, name)
+            ]
+            if self.input and not template_fields(self.input):
+                problems.append("input: has no {column} field, so every row would read the same")
+            return problems
+        allowed = ("loss", "exact_match") if other[0] == "messages" else ("loss",)
+        clash = [*other[1:], *(n for n in ("input", "target") if getattr(self, n))]
+        problems = [f"{name}: rows come from {other[0]}; remove one" for name in clash]
+        problems += [
+            f"{name}: needs input and target; rows come from {other[0]}"
+            for name in ("choices", "hand_written")
+            if getattr(self, name)
+        ]
+        if self.metric not in allowed:
+            problems.append(
+                f"metric: {self.metric!r} needs input and target; with {other[0]} use "
+                f"{' or '.join(allowed)}"
+            )
+        return problems
+
+    def _problems_of_choices(self) -> list[str]:
         problems = []
-        if not template_fields(self.input):
-            problems.append("input: has no {column} field, so every row would read the same")
         if self.metric == "accuracy" and not self.choices:
             problems.append(
                 "choices: metric accuracy needs them; list the labels, or use exact_match"
@@ -189,13 +369,25 @@ class Task(Section):
                 )
             if len(self.choices) < 2 or len(set(self.choices)) != len(self.choices):
                 problems.append(f"choices: {self.choices} needs at least two values, all different")
-        if self.validation is None:
-            for name in ("shifted_validation", "hand_written"):
-                if getattr(self, name):
-                    problems.append(f"{name}: needs validation too; name a file of rows to score")
-        if self.tests != "tests" and self.metric != "execution":
-            problems.append(f"tests: metric {self.metric} runs none; use metric: execution")
-        return _checked(self, problems)
+        if self.multi_label:
+            problems += self._problems_of_labels()
+        elif self.metric == "f1":
+            problems.append("metric: f1 compares sets of labels; add multi_label: true")
+        return problems
+
+    def _problems_of_labels(self) -> list[str]:
+        if self.choices is None:
+            return ["choices: multi_label needs them; list the labels"]
+        mark = self.label_separator.strip() or self.label_separator
+        inside = [choice for choice in self.choices if mark in choice]
+        problems = [
+            f"label_separator: {self.label_separator!r} stands in the choice {choice!r} too; "
+            "use another"
+            for choice in inside[:1]
+        ]
+        if self.metric not in ("f1", "exact_match", "loss"):
+            problems.append(f"metric: {self.metric!r} takes one label; use f1 or exact_match")
+        return problems
 
 
 class Init(Section):
@@ -269,7 +461,8 @@ class Training(Section):
 
     steps: PositiveInt
     tokens_per_step: PositiveInt = Field(
-        8192, description="useful tokens of one prompt's update, over all ranks and micro-batches"
+        8192,
+        description="most useful tokens of one prompt's update, over all ranks and micro-batches",
     )
     micro_batch_tokens: PositiveInt = Field(8192, description="most tokens of one stream")
     seed: NonNegativeInt = 0
@@ -334,15 +527,15 @@ class RunConfig(Section):
         names = [task.name for task in self.tasks]
         problems = [
             f"prompts[{i}].task: {prompt.task!r} is not a task of this file; "
-            f"known: {', '.join(names)}{runfile.did_you_mean(prompt.task, names)}"
+            f"known: {', '.join(names)}{did_you_mean(prompt.task, names)}"
             for i, prompt in enumerate(self.prompts)
             if prompt.task not in names
         ]
-        without = [task.name for task in self.tasks if task.validation is None]
+        without = [task.name for task in self.tasks if not task.has_validation]
         if self.evaluation.early_stopping and without:
             problems.append(
                 f"evaluation.early_stopping: task {without[0]!r} has no validation to stop by; "
-                "name a file, or remove early_stopping"
+                "name a file or a validation_share, or remove early_stopping"
             )
         return _checked(self, problems)
 
@@ -365,9 +558,13 @@ def parse_bytes(size: Any) -> int:
     return int(float(match[1]) * 1000 ** (1 + "KMGT".index(match[2])))
 
 
+#: A ``{column}`` field of a template, or a doubled brace that stands for one.
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
 def template_fields(template: str) -> list[str]:
-    """Names of the ``{column}`` fields of a template, in order; ``{{`` and ``}}`` are braces."""
-    return [name for name in re.findall(r"\{\{|\}\}|\{([^{}]+)\}", template) if name]
+    """Columns of a template in order, each once: ``{column}``; ``{{`` and ``}}`` are braces."""
+    return list(dict.fromkeys(name for name in PLACEHOLDER.findall(template) if name))
 
 
 def resolve_path(path: str) -> Path:
@@ -389,6 +586,34 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(source.data)
     except ValidationError as error:
         raise BadInput(runfile.explain(error, source, RunConfig, NOT_YET, NOT_YET_KEYS)) from None
+
+
+def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file that a run saved in its output folder, wherever that folder lies now.
+
+    Raises:
+        BadInput: as ``load``.
+    """
+    # JSON is YAML: no path is taken for anything but text.
+    here = f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"
+    return load(Path(folder) / "run.yaml", [*overrides, here])
+
+
+class _BaseAlone(Section):
+    base: Base
+
+
+def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
+    """The settings of a base that no run file names: defaults, and overrides of ``base.*``.
+
+    Raises:
+        BadInput: as ``load``.
+    """
+    source = runfile.override(runfile.Source(model, {"base": {"model": model}}, {}), overrides)
+    try:
+        return _BaseAlone.model_validate(source.data).base
+    except ValidationError as error:
+        raise BadInput(runfile.explain(error, source, _BaseAlone, NOT_YET, NOT_YET_KEYS)) from None
 
 
 def dump(config: RunConfig) -> str:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import rich.console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+import rich.text
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 #: Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL = 5.0
+#: Work that takes less is not shown.
+QUIET_SECONDS = 1.0
+#: Files of fewer rows are read in a moment.
+MANY_ROWS = 10_000
 #: Columns of a table where there is no terminal to ask.
 PLAIN_WIDTH = 110
 
@@ -69,6 +83,82 @@ class Console:
             yield Loading(bar, bar.add_task(what, total=total_bytes))
 
     @contextmanager
+    def downloading(self, what: str) -> Iterator[Downloading]:
+        """A bar with bytes while files come over a network; nothing if none do."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            console=self._out,
+            disable=not self._out.is_terminal,
+        )
+        shown = Downloading(self, bar, f"downloading {what}")
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str, int], None]]:
+        """A live line on a terminal, elsewhere one now and then, while files are read.
+
+        Yields:
+            What to tell the file's name and how many of its rows were read so far.
+        """
+        status = self._out.status("")
+        due = time.monotonic() + (QUIET_SECONDS if self._out.is_terminal else PLAIN_INTERVAL)
+
+        def said(name: str, rows: int) -> None:
+            nonlocal due
+            if rows < MANY_ROWS or (now := time.monotonic()) < due:
+                return
+            text = f"reading {name}: {rows:,} rows"
+            if self._out.is_terminal:
+                due = now + 0.1
+                status.update(rich.text.Text(text))
+                status.start()
+            else:
+                due = now + PLAIN_INTERVAL
+                self.say(text)
+
+        try:
+            yield said
+        finally:
+            status.stop()
+
+    @contextmanager
+    def working(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for what may take long; nothing is shown before ``QUIET_SECONDS`` are over.
+
+        Yields:
+            What to call with the number of rows that were just done.
+        """
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
+            TimeRemainingColumn(),
+            console=self._out,
+            disable=not self._out.is_terminal,
+        )
+        task = bar.add_task(what, total=total)
+        started, shown = time.monotonic(), False
+
+        def advance(rows: int) -> None:
+            nonlocal shown
+            bar.advance(task, rows)
+            if not shown and time.monotonic() - started > QUIET_SECONDS:
+                shown = True
+                bar.start()
+                if bar.disable:
+                    self.say(f"{what} ({total:,} rows)")
+
+        try:
+            yield advance
+        finally:
+            bar.stop()
+
+    @contextmanager
     def training(self, steps: int, done: int) -> Iterator[StepLine]:
         """The progress line of a run: step, loss, useful tokens per second, time left."""
         bar = Progress(
@@ -89,6 +179,31 @@ class Loading:
 
     def advance(self, num_bytes: int) -> None:
         self._bar.advance(self._task, num_bytes)
+
+
+class Downloading:
+    """Call it, from any thread, with the bytes that are here and those to come; both may grow."""
+
+    def __init__(self, console: Console, bar: Progress, what: str) -> None:
+        self._console, self._bar, self._what = console, bar, what
+        self._task: TaskID | None = None
+        self._last_plain = float("-inf")
+        self._lock = threading.Lock()
+
+    def __call__(self, done: int, total: int) -> None:
+        with self._lock:
+            if self._task is None:  # not before: an empty bar would be a blank line
+                self._task = self._bar.add_task(self._what)
+                self._bar.start()
+            self._bar.update(self._task, completed=done, total=total)
+            now = time.monotonic()
+            if self._bar.disable and now - self._last_plain >= PLAIN_INTERVAL:
+                self._last_plain = now
+                self._console.say(f"{self._what}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._bar.stop()
 
 
 class StepLine:

@@ -8,12 +8,15 @@ in one flat all-reduce.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,12 +29,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor, nn
 
+from trainer.base.embedding import FrozenEmbedding, RowExchange
 from trainer.config import RunConfig, parse_bytes, resolve_path
 from trainer.errors import BadInput
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
 
 T = TypeVar("T")
 
+#: How often ranks that wait for slow work hear from each other.
+TURN_SECONDS = 1.0
 #: Stands among the modules that use a parameter now, so that DeepSpeed does not release it.
 KEPT = -1
 
@@ -154,12 +160,14 @@ class Engine:
     """This rank's place among the others.
 
     Attributes:
-        gathered_bytes: bytes of base this rank has received into gathered layers so far.
+        gathered_bytes: bytes of base this rank has received so far: gathered layers, and rows that
+            were looked up with what asking for them took.
         kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
     """
 
     def __init__(self, timeout_seconds: int) -> None:
         _quiet_deepspeed()
+        _leave_shared_memory_alone()
         for name, default in {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -190,9 +198,18 @@ class Engine:
         return self.rank == 0
 
     def place(
-        self, skeleton: nn.Module, config: RunConfig, dtype: torch.dtype, *, offload: bool = False
+        self,
+        skeleton: nn.Module,
+        config: RunConfig,
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+        must_fit: bool = False,
     ) -> Placement:
         """Choose the shard group and what stays gathered, alike on all ranks.
+
+        Args:
+            must_fit: hold what ``base_memory: auto`` stands for as strictly as a number.
 
         Raises:
             BadInput: if the group does not divide the ranks, or the base does not fit.
@@ -215,7 +232,7 @@ class Engine:
             memory,
             node_sizes,
             offload=offload,
-            exact=setting != "auto",
+            exact=must_fit or setting != "auto",
         )
 
     def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Sharder:
@@ -249,6 +266,18 @@ class Engine:
         # Called directly: the wrapper of the engine refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
         return module
+
+    def release(self, base: nn.Module) -> None:
+        """Free this rank's memory of a base that is not used again, so that another can be loaded.
+
+        DeepSpeed refers to every module that it ever ran, in a list and in caches of its own, so
+        the memory is taken from under the tensors.
+        """
+        self._kept, self.kept_bytes = [], 0
+        for tensor in [*_resident(base), *base.parameters()]:
+            tensor.data = tensor.data.new_empty(0)
+        if self.device.type != "cpu":
+            get_accelerator().empty_cache()
 
     def end_step(self) -> None:
         """Release what was kept gathered; the next step fetches it again, once."""
@@ -296,6 +325,32 @@ class Engine:
             raise BadInput(found)
         return result  # type: ignore[return-value]
 
+    def on_each_node(self, work: Callable[[], T]) -> T | None:
+        """Run slow work on one rank of every node while the others wait, however long it takes.
+
+        Returns:
+            What the work gave on the first rank of a node, None on the others.
+
+        Raises:
+            BadInput: any node's, on all ranks.
+        """
+        outcome: Future[T | None] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        if self.local_rank == 0:
+            threading.Thread(target=run, daemon=True).start()
+        else:
+            outcome.set_result(None)
+        # In short turns: one collective would give up after the engine's timeout.
+        while self.any(not wait([outcome], TURN_SECONDS).done):
+            pass
+        return self.together(outcome.result)
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -318,11 +373,30 @@ class Engine:
         partition_parameters._dist_allgather_fn = counted
 
 
+class GroupRows:
+    """Swaps rows among the ranks of a shard group; what is received counts as gathered."""
+
+    def __init__(self, engine: Engine, group: Any) -> None:
+        self._engine, self._group = engine, group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Give every rank its rows and get what all have for us; see ``RowExchange``."""
+        taken = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(taken, rows, list(received), list(sent), group=self._group)
+        from_others = sum(received) - received[self.rank]
+        self._engine.gathered_bytes += from_others * taken[:1].nbytes
+        return taken
+
+
 class Sharder:
     """Builds the shards that ZeRO-3 works on, each from what this rank alone has read.
 
     ``deepspeed.zero.Init`` would take whole tensors and send rank 0's to everyone. Its bookkeeping
     is kept; the partition is put in its place directly.
+
+    Attributes:
+        exchange: swaps rows within the shard group; None in a group of one.
     """
 
     def __init__(self, engine: Engine, policy: dict[str, Any], group: Any) -> None:
@@ -332,17 +406,24 @@ class Sharder:
         )
         self._group = self._init.ds_process_group
         self._rank, self._ranks = self._init.rank, self._init.dp_world_size
+        self.exchange: RowExchange | None = None
+        if self._ranks > 1:
+            self.exchange = GroupRows(engine, self._group)
 
-    def bounds(self, num_elements: int) -> tuple[int, int]:
-        """Start and stop of this rank's part of a flat tensor; the last ranks may have less."""
-        size = self._size(num_elements)
+    def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
+        """Start and stop of this rank's part of a flat tensor; the last ranks may have less.
+
+        Args:
+            unit: elements that stay together.
+        """
+        size = self._size(num_elements, unit)
         start = min(self._rank * size, num_elements)
         return start, min(start + size, num_elements)
 
-    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+    def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
         """Memory for this rank's part of a flat tensor, padding included, zeroed."""
         device = str(self._init.remote_device)
-        shard = torch.zeros(self._size(num_elements), dtype=dtype, device=device)
+        shard = torch.zeros(self._size(num_elements, unit), dtype=dtype, device=device)
         if self._init.pin_memory:
             shard = get_accelerator().pin_memory(shard)
         return shard
@@ -375,8 +456,8 @@ class Sharder:
             for tensor, whole in zip(scales, flat.split([len(s) for s in scales]), strict=True):
                 tensor.copy_(whole)
 
-    def _size(self, num_elements: int) -> int:
-        return -(-num_elements // self._ranks)
+    def _size(self, num_elements: int, unit: int) -> int:
+        return -(-num_elements // (self._ranks * unit)) * unit
 
 
 def base_bytes(base: nn.Module) -> int:
@@ -405,13 +486,19 @@ def base_size(skeleton: nn.Module, dtype: torch.dtype) -> BaseSize:
         return parameter.numel() * min(parameter.element_size(), dtype.itemsize)
 
     whole = list(skeleton.parameters())
-    units = [[parameter] for parameter in whole]
+    looked_up = [
+        module.weight
+        for module in skeleton.modules()
+        if isinstance(module, FrozenEmbedding) and not module.tied
+    ]
+    units = [[p] for p in whole if not any(p is table for table in looked_up)]
     for module in skeleton.modules():
         if isinstance(module, nn.ModuleList):
             units += [list(layer.parameters()) for layer in module]
     largest = max(units, key=lambda unit: sum(map(num_bytes, unit)))
     return BaseSize(
         total_bytes=sum(map(num_bytes, whole)),
+        looked_up_bytes=sum(map(num_bytes, looked_up)),
         layer_bytes=sum(map(num_bytes, largest)),
         layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
     )
@@ -451,3 +538,14 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 def _quiet_deepspeed() -> None:
     """DeepSpeed logs every step of its own; only its warnings are for us."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def _leave_shared_memory_alone() -> None:
+    """Keep DeepSpeed (0.19.8) from compiling a C++ all-reduce for CPU and filling /dev/shm for it.
+
+    Only ``inference_all_reduce`` uses it, which is never called here. Each rank would write a file
+    of 69 MB there, which does not fit in many containers and stays behind when the run has ended.
+    """
+    # By name: the package has an attribute ``torch`` that is PyTorch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None

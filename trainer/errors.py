@@ -1,8 +1,9 @@
-"""Exit codes, and the one exception that means "the user can fix this"."""
+"""Exit codes, the one exception that means "the user can fix this", and hints for its words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -20,3 +21,10 @@ class BadInput(ValueError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` with the nearest known name, whatever its case, or nothing."""
+    lower = {name.lower().strip(): name for name in known}
+    close = difflib.get_close_matches(word.lower().strip(), list(lower), n=1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""

@@ -6,7 +6,7 @@ in the losses of their own streams, and one all-reduce gives all ranks all of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from trainer.base.model import PromptedBase
 from trainer.engine import Engine
 from trainer.generation import generate
+from trainer.prefetch import ahead, prepare_stream
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
-from trainer.tasks.rows import render
-from trainer.tasks.streams import Piece, build_stream, plan_streams
+from trainer.tasks.nested import split_labels
+from trainer.tasks.rows import target_text
+from trainer.tasks.streams import Piece, Stream, plan_streams
 
-#: Metrics for which less is better.
-LOWER_IS_BETTER = {"loss"}
+#: Rows of so many streams of each rank are planned together, however many there are to score.
+WINDOW_STREAMS = 64
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,37 @@ class Evaluator:
         virtual_tokens: Sequence[Tensor],
     ) -> list[dict[str, float]]:
         """``loss`` and the task's metric, under its own name, for every request."""
-        pieces, starts = _pieces(requests)
+        slots = [len(request.rows.candidates) * _width(request) for request in requests]
         lengths = [prompt.shape[0] for prompt in virtual_tokens]
-        nll = self._row_losses(pieces, lengths, virtual_tokens)
+        nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
         results = [
-            self._result(request, nll[start : start + count], virtual_tokens)
-            for request, (start, count) in zip(requests, starts, strict=True)
+            self._result(request, part, virtual_tokens)
+            for request, part in zip(requests, nll.split(slots), strict=True)
         ]
         self.engine.end_step()
         return results
 
     def _row_losses(
         self,
-        pieces: Sequence[Piece],
+        requests: Sequence[Request],
+        num_slots: int,
         lengths: Sequence[int],
         virtual_tokens: Sequence[Tensor],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
-        totals = torch.zeros(len(pieces), dtype=torch.float64, device=self.engine.device)
-        plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
-        for stream_pieces in plan[self.engine.rank]:
-            stream = build_stream(stream_pieces, lengths).to(self.engine.device)
+        totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
+
+        def streams() -> Iterator[list[Piece]]:
+            most = WINDOW_STREAMS * self.max_tokens * self.engine.world_size
+            for pieces in _windows(_pieces(requests), most):
+                plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
+                yield from plan[self.engine.rank]
+
+        def make(pieces: list[Piece]) -> Stream:
+            return prepare_stream(pieces, lengths, self.engine.device)
+
+        for prepared in ahead(make, streams()):
+            stream = prepared.to(self.engine.device)
             nll_N = self.base(stream, virtual_tokens).double()
             real = stream.label_slot_N >= 0
             totals.index_add_(0, stream.label_slot_N[real], nll_N[real])
@@ -80,42 +92,68 @@ class Evaluator:
         self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]
     ) -> dict[str, float]:
         rows, task = request.rows, request.rows.task
-        width = len(rows.candidates[0])
-        nll_RC = nll.view(-1, width)
+        nll_RC = nll.view(-1, _width(request))
         right = torch.tensor(rows.gold)[:, None]
         result = {"loss": float(nll_RC.gather(1, right).sum()) / rows.num_labels}
         if task.metric == "accuracy":
             result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
         elif task.metric != "loss":
             prompt = None if request.prompt is None else virtual_tokens[request.prompt]
-            result[task.metric] = self._generated(rows, prompt)
+            result |= self._generated(rows, prompt)
         return result
 
-    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> float:
-        """A metric of what the base writes. Generated code is run by rank 0 alone."""
+    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> dict[str, float]:
+        """Metrics of what the base writes. Generated code is run by rank 0 alone.
+
+        Of a dialogue it is the last answer.
+        """
         examples = [candidates[0] for candidates in rows.candidates]
-        inputs = [example.input_ids[: example.target_start] for example in examples]
+        inputs = [example.input_ids[: example.label_spans[-1][0]] for example in examples]
         texts = generate(
             self.engine, self.base, self.tokenizer, inputs, prompt, rows.task.max_new_tokens
         )
         values = [rows.rows[example.row] for example in examples]
-        if rows.task.metric == "exact_match":
-            return metrics.exact_match(texts, [render(rows.task.target, value) for value in values])
-        score = None
-        if self.engine.is_main:
-            passed = metrics.execution(texts, [value[rows.task.tests] for value in values])
-            score = sum(passed) / len(passed)
-        return self.engine.broadcast(score)
+        task = rows.task
+        if task.metric == "execution":
+            score = None
+            if self.engine.is_main:
+                passed = metrics.execution(texts, [value[task.tests] for value in values])
+                score = sum(passed) / len(passed)
+            return {"execution": self.engine.broadcast(score)}
+        targets = [target_text(value, task) for value in values]
+        if task.multi_label:
+            written, right = ([split_labels(t, task) for t in found] for found in (texts, targets))
+            scores = metrics.multi_label(written, right, task.choices or [])
+            return scores if task.metric == "f1" else {"exact_match": scores["exact_match"]}
+        return {"exact_match": metrics.exact_match(texts, targets)}
 
 
-def _pieces(requests: Sequence[Request]) -> tuple[list[Piece], list[tuple[int, int]]]:
-    """All rows of all requests as pieces, and where each request's slots start and how many."""
-    pieces: list[Piece] = []
-    starts = []
-    for request in requests:
-        start = len(pieces)
-        for candidates in request.rows.candidates:
-            for example in candidates:
-                pieces.append(Piece(example, request.prompt, len(pieces)))
-        starts.append((start, len(pieces) - start))
-    return pieces, starts
+def _width(request: Request) -> int:
+    """Candidates of each row."""
+    return request.rows.candidates.width
+
+
+def _pieces(requests: Sequence[Request]) -> Iterator[Piece]:
+    """All candidates of all rows of all requests; slots are numbered in this order."""
+    examples = (
+        (example, request.prompt)
+        for request in requests
+        for candidates in request.rows.candidates
+        for example in candidates
+    )
+    for slot, (example, prompt) in enumerate(examples):
+        yield Piece(example, prompt, slot)
+
+
+def _windows(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
+    """Pieces in portions of at most so many tokens, or one piece."""
+    window: list[Piece] = []
+    tokens = 0
+    for piece in pieces:
+        tokens += piece.example.num_tokens
+        if window and tokens > most:
+            yield window
+            window, tokens = [], piece.example.num_tokens
+        window.append(piece)
+    if window:
+        yield window

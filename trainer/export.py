@@ -9,13 +9,14 @@ Shape letters: P virtual tokens, H hidden size.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+
+from trainer import atomic
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
@@ -60,16 +61,9 @@ def save_peft(
         "token_dim": hidden_size,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, to_bytes({"prompt_embeddings": prompt_PH}, {"format": "pt"}))
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    _replace(folder / CARD, _card(title or folder.name, config, description).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    atomic.write(folder / WEIGHTS, to_bytes({"prompt_embeddings": prompt_PH}, {"format": "pt"}))
+    atomic.write_json(folder / CONFIG, config)
+    atomic.write(folder / CARD, _card(title or folder.name, config, description))
 
 
 def _card(name: str, config: dict[str, Any], description: str) -> str:

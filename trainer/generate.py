@@ -40,10 +40,9 @@ def _generate(
 ) -> None:
     from safetensors.torch import load_file
 
-    from trainer.base.files import open_base
     from trainer.engine import Engine
     from trainer.generation import generate
-    from trainer.sharded import load
+    from trainer.sharded import load, open_files
     from trainer.tasks.rows import render
     from trainer.tasks.tokens import encode_input
 
@@ -53,12 +52,12 @@ def _generate(
         raise BadInput(f"--prompt: {folder} has no prompt {name!r}; known: {known}")
     task = config.task(prompt.task)
     fields = template_fields(task.input)
-    if len(set(fields)) == 1:
+    if len(fields) == 1:
         text = render(task.input, {fields[0]: text})
 
     engine = Engine(config.engine.timeout_seconds)
-    files = engine.together(lambda: open_base(config.base))
-    input_ids = encode_input(files.tokenizer, text)
+    files = open_files(engine, config.base, console)
+    input_ids = encode_input(files.tokenizer, text, dialogue=task.messages is not None)
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
     if not 0 < len(input_ids) <= room:
@@ -66,7 +65,7 @@ def _generate(
             f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "
             "shorten it or lower --max-new-tokens"
         )
-    loaded = load(engine, config.base, files, config, console)
+    loaded = load(engine, files, config, console)
     tensors = load_file(folder / "prompts" / name / "adapter_model.safetensors")
     virtual_tokens = tensors["prompt_embeddings"].to(engine.device)
     (written,) = generate(engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit)

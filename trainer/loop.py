@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import LOWER_IS_BETTER, RunConfig
 from trainer.console import Console, StepLine
 from trainer.engine import Engine
-from trainer.evaluation import LOWER_IS_BETTER, Evaluator, Request
-from trainer.objective import StepResult, step_gradients
+from trainer.evaluation import Evaluator, Request
+from trainer.objective import StepResult, batch_gradients
 from trainer.optimization import EarlyStopping
+from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
-from trainer.tasks.feed import Feed, TaskData
+from trainer.tasks.feed import TaskData
 
 Scores = dict[str, float]
 
@@ -35,6 +36,7 @@ class Progress:
     """Where a run stands; saved with every checkpoint.
 
     Attributes:
+        data_wait_seconds: part of ``train_seconds`` in which nothing was there to compute with.
         scores: of each prompt at its best validation, by metric name.
         skipped: updates left out so far, and in a row, of each prompt.
     """
@@ -42,6 +44,7 @@ class Progress:
     step: int = 0
     useful_tokens: int = 0
     train_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     baselines: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
@@ -61,7 +64,7 @@ class Loop:
     evaluator: Evaluator
     tasks: Mapping[str, TaskData]
     bank: Bank
-    feed: Feed
+    feed: Prefetch
     console: Console
     log: Callable[[int, int, Mapping[str, float], str | None], None]
     save: Callable[[Loop], None]
@@ -83,26 +86,24 @@ class Loop:
         training = self.config.training
         if not self.progress.baselines:
             self._score_baselines()
-        with self.console.training(training.steps, self.progress.step) as line:
-            while self.progress.step < training.steps and any(self.bank.active):
-                self._step(line)
-                last = self.progress.step == training.steps
-                if last or self.progress.step % self.config.evaluation.every == 0:
-                    self._evaluate()
-                last = last or not any(self.bank.active)
-                if last or self.progress.step % self.config.checkpoint.every == 0:
-                    self.save(self)
+        try:
+            with self.console.training(training.steps, self.progress.step) as line:
+                while self.progress.step < training.steps and any(self.bank.active):
+                    self._step(line)
+                    last = self.progress.step == training.steps
+                    if last or self.progress.step % self.config.evaluation.every == 0:
+                        self._evaluate()
+                    last = last or not any(self.bank.active)
+                    if last or self.progress.step % self.config.checkpoint.every == 0:
+                        self.save(self)
+        finally:
+            self.feed.close()
 
     def _step(self, line: StepLine) -> None:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
-        pieces = self.feed.next_step(self.bank.active)
-        result = step_gradients(
-            self.engine,
-            self.evaluator.base,
-            pieces,
-            self.bank.virtual_tokens(),
-            self.config.training.micro_batch_tokens,
-        )
+        virtual_tokens = self.bank.virtual_tokens()
+        batch, waited = self._next_batch([prompt.shape[0] for prompt in virtual_tokens])
+        result = batch_gradients(self.engine, self.evaluator.base, batch, virtual_tokens)
         rates = self.bank.learning_rates
         norms = self.bank.update(result.gradients)
         self.progress.step += 1
@@ -114,7 +115,7 @@ class Loop:
         self.progress.train_seconds += seconds
         self.steps_here += 1
         self.train_gathered_bytes += gathered
-        self._log_step(result, norms, rates, seconds, gathered)
+        self._log_step(result, norms, rates, seconds, gathered, waited)
         if diverged is not None:
             raise diverged
         losses = [loss for loss in result.losses if not math.isnan(loss)]
@@ -125,6 +126,15 @@ class Loop:
             result.useful_tokens / seconds,
             self.progress.train_seconds / self.progress.step,
         )
+
+    def _next_batch(self, prompt_lengths: Sequence[int]) -> tuple[Batch, float]:
+        """What this step reads, and the seconds that were waited for it."""
+        started = time.perf_counter()
+        most = self.config.training.micro_batch_tokens
+        batch = self.feed.take(self.bank.active, prompt_lengths, most)
+        waited = time.perf_counter() - started
+        self.progress.data_wait_seconds += waited
+        return batch, waited
 
     def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> Diverged | None:
         """Note left-out updates; equal on all ranks, because sums and replicas are.
@@ -160,6 +170,7 @@ class Loop:
         rates: Sequence[float],
         seconds: float,
         gathered: int,
+        waited: float,
     ) -> None:
         step, tokens = self.progress.step, self.progress.useful_tokens
         for i, name in enumerate(self.bank.names):
@@ -174,6 +185,7 @@ class Loop:
         speed = {
             "useful_tokens_per_second": result.useful_tokens / seconds,
             "step_seconds": seconds,
+            "data_wait_seconds": waited,
             "gathered_bytes": gathered,
         }
         self.log(step, tokens, speed, None)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.engine import Engine
-from trainer.tasks.streams import Piece, Stream, build_stream, plan_streams
+from trainer.prefetch import Batch, Rank, prepare
+from trainer.tasks.streams import Piece, Stream
 
 
 def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
@@ -72,17 +73,25 @@ def step_gradients(
     virtual_tokens: Sequence[Tensor],
     max_tokens: int,
 ) -> StepResult:
+    """``batch_gradients`` of rows that were not prepared ahead."""
+    lengths = [prompt.shape[0] for prompt in virtual_tokens]
+    rank = Rank(engine.rank, engine.world_size, engine.device)
+    batch = prepare(list(pieces), lengths, rank, max_tokens)
+    return batch_gradients(engine, base, batch, virtual_tokens)
+
+
+def batch_gradients(
+    engine: Engine, base: nn.Module, batch: Batch, virtual_tokens: Sequence[Tensor]
+) -> StepResult:
     """Forward and backward over this rank's streams of a step, and the sum over ranks.
 
     Sums carry NaN from any rank to all, so all leave out the same updates without another word.
     """
     leaves = [prompt.detach().requires_grad_() for prompt in virtual_tokens]
-    lengths = [leaf.shape[0] for leaf in leaves]
-    counts = label_counts(pieces, len(leaves))
+    counts = label_counts(batch.pieces, len(leaves))
     sums_K = torch.zeros(len(leaves), device=engine.device)
-    plan = plan_streams(pieces, lengths, engine.world_size, max_tokens)
-    for stream_pieces in plan[engine.rank]:
-        stream = build_stream(stream_pieces, lengths).to(engine.device)
+    for stream in batch.streams:
+        stream = stream.to(engine.device)
         objective, stream_sums_K = stream_objective(base, stream, leaves, counts)
         objective.backward()
         sums_K += stream_sums_K
@@ -99,5 +108,5 @@ def step_gradients(
         losses=losses,
         gradients=[g if ok else None for g, ok in zip(gradients, finite, strict=True)],
         skipped=[count > 0 and not ok for count, ok in zip(counts, finite, strict=True)],
-        useful_tokens=sum(piece.example.num_tokens for piece in pieces),
+        useful_tokens=sum(piece.example.num_tokens for piece in batch.pieces),
     )

@@ -23,13 +23,16 @@ class BaseSize:
     """Of the base as it will be stored.
 
     Attributes:
+        total_bytes: of all that is shared out over the ranks.
         layer_bytes: of the largest unit that is gathered: a layer, or one large parameter.
         layer_elements: of the same.
+        looked_up_bytes: of the total, what is read by the row and never gathered.
     """
 
     total_bytes: int
     layer_bytes: int
     layer_elements: int
+    looked_up_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def place(
             f"{needed / 1e9:.2f} GB; give more, use more ranks or ds_configs/zero3_offload_cpu.json"
         )
     kept = 0 if group_size == 1 and not offload else max(0, memory - needed)
-    return Placement(group_size, min(kept, size.total_bytes), size.layer_elements)
+    gathered = size.total_bytes - size.looked_up_bytes
+    return Placement(group_size, min(kept, gathered), size.layer_elements)
 
 
 def _group_size(

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from trainer.base.families import family_of
 from trainer.base.files import (
     INDEX,
     SINGLE,
@@ -31,8 +30,8 @@ from trainer.base.files import (
 )
 from trainer.base.loading import row_blocks
 from trainer.base.quantization import quantize_rows
-from trainer.base.skeleton import build_skeleton
-from trainer.base.sources import RowReader, Source, find_sources
+from trainer.base.skeleton import build_skeleton, int8_sources
+from trainer.base.sources import RowReader, Source
 from trainer.config import Base
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
@@ -68,7 +67,8 @@ def prepare(
     """
     if out.exists():
         raise BadInput(f"{out}: is there already; give a new folder")
-    files = open_base(settings)
+    with console.downloading(settings.model) as progress:
+        files = open_base(settings, progress=progress)
     stored_int8 = [name for name in files.tensors if scales_name(name) in files.tensors]
     if stored_int8:
         raise BadInput(
@@ -97,14 +97,11 @@ def prepare(
 def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, Source]:
     """The checkpoint's tensors that loading would quantise, each as a source of its own."""
     skeleton = build_skeleton(files, settings, torch.float32, torch.device("cpu"))
-    sources = find_sources(skeleton, files.tensors, family_of(files.config, files.name))
     found = {}
-    for name, parameter in skeleton.named_parameters():
-        if parameter.dtype == torch.int8:
-            source = sources[name]
-            for tensor in source.tensors:
-                shape = replace(source, transposed=False).stored_shape
-                found[tensor] = Source((tensor,), shape, source.transposed)
+    for source in int8_sources(skeleton, files).values():
+        for tensor in source.tensors:
+            shape = replace(source, transposed=False).stored_shape
+            found[tensor] = Source((tensor,), shape, source.transposed)
     return found
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import platform
 import resource
 import subprocess
@@ -15,11 +13,11 @@ from typing import Any
 
 import torch
 
+from trainer import atomic
 from trainer.base.files import BaseFiles
-from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
+from trainer.config import LOWER_IS_BETTER, PROJECT_ROOT, RunConfig, dump, resolve_path
 from trainer.console import Console
 from trainer.engine import Engine, base_bytes
-from trainer.evaluation import LOWER_IS_BETTER
 from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.redact import redact
@@ -38,7 +36,7 @@ def describe_run(
     tasks: Mapping[str, TaskData],
     command: str,
 ) -> None:
-    (output / "run.yaml").write_text(redact(dump(_anywhere(config))), encoding="utf-8")
+    atomic.write(output / "run.yaml", redact(dump(_anywhere(config))))
     environment = {
         "versions": versions(),
         "python": platform.python_version(),
@@ -51,8 +49,10 @@ def describe_run(
         "command": redact(command),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    write_json(output / "environment.json", environment)
-    write_json(output / "datasets.json", [s for data in tasks.values() for s in data.sources])
+    atomic.write_json(output / "environment.json", environment)
+    atomic.write_json(
+        output / "datasets.json", [s for data in tasks.values() for s in data.sources]
+    )
 
 
 def _anywhere(config: RunConfig) -> RunConfig:
@@ -83,6 +83,7 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "useful_tokens_per_second": progress.useful_tokens / max(progress.train_seconds, 1e-9),
             "useful_tokens": progress.useful_tokens,
             "train_seconds": progress.train_seconds,
+            "data_wait_share": progress.data_wait_seconds / max(progress.train_seconds, 1e-9),
         },
         "memory": {
             "base_bytes_per_rank": max(base),
@@ -149,7 +150,7 @@ def finish(
         "data": {name: data.counts for name, data in loop.tasks.items()},
         **measured,
     }
-    write_json(output / "summary.json", summary)
+    atomic.write_json(output / "summary.json", summary)
     try:
         write_report(output)
     except Exception as error:  # the results are there; a picture of them must not lose them
@@ -224,9 +225,3 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return revision + ("+changed" if changes else "")
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -18,7 +18,7 @@ from trainer.tasks.feed import TaskData
 
 #: Settings that may change when a run goes on; every other one of these sections must not.
 MAY_CHANGE = {"training.micro_batch_tokens", "training.max_skipped_updates"}
-#: Where files lie may change; what they hold may not, and is compared by its digest.
+#: Where files lie may change; what they hold, and what is taken of it, may not: their digests tell.
 PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
 MUST_STAY = ("base", "tasks", "prompts", "training")
 
@@ -47,7 +47,7 @@ def identity_of(
     identity: dict[str, Any] = {}
     for section in MUST_STAY:
         for key, value in _flatten(section, settings[section]):
-            if key not in MAY_CHANGE and key.split(".")[-1] not in PATHS:
+            if key not in MAY_CHANGE:
                 identity[key] = value
     identity["base files"] = files.fingerprint
     for name, data in tasks.items():
@@ -59,7 +59,8 @@ def identity_of(
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(f"{prefix}.{key}", inner)
+            if key not in PATHS:
+                yield from _flatten(f"{prefix}.{key}", inner)
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for inner in value:
             yield from _flatten(f"{prefix}.{inner['name']}", inner)

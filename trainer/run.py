@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from trainer.base.files import open_base
+from trainer import atomic
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
 from trainer.evaluation import Evaluator
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
+from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.redact import redact
-from trainer.results import describe_run, finish, measure, show_results, write_json
+from trainer.results import describe_run, finish, measure, show_results
 from trainer.resume import (
     find_checkpoint,
     identity_of,
@@ -32,9 +33,11 @@ from trainer.resume import (
     put_aside,
     save_checkpoint,
 )
-from trainer.sharded import load
+from trainer.sharded import load, open_files
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
+
+T = TypeVar("T")
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
@@ -50,10 +53,23 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     output = Path(config.output_dir)
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
-    files = engine.together(lambda: open_base(config.base))
-    tasks = engine.together(
-        lambda: load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
+    files = open_files(engine, config.base, console)
+    tasks = load_once_per_node(
+        engine,
+        lambda: load_tasks(
+            config,
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            console.working,
+            console.reading,
+        ),
     )
+    for data in tasks.values():
+        for remark in data.remarks:
+            console.say(remark)
+        for leak in data.leaks:
+            console.warn(leak.warning)
     if fresh:
         engine.together(lambda: put_aside(output, console) if engine.is_main else None)
     identity = identity_of(config, files, tasks)
@@ -66,7 +82,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.close()
         return
 
-    loaded = load(engine, config.base, files, config, console)
+    loaded = load(engine, files, config, console)
     bank = Bank(
         config,
         _embedder(loaded.model, engine.device),
@@ -77,7 +93,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         make_optimizer=make_optimizer,
     )
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
-    feed = Feed(config, tasks)
+    feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
 
     def save(loop: Loop) -> None:
@@ -116,8 +132,21 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     engine.close()
 
 
+def load_once_per_node(engine: Engine, load: Callable[[], T]) -> T:
+    """What every rank loads, first by one rank of each node: the others map what it made.
+
+    Raises:
+        BadInput: on all ranks together.
+    """
+    found = engine.on_each_node(load)
+    rest = engine.together(lambda: load() if found is None else None)
+    result = rest if found is None else found
+    assert result is not None
+    return result
+
+
 def _embedder(base: nn.Module, device: torch.device) -> Any:
-    """Word embeddings [n, H] of token ids; gathers the table, so every rank calls it alike."""
+    """Word embeddings [n, H] of token ids; the table is shared out: all ranks call it alike."""
 
     def embed(token_ids: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -139,7 +168,7 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         yield ended
     except Exception as error:
         summary = {"status": "failed", "error": redact(str(error))}
-        write_json(output / "summary.json", summary)
+        atomic.write_json(output / "summary.json", summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)

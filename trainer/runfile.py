@@ -6,7 +6,6 @@ wrong with it. What the settings mean stands in trainer/config.py.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.errors import BadInput
+from trainer.errors import BadInput, did_you_mean
 
 SettingPath = tuple[str | int, ...]
 
@@ -70,11 +69,19 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
             f"{path}:{line}: {dotted(where)}: stands here twice; remove one"
             for where, line in twice
         )
-    source = Source(str(path), data, dict(_lines(node)))
+    return override(Source(str(path), data, dict(_lines(node))), overrides)
+
+
+def override(source: Source, overrides: Sequence[str]) -> Source:
+    """Apply ``key=value`` overrides, in order, and remember them.
+
+    Raises:
+        BadInput: with every override that leads nowhere.
+    """
     problems = []
-    for override in overrides:
+    for text in overrides:
         try:
-            source.overrides[_apply(data, override)] = override
+            source.overrides[_apply(source.data, text)] = text
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -126,12 +133,6 @@ def dotted(path: SettingPath) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)`` with the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _read_text(path: Path) -> str:

@@ -17,13 +17,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from trainer.base.files import open_base
+from tests.distributed.sharded_base import run_config, shard_base
 from trainer.base.linear import FrozenLinear
-from trainer.base.loading import load_base
 from trainer.base.quantization import dequantize_rows, quantize_rows
-from trainer.base.skeleton import build_skeleton
-from trainer.config import RunConfig
-from trainer.engine import Engine, base_bytes, base_digest, full_parameter, resolve_policy
+from trainer.engine import Engine, base_bytes, base_digest, full_parameter
 from trainer.objective import step_gradients
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import Example
@@ -34,20 +31,11 @@ ROWS = [7, 20, 33, 12, 5, 18, 40, 9]
 
 def main() -> None:
     out, folder, quantization, checkpointing = sys.argv[1:]
-    config = run_config(folder, quantization)
     engine = Engine(120)
-    policy = resolve_policy(config, torch.float32, 64)
-    files = open_base(config.base)
-    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
-    base, stats = load_base(
-        skeleton,
-        files,
-        dtype=torch.float32,
-        device=engine.device,
-        shard=engine.sharder(policy),
-        checkpointing=checkpointing == "yes",
-    )
-    module = engine.attach(base, policy)
+    config = run_config(folder, quantization, num_prompts=len(LENGTHS))
+    loaded = shard_base(engine, config, checkpointing=checkpointing == "yes")
+    base = loaded.model
+    module = engine.attach(base, loaded.policy)
     digest = base_digest(base)
 
     pieces, prompts = problem()
@@ -78,8 +66,9 @@ def main() -> None:
         "base_bytes": engine.all_gather(base_bytes(base)),
         "full_bytes": full_bytes(reference, quantization),
         "gathered_bytes_per_step": engine.gathered_bytes - gathered,
-        "bytes_read": stats.bytes_read,
+        "bytes_read": loaded.stats.bytes_read,
         "world_size": engine.world_size,
+        "shared_files": engine.all_gather(shared_files()),
     }
     every = engine.all_gather(result)
     if engine.is_main:
@@ -89,21 +78,6 @@ def main() -> None:
         )
         Path(out).write_text(json.dumps(result))
     engine.close()
-
-
-def run_config(folder: str, quantization: str) -> RunConfig:
-    task = {"name": "t", "train": "-", "input": "{a}", "target": "{b}"}
-    prompts = [{"name": f"p{i}", "task": "t"} for i in range(len(LENGTHS))]
-    base = {"model": folder, "quantization": quantization}
-    return RunConfig.model_validate(
-        {
-            "output_dir": "-",
-            "base": base,
-            "tasks": [task],
-            "prompts": prompts,
-            "training": {"steps": 1},
-        }
-    )
 
 
 def problem() -> tuple[list[Piece], list[torch.Tensor]]:
@@ -179,6 +153,12 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
                 equal &= torch.equal(module.absmax, absmax)
             equal &= torch.equal(whole, wanted.to(whole.dtype))
     return equal
+
+
+def shared_files() -> list[str]:
+    """Files of shared memory that this process uses and that would outlive it."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
 
 
 def full_bytes(model: Any, quantization: str) -> int:

@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 
+from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
-from trainer.base.files import open_base
-from trainer.base.loading import load_base
-from trainer.base.skeleton import build_skeleton
-from trainer.config import RunConfig
-from trainer.engine import Engine, base_digest, resolve_policy
+from trainer.engine import Engine, base_digest
 from trainer.objective import step_gradients
 
 
@@ -49,17 +46,9 @@ def train_step(
 ) -> tuple[list[float], list[Any], dict[str, Any]]:
     """Losses and gradients of one step over all ranks, and how the base is stored."""
     config = run_config(str(folder), quantization)
-    files = open_base(config.base)
-    policy = resolve_policy(config, torch.float32, 0)
-    base, _ = load_base(
-        build_skeleton(files, config.base, torch.float32, engine.device),
-        files,
-        dtype=torch.float32,
-        device=engine.device,
-        shard=engine.sharder(policy),
-        checkpointing=checkpointing,
-    )
-    module = engine.attach(base, policy)
+    loaded = shard_base(engine, config, checkpointing=checkpointing, keep_small=False)
+    base = loaded.model
+    module = engine.attach(base, loaded.policy)
     digest = base_digest(base)
     pieces, prompts = problem(base.hidden_size)
     step = step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
@@ -86,19 +75,6 @@ def compare(
         "gradient_error": max(errors(gradients, wanted)),
         **stored,
     }
-
-
-def run_config(folder: str, quantization: str) -> RunConfig:
-    task = {"name": "t", "train": "-", "input": "{a}", "target": "{b}"}
-    return RunConfig.model_validate(
-        {
-            "output_dir": "-",
-            "base": {"model": folder, "quantization": quantization},
-            "tasks": [task],
-            "prompts": [{"name": "p", "task": "t"}],
-            "training": {"steps": 1},
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m tests.distributed.loading OUT.json BASE BASE_WITH_NAN
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -12,11 +13,9 @@ from typing import Any
 
 import torch
 
-from tests.distributed.equivalence import run_config, weights_equal
-from trainer.base.files import open_base
-from trainer.base.loading import load_base
-from trainer.base.skeleton import build_skeleton
-from trainer.engine import Engine, base_bytes, resolve_policy
+from tests.distributed.equivalence import weights_equal
+from tests.distributed.sharded_base import run_config, shard_base
+from trainer.engine import Engine, base_bytes
 from trainer.errors import BadInput
 
 
@@ -31,7 +30,7 @@ def main() -> None:
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident_bytes("VmRSS")
-    base, read = load(engine, folder)
+    base, read, policy = load(engine, folder)
     peak = resident_bytes("VmHWM") - before
     result = {
         "peak": peak,
@@ -39,6 +38,7 @@ def main() -> None:
         "base_bytes": base_bytes(base),
         "weights_equal": weights_equal(base, Path(folder), "int8"),
         "nan_problems": nan_problems,
+        "released": released_bytes(engine, base, policy),
     }
     every = engine.all_gather(result)
     if engine.is_main:
@@ -46,20 +46,23 @@ def main() -> None:
     engine.close()
 
 
-def load(engine: Engine, folder: str) -> tuple[Any, int]:
-    config = run_config(folder, "int8")
-    files = open_base(config.base)
-    policy = resolve_policy(config, torch.float32, files.config.hidden_size)
-    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
-    base, stats = load_base(
-        skeleton,
-        files,
-        dtype=torch.float32,
-        device=engine.device,
-        shard=engine.sharder(policy),
-        checkpointing=False,
-    )
-    return base, stats.bytes_read
+def load(engine: Engine, folder: str) -> tuple[Any, int, dict[str, Any]]:
+    loaded = shard_base(engine, run_config(folder, "int8"))
+    return loaded.model, loaded.stats.bytes_read, loaded.policy
+
+
+def released_bytes(engine: Engine, base: Any, policy: dict[str, Any]) -> int:
+    """What the process gives back when a base that ZeRO-3 ran is released."""
+    engine.attach(base, policy)
+    with torch.no_grad():
+        base(torch.arange(4), [])
+    trim = ctypes.CDLL(None).malloc_trim
+    trim(0)
+    before = resident_bytes("VmRSS")
+    engine.release(base)
+    assert base_bytes(base) == 0
+    trim(0)
+    return before - resident_bytes("VmRSS")
 
 
 def resident_bytes(field: str) -> int:

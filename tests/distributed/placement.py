@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from tests.distributed.equivalence import errors, problem, run_config
-from trainer.base.files import open_base
-from trainer.base.loading import load_base
-from trainer.base.skeleton import build_skeleton
-from trainer.engine import Engine, base_bytes, base_digest, resolve_policy
+from tests.distributed.equivalence import errors, problem
+from tests.distributed.sharded_base import run_config, shard_base
+from trainer.engine import Engine, base_bytes, base_digest
 from trainer.errors import BadInput
 from trainer.objective import step_gradients
 
@@ -51,21 +48,10 @@ def main() -> None:
 
 
 def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None) -> dict[str, Any]:
-    config = run_config(folder, "int8")
-    config = config.model_copy(update={"engine": config.engine.model_copy(update=settings)})
-    files = open_base(config.base)
-    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
-    placement = engine.place(skeleton, config, torch.float32)
-    policy = resolve_policy(config, torch.float32, 64, placement)
-    base, stats = load_base(
-        skeleton,
-        files,
-        dtype=torch.float32,
-        device=engine.device,
-        shard=engine.sharder(policy, placement.group_size),
-        checkpointing=False,
-    )
-    module = engine.attach(base, policy, placement.kept_bytes if kept is None else kept)
+    loaded = shard_base(engine, run_config(folder, "int8", **settings), placed=True)
+    base, placement = loaded.model, loaded.placement
+    assert placement is not None
+    module = engine.attach(base, loaded.policy, placement.kept_bytes if kept is None else kept)
     digest = base_digest(base)
     pieces, prompts = problem()
     gathered = []
@@ -78,7 +64,7 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
         "losses": result.losses,
         "gradients": result.gradients,
         "base_bytes": base_bytes(base),
-        "bytes_read": stats.bytes_read,
+        "bytes_read": loaded.stats.bytes_read,
         "gathered": gathered,
         "group": dist.get_process_group_ranks(group),
         "whole_bytes": sum(p.ds_numel * p.ds_tensor.element_size() for p in base.parameters()),

@@ -50,6 +50,9 @@ class TestEquivalence:
         share = found["full_bytes"] / found["world_size"]
         assert max(found["base_bytes"]) <= 1.05 * share + 12_000
 
+    def test_ranks_fill_no_shared_memory(self, found: Any) -> None:
+        assert found["shared_files"] == [[]] * found["world_size"]
+
     def test_nan_on_one_rank_skips_that_prompt_on_all(
         self, found: Any, case: tuple[int, str, str]
     ) -> None:

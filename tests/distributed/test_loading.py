@@ -56,6 +56,10 @@ def test_peak_memory_is_the_shard_and_two_tensors(ranks: Any, large_base: Path) 
         assert rank["peak"] <= rank["base_bytes"] + 2 * largest
 
 
+def test_a_base_that_is_released_leaves_its_memory(ranks: Any) -> None:
+    assert all(rank["released"] >= 0.9 * rank["base_bytes"] for rank in ranks)
+
+
 def test_shards_hold_the_checkpoint(ranks: Any) -> None:
     assert all(rank["weights_equal"] for rank in ranks)
 

@@ -17,12 +17,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.hub_cache import TINY, fill_cache
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 
 
-def promptshard(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+def promptshard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | variables
     return subprocess.run(
         [sys.executable, "-m", "launch", *arguments],
         cwd=ROOT,
@@ -179,6 +181,118 @@ def test_generate(two_ranks: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     one = promptshard(*arguments, "--input", "The patient has chest pain.", "--processes", "1")
     assert one.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+
+def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
+    """Shards in CPU memory are the same shards; here that is the rank's memory too."""
+    output = run_file.parent / "offload"
+    policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
+    done = promptshard("train", str(run_file), f"output_dir={output}", policy, "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(step_losses(output)) == 2 * STEPS
+    assert step_losses(output) == step_losses(one_rank)
+    # One rank alone has its shard at hand, and nothing to fetch; an offloaded one has.
+    assert summary(one_rank)["memory"]["kept_bytes_per_rank"] == 0
+    assert summary(output)["memory"]["kept_bytes_per_rank"] > 0
+
+
+def step_losses(output: Path) -> list[tuple[int, str, float]]:
+    return [
+        (line["step"], line["prompt"], line["metrics"]["train_loss"])
+        for line in lines(output)
+        if "train_loss" in line["metrics"]
+    ]
+
+
+#: Questions in the base's own words, which it answers without a prompt.
+KNOWN = {
+    "codegen": "Answer with a named Python function.\n",
+    "animals": "What do lions and deer live on?\n",
+}
+
+
+def test_metrics_of_what_the_base_writes(tmp_path: Path) -> None:
+    """Programs that are run and answers that must be exact, from files of rows to the summary."""
+    run = yaml.safe_load((ROOT / "examples" / "codegen.yaml").read_text())
+    animals = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())["tasks"][1]
+    del animals["choices"], animals["metric"]
+    run["tasks"].append(animals | {"metric": "exact_match", "max_new_tokens": 4})
+    for task in run["tasks"]:
+        rows = (ROOT / task["validation"]).read_text().splitlines()[:20]
+        task["validation"] = str(tmp_path / f"{task['name']}.jsonl")
+        Path(task["validation"]).write_text("\n".join(rows) + "\n")
+        del task["shifted_validation"]
+        task["hand_written"] = [KNOWN[task["name"]]]
+    run["prompts"] = [
+        {"name": name, "task": name, "num_virtual_tokens": 10, "init": {"text": text}}
+        for name, text in KNOWN.items()
+    ]
+    run |= {"output_dir": str(tmp_path / "run"), "training": {"steps": 1, "tokens_per_step": 256}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    done = promptshard("train", str(path), "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary(tmp_path / "run")
+    for name, metric in (("codegen", "execution"), ("animals", "exact_match")):
+        key = f"validation_{metric}"
+        base, (known,) = found["tasks"][name]["no_prompt"], found["tasks"][name]["hand_written"]
+        assert base[key] < 0.2
+        assert known[key] > 0.5
+        score = found["prompts"][name][key]
+        assert score == pytest.approx(round(score * 20) / 20), "a share of 20 rows"
+
+
+def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) -> None:
+    """From a cache as huggingface_hub lays it out; another model is missing there."""
+    snapshot = fill_cache(tmp_path / "cache")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    output = tmp_path / "run"
+    words = ["train", str(run_file), f"output_dir={output}", "training.steps=1"]
+    words += [f"tasks[0].validation={run_file.parent / 'few.jsonl'}", "tasks[0].hand_written=[]"]
+    few = (run_file.parent / "validation.jsonl").read_text().splitlines()[:4]
+    (run_file.parent / "few.jsonl").write_text("\n".join(few) + "\n")
+    done = promptshard(*words, "base.model=org/tiny", **offline)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((output / "prompts" / "soft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+    assert sorted(path.name for path in snapshot.iterdir()) == sorted(os.listdir(TINY))
+
+    done = promptshard(*words, "base.model=org/gone", "--fresh", **offline)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "base.model: 'org/gone' is not a folder here" in done.stderr
+    assert "hf download org/gone" in done.stderr
+    assert done.stderr.count("org/gone") <= 4, "said by one rank alone"
+
+
+def test_inspect_scores_as_validation_did(two_ranks: Path, tmp_path: Path) -> None:
+    """All 40 rows over the base as it was trained on: the run's own losses; none is close."""
+    done = promptshard("inspect", str(two_ranks), "--base", "--processes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((two_ranks / "base_inspection.json").read_text())
+    names = ["none", "int8/dequantize", "int8/int8"]
+    ways = [way for way in found["losses"]["settings"] if way["name"] in names]
+    assert [way["left_out"] for way in ways] == [None] * 3
+
+    trained = summary(two_ranks)
+    (baseline,) = trained["tasks"].values()
+    expected = {None: baseline["no_prompt"], **trained["prompts"]}
+    expected |= {scores["text"]: scores for scores in baseline["hand_written"]}
+    readers = {reader["name"]: reader for reader in found["losses"]["readers"]}
+    assert readers.keys() == expected.keys()
+    for name, reader in readers.items():
+        assert reader["rows"] == 40
+        plain, exact, fast = (reader["scores"][way] for way in names)
+        assert exact["loss"] == pytest.approx(expected[name]["validation_loss"], abs=1e-5)
+        assert exact["accuracy"] == expected[name]["validation_accuracy"]
+        for other in (plain, fast):
+            assert other["loss"] != exact["loss"]
+            assert other["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+    alone = tmp_path / "alone.json"
+    model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
+    done = promptshard("inspect", model, "--base", "--json", str(alone))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(alone.read_text())["weights"] == found["weights"]
 
 
 def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:

@@ -30,10 +30,17 @@ LIGHT = (
 
 #: Floors of the house, from the ground up. A module imports from its own floor or below.
 FLOORS = (
-    ("trainer.errors", "trainer.terminal", "trainer.process", "trainer.redact"),
+    (
+        "trainer.atomic",
+        "trainer.errors",
+        "trainer.terminal",
+        "trainer.process",
+        "trainer.redact",
+    ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement",),
     ("trainer.tasks", "trainer.base", "trainer.prompts"),
+    ("trainer.prefetch",),
     ("trainer.engine", "trainer.objective", "trainer.optimization", "trainer.checkpoint"),
     (
         "trainer.export",
@@ -45,7 +52,13 @@ FLOORS = (
     ("trainer.evaluation", "trainer.sharded"),
     ("trainer.loop",),
     ("trainer.resume", "trainer.results"),
-    ("trainer.run", "trainer.generate", "trainer.prepare", "trainer.__main__"),
+    (
+        "trainer.run",
+        "trainer.generate",
+        "trainer.inspect",
+        "trainer.prepare",
+        "trainer.__main__",
+    ),
 )
 
 

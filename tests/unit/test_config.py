@@ -91,7 +91,9 @@ def test_seed_of_a_prompt_is_its_own_or_the_runs(run_file):
     ("template", "fields"),
     [
         ("{text}\nTopic:", ["text"]),
-        ("{a} and {b}{c}", ["a", "b", "c"]),
+        ("{a} and {b}{c}{a}", ["a", "b", "c"]),
+        ('{"key": "{a}"}', ["a"]),
+        ("{}", []),
         ("{{not}} {yes}", ["yes"]),
         ("{{{yes}}}", ["yes"]),
         ("plain", []),
@@ -154,6 +156,7 @@ def test_a_name_made_of_digits_is_found_before_an_index(run_file):
         ("training.steps", "an override is written key=value, for example training.steps=100"),
         ("=5", "an override is written key=value, for example training.steps=100"),
         ("prompts.tow.seed=1", "no item 'tow' (did you mean 'two'?); known: one, two"),
+        ("prompts.TWO.seed=1", "no item 'TWO' (did you mean 'two'?); known: one, two"),
         ("prompts[9].seed=1", "no item '9'; known: one, two"),
         ("output_dir.x=1", "'x' does not lead to a setting of this run file"),
         ("training.steps=[1", "the value is not valid YAML; quote it"),
@@ -492,12 +495,23 @@ def test_every_setting_but_plain_names_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("override", "problem"),
+    ("setting", "problem"),
     [
         ("tasks.triage.hand_written=[Look]", "hand_written: needs validation too"),
         ("tasks.triage.shifted_validation=s.jsonl", "shifted_validation: needs validation too"),
-        ("tasks.triage.tests=calls", "tests: metric accuracy runs none"),
         ("evaluation.early_stopping.patience=2", "has no validation to stop by"),
+    ],
+)
+def test_what_needs_validation_takes_a_share_of_train_too(run_file, setting, problem):
+    load(run_file(), [setting])
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        load(run_file(), [setting, "tasks.triage.validation_share=0"])
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("tasks.triage.tests=calls", "tests: metric accuracy runs none"),
         ("prompts.one.encoder_hidden_size=8", "encoder_hidden_size: prompt_tuning has no encoder"),
         ("output_dir=", "output_dir"),
         ("base.trust_remote_code=true", "base.trust_remote_code: not supported yet"),
@@ -506,3 +520,73 @@ def test_every_setting_but_plain_names_says_what_it_is():
 def test_a_setting_without_effect_is_refused(run_file, override, problem):
     with pytest.raises(BadInput, match=re.escape(problem)):
         load(run_file(), [override])
+
+
+# Where rows come from
+
+
+def test_sources_have_short_forms_and_dump_in_full(run_file):
+    text = "[a.jsonl, data/*.csv, hf://org/name, {path: b.jsonl, max_rows: 5}]"
+    run = load(run_file(), [f"tasks.triage.train={text}", "tasks.triage.validation=v.parquet"])
+    train = run.tasks[0].train
+    assert [source.label for source in train] == [
+        "a.jsonl",
+        "data/*.csv",
+        "hf://org/name",
+        "b.jsonl",
+    ]
+    assert (train[2].hub, train[3].max_rows, train[0].weight) == ("org/name", 5, None)
+    assert run.tasks[0].validation is not None
+    assert [source.path for source in run.tasks[0].validation] == ["v.parquet"]
+    assert load(run_file(config.dump(run))) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train=[]", "tasks[0].train: [] is empty; give at least one"),
+        ("train={path: a, hub: b}", "tasks[0].train[0]: give either path or hub"),
+        ("train={weight: 2}", "tasks[0].train[0]: give either path or hub"),
+        ("train={path: a, revision: main}", "train[0].revision: only a hub data set has one"),
+        ("train={path: a, wieght: 2}", "train[0].wieght: unknown setting (did you mean 'weight'?)"),
+        ("train=[{path: a, weight: 2}, b]", "train[1].weight: is missing; give every source"),
+        ("validation=[{path: a, weight: 2}]", "validation: weights mix train rows"),
+        ("validation_share=1", "validation_share: 1 must be less than 1"),
+        ("{validation: v.jsonl, validation_share: 0.2}", "validation names its rows already"),
+        ("messages=turns", "input: rows come from messages; remove one"),
+        ("tokens={}", "target: rows come from tokens; remove one"),
+        ("{input: '', target: '', messages: m, tokens: {}}", "tokens: rows come from messages"),
+        ("input=", "tasks[0].input: is missing; add it"),
+        ("{metric: f1}", "metric: f1 compares sets of labels; add multi_label: true"),
+        ("{metric: loss, multi_label: true, choices: null}", "choices: multi_label needs them"),
+        ("{multi_label: true}", "metric: 'accuracy' takes one label; use f1 or exact_match"),
+        (
+            "{multi_label: true, metric: f1, choices: ['a, b', c]}",
+            "label_separator: ', ' stands in the choice 'a, b' too",
+        ),
+    ],
+)
+def test_mistakes_in_what_a_task_reads(run_file, override, problem):
+    task = yaml.safe_load(GOOD)["tasks"][0]
+    if override.startswith("{"):
+        task |= yaml.safe_load(override)
+    else:
+        key, _, value = override.partition("=")
+        task[key] = yaml.safe_load(value) if value else ""
+    text = yaml.safe_dump({**yaml.safe_load(GOOD), "tasks": [task]})
+    assert any(problem in found for found in problems_of(run_file(text)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"messages": "messages", "metric": "exact_match"},
+        {"tokens": {"labels": "y"}},
+        {"input": "{a}", "target": "{b}", "multi_label": True, "choices": [1, 2], "metric": "f1"},
+    ],
+)
+def test_other_forms_of_rows(run_file, form):
+    task = {"name": "triage", "train": "x.jsonl", **form}
+    run = load(run_file(yaml.safe_dump({**yaml.safe_load(GOOD), "tasks": [task]})))
+    assert load(run_file(config.dump(run))) == run
+    assert not run.tasks[0].scored_by_likelihood

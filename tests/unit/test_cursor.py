@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.errors import BadInput
-from trainer.tasks.cursor import Cursor
+from trainer.tasks.cursor import WINDOW, Cursor
+from trainer.tasks.order import Order, permuted
+from trainer.tasks.rows import Source
 
 LENGTHS = [3, 5, 2, 8, 4, 6, 1]
-GOLDEN = [[2, 4, 5, 1, 0, 3], [0, 1, 2, 4, 3, 5]]
+GOLDEN = [[2, 1, 5, 0, 4, 3], [4, 5, 3, 0, 2, 1]]
+GOLDEN_OF_MANY = [2251124, 2352139, 2629969, 1426418, 4042844, 299368]
 
 
 def take(cursor: Cursor, steps: int) -> list[list[int]]:
@@ -29,20 +36,114 @@ def test_the_order_is_that_of_all_versions():
     """A golden value: a change here breaks the resume of old runs."""
     assert take(Cursor([1] * 6, 6, seed=7), 2) == GOLDEN
     assert take(Cursor([1] * 6, 6, seed=8), 1) != GOLDEN[:1]
+    assert permuted(np.arange(6), 5_000_000, "7/0").tolist() == GOLDEN_OF_MANY
 
 
-def test_a_step_takes_rows_until_the_tokens_are_reached():
-    cursor = Cursor(LENGTHS, 10, seed=1)
-    for rows in take(cursor, 20):
-        tokens = [LENGTHS[row] for row in rows]
-        assert sum(tokens) >= 10 > sum(tokens[:-1])
+def log_normal(rows: int, seed: int = 0) -> np.ndarray:
+    """Row lengths as real ones are: median 60 tokens, longest 512."""
+    draw = np.random.default_rng(seed).lognormal(np.log(60), 0.8, rows)
+    return draw.clip(4, 512).astype(np.int32)
 
 
-def test_order_does_not_depend_on_tokens_per_step():
-    flat = [row for step in take(Cursor(LENGTHS, 1, seed=3), 30) for row in step]
-    other = [row for step in take(Cursor(LENGTHS, 9, seed=3), 10) for row in step]
-    short = min(len(flat), len(other))
-    assert other[:short] == flat[:short]
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=200), st.integers(1, 80), st.integers(0, 9)
+)
+def test_a_step_is_never_over_and_no_row_of_the_epoch_is_lost_or_repeated(lengths, tokens, seed):
+    cursor, read = Cursor(lengths, tokens, seed), list[int]()
+    while cursor.epoch < 2:
+        before = cursor.epoch
+        rows = cursor.next_rows()
+        assert sum(lengths[row] for row in rows) <= tokens or len(rows) == 1
+        read += rows
+        if cursor.epoch > before:
+            n = cursor.epoch * len(lengths)
+            assert Counter(read[:n]) == dict.fromkeys(range(len(lengths)), cursor.epoch)
+        assert len(read) == cursor.epoch * len(lengths) + cursor.position
+    assert len(read) >= 2 * len(lengths)
+
+
+def test_steps_are_full():
+    lengths = log_normal(20_000)
+    for tokens in (2048, 8192, 16384):
+        steps = take(Cursor(lengths, tokens, seed=0), 60)
+        fill = [lengths[rows].sum() / tokens for rows in steps]
+        assert max(fill) <= 1
+        assert np.mean(fill) > 0.998, "in order alone it would be 0.97 for 2048 tokens"
+
+
+def test_rows_are_read_near_their_place_in_an_order_that_knows_no_tokens():
+    lengths = log_normal(3000)
+    order = Order([Source(0, 3000)], 5).rows(0, np.arange(3000)).tolist()
+    place = {row: i for i, row in enumerate(order)}
+    for tokens in (64, 4096):
+        cursor, read = Cursor(lengths, tokens, seed=5), 0
+        while cursor.epoch == 0:
+            for row in cursor.next_rows()[: 3000 - read]:
+                assert abs(place[row] - read) <= WINDOW
+                read += 1
+
+
+def test_no_row_waits_for_more_than_one_update():
+    lengths = log_normal(2000)
+    order = Order([Source(0, 2000)], 1).rows(0, np.arange(2000)).tolist()
+    cursor, read = Cursor(lengths, 1024, seed=1), set[int]()
+    for _ in range(50):
+        first = next(row for row in order if row not in read)
+        rows = cursor.next_rows()
+        assert rows[0] == first
+        read |= set(rows)
+
+
+@pytest.mark.parametrize("few_rows", [0, 1024], ids=["swapped", "sorted"])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_every_order_of_few_rows_comes_equally_often(size, few_rows, monkeypatch):
+    monkeypatch.setattr("trainer.tasks.order.FEW_ROWS", few_rows)
+    orders = Counter(tuple(permuted(np.arange(size), size, f"{n}/0")) for n in range(600))
+    expected = 600 / np.prod(range(1, size + 1))
+    assert len(orders) == np.prod(range(1, size + 1))
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in orders.values())
+
+
+def test_an_order_of_many_rows_is_computed_place_by_place():
+    size = 5_000_000
+    places = np.arange(size - 4000, size)
+    rows = permuted(places, size, "0/0")
+    assert len(set(rows.tolist())) == len(places)
+    assert rows.min() < 0.01 * size < 0.99 * size < rows.max()
+    assert permuted(places[7:9], size, "0/0").tolist() == rows[7:9].tolist()
+    assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
+
+
+WEIGHTED = [Source(0, 10, 1.0), Source(10, 12, 2.0), Source(12, 60, 1.0)]
+
+
+def test_weights_are_exact_in_every_epoch():
+    order = Order(WEIGHTED, 3)
+    epochs = [order.rows(epoch, np.arange(60)).tolist() for epoch in range(4)]
+    for rows in epochs:
+        assert [sum(s.start <= row < s.stop for row in rows) for s in WEIGHTED] == [15, 30, 15]
+    assert len({tuple(rows) for rows in epochs}) == 4
+    flat = Counter(row for rows in epochs for row in rows)
+    for source in WEIGHTED:  # no row again before all others of its source
+        counts = [flat[row] for row in range(source.start, source.stop)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_weights_in_proportion_to_rows_read_every_row_once():
+    sources = [Source(0, 20, 0.2), Source(20, 100, 0.8)]
+    for epoch in range(2):
+        assert sorted(Order(sources, 0).rows(epoch, np.arange(100)).tolist()) == list(range(100))
+
+
+def test_weighted_rows_resume():
+    lengths = log_normal(60)
+    whole = Cursor(lengths, 500, 2, WEIGHTED)
+    take(whole, 9)
+    other = Cursor(lengths, 500, 2, WEIGHTED)
+    other.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert take(other, 20) == take(whole, 20)
+    with pytest.raises(BadInput, match="order of the training data was swap-or-not 64, mixed"):
+        Cursor(lengths, 500, 2).load_state_dict(whole.state_dict())
 
 
 def test_at_least_one_row_and_on_into_the_next_epoch():
@@ -56,6 +157,7 @@ def test_at_least_one_row_and_on_into_the_next_epoch():
 def test_resumed_equals_uninterrupted(steps):
     whole = Cursor(LENGTHS, 7, seed=2)
     expected = take(whole, steps + 10)[steps:]
+
     first = Cursor(LENGTHS, 7, seed=2)
     take(first, steps)
     second = Cursor(LENGTHS, 7, seed=2)

@@ -30,6 +30,7 @@ tasks:
     input: "{{text}}\\nTopic:"
     target: " {{label}}"
     choices: [heart, other]
+    validation_share: 0
 prompts:
   - name: triage
     task: triage
@@ -281,7 +282,7 @@ def test_the_guard_leaves_a_group_alone_when_all_is_done():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["validate"], ["generate"], ["prepare"], ["sync"]]
+    "command", [[], ["train"], ["validate"], ["generate"], ["inspect"], ["prepare"], ["sync"]]
 )
 def test_help_teaches(command):
     done = promptshard(*command, "--help")
@@ -331,8 +332,8 @@ def output_is_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "where", "words"),
     [
-        (wrong_key, "run.yaml:13", "learning_rat: unknown setting (did you mean 'learning_rate'?)"),
-        (negative_learning_rate, "run.yaml:13", "learning_rate: -0.01 must be greater than 0"),
+        (wrong_key, "run.yaml:14", "learning_rat: unknown setting (did you mean 'learning_rate'?)"),
+        (negative_learning_rate, "run.yaml:14", "learning_rate: -0.01 must be greater than 0"),
         (missing_file, "train.jsonl", ""),
         (broken_row, "train.jsonl:3", "label"),
         (no_base, "base.model", "has no config.json"),
@@ -374,6 +375,9 @@ def test_several_problems_are_one_message(run_file):
         ["train", "RUN", "--processes", "0"],
         ["train", "RUN", "--hostfile", "nowhere"],
         ["generate", "nowhere", "--prompt", "a", "--input", "b"],
+        ["inspect", "RUN"],
+        ["inspect", "RUN", "--base", "--rows", "0"],
+        ["inspect", "RUN", "--base", "--json", "nowhere/at/all.json"],
         ["sync", "nowhere"],
         ["no-such-command"],
     ],
@@ -395,6 +399,43 @@ def test_generate_names_the_prompts_it_knows(run_file, tmp_path):
     (saved / "prompts" / "triage").rmdir()
     with pytest.raises(BadInput, match="not saved yet"):
         preflight.check_result(str(saved), "triage")
+
+
+def test_inspect_takes_a_run_its_folder_or_a_base(run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = preflight.check_target(str(run_file), ["base.head=int8"])
+    assert (config.base.head, config.output_dir) == ("int8", str(tmp_path / "out"))
+    moved = tmp_path / "moved: here"
+    moved.mkdir()
+    (moved / "run.yaml").write_text(run_file.read_text())
+    assert preflight.check_target(str(moved), []).output_dir == str(moved)
+    for model in ("examples/tiny_base", "org/name"):
+        base = preflight.check_target(model, ["base.revision=main"])
+        assert (base.model, base.revision) == (model, "main")
+
+
+@pytest.mark.parametrize(
+    ("target", "overrides", "problem"),
+    [
+        ("nowhere.yaml", [], "nowhere.yaml: no such run file"),
+        ("./nowhere", [], "no such file or folder; give a run file, a run's folder, or a model's"),
+        ("examples/no_such_base", [], "no such file or folder"),
+        ("examples", [], r"neither a run.yaml .* nor a config.json"),
+        ("org/name", ["training.steps=5"], "'training.steps=5': training: unknown setting"),
+        ("org/name", ["base.hed=int8"], "base.hed: unknown setting .did you mean 'head'"),
+        ("RUN", ["base.head=int4"], "base.head: 'int4' is not one of keep, int8"),
+    ],
+)
+def test_inspect_says_what_it_takes(run_file, monkeypatch, target, overrides, problem):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BadInput, match=problem):
+        preflight.check_target(str(run_file) if target == "RUN" else target, overrides)
+
+
+def test_inspect_without_an_option_says_what_it_looks_at(run_file):
+    done = promptshard("inspect", run_file)
+    assert done.returncode == 2
+    assert "--base measures what int8 costs the base" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,16 @@ def seccomp(request) -> bool:
     return request.param
 
 
+def test_sets_of_labels():
+    right = [["a", "b"], ["c"], ["a"]]
+    perfect = metrics.multi_label([["b", "a"], ["c"], ["a"]], right, "abc")
+    assert perfect == {"f1": 1.0, "exact_match": 1.0}
+    # 2 right of 5 written (one unknown) and 4 due: precision 2/5, recall 2/4
+    some = metrics.multi_label([["a", "c", "x"], ["c"], ["b"]], right, "abc")
+    assert some == {"f1": pytest.approx(2 * 2 / (5 + 4)), "exact_match": pytest.approx(1 / 3)}
+    assert metrics.multi_label([[], [], []], right, "abc") == {"f1": 0.0, "exact_match": 0.0}
+
+
 def test_accuracy_and_exact_match():
     assert accuracy([0, 1, 2, 2], [0, 1, 2, 0]) == 0.75
     assert exact_match([" a\n", "b", "C"], ["a", " b", "c"]) == pytest.approx(2 / 3)

@@ -54,6 +54,14 @@ def test_what_the_budget_has_left_stays_gathered() -> None:
     assert group("world", 10, [16], offload=True).kept_bytes == 8 * GB
 
 
+def test_what_is_looked_up_counts_at_rest_but_is_never_kept() -> None:
+    size = BaseSize(70 * GB, 1 * GB, GB, looked_up_bytes=2 * GB)
+    assert place(size, "world", 200 * GB, [16]).kept_bytes == 68 * GB
+    assert place(size, "world", 7 * GB, [16]).kept_bytes == 625_000_000
+    with pytest.raises(BadInput, match="is too little"):
+        place(size, "world", 6 * GB, [16], exact=True)
+
+
 def test_limits_grow_with_what_is_kept() -> None:
     policy = group("world", 7, [16]).policy
     assert policy["stage3_prefetch_bucket_size"] == GB

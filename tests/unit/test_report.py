@@ -53,6 +53,21 @@ def test_warnings_say_what_went_wrong(tmp_path: Path) -> None:
     assert len(report.warnings) == 2
 
 
+def test_rows_that_are_also_in_train_are_counted_and_named(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["data"]["triage"]["validation"]["also_in_train"] = 9
+    (folder / "summary.json").write_text(json.dumps(summary))
+    sources = json.loads((folder / "datasets.json").read_text())
+    item = next(s for s in sources if (s["task"], s["split"]) == ("triage", "validation"))
+    item["also_in_train"] = [["v.jsonl:3", "t.jsonl:8"]]
+    (folder / "datasets.json").write_text(json.dumps(sources))
+    assert (
+        "triage validation: 9 of 150 rows are also in train (v.jsonl:3 is t.jsonl:8; ...): "
+        "on them a score is memory, not skill."
+    ) in collect(folder).warnings
+
+
 def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())

@@ -10,13 +10,16 @@ import time
 from datetime import date
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from trainer.config import RunConfig, Task, template_fields
+from trainer.config import DataSource, RunConfig, Task
 from trainer.errors import BadInput
-from trainer.tasks.rows import check_rows, fields, gold_target, load_rows, render
+from trainer.tasks import plain
+from trainer.tasks.nested import split_labels
+from trainer.tasks.rows import check_rows, gold_target, load_rows, load_splits, render
 
 GOOD = [{"text": "a cat", "label": "meat"}, {"text": "a cow", "label": "plants"}]
 
@@ -168,13 +171,6 @@ def test_render():
         render("{other}", row)
 
 
-@pytest.mark.parametrize(
-    "template", ["{a}", "{a}{b} {a}", "{{a}}", "{{{a}}}", "", "{}", '{"k": "{a}"}']
-)
-def test_fields_agree_with_the_run_file(template):
-    assert fields(template) == list(dict.fromkeys(template_fields(template)))
-
-
 # Mistakes in files
 
 
@@ -201,7 +197,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     assert "has no rows" in found["blank.jsonl"]
     assert "has no rows" in found["head.csv"]
     assert "'.xlsx' is not known; use .jsonl" in found["d.xlsx"]
-    assert "is a folder; name one data file" in problem(str(tmp_path))
+    assert "is a folder; name data files" in problem(str(tmp_path))
     assert "train.jsonl" in problem(str(tmp_path))
     assert "hub" in problem("someone/some_dataset")
 
@@ -449,3 +445,184 @@ print(sorted({{"torch", "transformers", "deepspeed", "mlflow"}} & set(sys.module
     assert done.stdout == f"{path}:6001: label: is null; give it a value or remove the row\n[]\n"
     assert done.stderr == ""
     assert time.monotonic() - start < 20  # about 2 s on an idle machine
+
+
+# Several labels
+
+
+LABELS = {"choices": ["red", "green", "blue"], "multi_label": True, "metric": "f1"}
+
+
+def test_labels_of_a_row_are_written_in_the_order_of_the_choices(tmp_path):
+    rows = [{"text": "x", "label": label} for label in (["blue", "red", "blue"], ["green"])]
+    found = load_rows(write(tmp_path, "d.jsonl", rows), task(**LABELS))
+    assert [row["label"] for row in found] == ["red, blue", "green"]
+    csv = load_rows(
+        write(tmp_path, "d.csv", 'text,label\nx,"[""blue"",""red""]"\n'), task(**LABELS)
+    )
+    assert csv[0]["label"] == "red, blue"
+    other = load_rows(str(tmp_path / "d.jsonl"), task(**LABELS, label_separator=" | "))
+    assert other[0]["label"] == "red | blue"
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("red", "label: 'red' is text; a multi-label row has a list"),
+        ([], "label: [] is not a list of labels"),
+        (["red", "Green"], "label: 'Green' is not one of tasks.animals.choices: 'red', 'green'"),
+    ],
+)
+def test_malformed_labels(tmp_path, label, expected):
+    path = write(tmp_path, "d.jsonl", [{"text": "x", "label": label}])
+    assert problem(path, **LABELS).startswith(f"d.jsonl:1: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "labels"),
+    [
+        (" {label}", " red, blue", ["red", "blue"]),
+        (" {label}", "red,blue,red", ["red", "blue"]),
+        (" {label}", "", []),
+        (" {label}", "red blue", ["red blue"]),
+        ("Colours: {label}.", "Colours: red, green.", ["red", "green"]),
+        ("Colours: {label}.", "red, purple", ["red", "purple"]),
+    ],
+)
+def test_labels_of_a_written_text(target, text, labels):
+    assert split_labels(text, task(**LABELS, target=target)) == labels
+
+
+# Formats that are tables, and several files
+
+
+def save_arrow(path: Path, table: pa.Table, kind) -> str:
+    with kind(str(path), table.schema) as writer:
+        writer.write_table(table)
+    return str(path)
+
+
+def test_tables_and_text(tmp_path):
+    table = pa.Table.from_pylist(GOOD)
+    datasets.Dataset.from_list(GOOD).save_to_disk(tmp_path / "saved", num_shards=2)
+    splits = {"train": datasets.Dataset.from_list(GOOD), "test": datasets.Dataset.from_list([])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    for path in (
+        save_arrow(tmp_path / "stream.arrow", table, pa.ipc.new_stream),
+        save_arrow(tmp_path / "file.arrow", table, pa.ipc.new_file),
+        str(tmp_path / "saved"),
+        str(tmp_path / "splits"),
+    ):
+        assert list(load_rows(path, task())) == GOOD, path
+    lines = load_rows(
+        write(tmp_path, "d.txt", "\nfirst line\n\nsecond\u2028line\r\n"),
+        task(input="{text}", target="{text}"),
+    )
+    assert [row["text"] for row in lines] == ["first line", "second\u2028line"]
+    assert lines.where(1) == f"{tmp_path}/d.txt:4"
+
+
+def test_mistakes_in_tables(tmp_path):
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(GOOD)}).save_to_disk(tmp_path / "x")
+    assert "has no split 'train'; it has test" in problem(str(tmp_path / "x"))
+    named = DataSource(path=str(tmp_path / "x"), split="test")
+    assert list(load_rows([named], task())) == GOOD
+    write(tmp_path, "d.arrow", b"not arrow")
+    assert "is not a whole arrow file" in problem(str(tmp_path / "d.arrow"))
+    path = save_arrow(tmp_path / "e.arrow", pa.Table.from_pylist(GOOD * 9000), pa.ipc.new_stream)
+    Path(path).write_bytes(Path(path).read_bytes()[:-150_000])
+    assert "write it again" in problem(path)
+
+
+def test_globs_and_lists(tmp_path):
+    for name in "bca":
+        write(tmp_path, f"{name}.jsonl", [{"text": name, "label": "x"}] * 2)
+    rows = load_rows(str(tmp_path / "*.jsonl"), task())
+    assert [row["text"] for row in rows] == list("aabbcc")
+    assert rows.where(3) == f"{tmp_path}/b.jsonl:2"
+    assert rows.path == f"{tmp_path}/*.jsonl (3 files)"
+    assert [rows[i]["text"] for i in (-1, 0, 2)] == ["c", "a", "b"]
+    assert len(rows.sources) == 1
+    listed = [DataSource(path=str(tmp_path / name)) for name in ("c.jsonl", "[ab].jsonl")]
+    assert [row["text"] for row in load_rows(listed, task())] == list("ccaabb")
+    assert "matches no file" in problem(str(tmp_path / "*.csv"))
+    write(tmp_path, "b.jsonl", [{"text": "", "label": "x"}])
+    write(tmp_path, "c.jsonl", [{"text": "x"}])
+    assert len(problems(str(tmp_path / "*.jsonl"))) == 2
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Data sets of a folder stand for those of the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "org" / "good" / "data"
+    folder.mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(GOOD), folder / "train-00000.parquet")
+    parquet.write_table(pa.Table.from_pylist(GOOD[:1]), folder / "validation-00000.parquet")
+    return tmp_path
+
+
+def test_hub_data_sets(hub):
+    run = task(train="hf://org/good", validation={"hub": "org/good"})
+    splits = load_splits(run)
+    assert list(splits["train"]) == GOOD
+    assert list(splits["validation"]) == GOOD[:1]
+    assert splits["train"].where(1) == "hf://org/good[train]: row 2"
+    again = load_splits(task(train={"hub": "org/good", "split": "train[1:]"}, validation_share=0))
+    assert list(again["train"]) == GOOD[1:]
+    with pytest.raises(BadInput, match=r"tasks\.animals\.train: hf://org/none: cannot be loaded"):
+        load_splits(task(train="hf://org/none"))
+
+
+def test_hub_data_sets_are_tables_only(hub):
+    (hub / "org" / "pictures").mkdir()
+    write(hub, "org/pictures/a.png", b"\x89PNG")
+    with pytest.raises(BadInput, match="is read by the 'imagefolder' builder; only tables are"):
+        load_splits(task(train="hf://org/pictures"))
+
+
+# Reading in columns and row by row
+
+
+def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
+    """Texts at the borders of blocks, blank and spaced lines, escapes: the same rows and places."""
+    monkeypatch.setattr(plain, "_BLOCK_BYTES", 300)
+    strings = ["é" * 40, 'a"b', "tab\t", "\u2028", "x" * 700, "NaN, [NaN", "null", "1"]
+    lines = [json.dumps({"label": str(i % 3), "n": i, "text": strings[i % 8]}) for i in range(90)]
+    for i in (7, 30, 31):
+        lines[i] = "" if i == 7 else f"  {lines[i]} \r"
+    path = write(tmp_path, "d.jsonl", "\ufeff" + "\n".join(lines))
+    run = task(input="{n} {text}")
+    fast = load_rows(path, run)
+    monkeypatch.setattr("trainer.tasks.parts.plain_batches", _odd)
+    slow = load_rows(path, run)
+    assert list(fast) == list(slow)
+    assert [fast.where(i) for i in range(89)] == [slow.where(i) for i in range(89)]
+    assert [h.tolist() for h in fast.hashes()] == [h.tolist() for h in slow.hashes()]
+    assert len(fast) == 89
+
+
+def _odd(origin, run):
+    raise plain.Odd
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "label": "b"}{"text": "a", "label": "b"}',
+        '{"text": "a", "label": "b", "other": NaN}',
+        '{"text": "a", "label": "b", "text": 5}',
+        '{"text": "a", "label": 5}',
+        '{"text": "a", "label": null}',
+        '{"text": "a"}',
+        '{"text": "a", "label": "b"} 5',
+        '{"text": " ", "label": "b"}',
+        '{"text": "a", "label": "b", "other": "\\ud83d"}',
+        '{"text": "a",\n"label": "b"}',
+    ],
+)
+def test_no_mistake_is_overlooked_in_columns(tmp_path, line):
+    good = [json.dumps(GOOD[0])] * 50
+    found = problems(write(tmp_path, "d.jsonl", "\n".join([*good, line, *good])))
+    assert found[0].startswith("d.jsonl:51: ")

@@ -14,6 +14,7 @@ from trainer.config import Task
 from trainer.errors import BadInput
 from trainer.tasks.rows import Rows, load_rows
 from trainer.tasks.streams import Piece, build_stream
+from trainer.tasks.table import Block, in_memory
 from trainer.tasks.tokens import (
     Example,
     check_vocabulary,
@@ -65,7 +66,7 @@ def test_a_row_is_input_target_and_eos(tmp_path):
     task = make_task()
     rows = make_rows(tmp_path, [("a b", "yes"), ("c", "no maybe")], task)
     found = tokenize(rows, task, make_tokenizer(), 100)
-    assert found.examples == [
+    assert list(found.examples) == [
         Example.with_target(ids("<s> a b Answer : yes </s>"), 5, 0),
         Example.with_target(ids("<s> c Answer : no maybe </s>"), 4, 1),
     ]
@@ -123,7 +124,8 @@ def test_too_long_skip_counts_and_keeps_row_numbers(tmp_path):
     found = tokenize(rows, task, make_tokenizer(), 8)
     assert ([e.row for e in found.examples], found.skipped, found.truncated) == ([1, 2], 1, 0)
     scored = tokenize_choices(rows, task, make_tokenizer(), 8)
-    assert [[e.row for e in examples] for examples in scored] == [[1, 1], [2, 2]]
+    assert [e.row for e in scored.examples] == [1, 1, 2, 2]
+    assert scored.skipped == 1
     assert gold(rows, task) == [0, 1, 0]
     with pytest.raises(BadInput, match="all 3 rows are longer than 4 tokens"):
         tokenize(rows, task, make_tokenizer(), 4)
@@ -149,7 +151,8 @@ def test_a_target_is_never_cut(tmp_path):
 def test_all_choices_of_a_row_follow_the_same_input(tmp_path):
     task = make_task(too_long="truncate", choices=["yes", "no maybe"])
     rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no maybe")], task)
-    (long, short) = tokenize_choices(rows, task, make_tokenizer(), 8)
+    examples = tokenize_choices(rows, task, make_tokenizer(), 8).examples
+    long, short = examples[:2], examples[2:]
     assert [e.input_ids for e in long] == [
         ids("<s> d e Answer : yes </s>"),
         ids("<s> d e Answer : no maybe </s>"),
@@ -189,11 +192,11 @@ def test_no_room_for_text(tmp_path):
 
 
 def test_check_vocabulary(tmp_path):
-    check_vocabulary([Example.with_target((1, 2, 9), 1, 0)], 10)
-    with pytest.raises(BadInput, match=r"id 10 \(row 4\), but the base embeds 10 tokens"):
-        check_vocabulary(
-            [Example.with_target((1, 2), 1, 0), Example.with_target((1, 10), 1, 3)], 10
-        )
+    check_vocabulary(in_memory([Block.of([Example.with_target((1, 2, 9), 1, 0)])]), 10)
+    rows = [Example.with_target((1, 2), 1, 0), Example.with_target((1, 10), 1, 3)]
+    table = in_memory([Block.of(rows)])
+    with pytest.raises(BadInput, match="row 4 has the id 10, but the base embeds 10"):
+        check_vocabulary(table, 10)
 
 
 def test_long_texts_give_no_warning(tmp_path, capfd):

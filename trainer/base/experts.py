@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.base.linear import absmax_name, frozen_matmul
+from trainer.base.linear import absmax_name
+from trainer.base.products import frozen_matmul
 from trainer.base.quantization import INT8_MAX
 
 MATRICES = ("gate_up_proj", "down_proj")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from trainer.base import hub
 from trainer.base.families import context_length, family_of
 from trainer.config import Base, resolve_path
 from trainer.errors import BadInput
@@ -32,7 +34,6 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class BaseFiles:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in set(self.tensors.values()))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config, tokenizer and the headers and sizes of the weight files."""
         digest = hashlib.sha256()
@@ -69,13 +70,23 @@ class BaseFiles:
         return digest.hexdigest()
 
 
-def open_base(settings: Base) -> BaseFiles:
+def open_base(
+    settings: Base, *, download: bool = True, progress: hub.Progress | None = None
+) -> BaseFiles:
     """Find the model and read everything but its weights.
+
+    Of a model of the hub, the weights are downloaded last: what is not supported is refused before.
+
+    Args:
+        download: what the hub's cache lacks; False takes only what is there.
+        progress: told the bytes of the download.
 
     Raises:
         BadInput: if it is not there, not supported, or not in safetensors.
     """
-    folder = _folder(settings)
+    folder, from_hub = local_folder(settings), False
+    if folder is None:
+        folder, from_hub = hub.fetch(settings, hub.SMALL_FILES, download=download), True
     # False, not unset: transformers would ask on the terminal and wait.
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
@@ -91,6 +102,10 @@ def open_base(settings: Base) -> BaseFiles:
         raise BadInput(
             f"base.model: {settings.model!r} has no tokenizer that loads: {_first_line(error)}"
         ) from None
+    if from_hub:
+        commit = settings.model_copy(update={"revision": folder.name})
+        names = sorted(set(_index(folder).values())) or [SINGLE]
+        folder = hub.fetch(commit, names, download=download, progress=progress)
     return BaseFiles(
         settings.model, folder, config, tokenizer, _tensor_files(folder, settings.model)
     )
@@ -112,7 +127,12 @@ def _check_quantization(config: PretrainedConfig, name: str) -> None:
     del config.quantization_config
 
 
-def _folder(settings: Base) -> Path:
+def local_folder(settings: Base) -> Path | None:
+    """The folder that ``base.model`` names; None where it may be a hub id.
+
+    Raises:
+        BadInput: if it can be neither.
+    """
     folder = resolve_path(settings.model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -123,34 +143,18 @@ def _folder(settings: Base) -> Path:
         return folder
     if folder.exists() or settings.model.startswith((".", "/", "~")):
         raise BadInput(f"base.model: {settings.model!r} is not a folder; name a folder or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        # One download per node: the ranks of a node share the cache, and its lock makes them wait.
-        return Path(
-            snapshot_download(settings.model, revision=settings.revision, allow_patterns=HUB_FILES)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(
-            f"base.model: {settings.model!r} is neither a folder here ({os.getcwd()}) nor a model "
-            f"that the hub gives: {_first_line(error)}"
-        ) from None
+    return None
 
 
 def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
-    if (folder / INDEX).is_file():
-        try:
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise BadInput(f"{folder / INDEX}: not a safetensors index: {error!r}") from None
-        missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
+    if index := _index(folder):
+        missing = sorted({f for f in index.values() if not (folder / f).is_file()})
         if missing:
             raise BadInput(
                 f"{folder / INDEX}: names files that are not there: {', '.join(missing)}; "
                 "download the model again"
             )
-        return {tensor: folder / file for tensor, file in weight_map.items()}
+        return {tensor: folder / file for tensor, file in index.items()}
     if (folder / SINGLE).is_file():
         with _open(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
@@ -162,6 +166,17 @@ def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
         f"base.model: {name!r} has no safetensors weights ({found}); save it with "
         "model.save_pretrained(folder), which writes safetensors"
     )
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """The file of each tensor; nothing where all are in one."""
+    if not (folder / INDEX).is_file():
+        return {}
+    try:
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise BadInput(f"{folder / INDEX}: not a safetensors index: {error!r}") from None
+    return weight_map
 
 
 @contextmanager

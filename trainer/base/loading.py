@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.base.embedding import FrozenEmbedding, RowExchange
 from trainer.base.experts import FrozenExperts
 from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
-from trainer.base.linear import FrozenEmbedding, FrozenLinear, absmax_name
+from trainer.base.linear import FrozenLinear, absmax_name
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
 from trainer.base.sources import RowReader, Source, find_sources
@@ -32,12 +33,18 @@ BLOCK_BYTES = 4 << 20
 
 
 class Sharder(Protocol):
-    """What loading must know of the other ranks."""
+    """What loading must know of the other ranks.
 
-    def bounds(self, num_elements: int) -> tuple[int, int]:
-        """Start and stop of this rank's part of a flat tensor."""
+    Attributes:
+        exchange: for rows of tables that are never gathered; None where this rank holds them all.
+    """
 
-    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+    exchange: RowExchange | None
+
+    def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
+        """Start and stop of this rank's part of a flat tensor, which is of whole ``unit``s."""
+
+    def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
         """Memory for this rank's part of a flat tensor, padding included, zeroed."""
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
@@ -118,10 +125,16 @@ class _Loader:
             scales = None
             before = self.reader.bytes_read
             try:
+                table = module if isinstance(module, FrozenEmbedding) and not module.tied else None
+                unit = table.embedding_dim if table else 1  # whole rows, or single elements
                 if parameter.dtype == torch.int8:
-                    scales = self._load_int8(parameter, source)
+                    shard, scales = self._load_int8(source, unit)
                 else:
-                    self._load_float(module, parameter, source)
+                    shard = self._load_float(module, source, unit)
+                if table:
+                    table.hold(shard.view(-1, unit), self.shard.exchange)
+                else:
+                    self.shard.adopt(parameter, shard)
             except BadInput as error:
                 self.problems += error.problems
             self._scales[id(parameter)] = scales
@@ -130,38 +143,37 @@ class _Loader:
         if scales is not None:
             setattr(module, absmax_name(name), scales)
 
-    def _load_int8(self, parameter: nn.Parameter, source: Source) -> Tensor:
-        """Quantise this rank's rows, or take them as they are stored; gives the row scales."""
-        shard = self.shard.allocate(parameter.numel(), torch.int8)
+    def _load_int8(self, source: Source, unit: int) -> tuple[Tensor, Tensor]:
+        """This rank's part, quantised now or taken as it is stored, and the scales of all rows."""
+        shard = self.shard.allocate(source.shape.numel(), torch.int8, unit)
         if self.reader.is_int8(source.tensors[0]):
             names = [scales_name(name) for name in source.tensors]
             scales = torch.cat([self.reader.read(name).flatten() for name in names])
             scales = scales.to(self.device, torch.float32)
-            for block in self._blocks(replace(source, transposed=False)):
+            for block in self._blocks(replace(source, transposed=False), unit):
                 shard[block.to] = block.values.flatten()[block.part]
         else:
             scales = torch.zeros(source.shape[:-1].numel(), device=self.device)
-            for block in self._blocks(source):
+            for block in self._blocks(source, unit):
                 quantized, scales[block.rows] = quantize_rows(block.values.to(self.device))
                 shard[block.to] = quantized.flatten()[block.part]
             self.partial_scales.append(scales)
-        self.shard.adopt(parameter, shard)
-        return scales.view(source.shape[:-1])
+        return shard, scales.view(source.shape[:-1])
 
-    def _load_float(self, module: nn.Module, parameter: nn.Parameter, source: Source) -> None:
-        """Keep this rank's part in the narrower of stored and compute type."""
+    def _load_float(self, module: nn.Module, source: Source, unit: int) -> Tensor:
+        """This rank's part, in the narrower of stored and compute type."""
         stored = self.reader.dtype(source.tensors[0])
         large = isinstance(module, FrozenLinear | FrozenEmbedding | FrozenExperts)
-        narrow = large and parameter.dim() > 1 and stored.itemsize < self.dtype.itemsize
+        narrow = large and len(source.shape) > 1 and stored.itemsize < self.dtype.itemsize
         kept = stored if narrow else self.dtype
-        shard = self.shard.allocate(parameter.numel(), kept)
-        for block in self._blocks(source):
+        shard = self.shard.allocate(source.shape.numel(), kept, unit)
+        for block in self._blocks(source, unit):
             shard[block.to] = block.values.flatten()[block.part].to(kept)
-        self.shard.adopt(parameter, shard)
+        return shard
 
-    def _blocks(self, source: Source) -> Iterator[_Block]:
+    def _blocks(self, source: Source, unit: int) -> Iterator[_Block]:
         """The rows that this rank's part touches, a few at a time."""
-        start, stop = self.shard.bounds(source.shape.numel())
+        start, stop = self.shard.bounds(source.shape.numel(), unit)
         width = source.shape[-1] if len(source.shape) > 1 else 1
         rows = RowReader(source, self.reader)
         for first, last in row_blocks(start // width, -(-stop // width), width):

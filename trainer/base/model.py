@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
-from trainer.base.attention import PACKED, make_layout
+from trainer.base.attention import make_layout
 from trainer.base.families import family_of
+from trainer.base.padded import pad_rows
 from trainer.tasks.streams import Stream
 
 
@@ -36,11 +37,16 @@ class DecodeStep:
 
 
 class PromptedBase(nn.Module):
-    """A frozen causal language model that reads virtual tokens in front of word embeddings."""
+    """A frozen causal language model that reads virtual tokens in front of word embeddings.
+
+    Attributes:
+        packed: rows of a stream are read end to end; otherwise padded, see ``Family.packed``.
+    """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.packed = family_of(model.config, model.config.model_type).packed
 
     @property
     def hidden_size(self) -> int:
@@ -79,15 +85,39 @@ class PromptedBase(nn.Module):
         prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
+        run = self._packed_logits if self.packed else self._padded_logits
+        return cross_entropy(run(stream, hidden_TH).float(), stream.labels_N, reduction="none")
+
+    def _packed_logits(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
         # Logits only where there is a label: the head sees N positions instead of T.
         output: Any = self.model(
             inputs_embeds=hidden_TH[None],
             position_ids=stream.position_ids_T[None],
             logits_to_keep=stream.label_positions_N,
-            layout=make_layout(stream.segments, hidden_TH.device),
+            layout=stream.layout or make_layout(stream.segments, hidden_TH.device),
             use_cache=False,
         )
-        return cross_entropy(output.logits[0].float(), stream.labels_N, reduction="none")
+        logits_NV: Tensor = output.logits[0]
+        return logits_NV
+
+    def _padded_logits(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+        rows = pad_rows(stream.segments[len(stream.prompts) :]).to(hidden_TH.device)
+        place_N = rows.place_T[stream.label_positions_N]
+        # The same: ``logits_to_keep`` would keep the same columns of every row.
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0].flatten(0, 1)[place_N][None],)
+        )
+        try:
+            output: Any = self.model(
+                inputs_embeds=hidden_TH[rows.token_BL],
+                attention_mask=rows.mask_BL,
+                position_ids=rows.position_BL,
+                use_cache=False,
+            )
+        finally:
+            hook.remove()
+        logits_NV: Tensor = output.logits[0]
+        return logits_NV
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[Tensor]) -> Tensor:
         words_BLH = self._embed(step.token_ids_BL)
@@ -110,6 +140,7 @@ class PromptedBase(nn.Module):
     def unpacked(self) -> Iterator[None]:
         """Inside, the model attends as transformers does by itself: for decode steps."""
         config = self.model.config
+        before = config._attn_implementation
         config._attn_implementation = family_of(config, config.model_type).cached_attention
         # A layer that is in training mode, to be recomputed, would forget the cache.
         recomputed = [module for module in self.model.modules() if module.training]
@@ -118,7 +149,7 @@ class PromptedBase(nn.Module):
         try:
             yield
         finally:
-            config._attn_implementation = PACKED
+            config._attn_implementation = before
             for module in recomputed:
                 module.training = True
 

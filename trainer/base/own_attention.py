@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.nemotron.modeling_nemotron import NemotronAttention
 from transformers.models.stablelm.modeling_stablelm import StableLmAttention
 
 from trainer.base.attention import Layout, Scores, attend
@@ -75,22 +78,60 @@ class PackedGPTJAttention(GPTJAttention):
     ) -> tuple[Tensor, Any]:
         if not isinstance(attention_mask, Layout):
             return super()._attn(query, key, value, attention_mask)
-        # Scores in fp32: in half precision they overflow.
-        output_1TAD = attend(
-            query.float(),
-            key.float(),
-            value.float(),
-            attention_mask,
-            Scores(1 / math.sqrt(self.head_dim)),
+        scores = Scores(1 / math.sqrt(self.head_dim))
+        return _attend_fp32(query, key, value, attention_mask, scores).transpose(1, 2), None
+
+
+class PackedCodeGenAttention(CodeGenAttention):
+    """CodeGen: likewise."""
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layout):
+            return super()._attn(query, key, value, attention_mask)
+        scores = Scores(1 / math.sqrt(self.head_dim))
+        return _attend_fp32(query, key, value, attention_mask, scores).transpose(1, 2), None
+
+
+class PackedGPTNeoAttention(GPTNeoAttention):
+    """GPT-Neo: scores are not scaled; every other layer has a window."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layer_past: Any = None,
+        attention_mask: Any = None,
+        **more: Any,
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layout):
+            return super().forward(hidden_states, layer_past, attention_mask, **more)
+        own = self.attention
+        query, key, value = (
+            own._split_heads(project(hidden_states), own.num_heads, own.head_dim)
+            for project in (own.q_proj, own.k_proj, own.v_proj)
         )
-        return output_1TAD.transpose(1, 2).to(value.dtype), None
+        window = own.config.window_size if self.attention_type == "local" else None
+        output_1TAD = _attend_fp32(query, key, value, attention_mask, Scores(1.0, window))
+        return own.out_proj(output_1TAD.flatten(2)), None
+
+
+def _attend_fp32(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
+) -> Tensor:
+    """Scores in fp32, where the family has them so: in half precision they overflow."""
+    output_1TAD = attend(query.float(), key.float(), value.float(), layout, scores)
+    return output_1TAD.to(value.dtype)
 
 
 #: Attention whose layers get the layout in place of the mask -> what takes its place.
 PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     BloomAttention: PackedBloomAttention,
+    CodeGenAttention: PackedCodeGenAttention,
     FalconAttention: PackedFalconAttention,
     GPTJAttention: PackedGPTJAttention,
+    GPTNeoAttention: PackedGPTNeoAttention,
+    NemotronAttention: NemotronAttention,
     StableLmAttention: StableLmAttention,
 }
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.base.attention import PACKED
+from trainer.base.embedding import FrozenEmbedding
 from trainer.base.experts import FrozenExperts, is_experts
 from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
-from trainer.base.linear import FrozenEmbedding, FrozenLinear, store_int8
+from trainer.base.linear import FrozenLinear
 from trainer.base.own_attention import replace_attention
 from trainer.base.sources import Source, find_sources
 from trainer.config import Base
@@ -39,14 +40,15 @@ def build_skeleton(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             _frozen_config(files.config), dtype=dtype, attn_implementation="eager"
         )
-    model.config._attn_implementation = PACKED
+    model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     _rebuild_buffers(model, device)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
     with SafetensorsReader(files) as reader:
         stored = find_sources(model, files.tensors, family)
         _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name].tensors[0]))
         _tie(model)
-        replace_attention(model)
+        if family.packed:
+            replace_attention(model)
         sources = find_sources(model, files.tensors, family)
         problems = [
             problem
@@ -56,6 +58,13 @@ def build_skeleton(
     if problems:
         raise BadInput(problems[:10])
     return model
+
+
+def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, Source]:
+    """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
+    sources = find_sources(skeleton, files.tensors, family_of(files.config, files.name))
+    int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
+    return {name: sources[name] for name in int8}
 
 
 def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> list[str]:
@@ -102,7 +111,15 @@ def _quantize_ends(
             )
         stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
         if setting == "int8" or (stored and settings.quantization == "int8"):
-            store_int8(layer)
+            _store_int8(layer)
+
+
+def _store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
+    """Make the weight of a layer on ``meta`` an int8 one."""
+    shape = layer.weight.shape
+    weight = torch.empty(shape, dtype=torch.int8, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.absmax = torch.empty(shape[0], dtype=torch.float32, device="meta")
 
 
 def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -124,7 +141,8 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
         for name, child in list(parent.named_children()):
             layer: nn.Module
             if child is embedding:
-                scale = getattr(child, "scalar_embed_scale", 1.0)
+                scales = (getattr(child, f"{x}embed_scale", None) for x in ("scalar_", ""))
+                scale = next((s for s in scales if s is not None), 1.0)
                 layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype, scale)
             elif is_experts(child):
                 layer = FrozenExperts(child, quantized)
@@ -143,7 +161,7 @@ def _tie(model: PreTrainedModel) -> None:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         assert isinstance(head, FrozenLinear)
         assert isinstance(embedding, FrozenEmbedding)
-        head.weight = embedding.weight
+        head.weight, embedding.tied = embedding.weight, True
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:

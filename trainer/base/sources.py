@@ -23,12 +23,10 @@ from trainer.base.families import Family
 PER_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 
 
-class Reader(Protocol):
-    """What reads tensors by name."""
+class HeaderReader(Protocol):
+    """What looks tensors up in the headers of their files."""
 
     def problem(self, name: str, shape: torch.Size) -> str | None: ...
-
-    def read(self, name: str) -> Tensor: ...
 
 
 class FlatReader(Protocol):
@@ -61,18 +59,10 @@ class Source:
             shape = (*shape[:-2], shape[-1], shape[-2])
         return torch.Size(shape)
 
-    def problems(self, reader: Reader) -> list[str]:
+    def problems(self, reader: HeaderReader) -> list[str]:
         """What is wrong with the tensors, from the headers of their files."""
         found = (reader.problem(name, self.stored_shape) for name in self.tensors)
         return [problem for problem in found if problem]
-
-    def read(self, reader: Reader) -> Tensor:
-        """The parameter's values, in the type they are stored in."""
-        parts = [reader.read(name) for name in self.tensors]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.transposed:
-            whole = whole.mT.contiguous()
-        return whole.view(self.shape)
 
 
 class RowReader:

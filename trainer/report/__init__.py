@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from trainer import atomic
 from trainer.redact import redact
 from trainer.report.collect import collect
 
@@ -28,7 +29,5 @@ def write_report(output_dir: Path | str) -> Path:
     )
     html = environment.get_template("template.html.j2").render(report=collect(output_dir))
     path = output_dir / "report.html"
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(redact(html), encoding="utf-8")
-    temporary.replace(path)
+    atomic.write(path, redact(html))
     return path

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
@@ -167,6 +168,13 @@ def _warnings(
     elif not summary:
         found.append("The run has no summary.json: it did not come to its end.")
     for item in data:
+        if item["also_in_train"]:
+            rows = [f"{here} is {there}" for here, there in item["leaked_rows"]]
+            rows += ["..."] if item["also_in_train"] > len(rows) else []
+            found.append(
+                f"{item['task']} {item['split']}: {item['also_in_train']} of {item['rows']} rows "
+                f"are also in train ({'; '.join(rows)}): on them a score is memory, not skill."
+            )
         for what, remedy in (
             ("skipped", "too long for the context (tasks.too_long: skip)"),
             ("truncated", "cut from the left (tasks.too_long: truncate)"),
@@ -198,13 +206,15 @@ def _gap(task: TaskReport, row: Row) -> list[str]:
 
 def _facts(summary: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
     memory, load = summary.get("memory") or {}, summary.get("load") or {}
-    speed = (summary.get("throughput") or {}).get("useful_tokens_per_second")
+    throughput = summary.get("throughput") or {}
+    speed, waited = (throughput.get(k) for k in ("useful_tokens_per_second", "data_wait_share"))
     gathered = (summary.get("communication") or {}).get("gathered_bytes_per_step")
     tokens = max((l_.useful_tokens or 0 for l_ in lines if l_.prompt is None), default=0)
     facts = [
         ("steps", summary.get("steps")),
         ("useful tokens", f"{tokens:,}" if tokens else None),
         ("useful tokens/s", f"{speed:,.0f}" if speed else None),
+        ("time waited for data", f"{waited:.1%}" if waited is not None else None),
         ("ranks", summary.get("world_size")),
         ("base per rank", size(memory.get("base_bytes_per_rank"))),
         ("peak memory (RSS)", size(memory.get("peak_rss_bytes"))),
@@ -229,6 +239,8 @@ def _data(output_dir: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "digest": str(item.get("digest", "")),
                 "skipped": count.get("skipped", 0),
                 "truncated": count.get("truncated", 0),
+                "also_in_train": count.get("also_in_train", 0),
+                "leaked_rows": item.get("also_in_train", []),
             }
         )
     return rows
@@ -306,7 +318,7 @@ def _rank(value: float | None, metric: str) -> float:
     """Small is good, whatever the metric."""
     if value is None or value != value:
         return float("inf")
-    return value if metric == "loss" else -value
+    return value if metric in LOWER_IS_BETTER else -value
 
 
 def _column_order(key: str) -> tuple[bool, bool, str]:

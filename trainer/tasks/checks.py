@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks.files import Record, did_you_mean, place, shorten
+from trainer.config import PLACEHOLDER, Task, template_fields
+from trainer.errors import BadInput, did_you_mean
+from trainer.tasks.files import Record, place, shorten
+from trainer.tasks.nested import parsers, problem_of_tokens
 
 MOST_PROBLEMS = 10
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "a truth value"),
     ((int, float), "a number"),
@@ -23,11 +22,6 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (dict, "an object"),
     ((bytes, bytearray), "binary data"),
 )
-
-
-def fields(template: str) -> list[str]:
-    """Columns of a template in order, each once: ``{column}``; ``{{`` and ``}}`` are braces."""
-    return list(dict.fromkeys(name for name in _PLACEHOLDER.findall(template) if name))
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
@@ -40,17 +34,26 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         return str(row[match[1]]) if match[1] else match[0][0]
 
-    return _PLACEHOLDER.sub(value, template)
+    return PLACEHOLDER.sub(value, template)
 
 
 def columns_used(task: Task) -> dict[str, str]:
     """Columns that a task reads, each with the setting that names it."""
-    used = dict.fromkeys(fields(task.input), "input")
-    for name in fields(task.target):
+    if task.messages is not None:
+        return {task.messages: "messages"}
+    if task.tokens is not None:
+        return {task.tokens.input_ids: "tokens.input_ids", task.tokens.labels: "tokens.labels"}
+    used = dict.fromkeys(template_fields(task.input), "input")
+    for name in template_fields(task.target):
         used.setdefault(name, "target")
     if task.metric == "execution":
         used.setdefault(task.tests, "tests")
     return used
+
+
+def content_columns(task: Task) -> list[str]:
+    """Columns that are read and learnt: rows that agree in them are the same row."""
+    return [name for name, setting in columns_used(task).items() if setting != "tests"]
 
 
 @dataclass
@@ -93,7 +96,7 @@ class RowCheck:
     A row is wrong if it is broken, or if a column that the task uses is missing, null, not a text
     or number, or of another kind than in the other rows; if all fields of the input or of the
     target are blank (the rendered text never is: templates hold words of their own); if its label
-    is none of ``choices``; if its test calls are malformed.
+    is none of ``choices``; if its test calls, dialogue, token ids or labels are malformed.
     """
 
     def __init__(self, path: str, task: Task) -> None:
@@ -103,7 +106,8 @@ class RowCheck:
         self._used = columns_used(task)
         self._columns = {name: _Column() for name in self._used}
         self._names: dict[str, None] = {}  # a set that keeps the order
-        self._input, self._target = fields(task.input), fields(task.target)
+        self._parsers = parsers(task)
+        self._input, self._target = template_fields(task.input), template_fields(task.target)
 
     def feed(self, record: Record) -> None:
         self.rows += 1
@@ -115,12 +119,13 @@ class RowCheck:
         for setting, names in (("input", self._input), ("target", self._target)):
             if names and good.issuperset(names):
                 self._check_blank(record, setting, names)
-        if self.task.choices is not None and good.issuperset(self._target):
+        if self.task.scored_by_likelihood and good.issuperset(self._target):
             self._check_choice(record, self._target[0])
-        if self.task.metric == "execution" and self.task.tests in good:
-            problem = problem_of_tests(record.values[self.task.tests])
+        if self.task.tokens is not None and good.issuperset(self._used):
+            ids, labels = (self._parsers[name](record.values[name]) for name in self._used)
+            problem = problem_of_tokens(ids, labels)
             if problem:
-                self._add(record, f"{self.task.tests}: {problem}")
+                self._add(record, problem)
 
     def finish(self, header: Sequence[str] | None = None) -> Problems:
         """All problems found. ``header`` gives the columns where the format has them apart."""
@@ -148,7 +153,12 @@ class RowCheck:
             what = "null" if value is None else "NaN, a missing number"
             self._add(record, f"{name}: is {what}; give it a value or remove the row")
             return False
-        if self._used[name] == "tests":
+        if name in self._parsers:
+            try:
+                self._parsers[name](value)
+            except ValueError as error:
+                self._add(record, f"{name}: {error}")
+                return False
             return True
         kind = kind_of(value)
         if kind in ("a list", "an object", "binary data"):
@@ -220,28 +230,6 @@ def _no_column(name: str, setting: str, names: Sequence[str]) -> str:
     if len(names) == 1 and re.search(r"[;\t|]", names[0]):
         hint = "; separate the fields with commas (.csv) or tabs (.tsv)"
     return f"no column {name!r}, which {setting} uses; columns: {', '.join(names) or 'none'}{hint}"
-
-
-def parse_tests(value: Any) -> Any:
-    """Test calls of a row: a list of objects, or that list as JSON text (csv has nothing else)."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def problem_of_tests(value: Any) -> str | None:
-    """What is wrong with a row's test calls, or None."""
-    example = 'write [{"args": [1, 2], "result": 3}]'
-    try:
-        calls = parse_tests(value)
-    except ValueError as error:
-        return f"is not JSON ({error}): {shorten(value)}; {example}"
-    if not isinstance(calls, list) or not calls:
-        return f"{shorten(value)} is not a list of test calls; {example}"
-    for number, call in enumerate(calls):
-        if not isinstance(call, dict) or set(call) != {"args", "result"}:
-            return f"[{number}] is {shorten(call)}; a test call has args and result: {example}"
-        if not isinstance(call["args"], list):
-            return f"[{number}].args is {shorten(call['args'])}, not a list; {example}"
-    return None
 
 
 def merge(problems: Iterable[Problems]) -> list[str]:

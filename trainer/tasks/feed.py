@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.parts import Said
+from trainer.tasks.rows import Leaked, Rows, Source, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
-from trainer.tasks.tokens import Example, check_vocabulary, gold, tokenize, tokenize_choices
+from trainer.tasks.table import in_memory
+from trainer.tasks.tokens import (
+    Example,
+    Progress,
+    Tokenized,
+    TokenTable,
+    check_vocabulary,
+    encode_input,
+    gold,
+    tokenize,
+    tokenize_choices,
+    unseen,
+)
+
+#: Shows that files are read: ``with reading() as said: said(file, rows read so far)``.
+Reading = Callable[[], AbstractContextManager[Said | None]]
+
+
+class Candidates(Sequence[list[Example]]):
+    """``[row][choice]``: some rows of a table that holds ``width`` examples of each row."""
+
+    def __init__(self, table: TokenTable, width: int, kept: Sequence[int]) -> None:
+        self.table, self.width, self.kept = table, width, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first = self.kept[index] * self.width
+        return self.table[first : first + self.width]
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return (self[i] for i in range(len(self)))
+
+
+SPLITS = ("train", "validation", "shifted_validation")
 
 
 @dataclass(frozen=True)
@@ -29,32 +70,64 @@ class EvalSet:
     task: Task
     split: str
     rows: Rows
-    candidates: list[list[Example]]
+    candidates: Candidates
     gold: list[int]
 
-    @property
+    def subset(self, indices: Sequence[int]) -> EvalSet:
+        """Some of the rows, by their places in this set."""
+        table, width, kept = self.candidates.table, self.candidates.width, self.candidates.kept
+        return replace(
+            self,
+            candidates=Candidates(table, width, [kept[i] for i in indices]),
+            gold=[self.gold[i] for i in indices],
+        )
+
+    @cached_property
     def num_labels(self) -> int:
         """Tokens of all right targets."""
-        pairs = zip(self.candidates, self.gold, strict=True)
-        return sum(candidates[right].num_labels for candidates, right in pairs)
+        first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
+        return int(self.candidates.table.num_labels[first + np.asarray(self.gold)].sum())
 
 
 @dataclass
 class TaskData:
-    """A task's rows, as tokens."""
+    """A task's rows, as tokens.
+
+    Attributes:
+        train_rows: where ``train`` came from.
+        counts: of each split: its rows, how many of them were skipped and how many truncated. A
+            row of an evaluation is skipped if it is too long behind any of the hard prompts, so
+            that all are compared on the same rows.
+        leaks: splits that share rows with train.
+        remarks: what to say about where the rows came from.
+    """
 
     task: Task
-    train: list[Example]
-    evaluation: dict[str, EvalSet]
-    hand_written: dict[str, list[EvalSet]]
+    train: TokenTable
+    train_rows: Rows
+    evaluation: dict[str, EvalSet] = field(default_factory=dict)
+    hand_written: dict[str, list[EvalSet]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    leaks: list[Leaked] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_tasks(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, context_length: int, vocab_size: int
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    vocab_size: int,
+    progress: Progress = unseen,
+    reading: Reading = nullcontext,
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, TaskData]:
     """Read and tokenise the tasks of a run.
+
+    Args:
+        progress: shows how far tokenising has come.
+        reading: shows how far reading has come.
+        splits: those that are needed; of the others nothing is tokenised.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -70,7 +143,8 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
-            tasks[task.name] = _load_task(task, tokenizer, room, vocab_size)
+            loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress, reading)
+            tasks[task.name] = loader.load(splits)
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -78,57 +152,98 @@ def load_tasks(
     return tasks
 
 
-def _load_task(
-    task: Task, tokenizer: PreTrainedTokenizerBase, room: int, vocab_size: int
-) -> TaskData:
-    data = TaskData(task, [], {}, {})
-    for split in ("train", "validation", "shifted_validation"):
-        path = getattr(task, split)
-        if path is None:
-            continue
-        rows = load_rows(path, task)
-        tokenized = tokenize(rows, task, tokenizer, room)
-        check_vocabulary(tokenized.examples, vocab_size)
+@dataclass
+class _Loader:
+    """One task on its way from files to tokens."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    room: int
+    context_length: int
+    vocab_size: int
+    progress: Progress
+    reading: Reading
+
+    def load(self, wanted: Sequence[str]) -> TaskData:
+        with self.reading() as said:
+            splits = load_splits(self.task, said=said)
+        data = TaskData(self.task, in_memory([]), splits["train"])
+        for split, rows in splits.items():
+            if split not in wanted:
+                data.counts[split] = {"rows": len(rows)}
+            elif split == "train":
+                self._train(data, rows)
+            else:
+                self._evaluation(data, split, rows)
+        data.leaks, data.remarks = leaks(self.task, splits), remarks(self.task, splits)
+        for leak in data.leaks:
+            data.counts[leak.split]["also_in_train"] = leak.count
+            for source in data.sources:
+                if source["split"] == leak.split:
+                    source["also_in_train"] = leak.rows
+        return data
+
+    def _train(self, data: TaskData, rows: Rows) -> None:
+        train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
+        check_vocabulary(train.examples, self.vocab_size)
+        data.train = train.examples
+        self._note(data, "train", rows, train.skipped, train.truncated)
+
+    def _note(self, data: TaskData, split: str, rows: Rows, skipped: int, truncated: int) -> None:
         data.sources.append(
             {
-                "task": task.name,
+                "task": self.task.name,
                 "split": split,
-                "path": path,
+                "path": rows.path,
                 "rows": len(rows),
                 "digest": rows.digest,
             }
         )
-        data.counts[split] = {
-            "rows": len(rows),
-            "skipped": tokenized.skipped,
-            "truncated": tokenized.truncated,
-        }
-        if split == "train":
-            data.train = tokenized.examples
-            continue
-        data.evaluation[split] = _eval_set(task, split, rows, tokenizer, room)
-        data.hand_written[split] = [
-            _eval_set(task, split, rows, tokenizer, room, prefix=text) for text in task.hand_written
+        data.counts[split] = {"rows": len(rows), "skipped": skipped, "truncated": truncated}
+
+    def _evaluation(self, data: TaskData, split: str, rows: Rows) -> None:
+        """The rows of a split without a prompt and behind every hard one; those that all have."""
+        likelihood = self.task.scored_by_likelihood
+        width = len(self.task.choices or []) if likelihood else 1
+        read = [self._read(rows, "", self.room)]
+        check_vocabulary(read[0].examples, self.vocab_size)
+        read += [self._read(rows, text, self._room_behind(text)) for text in self.task.hand_written]
+        numbers = [found.examples.rows_R[::width] for found in read]
+        common = numbers[0]
+        for found in numbers[1:]:
+            common = np.intersect1d(common, found, assume_unique=True)
+        if not len(common):
+            raise BadInput(
+                f"tasks.{self.task.name}.hand_written: no row of {rows.path} fits behind all of "
+                f"them; shorten them, or set tasks.{self.task.name}.too_long to truncate"
+            )
+        right = gold(rows, self.task) if likelihood else [0] * len(rows)
+        sets = [
+            EvalSet(
+                self.task,
+                split,
+                rows,
+                Candidates(found.examples, width, np.searchsorted(number, common).tolist()),
+                [right[row] for row in common.tolist()],
+            )
+            for found, number in zip(read, numbers, strict=True)
         ]
-    return data
+        data.evaluation[split], data.hand_written[split] = sets[0], sets[1:]
+        self._note(data, split, rows, len(rows) - len(common), read[0].truncated)
 
+    def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
+        how = tokenize_choices if self.task.scored_by_likelihood else tokenize
+        return how(rows, self.task, self.tokenizer, room, prefix=prefix, progress=self.progress)
 
-def _eval_set(
-    task: Task,
-    split: str,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    room: int,
-    prefix: str = "",
-) -> EvalSet:
-    if task.choices:
-        candidates = tokenize_choices(rows, task, tokenizer, room, prefix=prefix)
-        right = gold(rows, task)
-        kept = [c[0].row for c in candidates]
-        return EvalSet(task, split, rows, candidates, [right[row] for row in kept])
-    tokenized = tokenize(rows, task, tokenizer, room, prefix=prefix)
-    examples = [[example] for example in tokenized.examples]
-    return EvalSet(task, split, rows, examples, [0] * len(examples))
+    def _room_behind(self, prefix: str) -> int:
+        """Tokens of a row with a hard prompt, which stands where the virtual tokens stand.
+
+        Where rows are cut, as much of their own text is left as behind the virtual tokens.
+        """
+        if self.task.too_long != "truncate":
+            return self.context_length
+        words = len(encode_input(self.tokenizer, prefix)) - len(encode_input(self.tokenizer, ""))
+        return min(self.context_length, self.room + words)
 
 
 class Feed:
@@ -141,9 +256,10 @@ class Feed:
         self._examples = [tasks[prompt.task].train for prompt in config.prompts]
         self._cursors = [
             Cursor(
-                [example.num_tokens for example in examples],
+                examples.lengths,
                 config.training.tokens_per_step,
                 config.prompt_seed(prompt),
+                _sources(examples, tasks[prompt.task].train_rows),
             )
             for prompt, examples in zip(config.prompts, self._examples, strict=True)
         ]
@@ -165,3 +281,14 @@ class Feed:
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         for cursor, saved in zip(self._cursors, state, strict=True):
             cursor.load_state_dict(saved)
+
+
+def _sources(examples: TokenTable, rows: Rows) -> list[Source]:
+    """The sources of a file's rows as ranges of its examples: rows may have been skipped."""
+    bounds = [(source.start, source.stop) for source in rows.sources]
+    return [
+        replace(source, start=start, stop=stop)
+        for source, (start, stop) in zip(
+            rows.sources, np.searchsorted(examples.rows_R, bounds).tolist(), strict=True
+        )
+    ]

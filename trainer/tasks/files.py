@@ -3,25 +3,23 @@
 ``datasets`` and Arrow say *that* a file is broken, seldom where, and they repair silently: a column
 of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is filled up. So the
 files are read here, value by value as they are written, and every problem gets its line or row.
+Formats that are tables already (parquet, arrow) are read in tables.py.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import resolve_path
 from trainer.errors import BadInput
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_BOM = b"\xef\xbb\xbf"
+TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,11 @@ class Record:
 
 
 def place(path: str, row: int, line: int | None) -> str:
-    """How a row is named in messages: ``FILE:LINE`` in jsonl, else ``FILE: row N``."""
+    """How a row is named in messages: ``FILE:LINE`` in jsonl and txt, else ``FILE: row N``."""
     if line is None:
         return f"{path}: row {row}"
-    return f"{path}:{line}" if path.endswith(".jsonl") else f"{path}: row {row} (line {line})"
+    one_per_line = path.endswith((".jsonl", ".txt"))
+    return f"{path}:{line}" if one_per_line else f"{path}: row {row} (line {line})"
 
 
 def shorten(value: Any, length: int = 60) -> str:
@@ -54,90 +53,66 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint for a misspelt name, or nothing."""
-    lower = {name.lower().strip(): name for name in known}
-    close = difflib.get_close_matches(word.lower().strip(), list(lower), n=1)
-    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
-
-
-def locate(path: str, setting: str) -> Path:
-    """The data file that a setting names.
-
-    Raises:
-        BadInput: it is not there, a folder, unreadable, empty or of no known format.
-    """
-    file = resolve_path(path)
-    problem = _problem_of_file(file)
-    if problem:
-        raise BadInput(f"{setting}: {path}: {problem}")
-    return file
-
-
-def _problem_of_file(file: Path) -> str | None:
-    suffix = file.suffix.lower()
-    if file.is_dir():
-        inside = sorted(f.name for f in file.iterdir() if f.suffix.lower() in FORMATS)
-        files = f"; it holds {', '.join(inside[:5])}" if inside else ""
-        return f"is a folder; name one data file ({', '.join(FORMATS)}){files}"
-    if not file.exists():
-        if not suffix and len(file.parts) <= 2:
-            return "no such file; data sets of the hub are not read yet: save the rows as .jsonl"
-        if not file.parent.is_dir():
-            return f"no such file: there is no folder {str(file.parent)!r}"
-        near = did_you_mean(file.name, [f.name for f in file.parent.iterdir()])
-        return f"no such file{near}; paths start at the working folder, {os.getcwd()}"
-    if suffix not in FORMATS:
-        return f"format {suffix or 'without a suffix'!r} is not known; use {', '.join(FORMATS)}"
-    if not os.access(file, os.R_OK):
-        return "may not be read; change its permissions"
-    return "is empty; it has no rows" if file.stat().st_size == 0 else None
-
-
-def read_records(file: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """Every row of a file, in its order. Broken rows come with their problem.
-
-    Args:
-        file: an existing file of one of ``FORMATS``.
-        columns: the columns that are needed; a parquet file is read for no others.
+def read_text(file: Path) -> Iterator[Record]:
+    """Every row of a file of one of ``TEXT_FORMATS``, in its order. Broken rows have a problem.
 
     Raises:
         BadInput: the file as a whole cannot be read.
     """
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet(file, columns)
     if suffix in (".csv", ".tsv"):
-        return _csv(file, "\t" if suffix == ".tsv" else ",")
-    return _json_list(file) if suffix == ".json" and _starts_with_list(file) else _jsonl(file)
+        return _csv(file, delimiter_of(file))
+    if suffix == ".txt":
+        return _txt(file)
+    return _json_list(file) if is_json_list(file) else _jsonl(file)
 
 
-def columns_of(file: Path) -> list[str] | None:
+def header_of(file: Path) -> list[str] | None:
     """Columns as the file's head gives them; None for JSON, where every row has its own."""
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return list(_open_parquet(file).schema_arrow.names)
-    if suffix in (".csv", ".tsv"):
-        return _header(file, "\t" if suffix == ".tsv" else ",")[0]
-    return None
+    if suffix == ".txt":
+        return ["text"]
+    return _header(file, delimiter_of(file))[0] if suffix in (".csv", ".tsv") else None
 
 
-def _jsonl(file: Path) -> Iterator[Record]:
+def delimiter_of(file: Path) -> str:
+    return "\t" if file.suffix.lower() == ".tsv" else ","
+
+
+def _txt(file: Path) -> Iterator[Record]:
+    """One row per line that is not blank, in a column ``text``."""
     row = 0
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
-            raw = raw.removeprefix(_BOM) if number == 1 else raw
+            raw = raw.removeprefix(BOM) if number == 1 else raw
             if not raw.strip():
                 continue
             row += 1
-            values, problem = _json_line(raw)
-            if problem and row == 1 and raw.strip() in (b"{", b"["):
-                problem += (
-                    "; a JSON Lines file has one whole object per line (a list: name it .json)"
-                )
-                yield Record(row, number, {}, problem)
-                return  # every other line would only repeat it
-            yield Record(row, number, values, problem)
+            try:
+                yield Record(row, number, {"text": raw.decode("utf-8").rstrip("\r\n")})
+            except UnicodeDecodeError as error:
+                yield Record(row, number, {}, _bad_utf8(raw, error))
+
+
+def _jsonl(file: Path) -> Iterator[Record]:
+    with file.open("rb") as lines:
+        yield from json_lines(lines)
+
+
+def json_lines(lines: Iterable[bytes], first_row: int = 1, first_line: int = 1) -> Iterator[Record]:
+    """Rows of JSON Lines; blank lines count as lines only."""
+    row = first_row - 1
+    for number, raw in enumerate(lines, start=first_line):
+        raw = raw.removeprefix(BOM) if number == 1 else raw
+        if not raw.strip():
+            continue
+        row += 1
+        values, problem = _json_line(raw)
+        if problem and row == 1 and raw.strip() in (b"{", b"["):
+            problem += "; a JSON Lines file has one whole object per line (a list: name it .json)"
+            yield Record(row, number, {}, problem)
+            return  # every other line would only repeat it
+        yield Record(row, number, values, problem)
 
 
 def _json_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
@@ -198,11 +173,14 @@ def _bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
     )
 
 
-def _starts_with_list(file: Path) -> bool:
+def is_json_list(file: Path) -> bool:
+    """Whether a file is one JSON list, which is read whole, and not a JSON object per line."""
+    if file.suffix.lower() != ".json":
+        return False
     with file.open("rb") as stream:
         for raw in stream:
-            if raw.removeprefix(_BOM).strip():
-                return raw.removeprefix(_BOM).lstrip().startswith(b"[")
+            if raw.removeprefix(BOM).strip():
+                return raw.removeprefix(BOM).lstrip().startswith(b"[")
     return False
 
 
@@ -217,7 +195,7 @@ def _text_of(file: Path) -> str:
                 problems.append(f"{file}:{number}: {_bad_utf8(raw, error)}")
     if problems:
         raise BadInput(problems)
-    return file.read_bytes().removeprefix(_BOM).decode("utf-8")
+    return file.read_bytes().removeprefix(BOM).decode("utf-8")
 
 
 def _json_list(file: Path) -> Iterator[Record]:
@@ -238,7 +216,7 @@ def _json_list(file: Path) -> Iterator[Record]:
 def _header(file: Path, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Column names of a csv file, and an iterator of (line, fields) over the rows behind them."""
     csv.field_size_limit(sys.maxsize)  # the default refuses a text of 128 kB
-    rows = _fields(file, csv.reader(_lines(_text_of(file)), delimiter=delimiter, strict=True))
+    rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
     _, names = next(rows, (0, []))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -248,13 +226,15 @@ def _header(file: Path, delimiter: str) -> tuple[list[str], Iterator[tuple[int, 
     return names, rows
 
 
-def _lines(text: str) -> Iterator[str]:
+def _lines(file: Path) -> Iterator[str]:
     """Lines at newlines only: ``str.splitlines`` would also cut at characters inside a field."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        yield text[start:end]
-        start = end
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            raw = raw.removeprefix(BOM) if number == 1 else raw
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{file}:{number}: {_bad_utf8(raw, error)}") from None
 
 
 def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -282,30 +262,3 @@ def _csv(file: Path, delimiter: str) -> Iterator[Record]:
                 f"({', '.join(names)}): {shorten(fields)}; put text with commas in quotes"
             )
         yield Record(row, line, {} if problem else dict(zip(names, fields, strict=True)), problem)
-
-
-def _open_parquet(file: Path) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(file)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{file}: is not a whole parquet file: {reason}; write it again") from None
-
-
-def _parquet(file: Path, columns: Sequence[str]) -> Iterator[Record]:
-    table = _open_parquet(file)
-    wanted = [name for name in table.schema_arrow.names if name in columns]
-    row = 0
-    try:
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
-            for values in batch.to_pylist() if wanted else [{}] * batch.num_rows:
-                row += 1
-                yield Record(row, None, values)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(
-            f"{file}: cannot be read behind row {row}: {reason}; write it again"
-        ) from None

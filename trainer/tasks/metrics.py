@@ -31,6 +31,31 @@ def exact_match(texts: Sequence[str], targets: Sequence[str]) -> float:
     return _mean([float(a.strip() == b.strip()) for a, b in zip(texts, targets, strict=True)])
 
 
+def multi_label(
+    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]], choices: Sequence[str]
+) -> dict[str, float]:
+    """Scores of sets of labels; their order does not matter.
+
+    Args:
+        written: labels of each row that the base wrote; what is none of ``choices`` is wrong.
+        right: those it should have written.
+
+    Returns:
+        ``f1``, of all labels of all rows together (micro average), and ``exact_match``, the share
+        of rows whose whole set is right (subset accuracy).
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    unknown = {label for labels in written for label in labels} - set(choices)
+    binarizer = MultiLabelBinarizer(classes=[*choices, *sorted(unknown)])
+    right_RC, written_RC = binarizer.fit_transform(right), binarizer.transform(written)
+    return {
+        "f1": float(f1_score(right_RC, written_RC, average="micro", zero_division=0.0)),
+        "exact_match": float(accuracy_score(right_RC, written_RC)),
+    }
+
+
 def execution(
     texts: Sequence[str],
     tests: Sequence[Sequence[Mapping[str, Any]]],

@@ -10,14 +10,20 @@ Shape letters: T tokens of a stream, N label positions, K prompts of the bank.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from trainer.tasks.tokens import Example
+from trainer.tasks.table import Example
+
+T = TypeVar("T")
+
+#: A stream may be over its budget by this share, rather than that the step takes one more forward:
+#: the virtual tokens, and that rows do not add up to the same number in every stream.
+SLACK = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Stream:
         labels_N: the tokens to predict.
         label_prompt_N: index in the bank, -1 for none.
         label_slot_N: ``Piece.slot`` of the row; -1 in a filler.
+        layout: how the segments attend, where that was prepared ahead.
     """
 
     token_ids_T: Tensor
@@ -69,14 +76,26 @@ class Stream:
     labels_N: Tensor
     label_prompt_N: Tensor
     label_slot_N: Tensor
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return self.token_ids_T.numel()
+    layout: Any = None
 
     def to(self, device: torch.device) -> Stream:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Stream(**{**{f: getattr(self, f) for f in self.__dataclass_fields__}, **moved})
+        """On the device; from pinned memory without waiting for the copy."""
+        return changed(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass with all its tensors changed, in tuples and dataclasses within too."""
+    new: Any = value
+    if isinstance(value, Tensor):
+        new = change(value)
+    elif isinstance(value, tuple):
+        new = tuple(changed(item, change) for item in value)
+    elif is_dataclass(value) and not isinstance(value, Segment):
+        new = replace(
+            value,  # type: ignore[type-var]
+            **{f.name: changed(getattr(value, f.name), change) for f in fields(value)},
+        )
+    return cast(T, new)
 
 
 def build_stream(pieces: Sequence[Piece], prompt_lengths: Sequence[int]) -> Stream:
@@ -134,6 +153,9 @@ def plan_streams(
     stream that holds the fewest tokens (longest-processing-time rule), so that ranks are nearly
     equally loaded. A pure function of its arguments: all ranks make the same plan.
 
+    Args:
+        max_tokens: of a stream, virtual tokens included, within ``SLACK``; a longer row is alone.
+
     Raises:
         ValueError: if ``pieces`` is empty.
     """
@@ -141,11 +163,12 @@ def plan_streams(
         raise ValueError("no rows to plan")
     order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].example.num_tokens, i))
     total = sum(piece.example.num_tokens for piece in pieces)
-    num_streams = -(-total // (max_tokens * num_ranks)) * num_ranks
+    most = int(max_tokens * (1 + SLACK))
+    num_streams = -(-total // (most * num_ranks)) * num_ranks
     while True:
         streams = _fill(pieces, order, prompt_lengths, num_streams)
         tokens = [_tokens(stream, prompt_lengths) for stream in streams]
-        full = any(t > max_tokens and len(s) > 1 for t, s in zip(tokens, streams, strict=True))
+        full = any(t > most and len(s) > 1 for t, s in zip(tokens, streams, strict=True))
         if not full:
             break
         num_streams += num_ranks * max(1, num_streams // (20 * num_ranks))

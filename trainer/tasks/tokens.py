@@ -1,68 +1,71 @@
 """Rows -> token ids with the place where the labels start. Needs a tokenizer, but no torch.
 
 A row is ``tokenizer(input)`` with its special tokens, then ``tokenizer(target)`` without them,
-then EOS. The loss is on the target and EOS only.
+then EOS. The loss is on the target and EOS only. Dialogues are written by the tokenizer's chat
+template (chat.py), and rows may be token ids already (given.py).
+
+Files of many rows are tokenised by worker processes, once: the table is kept in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from trainer.config import Task
+from trainer.config import Task, template_fields
 from trainer.errors import BadInput
-from trainer.tasks.checks import MOST_PROBLEMS, fields, render
+from trainer.tasks.cache import cached, tokenizer_digest
+from trainer.tasks.chat import DialogueFitter, encode_opening
+from trainer.tasks.checks import render
+from trainer.tasks.found import Found
+from trainer.tasks.given import GivenFitter
 from trainer.tasks.rows import Rows, gold_target
+from trainer.tasks.table import Block, Example, TokenTable, in_memory
+from trainer.tasks.workers import in_order
 
+__all__ = [
+    "Example",
+    "TokenTable",
+    "Tokenized",
+    "check_vocabulary",
+    "encode_input",
+    "gold",
+    "tokenize",
+    "tokenize_choices",
+]
+
+#: From this many rows on, workers and the cache cost less than they save.
+MANY_ROWS = 5000
 _BATCH = 1000
 
+#: Shows that rows are read: ``with progress(what, rows) as advance: advance(number of rows)``.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
-@dataclass(frozen=True)
-class Example:
-    """One row as the base reads it.
 
-    Attributes:
-        input_ids: the whole row: input, target, EOS; no virtual tokens.
-        label_spans: (start, stop) of the tokens that are labels, ascending and apart: one for a
-            target, one per answer of a dialogue.
-        row: index in its ``Rows``.
-    """
-
-    input_ids: tuple[int, ...]
-    label_spans: tuple[tuple[int, int], ...]
-    row: int
-
-    @classmethod
-    def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
-        """All tokens from ``target_start`` on are labels."""
-        return cls(input_ids, ((target_start, len(input_ids)),), row)
-
-    @property
-    def target_start(self) -> int:
-        """Index of the first label."""
-        return self.label_spans[0][0]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_labels(self) -> int:
-        return sum(stop - start for start, stop in self.label_spans)
+def unseen(what: str = "", total: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+    """A ``Progress`` that shows nothing."""
+    return nullcontext(lambda rows: None)
 
 
 @dataclass(frozen=True)
 class Tokenized:
     """Examples of a file, and what ``task.too_long`` did to the others."""
 
-    examples: list[Example]
+    examples: TokenTable
     skipped: int
     truncated: int
 
 
 def tokenize(
-    rows: Rows, task: Task, tokenizer: Any, max_length: int, *, prefix: str = ""
+    rows: Rows,
+    task: Task,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    prefix: str = "",
+    progress: Progress = unseen,
 ) -> Tokenized:
     """Tokenize every row with its own target.
 
@@ -77,21 +80,26 @@ def tokenize(
         BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
             that give no tokens, a tokenizer without EOS, or no row left.
     """
-    fitter = _Fitter(rows, task, tokenizer, max_length, prefix)
-    targets = _in_batches(
-        lambda texts: _encode(tokenizer, texts, special=False),
-        (render(task.target, row) for row in rows),
-    )
-    examples = []
-    for row, (input_ids, target) in enumerate(zip(fitter.inputs(), targets, strict=True)):
-        examples += fitter.fit(row, input_ids, [target])
-    return Tokenized(examples, *fitter.finish())
+    fitter: Fitter
+    if task.messages is not None:
+        fitter = DialogueFitter(task, tokenizer, max_length)
+    elif task.tokens is not None:
+        fitter = GivenFitter(task, max_length)
+    else:
+        fitter = _TextFitter(task, tokenizer, max_length, prefix)
+    return _tokenized(rows, tokenizer, fitter, progress)
 
 
 def tokenize_choices(
-    rows: Rows, task: Task, tokenizer: Any, max_length: int, *, prefix: str = ""
-) -> list[list[Example]]:
-    """Tokenize every row once per choice: ``[row][choice]``, in the order of ``task.choices``.
+    rows: Rows,
+    task: Task,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    prefix: str = "",
+    progress: Progress = unseen,
+) -> Tokenized:
+    """Tokenize every row once per choice, in the order of ``task.choices``.
 
     All choices of a row follow the same input, cut so that the longest fits; a row whose longest
     choice does not fit is skipped whole (its number is missing from ``Example.row``).
@@ -100,14 +108,12 @@ def tokenize_choices(
         BadInput: as ``tokenize``; or two choices give the same tokens.
     """
     assert task.choices is not None, "a task without choices is not scored by likelihood"
-    fitter = _Fitter(rows, task, tokenizer, max_length, prefix)
-    column = fields(task.target)[0]
+    column = template_fields(task.target)[0]
     texts = [render(task.target, {column: choice}) for choice in task.choices]
     targets = _encode(tokenizer, texts, special=False)
     _check_choices(task, targets)
-    found = [fitter.fit(row, ids, targets) for row, ids in enumerate(fitter.inputs())]
-    fitter.finish()
-    return [examples for examples in found if examples]
+    fitter = _TextFitter(task, tokenizer, max_length, prefix, targets)
+    return _tokenized(rows, tokenizer, fitter, progress)
 
 
 def gold(rows: Rows, task: Task) -> list[int]:
@@ -117,24 +123,30 @@ def gold(rows: Rows, task: Task) -> list[int]:
     return [index[gold_target(row, task)] for row in rows]
 
 
-def encode_input(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one input as rows have them, for generating from text that is in no file."""
+def encode_input(tokenizer: Any, text: str, *, dialogue: bool = False) -> list[int]:
+    """Token ids of one input as rows have them, for generating from text that is in no file.
+
+    Args:
+        dialogue: the text is a user's turn, for the chat template.
+    """
+    if dialogue:
+        return encode_opening(tokenizer, text)
     return _Specials(tokenizer).encode([text])[0]
 
 
-def check_vocabulary(examples: Iterable[Example], vocab_size: int) -> None:
+def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
     """Refuse a tokenizer that is not the base's: an id without an embedding.
 
     Raises:
         BadInput: naming the first such id.
     """
-    for example in examples:
-        largest = max(example.input_ids)
-        if largest >= vocab_size:
-            raise BadInput(
-                f"base.model: the tokenizer gives id {largest} (row {example.row + 1}), but the "
-                f"base embeds {vocab_size} tokens; tokenizer and weights are not of one model"
-            )
+    example = examples.first_beyond(vocab_size)
+    if example is not None:
+        raise BadInput(
+            f"base.model: row {example.row + 1} has the id {max(example.input_ids)}, but the base "
+            f"embeds {vocab_size} tokens; its tokenizer, or the one that made the rows, is not "
+            "that of the weights"
+        )
 
 
 class _Specials:
@@ -160,19 +172,52 @@ class _Specials:
         return [ids[:-cut] if ids[-cut:] == self.back else ids for ids in encoded]
 
 
-class _Fitter:
-    """Puts inputs and targets together, within ``max_length``, by the policy of the task."""
+class Fitter(Protocol):
+    """Makes examples of rows. It goes to the workers, so it knows a batch of rows, not their file.
+
+    Attributes:
+        max_length: most tokens of a row.
+        limit: what sets that limit, for messages.
+    """
+
+    task: Task
+    max_length: int
+    limit: str
+
+    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+        """Examples of consecutive rows, the first of which has the number ``first``."""
+        ...
+
+
+class _TextFitter:
+    """Puts inputs and targets together, within ``max_length``, by the policy of the task.
+
+    Args:
+        choices: token ids of the targets that every row is tried with; None: each has its own.
+    """
 
     def __init__(
-        self, rows: Rows, task: Task, tokenizer: Any, max_length: int, prefix: str
+        self,
+        task: Task,
+        tokenizer: Any,
+        max_length: int,
+        prefix: str,
+        choices: list[list[int]] | None = None,
     ) -> None:
-        self.rows, self.task, self.max_length, self.prefix = rows, task, max_length, prefix
+        self.task, self.tokenizer, self.max_length, self.prefix = (
+            task,
+            tokenizer,
+            max_length,
+            prefix,
+        )
+        self.choices = choices
         self.specials = _Specials(tokenizer)
         # What stands in front of the row's own text and is never cut: BOS and the hard prompt.
         self.kept = self.specials.encode([prefix])[0] if prefix else self.specials.front
         self.eos = self._eos(tokenizer)
-        self.skipped = self.truncated = 0
-        self.count, self.problems = 0, list[str]()
+        self.limit = "(context minus virtual tokens)"
+        if prefix:
+            self.limit = f"with tasks.{task.name}.hand_written {prefix!r} in front"
         if max_length < 2:
             raise BadInput(
                 f"prompts of task {task.name!r}: num_virtual_tokens leaves {max(0, max_length)} "
@@ -187,38 +232,49 @@ class _Fitter:
             raise BadInput(f"{setting}: true, but the tokenizer has no EOS token; set it to false")
         return [tokenizer.eos_token_id]
 
-    def inputs(self) -> Iterator[list[int]]:
-        """Token ids of every row's input, hard prompt and special tokens included."""
-        texts = (self.prefix + render(self.task.input, row) for row in self.rows)
-        return _in_batches(self.specials.encode, texts)
+    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+        """Examples of consecutive rows, the first of which has the number ``first``."""
+        texts = [self.prefix + render(self.task.input, row) for row in rows]
+        inputs = self.specials.encode(texts)
+        if self.choices is None:
+            texts = [render(self.task.target, row) for row in rows]
+            targets = [[ids] for ids in _encode(self.tokenizer, texts, special=False)]
+        else:
+            targets = [self.choices] * len(rows)
+        found, examples = Found(len(rows)), list[Example]()
+        for i, (input_ids, behind) in enumerate(zip(inputs, targets, strict=True)):
+            examples += self._fit(first + i, input_ids, behind, found)
+        return Block.of(examples), found
 
-    def fit(self, row: int, input_ids: list[int], targets: list[list[int]]) -> list[Example]:
+    def _fit(
+        self, row: int, input_ids: list[int], targets: list[list[int]], found: Found
+    ) -> list[Example]:
         """One example per target, all behind the same input; none if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
         if not all(targets):
-            self._problem(row, "its target gives no tokens; the tokenizer drops this text")
+            found.problem(row, "its target gives no tokens; the tokenizer drops this text")
         elif len(input_ids) <= len(self.specials.front):
-            self._problem(row, "its input gives no tokens; the tokenizer drops this text")
+            found.problem(row, "its input gives no tokens; the tokenizer drops this text")
         elif len(input_ids) <= room:
             return self._examples(row, input_ids, targets)
         elif self.task.too_long == "skip":
-            self.skipped += 1
+            found.skipped += 1
         elif self.task.too_long == "refuse":
             length = len(input_ids) + self.max_length - room
-            self._problem(
+            found.problem(
                 row,
-                f"has {length} tokens, {self.max_length} fit (context minus virtual tokens); "
+                f"has {length} tokens, {self.max_length} fit {self.limit}; "
                 f"shorten it, or set tasks.{self.task.name}.too_long to skip or truncate",
             )
         elif room <= len(self.kept):
-            self._problem(
+            found.problem(
                 row,
                 f"its target alone has {self.max_length - room} tokens; {self.max_length} fit, "
                 f"with what must stand before it; a target is never cut: shorten it, or set "
                 f"tasks.{self.task.name}.too_long to skip",
             )
         else:
-            self.truncated += 1
+            found.truncated += 1
             own = room - len(self.kept)
             return self._examples(row, self.kept + input_ids[-own:], targets)
         return []
@@ -228,23 +284,82 @@ class _Fitter:
             Example.with_target((*ids, *target, *self.eos), len(ids), row) for target in targets
         ]
 
-    def _problem(self, row: int, text: str) -> None:
-        self.count += 1
-        if len(self.problems) < MOST_PROBLEMS:
-            self.problems.append(f"{self.rows.where(row)}: {text}")
 
-    def finish(self) -> tuple[int, int]:
-        """(skipped, truncated), once every row went through."""
-        if self.count > len(self.problems):
-            self.problems.append(f"{self.rows.path}: and {self.count - len(self.problems)} more")
-        if self.skipped == len(self.rows) and not self.problems:
-            self.problems.append(
-                f"{self.rows.path}: all {self.skipped} rows are longer than {self.max_length} "
-                f"tokens (context minus virtual tokens): too_long: skip leaves none; use truncate"
-            )
-        if self.problems:
-            raise BadInput(self.problems)
-        return self.skipped, self.truncated
+def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -> Tokenized:
+    """All rows through the fitter: here if they are few, else by workers, or from the cache."""
+    found = Found()
+
+    def make() -> Iterator[Block]:
+        nonlocal found
+        found = Found()
+        many = len(rows) >= MANY_ROWS
+        with progress(f"tokenising {rows.path}", len(rows)) if many else unseen() as advance:
+            for block, part in in_order(fitter, _batches(rows), here=not many):
+                found.add(part)
+                advance(part.rows)
+                yield block
+        _check_found(rows, fitter, found)
+
+    def counts() -> dict[str, int]:
+        return {"skipped": found.skipped, "truncated": found.truncated}
+
+    if len(rows) < MANY_ROWS:
+        return Tokenized(in_memory(make()), **counts())
+    table, said = cached(_identity(rows, tokenizer, fitter), make, counts)
+    return Tokenized(table, said["skipped"], said["truncated"])
+
+
+def _batches(rows: Rows) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    batch: list[dict[str, Any]] = []
+    first = 0
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            yield first, batch
+            first, batch = first + _BATCH, []
+    if batch:
+        yield first, batch
+
+
+def _check_found(rows: Rows, fitter: Fitter, found: Found) -> None:
+    problems = [f"{rows.where(row)}: {text}" for row, text in found.problems]
+    if found.count > len(problems):
+        problems.append(f"{rows.path}: and {found.count - len(problems)} more")
+    if found.skipped == len(rows) and not problems:
+        problems.append(
+            f"{rows.path}: all {found.skipped} rows are longer than {fitter.max_length} "
+            f"tokens {fitter.limit}: too_long: skip leaves none; use truncate"
+        )
+    if problems:
+        raise BadInput(problems)
+
+
+#: Settings of a task that say nothing about its tokens.
+_NOT_TOKENS = {
+    "name",
+    "train",
+    "validation",
+    "shifted_validation",
+    "validation_share",
+    "max_rows",
+    "max_validation_rows",
+    "metric",
+    "tests",
+    "max_new_tokens",
+    "hand_written",
+}
+
+
+def _identity(rows: Rows, tokenizer: Any, fitter: Fitter) -> dict[str, Any]:
+    """All that a table follows from."""
+    return {
+        "rows": [rows.digest, len(rows)],
+        "tokenizer": tokenizer_digest(tokenizer),
+        "task": fitter.task.model_dump(mode="json", exclude=_NOT_TOKENS),
+        "choices": getattr(fitter, "choices", None),
+        "prefix": getattr(fitter, "prefix", ""),
+        "max_length": fitter.max_length,
+    }
 
 
 def _check_choices(task: Task, targets: list[list[int]]) -> None:
@@ -274,14 +389,3 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list
         verbose=False,  # its warning about long texts: we report them ourselves
     )
     return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _in_batches(encode: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield from encode(batch)
-            batch = []
-    if batch:
-        yield from encode(batch)

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
@@ -23,7 +24,6 @@ from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
 #: Settings that say where a run was written and not what it did.
 NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
-HIGHER_IS_WORSE = ("loss",)
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Folder:
         metric = next((t.get("metric") for t in tasks if t["name"] == prompt.get("task")), "loss")
         step = int(result.get("best_step") or summary.get("steps") or 0)
         scores = {f"{k}_best": v for k, v in _scores(result)}
-        better = min if metric in HIGHER_IS_WORSE else max
+        better = min if metric in LOWER_IS_BETTER else max
         for kind, rows in (
             ("no_prompt", [task.get("no_prompt") or {}]),
             ("hand_written", task.get("hand_written") or []),

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from trainer import atomic
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -69,14 +71,10 @@ class MetricsLog:
         or the new one.
         """
         self._file.close()
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        with temporary.open("wb") as out:
+        with atomic.replacing(self.path, durable=True) as out:
             for raw, line, _ in read_raw(self.path):
                 if line is not None and line.step <= step:
                     out.write(raw)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(self.path)
         self._file = self.path.open("ab")
 
     def close(self) -> None:

@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config import PROJECT_ROOT
 from trainer.errors import BadInput
 from trainer.redact import redact
 
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from trainer import atomic
+
 
 @dataclass
 class Progress:
@@ -48,6 +50,4 @@ class State:
             "stale_summary_ns": self.stale_summary_ns,
             "stores": {name: asdict(item) for name, item in self.stores.items()},
         }
-        temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        temporary.replace(self.path)
+        atomic.write_json(self.path, data)

@@ -1,0 +1,164 @@
+"""Memory and speed from rows to streams, for files of growing length.
+
+    python benchmarks/tokens.py --rows 50000 500000
+    python benchmarks/tokens.py --rows 500000 5000000 --quick
+
+Rows are made up while they are read (log-normal lengths, median about 60 tokens, longest 512), so
+only tokenising, the order of rows and the streams are measured. Each length runs in a process and a
+cache of its own. Memory is what the process alone holds (RssAnon): mapped pages of the table belong
+to the page cache, which the kernel takes back when it needs to. ``--quick`` splits at spaces
+instead of tokenising: what is left of the time is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 100
+RESULTS = ROOT / "benchmarks" / "results" / "tokens.json"
+
+
+class MadeUp:
+    """Rows that stand in no file."""
+
+    path, digest = "made up", "made up"
+
+    def __init__(self, count: int) -> None:
+        text = (ROOT / "examples/data/triage.train.jsonl").read_text().splitlines()
+        self._words = " ".join(json.loads(line)["text"] for line in text[:200]).split()
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        draw = random.Random(0)
+        for _ in range(self._count):
+            length = max(2, min(140, int(draw.lognormvariate(2.85, 0.8))))
+            start = draw.randrange(len(self._words) - length)
+            yield {"text": " ".join(self._words[start : start + length]), "label": "other"}
+
+    def where(self, index: int) -> str:
+        return f"row {index + 1}"
+
+
+class Words:
+    """Stands in for a tokenizer and costs next to nothing."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+class Memory(threading.Thread):
+    """The most bytes that this process held alone, in phases."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._most = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self._look()
+            time.sleep(0.05)
+
+    def _look(self) -> None:
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        self._most = max(self._most, int(status["RssAnon"].split()[0]) * 1024)
+
+    def since_last(self) -> float:
+        """Megabytes."""
+        self._look()
+        most, self._most = self._most, 0
+        return most / 1e6
+
+
+def measure(count: int, quick: bool) -> dict[str, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from trainer.config import Task
+    from trainer.prefetch import Rank, prepare
+    from trainer.tasks import workers
+    from trainer.tasks.cursor import Cursor
+    from trainer.tasks.streams import Piece
+    from trainer.tasks.tokens import tokenize
+
+    tokenizer: Any = Words()
+    if not quick:
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_base")
+    task = Task(name="t", input="{text}\nTopic:", target=" {label}", train="-", too_long="truncate")
+    memory = Memory()
+    found: dict[str, Any] = {"rows": count, "quick": quick, "workers": workers.num_cores()}
+    found["before_mb"] = memory.since_last()
+
+    started = time.perf_counter()
+    table = tokenize(MadeUp(count), task, tokenizer, 512).examples
+    seconds = time.perf_counter() - started
+    found |= {"tokenise_rows_per_second": count / seconds, "tokenise_mb": memory.since_last()}
+    found["tokens_per_row"] = float(table.lengths.mean())
+
+    started = time.perf_counter()
+    again = tokenize(MadeUp(count), task, tokenizer, 512).examples
+    found |= {"from_cache_seconds": time.perf_counter() - started, "cache_mb": memory.since_last()}
+
+    started = time.perf_counter()
+    cursor = Cursor(again.lengths, 8192, 0)
+    found["cursor_seconds"] = time.perf_counter() - started
+    started, tokens = time.perf_counter(), 0
+    for _ in range(STEPS):
+        pieces = [Piece(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
+        tokens += sum(piece.example.num_tokens for piece in pieces)
+        prepare(pieces, [20], Rank(0, 2, torch.device("cpu")), 4096)
+    found["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000
+    return found | {"fill": tokens / STEPS / 8192, "steps_mb": memory.since_last()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 500_000, 5_000_000])
+    parser.add_argument("--alone", action="store_true", help="measure here, print JSON")
+    parser.add_argument("--quick", action="store_true", help="split at spaces")
+    args = parser.parse_args()
+    if args.alone:
+        print(json.dumps(measure(args.rows[0], args.quick)))
+        return
+    found = []
+    for count in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, __file__, "--alone", "--rows", str(count)]
+                + ["--quick"] * args.quick,
+                env={**os.environ, "PROMPTSHARD_CACHE": folder, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+        found.append(json.loads(done.stdout))
+        print(json.dumps(found[-1], indent=1), flush=True)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    new = {(one["rows"], one["quick"]) for one in found}
+    kept = [one for one in known if (one["rows"], one.get("quick", False)) not in new]
+    RESULTS.write_text(json.dumps(kept + found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

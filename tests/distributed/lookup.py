@@ -1,0 +1,162 @@
+"""Rank program: rows of a table that ranks share, under every way to lay the base over them.
+
+python -m tests.distributed.lookup OUT.json BASE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from tests.distributed.equivalence import errors, problem, run_config
+from trainer.base.files import open_base
+from trainer.base.loading import load_base
+from trainer.base.model import PromptedBase
+from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.base.skeleton import build_skeleton
+from trainer.engine import Engine, base_bytes, base_digest, resolve_policy
+from trainer.generation import generate
+from trainer.objective import step_gradients
+from trainer.tasks.streams import build_stream, plan_streams
+
+TABLE = "model.embed_tokens.weight"
+MAX_TOKENS = 40  # several streams a rank
+#: name: settings of the base, of the engine
+WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "world": ({}, {}),
+    "pairs": ({}, {"shard_group": 2}),
+    "copies": ({}, {"shard_group": 1}),
+    "offload": ({}, {"deepspeed": "ds_configs/zero3_offload_cpu.json"}),
+    "int8": ({"embeddings": "int8"}, {"shard_group": 2}),
+}
+
+
+def main() -> None:
+    out, folder = sys.argv[1:]
+    engine = Engine(120)
+    found = {name: one_way(engine, folder, *way) for name, way in WAYS.items()}
+    gradients = {name: result.pop("gradients") for name, result in found.items()}
+    for name, result in found.items():
+        result["gradient_errors"] = errors(gradients[name], gradients["copies"])
+    every = engine.all_gather(found)
+    if engine.is_main:
+        Path(out).write_text(json.dumps({"ranks": every}))
+    engine.close()
+
+
+def one_way(
+    engine: Engine, folder: str, base_settings: dict[str, str], engine_settings: dict[str, Any]
+) -> dict[str, Any]:
+    config = run_config(folder, "int8")
+    settings = config.base.model_copy(update=base_settings)
+    config = config.model_copy(
+        update={"base": settings, "engine": config.engine.model_copy(update=engine_settings)}
+    )
+    files = open_base(settings)
+    skeleton = build_skeleton(files, settings, torch.float32, engine.device)
+    placement = engine.place(skeleton, config, torch.float32)
+    policy = resolve_policy(config, torch.float32, 64, placement)
+    base, stats = load_base(
+        skeleton,
+        files,
+        dtype=torch.float32,
+        device=engine.device,
+        shard=engine.sharder(policy, placement.group_size),
+        checkpointing=True,
+    )
+    engine.attach(base, policy, placement.kept_bytes)
+    digest = base_digest(base)
+    table_VH = load_file(f"{folder}/model.safetensors")[TABLE]
+    if settings.embeddings == "int8":
+        table_VH = dequantize_rows(*quantize_rows(table_VH))
+    ranks = placement.group_size
+
+    before = engine.gathered_bytes
+    equal = [
+        torch.equal(base(ids, []), embedding(ids, table_VH))
+        for ids in asked(engine.rank, len(table_VH))
+    ]
+    lookups = engine.gathered_bytes - before
+
+    pieces, prompts = problem()
+    before = engine.gathered_bytes
+    step = step_gradients(engine, base, pieces, prompts, MAX_TOKENS)
+    gathered = engine.gathered_bytes - before
+    rows = base.model.get_input_embeddings().rows
+    inputs = [list(piece.example.input_ids[:5]) for piece in pieces[:5]]  # fewer than two each
+    return {
+        "equal": equal,
+        "lookup_bytes": lookups,
+        "expected_lookup_bytes": row_bytes(
+            list(zip(*(asked(r, len(table_VH)) for r in range(engine.world_size)), strict=True)),
+            *(engine.rank, ranks, rows),
+        ),
+        "losses": step.losses,
+        "gradients": step.gradients,
+        "gathered": gathered,
+        "expected_gathered": layer_bytes(base, ranks)
+        + row_bytes(streams(engine.world_size), engine.rank, ranks, rows),
+        "texts": generate(engine, base, files.tokenizer, inputs, prompts[0], 6),
+        "block": list(rows.shape),
+        "type": str(rows.dtype),
+        "table_is_a_parameter": any(p.ds_numel == table_VH.numel() for p in embeddings(base)),
+        "base_bytes": base_bytes(base),
+        "bytes_read": stats.bytes_read,
+        "digest_kept": base_digest(base) == digest,
+    }
+
+
+def asked(rank: int, vocab_size: int) -> list[Tensor]:
+    """Ids of this rank in lookups that all ranks make together."""
+    draw = torch.Generator().manual_seed(rank)
+    return [
+        torch.randint(vocab_size, (50,), generator=draw),
+        torch.randint(vocab_size, (rank * 7,), generator=draw),  # none on rank 0
+        torch.randint(vocab_size // 4, (4, 5), generator=draw),  # all on one owner
+        torch.arange(vocab_size) if rank == 1 else torch.tensor([vocab_size - 1]),
+    ]
+
+
+def streams(world_size: int) -> list[tuple[Tensor, ...]]:
+    """Ids of all ranks' streams of the step, one tuple for each lookup."""
+    pieces, prompts = problem()
+    lengths = [len(prompt) for prompt in prompts]
+    plan = plan_streams(pieces, lengths, world_size, MAX_TOKENS)
+    return [
+        tuple(build_stream(stream, lengths).token_ids_T for stream in together)
+        for together in zip(*plan, strict=True)
+    ]
+
+
+def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Tensor) -> int:
+    """What a rank receives: a count and ids from every neighbour, and rows of their blocks."""
+    first = rank // ranks * ranks
+    total = 0
+    for ids in lookups:
+        owners = [(one.unique() // len(rows) + first).tolist() for one in ids]
+        foreign = sum(owner != rank for owner in owners[rank])
+        others = [owners[r] for r in range(first, first + ranks) if r != rank]
+        total += foreign * rows.shape[1] * rows.element_size()
+        total += 8 * sum(1 + owners.count(rank) for owners in others)
+    return total if ranks > 1 else 0
+
+
+def layer_bytes(base: PromptedBase, ranks: int) -> int:
+    """All parameters once, less a rank's own part of them."""
+    shards: list[Any] = [p.ds_tensor for p in base.parameters()]  # type: ignore[attr-defined]
+    return sum(shard.nbytes for shard in shards) * (ranks - 1)
+
+
+def embeddings(base: PromptedBase) -> list[Any]:
+    return list(base.model.get_input_embeddings().parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The base as rank programs load it: read, quantised and sharded in fp32, not yet attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.base.files import open_base
+from trainer.base.loading import LoadStats, load_base
+from trainer.base.model import PromptedBase
+from trainer.base.skeleton import build_skeleton
+from trainer.config import RunConfig
+from trainer.engine import Engine, resolve_policy
+from trainer.placement import Placement
+
+
+@dataclass(frozen=True)
+class ShardedBase:
+    """What ``Engine.attach`` takes, and what loading it cost.
+
+    Attributes:
+        placement: None where it was not asked for: sharded over all ranks, nothing kept.
+    """
+
+    model: PromptedBase
+    policy: dict[str, Any]
+    stats: LoadStats
+    placement: Placement | None
+
+
+def run_config(
+    folder: str, quantization: str, num_prompts: int = 1, **engine_settings: Any
+) -> RunConfig:
+    """A run over a base, of which only the base and the engine matter."""
+    return RunConfig.model_validate(
+        {
+            "output_dir": "-",
+            "base": {"model": folder, "quantization": quantization},
+            "engine": engine_settings,
+            "tasks": [{"name": "t", "train": "-", "input": "{a}", "target": "{b}"}],
+            "prompts": [{"name": f"p{i}", "task": "t"} for i in range(num_prompts)],
+            "training": {"steps": 1},
+        }
+    )
+
+
+def shard_base(
+    engine: Engine,
+    config: RunConfig,
+    *,
+    checkpointing: bool = False,
+    placed: bool = False,
+    keep_small: bool = True,
+) -> ShardedBase:
+    """Load a base in fp32.
+
+    Args:
+        placed: lay it over the ranks as the run file's engine settings say.
+        keep_small: leave vectors whole on every rank, as a run does.
+    """
+    files = open_base(config.base)
+    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
+    placement = engine.place(skeleton, config, torch.float32) if placed else None
+    hidden_size = files.config.hidden_size if keep_small else 0
+    policy = resolve_policy(config, torch.float32, hidden_size, placement)
+    model, stats = load_base(
+        skeleton,
+        files,
+        dtype=torch.float32,
+        device=engine.device,
+        shard=engine.sharder(policy, placement.group_size if placement else None),
+        checkpointing=checkpointing,
+    )
+    return ShardedBase(model, policy, stats, placement)

@@ -1,0 +1,99 @@
+"""On a CUDA device: its int8 kernel in both directions, and the first steps of the quickstart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.base.linear import FrozenLinear
+from trainer.base.matmul import INT8_CAPABILITY, measure, use_matmul
+from trainer.base.products import aligned_int_product
+from trainer.base.quantization import quantize_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_INT8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= INT8_CAPABILITY
+pytestmark = pytest.mark.skipif(not HAS_INT8, reason="needs a CUDA device that multiplies int8")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize(("t", "k", "n"), [(1, 50, 30), (17, 64, 48), (999, 4096, 1000)])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_the_product_is_exact(t: int, k: int, n: int, column_major: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+        for shape in ((t, k), (k, n))
+    )
+    on_gpu = b.cuda().T.contiguous().T if column_major else b.cuda()
+    found = aligned_int_product(a.cuda(), on_gpu).cpu()
+    assert torch.equal(found, torch._int_mm(a, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "outliers", "forward", "backward"),
+    [
+        ("int8", 1.0, 0.02, 0.02),
+        ("int8", 20.0, 0.06, 0.06),
+        ("int8_outliers", 20.0, 0.015, 0.06),
+    ],
+)
+def test_error_against_dequantize(
+    dtype: torch.dtype, kind: str, outliers: float, forward: float, backward: float
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    layer = FrozenLinear(768, 512, bias=False, quantized=True)
+    weight = torch.randn(512, 768, device="cuda", generator=generator) * 0.05
+    stored, layer.absmax = quantize_rows(weight)
+    layer.weight = nn.Parameter(stored, requires_grad=False)
+    x = torch.randn(300, 768, device="cuda", dtype=dtype, generator=generator)
+    dy = torch.randn(300, 512, device="cuda", dtype=dtype, generator=generator)
+    for tensor in (x, dy):
+        tensor[:, ::64] *= outliers
+    x.requires_grad_()
+    exact = layer(x)
+    (exact_dx,) = torch.autograd.grad(exact, x, dy)
+    use_matmul(layer, kind, 6.0)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert y.dtype == dx.dtype == dtype
+    assert 1e-4 < float((y - exact).norm() / exact.norm()) < forward
+    assert 1e-4 < float((dx - exact_dx).norm() / exact_dx.norm()) < backward
+
+
+def test_auto_measures() -> None:
+    found = measure([(4096, 4096)], torch.bfloat16, torch.device("cuda"))
+    assert " ms" in found.reason, found.reason
+
+
+@pytest.mark.parametrize("kind", ["auto", "dequantize", "int8", "int8_outliers"])
+def test_first_steps_of_the_quickstart(tmp_path: Path, kind: str) -> None:
+    settings = {
+        "output_dir": tmp_path,
+        "base.matmul": kind,
+        "training.steps": 3,
+        "evaluation.every": 3,
+        "checkpoint.every": 3,
+        "tracking.system_metrics": "false",
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    command = ["-m", "launch", "train", "examples/quickstart.yaml", *overrides, "--processes", "1"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    prompts = json.loads((tmp_path / "summary.json").read_text())["prompts"]
+    assert all(0 < prompt["validation_loss"] < 20 for prompt in prompts.values())

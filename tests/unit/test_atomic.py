@@ -1,0 +1,49 @@
+"""A file is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trainer import atomic
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    atomic.write(path, "old")
+    with atomic.replacing(path) as file:
+        file.write(b"new, ")
+        file.flush()
+        assert path.read_text() == "old"
+        file.write("ünd whole".encode())
+    assert path.read_text(encoding="utf-8") == "new, ünd whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def half_written(path: Path) -> None:
+    with atomic.replacing(path) as file:
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+
+def test_what_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    atomic.write(path, b"old")
+    with pytest.raises(OSError, match="disk full"):
+        half_written(path)
+    with pytest.raises(TypeError):
+        atomic.write_json(path, object())
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_durable_is_flushed_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    path, flushed = tmp_path / "state", []
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append(path.exists()))
+    atomic.write(path, b"x", durable=durable)
+    assert flushed == ([False] if durable else [])

@@ -1,0 +1,236 @@
+"""Dialogues and rows of token ids: the labels are the assistant's tokens, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trainer.config import Task
+from trainer.errors import BadInput
+from trainer.tasks.chat import encode_dialogue, encode_opening
+from trainer.tasks.rows import Rows, load_rows, target_text
+from trainer.tasks.tokens import Tokenized, tokenize
+
+WORDS = ["a", "b", "c", "d", "e", "f", "g", "hi", "there", "sys", "assistant"]
+MARKS = ["<s>", "</s>", "<system>", "<user>", "<assistant>", "<tool>", "<end>", "<unk>"]
+
+#: One turn after another, as ChatML.
+PLAIN = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' <end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+#: The same, with the assistant's words marked for transformers.
+MARKED = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+    "{{ ' ' }}{% generation %}{{ m.content + ' <end>' }}{% endgeneration %}{% else %}"
+    "{{ ' ' + m.content + ' <end>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+#: Earlier answers are left out once others follow, as reasoning models do.
+FORGETS = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' }}"
+    "{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% endif %}{{ ' <end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+
+TURNS = [
+    {"role": "system", "content": "sys"},
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+    {"role": "assistant", "content": "e f g"},
+]
+
+
+def make_tokenizer(template: str | None = PLAIN) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*MARKS, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<system>", "<user>", "<assistant>", "<tool>", "<end>"],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_task(**settings) -> Task:
+    return Task(name="t", train="x.jsonl", messages="messages", **settings)
+
+
+def load(folder: Path, dialogues: list, task: Task) -> Rows:
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogues))
+    return load_rows(str(path), task)
+
+
+def words(tokenizer, ids) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def learnt(tokenizer, found: Tokenized) -> list[list[str]]:
+    return [
+        [words(tokenizer, e.input_ids[start:stop]) for start, stop in e.label_spans]
+        for e in found.examples
+    ]
+
+
+#: A mark on white space, which has no token: transformers finds no turn.
+MISPLACED = MARKED.replace("{{ ' ' }}{% generation %}{{ m", "{% generation %}{{ ' ' + m")
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, MISPLACED])
+def test_only_the_assistants_turns_are_learnt(template):
+    tokenizer = make_tokenizer(template)
+    ids, spans = encode_dialogue(tokenizer, TURNS)
+    assert (
+        words(tokenizer, ids) == "<s> <system> sys <end> <user> a b <end> <assistant> c <end> "
+        "<user> d <end> <assistant> e f g <end>"
+    )
+    assert [words(tokenizer, ids[a:b]) for a, b in spans] == ["c <end>", "e f g <end>"]
+    assert ids[: spans[0][0]] == list(
+        tokenizer.apply_chat_template(TURNS[:2], add_generation_prompt=True)["input_ids"]
+    )
+
+
+def test_the_prompt_of_generation_is_that_of_training():
+    tokenizer = make_tokenizer()
+    ids, ((start, _),) = encode_dialogue(
+        tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+    )
+    assert encode_opening(tokenizer, "hi") == ids[:start]
+
+
+def test_templates_that_do_not_show_the_turns_are_refused():
+    with pytest.raises(ValueError, match=r"\[2\]: the chat template writes this turn otherwise"):
+        encode_dialogue(make_tokenizer(FORGETS), TURNS)
+    with pytest.raises(ValueError, match="refuses this dialogue: no system turns"):
+        encode_dialogue(make_tokenizer(STRICT), TURNS)
+    # "<assistant>" and the content run together into one word
+    joined = PLAIN.replace("'<' + m.role + '> '", "m.role + '-'").replace(
+        "<assistant>'", "assistant'"
+    )
+    with pytest.raises(ValueError, match="joins the end of the prompt"):
+        encode_dialogue(make_tokenizer(joined), TURNS[1:])
+
+
+def test_rows_of_a_file(tmp_path):
+    task, tokenizer = make_task(), make_tokenizer()
+    rows = load(tmp_path, [TURNS, TURNS[1:3]], task)
+    assert rows[0]["messages"] == TURNS
+    assert target_text(rows[0], task) == "e f g"
+    found = tokenize(rows, task, tokenizer, 100)
+    assert learnt(tokenizer, found) == [["c <end>", "e f g <end>"], ["c <end>"]]
+
+
+def test_a_tokenizer_without_a_template(tmp_path):
+    rows = load(tmp_path, [TURNS], make_task())
+    with pytest.raises(
+        BadInput, match=r"tasks\.t\.messages: the tokenizer .* has no chat template"
+    ):
+        tokenize(rows, make_task(), make_tokenizer(None), 100)
+
+
+def test_long_dialogues(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = load(tmp_path, [TURNS, TURNS[1:3]], make_task())
+    with pytest.raises(BadInput, match=r"d\.jsonl:1: messages: has 19 tokens, 14 fit"):
+        tokenize(rows, make_task(), tokenizer, 14)
+    skipped = tokenize(rows, make_task(too_long="skip"), tokenizer, 14)
+    assert ([e.row for e in skipped.examples], skipped.skipped) == ([1], 1)
+    cut = tokenize(rows, make_task(too_long="truncate"), tokenizer, 14)
+    assert cut.truncated == 1
+    assert (
+        words(tokenizer, cut.examples[0].input_ids)
+        == "<s> <system> sys <end> <user> d <end> <assistant> e f g <end>"
+    )
+    assert learnt(tokenizer, cut)[0] == ["e f g <end>"]
+    with pytest.raises(BadInput, match=r"d\.jsonl:1: messages: its last exchange alone has 12"):
+        tokenize(rows, make_task(too_long="truncate"), tokenizer, 11)
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "expected"),
+    [
+        ([], "[] is not a list of turns"),
+        ("hello", "is not JSON"),
+        ([{"role": "user"}], "[0] is {'role': 'user'}; a turn has role and content"),
+        (
+            [{"role": "asistant", "content": "x"}],
+            "[0].role: 'asistant' is not one of system, user, assistant, tool (did you mean",
+        ),
+        ([{"role": "user", "content": 5}], "[0].content: 5 is no text"),
+        ([{"role": "user", "content": " "}], "[0].content: is empty"),
+        (TURNS[:2], "the last turn is of the user; end with the assistant's answer"),
+        (TURNS[2:3], "[0] is of the assistant; begin with what it answers"),
+    ],
+)
+def test_malformed_dialogues(tmp_path, dialogue, expected):
+    with pytest.raises(BadInput) as caught:
+        load(tmp_path, [TURNS, dialogue], make_task())
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{tmp_path}/d.jsonl:2: messages: {expected}")
+
+
+# Rows that are token ids already
+
+
+def ids_task(**settings) -> Task:
+    return Task(name="t", train="x.jsonl", tokens={}, validation_share=0, **settings)
+
+
+def load_ids(folder: Path, pairs: list, task: Task) -> Rows:
+    path = folder / "d.jsonl"
+    lines = (json.dumps({"input_ids": ids, "labels": labels}) for ids, labels in pairs)
+    path.write_text("\n".join(lines))
+    return load_rows(str(path), task)
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path):
+    task = ids_task()
+    pairs = [([5, 6, 7, 8], [-100, 6, -100, 8]), ([1, 2], [-100, 2])]
+    rows = load_ids(tmp_path, pairs, task)
+    assert rows[0] == {"input_ids": pairs[0][0], "labels": pairs[0][1]}
+    first, second = tokenize(rows, task, None, 10).examples
+    assert (first.input_ids, first.label_spans) == ((5, 6, 7, 8), ((1, 2), (3, 4)))
+    assert (second.input_ids, second.label_spans) == ((1, 2), ((1, 2),))
+
+
+def test_token_ids_that_are_too_long(tmp_path):
+    pairs = [([5, 6, 7, 8], [-100, 6, 7, 8]), ([1, 2], [-100, 2])]
+    rows = load_ids(tmp_path, pairs, ids_task())
+    with pytest.raises(BadInput, match=r"d\.jsonl:1: has 4 tokens, 3 fit"):
+        tokenize(rows, ids_task(), None, 3)
+    assert tokenize(rows, ids_task(too_long="skip"), None, 3).skipped == 1
+    cut = tokenize(rows, ids_task(too_long="truncate"), None, 3)
+    assert (cut.examples[0].input_ids, cut.examples[0].label_spans) == ((6, 7, 8), ((1, 3),))
+    rows = load_ids(tmp_path, [([5, 6, 7, 8], [-100, 6, -100, -100])], ids_task())
+    with pytest.raises(BadInput, match="has no label among its last 3 tokens"):
+        tokenize(rows, ids_task(too_long="truncate"), None, 3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "expected"),
+    [
+        ([1, 2], [-100], "has 2 input_ids but 1 labels"),
+        ([1, 2], [1, 2], "labels[0] is 1, but nothing stands in front"),
+        ([1, 2, 3], [-100, 3, -100], "labels[1] is 3, but input_ids[1] is 2; a label is the id"),
+        ([1, 2], [-100, -100], "has no label"),
+        ([1, "x"], [-100, 2], "input_ids: [1] is 'x', no token id"),
+        ([1, -2], [-100, -2], "input_ids: [1] is -2, no token id"),
+        ([1, True], [-100, 1], "input_ids: [1] is True, no token id"),
+        ([], [], "input_ids: [] is not a list of token ids"),
+    ],
+)
+def test_malformed_token_ids(tmp_path, ids, labels, expected):
+    with pytest.raises(BadInput) as caught:
+        load_ids(tmp_path, [(ids, labels)], ids_task())
+    assert caught.value.problems[0].startswith(f"{tmp_path}/d.jsonl:1: {expected}")

@@ -1,0 +1,233 @@
+"""Bases named by a hub id: what is downloaded, by whom, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from tests.hub_cache import COMMIT, TINY, fill_cache
+from trainer.base import hub
+from trainer.base.files import open_base
+from trainer.config import Base
+from trainer.console import Console
+from trainer.engine import Engine
+from trainer.errors import BadInput
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("download", [True, False])
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_offline_the_cache_is_enough(cache: Path, download: bool, revision: str | None) -> None:
+    snapshot = fill_cache(cache)
+    files = open_base(Base(model="org/tiny", revision=revision), download=download)
+    assert files.folder == snapshot
+    assert files.name == "org/tiny"
+    assert set(files.tensors.values()) == {snapshot / "model.safetensors"}
+
+
+def problem(model: str = "org/tiny", **settings: Any) -> str:
+    with pytest.raises(BadInput) as refused:
+        open_base(Base(model=model, **settings))
+    (text,) = refused.value.problems
+    assert "\n" not in text
+    return text
+
+
+def test_offline_and_not_in_the_cache(cache: Path) -> None:
+    text = problem(revision="v2")
+    assert text.startswith("base.model: 'org/tiny' is not a folder here")
+    assert "HF_HUB_OFFLINE is set" in text
+    assert text.endswith("hf download org/tiny --revision v2")
+
+
+def test_a_name_that_is_no_hub_id(cache: Path) -> None:
+    assert "'a b' is not a folder here" in problem("a b")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GatedRepoError, "gated on the hub: accept its terms on https://huggingface.co/org/tiny"),
+        (RepositoryNotFoundError, "the hub has no such model; check the name, or set HF_TOKEN"),
+        (RevisionNotFoundError, "base.revision: 'v2' is no branch, tag or commit of 'org/tiny'"),
+        (OSError, "was not got from the hub: OSError: No space left on device"),
+    ],
+)
+def test_what_the_hub_refuses(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], words: str
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise error.__new__(error, "No space left on device\nand more")  # not made from a response
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    text = problem(revision="v2")
+    assert words in text
+    assert "'org/tiny'" in text
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is asked of a hub whose model has two weight files, and many other things."""
+    folder = tmp_path / COMMIT
+    folder.mkdir()
+    for file in TINY.iterdir():
+        (folder / file.name).symlink_to(file)
+    index = {"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in set(index["weight_map"].values()):
+        (folder / name).symlink_to(TINY / "model.safetensors")
+    calls: list[dict[str, Any]] = []
+
+    def download(name: str, **options: Any) -> str:
+        calls.append({"name": name, **options})
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return calls
+
+
+def test_weights_come_last_and_are_those_of_the_index(asked: list[dict[str, Any]]) -> None:
+    open_base(Base(model="org/tiny", revision="v2"))
+    small, weights = asked
+    assert small["revision"] == "v2"
+    assert not any("safetensors" in pattern for pattern in small["allow_patterns"])
+    assert weights["revision"] == COMMIT  # the branch may have moved on in between
+    assert weights["allow_patterns"] == ["model-1.safetensors", "model-2.safetensors"]
+    assert {call["local_files_only"] for call in asked} == {False}
+    assert {call["ignore_patterns"][0] for call in asked} == {"*/*"}
+
+
+def test_what_is_not_supported_is_refused_before_its_weights_come(
+    asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "mamba"}
+    (tmp_path / COMMIT / "config.json").unlink()
+    (tmp_path / COMMIT / "config.json").write_text(json.dumps(config))
+    assert "mamba" in problem()
+    assert len(asked) == 1
+
+
+def test_progress_is_told_in_bytes() -> None:
+    """Through the library's own making of bars, which knows ours by their class."""
+    told: list[tuple[int, int]] = []
+    hub_tqdm = importlib.import_module("huggingface_hub.utils.tqdm")
+    bar_class = hub._bar(lambda done, total: told.append((done, total)))
+    for name in ("huggingface_hub.snapshot_download", "huggingface_hub.snapshot_download.transfer"):
+        bar = hub_tqdm._create_progress_bar(
+            cls=bar_class, log_level=0, name=name, total=0, initial=0, unit="B", unit_scale=True
+        )
+        bar.total += 100
+        bar.refresh()
+        bar.update(30)
+        bar.update(70)
+        bar.set_description("Reconstruction complete")
+        bar.close()
+    with bar_class(total=2, desc="Fetching 2 files") as files:
+        files.update(1)
+    assert set(told) == {(0, 100), (30, 100), (100, 100)}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_person_sees_a_download_and_nothing_where_there_is_none() -> None:
+    for out in (io.StringIO(), Terminal()):
+        console = Console(out, out)
+        with console.downloading("org/tiny"):
+            pass
+        assert out.getvalue() == ""
+        with console.downloading("org/tiny") as show:
+            show(5_000_000, 20_000_000)
+            show(9_000_000, 20_000_000)
+        assert "downloading org/tiny" in out.getvalue()
+        if not out.isatty():
+            assert "5.0 of 20.0 MB" in out.getvalue()
+
+
+class Ranks:
+    """Engines in threads, with collectives that are a barrier and a list."""
+
+    def __init__(self, local_ranks: list[int]) -> None:
+        self.size = len(local_ranks)
+        self.barrier = threading.Barrier(self.size, timeout=20)
+        self.slots: list[Any] = [None] * self.size
+        self.engines = [self.engine(i, local_rank) for i, local_rank in enumerate(local_ranks)]
+
+    def engine(self, rank: int, local_rank: int) -> Any:
+        engine = Engine.__new__(Engine)
+        engine.rank, engine.local_rank, engine.world_size = rank, local_rank, self.size
+
+        def all_gather(value: Any) -> list[Any]:
+            self.slots[rank] = value
+            self.barrier.wait()
+            found = list(self.slots)
+            self.barrier.wait()
+            return found
+
+        engine.all_gather = all_gather  # type: ignore[method-assign]
+        engine.any = lambda flag: any(all_gather(flag))  # type: ignore[method-assign]
+        return engine
+
+    def run(self, program: Callable[[Any], Any]) -> list[Any]:
+        """What every rank's program gives or raises."""
+        found: list[Any] = [None] * self.size
+
+        def body(rank: int) -> None:
+            try:
+                found[rank] = program(self.engines[rank])
+            except BadInput as error:
+                found[rank] = error.problems
+
+        threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return found
+
+
+def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.engine.TURN_SECONDS", 0.01)
+    working: list[int] = []
+
+    def program(engine: Any) -> Any:
+        def work() -> str:
+            threading.Event().wait(0.05 * (1 + engine.rank))  # many turns
+            working.append(engine.rank)
+            return f"by {engine.rank}"
+
+        result = engine.on_each_node(work)
+        return result, sorted(working)
+
+    found = Ranks([0, 1, 0, 1]).run(program)
+    assert [result for result, _ in found] == ["by 0", None, "by 2", None]
+    assert all(seen == [0, 2] for _, seen in found), "a rank went on before all had worked"
+
+
+def test_a_node_that_fails_fails_all() -> None:
+    def program(engine: Any) -> Any:
+        def work() -> None:
+            if engine.rank == 2:
+                raise BadInput("base.model: 'org/tiny' is gated")
+
+        return engine.on_each_node(work)
+
+    assert Ranks([0, 1, 0, 1]).run(program) == [["base.model: 'org/tiny' is gated"]] * 4

@@ -1,0 +1,130 @@
+"""What is prepared ahead is what would have been read anyway."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.prefetch import Prefetch, Rank, ahead
+from trainer.tasks.cursor import Cursor
+from trainer.tasks.streams import Piece
+from trainer.tasks.tokens import Example
+
+LENGTHS = [5, 9, 2, 7, 4, 12, 3]
+EXAMPLES = [Example.with_target(tuple(range(length)), 1, i) for i, length in enumerate(LENGTHS)]
+BOTH, FIRST = [True, True], [True, False]
+
+
+class TwoPrompts:
+    """A feed of two prompts, that remembers which threads asked it."""
+
+    def __init__(self) -> None:
+        self.cursors = [Cursor(LENGTHS, 15, seed) for seed in (0, 1)]
+        self.threads: list[str] = []
+        self.fails = False
+
+    def next_step(self, active: Any) -> list[Piece]:
+        if self.fails:
+            raise OSError("the disk is gone")
+        self.threads.append(threading.current_thread().name)
+        pieces: list[Piece] = []
+        for k, cursor in enumerate(self.cursors):
+            rows = cursor.next_rows() if active[k] else []
+            pieces += [Piece(EXAMPLES[row], k, len(pieces) + i) for i, row in enumerate(rows)]
+        return pieces
+
+    def state_dict(self) -> Any:
+        return [cursor.state_dict() for cursor in self.cursors]
+
+    def load_state_dict(self, state: Any) -> None:
+        for cursor, saved in zip(self.cursors, state, strict=True):
+            cursor.load_state_dict(saved)
+
+
+def prefetch(feed: TwoPrompts) -> Prefetch:
+    return Prefetch(feed, Rank(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
+
+
+def rows(batch: Any) -> list[tuple[int | None, int]]:
+    return [(piece.prompt, piece.example.row) for piece in batch.pieces]
+
+
+def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
+    feed, plain = TwoPrompts(), TwoPrompts()
+    taken = prefetch(feed)
+    for _ in range(12):
+        batch = taken.take(BOTH, [3, 2], 20)
+        assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(BOTH)]
+        assert taken.state_dict() == plain.state_dict(), "of what was handed out, not prepared"
+        assert len(batch.streams) == len(batch.plan)
+        assert all(stream.layout is not None for stream in batch.streams)
+    taken.close()
+    assert feed.threads[0] == "MainThread"
+    assert {name.split("_")[0] for name in feed.threads[1:]} == {"prefetch"}
+
+
+def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
+    feed, plain = TwoPrompts(), TwoPrompts()
+    taken = prefetch(feed)
+    for active, budget in [(BOTH, 20)] * 3 + [(FIRST, 20)] * 2 + [(FIRST, 12)] * 2:
+        batch = taken.take(active, [3, 2], budget)
+        assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(active)]
+        assert taken.state_dict() == plain.state_dict()
+    taken.close()
+
+
+def test_resumed_from_what_was_handed_out():
+    whole = prefetch(TwoPrompts())
+    for _ in range(4):
+        whole.take(BOTH, [3, 2], 20)
+    saved = json.loads(json.dumps(whole.state_dict()))
+    expected = [rows(whole.take(BOTH, [3, 2], 20)) for _ in range(5)]
+    other = prefetch(TwoPrompts())
+    other.take(BOTH, [3, 2], 20)  # and one more is on its way
+    other.load_state_dict(saved)
+    assert other.state_dict() == saved
+    assert [rows(other.take(BOTH, [3, 2], 20)) for _ in range(5)] == expected
+    whole.close()
+    other.close()
+
+
+def test_an_error_in_the_thread_reaches_the_one_who_asks():
+    feed = TwoPrompts()
+    taken = prefetch(feed)
+    feed.fails = True
+    with pytest.raises(OSError, match="disk is gone"):
+        taken.take(BOTH, [3, 2], 20)
+    feed.fails = False
+    taken.take(BOTH, [3, 2], 20)
+    feed.fails = True
+    taken.take(BOTH, [3, 2], 20)
+    with pytest.raises(OSError, match="disk is gone"):
+        taken.take(BOTH, [3, 2], 20)
+    taken.close()
+
+
+def test_ahead_keeps_the_order_and_makes_one_at_a_time():
+    made: list[int] = []
+
+    def make(item: int) -> int:
+        if item == 7:
+            raise ValueError("seven")
+        made.append(item)
+        return item * item
+
+    assert list(ahead(make, range(5))) == [0, 1, 4, 9, 16]
+    assert list(ahead(make, [])) == []
+    found = ahead(make, range(5, 9))
+    assert next(found) == 25
+    with pytest.raises(ValueError, match="seven"):
+        list(found)
+    assert 8 not in made[5:-1]
+    made.clear()
+    found = ahead(make, range(100, 200))
+    next(found)
+    found.close()
+    assert len(made) <= 3

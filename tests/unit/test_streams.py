@@ -1,0 +1,82 @@
+"""Plans of a step: as few streams as there must be, full ones, alike on all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.tasks.cursor import Cursor
+from trainer.tasks.streams import SLACK, Piece, plan_streams
+from trainer.tasks.tokens import Example
+
+P = 20
+
+
+def pieces_of(lengths: list[int], prompts: list[int | None]) -> list[Piece]:
+    examples = [Example.with_target((1,) * n, 0, i) for i, n in enumerate(lengths)]
+    return [Piece(e, prompts[i % len(prompts)], i) for i, e in enumerate(examples)]
+
+
+def tokens(stream: list[Piece], lengths: list[int]) -> int:
+    prompts = {piece.prompt for piece in stream if piece.prompt is not None}
+    return sum(piece.example.num_tokens for piece in stream) + sum(lengths[k] for k in prompts)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.integers(1, 300),
+)
+def test_no_row_is_lost_and_ranks_are_in_step(lengths, prompts, num_ranks, budget):
+    pieces, virtual = pieces_of(lengths, prompts), [7, 0, 3]
+    plan = plan_streams(pieces, virtual, num_ranks, budget)
+    assert len({len(streams) for streams in plan}) == 1
+    assert len(plan) == num_ranks
+    real = [p.slot for streams in plan for s in streams for p in s if not p.filler]
+    assert sorted(real) == list(range(len(pieces)))
+    for streams in plan:
+        for stream in streams:
+            assert len(stream) == 1 or tokens(stream, virtual) <= budget * (1 + SLACK)
+            assert len(stream) == 1 or not any(piece.filler for piece in stream)
+    assert plan == plan_streams(pieces, virtual, num_ranks, budget)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tokens_per_step", "per_rank"), [(8192, 1), (16384, 1), (16384, 2)])
+def test_streams_are_as_few_and_as_full_as_the_budget_says(num_ranks, tokens_per_step, per_rank):
+    """Lengths as real ones are; the step is a multiple of the budget, as people write it."""
+    draw = np.random.default_rng(0).lognormal(np.log(60), 0.8, 4000)
+    lengths = draw.clip(4, 512).astype(np.int32)
+    cursor = Cursor(lengths, tokens_per_step, 0)
+    budget = tokens_per_step // (num_ranks * per_rank)
+    for _ in range(8):
+        pieces = pieces_of(lengths[cursor.next_rows()].tolist(), [0])
+        plan = plan_streams(pieces, [P], num_ranks, budget)
+        load = np.array([[tokens(s, [P]) for s in streams] for streams in plan])
+        assert load.shape == (num_ranks, per_rank)
+        assert load.sum() >= 0.995 * budget * load.size
+        assert (load.max(0) / load.mean(0)).max() < 1.02
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
+    draw = np.random.default_rng(1).lognormal(np.log(60), 0.8, 700)
+    lengths = draw.clip(4, 512).astype(np.int32)
+    examples = [Example.with_target((1,) * int(n), 0, i) for i, n in enumerate(lengths)]
+    cursor, read, steps = Cursor(lengths, 2048, 3), Counter[int](), []
+    while cursor.epoch == 0:
+        rows = cursor.next_rows()
+        steps.append(rows)
+        pieces = [Piece(examples[row], 0, i) for i, row in enumerate(rows)]
+        plan = plan_streams(pieces, [P], num_ranks, 512)
+        found = [p.example.row for s in plan for stream in s for p in stream if not p.filler]
+        assert sorted(found) == sorted(rows)
+        read.update(found)
+    late = Counter(steps[-1][len(steps[-1]) - cursor.position :])
+    assert read - late == Counter(range(700))

@@ -1,0 +1,276 @@
+"""Tables of tokens: the same in memory, in files, from workers; made once, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.test_tokens import make_task, make_tokenizer
+from trainer.errors import BadInput
+from trainer.tasks import cache, tokens, workers
+from trainer.tasks.cache import cached
+from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.table import Block, Example, TokenTable, in_memory, open_table, write
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> list[Example]:
+    found = []
+    for row in draw(st.lists(st.integers(0, 2**40), max_size=12)):
+        ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
+        cuts = sorted(draw(st.sets(st.integers(0, len(ids)), min_size=2, max_size=6)))
+        spans = tuple(zip(cuts[::2], cuts[1::2], strict=False))
+        found.append(Example(tuple(ids), spans, row))
+    return found
+
+
+def split(items: list[Example], cut: int) -> list[Block]:
+    return [Block.of(items[:cut]), Block.of(items[cut:])]
+
+
+@settings(deadline=None, max_examples=40)
+@given(examples(), st.integers(0, 12))
+def test_a_table_gives_back_what_was_put_in(tmp_path_factory, items, cut):
+    folder = tmp_path_factory.mktemp("table")
+    mapped = open_table(folder, write(folder, split(items, cut)))
+    for table in (in_memory(split(items, cut)), mapped):
+        assert list(table) == items
+        assert table[: cut // 2] == items[: cut // 2]
+        assert table.lengths.tolist() == [e.num_tokens for e in items]
+        assert table.num_labels.tolist() == [e.num_labels for e in items]
+        highest = max((max(e.input_ids) for e in items), default=0)
+        assert table.first_beyond(highest + 1) is None
+        if items:
+            found = table.first_beyond(highest)
+            assert found == next(e for e in items if max(e.input_ids) == highest)
+            assert table[-1] == items[-1]
+        with pytest.raises(IndexError):
+            table[len(items)]
+
+
+def test_a_file_that_was_cut_short_is_no_table(tmp_path):
+    said = write(tmp_path, [Block.of([Example.with_target((1, 2, 3), 1, 0)] * 9)])
+    with pytest.raises(ValueError, match="not"):
+        open_table(tmp_path, {**said, "format": 0})
+    ids = tmp_path / "ids.npy"
+    ids.write_bytes(ids.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="mmap"):
+        open_table(tmp_path, said)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+class Maker:
+    """Counts how often a table is made."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self) -> list[Block]:
+        self.made += 1
+        return [Block.of([Example.with_target((1, 2), 1, 0)])]
+
+    def table(self, identity: Any = "x") -> TokenTable:
+        return cached({"of": identity}, self, lambda: {"skipped": 3, "truncated": 0})[0]
+
+
+def test_a_table_is_made_once(folder):
+    maker = Maker()
+    assert list(maker.table()) == list(maker.table()) == [Example.with_target((1, 2), 1, 0)]
+    assert maker.made == 1
+    maker.table("y")
+    assert maker.made == 2
+    assert cached({"of": "x"}, maker, dict)[1]["skipped"] == 3
+    assert not [path for path in folder.iterdir() if "writing" in path.name]
+
+
+def test_a_damaged_table_is_made_again(folder):
+    maker = Maker()
+    maker.table()
+    (place,) = (path for path in folder.iterdir() if path.is_dir())
+    (place / "ids.npy").write_bytes(b"")
+    assert list(maker.table()) == [Example.with_target((1, 2), 1, 0)]
+    assert maker.made == 2
+
+
+def test_what_fails_leaves_nothing(folder):
+    def make() -> Any:
+        yield Block.of([Example.with_target((1, 2), 1, 0)])
+        raise BadInput("a row is wrong")
+
+    with pytest.raises(BadInput, match="a row is wrong"):
+        cached({}, make, dict)
+    assert [path for path in folder.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_without_a_folder_to_write_to_the_table_is_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "file"))
+    maker = Maker()
+    assert list(maker.table()) == [Example.with_target((1, 2), 1, 0)]
+    assert maker.made == 1
+
+
+def test_old_tables_are_forgotten(folder):
+    maker = Maker()
+    maker.table("old")
+    maker.table("used")
+    (old, used) = sorted(folder.glob("*/ids.npy"), key=lambda path: path.stat().st_mtime_ns)
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    maker.table("used")
+    maker.table("new")
+    assert (old.exists(), used.exists()) == (False, True)
+    assert len(list(folder.glob("*.lock"))) == 1
+
+
+HOLDER = """
+import sys
+from trainer.tasks.cache import cached
+from trainer.tasks.table import Block, Example
+def make():
+    yield Block.of([Example.with_target((1, 2), 1, 0)])
+    print("writing", flush=True)
+    sys.stdin.read()
+cached({"of": "x"}, make, dict)
+"""
+
+
+def test_one_that_dies_while_it_writes_holds_up_nobody(folder):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"writing\n"
+    assert [path for path in folder.iterdir() if "writing" in path.name]
+    holder.kill()
+    holder.wait()
+    maker = Maker()
+    maker.table()
+    assert maker.made == 1
+    assert not [path for path in folder.iterdir() if "writing" in path.name]
+
+
+def test_one_that_waits_gets_what_the_other_made(folder):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    assert holder.stdout.readline() == b"writing\n"
+    waiter = subprocess.Popen(
+        [sys.executable, "-c", HOLDER.replace("yield", "raise RuntimeError; yield")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    time.sleep(0.3)
+    holder.stdin.close()
+    assert holder.wait(30) == 0
+    waiter.communicate(timeout=30)
+    assert waiter.returncode == 0
+
+
+def many_rows(folder: Path, texts: list[str]) -> Rows:
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "label": "yes"}) + "\n" for t in texts))
+    return load_rows(str(path), make_task())
+
+
+def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
+    texts = [" ".join("abcde"[: 1 + i % 5]) for i in range(2500)]
+    task = make_task(too_long="truncate")
+    rows = many_rows(tmp_path, texts)
+    here = tokens.tokenize(rows, task, make_tokenizer(), 8)
+    monkeypatch.setattr(tokens, "MANY_ROWS", 1)
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    shown: list[int] = []
+
+    class Shown:
+        def __enter__(self) -> Any:
+            return shown.append
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def progress(what: str, total: int) -> Shown:
+        assert (what, total) == (f"tokenising {rows.path}", 2500)
+        return Shown()
+
+    made = tokens.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
+    assert shown == [1000, 1000, 500]
+    again = tokens.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
+    assert shown == [1000, 1000, 500], "the second time it comes from the cache"
+    for found in (made, again):
+        assert list(found.examples) == list(here.examples)
+        assert (found.skipped, found.truncated) == (here.skipped, here.truncated) == (0, 1000)
+
+
+def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
+    rows = many_rows(tmp_path, ["a", "b c d e a"])
+    monkeypatch.setattr(tokens, "MANY_ROWS", 1)
+    monkeypatch.setattr(workers, "num_cores", lambda: 1)
+
+    def ids(tokenizer: Any = None, length: int = 9, prefix: str = "", **settings: Any) -> Any:
+        task = make_task(**{"too_long": "truncate", **settings})
+        found = tokens.tokenize(rows, task, tokenizer or make_tokenizer(), length, prefix=prefix)
+        return tuple(example.input_ids for example in found.examples)
+
+    found = [
+        ids(),
+        ids(length=8),
+        ids(prefix="c "),
+        ids(append_eos=False),
+        ids(input="{text}:"),
+        ids(make_tokenizer("<s> <s> $A")),
+    ]
+    assert len(set(found)) == len(found)
+    assert ids(metric="exact_match", hand_written=[], max_new_tokens=3) == found[0]
+    places = [path for path in cache.cache_folder().iterdir() if path.is_dir()]
+    assert len(places) == len(found), "and nothing else does"
+
+
+def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
+    texts = ["a b c d e a b c" if i % 200 == 7 else "a" for i in range(2500)]
+    rows, task = many_rows(tmp_path, texts), make_task()
+    said = []
+    for many in (10**9, 1):
+        monkeypatch.setattr(tokens, "MANY_ROWS", many)
+        monkeypatch.setattr(workers, "num_cores", lambda: 1)
+        with pytest.raises(BadInput) as caught:
+            tokens.tokenize(rows, task, make_tokenizer(), 8)
+        said.append(caught.value.problems)
+    assert said[0] == said[1]
+    assert len(said[0]) == 11
+    assert said[0][0].startswith(f"{tmp_path}/many.jsonl:8: has 13 tokens, 8 fit (context minus")
+    assert said[0][10].endswith("many.jsonl: and 3 more")
+
+
+def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    here = os.getpid()
+    assert list(workers.in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
+        (1, here),
+        (2, here),
+    ]
+
+
+def test_a_workers_error_reaches_us_and_ends_the_others(monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    made = workers.in_order(np.zeros, [(1,), (-1,), *[(2,)] * 50])
+    assert next(made).tolist() == [0.0]
+    with pytest.raises(ValueError, match="negative"):
+        list(made)

@@ -1,0 +1,1 @@
+"""What a run's parts are like, from the outside: ``promptshard inspect``."""

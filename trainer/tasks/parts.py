@@ -1,0 +1,210 @@
+"""One file or table -> checked rows as memory-mapped Arrow, with a hash of each. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from trainer.config import Task
+from trainer.errors import BadInput
+from trainer.tasks.checks import Problems, RowCheck, columns_used, content_columns
+from trainer.tasks.files import place
+from trainer.tasks.nested import content_text, parsers
+from trainer.tasks.plain import LINE, Odd, plain_batches
+from trainer.tasks.sources import Origin
+from trainer.tasks.spill import Spill, write_table
+
+#: Told the name of a file and how many of its rows were read, a few times per second.
+Said = Callable[[str, int], None]
+
+_INT64 = range(-(2**63), 2**63)
+_BATCH = 1 << 12
+_ARROW_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Checked rows of one file.
+
+    Attributes:
+        name: the file, as messages name it.
+        columns: all its columns.
+        digest: SHA-256 of its bytes, in hex.
+        hashes: 64 bits of the content of each row, memory-mapped.
+        batches: the used columns, memory-mapped.
+        as_json: columns that are kept as JSON text.
+    """
+
+    name: str
+    columns: list[str]
+    digest: str
+    hashes: NDArray[np.uint64]
+    batches: list[Any]
+    as_json: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def values(self, batch: Any) -> Iterator[dict[str, Any]]:
+        """Rows of a batch as the file has them."""
+        names = [name for name in batch.schema.names if name != LINE]
+        columns = [batch.column(name).to_pylist() for name in names]
+        for values in zip(*columns, strict=True):
+            row = dict(zip(names, values, strict=True))
+            for name in self.as_json & row.keys():
+                row[name] = json.loads(row[name])
+            yield row
+
+    def where(self, batch: Any, index: int, row: int) -> str:
+        """Place of row ``row`` of the file, which is row ``index`` of the batch."""
+        lines = batch.column(LINE) if LINE in batch.schema.names else None
+        return place(self.name, row + 1, None if lines is None else lines[index].as_py())
+
+
+def read_part(
+    origin: Origin, task: Task, *, said: Said | None = None
+) -> tuple[Problems, Part | None]:
+    """Read and check one file or table: what is wrong with its rows; the rows if nothing is."""
+    try:
+        try:
+            return Problems(origin.name), _plain(origin, task, said)
+        except Odd:
+            return _any(origin, task, said)
+    except BadInput as error:  # the file cannot be read as a whole
+        problems = Problems(origin.name)
+        for text in error.problems:
+            problems.add(1, text)
+        return problems, None
+
+
+def _plain(origin: Origin, task: Task, said: Said | None) -> Part:
+    batches = plain_batches(origin, task)
+    first = next(batches)
+    columns = origin.header() or _columns_of_first_row(origin)
+    hashes = Spill("uint64")
+
+    def counted() -> Iterator[Any]:
+        rows = 0
+        for batch in chain([first], batches):
+            hashes.add(_hashes(batch, content_columns(task)))
+            rows += batch.num_rows
+            if said is not None:
+                said(origin.name, rows)
+            yield batch
+
+    stored = write_table(first.schema, counted())
+    return Part(origin.name, columns, origin.digest(), hashes.array(), stored, frozenset())
+
+
+def _columns_of_first_row(origin: Origin) -> list[str]:
+    return list(next(iter(origin.records([]))).values)
+
+
+def _hashes(batch: Any, columns: list[str]) -> NDArray[np.uint64]:
+    values = [map(str, batch.column(name).to_pylist()) for name in columns]
+    texts = ("\0".join(row).encode() for row in zip(*values, strict=True))
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, batch.num_rows)
+
+
+def _any(origin: Origin, task: Task, said: Said | None) -> tuple[Problems, Part | None]:
+    """Row by row: every mistake gets its line, every value is kept exactly."""
+    check = RowCheck(origin.name, task)
+    used = list(columns_used(task))
+    parse = parsers(task)
+    types: dict[str, set[type]] = {name: set() for name in used if name not in parse}
+    columns: dict[str, None] = {}
+    has_lines = False
+    header = None
+    try:
+        header = origin.header()
+        for record in origin.records(used):
+            check.feed(record)
+            columns.update(dict.fromkeys(record.values))
+            has_lines = record.line is not None
+            for name in types.keys() & record.values.keys():
+                types[name].add(_type_of(record.values[name]))
+            if said is not None and check.rows % _BATCH == 0:
+                said(origin.name, check.rows)
+    except BadInput as error:  # the rest of the file cannot be read
+        for text in error.problems:
+            check.problems.add(check.rows + 1, text)
+        return check.problems, None
+    problems = check.finish(header)
+    if problems.count:
+        return problems, None
+    kinds = {name: _arrow_type(found) for name, found in types.items()}
+    kinds |= {name: _nested_type(name, task) for name in parse}
+    as_json = frozenset(name for name, kind in kinds.items() if kind is None)
+    hashes = Spill("uint64")
+    batches = _batches(origin, task, kinds, has_lines, hashes)
+    stored = write_table(_schema(kinds, has_lines), batches)
+    names = header or list(columns)
+    return problems, Part(origin.name, names, origin.digest(), hashes.array(), stored, as_json)
+
+
+def _type_of(value: Any) -> type:
+    """The type that a value needs in Arrow; ``object`` for what is kept as JSON text."""
+    if type(value) is int and value not in _INT64:
+        return object
+    return type(value) if type(value) in _ARROW_TYPES else object
+
+
+def _arrow_type(kinds: set[type]) -> str | None:
+    """Arrow type of a column, or None: mixed and nested values are kept as JSON text, exactly."""
+    return _ARROW_TYPES.get(next(iter(kinds))) if len(kinds) == 1 else None
+
+
+def _nested_type(name: str, task: Task) -> str | None:
+    if task.tokens is not None:
+        return "list<int32>"
+    return "string" if task.multi_label and name != task.tests else None
+
+
+def _schema(kinds: dict[str, str | None], has_lines: bool) -> Any:
+    import pyarrow as pa
+
+    types = {"list<int32>": pa.list_(pa.int32()), None: pa.string()}
+    fields = [(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in kinds.items()]
+    return pa.schema([*fields, (LINE, pa.int64())] if has_lines else fields)
+
+
+def _batches(
+    origin: Origin,
+    task: Task,
+    kinds: dict[str, str | None],
+    has_lines: bool,
+    hashes: Spill,
+) -> Iterator[Any]:
+    """Checked rows once more, as record batches."""
+    import pyarrow as pa
+
+    schema, parse, content = _schema(kinds, has_lines), parsers(task), content_columns(task)
+    rows: list[dict[str, Any]] = []
+    found: list[int] = []
+
+    def batch() -> Any:
+        hashes.add(np.array(found, np.uint64))
+        arrays = [pa.array([row[f.name] for row in rows], f.type) for f in schema]
+        rows.clear()
+        found.clear()
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    for record in origin.records(list(kinds)):
+        row = {name: record.values[name] for name in kinds}
+        row |= {name: parser(row[name]) for name, parser in parse.items()}
+        found.append(xxhash.xxh3_64_intdigest(content_text(row, content).encode()))
+        for name, kind in kinds.items():
+            if kind is None:
+                row[name] = json.dumps(row[name], default=str)
+        rows.append({**row, LINE: record.line})
+        if len(rows) == _BATCH:
+            yield batch()
+    if rows:
+        yield batch()

@@ -1,0 +1,225 @@
+"""Tokenised rows as flat arrays, in memory or mapped from files. Imports no torch.
+
+A list of Python objects takes about 3 kB a row; five million rows would fill a node. Here a row is
+its int32 ids and a few offsets. Mapped from files, all ranks of a node share one copy in the page
+cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Names the layout of a table's folder; another number is another format.
+FORMAT = 1
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the base reads it.
+
+    Attributes:
+        input_ids: the whole row: input, target, EOS; no virtual tokens.
+        label_spans: (start, stop) of the tokens that are labels, ascending and apart: one for a
+            target, one per answer of a dialogue.
+        row: index in its ``Rows``.
+    """
+
+    input_ids: tuple[int, ...]
+    label_spans: tuple[tuple[int, int], ...]
+    row: int
+
+    @classmethod
+    def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
+        """All tokens from ``target_start`` on are labels."""
+        return cls(input_ids, ((target_start, len(input_ids)),), row)
+
+    @property
+    def target_start(self) -> int:
+        """Index of the first label."""
+        return self.label_spans[0][0]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_labels(self) -> int:
+        return sum(stop - start for start, stop in self.label_spans)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some examples in a row, end to end: R examples, T tokens, S label spans.
+
+    Attributes:
+        ids_T: int32.
+        lengths_R: tokens of each example.
+        spans_S2: (start, stop) within the example.
+        span_counts_R: spans of each example.
+        rows_R: index in the ``Rows`` of each example.
+    """
+
+    ids_T: NDArray[np.int32]
+    lengths_R: NDArray[np.int64]
+    spans_S2: NDArray[np.int32]
+    span_counts_R: NDArray[np.int64]
+    rows_R: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Block:
+        spans = [span for example in examples for span in example.label_spans]
+        return cls(
+            np.fromiter((i for e in examples for i in e.input_ids), np.int32),
+            np.array([e.num_tokens for e in examples], np.int64),
+            np.array(spans, np.int32).reshape(-1, 2),
+            np.array([len(e.label_spans) for e in examples], np.int64),
+            np.array([e.row for e in examples], np.int64),
+        )
+
+
+class TokenTable(Sequence[Example]):
+    """Examples in order, made when they are asked for.
+
+    Args:
+        ids_T: token ids of all examples, end to end.
+        offsets: [R + 1], where each example starts and the last one stops.
+        spans_S2, span_offsets: likewise their label spans.
+        rows_R: index in the ``Rows`` of each example.
+    """
+
+    def __init__(
+        self, ids_T: Any, offsets: Any, spans_S2: Any, span_offsets: Any, rows_R: Any
+    ) -> None:
+        # Plain views: slicing a memmap object costs several times as much.
+        self._ids_T, self._offsets, self._spans_S2, self._span_offsets, self.rows_R = (
+            np.asarray(array) for array in (ids_T, offsets, spans_S2, span_offsets, rows_R)
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows_R)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        index %= len(self)
+        start, stop = self._offsets[index : index + 2].tolist()
+        first, last = self._span_offsets[index : index + 2].tolist()
+        spans = tuple((a, b) for a, b in self._spans_S2[first:last].tolist())
+        return Example(tuple(self._ids_T[start:stop].tolist()), spans, int(self.rows_R[index]))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of every example."""
+        return np.diff(self._offsets).astype(np.int32)
+
+    @cached_property
+    def num_labels(self) -> NDArray[np.int32]:
+        """Labels of every example."""
+        upto = np.concatenate([[0], np.cumsum(self._spans_S2[:, 1] - self._spans_S2[:, 0])])
+        return np.diff(upto[self._span_offsets]).astype(np.int32)
+
+    def first_beyond(self, vocab_size: int) -> Example | None:
+        """The first example with an id that is not below ``vocab_size``."""
+        for start in range(0, len(self._ids_T), _CHUNK):
+            beyond = np.flatnonzero(self._ids_T[start : start + _CHUNK] >= vocab_size)
+            if len(beyond):
+                place = start + int(beyond[0])
+                return self[int(np.searchsorted(self._offsets, place, side="right")) - 1]
+        return None
+
+
+def in_memory(blocks: Iterable[Block]) -> TokenTable:
+    """A table of few rows."""
+    found = list(blocks) or [Block.of([])]
+    return TokenTable(
+        np.concatenate([block.ids_T for block in found]),
+        _offsets(np.concatenate([block.lengths_R for block in found])),
+        np.concatenate([block.spans_S2 for block in found]),
+        _offsets(np.concatenate([block.span_counts_R for block in found])),
+        np.concatenate([block.rows_R for block in found]),
+    )
+
+
+def write(folder: Path, blocks: Iterable[Block]) -> dict[str, int]:
+    """Write a table's files, block by block, into an existing folder.
+
+    Returns:
+        What ``open_table`` wants to know, as JSON values.
+    """
+    ids, spans = _Growing(folder / "ids.npy", np.int32), _Growing(folder / "spans.npy", np.int32, 2)
+    offsets = _Growing(folder / "offsets.npy", np.int64)
+    span_offsets = _Growing(folder / "span_offsets.npy", np.int64)
+    rows = _Growing(folder / "rows.npy", np.int64)
+    for growing in (offsets, span_offsets):
+        growing.append(np.zeros(1, np.int64))
+    for block in blocks:
+        offsets.append(_offsets(block.lengths_R)[1:] + ids.size)
+        span_offsets.append(_offsets(block.span_counts_R)[1:] + spans.size)
+        ids.append(block.ids_T)
+        spans.append(block.spans_S2)
+        rows.append(block.rows_R)
+    for growing in (ids, spans, offsets, span_offsets, rows):
+        growing.close()
+    return {"format": FORMAT, "tokens": ids.size, "spans": spans.size, "examples": rows.size}
+
+
+def open_table(folder: Path, said: dict[str, int]) -> TokenTable:
+    """Map what ``write`` wrote.
+
+    Raises:
+        OSError, ValueError, EOFError: if files are missing, cut short, or not what was written.
+    """
+    arrays = [
+        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("ids", "offsets", "spans", "span_offsets", "rows")
+    ]
+    sizes = [said[key] + more for key, more in (("tokens", 0), ("examples", 1), ("spans", 0))]
+    sizes += [said["examples"] + 1, said["examples"]]
+    if said["format"] != FORMAT or [len(array) for array in arrays] != sizes:
+        raise ValueError(f"{folder}: holds {[len(a) for a in arrays]}, not {json.dumps(said)}")
+    return TokenTable(*arrays)
+
+
+class _Growing:
+    """An .npy file whose first axis grows; numpy leaves room for that in its header."""
+
+    def __init__(self, path: Path, dtype: Any, columns: int | None = None) -> None:
+        self.size = 0
+        self._dtype, self._columns = np.dtype(dtype), columns
+        self._stream = path.open("wb")
+        self._header_bytes = self._write_header()
+
+    def append(self, array: NDArray[Any]) -> None:
+        np.ascontiguousarray(array, self._dtype).tofile(self._stream)
+        self.size += len(array)
+
+    def close(self) -> None:
+        self._stream.seek(0)
+        assert self._write_header() == self._header_bytes
+        self._stream.close()
+
+    def _write_header(self) -> int:
+        shape = (self.size,) if self._columns is None else (self.size, self._columns)
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._stream, header)
+        return self._stream.tell()
+
+
+def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
