@@ -142,7 +142,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     from trainer.optimization import make_optimizer
     from trainer.sharded import load
     from trainer.tasks.streams import Piece
-    from trainer.tasks.tokens import Example
+    from trainer.tasks.table import Example
 
     prompt_settings = {
         "name": "p",
@@ -162,9 +162,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     )
     engine = Engine(1800)
     with open(os.devnull, "w") as nothing:
-        loaded = load(
-            engine, config.base, open_base(config.base), config, Console(nothing, nothing)
-        )
+        loaded = load(engine, open_base(config.base), config, Console(nothing, nothing))
     prompt = torch.nn.Parameter(case.prompt())
     optimizer = make_optimizer(config.prompts[0], {"p": prompt}, case.steps)
     meter = meter_of(loaded.model.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 
 aten = torch.ops.aten
 
-#: What the counter of torch leaves out on a CPU.
+#: What the counter of torch leaves out on a CPU. Its own formulas come wrapped, and it wraps again.
 MORE_FORMULAS = {
-    aten._int_mm: mm_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    aten._int_mm: inspect.unwrap(mm_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu: inspect.unwrap(sdpa_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: inspect.unwrap(sdpa_backward_flop),
 }
 
 
