@@ -177,7 +177,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     files = open_base(config.base)
     with open(os.devnull, "w") as nothing:
         before = _start_peak()
-        loaded = load(engine, config.base, files, config, Console(nothing, nothing))
+        loaded = load(engine, files, config, Console(nothing, nothing))
         peak = _resident("VmHWM") - before
     rows = engine.world_size * MICRO_BATCHES * ROWS
     ids = torch.randint(3, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -43,7 +43,8 @@ _LLAMA = {
     "max_position_embeddings": 128,
 }
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
-_MOE = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_MOE = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2}
+_SMALL_EXPERTS = {**_MOE, "moe_intermediate_size": 40}
 _ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
@@ -125,8 +126,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", _LLAMA),
     "starcoder2": ("starcoder2", {**_LLAMA, "sliding_window": WINDOW}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "sliding_window": WINDOW}),
-    "qwen2_moe": ("qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 32}),
-    "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 16}),
+    "qwen2_moe": ("qwen2_moe", {**_SMALL_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", {**_SMALL_EXPERTS, "head_dim": 16}),
     "olmoe": ("olmoe", _MOE),
     "gpt_oss": (
         "gpt_oss",
@@ -189,7 +190,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("nanochat", _LLAMA),
     "nemotron": ("nemotron", {**_LLAMA, **_HALF}),
     "olmo3": ("olmo3", {**_LLAMA, **_ALTERNATING}),
-    "persimmon": ("persimmon", {**_LLAMA, **_HALF}),
+    "persimmon": (
+        "persimmon",
+        {**_BASIC, **_HALF, "intermediate_size": 64, "max_position_embeddings": 128},
+    ),
     "seed_oss": ("seed_oss", {**_LLAMA, "head_dim": 16}),
     "smollm3": (
         "smollm3",

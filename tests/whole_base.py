@@ -51,6 +51,23 @@ class OneRank:
             raise BadInput(problems)
 
 
+def load_whole(
+    folder: Path,
+    quantization: str,
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PromptedBase:
+    """The whole base, unsharded."""
+    settings = Base.model_validate({"model": str(folder), "quantization": quantization})
+    files = open_base(settings)
+    cpu = torch.device("cpu")
+    skeleton = build_skeleton(files, settings, dtype, cpu)
+    base, _ = load_base(
+        skeleton, files, dtype=dtype, device=cpu, shard=OneRank(), checkpointing=checkpointing
+    )
+    return base
+
+
 def load_rank(
     folder: Path, rank: int = 0, ranks: int = 1, **settings: str
 ) -> tuple[PromptedBase, OneRank, LoadStats]:

@@ -51,7 +51,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 #: Settings that DESIGN fixes but this version does not run yet: (setting, value) -> what to use.
 NOT_YET = {
-    ("method", "prefix_tuning"): "use prompt_tuning or p_tuning",
     ("encoder", "lstm"): "use mlp",
     ("encoder", "residual"): "use mlp",
 }
@@ -119,7 +118,13 @@ class Engine(Section):
 
     deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations in backward; auto: only on a GPU"
+        "auto",
+        description="recompute activations in backward; auto: where they would not fit otherwise",
+    )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="of the packed rows; flex: one FlexAttention kernel, on a GPU only; sdpa: rows "
+        "of similar length side by side; auto: sdpa, as flex has not been measured to be faster",
     )
     shard_group: Literal["auto", "world", "node"] | int = Field(
         "world",
@@ -393,25 +398,30 @@ class Task(Section):
 class Init(Section):
     """Where the virtual tokens start, or, in p_tuning, the input of the encoder that makes them.
 
-    Exactly one of the fields is given.
+    In prefix_tuning: the keys and values that the base makes of the text or of the drawn words; a
+    text is repeated or cut to num_virtual_tokens. Exactly one of the fields is given.
     """
 
     text: str | None = Field(
         None, min_length=1, description="word embeddings of this text, repeated"
     )
     vocab: bool = Field(False, description="embeddings of tokens drawn from the vocabulary")
-    random: bool = Field(False, description="normal noise with the embeddings' root mean square")
+    random: bool = Field(
+        False,
+        description="normal noise with the root mean square of the embeddings, or keys and values",
+    )
+    zero: bool = Field(False, description="zeros, for prefix_tuning only")
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """``init: vocab`` stands for ``{vocab: true}``, ``init: random`` for ``{random: true}``."""
-        return {value: True} if value in ("vocab", "random") else value
+        """``init: vocab`` stands for ``{vocab: true}``; likewise ``random`` and ``zero``."""
+        return {value: True} if value in ("vocab", "random", "zero") else value
 
     @model_validator(mode="after")
     def _one(self) -> Init:
-        if sum([self.text is not None, self.vocab, self.random]) != 1:
-            raise ValueError("give exactly one of text, vocab, random")
+        if sum([self.text is not None, self.vocab, self.random, self.zero]) != 1:
+            raise ValueError("give exactly one of text, vocab, random, zero")
         return self
 
 
@@ -420,9 +430,13 @@ class Prompt(Section):
 
     name: Name
     task: str
-    method: Literal["prompt_tuning", "p_tuning"] = "prompt_tuning"
+    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning"] = Field(
+        "prompt_tuning",
+        description="prompt_tuning and p_tuning put virtual tokens in front of the text; "
+        "prefix_tuning gives every layer keys and values instead",
+    )
     encoder: Literal["embedding", "mlp"] | None = Field(
-        None, description="default: embedding for prompt_tuning, mlp for p_tuning"
+        None, description="default: mlp for p_tuning, else embedding"
     )
     encoder_hidden_size: PositiveInt | None = Field(
         None, description="default: the base's hidden size"
@@ -445,9 +459,15 @@ class Prompt(Section):
             raise ValueError(
                 "encoder: p_tuning trains an encoder; use mlp, or method: prompt_tuning"
             )
-        if self.method == "prompt_tuning" and self.encoder_hidden_size is not None:
+        if self.encoder_name == "embedding" and self.encoder_hidden_size is not None:
+            instead = "encoder: mlp" if self.method == "prefix_tuning" else "p_tuning"
             raise ValueError(
-                "encoder_hidden_size: prompt_tuning has no encoder; remove it, or use p_tuning"
+                f"encoder_hidden_size: {self.method} has no encoder; remove it, or use {instead}"
+            )
+        if self.init.zero and self.method != "prefix_tuning":
+            raise ValueError(
+                "init: zero leaves the base nothing to read; use text, vocab or random, or "
+                "method: prefix_tuning"
             )
         return self
 
@@ -464,11 +484,22 @@ class Training(Section):
         8192,
         description="most useful tokens of one prompt's update, over all ranks and micro-batches",
     )
-    micro_batch_tokens: PositiveInt = Field(8192, description="most tokens of one stream")
+    micro_batch_tokens: Literal["auto"] | int = Field(
+        "auto",
+        description="most tokens of one stream; auto: as many as memory holds and a step needs",
+    )
     seed: NonNegativeInt = 0
     max_skipped_updates: PositiveInt = Field(
         5, description="non-finite updates in a row before the run stops"
     )
+
+    @field_validator("micro_batch_tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value != "auto" and not number:
+            raise ValueError(f"{value!r} is not auto or a number of tokens")
+        return value
 
 
 class EarlyStopping(Section):

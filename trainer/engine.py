@@ -26,7 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from torch import Tensor, nn
 
 from trainer.base.embedding import FrozenEmbedding, RowExchange
@@ -191,6 +191,9 @@ class Engine:
         self.gathered_bytes = 0
         self.kept_bytes = 0
         self._kept: list[Any] = []
+        self._zero: Any = None
+        self._group_size = self.world_size
+        self._resident, self._peak = 0, 0
         self._count_gathers()
 
     @property
@@ -217,20 +220,16 @@ class Engine:
         setting = config.engine.base_memory
         nodes = self.all_gather((_node(), self._free_memory()))
         names = [name for name, _ in nodes]
-        if setting == "auto":
-            shared = self.device.type == "cpu"  # memory that all ranks of a node draw from
-            memory = int(
-                AUTO_SHARE
-                * min(free / (names.count(name) if shared else 1) for name, free in nodes)
-            )
-        else:
-            memory = parse_bytes(setting)
+        shared = self.device.type == "cpu"  # memory that all ranks of a node draw from
+        free = min(free // (names.count(name) if shared else 1) for name, free in nodes)
+        memory = int(AUTO_SHARE * free) if setting == "auto" else parse_bytes(setting)
         node_sizes = [len(list(ranks)) for _, ranks in itertools.groupby(names)]
         return place(
             base_size(skeleton, dtype),
             config.engine.shard_group,
             memory,
             node_sizes,
+            free=free,
             offload=offload,
             exact=must_fit or setting != "auto",
         )
@@ -242,6 +241,7 @@ class Engine:
             group_size: consecutive ranks that hold one copy together; None for all.
         """
         group = None
+        self._group_size = group_size or self.world_size
         if group_size not in (None, self.world_size):
             for first in range(0, self.world_size, group_size):
                 made = dist.new_group(list(range(first, first + group_size)))
@@ -255,6 +255,7 @@ class Engine:
             kept_bytes: of parameters that, once gathered, stay until ``end_step``.
         """
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
+        self._zero = engine.optimizer
         self._kept, self.kept_bytes = [], 0
         for parameter in base.parameters():
             zero: Any = parameter
@@ -275,7 +276,10 @@ class Engine:
         """
         self._kept, self.kept_bytes = [], 0
         for tensor in [*_resident(base), *base.parameters()]:
+            storage = tensor.untyped_storage()
             tensor.data = tensor.data.new_empty(0)
+            if storage.resizable():  # a view's base holds it too; pinned memory is not resizable
+                storage.resize_(0)
         if self.device.type != "cpu":
             get_accelerator().empty_cache()
 
@@ -285,6 +289,51 @@ class Engine:
             if parameter.ds_status == partition_parameters.ZeroParamStatus.AVAILABLE:
                 with _released(parameter):
                     parameter.partition()
+
+    def recover(self) -> bool:
+        """After a forward or backward that broke off: let go of what it held, for another try.
+
+        Returns:
+            False where no rank may try again alone: others wait in a gather of this stream, or the
+            next forward will be compared between ranks.
+        """
+        coordinator = self._zero.get_param_coordinator()
+        traced = self.world_size == 1 or coordinator.is_complete_trace()
+        if self._group_size > 1 or not traced:
+            return False
+        del parameter_offload.FWD_MODULE_STACK[1:]  # all but the root, which never leaves it
+        coordinator.reset_step()
+        coordinator.release_backward_leftovers()
+        coordinator.release_and_reset_all(self._zero.module)
+        for parameter in self._kept:
+            parameter.ds_active_sub_modules.add(KEPT)
+        if self.device.type != "cpu":
+            get_accelerator().empty_cache()
+        return True
+
+    def watch_memory(self) -> None:
+        """From now on ``peak_bytes`` counts anew."""
+        if self.device.type != "cpu":
+            self._peak = self.peak_gpu_bytes
+            get_accelerator().reset_peak_memory_stats(self.local_rank)
+            self._resident = get_accelerator().memory_allocated(self.local_rank)
+
+    def peak_bytes(self) -> int:
+        """The most that was taken of this rank's GPU at a time since ``watch_memory``.
+
+        Beyond what was taken then and what stays gathered; 0 on CPU.
+        """
+        if self.device.type == "cpu":
+            return 0
+        peak = int(get_accelerator().max_memory_allocated(self.local_rank))
+        return max(0, peak - self._resident - self.kept_bytes)
+
+    @property
+    def peak_gpu_bytes(self) -> int:
+        """Of the whole run; 0 on CPU."""
+        if self.device.type == "cpu":
+            return 0
+        return max(self._peak, int(get_accelerator().max_memory_allocated(self.local_rank)))
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place, in one collective."""

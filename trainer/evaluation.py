@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from trainer.base.model import PromptedBase
 from trainer.engine import Engine
 from trainer.generation import generate
+from trainer.memory import StreamBudget
 from trainer.prefetch import ahead, prepare_stream
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
 from trainer.tasks.rows import target_text
-from trainer.tasks.streams import Piece, Stream, plan_streams
+from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
 WINDOW_STREAMS = 64
@@ -42,7 +43,7 @@ class Evaluator:
     engine: Engine
     base: PromptedBase
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int
+    budget: StreamBudget
 
     @torch.no_grad()
     def score(
@@ -52,7 +53,7 @@ class Evaluator:
     ) -> list[dict[str, float]]:
         """``loss`` and the task's metric, under its own name, for every request."""
         slots = [len(request.rows.candidates) * _width(request) for request in requests]
-        lengths = [prompt.shape[0] for prompt in virtual_tokens]
+        lengths = PromptLengths.of(virtual_tokens)
         nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
         results = [
             self._result(request, part, virtual_tokens)
@@ -65,16 +66,17 @@ class Evaluator:
         self,
         requests: Sequence[Request],
         num_slots: int,
-        lengths: Sequence[int],
+        lengths: PromptLengths,
         virtual_tokens: Sequence[Tensor],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
+        max_tokens = self.budget.tokens
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
 
         def streams() -> Iterator[list[Piece]]:
-            most = WINDOW_STREAMS * self.max_tokens * self.engine.world_size
+            most = WINDOW_STREAMS * max_tokens * self.engine.world_size
             for pieces in _windows(_pieces(requests), most):
-                plan = plan_streams(pieces, lengths, self.engine.world_size, self.max_tokens)
+                plan = plan_streams(pieces, lengths.tokens, self.engine.world_size, max_tokens)
                 yield from plan[self.engine.rank]
 
         def make(pieces: list[Piece]) -> Stream:

@@ -1,9 +1,10 @@
 """A trained prompt as a folder that PEFT loads.
 
-Every method is exported as folded virtual tokens, which PEFT calls PROMPT_TUNING: one tensor under
-the key ``prompt_embeddings``. Written by hand, because ``save_pretrained`` needs the whole base.
+Every method is exported folded: virtual tokens as what PEFT calls PROMPT_TUNING, keys and values as
+PREFIX_TUNING; one tensor under the key ``prompt_embeddings``. Written by hand, because
+``save_pretrained`` needs the whole base.
 
-Shape letters: P virtual tokens, H hidden size.
+Shape letters: P virtual tokens, H hidden size, L layers, A heads of keys, D head size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -23,7 +25,7 @@ CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "REA
 
 def save_peft(
     folder: Path,
-    virtual_tokens_PH: Tensor,
+    virtual_tokens: Tensor,
     base_model_name: str,
     revision: str | None = None,
     *,
@@ -35,7 +37,8 @@ def save_peft(
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
     Args:
-        virtual_tokens_PH: folded; saved in fp32.
+        virtual_tokens: folded, [P, H] or, of prefix tuning, keys and values [P, L, 2, A, D]; saved
+            in fp32.
         base_model_name: folder or hub id that PEFT loads the base from.
         title: of the model card; default: the folder's name.
         description: a line for the model card: task, score.
@@ -43,42 +46,65 @@ def save_peft(
     Raises:
         ValueError: if the virtual tokens are not finite.
     """
-    if not virtual_tokens_PH.isfinite().all():
+    if not virtual_tokens.isfinite().all():
         raise ValueError(f"{folder}: the virtual tokens are not finite; there is nothing to export")
-    prompt_PH = virtual_tokens_PH.detach().to("cpu", torch.float32).contiguous()
-    num_virtual_tokens, hidden_size = prompt_PH.shape
+    prompt = virtual_tokens.detach().to("cpu", torch.float32).contiguous()
+    method: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+    token_dim = prompt.shape[1]
+    if prompt.dim() > 2:
+        # PEFT counts the heads that a cache holds: fewer where queries are grouped.
+        _, num_layers, _, num_attention_heads, head_size = prompt.shape
+        token_dim = num_attention_heads * head_size
+        method = {
+            "peft_type": "PREFIX_TUNING",
+            "prefix_projection": False,
+            "encoder_hidden_size": token_dim,
+        }
     config = {
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "num_attention_heads": num_attention_heads,
         "num_layers": num_layers,
         "num_transformer_submodules": 1,
-        "num_virtual_tokens": num_virtual_tokens,
-        "peft_type": "PROMPT_TUNING",
-        "prompt_tuning_init": "RANDOM",
+        "num_virtual_tokens": len(prompt),
+        **method,
         "revision": revision,
         "task_type": "CAUSAL_LM",
-        "token_dim": hidden_size,
+        "token_dim": token_dim,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write(folder / WEIGHTS, to_bytes({"prompt_embeddings": prompt_PH}, {"format": "pt"}))
+    weights = {"prompt_embeddings": prompt.flatten(1)}
+    atomic.write(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     atomic.write_json(folder / CONFIG, config)
     atomic.write(folder / CARD, _card(title or folder.name, config, description))
+
+
+def load_peft(folder: Path) -> Tensor:
+    """What ``save_peft`` wrote: virtual tokens [P, H], or keys and values [P, L, 2, A, D]."""
+    prompt: Tensor = load_file(folder / WEIGHTS)["prompt_embeddings"]
+    config = json.loads((folder / CONFIG).read_text())
+    if config["peft_type"] != "PREFIX_TUNING":
+        return prompt
+    return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))
 
 
 def _card(name: str, config: dict[str, Any], description: str) -> str:
     base, revision = config["base_model_name_or_path"], config["revision"]
     at = "" if revision is None else f", revision={revision!r}"
+    kind = config["peft_type"].replace("_", " ").lower()
+    what = f"{config['num_virtual_tokens']} virtual tokens of width {config['token_dim']}"
+    if kind == "prefix tuning":
+        what += f" as keys and values in each of {config['num_layers']} layers"
     # JSON strings are YAML strings: a path with a colon must not break the header.
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
-tags: [prompt-tuning, promptshard]
+tags: [{kind.replace(" ", "-")}, promptshard]
 ---
 
 # {name}
 
-{config["num_virtual_tokens"]} virtual tokens of width {config["token_dim"]} for `{base}`, trained
+{what} for `{base}`, trained
 by promptshard; the base itself is unchanged. {description}
 
 ```python

@@ -38,9 +38,8 @@ def _generate(
     max_new_tokens: int | None,
     console: Console,
 ) -> None:
-    from safetensors.torch import load_file
-
     from trainer.engine import Engine
+    from trainer.export import load_peft
     from trainer.generation import generate
     from trainer.sharded import load, open_files
     from trainer.tasks.rows import render
@@ -66,8 +65,7 @@ def _generate(
             "shorten it or lower --max-new-tokens"
         )
     loaded = load(engine, files, config, console)
-    tensors = load_file(folder / "prompts" / name / "adapter_model.safetensors")
-    virtual_tokens = tensors["prompt_embeddings"].to(engine.device)
+    virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
     (written,) = generate(engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit)
     console.say(written.strip())
     engine.close()

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trainer.base.model import DecodeStep, PromptedBase
+from trainer.base.past import PastCache
 from trainer.engine import Engine
 
 BATCH_ROWS = 64
@@ -33,7 +34,7 @@ def generate(
 
     Args:
         inputs: token ids of each row.
-        virtual_tokens: the prompt [P, H], or None.
+        virtual_tokens: the prompt [P, H], its keys and values [P, L, 2, A, D], or None.
     """
     # Longest first: rows of a batch are then of similar length.
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
@@ -49,6 +50,19 @@ def generate(
     for part in engine.all_gather(texts):
         merged |= part
     return [merged[i] for i in range(len(inputs))]
+
+
+@torch.no_grad()
+def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
+    """What the base makes of a text: keys and values [n, L, 2, A, D], fp32 on the CPU.
+
+    Every rank calls it with the same ids and gets what rank 0 has found.
+    """
+    ids_1n = torch.tensor([list(token_ids)], device=engine.device)
+    cache = PastCache()
+    with base.unpacked():
+        base(DecodeStep(ids_1n, torch.ones_like(ids_1n), cache), [])
+    return engine.broadcast(cache.read().float().cpu() if engine.is_main else None)
 
 
 def _decode(
@@ -68,7 +82,7 @@ def _decode(
     token_ids, mask = token_ids.to(engine.device), mask.to(engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
 
-    cache = DynamicCache()
+    cache = PastCache()
     written: list[Tensor] = []
     finished = torch.zeros(len(rows), dtype=torch.bool, device=engine.device)
     for _ in range(max_new_tokens):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.base.saved import SavedBytes
 from trainer.config import LOWER_IS_BETTER, RunConfig
 from trainer.console import Console, StepLine
 from trainer.engine import Engine
@@ -23,6 +24,7 @@ from trainer.optimization import EarlyStopping
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.tasks.feed import TaskData
+from trainer.tasks.streams import PromptLengths
 
 Scores = dict[str, float]
 
@@ -56,6 +58,7 @@ class Loop:
     """A run that is ready to go.
 
     Attributes:
+        saved_bytes_per_token: of the first stream, between its forward and its backward.
         steps_here, train_gathered_bytes: since this process started, unlike ``progress``.
     """
 
@@ -75,6 +78,7 @@ class Loop:
         patience = rule.patience if rule else None
         self.steps_here = 0
         self.train_gathered_bytes = 0
+        self.saved_bytes_per_token = 0.0
         self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
 
     def run(self) -> None:
@@ -102,8 +106,11 @@ class Loop:
     def _step(self, line: StepLine) -> None:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
         virtual_tokens = self.bank.virtual_tokens()
-        batch, waited = self._next_batch([prompt.shape[0] for prompt in virtual_tokens])
-        result = batch_gradients(self.engine, self.evaluator.base, batch, virtual_tokens)
+        batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
+        saved = SavedBytes() if self.steps_here == 0 else None
+        self.engine.watch_memory()
+        result = batch_gradients(self.engine, self.evaluator.base, batch, virtual_tokens, saved)
+        self._confirm_budget(result, saved)
         rates = self.bank.learning_rates
         norms = self.bank.update(result.gradients)
         self.progress.step += 1
@@ -127,14 +134,30 @@ class Loop:
             self.progress.train_seconds / self.progress.step,
         )
 
-    def _next_batch(self, prompt_lengths: Sequence[int]) -> tuple[Batch, float]:
+    def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[Batch, float]:
         """What this step reads, and the seconds that were waited for it."""
         started = time.perf_counter()
-        most = self.config.training.micro_batch_tokens
-        batch = self.feed.take(self.bank.active, prompt_lengths, most)
+        batch = self.feed.take(self.bank.active, prompt_lengths, self.evaluator.budget.now)
         waited = time.perf_counter() - started
         self.progress.data_wait_seconds += waited
         return batch, waited
+
+    def _confirm_budget(self, result: StepResult, saved: SavedBytes | None) -> None:
+        """Streams become shorter, on all ranks alike, where they took more than was foreseen."""
+        budget = self.evaluator.budget
+        if saved is not None:
+            self.saved_bytes_per_token = saved.total / max(1, result.first_stream)
+        if result.splits:
+            budget.halve()
+            self.console.warn(
+                f"step {self.progress.step + 1}: {result.splits} stream(s) did not fit and were "
+                f"split; streams have up to {budget.tokens:,} tokens from now on"
+            )
+        elif budget.ramp:
+            peak = max(self.engine.peak_bytes(), saved.total if saved else 0)
+            peaks = self.engine.all_gather((peak, max(1, result.longest_stream)))
+            if budget.confirm(*max(peaks, key=lambda found: found[0] / found[1])):
+                self.console.say(f"took more than foreseen: {budget.words}")
 
     def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> Diverged | None:
         """Note left-out updates; equal on all ranks, because sums and replicas are.

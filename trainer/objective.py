@@ -6,15 +6,18 @@ Shape letters: N label positions, K prompts of the bank.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from trainer.base.saved import SavedBytes
 from trainer.engine import Engine
-from trainer.prefetch import Batch, Rank, prepare
-from trainer.tasks.streams import Piece, Stream
+from trainer.prefetch import Batch, Rank, prepare, prepare_stream
+from trainer.tasks.streams import Piece, PromptLengths, Stream
 
 
 def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
@@ -50,20 +53,29 @@ def stream_objective(
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found, equal on all ranks.
+    """What one step found, equal on all ranks but for the lengths of streams.
 
     Attributes:
         losses: mean cross-entropy per label token of each prompt; NaN where it read no rows.
-        gradients: d loss / d virtual tokens, [P, H] per prompt, summed over ranks; None where it
+        gradients: d loss / d virtual tokens of each prompt, summed over ranks; None where it
             read no rows, or where loss or gradient is not finite on any rank.
         skipped: prompts whose update is left out because something was not finite.
         useful_tokens: text tokens the base read, over all ranks.
+        longest_stream, first_stream: tokens of these streams of this rank.
+        splits: streams that did not fit on their rank and were cut in two, over all ranks.
     """
 
     losses: list[float]
     gradients: list[Tensor | None]
     skipped: list[bool]
     useful_tokens: int
+    longest_stream: int
+    first_stream: int
+    splits: int
+
+
+class OutOfMemory(RuntimeError):
+    """A stream did not fit on a rank that cannot try again without the others."""
 
 
 def step_gradients(
@@ -74,39 +86,98 @@ def step_gradients(
     max_tokens: int,
 ) -> StepResult:
     """``batch_gradients`` of rows that were not prepared ahead."""
-    lengths = [prompt.shape[0] for prompt in virtual_tokens]
+    lengths = PromptLengths.of(virtual_tokens)
     rank = Rank(engine.rank, engine.world_size, engine.device)
     batch = prepare(list(pieces), lengths, rank, max_tokens)
     return batch_gradients(engine, base, batch, virtual_tokens)
 
 
 def batch_gradients(
-    engine: Engine, base: nn.Module, batch: Batch, virtual_tokens: Sequence[Tensor]
+    engine: Engine,
+    base: nn.Module,
+    batch: Batch,
+    virtual_tokens: Sequence[Tensor],
+    saved: SavedBytes | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's streams of a step, and the sum over ranks.
 
     Sums carry NaN from any rank to all, so all leave out the same updates without another word.
+
+    Args:
+        saved: counts what the first stream's forward saves.
+
+    Raises:
+        OutOfMemory: if a stream does not fit, and other ranks take part in its gathers or it is one
+            row.
     """
     leaves = [prompt.detach().requires_grad_() for prompt in virtual_tokens]
     counts = label_counts(batch.pieces, len(leaves))
-    sums_K = torch.zeros(len(leaves), device=engine.device)
-    for stream in batch.streams:
-        stream = stream.to(engine.device)
-        objective, stream_sums_K = stream_objective(base, stream, leaves, counts)
-        objective.backward()
-        sums_K += stream_sums_K
-    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    engine.all_reduce_sum([sums_K, *gradients])
+    found = _Sums(engine, leaves)
+    todo = deque(zip(batch.plan, batch.streams, strict=True))
+    while todo:
+        pieces, stream = todo.popleft()
+        failure = found.add(base, stream.to(engine.device), counts, saved)
+        saved = None
+        if failure is None:
+            continue
+        half, tokens = len(pieces) // 2, len(stream.token_ids_T)
+        if not engine.recover() or not half:
+            raise OutOfMemory(
+                f"rank {engine.rank}: a stream of {tokens} tokens does not fit ({failure}); "
+                f"set training.micro_batch_tokens={max(1, tokens // 2)}, "
+                "or engine.gradient_checkpointing=true"
+            )
+        found.splits += 1
+        lengths = PromptLengths.of(leaves)
+        for part in (pieces[half:], pieces[:half]):
+            todo.appendleft((part, prepare_stream(part, lengths, engine.device)))
+    engine.all_reduce_sum([found.sums_K, found.splits, *found.gradients])
     engine.end_step()
 
-    losses = [s / n if n else math.nan for s, n in zip(sums_K.tolist(), counts, strict=True)]
+    sums = found.sums_K.tolist()
+    losses = [s / n if n else math.nan for s, n in zip(sums, counts, strict=True)]
     finite = [
         math.isfinite(loss) and bool(gradient.isfinite().all())
-        for loss, gradient in zip(losses, gradients, strict=True)
+        for loss, gradient in zip(losses, found.gradients, strict=True)
     ]
     return StepResult(
         losses=losses,
-        gradients=[g if ok else None for g, ok in zip(gradients, finite, strict=True)],
+        gradients=[g if ok else None for g, ok in zip(found.gradients, finite, strict=True)],
         skipped=[count > 0 and not ok for count, ok in zip(counts, finite, strict=True)],
         useful_tokens=sum(piece.example.num_tokens for piece in batch.pieces),
+        longest_stream=max(len(stream.token_ids_T) for stream in batch.streams),
+        first_stream=len(batch.streams[0].token_ids_T),
+        splits=int(found.splits.item()),
     )
+
+
+class _Sums:
+    """What the streams of a step add up to on this rank.
+
+    Attributes:
+        sums_K: loss sums of each prompt.
+        gradients: of each prompt, [P, H].
+        splits: streams that were cut in two, [1].
+    """
+
+    def __init__(self, engine: Engine, leaves: Sequence[Tensor]) -> None:
+        self._leaves = leaves
+        self.sums_K = torch.zeros(len(leaves), device=engine.device)
+        self.gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        self.splits = torch.zeros(1, device=engine.device)
+
+    def add(
+        self, base: nn.Module, stream: Stream, counts: Sequence[int], saved: SavedBytes | None
+    ) -> str | None:
+        """All of a stream or, where there is no memory for it, nothing and the reason."""
+        try:
+            with saved or nullcontext():
+                objective, sums_K = stream_objective(base, stream, self._leaves, counts)
+            gradients = torch.autograd.grad(objective, self._leaves, allow_unused=True)
+        except torch.OutOfMemoryError as error:
+            return str(error).split(". ")[0]
+        self.sums_K += sums_K
+        for total, gradient in zip(self.gradients, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+        return None

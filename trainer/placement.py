@@ -42,11 +42,13 @@ class Placement:
     Attributes:
         group_size: ranks that hold one copy together; groups are of consecutive ranks.
         kept_bytes: of gathered parameters that may stay on a rank until the step ends.
+        left_bytes: of a rank's device that the base will leave free.
     """
 
     group_size: int
     kept_bytes: int
     layer_elements: int
+    left_bytes: int = 0
 
     @property
     def policy(self) -> dict[str, int]:
@@ -68,6 +70,7 @@ def place(
     memory: int,
     node_sizes: Sequence[int],
     *,
+    free: int | None = None,
     offload: bool = False,
     exact: bool = False,
 ) -> Placement:
@@ -77,6 +80,7 @@ def place(
         shard_group: ``engine.shard_group``.
         memory: bytes of a rank's device that the base may take.
         node_sizes: ranks on each node, in rank order.
+        free: bytes of that device that are free, the base not yet there; None: ``memory``.
         offload: shards lie in host memory and do not count.
         exact: the memory is the user's own number, so what does not fit is refused.
 
@@ -93,8 +97,9 @@ def place(
             f"{needed / 1e9:.2f} GB; give more, use more ranks or ds_configs/zero3_offload_cpu.json"
         )
     kept = 0 if group_size == 1 and not offload else max(0, memory - needed)
-    gathered = size.total_bytes - size.looked_up_bytes
-    return Placement(group_size, min(kept, gathered), size.layer_elements)
+    kept = min(kept, size.total_bytes - size.looked_up_bytes)
+    left = max(0, (memory if free is None else free) - needed - kept)
+    return Placement(group_size, kept, size.layer_elements, left)
 
 
 def _group_size(

@@ -11,7 +11,14 @@ import torch
 
 from trainer.base.attention import make_layout
 from trainer.tasks.feed import Feed
-from trainer.tasks.streams import Piece, Stream, build_stream, changed, plan_streams
+from trainer.tasks.streams import (
+    Piece,
+    PromptLengths,
+    Stream,
+    build_stream,
+    changed,
+    plan_streams,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,10 +49,10 @@ class Rank:
 
 
 def prepare_stream(
-    pieces: Sequence[Piece], prompt_lengths: Sequence[int], device: torch.device
+    pieces: Sequence[Piece], prompt_lengths: PromptLengths, device: torch.device
 ) -> Stream:
     """A stream with its layout, on the host; pinned where a GPU will read it."""
-    stream = build_stream(pieces, prompt_lengths)
+    stream = build_stream(pieces, prompt_lengths.tokens, prompt_lengths.past)
     stream = replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
     if device.type != "cuda":
         return stream
@@ -54,10 +61,10 @@ def prepare_stream(
 
 
 def prepare(
-    pieces: list[Piece], prompt_lengths: Sequence[int], rank: Rank, max_tokens: int
+    pieces: list[Piece], prompt_lengths: PromptLengths, rank: Rank, max_tokens: int
 ) -> Batch:
     """Plan a step and build this rank's streams."""
-    plan = plan_streams(pieces, prompt_lengths, rank.world_size, max_tokens)[rank.rank]
+    plan = plan_streams(pieces, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
     streams = [prepare_stream(mine, prompt_lengths, rank.device) for mine in plan]
     return Batch(pieces, plan, streams)
 
@@ -78,9 +85,9 @@ class Prefetch:
         self._ahead: tuple[Any, Future[tuple[Batch, Any]]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def take(self, active: Sequence[bool], prompt_lengths: Sequence[int], max_tokens: int) -> Batch:
+    def take(self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int) -> Batch:
         """The next step of all active prompts."""
-        wanted = (tuple(active), tuple(prompt_lengths), max_tokens)
+        wanted = (tuple(active), prompt_lengths, max_tokens)
         made = None
         if self._ahead is not None:
             prepared_for, future = self._ahead
@@ -93,7 +100,7 @@ class Prefetch:
         return batch
 
     def _make(
-        self, active: Sequence[bool], prompt_lengths: Sequence[int], max_tokens: int
+        self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
     ) -> tuple[Batch, Any]:
         pieces = self._feed.next_step(active)
         return prepare(pieces, prompt_lengths, self._rank, max_tokens), self._feed.state_dict()

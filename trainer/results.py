@@ -70,12 +70,13 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
     mine = [
         base_bytes(loaded.model),
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        torch.cuda.max_memory_allocated() if on_gpu else 0,
+        engine.peak_gpu_bytes,
         loaded.stats.seconds,
         loaded.stats.bytes_read,
         loop.train_gathered_bytes,
+        loop.saved_bytes_per_token,
     ]
-    base, rss, gpu, seconds, read, gathered = zip(*engine.all_gather(mine), strict=True)
+    base, rss, gpu, seconds, read, gathered, saved = zip(*engine.all_gather(mine), strict=True)
     steps = max(1, loop.steps_here)
     progress = loop.progress
     return {
@@ -91,6 +92,10 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "ranks_per_copy": loaded.placement.group_size,
             "peak_rss_bytes": max(rss),
             "peak_gpu_bytes": max(gpu) if on_gpu else None,
+            "saved_bytes_per_token": max(saved),
+            "saved_bytes_per_token_and_layer": max(saved) / loaded.memory.sizes.layers,
+            "stream_tokens": loaded.budget.tokens,
+            "gradient_checkpointing": loaded.budget.checkpointing,
         },
         "communication": {"gathered_bytes_per_step": max(gathered) / steps},
         "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},

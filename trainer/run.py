@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from trainer import atomic
+from trainer.base.families import check_past
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
 from trainer.evaluation import Evaluator
+from trainer.generation import keys_and_values
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
@@ -43,6 +45,9 @@ T = TypeVar("T")
 #: may be down.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
 
+#: Rows of each task whose lengths tell how much streams will take.
+SAMPLE = 1000
+
 
 def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> None:
     """Train all prompts of a run, or go on where its output folder says it stopped.
@@ -54,6 +59,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     engine = Engine(config.engine.timeout_seconds)
     engine.together(lambda: check_uri(config.tracking.uri))
     files = open_files(engine, config.base, console)
+    if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
+        engine.together(lambda: check_past(files.config, files.name))
     tasks = load_once_per_node(
         engine,
         lambda: load_tasks(
@@ -82,7 +89,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.close()
         return
 
-    loaded = load(engine, files, config, console)
+    sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
+    loaded = load(engine, files, config, console, lengths=sample)
     bank = Bank(
         config,
         _embedder(loaded.model, engine.device),
@@ -91,8 +99,9 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         loaded.model.hidden_size,
         engine.device,
         make_optimizer=make_optimizer,
+        past=lambda ids: keys_and_values(engine, loaded.model, ids),
     )
-    evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
+    evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from trainer.base.families import family_of
+from trainer.base.attention import resolve_attention
+from trainer.base.families import family_of, layer_sizes
 from trainer.base.files import BaseFiles, local_folder, open_base
+from trainer.base.head import LOGITS_BYTES
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.matmul import MEASURE, largest_shapes, measure, resolve_matmul, use_matmul
 from trainer.base.model import PromptedBase
@@ -17,6 +20,15 @@ from trainer.config import Base, RunConfig
 from trainer.console import Console
 from trainer.engine import Engine, compute_dtype, resolve_policy
 from trainer.errors import BadInput
+from trainer.memory import (
+    CPU_TOKENS,
+    RAMP,
+    USABLE_SHARE,
+    StreamBudget,
+    StreamMemory,
+    choose_budget,
+    row_sizes,
+)
 from trainer.placement import Placement
 
 
@@ -29,6 +41,8 @@ class LoadedBase:
     dtype: torch.dtype
     placement: Placement
     matmul: str
+    memory: StreamMemory
+    budget: StreamBudget
 
 
 def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
@@ -61,21 +75,25 @@ def load(
     console: Console,
     *,
     must_fit: bool = False,
+    lengths: Sequence[int] = (),
 ) -> LoadedBase:
     """Read, quantise, shard and attach the base, with a progress bar.
 
     Args:
         must_fit: refuse a base that does not fit into the memory that is free, instead of trying.
+        lengths: tokens of the rows to train on, or of a sample; none where nothing is trained.
     """
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
-    setting = config.engine.gradient_checkpointing
-    checkpointing = engine.device.type != "cpu" if setting == "auto" else setting
     # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
     matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
-    if not family_of(files.config, files.name).packed:
+    packed = family_of(files.config, files.name).packed
+    flex = engine.together(
+        lambda: resolve_attention(config.engine.attention, engine.device, packed)
+    )
+    if not packed:
         console.say(
             f"base.model: {files.config.model_type} cannot read packed rows; the rows of a stream "
             "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
@@ -84,6 +102,9 @@ def load(
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload, must_fit=must_fit)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
+    memory, budget = _streams(engine, files.config, config, placement, dtype, lengths)
+    if lengths:
+        console.say(budget.words)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:
         base, stats = load_base(
@@ -92,11 +113,46 @@ def load(
             dtype=dtype,
             device=engine.device,
             shard=engine.sharder(policy, placement.group_size),
-            checkpointing=checkpointing,
+            checkpointing=budget.checkpointing,
             progress=bar.advance,
         )
+    base.flex = flex
     engine.attach(base, policy, placement.kept_bytes)
-    return LoadedBase(base, stats, dtype, placement, matmul)
+    return LoadedBase(base, stats, dtype, placement, matmul, memory, budget)
+
+
+def _streams(
+    engine: Engine,
+    model: PretrainedConfig,
+    config: RunConfig,
+    placement: Placement,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+) -> tuple[StreamMemory, StreamBudget]:
+    """How long streams may be; alike on all ranks, as what it follows from is."""
+    on_cpu = engine.device.type == "cpu"
+    virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
+    # A step reads a little more than it asks for: whole rows, unevenly shared out.
+    rows = 1.05 * config.training.tokens_per_step * len(virtual) / engine.world_size
+    wanted = int(rows) + sum(virtual) + max(lengths, default=0)
+    memory = StreamMemory(
+        layer_sizes(model),
+        row_sizes(lengths, max(virtual), family_of(model, model.model_type).packed),
+        dtype.itemsize,
+        min(LOGITS_BYTES, 4 * model.vocab_size * wanted),
+    )
+    tokens = config.training.micro_batch_tokens
+    checkpointing = config.engine.gradient_checkpointing
+    budget = choose_budget(
+        memory,
+        int(USABLE_SHARE * placement.left_bytes),
+        wanted,
+        tokens=None if tokens == "auto" else tokens,
+        checkpointing=None if checkpointing == "auto" else checkpointing,
+        most=CPU_TOKENS if on_cpu else None,
+        ramp=(1.0,) if on_cpu else RAMP,
+    )
+    return memory, budget
 
 
 def _choose_matmul(

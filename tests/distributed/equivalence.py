@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.sharded_base import run_config, shard_base
+from trainer.base.embedding import FrozenEmbedding
 from trainer.base.linear import FrozenLinear
 from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest, full_parameter
@@ -25,14 +26,15 @@ from trainer.objective import step_gradients
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import Example
 
-LENGTHS = [5, 8]  # virtual tokens of the two prompts
+LENGTHS = [5, 8]  # virtual tokens of the first two prompts
+PAST = (4, 3, 2, 2, 16)  # keys and values of the third: P, layers, 2, heads of keys, head size
 ROWS = [7, 20, 33, 12, 5, 18, 40, 9]
 
 
 def main() -> None:
     out, folder, quantization, checkpointing = sys.argv[1:]
     engine = Engine(120)
-    config = run_config(folder, quantization, num_prompts=len(LENGTHS))
+    config = run_config(folder, quantization, num_prompts=len(LENGTHS) + 1)
     loaded = shard_base(engine, config, checkpointing=checkpointing == "yes")
     base = loaded.model
     module = engine.attach(base, loaded.policy)
@@ -42,6 +44,8 @@ def main() -> None:
     ours = step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
     split = step_gradients(engine, module, pieces, prompts, max_tokens=48)
     alone = step_gradients(engine, module, pieces[:1], prompts, max_tokens=10_000)
+    # Two ranks: on one all rows read virtual tokens, on the other only keys and values.
+    apart = step_gradients(engine, module, [pieces[6], pieces[2]], prompts, max_tokens=10_000)
     gathered = engine.gathered_bytes
     step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
 
@@ -58,6 +62,10 @@ def main() -> None:
         "gradient_errors": errors(ours.gradients, [g for _, g in expected]),
         "split_errors": errors(split.gradients, ours.gradients),
         "alone": [alone.losses[0], alone.skipped],
+        "apart": [apart.losses, apart.skipped],
+        "wanted_apart": [
+            loss for loss, _ in padded_peft(reference, [pieces[6], pieces[2]], prompts)
+        ],
         "nan_skipped": nan.skipped,
         "nan_gradients": [g is None for g in nan.gradients],
         "nan_other_loss": nan.losses[0],
@@ -81,7 +89,7 @@ def main() -> None:
 
 
 def problem() -> tuple[list[Piece], list[torch.Tensor]]:
-    """Rows of several lengths, alternating between two prompts of different lengths."""
+    """Rows of several lengths; they take turns with two prompts of virtual tokens and a prefix."""
     generator = torch.Generator().manual_seed(1)
     rows = [
         Example.with_target(
@@ -90,7 +98,8 @@ def problem() -> tuple[list[Piece], list[torch.Tensor]]:
         for i, n in enumerate(ROWS)
     ]
     prompts = [torch.randn(p, 64, generator=generator) * 0.3 for p in LENGTHS]
-    return [Piece(row, i % 2, i) for i, row in enumerate(rows)], prompts
+    prompts.append(torch.randn(*PAST, generator=generator) * 0.5)
+    return [Piece(row, i % 3, i) for i, row in enumerate(rows)], prompts
 
 
 def plain_model(folder: Path, quantization: str) -> Any:
@@ -110,6 +119,8 @@ def padded_peft(
     found = []
     for k, prompt in enumerate(prompts):
         rows = [piece.example for piece in pieces if piece.prompt == k]
+        if not rows:
+            continue
         longest = max(row.num_tokens for row in rows)
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -117,16 +128,14 @@ def padded_peft(
             ids[i, : row.num_tokens] = torch.tensor(row.input_ids)
             mask[i, : row.num_tokens] = 1
             labels[i, row.target_start : row.num_tokens] = ids[i, row.target_start : row.num_tokens]
-        settings = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=len(prompt), token_dim=prompt.shape[1]
-        )
-        peft = get_peft_model(model, settings)
+        kind = PromptTuningConfig if prompt.dim() == 2 else PrefixTuningConfig
+        peft = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt)))
         weight = peft.prompt_encoder["default"].embedding.weight
-        weight.data.copy_(prompt)
-        logits = peft(input_ids=ids, attention_mask=mask).logits[:, len(prompt) :]
+        weight.data.copy_(prompt.flatten(1))
+        logits = peft(input_ids=ids, attention_mask=mask).logits[:, -longest:]
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
-        found.append((loss.item(), weight.grad.clone()))
+        found.append((loss.item(), weight.grad.view(prompt.shape).clone()))
         model = peft.get_base_model()
     return found
 
@@ -152,6 +161,9 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
                 wanted, absmax = quantize_rows(wanted)
                 equal &= torch.equal(module.absmax, absmax)
             equal &= torch.equal(whole, wanted.to(whole.dtype))
+        if isinstance(module, FrozenEmbedding) and not module.tied:
+            every_id = torch.arange(module.num_embeddings)
+            equal &= torch.equal(module(every_id), stored[f"{path}.weight"].float())
     return equal
 
 

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from tests.distributed.equivalence import errors, problem, run_config
+from tests.distributed.equivalence import errors, problem
+from tests.distributed.sharded_base import run_config, shard_base
 from trainer.base.files import open_base
-from trainer.base.loading import load_base
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import dequantize_rows, quantize_rows
-from trainer.base.skeleton import build_skeleton
-from trainer.engine import Engine, base_bytes, base_digest, resolve_policy
+from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import generate
 from trainer.objective import step_gradients
 from trainer.tasks.streams import build_stream, plan_streams
@@ -54,24 +53,13 @@ def main() -> None:
 def one_way(
     engine: Engine, folder: str, base_settings: dict[str, str], engine_settings: dict[str, Any]
 ) -> dict[str, Any]:
-    config = run_config(folder, "int8")
+    config = run_config(folder, "int8", **engine_settings)
     settings = config.base.model_copy(update=base_settings)
-    config = config.model_copy(
-        update={"base": settings, "engine": config.engine.model_copy(update=engine_settings)}
-    )
-    files = open_base(settings)
-    skeleton = build_skeleton(files, settings, torch.float32, engine.device)
-    placement = engine.place(skeleton, config, torch.float32)
-    policy = resolve_policy(config, torch.float32, 64, placement)
-    base, stats = load_base(
-        skeleton,
-        files,
-        dtype=torch.float32,
-        device=engine.device,
-        shard=engine.sharder(policy, placement.group_size),
-        checkpointing=True,
-    )
-    engine.attach(base, policy, placement.kept_bytes)
+    config = config.model_copy(update={"base": settings})
+    loaded = shard_base(engine, config, checkpointing=True, placed=True)
+    base, placement = loaded.model, loaded.placement
+    assert placement is not None
+    engine.attach(base, loaded.policy, placement.kept_bytes)
     digest = base_digest(base)
     table_VH = load_file(f"{folder}/model.safetensors")[TABLE]
     if settings.embeddings == "int8":
@@ -103,12 +91,12 @@ def one_way(
         "gathered": gathered,
         "expected_gathered": layer_bytes(base, ranks)
         + row_bytes(streams(engine.world_size), engine.rank, ranks, rows),
-        "texts": generate(engine, base, files.tokenizer, inputs, prompts[0], 6),
+        "texts": generate(engine, base, open_base(settings).tokenizer, inputs, prompts[0], 6),
         "block": list(rows.shape),
         "type": str(rows.dtype),
         "table_is_a_parameter": any(p.ds_numel == table_VH.numel() for p in embeddings(base)),
         "base_bytes": base_bytes(base),
-        "bytes_read": stats.bytes_read,
+        "bytes_read": loaded.stats.bytes_read,
         "digest_kept": base_digest(base) == digest,
     }
 

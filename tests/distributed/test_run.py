@@ -50,6 +50,7 @@ def write_run_file(folder: Path) -> Path:
     run["prompts"] = [
         {"name": "soft", "task": task["name"], "num_virtual_tokens": 5, "init": "random"},
         {"name": "mlp", "task": task["name"], "method": "p_tuning", "num_virtual_tokens": 8},
+        {"name": "prefix", "task": task["name"], "method": "prefix_tuning", "learning_rate": 0.005},
     ]
     run["training"] = {"steps": STEPS, "tokens_per_step": 512, "micro_batch_tokens": 300}
     run["evaluation"] = {"every": STEPS // 2}
@@ -74,8 +75,12 @@ def two_ranks(run_file: Path) -> Path:
 @pytest.fixture(scope="module")
 def one_rank(run_file: Path) -> Path:
     output = run_file.parent / "one"
-    done = promptshard("train", str(run_file), f"output_dir={output}", "--processes", "1")
+    automatic = "training.micro_batch_tokens=auto"
+    done = promptshard(
+        "train", str(run_file), f"output_dir={output}", automatic, "--processes", "1"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "streams of up to" in done.stdout
     return output
 
 
@@ -90,9 +95,18 @@ def lines(output: Path) -> list[Any]:
 def test_one_rank_and_two_agree(two_ranks: Path, one_rank: Path) -> None:
     two, one = summary(two_ranks), summary(one_rank)
     assert (two["world_size"], one["world_size"]) == (2, 1)
-    for name in ("soft", "mlp"):
+    for name in ("soft", "mlp", "prefix"):
         loss = two["prompts"][name]["validation_loss"]
         assert loss == pytest.approx(one["prompts"][name]["validation_loss"], abs=1e-3)
+
+
+def test_streams_are_as_long_as_a_step_needs(two_ranks: Path, one_rank: Path) -> None:
+    given, automatic = summary(two_ranks)["memory"], summary(one_rank)["memory"]
+    assert given["stream_tokens"] == 300
+    assert 2 * 512 < automatic["stream_tokens"] < 4 * 512  # two prompts, one rank
+    for memory in (given, automatic):
+        assert memory["gradient_checkpointing"] is False
+        assert memory["saved_bytes_per_token"] > memory["saved_bytes_per_token_and_layer"] > 0
 
 
 def test_loss_falls(two_ranks: Path) -> None:
@@ -103,6 +117,23 @@ def test_loss_falls(two_ranks: Path) -> None:
     ]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
+
+
+def test_a_prefix_learns_the_task(run_file: Path) -> None:
+    """From keys and values of a text, over the tiny base; the best hand-written one scores 0.2."""
+    run = yaml.safe_load(run_file.read_text())
+    run["output_dir"] = str(run_file.parent / "learns")
+    text = {"text": "What is wrong with this patient?"}
+    run["prompts"] = [run["prompts"][2] | {"init": text, "learning_rate": 0.03}]
+    run["training"] = {"steps": 25, "tokens_per_step": 1024}
+    run["evaluation"] = {"every": 25}
+    path = run_file.parent / "learns.yaml"
+    path.write_text(yaml.safe_dump(run))
+    done = promptshard("train", str(path), "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = summary(Path(run["output_dir"]))
+    assert found["prompts"]["prefix"]["validation_accuracy"] > 0.9
+    assert found["tasks"]["triage"]["no_prompt"]["validation_accuracy"] < 0.3
 
 
 def test_output_folder(two_ranks: Path) -> None:
@@ -158,7 +189,9 @@ def test_finished_run_is_not_repeated(run_file: Path, two_ranks: Path) -> None:
 
 def test_adapter_loads_in_peft(two_ranks: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    from trainer.export import load_peft
 
     model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
     plain = AutoModelForCausalLM.from_pretrained(ROOT / model, dtype=torch.float32)
@@ -173,10 +206,18 @@ def test_adapter_loads_in_peft(two_ranks: Path) -> None:
             peft = PeftModel.from_pretrained(plain, folder)
             assert torch.allclose(peft(input_ids=ids).logits, expected, atol=1e-5)
         plain = peft.unload() if hasattr(peft, "unload") else peft.get_base_model()
+    past = load_peft(two_ranks / "prompts" / "prefix")
+    assert torch.equal(past, saved["prefix/best"])
+    cache = DynamicCache((past[:, i].permute(1, 2, 0, 3)[:, None]) for i in range(past.shape[1]))
+    with torch.no_grad():
+        expected = plain(input_ids=ids, past_key_values=cache).logits
+        peft = PeftModel.from_pretrained(plain, two_ranks / "prompts" / "prefix")
+        assert torch.allclose(peft(input_ids=ids).logits, expected, atol=1e-5)
 
 
-def test_generate(two_ranks: Path) -> None:
-    arguments = ["generate", str(two_ranks), "--prompt", "soft", "--max-new-tokens", "8"]
+@pytest.mark.parametrize("name", ["soft", "prefix"])
+def test_generate(two_ranks: Path, name: str) -> None:
+    arguments = ["generate", str(two_ranks), "--prompt", name, "--max-new-tokens", "8"]
     done = promptshard(*arguments, "--input", "The patient has chest pain.")
     assert done.returncode == 0, done.stdout + done.stderr
     one = promptshard(*arguments, "--input", "The patient has chest pain.", "--processes", "1")
@@ -189,7 +230,7 @@ def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
     policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
     done = promptshard("train", str(run_file), f"output_dir={output}", policy, "--processes", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(step_losses(output)) == 2 * STEPS
+    assert len(step_losses(output)) == 3 * STEPS  # three prompts
     assert step_losses(output) == step_losses(one_rank)
     # One rank alone has its shard at hand, and nothing to fetch; an offloaded one has.
     assert summary(one_rank)["memory"]["kept_bytes_per_rank"] == 0
@@ -300,7 +341,7 @@ def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -
     done = promptshard("train", str(run_file), f"output_dir={output}", "base.matmul=int8")
     assert done.returncode == 0, done.stdout + done.stderr
     exact, fast = summary(two_ranks)["prompts"], summary(output)["prompts"]
-    for name in ("soft", "mlp"):
+    for name in ("soft", "mlp", "prefix"):
         loss = exact[name]["validation_loss"]
         assert fast[name]["validation_loss"] != loss
         assert fast[name]["validation_loss"] == pytest.approx(loss, rel=0.1)
@@ -333,6 +374,7 @@ def test_early_stop(run_file: Path) -> None:
         f"output_dir={output}",
         "prompts.soft.learning_rate=1e-30",
         "prompts.mlp.learning_rate=1e-30",
+        "prompts.prefix.learning_rate=1e-30",
         "evaluation.every=2",
         "evaluation.early_stopping.patience=1",
         "--processes",

@@ -29,7 +29,12 @@ PROMPTS: list[dict[str, Any]] = [
     {"name": "drawn.v2", "num_virtual_tokens": 6, "seed": 3, "weight_decay": 0.1},
     {"name": "mlp", "num_virtual_tokens": 3, "method": "p_tuning", "learning_rate": 0.01},
     {"name": "noise", "num_virtual_tokens": 5, "init": "random", "max_grad_norm": None},
+    {"name": "prefix", "num_virtual_tokens": 4, "method": "prefix_tuning"},
+    {"name": "prefix-mlp", "num_virtual_tokens": 3, "method": "prefix_tuning", "encoder": "mlp"},
 ]
+#: Layers, keys and values, heads, head size.
+PAST_SHAPE = (2, 2, 1, 6)
+PAST_VX = torch.randn(V, *PAST_SHAPE, generator=torch.Generator().manual_seed(6))
 
 
 def make_config(prompts: list[dict[str, Any]] = PROMPTS) -> RunConfig:
@@ -60,6 +65,7 @@ def make_bank(prompts: list[dict[str, Any]] = PROMPTS) -> Bank:
         H,
         torch.device("cpu"),
         make_optimizer=make_optimizer,
+        past=lambda ids: PAST_VX[torch.tensor(ids)],
     )
 
 
@@ -87,12 +93,13 @@ def assert_same(one: Bank, other: Bank) -> None:
 
 def test_what_it_holds() -> None:
     bank = make_bank()
-    assert bank.names == ["words", "drawn.v2", "mlp", "noise"]
-    assert bank.lengths == [4, 6, 3, 5]
-    assert bank.active == [True] * 4
-    assert len(bank) == 4
+    assert bank.names == ["words", "drawn.v2", "mlp", "noise", "prefix", "prefix-mlp"]
+    assert bank.lengths == [4, 6, 3, 5, 4, 3]
+    assert bank.active == [True] * 6
+    assert len(bank) == 6
     tokens = bank.virtual_tokens()
-    assert [tuple(t.shape) for t in tokens] == [(n, H) for n in bank.lengths]
+    assert [tuple(t.shape) for t in tokens[:4]] == [(n, H) for n in bank.lengths[:4]]
+    assert [tuple(t.shape) for t in tokens[4:]] == [(n, *PAST_SHAPE) for n in bank.lengths[4:]]
     assert all(t.dtype == torch.float32 and t.requires_grad for t in tokens)
     assert torch.equal(tokens[0], TABLE_VH[[3, 5, 3, 5]])
 
@@ -223,7 +230,7 @@ def test_stopped_prompt_stays() -> None:
     train(bank, 2)
     bank.virtual_tokens()
     bank.stop(1)
-    assert bank.active == [True, False, True, True]
+    assert bank.active == [True, False, True, True, True, True]
     still = bank.snapshot(1)
     tokens = bank.virtual_tokens()
     assert not tokens[1].requires_grad

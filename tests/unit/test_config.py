@@ -228,7 +228,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "method: p_tuning",
             "method: p_tunning",
             17,
-            "prompts[1].method: 'p_tunning' is not one of prompt_tuning, p_tuning "
+            "prompts[1].method: 'p_tunning' is not one of prompt_tuning, p_tuning, prefix_tuning "
             "(did you mean 'p_tuning'?)",
         ),
         (
@@ -239,9 +239,15 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
         ),
         (
             "method: p_tuning",
+            "init: zero",
+            17,
+            "prompts[1].init: zero leaves the base nothing to read",
+        ),
+        (
+            "method: p_tuning",
             "init: {text: x, vocab: true}",
             17,
-            "prompts[1].init: give exactly one of text, vocab, random",
+            "prompts[1].init: give exactly one of text, vocab, random, zero",
         ),
         (
             "- name: two",
@@ -337,6 +343,19 @@ def test_a_union_takes_each_of_its_values(run_file, value, expected):
     assert run.engine.gradient_checkpointing == expected
 
 
+@pytest.mark.parametrize("value", ["auto", 4096])
+def test_tokens_of_a_stream(run_file, value):
+    run = load(run_file(), [f"training.micro_batch_tokens={value}"])
+    assert run.training.micro_batch_tokens == value
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "true", "many", "2.5", "null"])
+def test_other_tokens_of_a_stream_are_refused(run_file, value):
+    (problem,) = problems_of(run_file(), f"training.micro_batch_tokens={value}")
+    assert "training.micro_batch_tokens: " in problem
+    assert "is not auto or a number of tokens" in problem
+
+
 @pytest.mark.parametrize("value", ["auto", "world", "node", 4])
 def test_shard_groups(run_file, value):
     assert load(run_file(), [f"engine.shard_group={value}"]).engine.shard_group == value
@@ -430,9 +449,19 @@ def test_the_short_form_of_an_init_of_a_later_version_is_named(run_file):
     assert "prompts[0].init: 'labels' is not supported yet; use init: {text: ...}" in problem
 
 
-@pytest.mark.parametrize("name", ["vocab", "random"])
+def test_prefix_tuning_and_its_encoders(run_file):
+    prefix = "prompts.one.method=prefix_tuning"
+    assert load(run_file(), [prefix]).prompts[0].encoder_name == "embedding"
+    wide = [prefix, "prompts.one.encoder=mlp", "prompts.one.encoder_hidden_size=8"]
+    assert load(run_file(), wide).prompts[0].encoder_name == "mlp"
+    (problem,) = problems_of(run_file(), prefix, "prompts.one.encoder_hidden_size=8")
+    assert "encoder_hidden_size: prefix_tuning has no encoder; remove it, or use encoder" in problem
+
+
+@pytest.mark.parametrize("name", ["vocab", "random", "zero"])
 def test_short_forms_of_init(run_file, name):
-    init = load(run_file(), [f"prompts.one.init={name}"]).prompts[0].init
+    overrides = ["prompts.one.method=prefix_tuning", f"prompts.one.init={name}"]
+    init = load(run_file(), overrides).prompts[0].init
     assert getattr(init, name) is True
 
 
@@ -484,7 +513,7 @@ def test_every_setting_but_plain_names_says_what_it_is():
         f"{model.__name__}.{name}"
         for model in config.Section.__subclasses__()
         for name, info in model.model_fields.items()
-        if model is not RunConfig and info.description is None
+        if model is not RunConfig and model.__name__[0] != "_" and info.description is None
     ]
     known = {"name", "task", "method", "init", "learning_rate", "weight_decay", "steps", "seed"}
     known |= {"num_virtual_tokens", "patience", "experiment", "early_stopping"}

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PrefixEncoder, PrefixTuningConfig, PromptEncoderConfig
 from peft import PromptEncoder as PeftEncoder
-from peft import PromptEncoderConfig
 
 from trainer.config import Prompt
-from trainer.prompts.encoders import EmbeddingEncoder, MLPEncoder, make_encoder
+from trainer.prompts.encoders import (
+    EmbeddingEncoder,
+    MLPEncoder,
+    PrefixMLPEncoder,
+    make_encoder,
+)
 
 P, H, E = 5, 8, 12
 
@@ -87,13 +92,63 @@ def test_embedding_is_its_virtual_tokens() -> None:
 
 def test_run_file_chooses() -> None:
     generator = torch.Generator().manual_seed(0)
-    tuning = make_encoder(Prompt(name="a", task="t"), make_init(), generator)
+    tuning = make_encoder(Prompt(name="a", task="t"), make_init(), generator, H)
     assert isinstance(tuning, EmbeddingEncoder)
-    assert (tuning.num_virtual_tokens, tuning.hidden_size) == (P, H)
-    default = make_encoder(Prompt(name="a", task="t", method="p_tuning"), make_init(), generator)
+    assert tuning.shape == (P, H)
+    default = make_encoder(Prompt(name="a", task="t", method="p_tuning"), make_init(), generator, H)
     assert isinstance(default, MLPEncoder)
     assert default.mlp_head[0].out_features == H
     wide = Prompt(name="a", task="t", method="p_tuning", encoder_hidden_size=E)
-    encoder = make_encoder(wide, make_init(), generator)
+    encoder = make_encoder(wide, make_init(), generator, H)
     assert isinstance(encoder, MLPEncoder)
     assert encoder.mlp_head[0].out_features == E
+
+
+def make_past() -> torch.Tensor:
+    """Keys and values of 3 layers with 2 heads of 4."""
+    return torch.randn(P, 3, 2, 2, 4, generator=torch.Generator().manual_seed(4))
+
+
+def test_prefix_mlp_is_peft_s() -> None:
+    settings = PrefixTuningConfig(
+        num_virtual_tokens=P,
+        token_dim=8,
+        num_layers=3,
+        num_attention_heads=2,
+        encoder_hidden_size=E,
+        prefix_projection=True,
+        num_transformer_submodules=1,
+    )
+    theirs = PrefixEncoder(settings)
+    ours = PrefixMLPEncoder(make_past(), E, torch.Generator().manual_seed(0))
+    ours.load_state_dict(theirs.state_dict())
+    made = theirs(torch.arange(P))
+    torch.testing.assert_close(ours(), made.view(P, 3, 2, 2, 4))
+    gradient = torch.randn(made.shape)
+    made.backward(gradient)
+    ours().backward(gradient.view(P, 3, 2, 2, 4))
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_prefix_mlp_starts_where_it_is_told() -> None:
+    def started(size: int, past: torch.Tensor) -> torch.Tensor:
+        return PrefixMLPEncoder(past, size, torch.Generator().manual_seed(0))()
+
+    torch.testing.assert_close(started(4 * P, make_past()), make_past(), rtol=1e-4, atol=1e-5)
+    assert bool((started(P, torch.zeros_like(make_past())) == 0).all())
+    # Too narrow to make all of it: as near as it can get.
+    error = (started(2, make_past()) - make_past()).square().mean()
+    assert error < (make_past() - make_past().mean(0)).square().mean()
+
+
+def test_run_file_chooses_a_prefix_encoder() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = Prompt(name="a", task="t", method="prefix_tuning")
+    encoder = make_encoder(plain, make_past(), generator, H)
+    assert isinstance(encoder, EmbeddingEncoder)
+    assert encoder.shape == make_past().shape
+    mlp = Prompt(name="a", task="t", method="prefix_tuning", encoder="mlp")
+    projected = make_encoder(mlp, make_past(), generator, H)
+    assert isinstance(projected, PrefixMLPEncoder)
+    assert projected.transform[0].out_features == H

@@ -11,6 +11,7 @@ from tests.unit.test_chat import TURNS, make_tokenizer, words
 from trainer import evaluation
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluator
+from trainer.memory import StreamBudget
 from trainer.tasks.feed import TaskData, load_tasks
 
 
@@ -38,7 +39,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
         return written
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    evaluator = Evaluator(None, None, make_tokenizer(), 64)  # type: ignore[arg-type]
+    evaluator = Evaluator(None, None, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
     return evaluator._generated(data.evaluation["validation"], None), given
 
 

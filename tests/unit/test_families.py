@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.family_bases import (
     CASES,
@@ -26,13 +26,14 @@ from tests.family_bases import (
     save_family,
 )
 from tests.random_base import make_tokenizer
-from tests.whole_base import OneRank
+from tests.whole_base import load_whole as load
+from trainer.base import head
 from trainer.base.experts import FrozenExperts
 from trainer.base.families import FAMILIES, context_length, family_of
 from trainer.base.files import open_base
-from trainer.base.loading import load_base
 from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.padded import pad_rows
+from trainer.base.past import PastCache
 from trainer.base.skeleton import build_skeleton
 from trainer.base.sources import RowReader, Source, find_sources
 from trainer.config import Base
@@ -51,6 +52,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head reads the 300 words in five slices."""
+    monkeypatch.setattr(head, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(head, "MIN_COLUMNS", 64)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     saved: dict[str, Path] = {}
@@ -61,23 +69,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return saved[case]
 
     return get
-
-
-def load(
-    folder: Path, quantization: str, checkpointing: bool = False, dtype: torch.dtype = torch.float32
-) -> PromptedBase:
-    settings = Base(model=str(folder), quantization=quantization)
-    files = open_base(settings)
-    skeleton = build_skeleton(files, settings, dtype, CPU)
-    base, _ = load_base(
-        skeleton,
-        files,
-        dtype=dtype,
-        device=CPU,
-        shard=OneRank(),
-        checkpointing=checkpointing,
-    )
-    return base
 
 
 def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
@@ -137,7 +128,7 @@ class TestFamily:
         pads = [longest - len(row) for row in rows]
         ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest + len(prompt) - pad) for pad in pads])
-        cache = DynamicCache()
+        cache = PastCache()
         with torch.no_grad(), base.unpacked():
             first = base(DecodeStep(ids, mask, cache), [prompt])
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
@@ -173,9 +164,9 @@ class TestPaddedFallback:
         head = base.model.get_output_embeddings()
         forward = head.forward
 
-        def note(x: Tensor) -> Tensor:
+        def note(x: Tensor, labels_N: Tensor) -> Tensor:
             read.append(x.numel() // x.shape[-1])
-            return forward(x)
+            return forward(x, labels_N)
 
         monkeypatch.setattr(head, "forward", note)
         pieces, _ = problem(base.hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Init
 from trainer.errors import BadInput
-from trainer.prompts.initializers import Vocabulary, initialize, random, text, vocab
+from trainer.prompts.initializers import (
+    Vocabulary,
+    initialize,
+    keys_and_values,
+    random,
+    text,
+    vocab,
+)
 
 WORDS = ["[BOS]", "[EOS]", "a", "b", "c", "d", "e", "f"]
 SPECIAL = {0, 1}
@@ -108,3 +116,38 @@ def test_start_is_not_the_base_itself(vocabulary: Vocabulary) -> None:
     shared = Vocabulary(lambda ids: table[ids[0] : ids[0] + 1], vocabulary.tokenizer, len(table))
     text("a", shared, 1).zero_()
     assert torch.equal(table, TABLE_VH), "training a prompt would change the frozen base"
+
+
+class TestKeysAndValues:
+    """A base whose keys and values [n, 2 layers, 2, 1 head, 3] tell the token and its place."""
+
+    @pytest.fixture
+    def reader(self) -> Vocabulary:
+        def past(ids: Sequence[int]) -> torch.Tensor:
+            told = torch.zeros(len(ids), 2, 2, 1, 3, dtype=torch.bfloat16)
+            told[..., 0] = torch.tensor(ids)[:, None, None, None]
+            told[..., 1] = torch.arange(len(ids))[:, None, None, None]
+            told[:, 1] *= 8
+            return told
+
+        return Vocabulary(lambda ids: TABLE_VH[torch.tensor(ids)], make_tokenizer(), 10, past)
+
+    def test_of_a_text_repeated_then_cut(self, reader: Vocabulary) -> None:
+        past = keys_and_values(Init(text="c a b"), reader, 5, generator())
+        assert past.shape == (5, 2, 2, 1, 3)
+        assert past.dtype == torch.float32
+        assert [WORDS[int(i)] for i in past[:, 0, 0, 0, 0]] == list("cabca")
+        assert past[:, 0, 1, 0, 1].tolist() == [0, 1, 2, 3, 4]  # read as one text
+
+    def test_of_drawn_words(self, reader: Vocabulary) -> None:
+        past = keys_and_values(Init(vocab=True), reader, 6, generator())
+        assert sorted(past[:, 0, 0, 0, 0].int().tolist()) == [2, 3, 4, 5, 6, 7]
+        assert torch.equal(past, keys_and_values(Init(vocab=True), reader, 6, generator()))
+
+    def test_noise_is_as_loud_as_each_layer(self, reader: Vocabulary) -> None:
+        past = keys_and_values(Init(random=True), reader, 400, generator())
+        loudness = past.square().mean(dim=(0, 2, 3, 4)).sqrt()
+        torch.testing.assert_close(loudness[1], 8 * loudness[0], rtol=0.1, atol=0)
+
+    def test_zero(self, reader: Vocabulary) -> None:
+        assert not keys_and_values(Init(zero=True), reader, 4, generator()).any()

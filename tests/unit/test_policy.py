@@ -45,8 +45,8 @@ def test_shipped_policies_resolve(name: str) -> None:
     ("changes", "both"),
     [
         ({"train_batch_size": 32}, ["32", "training.tokens_per_step=77"]),
-        ({"train_micro_batch_size_per_gpu": 4}, ["4", "training.micro_batch_tokens=8192"]),
-        ({"gradient_accumulation_steps": 8}, ["8", "training.micro_batch_tokens=8192"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["4", "training.micro_batch_tokens=auto"]),
+        ({"gradient_accumulation_steps": 8}, ["8", "training.micro_batch_tokens=auto"]),
         ({"gradient_clipping": 0.5}, ["0.5", "prompts[].max_grad_norm=1.0"]),
         ({"optimizer": {"type": "Lamb"}}, ["Lamb", "prompts[].learning_rate=0.25"]),
         ({"bf16": {"enabled": True}}, ["true", "float32"]),

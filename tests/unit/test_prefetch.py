@@ -11,12 +11,13 @@ import torch
 
 from trainer.prefetch import Prefetch, Rank, ahead
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.streams import Piece
+from trainer.tasks.streams import Piece, PromptLengths
 from trainer.tasks.tokens import Example
 
 LENGTHS = [5, 9, 2, 7, 4, 12, 3]
 EXAMPLES = [Example.with_target(tuple(range(length)), 1, i) for i, length in enumerate(LENGTHS)]
 BOTH, FIRST = [True, True], [True, False]
+VIRTUAL = PromptLengths((3, 2), (0, 0))
 
 
 class TwoPrompts:
@@ -57,7 +58,7 @@ def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
     feed, plain = TwoPrompts(), TwoPrompts()
     taken = prefetch(feed)
     for _ in range(12):
-        batch = taken.take(BOTH, [3, 2], 20)
+        batch = taken.take(BOTH, VIRTUAL, 20)
         assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(BOTH)]
         assert taken.state_dict() == plain.state_dict(), "of what was handed out, not prepared"
         assert len(batch.streams) == len(batch.plan)
@@ -71,7 +72,7 @@ def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
     feed, plain = TwoPrompts(), TwoPrompts()
     taken = prefetch(feed)
     for active, budget in [(BOTH, 20)] * 3 + [(FIRST, 20)] * 2 + [(FIRST, 12)] * 2:
-        batch = taken.take(active, [3, 2], budget)
+        batch = taken.take(active, VIRTUAL, budget)
         assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(active)]
         assert taken.state_dict() == plain.state_dict()
     taken.close()
@@ -80,14 +81,14 @@ def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
 def test_resumed_from_what_was_handed_out():
     whole = prefetch(TwoPrompts())
     for _ in range(4):
-        whole.take(BOTH, [3, 2], 20)
+        whole.take(BOTH, VIRTUAL, 20)
     saved = json.loads(json.dumps(whole.state_dict()))
-    expected = [rows(whole.take(BOTH, [3, 2], 20)) for _ in range(5)]
+    expected = [rows(whole.take(BOTH, VIRTUAL, 20)) for _ in range(5)]
     other = prefetch(TwoPrompts())
-    other.take(BOTH, [3, 2], 20)  # and one more is on its way
+    other.take(BOTH, VIRTUAL, 20)  # and one more is on its way
     other.load_state_dict(saved)
     assert other.state_dict() == saved
-    assert [rows(other.take(BOTH, [3, 2], 20)) for _ in range(5)] == expected
+    assert [rows(other.take(BOTH, VIRTUAL, 20)) for _ in range(5)] == expected
     whole.close()
     other.close()
 
@@ -97,13 +98,13 @@ def test_an_error_in_the_thread_reaches_the_one_who_asks():
     taken = prefetch(feed)
     feed.fails = True
     with pytest.raises(OSError, match="disk is gone"):
-        taken.take(BOTH, [3, 2], 20)
+        taken.take(BOTH, VIRTUAL, 20)
     feed.fails = False
-    taken.take(BOTH, [3, 2], 20)
+    taken.take(BOTH, VIRTUAL, 20)
     feed.fails = True
-    taken.take(BOTH, [3, 2], 20)
+    taken.take(BOTH, VIRTUAL, 20)
     with pytest.raises(OSError, match="disk is gone"):
-        taken.take(BOTH, [3, 2], 20)
+        taken.take(BOTH, VIRTUAL, 20)
     taken.close()
 
 

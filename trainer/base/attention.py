@@ -4,14 +4,18 @@ Each segment of the stream attends causally to itself and to the whole of its pr
 the layer's window if it has one. The tokens stay packed in every linear layer; only here, segments
 are laid side by side in a few buckets of similar length and handed to scaled-dot-product attention.
 
+A prefix may also be keys and values that come with the layout instead of from tokens (prefix
+tuning, arXiv 2101.00190). They are used as they are, behind any rotation, as those in a cache are;
+here they stand behind the stream's own.
+
 Shape letters: T tokens of a stream, S segments of a bucket, Q longest segment, P longest prefix,
-K = P + Q keys, A attention heads, D head size.
+K = P + Q keys, A attention heads, D head size, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from trainer.base.flex import FlexLayout, make_flex_layout
+from trainer.errors import BadInput
 from trainer.tasks.streams import Segment
 
 PACKED = "promptshard_packed"
@@ -109,10 +115,15 @@ class Layout:
 
     Attributes:
         restore_T: for each token, its place among the outputs of all buckets laid end to end.
+        past: per layer, keys and values [P, 2, A, D] that stand behind those of the tokens; empty
+            if there are none.
+        flex: the same for one kernel instead of buckets; None where these are wanted.
     """
 
     buckets: tuple[Bucket, ...]
     restore_T: Tensor
+    past: tuple[Tensor, ...] = ()
+    flex: FlexLayout | None = None
 
 
 def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
@@ -135,6 +146,22 @@ def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
             restore_T[segment.start : segment.start + segment.length] = places
         offset += bucket.query_SQ.numel()
     return Layout(tuple(bucket.to(device) for bucket in buckets), restore_T.to(device))
+
+
+def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
+    """The layout with keys and values behind those of the tokens.
+
+    Args:
+        past: [P, L, 2, A, D] of prompts, in the order of their segments.
+    """
+    # One slice per layer, made here once: a slice taken in every layer would send back a gradient
+    # of the whole from each of them.
+    return replace(layout, past=torch.cat(list(past)).unbind(1)) if past else layout
+
+
+def with_flex(layout: Layout, segments: Sequence[Segment]) -> Layout:
+    """The layout for one kernel, except where a layer has sinks."""
+    return replace(layout, flex=make_flex_layout(segments, layout.restore_T.device))
 
 
 def _bucket(group: Sequence[Segment]) -> Bucket:
@@ -164,15 +191,24 @@ def _bucket(group: Sequence[Segment]) -> Bucket:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores, layer: int
+) -> Tensor:
     """Attention of one layer over a packed stream.
 
     Args:
         query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
+        layer: its number, from 0.
 
     Returns:
         [1, T, A, D].
     """
+    if layout.past:
+        past_2APD = layout.past[layer].to(key.dtype).permute(1, 2, 0, 3)
+        key = torch.cat([key, past_2APD[None, 0]], dim=2)
+        value = torch.cat([value, past_2APD[None, 1]], dim=2)
+    if layout.flex is not None and scores.sinks_A is None:
+        return layout.flex.attend(query, key, value, scores)
     query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
     outputs = []
     for bucket in layout.buckets:
@@ -239,7 +275,26 @@ def packed_attention(
     layout = layout or attention_mask  # type: ignore[assignment]
     assert isinstance(layout, Layout)
     scores = Scores(scaling, sliding_window, softcap, s_aux)
-    return attend(query, key, value, layout, scores), None
+    layer: Any = module.layer_idx
+    return attend(query, key, value, layout, scores, layer), None
+
+
+def resolve_attention(setting: str, device: torch.device, packed: bool) -> bool:
+    """Whether ``engine.attention`` asks for FlexAttention.
+
+    Raises:
+        BadInput: where it cannot run backward, or no rows are packed.
+    """
+    if setting == "flex" and not packed:
+        raise BadInput(
+            "engine.attention: flex is for packed rows, but those of this base are padded; use auto"
+        )
+    if setting == "flex" and device.type != "cuda":
+        raise BadInput(
+            f"engine.attention: flex, but this machine computes on {device.type}, where "
+            "FlexAttention has no backward; use sdpa or auto"
+        )
+    return setting == "flex"
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

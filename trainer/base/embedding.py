@@ -83,7 +83,8 @@ class FrozenEmbedding(nn.Module):
             exchange: the ranks that hold the other blocks; None if this one is all.
         """
         self.register_parameter("weight", None)  # nothing is left for ZeRO-3 to shard and gather
-        self.rows, self._exchange = rows_RH, exchange
+        # Detached: a view would keep the memory of what it is a view of for as long as it lives.
+        self.rows, self._exchange = rows_RH.detach(), exchange
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[..., H] of ids [...]; on a block, all ranks of the exchange call it together."""

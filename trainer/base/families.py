@@ -7,11 +7,13 @@ embeddings, buffers to rebuild) is read from them and needs no line here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.errors import BadInput
+from trainer.memory import LayerSizes
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Family:
         experts: names of gate, up and down where a checkpoint has one tensor per expert.
         renamed: (in the checkpoint, in the model), parts of tensor names.
         refused: settings of the config that cannot be trained, each with the reason.
+        no_past: why prefix tuning cannot train it; empty if it can.
     """
 
     packed: bool = True
@@ -33,10 +36,22 @@ class Family:
     experts: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    no_past: str = ""
+
+
+@dataclass(frozen=True)
+class Saves:
+    """What a layer keeps for backward; see ``trainer.memory.LayerSizes``."""
+
+    mlp_tensors: int = 3
+    norm_inputs: int = 2
+    layer_norm: bool = False
+    keeps_scores: bool = False
 
 
 _EAGER = Family(cached_attention="eager")
-_PADDED = Family(packed=False, cached_attention="eager")
+_NO_PADDED_PAST = "its rows are padded, and keys and values are given to packed rows alone"
+_PADDED = Family(packed=False, cached_attention="eager", no_past=_NO_PADDED_PAST)
 _EXPERTS = Family(experts=("gate_proj", "up_proj", "down_proj"))
 _GRANITE_EXPERTS = Family(
     renamed=(
@@ -56,9 +71,9 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(),
     "cohere2": Family(),
     "cwm": Family(),
-    "deepseek_v2": _EXPERTS,
-    "diffllama": Family(),
-    "doge": Family(packed=False),
+    "deepseek_v2": replace(_EXPERTS, no_past="its keys and values are of different sizes"),
+    "diffllama": Family(no_past="it pairs the heads of its values up behind the cache"),
+    "doge": Family(packed=False, no_past=_NO_PADDED_PAST),
     "ernie4_5": Family(),
     "exaone4": Family(),
     "falcon": Family(),
@@ -110,6 +125,40 @@ FAMILIES: dict[str, Family] = {
     "xglm": _PADDED,
 }
 
+_UNGATED = Saves(mlp_tensors=1, layer_norm=True)
+_SQUARED = Saves(mlp_tensors=2)
+
+#: Families whose layers save something else than a gated MLP and two norms in fp32.
+SAVES: dict[str, Saves] = {
+    "arcee": _SQUARED,
+    "biogpt": _UNGATED,
+    "bloom": Saves(mlp_tensors=1),
+    "cohere": Saves(norm_inputs=4),
+    "diffllama": Saves(norm_inputs=7),
+    "doge": Saves(norm_inputs=6),
+    "falcon": _UNGATED,
+    "gemma2": Saves(norm_inputs=4, keeps_scores=True),
+    "gemma3_text": Saves(norm_inputs=4),
+    "gpt2": _UNGATED,
+    "gpt_bigcode": _UNGATED,
+    "gpt_neox": _UNGATED,
+    "gpt_oss": Saves(mlp_tensors=6, keeps_scores=True),
+    "gptj": Saves(mlp_tensors=1),
+    "hunyuan_v1_moe": Saves(mlp_tensors=4, norm_inputs=3),
+    "jais2": _SQUARED,
+    "mpt": Saves(mlp_tensors=1, norm_inputs=4),
+    "nemotron": _SQUARED,
+    "opt": _UNGATED,
+    "persimmon": Saves(norm_inputs=3),
+    "phi": _UNGATED,
+    "starcoder2": _UNGATED,
+    "vaultgemma": Saves(keeps_scores=True),
+    "xglm": Saves(mlp_tensors=1, keeps_scores=True),
+}
+
+#: Activations that transformers writes out step by step, each of which saves what it reads.
+SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
+
 #: Families that people may well ask for, and why they are not in the table.
 UNSUPPORTED: dict[str, str] = {
     "deepseek_v3": "its router keeps state that is not a weight",
@@ -158,6 +207,20 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
     return family
 
 
+def check_past(config: PretrainedConfig, name: str) -> None:
+    """Whether prompts of keys and values can be trained.
+
+    Raises:
+        BadInput: if not; says why.
+    """
+    reason = family_of(config, name).no_past
+    if reason:
+        raise BadInput(
+            f"prompts.method: prefix_tuning cannot train base.model {name!r} of family "
+            f"{config.model_type!r} ({reason}); use prompt_tuning or p_tuning"
+        )
+
+
 def context_length(config: PretrainedConfig) -> int:
     """Longest prompt and row together.
 
@@ -172,3 +235,53 @@ def context_length(config: PretrainedConfig) -> int:
         if length is not None:
             return int(length)
     return UNSTATED_CONTEXT
+
+
+def logit_rule(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What a model does to its logits: the factor, then the cap (Gemma 2, nanochat) or None."""
+    scale = getattr(model, "logit_scale", None)  # Cohere
+    divisor = getattr(model.config, "logits_scaling", None)  # Granite
+    factor = float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
+    return factor, getattr(model.config, "final_logit_softcapping", None)
+
+
+def layer_sizes(config: PretrainedConfig) -> LayerSizes:
+    """What of a model decides how much a stream through it saves.
+
+    Names differ: an MLP's width is ``intermediate_size``, ``ffn_dim`` or ``n_inner``, and four
+    times the hidden size where nothing is said.
+    """
+    saves = SAVES.get(config.model_type, Saves())
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    head = int(_first(config, "head_dim") or hidden // heads)
+    key_heads = int(_first(config, "num_key_value_heads", "num_kv_heads") or heads)
+    experts = int(_first(config, "num_experts_per_tok") or 0)
+    if not getattr(config, "is_moe", True):
+        experts = 0
+    widths: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    widths = ("moe_intermediate_size", *widths) if experts else widths
+    width = int(_first(config, *widths) or (_first(config, "expansion_ratio") or 4) * hidden)
+    # Experts that all tokens share stand beside those that are chosen.
+    shared = -(-int(_first(config, "shared_expert_intermediate_size") or 0) // width)
+    several = _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
+    shared += max(several) if isinstance(several, list) else several
+    slow = _first(config, "hidden_act", "activation_function", "hidden_activation") in SLOW_GELUS
+    return LayerSizes(
+        layers=int(config.num_hidden_layers),
+        hidden=hidden,
+        heads=heads,
+        query_width=heads * head,
+        key_width=key_heads * head,
+        mlp_width=width,
+        mlp_tensors=saves.mlp_tensors + (3 if slow else 0),
+        norm_inputs=saves.norm_inputs,
+        layer_norm=saves.layer_norm,
+        experts_per_token=experts + shared,
+        keeps_scores=saves.keeps_scores,
+    )
+
+
+def _first(config: PretrainedConfig, *names: str) -> Any:
+    """The first of these settings that the config gives a value."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), None)

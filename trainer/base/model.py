@@ -1,7 +1,7 @@
 """The base with prompts in front of its rows.
 
 Shape letters: T tokens of a stream, N label positions, H hidden size, P virtual tokens, B rows,
-L longest row, V vocabulary.
+L longest row, V vocabulary. Keys and values of a prompt: [P, layers, 2, heads, head size].
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from trainer.base.attention import make_layout
+from trainer.base.attention import make_layout, with_flex, with_past
 from trainer.base.families import family_of
 from trainer.base.padded import pad_rows
+from trainer.base.past import PastCache
 from trainer.tasks.streams import Stream
 
 
@@ -33,7 +33,7 @@ class DecodeStep:
 
     token_ids_BL: Tensor
     attention_mask_BT: Tensor
-    cache: DynamicCache
+    cache: PastCache
 
 
 class PromptedBase(nn.Module):
@@ -41,12 +41,14 @@ class PromptedBase(nn.Module):
 
     Attributes:
         packed: rows of a stream are read end to end; otherwise padded, see ``Family.packed``.
+        flex: streams attend by FlexAttention instead of buckets.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
+        self.flex = False
 
     @property
     def hidden_size(self) -> int:
@@ -64,7 +66,8 @@ class PromptedBase(nn.Module):
 
         Args:
             inputs: a stream (loss), a decode step (generation), or token ids (word embeddings).
-            virtual_tokens: [P, H] of every prompt in the bank; in a decode step, of the one prompt.
+            virtual_tokens: [P, H] of every prompt in the bank, or its keys and values; in a decode
+                step, of the one prompt.
 
         Returns:
             Stream: negative log-likelihood of each label, fp32 [N]. Decode step: logits of the next
@@ -85,45 +88,56 @@ class PromptedBase(nn.Module):
         prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
-        run = self._packed_logits if self.packed else self._padded_logits
-        return cross_entropy(run(stream, hidden_TH).float(), stream.labels_N, reduction="none")
-
-    def _packed_logits(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+        past = [virtual_tokens[k].to(self.dtype) for k, _ in stream.past]
+        if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
+            # Backward then gathers the same layers as on a rank whose stream has virtual tokens.
+            hidden_TH = _Anchored.apply(hidden_TH, past[0])
+        if self.packed:
+            hidden_NH = self._packed(stream, hidden_TH, past)
+        else:
+            assert not past, "check_past refuses this"
+            hidden_NH = self._padded(stream, hidden_TH)
         # Logits only where there is a label: the head sees N positions instead of T.
-        output: Any = self.model(
+        nll_N: Tensor = self.model.get_output_embeddings()(hidden_NH, stream.labels_N)
+        return nll_N
+
+    def _packed(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+        """What the last layer gives at the labels, [N, H]."""
+        layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
+        if self.flex:
+            layout = with_flex(layout, stream.segments)
+        output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[None],
             position_ids=stream.position_ids_T[None],
-            logits_to_keep=stream.label_positions_N,
-            layout=stream.layout or make_layout(stream.segments, hidden_TH.device),
+            layout=layout,
             use_cache=False,
         )
-        logits_NV: Tensor = output.logits[0]
-        return logits_NV
+        hidden_NH: Tensor = output.last_hidden_state[0, stream.label_positions_N]
+        return hidden_NH
 
-    def _padded_logits(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+    def _padded(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+        """The same for a family that cannot read packed rows."""
         rows = pad_rows(stream.segments[len(stream.prompts) :]).to(hidden_TH.device)
-        place_N = rows.place_T[stream.label_positions_N]
-        # The same: ``logits_to_keep`` would keep the same columns of every row.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0].flatten(0, 1)[place_N][None],)
+        output: Any = self.model.base_model(
+            inputs_embeds=hidden_TH[rows.token_BL],
+            attention_mask=rows.mask_BL,
+            position_ids=rows.position_BL,
+            use_cache=False,
         )
-        try:
-            output: Any = self.model(
-                inputs_embeds=hidden_TH[rows.token_BL],
-                attention_mask=rows.mask_BL,
-                position_ids=rows.position_BL,
-                use_cache=False,
-            )
-        finally:
-            hook.remove()
-        logits_NV: Tensor = output.logits[0]
-        return logits_NV
+        place_N = rows.place_T[stream.label_positions_N]
+        hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[place_N]
+        return hidden_NH
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[Tensor]) -> Tensor:
         words_BLH = self._embed(step.token_ids_BL)
         first = step.cache.get_seq_length() == 0
         if first and virtual_tokens:
-            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, virtual_tokens[0])
+            prompt = virtual_tokens[0]
+            if prompt.dim() > 2:
+                pads_B = (step.attention_mask_BT == 0).sum(1)
+                step.cache.place(prompt.to(self.dtype), pads_B)
+                prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
+            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt)
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
         output: Any = self.model(
             inputs_embeds=words_BLH,
@@ -152,6 +166,19 @@ class PromptedBase(nn.Module):
             config._attn_implementation = before
             for module in recomputed:
                 module.training = True
+
+
+class _Anchored(torch.autograd.Function):
+    """A constant that counts as a function of ``anchor``, with a gradient of zero, never NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, constant: Tensor, anchor: Tensor) -> Tensor:
+        ctx.like = anchor.new_zeros(()).expand(anchor.shape)
+        return constant.view_as(constant)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.like
 
 
 def _insert_prompt(words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor) -> Tensor:

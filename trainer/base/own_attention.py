@@ -42,7 +42,7 @@ class PackedBloomAttention(BloomAttention):
             return super().forward(hidden_states, residual, alibi, attention_mask, **more)
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         scores = Scores(self.inv_norm_factor, slopes=alibi_slopes(self.num_heads))
-        output_1TAD = attend(query, key, value, attention_mask, scores)
+        output_1TAD = attend(query, key, value, attention_mask, scores, self.layer_idx)
         return self.dense(output_1TAD.flatten(2)) + residual, None
 
 
@@ -66,7 +66,7 @@ class PackedFalconAttention(FalconAttention):
             scores = Scores(
                 scaling, slopes=slopes, slope_dtype=torch.bfloat16, slope_scaling=scaling
             )
-        output_1TAD = attend(query, key, value, attention_mask, scores)
+        output_1TAD = attend(query, key, value, attention_mask, scores, self.layer_idx)
         return self.dense(output_1TAD.flatten(2)), None
 
 
@@ -79,7 +79,8 @@ class PackedGPTJAttention(GPTJAttention):
         if not isinstance(attention_mask, Layout):
             return super()._attn(query, key, value, attention_mask)
         scores = Scores(1 / math.sqrt(self.head_dim))
-        return _attend_fp32(query, key, value, attention_mask, scores).transpose(1, 2), None
+        output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_idx)
+        return output_1TAD.transpose(1, 2), None
 
 
 class PackedCodeGenAttention(CodeGenAttention):
@@ -91,7 +92,8 @@ class PackedCodeGenAttention(CodeGenAttention):
         if not isinstance(attention_mask, Layout):
             return super()._attn(query, key, value, attention_mask)
         scores = Scores(1 / math.sqrt(self.head_dim))
-        return _attend_fp32(query, key, value, attention_mask, scores).transpose(1, 2), None
+        output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_idx)
+        return output_1TAD.transpose(1, 2), None
 
 
 class PackedGPTNeoAttention(GPTNeoAttention):
@@ -112,15 +114,16 @@ class PackedGPTNeoAttention(GPTNeoAttention):
             for project in (own.q_proj, own.k_proj, own.v_proj)
         )
         window = own.config.window_size if self.attention_type == "local" else None
-        output_1TAD = _attend_fp32(query, key, value, attention_mask, Scores(1.0, window))
+        scores = Scores(1.0, window)
+        output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_id)
         return own.out_proj(output_1TAD.flatten(2)), None
 
 
 def _attend_fp32(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores, layer: int
 ) -> Tensor:
     """Scores in fp32, where the family has them so: in half precision they overflow."""
-    output_1TAD = attend(query.float(), key.float(), value.float(), layout, scores)
+    output_1TAD = attend(query.float(), key.float(), value.float(), layout, scores, layer)
     return output_1TAD.to(value.dtype)
 
 
@@ -157,7 +160,7 @@ def replace_attention(model: PreTrainedModel) -> None:
         # A hook stands outside of checkpointing, so a layer is recomputed with its own layout.
         return args, kwargs if current[0] is None else kwargs | {"attention_mask": current[0]}
 
-    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(take, with_kwargs=True)
     for block in blocks:
         block.register_forward_pre_hook(hand_down, with_kwargs=True)
 

@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from trainer.base.attention import PACKED
 from trainer.base.embedding import FrozenEmbedding
 from trainer.base.experts import FrozenExperts, is_experts
-from trainer.base.families import family_of
+from trainer.base.families import family_of, logit_rule
 from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.head import FrozenHead
 from trainer.base.linear import FrozenLinear
 from trainer.base.own_attention import replace_attention
 from trainer.base.sources import Source, find_sources
@@ -150,7 +151,11 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
                 transposed = isinstance(child, Conv1D)
                 n, k = child.weight.T.shape if transposed else child.weight.shape
                 bias = child.bias is not None
-                layer = FrozenLinear(k, n, bias, quantized and child is not head, transposed)
+                if child is head:
+                    layer = FrozenHead(k, n, bias, quantized=False, transposed=transposed)
+                    layer.scale, layer.softcap = logit_rule(model)
+                else:
+                    layer = FrozenLinear(k, n, bias, quantized, transposed)
             else:
                 continue
             setattr(parent, name, layer)

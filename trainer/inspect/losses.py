@@ -196,7 +196,7 @@ def _score(
             f"trained with {wrong[0]}; give the base of the run"
         )
     prompts = [prompt.to(engine.device, torch.float32) for prompt in virtual_tokens]
-    evaluator = Evaluator(engine, loaded.model, files.tokenizer, config.training.micro_batch_tokens)
+    evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
     requests = [Request(reader.rows, reader.prompt) for reader in readers]
     scores = evaluator.score(requests, prompts)
     engine.release(loaded.model)

@@ -4,7 +4,8 @@ Ranks share nothing but the sum of d loss / d virtual tokens. Each rank then bac
 replica of every encoder and makes the same update, so everything here is a function of the run file
 and those sums, to the bit: one generator per prompt, no global randomness, one optimizer each.
 
-Shape letters: P virtual tokens, H hidden size, K prompts.
+Shape letters: P virtual tokens, H hidden size, K prompts. Where [P, H] is written, a prompt of
+prefix tuning has keys and values per layer: [P, layers, 2, heads of keys, head size].
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from trainer.config import Prompt, RunConfig
 from trainer.errors import BadInput
 from trainer.prompts.encoders import PromptEncoder, make_encoder
-from trainer.prompts.initializers import Vocabulary, initialize
+from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,8 @@ class Bank:
         embed: word embeddings [n, H] of token ids; may be a collective.
         device: where encoders and optimizers live; they start on the CPU and are moved.
         make_optimizer: ``trainer.optimization.make_optimizer``.
+        past: keys and values [n, layers, 2, heads, head size] that the base makes of a text; may be
+            a collective. Only prefix tuning asks for it.
 
     Attributes:
         names: names of the prompts, in the order of the run file.
@@ -67,14 +70,15 @@ class Bank:
         device: torch.device,
         *,
         make_optimizer: OptimizerFactory,
+        past: Callable[[Sequence[int]], Tensor] | None = None,
     ) -> None:
-        vocabulary = Vocabulary(embed, tokenizer, vocab_size)
+        vocabulary = Vocabulary(embed, tokenizer, vocab_size, past)
         self.names = [prompt.name for prompt in config.prompts]
         self.lengths = [prompt.num_virtual_tokens for prompt in config.prompts]
         self.active = [True] * len(self.names)
         self._prompts = config.prompts
         self._encoders = [
-            _build(prompt, config.prompt_seed(prompt), vocabulary).to(device)
+            _build(prompt, config.prompt_seed(prompt), vocabulary, hidden_size).to(device)
             for prompt in config.prompts
         ]
         self._optimizers = [
@@ -84,7 +88,7 @@ class Bank:
         self._best: list[Tensor | None] = [None] * len(self.names)
         self._outputs: list[Tensor | None] = [None] * len(self.names)
         for encoder in self._encoders:
-            assert encoder.hidden_size == hidden_size, (encoder.hidden_size, hidden_size)
+            assert len(encoder.shape) > 2 or encoder.shape[1] == hidden_size, encoder.shape
 
     def __len__(self) -> int:
         return len(self.names)
@@ -245,11 +249,12 @@ class Bank:
         return problems
 
 
-def _build(prompt: Prompt, seed: int, vocabulary: Vocabulary) -> PromptEncoder:
+def _build(prompt: Prompt, seed: int, vocabulary: Vocabulary, hidden_size: int) -> PromptEncoder:
     """A prompt's encoder on the CPU: a function of its own settings and seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    init_PH = initialize(prompt.init, vocabulary, prompt.num_virtual_tokens, generator)
-    return make_encoder(prompt, init_PH, generator)
+    start = keys_and_values if prompt.method == "prefix_tuning" else initialize
+    init = start(prompt.init, vocabulary, prompt.num_virtual_tokens, generator)
+    return make_encoder(prompt, init, generator, hidden_size)
 
 
 def _identity(prompt: Prompt) -> dict[str, Any]:

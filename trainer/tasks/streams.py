@@ -2,7 +2,8 @@
 
 A prompt stands once per stream, not once per row: in a causal model its states do not depend on the
 text behind it. Every row attends to its own prompt and to itself, and its positions go on where the
-prompt's end.
+prompt's end. A prompt of keys and values per layer (prefix tuning) has no tokens in the stream: its
+segment stands behind the last token, where attention finds its keys.
 
 Shape letters: T tokens of a stream, N label positions, K prompts of the bank.
 """
@@ -44,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that attends causally to itself, and to the whole of one earlier segment."""
+    """A run of tokens that attends causally to itself, and to the whole of one other segment."""
 
     start: int
     length: int
@@ -60,7 +61,9 @@ class Stream:
         token_ids_T: word ids; 0 where virtual tokens stand.
         position_ids_T: positions, restarting for every segment behind its prompt.
         prompts: (index in the bank, segment) of every prompt in the stream.
-        segments: all segments, prompts first.
+        past: (index in the bank, segment) of every prompt of keys and values; its segment begins
+            behind the stream's tokens.
+        segments: all segments of tokens, prompts first.
         label_positions_N: positions whose output predicts a label.
         labels_N: the tokens to predict.
         label_prompt_N: index in the bank, -1 for none.
@@ -71,6 +74,7 @@ class Stream:
     token_ids_T: Tensor
     position_ids_T: Tensor
     prompts: tuple[tuple[int, Segment], ...]
+    past: tuple[tuple[int, Segment], ...]
     segments: tuple[Segment, ...]
     label_positions_N: Tensor
     labels_N: Tensor
@@ -98,22 +102,54 @@ def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:
     return cast(T, new)
 
 
-def build_stream(pieces: Sequence[Piece], prompt_lengths: Sequence[int]) -> Stream:
+@dataclass(frozen=True)
+class PromptLengths:
+    """Number of virtual tokens of every prompt in the bank, [K].
+
+    Attributes:
+        tokens: those that stand in the stream; 0 for a prompt of keys and values.
+        past: those that are keys and values only; 0 for others.
+    """
+
+    tokens: tuple[int, ...]
+    past: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Tensor]) -> PromptLengths:
+        """Of virtual tokens [P, H], or keys and values [P, L, 2, A, D], of every prompt."""
+        is_past = [prompt.dim() > 2 for prompt in prompts]
+        return cls(
+            tuple(0 if past else len(p) for p, past in zip(prompts, is_past, strict=True)),
+            tuple(len(p) if past else 0 for p, past in zip(prompts, is_past, strict=True)),
+        )
+
+
+def build_stream(
+    pieces: Sequence[Piece], prompt_lengths: Sequence[int], past_lengths: Sequence[int] = ()
+) -> Stream:
     """Lay the pieces end to end behind the prompts they read.
 
     Args:
-        prompt_lengths: number of virtual tokens of every prompt in the bank, [K].
+        prompt_lengths: virtual tokens in the stream of every prompt in the bank, [K].
+        past_lengths: virtual tokens that are keys and values only, [K]; none by default.
     """
     used = sorted({piece.prompt for piece in pieces if piece.prompt is not None})
+    past = [k for k in used if past_lengths and past_lengths[k]]
     token_ids: list[int] = []
     position_ids: list[int] = []
     prompt_segments: dict[int, Segment] = {}
     for k in used:
-        prompt_segments[k] = Segment(len(token_ids), prompt_lengths[k])
-        token_ids += [0] * prompt_lengths[k]
-        position_ids += range(prompt_lengths[k])
-
+        if k not in past:
+            prompt_segments[k] = Segment(len(token_ids), prompt_lengths[k])
+            token_ids += [0] * prompt_lengths[k]
+            position_ids += range(prompt_lengths[k])
     segments = list(prompt_segments.values())
+    prompts = tuple(prompt_segments.items())
+    end = len(token_ids) + sum(len(piece.example.input_ids) for piece in pieces)
+    for k in past:
+        prompt_segments[k] = Segment(end, past_lengths[k])
+        end += past_lengths[k]
+
     label_positions: list[int] = []
     labels: list[int] = []
     label_prompt: list[int] = []
@@ -134,7 +170,8 @@ def build_stream(pieces: Sequence[Piece], prompt_lengths: Sequence[int]) -> Stre
     return Stream(
         token_ids_T=torch.tensor(token_ids),
         position_ids_T=torch.tensor(position_ids),
-        prompts=tuple(prompt_segments.items()),
+        prompts=prompts,
+        past=tuple((k, prompt_segments[k]) for k in past),
         segments=tuple(segments),
         label_positions_N=torch.tensor(label_positions),
         labels_N=torch.tensor(labels),

@@ -1,0 +1,89 @@
+"""Rank program: streams that do not fit, with an allocator that fails on demand.
+
+python -m tests.distributed.out_of_memory OUT.json BASE SHARD_GROUP
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.equivalence import errors, problem
+from tests.distributed.sharded_base import run_config, shard_base
+from trainer.base.linear import FrozenLinear
+from trainer.engine import Engine, base_digest
+from trainer.objective import OutOfMemory, step_gradients
+
+TOKENS = 10_000
+
+
+def main() -> None:
+    out, folder, shard_group = sys.argv[1:]
+    engine = Engine(120)
+    config = run_config(folder, "int8", num_prompts=2, shard_group=int(shard_group))
+    loaded = shard_base(engine, config, placed=True)
+    base, placement = loaded.model, loaded.placement
+    assert placement is not None
+    module = engine.attach(base, loaded.policy, placement.kept_bytes)
+    digest = base_digest(base)
+    pieces, prompts = problem()
+    for _ in range(2):  # DeepSpeed learns the order of layers
+        expected = step_gradients(engine, module, pieces, prompts, TOKENS)
+    mine = sum(len(piece.example.input_ids) for piece in pieces) // engine.world_size
+    ways: dict[str, Any] = {}
+    for way, backward in (("forward", False), ("backward", True)):
+        refusal = ""
+        # Half of this rank's tokens fit; on other ranks than the first, everything does.
+        limit = int(0.8 * mine) if engine.rank == 0 or int(shard_group) > 1 else TOKENS
+        try:
+            with scarce(base, limit, backward):
+                found = step_gradients(engine, module, pieces, prompts, TOKENS)
+            after = step_gradients(engine, module, pieces, prompts, TOKENS)
+            ways[way] = {
+                "losses": [found.losses, expected.losses],
+                "splits": [found.splits, after.splits],
+                "errors": errors(found.gradients, expected.gradients)
+                + errors(after.gradients, expected.gradients),
+            }
+        except OutOfMemory as error:
+            refusal = str(error)
+            ways[way] = {"refusal": refusal}
+            break
+    result = {"ways": ways, "digest_kept": base_digest(base) == digest}
+    if engine.is_main:
+        Path(out).write_text(json.dumps(result))
+    engine.close()
+
+
+@contextmanager
+def scarce(base: torch.nn.Module, limit: int, backward: bool) -> Iterator[None]:
+    """In a layer half way up, more tokens than ``limit`` find no memory."""
+    layers = [m for m in base.modules() if isinstance(m, FrozenLinear)]
+    layer = layers[len(layers) // 2]
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return tensor
+
+    def hook(_: Any, inputs: Any, output: torch.Tensor) -> None:
+        if not backward:
+            fail(output)
+        elif output.requires_grad:
+            output.register_hook(fail)
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+if __name__ == "__main__":
+    main()

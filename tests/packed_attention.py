@@ -1,0 +1,54 @@
+"""A packed stream with every kind of prefix, for comparing ways to attend over it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trainer.base.attention import Layout, Scores, attend, make_layout, with_flex, with_past
+from trainer.base.own_attention import alibi_slopes
+from trainer.tasks.streams import Segment
+
+HEADS, SIZE = 4, 16
+TOKENS, PAST = 5 + 3 + 7 + 150 + 4 + 20 + 6, [6, 2]
+# Two prompts of tokens, then rows: behind each of these, behind two prefixes, behind none; one is
+# longer than a block of FlexAttention's.
+SEGMENTS = [
+    Segment(0, 5),
+    Segment(5, 3),
+    Segment(8, 7, 0, 5),
+    Segment(15, 150, 5, 3),
+    Segment(165, 4, TOKENS, 6),
+    Segment(169, 20, TOKENS + 6, 2),
+    Segment(189, 6),
+]
+SCORES = {
+    "plain": Scores(0.3),
+    "window": Scores(0.3, window=4),
+    "softcap": Scores(0.3, softcap=0.8),
+    "softcap-window": Scores(0.3, window=6, softcap=0.8),
+    "alibi": Scores(0.3, slopes=alibi_slopes(HEADS)),
+    "alibi-rounded": Scores(
+        0.3, slopes=alibi_slopes(HEADS), slope_dtype=torch.bfloat16, slope_scaling=0.3
+    ),
+}
+
+
+def tensors(kv_heads: int, device: str = "cpu") -> list[Tensor]:
+    """Query, key, value, and the keys and values of each prefix in one layer."""
+    generator = torch.Generator().manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(1, HEADS, TOKENS, SIZE)]
+    shapes += [(1, kv_heads, TOKENS, SIZE)] * 2 + [(n, 1, 2, kv_heads, SIZE) for n in PAST]
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [tensor.to(device).requires_grad_() for tensor in drawn]
+
+
+def attended(flex: bool, leaves: list[Tensor], scores: Scores) -> tuple[Tensor, list[Tensor]]:
+    """Output [1, T, A, D] and the gradient of every leaf."""
+    query, key, value, *past = leaves
+    layout: Layout = with_past(make_layout(SEGMENTS, query.device), past)
+    if flex:
+        layout = with_flex(layout, SEGMENTS)
+    output = attend(query, key, value, layout, scores, 0)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    return output, list(torch.autograd.grad(output, leaves, upstream.to(query.device)))

@@ -1,0 +1,202 @@
+"""The sliced loss against cross-entropy over whole logits, and what it holds at its peak."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.base import head as head_module
+from trainer.base import products
+from trainer.base.head import FrozenHead
+from trainer.base.linear import FrozenLinear
+from trainer.base.products import Product, frozen_matmul, int8_matmul
+from trainer.base.quantization import dequantize_rows, quantize_rows
+
+N, H, V = 37, 24, 1000
+
+#: what a head does beside its product
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scale": 0.0625},
+    "capped": {"softcap": 3.0},
+    "biased": {"bias": True},
+    "int8": {"int8": True},
+    "all": {"scale": 0.5, "softcap": 3.0, "bias": True, "int8": True},
+}
+
+
+def make_head(
+    v: int = V,
+    h: int = H,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    bias: bool = False,
+    int8: bool = False,
+) -> FrozenHead:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(v, h, generator=generator)
+    layer = FrozenHead(h, v, bias, quantized=int8)
+    layer.scale, layer.softcap = scale, softcap
+    if int8:
+        weight, layer.absmax = quantize_rows(weight)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(v, generator=generator), requires_grad=False)
+    return layer
+
+
+def whole(layer: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy over all logits at once, in the type of ``hidden_NH``."""
+    weight = layer.weight.data
+    if layer.absmax is not None:
+        weight = dequantize_rows(weight, layer.absmax)
+    logits = hidden_NH @ weight.to(hidden_NH.dtype).T
+    if layer.bias is not None:
+        logits = logits + layer.bias.to(hidden_NH.dtype)
+    logits = logits * layer.scale
+    if layer.softcap is not None:
+        logits = torch.tanh(logits / layer.softcap) * layer.softcap
+    return cross_entropy(logits, labels_N, reduction="none")
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, labels, and what each label's loss weighs."""
+    generator = torch.Generator().manual_seed(1)
+    labels_N = torch.randint(0, V, (N,), generator=generator)
+    labels_N[:2] = torch.tensor([0, V - 1])
+    hidden_NH = torch.randn(N, H, generator=generator)
+    return hidden_NH, labels_N, torch.rand(N, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps around integer products, without the seconds that compiling takes."""
+    names = ("quantize", "quantize_scaled", "scale_both", "scale_rows")
+    steps = SimpleNamespace(**{name: getattr(products, f"_{name}") for name in names})
+    monkeypatch.setattr(products, "_steps", lambda: steps)
+
+
+def slice_by(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(head_module, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(head_module, "MIN_COLUMNS", columns)
+
+
+@pytest.mark.parametrize("columns", [40, 64, 333, V])
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slice_by(monkeypatch, columns)
+    layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
+    ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
+    nll_N, wanted_N = layer(ours, labels_N), whole(layer, exact, labels_N)
+    (nll_N * weight_N).sum().backward()
+    (wanted_N * weight_N).sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(nll_N.double(), wanted_N, rtol=1e-6, atol=2e-6)
+    error = (ours.grad - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < 1e-6
+
+
+def test_likely_labels_keep_their_digits_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where p is nearly 1, ``p - 1`` of rounded numbers would be noise."""
+    slice_by(monkeypatch, 64)
+    layer, (_, labels_N, _) = make_head(), problem()
+    hidden_NH = (layer.weight[labels_N] * 0.8).bfloat16()
+    layer.weight.data = layer.weight.data.bfloat16()
+    ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
+    layer(ours, labels_N).sum().backward()
+    wanted_N = whole(layer, exact, labels_N)
+    wanted_N.sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert wanted_N.median() < 0.05
+    errors_N = (ours.grad - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+    assert errors_N.median() < 0.05
+
+
+def test_in_integers_within_what_rounding_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    slice_by(monkeypatch, 128)
+    layer, (hidden_NH, labels_N, _) = make_head(int8=True), problem()
+    layer.product = int8_matmul
+    ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.clone().requires_grad_()
+    nll_N, wanted_N = layer(ours, labels_N), whole(layer, exact, labels_N)
+    nll_N.sum().backward()
+    wanted_N.sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert (nll_N - wanted_N).abs().mean() < 0.02 * wanted_N.mean()
+    assert (ours.grad - exact.grad).norm() < 0.02 * exact.grad.norm()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that any operation gives back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            # A view has no memory of its own.
+            if isinstance(tensor, Tensor) and tensor._base is None:
+                self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_peak_is_bounded_for_a_large_vocabulary(
+    grad: bool, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256k words: neither all logits nor a widened copy of the head ever exist."""
+    monkeypatch.setattr(head_module, "LOGITS_BYTES", 4 << 20)
+    vocab_size, num_labels = 256_000, 256
+    layer = make_head(vocab_size, 8)
+    layer.weight.data = layer.weight.data.to(stored)
+    hidden_NH = torch.randn(num_labels, 8, requires_grad=grad)
+    labels_N = torch.randint(0, vocab_size, (num_labels,))
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        nll_N = layer(hidden_NH, labels_N)
+        if grad:
+            nll_N.sum().backward()
+    assert nll_N.requires_grad == grad
+    assert largest.num_bytes <= 4 << 20  # whole logits: 262 MB
+    rows = [tensor for tensor in saved if tensor.shape == hidden_NH.shape]
+    assert sum(tensor.numel() for tensor in saved) <= num_labels * 8
+    assert len(rows) == int(grad)
+
+
+@pytest.mark.parametrize("product", [frozen_matmul, int8_matmul])
+def test_a_frozen_linear_saves_no_input(product: Product) -> None:
+    layer = FrozenLinear(64, 32, bias=True, quantized=True)
+    weight, layer.absmax = quantize_rows(torch.randn(32, 64))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+    layer.product = product
+    x = torch.randn(40, 64, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(x).sum().backward()
+    assert saved == []
+    assert x.grad is not None

@@ -1,0 +1,231 @@
+"""Prefix tuning in the packed stream, against PEFT on padded rows; every family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, PrefixTuningConfig
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tests.family_bases import (
+    CASES,
+    PROMPT_LENGTHS,
+    errors,
+    family_config,
+    plain_model,
+    problem,
+    save_family,
+)
+from tests.whole_base import load_whole
+from trainer.base.families import FAMILIES, check_past
+from trainer.base.model import DecodeStep, PromptedBase
+from trainer.base.past import PastCache
+from trainer.errors import BadInput
+from trainer.export import load_peft, save_peft
+from trainer.tasks.streams import Piece, PromptLengths, build_stream
+
+SOME = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "bloom", "gpt_oss"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    saved: dict[str, Path] = {}
+
+    def get(case: str) -> Path:
+        if case not in saved:
+            saved[case] = save_family(tmp_path_factory.mktemp(case), case)
+        return saved[case]
+
+    return get
+
+
+def text_past(base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
+    """Keys and values that the base makes of a text, [n, L, 2, A, D]."""
+    ids = torch.tensor([list(token_ids)])
+    cache = PastCache()
+    with torch.no_grad(), base.unpacked():
+        base(DecodeStep(ids, torch.ones_like(ids), cache), [])
+    return cache.read()
+
+
+def pasts(base: PromptedBase) -> list[Tensor]:
+    """Two prefixes that are not what any text would give."""
+    generator = torch.Generator().manual_seed(3)
+    shape = text_past(base, [5]).shape[1:]
+    return [torch.randn(n, *shape, generator=generator) * 0.5 for n in PROMPT_LENGTHS]
+
+
+def packed(
+    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor]
+) -> tuple[list[float], list[Tensor]]:
+    """Mean loss per label of each prompt that is read, and its gradient, from one stream."""
+    leaves = [prompt.clone().requires_grad_() for prompt in prompts]
+    lengths = PromptLengths.of(leaves)
+    stream = build_stream(pieces, lengths.tokens, lengths.past)
+    nll_N = base(stream, leaves)
+    read = sorted({piece.prompt for piece in pieces if piece.prompt is not None})
+    losses = torch.stack([nll_N[stream.label_prompt_N == k].mean() for k in read])
+    losses.sum().backward()
+    return losses.tolist(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def padded_peft(
+    model: Any, adapter: Path, pieces: Sequence[Piece], past: Tensor
+) -> tuple[float, Tensor]:
+    """Loss and gradient of PEFT's PeftModel, loaded from what we export, on padded rows."""
+    save_peft(adapter, past, "-", num_layers=0, num_attention_heads=0)
+    peft = PeftModel.from_pretrained(model, adapter).eval()
+    weight = peft.prompt_encoder["default"].embedding.weight.requires_grad_()
+    rows = [piece.example for piece in pieces]
+    longest = max(row.num_tokens for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        ids[i, : row.num_tokens] = torch.tensor(row.input_ids)
+        mask[i, : row.num_tokens] = 1
+        labels[i, row.target_start : row.num_tokens] = ids[i, row.target_start : row.num_tokens]
+    # PEFT's mask is of floats, which undoes the rounding of ALiBi that Falcon was trained with: one
+    # row needs no mask.
+    logits = peft(input_ids=ids, attention_mask=mask if len(rows) > 1 else None).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    assert weight.grad is not None
+    return loss.item(), weight.grad.view(past.shape)
+
+
+WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_past]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])
+def test_packed_equals_peft(folder: Any, tmp_path: Path, case: str) -> None:
+    base = load_whole(folder(case), "int8", checkpointing=True)
+    pieces, _ = problem(base.hidden_size)
+    if case == "falcon-alibi":
+        pieces = pieces[:2]
+    prompts = pasts(base)
+    losses, gradients = packed(base, pieces, prompts)
+    for k, past in enumerate(prompts):
+        own = [piece for piece in pieces if piece.prompt == k]
+        model = plain_model(folder(case), "int8")
+        loss, gradient = padded_peft(model, tmp_path / str(k), own, past)
+        assert losses[k] == pytest.approx(loss, rel=1e-5)
+        assert errors([gradients[k]], [gradient])[0] < 1e-5
+        assert torch.equal(load_peft(tmp_path / str(k)), past)
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_other_families_are_refused_with_the_reason(case: str) -> None:
+    config = family_config(case)
+    reason = re.escape(FAMILIES[config.model_type].no_past)
+    with pytest.raises(BadInput, match=f"prefix_tuning cannot train .*{reason}.*use prompt_tuning"):
+        check_past(config, "m")
+
+
+def test_padded_families_are_refused() -> None:
+    assert {"mpt", "xglm", "doge", "deepseek_v2", "diffllama"} == set(WITHOUT)
+    assert all(family.no_past for family in FAMILIES.values() if not family.packed)
+    check_past(family_config("llama"), "m")
+
+
+@pytest.mark.parametrize("case", SOME)
+class TestBank:
+    def test_mixed_with_virtual_tokens_in_one_stream(self, folder: Any, case: str) -> None:
+        """A stream of two virtual-token prompts, two prefixes and bare rows equals each alone."""
+        base = load_whole(folder(case), "int8", checkpointing=True)
+        rows, soft = problem(base.hidden_size)
+        prompts = [soft[0], pasts(base)[0], soft[1], pasts(base)[1]]
+        pieces = [Piece(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
+        bare = [Piece(rows[0].example, None, 12)]
+        losses, gradients = packed(base, pieces + bare, prompts)
+        for k in range(4):
+            own = [piece for piece in pieces if piece.prompt == k]
+            (loss,), (gradient,) = packed(base, own, prompts)
+            assert losses[k] == pytest.approx(loss, rel=1e-5)
+            assert errors([gradients[k]], [gradient])[0] < 1e-5
+
+    @pytest.mark.parametrize("diverged", [0, 1])
+    def test_a_diverged_prompt_harms_no_other(self, folder: Any, case: str, diverged: int) -> None:
+        base = load_whole(folder(case), "int8")
+        pieces, soft = problem(base.hidden_size)
+        prompts = [pasts(base)[0], soft[1]]
+        prompts[diverged].fill_(torch.nan)
+        leaves = [prompt.requires_grad_() for prompt in prompts]
+        lengths = PromptLengths.of(leaves)
+        stream = build_stream(pieces, lengths.tokens, lengths.past)
+        nll_N = base(stream, leaves)
+        nll_N.sum().backward()
+        assert nll_N[stream.label_prompt_N == diverged].isnan().all()
+        assert nll_N[stream.label_prompt_N != diverged].isfinite().all()
+        gradient = leaves[1 - diverged].grad
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+    def test_decoding_equals_peft(self, folder: Any, tmp_path: Path, case: str) -> None:
+        """Two rows of different lengths behind a prefix, padded on the left, two steps."""
+        base = load_whole(folder(case), "none", checkpointing=True)
+        pieces, _ = problem(base.hidden_size)
+        past = pasts(base)[1]
+        rows = [list(piece.example.input_ids) for piece in pieces[:2]]
+        longest = max(map(len, rows))
+        pads = [longest - len(row) for row in rows]
+        ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest + len(past) - pad) for pad in pads])
+        cache = PastCache()
+        save_peft(tmp_path, past, "-", num_layers=0, num_attention_heads=0)
+        peft = PeftModel.from_pretrained(plain_model(folder(case), "none"), tmp_path).eval()
+        with torch.no_grad(), base.unpacked():
+            first = base(DecodeStep(ids, mask, cache), [past])
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [past])
+            for i, row in enumerate(rows):
+                wanted = peft(input_ids=torch.tensor([[*row, 7]])).logits[0]
+                torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(second[i], wanted[-1], rtol=1e-4, atol=1e-4)
+
+    def test_the_keys_and_values_of_a_text_stand_for_it(self, folder: Any, case: str) -> None:
+        """Where a model does no more than attend to what came before, both prompts are one."""
+        base = load_whole(folder(case), "none")
+        pieces, _ = problem(base.hidden_size)
+        ids = [17, 5, 44, 9, 120]
+        words = base(torch.tensor(ids), [])
+        as_tokens, _ = packed(base, pieces, [words, words])
+        past = text_past(base, ids)
+        as_past, _ = packed(base, pieces, [past, past])
+        assert as_past == pytest.approx(as_tokens, rel=1e-5)
+
+
+def test_bf16(folder: Any) -> None:
+    base = load_whole(folder("llama"), "int8", dtype=torch.bfloat16)
+    pieces, _ = problem(base.hidden_size)
+    exact = load_whole(folder("llama"), "int8")
+    losses, gradients = packed(base, pieces, pasts(exact))
+    assert losses == pytest.approx(packed(exact, pieces, pasts(exact))[0], rel=0.05)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+def test_what_the_export_holds(tmp_path: Path) -> None:
+    past = torch.randn(5, 3, 2, 2, 8)
+    save_peft(tmp_path, past, "base", num_layers=3, num_attention_heads=4)
+    config = PrefixTuningConfig.from_pretrained(tmp_path)
+    assert config.peft_type == "PREFIX_TUNING"
+    # Of the cache: two heads of keys, though the base has four of queries.
+    assert (config.num_attention_heads, config.token_dim, config.num_layers) == (2, 16, 3)
+    assert not config.prefix_projection
+    card = (tmp_path / "README.md").read_text()
+    assert "tags: [prefix-tuning, promptshard]" in card
+    assert "5 virtual tokens of width 16 as keys and values in each of 3 layers" in card

@@ -1,0 +1,149 @@
+"""Attention over a packed stream in one FlexAttention kernel, for GPUs.
+
+The stream is neither copied into buckets nor padded: a block mask, made once per stream, says which
+blocks of keys a block of queries sees at all, and a function says the rest within a block
+(arXiv 2412.05496). Sinks are left to the buckets of ``trainer.base.attention``.
+
+Shape letters: T tokens of a stream, K keys (T and those of prefixes behind them), A attention
+heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from trainer.tasks.streams import Segment
+
+if TYPE_CHECKING:
+    from trainer.base.attention import Scores
+
+#: ``prefix_T`` where there is no prefix to see.
+NONE = -1
+
+
+@dataclass(frozen=True)
+class FlexLayout:
+    """Who sees whom, per token; a segment's number is where it starts.
+
+    Attributes:
+        segment_K: the segment of each key; of queries, which come first, too.
+        prefix_T: the segment that each query sees the whole of, or NONE.
+        position_K: counted from the start of the segment's prefix.
+    """
+
+    segment_K: Tensor
+    prefix_T: Tensor
+    position_K: Tensor
+    _masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    _gains: dict[object, Tensor] = field(default_factory=dict)
+
+    def visible(self, window: int | None) -> Callable[..., Tensor]:
+        """FlexAttention's ``mask_mod``."""
+        segment_K, prefix_T, position_K = self.segment_K, self.prefix_T, self.position_K
+
+        def mask_mod(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            own = (segment_K[key] == segment_K[query]) & (key <= query)
+            seen = own | (segment_K[key] == prefix_T[query])
+            if window is not None:
+                seen = seen & (position_K[query] - position_K[key] < window)
+            return seen
+
+        return mask_mod
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Made by the first layer of a kind, used by all."""
+        if window not in self._masks:
+            num_queries, num_keys = len(self.prefix_T), len(self.segment_K)
+            create = _compiled(create_block_mask, self.prefix_T.device.type)
+            self._masks[window] = create(
+                self.visible(window), None, None, num_queries, num_keys, self.prefix_T.device
+            )
+        return self._masks[window]
+
+    def score_mod(self, scores: Scores, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """What becomes of a scaled product: capped, or raised by its key's position."""
+        softcap = scores.softcap
+        if softcap is not None:
+            return lambda score, *_: torch.tanh(score / softcap) * softcap
+        if scores.slopes is None:
+            return None
+        key = (scores.slopes, scores.slope_dtype, scores.slope_scaling, dtype)
+        if key not in self._gains:
+            device = self.position_K.device
+            slopes_A = torch.tensor(scores.slopes, device=device, dtype=scores.slope_dtype)
+            gain_AK = (slopes_A[:, None] * self.position_K[None]).to(dtype)
+            self._gains[key] = gain_AK * scores.slope_scaling
+        gain_AK = self._gains[key]
+        return lambda score, _, head, __, place: score + gain_AK[head, place]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Attention of one layer.
+
+        A kernel multiplies what a query does not see by zero, and zero times NaN is NaN: a prompt
+        that has diverged would spread to every other in its blocks. So it works on finite numbers,
+        and rows that read others get their NaN afterwards, which stops gradients there.
+
+        Args:
+            query: [1, A, T, D].
+            key: [1, A, K, D], as value; both may have fewer heads (grouped queries).
+
+        Returns:
+            [1, T, A, D].
+        """
+        lost_T = self._lost(query, key, value)
+        query, key, value = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (query, key, value))
+        output_1ATD = _compiled(flex_attention, query.device.type)(
+            query,
+            key,
+            value,
+            score_mod=self.score_mod(scores, query.dtype),
+            block_mask=self.block_mask(scores.window),
+            scale=scores.scaling,
+            enable_gqa=query.shape[1] > key.shape[1],
+        )
+        return torch.where(lost_T[:, None, None], torch.nan, output_1ATD.transpose(1, 2))
+
+    def _lost(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """True where a segment, or its prefix, holds a number that is not finite: [T]."""
+        num_queries = len(self.prefix_T)
+        bad_K = ~(key.isfinite() & value.isfinite()).all(3).all(1)[0]
+        bad_T = ~query.isfinite().all(3).all(1)[0]
+        bad_K = torch.cat([bad_K[:num_queries] | bad_T, bad_K[num_queries:]])
+        segment_is_bad = bad_K.new_zeros(len(bad_K) + 1, dtype=torch.int32)  # the last: NONE
+        segment_is_bad.index_add_(0, self.segment_K, bad_K.int())
+        own, prefix = self.segment_K[:num_queries], self.prefix_T
+        return (segment_is_bad[own] + segment_is_bad[prefix]) > 0
+
+
+def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexLayout:
+    """Per-token form of segments."""
+    num_tokens = sum(segment.length for segment in segments)
+    prefixes = {(segment.prefix_start, segment.prefix_length) for segment in segments}
+    past = [(start, length) for start, length in prefixes if start >= num_tokens]
+    num_keys = num_tokens + sum(length for _, length in past)
+    segment_K = torch.empty(num_keys, dtype=torch.long)
+    position_K = torch.empty(num_keys, dtype=torch.long)
+    prefix_T = torch.full((num_tokens,), NONE)
+    for segment in segments:
+        place = slice(segment.start, segment.start + segment.length)
+        segment_K[place] = segment.start
+        position_K[place] = segment.prefix_length + torch.arange(segment.length)
+        if segment.prefix_length:
+            prefix_T[place] = segment.prefix_start
+    for start, length in past:
+        segment_K[start : start + length] = start
+        position_K[start : start + length] = torch.arange(length)
+    return FlexLayout(segment_K.to(device), prefix_T.to(device), position_K.to(device))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """Compiled for GPUs, where it is a kernel; elsewhere as it is, for tests of the numbers."""
+    return torch.compile(function) if device_type == "cuda" else function

@@ -1,0 +1,61 @@
+"""Keys and values of a prompt in the cache of a decoder.
+
+Shape letters: B rows, P virtual tokens, L layers, A heads of keys, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class PastCache(DynamicCache):
+    """A cache in which given keys and values may stand where a prompt's own would.
+
+    Rows are padded on the left, so a prompt that simply came first in the cache would have padding
+    between itself and the text, which shifts every window. Instead, P positions right in front of
+    each row's text are read as if they held virtual tokens, and what each layer finds there is
+    replaced before anything looks at it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._past: Tensor | None = None
+        self._places_BP: Tensor | None = None
+
+    def place(self, past_PL2AD: Tensor, pads_B: Tensor) -> None:
+        """Have the next forward, of whole rows, find these keys and values behind each row's pads.
+
+        Args:
+            past_PL2AD: as a layer hands them to its cache: behind any rotation.
+            pads_B: number of pads of each row.
+        """
+        assert self.get_seq_length() == 0, "a prompt stands in front of the first tokens"
+        places_P = torch.arange(len(past_PL2AD), device=pads_B.device)
+        self._past, self._places_BP = past_PL2AD, pads_B[:, None] + places_P
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._past is not None and self.get_seq_length(layer_idx) == 0:
+            past_P2AD = self._past[:, layer_idx].to(key_states.dtype)
+            key_states = self._put(key_states, past_P2AD[:, 0])
+            value_states = self._put(value_states, past_P2AD[:, 1])
+        updated: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return updated
+
+    def read(self) -> Tensor:
+        """What the only row has left in the cache, [T, L, 2, A, D]."""
+        layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in self.layers]
+        return torch.stack(layers).permute(3, 0, 1, 2, 4)
+
+    def _put(self, states_BATD: Tensor, past_PAD: Tensor) -> Tensor:
+        rows_B1 = torch.arange(len(states_BATD), device=states_BATD.device)[:, None]
+        states_BTAD = states_BATD.transpose(1, 2).clone()
+        states_BTAD[rows_B1, self._places_BP] = past_PAD
+        return states_BTAD.transpose(1, 2)
