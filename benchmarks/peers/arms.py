@@ -161,16 +161,19 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         }
     )
     engine = Engine(1800)
+    drawn = case.rows()
+    lengths = [len(row.input_ids) for row in drawn]
     with open(os.devnull, "w") as nothing:
-        loaded = load(engine, open_base(config.base), config, Console(nothing, nothing))
+        console = Console(nothing, nothing)
+        loaded = load(engine, open_base(config.base), config, console, lengths=lengths)
     prompt = torch.nn.Parameter(case.prompt())
     optimizer = make_optimizer(config.prompts[0], {"p": prompt}, case.steps)
     meter = meter_of(loaded.model.parameters)
     rows = itertools.cycle(
         Example.with_target(tuple(r.input_ids), r.labels.count(-100), i)
-        for i, r in enumerate(case.rows())
+        for i, r in enumerate(drawn)
     )
-    budget = 1 if case.single else config.training.micro_batch_tokens
+    budget = 1 if case.single else loaded.budget.tokens
     for step in range(case.steps):
         meter.before_step(step)
         pieces = [Piece(next(rows), 0, i) for i in range(case.rows_per_step)]
