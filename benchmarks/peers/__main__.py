@@ -1,0 +1,182 @@
+"""Useful tokens per second, and what a token costs: this trainer beside PEFT, ZeRO-3 and TRL.
+
+    pip install -c constraints.txt -e '.[test,benchmark]'
+    python -m benchmarks.peers [--timed 5] [--only NAME]
+
+All arms of a case are loaded at once and take turns of a few steps, so that a slow minute of the
+machine meets all of them alike. Writes a table, a plot and JSON to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.arms import COUNTED, WARM_UP, Case
+from benchmarks.peers.report import summary, table, write
+from benchmarks.peers.rows import QUICK_SHAPE, SHAPE, make_base
+from benchmarks.peers.turns import Conductor
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO_RANKS = (
+    "ours",
+    "PEFT + Trainer, grouped",
+    "PEFT + ZeRO-3",
+    "PEFT + ZeRO-3, grouped",
+    "TRL + PEFT",
+    "TRL + PEFT, grouped",
+)
+ONE_PROCESS = ("ours", "PEFT + Trainer", "PEFT + Trainer, grouped")
+GAIN_LEAST = ("ours", "PEFT + Trainer, grouped", "PEFT + ZeRO-3, grouped", "TRL + PEFT, grouped")
+LOSS_STEPS = 50
+
+
+def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:
+    """Name -> what is compared, and the arms of it."""
+    usual = Case(base, 20, ranks=2, batch=8, accumulation=3, steps_per_turn=2, timed=timed)
+    single = replace(usual, batch=1, accumulation=8, single=True)
+    return {
+        "20 virtual tokens": (usual, TWO_RANKS),
+        "100 virtual tokens": (replace(usual, num_virtual_tokens=100), TWO_RANKS),
+        "one process, 20 virtual tokens": (replace(usual, ranks=1), ONE_PROCESS),
+        "rows of equal length": (replace(usual, equal=True), GAIN_LEAST),
+        "one row per stream": (single, GAIN_LEAST),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--timed", type=int, default=5, help="timed turns of every arm")
+    parser.add_argument("--only", help="one case, by a part of its name; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="a small base; nothing is written")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="promptshard-peers-") as temporary:
+        base = Path(temporary) / "llama-110m"
+        make_base(base, QUICK_SHAPE if arguments.quick else SHAPE)
+        found: dict[str, Any] = {}
+        for name, (case, arms) in cases(str(base), arguments.timed).items():
+            if arguments.only is None or arguments.only in name:
+                found[name] = compare(name, case, arms, Path(temporary))
+        losses = None if arguments.only else compare_losses(str(base), Path(temporary))
+    report = summary(found, losses)
+    if not (arguments.only or arguments.quick):
+        write(report)
+    print(table(report))
+
+
+def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Turn after turn, each arm in turn: {arm: [turn][rank] -> what was measured}."""
+    players = {arm: Player(arm, case, folder / name.replace(" ", "-")) for arm in arms}
+    results: dict[str, list[Any]] = {arm: [] for arm in arms}
+    try:
+        for arm in arms:  # one after the other: loading twice at once would need twice the room
+            players[arm].start()
+        for turn in range(WARM_UP + case.timed + len(COUNTED)):
+            for arm in arms:
+                print(f"{name}: turn {turn}, {arm}", file=sys.stderr, flush=True)
+                results[arm].append(players[arm].play(turn))
+    finally:
+        for player in players.values():
+            player.stop()
+    return {
+        arm: {
+            "timed": turns[WARM_UP : WARM_UP + case.timed],
+            **{key: turns[WARM_UP + case.timed + i] for i, key in enumerate(COUNTED)},
+        }
+        for arm, turns in results.items()
+    }
+
+
+def compare_losses(base: str, folder: Path) -> dict[str, list[float]]:
+    """Losses of the same steps from the same prompt, in fp32 without int8."""
+    timed = LOSS_STEPS - WARM_UP - len(COUNTED)
+    case = Case(base, 20, ranks=1, batch=4, accumulation=1, steps_per_turn=1, timed=timed)
+    losses = {}
+    for arm in ("ours, fp32", "PEFT + Trainer, in order"):
+        print(f"losses: {arm}", file=sys.stderr, flush=True)
+        player = Player(arm, case, folder / "losses")
+        try:
+            player.start()
+            for turn in range(LOSS_STEPS):
+                player.play(turn)
+            losses[arm] = player.losses()
+        finally:
+            player.stop()
+    return losses
+
+
+class Player:
+    """The processes of one arm."""
+
+    def __init__(self, arm: str, case: Case, folder: Path) -> None:
+        self._arm, self._case = arm, case
+        self._folder = folder / arm.replace(" ", "-")
+        self._ranks: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start all ranks and wait until they are loaded."""
+        from launch.local import free_port
+
+        self._conductor = Conductor(self._folder, self._case.ranks, self._check)
+        self._case.write(self._folder / "case.json")
+        shared = {
+            "WORLD_SIZE": str(self._case.ranks),
+            "LOCAL_WORLD_SIZE": str(self._case.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._case.ranks)),
+            "TOKENIZERS_PARALLELISM": "false",
+            "DS_ACCELERATOR": "cpu",
+        }
+        for rank in range(self._case.ranks):
+            with (self._folder / f"log.{rank}").open("wb") as log:
+                self._ranks.append(
+                    subprocess.Popen(
+                        [
+                            sys.executable,
+                            "-m",
+                            "benchmarks.peers.arms",
+                            self._arm,
+                            str(self._folder / "case.json"),
+                            str(self._folder),
+                        ],
+                        cwd=ROOT,
+                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        self._conductor.ready(0)
+
+    def play(self, turn: int) -> list[dict[str, Any]]:
+        return self._conductor.play(turn)
+
+    def losses(self) -> list[float]:
+        for rank in self._ranks:
+            rank.wait(timeout=120)
+        found: list[float] = json.loads((self._folder / "losses.json").read_text())
+        return found
+
+    def stop(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+
+    def _check(self) -> None:
+        for number, rank in enumerate(self._ranks):
+            if rank.poll() not in (None, 0):
+                log = (self._folder / f"log.{number}").read_text(errors="replace")
+                raise RuntimeError(f"{self._arm}, rank {number} ended:\n{log[-4000:]}")
+
+
+if __name__ == "__main__":
+    main()

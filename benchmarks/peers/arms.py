@@ -1,0 +1,346 @@
+"""One rank of one arm: loads the base its own way, then trains in turns with the other arms.
+
+An arm's run is cut into turns of as many steps. The first warms up, the next are timed, and in the
+last three FLOPs, saved bytes and shares of time are counted, which slows a step down.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.peers.counters import SavedBytes, flop_counter, step_shares
+from benchmarks.peers.rows import Row, initial_prompt, make_rows
+from benchmarks.peers.turns import Turns
+
+WARM_UP, COUNTED = 1, ("flops", "saved", "shares")
+LEARNING_RATE = 3.0e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all arms of one comparison share.
+
+    Attributes:
+        batch: rows of a rank's micro-batch; in ours only where ``single``, else streams are full.
+        accumulation: micro-batches of a step.
+        single: one row per stream in ours.
+    """
+
+    base: str
+    num_virtual_tokens: int
+    ranks: int
+    batch: int
+    accumulation: int
+    steps_per_turn: int
+    timed: int
+    equal: bool = False
+    single: bool = False
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.ranks * self.batch * self.accumulation
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_turn * (WARM_UP + self.timed + len(COUNTED))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((Path(self.base) / "config.json").read_text())
+        return found
+
+    def rows(self) -> list[Row]:
+        """Those of two turns: every arm reads all of them, again and again."""
+        count = 2 * self.steps_per_turn * self.rows_per_step
+        return make_rows(count, self.shape["vocab_size"], equal=self.equal)
+
+    def prompt(self) -> torch.Tensor:
+        return initial_prompt(self.num_virtual_tokens, self.shape["hidden_size"])
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Case:
+        return cls(**json.loads(path.read_text()))
+
+
+class Meter:
+    """Measures turns from inside a training loop."""
+
+    def __init__(self, case: Case, turns: Turns, parameters: Callable[[], Any]) -> None:
+        self._case, self._turns, self._parameters = case, turns, parameters
+        self._open: Any = None
+        self.tokens = 0
+        self.losses: list[float] = []
+
+    def before_step(self, step: int) -> None:
+        if step % self._case.steps_per_turn == 0:
+            turn = step // self._case.steps_per_turn
+            self._turns.wait(turn)
+            self._open = self._measured(turn)
+            self._open.__enter__()
+
+    def after_step(self, step: int) -> None:
+        """``step`` counts those that are done."""
+        if step % self._case.steps_per_turn == 0:
+            self._open.__exit__(None, None, None)
+
+    @contextmanager
+    def _measured(self, turn: int) -> Iterator[None]:
+        self.tokens = 0
+        kind = turn - WARM_UP - self._case.timed
+        result: dict[str, Any] = {}
+        with self._counter(COUNTED[kind] if kind >= 0 else None, result):
+            started = time.perf_counter()
+            yield
+            result["seconds"] = time.perf_counter() - started
+        self._turns.done(turn, result | {"tokens": self.tokens})
+
+    @contextmanager
+    def _counter(self, kind: str | None, result: dict[str, Any]) -> Iterator[None]:
+        if kind == "flops":
+            torch.compiler.set_stance("force_eager")  # what is fused is not counted
+            with flop_counter() as flops:
+                yield
+            torch.compiler.set_stance("default")
+            result["flops"] = flops.get_total_flops()
+        elif kind == "saved":
+            with SavedBytes(self._parameters).counting() as saved:
+                yield
+            result["saved"] = saved.peak
+        elif kind == "shares":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+                yield
+            result["shares"] = step_shares(prof.key_averages())
+        else:
+            yield
+
+
+# --- ours ---
+
+
+def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any) -> list[float]:
+    """This trainer, at its defaults but for what ``base`` says of the base."""
+    from trainer.base.files import open_base
+    from trainer.config import RunConfig
+    from trainer.console import Console
+    from trainer.engine import Engine
+    from trainer.objective import step_gradients
+    from trainer.optimization import make_optimizer
+    from trainer.sharded import load
+    from trainer.tasks.streams import Piece
+    from trainer.tasks.table import Example
+
+    prompt_settings = {
+        "name": "p",
+        "task": "t",
+        "num_virtual_tokens": case.num_virtual_tokens,
+        "learning_rate": LEARNING_RATE,
+        "warmup_ratio": 0.0,
+    }
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "-",
+            "base": {"model": case.base, **base},
+            "tasks": [{"name": "t", "train": "-", "input": "{a}", "target": "{b}"}],
+            "prompts": [prompt_settings],
+            "training": {"steps": case.steps},
+        }
+    )
+    engine = Engine(1800)
+    drawn = case.rows()
+    lengths = [len(row.input_ids) for row in drawn]
+    with open(os.devnull, "w") as nothing:
+        console = Console(nothing, nothing)
+        loaded = load(engine, open_base(config.base), config, console, lengths=lengths)
+    prompt = torch.nn.Parameter(case.prompt())
+    optimizer = make_optimizer(config.prompts[0], {"p": prompt}, case.steps)
+    meter = meter_of(loaded.model.parameters)
+    rows = itertools.cycle(
+        Example.with_target(tuple(r.input_ids), r.labels.count(-100), i)
+        for i, r in enumerate(drawn)
+    )
+    budget = 1 if case.single else loaded.budget.tokens
+    for step in range(case.steps):
+        meter.before_step(step)
+        pieces = [Piece(next(rows), 0, i) for i in range(case.rows_per_step)]
+        result = step_gradients(engine, loaded.model, pieces, [prompt], budget)
+        prompt.grad = result.gradients[0]
+        optimizer.step()
+        # Ours knows the tokens of all ranks; each rank tells its share, as the peers do.
+        meter.tokens += result.useful_tokens / engine.world_size
+        meter.losses += result.losses
+        meter.after_step(step + 1)
+    return meter.losses
+
+
+# --- peers ---
+
+
+def trainer_peer(
+    case: Case,
+    meter_of: Callable[[Callable[[], Any]], Meter],
+    *,
+    library: str = "transformers",
+    sampling: str = "random",
+    zero3: bool = False,
+) -> list[float]:
+    """PEFT prompt tuning through ``transformers.Trainer`` or TRL's ``SFTTrainer``."""
+    import datasets
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    trainer_class, settings_class, more = _library(library)
+    settings = settings_class(
+        output_dir=str(Path(case.base).parent / f"out-{os.getpid()}"),
+        per_device_train_batch_size=case.batch,
+        gradient_accumulation_steps=case.accumulation,
+        max_steps=case.steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        train_sampling_strategy=sampling,
+        use_cpu=True,
+        bf16=False,  # four times slower than fp32 on CPUs without it
+        gradient_checkpointing=False,
+        deepspeed=_zero3_policy() if zero3 else None,
+        ddp_backend="gloo",
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        **more,
+    )
+    base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(case.base)
+    model = get_peft_model(
+        base,
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=case.num_virtual_tokens),
+    )
+    _start_from(model, case.prompt(), zero3)
+    meter = meter_of(model.parameters)
+
+    class Measured(trainer_class):  # type: ignore[misc, valid-type]
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            meter.tokens += int(inputs["attention_mask"].sum())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            meter.before_step(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            meter.after_step(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                meter.losses.append(logs["loss"])
+
+    rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in case.rows()]
+    Measured(
+        model=model,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        data_collator=_collate,
+        processing_class=tokenizer,
+        callbacks=[Steps()],
+    ).train()
+    return meter.losses
+
+
+def _library(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    if name == "transformers":
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer, TrainingArguments, {}
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer, SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest of the batch."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, filler: int) -> torch.Tensor:
+        return torch.tensor([r[key] + [filler] * (length - len(r[key])) for r in rows])
+
+    lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", -100),
+        "attention_mask": (torch.arange(length)[None] < lengths).long(),
+    }
+
+
+def _start_from(model: Any, prompt: torch.Tensor, zero3: bool) -> None:
+    weight = model.prompt_encoder["default"].embedding.weight
+    if not zero3:
+        weight.data.copy_(prompt)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+        if dist.get_rank() == 0:
+            weight.data.copy_(prompt)
+
+
+def _zero3_policy() -> dict[str, Any]:
+    """DeepSpeed at its best here: layers stay gathered from forward to backward."""
+    return {
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+
+
+GROUPED = {"sampling": "group_by_length"}
+ARMS: dict[str, Callable[..., list[float]]] = {
+    "ours": ours,
+    "ours, exact": lambda *a: ours(*a, matmul="dequantize"),
+    "ours, fp32": lambda *a: ours(*a, quantization="none"),
+    "PEFT + Trainer": trainer_peer,
+    "PEFT + Trainer, grouped": lambda *a: trainer_peer(*a, **GROUPED),
+    "PEFT + Trainer, in order": lambda *a: trainer_peer(*a, sampling="sequential"),
+    "PEFT + ZeRO-3": lambda *a: trainer_peer(*a, zero3=True),
+    "PEFT + ZeRO-3, grouped": lambda *a: trainer_peer(*a, zero3=True, **GROUPED),
+    "TRL + PEFT": lambda *a: trainer_peer(*a, library="trl"),
+    "TRL + PEFT, grouped": lambda *a: trainer_peer(*a, library="trl", **GROUPED),
+}
+
+
+def main(arm: str, case_file: str, folder: str) -> None:
+    """Run one rank of an arm; losses go to ``FOLDER/losses.json``."""
+    rank = int(os.environ["RANK"])
+    case = Case.read(Path(case_file))
+    turns = Turns(Path(folder), rank)
+    losses = ARMS[arm](case, lambda parameters: Meter(case, turns, parameters))
+    if rank == 0:
+        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

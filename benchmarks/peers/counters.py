@@ -1,0 +1,96 @@
+"""Counts of one step that do not depend on the machine: FLOPs, and bytes saved for backward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler_util import EventList
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop, sdpa_flop
+
+aten = torch.ops.aten
+
+#: What the counter of torch leaves out on a CPU. Its own formulas come wrapped, and it wraps again.
+MORE_FORMULAS = {
+    aten._int_mm: inspect.unwrap(mm_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu: inspect.unwrap(sdpa_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: inspect.unwrap(sdpa_backward_flop),
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts two FLOPs per multiply and add of every matrix product, integer ones too."""
+    return FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS)
+
+
+class SavedBytes:
+    """The most bytes that autograd holds for backward at any one time.
+
+    Each storage counts once, and those of parameters do not: they are there anyway.
+    """
+
+    def __init__(self, parameters: Any) -> None:
+        self._parameters = parameters
+        self._users: dict[int, int] = {}
+        self._now = self.peak = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[SavedBytes]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor):
+            yield self
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        own = {p.untyped_storage().data_ptr() for p in self._parameters()}
+        storage = tensor.untyped_storage()
+        counts = tensor.device.type != "meta" and storage.data_ptr() not in own
+        return _Saved(self, tensor, (storage.data_ptr(), storage.nbytes()) if counts else None)
+
+    def take(self, storage: tuple[int, int]) -> None:
+        address, size = storage
+        users = self._users.get(address, 0)
+        self._users[address] = users + 1
+        if not users:
+            self._now += size
+            self.peak = max(self.peak, self._now)
+
+    def drop(self, storage: tuple[int, int]) -> None:
+        address, size = storage
+        self._users[address] -= 1
+        if not self._users[address]:
+            self._now -= size
+
+
+class _Saved:
+    """A tensor that waits for backward."""
+
+    def __init__(
+        self, counter: SavedBytes, tensor: Tensor, storage: tuple[int, int] | None
+    ) -> None:
+        self.tensor, self._counter, self._storage = tensor, counter, storage
+        if storage:
+            counter.take(storage)
+
+    def __del__(self) -> None:
+        if self._storage:
+            self._counter.drop(self._storage)
+
+
+KINDS = {
+    "gather": ("all_gather", "allgather", "_dist_allgather", "all_reduce", "allreduce", "c10d"),
+    "attention": ("scaled_dot_product", "softmax", "aten::bmm", "baddbmm"),
+    "linear": ("aten::mm", "aten::addmm", "_int_mm", "graph_", "quantize", "aten::linear"),
+}
+
+
+def step_shares(events: EventList) -> dict[str, float]:
+    """Where a step's time goes, as shares: gather, linear, attention, rest."""
+    seconds = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for event in events:
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "rest")
+        seconds[kind] += event.self_cpu_time_total
+    total = sum(seconds.values())
+    return {kind: value / total for kind, value in seconds.items()}

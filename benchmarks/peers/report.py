@@ -1,0 +1,166 @@
+"""The table, the plot and the JSON of ``benchmarks.peers``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+KINDS = ("gather", "linear", "attention", "rest")
+#: What issue-sized claims are held against: case -> figure -> (value, whether less is better).
+REACH = {
+    "20 virtual tokens": {"speed, grouped": 2.0, "speed, random": 3.5, "flops": 0.8, "saved": 0.7},
+    "100 virtual tokens": {
+        "speed, grouped": 3.0,
+        "speed, random": 5.0,
+        "flops": 0.55,
+        "saved": 0.5,
+    },
+}
+TITLES = {
+    "speed, grouped": "useful tokens/s, ours / best peer grouped by length",
+    "speed, random": "useful tokens/s, ours / best peer at its default batches",
+    "flops": "FLOPs per useful token, ours / best peer grouped by length",
+    "saved": "peak saved bytes, ours / best peer grouped by length",
+}
+
+
+def summarise(turns: dict[str, Any]) -> dict[str, Any]:
+    """What one arm did: medians over its timed turns, counts over all ranks."""
+    speeds = [
+        sum(rank["tokens"] for rank in ranks) / max(rank["seconds"] for rank in ranks)
+        for ranks in turns["timed"]
+    ]
+    flops = turns["flops"]
+    return {
+        "tokens_per_second": median(speeds),
+        "every_turn": [round(speed, 1) for speed in speeds],
+        "flops_per_token": sum(r["flops"] for r in flops) / sum(r["tokens"] for r in flops),
+        "saved_bytes": max(rank["saved"] for rank in turns["saved"]),
+        "shares": turns["shares"][0]["shares"],
+    }
+
+
+def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Ours beside the best peer, figure by figure; each against the peer that is best at it."""
+    ours = arms["ours"]
+    peers = {name: arm for name, arm in arms.items() if not name.startswith("ours")}
+    grouped = [arm for name, arm in peers.items() if "grouped" in name]
+    random = [arm for name, arm in peers.items() if "grouped" not in name]
+
+    def best(found: list[dict[str, Any]], key: str, choose: Any) -> float:
+        return float(choose(arm[key] for arm in found))
+
+    ratios = {
+        "speed, grouped": ours["tokens_per_second"] / best(grouped, "tokens_per_second", max),
+        "flops": ours["flops_per_token"] / best(grouped, "flops_per_token", min),
+        "saved": ours["saved_bytes"] / best(grouped, "saved_bytes", min),
+    }
+    if random:
+        speed = best(random, "tokens_per_second", max)
+        ratios["speed, random"] = ours["tokens_per_second"] / speed
+    return ratios
+
+
+def summary(found: dict[str, Any], losses: dict[str, list[float]] | None) -> dict[str, Any]:
+    """All that is written, as JSON."""
+    cases = {
+        name: {arm: summarise(turns) for arm, turns in arms.items()} for name, arms in found.items()
+    }
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "cases": {name: {"arms": arms, "figures": figures(arms)} for name, arms in cases.items()},
+        "losses": losses,
+    }
+
+
+def write(report: dict[str, Any]) -> None:
+    """Table, plot and JSON, in benchmarks/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "peers.json").write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / "peers.md").write_text(table(report))
+    plot(report, RESULTS / "peers.png")
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [
+        "# Beside the trainers that people use now",
+        "",
+        f"`python -m benchmarks.peers` on {report['machine']}. A Llama of 110M random weights in "
+        "fp32 (ours: int8, its default), rows of log-normal length (median 60 tokens, longest 512) "
+        "with 6 labels each, the same rows, prompt and optimizer for all, one thread per rank. "
+        "Useful tokens are tokens of text, neither padding nor virtual. Arms take turns; medians "
+        "of the turns.",
+        "",
+        "| figure | case | measured | reach |",
+        "|---|---|---|---|",
+    ]
+    for name, case in report["cases"].items():
+        for key, value in case["figures"].items():
+            reach = REACH.get(name, {}).get(key)
+            sign = ">=" if key.startswith("speed") else "<="
+            goal = "" if reach is None else f"{sign} {reach}"
+            lines.append(f"| {TITLES[key]} | {name} | {value:.2f} | {goal} |")
+    for name, case in report["cases"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| | useful tokens/s | MFLOPs per useful token | peak saved MB | "
+            + " | ".join(KINDS)
+            + " |",
+            "|---" * (4 + len(KINDS)) + "|",
+        ]
+        for arm, one in case["arms"].items():
+            shares = " | ".join(f"{100 * one['shares'][kind]:.0f}%" for kind in KINDS)
+            lines.append(
+                f"| {arm} | {one['tokens_per_second']:.0f} | {one['flops_per_token'] / 1e6:.0f} | "
+                f"{one['saved_bytes'] / 1e6:.0f} | {shares} |"
+            )
+    if report["losses"]:
+        ours, theirs = report["losses"].values()
+        apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        lines += [
+            "",
+            f"Losses of the same {len(ours)} steps from the same prompt, in fp32 without int8, "
+            f"ours and PEFT's: at most {apart:.1e} apart.",
+        ]
+    lines += [
+        "",
+        "![useful tokens per second](peers.png)",
+        "",
+        "FLOPs: two per multiply and add of all matrix products, integer ones included. Saved "
+        "bytes: what autograd holds for backward, weights left out; the largest step of the worst "
+        "rank. Shares: of the CPU time of rank 0's operators in profiled steps.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = report["cases"]
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(3.4 * len(cases), 3.6), sharey=False)
+    for axis, (name, case) in zip(axes, cases.items(), strict=True):
+        arms = list(case["arms"])
+        speeds = [case["arms"][arm]["tokens_per_second"] for arm in arms]
+        colours = ["#1f77b4" if arm == "ours" else "#b0b0b0" for arm in arms]
+        axis.barh(range(len(arms)), speeds, color=colours)
+        for i, arm in enumerate(arms):
+            every = case["arms"][arm]["every_turn"]
+            axis.plot(every, [i] * len(every), ".", color="black", markersize=3)
+        axis.set_yticks(range(len(arms)), arms, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("useful tokens/s", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
