@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 from trainer.base import matmul, products
 from trainer.base.linear import FrozenLinear
@@ -286,3 +287,13 @@ class TestMeasure:
         monkeypatch.setattr(torch, "_int_mm", missing)
         found = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
         assert found == Measured("dequantize", "int8 cannot run: CUBLAS_STATUS_NOT_SUPPORTED")
+
+
+def test_without_a_compiler_nothing_is_left_to_fail_at_the_first_step(monkeypatch):
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", none)
+    assert resolve_matmul("auto", "int8", torch.device("cpu"), 4096) == "dequantize"
+    with pytest.raises(BadInput, match=r"without a C\+\+ compiler \(install g\+\+\); use auto or"):
+        resolve_matmul("int8", "int8", torch.device("cpu"), 4096)

@@ -70,9 +70,10 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
 
 
 def _why_no_int8(device: torch.device) -> str | None:
-    """The device, if it does not multiply int8 matrices."""
+    """The device, if it does not multiply int8 matrices, or what it lacks."""
     if device.type == "cpu":
-        return None
+        # What surrounds the products is compiled at the first step, minutes after the load began.
+        return None if _has_compiler() else "a CPU without a C++ compiler (install g++)"
     if device.type != "cuda":
         return device.type
     capability = torch.cuda.get_device_capability(device)
@@ -80,6 +81,17 @@ def _why_no_int8(device: torch.device) -> str | None:
         return None
     name = torch.cuda.get_device_name(device)
     return f"{name}, of compute capability {capability[0]}.{capability[1]}"
+
+
+def _has_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
 
 
 def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[str]:
