@@ -230,8 +230,12 @@ def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
     policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
     done = promptshard("train", str(run_file), f"output_dir={output}", policy, "--processes", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(step_losses(output)) == 3 * STEPS  # three prompts
-    assert step_losses(output) == step_losses(one_rank)
+    found, expected = step_losses(output), step_losses(one_rank)
+    assert len(found) == 3 * STEPS  # three prompts
+    assert [line[:2] for line in found] == [line[:2] for line in expected]
+    # Free memory decides how long streams are, and so in which order rows are summed.
+    near = pytest.approx([loss for *_, loss in expected], rel=1e-5)
+    assert [loss for *_, loss in found] == near
     # One rank alone has its shard at hand, and nothing to fetch; an offloaded one has.
     assert summary(one_rank)["memory"]["kept_bytes_per_rank"] == 0
     assert summary(output)["memory"]["kept_bytes_per_rank"] > 0
