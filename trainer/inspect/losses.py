@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.base.files import BaseFiles
@@ -23,7 +22,7 @@ from trainer.console import Console
 from trainer.engine import Engine
 from trainer.errors import BadInput
 from trainer.evaluation import Evaluator, Request
-from trainer.export import WEIGHTS
+from trainer.export import WEIGHTS, load_peft
 from trainer.sharded import load
 from trainer.tasks.feed import EvalSet, TaskData
 
@@ -74,12 +73,12 @@ def settings() -> list[Setting]:
 
 
 def trained_prompts(folder: Path, config: RunConfig) -> dict[str, Tensor]:
-    """Virtual tokens [P, H] of every prompt that a run has saved, by name."""
+    """Virtual tokens, or keys and values, of every prompt that a run has saved, by name."""
     found = {}
     for prompt in config.prompts:
-        path = folder / "prompts" / prompt.name / WEIGHTS
-        if path.is_file():
-            found[prompt.name] = load_file(path)["prompt_embeddings"]
+        adapter = folder / "prompts" / prompt.name
+        if (adapter / WEIGHTS).is_file():
+            found[prompt.name] = load_peft(adapter)
     return found
 
 
@@ -189,7 +188,7 @@ def _score(
     # A failure of memory would end the ranks and lose what is measured already.
     loaded = load(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
-    wrong = [p.shape[1] for p in virtual_tokens if p.shape[1] != hidden_size]
+    wrong = [p.shape[1] for p in virtual_tokens if p.dim() == 2 and p.shape[1] != hidden_size]
     if wrong:
         raise BadInput(
             f"base.model: {base.model!r} has hidden size {hidden_size}, but the run's prompts were "
