@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.peers.counters import SavedBytes, flop_counter, step_shares
+from benchmarks.peers.counters import FlopCounter, SavedBytes, step_shares
 from benchmarks.peers.rows import Row, initial_prompt, make_rows
 from benchmarks.peers.turns import Turns
 
@@ -113,10 +113,10 @@ class Meter:
     def _counter(self, kind: str | None, result: dict[str, Any]) -> Iterator[None]:
         if kind == "flops":
             torch.compiler.set_stance("force_eager")  # what is fused is not counted
-            with flop_counter() as flops:
+            with FlopCounter() as flops:
                 yield
             torch.compiler.set_stance("default")
-            result["flops"] = flops.get_total_flops()
+            result["flops"] = flops.total
         elif kind == "saved":
             with SavedBytes(self._parameters).counting() as saved:
                 yield

@@ -23,7 +23,7 @@ class Turns:
 
     def done(self, turn: int, result: dict[str, Any]) -> None:
         path = self._folder / f"done.{turn}.{self._rank}"
-        part = path.with_suffix(".part")
+        part = path.with_name(f"{path.name}.part")
         part.write_text(json.dumps(result))
         part.rename(path)
 
