@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.tasks.mixing import mixed
 from trainer.tasks.rows import Source
 
 Integers = NDArray[np.int64]
@@ -85,20 +86,14 @@ def permuted(places: Integers, size: int, key: str) -> Integers:
         partner = number - found
         partner += size * (partner < 0)
         greater = np.maximum(found, partner).view(np.uint64)
-        swap = (_mixed(greater ^ salt) & np.uint64(1)).astype(bool)
+        swap = (mixed(greater ^ salt) & np.uint64(1)).astype(bool)
         found = np.where(swap, partner, found)
     return found
 
 
 def _hashes(start: int, count: int) -> NDArray[np.uint64]:
     """The first numbers of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    return _mixed(np.uint64(start) + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return mixed(np.uint64(start) + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def _shares(total: int, weights: Sequence[float]) -> list[int]:

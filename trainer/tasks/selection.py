@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.tasks.mixing import mixed
 from trainer.tasks.spill import Spill
 
 Hashes = NDArray[np.uint64]
@@ -100,11 +101,8 @@ def _numbered(pieces: Iterator[Hashes]) -> Iterator[tuple[int, Hashes]]:
 
 
 def _mixed(hashes: Hashes, salt: int) -> Hashes:
-    """Hashes made independent of other uses of them (the finaliser of splitmix64)."""
-    x = hashes ^ np.uint64(salt)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Hashes made independent of other uses of them."""
+    return mixed(hashes ^ np.uint64(salt))
 
 
 def _threshold(keys: Pieces, count: int) -> tuple[np.uint64, int]:
