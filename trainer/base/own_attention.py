@@ -70,30 +70,30 @@ class PackedFalconAttention(FalconAttention):
         return self.dense(output_1TAD.flatten(2)), None
 
 
-class PackedGPTJAttention(GPTJAttention):
+class _PackedScores(nn.Module):
+    """In front of an attention whose method ``_attn`` does what is between projections."""
+
+    head_dim: int
+    layer_idx: int
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layout):
+            theirs: Any = super()
+            found: tuple[Tensor, Any] = theirs._attn(query, key, value, attention_mask)
+            return found
+        scores = Scores(1 / math.sqrt(self.head_dim))
+        output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_idx)
+        return output_1TAD.transpose(1, 2), None
+
+
+class PackedGPTJAttention(_PackedScores, GPTJAttention):
     """GPT-J: all but the scores is its own."""
 
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
-    ) -> tuple[Tensor, Any]:
-        if not isinstance(attention_mask, Layout):
-            return super()._attn(query, key, value, attention_mask)
-        scores = Scores(1 / math.sqrt(self.head_dim))
-        output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_idx)
-        return output_1TAD.transpose(1, 2), None
 
-
-class PackedCodeGenAttention(CodeGenAttention):
+class PackedCodeGenAttention(_PackedScores, CodeGenAttention):
     """CodeGen: likewise."""
-
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
-    ) -> tuple[Tensor, Any]:
-        if not isinstance(attention_mask, Layout):
-            return super()._attn(query, key, value, attention_mask)
-        scores = Scores(1 / math.sqrt(self.head_dim))
-        output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_idx)
-        return output_1TAD.transpose(1, 2), None
 
 
 class PackedGPTNeoAttention(GPTNeoAttention):
