@@ -11,8 +11,8 @@ from typing import Any
 
 from trainer.config import Task
 from trainer.errors import BadInput
-from trainer.tasks.found import Found
-from trainer.tasks.table import Block, Example
+from trainer.tasks.found import BEHIND_PROMPT, Found, too_long
+from trainer.tasks.table import Block, Example, runs
 
 Messages = Sequence[Mapping[str, Any]]
 Spans = list[tuple[int, int]]
@@ -105,7 +105,7 @@ class DialogueFitter:
     def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
         check_template(tokenizer, task)
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
-        self.limit = "(context minus virtual tokens)"
+        self.limit = BEHIND_PROMPT
 
     def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
@@ -133,10 +133,7 @@ class DialogueFitter:
             found.skipped += 1
             return None
         if self.task.too_long == "refuse":
-            raise ValueError(
-                f"has {len(ids)} tokens, {self.max_length} fit {self.limit}; shorten it, or set "
-                f"{setting} to skip or truncate"
-            )
+            raise ValueError(too_long(len(ids), self))
         system = next(i for i, turn in enumerate(messages) if turn["role"] != "system")
         for start in range(system + 1, len(messages)):
             if messages[start]["role"] == "user":
@@ -159,9 +156,7 @@ def _marked(tokenizer: Any, messages: Messages) -> tuple[list[int], Spans]:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    ids, mask = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
-    edges = [i for i in range(len(ids) + 1) if mask[i] != mask[i + 1]]
-    return ids, list(zip(edges[::2], edges[1::2], strict=True))
+    return list(encoded["input_ids"]), list(runs(encoded["assistant_masks"]))
 
 
 def _written(tokenizer: Any, messages: Messages, *, ask: bool = False) -> str:

@@ -15,7 +15,7 @@ from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
 from trainer.tasks.parts import Said
-from trainer.tasks.rows import Leaked, Rows, Source, leaks, load_splits, remarks
+from trainer.tasks.rows import SPLITS, Leaked, Rows, Source, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
 from trainer.tasks.table import in_memory
 from trainer.tasks.tokens import (
@@ -52,9 +52,6 @@ class Candidates(Sequence[list[Example]]):
 
     def __iter__(self) -> Iterator[list[Example]]:
         return (self[i] for i in range(len(self)))
-
-
-SPLITS = ("train", "validation", "shifted_validation")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from trainer.config import Task
 from trainer.tasks.checks import MOST_PROBLEMS
+from trainer.tasks.table import Block
+
+#: ``Fitter.limit`` where virtual tokens stand in front.
+BEHIND_PROMPT = "(context minus virtual tokens)"
 
 
 @dataclass
@@ -28,3 +35,28 @@ class Found:
         self.truncated += other.truncated
         self.count += other.count
         self.problems = (self.problems + other.problems)[:MOST_PROBLEMS]
+
+
+class Fitter(Protocol):
+    """Makes examples of rows. It goes to the workers, so it knows a batch of rows, not their file.
+
+    Attributes:
+        max_length: most tokens of a row.
+        limit: what sets that limit, for messages.
+    """
+
+    task: Task
+    max_length: int
+    limit: str
+
+    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+        """Examples of consecutive rows, the first of which has the number ``first``."""
+        ...
+
+
+def too_long(num_tokens: int, fitter: Fitter) -> str:
+    """What is wrong with a row that the fitter does not take, and may not leave out or cut."""
+    return (
+        f"has {num_tokens} tokens, {fitter.max_length} fit {fitter.limit}; shorten it, or set "
+        f"tasks.{fitter.task.name}.too_long to skip or truncate"
+    )

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config import Task
-from trainer.tasks.found import Found
+from trainer.tasks.found import BEHIND_PROMPT, Found, too_long
 from trainer.tasks.nested import NO_LABEL
-from trainer.tasks.table import Block, Example
+from trainer.tasks.table import Block, Example, runs
 
 
 class GivenFitter:
@@ -24,7 +24,7 @@ class GivenFitter:
 
     def __init__(self, task: Task, max_length: int) -> None:
         self.task, self.max_length = task, max_length
-        self.limit = "(context minus virtual tokens)"
+        self.limit = BEHIND_PROMPT
 
     def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
@@ -43,11 +43,7 @@ class GivenFitter:
                 found.skipped += 1
                 return None
             if self.task.too_long == "refuse":
-                found.problem(
-                    row,
-                    f"has {len(ids)} tokens, {self.max_length} fit {self.limit}; shorten it, or "
-                    f"set {setting} to skip or truncate",
-                )
+                found.problem(row, too_long(len(ids), self))
                 return None
             ids = ids[-self.max_length :]
             labels = [NO_LABEL, *labels[-self.max_length :][1:]]
@@ -58,11 +54,4 @@ class GivenFitter:
                 )
                 return None
             found.truncated += 1
-        return Example(tuple(ids), spans_of(labels), row)
-
-
-def spans_of(labels: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of the runs of labels that are not -100."""
-    inside = [False, *(label != NO_LABEL for label in labels), False]
-    edges = [i for i in range(len(labels) + 1) if inside[i] != inside[i + 1]]
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
+        return Example(tuple(ids), runs([label != NO_LABEL for label in labels]), row)

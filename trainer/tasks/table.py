@@ -223,3 +223,10 @@ class _Growing:
 
 def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def runs(inside: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of the runs of places that are true."""
+    bounded = [False, *map(bool, inside), False]
+    edges = [i for i in range(len(inside) + 1) if bounded[i] != bounded[i + 1]]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from trainer.config import Task, template_fields
 from trainer.errors import BadInput
 from trainer.tasks.cache import cached, tokenizer_digest
 from trainer.tasks.chat import DialogueFitter, encode_opening
 from trainer.tasks.checks import render
-from trainer.tasks.found import Found
+from trainer.tasks.found import BEHIND_PROMPT, Fitter, Found, too_long
 from trainer.tasks.given import GivenFitter
 from trainer.tasks.rows import Rows, gold_target
 from trainer.tasks.table import Block, Example, TokenTable, in_memory
@@ -172,23 +172,6 @@ class _Specials:
         return [ids[:-cut] if ids[-cut:] == self.back else ids for ids in encoded]
 
 
-class Fitter(Protocol):
-    """Makes examples of rows. It goes to the workers, so it knows a batch of rows, not their file.
-
-    Attributes:
-        max_length: most tokens of a row.
-        limit: what sets that limit, for messages.
-    """
-
-    task: Task
-    max_length: int
-    limit: str
-
-    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
-        """Examples of consecutive rows, the first of which has the number ``first``."""
-        ...
-
-
 class _TextFitter:
     """Puts inputs and targets together, within ``max_length``, by the policy of the task.
 
@@ -204,18 +187,13 @@ class _TextFitter:
         prefix: str,
         choices: list[list[int]] | None = None,
     ) -> None:
-        self.task, self.tokenizer, self.max_length, self.prefix = (
-            task,
-            tokenizer,
-            max_length,
-            prefix,
-        )
-        self.choices = choices
+        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.prefix, self.choices = prefix, choices
         self.specials = _Specials(tokenizer)
         # What stands in front of the row's own text and is never cut: BOS and the hard prompt.
         self.kept = self.specials.encode([prefix])[0] if prefix else self.specials.front
         self.eos = self._eos(tokenizer)
-        self.limit = "(context minus virtual tokens)"
+        self.limit = BEHIND_PROMPT
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r} in front"
         if max_length < 2:
@@ -260,12 +238,7 @@ class _TextFitter:
         elif self.task.too_long == "skip":
             found.skipped += 1
         elif self.task.too_long == "refuse":
-            length = len(input_ids) + self.max_length - room
-            found.problem(
-                row,
-                f"has {length} tokens, {self.max_length} fit {self.limit}; "
-                f"shorten it, or set tasks.{self.task.name}.too_long to skip or truncate",
-            )
+            found.problem(row, too_long(len(input_ids) + self.max_length - room, self))
         elif room <= len(self.kept):
             found.problem(
                 row,
