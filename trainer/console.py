@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -30,6 +31,8 @@ QUIET_SECONDS = 1.0
 MANY_ROWS = 10_000
 #: Columns of a table where there is no terminal to ask.
 PLAIN_WIDTH = 110
+
+_BYTES = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
 
 
 class Console:
@@ -70,13 +73,7 @@ class Console:
     @contextmanager
     def loading(self, what: str, total_bytes: int) -> Iterator[Loading]:
         """A bar with bytes while the base is read."""
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            console=self._out,
-            disable=not self._out.is_terminal,
-        )
+        bar = self._bar(*_BYTES)
         if not self._out.is_terminal:
             self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
         with bar:
@@ -85,13 +82,7 @@ class Console:
     @contextmanager
     def downloading(self, what: str) -> Iterator[Downloading]:
         """A bar with bytes while files come over a network; nothing if none do."""
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            console=self._out,
-            disable=not self._out.is_terminal,
-        )
+        bar = self._bar(*_BYTES)
         shown = Downloading(self, bar, f"downloading {what}")
         try:
             yield shown
@@ -133,13 +124,11 @@ class Console:
         Yields:
             What to call with the number of rows that were just done.
         """
-        bar = Progress(
+        bar = self._bar(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
             TimeRemainingColumn(),
-            console=self._out,
-            disable=not self._out.is_terminal,
         )
         task = bar.add_task(what, total=total)
         started, shown = time.monotonic(), False
@@ -161,16 +150,18 @@ class Console:
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[StepLine]:
         """The progress line of a run: step, loss, useful tokens per second, time left."""
-        bar = Progress(
+        bar = self._bar(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
-            console=self._out,
-            disable=not self._out.is_terminal,
         )
         with bar:
             yield StepLine(self, bar, bar.add_task("", total=steps, completed=done, status=""))
+
+    def _bar(self, *columns: ProgressColumn) -> Progress:
+        """A bar on a terminal; elsewhere one that shows nothing."""
+        return Progress(*columns, console=self._out, disable=not self._out.is_terminal)
 
 
 class Loading:
