@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 #: Where streams of this many tokens do not fit, layers are recomputed.
 WORTHWHILE_TOKENS = 2048
-#: On CPU, where caches are small, longer streams are slower: 16,000 tokens through a layer of width
-#: 768 in fp32 took 9.0, 8.7, 10.7 and 12.3 s of CPU in streams of 2,000, 4,000, 8,000 and all.
+#: On CPU, where caches are small, streams are not made longer.
 CPU_TOKENS = 4096
 #: Whatever memory says, streams are not made shorter; a longer row goes alone.
 LEAST_TOKENS = 256

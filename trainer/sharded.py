@@ -132,7 +132,7 @@ def _streams(
     """How long streams may be; alike on all ranks, as what it follows from is."""
     on_cpu = engine.device.type == "cpu"
     virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
-    # A step reads a little more than it asks for: whole rows, unevenly shared out.
+    # Rows are whole, so that a step is not shared out quite evenly.
     rows = 1.05 * config.training.tokens_per_step * len(virtual) / engine.world_size
     wanted = int(rows) + sum(virtual) + max(lengths, default=0)
     memory = StreamMemory(
