@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from trainer.base.flex import FlexLayout, make_flex_layout
 from trainer.errors import BadInput
-from trainer.tasks.streams import Segment
+from trainer.tasks.streams import Segment, changed
 
 PACKED = "promptshard_packed"
 # A bucket takes segments down to this share of its longest: less padding against fewer calls.
@@ -99,15 +99,6 @@ class Bucket:
             self._masks[key] = mask
         return self._masks[key]
 
-    def to(self, device: torch.device) -> Bucket:
-        return Bucket(
-            self.query_SQ.to(device),
-            self.key_SK.to(device),
-            self.query_position_SQ.to(device),
-            self.key_position_SK.to(device),
-            self.mask.to(device),
-        )
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -145,7 +136,7 @@ def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
             places = torch.arange(segment.length) + offset + row * longest
             restore_T[segment.start : segment.start + segment.length] = places
         offset += bucket.query_SQ.numel()
-    return Layout(tuple(bucket.to(device) for bucket in buckets), restore_T.to(device))
+    return changed(Layout(buckets, restore_T), lambda tensor: tensor.to(device))
 
 
 def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:

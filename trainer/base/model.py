@@ -117,7 +117,7 @@ class PromptedBase(nn.Module):
 
     def _padded(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
         """The same for a family that cannot read packed rows."""
-        rows = pad_rows(stream.segments[len(stream.prompts) :]).to(hidden_TH.device)
+        rows = pad_rows(stream.segments[len(stream.prompts) :], hidden_TH.device)
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[rows.token_BL],
             attention_mask=rows.mask_BL,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.tasks.streams import Segment
+from trainer.tasks.streams import Segment, changed
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,8 @@ class PaddedRows:
     position_BL: Tensor
     place_T: Tensor
 
-    def to(self, device: torch.device) -> PaddedRows:
-        return PaddedRows(*(tensor.to(device) for tensor in vars(self).values()))
 
-
-def pad_rows(rows: Sequence[Segment]) -> PaddedRows:
+def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
     """Lay out the segments of a stream that are rows, not prompts; at least one."""
     start, length, prefix_start, prefix_length = (
         torch.tensor([getattr(row, field) for row in rows])[:, None]
@@ -51,4 +48,5 @@ def pad_rows(rows: Sequence[Segment]) -> PaddedRows:
     place_T = torch.zeros(int((start + length).max()), dtype=torch.long)
     of_row_BL = is_token_BL & (own >= 0)
     place_T[token_BL[of_row_BL]] = of_row_BL.flatten().nonzero().flatten()
-    return PaddedRows(token_BL, is_token_BL.long(), column.expand_as(token_BL), place_T)
+    padded = PaddedRows(token_BL, is_token_BL.long(), column.expand_as(token_BL), place_T)
+    return changed(padded, lambda tensor: tensor.to(device))
