@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer import config as run_file
+from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, BadInput
 from trainer.process import die_with_parent, leave
@@ -24,20 +25,34 @@ from trainer.terminal import claim
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
-    die_with_parent()
-    try:
-        config = run_file.load(args.run, args.overrides)
-        logs = writable(Path(config.output_dir)) / "logs"
-    except BadInput as error:
-        return refused(rank, error)
 
-    def train(console: Console) -> None:
+    def train(config: RunConfig, console: Console) -> None:
         from trainer.run import train as train_run
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))
 
-    return guarded(rank, logs, train, resumable=True)
+    return run_rank(lambda: run_file.load(args.run, args.overrides), train, resumable=True)
+
+
+def run_rank(
+    read: Callable[[], RunConfig],
+    program: Callable[[RunConfig, Console], None],
+    *,
+    resumable: bool = False,
+) -> int:
+    """Read the run file, then run this rank's program on it; gives the exit code.
+
+    Args:
+        resumable: as in ``guarded``.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    die_with_parent()
+    try:
+        config = read()
+        logs = writable(Path(config.output_dir)) / "logs"
+    except BadInput as error:
+        return refused(rank, error)
+    return guarded(rank, logs, lambda console: program(config, console), resumable=resumable)
 
 
 def refused(rank: int, error: BadInput) -> int:

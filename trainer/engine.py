@@ -400,6 +400,18 @@ class Engine:
             pass
         return self.together(outcome.result)
 
+    def load_once_per_node(self, load: Callable[[], T]) -> T:
+        """What every rank loads, first by one rank of each node: the others map what it made.
+
+        Raises:
+            BadInput: on all ranks together.
+        """
+        found = self.on_each_node(load)
+        rest = self.together(lambda: load() if found is None else None)
+        result = rest if found is None else found
+        assert result is not None
+        return result
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()

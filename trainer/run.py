@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +39,6 @@ from trainer.sharded import load, open_files
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
 
-T = TypeVar("T")
-
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
@@ -61,8 +59,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
-    tasks = load_once_per_node(
-        engine,
+    tasks = engine.load_once_per_node(
         lambda: load_tasks(
             config,
             files.tokenizer,
@@ -139,19 +136,6 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         ended |= finish(output, loop, loaded, files, measure(engine, loop, loaded), console)
         show_results(ended, config, console)
     engine.close()
-
-
-def load_once_per_node(engine: Engine, load: Callable[[], T]) -> T:
-    """What every rank loads, first by one rank of each node: the others map what it made.
-
-    Raises:
-        BadInput: on all ranks together.
-    """
-    found = engine.on_each_node(load)
-    rest = engine.together(lambda: load() if found is None else None)
-    result = rest if found is None else found
-    assert result is not None
-    return result
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:

@@ -7,18 +7,17 @@ together over the sharded base. Of a base alone, in one process.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import config as run_file
-from trainer.__main__ import guarded, refused, writable
+from trainer.__main__ import run_rank
 from trainer.config import Base, RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
-from trainer.process import die_with_parent, leave
+from trainer.process import leave
 
 if TYPE_CHECKING:
     from trainer.base.files import BaseFiles
@@ -29,22 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.model:
         return _base_alone(args)
-    rank = int(os.environ.get("RANK", "0"))
-    die_with_parent()
     saved = Path(args.target) if Path(args.target).is_dir() else None
-    try:
-        if saved:
-            config = run_file.load_output(saved, args.overrides)
-        else:
-            config = run_file.load(args.target, args.overrides)
-        logs = writable(Path(config.output_dir)) / "logs"
-    except BadInput as error:
-        return refused(rank, error)
 
-    def program(console: Console) -> None:
+    def read() -> RunConfig:
+        if saved:
+            return run_file.load_output(saved, args.overrides)
+        return run_file.load(args.target, args.overrides)
+
+    def program(config: RunConfig, console: Console) -> None:
         _inspect_run(config, saved, args.rows, args.json, console)
 
-    return guarded(rank, logs, program)
+    return run_rank(read, program)
 
 
 def _base_alone(args: argparse.Namespace) -> int:
@@ -83,12 +77,14 @@ def _inspect_run(
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_files(engine, config.base, console)
-    tasks = engine.together(
+    tasks = engine.load_once_per_node(
         lambda: load_tasks(
             config,
             files.tokenizer,
             files.context_length,
             files.config.vocab_size,
+            console.working,
+            console.reading,
             splits=("validation",),
         )
     )
