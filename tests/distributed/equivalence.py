@@ -25,6 +25,7 @@ from trainer.engine import Engine, base_bytes, base_digest, full_parameter
 from trainer.objective import step_gradients
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import Example
+from trainer.process import leave
 
 LENGTHS = [5, 8]  # virtual tokens of the first two prompts
 PAST = (4, 3, 2, 2, 16)  # keys and values of the third: P, layers, 2, heads of keys, head size
@@ -187,3 +188,4 @@ def full_bytes(model: Any, quantization: str) -> int:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as the trainer does: threads of libraries abort in a usual end

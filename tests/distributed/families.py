@@ -17,6 +17,7 @@ from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
 from trainer.engine import Engine, base_digest
 from trainer.objective import step_gradients
+from trainer.process import leave
 
 
 def main() -> None:
@@ -79,3 +80,4 @@ def compare(
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as the trainer does: threads of libraries abort in a usual end

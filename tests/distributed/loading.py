@@ -17,6 +17,7 @@ from tests.distributed.equivalence import weights_equal
 from tests.distributed.sharded_base import run_config, shard_base
 from trainer.engine import Engine, base_bytes
 from trainer.errors import BadInput
+from trainer.process import leave
 
 
 def main() -> None:
@@ -73,3 +74,4 @@ def resident_bytes(field: str) -> int:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as the trainer does: threads of libraries abort in a usual end

@@ -24,6 +24,7 @@ from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import generate
 from trainer.objective import step_gradients
 from trainer.tasks.streams import PromptLengths, build_stream, plan_streams
+from trainer.process import leave
 
 TABLE = "model.embed_tokens.weight"
 MAX_TOKENS = 40  # several streams a rank
@@ -148,3 +149,4 @@ def embeddings(base: PromptedBase) -> list[Any]:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as the trainer does: threads of libraries abort in a usual end

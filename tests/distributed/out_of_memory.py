@@ -19,6 +19,7 @@ from tests.distributed.sharded_base import run_config, shard_base
 from trainer.base.linear import FrozenLinear
 from trainer.engine import Engine, base_digest
 from trainer.objective import OutOfMemory, step_gradients
+from trainer.process import leave
 
 TOKENS = 10_000
 
@@ -87,3 +88,4 @@ def scarce(base: torch.nn.Module, limit: int, backward: bool) -> Iterator[None]:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as the trainer does: threads of libraries abort in a usual end

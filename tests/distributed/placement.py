@@ -17,6 +17,7 @@ from tests.distributed.sharded_base import run_config, shard_base
 from trainer.engine import Engine, base_bytes, base_digest
 from trainer.errors import BadInput
 from trainer.objective import step_gradients
+from trainer.process import leave
 
 OFFLOAD = "ds_configs/zero3_offload_cpu.json"
 #: name: engine's settings, bytes kept (None: what fits)
@@ -74,3 +75,4 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as the trainer does: threads of libraries abort in a usual end
