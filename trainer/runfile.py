@@ -1,7 +1,7 @@
 """A run file as text: YAML, ``key=value`` overrides, and where each value came from. No torch.
 
 ``read`` gives plain data with the origin of every setting; ``explain`` words what pydantic found
-wrong with it. What the settings mean stands in trainer/config.py.
+wrong with it. What the settings mean stands in trainer/config/.
 """
 
 from __future__ import annotations

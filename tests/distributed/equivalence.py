@@ -23,9 +23,9 @@ from trainer.base.linear import FrozenLinear
 from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest, full_parameter
 from trainer.objective import step_gradients
+from trainer.process import leave
 from trainer.tasks.streams import Piece
 from trainer.tasks.tokens import Example
-from trainer.process import leave
 
 LENGTHS = [5, 8]  # virtual tokens of the first two prompts
 PAST = (4, 3, 2, 2, 16)  # keys and values of the third: P, layers, 2, heads of keys, head size

@@ -23,8 +23,8 @@ from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import generate
 from trainer.objective import step_gradients
-from trainer.tasks.streams import PromptLengths, build_stream, plan_streams
 from trainer.process import leave
+from trainer.tasks.streams import PromptLengths, build_stream, plan_streams
 
 TABLE = "model.embed_tokens.weight"
 MAX_TOKENS = 40  # several streams a rank

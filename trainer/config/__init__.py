@@ -1,0 +1,40 @@
+"""The run file: strict, typed, every mistake reported at once. Imports no torch.
+
+One class per section, in the order of the file. Field names follow PEFT and transformers where they
+have one. ``load`` reads a file and its ``key=value`` overrides; ``BadInput`` carries every problem
+with the line, the setting, its value and the remedy.
+"""
+
+from trainer.config.base import Base, Engine
+from trainer.config.prompt import Init, Prompt
+from trainer.config.run import (
+    PROJECT_ROOT,
+    RunConfig,
+    dump,
+    load,
+    load_base,
+    load_output,
+    resolve_path,
+)
+from trainer.config.section import parse_bytes
+from trainer.config.task import LOWER_IS_BETTER, PLACEHOLDER, DataSource, Task, template_fields
+
+__all__ = [
+    "LOWER_IS_BETTER",
+    "PLACEHOLDER",
+    "PROJECT_ROOT",
+    "Base",
+    "DataSource",
+    "Engine",
+    "Init",
+    "Prompt",
+    "RunConfig",
+    "Task",
+    "dump",
+    "load",
+    "load_base",
+    "load_output",
+    "parse_bytes",
+    "resolve_path",
+    "template_fields",
+]

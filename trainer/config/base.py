@@ -1,0 +1,85 @@
+"""The base, and how it is sharded."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from trainer.config.section import PositiveFloat, PositiveInt, Section, checked, parse_bytes
+
+
+class Base(Section):
+    """The frozen pretrained model."""
+
+    model: str = Field(description="folder or hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    quantization: Literal["int8", "none"] = Field("int8", description="how weights are stored")
+    embeddings: Literal["keep", "int8"] = Field(
+        "keep", description="how word embeddings are stored; keep: in the checkpoint's type"
+    )
+    head: Literal["keep", "int8"] = Field(
+        "keep", description="the same for the head; where it is the embedding table, both are one"
+    )
+    matmul: Literal["auto", "int8", "int8_outliers", "dequantize"] = Field(
+        "auto",
+        description="int8: activations are quantised too; int8_outliers: all but the largest; "
+        "dequantize: exact to the stored weights; auto: int8 where that was measured to be faster",
+    )
+    outlier_threshold: PositiveFloat = Field(
+        6.0, description="matmul int8_outliers: activations beyond this are not quantised"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Base:
+        problems = []
+        if self.outlier_threshold != 6.0 and self.matmul != "int8_outliers":
+            problems.append(
+                f"outlier_threshold: matmul {self.matmul} knows no outliers; use matmul: "
+                "int8_outliers, or remove it"
+            )
+        return checked(self, problems)
+
+
+class Engine(Section):
+    """How the base is sharded and recomputed."""
+
+    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="recompute activations in backward; auto: where they would not fit otherwise",
+    )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="of the packed rows; flex: one FlexAttention kernel, on a GPU only; sdpa: rows "
+        "of similar length side by side; auto: sdpa, as flex has not been measured to be faster",
+    )
+    shard_group: Literal["auto", "world", "node"] | int = Field(
+        "world",
+        description="ranks that hold one copy of the base together: all, those of a node, a "
+        "number, or auto: as few as base_memory allows",
+    )
+    base_memory: str = Field(
+        "auto",
+        description="memory of a rank for the base, as 24GB: its shard, the layers at work, and "
+        "gathered layers that stay until the step ends; auto: half of what is free",
+    )
+    timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
+
+    @field_validator("shard_group", mode="before")
+    @classmethod
+    def _check_group(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value not in ("auto", "world", "node") and not number:
+            raise ValueError(f"{value!r} is not one of auto, world, node or a number of ranks")
+        return value
+
+    @field_validator("base_memory", mode="before")
+    @classmethod
+    def _check_memory(cls, value: Any) -> Any:
+        if value != "auto":
+            parse_bytes(value)
+        return value

@@ -1,0 +1,98 @@
+"""Prompts: what is trained, and from where."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.section import (
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+)
+
+
+class Init(Section):
+    """Where the virtual tokens start, or, in p_tuning, the input of the encoder that makes them.
+
+    In prefix_tuning: the keys and values that the base makes of the text or of the drawn words; a
+    text is repeated or cut to num_virtual_tokens. Exactly one of the fields is given.
+    """
+
+    text: str | None = Field(
+        None, min_length=1, description="word embeddings of this text, repeated"
+    )
+    vocab: bool = Field(False, description="embeddings of tokens drawn from the vocabulary")
+    random: bool = Field(
+        False,
+        description="normal noise with the root mean square of the embeddings, or keys and values",
+    )
+    zero: bool = Field(False, description="zeros, for prefix_tuning only")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``init: vocab`` stands for ``{vocab: true}``; likewise ``random`` and ``zero``."""
+        return {value: True} if value in ("vocab", "random", "zero") else value
+
+    @model_validator(mode="after")
+    def _one(self) -> Init:
+        if sum([self.text is not None, self.vocab, self.random, self.zero]) != 1:
+            raise ValueError("give exactly one of text, vocab, random, zero")
+        return self
+
+
+class Prompt(Section):
+    """One named, trainable thing: virtual tokens and the encoder that makes them."""
+
+    name: Name
+    task: str
+    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning"] = Field(
+        "prompt_tuning",
+        description="prompt_tuning and p_tuning put virtual tokens in front of the text; "
+        "prefix_tuning gives every layer keys and values instead",
+    )
+    encoder: Literal["embedding", "mlp"] | None = Field(
+        None, description="default: mlp for p_tuning, else embedding"
+    )
+    encoder_hidden_size: PositiveInt | None = Field(
+        None, description="default: the base's hidden size"
+    )
+    num_virtual_tokens: PositiveInt = 20
+    init: Init = Field(default_factory=lambda: Init(vocab=True))
+    learning_rate: PositiveFloat = 3.0e-3
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_ratio: Share = Field(0.03, description="share of the steps")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
+    seed: NonNegativeInt | None = Field(None, description="default: training.seed")
+
+    @model_validator(mode="after")
+    def _check(self) -> Prompt:
+        if self.method == "prompt_tuning" and self.encoder not in (None, "embedding"):
+            raise ValueError(
+                f"encoder: prompt_tuning has no {self.encoder} encoder; use method: p_tuning"
+            )
+        if self.method == "p_tuning" and self.encoder == "embedding":
+            raise ValueError(
+                "encoder: p_tuning trains an encoder; use mlp, or method: prompt_tuning"
+            )
+        if self.encoder_name == "embedding" and self.encoder_hidden_size is not None:
+            instead = "encoder: mlp" if self.method == "prefix_tuning" else "p_tuning"
+            raise ValueError(
+                f"encoder_hidden_size: {self.method} has no encoder; remove it, or use {instead}"
+            )
+        if self.init.zero and self.method != "prefix_tuning":
+            raise ValueError(
+                "init: zero leaves the base nothing to read; use text, vocab or random, or "
+                "method: prefix_tuning"
+            )
+        return self
+
+    @property
+    def encoder_name(self) -> str:
+        return self.encoder or ("mlp" if self.method == "p_tuning" else "embedding")
