@@ -11,6 +11,8 @@ import yaml
 
 from trainer import config
 from trainer.config import RunConfig, load, parse_bytes
+from trainer.config.run import NOT_YET, NOT_YET_KEYS
+from trainer.config.section import Section
 from trainer.errors import BadInput
 
 GOOD = """\
@@ -420,7 +422,7 @@ def test_every_prompt_of_an_unknown_task_is_reported(run_file):
 # What a later version brings
 
 
-@pytest.mark.parametrize(("setting", "value"), list(config.NOT_YET))
+@pytest.mark.parametrize(("setting", "value"), list(NOT_YET))
 def test_values_of_later_versions_are_named(run_file, setting, value):
     section = next(
         path
@@ -428,7 +430,7 @@ def test_values_of_later_versions_are_named(run_file, setting, value):
         if setting in model.model_fields
     )
     (problem,) = problems_of(run_file(), f"{section}.{setting}={value}")
-    assert f"{value!r} is not supported yet; {config.NOT_YET[setting, value]}" in problem
+    assert f"{value!r} is not supported yet; {NOT_YET[setting, value]}" in problem
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,7 @@ def test_values_of_later_versions_are_named(run_file, setting, value):
 )
 def test_settings_of_later_versions_are_named(run_file, override, key):
     (problem,) = problems_of(run_file(), override)
-    assert problem.endswith(f"not supported yet; {config.NOT_YET_KEYS[key]}")
+    assert problem.endswith(f"not supported yet; {NOT_YET_KEYS[key]}")
 
 
 def test_the_short_form_of_an_init_of_a_later_version_is_named(run_file):
@@ -511,7 +513,7 @@ def test_resolve_path_prefers_the_working_folder(tmp_path, monkeypatch):
 def test_every_setting_but_plain_names_says_what_it_is():
     bare = [
         f"{model.__name__}.{name}"
-        for model in config.Section.__subclasses__()
+        for model in Section.__subclasses__()
         for name, info in model.model_fields.items()
         if model is not RunConfig and model.__name__[0] != "_" and info.description is None
     ]
