@@ -6,9 +6,8 @@ Makes a Llama of 110M random weights in bf16, loads it both ways, trains a soft 
 of several micro-batches, and writes a table and JSON to benchmarks/results/. Bytes are counted, not
 estimated, and do not depend on the machine; needs the ``test`` extra (peft) and accelerate.
 
-The head of that model is its embedding table, which the head needs in full. Where the head is a
-matrix of its own, only the rows of the stream's words are fetched from the table: measured on a
-second model, with the same layers and an untied head (134M weights).
+The head of that model is its embedding table. A second model has a head of its own and the same
+layers (134M weights).
 """
 
 from __future__ import annotations
@@ -92,7 +91,6 @@ def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
             "the same, head untied from embeddings", untied["gathered"] / gathered_untied, 0.32
         ),
         _figure("the same, embeddings int8", lean["gathered"] / gathered, 0.32),
-        _figure("the same, untied head in bf16", untied["gathered"] / gathered_untied, 0.32),
         _figure("gathered per step / peer's", ours["gathered"] / peer["gathered"], None),
         _figure(
             "peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1
@@ -124,7 +122,7 @@ def table(report: dict[str, Any]) -> str:
         "int8": "int8 at rest",
         "base": "base at rest",
         "gathered": "gathered per step",
-        "rows": "of it looked-up rows",
+        "exchanged": "of it words and head",
         "peak": "peak RSS while loading",
         "read": "read",
     }
@@ -139,9 +137,9 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         "Gathered: whole size of every gathered buffer, a rank's own part included, as in the "
-        "1.77. With it goes what word embeddings looked up by the row take: counts, ids and rows. "
-        "Only a table that is not the head's too is looked up; a tied one is gathered for the "
-        f"head, once per step. The model with an untied head has the same layers and "
+        "1.77. With it goes what ranks exchange about word embeddings, which are looked up by the "
+        "row, and about the head, of which each holds a block: hidden states of label positions "
+        "travel, not the table, as long as labels are few. The model with an untied head has the same layers and "
         f"{report['arms']['ours, untied head']['parameters'] / 1e6:.0f}M weights. At rest: after "
         "the step. RSS: above what imports and process groups take. The peer reads the whole file "
         "on every rank, through a memory map, which is not counted.",
@@ -173,7 +171,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
         }
     )
     engine = Engine(600)
-    gathered, swapped = _count_gathers(), _count_swaps()
+    gathered, exchanged = _count_gathers(), _count_exchanged()
     files = open_base(config.base)
     with open(os.devnull, "w") as nothing:
         before = _start_peak()
@@ -187,20 +185,21 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     ]
     prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02
     for _ in range(2):  # the second is a step like all that follow
-        start, rows_start = gathered[0], swapped[0]
+        start, before_step = gathered[0], exchanged[0]
         step_gradients(engine, loaded.model, pieces, [prompt], VIRTUAL + ROWS * LENGTH)
-    embedding = loaded.model.model.get_input_embeddings()
-    table = 0 if embedding.tied else embedding.num_embeddings * embedding.embedding_dim
-    sizes = [p.ds_numel * p.ds_tensor.element_size() for p in loaded.model.parameters()]
-    sizes.append(table * embedding.rows.element_size() if table else 0)
-    row_bytes = swapped[0] - rows_start
+    words = loaded.model.model.get_input_embeddings()
+    head = loaded.model.model.get_output_embeddings()
+    tables = [head.table_bytes] * (1 if words.tied else 2)
+    sizes = [p.ds_numel * p.ds_tensor.element_size() for p in loaded.model.parameters()] + tables
+    exchanged_bytes = exchanged[0] - before_step
     stored = base_bytes(loaded.model)
     result = {
-        "parameters": table + sum(p.ds_numel for p in loaded.model.parameters()),
+        "parameters": sum(p.ds_numel for p in loaded.model.parameters())
+        + len(tables) * words.num_embeddings * words.embedding_dim,
         "int8": _live_int8(),
         "base": stored,
-        "gathered": gathered[0] - start + row_bytes,
-        "rows": row_bytes,
+        "gathered": gathered[0] - start + exchanged_bytes,
+        "exchanged": exchanged_bytes,
         "peak": peak,
         "allowed": stored + 2 * max(sizes),
         "read": loaded.stats.bytes_read,
@@ -255,7 +254,7 @@ def peer(folder: str) -> dict[str, Any]:
             "int8": _live_int8(),
             "base": _live_base(prompted),
             "gathered": gathered[0] // 2,  # of two steps
-            "rows": None,
+            "exchanged": None,
             "peak": peak,
             "read": None,
         }
@@ -276,17 +275,30 @@ def _count_gathers() -> list[int]:
     return total
 
 
-def _count_swaps() -> list[int]:
-    """Bytes that word embeddings are looked up with from now on, in a list of one."""
-    import torch.distributed as dist
+def _count_exchanged() -> list[int]:
+    """Bytes that ranks exchange about word embeddings and head from now on, in a list of one.
 
-    swap, total = dist.all_to_all_single, [0]
+    A rank's own part included, as in gathered buffers; a sum goes round twice.
+    """
+    from trainer.engine import GroupRows
 
-    def counted(taken: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        total[0] += taken.nbytes
-        return swap(taken, *arguments, **options)
+    total = [0]
 
-    dist.all_to_all_single = counted
+    def count(name: str, weigh: Any) -> None:
+        collective = getattr(GroupRows, name)
+
+        def counted(self: Any, sent: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            found: torch.Tensor = collective(self, sent, *arguments)
+            total[0] += weigh(sent, found)
+            return found
+
+        setattr(GroupRows, name, counted)
+
+    count("swap", lambda sent, found: found.nbytes)
+    count("gather", lambda sent, found: found.nbytes)
+    count("scatter_sum", lambda sent, found: sent.nbytes)
+    count("sum", lambda sent, found: 2 * found.nbytes)
+    count("maximum", lambda sent, found: 2 * found.nbytes)
     return total
 
 

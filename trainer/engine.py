@@ -29,7 +29,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from torch import Tensor, nn
 
-from trainer.base.embedding import FrozenEmbedding, RowExchange
+from trainer.base.embedding import FrozenEmbedding
+from trainer.base.exchange import RowExchange
+from trainer.base.head import FrozenHead
 from trainer.config import RunConfig, parse_bytes, resolve_path
 from trainer.errors import BadInput
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
@@ -160,8 +162,10 @@ class Engine:
     """This rank's place among the others.
 
     Attributes:
-        gathered_bytes: bytes of base this rank has received so far: gathered layers, and rows that
-            were looked up with what asking for them took.
+        gathered_bytes: bytes this rank has received so far for the base: gathered layers, and what
+            it exchanged with the ranks that hold a table with it.
+        exchanged_bytes: of these, the latter: word embeddings that were looked up and hidden states
+            that were sent to the head, with all it took to agree on them.
         kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
     """
 
@@ -188,9 +192,10 @@ class Engine:
             verbose=False,
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.gathered_bytes = 0
+        self.gathered_bytes, self.exchanged_bytes = 0, 0
         self.kept_bytes = 0
         self._kept: list[Any] = []
+        self._heads: list[FrozenHead] = []
         self._zero: Any = None
         self._group_size = self.world_size
         self._resident, self._peak = 0, 0
@@ -264,6 +269,9 @@ class Engine:
                 self.kept_bytes += num_bytes
                 zero.ds_active_sub_modules.add(KEPT)
                 self._kept.append(zero)
+        self._heads = [module for module in base.modules() if isinstance(module, FrozenHead)]
+        for head in self._heads:
+            head.keeps = self.kept_bytes + head.table_bytes <= kept_bytes
         # Called directly: the wrapper of the engine refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
         return module
@@ -274,7 +282,8 @@ class Engine:
         DeepSpeed refers to every module that it ever ran, in a list and in caches of its own, so
         the memory is taken from under the tensors.
         """
-        self._kept, self.kept_bytes = [], 0
+        self.end_step()
+        self._kept, self._heads, self.kept_bytes = [], [], 0
         for tensor in [*_resident(base), *base.parameters()]:
             storage = tensor.untyped_storage()
             tensor.data = tensor.data.new_empty(0)
@@ -289,6 +298,8 @@ class Engine:
             if parameter.ds_status == partition_parameters.ZeroParamStatus.AVAILABLE:
                 with _released(parameter):
                     parameter.partition()
+        for head in self._heads:
+            head.release()
 
     def recover(self) -> bool:
         """After a forward or backward that broke off: let go of what it held, for another try.
@@ -435,19 +446,46 @@ class Engine:
 
 
 class GroupRows:
-    """Swaps rows among the ranks of a shard group; what is received counts as gathered."""
+    """The ``RowExchange`` of a shard group; what a rank receives counts as gathered."""
 
     def __init__(self, engine: Engine, group: Any) -> None:
         self._engine, self._group = engine, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Give every rank its rows and get what all have for us; see ``RowExchange``."""
         taken = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(taken, rows, list(received), list(sent), group=self._group)
-        from_others = sum(received) - received[self.rank]
-        self._engine.gathered_bytes += from_others * taken[:1].nbytes
+        self._received(taken.nbytes - taken[: received[self.rank]].nbytes)
         return taken
+
+    def gather(self, rows: Tensor) -> Tensor:
+        whole = rows.new_empty(self.ranks * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group=self._group)
+        self._received(whole.nbytes - rows.nbytes)
+        return whole
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        own = rows.new_empty(len(rows) // self.ranks, *rows.shape[1:])
+        dist.reduce_scatter_tensor(own, rows.contiguous(), group=self._group)
+        self._received(rows.nbytes - own.nbytes)
+        return own
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        reduced = values.clone()
+        dist.all_reduce(reduced, op=operation, group=self._group)
+        # As a ring does it: parts are reduced on the way round, then sent round once more.
+        self._received(2 * values.nbytes * (self.ranks - 1) // self.ranks)
+        return reduced
+
+    def _received(self, num_bytes: int) -> None:
+        self._engine.gathered_bytes += num_bytes
+        self._engine.exchanged_bytes += num_bytes
 
 
 class Sharder:
@@ -547,20 +585,21 @@ def base_size(skeleton: nn.Module, dtype: torch.dtype) -> BaseSize:
         return parameter.numel() * min(parameter.element_size(), dtype.itemsize)
 
     whole = list(skeleton.parameters())
-    looked_up = [
-        module.weight
+    tables = {
+        type(module): module.weight
         for module in skeleton.modules()
-        if isinstance(module, FrozenEmbedding) and not module.tied
-    ]
-    units = [[p] for p in whole if not any(p is table for table in looked_up)]
+        if isinstance(module, FrozenEmbedding | FrozenHead)
+    }
+    words, head = tables[FrozenEmbedding], tables[FrozenHead]
+    units = [[p] for p in whole if p is not words and p is not head]
     for module in skeleton.modules():
         if isinstance(module, nn.ModuleList):
             units += [list(layer.parameters()) for layer in module]
-    largest = max(units, key=lambda unit: sum(map(num_bytes, unit)))
+    gathered = [*units, [head]]  # the head where labels are many
     return BaseSize(
         total_bytes=sum(map(num_bytes, whole)),
-        looked_up_bytes=sum(map(num_bytes, looked_up)),
-        layer_bytes=sum(map(num_bytes, largest)),
+        looked_up_bytes=0 if words is head else num_bytes(words),
+        layer_bytes=max(sum(map(num_bytes, unit)) for unit in gathered),
         layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
     )
 

@@ -24,8 +24,8 @@ class BaseSize:
 
     Attributes:
         total_bytes: of all that is shared out over the ranks.
-        layer_bytes: of the largest unit that is gathered: a layer, or one large parameter.
-        layer_elements: of the same.
+        layer_bytes: of the largest unit that is gathered: a layer, the head, or another parameter.
+        layer_elements: the same, of what ZeRO-3 gathers: all but the head.
         looked_up_bytes: of the total, what is read by the row and never gathered.
     """
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.sharded_base import run_config, shard_base
 from trainer.base.embedding import FrozenEmbedding
+from trainer.base.head import FrozenHead
 from trainer.base.linear import FrozenLinear
 from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest, full_parameter
@@ -155,16 +156,18 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
     for path, module in base.model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             whole = full_parameter(parameter)
-            wanted = stored.get(f"{path}.{name}")
-            if wanted is None:  # the tied head
-                wanted = stored["model.embed_tokens.weight"]
+            wanted = stored[f"{path}.{name}"]
             if isinstance(module, FrozenLinear) and module.absmax is not None:
                 wanted, absmax = quantize_rows(wanted)
                 equal &= torch.equal(module.absmax, absmax)
             equal &= torch.equal(whole, wanted.to(whole.dtype))
-        if isinstance(module, FrozenEmbedding) and not module.tied:
+        if isinstance(module, FrozenEmbedding):
             every_id = torch.arange(module.num_embeddings)
             equal &= torch.equal(module(every_id), stored[f"{path}.weight"].float())
+        if isinstance(module, FrozenHead):
+            wanted = stored.get(f"{path}.weight", stored["model.embed_tokens.weight"])
+            whole = module.whole(wanted.device).rows
+            equal &= torch.equal(whole, wanted.to(whole.dtype))
     return equal
 
 

@@ -24,9 +24,10 @@ from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import generate
 from trainer.objective import step_gradients
 from trainer.process import leave
-from trainer.tasks.streams import PromptLengths, build_stream, plan_streams
+from trainer.tasks.streams import PromptLengths, Stream, build_stream, plan_streams
 
 TABLE = "model.embed_tokens.weight"
+HIDDEN = 64
 MAX_TOKENS = 40  # several streams a rank
 #: name: settings of the base, of the engine
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -91,7 +92,8 @@ def one_way(
         "gradients": step.gradients,
         "gathered": gathered,
         "expected_gathered": layer_bytes(base, ranks)
-        + row_bytes(streams(engine.world_size), engine.rank, ranks, rows),
+        + row_bytes(words(engine.world_size), engine.rank, ranks, rows)
+        + head_bytes(labels(engine.world_size), engine.rank, ranks, base),
         "texts": generate(engine, base, open_base(settings).tokenizer, inputs, prompts[0], 6),
         "block": list(rows.shape),
         "type": str(rows.dtype),
@@ -113,15 +115,25 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
     ]
 
 
-def streams(world_size: int) -> list[tuple[Tensor, ...]]:
-    """Ids of all ranks' streams of the step, one tuple for each lookup."""
+def streams(world_size: int) -> list[tuple[Stream, ...]]:
+    """All ranks' streams of the step, those that they read together in one tuple."""
     pieces, prompts = problem()
     lengths = PromptLengths.of(prompts)
     plan = plan_streams(pieces, lengths.tokens, world_size, MAX_TOKENS)
     return [
-        tuple(build_stream(stream, lengths.tokens, lengths.past).token_ids_T for stream in together)
+        tuple(build_stream(stream, lengths.tokens, lengths.past) for stream in together)
         for together in zip(*plan, strict=True)
     ]
+
+
+def words(world_size: int) -> list[tuple[Tensor, ...]]:
+    """Ids of each lookup."""
+    return [tuple(stream.token_ids_T for stream in together) for together in streams(world_size)]
+
+
+def labels(world_size: int) -> list[tuple[int, ...]]:
+    """How many label positions each rank has in each stream."""
+    return [tuple(len(stream.labels_N) for stream in together) for together in streams(world_size)]
 
 
 def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Tensor) -> int:
@@ -134,6 +146,21 @@ def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Te
         others = [owners[r] for r in range(first, first + ranks) if r != rank]
         total += foreign * rows.shape[1] * rows.element_size()
         total += 8 * sum(1 + owners.count(rank) for owners in others)
+    return total if ranks > 1 else 0
+
+
+def head_bytes(streams: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase) -> int:
+    """What a rank receives for the losses: facts, hidden states and labels, sums; or the table."""
+    head = base.model.get_output_embeddings()
+    first, total, moved = rank // ranks * ranks, 0, 0
+    for counts in streams:
+        most = max(counts[first : first + ranks])
+        total += (ranks - 1) * 2 * 8
+        moved += 2 * ranks * most * HIDDEN * 4
+        if moved > head.table_bytes:  # which stays until the step has ended
+            return total + (ranks - 1) * head.rows.nbytes
+        total += (ranks - 1) * most * (2 * HIDDEN * 4 + 8)
+        total += 2 * (ranks - 1) * most * 4 + 2 * (ranks - 1) * most * 2 * 4
     return total if ranks > 1 else 0
 
 

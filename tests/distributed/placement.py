@@ -55,11 +55,12 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
     module = engine.attach(base, loaded.policy, placement.kept_bytes if kept is None else kept)
     digest = base_digest(base)
     pieces, prompts = problem()
-    gathered = []
+    gathered, exchanged = [], []
     for max_tokens in (10_000, 24, 24):  # 24: several streams a rank
-        before = engine.gathered_bytes
+        before, rows = engine.gathered_bytes, engine.exchanged_bytes
         result = step_gradients(engine, module, pieces, prompts, max_tokens=max_tokens)
-        gathered.append(engine.gathered_bytes - before)
+        exchanged.append(engine.exchanged_bytes - rows)
+        gathered.append(engine.gathered_bytes - before - exchanged[-1])
     group = next(base.parameters()).ds_process_group  # type: ignore[attr-defined]
     return {
         "losses": result.losses,
@@ -67,8 +68,10 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
         "base_bytes": base_bytes(base),
         "bytes_read": loaded.stats.bytes_read,
         "gathered": gathered,
+        "exchanged": exchanged,
         "group": dist.get_process_group_ranks(group),
-        "whole_bytes": sum(p.ds_numel * p.ds_tensor.element_size() for p in base.parameters()),
+        "layer_bytes": sum(p.ds_numel * p.ds_tensor.element_size() for p in base.parameters()),
+        "table_bytes": base.model.get_output_embeddings().table_bytes,
         "digest_kept": base_digest(base) == digest,
     }
 

@@ -28,9 +28,10 @@ def test_two_groups_of_two_hold_a_copy_each(found: dict[str, Any]) -> None:
     groups = [rank["pairs"]["group"] for rank in found["ranks"]]
     assert groups == [[0, 1], [0, 1], [2, 3], [2, 3]]  # no weight goes from one to the other
     for rank in found["ranks"]:
-        scales = rank["copies"]["base_bytes"] - rank["copies"]["whole_bytes"]
+        whole = rank["copies"]["layer_bytes"] + rank["copies"]["table_bytes"]
+        scales = rank["copies"]["base_bytes"] - whole
         for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):
-            share = rank[way]["whole_bytes"] / size
+            share = whole / size
             assert rank[way]["base_bytes"] - scales == pytest.approx(share, rel=1e-3)
             assert rank[way]["bytes_read"] <= 1.01 * rank["copies"]["bytes_read"] / size
 
@@ -38,9 +39,12 @@ def test_two_groups_of_two_hold_a_copy_each(found: dict[str, Any]) -> None:
 def test_kept_parameters_are_gathered_once_per_step(found: dict[str, Any]) -> None:
     for rank in found["ranks"]:
         for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):
-            from_others = rank[way]["whole_bytes"] * (size - 1) // size
+            from_others = rank[way]["layer_bytes"] * (size - 1) // size
             assert rank[way]["gathered"] == [from_others] * 3
-        assert min(rank["lean"]["gathered"]) > 2 * rank["world"]["gathered"][0]
+            # Word embeddings and hidden states of labels, one table at the most twice over.
+            assert max(rank[way]["exchanged"]) <= 2 * rank[way]["table_bytes"] * (size - 1) // size
+            assert (min(rank[way]["exchanged"]) > 0) == (size > 1)
+        assert min(rank["lean"]["gathered"]) > 1.9 * rank["world"]["gathered"][0]
 
 
 def test_a_group_that_does_not_divide_the_ranks_is_refused(found: dict[str, Any]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from trainer.base.embedding import FrozenEmbedding, block_rows
+from tests.thread_ranks import Thread, on_all_ranks
+from trainer.base.embedding import FrozenEmbedding
+from trainer.base.exchange import block_rows
 from trainer.base.quantization import quantize_rows
 
 V, H, RANKS = 23, 5, 4  # blocks of 6, 6, 6 and 5 rows
@@ -26,61 +26,36 @@ ASKED: dict[str, list[list[int]]] = {
 }
 
 
-class Post:
-    """Ranks that are threads: what all have sent is swapped where they meet."""
-
-    def __init__(self) -> None:
-        self.parts: list[Sequence[Tensor]] = [[]] * RANKS
-        self.meeting = threading.Barrier(RANKS, timeout=20)
-
-
-class Thread:
-    """One rank's view of the post."""
-
-    def __init__(self, post: Post, rank: int) -> None:
-        self.post, self.rank, self.ranks = post, rank, RANKS
-
-    def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        self.post.parts[self.rank] = rows.split(list(sent))
-        self.post.meeting.wait()
-        taken = [parts[self.rank] for parts in self.post.parts]
-        self.post.meeting.wait()
-        assert [len(part) for part in taken] == list(received)
-        return torch.cat(taken)
-
-
-def layer(stored: str, rank: int, post: Post | None) -> FrozenEmbedding:
-    """A rank's block, or with no post the whole table."""
+def layer(stored: str, exchange: Thread | None = None) -> FrozenEmbedding:
+    """A rank's block, or with no exchange the whole table."""
     table_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(0))
     embedding = FrozenEmbedding(V, H, torch.float32, scale=3.0)
     if stored == "int8":
         table_VH, embedding.absmax = quantize_rows(table_VH)
     else:
         table_VH = table_VH.to(getattr(torch, stored))
-    if post is None:
+    if exchange is None:
         embedding.weight = torch.nn.Parameter(table_VH, requires_grad=False)
         return embedding
     size = block_rows(V, RANKS)
     rows_RH = table_VH.new_zeros(size, H)
-    own = table_VH[rank * size : (rank + 1) * size]
+    own = table_VH[exchange.rank * size : (exchange.rank + 1) * size]
     rows_RH[: len(own)] = own
-    embedding.hold(rows_RH, Thread(post, rank))
+    embedding.hold(rows_RH, exchange)
     return embedding
 
 
-def on_all_ranks(stored: str, asked: Sequence[Tensor]) -> list[Tensor]:
-    post = Post()
-    with ThreadPoolExecutor(RANKS) as ranks:
-        found = [ranks.submit(layer(stored, r, post), ids) for r, ids in enumerate(asked)]
-        return [one.result() for one in found]
+def look_up(stored: str, asked: Sequence[Tensor]) -> list[Tensor]:
+    found, _ = on_all_ranks(RANKS, lambda rank: layer(stored, rank)(asked[rank.rank]))
+    return found
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 def test_blocks_give_what_the_table_gives(stored: str, asked: list[list[int]]) -> None:
     ids = [torch.tensor(one, dtype=torch.long) for one in asked]
-    whole = layer(stored, 0, None)
-    for one, found in zip(ids, on_all_ranks(stored, ids), strict=True):
+    whole = layer(stored)
+    for one, found in zip(ids, look_up(stored, ids), strict=True):
         assert torch.equal(found, whole(one))
         assert found.dtype == torch.float32
         assert not found.requires_grad
@@ -88,14 +63,14 @@ def test_blocks_give_what_the_table_gives(stored: str, asked: list[list[int]]) -
 
 def test_ids_of_any_shape() -> None:
     ids = [torch.arange(12).view(2, 6) + rank for rank in range(RANKS)]
-    whole = layer("float32", 0, None)
-    for one, found in zip(ids, on_all_ranks("float32", ids), strict=True):
+    whole = layer("float32")
+    for one, found in zip(ids, look_up("float32", ids), strict=True):
         assert found.shape == (2, 6, H)
         assert torch.equal(found, whole(one))
 
 
 def test_a_rank_that_holds_all_rows_asks_nobody() -> None:
-    whole, alone = layer("int8", 0, None), layer("int8", 0, None)
+    whole, alone = layer("int8"), layer("int8")
     alone.hold(whole.weight.data, None)
     ids = torch.tensor([[22, 0], [7, 7]])
     assert torch.equal(alone(ids), whole(ids))
@@ -106,4 +81,4 @@ def test_a_rank_that_holds_all_rows_asks_nobody() -> None:
 def test_an_id_beyond_the_table_is_no_padding_row(bad: int) -> None:
     ids = [torch.tensor([bad, 1])] * RANKS
     with pytest.raises(IndexError, match="not within 0 and 22"):
-        on_all_ranks("float32", ids)
+        look_up("float32", ids)

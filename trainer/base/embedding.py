@@ -1,50 +1,19 @@
 """Word embeddings: a table of which a rank holds some rows and asks its neighbours for the others.
 
 A stream reads a few of the table's rows, so the table is not gathered. Each rank of a shard group
-holds a block of consecutive rows; a lookup sends ids to their owners and gets rows back. Where the
-head is the same table, ZeRO-3 gathers it for the head anyway and the lookup reads it there.
+holds a block of consecutive rows; a lookup sends ids to their owners and gets rows back. The head
+may be the same table, and reads the same block (``trainer.base.head``).
 
 Shape letters: V vocabulary, H hidden size, R rows of a block, N different ids of a lookup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
+from trainer.base.exchange import RowExchange, block_rows
 from trainer.base.quantization import INT8_MAX
-
-
-class RowExchange(Protocol):
-    """What a lookup must know of the ranks that hold a table together.
-
-    Attributes:
-        rank: this rank's place among them.
-        ranks: how many they are.
-    """
-
-    rank: int
-    ranks: int
-
-    def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Give every rank its part of ``rows`` and get what all have for us; all call it together.
-
-        Args:
-            rows: [sum(sent), ...], those for rank 0 first.
-            sent: rows for each rank.
-            received: rows from each rank, which the caller knows.
-
-        Returns:
-            [sum(received), ...], those from rank 0 first.
-        """
-
-
-def block_rows(num_embeddings: int, ranks: int) -> int:
-    """Rows of the block that each rank holds; the last ranks may have fewer."""
-    return -(-num_embeddings // ranks)
 
 
 class FrozenEmbedding(nn.Module):
@@ -83,8 +52,7 @@ class FrozenEmbedding(nn.Module):
             exchange: the ranks that hold the other blocks; None if this one is all.
         """
         self.register_parameter("weight", None)  # nothing is left for ZeRO-3 to shard and gather
-        # Detached: a view would keep the memory of what it is a view of for as long as it lives.
-        self.rows, self._exchange = rows_RH.detach(), exchange
+        self.rows, self._exchange = rows_RH, exchange
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[..., H] of ids [...]; on a block, all ranks of the exchange call it together."""

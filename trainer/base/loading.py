@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.base.embedding import FrozenEmbedding, RowExchange
+from trainer.base.embedding import FrozenEmbedding
+from trainer.base.exchange import RowExchange
 from trainer.base.experts import FrozenExperts
 from trainer.base.families import family_of
 from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.head import FrozenHead
 from trainer.base.linear import FrozenLinear, absmax_name
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
@@ -117,29 +119,36 @@ class _Loader:
         self.progress = progress
         self.partial_scales: list[Tensor] = []
         self.problems: list[str] = []
-        self._scales: dict[int, Tensor | None] = {}  # by the id of a parameter that is done
+        # Of parameters that are done, by id: tied ones come twice.
+        self._scales: dict[int, Tensor | None] = {}
+        self._rows: dict[int, Tensor] = {}
 
     def load(self, module: nn.Module, name: str, parameter: nn.Parameter, source: Source) -> None:
         """Give a parameter its shard; a rank with a problem goes on, so that none waits for it."""
-        if id(parameter) not in self._scales:
+        key = id(parameter)
+        holder = module if isinstance(module, FrozenEmbedding | FrozenHead) else None
+        table = holder if name == "weight" else None
+        if key not in self._scales:
             scales = None
             before = self.reader.bytes_read
             try:
-                table = module if isinstance(module, FrozenEmbedding) and not module.tied else None
-                unit = table.embedding_dim if table else 1  # whole rows, or single elements
+                unit = parameter.shape[1] if table else 1  # whole rows, or single elements
                 if parameter.dtype == torch.int8:
                     shard, scales = self._load_int8(source, unit)
                 else:
                     shard = self._load_float(module, source, unit)
                 if table:
-                    table.hold(shard.view(-1, unit), self.shard.exchange)
+                    # Detached: a view would keep the memory of what it is a view of.
+                    self._rows[key] = shard.view(-1, unit).detach()
                 else:
                     self.shard.adopt(parameter, shard)
             except BadInput as error:
                 self.problems += error.problems
-            self._scales[id(parameter)] = scales
+            self._scales[key] = scales
             self.progress(self.reader.bytes_read - before)
-        scales = self._scales[id(parameter)]
+        if table and key in self._rows:
+            table.hold(self._rows[key], self.shard.exchange)
+        scales = self._scales[key]
         if scales is not None:
             setattr(module, absmax_name(name), scales)
 

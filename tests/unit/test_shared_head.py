@@ -1,0 +1,167 @@
+"""A head in blocks gives what the whole head does, however its ranks come by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.thread_ranks import Post, Thread, on_all_ranks
+from tests.unit.test_head import KINDS, H, V, make_head, slice_by
+from trainer.base.exchange import block_rows
+from trainer.base.head import FrozenHead
+
+#: Label positions of each rank: even, uneven, none on some or on all ranks.
+COUNTS = {"even": [9, 9, 9], "uneven": [4, 0, 13], "one rank": [0, 7, 0], "none": [0, 0, 0]}
+RANKS = 3
+
+
+def block(kind: str, exchange: Thread, vocab_size: int = V) -> FrozenHead:
+    """What a rank holds of ``make_head``."""
+    head = make_head(vocab_size, **KINDS[kind])
+    size = block_rows(vocab_size, exchange.ranks)
+    rows = head.weight.new_zeros(size, H)
+    own = head.weight.data[exchange.rank * size : (exchange.rank + 1) * size]
+    rows[: len(own)] = own
+    head.hold(rows, exchange)
+    return head
+
+
+def rows_of(count: int, seed: int, vocab_size: int = V) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(vocab_size, (count,), generator=draw)
+    return torch.randn(count, H, generator=draw), labels_N
+
+
+def gradients(head: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    x_NH = hidden_NH.clone().requires_grad_()
+    nll_N = head(x_NH, labels_N)
+    (nll_N * torch.arange(1.0, len(nll_N) + 1)).sum().backward()
+    assert x_NH.grad is not None
+    return nll_N.detach(), x_NH.grad
+
+
+def check(kind: str, counts: Sequence[int], found: list[tuple[Tensor, Tensor]]) -> None:
+    alone = make_head(**KINDS[kind])
+    for rank, (nll_N, grad_NH) in enumerate(found):
+        wanted_N, wanted_NH = gradients(alone, *rows_of(counts[rank], rank))
+        torch.testing.assert_close(nll_N, wanted_N, rtol=2e-6, atol=4e-6)
+        torch.testing.assert_close(grad_NH, wanted_NH, rtol=1e-5, atol=1e-5)
+
+
+def read_whole(post: Post) -> bool:
+    return "maximum" not in post.calls
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_go_to_blocks_where_labels_are_few(
+    kind: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slice_by(monkeypatch, 100)
+
+    def work(rank: Thread) -> tuple[Tensor, Tensor]:
+        return gradients(block(kind, rank), *rows_of(counts[rank.rank], rank.rank))
+
+    found, post = on_all_ranks(RANKS, work)
+    check(kind, counts, found)
+    assert not read_whole(post)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_is_gathered_where_labels_are_many(kind: str) -> None:
+    counts = [400, 2, 0]
+
+    def work(rank: Thread) -> tuple[Tensor, Tensor]:
+        return gradients(block(kind, rank), *rows_of(counts[rank.rank], rank.rank))
+
+    found, post = on_all_ranks(RANKS, work)
+    check(kind, counts, found)
+    assert read_whole(post)
+
+
+def test_a_kept_table_is_gathered_once_until_it_is_released() -> None:
+    def work(rank: Thread) -> list[int]:
+        head = block("plain", rank)
+        head.keeps = True
+        calls = []
+        for _ in range(2):
+            for _ in range(4):  # the fourth: a table already here, and nothing is said
+                before = len(rank.post.calls)
+                gradients(head, *rows_of(80, rank.rank))
+                rank.post.exchange(rank.rank, None, "end of stream")
+                calls.append(len(rank.post.calls) - before - 1)
+            head.release()
+        return calls
+
+    found, _ = on_all_ranks(RANKS, work)
+    # 80 labels to 3 blocks and back: 480 rows of 1,000; the third time would be more than all.
+    assert found[0] == [6, 6, 2, 0, 6, 6, 2, 0]
+
+
+def test_a_rank_that_wants_no_gradient_beside_one_that_does() -> None:
+    def work(rank: Thread) -> tuple[Tensor, Tensor]:
+        head, (hidden_NH, labels_N) = block("plain", rank), rows_of(5, rank.rank)
+        if rank.rank == 1:
+            nll_N = head(hidden_NH, labels_N)
+            assert not nll_N.requires_grad
+            return nll_N, torch.zeros(0)
+        return gradients(head, hidden_NH, labels_N)
+
+    found, _ = on_all_ranks(RANKS, work)
+    wanted = gradients(make_head(), *rows_of(5, 1))[0]
+    torch.testing.assert_close(found[1][0], wanted, rtol=2e-6, atol=4e-6)
+    check("plain", [5, 5, 5], [found[0], gradients(make_head(), *rows_of(5, 1)), found[2]])
+
+
+def test_nan_of_one_rank_stays_with_it() -> None:
+    def work(rank: Thread) -> tuple[Tensor, Tensor]:
+        hidden_NH, labels_N = rows_of(5, rank.rank)
+        if rank.rank == 1:
+            hidden_NH[2] = torch.nan
+        return gradients(block("plain", rank), hidden_NH, labels_N)
+
+    found, _ = on_all_ranks(RANKS, work)
+    assert found[1][0].isnan().tolist() == [False, False, True, False, False]
+    for rank in (0, 2):
+        wanted_N, wanted_NH = gradients(make_head(), *rows_of(5, rank))
+        torch.testing.assert_close(found[rank][0], wanted_N, rtol=2e-6, atol=4e-6)
+        torch.testing.assert_close(found[rank][1], wanted_NH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "int8"])
+@pytest.mark.parametrize("shape", [(2, 1), (3,), (300,)], ids=["decode", "few", "many"])
+@pytest.mark.parametrize("vocab_size", [V, 2 * RANKS - 2])
+def test_logits(kind: str, shape: tuple[int, ...], vocab_size: int) -> None:
+    """Of a vocabulary so small, too, that the last rank holds none of it."""
+
+    def inputs(rank: int) -> Tensor:
+        draw = torch.Generator().manual_seed(rank)
+        return torch.randn(*shape, H, generator=draw)[: 3 - rank]  # fewer on each rank
+
+    @torch.no_grad()
+    def work(rank: Thread) -> Tensor:
+        logits: Tensor = block(kind, rank, vocab_size)(inputs(rank.rank))
+        return logits
+
+    found, _ = on_all_ranks(RANKS, work)
+    alone = make_head(vocab_size, **KINDS[kind])
+    for rank, logits in enumerate(found):
+        torch.testing.assert_close(logits, alone(inputs(rank)), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_with_a_gradient_read_the_whole_table() -> None:
+    def work(rank: Thread) -> Tensor:
+        x = torch.ones(2, H, requires_grad=True)
+        (block("plain", rank)(x) * torch.arange(V)).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    found, _ = on_all_ranks(RANKS, work)
+    x = torch.ones(2, H, requires_grad=True)
+    (make_head()(x) * torch.arange(V)).sum().backward()
+    assert x.grad is not None
+    for grad in found:
+        torch.testing.assert_close(grad, x.grad, rtol=1e-5, atol=1e-3)
