@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from benchmarks.llama import LLAMA_110M, make_base
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2
@@ -32,17 +34,7 @@ RANKS = 2
 #: gradient accumulation of one: each layer once in forward, nearly all again in backward.
 DEFAULT_ZERO3 = 1.77
 MICRO_BATCHES, ROWS, LENGTH, VIRTUAL = 4, 1, 24, 8
-SHAPE = {
-    "vocab_size": 32_000,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
+SHAPE = LLAMA_110M | {"max_position_embeddings": 512, "dtype": "bfloat16"}
 
 
 def main() -> None:
@@ -358,9 +350,7 @@ def _worst(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(folder: str, head: str = "tied") -> None:
-    from tests.random_base import llama_config, save_random
-
-    save_random(Path(folder), llama_config(**SHAPE | {"tie_word_embeddings": head == "tied"}))
+    make_base(Path(folder), SHAPE | {"tie_word_embeddings": head == "tied"})
 
 
 def _ranks(folder: Path, arm: str, *arguments: str) -> dict[str, Any]:

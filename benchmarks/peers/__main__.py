@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.llama import LLAMA_110M, make_base
 from benchmarks.peers.arms import COUNTED, WARM_UP, Case
 from benchmarks.peers.report import summary, table, write
-from benchmarks.peers.rows import QUICK_SHAPE, SHAPE, make_base
 from benchmarks.peers.turns import Conductor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +36,10 @@ TWO_RANKS = (
 ONE_PROCESS = ("ours", "PEFT + Trainer", "PEFT + Trainer, grouped")
 GAIN_LEAST = ("ours", "PEFT + Trainer, grouped", "PEFT + ZeRO-3, grouped", "TRL + PEFT, grouped")
 LOSS_STEPS = 50
+SHAPE = LLAMA_110M | {"dtype": "float32"}
+#: To see that the benchmark runs.
+QUICK_SHAPE = SHAPE | {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
+QUICK_SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.peers.counters import FlopCounter, SavedBytes, step_shares
+from benchmarks.peers.counters import FlopCounter, PeakSavedBytes, step_shares
 from benchmarks.peers.rows import Row, initial_prompt, make_rows
 from benchmarks.peers.turns import Turns
 
@@ -118,7 +118,7 @@ class Meter:
             torch.compiler.set_stance("default")
             result["flops"] = flops.total
         elif kind == "saved":
-            with SavedBytes(self._parameters).counting() as saved:
+            with PeakSavedBytes(self._parameters).counting() as saved:
                 yield
             result["saved"] = saved.peak
         elif kind == "shares":

@@ -38,7 +38,7 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-class SavedBytes:
+class PeakSavedBytes:
     """The most bytes that autograd holds for backward at any one time.
 
     Each storage counts once, and those of parameters do not: they are there anyway.
@@ -50,7 +50,7 @@ class SavedBytes:
         self._now = self.peak = 0
 
     @contextmanager
-    def counting(self) -> Iterator[SavedBytes]:
+    def counting(self) -> Iterator[PeakSavedBytes]:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor):
             yield self
 
@@ -79,7 +79,7 @@ class _Saved:
     """A tensor that waits for backward."""
 
     def __init__(
-        self, counter: SavedBytes, tensor: Tensor, storage: tuple[int, int] | None
+        self, counter: PeakSavedBytes, tensor: Tensor, storage: tuple[int, int] | None
     ) -> None:
         self.tensor, self._counter, self._storage = tensor, counter, storage
         if storage:

@@ -1,28 +1,12 @@
-"""What all arms train on: the same rows, the same random base, the same initial prompt."""
+"""What all arms train on: the same rows, the same initial prompt."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-#: 110M parameters, the shape of a small Llama; a word table as large beside its layers as usual.
-SHAPE = {
-    "vocab_size": 32_000,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-}
-#: To see that the benchmark runs.
-QUICK_SHAPE = SHAPE | {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
-QUICK_SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 MEDIAN, SIGMA, SHORTEST, LONGEST = 60, 0.85, 8, 512
 #: Labels of a row: a short answer behind a text, as in the tasks that prompts are trained for.
 ANSWER = 6
@@ -56,9 +40,3 @@ def initial_prompt(num_virtual_tokens: int, hidden_size: int) -> torch.Tensor:
     """fp32 [P, H], at about the size of the base's word embeddings."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(num_virtual_tokens, hidden_size, generator=generator) * 0.1
-
-
-def make_base(folder: Path, shape: dict[str, Any]) -> None:
-    from tests.random_base import llama_config, save_random
-
-    save_random(folder, llama_config(**shape, dtype="float32"))
