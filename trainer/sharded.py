@@ -18,7 +18,7 @@ from trainer.base.model import PromptedBase
 from trainer.base.skeleton import build_skeleton
 from trainer.config import Base, RunConfig
 from trainer.console import Console
-from trainer.engine import Engine, compute_dtype, resolve_policy
+from trainer.engine import Engine, compute_dtype
 from trainer.errors import BadInput
 from trainer.memory import (
     CPU_TOKENS,
@@ -30,6 +30,7 @@ from trainer.memory import (
     row_sizes,
 )
 from trainer.placement import Placement
+from trainer.policy import resolve_policy
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from trainer.base.loading import LoadStats, load_base
 from trainer.base.model import PromptedBase
 from trainer.base.skeleton import build_skeleton
 from trainer.config import RunConfig
-from trainer.engine import Engine, resolve_policy
+from trainer.engine import Engine
 from trainer.placement import Placement
+from trainer.policy import resolve_policy
 
 
 @dataclass(frozen=True)

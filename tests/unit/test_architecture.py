@@ -38,7 +38,7 @@ FLOORS = (
         "trainer.redact",
     ),
     ("trainer.runfile", "trainer.config"),
-    ("trainer.placement", "trainer.memory"),
+    ("trainer.placement", "trainer.memory", "trainer.policy"),
     ("trainer.tasks", "trainer.base", "trainer.prompts"),
     ("trainer.prefetch",),
     ("trainer.engine", "trainer.objective", "trainer.optimization", "trainer.checkpoint"),

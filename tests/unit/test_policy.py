@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from trainer.config import RunConfig
-from trainer.engine import resolve_policy
 from trainer.errors import BadInput
+from trainer.policy import resolve_policy
 
 
 def run(policy: Path | str) -> RunConfig:
