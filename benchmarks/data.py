@@ -64,7 +64,7 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
     import pyarrow.parquet  # noqa: F401  so that memory is counted from after the imports
 
     from trainer.config import RunConfig
-    from trainer.tasks import parts, plain, rows
+    from trainer.tasks import parts, plain, splits
 
     if not column_wise:
 
@@ -103,12 +103,12 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
         }
         return result
 
-    phase("preflight", lambda: rows.check_rows(config))
-    splits = phase("load", lambda: rows.load_splits(task))
-    leaks = phase("leaks", lambda: rows.leaks(task, splits))
-    phase("read once", lambda: sum(1 for _ in splits["train"]))
+    phase("preflight", lambda: splits.check_rows(config))
+    read = phase("load", lambda: splits.load_splits(task))
+    leaks = phase("leaks", lambda: splits.leaks(task, read))
+    phase("read once", lambda: sum(1 for _ in read["train"]))
     found["leaked"] = [leak.count for leak in leaks]
-    found["rows"] = {name: len(split) for name, split in splits.items()}
+    found["rows"] = {name: len(split) for name, split in read.items()}
     return found
 
 

@@ -155,7 +155,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 
 def _rows(config: RunConfig) -> list[str]:
     """Check every row; what is worth knowing about them."""
-    from trainer.tasks.rows import check_rows  # loads Arrow only where rows are read
+    from trainer.tasks.splits import check_rows  # loads Arrow only where rows are read
 
     with Console(sys.stderr, sys.stderr).reading() as said:
         return check_rows(config, said=said)

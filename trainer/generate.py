@@ -42,7 +42,7 @@ def _generate(
     from trainer.export import load_peft
     from trainer.generation import generate
     from trainer.sharded import load, open_files
-    from trainer.tasks.rows import render
+    from trainer.tasks.checks import render
     from trainer.tasks.tokens import encode_input
 
     prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)

@@ -25,7 +25,7 @@ LIGHT = (
     "trainer.runfile",
     "trainer.errors",
     "trainer.terminal",
-    "trainer.tasks.rows",
+    "trainer.tasks.splits",
 )
 
 #: Floors of the house, from the ground up. A module imports from its own floor or below.

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import Task
 from trainer.errors import BadInput
 from trainer.tasks.chat import encode_dialogue, encode_opening
-from trainer.tasks.rows import Rows, load_rows, target_text
+from trainer.tasks.rows import Rows, target_text
+from trainer.tasks.splits import load_rows
 from trainer.tasks.tokens import Tokenized, tokenize
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "hi", "there", "sys", "assistant"]

@@ -18,8 +18,10 @@ from pyarrow import parquet
 from trainer.config import DataSource, RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks import plain
+from trainer.tasks.checks import render
 from trainer.tasks.nested import split_labels
-from trainer.tasks.rows import check_rows, gold_target, load_rows, load_splits, render
+from trainer.tasks.rows import gold_target
+from trainer.tasks.splits import check_rows, load_rows, load_splits
 
 GOOD = [{"text": "a cat", "label": "meat"}, {"text": "a cow", "label": "plants"}]
 
@@ -431,7 +433,7 @@ def test_check_rows_is_fast_and_imports_no_torch(tmp_path):
     code = f"""
 import sys
 from trainer.config import RunConfig
-from trainer.tasks.rows import check_rows, load_rows
+from trainer.tasks.splits import check_rows, load_rows
 config = RunConfig.model_validate_json({config.model_dump_json()!r})
 try:
     check_rows(config)

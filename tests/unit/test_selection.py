@@ -10,8 +10,9 @@ import pytest
 
 from trainer.config import Task
 from trainer.errors import BadInput
-from trainer.tasks.rows import Rows, leaks, load_splits
+from trainer.tasks.rows import Rows
 from trainer.tasks.selection import find_leaks, first_by_hash, split_by_hash
+from trainer.tasks.splits import leaks, load_splits
 
 
 def jsonl(folder: Path, name: str, texts: list[str]) -> str:

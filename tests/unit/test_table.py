@@ -19,7 +19,8 @@ from tests.unit.test_tokens import make_task, make_tokenizer
 from trainer.errors import BadInput
 from trainer.tasks import cache, tokens, workers
 from trainer.tasks.cache import cached
-from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.rows import Rows
+from trainer.tasks.splits import load_rows
 from trainer.tasks.table import Block, Example, TokenTable, in_memory, open_table, write
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
 from trainer.errors import BadInput
-from trainer.tasks.rows import Rows, load_rows
+from trainer.tasks.rows import Rows
+from trainer.tasks.splits import load_rows
 from trainer.tasks.streams import Piece, build_stream
 from trainer.tasks.table import Block, in_memory
 from trainer.tasks.tokens import (

@@ -15,7 +15,8 @@ from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
 from trainer.tasks.parts import Said
-from trainer.tasks.rows import SPLITS, Leaked, Rows, Source, leaks, load_splits, remarks
+from trainer.tasks.rows import Rows, Source
+from trainer.tasks.splits import SPLITS, Leaked, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
 from trainer.tasks.table import in_memory
 from trainer.tasks.tokens import (
