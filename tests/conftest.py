@@ -1,7 +1,9 @@
-"""Marks every test with the folder it is in: ``pytest -m unit`` runs tests/unit."""
+"""Fixtures of many files; marks tests with their folder: ``pytest -m unit`` runs tests/unit."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    import torch  # here, so that tests without it start at once
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the folder of a family's tiny model, written once; see ``save_family``."""
+    from tests.family_bases import save_family
+
+    @functools.cache
+    def get(case: str, num_layers: int = 2) -> Path:
+        return save_family(tmp_path_factory.mktemp(case), case, num_layers)
+
+    return get

@@ -207,14 +207,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def family_config(case: str) -> PretrainedConfig:
+def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
+    """The settings of a case.
+
+    Args:
+        num_layers: even; a family that names its layers one by one has two all the same.
+    """
     model_type, settings = CASES[case]
-    return AutoConfig.for_model(model_type, **copy.deepcopy(settings))
+    settings = copy.deepcopy(settings)
+    if not {"attention_types", "no_rope_layers"} & settings.keys():
+        settings["num_hidden_layers"] = num_layers
+        if "layer_types" in settings:
+            settings["layer_types"] *= num_layers // 2
+    return AutoConfig.for_model(model_type, **settings)
 
 
-def save_family(folder: Path, case: str, **options: Any) -> Path:
+def save_family(folder: Path, case: str, num_layers: int = 2, **options: Any) -> Path:
     """Write a folder of random weights, every parameter of its own; see ``randomize``."""
-    model = AutoModelForCausalLM.from_config(family_config(case), attn_implementation="eager")
+    config = family_config(case, num_layers)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomize(model)
     model.save_pretrained(folder, **options)
     make_tokenizer().save_pretrained(folder)
@@ -293,6 +304,23 @@ def row_by_row(
         loss.backward()
         losses.append(loss.item())
     return losses, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def padded_loss(model: Any, rows: Sequence[Example]) -> Tensor:
+    """Mean loss per label of a PeftModel on rows padded on the right."""
+    longest = max(row.num_tokens for row in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -100)
+    for i, row in enumerate(rows):
+        own = slice(row.target_start, row.num_tokens)
+        ids_BT[i, : row.num_tokens] = torch.tensor(row.input_ids)
+        mask_BT[i, : row.num_tokens] = 1
+        labels_BT[i, own] = ids_BT[i, own]
+    # PEFT's mask is of floats, which undoes the rounding of ALiBi that Falcon was trained with: one
+    # row needs no mask.
+    mask = mask_BT if len(rows) > 1 else None
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask).logits[:, -longest:]
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
 
 
 def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from tests.distributed.sharded_base import run_config, shard_base
+from tests.family_bases import errors, padded_loss, plain_model
 from trainer.base.embedding import FrozenEmbedding
 from trainer.base.head import FrozenHead
 from trainer.base.linear import FrozenLinear
-from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.base.quantization import quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest, full_parameter
 from trainer.objective import step_gradients
 from trainer.process import leave
@@ -104,16 +103,6 @@ def problem() -> tuple[list[Piece], list[torch.Tensor]]:
     return [Piece(row, i % 3, i) for i, row in enumerate(rows)], prompts
 
 
-def plain_model(folder: Path, quantization: str) -> Any:
-    """transformers' own model; with int8, on the weights that the stored rows stand for."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if quantization == "int8":
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                module.weight.data = dequantize_rows(*quantize_rows(module.weight.data))
-    return model
-
-
 def padded_peft(
     model: Any, pieces: list[Piece], prompts: list[torch.Tensor]
 ) -> list[tuple[float, torch.Tensor]]:
@@ -123,30 +112,15 @@ def padded_peft(
         rows = [piece.example for piece in pieces if piece.prompt == k]
         if not rows:
             continue
-        longest = max(row.num_tokens for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, row in enumerate(rows):
-            ids[i, : row.num_tokens] = torch.tensor(row.input_ids)
-            mask[i, : row.num_tokens] = 1
-            labels[i, row.target_start : row.num_tokens] = ids[i, row.target_start : row.num_tokens]
         kind = PromptTuningConfig if prompt.dim() == 2 else PrefixTuningConfig
         peft = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt)))
         weight = peft.prompt_encoder["default"].embedding.weight
         weight.data.copy_(prompt.flatten(1))
-        logits = peft(input_ids=ids, attention_mask=mask).logits[:, -longest:]
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = padded_loss(peft, rows)
         loss.backward()
         found.append((loss.item(), weight.grad.view(prompt.shape).clone()))
         model = peft.get_base_model()
     return found
-
-
-def errors(found: list[Any], expected: list[Any]) -> list[float]:
-    """Largest difference relative to the largest gradient."""
-    return [
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
-    ]
 
 
 def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> bool:

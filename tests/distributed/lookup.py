@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from tests.distributed.equivalence import errors, problem
+from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
+from tests.family_bases import errors
 from trainer.base.files import open_base
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import dequantize_rows, quantize_rows

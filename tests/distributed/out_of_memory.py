@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from tests.distributed.equivalence import errors, problem
+from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
+from tests.family_bases import errors
 from trainer.base.linear import FrozenLinear
 from trainer.engine import Engine, base_digest
 from trainer.objective import OutOfMemory, step_gradients

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.distributed.equivalence import errors, problem
+from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
+from tests.family_bases import errors
 from trainer.engine import Engine, base_bytes, base_digest
 from trainer.errors import BadInput
 from trainer.objective import step_gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,7 @@ from trainer.tasks.streams import Segment, build_stream
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -57,18 +50,6 @@ def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head reads the 300 words in five slices."""
     monkeypatch.setattr(head, "LOGITS_BYTES", 1)
     monkeypatch.setattr(head, "MIN_COLUMNS", 64)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    saved: dict[str, Path] = {}
-
-    def get(case: str) -> Path:
-        if case not in saved:
-            saved[case] = save_family(tmp_path_factory.mktemp(case), case)
-        return saved[case]
-
-    return get
 
 
 def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
@@ -90,17 +71,17 @@ def test_every_family_of_the_table_is_compared():
 class TestFamily:
     @pytest.mark.parametrize(("quantization", "checkpointing"), [("int8", False), ("none", True)])
     def test_packed_equals_plain(
-        self, folder: Any, case: str, quantization: str, checkpointing: bool
+        self, family: Any, case: str, quantization: str, checkpointing: bool
     ) -> None:
-        base = load(folder(case), quantization, checkpointing)
+        base = load(family(case), quantization, checkpointing)
         losses, gradients = packed(base)
         pieces, prompts = problem(base.hidden_size)
-        expected, wanted = row_by_row(plain_model(folder(case), quantization), pieces, prompts)
+        expected, wanted = row_by_row(plain_model(family(case), quantization), pieces, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         assert max(errors(gradients, wanted)) < 1e-5
 
-    def test_a_diverged_prompt_harms_no_other(self, folder: Any, case: str) -> None:
-        base = load(folder(case), "int8")
+    def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str) -> None:
+        base = load(family(case), "int8")
         pieces, prompts = problem(base.hidden_size)
         prompts[0].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
@@ -113,15 +94,15 @@ class TestFamily:
         assert gradient is not None
         assert gradient.isfinite().all()
 
-    def test_bf16(self, folder: Any, case: str) -> None:
-        losses, gradients = packed(load(folder(case), "int8", dtype=torch.bfloat16))
-        exact, _ = packed(load(folder(case), "int8"))
+    def test_bf16(self, family: Any, case: str) -> None:
+        losses, gradients = packed(load(family(case), "int8", dtype=torch.bfloat16))
+        exact, _ = packed(load(family(case), "int8"))
         assert losses == pytest.approx(exact, rel=0.05)
         assert all(gradient.isfinite().all() for gradient in gradients)
 
-    def test_decoding_equals_plain(self, folder: Any, case: str) -> None:
+    def test_decoding_equals_plain(self, family: Any, case: str) -> None:
         """Two rows of different lengths behind a prompt, padded on the left, two steps."""
-        base, model = load(folder(case), "none", True), plain_model(folder(case), "none")
+        base, model = load(family(case), "none", True), plain_model(family(case), "none")
         pieces, prompts = problem(base.hidden_size)
         rows = [list(piece.example.input_ids) for piece in pieces[:2]]
         longest, prompt = max(map(len, rows)), prompts[1]
@@ -145,21 +126,21 @@ class TestPaddedFallback:
     @pytest.mark.parametrize("case", ["llama", "gemma2"])
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_padded_equals_packed(
-        self, folder: Any, monkeypatch: pytest.MonkeyPatch, case: str, checkpointing: bool
+        self, family: Any, monkeypatch: pytest.MonkeyPatch, case: str, checkpointing: bool
     ) -> None:
-        losses, gradients = packed(load(folder(case), "int8"))
-        family = FAMILIES[model_type := CASES[case][0]]
-        monkeypatch.setitem(FAMILIES, model_type, replace(family, packed=False))
-        base = load(folder(case), "int8", checkpointing)
+        losses, gradients = packed(load(family(case), "int8"))
+        known = FAMILIES[model_type := CASES[case][0]]
+        monkeypatch.setitem(FAMILIES, model_type, replace(known, packed=False))
+        base = load(family(case), "int8", checkpointing)
         assert not base.packed
         found, wanted = packed(base)
         assert found == pytest.approx(losses, rel=1e-6)
         assert max(errors(gradients, wanted)) < 2e-6
 
     def test_the_head_reads_labels_alone(
-        self, folder: Any, monkeypatch: pytest.MonkeyPatch
+        self, family: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        base = load(folder("mpt"), "int8")
+        base = load(family("mpt"), "int8")
         read: list[int] = []
         head = base.model.get_output_embeddings()
         forward = head.forward
@@ -212,38 +193,38 @@ class TestCheckpointLayouts:
         self.same(single, stacked)
 
     @pytest.mark.parametrize("case", ["gpt2", "bloom", "opt", "llama"])
-    def test_without_the_model_s_prefix(self, folder: Any, tmp_path: Path, case: str) -> None:
+    def test_without_the_model_s_prefix(self, family: Any, tmp_path: Path, case: str) -> None:
         prefix = {"llama": "model.", "opt": "model."}.get(case, "transformer.")
-        other = self.rename(folder(case), tmp_path / "x", lambda name: name.removeprefix(prefix))
+        other = self.rename(family(case), tmp_path / "x", lambda name: name.removeprefix(prefix))
         assert load_file(other / "model.safetensors").keys() != (
-            load_file(folder(case) / "model.safetensors").keys()
+            load_file(family(case) / "model.safetensors").keys()
         )
-        self.same(folder(case), other)
+        self.same(family(case), other)
 
-    def test_tied_weights_under_the_head_s_name(self, folder: Any, tmp_path: Path) -> None:
+    def test_tied_weights_under_the_head_s_name(self, family: Any, tmp_path: Path) -> None:
         words = "model.embed_tokens.weight"
         other = self.rename(
-            folder("llama"),
+            family("llama"),
             tmp_path / "x",
             lambda name: "lm_head.weight" if name == words else name,
         )
-        self.same(folder("llama"), other)
+        self.same(family("llama"), other)
 
     @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
     def test_text_model_in_a_multimodal_checkpoint(
-        self, folder: Any, tmp_path: Path, prefix: str
+        self, family: Any, tmp_path: Path, prefix: str
     ) -> None:
         def move(name: str) -> str:
             if prefix == "language_model.":
                 return prefix + name
             return prefix + name.removeprefix("model.")
 
-        other = self.rename(folder("gemma3"), tmp_path / "x", move)
+        other = self.rename(family("gemma3"), tmp_path / "x", move)
         text = json.loads((other / "config.json").read_text())
         text.pop("architectures")
         config = {"model_type": "gemma3", "text_config": text}
         (other / "config.json").write_text(json.dumps(config))
-        self.same(folder("gemma3"), other)
+        self.same(family("gemma3"), other)
 
     def test_gemma3_with_eyes_reads_text_alike(self, tmp_path: Path) -> None:
         """transformers' own multimodal class, saved as it saves itself."""
@@ -273,10 +254,10 @@ class TestCheckpointLayouts:
         assert losses == pytest.approx(expected, rel=1e-5)
         assert max(errors(gradients, wanted)) < 1e-5
 
-    def test_a_missing_expert_is_named(self, folder: Any, tmp_path: Path) -> None:
+    def test_a_missing_expert_is_named(self, family: Any, tmp_path: Path) -> None:
         lost = "model.layers.1.mlp.experts.2.up_proj.weight"
         other = self.rename(
-            folder("qwen3_moe"), tmp_path / "x", lambda name: None if name == lost else name
+            family("qwen3_moe"), tmp_path / "x", lambda name: None if name == lost else name
         )
         with pytest.raises(BadInput, match=r"layers\.1\.mlp\.experts"):
             load(other, "int8")
@@ -301,12 +282,12 @@ def whole_parameter(source: Source, tensors: dict[str, Tensor]) -> Tensor:
 
 class TestRowReader:
     @pytest.mark.parametrize("case", ["gpt2", "gpt_oss", "mixtral", "bloom"])
-    def test_rows_equal_rows_of_the_whole(self, folder: Any, case: str) -> None:
-        settings = Base(model=str(folder(case)))
+    def test_rows_equal_rows_of_the_whole(self, family: Any, case: str) -> None:
+        settings = Base(model=str(family(case)))
         files = open_base(settings)
         model = build_skeleton(files, settings, torch.float32, CPU)
         sources = find_sources(model, files.tensors, family_of(files.config, "-"))
-        flat = FlatFile(load_file(folder(case) / "model.safetensors"))
+        flat = FlatFile(load_file(family(case) / "model.safetensors"))
         for source in sources.values():
             whole = whole_parameter(source, flat.tensors)
             tall = whole if whole.dim() == 1 else whole.flatten(0, -2)
@@ -330,8 +311,8 @@ class TestRowReader:
 
 
 class TestExperts:
-    def test_int8_and_no_copy_kept_for_backward(self, folder: Any) -> None:
-        base = load(folder("mixtral"), "int8")
+    def test_int8_and_no_copy_kept_for_backward(self, family: Any) -> None:
+        base = load(family("mixtral"), "int8")
         experts = [m for m in base.modules() if isinstance(m, FrozenExperts)]
         assert len(experts) == 2
         sizes = {p.numel() // len(p) for m in experts for p in m.parameters()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,15 @@ import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from tests.family_bases import (
     CASES,
     PROMPT_LENGTHS,
     errors,
     family_config,
+    padded_loss,
     plain_model,
     problem,
-    save_family,
 )
 from tests.whole_base import load_whole
 from trainer.base.families import FAMILIES, check_past
@@ -32,26 +31,7 @@ from trainer.tasks.streams import Piece, PromptLengths, build_stream
 
 SOME = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "bloom", "gpt_oss"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    saved: dict[str, Path] = {}
-
-    def get(case: str) -> Path:
-        if case not in saved:
-            saved[case] = save_family(tmp_path_factory.mktemp(case), case)
-        return saved[case]
-
-    return get
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def text_past(base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
@@ -91,18 +71,7 @@ def padded_peft(
     save_peft(adapter, past, "-", num_layers=0, num_attention_heads=0)
     peft = PeftModel.from_pretrained(model, adapter).eval()
     weight = peft.prompt_encoder["default"].embedding.weight.requires_grad_()
-    rows = [piece.example for piece in pieces]
-    longest = max(row.num_tokens for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, row in enumerate(rows):
-        ids[i, : row.num_tokens] = torch.tensor(row.input_ids)
-        mask[i, : row.num_tokens] = 1
-        labels[i, row.target_start : row.num_tokens] = ids[i, row.target_start : row.num_tokens]
-    # PEFT's mask is of floats, which undoes the rounding of ALiBi that Falcon was trained with: one
-    # row needs no mask.
-    logits = peft(input_ids=ids, attention_mask=mask if len(rows) > 1 else None).logits
-    loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = padded_loss(peft, [piece.example for piece in pieces])
     loss.backward()
     assert weight.grad is not None
     return loss.item(), weight.grad.view(past.shape)
@@ -112,8 +81,8 @@ WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_pa
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])
-def test_packed_equals_peft(folder: Any, tmp_path: Path, case: str) -> None:
-    base = load_whole(folder(case), "int8", checkpointing=True)
+def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
+    base = load_whole(family(case), "int8", checkpointing=True)
     pieces, _ = problem(base.hidden_size)
     if case == "falcon-alibi":
         pieces = pieces[:2]
@@ -121,7 +90,7 @@ def test_packed_equals_peft(folder: Any, tmp_path: Path, case: str) -> None:
     losses, gradients = packed(base, pieces, prompts)
     for k, past in enumerate(prompts):
         own = [piece for piece in pieces if piece.prompt == k]
-        model = plain_model(folder(case), "int8")
+        model = plain_model(family(case), "int8")
         loss, gradient = padded_peft(model, tmp_path / str(k), own, past)
         assert losses[k] == pytest.approx(loss, rel=1e-5)
         assert errors([gradients[k]], [gradient])[0] < 1e-5
@@ -144,9 +113,9 @@ def test_padded_families_are_refused() -> None:
 
 @pytest.mark.parametrize("case", SOME)
 class TestBank:
-    def test_mixed_with_virtual_tokens_in_one_stream(self, folder: Any, case: str) -> None:
+    def test_mixed_with_virtual_tokens_in_one_stream(self, family: Any, case: str) -> None:
         """A stream of two virtual-token prompts, two prefixes and bare rows equals each alone."""
-        base = load_whole(folder(case), "int8", checkpointing=True)
+        base = load_whole(family(case), "int8", checkpointing=True)
         rows, soft = problem(base.hidden_size)
         prompts = [soft[0], pasts(base)[0], soft[1], pasts(base)[1]]
         pieces = [Piece(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
@@ -159,8 +128,8 @@ class TestBank:
             assert errors([gradients[k]], [gradient])[0] < 1e-5
 
     @pytest.mark.parametrize("diverged", [0, 1])
-    def test_a_diverged_prompt_harms_no_other(self, folder: Any, case: str, diverged: int) -> None:
-        base = load_whole(folder(case), "int8")
+    def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str, diverged: int) -> None:
+        base = load_whole(family(case), "int8")
         pieces, soft = problem(base.hidden_size)
         prompts = [pasts(base)[0], soft[1]]
         prompts[diverged].fill_(torch.nan)
@@ -175,9 +144,9 @@ class TestBank:
         assert gradient is not None
         assert gradient.isfinite().all()
 
-    def test_decoding_equals_peft(self, folder: Any, tmp_path: Path, case: str) -> None:
+    def test_decoding_equals_peft(self, family: Any, tmp_path: Path, case: str) -> None:
         """Two rows of different lengths behind a prefix, padded on the left, two steps."""
-        base = load_whole(folder(case), "none", checkpointing=True)
+        base = load_whole(family(case), "none", checkpointing=True)
         pieces, _ = problem(base.hidden_size)
         past = pasts(base)[1]
         rows = [list(piece.example.input_ids) for piece in pieces[:2]]
@@ -187,7 +156,7 @@ class TestBank:
         mask = torch.tensor([[0] * pad + [1] * (longest + len(past) - pad) for pad in pads])
         cache = PastCache()
         save_peft(tmp_path, past, "-", num_layers=0, num_attention_heads=0)
-        peft = PeftModel.from_pretrained(plain_model(folder(case), "none"), tmp_path).eval()
+        peft = PeftModel.from_pretrained(plain_model(family(case), "none"), tmp_path).eval()
         with torch.no_grad(), base.unpacked():
             first = base(DecodeStep(ids, mask, cache), [past])
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
@@ -197,9 +166,9 @@ class TestBank:
                 torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(second[i], wanted[-1], rtol=1e-4, atol=1e-4)
 
-    def test_the_keys_and_values_of_a_text_stand_for_it(self, folder: Any, case: str) -> None:
+    def test_the_keys_and_values_of_a_text_stand_for_it(self, family: Any, case: str) -> None:
         """Where a model does no more than attend to what came before, both prompts are one."""
-        base = load_whole(folder(case), "none")
+        base = load_whole(family(case), "none")
         pieces, _ = problem(base.hidden_size)
         ids = [17, 5, 44, 9, 120]
         words = base(torch.tensor(ids), [])
@@ -209,10 +178,10 @@ class TestBank:
         assert as_past == pytest.approx(as_tokens, rel=1e-5)
 
 
-def test_bf16(folder: Any) -> None:
-    base = load_whole(folder("llama"), "int8", dtype=torch.bfloat16)
+def test_bf16(family: Any) -> None:
+    base = load_whole(family("llama"), "int8", dtype=torch.bfloat16)
     pieces, _ = problem(base.hidden_size)
-    exact = load_whole(folder("llama"), "int8")
+    exact = load_whole(family("llama"), "int8")
     losses, gradients = packed(base, pieces, pasts(exact))
     assert losses == pytest.approx(packed(exact, pieces, pasts(exact))[0], rel=0.05)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.family_bases import CASES
-from tests.random_base import make_tokenizer
 from tests.whole_base import OneRank
 from trainer.base.families import layer_sizes
 from trainer.base.files import open_base
@@ -25,41 +22,12 @@ from trainer.memory import StreamMemory, row_sizes
 from trainer.tasks.streams import Piece, Stream, build_stream
 from trainer.tasks.tokens import Example
 
+LAYERS = 6  # so that the ends are not the most of it
 VIRTUAL = 16
 ROWS = [40, 33, 31, 30, 24, 52, 28, 29]
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    saved: dict[str, Path] = {}
-
-    def get(case: str) -> Path:
-        """Six layers, so that the ends are not the most of it."""
-        if case not in saved:
-            model_type, settings = CASES[case]
-            settings = copy.deepcopy(settings)
-            if not {"attention_types", "no_rope_layers"} & settings.keys():
-                settings["num_hidden_layers"] = 6
-                if "layer_types" in settings:
-                    settings["layer_types"] *= 3
-            path = tmp_path_factory.mktemp(case)
-            config = AutoConfig.for_model(model_type, **settings)
-            AutoModelForCausalLM.from_config(config).save_pretrained(path)
-            make_tokenizer().save_pretrained(path)
-            saved[case] = path
-        return saved[case]
-
-    return get
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
@@ -97,9 +65,10 @@ FEW = ["llama", "gpt2", "gemma2", "qwen3_moe"]
     ],
 )
 def test_estimate_bounds_what_is_saved(
-    folder: Callable[[str], Path], case: str, checkpointing: bool, dtype: torch.dtype
+    family: Callable[..., Path], case: str, checkpointing: bool, dtype: torch.dtype
 ) -> None:
-    base, stream = load(folder(case), checkpointing, dtype), stream_of(ROWS)
+    folder = family(case, LAYERS)
+    base, stream = load(folder, checkpointing, dtype), stream_of(ROWS)
     memory = StreamMemory(
         layer_sizes(base.model.config),
         row_sizes(ROWS, VIRTUAL, base.packed),
