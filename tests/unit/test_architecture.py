@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import resource
 import subprocess
@@ -75,20 +76,23 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(name: str, *, top_level_only: bool = False) -> Iterator[str]:
+@functools.cache
+def imports(name: str, *, top_level_only: bool = False) -> tuple[str, ...]:
     """Dotted names that a module imports; type-checking blocks do not count.
 
     ``from a import b`` counts as ``a.b`` where that is a module of ours, else as ``a``.
     """
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    found: list[str] = []
     for node in _walk(tree, top_level_only):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}:{node.lineno}: write absolute imports"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                yield whole if whole in MODULES else str(node.module)
+                found.append(whole if whole in MODULES else str(node.module))
+    return tuple(found)
 
 
 def _walk(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:

@@ -555,9 +555,10 @@ def test_globs_and_lists(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Data sets of a folder stand for those of the hub."""
+    """Data sets of a folder stand for those of the hub, which is not asked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else: many tries
     folder = tmp_path / "org" / "good" / "data"
     folder.mkdir(parents=True)
     parquet.write_table(pa.Table.from_pylist(GOOD), folder / "train-00000.parquet")
