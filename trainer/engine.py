@@ -20,12 +20,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from torch import Tensor, nn
 
 from trainer.base.embedding import FrozenEmbedding
@@ -34,6 +31,13 @@ from trainer.base.head import FrozenHead
 from trainer.config import RunConfig, parse_bytes
 from trainer.errors import BadInput
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
+from trainer.process import left_out
+
+# DeepSpeed's autotuner (0.19.8) loads mlflow where it is installed: a second and 100 MB per rank.
+with left_out("mlflow"):
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """Rank program: our sharded, packed base against plain transformers and PEFT on the same weights.
 
-python -m tests.distributed.equivalence OUT.json BASE QUANTIZATION CHECKPOINTING
+python -m tests.distributed.equivalence OUT.json BASE QUANTIZATION:CHECKPOINTING ...
 """
 
 from __future__ import annotations
@@ -33,8 +33,16 @@ ROWS = [7, 20, 33, 12, 5, 18, 40, 9]
 
 
 def main() -> None:
-    out, folder, quantization, checkpointing = sys.argv[1:]
+    out, folder, *cases = sys.argv[1:]
     engine = Engine(120)
+    found = {case: compare(engine, folder, *case.split(":")) for case in cases}
+    if engine.is_main:
+        Path(out).write_text(json.dumps(found))
+    engine.close()
+
+
+def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) -> dict[str, Any]:
+    """What all ranks find for one way to store the base; the same on every rank."""
     config = run_config(folder, quantization, num_prompts=len(LENGTHS) + 1)
     loaded = shard_base(engine, config, checkpointing=checkpointing == "yes")
     base = loaded.model
@@ -78,15 +86,13 @@ def main() -> None:
         "bytes_read": loaded.stats.bytes_read,
         "world_size": engine.world_size,
         "shared_files": engine.all_gather(shared_files()),
+        "mlflow_loaded": engine.all_gather("mlflow" in sys.modules),
     }
     every = engine.all_gather(result)
-    if engine.is_main:
-        result["ranks_agree"] = all(
-            r["losses"] == result["losses"] and r["nan_skipped"] == result["nan_skipped"]
-            for r in every
-        )
-        Path(out).write_text(json.dumps(result))
-    engine.close()
+    result["ranks_agree"] = all(
+        r["losses"] == result["losses"] and r["nan_skipped"] == result["nan_skipped"] for r in every
+    )
+    return result
 
 
 def problem() -> tuple[list[Piece], list[torch.Tensor]]:

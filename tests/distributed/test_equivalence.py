@@ -9,24 +9,27 @@ from typing import Any
 
 import pytest
 
-CASES = [(2, "int8", "no"), (2, "none", "yes"), (1, "int8", "yes")]
+CASES = [(2, "int8:no"), (2, "none:yes"), (1, "int8:yes")]  # ranks, quantization:checkpointing
 
 
 @pytest.fixture(scope="module")
 def result(
     run_ranks: Callable[..., dict[str, Any]], random_base: Path
 ) -> Callable[..., dict[str, Any]]:
-    return functools.cache(
-        lambda ranks, quantization, checkpointing: run_ranks(
-            "equivalence", ranks, str(random_base), quantization, checkpointing
-        )
-    )
+    """One launch for all cases of as many ranks."""
+
+    @functools.cache
+    def launch(ranks: int) -> dict[str, Any]:
+        cases = [way for number, way in CASES if number == ranks]
+        return run_ranks("equivalence", ranks, str(random_base), *cases)
+
+    return lambda ranks, way: launch(ranks)[way]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 class TestEquivalence:
     @pytest.fixture
-    def found(self, result: Callable[..., dict[str, Any]], case: tuple[int, str, str]) -> Any:
+    def found(self, result: Callable[..., dict[str, Any]], case: tuple[int, str]) -> Any:
         return result(*case)
 
     def test_packed_equals_peft_on_padded_rows(self, found: Any) -> None:
@@ -58,8 +61,11 @@ class TestEquivalence:
     def test_ranks_fill_no_shared_memory(self, found: Any) -> None:
         assert found["shared_files"] == [[]] * found["world_size"]
 
+    def test_ranks_do_not_load_mlflow(self, found: Any) -> None:
+        assert found["mlflow_loaded"] == [False] * found["world_size"]
+
     def test_nan_on_one_rank_skips_that_prompt_on_all(
-        self, found: Any, case: tuple[int, str, str]
+        self, found: Any, case: tuple[int, str]
     ) -> None:
         if case[0] == 1:
             assert not any(found["nan_skipped"])  # the poison is for rank 1
@@ -71,5 +77,5 @@ class TestEquivalence:
 
 
 def test_two_ranks_equal_one(result: Callable[..., dict[str, Any]]) -> None:
-    two, one = result(2, "int8", "no"), result(1, "int8", "yes")
+    two, one = result(2, "int8:no"), result(1, "int8:yes")
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
