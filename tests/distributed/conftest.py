@@ -1,4 +1,8 @@
-"""Ranks started by the real DeepSpeed launcher, on CPU."""
+"""Ranks on CPU, started as the DeepSpeed launcher starts them.
+
+Runs from the command line go through the launcher itself. Here it would only import torch twice,
+one time after the other, before a rank starts.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.local import Devices, environment, free_port, local_arguments
+from launch.local import Devices, environment, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 400
 
 
 @pytest.fixture(scope="session")
@@ -22,30 +28,59 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
     """Run ``tests.distributed.MODULE`` on N ranks; give back the JSON that rank 0 wrote."""
 
     def run(module: str, ranks: int, *arguments: str) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("ranks") / "result.json"
-        devices = Devices("cpu", tuple(range(ranks)))
-        command = local_arguments(
-            f"tests.distributed.{module}", [str(out), *arguments], devices, free_port()
-        )
-        env = environment(os.environ | {"PYTHONPATH": str(ROOT)}, devices, os.cpu_count() or 1)
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        folder = tmp_path_factory.mktemp("ranks")
+        out = folder / "result.json"
+        command = [sys.executable, "-u", "-m", f"tests.distributed.{module}", str(out), *arguments]
+        logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
+        processes = [
+            start(command, environ, log)
+            for environ, log in zip(environments(ranks), logs, strict=True)
+        ]
+        try:
+            codes = wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        said = "\n".join(f"{log.name}:\n{log.read_text()[-5000:]}" for log in logs)
+        assert codes == [0] * ranks, f"exit codes {codes}\n{said}"
         result: dict[str, Any] = json.loads(out.read_text())
         return result
 
     return run
 
 
+def environments(ranks: int) -> list[dict[str, str]]:
+    """What the launcher tells each rank of one node."""
+    devices = Devices("cpu", tuple(range(ranks)))
+    common = environment(os.environ | {"PYTHONPATH": str(ROOT)}, devices, os.cpu_count() or 1)
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    common |= {"CROSS_RANK": "0", "CROSS_SIZE": "1"}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def start(command: list[str], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+
+
+def wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Exit codes, once all have ended or one has failed, or None for those that still run."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code == 0 for code in codes) or any(codes):
+            return codes
+        time.sleep(0.1)
+    return [process.poll() for process in processes]
+
+
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights with grouped queries and tied embeddings, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("random_base")
-    subprocess.run(
-        [sys.executable, "-m", "tests.random_base", str(folder)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    return folder
+    from tests.random_base import save_random
+
+    return save_random(tmp_path_factory.mktemp("random_base"))

@@ -1,6 +1,6 @@
 """Rank program: streams that do not fit, with an allocator that fails on demand.
 
-python -m tests.distributed.out_of_memory OUT.json BASE SHARD_GROUP
+python -m tests.distributed.out_of_memory OUT.json BASE SHARD_GROUP ...
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ TOKENS = 10_000
 
 
 def main() -> None:
-    out, folder, shard_group = sys.argv[1:]
+    out, folder, *groups = sys.argv[1:]
     engine = Engine(120)
-    config = run_config(folder, "int8", num_prompts=2, shard_group=int(shard_group))
+    found = {group: run_short(engine, folder, int(group)) for group in groups}
+    if engine.is_main:
+        Path(out).write_text(json.dumps(found))
+    engine.close()
+
+
+def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
+    """Steps that run out of memory in forward, then in backward, unless the first is refused."""
+    config = run_config(folder, "int8", num_prompts=2, shard_group=shard_group)
     loaded = shard_base(engine, config, placed=True)
     base, placement = loaded.model, loaded.placement
     assert placement is not None
@@ -40,9 +48,8 @@ def main() -> None:
     mine = sum(len(piece.example.input_ids) for piece in pieces) // engine.world_size
     ways: dict[str, Any] = {}
     for way, backward in (("forward", False), ("backward", True)):
-        refusal = ""
         # Half of this rank's tokens fit; on other ranks than the first, everything does.
-        limit = int(0.8 * mine) if engine.rank == 0 or int(shard_group) > 1 else TOKENS
+        limit = int(0.8 * mine) if engine.rank == 0 or shard_group > 1 else TOKENS
         try:
             with scarce(base, limit, backward):
                 found = step_gradients(engine, module, pieces, prompts, TOKENS)
@@ -54,13 +61,9 @@ def main() -> None:
                 + errors(after.gradients, expected.gradients),
             }
         except OutOfMemory as error:
-            refusal = str(error)
-            ways[way] = {"refusal": refusal}
+            ways[way] = {"refusal": str(error)}
             break
-    result = {"ways": ways, "digest_kept": base_digest(base) == digest}
-    if engine.is_main:
-        Path(out).write_text(json.dumps(result))
-    engine.close()
+    return {"ways": ways, "digest_kept": base_digest(base) == digest}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,18 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(scope="module")
+def results(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> Any:
+    """What so many ranks found, by the size of their shard groups."""
+    groups = {1: ["1"], 2: ["1", "2"]}
+    return functools.cache(
+        lambda ranks: run_ranks("out_of_memory", ranks, str(random_base), *groups[ranks])
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(
-    run_ranks: Callable[..., dict[str, Any]], random_base: Path, ranks: int
-) -> None:
-    found = run_ranks("out_of_memory", ranks, str(random_base), "1")
+def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(results: Any, ranks: int) -> None:
+    found = results(ranks)["1"]
     assert found["digest_kept"]
     assert set(found["ways"]) == {"forward", "backward"}
     for way in found["ways"].values():
@@ -25,9 +33,7 @@ def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(
         assert after == 0
 
 
-def test_ranks_that_share_a_copy_are_told_the_remedy(
-    run_ranks: Callable[..., dict[str, Any]], random_base: Path
-) -> None:
+def test_ranks_that_share_a_copy_are_told_the_remedy(results: Any) -> None:
     """Others wait in this stream's gathers: nobody can go back alone."""
-    found = run_ranks("out_of_memory", 2, str(random_base), "2")
+    found = results(2)["2"]
     assert "set training.micro_batch_tokens=" in found["ways"]["forward"]["refusal"]
