@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = "promptshard train examples/quickstart.yaml"
-#: Trainings after the first are cut short, each into a folder of its own.
+#: Trainings after the first are cut short, each into a folder of its own. What a prompt is compared
+#: with, and on all rows, the first has shown.
 SHORT = ["training.steps=2", "evaluation.every=50"]
+SHORT += [f"tasks[{task}].hand_written=[]" for task in (0, 1)]
+SHORT += [f"tasks[{task}].max_validation_rows=20" for task in (0, 1)]
 
 
 def blocks(language: str) -> list[str]:

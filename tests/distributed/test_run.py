@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from launch.local import free_port
 from tests.hub_cache import TINY, fill_cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,20 @@ def promptshard(*arguments: str, **variables: str) -> subprocess.CompletedProces
     )
 
 
+def one_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m MODULE``, a rank of one: what ``--processes 1`` comes to, without a launcher."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=kept | {"MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
 def write_run_file(folder: Path) -> Path:
     """The quickstart's first task, with one prompt of each method and few steps."""
     run = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
@@ -47,6 +62,7 @@ def write_run_file(folder: Path) -> Path:
         task[split] = str(folder / f"{split}.jsonl")
         Path(task[split]).write_text("\n".join(lines) + "\n")
     task.pop("shifted_validation", None)
+    task["hand_written"] = task["hand_written"][:1]
     run["prompts"] = [
         {"name": "soft", "task": task["name"], "num_virtual_tokens": 5, "init": "random"},
         {"name": "mlp", "task": task["name"], "method": "p_tuning", "num_virtual_tokens": 8},
@@ -129,7 +145,7 @@ def test_a_prefix_learns_the_task(run_file: Path) -> None:
     run["evaluation"] = {"every": 25}
     path = run_file.parent / "learns.yaml"
     path.write_text(yaml.safe_dump(run))
-    done = promptshard("train", str(path), "--processes", "1")
+    done = one_process("trainer", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = summary(Path(run["output_dir"]))
     assert found["prompts"]["prefix"]["validation_accuracy"] > 0.9
@@ -174,7 +190,7 @@ def test_resumed_equals_uninterrupted(run_file: Path, two_ranks: Path) -> None:
 
 
 def test_other_settings_are_not_mixed_into_a_run(run_file: Path, two_ranks: Path) -> None:
-    done = promptshard("train", str(run_file), "prompts.soft.learning_rate=0.5")
+    done = one_process("trainer", str(run_file), "prompts.soft.learning_rate=0.5")
     assert done.returncode == 2
     assert "prompts.soft.learning_rate: is 0.5, but" in done.stderr
 
@@ -217,10 +233,11 @@ def test_adapter_loads_in_peft(two_ranks: Path) -> None:
 
 @pytest.mark.parametrize("name", ["soft", "prefix"])
 def test_generate(two_ranks: Path, name: str) -> None:
-    arguments = ["generate", str(two_ranks), "--prompt", name, "--max-new-tokens", "8"]
-    done = promptshard(*arguments, "--input", "The patient has chest pain.")
+    arguments = [str(two_ranks), "--prompt", name, "--max-new-tokens", "8"]
+    arguments += ["--input", "The patient has chest pain."]
+    done = promptshard("generate", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    one = promptshard(*arguments, "--input", "The patient has chest pain.", "--processes", "1")
+    one = one_process("trainer.generate", *arguments)
     assert one.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
@@ -228,7 +245,7 @@ def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
     """Shards in CPU memory are the same shards; here that is the rank's memory too."""
     output = run_file.parent / "offload"
     policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
-    done = promptshard("train", str(run_file), f"output_dir={output}", policy, "--processes", "1")
+    done = one_process("trainer", str(run_file), f"output_dir={output}", policy)
     assert done.returncode == 0, done.stdout + done.stderr
     found, expected = step_losses(output), step_losses(one_rank)
     assert len(found) == 3 * STEPS  # three prompts
@@ -372,8 +389,8 @@ def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
 def test_early_stop(run_file: Path) -> None:
     """Prompts that cannot move are stopped after the second validation; the first was the best."""
     output = run_file.parent / "early"
-    done = promptshard(
-        "train",
+    done = one_process(
+        "trainer",
         str(run_file),
         f"output_dir={output}",
         "prompts.soft.learning_rate=1e-30",
@@ -381,8 +398,6 @@ def test_early_stop(run_file: Path) -> None:
         "prompts.prefix.learning_rate=1e-30",
         "evaluation.every=2",
         "evaluation.early_stopping.patience=1",
-        "--processes",
-        "1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped early, best at step 2" in done.stdout
