@@ -55,8 +55,12 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
+        # It would start seven more processes for jobs that nobody asks for.
+        environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, env=environ
+            )
         wait_until(self.answers, 120)
 
     def answers(self) -> bool:
