@@ -131,7 +131,8 @@ def table(report: dict[str, Any]) -> str:
         "Gathered: whole size of every gathered buffer, a rank's own part included, as in the "
         "1.77. With it goes what ranks exchange about word embeddings, which are looked up by the "
         "row, and about the head, of which each holds a block: hidden states of label positions "
-        "travel, not the table, as long as labels are few. The model with an untied head has the same layers and "
+        "travel, not the table, as long as labels are few. The model with an untied head has the "
+        "same layers and "
         f"{report['arms']['ours, untied head']['parameters'] / 1e6:.0f}M weights. At rest: after "
         "the step. RSS: above what imports and process groups take. The peer reads the whole file "
         "on every rank, through a memory map, which is not counted.",
