@@ -119,7 +119,7 @@ def validate(run_file: RunFile, overrides: Overrides = None) -> None:
     config = preflight.check_run(run_file, overrides or [])
     typer.echo(
         f"{run_file}: good: {_count(len(config.prompts), 'prompt')}, "
-        f"{_count(len(config.tasks), 'task')}, {_count(config.training.steps, 'step')} "
+        f"{_count(len(config.tasks), 'task')}, {_count(config.last_step, 'step')} "
         f"on {config.base.model}, into {config.output_dir}"
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import messages
-from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path
+from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path, sweeps
 from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
 
@@ -20,7 +20,11 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
     Raises:
         BadInput: with every problem found; those of the run file first, as they hide the others.
     """
-    return check_config(load(run_file, overrides))
+    config = check_config(load(run_file, overrides))
+    for name, made in sweeps(run_file, overrides).items():
+        shown = ", ".join(made if len(made) < 6 else [*made[:3], "...", made[-1]])
+        messages.note(f"sweep of {name!r}: {len(made)} prompts: {shown}")
+    return config
 
 
 def check_config(config: RunConfig) -> RunConfig:

@@ -18,6 +18,7 @@ from trainer.engine import Engine
 from trainer.generation import generate
 from trainer.memory import StreamBudget
 from trainer.prefetch import ahead, prepare_stream
+from trainer.search import STANDARD_ERROR, ratio_standard_error
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
@@ -51,7 +52,7 @@ class Evaluator:
         requests: Sequence[Request],
         virtual_tokens: Sequence[Tensor],
     ) -> list[dict[str, float]]:
-        """``loss`` and the task's metric, under its own name, for every request."""
+        """``loss``, its standard error and the task's metric, under its own name, per request."""
         slots = [len(request.rows.candidates) * _width(request) for request in requests]
         lengths = PromptLengths.of(virtual_tokens)
         nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
@@ -96,7 +97,11 @@ class Evaluator:
         rows, task = request.rows, request.rows.task
         nll_RC = nll.view(-1, _width(request))
         right = torch.tensor(rows.gold)[:, None]
-        result = {"loss": float(nll_RC.gather(1, right).sum()) / rows.num_labels}
+        nll_R, counts_R = nll_RC.gather(1, right)[:, 0].tolist(), rows.label_counts
+        result = {
+            "loss": sum(nll_R) / sum(counts_R),
+            f"loss{STANDARD_ERROR}": ratio_standard_error(nll_R, counts_R),
+        }
         if task.metric == "accuracy":
             result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
         elif task.metric != "loss":

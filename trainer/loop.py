@@ -3,7 +3,7 @@
 read the rows of every active prompt
 forward, backward, one all-reduce; leave out what is not finite
 one optimizer step per prompt
-log; validate if due, keep the best, stop early; checkpoint if due
+log; stop what diverged; validate what is due, keep the best, stop early or at a rung; checkpoint
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trainer.objective import StepResult, batch_gradients
 from trainer.optimization import EarlyStopping
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
+from trainer.search import STANDARD_ERROR, rungs, worst
 from trainer.tasks.feed import TaskData
 from trainer.tasks.streams import PromptLengths
 
@@ -30,7 +31,7 @@ Scores = dict[str, float]
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row were not finite."""
+    """Every prompt's updates were not finite too many times in a row."""
 
 
 @dataclass
@@ -41,6 +42,9 @@ class Progress:
         data_wait_seconds: part of ``train_seconds`` in which nothing was there to compute with.
         scores: of each prompt at its best validation, by metric name.
         skipped: updates left out so far, and in a row, of each prompt.
+        stopped: of each prompt that has: the ``step``, and the ``reason``: ``finished`` (its steps
+            are done), ``early_stopping``, ``halving`` or ``diverged``.
+        train_losses: of each prompt since its last validation: their sum, and how many.
     """
 
     step: int = 0
@@ -51,6 +55,8 @@ class Progress:
     scores: dict[str, Scores] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)
+    stopped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,25 +86,26 @@ class Loop:
         self.train_gathered_bytes = 0
         self.saved_bytes_per_token = 0.0
         self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
+        self.last_step = self.config.last_step
+        self._steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
+        self._rungs = rungs(self.config.search.halving, self.last_step)
 
     def run(self) -> None:
         """Train until every prompt has stopped.
 
         Raises:
-            Diverged: if a prompt's updates are not finite too many times in a row.
+            Diverged: if that is because all of them have diverged.
         """
-        training = self.config.training
         if not self.progress.baselines:
             self._score_baselines()
         try:
-            with self.console.training(training.steps, self.progress.step) as line:
-                while self.progress.step < training.steps and any(self.bank.active):
+            with self.console.training(self.last_step, self.progress.step) as line:
+                while self.progress.step < self.last_step and any(self.bank.active):
                     self._step(line)
-                    last = self.progress.step == training.steps
-                    if last or self.progress.step % self.config.evaluation.every == 0:
-                        self._evaluate()
-                    last = last or not any(self.bank.active)
-                    if last or self.progress.step % self.config.checkpoint.every == 0:
+                    self._raise_if_all_diverged()
+                    self._evaluate()
+                    ended = not any(self.bank.active)
+                    if ended or self.progress.step % self.config.checkpoint.every == 0:
                         self.save(self)
         finally:
             self.feed.close()
@@ -115,7 +122,7 @@ class Loop:
         norms = self.bank.update(result.gradients)
         self.progress.step += 1
         self.progress.useful_tokens += result.useful_tokens
-        diverged = self._count_skipped(result, norms)
+        self._count_skipped(result, norms)
 
         seconds = time.perf_counter() - started
         gathered = self.engine.gathered_bytes - gathered
@@ -123,12 +130,10 @@ class Loop:
         self.steps_here += 1
         self.train_gathered_bytes += gathered
         self._log_step(result, norms, rates, seconds, gathered, waited)
-        if diverged is not None:
-            raise diverged
         losses = [loss for loss in result.losses if not math.isnan(loss)]
         line.show(
             self.progress.step,
-            self.config.training.steps,
+            self.last_step,
             sum(losses) / len(losses) if losses else math.nan,
             result.useful_tokens / seconds,
             self.progress.train_seconds / self.progress.step,
@@ -159,15 +164,15 @@ class Loop:
             if budget.confirm(*max(peaks, key=lambda found: found[0] / found[1])):
                 self.console.say(f"took more than foreseen: {budget.words}")
 
-    def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> Diverged | None:
-        """Note left-out updates; equal on all ranks, because sums and replicas are.
+    def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> None:
+        """Note left-out updates, and stop, alone, a prompt that has too many in a row.
 
-        Returns:
-            What ends the run, once this step is logged.
+        Equal on all ranks, because sums and replicas are.
         """
-        diverged = None
         limit = self.config.training.max_skipped_updates
-        for name, skipped, norm in zip(self.bank.names, result.skipped, norms, strict=True):
+        for k, (name, skipped, norm) in enumerate(
+            zip(self.bank.names, result.skipped, norms, strict=True)
+        ):
             if not skipped and math.isfinite(norm):
                 self.progress.skipped_in_a_row[name] = 0
                 continue
@@ -179,12 +184,30 @@ class Loop:
                 f"its update was left out on all ranks ({row} in a row)"
             )
             if row >= limit:
-                diverged = Diverged(
-                    f"prompt {name!r}: {row} updates in a row were not finite "
-                    f"(training.max_skipped_updates={limit}); lower its learning_rate, or look "
-                    "for damaged rows or weights; the last checkpoint is from before"
-                )
-        return diverged
+                self._stop(k, "diverged")
+                self.console.warn(f"{self._said_diverged([name])}; it is stopped, alone")
+
+    def _said_diverged(self, names: Sequence[str]) -> str:
+        limit = self.config.training.max_skipped_updates
+        return (
+            f"prompt {', '.join(map(repr, names))}: {limit} updates in a row were not finite "
+            f"(training.max_skipped_updates={limit}); lower its learning_rate, or look for damaged "
+            "rows or weights"
+        )
+
+    def _raise_if_all_diverged(self) -> None:
+        diverged = [n for n, end in self.progress.stopped.items() if end["reason"] == "diverged"]
+        if len(diverged) == len(self.bank):
+            raise Diverged(
+                f"{self._said_diverged(diverged)}; no prompt is left, and the last checkpoint is "
+                "from before"
+            )
+
+    def _stop(self, k: int, reason: str) -> None:
+        """From now on prompt ``k`` costs nothing: no rows, no encoder, no validation."""
+        self.bank.stop(k)
+        step = self.progress.step
+        self.progress.stopped[self.bank.names[k]] = {"step": step, "reason": reason}
 
     def _log_step(
         self,
@@ -205,6 +228,9 @@ class Loop:
                     "skipped_updates": self.progress.skipped.get(name, 0),
                 }
                 self.log(step, tokens, metrics, name)
+            if math.isfinite(result.losses[i]):
+                total, count = self.progress.train_losses.get(name, (0.0, 0))
+                self.progress.train_losses[name] = (total + result.losses[i], count + 1)
         speed = {
             "useful_tokens_per_second": result.useful_tokens / seconds,
             "step_seconds": seconds,
@@ -213,44 +239,79 @@ class Loop:
         }
         self.log(step, tokens, speed, None)
 
+    def _due(self) -> list[int]:
+        """Prompts to validate now: all at intervals and rungs, each at its own last step."""
+        step = self.progress.step
+        every = step % self.config.evaluation.every == 0 or step in self._rungs
+        active = [k for k, active in enumerate(self.bank.active) if active]
+        return [k for k in active if every or step == self._steps[k]]
+
     def _evaluate(self) -> None:
-        """Validate every active prompt; keep the best; stop those that no longer improve."""
+        """Validate the prompts that are due; keep the best; stop those whose time has come."""
+        due = self._due()
+        if not due:
+            return
         if len(set(self.engine.all_gather(self.bank.digest()))) > 1:
             raise RuntimeError(
                 "the prompts of this run differ between ranks; all devices must be of one kind"
             )
-        active = [k for k, active in enumerate(self.bank.active) if active]
         requests = [
-            Request(rows, k)
-            for k in active
-            for rows in self.tasks[self.config.prompts[k].task].evaluation.values()
+            Request(rows, k) for k in due for rows in self.tasks[self._task(k)].evaluation.values()
         ]
         results = self.evaluator.score(requests, self.bank.virtual_tokens()) if requests else []
-        for k in active:
-            scores = merge_scores(
+        scores = {
+            k: merge_scores(
                 (request.rows.split, result)
                 for request, result in zip(requests, results, strict=True)
                 if request.prompt == k
             )
-            self._judge(k, scores)
+            for k in due
+        }
+        for k in due:
+            self._judge(k, scores[k])
+        if self.progress.step in self._rungs:
+            self._halve(scores)
+        for k in due:
+            if self.bank.active[k] and self.progress.step == self._steps[k]:
+                self._stop(k, "finished")
 
     def _judge(self, k: int, scores: Scores) -> None:
         name, step = self.bank.names[k], self.progress.step
         if not scores:  # a task without validation: the last prompt is the best we know
             self.bank.keep_best(k)
             return
-        self.log(step, self.progress.useful_tokens, scores, name)
+        scores = scores | gaps(scores, *self.progress.train_losses.pop(name, (0.0, 0)))
+        shown = {key: x for key, x in scores.items() if not key.endswith(STANDARD_ERROR)}
+        self.log(step, self.progress.useful_tokens, shown, name)
         stopping = self.stopping[name]
         if stopping.update(step, scores["validation_loss"]):
             self.bank.keep_best(k)
             self.progress.scores[name] = scores
-        task = self.config.prompts[k].task
-        self.console.say(f"step {step}  {name}: {describe(scores, self.tasks[task].task.metric)}")
+        metric = self.tasks[self._task(k)].task.metric
+        self.console.say(f"step {step}  {name}: {describe(scores, metric)}")
         if stopping.should_stop:
-            self.bank.stop(k)
+            self._stop(k, "early_stopping")
             self.console.say(
                 f"step {step}  {name}: stopped early, best at step {stopping.best_step}"
             )
+
+    def _halve(self, scores: Mapping[int, Scores]) -> None:
+        """At a rung: of the prompts of a task that train on, the worst by this loss are stopped."""
+        halving, step = self.config.search.halving, self.progress.step
+        assert halving is not None
+        on = [k for k in scores if self.bank.active[k] and self._steps[k] > step]
+        for task in self.tasks:
+            losses = {k: scores[k]["validation_loss"] for k in on if self._task(k) == task}
+            out = worst(losses, halving.eta)
+            for k in out:
+                self._stop(k, "halving")
+            if out:
+                said = ", ".join(f"{self.bank.names[k]} ({losses[k]:.4f})" for k in out)
+                left = f"{len(losses) - len(out)} of {len(losses)}"
+                self.console.say(f"step {step}  {task}: {left} prompts train on; stopped: {said}")
+
+    def _task(self, k: int) -> str:
+        return self.config.prompts[k].task
 
     def _score_baselines(self) -> None:
         """What the base does without a trained prompt: with none, and with hand-written ones."""
@@ -297,6 +358,20 @@ def merge_scores(parts: Any) -> Scores:
     return {
         f"{split}_{metric}": value for split, scores in parts for metric, value in scores.items()
     }
+
+
+def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
+    """What tells of overfitting, in loss: validation over train, and shifted over validation.
+
+    Args:
+        train_sum, train_steps: the losses of the steps since the last validation.
+    """
+    found = {}
+    if train_steps:
+        found["generalization_gap"] = scores["validation_loss"] - train_sum / train_steps
+    if "shifted_validation_loss" in scores:
+        found["shift_gap"] = scores["shifted_validation_loss"] - scores["validation_loss"]
+    return found
 
 
 def describe(scores: Mapping[str, float], metric: str) -> str:

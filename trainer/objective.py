@@ -131,7 +131,9 @@ def batch_gradients(
         lengths = PromptLengths.of(leaves)
         for part in (pieces[half:], pieces[:half]):
             todo.appendleft((part, prepare_stream(part, lengths, engine.device)))
-    engine.all_reduce_sum([found.sums_K, found.splits, *found.gradients])
+    # A prompt without rows, as one that has stopped, has no gradient on any rank: none is sent.
+    sent = [g for g, count in zip(found.gradients, counts, strict=True) if count]
+    engine.all_reduce_sum([found.sums_K, found.splits, *sent])
     engine.end_step()
 
     sums = found.sums_K.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import resource
 import subprocess
@@ -22,6 +23,7 @@ from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.redact import redact
 from trainer.report import write_report
+from trainer.search import STANDARD_ERROR, Candidate, select, share_standard_error
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
 
@@ -145,12 +147,20 @@ def finish(
             "num_virtual_tokens": prompt.num_virtual_tokens,
             "best_step": loop.stopping[prompt.name].best_step or loop.progress.step,
             "skipped_updates": loop.progress.skipped.get(prompt.name, 0),
+            "stopped": loop.progress.stopped.get(prompt.name),
             **scores,
         }
+    selected = {}
+    for name, data in loop.tasks.items():
+        mine = {n: found for n, found in prompts.items() if found["task"] == name}
+        found = select(_candidates(data, mine), data.task.metric)
+        if found is not None:
+            selected[name] = found
     summary = {
         "status": "finished",
         "steps": loop.progress.step,
         "prompts": prompts,
+        "selected": selected,
         "tasks": loop.progress.baselines,
         "data": {name: data.counts for name, data in loop.tasks.items()},
         **measured,
@@ -161,6 +171,23 @@ def finish(
     except Exception as error:  # the results are there; a picture of them must not lose them
         console.warn(f"no report written: {type(error).__name__}: {error}")
     return summary
+
+
+def _candidates(data: TaskData, prompts: Mapping[str, Any]) -> list[Candidate]:
+    """The prompts of a task by its metric's validation score; a diverged one is no candidate."""
+    metric = data.task.metric
+    key, rows = f"validation_{metric}", data.evaluation.get("validation")
+    found = []
+    for name, scores in prompts.items():
+        if key not in scores or (scores["stopped"] or {}).get("reason") == "diverged":
+            continue
+        if metric in LOWER_IS_BETTER:
+            error = scores.get(f"{key}{STANDARD_ERROR}", math.nan)
+        else:
+            assert rows is not None
+            error = share_standard_error(scores[key], len(rows.candidates))
+        found.append(Candidate(name, scores["num_virtual_tokens"], scores[key], error))
+    return found
 
 
 def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console) -> None:
@@ -187,12 +214,27 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
             ["", *(column.replace("_", " ") for column in shown)],
             [[name, *(_number(scores.get(column)) for column in shown)] for name, scores in rows],
         )
+        selected = (summary.get("selected") or {}).get(task.name)
+        if selected and sum(s["task"] == task.name for s in summary["prompts"].values()) > 1:
+            console.say(f"selected for {task.name}: {selected['prompt']}: {selected['why']}")
+    diverged = [
+        name
+        for name, scores in summary["prompts"].items()
+        if (scores.get("stopped") or {}).get("reason") == "diverged"
+    ]
+    if diverged:
+        console.warn(
+            f"diverged and stopped before their end: {', '.join(diverged)}; lower learning_rate"
+        )
     speed = summary["throughput"]["useful_tokens_per_second"]
     console.say(
         f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
     )
     console.say(f"report:  {output}/report.html")
-    name = next(iter(summary["prompts"]))
+    name = next(
+        (found["prompt"] for found in (summary.get("selected") or {}).values()),
+        next(iter(summary["prompts"])),
+    )
     console.say(f'try it:  promptshard generate {output} --prompt {name} --input "..."')
 
 

@@ -17,10 +17,14 @@ from trainer.loop import Loop
 from trainer.tasks.feed import TaskData
 
 #: Settings that may change when a run goes on; every other one of these sections must not.
-MAY_CHANGE = {"training.micro_batch_tokens", "training.max_skipped_updates"}
+MAY_CHANGE = {
+    "training.micro_batch_tokens",
+    "training.max_skipped_updates",
+    "search.max_prompts",
+}
 #: Where files lie may change; what they hold, and what is taken of it, may not: their digests tell.
 PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
-MUST_STAY = ("base", "tasks", "prompts", "training")
+MUST_STAY = ("base", "tasks", "prompts", "training", "search")
 
 
 def put_aside(output: Path, console: Console) -> None:

@@ -121,7 +121,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         tensors, state = saved
         bank.load_state(tensors, state["bank"])
         loop.load_state(state["loop"])
-        console.say(f"going on from step {loop.progress.step} of {config.training.steps}")
+        console.say(f"going on from step {loop.progress.step} of {config.last_step}")
     if not engine.is_main:
         loop.run()
         measure(engine, loop, loaded)

@@ -22,15 +22,28 @@ SettingPath = tuple[str | int, ...]
 
 @dataclass
 class Source:
-    """Data of a run file after its overrides, and where each setting stands."""
+    """Data of a run file after its overrides, and where each setting stands.
+
+    Attributes:
+        lines, overrides: by the path as it was written.
+        moved: path in the data -> path as it was written, for what an expansion has moved.
+    """
 
     file: str
     data: dict[str, Any]
     lines: Mapping[SettingPath, int]
     overrides: dict[SettingPath, str] = field(default_factory=dict)
+    moved: Mapping[SettingPath, SettingPath] = field(default_factory=dict)
+
+    def written(self, path: SettingPath) -> SettingPath:
+        """The path that a person knows a setting of the data by."""
+        for n in range(len(path), 0, -1):
+            if path[:n] in self.moved:
+                return (*self.moved[path[:n]], *path[n:])
+        return path
 
     def where(self, path: SettingPath) -> str:
-        """``FILE:LINE`` of a setting, or the override that gave its value."""
+        """``FILE:LINE`` of a setting as it was written, or the override that gave its value."""
         prefixes = [path[:n] for n in range(len(path), 0, -1)]
         for prefix in prefixes:
             if prefix in self.overrides:
@@ -96,7 +109,7 @@ def explain(
     not_yet: Mapping[tuple[str, str], str],
     not_yet_keys: Mapping[str, str],
 ) -> list[str]:
-    """Every problem of a validation, one line each: where, setting, value, remedy.
+    """Every problem of a validation, one line each and once: where, setting, value, remedy.
 
     Args:
         model: the run file's own model, to name the settings that exist.
@@ -113,18 +126,20 @@ def explain(
             if path in unions:
                 continue
             unions[path] = True
-            what = _one_of(path, item["input"], _union_values(model, path))
-            problems.append(f"{source.where(path)}: {what}")
+            shown = source.written(path)
+            what = _one_of(dotted(shown), item["input"], _union_values(model, path))
+            problems.append(f"{source.where(shown)}: {what}")
         elif item["type"] == "value_error":
             for reason in str(item["ctx"]["error"]).split("\n"):
                 inner, text = _inner_path(reason)
-                full = (*path, *inner)
+                full = source.written((*path, *inner))
                 setting = f"{dotted(full)}: " if full else ""
                 problems.append(f"{source.where(full)}: {setting}{text}")
         else:
-            text = _word(path, dict(item), model, not_yet, not_yet_keys)
-            problems.append(f"{source.where(path)}: {text}")
-    return problems
+            shown = source.written(path)
+            text = _word(dotted(shown), path, dict(item), model, not_yet, not_yet_keys)
+            problems.append(f"{source.where(shown)}: {text}")
+    return list(dict.fromkeys(problems))  # prompts of one sweep share their mistakes
 
 
 def dotted(path: SettingPath) -> str:
@@ -224,13 +239,14 @@ def _duplicates(node: yaml.Node, path: SettingPath = ()) -> Iterator[tuple[Setti
 
 
 def _word(
+    setting: str,
     path: SettingPath,
     item: Mapping[str, Any],
     model: type[BaseModel],
     not_yet: Mapping[tuple[str, str], str],
     not_yet_keys: Mapping[str, str],
 ) -> str:
-    setting, kind, value = dotted(path), item["type"], item.get("input")
+    kind, value = item["type"], item.get("input")
     generic = ".".join(str(part) for part in path if not isinstance(part, int))
     if kind == "extra_forbidden":
         if generic in not_yet_keys:
@@ -245,7 +261,7 @@ def _word(
     if isinstance(value, str) and f"{generic}.{value}" in not_yet_keys:
         return f"{setting}: {value!r} is not supported yet; {not_yet_keys[f'{generic}.{value}']}"
     if kind == "literal_error":
-        return _one_of(path, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+        return _one_of(setting, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     if kind == "model_type":
         known = list(_section(model, path).model_fields)
         return f"{setting}: {_shown(value)} is no group of settings; known: {', '.join(known)}"
@@ -259,9 +275,9 @@ def _word(
     return f"{setting}: {_shown(value)} {reason[0].lower() + reason[1:]}"
 
 
-def _one_of(path: SettingPath, value: Any, known: Sequence[str]) -> str:
+def _one_of(setting: str, value: Any, known: Sequence[str]) -> str:
     hint = did_you_mean(str(value), known)
-    return f"{dotted(path)}: {_shown(value)} is not one of {', '.join(known)}{hint}"
+    return f"{setting}: {_shown(value)} is not one of {', '.join(known)}{hint}"
 
 
 def _shown(value: Any, width: int = 80) -> str:

@@ -368,7 +368,8 @@ def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -
         assert fast[name]["validation_loss"] == pytest.approx(loss, rel=0.1)
 
 
-def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
+def test_a_diverged_prompt_is_stopped_alone(run_file: Path, two_ranks: Path) -> None:
+    """The run ends well and names it; the others are what they are beside any other."""
     output = run_file.parent / "diverged"
     done = promptshard(
         "train",
@@ -380,9 +381,33 @@ def test_diverging_run_stops_with_a_message(run_file: Path) -> None:
         "--processes",
         "2",
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'mlp': 2 updates in a row were not finite" in done.stderr
+    assert "lower its learning_rate" in done.stderr
+    assert "diverged and stopped before their end: mlp" in done.stderr
+    assert "mlp: diverged; it was stopped alone at step" in (output / "report.html").read_text()
+    found = summary(output)
+    assert found["status"] == "finished"
+    assert found["prompts"]["mlp"]["stopped"]["reason"] == "diverged"
+    assert found["selected"]["triage"]["prompt"] in ("soft", "prefix")
+    final = f"checkpoints/step-{STEPS:08d}/state.safetensors"
+    before, after = load_file(two_ranks / final), load_file(output / final)
+    for name in ("soft", "prefix"):
+        assert found["prompts"][name]["stopped"] == {"step": STEPS, "reason": "finished"}
+        assert torch.allclose(after[f"{name}/best"], before[f"{name}/best"], atol=1e-5)
+
+
+def test_a_run_of_diverged_prompts_alone_fails(run_file: Path) -> None:
+    output = run_file.parent / "all-diverged"
+    run = yaml.safe_load(run_file.read_text())
+    run["output_dir"] = str(output)
+    run["prompts"] = [run["prompts"][1] | {"learning_rate": 1e30, "warmup_ratio": 0}]
+    path = run_file.parent / "all-diverged.yaml"
+    path.write_text(yaml.safe_dump(run))
+    done = promptshard("train", str(path), "training.max_skipped_updates=2", "--processes", "1")
     assert done.returncode == 1
     assert "2 updates in a row were not finite" in done.stderr
-    assert "lower its learning_rate" in done.stderr
+    assert "no prompt is left" in done.stderr
     assert summary(output)["status"] == "failed"
 
 

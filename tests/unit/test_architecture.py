@@ -42,7 +42,13 @@ FLOORS = (
     ("trainer.placement", "trainer.memory", "trainer.policy"),
     ("trainer.tasks", "trainer.base", "trainer.prompts"),
     ("trainer.prefetch",),
-    ("trainer.engine", "trainer.objective", "trainer.optimization", "trainer.checkpoint"),
+    (
+        "trainer.engine",
+        "trainer.objective",
+        "trainer.optimization",
+        "trainer.search",
+        "trainer.checkpoint",
+    ),
     (
         "trainer.export",
         "trainer.generation",

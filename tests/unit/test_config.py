@@ -146,6 +146,33 @@ def test_the_last_override_wins_and_null_sections_can_be_entered(run_file):
     assert run.evaluation.early_stopping is not None
 
 
+def test_steps_of_a_prompt_are_its_own_or_the_runs(run_file):
+    run = load(run_file(), ["prompts.two.steps=25"])
+    assert [run.prompt_steps(prompt) for prompt in run.prompts] == [10, 25]
+    assert run.last_step == 25
+
+
+def test_halving(run_file):
+    validated = "tasks.triage.validation=valid.jsonl"
+    run = load(run_file(), [validated, "search.halving.first=3"])
+    assert run.search.halving is not None
+    assert (run.search.halving.eta, run.search.halving.first) == (3, 3)
+    none = "tasks.triage.validation_share=0"
+    (problem,) = problems_of(run_file(), none, "search.halving.first=3")
+    assert "search.halving: task 'triage' has no validation to stop by" in problem
+    (problem,) = problems_of(run_file(), validated, "search.halving.first=10")
+    assert "search.halving.first: 10 is not before the last step (10)" in problem
+    (problem,) = problems_of(run_file(), validated, "search.halving={first: 2, eta: 1}")
+    assert "search.halving.eta: 1 must be greater than or equal to 2" in problem
+
+
+def test_more_prompts_than_max_prompts(run_file):
+    (problem,) = problems_of(run_file(), "search.max_prompts=1")
+    assert problem.endswith(
+        "prompts: 2, but search.max_prompts is 1; raise it, or train some in another run"
+    )
+
+
 def test_a_name_made_of_digits_is_found_before_an_index(run_file):
     text = replaced("- name: two", '- name: "0"')
     run = load(run_file(text), ["prompts.0.seed=5"])
@@ -436,7 +463,6 @@ def test_values_of_later_versions_are_named(run_file, setting, value):
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("prompts.one.sweep={seed: [0, 1]}", "prompts.sweep"),
         ("prompts.one.init={labels: true}", "prompts.init.labels"),
         ("prompts.one.init={from: runs/other}", "prompts.init.from"),
     ],

@@ -76,7 +76,7 @@ def test_all_prompts_are_compared_on_the_same_rows(tmp_path, choices):
     assert data.counts["validation"] == held
     for rows in (data.evaluation["validation"], *data.hand_written["validation"]):
         assert rows.gold == [0] * len(fits)
-        assert rows.num_labels == 2 * len(fits)
+        assert sum(rows.label_counts) == 2 * len(fits)
         assert {len(candidates) for candidates in rows.candidates} == {width}
 
 

@@ -297,6 +297,13 @@ def test_validate_says_what_it_read(run_file):
     assert "good: 1 prompt, 1 task, 7 steps" in done.stdout
 
 
+def test_validate_shows_what_a_sweep_makes(run_file):
+    done = promptshard("validate", run_file, "prompts.triage.sweep.seed=[0, 1, 2]")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "sweep of 'triage': 3 prompts: triage-seed0, triage-seed1, triage-seed2\n"
+    assert "good: 3 prompts, 1 task, 5 steps" in done.stdout
+
+
 def broken_row(folder: Path) -> None:
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"text": "no label"}\n')

@@ -15,6 +15,7 @@ from trainer.config.run import (
     load_base,
     load_output,
     resolve_path,
+    sweeps,
 )
 from trainer.config.section import parse_bytes
 from trainer.config.task import LOWER_IS_BETTER, PLACEHOLDER, DataSource, Task, template_fields
@@ -36,5 +37,6 @@ __all__ = [
     "load_output",
     "parse_bytes",
     "resolve_path",
+    "sweeps",
     "template_fields",
 ]

@@ -70,6 +70,16 @@ class Prompt(Section):
     warmup_ratio: Share = Field(0.03, description="share of the steps")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
     seed: NonNegativeInt | None = Field(None, description="default: training.seed")
+    steps: PositiveInt | None = Field(
+        None,
+        description="updates of this prompt and length of its schedule; default: training.steps",
+    )
+    sweep: None = Field(
+        None,
+        exclude=True,
+        description="lists of these settings: one prompt for each of their combinations, or for "
+        "random: N of them; expanded when the run file is read (trainer/config/sweep.py)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,9 +11,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from trainer import runfile
+from trainer.config import sweep
 from trainer.config.base import Base, Engine
 from trainer.config.prompt import Prompt
-from trainer.config.section import NonNegativeInt, PositiveInt, Section, checked
+from trainer.config.section import NonNegativeInt, Number, PositiveInt, Section, checked
 from trainer.config.task import Task
 from trainer.errors import BadInput, did_you_mean
 
@@ -26,7 +27,6 @@ NOT_YET = {
 }
 NOT_YET_KEYS = {
     "base.trust_remote_code": "models that need code of their own are refused",
-    "prompts.sweep": "write one prompt per combination",
     "prompts.init.labels": "use init: {text: ...} with the labels in the text",
     "prompts.init.from": "use init: {text: ...}, {vocab: true} or {random: true}",
 }
@@ -35,7 +35,7 @@ NOT_YET_KEYS = {
 class Training(Section):
     """How long, and how much a step reads."""
 
-    steps: PositiveInt
+    steps: PositiveInt = Field(description="updates of every prompt that gives no steps of its own")
     tokens_per_step: PositiveInt = Field(
         8192,
         description="most useful tokens of one prompt's update, over all ranks and micro-batches",
@@ -46,7 +46,7 @@ class Training(Section):
     )
     seed: NonNegativeInt = 0
     max_skipped_updates: PositiveInt = Field(
-        5, description="non-finite updates in a row before the run stops"
+        5, description="non-finite updates in a row before a prompt is stopped"
     )
 
     @field_validator("micro_batch_tokens", mode="before")
@@ -67,6 +67,28 @@ class EarlyStopping(Section):
 class Evaluation(Section):
     every: PositiveInt = Field(50, description="steps between validations; the last step always is")
     early_stopping: EarlyStopping | None = None
+
+
+class Halving(Section):
+    """Successive halving (arXiv 1810.05934): the worst prompts of a task are stopped at rungs.
+
+    Rungs are the steps first, first * eta, first * eta^2 ... At each, all prompts that still train
+    are validated; of the n of a task, the ceil(n / eta) with the lowest validation loss stay.
+    """
+
+    eta: Annotated[int, Number, Field(ge=2, description="one of so many stays at a rung")] = 3
+    first: PositiveInt = Field(description="step of the first rung")
+
+
+class Search(Section):
+    """Limits of a run with many prompts."""
+
+    max_prompts: PositiveInt = Field(
+        sweep.MAX_PROMPTS, description="most prompts of a run; a larger sweep is refused"
+    )
+    halving: Halving | None = Field(
+        None, description="stop the worst prompts of every task early, at rungs"
+    )
 
 
 class Checkpoint(Section):
@@ -90,6 +112,7 @@ class RunConfig(Section):
     prompts: Annotated[list[Prompt], Field(min_length=1)]
     training: Training
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    search: Search = Field(default_factory=Search)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
 
@@ -119,18 +142,43 @@ class RunConfig(Section):
             if prompt.task not in names
         ]
         without = [task.name for task in self.tasks if not task.has_validation]
-        if self.evaluation.early_stopping and without:
-            problems.append(
-                f"evaluation.early_stopping: task {without[0]!r} has no validation to stop by; "
-                "name a file or a validation_share, or remove early_stopping"
+        for setting, given in (
+            ("evaluation.early_stopping", self.evaluation.early_stopping),
+            ("search.halving", self.search.halving),
+        ):
+            if given and without:
+                problems.append(
+                    f"{setting}: task {without[0]!r} has no validation to stop by; name a file or "
+                    f"a validation_share, or remove {setting.partition('.')[2]}"
+                )
+        return checked(self, [*problems, *self._search_problems()])
+
+    def _search_problems(self) -> Iterator[str]:
+        most, halving = self.search.max_prompts, self.search.halving
+        if len(self.prompts) > most:
+            yield (
+                f"prompts: {len(self.prompts)}, but search.max_prompts is {most}; raise it, or "
+                "train some in another run"
             )
-        return checked(self, problems)
+        if halving and halving.first >= self.last_step:
+            yield (
+                f"search.halving.first: {halving.first} is not before the last step "
+                f"({self.last_step}), so that no prompt would be stopped; lower it"
+            )
 
     def task(self, name: str) -> Task:
         return next(task for task in self.tasks if task.name == name)
 
     def prompt_seed(self, prompt: Prompt) -> int:
         return self.training.seed if prompt.seed is None else prompt.seed
+
+    def prompt_steps(self, prompt: Prompt) -> int:
+        return self.training.steps if prompt.steps is None else prompt.steps
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the last prompt ends."""
+        return max(self.prompt_steps(prompt) for prompt in self.prompts)
 
 
 def resolve_path(path: str) -> Path:
@@ -141,17 +189,27 @@ def resolve_path(path: str) -> Path:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check a run file.
+    """Read, override, expand and check a run file.
 
     Raises:
         BadInput: with every problem found, as ``FILE:LINE: setting: what is wrong; remedy``, or
             ``override 'key=value': setting: ...`` where the value came from the command line.
     """
-    source = runfile.read(Path(path), overrides)
+    found = sweep.expand(runfile.read(Path(path), overrides))
+    problems = found.problems
     try:
-        return RunConfig.model_validate(source.data)
+        config = RunConfig.model_validate(found.source.data)
     except ValidationError as error:
-        raise BadInput(runfile.explain(error, source, RunConfig, NOT_YET, NOT_YET_KEYS)) from None
+        explained = runfile.explain(error, found.source, RunConfig, NOT_YET, NOT_YET_KEYS)
+        problems = [*problems, *explained]
+    if problems:
+        raise BadInput(problems)
+    return config
+
+
+def sweeps(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Of each prompt of a good run file that has a sweep: the prompts it becomes."""
+    return sweep.expand(runfile.read(Path(path), overrides)).names
 
 
 def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

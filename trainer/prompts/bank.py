@@ -39,7 +39,7 @@ class Optimizer(Protocol):
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
 
 
-#: (prompt, its parameters by name, number of updates of the run) -> optimizer.
+#: (prompt, its parameters by name, number of its updates) -> optimizer.
 OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int], Optimizer]
 
 
@@ -82,7 +82,7 @@ class Bank:
             for prompt in config.prompts
         ]
         self._optimizers = [
-            make_optimizer(prompt, dict(encoder.named_parameters()), config.training.steps)
+            make_optimizer(prompt, dict(encoder.named_parameters()), config.prompt_steps(prompt))
             for prompt, encoder in zip(config.prompts, self._encoders, strict=True)
         ]
         self._best: list[Tensor | None] = [None] * len(self.names)
@@ -109,11 +109,15 @@ class Bank:
         return [self._output(i) for i in range(len(self))]
 
     def _output(self, i: int) -> Tensor:
+        output_PH = self._outputs[i]
+        if not self.active[i] and output_PH is not None:  # has stopped: its encoder ran for good
+            return output_PH
         if not self.active[i] or not torch.is_grad_enabled():
             with torch.no_grad():
                 folded_PH: Tensor = self._encoders[i]()
-                return folded_PH
-        output_PH = self._outputs[i]
+            if not self.active[i]:
+                self._outputs[i] = folded_PH
+            return folded_PH
         if output_PH is None:
             output_PH = self._outputs[i] = self._encoders[i]()
         return output_PH
@@ -137,7 +141,10 @@ class Bank:
                 assert active, f"prompt {name!r} has stopped, but rows were read for it"
                 assert gradient_PH.isfinite().all(), f"prompt {name!r}: the loop must skip this"
         norms = [0.0 if g is None else self._update(i, g) for i, g in enumerate(gradients)]
-        self._outputs = [None] * len(self)
+        self._outputs = [
+            None if active else output
+            for active, output in zip(self.active, self._outputs, strict=True)
+        ]
         return norms
 
     def _update(self, i: int, gradient_PH: Tensor) -> float:

@@ -15,9 +15,16 @@ import yaml
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
+from trainer.search import STANDARD_ERROR
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 MOST_CURVES = len(COLORS)
+#: How the page says why a prompt stopped before its steps were done.
+STOPPED = {
+    "early_stopping": "stopped early",
+    "halving": "stopped by halving",
+    "diverged": "diverged",
+}
 WIDE_GAP = 0.10  #: a loss of score from validation to shifted validation that is worth a warning
 
 
@@ -31,6 +38,7 @@ class Row:
     color: str | None = None
     detail: str = ""
     best: bool = False
+    selected: bool = False
 
 
 @dataclass
@@ -42,6 +50,7 @@ class TaskReport:
     verdict: str
     plots: dict[str, str] = field(default_factory=dict)  #: x axis -> SVG
     left_out: int = 0
+    selected: str = ""  #: the prompt to take, and why
 
 
 @dataclass
@@ -115,6 +124,9 @@ def _task(
     scored = [row for row in rows if key in row.scores]
     if scored:
         min(scored, key=lambda row: _rank(row.scores[key], metric)).best = True
+    choice = (summary.get("selected") or {}).get(name) if len(trained) > 1 else None
+    for row in trained:
+        row.selected = choice is not None and row.label == choice["prompt"]
     columns = sorted({k for row in rows for k in row.scores}, key=_column_order)
     shown = [row for row in trained if row.color]
     curves = [Curve(row.label, str(row.color), of_prompt[row.label]) for row in shown]
@@ -123,7 +135,14 @@ def _task(
     if any(curve.lines for curve in curves):
         plots = {x: curves_svg(curves, metric, levels, x) for x in ("step", "useful_tokens")}
     return TaskReport(
-        name, metric, columns, rows, _verdict(rows, key, metric), plots, len(trained) - len(shown)
+        name,
+        metric,
+        columns,
+        rows,
+        _verdict(rows, key, metric),
+        plots,
+        len(trained) - len(shown),
+        f"Take {choice['prompt']}: {choice['why']}." if choice else "",
     )
 
 
@@ -185,6 +204,11 @@ def _warnings(
                     f"{item['task']} {item['split']}: {item[what]}{of} rows were {what}, {remedy}."
                 )
     for name, result in (summary.get("prompts") or {}).items():
+        if (end := result.get("stopped") or {}).get("reason") == "diverged":
+            found.append(
+                f"{name}: diverged; it was stopped alone at step {end['step']}. A lower "
+                "learning_rate may help."
+            )
         if result.get("skipped_updates"):
             found.append(f"{name}: {result['skipped_updates']} non-finite updates were skipped.")
     for task in tasks:
@@ -303,6 +327,9 @@ def _detail(prompt: dict[str, Any], result: dict[str, Any]) -> str:
     parts = [f"{tokens} virtual tokens", method, f"lr {prompt.get('learning_rate'):g}"]
     if result.get("best_step") is not None:
         parts.append(f"best at step {result['best_step']}")
+    end = result.get("stopped") or {}
+    if end.get("reason") in STOPPED:
+        parts.append(f"{STOPPED[end['reason']]} at step {end['step']}")
     return " · ".join(parts)
 
 
@@ -310,7 +337,9 @@ def _scores(row: dict[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in row.items()
-        if key.startswith(("validation_", "shifted_validation_")) and isinstance(value, int | float)
+        if key.startswith(("validation_", "shifted_validation_"))
+        and not key.endswith(STANDARD_ERROR)
+        and isinstance(value, int | float)
     }
 
 

@@ -81,10 +81,11 @@ class EvalSet:
         )
 
     @cached_property
-    def num_labels(self) -> int:
-        """Tokens of all right targets."""
+    def label_counts(self) -> list[int]:
+        """Tokens of each row's right target."""
         first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
-        return int(self.candidates.table.num_labels[first + np.asarray(self.gold)].sum())
+        counts: list[int] = self.candidates.table.num_labels[first + np.asarray(self.gold)].tolist()
+        return counts
 
 
 @dataclass

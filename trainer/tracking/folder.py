@@ -17,6 +17,7 @@ import yaml
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
+from trainer.search import STANDARD_ERROR
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
@@ -89,6 +90,7 @@ class Folder:
         settings: dict[str, Any] = {k: v for k, v in prompt.items() if k not in ("name", "init")}
         if settings.get("seed") is None:
             settings["seed"] = training.get("seed", 0)
+        settings["steps"] = prompt.get("steps") or training.get("steps")
         settings["encoder"] = prompt.get("encoder") or (
             "mlp" if prompt.get("method") == "p_tuning" else "embedding"
         )
@@ -287,6 +289,7 @@ def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
         (key, float(value))
         for key, value in row.items()
         if key.startswith(("validation_", "shifted_validation_"))
+        and not key.endswith(STANDARD_ERROR)
         and isinstance(value, int | float)
         and math.isfinite(value)
     ]

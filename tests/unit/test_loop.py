@@ -1,0 +1,300 @@
+"""The order of events, over a base of a few lines: who is read, validated and stopped, and when."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from tests.unit.test_chat import make_tokenizer
+from trainer.config import RunConfig
+from trainer.console import Console
+from trainer.evaluation import Evaluator
+from trainer.loop import Diverged, Loop, gaps
+from trainer.memory import StreamBudget
+from trainer.optimization import make_optimizer
+from trainer.prefetch import Prefetch, Rank
+from trainer.prompts.bank import Bank
+from trainer.tasks.feed import Feed, load_tasks
+from trainer.tasks.streams import Stream
+
+H, VOCAB = 4, 19
+TABLE_VH = torch.randn(VOCAB, H, generator=torch.Generator().manual_seed(5))
+CPU = torch.device("cpu")
+
+
+class OneRank:
+    """What the loop asks of an engine; counts the numbers that are summed over ranks."""
+
+    rank, world_size, device, gathered_bytes = 0, 1, CPU, 0
+
+    def __init__(self) -> None:
+        self.reduced: list[int] = []
+
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
+        self.reduced.append(sum(tensor.numel() for tensor in tensors))
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def watch_memory(self) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def peak_bytes(self) -> int:
+        return 0
+
+
+class ToyBase(nn.Module):
+    """A label's loss is how far its prompt's virtual tokens are from its word's embedding.
+
+    Attributes:
+        read: (step, in training, prompts of the stream) of every forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[int, bool, list[int]]] = []
+        self.loop: Loop | None = None
+
+    def forward(self, stream: Stream, virtual_tokens: list[Tensor]) -> Tensor:
+        assert self.loop is not None
+        step = self.loop.progress.step
+        self.read.append((step, torch.is_grad_enabled(), [k for k, _ in stream.prompts]))
+        losses = []
+        for k, label in zip(stream.label_prompt_N.tolist(), stream.labels_N.tolist(), strict=True):
+            if k < 0:
+                losses.append(torch.tensor(1.0))
+            else:
+                losses.append(((virtual_tokens[k] - TABLE_VH[label]) ** 2).mean())
+        return torch.stack(losses)
+
+
+class Toy:
+    """A run over two tasks; ``saved`` holds a checkpoint of every step, as files hold it."""
+
+    def __init__(self, folder: Path, prompts: list[dict[str, Any]], **sections: Any) -> None:
+        tasks = []
+        for name, words in (("x", "abcd"), ("y", "efg")):
+            path = folder / f"{name}.jsonl"
+            rows = [{"text": f"{a} {b}", "label": b} for a in words for b in words[:2]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            tasks.append({"name": name, "train": str(path), "validation": str(path)})
+            tasks[-1] |= {"shifted_validation": str(path), "input": "{text}", "target": " {label}"}
+        self.config = RunConfig.model_validate(
+            {
+                "output_dir": "out",
+                "base": {"model": "m"},
+                "tasks": tasks,
+                "prompts": [
+                    {"task": "x", "num_virtual_tokens": 2, "learning_rate": 0.1, **p}
+                    for p in prompts
+                ],
+                "training": {"steps": 8, "tokens_per_step": 12},
+                "evaluation": {"every": 4},
+                "checkpoint": {"every": 1},
+                **sections,
+            }
+        )
+        tokenizer = make_tokenizer()
+        data = load_tasks(self.config, tokenizer, 64, VOCAB)
+        self.engine, self.base, self.out = OneRank(), ToyBase(), io.StringIO()
+        engine: Any = self.engine
+        self.bank = Bank(
+            self.config,
+            lambda ids: TABLE_VH[torch.tensor(ids)],
+            tokenizer,
+            VOCAB,
+            H,
+            CPU,
+            make_optimizer=make_optimizer,
+        )
+        self.logged: list[tuple[int, str | None, dict[str, float]]] = []
+        self.saved: dict[int, tuple[bytes, str]] = {}
+        evaluator = Evaluator(engine, self.base, tokenizer, StreamBudget(200))  # type: ignore[arg-type]
+        self.loop = Loop(
+            self.config,
+            engine,
+            evaluator,
+            data,
+            self.bank,
+            Prefetch(Feed(self.config, data), Rank(0, 1, CPU)),
+            Console(self.out, self.out),
+            log=lambda step, _, metrics, name: self.logged.append((step, name, dict(metrics))),
+            save=self.save,
+        )
+        self.base.loop = self.loop
+
+    def save(self, loop: Loop) -> None:
+        tensors, bank = self.bank.state()
+        state = json.dumps({"bank": bank, "loop": loop.state()})
+        self.saved[loop.progress.step] = (to_bytes(tensors), state)
+
+    def resume(self, saved: tuple[bytes, str]) -> Toy:
+        state = json.loads(saved[1])
+        self.bank.load_state(from_bytes(saved[0]), state["bank"])
+        self.loop.load_state(state["loop"])
+        return self
+
+    def run(self) -> Toy:
+        self.loop.run()
+        return self
+
+    @property
+    def stopped(self) -> dict[str, tuple[int, str]]:
+        found = self.loop.progress.stopped
+        return {name: (end["step"], end["reason"]) for name, end in found.items()}
+
+    def losses(self, step: int) -> dict[str, float]:
+        return {
+            str(name): metrics["validation_loss"]
+            for at, name, metrics in self.logged
+            if at == step and "validation_loss" in metrics
+        }
+
+
+def tokens(toy: Toy, name: str) -> Tensor:
+    return toy.bank.snapshot(toy.bank.names.index(name))
+
+
+def test_a_prompt_ends_at_its_own_step_and_costs_nothing_further(tmp_path):
+    short = {"name": "short", "steps": 3, "method": "p_tuning"}
+    toy = Toy(tmp_path, [short, {"name": "long", "num_virtual_tokens": 5}])
+    calls: list[int] = []
+    toy.bank._encoders[0].register_forward_hook(lambda *_: calls.append(toy.loop.progress.step))
+    toy.run()
+    assert toy.stopped == {"short": (3, "finished"), "long": (8, "finished")}
+    train = [prompts for _, training, prompts in toy.base.read if training]
+    assert train[:3] == [[0, 1]] * 3
+    assert train[3:] == [[1]] * 5, "rows and virtual tokens have left the streams"
+    validated = {(step, k) for step, training, p in toy.base.read for k in p if not training}
+    assert validated == {(3, 0), (4, 1), (8, 1)}
+    both, long_alone = 2 + 1 + (2 + 5) * H, 2 + 1 + 5 * H  # losses, splits, gradients
+    sent = [numbers for numbers in toy.engine.reduced if numbers in (both, long_alone)]
+    assert sent == [both] * 3 + [long_alone] * 5
+    # To be validated, kept as the best, and once more for all steps that follow.
+    assert [step for step in calls if step > 3] == []
+    assert len([step for step in calls if step == 3]) <= 3
+
+
+def test_the_schedule_of_a_prompt_is_as_long_as_its_own_steps(tmp_path):
+    short = {"name": "short", "steps": 3}
+    together = Toy(tmp_path, [{"name": "long"}, short]).run()
+    alone = Toy(tmp_path, [{"name": "short"}], training={"steps": 3, "tokens_per_step": 12}).run()
+    assert torch.equal(tokens(together, "short"), tokens(alone, "short"))
+    assert together.loop.progress.scores["short"] == alone.loop.progress.scores["short"]
+    assert together.loop.progress.step == 8
+
+
+def test_a_prompt_that_needs_more_steps_than_the_others_goes_on(tmp_path):
+    toy = Toy(tmp_path, [{"name": "long", "steps": 10}, {"name": "usual"}]).run()
+    assert toy.stopped == {"usual": (8, "finished"), "long": (10, "finished")}
+    assert [prompts for step, on, prompts in toy.base.read if on and step >= 8] == [[0]] * 2
+
+
+BAD = {"name": "bad", "learning_rate": 1e30, "warmup_ratio": 0}
+LIMIT = {"steps": 8, "tokens_per_step": 12, "max_skipped_updates": 2}
+
+
+def test_a_diverged_prompt_is_stopped_alone(tmp_path):
+    toy = Toy(tmp_path, [{"name": "good"}, BAD, {"name": "mlp", "method": "p_tuning"}])
+    toy.run()
+    assert toy.stopped["bad"] == (toy.config.training.max_skipped_updates + 1, "diverged")
+    assert toy.stopped["good"] == toy.stopped["mlp"] == (8, "finished")
+    assert "prompt 'bad': 5 updates in a row were not finite" in toy.out.getvalue()
+    assert "lower its learning_rate" in toy.out.getvalue()
+    without = Toy(tmp_path, [{"name": "good"}, {"name": "mlp", "method": "p_tuning"}]).run()
+    for name in ("good", "mlp"):
+        assert torch.equal(tokens(toy, name), tokens(without, name))
+        assert toy.loop.progress.scores[name] == without.loop.progress.scores[name]
+
+
+def test_a_run_fails_once_every_prompt_has_diverged(tmp_path):
+    toy = Toy(tmp_path, [BAD, {**BAD, "name": "worse"}], training=LIMIT)
+    with pytest.raises(Diverged, match=r"'bad', 'worse': 2 updates in a row .* no prompt is left"):
+        toy.run()
+    assert max(toy.saved) == 2, "the last checkpoint is from before"
+
+
+def test_one_that_finished_before_the_last_diverged_is_a_result(tmp_path):
+    toy = Toy(tmp_path, [{"name": "done", "steps": 1}, BAD], training=LIMIT).run()
+    assert toy.stopped == {"done": (1, "finished"), "bad": (3, "diverged")}
+    assert max(toy.saved) == 3
+
+
+MANY = [{"name": f"x{i}", "learning_rate": 10.0**-i, "seed": i} for i in range(7)]
+MANY += [{"name": f"y{i}", "task": "y", "learning_rate": 0.01 * (i + 1)} for i in range(2)]
+MANY += [{"name": "brief", "steps": 2}]
+HALVING = {
+    "search": {"halving": {"eta": 3, "first": 2}},
+    "training": {"steps": 9, "tokens_per_step": 12},
+}
+
+
+def test_halving_stops_the_worst_of_each_task_at_rungs(tmp_path):
+    toy = Toy(tmp_path, MANY, **HALVING).run()
+    at = {
+        rung: {
+            name for name, (step, why) in toy.stopped.items() if (step, why) == (rung, "halving")
+        }
+        for rung in (2, 6)
+    }
+    for task, sizes in (("x", (7, 3, 1)), ("y", (2, 1, 1))):
+        on = {name for name in toy.bank.names if name.startswith(task)}
+        for rung, before, after in zip((2, 6), sizes[:-1], sizes[1:], strict=True):
+            losses = toy.losses(rung)
+            assert len(on) == before
+            kept = set(sorted(on, key=lambda name: losses[name])[:after])
+            assert at[rung] & on == on - kept
+            on = kept
+        assert all(toy.stopped[name] == (9, "finished") for name in on)
+    assert toy.stopped["brief"] == (2, "finished"), "one that is done is no rival"
+    assert "x: 3 of 7 prompts train on; stopped: " in toy.out.getvalue()
+    assert max(len(p) for step, on, p in toy.base.read if on and step >= 6) == 2
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6])
+def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
+    whole = Toy(tmp_path, MANY, **HALVING).run()
+    resumed = Toy(tmp_path, MANY, **HALVING).resume(whole.saved[step]).run()
+    assert resumed.stopped == whole.stopped
+    assert resumed.saved[9][0] == whole.saved[9][0]
+    after = [entry[:2] for entry in whole.logged if entry[0] > step]
+    assert [entry[:2] for entry in resumed.logged if entry[0] > 0] == after
+    assert resumed.losses(9) == whole.losses(9)
+    gap = "generalization_gap"
+    found, expected = (
+        [m[gap] for at, _, m in toy.logged if at > step and gap in m] for toy in (resumed, whole)
+    )
+    assert found == expected
+
+
+def test_gaps_are_logged_with_every_validation(tmp_path):
+    toy = Toy(tmp_path, [{"name": "one"}, {"name": "two", "num_virtual_tokens": 3}]).run()
+    for first, last in ((1, 4), (5, 8)):
+        for name in ("one", "two"):
+            lines = [(at, m) for at, who, m in toy.logged if who == name]
+            train = [m["train_loss"] for at, m in lines if first <= at <= last if "train_loss" in m]
+            (scores,) = [m for at, m in lines if at == last and "validation_loss" in m]
+            mean = sum(train) / len(train)
+            assert len(train) == 4
+            assert scores["generalization_gap"] == pytest.approx(scores["validation_loss"] - mean)
+            assert scores["shift_gap"] == 0.0, "the same rows"
+            assert not any(key.endswith("standard_error") for key in scores)
+    scores = toy.loop.progress.scores["one"]
+    assert scores["validation_loss_standard_error"] > 0
+    assert math.isfinite(scores["generalization_gap"])
+
+
+def test_gaps_without_shifted_rows_or_train_losses():
+    assert gaps({"validation_loss": 2.0}, 0.0, 0) == {}
+    shifted = {"validation_loss": 2.0, "shifted_validation_loss": 2.5}
+    assert gaps(shifted, 3.0, 2) == {"generalization_gap": 0.5, "shift_gap": 0.5}
