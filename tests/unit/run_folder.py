@@ -170,6 +170,7 @@ def write_results(output_dir: Path, status: str = "finished") -> None:
             "num_virtual_tokens": tokens,
             "label_tokens": 4800,
             "skipped_updates": 0,
+            "stopped": {"step": STEPS, "reason": "finished"},
         }
         folder = output_dir / "prompts" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +196,7 @@ def write_results(output_dir: Path, status: str = "finished") -> None:
         "status": status,
         "steps": STEPS,
         "prompts": prompts,
+        "selected": {"triage": {"prompt": "triage-mlp", "why": "the shortest"}},
         "tasks": tasks,
         "throughput": {"useful_tokens_per_second": 5204.3},
         "memory": {

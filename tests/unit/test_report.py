@@ -97,3 +97,30 @@ def test_text_of_users_is_escaped_and_credentials_hidden(tmp_path: Path) -> None
 def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+def test_the_selected_prompt_and_why_prompts_stopped(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    found = summary["prompts"]
+    found["triage"] |= {"stopped": {"step": 120, "reason": "finished"}}
+    found["triage"] |= {"validation_accuracy_standard_error": 0.02}
+    found["triage-mlp"] |= {"stopped": {"step": 40, "reason": "halving"}}
+    found["animals"] |= {"stopped": {"step": 17, "reason": "diverged"}}
+    why = {"prompt": "triage-mlp", "why": "the shortest"}
+    summary["selected"] = {"triage": why, "animals": {"prompt": "animals", "why": "the only one"}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    report = collect(folder)
+    triage, animals = report.tasks
+    assert triage.selected == "Take triage-mlp: the shortest."
+    assert [row.label for row in triage.rows if row.selected] == ["triage-mlp"]
+    assert animals.selected == "", "one prompt leaves nothing to select"
+    details = {row.label: row.detail for task in report.tasks for row in task.rows}
+    assert details["triage-mlp"].endswith("stopped by halving at step 40")
+    assert details["animals"].endswith("diverged at step 17")
+    assert "finished" not in details["triage"]
+    assert any(text.startswith("animals: diverged; it was stopped") for text in report.warnings)
+    assert not any(key.endswith("error") for key in triage.columns)
+    html = write_report(folder).read_text()
+    assert html.count('<span class="tag">selected</span>') == 1
+    assert "Take triage-mlp: the shortest." in html

@@ -188,6 +188,14 @@ class Folder:
                     scores[name] = better(scores.get(name, value), value)
         return step, scores
 
+    def final_tags(self, prompt: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
+        """How a prompt's training ended, and whether it is the one to take: to filter by."""
+        name = prompt["name"]
+        end = ((summary.get("prompts") or {}).get(name) or {}).get("stopped") or {}
+        chosen = (summary.get("selected") or {}).get(prompt.get("task")) or {}
+        taken = name == chosen.get("prompt")
+        return _clean({"stopped": end.get("reason"), "selected": "yes" if taken else None})
+
     def note(self, summary: Mapping[str, Any]) -> str:
         """The parent run's description (Markdown): the table a person looks for first."""
         tasks, prompts = summary.get("tasks") or {}, summary.get("prompts") or {}

@@ -242,6 +242,8 @@ class Store:
             for prompt in self.folder.prompts:
                 step, scores = self.folder.final_metrics(prompt, summary)
                 lines.append(Line(time, step, None, str(prompt["name"]), scores))
+                for key, value in self.folder.final_tags(prompt, summary).items():
+                    self.client.set_tag(self.run_ids[str(prompt["name"])], key, value)
             self.send(lines)
             note = self.target.hide(self.folder.note(summary))
             self.client.set_tag(self.run_ids[None], "mlflow.note.content", note)

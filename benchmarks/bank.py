@@ -1,0 +1,188 @@
+"""What a bank of prompts saves: 1, 4, 16 and 64 prompts over the tiny base, on 2 CPU ranks.
+
+    python -m benchmarks.bank
+    python -m benchmarks.bank --quick      # 1 and 4 prompts, few steps; writes nothing
+
+Whole runs of ``promptshard train`` on the quickstart's triage task, whose prompts come from one
+sweep over seeds: useful tokens per second, and the bytes of the base that a rank gathers for one
+update of one prompt. Then the wall time of one run of 16 prompts against 16 runs of one prompt
+each, one after the other, start-up included. Gathered bytes are counted and do not depend on the
+machine; speeds and times do. Writes a table and JSON to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RANKS = 2
+#: Of gathered bytes per prompt-step, K times those of K prompts to those of one: exactly 1/K is 1.
+#: What is gathered for the rows of a table grows with the rows, and a step may take more streams.
+EXACT = 1.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    quick = parser.parse_args().quick
+    counts, compared, steps = ([1, 4], 2, 4) if quick else ([1, 4, 16, 64], 16, 40)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        arms = [arm(folder / f"bank-{count}", list(range(count)), steps) for count in counts]
+        bank = arm(folder / "one", list(range(compared)), steps)
+        alone = [arm(folder / f"alone-{seed}", [seed], steps) for seed in range(compared)]
+        same = largest_difference(folder, compared)
+    report = {
+        "ranks": RANKS,
+        "steps": steps,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "arms": arms,
+        "compared": compared,
+        "wall_seconds": {"bank": bank["seconds"], "alone": [a["seconds"] for a in alone]},
+        "largest_difference": same,
+        "figures": figures(arms, bank, alone),
+    }
+    text = table(report)
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "bank.json").write_text(json.dumps(report, indent=2) + "\n")
+        (RESULTS / "bank.md").write_text(text)
+    print(text)
+
+
+def arm(output: Path, seeds: list[int], steps: int) -> dict[str, Any]:
+    """Train one prompt for each of the seeds in one run; what it took."""
+    run = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    run["output_dir"] = str(output)
+    run["tasks"] = run["tasks"][:1]
+    task = run["tasks"][0]
+    task["hand_written"] = []
+    task.pop("shifted_validation")
+    run["prompts"] = [
+        {
+            "name": "bank",
+            "task": task["name"],
+            "num_virtual_tokens": 10,
+            "learning_rate": 0.03,
+            "sweep": {"seed": seeds},
+        }
+    ]
+    run["training"] = {"steps": steps, "tokens_per_step": 512}
+    run["evaluation"] = {"every": steps}
+    run["checkpoint"] = {"every": steps}
+    run["tracking"] = {"system_metrics": False}
+    run["search"] = {"max_prompts": len(seeds)}
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(run))
+    print(f"{len(seeds)} prompt(s), {steps} steps, {RANKS} ranks ...", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "launch", "train", str(path), "--processes", str(RANKS)]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    found = json.loads((output / "summary.json").read_text())
+    gathered = found["communication"]["gathered_bytes_per_step"]
+    return {
+        "prompts": len(seeds),
+        "useful_tokens_per_second": found["throughput"]["useful_tokens_per_second"],
+        "train_seconds": found["throughput"]["train_seconds"],
+        "gathered_bytes_per_step": gathered,
+        "gathered_bytes_per_prompt_step": gathered / len(seeds),
+        "stream_tokens": found["memory"]["stream_tokens"],
+        "seconds": seconds,
+    }
+
+
+def largest_difference(folder: Path, count: int) -> float:
+    """Of validation losses in the bank to those of the same prompts alone."""
+    bank = json.loads((folder / "one" / "summary.json").read_text())["prompts"]
+    differences = []
+    for seed in range(count):
+        (alone,) = json.loads((folder / f"alone-{seed}" / "summary.json").read_text())[
+            "prompts"
+        ].values()
+        name = f"bank-seed{seed:0{len(str(count - 1))}d}"
+        differences.append(abs(bank[name]["validation_loss"] - alone["validation_loss"]))
+    return max(differences)
+
+
+def figures(
+    arms: list[dict[str, Any]], bank: dict[str, Any], alone: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Each figure beside what it is to reach."""
+    one = arms[0]["gathered_bytes_per_prompt_step"]
+    found = [
+        _figure(
+            f"gathered per prompt-step x {arm['prompts']} / that of one prompt",
+            arm["gathered_bytes_per_prompt_step"] * arm["prompts"] / one,
+            EXACT,
+        )
+        for arm in arms[1:]
+    ]
+    together = sum(run["seconds"] for run in alone)
+    found.append(
+        _figure(
+            f"wall time of one run of {len(alone)} prompts / {len(alone)} runs",
+            bank["seconds"] / together,
+            0.5,
+        )
+    )
+    return found
+
+
+def _figure(name: str, value: float, reach: float) -> dict[str, Any]:
+    return {"figure": name, "value": round(value, 3), "reach": reach}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: the figures, and what they were made of."""
+    wall = report["wall_seconds"]
+    lines = [
+        "# A bank of prompts over one base",
+        "",
+        f"`python -m benchmarks.bank`, {report['machine']}, {report['ranks']} ranks, "
+        f"{report['steps']} steps of 512 useful tokens per prompt, on the tiny base.",
+        "",
+        "| figure | measured | reach |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {f['figure']} | {f['value']:.3f} | <= {f['reach']} |" for f in report["figures"]]
+    lines += [
+        "",
+        "| prompts | useful tokens/s | gathered per step, MB | gathered per prompt-step, MB |",
+        "|---|---|---|---|",
+    ]
+    for arm in report["arms"]:
+        lines.append(
+            f"| {arm['prompts']} | {arm['useful_tokens_per_second']:,.0f} "
+            f"| {arm['gathered_bytes_per_step'] / 1e6:.3f} "
+            f"| {arm['gathered_bytes_per_prompt_step'] / 1e6:.4f} |"
+        )
+    lines += [
+        "",
+        f"Wall time: {wall['bank']:.0f} s for {report['compared']} prompts in one run, "
+        f"{sum(wall['alone']):.0f} s in {report['compared']} runs, each started anew. Their "
+        f"validation losses differ by at most {report['largest_difference']:.1e}. Gathered: what "
+        "the rank that received most got from others, baselines and validations left out.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Rank program: eight prompts trained in one bank over a sharded base, and each of them alone.
+
+python -m tests.distributed.bank OUT.json BASE ROWS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.distributed.sharded_base import run_config, shard_base
+from trainer.base.files import BaseFiles, open_base
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.generation import keys_and_values
+from trainer.objective import step_gradients
+from trainer.optimization import make_optimizer
+from trainer.process import leave
+from trainer.prompts.bank import Bank
+from trainer.tasks.feed import Feed, TaskData, load_tasks
+
+STEPS, MAX_TOKENS = 4, 48
+#: Every method, several lengths, two tasks; one ends before the others.
+PROMPTS: list[dict[str, Any]] = [
+    {"name": "words", "num_virtual_tokens": 4, "init": {"text": "w3 w5 w7"}},
+    {"name": "drawn", "num_virtual_tokens": 7, "task": "y", "seed": 3, "weight_decay": 0.1},
+    {"name": "noise", "num_virtual_tokens": 2, "init": "random", "max_grad_norm": None},
+    {"name": "brief", "num_virtual_tokens": 5, "steps": 2, "learning_rate": 0.01},
+    {"name": "mlp", "method": "p_tuning", "num_virtual_tokens": 3},
+    {"name": "mlp-y", "method": "p_tuning", "num_virtual_tokens": 6, "task": "y"},
+    {"name": "prefix", "method": "prefix_tuning", "num_virtual_tokens": 4},
+    {"name": "prefix-mlp", "method": "prefix_tuning", "num_virtual_tokens": 3, "encoder": "mlp"},
+]
+
+
+def main() -> None:
+    out, folder, rows = sys.argv[1:]
+    engine = Engine(120)
+    loaded = shard_base(engine, run_config(folder, "int8"))
+    base = engine.attach(loaded.model, loaded.policy)
+    config = make_config(folder, rows, PROMPTS)
+    files = open_base(config.base)
+    tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
+    together, gathered = train(engine, base, files, tasks, config)
+    alone: list[Tensor] = []
+    gathered_alone = 0
+    for prompt in PROMPTS:
+        single = make_config(folder, rows, [prompt])
+        (found,), count = train(engine, base, files, tasks, single)
+        alone.append(found)
+        gathered_alone += count
+    result = {
+        "errors": {
+            prompt["name"]: float((a - b).abs().max())
+            for prompt, a, b in zip(PROMPTS, together, alone, strict=True)
+        },
+        "gathered": gathered,
+        "gathered_alone": gathered_alone,
+    }
+    if engine.is_main:
+        Path(out).write_text(json.dumps(result))
+    engine.close()
+
+
+def make_config(folder: str, rows: str, prompts: list[dict[str, Any]]) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output_dir": "-",
+            "base": {"model": folder},
+            "tasks": [
+                {
+                    "name": name,
+                    "train": f"{rows}/{name}.jsonl",
+                    "input": "{text}",
+                    "target": " {label}",
+                    "validation_share": 0,
+                }
+                for name in ("x", "y")
+            ],
+            "prompts": [{"task": "x", **prompt} for prompt in prompts],
+            "training": {"steps": STEPS, "tokens_per_step": 60},
+        }
+    )
+
+
+def train(
+    engine: Engine,
+    base: Any,
+    files: BaseFiles,
+    tasks: Mapping[str, TaskData],
+    config: RunConfig,
+) -> tuple[list[Tensor], int]:
+    """The virtual tokens after the last step, and the bytes that steps gathered."""
+
+    def embed(ids: Any) -> Tensor:
+        with torch.no_grad():
+            embedded: Tensor = base(torch.as_tensor(ids), []).float()
+            return embedded
+
+    bank = Bank(
+        config,
+        embed,
+        files.tokenizer,
+        files.config.vocab_size,
+        base.hidden_size,
+        engine.device,
+        make_optimizer=make_optimizer,
+        past=lambda ids: keys_and_values(engine, base, ids),
+    )
+    feed, before = Feed(config, tasks), engine.gathered_bytes
+    for step in range(STEPS):
+        for k, prompt in enumerate(config.prompts):
+            if bank.active[k] and step == config.prompt_steps(prompt):
+                bank.stop(k)
+        if any(bank.active):
+            pieces, prompts = feed.next_step(bank.active), bank.virtual_tokens()
+            bank.update(step_gradients(engine, base, pieces, prompts, MAX_TOKENS).gradients)
+    gathered = engine.gathered_bytes - before
+    return [bank.snapshot(k) for k in range(len(bank))], gathered
+
+
+if __name__ == "__main__":
+    main()
+    leave(0)

@@ -1,0 +1,41 @@
+"""Invariant 4: a prompt trained in a bank equals the same prompt trained alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.bank import PROMPTS
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, draw = tmp_path_factory.mktemp("rows"), random.Random(0)
+    for task in ("x", "y"):
+        lines = [
+            {
+                "text": " ".join(
+                    f"w{draw.randrange(3, 300)}" for _ in range(draw.randrange(3, 20))
+                ),
+                "label": f"w{draw.randrange(3, 300)} w{draw.randrange(3, 300)}",
+            }
+            for _ in range(20)
+        ]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_prompt_in_a_bank_of_eight_equals_the_same_alone(
+    run_ranks: Callable[..., dict[str, Any]], random_base: Path, rows: Path, ranks: int
+) -> None:
+    found = run_ranks("bank", ranks, str(random_base), str(rows))
+    assert found["errors"].keys() == {prompt["name"] for prompt in PROMPTS}
+    assert max(found["errors"].values()) < 1e-5, found["errors"]
+    if ranks == 2:  # one step of all prompts gathers the base once per stream, not once per prompt
+        assert 0 < found["gathered"] < found["gathered_alone"]
