@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     quick = parser.parse_args().quick
-    counts, compared, steps = ([1, 4], 2, 4) if quick else ([1, 4, 16, 64], 16, 40)
+    counts, compared, steps = ([1, 4], 2, 4) if quick else ([1, 4, 16, 64], 16, 30)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arms = [arm(folder / f"bank-{count}", list(range(count)), steps) for count in counts]

@@ -150,17 +150,11 @@ def finish(
             "stopped": loop.progress.stopped.get(prompt.name),
             **scores,
         }
-    selected = {}
-    for name, data in loop.tasks.items():
-        mine = {n: found for n, found in prompts.items() if found["task"] == name}
-        found = select(_candidates(data, mine), data.task.metric)
-        if found is not None:
-            selected[name] = found
     summary = {
         "status": "finished",
         "steps": loop.progress.step,
         "prompts": prompts,
-        "selected": selected,
+        "selected": _selected(loop.tasks, prompts),
         "tasks": loop.progress.baselines,
         "data": {name: data.counts for name, data in loop.tasks.items()},
         **measured,
@@ -171,6 +165,17 @@ def finish(
     except Exception as error:  # the results are there; a picture of them must not lose them
         console.warn(f"no report written: {type(error).__name__}: {error}")
     return summary
+
+
+def _selected(tasks: Mapping[str, TaskData], prompts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each task that has a score: the prompt to take, as ``search.select`` gives it."""
+    found = {}
+    for name, data in tasks.items():
+        mine = {n: scores for n, scores in prompts.items() if scores["task"] == name}
+        chosen = select(_candidates(data, mine), data.task.metric)
+        if chosen is not None:
+            found[name] = chosen
+    return found
 
 
 def _candidates(data: TaskData, prompts: Mapping[str, Any]) -> list[Candidate]:
