@@ -5,9 +5,11 @@
 
 Whole runs of ``promptshard train`` on the quickstart's triage task, whose prompts come from one
 sweep over seeds: useful tokens per second, and the bytes of the base that a rank gathers for one
-update of one prompt. Then the wall time of one run of 16 prompts against 16 runs of one prompt
-each, one after the other, start-up included. Gathered bytes are counted and do not depend on the
-machine; speeds and times do. Writes a table and JSON to benchmarks/results/.
+update of one prompt: layers, which all prompts of a step share, and what ranks exchange about rows
+(word embeddings that are looked up, hidden states for the head), which grows with the rows. Then
+the wall time of one run of 16 prompts against 16 runs of one prompt each, one after the other,
+start-up included. Bytes are counted and do not depend on the machine; speeds and times do. Writes a
+table and JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2
-#: Of gathered bytes per prompt-step, K times those of K prompts to those of one: exactly 1/K is 1.
-#: What is gathered for the rows of a table grows with the rows, and a step may take more streams.
+#: Of gathered layers per prompt-step, K times those of K prompts to those of one: exactly 1/K is 1.
 EXACT = 1.05
 
 
@@ -96,13 +97,17 @@ def arm(output: Path, seeds: list[int], steps: int) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     found = json.loads((output / "summary.json").read_text())
-    gathered = found["communication"]["gathered_bytes_per_step"]
+    gathered, exchanged = (
+        found["communication"][f"{what}_bytes_per_step"] for what in ("gathered", "exchanged")
+    )
     return {
         "prompts": len(seeds),
         "useful_tokens_per_second": found["throughput"]["useful_tokens_per_second"],
         "train_seconds": found["throughput"]["train_seconds"],
         "gathered_bytes_per_step": gathered,
         "gathered_bytes_per_prompt_step": gathered / len(seeds),
+        "layer_bytes_per_prompt_step": (gathered - exchanged) / len(seeds),
+        "exchanged_bytes_per_prompt_step": exchanged / len(seeds),
         "stream_tokens": found["memory"]["stream_tokens"],
         "seconds": seconds,
     }
@@ -125,15 +130,14 @@ def figures(
     arms: list[dict[str, Any]], bank: dict[str, Any], alone: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Each figure beside what it is to reach."""
-    one = arms[0]["gathered_bytes_per_prompt_step"]
-    found = [
-        _figure(
-            f"gathered per prompt-step x {arm['prompts']} / that of one prompt",
-            arm["gathered_bytes_per_prompt_step"] * arm["prompts"] / one,
-            EXACT,
-        )
-        for arm in arms[1:]
-    ]
+    one, found = arms[0], []
+    for arm in arms[1:]:
+        count = arm["prompts"]
+        for what, reach in (("layer", EXACT), ("gathered", None)):
+            key = f"{what}_bytes_per_prompt_step"
+            name = {"layer": "layers gathered", "gathered": "all bytes gathered"}[what]
+            name = f"{name} per prompt-step of {count} prompts, x {count} / of one prompt"
+            found.append(_figure(name, arm[key] * count / one[key], reach))
     together = sum(run["seconds"] for run in alone)
     found.append(
         _figure(
@@ -145,7 +149,7 @@ def figures(
     return found
 
 
-def _figure(name: str, value: float, reach: float) -> dict[str, Any]:
+def _figure(name: str, value: float, reach: float | None) -> dict[str, Any]:
     return {"figure": name, "value": round(value, 3), "reach": reach}
 
 
@@ -161,24 +165,27 @@ def table(report: dict[str, Any]) -> str:
         "| figure | measured | reach |",
         "|---|---|---|",
     ]
-    lines += [f"| {f['figure']} | {f['value']:.3f} | <= {f['reach']} |" for f in report["figures"]]
+    for row in report["figures"]:
+        reach = "" if row["reach"] is None else f"<= {row['reach']}"
+        lines.append(f"| {row['figure']} | {row['value']:.3f} | {reach} |")
     lines += [
         "",
-        "| prompts | useful tokens/s | gathered per step, MB | gathered per prompt-step, MB |",
+        "| prompts | useful tokens/s | kB per prompt-step: layers | exchanged |",
         "|---|---|---|---|",
     ]
     for arm in report["arms"]:
         lines.append(
             f"| {arm['prompts']} | {arm['useful_tokens_per_second']:,.0f} "
-            f"| {arm['gathered_bytes_per_step'] / 1e6:.3f} "
-            f"| {arm['gathered_bytes_per_prompt_step'] / 1e6:.4f} |"
+            f"| {arm['layer_bytes_per_prompt_step'] / 1e3:.2f} "
+            f"| {arm['exchanged_bytes_per_prompt_step'] / 1e3:.2f} |"
         )
     lines += [
         "",
         f"Wall time: {wall['bank']:.0f} s for {report['compared']} prompts in one run, "
         f"{sum(wall['alone']):.0f} s in {report['compared']} runs, each started anew. Their "
-        f"validation losses differ by at most {report['largest_difference']:.1e}. Gathered: what "
-        "the rank that received most got from others, baselines and validations left out.",
+        f"validation losses differ by at most {report['largest_difference']:.1e}. Bytes: what the "
+        "rank that received most got from others in training steps. Exchanged: for rows, so that "
+        "each prompt brings its own: word embeddings looked up, hidden states sent to the head.",
         "",
     ]
     return "\n".join(lines)

@@ -65,7 +65,8 @@ class Loop:
 
     Attributes:
         saved_bytes_per_token: of the first stream, between its forward and its backward.
-        steps_here, train_gathered_bytes: since this process started, unlike ``progress``.
+        steps_here, train_gathered_bytes, train_exchanged_bytes: since this process started, unlike
+            ``progress``; the latter are part of the former.
     """
 
     config: RunConfig
@@ -83,7 +84,7 @@ class Loop:
         rule = self.config.evaluation.early_stopping
         patience = rule.patience if rule else None
         self.steps_here = 0
-        self.train_gathered_bytes = 0
+        self.train_gathered_bytes = self.train_exchanged_bytes = 0
         self.saved_bytes_per_token = 0.0
         self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
         self.last_step = self.config.last_step
@@ -112,6 +113,7 @@ class Loop:
 
     def _step(self, line: StepLine) -> None:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
+        exchanged = self.engine.exchanged_bytes
         virtual_tokens = self.bank.virtual_tokens()
         batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
         saved = SavedBytes() if self.steps_here == 0 else None
@@ -129,6 +131,7 @@ class Loop:
         self.progress.train_seconds += seconds
         self.steps_here += 1
         self.train_gathered_bytes += gathered
+        self.train_exchanged_bytes += self.engine.exchanged_bytes - exchanged
         self._log_step(result, norms, rates, seconds, gathered, waited)
         losses = [loss for loss in result.losses if not math.isnan(loss)]
         line.show(

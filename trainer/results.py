@@ -76,9 +76,12 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
         loaded.stats.seconds,
         loaded.stats.bytes_read,
         loop.train_gathered_bytes,
+        loop.train_exchanged_bytes,
         loop.saved_bytes_per_token,
     ]
-    base, rss, gpu, seconds, read, gathered, saved = zip(*engine.all_gather(mine), strict=True)
+    base, rss, gpu, seconds, read, gathered, exchanged, saved = zip(
+        *engine.all_gather(mine), strict=True
+    )
     steps = max(1, loop.steps_here)
     progress = loop.progress
     return {
@@ -99,7 +102,10 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "stream_tokens": loaded.budget.tokens,
             "gradient_checkpointing": loaded.budget.checkpointing,
         },
-        "communication": {"gathered_bytes_per_step": max(gathered) / steps},
+        "communication": {
+            "gathered_bytes_per_step": max(gathered) / steps,
+            "exchanged_bytes_per_step": max(exchanged) / steps,
+        },
         "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},
         "versions": versions(),
         "world_size": engine.world_size,

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 class OneRank:
     """What the loop asks of an engine; counts the numbers that are summed over ranks."""
 
-    rank, world_size, device, gathered_bytes = 0, 1, CPU, 0
+    rank, world_size, device, gathered_bytes, exchanged_bytes = 0, 1, CPU, 0, 0
 
     def __init__(self) -> None:
         self.reduced: list[int] = []
