@@ -405,7 +405,7 @@ def test_a_run_of_diverged_prompts_alone_fails(run_file: Path) -> None:
     run["prompts"] = [run["prompts"][1] | {"learning_rate": 1e30, "warmup_ratio": 0}]
     path = run_file.parent / "all-diverged.yaml"
     path.write_text(yaml.safe_dump(run))
-    done = promptshard("train", str(path), "training.max_skipped_updates=2", "--processes", "1")
+    done = one_process("trainer", str(path), "training.max_skipped_updates=2")
     assert done.returncode == 1
     assert "2 updates in a row were not finite" in done.stderr
     assert "no prompt is left" in done.stderr
