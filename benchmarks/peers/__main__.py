@@ -1,10 +1,11 @@
 """Useful tokens per second, and what a token costs: this trainer beside PEFT, ZeRO-3 and TRL.
 
     pip install -c constraints.txt -e '.[test,benchmark]'
-    python -m benchmarks.peers [--timed 5] [--only NAME]
+    python -m benchmarks.peers [--timed 5] [--only NAME ...]
 
-All arms of a case are loaded at once and take turns of a few steps, so that a slow minute of the
-machine meets all of them alike. Writes a table, a plot and JSON to benchmarks/results/.
+All arms of a case are loaded at once and take turns, so that a slow minute of the machine meets all
+of them alike. Writes a table, a plot and JSON to benchmarks/results/; cases that were left out stay
+there as they were measured before.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ QUICK_SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_val
 
 def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:
     """Name -> what is compared, and the arms of it."""
-    usual = Case(base, 20, ranks=2, batch=8, accumulation=3, steps_per_turn=2, timed=timed)
+    usual = Case(base, 20, ranks=2, batch=8, accumulation=3, steps_per_turn=1, timed=timed)
     single = replace(usual, batch=1, accumulation=8, single=True)
     return {
         "20 virtual tokens": (usual, TWO_RANKS),
@@ -60,7 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--timed", type=int, default=5, help="timed turns of every arm")
-    parser.add_argument("--only", help="one case, by a part of its name; nothing is written")
+    parser.add_argument("--only", nargs="+", help="cases, by a part of their names, or losses")
     parser.add_argument("--quick", action="store_true", help="a small base; nothing is written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="promptshard-peers-") as temporary:
@@ -68,13 +69,17 @@ def main() -> None:
         make_base(base, QUICK_SHAPE if arguments.quick else SHAPE)
         found: dict[str, Any] = {}
         for name, (case, arms) in cases(str(base), arguments.timed).items():
-            if arguments.only is None or arguments.only in name:
+            if _asked(name, arguments.only):
                 found[name] = compare(name, case, arms, Path(temporary))
-        losses = None if arguments.only else compare_losses(str(base), Path(temporary))
+        losses = None
+        if _asked("losses", arguments.only):
+            losses = compare_losses(str(base), Path(temporary))
     report = summary(found, losses)
-    if not (arguments.only or arguments.quick):
-        write(report)
-    print(table(report))
+    print(table(report if arguments.quick else write(report)))
+
+
+def _asked(name: str, only: list[str] | None) -> bool:
+    return only is None or any(part in name for part in only)
 
 
 def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[str, Any]:

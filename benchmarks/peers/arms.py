@@ -62,8 +62,8 @@ class Case:
         return found
 
     def rows(self) -> list[Row]:
-        """Those of two turns: every arm reads all of them, again and again."""
-        count = 2 * self.steps_per_turn * self.rows_per_step
+        """Those of four steps: every arm reads all of them, again and again."""
+        count = 4 * self.rows_per_step
         return make_rows(count, self.shape["vocab_size"], equal=self.equal)
 
     def prompt(self) -> torch.Tensor:

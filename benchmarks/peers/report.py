@@ -78,12 +78,20 @@ def summary(found: dict[str, Any], losses: dict[str, list[float]] | None) -> dic
     }
 
 
-def write(report: dict[str, Any]) -> None:
-    """Table, plot and JSON, in benchmarks/results/."""
+def write(report: dict[str, Any]) -> dict[str, Any]:
+    """Table, plot and JSON, in benchmarks/results/; gives all that stands there now."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "peers.json").write_text(json.dumps(report, indent=2) + "\n")
+    file = RESULTS / "peers.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        report = report | {
+            "cases": before["cases"] | report["cases"],
+            "losses": report["losses"] or before["losses"],
+        }
+    file.write_text(json.dumps(report, indent=2) + "\n")
     (RESULTS / "peers.md").write_text(table(report))
     plot(report, RESULTS / "peers.png")
+    return report
 
 
 def table(report: dict[str, Any]) -> str:
