@@ -1,4 +1,4 @@
-"""One prompt's optimizer, schedule, clipping and early stop.
+"""One prompt's optimizer, schedule, clipping, averaging and early stop.
 
 Every prompt has its own: what it does depends on nothing but its own settings and gradients, so
 that a prompt trained in a bank equals the same prompt alone.
@@ -7,34 +7,117 @@ that a prompt trained in a bank equals the same prompt alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import Prompt
 
+#: What a checkpoint calls the average and the start of a parameter, beside its moments.
+AVERAGE, START = "average", "start"
 
-def cosine_with_warmup(update: int, num_warmup_updates: int, num_updates: int) -> float:
-    """Factor of the learning rate: linear from 0 to 1, then half a cosine down to 0.
+
+def cosine_decay(progress: float) -> float:
+    """Half a cosine from 1 to 0; as in transformers' ``get_cosine_schedule_with_warmup``."""
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def linear_decay(progress: float) -> float:
+    """From 1 to 0 in a line; as in transformers' ``get_linear_schedule_with_warmup``."""
+    return max(0.0, 1.0 - progress)
+
+
+#: Factor of the learning rate after warm-up, by the share of its updates that were made.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": linear_decay,
+    "cosine": cosine_decay,
+}
+
+
+def scheduled(schedule: str, update: int, num_warmup_updates: int, num_updates: int) -> float:
+    """Factor of the learning rate: linear from 0 to 1, then what the schedule says.
 
     Args:
         update: updates made before this one.
-
-    Source: ``get_cosine_schedule_with_warmup`` of transformers, with its default half cycle.
     """
     if update < num_warmup_updates:
         return update / max(1, num_warmup_updates)
     progress = (update - num_warmup_updates) / max(1, num_updates - num_warmup_updates)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return SCHEDULES[schedule](progress)
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor without parameter scaling, relative steps or first moment (arXiv 1804.04235).
+
+    The second moment of a matrix is kept as the means of its rows and columns; the decay rate of
+    update t is ``1 - t ** -0.8``; an update whose root mean square is above 1 is scaled down to it.
+    As Lester et al. use it for prompts (arXiv 2104.08691, section 3), and as transformers'
+    ``Adafactor(scale_parameter=False, relative_step=False)``. torch's own always scales by the
+    parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        decay_rate: float = 0.8,
+        eps: float = 1e-30,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "decay_rate": decay_rate, "eps": eps})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        assert closure is None, "the loss is known already"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = self._direction(parameter, group["decay_rate"], group["eps"])
+                    parameter.add_(update, alpha=-group["lr"])
+        return None
+
+    def _direction(self, parameter: Tensor, decay_rate: float, eps: float) -> Tensor:
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        square = gradient.square().add_(eps)
+        factored = gradient.dim() > 1
+        means = {"rows": square.mean(-1), "columns": square.mean(-2)} if factored else {}
+        means = means or {"square": square}
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state.update({name: torch.zeros_like(mean) for name, mean in means.items()})
+        state["step"] += 1
+        for name, mean in means.items():
+            state[name].lerp_(mean, float(state["step"]) ** -decay_rate)
+        if factored:
+            rows = state["rows"] / state["rows"].mean(-1, keepdim=True)
+            update = rows.rsqrt()[..., None] * state["columns"].rsqrt()[..., None, :] * gradient
+        else:
+            update = state["square"].rsqrt() * gradient
+        return update / update.square().mean().sqrt().clamp(min=1.0)
 
 
 class PromptOptimizer:
-    """AdamW with warm-up, cosine decay and clipping by the global norm of one prompt's parameters.
+    """AdamW, Adafactor or SGD with warm-up, schedule, and clipping by one prompt's global norm.
+
+    Weight decay is decoupled from the gradient (arXiv 1711.05101) in all three.
+
+    Args:
+        decay_to_start: weight decay pulls towards the values at construction instead of zero.
+        ema_decay: how much of the running average stays at an update; None: no average is kept.
 
     Attributes:
         updates: updates made so far.
+        averaged: the parameters as they are to be judged and used: their exponential moving
+            average; None where none is kept. Its decay begins low, ``(1 + t) / (10 + t)``, so that
+            a short run does not remember its start (as TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(
@@ -43,28 +126,28 @@ class PromptOptimizer:
         *,
         learning_rate: float,
         num_updates: int,
+        optimizer: str = "adamw",
+        momentum: float = 0.0,
+        schedule: str = "cosine",
         weight_decay: float = 0.0,
+        decay_to_start: bool = False,
         num_warmup_updates: int = 0,
         max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         self.updates = 0
         self._parameters = dict(parameters)
-        self._peak, self._num_updates = learning_rate, num_updates
+        self._peak, self._schedule, self._num_updates = learning_rate, schedule, num_updates
         self._num_warmup, self._max_grad_norm = num_warmup_updates, max_grad_norm
-        # One formula on every device: the fused and foreach kernels round differently, and replicas
-        # on all ranks must stay equal to the bit.
-        self._adamw = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            foreach=False,
-            fused=False,
-        )
+        self._weight_decay, self._ema_decay = weight_decay, ema_decay
+        self._optimizer = _make(optimizer, list(self._parameters.values()), learning_rate, momentum)
+        self._start = self._copies() if decay_to_start and weight_decay else None
+        self.averaged = None if ema_decay is None else self._copies()
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next update."""
-        factor = cosine_with_warmup(self.updates, self._num_warmup, self._num_updates)
+        factor = scheduled(self._schedule, self.updates, self._num_warmup, self._num_updates)
         return self._peak * factor
 
     def step(self) -> float:
@@ -76,11 +159,13 @@ class PromptOptimizer:
         """
         norm = self._clip()
         if math.isfinite(norm):
-            for group in self._adamw.param_groups:
+            for group in self._optimizer.param_groups:
                 group["lr"] = self.learning_rate
-            self._adamw.step()
+            self._decay()
+            self._optimizer.step()
             self.updates += 1
-        self._adamw.zero_grad(set_to_none=True)
+            self._average()
+        self._optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _clip(self) -> float:
@@ -89,29 +174,79 @@ class PromptOptimizer:
             nn.utils.clip_grad_norm_(list(self._parameters.values()), limit, foreach=False)
         )
 
+    @torch.no_grad()
+    def _decay(self) -> None:
+        rate = self.learning_rate * self._weight_decay
+        if not rate:
+            return
+        for name, parameter in self._parameters.items():
+            if self._start is None:
+                parameter.mul_(1 - rate)
+            else:
+                parameter.lerp_(self._start[name], rate)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self._ema_decay is None or self.averaged is None:
+            return
+        decay = min(self._ema_decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in self._parameters.items():
+            self.averaged[name].lerp_(parameter, 1 - decay)
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self._parameters.items()}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU of all that the next update depends on, except the weights.
 
         Returns:
-            Tensors named ``PARAMETER/MOMENT``, and JSON.
+            Tensors named ``PARAMETER/MOMENT``, ``PARAMETER/average`` and ``PARAMETER/start``, and
+            JSON.
         """
         tensors = {}
         for name, parameter in self._parameters.items():
-            for key, value in self._adamw.state.get(parameter, {}).items():
-                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
+            kept: dict[str, Any] = dict(self._optimizer.state.get(parameter, {}))
+            if self.averaged is not None:
+                kept[AVERAGE] = self.averaged[name]
+            if self._start is not None:
+                kept[START] = self._start[name]
+            for key, value in kept.items():
+                if value is not None:  # SGD's momentum, before the first update
+                    tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
         return tensors, {"updates": self.updates}
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Go on from ``state()``; learning rate and schedule stay those of this run."""
         state: dict[int, dict[str, Tensor]] = {}
-        for i, name in enumerate(self._parameters):
+        for i, (name, parameter) in enumerate(self._parameters.items()):
             prefix = f"{name}/"
-            moments = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            if moments:
-                state[i] = {key: value.clone() for key, value in moments.items()}
-        groups = self._adamw.state_dict()["param_groups"]
-        self._adamw.load_state_dict({"state": state, "param_groups": groups})
+            kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            for key, copies in ((AVERAGE, self.averaged), (START, self._start)):
+                value = kept.pop(key, None)
+                if copies is not None and value is not None:
+                    copies[name] = value.to(parameter.device, copy=True)
+            if kept:
+                state[i] = {key: value.clone() for key, value in kept.items()}
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.updates = int(meta["updates"])
+
+
+def _make(
+    name: str, parameters: list[nn.Parameter], learning_rate: float, momentum: float
+) -> torch.optim.Optimizer:
+    """One formula on every device: the fused and foreach kernels round differently, and replicas on
+    all ranks must stay equal to the bit. Weight decay is ours."""
+    if name == "adafactor":
+        return Adafactor(parameters, lr=learning_rate)
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=learning_rate, momentum=momentum, foreach=False, fused=False
+        )
+    assert name == "adamw", f"config allows an optimizer that nobody wrote: {name}"
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, weight_decay=0.0, foreach=False, fused=False
+    )
 
 
 def make_optimizer(
@@ -122,9 +257,14 @@ def make_optimizer(
         parameters,
         learning_rate=prompt.learning_rate,
         num_updates=num_updates,
+        optimizer=prompt.optimizer,
+        momentum=prompt.momentum,
+        schedule=prompt.schedule,
         weight_decay=prompt.weight_decay,
+        decay_to_start=prompt.weight_decay_to_init,
         num_warmup_updates=math.ceil(prompt.warmup_ratio * num_updates),
         max_grad_norm=prompt.max_grad_norm,
+        ema_decay=prompt.ema,
     )
 
 

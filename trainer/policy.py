@@ -14,8 +14,12 @@ from trainer.placement import Placement
 
 #: Settings whose meaning here is given by the run file: key of the JSON -> the run file's setting.
 OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
-    "optimizer": lambda run: f"prompts[].learning_rate={_each(run, 'learning_rate')} with AdamW",
-    "scheduler": lambda run: f"prompts[].warmup_ratio={_each(run, 'warmup_ratio')}, then cosine",
+    "optimizer": lambda run: (
+        f"prompts[].learning_rate={_each(run, 'learning_rate')} with {_each(run, 'optimizer')}"
+    ),
+    "scheduler": lambda run: (
+        f"prompts[].warmup_ratio={_each(run, 'warmup_ratio')}, then {_each(run, 'schedule')}"
+    ),
     "train_batch_size": lambda run: f"training.tokens_per_step={run.training.tokens_per_step}",
     "train_micro_batch_size_per_gpu": lambda run: (
         f"training.micro_batch_tokens={run.training.micro_batch_tokens}"

@@ -31,6 +31,15 @@ PROMPTS: list[dict[str, Any]] = [
     {"name": "noise", "num_virtual_tokens": 5, "init": "random", "max_grad_norm": None},
     {"name": "prefix", "num_virtual_tokens": 4, "method": "prefix_tuning"},
     {"name": "prefix-mlp", "num_virtual_tokens": 3, "method": "prefix_tuning", "encoder": "mlp"},
+    {
+        "name": "averaged",
+        "num_virtual_tokens": 2,
+        "method": "p_tuning",
+        "preset": "lester",
+        "ema": 0.9,
+        "noise": 0.2,
+        "dropout": 0.1,
+    },
 ]
 #: Layers, keys and values, heads, head size.
 PAST_SHAPE = (2, 2, 1, 6)
@@ -93,13 +102,21 @@ def assert_same(one: Bank, other: Bank) -> None:
 
 def test_what_it_holds() -> None:
     bank = make_bank()
-    assert bank.names == ["words", "drawn.v2", "mlp", "noise", "prefix", "prefix-mlp"]
-    assert bank.lengths == [4, 6, 3, 5, 4, 3]
-    assert bank.active == [True] * 6
-    assert len(bank) == 6
+    assert bank.names == [
+        "words",
+        "drawn.v2",
+        "mlp",
+        "noise",
+        "prefix",
+        "prefix-mlp",
+        "averaged",
+    ]
+    assert bank.lengths == [4, 6, 3, 5, 4, 3, 2]
+    assert bank.active == [True] * 7
+    assert len(bank) == 7
     tokens = bank.virtual_tokens()
     assert [tuple(t.shape) for t in tokens[:4]] == [(n, H) for n in bank.lengths[:4]]
-    assert [tuple(t.shape) for t in tokens[4:]] == [(n, *PAST_SHAPE) for n in bank.lengths[4:]]
+    assert [tuple(t.shape) for t in tokens[4:6]] == [(n, *PAST_SHAPE) for n in bank.lengths[4:6]]
     assert all(t.dtype == torch.float32 and t.requires_grad for t in tokens)
     assert torch.equal(tokens[0], TABLE_VH[[3, 5, 3, 5]])
 
@@ -174,6 +191,38 @@ def test_encoder_runs_once_per_update() -> None:
     assert not torch.equal(bank.virtual_tokens()[2], first[2]), "still the outputs of old weights"
 
 
+def test_the_average_is_judged_and_kept_the_weights_are_trained() -> None:
+    bank = make_bank(PROMPTS[-1:])
+    train(bank, 6)
+    with torch.no_grad():
+        judged = bank.virtual_tokens()[0]
+    bank.keep_best(0)
+    assert torch.equal(judged, bank.snapshot(0))
+    assert torch.equal(judged, bank.best(0))
+    averaged = bank._optimizers[0].averaged
+    assert averaged is not None
+    with torch.no_grad():
+        assert not torch.allclose(judged, bank._encoders[0]())
+        for name, parameter in bank._encoders[0].named_parameters():
+            parameter.copy_(averaged[name])
+        assert torch.equal(judged, bank._encoders[0]())
+
+
+def test_a_prompt_is_perturbed_in_training_alone() -> None:
+    plain = {"optimizer": "sgd", "schedule": "constant", "warmup_ratio": 0, "learning_rate": 1}
+    prompt = {"name": "p", "num_virtual_tokens": 4, "init": {"text": "w3 w5"}, "dropout": 0.5}
+    bank = make_bank([prompt | plain])
+    read = bank.virtual_tokens()[0]
+    with torch.no_grad():
+        judged = bank.virtual_tokens()[0]
+    assert torch.equal(judged, TABLE_VH[[3, 5, 3, 5]])
+    torch.testing.assert_close(read, torch.where(read == 0, 0.0, 2 * judged))
+    bank.update([torch.ones_like(read)])
+    moved = bank.snapshot(0) != judged
+    assert torch.equal(moved, read != 0), "what was dropped had no part in the loss"
+    assert 0 < int(moved.sum()) < moved.numel()
+
+
 def test_virtual_tokens_given_out_do_not_change() -> None:
     bank = make_bank()
     train(bank, 1)
@@ -230,7 +279,7 @@ def test_stopped_prompt_stays() -> None:
     train(bank, 2)
     bank.virtual_tokens()
     bank.stop(1)
-    assert bank.active == [True, False, True, True, True, True]
+    assert bank.active == [True, False, True, True, True, True, True]
     still = bank.snapshot(1)
     tokens = bank.virtual_tokens()
     assert not tokens[1].requires_grad

@@ -554,6 +554,20 @@ def test_every_setting_but_plain_names_says_what_it_is():
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
+        ("momentum=0.9", "prompts[0].momentum: adamw has none; use optimizer: sgd"),
+        ("weight_decay_to_init=true", "prompts[0].weight_decay_to_init: weight_decay is 0"),
+        ("preset=leser", "prompts[0].preset: 'leser' is not one of lester"),
+        ("ema=1", "prompts[0].ema: 1 must be less than 1"),
+    ],
+)
+def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
+    (found,) = problems_of(run_file(), f"prompts.one.{setting}")
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
         ("tasks.triage.hand_written=[Look]", "hand_written: needs validation too"),
         ("tasks.triage.shifted_validation=s.jsonl", "shifted_validation: needs validation too"),
         ("evaluation.early_stopping.patience=2", "has no validation to stop by"),

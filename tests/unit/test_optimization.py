@@ -8,14 +8,20 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+from transformers.optimization import Adafactor as TheirAdafactor
 
 from trainer.config import Prompt
 from trainer.optimization import (
+    Adafactor,
     EarlyStopping,
     PromptOptimizer,
-    cosine_with_warmup,
     make_optimizer,
+    scheduled,
 )
 
 
@@ -27,7 +33,7 @@ def make_parameters() -> dict[str, nn.Parameter]:
     }
 
 
-def make(parameters: dict[str, nn.Parameter], **changes: float | None) -> PromptOptimizer:
+def make(parameters: dict[str, nn.Parameter], **changes: float | str | None) -> PromptOptimizer:
     settings = {
         "learning_rate": 0.05,
         "num_updates": 10,
@@ -44,12 +50,18 @@ def set_gradients(parameters: dict[str, nn.Parameter], step: int, scale: float =
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (10, 10), (1, 1), (0, 1)])
-def test_schedule_is_transformers(warmup: int, total: int) -> None:
+def test_schedule_is_transformers(schedule: str, warmup: int, total: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    for step in range(total + 1):
-        assert cosine_with_warmup(step, warmup, total) == reference.get_last_lr()[0]
+    reference = {
+        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, warmup, total),
+        "linear": lambda: get_linear_schedule_with_warmup(optimizer, warmup, total),
+        "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup),
+    }[schedule]()
+    for step in range(total):
+        expected = pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        assert scheduled(schedule, step, warmup, total) == expected
         optimizer.step()
         reference.step()
 
@@ -102,22 +114,104 @@ def test_non_finite_norm_changes_nothing(bad: float) -> None:
     assert parameters["b"].grad is None
 
 
+def test_adafactor_is_transformers_without_parameter_scaling() -> None:
+    """Matrices are factored, vectors not; gradients grow so that updates are clipped."""
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = Adafactor(ours.values(), lr=0.3)
+    reference = TheirAdafactor(
+        theirs.values(), lr=0.3, scale_parameter=False, relative_step=False, weight_decay=0.0
+    )
+    for step in range(8):
+        set_gradients(ours, step, scale=float(step + 1))
+        set_gradients(theirs, step, scale=float(step + 1))
+        optimizer.step()
+        reference.step()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+
+
+def test_sgd_is_torch_s_with_decoupled_decay() -> None:
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = make(ours, optimizer="sgd", momentum=0.9, schedule="constant", num_warmup_updates=0)
+    reference = torch.optim.SGD(theirs.values(), lr=0.05, momentum=0.9)
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        with torch.no_grad():
+            for parameter in theirs.values():
+                parameter.mul_(1 - 0.05 * 0.1)
+        optimizer.step()
+        reference.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-7)
+
+
+def test_decay_to_start_pulls_there() -> None:
+    """With no gradient, each update goes a share of ``rate * decay`` of the way back."""
+    parameters = make_parameters()
+    start = {name: value.detach().clone() for name, value in parameters.items()}
+    optimizer = make(parameters, schedule="constant", num_warmup_updates=0, decay_to_start=True)
+    with torch.no_grad():
+        for value in parameters.values():
+            value += 1
+    for value in parameters.values():
+        value.grad = torch.zeros_like(value)
+    optimizer.step()
+    for name, value in parameters.items():
+        torch.testing.assert_close(value - start[name], torch.full_like(value, 1 - 0.05 * 0.1))
+
+
+def test_average_is_that_of_the_weights_so_far() -> None:
+    parameters = make_parameters()
+    optimizer = make(parameters, ema_decay=0.3)
+    expected = parameters["b"].detach().clone()
+    for step in range(8):
+        set_gradients(parameters, step)
+        optimizer.step()
+        decay = min(0.3, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * parameters["b"].detach()
+        assert optimizer.averaged is not None
+        torch.testing.assert_close(optimizer.averaged["b"], expected)
+    assert not torch.equal(optimizer.averaged["b"], parameters["b"])
+    before = optimizer.averaged["b"].clone()
+    set_gradients(parameters, 8)
+    assert parameters["b"].grad is not None
+    parameters["b"].grad[0] = math.nan
+    optimizer.step()
+    assert torch.equal(optimizer.averaged["b"], before)
+
+
+#: Every kind of state that a checkpoint must hold.
+KINDS: list[dict[str, float | str | None]] = [
+    {},
+    {"optimizer": "adafactor", "schedule": "constant", "ema_decay": 0.9},
+    {"optimizer": "sgd", "schedule": "linear", "momentum": 0.9, "decay_to_start": True},
+    {"optimizer": "sgd"},
+]
+
+
 @pytest.mark.parametrize("done", [0, 4])
-def test_resumed_equals_never_stopped(done: int) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_resumed_equals_never_stopped(kind: dict[str, float | str | None], done: int) -> None:
     straight = make_parameters()
-    optimizer = make(straight)
+    optimizer = make(straight, **kind)
     for step in range(done):
         set_gradients(straight, step)
         optimizer.step()
     tensors, meta = optimizer.state()
+    assert all(value.dtype == torch.float32 for value in tensors.values())
     resumed = {k: nn.Parameter(v.detach().clone()) for k, v in straight.items()}
-    again = make(resumed)
+    again = make(resumed, **kind)
     again.load_state(tensors, json.loads(json.dumps(meta)))
     for step in range(done, 10):
         set_gradients(straight, step)
         set_gradients(resumed, step)
         assert optimizer.step() == again.step()
         assert all(torch.equal(straight[k], resumed[k]) for k in straight), step
+    ours, theirs = optimizer.state()[0], again.state()[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def test_state_is_a_copy() -> None:
@@ -149,6 +243,22 @@ def test_run_file_chooses() -> None:
         optimizer.step()
     # 3% of 50 steps, rounded up, are two updates of warm-up.
     assert rates == [0.0, 0.25, 0.5]
+
+
+def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:
+    lester = Prompt(name="a", task="t", preset="lester")
+    optimizer = make_optimizer(lester, make_parameters(), 50)
+    assert isinstance(optimizer._optimizer, Adafactor)
+    assert [optimizer.learning_rate, lester.weight_decay, lester.max_grad_norm] == [0.3, 1e-5, None]
+    set_gradients(optimizer._parameters, 0)
+    optimizer.step()
+    assert optimizer.learning_rate == 0.3
+    changed = Prompt.model_validate(
+        {"name": "a", "task": "t", "preset": "lester", "learning_rate": 0.1, "warmup_ratio": 0.1}
+    )
+    assert make_optimizer(changed, make_parameters(), 50).learning_rate == 0.0
+    assert changed.optimizer == "adafactor"
+    assert Prompt.model_validate(changed.model_dump(mode="json")) == changed
 
 
 def test_early_stopping() -> None:

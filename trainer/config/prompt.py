@@ -14,6 +14,7 @@ from trainer.config.section import (
     PositiveInt,
     Section,
     Share,
+    ShareBelowOne,
 )
 
 
@@ -47,6 +48,20 @@ class Init(Section):
         return self
 
 
+#: Recipes of the literature: settings that hold where the run file does not say otherwise.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Lester et al. 2021, arXiv 2104.08691, section 3; Adafactor clips updates by itself.
+    "lester": {
+        "optimizer": "adafactor",
+        "learning_rate": 0.3,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 1.0e-5,
+        "max_grad_norm": None,
+    },
+}
+
+
 class Prompt(Section):
     """One named, trainable thing: virtual tokens and the encoder that makes them."""
 
@@ -65,10 +80,38 @@ class Prompt(Section):
     )
     num_virtual_tokens: PositiveInt = 20
     init: Init = Field(default_factory=lambda: Init(vocab=True))
+    preset: Literal["lester"] | None = Field(
+        None,
+        description="lester: Adafactor at 0.3, constant, weight decay 1e-5, no clipping; what the "
+        "prompt sets itself holds",
+    )
+    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(
+        "adamw", description="adafactor: without parameter scaling; states are fp32 in all"
+    )
+    momentum: Share = Field(0.0, description="of sgd")
     learning_rate: PositiveFloat = 3.0e-3
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="of the learning rate, after warm-up"
+    )
     weight_decay: NonNegativeFloat = 0.0
+    weight_decay_to_init: bool = Field(
+        False, description="weight decay pulls towards the start instead of zero"
+    )
     warmup_ratio: Share = Field(0.03, description="share of the steps")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
+    ema: ShareBelowOne | None = Field(
+        None,
+        description="decay of an exponential moving average of the prompt, as 0.99; the average is "
+        "what is validated, kept as best and exported",
+    )
+    dropout: ShareBelowOne = Field(
+        0.0, description="share of the prompt's elements set to zero in a training step"
+    )
+    noise: NonNegativeFloat = Field(
+        0.0,
+        description="normal noise added to the prompt in a training step, as a share of its root "
+        "mean square; smooths the loss around it",
+    )
     seed: NonNegativeInt | None = Field(None, description="default: training.seed")
     steps: PositiveInt | None = Field(
         None,
@@ -80,6 +123,13 @@ class Prompt(Section):
         description="lists of these settings: one prompt for each of their combinations, or for "
         "random: N of them; expanded when the run file is read (trainer/config/sweep.py)",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, value: Any) -> Any:
+        """A preset's settings stand where the prompt has none of its own."""
+        preset = value.get("preset") if isinstance(value, dict) else None
+        return PRESETS[preset] | value if isinstance(preset, str) and preset in PRESETS else value
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
@@ -101,6 +151,12 @@ class Prompt(Section):
                 "init: zero leaves the base nothing to read; use text, vocab or random, or "
                 "method: prefix_tuning"
             )
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(
+                f"momentum: {self.optimizer} has none; use optimizer: sgd, or remove it"
+            )
+        if self.weight_decay_to_init and not self.weight_decay:
+            raise ValueError("weight_decay_to_init: weight_decay is 0; set it, or remove this")
         return self
 
     @property

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trainer.config import Prompt, RunConfig
 from trainer.errors import BadInput
 from trainer.prompts.encoders import PromptEncoder, make_encoder
 from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values
+from trainer.prompts.perturbation import perturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,12 @@ class Optimizer(Protocol):
 
     @property
     def learning_rate(self) -> float: ...
+
+    @property
+    def updates(self) -> int: ...
+
+    @property
+    def averaged(self) -> Mapping[str, Tensor] | None: ...
 
     def step(self) -> float: ...
 
@@ -77,6 +85,7 @@ class Bank:
         self.lengths = [prompt.num_virtual_tokens for prompt in config.prompts]
         self.active = [True] * len(self.names)
         self._prompts = config.prompts
+        self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._encoders = [
             _build(prompt, config.prompt_seed(prompt), vocabulary, hidden_size).to(device)
             for prompt in config.prompts
@@ -101,7 +110,9 @@ class Bank:
     def virtual_tokens(self) -> list[Tensor]:
         """fp32 [P, H] of every prompt, on the device.
 
-        With gradients enabled the outputs carry the encoder's graph for ``update``, and further
+        Without gradients, or of a stopped prompt: as it is to be judged and used, an average where
+        one is kept. With gradients enabled: as a training step reads it, with its noise and
+        dropout; the outputs carry the encoder's graph for ``update``, and further
         calls before it return the same tensors: an encoder runs once per update. Do not run
         ``loss.backward()`` through them: detach them, or ask ``torch.autograd.grad`` for the
         gradient with respect to them.
@@ -113,14 +124,31 @@ class Bank:
         if not self.active[i] and output_PH is not None:  # has stopped: its encoder ran for good
             return output_PH
         if not self.active[i] or not torch.is_grad_enabled():
-            with torch.no_grad():
-                folded_PH: Tensor = self._encoders[i]()
+            folded_PH = self._folded(i)
             if not self.active[i]:
                 self._outputs[i] = folded_PH
             return folded_PH
         if output_PH is None:
-            output_PH = self._outputs[i] = self._encoders[i]()
+            prompt, update = self._prompts[i], self._optimizers[i].updates
+            output_PH = self._outputs[i] = perturbed(
+                self._encoders[i](),
+                self._seeds[i],
+                update,
+                noise=prompt.noise,
+                dropout=prompt.dropout,
+            )
         return output_PH
+
+    @torch.no_grad()
+    def _folded(self, i: int) -> Tensor:
+        """What the encoder makes of its parameters, or of their average where one is kept."""
+        averaged = self._optimizers[i].averaged
+        folded_PH: Tensor = (
+            self._encoders[i]()
+            if averaged is None
+            else functional_call(self._encoders[i], dict(averaged), ())
+        )
+        return folded_PH
 
     def update(self, gradients: Sequence[Tensor | None]) -> list[float]:
         """One optimizer step per prompt from d loss / d virtual tokens, [P, H] each.
@@ -163,9 +191,7 @@ class Bank:
 
     def snapshot(self, i: int) -> Tensor:
         """The current virtual tokens, folded: fp32 [P, H] on the CPU, a copy."""
-        with torch.no_grad():
-            folded_PH: Tensor = self._encoders[i]()
-            return folded_PH.to("cpu", copy=True)
+        return self._folded(i).to("cpu", copy=True)
 
     def keep_best(self, i: int) -> None:
         """Remember the current virtual tokens as the best so far: what will be exported."""

@@ -1,0 +1,49 @@
+"""Noise and dropout on a prompt while it is trained, against overfitting.
+
+A prompt that holds at one point alone is a sharp minimum: a little noise on it smooths the loss
+around it (Chen et al. 2023, arXiv 2305.02423, there as a regulariser beside the loss; here on the
+prompt itself). What is drawn is a function of seed and update alone, on the CPU: the same on all
+ranks, in every bank and after a resume.
+
+Shape letters: P virtual tokens, H hidden size; keys and values: [P, layers, 2, heads, head size].
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def perturbed(
+    virtual_tokens: Tensor, seed: int, update: int, *, noise: float = 0.0, dropout: float = 0.0
+) -> Tensor:
+    """The prompt as one training step reads it, differentiable.
+
+    Args:
+        virtual_tokens: [P, H], or keys and values.
+        update: updates made before this one.
+        noise: standard deviation over the root mean square of the prompt, or, of keys and values,
+            of the keys or the values of a layer.
+        dropout: share of the elements set to zero; the others grow by ``1 / (1 - dropout)``.
+    """
+    if not noise and not dropout:
+        return virtual_tokens
+    generator = torch.Generator().manual_seed(_mixed(seed, update))
+    shape = virtual_tokens.shape
+    if noise:
+        alike = (0, 1) if virtual_tokens.dim() == 2 else (0, 3, 4)
+        rms = virtual_tokens.detach().square().mean(alike, keepdim=True).sqrt()
+        drawn = torch.randn(shape, generator=generator)
+        virtual_tokens = virtual_tokens + noise * rms * drawn.to(virtual_tokens)
+    if dropout:
+        kept = torch.rand(shape, generator=generator) >= dropout
+        virtual_tokens = virtual_tokens * (kept / (1 - dropout)).to(virtual_tokens)
+    return virtual_tokens
+
+
+def _mixed(seed: int, update: int) -> int:
+    """A seed of its own for every update; neighbouring ones have nothing in common."""
+    digest = hashlib.sha256(f"perturbation {seed}/{update}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
