@@ -111,6 +111,9 @@ class PromptOptimizer:
 
     Args:
         decay_to_start: weight decay pulls towards the values at construction instead of zero.
+        relative: the learning rate is a share of the root mean square of all parameters at
+            construction. Adam moves every element by about its rate, whatever the gradient's size:
+            relative to the embeddings the same rate means the same for every base.
         ema_decay: how much of the running average stays at an update; None: no average is kept.
 
     Attributes:
@@ -126,6 +129,7 @@ class PromptOptimizer:
         *,
         learning_rate: float,
         num_updates: int,
+        relative: bool = False,
         optimizer: str = "adamw",
         momentum: float = 0.0,
         schedule: str = "cosine",
@@ -137,7 +141,9 @@ class PromptOptimizer:
     ) -> None:
         self.updates = 0
         self._parameters = dict(parameters)
-        self._peak, self._schedule, self._num_updates = learning_rate, schedule, num_updates
+        self._schedule, self._num_updates = schedule, num_updates
+        self._scale = _root_mean_square(self._parameters.values()) if relative else 1.0
+        self._peak = learning_rate
         self._num_warmup, self._max_grad_norm = num_warmup_updates, max_grad_norm
         self._weight_decay, self._ema_decay = weight_decay, ema_decay
         self._optimizer = _make(optimizer, list(self._parameters.values()), learning_rate, momentum)
@@ -147,6 +153,11 @@ class PromptOptimizer:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next update."""
+        return self._rate * self._scale
+
+    @property
+    def _rate(self) -> float:
+        """The same before it is made absolute."""
         factor = scheduled(self._schedule, self.updates, self._num_warmup, self._num_updates)
         return self._peak * factor
 
@@ -176,7 +187,7 @@ class PromptOptimizer:
 
     @torch.no_grad()
     def _decay(self) -> None:
-        rate = self.learning_rate * self._weight_decay
+        rate = self._rate * self._weight_decay  # a share of the weights, whatever their scale
         if not rate:
             return
         for name, parameter in self._parameters.items():
@@ -213,7 +224,7 @@ class PromptOptimizer:
             for key, value in kept.items():
                 if value is not None:  # SGD's momentum, before the first update
                     tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
-        return tensors, {"updates": self.updates}
+        return tensors, {"updates": self.updates, "scale": self._scale}
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Go on from ``state()``; learning rate and schedule stay those of this run."""
@@ -229,7 +240,12 @@ class PromptOptimizer:
                 state[i] = {key: value.clone() for key, value in kept.items()}
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.updates = int(meta["updates"])
+        self.updates, self._scale = int(meta["updates"]), float(meta["scale"])
+
+
+def _root_mean_square(parameters: Iterable[Tensor]) -> float:
+    flat = torch.cat([value.detach().flatten().to("cpu", torch.float64) for value in parameters])
+    return float(flat.square().mean().sqrt())
 
 
 def _make(
@@ -253,9 +269,13 @@ def make_optimizer(
     prompt: Prompt, parameters: Mapping[str, nn.Parameter], num_updates: int
 ) -> PromptOptimizer:
     """The optimizer that the run file asks for. Warm-up is rounded up, as transformers does."""
+    relative = prompt.relative_learning_rate
+    rate = prompt.learning_rate if relative is None else relative
+    assert rate is not None, "config fills one of them in"
     return PromptOptimizer(
         parameters,
-        learning_rate=prompt.learning_rate,
+        learning_rate=rate,
+        relative=relative is not None,
         num_updates=num_updates,
         optimizer=prompt.optimizer,
         momentum=prompt.momentum,

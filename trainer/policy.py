@@ -15,7 +15,7 @@ from trainer.placement import Placement
 #: Settings whose meaning here is given by the run file: key of the JSON -> the run file's setting.
 OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
     "optimizer": lambda run: (
-        f"prompts[].learning_rate={_each(run, 'learning_rate')} with {_each(run, 'optimizer')}"
+        f"prompts[].learning_rate={_each(run, 'rate_in_words')} with {_each(run, 'optimizer')}"
     ),
     "scheduler": lambda run: (
         f"prompts[].warmup_ratio={_each(run, 'warmup_ratio')}, then {_each(run, 'schedule')}"

@@ -565,6 +565,15 @@ def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
     assert problem in found
 
 
+def test_one_learning_rate_of_the_two(run_file):
+    both = ["prompts.one.learning_rate=0.1", "prompts.one.relative_learning_rate=0.1"]
+    (found,) = problems_of(run_file(), *both)
+    assert "prompts[0].relative_learning_rate: learning_rate is given too; remove one" in found
+    of_encoder = ["prompts.one.method=p_tuning", "prompts.one.relative_learning_rate=0.1"]
+    (found,) = problems_of(run_file(), *of_encoder)
+    assert "encoder mlp has no scale to be relative to; use learning_rate" in found
+
+
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [

@@ -33,7 +33,9 @@ def make_parameters() -> dict[str, nn.Parameter]:
     }
 
 
-def make(parameters: dict[str, nn.Parameter], **changes: float | str | None) -> PromptOptimizer:
+def make(
+    parameters: dict[str, nn.Parameter], **changes: float | str | bool | None
+) -> PromptOptimizer:
     settings = {
         "learning_rate": 0.05,
         "num_updates": 10,
@@ -108,7 +110,7 @@ def test_non_finite_norm_changes_nothing(bad: float) -> None:
     parameters["b"].grad[0] = bad  # 1e30 is finite, its square is not
     assert not math.isfinite(optimizer.step())
     after, counters_after = optimizer.state()
-    assert counters == counters_after == {"updates": 1}
+    assert counters == counters_after == {"updates": 1, "scale": 1.0}
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(torch.equal(weights[k], parameters[k]) for k in weights)
     assert parameters["b"].grad is None
@@ -162,6 +164,23 @@ def test_decay_to_start_pulls_there() -> None:
         torch.testing.assert_close(value - start[name], torch.full_like(value, 1 - 0.05 * 0.1))
 
 
+def test_relative_rate_learns_alike_at_any_scale() -> None:
+    """The same problem in other units, as the same base with larger embeddings gives: Adam with a
+    rate relative to the start goes the same way, with an absolute one it does not."""
+
+    def trained(scale: float, relative: bool) -> torch.Tensor:
+        weight = make_parameters()["a.weight"].detach() * scale
+        parameters = {"a": nn.Parameter(weight)}
+        optimizer = make(parameters, relative=relative, max_grad_norm=None)
+        for _ in range(8):
+            (parameters["a"] / scale - 0.5).square().sum().backward()
+            optimizer.step()
+        return parameters["a"].detach() / scale
+
+    torch.testing.assert_close(trained(0.01, True), trained(100.0, True), rtol=0, atol=1e-4)
+    assert (trained(0.01, False) - trained(100.0, False)).abs().max() > 0.1
+
+
 def test_average_is_that_of_the_weights_so_far() -> None:
     parameters = make_parameters()
     optimizer = make(parameters, ema_decay=0.3)
@@ -183,17 +202,20 @@ def test_average_is_that_of_the_weights_so_far() -> None:
 
 
 #: Every kind of state that a checkpoint must hold.
-KINDS: list[dict[str, float | str | None]] = [
+KINDS: list[dict[str, float | str | bool | None]] = [
     {},
     {"optimizer": "adafactor", "schedule": "constant", "ema_decay": 0.9},
     {"optimizer": "sgd", "schedule": "linear", "momentum": 0.9, "decay_to_start": True},
     {"optimizer": "sgd"},
+    {"relative": True},
 ]
 
 
 @pytest.mark.parametrize("done", [0, 4])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
-def test_resumed_equals_never_stopped(kind: dict[str, float | str | None], done: int) -> None:
+def test_resumed_equals_never_stopped(
+    kind: dict[str, float | str | bool | None], done: int
+) -> None:
     straight = make_parameters()
     optimizer = make(straight, **kind)
     for step in range(done):
@@ -226,7 +248,7 @@ def test_state_is_a_copy() -> None:
     assert all(torch.equal(tensors[k], kept[k]) for k in kept)
     resumed = make_parameters()
     again = make(resumed)
-    again.load_state(tensors, {"updates": 1})
+    again.load_state(tensors, {"updates": 1, "scale": 1.0})
     set_gradients(resumed, 1)
     again.step()
     assert all(torch.equal(tensors[k], kept[k]) for k in kept)
@@ -243,6 +265,25 @@ def test_run_file_chooses() -> None:
         optimizer.step()
     # 3% of 50 steps, rounded up, are two updates of warm-up.
     assert rates == [0.0, 0.25, 0.5]
+
+
+def test_default_rate_is_relative_where_embeddings_are_trained() -> None:
+    def rates(**settings: object) -> tuple[float | None, float | None]:
+        prompt = Prompt.model_validate({"name": "a", "task": "t", **settings})
+        assert Prompt.model_validate(prompt.model_dump(mode="json")) == prompt
+        return prompt.learning_rate, prompt.relative_learning_rate
+
+    assert rates() == rates(method="prefix_tuning") == (None, 0.2)
+    assert rates(method="p_tuning") == (0.003, None)
+    assert rates(method="prefix_tuning", encoder="mlp") == (0.003, None)
+    assert rates(method="prefix_tuning", init="zero") == (0.003, None)
+    assert rates(learning_rate=0.1) == (0.1, None)
+    assert rates(preset="lester") == (0.3, None)
+    assert rates(preset="lester", relative_learning_rate=0.5) == (None, 0.5)
+    parameters = make_parameters()
+    rms = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters.values()) / 17)
+    prompt = Prompt(name="a", task="t", warmup_ratio=0)
+    assert make_optimizer(prompt, parameters, 9).learning_rate == pytest.approx(0.2 * rms)
 
 
 def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:

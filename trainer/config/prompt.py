@@ -48,6 +48,8 @@ class Init(Section):
         return self
 
 
+#: Of what an encoder is made of, and of embeddings as a share of their root mean square.
+DEFAULT_RATE, DEFAULT_RELATIVE_RATE = 3.0e-3, 0.2
 #: Recipes of the literature: settings that hold where the run file does not say otherwise.
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, arXiv 2104.08691, section 3; Adafactor clips updates by itself.
@@ -89,7 +91,16 @@ class Prompt(Section):
         "adamw", description="adafactor: without parameter scaling; states are fp32 in all"
     )
     momentum: Share = Field(0.0, description="of sgd")
-    learning_rate: PositiveFloat = 3.0e-3
+    learning_rate: PositiveFloat | None = Field(
+        None,
+        description="default: relative_learning_rate or, where that has no meaning, 3e-3",
+    )
+    relative_learning_rate: PositiveFloat | None = Field(
+        None,
+        description="in place of learning_rate: as a share of the root mean square of the prompt's "
+        "start, so that one value serves bases of any scale; for embeddings, keys and values "
+        "that are trained themselves; default: 0.2",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate, after warm-up"
     )
@@ -126,10 +137,22 @@ class Prompt(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_preset(cls, value: Any) -> Any:
-        """A preset's settings stand where the prompt has none of its own."""
-        preset = value.get("preset") if isinstance(value, dict) else None
-        return PRESETS[preset] | value if isinstance(preset, str) and preset in PRESETS else value
+    def _filled_in(cls, value: Any) -> Any:
+        """A preset's settings, and a learning rate, where the prompt has none of its own."""
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset")
+        filled = dict(PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else {}
+        rates = ("learning_rate", "relative_learning_rate")
+        if any(value.get(rate) is not None for rate in rates):
+            filled.pop("learning_rate", None)
+        elif "learning_rate" not in filled:
+            default = "mlp" if value.get("method") == "p_tuning" else "embedding"
+            encoder, init = value.get("encoder") or default, value.get("init")
+            zero = init == "zero" or (isinstance(init, dict) and bool(init.get("zero")))
+            relative = encoder == "embedding" and not zero
+            filled |= {rates[1]: DEFAULT_RELATIVE_RATE} if relative else {rates[0]: DEFAULT_RATE}
+        return filled | {k: v for k, v in value.items() if k not in rates or v is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
@@ -151,6 +174,15 @@ class Prompt(Section):
                 "init: zero leaves the base nothing to read; use text, vocab or random, or "
                 "method: prefix_tuning"
             )
+        if self.learning_rate is not None and self.relative_learning_rate is not None:
+            raise ValueError("relative_learning_rate: learning_rate is given too; remove one")
+        if self.relative_learning_rate is not None and (
+            self.encoder_name != "embedding" or self.init.zero
+        ):
+            what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
+            raise ValueError(
+                f"relative_learning_rate: {what} has no scale to be relative to; use learning_rate"
+            )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(
                 f"momentum: {self.optimizer} has none; use optimizer: sgd, or remove it"
@@ -158,6 +190,12 @@ class Prompt(Section):
         if self.weight_decay_to_init and not self.weight_decay:
             raise ValueError("weight_decay_to_init: weight_decay is 0; set it, or remove this")
         return self
+
+    @property
+    def rate_in_words(self) -> str:
+        if self.relative_learning_rate is not None:
+            return f"{self.relative_learning_rate:g} of the start's RMS"
+        return f"{self.learning_rate:g}"
 
     @property
     def encoder_name(self) -> str:

@@ -324,7 +324,9 @@ def _lead(base: str, run: dict[str, Any], summary: dict[str, Any]) -> str:
 def _detail(prompt: dict[str, Any], result: dict[str, Any]) -> str:
     tokens = result.get("num_virtual_tokens") or prompt.get("num_virtual_tokens")
     method = str(prompt.get("method", "")).replace("_", " ").replace("p tuning", "p-tuning")
-    parts = [f"{tokens} virtual tokens", method, f"lr {prompt.get('learning_rate'):g}"]
+    relative, rate = prompt.get("relative_learning_rate"), prompt.get("learning_rate")
+    words = f"relative lr {relative:g}" if relative is not None else f"lr {rate:g}"
+    parts = [f"{tokens} virtual tokens", method, words]
     if result.get("best_step") is not None:
         parts.append(f"best at step {result['best_step']}")
     end = result.get("stopped") or {}
