@@ -17,6 +17,7 @@ from trainer.base.model import PromptedBase
 from trainer.engine import Engine
 from trainer.generation import generate
 from trainer.memory import StreamBudget
+from trainer.objective import read_teacher
 from trainer.prefetch import ahead, prepare_stream
 from trainer.search import STANDARD_ERROR, ratio_standard_error
 from trainer.tasks import metrics
@@ -24,6 +25,7 @@ from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
 from trainer.tasks.rows import target_text
 from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams
+from trainer.tasks.teacher import Teacher
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
 WINDOW_STREAMS = 64
@@ -31,20 +33,35 @@ WINDOW_STREAMS = 64
 
 @dataclass(frozen=True)
 class Request:
-    """Score one set of rows as one prompt reads them; ``prompt=None``: the base alone."""
+    """Score one set of rows as one prompt reads them; ``prompt=None``: the base alone.
+
+    Attributes:
+        teacher: whose distributions the prompt is compared with.
+    """
 
     rows: EvalSet
     prompt: int | None
+    teacher: Teacher | None = None
+
+    @property
+    def by_labels(self) -> bool:
+        """Whether the likelihood of labels is asked for; it says nothing that a teacher learns."""
+        return self.teacher is None or self.rows.task.metric != "loss"
 
 
 @dataclass
 class Evaluator:
-    """What scoring needs; the prompts come with each call."""
+    """What scoring needs; the prompts come with each call.
+
+    Attributes:
+        teachers: word embeddings of the teachers' texts, by ``Teacher.index``.
+    """
 
     engine: Engine
     base: PromptedBase
     tokenizer: PreTrainedTokenizerBase
     budget: StreamBudget
+    teachers: Sequence[Tensor] = ()
 
     @torch.no_grad()
     def score(
@@ -52,14 +69,22 @@ class Evaluator:
         requests: Sequence[Request],
         virtual_tokens: Sequence[Tensor],
     ) -> list[dict[str, float]]:
-        """``loss``, its standard error and the task's metric, under its own name, per request."""
-        slots = [len(request.rows.candidates) * _width(request) for request in requests]
+        """``loss``, its standard error and the task's metric, under its own name, per request.
+
+        With a teacher the loss is the mean divergence from it, in nats a position, and
+        ``agreement`` is the share of positions where both find the same token likeliest.
+        """
+        slots = [_num_slots(request) for request in requests]
         lengths = PromptLengths.of(virtual_tokens)
         nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
         results = [
             self._result(request, part, virtual_tokens)
             for request, part in zip(requests, nll.split(slots), strict=True)
         ]
+        if any(request.teacher is not None for request in requests):
+            compared = self._comparisons(requests, lengths, virtual_tokens)
+            for result, found in zip(results, compared, strict=True):
+                result |= found
         self.engine.end_step()
         return results
 
@@ -71,30 +96,60 @@ class Evaluator:
         virtual_tokens: Sequence[Tensor],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
-        max_tokens = self.budget.tokens
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
-
-        def streams() -> Iterator[list[Piece]]:
-            most = WINDOW_STREAMS * max_tokens * self.engine.world_size
-            for pieces in _windows(_pieces(requests), most):
-                plan = plan_streams(pieces, lengths.tokens, self.engine.world_size, max_tokens)
-                yield from plan[self.engine.rank]
-
-        def make(pieces: list[Piece]) -> Stream:
-            return prepare_stream(pieces, lengths, self.engine.device)
-
-        for prepared in ahead(make, streams()):
-            stream = prepared.to(self.engine.device)
+        for stream in self._streams(_pieces(requests), lengths):
             nll_N = self.base(stream, virtual_tokens).double()
             real = stream.label_slot_N >= 0
             totals.index_add_(0, stream.label_slot_N[real], nll_N[real])
         self.engine.all_reduce_sum([totals])
         return totals.cpu()
 
+    def _streams(
+        self, pieces: Iterable[Piece], lengths: PromptLengths, *, taught: bool = False
+    ) -> Iterator[Stream]:
+        """This rank's streams of the pieces, on the device."""
+        max_tokens = self.budget.tokens
+
+        def planned() -> Iterator[list[Piece]]:
+            most = WINDOW_STREAMS * max_tokens * self.engine.world_size
+            for window in _windows(pieces, most):
+                plan = plan_streams(window, lengths.tokens, self.engine.world_size, max_tokens)
+                yield from plan[self.engine.rank]
+
+        def make(mine: list[Piece]) -> Stream:
+            return prepare_stream(mine, lengths, self.engine.device, taught=taught)
+
+        for prepared in ahead(make, planned()):
+            yield prepared.to(self.engine.device)
+
+    def _comparisons(
+        self,
+        requests: Sequence[Request],
+        lengths: PromptLengths,
+        virtual_tokens: Sequence[Tensor],
+    ) -> list[dict[str, float]]:
+        """Loss and agreement of every request with a teacher; nothing of the others."""
+        rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
+        sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
+        for stream in self._streams(_taught_pieces(requests), lengths, taught=True):
+            teacher_DH = read_teacher(self.base, stream, self.teachers)
+            found = self.base(stream, virtual_tokens, teacher_DH)
+            distilled_D = stream.distilled_D
+            assert distilled_D is not None
+            slots = stream.label_slot_N[distilled_D]
+            sums_R2.index_add_(0, slots, found[:, distilled_D].T.double())
+        self.engine.all_reduce_sum([sums_R2])
+        return [
+            {} if request.teacher is None else _compared(part, request.rows.label_counts)
+            for request, part in zip(requests, sums_R2.cpu().split(rows), strict=True)
+        ]
+
     def _result(
         self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]
     ) -> dict[str, float]:
         rows, task = request.rows, request.rows.task
+        if not request.by_labels:
+            return {}
         nll_RC = nll.view(-1, _width(request))
         right = torch.tensor(rows.gold)[:, None]
         nll_R, counts_R = nll_RC.gather(1, right)[:, 0].tolist(), rows.label_counts
@@ -135,6 +190,10 @@ class Evaluator:
         return {"exact_match": metrics.exact_match(texts, targets)}
 
 
+def _num_slots(request: Request) -> int:
+    return len(request.rows.candidates) * _width(request) if request.by_labels else 0
+
+
 def _width(request: Request) -> int:
     """Candidates of each row."""
     return request.rows.candidates.width
@@ -145,11 +204,32 @@ def _pieces(requests: Sequence[Request]) -> Iterator[Piece]:
     examples = (
         (example, request.prompt)
         for request in requests
+        if request.by_labels
         for candidates in request.rows.candidates
         for example in candidates
     )
     for slot, (example, prompt) in enumerate(examples):
         yield Piece(example, prompt, slot)
+
+
+def _taught_pieces(requests: Sequence[Request]) -> Iterator[Piece]:
+    """The right candidates of all rows that have a teacher; slots number them in this order."""
+    slot = 0
+    for request in requests:
+        if request.teacher is not None:
+            for right, candidates in zip(request.rows.gold, request.rows.candidates, strict=True):
+                yield Piece(candidates[right], request.prompt, slot, teacher=request.teacher)
+                slot += 1
+
+
+def _compared(sums_R2: Tensor, counts_R: Sequence[int]) -> dict[str, float]:
+    """Scores of rows from the divergence and the agreement summed over each one's labels."""
+    kl_R, same_R = sums_R2.T.tolist()
+    return {
+        "loss": sum(kl_R) / sum(counts_R),
+        f"loss{STANDARD_ERROR}": ratio_standard_error(kl_R, counts_R),
+        "agreement": sum(same_R) / sum(counts_R),
+    }
 
 
 def _windows(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:

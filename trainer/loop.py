@@ -118,7 +118,14 @@ class Loop:
         batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
         saved = SavedBytes() if self.steps_here == 0 else None
         self.engine.watch_memory()
-        result = batch_gradients(self.engine, self.evaluator.base, batch, virtual_tokens, saved)
+        result = batch_gradients(
+            self.engine,
+            self.evaluator.base,
+            batch,
+            virtual_tokens,
+            saved,
+            self.evaluator.teachers,
+        )
         self._confirm_budget(result, saved)
         rates = self.bank.learning_rates
         norms = self.bank.update(result.gradients)
@@ -259,7 +266,10 @@ class Loop:
                 "the prompts of this run differ between ranks; all devices must be of one kind"
             )
         requests = [
-            Request(rows, k) for k in due for rows in self.tasks[self._task(k)].evaluation.values()
+            Request(rows, k, data.teachers.get(self.bank.names[k]))
+            for k in due
+            for data in [self.tasks[self._task(k)]]
+            for rows in data.evaluation.values()
         ]
         results = self.evaluator.score(requests, self.bank.virtual_tokens()) if requests else []
         scores = {
@@ -340,6 +350,25 @@ class Loop:
                     for text in data.task.hand_written
                 ],
             }
+        for name, data in self.tasks.items():
+            if data.teachers:
+                self.progress.baselines[name]["untaught"] = self._score_untaught(data)
+
+    def _score_untaught(self, data: TaskData) -> dict[str, Scores]:
+        """How far the base without a prompt is from the teacher of every distilled prompt."""
+        requests = [
+            Request(rows, None, teacher)
+            for teacher in data.teachers.values()
+            for rows in data.evaluation.values()
+        ]
+        results = self.evaluator.score(requests, []) if requests else []
+        splits = [request.rows.split for request in requests]
+        scored = list(zip(splits, results, strict=True))
+        each = len(data.evaluation)
+        return {
+            name: merge_scores(scored[i * each : (i + 1) * each])
+            for i, name in enumerate(data.teachers)
+        }
 
     def state(self) -> dict[str, Any]:
         """All but the bank's tensors that going on needs, as JSON."""
@@ -379,7 +408,7 @@ def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
 
 def describe(scores: Mapping[str, float], metric: str) -> str:
     """One line for people: losses and the task's metric."""
-    names = ["validation_loss"]
+    names = ["validation_loss", "validation_agreement"]
     if metric not in LOWER_IS_BETTER:
         names += [f"validation_{metric}", f"shifted_validation_{metric}"]
     return "  ".join(f"{name} {scores[name]:.4f}" for name in names if name in scores)

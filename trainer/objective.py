@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.base.model import Reading
 from trainer.base.saved import SavedBytes
 from trainer.engine import Engine
 from trainer.prefetch import Batch, Rank, prepare, prepare_stream
@@ -29,20 +30,46 @@ def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
     return counts
 
 
+def read_teacher(base: nn.Module, stream: Stream, teachers: Sequence[Tensor]) -> Tensor | None:
+    """What the stream's distilled positions learn from, [D, H]; None if no rank has any.
+
+    A forward without gradient, made by all ranks alike: a rank without such rows reads a filler.
+
+    Args:
+        teachers: word embeddings of every teacher's text, [tokens, H].
+    """
+    if stream.teacher is None:
+        return None
+    with torch.no_grad():
+        hidden_DH: Tensor = base(Reading(stream.teacher), teachers)
+    assert stream.distilled_D is not None
+    return hidden_DH[: len(stream.distilled_D)]  # none of a filler's
+
+
 def stream_objective(
-    base: nn.Module, stream: Stream, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
+    base: nn.Module,
+    stream: Stream,
+    virtual_tokens: Sequence[Tensor],
+    counts: Sequence[int],
+    teacher_DH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """This stream's part of ``sum over k of (mean cross-entropy per label token of prompt k)``.
+    """This stream's part of ``sum over k of (mean loss per label token of prompt k)``.
+
+    The loss is the cross-entropy or, where a teacher is read, the divergence from its distribution.
 
     Args:
         counts: label tokens of each prompt in the whole step, over all ranks and streams, [K].
             Dividing by them here makes every split of a step give the same gradient, and makes each
             prompt's gradient independent of the others'.
+        teacher_DH: of ``read_teacher``.
 
     Returns:
         The scalar to differentiate, and the loss sums of each prompt, detached, fp32 [K].
     """
-    nll_N = base(stream, virtual_tokens)
+    if teacher_DH is None:
+        nll_N = base(stream, virtual_tokens)
+    else:
+        nll_N = base(stream, virtual_tokens, teacher_DH)[0]
     weight_N = (stream.label_slot_N >= 0).to(nll_N.dtype)
     inverse_K = torch.tensor([1.0 / count if count else 0.0 for count in counts])
     inverse_N = inverse_K.to(nll_N.device)[stream.label_prompt_N]
@@ -56,7 +83,8 @@ class StepResult:
     """What one step found, equal on all ranks but for the lengths of streams.
 
     Attributes:
-        losses: mean cross-entropy per label token of each prompt; NaN where it read no rows.
+        losses: mean loss per label token of each prompt, cross-entropy or divergence from its
+            teacher; NaN where it read no rows.
         gradients: d loss / d virtual tokens of each prompt, summed over ranks; None where it
             read no rows, or where loss or gradient is not finite on any rank.
         skipped: prompts whose update is left out because something was not finite.
@@ -84,12 +112,13 @@ def step_gradients(
     pieces: Sequence[Piece],
     virtual_tokens: Sequence[Tensor],
     max_tokens: int,
+    teachers: Sequence[Tensor] = (),
 ) -> StepResult:
     """``batch_gradients`` of rows that were not prepared ahead."""
     lengths = PromptLengths.of(virtual_tokens)
     rank = Rank(engine.rank, engine.world_size, engine.device)
     batch = prepare(list(pieces), lengths, rank, max_tokens)
-    return batch_gradients(engine, base, batch, virtual_tokens)
+    return batch_gradients(engine, base, batch, virtual_tokens, teachers=teachers)
 
 
 def batch_gradients(
@@ -98,6 +127,7 @@ def batch_gradients(
     batch: Batch,
     virtual_tokens: Sequence[Tensor],
     saved: SavedBytes | None = None,
+    teachers: Sequence[Tensor] = (),
 ) -> StepResult:
     """Forward and backward over this rank's streams of a step, and the sum over ranks.
 
@@ -105,6 +135,7 @@ def batch_gradients(
 
     Args:
         saved: counts what the first stream's forward saves.
+        teachers: of ``read_teacher``.
 
     Raises:
         OutOfMemory: if a stream does not fit, and other ranks take part in its gathers or it is one
@@ -112,7 +143,7 @@ def batch_gradients(
     """
     leaves = [prompt.detach().requires_grad_() for prompt in virtual_tokens]
     counts = label_counts(batch.pieces, len(leaves))
-    found = _Sums(engine, leaves)
+    found = _Sums(engine, leaves, teachers)
     todo = deque(zip(batch.plan, batch.streams, strict=True))
     while todo:
         pieces, stream = todo.popleft()
@@ -130,7 +161,9 @@ def batch_gradients(
         found.splits += 1
         lengths = PromptLengths.of(leaves)
         for part in (pieces[half:], pieces[:half]):
-            todo.appendleft((part, prepare_stream(part, lengths, engine.device)))
+            taught = stream.teacher is not None
+            half_stream = prepare_stream(part, lengths, engine.device, taught=taught)
+            todo.appendleft((part, half_stream))
     # A prompt without rows, as one that has stopped, has no gradient on any rank: none is sent.
     sent = [g for g, count in zip(found.gradients, counts, strict=True) if count]
     engine.all_reduce_sum([found.sums_K, found.splits, *sent])
@@ -162,8 +195,10 @@ class _Sums:
         splits: streams that were cut in two, [1].
     """
 
-    def __init__(self, engine: Engine, leaves: Sequence[Tensor]) -> None:
-        self._leaves = leaves
+    def __init__(
+        self, engine: Engine, leaves: Sequence[Tensor], teachers: Sequence[Tensor]
+    ) -> None:
+        self._leaves, self._teachers = leaves, teachers
         self.sums_K = torch.zeros(len(leaves), device=engine.device)
         self.gradients = [torch.zeros_like(leaf) for leaf in leaves]
         self.splits = torch.zeros(1, device=engine.device)
@@ -173,8 +208,9 @@ class _Sums:
     ) -> str | None:
         """All of a stream or, where there is no memory for it, nothing and the reason."""
         try:
+            teacher_DH = read_teacher(base, stream, self._teachers)
             with saved or nullcontext():
-                objective, sums_K = stream_objective(base, stream, self._leaves, counts)
+                objective, sums_K = stream_objective(base, stream, self._leaves, counts, teacher_DH)
             gradients = torch.autograd.grad(objective, self._leaves, allow_unused=True)
         except torch.OutOfMemoryError as error:
             return str(error).split(". ")[0]

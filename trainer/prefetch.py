@@ -16,6 +16,7 @@ from trainer.tasks.streams import (
     PromptLengths,
     Stream,
     build_stream,
+    build_teacher_stream,
     changed,
     plan_streams,
 )
@@ -49,15 +50,33 @@ class Rank:
 
 
 def prepare_stream(
-    pieces: Sequence[Piece], prompt_lengths: PromptLengths, device: torch.device
+    pieces: Sequence[Piece],
+    prompt_lengths: PromptLengths,
+    device: torch.device,
+    *,
+    taught: bool = False,
 ) -> Stream:
-    """A stream with its layout, on the host; pinned where a GPU will read it."""
-    stream = build_stream(pieces, prompt_lengths.tokens, prompt_lengths.past)
-    stream = replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
+    """A stream with its layout, on the host; pinned where a GPU will read it.
+
+    Args:
+        taught: with its teacher's stream, as all streams of a step have of which one has a teacher.
+    """
+    stream = _laid_out(build_stream(pieces, prompt_lengths.tokens, prompt_lengths.past))
+    if taught:
+        stream = replace(stream, teacher=_laid_out(build_teacher_stream(pieces)))
     if device.type != "cuda":
         return stream
     with torch.cuda.device(device):  # a new thread stands on the first device, which is another's
         return changed(stream, torch.Tensor.pin_memory)
+
+
+def _laid_out(stream: Stream) -> Stream:
+    return replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
+
+
+def is_taught(pieces: Sequence[Piece]) -> bool:
+    """Whether any of all ranks' rows has a teacher: then all ranks read one with every stream."""
+    return any(piece.teacher is not None for piece in pieces)
 
 
 def prepare(
@@ -65,7 +84,8 @@ def prepare(
 ) -> Batch:
     """Plan a step and build this rank's streams."""
     plan = plan_streams(pieces, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
-    streams = [prepare_stream(mine, prompt_lengths, rank.device) for mine in plan]
+    taught = is_taught(pieces)
+    streams = [prepare_stream(mine, prompt_lengths, rank.device, taught=taught) for mine in plan]
     return Batch(pieces, plan, streams)
 
 

@@ -210,10 +210,15 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
         columns = [f"validation_{metric}", f"shifted_validation_{metric}"]
         if metric not in LOWER_IS_BETTER:
             columns.append("validation_loss")
+        columns.append("validation_agreement")
         rows = [("no prompt", baseline.get("no_prompt", {}))]
         if baseline.get("hand_written"):
             best = better(baseline["hand_written"], key=lambda scores: scores.get(columns[0], 0.0))
             rows.append((f"hand-written: {best['text'].strip()}", best))
+        rows += [
+            (f"no prompt, beside the teacher of {name}", scores)
+            for name, scores in baseline.get("untaught", {}).items()
+        ]
         rows += [
             (f"trained: {name} ({scores['num_virtual_tokens']} virtual tokens)", scores)
             for name, scores in summary["prompts"].items()

@@ -98,7 +98,15 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, loaded.model, ids),
     )
-    evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
+    embed = _embedder(loaded.model, engine.device)
+    teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
+    evaluator = Evaluator(
+        engine,
+        loaded.model,
+        files.tokenizer,
+        loaded.budget,
+        [embed(ids) for _, ids in sorted(teachers.items())],
+    )
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, softplus
 
+from trainer.base.distillation import taught_losses
 from trainer.base.exchange import RowExchange
 from trainer.base.linear import FrozenLinear
 from trainer.base.quantization import INT8_MAX
@@ -84,19 +85,30 @@ class FrozenHead(FrozenLinear):
         stored = self.weight if self.rows is None else self.rows
         return self.out_features * self.in_features * stored.element_size()
 
-    def forward(self, x: Tensor, labels_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        labels_N: Tensor | None = None,
+        teacher_DH: Tensor | None = None,
+        distilled_D: Tensor | None = None,
+    ) -> Tensor:
         """The bare product, for the model to scale or cap; with labels all of that is done here.
 
         Where ranks share the head, all of them call it together.
 
         Args:
             x: hidden states [..., H]; with labels [N, H].
+            teacher_DH, distilled_D: what some positions learn from instead of from their label, and
+                which: see ``taught_losses``, which makes [2, N] of it.
 
         Returns:
             Without labels [..., V]; with them the negative log-likelihood of each, fp32 [N].
         """
         if labels_N is None:
             return self._logits(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        if teacher_DH is not None and distilled_D is not None:
+            limits = LOGITS_BYTES, MIN_COLUMNS
+            return taught_losses(self, x, labels_N, teacher_DH, distilled_D, *limits)
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         nll_N: Tensor = _LabelLosses.apply(x, labels_N, self, wants_gradient)
         return nll_N

@@ -22,6 +22,13 @@ from trainer.base.past import PastCache
 from trainer.tasks.streams import Stream
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A stream that is only read: what the last layer gives at its labels is wanted, no loss."""
+
+    stream: Stream
+
+
 @dataclass
 class DecodeStep:
     """One forward of a left-padded batch with a key-value cache.
@@ -60,21 +67,29 @@ class PromptedBase(nn.Module):
         return int(self.model.config.vocab_size)
 
     def forward(
-        self, inputs: Stream | DecodeStep | Tensor, virtual_tokens: Sequence[Tensor]
+        self,
+        inputs: Stream | Reading | DecodeStep | Tensor,
+        virtual_tokens: Sequence[Tensor],
+        teacher_DH: Tensor | None = None,
     ) -> Tensor:
         """Everything goes through one forward, because ZeRO-3 counts steps by it.
 
         Args:
-            inputs: a stream (loss), a decode step (generation), or token ids (word embeddings).
+            inputs: a stream (loss), a reading (hidden states), a decode step (generation), or token
+                ids (word embeddings).
             virtual_tokens: [P, H] of every prompt in the bank, or its keys and values; in a decode
                 step, of the one prompt.
+            teacher_DH: hidden states that the stream's distilled positions learn from.
 
         Returns:
-            Stream: negative log-likelihood of each label, fp32 [N]. Decode step: logits of the next
-            token, fp32 [B, V]. Token ids [n]: word embeddings [n, H].
+            Stream: negative log-likelihood of each label, fp32 [N]; with a teacher [2, N], see
+            ``taught_losses``. Reading: [N, H]. Decode step: logits of the next token, fp32
+            [B, V]. Token ids [n]: word embeddings [n, H].
         """
         if isinstance(inputs, Stream):
-            return self._stream_losses(inputs, virtual_tokens)
+            return self._stream_losses(inputs, virtual_tokens, teacher_DH)
+        if isinstance(inputs, Reading):
+            return self._hidden(inputs.stream, virtual_tokens)
         if isinstance(inputs, DecodeStep):
             return self._next_logits(inputs, virtual_tokens)
         return self._embed(inputs)
@@ -83,7 +98,21 @@ class PromptedBase(nn.Module):
         embedded: Tensor = self.model.get_input_embeddings()(token_ids)
         return embedded
 
-    def _stream_losses(self, stream: Stream, virtual_tokens: Sequence[Tensor]) -> Tensor:
+    def _stream_losses(
+        self, stream: Stream, virtual_tokens: Sequence[Tensor], teacher_DH: Tensor | None
+    ) -> Tensor:
+        hidden_NH = self._hidden(stream, virtual_tokens)
+        # Logits only where there is a label: the head sees N positions instead of T.
+        head = self.model.get_output_embeddings()
+        losses: Tensor = (
+            head(hidden_NH, stream.labels_N)
+            if teacher_DH is None
+            else head(hidden_NH, stream.labels_N, teacher_DH, stream.distilled_D)
+        )
+        return losses
+
+    def _hidden(self, stream: Stream, virtual_tokens: Sequence[Tensor]) -> Tensor:
+        """What the last layer gives at the labels, [N, H]."""
         words_TH = self._embed(stream.token_ids_T)
         prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
@@ -93,13 +122,9 @@ class PromptedBase(nn.Module):
             # Backward then gathers the same layers as on a rank whose stream has virtual tokens.
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
         if self.packed:
-            hidden_NH = self._packed(stream, hidden_TH, past)
-        else:
-            assert not past, "check_past refuses this"
-            hidden_NH = self._padded(stream, hidden_TH)
-        # Logits only where there is a label: the head sees N positions instead of T.
-        nll_N: Tensor = self.model.get_output_embeddings()(hidden_NH, stream.labels_N)
-        return nll_N
+            return self._packed(stream, hidden_TH, past)
+        assert not past, "check_past refuses this"
+        return self._padded(stream, hidden_TH)
 
     def _packed(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
         """What the last layer gives at the labels, [N, H]."""

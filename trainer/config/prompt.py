@@ -81,6 +81,17 @@ class Prompt(Section):
         None, description="default: the base's hidden size"
     )
     num_virtual_tokens: PositiveInt = 20
+    objective: Literal["labels", "distill"] = Field(
+        "labels",
+        description="distill: learn, in place of the labels, the next-token distributions that the "
+        "base has behind the teacher; the rows need no labels",
+    )
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="objective distill: a long prompt in words, of which the virtual tokens are to "
+        "do the work; the base reads it in front of the row's input",
+    )
     init: Init = Field(default_factory=lambda: Init(vocab=True))
     preset: Literal["lester"] | None = Field(
         None,
@@ -182,6 +193,11 @@ class Prompt(Section):
             what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
             raise ValueError(
                 f"relative_learning_rate: {what} has no scale to be relative to; use learning_rate"
+            )
+        if (self.teacher is None) == (self.objective == "distill"):
+            what = "objective: labels has none; remove it, or use objective: distill"
+            raise ValueError(
+                f"teacher: {'is missing; write what to distill' if self.teacher is None else what}"
             )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(

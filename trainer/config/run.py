@@ -141,6 +141,7 @@ class RunConfig(Section):
             for i, prompt in enumerate(self.prompts)
             if prompt.task not in names
         ]
+        problems += self._problems_of_teachers()
         without = [task.name for task in self.tasks if not task.has_validation]
         for setting, given in (
             ("evaluation.early_stopping", self.evaluation.early_stopping),
@@ -165,6 +166,24 @@ class RunConfig(Section):
                 f"search.halving.first: {halving.first} is not before the last step "
                 f"({self.last_step}), so that no prompt would be stopped; lower it"
             )
+
+    def _problems_of_teachers(self) -> list[str]:
+        problems = []
+        for i, task in enumerate(self.tasks):
+            prompts = [prompt for prompt in self.prompts if prompt.task == task.name]
+            labelled = [p.name for p in prompts if p.objective != "distill"]
+            written = task.messages is None and task.tokens is None
+            if written and not task.target and (labelled or not prompts):
+                problems.append(
+                    f"tasks[{i}].target: is missing; add it"
+                    + (f", or use objective: distill for {', '.join(labelled)}" if labelled else "")
+                )
+            if not written and len(labelled) < len(prompts):
+                problems.append(
+                    f"tasks[{i}].input: objective: distill puts a teacher in front of it, and so "
+                    "needs input in place of messages or tokens"
+                )
+        return problems
 
     def task(self, name: str) -> Task:
         return next(task for task in self.tasks if task.name == name)

@@ -107,7 +107,11 @@ class Task(Section):
         None, description="the same for validation and for shifted_validation"
     )
     input: str = Field("", description="template with {column} fields: what the base reads")
-    target: str = Field("", description="template with {column} fields: what it should write")
+    target: str = Field(
+        "",
+        description="template with {column} fields: what it should write; may be missing where all "
+        "prompts of the task have objective: distill",
+    )
     messages: str | None = Field(
         None,
         description="in place of input and target: the column that holds a dialogue, a list of "
@@ -197,11 +201,8 @@ class Task(Section):
         """Exactly one of: input and target, messages, tokens."""
         other = [name for name in ("messages", "tokens") if getattr(self, name) is not None]
         if not other:
-            problems = [
-                f"{name}: is missing; add it"
-                for name in ("input", "target")
-                if not getattr(self, name)
-            ]
+            problems = [] if self.input else ["input: is missing; add it"]
+            problems += self._problems_without_target() if not self.target else []
             if self.input and not template_fields(self.input):
                 problems.append("input: has no {column} field, so every row would read the same")
             return problems
@@ -219,6 +220,12 @@ class Task(Section):
                 f"{' or '.join(allowed)}"
             )
         return problems
+
+    def _problems_without_target(self) -> list[str]:
+        """The run file checks that a teacher takes its place; choices say by themselves."""
+        if self.metric == "loss" or self.choices:
+            return []
+        return [f"metric: {self.metric!r} needs a target; add it, or use loss"]
 
     def _problems_of_choices(self) -> list[str]:
         problems = []

@@ -19,6 +19,7 @@ from trainer.tasks.rows import Rows, Source
 from trainer.tasks.splits import SPLITS, Leaked, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
 from trainer.tasks.table import in_memory
+from trainer.tasks.teacher import Teacher, teachers_of
 from trainer.tasks.tokens import (
     Example,
     Progress,
@@ -99,6 +100,7 @@ class TaskData:
             that all are compared on the same rows.
         leaks: splits that share rows with train.
         remarks: what to say about where the rows came from.
+        teachers: of the prompts that are distilled, by the prompt's name.
     """
 
     task: Task
@@ -110,6 +112,7 @@ class TaskData:
     leaks: list[Leaked] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    teachers: dict[str, Teacher] = field(default_factory=dict)
 
 
 def load_tasks(
@@ -133,17 +136,27 @@ def load_tasks(
     """
     problems: list[str] = []
     tasks: dict[str, TaskData] = {}
+    teachers = teachers_of(config, tokenizer)
     for task in config.tasks:
-        lengths = [p.num_virtual_tokens for p in config.prompts if p.task == task.name]
-        room = context_length - max(lengths, default=0)
+        of_task = [p for p in config.prompts if p.task == task.name]
+        taught = {p.name: teachers[p.name] for p in of_task if p.name in teachers}
+        lengths = [p.num_virtual_tokens for p in of_task]
+        longest = max((teacher.num_tokens for teacher in taught.values()), default=0)
+        room = context_length - max([longest, *lengths])
         try:
             if room < 2:
+                if longest > max(lengths):
+                    raise BadInput(
+                        f"prompts of task {task.name!r}: a teacher of {longest} tokens leaves no "
+                        f"room in a context of {context_length}; shorten it"
+                    )
                 raise BadInput(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
             loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress, reading)
             tasks[task.name] = loader.load(splits)
+            tasks[task.name].teachers = taught
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -253,6 +266,7 @@ class Feed:
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, TaskData]) -> None:
         self._examples = [tasks[prompt.task].train for prompt in config.prompts]
+        self._teachers = [tasks[p.task].teachers.get(p.name) for p in config.prompts]
         self._cursors = [
             Cursor(
                 examples.lengths,
@@ -270,7 +284,8 @@ class Feed:
             if active[k]:
                 rows = cursor.next_rows()
                 pieces += [
-                    Piece(self._examples[k][row], k, len(pieces) + i) for i, row in enumerate(rows)
+                    Piece(self._examples[k][row], k, len(pieces) + i, teacher=self._teachers[k])
+                    for i, row in enumerate(rows)
                 ]
         return pieces
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.tasks.table import Example
+from trainer.tasks.teacher import Teacher
 
 T = TypeVar("T")
 
@@ -35,12 +36,14 @@ class Piece:
         prompt: index in the bank, or None for the base without a prompt.
         slot: the caller's own number for this row; losses come back by it.
         filler: keeps ranks in lockstep where there is no row left; its labels count nothing.
+        teacher: whose distributions the labels' positions learn, instead of the labels.
     """
 
     example: Example
     prompt: int | None
     slot: int
     filler: bool = False
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class Stream:
         label_prompt_N: index in the bank, -1 for none.
         label_slot_N: ``Piece.slot`` of the row; -1 in a filler.
         layout: how the segments attend, where that was prepared ahead.
+        distilled_D: places among the N labels of those that learn from a teacher.
+        teacher: the same rows behind their teachers, whose labels are the D in their order; a
+            filler where no row has one, but others of the step do; None if none of them does.
     """
 
     token_ids_T: Tensor
@@ -81,6 +87,8 @@ class Stream:
     label_prompt_N: Tensor
     label_slot_N: Tensor
     layout: Any = None
+    distilled_D: Tensor | None = None
+    teacher: Stream | None = None
 
     def to(self, device: torch.device) -> Stream:
         """On the device; from pinned memory without waiting for the copy."""
@@ -154,6 +162,7 @@ def build_stream(
     labels: list[int] = []
     label_prompt: list[int] = []
     label_slot: list[int] = []
+    distilled: list[int] = []
     for piece in pieces:
         start, ids = len(token_ids), piece.example.input_ids
         prefix = Segment(0, 0) if piece.prompt is None else prompt_segments[piece.prompt]
@@ -165,6 +174,8 @@ def build_stream(
             label_positions += range(start + first - 1, start + stop - 1)
             labels += ids[first:stop]
         count = piece.example.num_labels
+        if piece.teacher is not None:
+            distilled += range(len(label_slot), len(label_slot) + count)
         label_prompt += [-1 if piece.prompt is None else piece.prompt] * count
         label_slot += [-1 if piece.filler else piece.slot] * count
     return Stream(
@@ -177,7 +188,26 @@ def build_stream(
         labels_N=torch.tensor(labels),
         label_prompt_N=torch.tensor(label_prompt),
         label_slot_N=torch.tensor(label_slot),
+        distilled_D=torch.tensor(distilled, dtype=torch.long),
     )
+
+
+def build_teacher_stream(pieces: Sequence[Piece]) -> Stream:
+    """The rows among these pieces that learn from a teacher, behind it; or a filler.
+
+    The stream's prompts are counted by ``Teacher.index``.
+    """
+    lengths: dict[int, int] = {}
+    taught = []
+    for piece in pieces:
+        if piece.teacher is not None:
+            teacher = piece.teacher
+            lengths[teacher.index] = len(teacher.token_ids)
+            taught.append(Piece(teacher.behind(piece.example), teacher.index, piece.slot))
+    shortest = min(pieces, key=lambda piece: piece.example.num_tokens)
+    filler = Piece(shortest.example, None, shortest.slot, filler=True)
+    up_to = range(max(lengths, default=-1) + 1)
+    return build_stream(taught or [filler], [lengths.get(index, 0) for index in up_to])
 
 
 def plan_streams(

@@ -1,8 +1,9 @@
 """Rows -> token ids with the place where the labels start. Needs a tokenizer, but no torch.
 
 A row is ``tokenizer(input)`` with its special tokens, then ``tokenizer(target)`` without them,
-then EOS. The loss is on the target and EOS only. Dialogues are written by the tokenizer's chat
-template (chat.py), and rows may be token ids already (given.py).
+then EOS. The loss is on the target and EOS only; of a task without targets, whose prompts learn
+from a teacher, on all of the text but its first token. Dialogues are written by the tokenizer's
+chat template (chat.py), and rows may be token ids already (given.py).
 
 Files of many rows are tokenised by worker processes, once: the table is kept in the cache.
 """
@@ -219,6 +220,8 @@ class _TextFitter:
             targets = [[ids] for ids in _encode(self.tokenizer, texts, special=False)]
         else:
             targets = [self.choices] * len(rows)
+        if not self.task.target:
+            targets = [[[]]] * len(rows)
         found, examples = Found(len(rows)), list[Example]()
         for i, (input_ids, behind) in enumerate(zip(inputs, targets, strict=True)):
             examples += self._fit(first + i, input_ids, behind, found)
@@ -229,10 +232,12 @@ class _TextFitter:
     ) -> list[Example]:
         """One example per target, all behind the same input; none if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
-        if not all(targets):
+        if self.task.target and not all(targets):
             found.problem(row, "its target gives no tokens; the tokenizer drops this text")
         elif len(input_ids) <= len(self.specials.front):
             found.problem(row, "its input gives no tokens; the tokenizer drops this text")
+        elif not self.task.target and len(input_ids) + len(self.eos) < len(self.kept) + 2:
+            found.problem(row, "has one token and no EOS: nothing to predict; leave the row out")
         elif len(input_ids) <= room:
             return self._examples(row, input_ids, targets)
         elif self.task.too_long == "skip":
@@ -253,9 +258,9 @@ class _TextFitter:
         return []
 
     def _examples(self, row: int, ids: list[int], targets: list[list[int]]) -> list[Example]:
-        return [
-            Example.with_target((*ids, *target, *self.eos), len(ids), row) for target in targets
-        ]
+        # Without a target each token of the text is to be predicted by those before it.
+        start = len(ids) if self.task.target else len(self.kept) + 1
+        return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
 
 
 def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -> Tokenized:

@@ -1,0 +1,63 @@
+"""Distillation equals two plain forwards, on two ranks; and a run of the example."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.test_run import ROOT, promptshard
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def two(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> dict[str, Any]:
+    return run_ranks("distillation", 2, str(random_base), "int8")
+
+
+def test_loss_and_gradient_are_those_of_two_plain_forwards(two: dict[str, Any]) -> None:
+    """Beside a prompt that learns labels, and for keys and values, too."""
+    assert two["losses"] == pytest.approx(two["expected_losses"], abs=1e-5)
+    assert max(two["gradient_errors"]) < 1e-5
+
+
+def test_any_split_into_streams_gives_the_same_gradient(two: dict[str, Any]) -> None:
+    assert max(two["split_errors"]) < 1e-5
+
+
+def test_ranks_without_a_teacher_s_rows_stay_in_step(two: dict[str, Any]) -> None:
+    assert two["apart"] == two["alone"] == pytest.approx(two["wanted_apart"], abs=1e-5)
+
+
+def test_scores_are_divergence_and_agreement(two: dict[str, Any]) -> None:
+    taught, bare = two["scores"]
+    assert taught["loss"] == pytest.approx(two["losses"][1], abs=1e-5)
+    assert taught["agreement"] == pytest.approx(two["agreement"], abs=1e-9)
+    assert bare["loss"] > 0
+    assert bare["loss"] != taught["loss"]
+
+
+def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
+    """A few steps bring the prompt closer to the instruction than the base is without one."""
+    done = promptshard(
+        "train",
+        str(ROOT / "examples" / "distill.yaml"),
+        f"output_dir={tmp_path / 'run'}",
+        f"training.steps={STEPS}",
+        f"evaluation.every={STEPS}",
+        "training.tokens_per_step=512",
+        "tasks.notes.max_validation_rows=40",
+        "tasks.notes.shifted_validation=null",
+        "--processes",
+        "2",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation agreement" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    taught, bare = summary["prompts"]["short"], summary["tasks"]["notes"]["untaught"]["short"]
+    assert taught["validation_loss"] < bare["validation_loss"]
+    assert 0 < bare["validation_agreement"] < taught["validation_agreement"] < 1

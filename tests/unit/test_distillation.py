@@ -1,0 +1,207 @@
+"""The sliced divergence against torch's over whole logits; teachers' rows; what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from tests.thread_ranks import on_all_ranks
+from tests.unit.test_head import KINDS, H, N, V, make_head, problem, slice_by, uncompiled
+from tests.unit.test_shared_head import block
+from trainer.base.head import Block, FrozenHead
+from trainer.base.quantization import dequantize_rows
+from trainer.config import load
+from trainer.errors import BadInput
+from trainer.tasks.streams import Piece, build_stream, build_teacher_stream
+from trainer.tasks.table import Example
+from trainer.tasks.teacher import Teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["uncompiled"]  # a fixture of every test here, too
+
+DISTILLED_D = torch.tensor([0, 3, 4, 10, 36])
+TEACHER_DH = torch.randn(5, H, generator=torch.Generator().manual_seed(9))
+
+
+def whole_logits(layer: FrozenHead, hidden_NH: Tensor) -> Tensor:
+    weight = layer.weight.data
+    if layer.absmax is not None:
+        weight = dequantize_rows(weight, layer.absmax)
+    logits = hidden_NH @ weight.to(hidden_NH.dtype).T
+    if layer.bias is not None:
+        logits = logits + layer.bias.to(hidden_NH.dtype)
+    logits = logits * layer.scale
+    return logits if layer.softcap is None else torch.tanh(logits / layer.softcap) * layer.softcap
+
+
+@pytest.mark.parametrize("columns", [64, 333, V])
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five positions learn from a teacher, the others from their label."""
+    slice_by(monkeypatch, columns)
+    layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
+    ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
+    found = layer(ours, labels_N, TEACHER_DH, DISTILLED_D)
+    (found[0] * weight_N).sum().backward()
+
+    student, teacher = whole_logits(layer, exact), whole_logits(layer, TEACHER_DH.double())
+    rest = torch.ones(N).index_fill(0, DISTILLED_D, 0).nonzero()[:, 0]
+    wanted_N = torch.zeros(N, dtype=torch.float64)
+    wanted_N = wanted_N.index_copy(
+        0, rest, cross_entropy(student[rest], labels_N[rest], reduction="none")
+    )
+    logs = student[DISTILLED_D].log_softmax(1), teacher.log_softmax(1)
+    kl_D = kl_div(*logs, reduction="none", log_target=True).sum(1)
+    wanted_N = wanted_N.index_copy(0, DISTILLED_D, kl_D)
+    (wanted_N * weight_N).sum().backward()
+    torch.testing.assert_close(found[0].double(), wanted_N, rtol=5e-6, atol=3e-6)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert (ours.grad - exact.grad).abs().max() / exact.grad.abs().max() < 1e-6
+    same = (student[DISTILLED_D].argmax(1) == teacher.argmax(1)).float()
+    assert torch.equal(found[1, DISTILLED_D], same)
+    assert float(found[1, rest].detach().abs().sum()) == 0
+
+
+def test_a_student_that_has_learnt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, where the difference of two sums over probabilities would be rounding."""
+    slice_by(monkeypatch, 64)
+    layer, teacher_DH = make_head(), TEACHER_DH.bfloat16()
+    ours, every = teacher_DH.clone().requires_grad_(), torch.arange(5)
+    found = layer(ours, every, teacher_DH, every)
+    found[0].sum().backward()
+    assert found.detach().tolist() == [[0.0] * 5, [1.0] * 5]
+    assert ours.grad is not None
+    assert not ours.grad.any()
+
+
+def test_memory_is_that_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product is wider than a slice, whatever the vocabulary."""
+    slice_by(monkeypatch, 50)
+    layer, widths = make_head(), set[int]()
+    project = Block.project
+
+    def watched(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
+        widths.add(stop - start)
+        return project(block, x, start, stop)
+
+    monkeypatch.setattr(Block, "project", watched)
+    hidden_NH, labels_N, _ = problem()
+    layer(hidden_NH, labels_N, TEACHER_DH, DISTILLED_D)
+    assert widths == {50}
+
+
+#: (label positions, distilled ones of them) of each rank: some, all, none.
+SHARES = {"few": [(9, 4), (3, 3), (5, 0)], "many": [(300, 300), (2, 0), (1, 1)]}
+
+
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("kind", ["capped", "biased", "int8"])
+def test_a_shared_head_gives_the_same(
+    kind: str, shares: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states travel to its blocks where they are few; ranks without any stay in step."""
+    slice_by(monkeypatch, 100)
+
+    def found(layer: FrozenHead, rank: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(rank)
+        count, distilled = shares[rank]
+        hidden_NH = torch.randn(count, H, generator=draw).requires_grad_()
+        labels_N = torch.randint(V, (count,), generator=draw)
+        teacher_DH = torch.randn(distilled, H, generator=draw)
+        places_D = torch.randperm(count, generator=draw)[:distilled]
+        losses = layer(hidden_NH, labels_N, teacher_DH, places_D)
+        (losses[0] * torch.arange(1.0, count + 1)).sum().backward()
+        assert hidden_NH.grad is not None
+        return losses.detach(), hidden_NH.grad
+
+    every, post = on_all_ranks(3, lambda rank: found(block(kind, rank), rank.rank))
+    # One for labels, which are few; two for the teacher, unless the table is gathered instead.
+    assert post.calls.count("maximum") == (3 if shares[0][0] < 10 else 1)
+    for rank, (losses, grad_NH) in enumerate(every):
+        wanted, wanted_NH = found(make_head(**KINDS[kind]), rank)
+        torch.testing.assert_close(losses, wanted, rtol=5e-6, atol=5e-6)
+        torch.testing.assert_close(grad_NH, wanted_NH, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_behind_their_teacher() -> None:
+    one, other = Teacher(0, (1, 20, 21, 22), 1), Teacher(1, (1, 30), 1)
+    rows = [Example.with_target((1, *range(5 + i, 10 + i)), 4, i) for i in range(3)]
+    pieces = [Piece(rows[0], 0, 0, teacher=other), Piece(rows[1], 1, 1), Piece(rows[2], 0, 2)]
+    pieces[2] = Piece(rows[2], 0, 2, teacher=one)
+    stream, taught = build_stream(pieces, [2, 3]), build_teacher_stream(pieces)
+    assert stream.distilled_D is not None
+    assert stream.distilled_D.tolist() == [0, 1, 4, 5]
+    # Teachers stand in front once, in the order of their indices; rows lose their special token.
+    assert [segment.length for segment in taught.segments] == [4, 2, 5, 5]
+    assert taught.token_ids_T.tolist() == [0] * 6 + [5, 6, 7, 8, 9] + [7, 8, 9, 10, 11]
+    assert taught.labels_N.tolist() == stream.labels_N[stream.distilled_D].tolist()
+    assert taught.position_ids_T[6:].tolist() == [2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+    alone = build_teacher_stream(pieces[1:2])
+    assert alone.label_slot_N.tolist() == [-1, -1]
+    none = build_stream(pieces[1:2], [2, 3]).distilled_D
+    assert none is not None
+    assert none.tolist() == []
+
+
+def example_with(tmp_path: Path, **prompt: Any) -> Path:
+    run = yaml.safe_load((ROOT / "examples" / "distill.yaml").read_text())
+    run["prompts"][0] |= prompt
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**run, "output_dir": str(tmp_path / "run")}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["prompts.short.teacher=null"], "prompts[0].teacher: is missing; write what to distill"),
+        (["prompts.short.objective=labels"], "prompts[0].teacher: objective: labels has none"),
+        (
+            ["prompts.short.objective=labels", "prompts.short.teacher=null"],
+            "tasks[0].target: is missing; add it, or use objective: distill for short",
+        ),
+        (["tasks.notes.metric=exact_match"], "tasks[0].metric: 'exact_match' needs a target"),
+        (
+            ["tasks.notes.input=''", "tasks.notes.messages=m"],
+            "tasks[0].input: objective: distill puts a teacher in front of it",
+        ),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        load(example_with(tmp_path), overrides)
+
+
+def test_rows_need_no_label(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from trainer.tasks.feed import load_tasks
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_base")
+    for split in ("train", "valid"):
+        text = '{"text": "Ms Reed came in with angina."}\n{"text": "Works at night."}\n'
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    files = [
+        f"tasks.notes.{k}={tmp_path / v}"
+        for k, v in (("train", "train.jsonl"), ("validation", "valid.jsonl"))
+    ]
+    config = load(example_with(tmp_path), [*files, "tasks.notes.shifted_validation=null"])
+    data = load_tasks(config, tokenizer, 512, 1024)["notes"]
+    example = data.train[0]
+    assert tokenizer.decode(example.input_ids) == "Ms Reed came in with angina.\nAnswer:<eos>"
+    assert example.label_spans == ((1, example.num_tokens),)
+    teacher = data.teachers["short"]
+    assert tokenizer.decode(list(teacher.token_ids)) == config.prompts[0].teacher
+    assert 300 <= teacher.num_tokens < 320
+    with pytest.raises(BadInput, match="a teacher of 311 tokens leaves no room"):
+        load_tasks(config, tokenizer, 312, 1024)
+    with pytest.raises(BadInput, match="has 14 tokens, 9 fit"):
+        load_tasks(config, tokenizer, 320, 1024)
