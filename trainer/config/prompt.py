@@ -185,6 +185,10 @@ class Prompt(Section):
                 "init: zero leaves the base nothing to read; use text, vocab or random, or "
                 "method: prefix_tuning"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Prompt:
         if self.learning_rate is not None and self.relative_learning_rate is not None:
             raise ValueError("relative_learning_rate: learning_rate is given too; remove one")
         if self.relative_learning_rate is not None and (
