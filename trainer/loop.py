@@ -271,7 +271,7 @@ class Loop:
             for data in [self.tasks[self._task(k)]]
             for rows in data.evaluation.values()
         ]
-        results = self.evaluator.score(requests, self.bank.virtual_tokens()) if requests else []
+        results = self.evaluator.score(requests, self.bank.judged()) if requests else []
         scores = {
             k: merge_scores(
                 (request.rows.split, result)

@@ -65,7 +65,10 @@ def write_run_file(folder: Path) -> Path:
     task["hand_written"] = task["hand_written"][:1]
     run["prompts"] = [
         {"name": "soft", "task": task["name"], "num_virtual_tokens": 5, "init": "random"},
-        {"name": "mlp", "task": task["name"], "method": "p_tuning", "num_virtual_tokens": 8},
+        {
+            **{"name": "mlp", "task": task["name"], "method": "p_tuning", "num_virtual_tokens": 8},
+            **{"optimizer": "adafactor", "ema": 0.9, "noise": 0.05, "dropout": 0.05},
+        },
         {"name": "prefix", "task": task["name"], "method": "prefix_tuning", "learning_rate": 0.005},
     ]
     run["training"] = {"steps": STEPS, "tokens_per_step": 512, "micro_batch_tokens": 300}

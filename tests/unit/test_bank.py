@@ -194,8 +194,9 @@ def test_encoder_runs_once_per_update() -> None:
 def test_the_average_is_judged_and_kept_the_weights_are_trained() -> None:
     bank = make_bank(PROMPTS[-1:])
     train(bank, 6)
-    with torch.no_grad():
-        judged = bank.virtual_tokens()[0]
+    (judged,) = bank.judged()  # where gradients are enabled, as the loop asks for it
+    assert not judged.requires_grad
+    assert not torch.equal(judged, bank.virtual_tokens()[0])
     bank.keep_best(0)
     assert torch.equal(judged, bank.snapshot(0))
     assert torch.equal(judged, bank.best(0))

@@ -119,6 +119,11 @@ class Bank:
         """
         return [self._output(i) for i in range(len(self))]
 
+    def judged(self) -> list[Tensor]:
+        """Every prompt as it is validated, kept and exported: unperturbed, averaged where asked."""
+        with torch.no_grad():
+            return self.virtual_tokens()
+
     def _output(self, i: int) -> Tensor:
         output_PH = self._outputs[i]
         if not self.active[i] and output_PH is not None:  # has stopped: its encoder ran for good
