@@ -106,15 +106,14 @@ def explain(
     error: ValidationError,
     source: Source,
     model: type[BaseModel],
-    not_yet: Mapping[tuple[str, str], str],
     not_yet_keys: Mapping[str, str],
 ) -> list[str]:
     """Every problem of a validation, one line each and once: where, setting, value, remedy.
 
     Args:
         model: the run file's own model, to name the settings that exist.
-        not_yet: (setting, value) -> what to use instead, for values of a later version.
-        not_yet_keys: the same for settings, by their path without list indices.
+        not_yet_keys: settings of a later version, by their path without list indices, and what to
+            use instead.
     """
     problems: list[str] = []
     unions: dict[SettingPath, Any] = {}
@@ -137,7 +136,7 @@ def explain(
                 problems.append(f"{source.where(full)}: {setting}{text}")
         else:
             shown = source.written(path)
-            text = _word(dotted(shown), path, dict(item), model, not_yet, not_yet_keys)
+            text = _word(dotted(shown), path, dict(item), model, not_yet_keys)
             problems.append(f"{source.where(shown)}: {text}")
     return list(dict.fromkeys(problems))  # prompts of one sweep share their mistakes
 
@@ -243,7 +242,6 @@ def _word(
     path: SettingPath,
     item: Mapping[str, Any],
     model: type[BaseModel],
-    not_yet: Mapping[tuple[str, str], str],
     not_yet_keys: Mapping[str, str],
 ) -> str:
     kind, value = item["type"], item.get("input")
@@ -256,8 +254,6 @@ def _word(
         return f"{setting}: unknown setting{hint}; known: {', '.join(known)}"
     if kind == "missing":
         return f"{setting}: is missing; add it"
-    if isinstance(value, str) and (str(path[-1]), value) in not_yet:
-        return f"{setting}: {value!r} is not supported yet; {not_yet[str(path[-1]), value]}"
     if isinstance(value, str) and f"{generic}.{value}" in not_yet_keys:
         return f"{setting}: {value!r} is not supported yet; {not_yet_keys[f'{generic}.{value}']}"
     if kind == "literal_error":

@@ -40,7 +40,17 @@ PROMPTS: list[dict[str, Any]] = [
         "noise": 0.2,
         "dropout": 0.1,
     },
+    {"name": "lstm", "num_virtual_tokens": 2, "method": "p_tuning", "encoder": "lstm"},
+    {"name": "residual", "num_virtual_tokens": 4, "method": "p_tuning", "encoder": "residual"},
+    {
+        "name": "separate",
+        "num_virtual_tokens": 3,
+        "method": "p_tuning",
+        "encoder": "residual",
+        "residual_mlp": "separate",
+    },
 ]
+PREFIX = [i for i, p in enumerate(PROMPTS) if p.get("method") == "prefix_tuning"]
 #: Layers, keys and values, heads, head size.
 PAST_SHAPE = (2, 2, 1, 6)
 PAST_VX = torch.randn(V, *PAST_SHAPE, generator=torch.Generator().manual_seed(6))
@@ -102,21 +112,13 @@ def assert_same(one: Bank, other: Bank) -> None:
 
 def test_what_it_holds() -> None:
     bank = make_bank()
-    assert bank.names == [
-        "words",
-        "drawn.v2",
-        "mlp",
-        "noise",
-        "prefix",
-        "prefix-mlp",
-        "averaged",
-    ]
-    assert bank.lengths == [4, 6, 3, 5, 4, 3, 2]
-    assert bank.active == [True] * 7
-    assert len(bank) == 7
+    assert bank.names == [prompt["name"] for prompt in PROMPTS]
+    assert bank.lengths == [4, 6, 3, 5, 4, 3, 2, 2, 4, 3]
+    assert bank.active == [True] * 10
+    assert len(bank) == 10
     tokens = bank.virtual_tokens()
-    assert [tuple(t.shape) for t in tokens[:4]] == [(n, H) for n in bank.lengths[:4]]
-    assert [tuple(t.shape) for t in tokens[4:6]] == [(n, *PAST_SHAPE) for n in bank.lengths[4:6]]
+    for i, length in enumerate(bank.lengths):
+        assert tokens[i].shape == (length, *(PAST_SHAPE if i in PREFIX else (H,)))
     assert all(t.dtype == torch.float32 and t.requires_grad for t in tokens)
     assert torch.equal(tokens[0], TABLE_VH[[3, 5, 3, 5]])
 
@@ -280,7 +282,7 @@ def test_stopped_prompt_stays() -> None:
     train(bank, 2)
     bank.virtual_tokens()
     bank.stop(1)
-    assert bank.active == [True, False, True, True, True, True, True]
+    assert bank.active == [i != 1 for i in range(len(PROMPTS))]
     still = bank.snapshot(1)
     tokens = bank.virtual_tokens()
     assert not tokens[1].requires_grad

@@ -11,7 +11,7 @@ import yaml
 
 from trainer import config
 from trainer.config import RunConfig, load, parse_bytes
-from trainer.config.run import NOT_YET, NOT_YET_KEYS
+from trainer.config.run import NOT_YET_KEYS
 from trainer.config.section import Section
 from trainer.errors import BadInput
 
@@ -449,17 +449,6 @@ def test_every_prompt_of_an_unknown_task_is_reported(run_file):
 # What a later version brings
 
 
-@pytest.mark.parametrize(("setting", "value"), list(NOT_YET))
-def test_values_of_later_versions_are_named(run_file, setting, value):
-    section = next(
-        path
-        for path, model in (("prompts.one", config.Prompt), ("base", config.Base))
-        if setting in model.model_fields
-    )
-    (problem,) = problems_of(run_file(), f"{section}.{setting}={value}")
-    assert f"{value!r} is not supported yet; {NOT_YET[setting, value]}" in problem
-
-
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -475,6 +464,23 @@ def test_settings_of_later_versions_are_named(run_file, override, key):
 def test_the_short_form_of_an_init_of_a_later_version_is_named(run_file):
     (problem,) = problems_of(run_file(), "prompts.one.init=labels")
     assert "prompts[0].init: 'labels' is not supported yet; use init: {text: ...}" in problem
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "residual"])
+def test_encoders_of_p_tuning(run_file, encoder):
+    chosen = f"prompts.two.encoder={encoder}"
+    assert load(run_file(), [chosen]).prompts[1].encoder_name == encoder
+    (problem,) = problems_of(run_file(), f"prompts.one.encoder={encoder}")
+    assert f"prompts[0].encoder: prompt_tuning has no {encoder} encoder" in problem
+    assert "use method: p_tuning" in problem
+
+
+def test_only_a_residual_encoder_has_an_mlp_for_each_token(run_file):
+    separate = "prompts.two.residual_mlp=separate"
+    (problem,) = problems_of(run_file(), separate)
+    assert "prompts[1].residual_mlp: encoder mlp has none; remove it, or use" in problem
+    (prompt,) = load(run_file(), [separate, "prompts.two.encoder=residual"]).prompts[1:]
+    assert prompt.residual_mlp == "separate"
 
 
 def test_prefix_tuning_and_its_encoders(run_file):

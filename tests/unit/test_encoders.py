@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PrefixEncoder, PrefixTuningConfig, PromptEncoderConfig
@@ -10,8 +12,11 @@ from peft import PromptEncoder as PeftEncoder
 from trainer.config import Prompt
 from trainer.prompts.encoders import (
     EmbeddingEncoder,
+    LSTMEncoder,
     MLPEncoder,
     PrefixMLPEncoder,
+    PromptEncoder,
+    ResidualEncoder,
     make_encoder,
 )
 
@@ -26,14 +31,18 @@ def make_mlp(seed: int = 0) -> MLPEncoder:
     return MLPEncoder(make_init(), E, torch.Generator().manual_seed(seed))
 
 
-def make_peft_mlp() -> PeftEncoder:
+def make_lstm(seed: int = 0) -> LSTMEncoder:
+    return LSTMEncoder(make_init(), E, torch.Generator().manual_seed(seed))
+
+
+def make_peft(kind: str = "MLP") -> PeftEncoder:
     return PeftEncoder(
         PromptEncoderConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=P,
             token_dim=H,
             num_transformer_submodules=1,
-            encoder_reparameterization_type="MLP",
+            encoder_reparameterization_type=kind,
             encoder_hidden_size=E,
         )
     )
@@ -41,7 +50,7 @@ def make_peft_mlp() -> PeftEncoder:
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_mlp_equals_peft_forward_and_backward(batched: bool) -> None:
-    ours, theirs = make_mlp(), make_peft_mlp()
+    ours, theirs = make_mlp(), make_peft()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     indices = torch.arange(P)[None] if batched else torch.arange(P)
     out, reference = ours(), theirs(indices).reshape(P, H)
@@ -55,9 +64,86 @@ def test_mlp_equals_peft_forward_and_backward(batched: bool) -> None:
 
 
 def test_peft_weights_load_into_ours() -> None:
-    ours, theirs = make_mlp(), make_peft_mlp()
+    ours, theirs = make_mlp(), make_peft()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert torch.equal(ours(), theirs(torch.arange(P)))
+
+
+def test_lstm_equals_peft_forward_and_backward() -> None:
+    ours, theirs = make_lstm(), make_peft("LSTM")
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    out, reference = ours(), theirs(torch.arange(P)[None])[0]
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-6)
+    gradient = torch.randn(P, H)
+    out.backward(gradient)
+    reference.backward(gradient)
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert a.grad is not None, name
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6, msg=name)
+
+
+def test_lstm_start() -> None:
+    before = torch.get_rng_state()
+    encoder = make_lstm()
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+    assert torch.equal(encoder.embedding.weight, make_init())
+    assert torch.equal(make_lstm()(), encoder())
+    assert not torch.equal(make_lstm(seed=1)(), encoder())
+    weights = torch.cat([weight.flatten() for weight in encoder.lstm_head.parameters()])
+    assert weights.abs().max() <= E**-0.5
+    torch.testing.assert_close(weights.std(), torch.tensor((3 * E) ** -0.5), rtol=0.1, atol=0)
+
+
+def make_residual(separate: bool = False) -> ResidualEncoder:
+    return ResidualEncoder(make_init(), 3, torch.Generator().manual_seed(0), separate=separate)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_residual_is_the_paper_s_formula(separate: bool) -> None:
+    """embedding + LayerNorm(up(relu(down(embedding)))), written with torch's own modules."""
+    encoder = make_residual(separate)
+    with torch.no_grad():
+        encoder.norm_gain.normal_()
+        encoder.norm_bias.normal_()
+    rows = []
+    for p, embedding_H in enumerate(encoder.embedding):
+        m = p if separate else 0
+        mlp = torch.nn.Sequential(
+            torch.nn.Linear(H, 3), torch.nn.ReLU(), torch.nn.Linear(3, H), torch.nn.LayerNorm(H)
+        )
+        weights = (
+            encoder.down[m].T,
+            encoder.down_bias[m, 0],
+            encoder.up[m].T,
+            encoder.up_bias[m, 0],
+            encoder.norm_gain[m, 0],
+            encoder.norm_bias[m, 0],
+        )
+        names = [name for name, _ in mlp.named_parameters()]
+        made = torch.func.functional_call(mlp, dict(zip(names, weights, strict=True)), embedding_H)
+        rows.append(embedding_H + made)
+    expected = torch.stack(rows)
+    torch.testing.assert_close(encoder(), expected, rtol=0, atol=1e-6)
+    gradient = torch.randn(P, H)
+    parameters = list(encoder.parameters())
+    ours, theirs = (torch.autograd.grad(o, parameters, gradient) for o in (encoder(), expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_residual_starts_at_its_embedding_and_every_weight_learns(separate: bool) -> None:
+    encoder = make_residual(separate)
+    assert torch.equal(encoder(), make_init())
+    assert len(encoder.down) == (P if separate else 1)
+    start = {name: value.detach().clone() for name, value in encoder.named_parameters()}
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.01, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        encoder().sin().sum().backward()
+        optimizer.step()
+    still = [n for n, value in encoder.named_parameters() if torch.equal(value, start[n])]
+    assert still == []
 
 
 def test_mlp_start() -> None:
@@ -102,6 +188,26 @@ def test_run_file_chooses() -> None:
     encoder = make_encoder(wide, make_init(), generator, H)
     assert isinstance(encoder, MLPEncoder)
     assert encoder.mlp_head[0].out_features == E
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "size"),
+    [
+        ({"encoder": "lstm"}, LSTMEncoder, H),
+        ({"encoder": "lstm", "encoder_hidden_size": E}, LSTMEncoder, E),
+        ({"encoder": "residual"}, ResidualEncoder, H // 4),
+        ({"encoder": "residual", "encoder_hidden_size": E}, ResidualEncoder, E),
+    ],
+)
+def test_run_file_chooses_among_p_tuning_s(
+    settings: dict[str, Any], kind: type[PromptEncoder], size: int
+) -> None:
+    prompt = Prompt(name="a", task="t", method="p_tuning", **settings)
+    encoder = make_encoder(prompt, make_init(), torch.Generator().manual_seed(0), H)
+    assert isinstance(encoder, kind)
+    shapes = {name: value.shape for name, value in encoder.named_parameters()}
+    wide = shapes["down"][2] if kind is ResidualEncoder else shapes["lstm_head.weight_hh_l0"][1]
+    assert wide == size
 
 
 def make_past() -> torch.Tensor:

@@ -17,6 +17,13 @@ from trainer.config.section import (
     ShareBelowOne,
 )
 
+#: The encoders of each method.
+ENCODERS = {
+    "prompt_tuning": ("embedding",),
+    "p_tuning": ("mlp", "lstm", "residual"),
+    "prefix_tuning": ("embedding", "mlp"),
+}
+
 
 class Init(Section):
     """Where the virtual tokens start, or, in p_tuning, the input of the encoder that makes them.
@@ -74,11 +81,17 @@ class Prompt(Section):
         description="prompt_tuning and p_tuning put virtual tokens in front of the text; "
         "prefix_tuning gives every layer keys and values instead",
     )
-    encoder: Literal["embedding", "mlp"] | None = Field(
-        None, description="default: mlp for p_tuning, else embedding"
+    encoder: Literal["embedding", "mlp", "lstm", "residual"] | None = Field(
+        None,
+        description="default: mlp for p_tuning, else embedding; residual: a bottleneck MLP beside "
+        "trained virtual tokens",
     )
     encoder_hidden_size: PositiveInt | None = Field(
-        None, description="default: the base's hidden size"
+        None,
+        description="default: the base's hidden size; of residual, its bottleneck: a quarter of it",
+    )
+    residual_mlp: Literal["shared", "separate"] = Field(
+        "shared", description="encoder residual: one MLP for all virtual tokens, or one for each"
     )
     num_virtual_tokens: PositiveInt = 20
     objective: Literal["labels", "distill"] = Field(
@@ -167,13 +180,19 @@ class Prompt(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
-        if self.method == "prompt_tuning" and self.encoder not in (None, "embedding"):
-            raise ValueError(
-                f"encoder: prompt_tuning has no {self.encoder} encoder; use method: p_tuning"
-            )
         if self.method == "p_tuning" and self.encoder == "embedding":
             raise ValueError(
                 "encoder: p_tuning trains an encoder; use mlp, or method: prompt_tuning"
+            )
+        if self.encoder_name not in ENCODERS[self.method]:
+            method = next(m for m, encoders in ENCODERS.items() if self.encoder_name in encoders)
+            raise ValueError(
+                f"encoder: {self.method} has no {self.encoder} encoder; use method: {method}"
+            )
+        if self.residual_mlp == "separate" and self.encoder_name != "residual":
+            raise ValueError(
+                f"residual_mlp: encoder {self.encoder_name} has none; remove it, or use "
+                "method: p_tuning with encoder: residual"
             )
         if self.encoder_name == "embedding" and self.encoder_hidden_size is not None:
             instead = "encoder: mlp" if self.method == "prefix_tuning" else "p_tuning"

@@ -20,11 +20,7 @@ from trainer.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
-#: Settings that DESIGN fixes but this version does not run yet: (setting, value) -> what to use.
-NOT_YET = {
-    ("encoder", "lstm"): "use mlp",
-    ("encoder", "residual"): "use mlp",
-}
+#: Settings that DESIGN fixes but this version does not run yet, and what to use.
 NOT_YET_KEYS = {
     "base.trust_remote_code": "models that need code of their own are refused",
     "prompts.init.labels": "use init: {text: ...} with the labels in the text",
@@ -219,7 +215,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(found.source.data)
     except ValidationError as error:
-        explained = runfile.explain(error, found.source, RunConfig, NOT_YET, NOT_YET_KEYS)
+        explained = runfile.explain(error, found.source, RunConfig, NOT_YET_KEYS)
         problems = [*problems, *explained]
     if problems:
         raise BadInput(problems)
@@ -256,7 +252,7 @@ def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
     try:
         return _BaseAlone.model_validate(source.data).base
     except ValidationError as error:
-        raise BadInput(runfile.explain(error, source, _BaseAlone, NOT_YET, NOT_YET_KEYS)) from None
+        raise BadInput(runfile.explain(error, source, _BaseAlone, NOT_YET_KEYS)) from None
 
 
 def dump(config: RunConfig) -> str:

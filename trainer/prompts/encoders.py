@@ -2,13 +2,14 @@
 
 An encoder runs once per step, never once per row. After training it is folded into its output.
 
-Shape letters: P virtual tokens, H hidden size of the base, E hidden size of the encoder, L layers,
-A heads of keys, D head size, C = A * D.
+Shape letters: P virtual tokens, H hidden size of the base, E hidden size of the encoder, M MLPs of
+an encoder, N tokens of each, L layers, A heads of keys, D head size, C = A * D.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,96 @@ class MLPEncoder(PromptEncoder):
         return prompt_PH
 
 
+class LSTMEncoder(PromptEncoder):
+    """P-tuning as it was first published: a bidirectional LSTM, then an MLP (arXiv 2103.10385).
+
+    Parameter names and shapes are those of ``peft.PromptEncoder`` with reparameterization LSTM and
+    its two layers, so that state dicts go both ways.
+
+    Args:
+        init_PH: start of the LSTM's input, fp32.
+        encoder_hidden_size: E, of each direction.
+        generator: draws the weights of LSTM and MLP.
+    """
+
+    def __init__(
+        self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
+    ) -> None:
+        super().__init__(init_PH)
+        num_virtual_tokens, hidden_size = init_PH.shape
+        self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=init_PH.clone())
+        self.lstm_head = nn.LSTM(
+            hidden_size,
+            encoder_hidden_size,
+            num_layers=2,
+            bidirectional=True,
+            batch_first=True,
+            device="meta",
+        ).to_empty(device="cpu")
+        with torch.no_grad():
+            bound = 1 / math.sqrt(encoder_hidden_size)  # torch's own start
+            for parameter in self.lstm_head.parameters():
+                parameter.uniform_(-bound, bound, generator=generator)
+        self.mlp_head = nn.Sequential(
+            _linear(encoder_hidden_size * 2, encoder_hidden_size * 2, generator),
+            nn.ReLU(),
+            _linear(encoder_hidden_size * 2, hidden_size, generator),
+        )
+
+    def forward(self) -> Tensor:
+        # cuDNN's LSTM would multiply in TF32, and may sum in another order on every rank.
+        with torch.backends.cudnn.flags(enabled=False):
+            hidden_PE, _ = self.lstm_head(self.embedding.weight)
+        prompt_PH: Tensor = self.mlp_head(hidden_PE)
+        return prompt_PH
+
+
+class ResidualEncoder(PromptEncoder):
+    """Residual prompt tuning: each embedding plus what a bottleneck MLP makes of it.
+
+    ``embedding + norm(up(relu(down(embedding))))`` with a layer norm (Razdaibiedina et al. 2023,
+    arXiv 2305.03937, section 3). The norm's gain starts at zero instead of one, so that training
+    starts at ``init``: word embeddings are often far smaller than what a norm of gain one puts out,
+    which would drown them.
+
+    Args:
+        init_PH: the start, fp32.
+        bottleneck_size: E.
+        separate: an MLP and a norm for each virtual token (M = P) instead of one for all (M = 1).
+        generator: draws the weights of the MLPs.
+    """
+
+    def __init__(
+        self,
+        init_PH: Tensor,
+        bottleneck_size: int,
+        generator: torch.Generator,
+        *,
+        separate: bool = False,
+    ) -> None:
+        super().__init__(init_PH)
+        num_virtual_tokens, hidden_size = init_PH.shape
+        mlps = num_virtual_tokens if separate else 1
+        self.embedding = nn.Parameter(init_PH.clone())
+
+        def linear(ins: int, outs: int) -> tuple[nn.Parameter, nn.Parameter]:
+            weight, bias = (_uniform((mlps, n, outs), ins, generator) for n in (ins, 1))
+            return nn.Parameter(weight), nn.Parameter(bias)
+
+        self.down, self.down_bias = linear(hidden_size, bottleneck_size)
+        self.up, self.up_bias = linear(bottleneck_size, hidden_size)
+        self.norm_gain = nn.Parameter(torch.zeros(mlps, 1, hidden_size))
+        self.norm_bias = nn.Parameter(torch.zeros(mlps, 1, hidden_size))
+
+    def forward(self) -> Tensor:
+        input_MNH = self.embedding.view(len(self.down), -1, self.embedding.shape[1])
+        hidden_MNE = torch.baddbmm(self.down_bias, input_MNH, self.down).relu()
+        output_MNH = torch.baddbmm(self.up_bias, hidden_MNE, self.up)
+        normed_MNH = nn.functional.layer_norm(output_MNH, output_MNH.shape[2:])
+        residual_MNH = normed_MNH * self.norm_gain + self.norm_bias
+        return self.embedding + residual_MNH.view(self.shape)
+
+
 class PrefixMLPEncoder(PromptEncoder):
     """Prefix tuning: an MLP makes keys and values (Li, Liang 2021, arXiv 2101.00190, section 4.3).
 
@@ -108,11 +199,8 @@ class PrefixMLPEncoder(PromptEncoder):
             _linear(encoder_hidden_size, num_layers * 2 * token_dim, generator),
         )
         with torch.no_grad():
-            hidden_PE = self.transform[:2](self.embedding.weight).double()
-            wanted = init.flatten(1).double()
-            last: nn.Linear = self.transform[2]  # type: ignore[assignment]
-            last.bias.copy_(wanted.mean(0))
-            last.weight.copy_((torch.linalg.pinv(hidden_PE) @ (wanted - wanted.mean(0))).T)
+            hidden_PE = self.transform[:2](self.embedding.weight)
+        _solve(self.transform[2], hidden_PE, init.flatten(1))
 
     def forward(self) -> Tensor:
         made: Tensor = self.transform(self.embedding.weight)
@@ -126,23 +214,48 @@ def make_encoder(
 
     Args:
         init: virtual tokens [P, H], or keys and values [P, L, 2, A, D].
-        hidden_size: H, also of an MLP whose size the run file leaves open.
+        hidden_size: H, also of an MLP whose size the run file leaves open; of the bottleneck of a
+            residual one it is a quarter of that.
     """
-    if prompt.encoder_name == "embedding":
-        return EmbeddingEncoder(init)
-    assert prompt.encoder_name == "mlp", f"config allows an encoder that nobody wrote: {prompt}"
-    encoder = PrefixMLPEncoder if prompt.method == "prefix_tuning" else MLPEncoder
-    return encoder(init, prompt.encoder_hidden_size or hidden_size, generator)
+    size = prompt.encoder_hidden_size
+    match prompt.encoder_name:
+        case "embedding":
+            return EmbeddingEncoder(init)
+        case "mlp" if prompt.method == "prefix_tuning":
+            return PrefixMLPEncoder(init, size or hidden_size, generator)
+        case "mlp":
+            return MLPEncoder(init, size or hidden_size, generator)
+        case "lstm":
+            return LSTMEncoder(init, size or hidden_size, generator)
+        case "residual":
+            separate = prompt.residual_mlp == "separate"
+            bottleneck = size or max(1, hidden_size // 4)
+            return ResidualEncoder(init, bottleneck, generator, separate=separate)
+    raise AssertionError(f"config allows an encoder that nobody wrote: {prompt}")
 
 
 def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
-    """``nn.Linear`` with torch's own start, U(-1/sqrt(in), 1/sqrt(in)), from our generator.
+    """``nn.Linear`` with torch's own start, from our generator.
 
     On the meta device torch's constructor leaves the global generator alone.
     """
     linear = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
-    bound = 1 / math.sqrt(in_features)
     with torch.no_grad():
-        linear.weight.uniform_(-bound, bound, generator=generator)
-        linear.bias.uniform_(-bound, bound, generator=generator)
+        linear.weight.copy_(_uniform((out_features, in_features), in_features, generator))
+        linear.bias.copy_(_uniform((out_features,), in_features, generator))
     return linear
+
+
+def _uniform(shape: Sequence[int], in_features: int, generator: torch.Generator) -> Tensor:
+    """U(-1/sqrt(in), 1/sqrt(in)): how torch starts a linear layer."""
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def _solve(last: nn.Module, hidden_PE: Tensor, wanted_PC: Tensor) -> None:
+    """Let a linear layer make ``wanted`` of ``hidden``: the least-squares solution."""
+    assert isinstance(last, nn.Linear), last
+    mean_C = wanted_PC.double().mean(0)
+    with torch.no_grad():
+        last.bias.copy_(mean_C)
+        last.weight.copy_((torch.linalg.pinv(hidden_PE.double()) @ (wanted_PC - mean_C)).T)
