@@ -12,6 +12,7 @@ from launch import messages
 from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path, sweeps
 from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
+from trainer.prompts.source import source_problems
 
 
 def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
@@ -27,9 +28,11 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def check_config(config: RunConfig) -> RunConfig:
-    """The same for a run file that is loaded."""
+def check_config(config: RunConfig, *, trains: bool = True) -> RunConfig:
+    """The same for a run file that is loaded; what prompts start from, only if they will train."""
     problems = [*_base(config), *_policy(config), *_output(config)]
+    if trains:
+        problems += source_problems(config)
     notes: list[str] = []
     try:
         notes = _rows(config)
@@ -71,7 +74,7 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
     """
     path = Path(target)
     if is_run_dir(target):
-        return check_config(load_output(path, overrides))
+        return check_config(load_output(path, overrides), trains=False)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return check_run(target, overrides)
     folder = resolve_path(target)

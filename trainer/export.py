@@ -19,8 +19,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer import atomic
+from trainer.prompts.source import SETTINGS, TENSOR, WEIGHTS
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CARD = "README.md"
 
 
 def save_peft(
@@ -73,16 +74,16 @@ def save_peft(
         "token_dim": token_dim,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {"prompt_embeddings": prompt.flatten(1)}
+    weights = {TENSOR: prompt.flatten(1)}
     atomic.write(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
-    atomic.write_json(folder / CONFIG, config)
+    atomic.write_json(folder / SETTINGS, config)
     atomic.write(folder / CARD, _card(title or folder.name, config, description))
 
 
 def load_peft(folder: Path) -> Tensor:
-    """What ``save_peft`` wrote: virtual tokens [P, H], or keys and values [P, L, 2, A, D]."""
-    prompt: Tensor = load_file(folder / WEIGHTS)["prompt_embeddings"]
-    config = json.loads((folder / CONFIG).read_text())
+    """What ``save_peft`` or PEFT wrote: [P, H], or keys and values [P, L, 2, A, D]."""
+    prompt: Tensor = load_file(folder / WEIGHTS)[TENSOR]
+    config = json.loads((folder / SETTINGS).read_text())
     if config["peft_type"] != "PREFIX_TUNING":
         return prompt
     return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))

@@ -26,6 +26,7 @@ from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
+from trainer.prompts.source import check_sources
 from trainer.redact import redact
 from trainer.results import describe_run, finish, measure, show_results
 from trainer.resume import (
@@ -59,6 +60,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
+    engine.together(lambda: check_sources(config, files.config.hidden_size))
     tasks = engine.load_once_per_node(
         lambda: load_tasks(
             config,
@@ -97,6 +99,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         engine.device,
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, loaded.model, ids),
+        warn=console.warn,
     )
     embed = _embedder(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}

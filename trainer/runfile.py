@@ -249,7 +249,7 @@ def _word(
     if kind == "extra_forbidden":
         if generic in not_yet_keys:
             return f"{setting}: not supported yet; {not_yet_keys[generic]}"
-        known = list(_section(model, path[:-1]).model_fields)
+        known = _settings(_section(model, path[:-1]))
         hint = did_you_mean(str(path[-1]), known)
         return f"{setting}: unknown setting{hint}; known: {', '.join(known)}"
     if kind == "missing":
@@ -259,7 +259,7 @@ def _word(
     if kind == "literal_error":
         return _one_of(setting, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     if kind == "model_type":
-        known = list(_section(model, path).model_fields)
+        known = _settings(_section(model, path))
         return f"{setting}: {_shown(value)} is no group of settings; known: {', '.join(known)}"
     if kind == "list_type":
         return f"{setting}: {_shown(value)} is no list; start every item with a dash"
@@ -302,6 +302,11 @@ def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
     for choice in get_args(annotation):
         values += ["true", "false"] if choice is bool else [str(v) for v in get_args(choice)]
     return values
+
+
+def _settings(section: type[BaseModel]) -> list[str]:
+    """The settings of a section as people write them."""
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:

@@ -27,6 +27,7 @@ LIGHT = (
     "trainer.errors",
     "trainer.terminal",
     "trainer.tasks.splits",
+    "trainer.prompts.source",
 )
 
 #: Floors of the house, from the ground up. A module imports from its own floor or below.
@@ -40,7 +41,7 @@ FLOORS = (
     ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement", "trainer.memory", "trainer.policy"),
-    ("trainer.tasks", "trainer.base", "trainer.prompts"),
+    ("trainer.tasks", "trainer.base", "trainer.prompts", "trainer.export"),
     ("trainer.prefetch",),
     (
         "trainer.engine",
@@ -50,7 +51,6 @@ FLOORS = (
         "trainer.checkpoint",
     ),
     (
-        "trainer.export",
         "trainer.generation",
         "trainer.console",
         "trainer.tracking",

@@ -276,7 +276,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "method: p_tuning",
             "init: {text: x, vocab: true}",
             17,
-            "prompts[1].init: give exactly one of text, vocab, random, zero",
+            "prompts[1].init: give exactly one of text, labels, vocab, random, zero, from",
         ),
         (
             "- name: two",
@@ -452,8 +452,7 @@ def test_every_prompt_of_an_unknown_task_is_reported(run_file):
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("prompts.one.init={labels: true}", "prompts.init.labels"),
-        ("prompts.one.init={from: runs/other}", "prompts.init.from"),
+        ("base.trust_remote_code=true", "base.trust_remote_code"),
     ],
 )
 def test_settings_of_later_versions_are_named(run_file, override, key):
@@ -461,9 +460,22 @@ def test_settings_of_later_versions_are_named(run_file, override, key):
     assert problem.endswith(f"not supported yet; {NOT_YET_KEYS[key]}")
 
 
-def test_the_short_form_of_an_init_of_a_later_version_is_named(run_file):
-    (problem,) = problems_of(run_file(), "prompts.one.init=labels")
-    assert "prompts[0].init: 'labels' is not supported yet; use init: {text: ...}" in problem
+def test_labels_need_choices(run_file):
+    assert load(run_file(), ["prompts.one.init=labels"]).prompts[0].init.labels
+    without = replaced("    choices: [a, b]\n    metric: accuracy\n", "")
+    (problem,) = problems_of(run_file(without), "prompts.one.init={labels: true}")
+    assert "prompts[0].init.labels: task 'triage' has no choices to start from" in problem
+
+
+def test_a_prompt_to_start_from_is_written_as_it_was_read(run_file, tmp_path):
+    run = load(run_file(), ["prompts.one.init={from: runs/other}"])
+    assert run.prompts[0].init.from_ == "runs/other"
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(run))
+    assert load(again) == run
+    (problem,) = problems_of(run_file(), "prompts.one.init={form: runs/other}")
+    assert "unknown setting (did you mean 'from'?)" in problem
+    assert "from_" not in problem
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "residual"])

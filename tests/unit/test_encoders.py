@@ -190,6 +190,16 @@ def test_run_file_chooses() -> None:
     assert encoder.mlp_head[0].out_features == E
 
 
+@pytest.mark.parametrize("encoder", ["mlp", "lstm", "residual"])
+def test_an_encoder_starts_by_making_a_trained_prompt(encoder: str) -> None:
+    settings = {"method": "p_tuning", "encoder": encoder, "encoder_hidden_size": E}
+    prompt = Prompt.model_validate(
+        {"name": "a", "task": "t", "init": {"from": "runs/other"}, **settings}
+    )
+    made = make_encoder(prompt, make_init(), torch.Generator().manual_seed(0), H)()
+    torch.testing.assert_close(made, make_init(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "size"),
     [

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Init
 from trainer.errors import BadInput
+from trainer.export import save_peft
+from trainer.prompts import initializers
 from trainer.prompts.initializers import (
     Vocabulary,
     initialize,
@@ -62,6 +66,16 @@ def test_text_is_repeated_then_cut(vocabulary: Vocabulary) -> None:
     assert prompt_PH.device.type == "cpu"
 
 
+def test_short_text_says_how_often_it_is_used(
+    vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        text("a b c", vocabulary, 3)
+        assert caplog.text == ""
+        text("a b c", vocabulary, 5)
+    assert "'a b c' has 3 tokens; repeated, they start 5 virtual tokens" in caplog.text
+
+
 def test_long_text_is_cut_and_says_so(
     vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -87,6 +101,41 @@ def test_vocab_draws_different_ordinary_words(vocabulary: Vocabulary) -> None:
     assert sorted(rows) == [2, 3, 4, 5, 6, 7], "special tokens and padding rows are no words"
 
 
+def test_labels_take_turns(vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture) -> None:
+    def started(num_virtual_tokens: int) -> str:
+        labels = ["a b c", "d", "e f"]
+        prompt_PH = initialize(
+            Init(labels=True), vocabulary, num_virtual_tokens, generator(), labels
+        )
+        return "".join(WORDS[row_of(v)] for v in prompt_PH)
+
+    assert started(6) == "adebfc"
+    assert caplog.text == ""
+    assert started(3) == "ade"
+    assert "init labels (a b c, d, e f) have 6 tokens; the first 3 become" in caplog.text
+    assert started(8) == "adebfcad"
+
+
+def test_only_frequent_words_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initializers, "FREQUENT", 3)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["added"])
+    table = torch.arange(12.0)[:, None].expand(-1, HIDDEN)
+    found = Vocabulary(lambda ids: table[torch.tensor(ids)], tokenizer, len(table))
+    assert {int(v[0]) for v in vocab(found, 30, generator())} == {2, 3, 4}
+
+
+def test_bytes_and_added_tokens_are_no_words() -> None:
+    tokens = ["<0xE2>", "\u2581", "\u2581a", "<0x0A>", "b"]
+    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    wrapped.add_tokens(["added"])
+    assert Vocabulary(lambda ids: TABLE_VH, wrapped, 20).words_n.tolist() == [2, 4]
+
+
 def test_vocab_repeats_only_when_words_run_out(vocabulary: Vocabulary) -> None:
     rows = [row_of(v) for v in vocab(vocabulary, 14, generator())]
     assert all(rows.count(i) in (2, 3) for i in range(2, 8))
@@ -109,6 +158,45 @@ def test_depends_on_nothing_but_the_generator(vocabulary: Vocabulary, init: Init
     assert first.shape == (4, HIDDEN)
     if init.text is None:
         assert not torch.equal(initialize(init, vocabulary, 4, generator(4)), first)
+
+
+class TestFromATrainedPrompt:
+    @pytest.fixture
+    def prompt_PH(self, tmp_path: Path) -> torch.Tensor:
+        prompt_PH = torch.randn(4, HIDDEN)
+        folder = tmp_path / "run" / "prompts" / "one"
+        save_peft(folder, prompt_PH, "base", num_layers=2, num_attention_heads=1)
+        return prompt_PH
+
+    @pytest.mark.parametrize("folder", ["run", "run/prompts/one"])
+    @pytest.mark.parametrize("length", [2, 4, 7])
+    def test_of_any_length(
+        self,
+        vocabulary: Vocabulary,
+        tmp_path: Path,
+        prompt_PH: torch.Tensor,
+        caplog: pytest.LogCaptureFixture,
+        folder: str,
+        length: int,
+    ) -> None:
+        init = Init.model_validate({"from": str(tmp_path / folder)})
+        found = initialize(init, vocabulary, length, generator())
+        assert torch.equal(found, prompt_PH.repeat(2, 1)[:length])
+        assert ("has 4 virtual tokens; " in caplog.text) == (length != 4)
+
+    def test_of_a_base_of_another_width_is_refused(
+        self, vocabulary: Vocabulary, tmp_path: Path
+    ) -> None:
+        save_peft(tmp_path, torch.ones(2, 9), "base", num_layers=2, num_attention_heads=1)
+        with pytest.raises(BadInput, match=r"has the shape \(9,\), but this base needs \(6,\)"):
+            initialize(Init.model_validate({"from": str(tmp_path)}), vocabulary, 2, generator())
+
+    def test_that_diverged_is_refused(self, vocabulary: Vocabulary, tmp_path: Path) -> None:
+        save_peft(tmp_path, torch.ones(2, HIDDEN), "base", num_layers=2, num_attention_heads=1)
+        weights = {"prompt_embeddings": torch.full((2, HIDDEN), float("nan"))}
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(BadInput, match="is not finite; name another"):
+            initialize(Init.model_validate({"from": str(tmp_path)}), vocabulary, 2, generator())
 
 
 def test_start_is_not_the_base_itself(vocabulary: Vocabulary) -> None:
@@ -148,6 +236,19 @@ class TestKeysAndValues:
         past = keys_and_values(Init(random=True), reader, 400, generator())
         loudness = past.square().mean(dim=(0, 2, 3, 4)).sqrt()
         torch.testing.assert_close(loudness[1], 8 * loudness[0], rtol=0.1, atol=0)
+
+    def test_of_labels(self, reader: Vocabulary) -> None:
+        past = keys_and_values(Init(labels=True), reader, 4, generator(), ["a b", "c"])
+        assert [WORDS[int(i)] for i in past[:, 0, 0, 0, 0]] == list("acba")
+
+    def test_of_a_trained_prefix(self, reader: Vocabulary, tmp_path: Path) -> None:
+        trained = torch.randn(3, 2, 2, 1, 3)
+        save_peft(tmp_path, trained, "base", num_layers=0, num_attention_heads=0)
+        init = Init.model_validate({"from": str(tmp_path)})
+        assert torch.equal(keys_and_values(init, reader, 2, generator()), trained[:2])
+        save_peft(tmp_path, trained[:, :1], "base", num_layers=0, num_attention_heads=0)
+        with pytest.raises(BadInput, match=r"\(1, 2, 1, 3\), but this base needs \(2, 2, 1, 3\)"):
+            keys_and_values(init, reader, 2, generator())
 
     def test_zero(self, reader: Vocabulary) -> None:
         assert not keys_and_values(Init(zero=True), reader, 4, generator()).any()

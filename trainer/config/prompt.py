@@ -28,30 +28,46 @@ ENCODERS = {
 class Init(Section):
     """Where the virtual tokens start, or, in p_tuning, the input of the encoder that makes them.
 
-    In prefix_tuning: the keys and values that the base makes of the text or of the drawn words; a
-    text is repeated or cut to num_virtual_tokens. Exactly one of the fields is given.
+    In prefix_tuning: the keys and values that the base makes of the text, the labels or the drawn
+    words. What is shorter than num_virtual_tokens is repeated, what is longer is cut. Exactly one
+    of the fields is given.
     """
 
     text: str | None = Field(
         None, min_length=1, description="word embeddings of this text, repeated"
     )
-    vocab: bool = Field(False, description="embeddings of tokens drawn from the vocabulary")
+    labels: bool = Field(
+        False,
+        description="embeddings of the task's choices as rows have them: the first tokens of all "
+        "choices, then their second ones and so on, repeated",
+    )
+    vocab: bool = Field(
+        False, description="embeddings of tokens drawn from the 5000 most frequent of the base"
+    )
     random: bool = Field(
         False,
         description="normal noise with the root mean square of the embeddings, or keys and values",
     )
     zero: bool = Field(False, description="zeros, for prefix_tuning only")
+    from_: str | None = Field(
+        None,
+        alias="from",
+        min_length=1,
+        description="a trained prompt, of any task and length: its adapter's folder, or the "
+        "output_dir of a run of one prompt; p_tuning's encoder starts by making it",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """``init: vocab`` stands for ``{vocab: true}``; likewise ``random`` and ``zero``."""
-        return {value: True} if value in ("vocab", "random", "zero") else value
+        """``init: vocab`` stands for ``{vocab: true}``, and so on."""
+        return {value: True} if value in ("vocab", "labels", "random", "zero") else value
 
     @model_validator(mode="after")
     def _one(self) -> Init:
-        if sum([self.text is not None, self.vocab, self.random, self.zero]) != 1:
-            raise ValueError("give exactly one of text, vocab, random, zero")
+        texts = [self.text is not None, self.from_ is not None]
+        if sum([*texts, self.labels, self.vocab, self.random, self.zero]) != 1:
+            raise ValueError("give exactly one of text, labels, vocab, random, zero, from")
         return self
 
 

@@ -23,8 +23,6 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 #: Settings that DESIGN fixes but this version does not run yet, and what to use.
 NOT_YET_KEYS = {
     "base.trust_remote_code": "models that need code of their own are refused",
-    "prompts.init.labels": "use init: {text: ...} with the labels in the text",
-    "prompts.init.from": "use init: {text: ...}, {vocab: true} or {random: true}",
 }
 
 
@@ -138,6 +136,13 @@ class RunConfig(Section):
             if prompt.task not in names
         ]
         problems += self._problems_of_teachers()
+        choices = {task.name: task.choices for task in self.tasks}
+        problems += [
+            f"prompts[{i}].init.labels: task {prompt.task!r} has no choices to start from; list "
+            "them, or use init: {text: ...} or vocab"
+            for i, prompt in enumerate(self.prompts)
+            if prompt.init.labels and prompt.task in choices and not choices[prompt.task]
+        ]
         without = [task.name for task in self.tasks if not task.has_validation]
         for setting, given in (
             ("evaluation.early_stopping", self.evaluation.early_stopping),

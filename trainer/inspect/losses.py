@@ -22,7 +22,8 @@ from trainer.console import Console
 from trainer.engine import Engine
 from trainer.errors import BadInput
 from trainer.evaluation import Evaluator, Request
-from trainer.export import WEIGHTS, load_peft
+from trainer.export import load_peft
+from trainer.prompts.source import WEIGHTS
 from trainer.sharded import load
 from trainer.tasks.feed import EvalSet, TaskData
 

@@ -11,6 +11,7 @@ prefix tuning has keys and values per layer: [P, layers, 2, heads of keys, head 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,9 +24,12 @@ from trainer.errors import BadInput
 from trainer.prompts.encoders import PromptEncoder, make_encoder
 from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values
 from trainer.prompts.perturbation import perturbed
+from trainer.tasks.checks import label_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Optimizer(Protocol):
@@ -61,6 +65,7 @@ class Bank:
         make_optimizer: ``trainer.optimization.make_optimizer``.
         past: keys and values [n, layers, 2, heads, head size] that the base makes of a text; may be
             a collective. Only prefix tuning asks for it.
+        warn: takes what people should know about the starts.
 
     Attributes:
         names: names of the prompts, in the order of the run file.
@@ -79,16 +84,16 @@ class Bank:
         *,
         make_optimizer: OptimizerFactory,
         past: Callable[[Sequence[int]], Tensor] | None = None,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
-        vocabulary = Vocabulary(embed, tokenizer, vocab_size, past)
+        vocabulary = Vocabulary(embed, tokenizer, vocab_size, past, warn)
         self.names = [prompt.name for prompt in config.prompts]
         self.lengths = [prompt.num_virtual_tokens for prompt in config.prompts]
         self.active = [True] * len(self.names)
         self._prompts = config.prompts
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._encoders = [
-            _build(prompt, config.prompt_seed(prompt), vocabulary, hidden_size).to(device)
-            for prompt in config.prompts
+            _build(config, prompt, vocabulary, hidden_size).to(device) for prompt in config.prompts
         ]
         self._optimizers = [
             make_optimizer(prompt, dict(encoder.named_parameters()), config.prompt_steps(prompt))
@@ -287,11 +292,14 @@ class Bank:
         return problems
 
 
-def _build(prompt: Prompt, seed: int, vocabulary: Vocabulary, hidden_size: int) -> PromptEncoder:
-    """A prompt's encoder on the CPU: a function of its own settings and seed alone."""
-    generator = torch.Generator().manual_seed(seed)
+def _build(
+    config: RunConfig, prompt: Prompt, vocabulary: Vocabulary, hidden_size: int
+) -> PromptEncoder:
+    """A prompt's encoder on the CPU: a function of its own settings, task and seed alone."""
+    generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
     start = keys_and_values if prompt.method == "prefix_tuning" else initialize
-    init = start(prompt.init, vocabulary, prompt.num_virtual_tokens, generator)
+    labels = label_texts(config.task(prompt.task))
+    init = start(prompt.init, vocabulary, prompt.num_virtual_tokens, generator, labels)
     return make_encoder(prompt, init, generator, hidden_size)
 
 

@@ -35,6 +35,12 @@ class PromptEncoder(nn.Module):
         """Virtual tokens, fp32, differentiable."""
         raise NotImplementedError
 
+    def start_at(self, wanted: Tensor) -> None:
+        """Change the start so that these virtual tokens are made of it, as nearly as can be.
+
+        Those that start at ``init`` anyhow need no change.
+        """
+
 
 class EmbeddingEncoder(PromptEncoder):
     """The virtual tokens are the parameters.
@@ -52,11 +58,42 @@ class EmbeddingEncoder(PromptEncoder):
         return self.embedding.clone()
 
 
-class MLPEncoder(PromptEncoder):
-    """P-tuning: an MLP over trainable embeddings (Liu et al. 2021, arXiv 2103.10385).
+class HeadEncoder(PromptEncoder):
+    """P-tuning (Liu et al. 2021, arXiv 2103.10385): trainable embeddings, read by an MLP head.
 
-    Parameter names and shapes are those of ``peft.PromptEncoder`` with reparameterization MLP, so
-    that state dicts go both ways.
+    Parameter names and shapes are those of ``peft.PromptEncoder``, so that state dicts go both
+    ways.
+
+    Attributes:
+        embedding: starts at ``init``.
+        mlp_head: ends in a linear layer.
+    """
+
+    mlp_head: nn.Sequential
+
+    def __init__(self, init_PH: Tensor) -> None:
+        super().__init__(init_PH)
+        num_virtual_tokens, hidden_size = init_PH.shape
+        # Given weights, the constructor draws none.
+        self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=init_PH.clone())
+
+    def head_input(self) -> Tensor:
+        """What the MLP head reads, a row for each virtual token."""
+        return self.embedding.weight
+
+    def forward(self) -> Tensor:
+        prompt_PH: Tensor = self.mlp_head(self.head_input())
+        return prompt_PH
+
+    def start_at(self, wanted: Tensor) -> None:
+        # The last layer is solved for it: exact where it has at least P inputs.
+        with torch.no_grad():
+            hidden_PE = self.mlp_head[:-1](self.head_input())
+        _solve(self.mlp_head[-1], hidden_PE, wanted)
+
+
+class MLPEncoder(HeadEncoder):
+    """An MLP, as PEFT's reparameterization MLP.
 
     Args:
         init_PH: start of the MLP's input, fp32.
@@ -68,9 +105,7 @@ class MLPEncoder(PromptEncoder):
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
     ) -> None:
         super().__init__(init_PH)
-        num_virtual_tokens, hidden_size = init_PH.shape
-        # Given weights, the constructor draws none.
-        self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=init_PH.clone())
+        hidden_size = init_PH.shape[1]
         self.mlp_head = nn.Sequential(
             _linear(hidden_size, encoder_hidden_size, generator),
             nn.ReLU(),
@@ -79,16 +114,9 @@ class MLPEncoder(PromptEncoder):
             _linear(encoder_hidden_size, hidden_size, generator),
         )
 
-    def forward(self) -> Tensor:
-        prompt_PH: Tensor = self.mlp_head(self.embedding.weight)
-        return prompt_PH
 
-
-class LSTMEncoder(PromptEncoder):
-    """P-tuning as it was first published: a bidirectional LSTM, then an MLP (arXiv 2103.10385).
-
-    Parameter names and shapes are those of ``peft.PromptEncoder`` with reparameterization LSTM and
-    its two layers, so that state dicts go both ways.
+class LSTMEncoder(HeadEncoder):
+    """A bidirectional LSTM of two layers, then an MLP, as PEFT's reparameterization LSTM.
 
     Args:
         init_PH: start of the LSTM's input, fp32.
@@ -100,8 +128,7 @@ class LSTMEncoder(PromptEncoder):
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
     ) -> None:
         super().__init__(init_PH)
-        num_virtual_tokens, hidden_size = init_PH.shape
-        self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=init_PH.clone())
+        hidden_size = init_PH.shape[1]
         self.lstm_head = nn.LSTM(
             hidden_size,
             encoder_hidden_size,
@@ -111,21 +138,19 @@ class LSTMEncoder(PromptEncoder):
             device="meta",
         ).to_empty(device="cpu")
         with torch.no_grad():
-            bound = 1 / math.sqrt(encoder_hidden_size)  # torch's own start
             for parameter in self.lstm_head.parameters():
-                parameter.uniform_(-bound, bound, generator=generator)
+                parameter.copy_(_uniform(parameter.shape, encoder_hidden_size, generator))
         self.mlp_head = nn.Sequential(
             _linear(encoder_hidden_size * 2, encoder_hidden_size * 2, generator),
             nn.ReLU(),
             _linear(encoder_hidden_size * 2, hidden_size, generator),
         )
 
-    def forward(self) -> Tensor:
+    def head_input(self) -> Tensor:
         # cuDNN's LSTM would multiply in TF32, and may sum in another order on every rank.
         with torch.backends.cudnn.flags(enabled=False):
-            hidden_PE, _ = self.lstm_head(self.embedding.weight)
-        prompt_PH: Tensor = self.mlp_head(hidden_PE)
-        return prompt_PH
+            states_PE: Tensor = self.lstm_head(self.embedding.weight)[0]
+        return states_PE
 
 
 class ResidualEncoder(PromptEncoder):
@@ -217,6 +242,15 @@ def make_encoder(
         hidden_size: H, also of an MLP whose size the run file leaves open; of the bottleneck of a
             residual one it is a quarter of that.
     """
+    encoder = _make(prompt, init, generator, hidden_size)
+    if prompt.init.from_ is not None:
+        encoder.start_at(init)
+    return encoder
+
+
+def _make(
+    prompt: Prompt, init: Tensor, generator: torch.Generator, hidden_size: int
+) -> PromptEncoder:
     size = prompt.encoder_hidden_size
     match prompt.encoder_name:
         case "embedding":

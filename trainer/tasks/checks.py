@@ -37,6 +37,14 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     return PLACEHOLDER.sub(value, template)
 
 
+def label_texts(task: Task) -> list[str]:
+    """Every choice of a task as a target; none where it has no choices."""
+    if task.choices is None:
+        return []
+    column = template_fields(task.target)[0]
+    return [render(task.target, {column: choice}) for choice in task.choices]
+
+
 def columns_used(task: Task) -> dict[str, str]:
     """Columns that a task reads, each with the setting that names it."""
     if task.messages is not None:

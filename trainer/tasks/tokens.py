@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import Task, template_fields
+from trainer.config import Task
 from trainer.errors import BadInput
 from trainer.tasks.cache import cached, tokenizer_digest
 from trainer.tasks.chat import DialogueFitter, encode_opening
-from trainer.tasks.checks import render
+from trainer.tasks.checks import label_texts, render
 from trainer.tasks.found import BEHIND_PROMPT, Fitter, Found, too_long
 from trainer.tasks.given import GivenFitter
 from trainer.tasks.rows import Rows, gold_target
@@ -109,9 +109,7 @@ def tokenize_choices(
         BadInput: as ``tokenize``; or two choices give the same tokens.
     """
     assert task.choices is not None, "a task without choices is not scored by likelihood"
-    column = template_fields(task.target)[0]
-    texts = [render(task.target, {column: choice}) for choice in task.choices]
-    targets = _encode(tokenizer, texts, special=False)
+    targets = _encode(tokenizer, label_texts(task), special=False)
     _check_choices(task, targets)
     fitter = _TextFitter(task, tokenizer, max_length, prefix, targets)
     return _tokenized(rows, tokenizer, fitter, progress)
