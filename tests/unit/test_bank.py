@@ -49,6 +49,22 @@ PROMPTS: list[dict[str, Any]] = [
         "encoder": "residual",
         "residual_mlp": "separate",
     },
+    {
+        "name": "text",
+        "num_virtual_tokens": 3,
+        "method": "p_tuning",
+        "encoder": "text",
+        "init": {"text": "w9 w2 w3 w7 w8"},
+    },
+]
+LOW_RANK = {"encoder": "low_rank", "share": "common", "num_virtual_tokens": 4, "rank": 2}
+TEXT = {"method": "p_tuning", "encoder": "text", "share": "reader", "num_virtual_tokens": 3}
+#: Two shares of two prompts each, mixed up.
+SHARES: list[dict[str, Any]] = [
+    {"name": "low-1", **LOW_RANK},
+    {"name": "text-1", **TEXT, "init": {"text": "w3 w4 w5"}},
+    {"name": "low-2", **LOW_RANK},
+    {"name": "text-2", **TEXT, "init": {"text": "w6 w7"}},
 ]
 PREFIX = [i for i, p in enumerate(PROMPTS) if p.get("method") == "prefix_tuning"]
 #: Layers, keys and values, heads, head size.
@@ -113,9 +129,9 @@ def assert_same(one: Bank, other: Bank) -> None:
 def test_what_it_holds() -> None:
     bank = make_bank()
     assert bank.names == [prompt["name"] for prompt in PROMPTS]
-    assert bank.lengths == [4, 6, 3, 5, 4, 3, 2, 2, 4, 3]
-    assert bank.active == [True] * 10
-    assert len(bank) == 10
+    assert bank.lengths == [4, 6, 3, 5, 4, 3, 2, 2, 4, 3, 3]
+    assert bank.active == [True] * 11
+    assert len(bank) == 11
     tokens = bank.virtual_tokens()
     for i, length in enumerate(bank.lengths):
         assert tokens[i].shape == (length, *(PAST_SHAPE if i in PREFIX else (H,)))
@@ -141,6 +157,86 @@ def test_digest_sees_one_bit() -> None:
         weight = other._encoders[2].mlp_head[2].bias  # type: ignore[union-attr, index]
         weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
     assert one.digest() != other.digest()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_share_in_a_bank_equals_the_same_alone(first: int) -> None:
+    bank, alone = make_bank(PROMPTS[:2] + SHARES + PROMPTS[2:]), make_bank(SHARES[first::2])
+    members = [2 + first, 4 + first]
+    together = [[norms[i] for i in members] for norms in train(bank, STEPS)]
+    assert together == train(alone, STEPS)
+    for i, k in zip(members, range(2), strict=True):
+        assert torch.equal(bank.snapshot(i), alone.snapshot(k))
+
+
+def test_a_share_trains_one_encoder() -> None:
+    bank = make_bank(SHARES)
+    low_1, text_1, low_2, text_2 = bank._encoders
+    assert low_1.shared is low_2.shared
+    assert text_1.shared is text_2.shared
+    start = bank.virtual_tokens()
+    assert torch.equal(start[0], start[2]), "the tasks start at what they have in common"
+    assert not torch.equal(start[1], start[3]), "each reads its own text"
+    tensors, _ = bank.state()
+    assert [name for name in tensors if name.startswith("text-2/")] == []
+    assert {name for name in tensors if "low-2" in name} == {
+        "low-1/encoder/low-2/columns",
+        "low-1/encoder/low-2/rows",
+    }
+    rates = bank.learning_rates
+    gradients = [torch.ones_like(start[0]), None, torch.ones_like(start[0]), None]
+    for _ in range(2):
+        norms = bank.update(gradients)
+    assert norms[0] == norms[2] > 0
+    assert norms[1] == norms[3] == 0
+    assert [a == b for a, b in zip(rates, bank.learning_rates, strict=True)] == [False, True] * 2
+
+
+def test_a_share_is_updated_by_the_sum_of_its_losses() -> None:
+    bank, whole = make_bank(SHARES), make_bank(SHARES)
+    train(bank, 1)
+    parameters = {k: v for unit in whole._units for k, v in unit.parameters.items()}
+    loss = sum(((out := e()) - 0.3).square().sum() + out.sin().sum() for e in whole._encoders)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    for unit in whole._units:
+        torch.nn.utils.clip_grad_norm_(list(unit.parameters.values()), 1.0)
+    tensors, _ = bank.state()
+    for name, parameter in parameters.items():
+        first = "text-1" if name.split(".")[-1] in ("queries", "weight", "bias") else "low-1"
+        assert parameter.grad is not None, name
+        ours = tensors[f"{first}/optimizer/{name}/exp_avg"]
+        torch.testing.assert_close(ours, 0.1 * parameter.grad, msg=name)
+
+
+def test_a_prompt_of_a_share_that_reads_nothing_keeps_its_own_part() -> None:
+    bank = make_bank(SHARES)
+    train(bank, 2)
+    own = bank._encoders[2].columns.detach().clone()
+    bank.update([torch.ones(4, H), None, None, None])
+    assert torch.equal(bank._encoders[2].columns, own)
+    assert torch.equal(bank._encoders[0].shared.embedding, bank._encoders[2].shared.embedding)
+
+
+def test_a_stopped_prompt_of_a_share_stays_while_the_others_go_on() -> None:
+    bank = make_bank(SHARES)
+    train(bank, 3)
+    for i in (1, 2):
+        bank.stop(i)
+    still = [bank.snapshot(i) for i in (1, 2)]
+    moved = bank.snapshot(3)
+    train(bank, 2)
+    resumed = make_bank(SHARES)
+    resumed.load_state(*through_files(*bank.state()))
+    train(bank, 2)
+    train(resumed, 2)
+    assert_same(bank, resumed)
+    for found in (bank, resumed):
+        for i, before in zip((1, 2), still, strict=True):
+            assert torch.equal(found.snapshot(i), before)
+            assert torch.equal(found.virtual_tokens()[i], before)
+            assert torch.equal(found.best(i), before)
+    assert not torch.equal(bank.snapshot(3), moved)
 
 
 @pytest.mark.parametrize("i", range(len(PROMPTS)))
@@ -312,15 +408,16 @@ def through_files(
     return from_bytes(to_bytes(tensors)), json.loads(json.dumps(meta))
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARES], ids=["own", "shared"])
 @pytest.mark.parametrize("done", [0, 1, 7])
-def test_resumed_equals_never_stopped(done: int) -> None:
-    straight = make_bank()
+def test_resumed_equals_never_stopped(done: int, prompts: list[dict[str, Any]]) -> None:
+    straight = make_bank(prompts)
     train(straight, done)
     straight.keep_best(2)
     if done == 7:
         straight.stop(0)
     state = through_files(*straight.state())
-    resumed = make_bank()
+    resumed = make_bank(prompts)
     train(resumed, 3)  # what it held before must not matter
     resumed.keep_best(1)
     resumed.virtual_tokens()

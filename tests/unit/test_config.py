@@ -487,6 +487,32 @@ def test_encoders_of_p_tuning(run_file, encoder):
     assert "use method: p_tuning" in problem
 
 
+def test_what_prompts_of_a_share_must_have_alike(run_file):
+    text = ["prompts.two.encoder=text", "prompts.two.init={text: Sort it.}"]
+    assert load(run_file(), [*text, "prompts.two.share=s"]).prompts[1].share == "s"
+    (problem,) = problems_of(run_file(), text[0])
+    assert "prompts[1].init: encoder text reads a text; use init: {text: ...}" in problem
+    one = [f"prompts.one.{x}" for x in ("method=p_tuning", "encoder=text", "init={text: Read.}")]
+    shared = [*text, *one, "prompts.one.share=s", "prompts.two.share=s"]
+    problems = problems_of(run_file(), *shared, "prompts.two.seed=4")
+    assert len(problems) == 2
+    assert "prompts[1].num_virtual_tokens: differs from that of 'one', but both" in problems[0]
+    assert "prompts[1].seed: differs from that of 'one'" in problems[1]
+    run = load(run_file(), [*shared, "prompts.two.num_virtual_tokens=5"])
+    assert [prompt.init.text for prompt in run.prompts] == ["Read.", "Sort it."]
+
+
+def test_what_low_rank_and_share_need(run_file):
+    low = ["prompts.one.encoder=low_rank", "prompts.one.share=s", "prompts.one.rank=2"]
+    assert load(run_file(), low).prompts[0].rank == 2
+    (problem,) = problems_of(run_file(), low[0])
+    assert "prompts[0].share: is missing; encoder low_rank learns a prompt in common" in problem
+    (problem,) = problems_of(run_file(), "prompts.one.share=s")
+    assert "prompts[0].share: encoder embedding is a prompt's own; remove it, or use" in problem
+    (problem,) = problems_of(run_file(), "prompts.one.rank=2")
+    assert "prompts[0].rank: encoder embedding has none; remove it, or use low_rank" in problem
+
+
 def test_only_a_residual_encoder_has_an_mlp_for_each_token(run_file):
     separate = "prompts.two.residual_mlp=separate"
     (problem,) = problems_of(run_file(), separate)

@@ -19,10 +19,12 @@ from trainer.config.section import (
 
 #: The encoders of each method.
 ENCODERS = {
-    "prompt_tuning": ("embedding",),
-    "p_tuning": ("mlp", "lstm", "residual"),
+    "prompt_tuning": ("embedding", "low_rank"),
+    "p_tuning": ("mlp", "lstm", "residual", "text"),
     "prefix_tuning": ("embedding", "mlp"),
 }
+#: Those of which prompts with the same ``share`` have a part in common.
+SHARED = ("low_rank", "text")
 
 
 class Init(Section):
@@ -97,11 +99,19 @@ class Prompt(Section):
         description="prompt_tuning and p_tuning put virtual tokens in front of the text; "
         "prefix_tuning gives every layer keys and values instead",
     )
-    encoder: Literal["embedding", "mlp", "lstm", "residual"] | None = Field(
+    encoder: Literal["embedding", "low_rank", "mlp", "lstm", "residual", "text"] | None = Field(
         None,
         description="default: mlp for p_tuning, else embedding; residual: a bottleneck MLP beside "
-        "trained virtual tokens",
+        "trained virtual tokens; text: reads init.text and makes virtual tokens of it; low_rank: "
+        "a prompt in common times a low-rank matrix of the task's own",
     )
+    share: Name | None = Field(
+        None,
+        description="encoders text and low_rank: prompts that give the same name train one encoder "
+        "together, with one optimizer; of low_rank the prompt in common, which starts as the init "
+        "of the first of them says",
+    )
+    rank: PositiveInt = Field(1, description="encoder low_rank: of the task's own matrix")
     encoder_hidden_size: PositiveInt | None = Field(
         None,
         description="default: the base's hidden size; of residual, its bottleneck: a quarter of it",
@@ -210,7 +220,8 @@ class Prompt(Section):
                 f"residual_mlp: encoder {self.encoder_name} has none; remove it, or use "
                 "method: p_tuning with encoder: residual"
             )
-        if self.encoder_name == "embedding" and self.encoder_hidden_size is not None:
+        self._check_share()
+        if self.encoder_name in ("embedding", "low_rank") and self.encoder_hidden_size is not None:
             instead = "encoder: mlp" if self.method == "prefix_tuning" else "p_tuning"
             raise ValueError(
                 f"encoder_hidden_size: {self.method} has no encoder; remove it, or use {instead}"
@@ -251,6 +262,31 @@ class Prompt(Section):
         if self.relative_learning_rate is not None:
             return f"{self.relative_learning_rate:g} of the start's RMS"
         return f"{self.learning_rate:g}"
+
+    def _check_share(self) -> None:
+        encoder = self.encoder_name
+        if encoder == "text" and self.init.text is None:
+            raise ValueError(
+                "init: encoder text reads a text; use init: {text: ...}, or another encoder"
+            )
+        if encoder == "low_rank" and self.share is None:
+            raise ValueError(
+                "share: is missing; encoder low_rank learns a prompt in common with the others of "
+                "the same name"
+            )
+        if self.share is not None and encoder not in SHARED:
+            raise ValueError(
+                f"share: encoder {encoder} is a prompt's own; remove it, or use encoder "
+                f"{' or '.join(SHARED)}"
+            )
+        if self.rank != 1 and encoder != "low_rank":
+            raise ValueError(f"rank: encoder {encoder} has none; remove it, or use low_rank")
+
+    def differences(self, other: Prompt) -> list[str]:
+        """Settings that two prompts of one share must have alike, but have not."""
+        own = {"name", "task", "teacher"} | ({"init"} if self.encoder_name == "text" else set())
+        ours, theirs = (prompt.model_dump(exclude=own) for prompt in (self, other))
+        return [key for key in ours if ours[key] != theirs[key]]
 
     @property
     def encoder_name(self) -> str:

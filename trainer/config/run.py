@@ -143,6 +143,15 @@ class RunConfig(Section):
             for i, prompt in enumerate(self.prompts)
             if prompt.init.labels and prompt.task in choices and not choices[prompt.task]
         ]
+        first: dict[str, Prompt] = {}
+        for i, prompt in enumerate(self.prompts):
+            if prompt.share is not None:
+                other = first.setdefault(prompt.share, prompt)
+                problems += [
+                    f"prompts[{i}].{key}: differs from that of {other.name!r}, but both train the "
+                    f"encoder of share {prompt.share!r}; make them alike, or give another share"
+                    for key in prompt.differences(other)
+                ]
         without = [task.name for task in self.tasks if not task.has_validation]
         for setting, given in (
             ("evaluation.early_stopping", self.evaluation.early_stopping),

@@ -1,5 +1,7 @@
 """The bank: all prompts of a run, trained together, each as if it were alone.
 
+Prompts of one ``share`` are as one in this: they have an encoder and an optimizer together.
+
 Ranks share nothing but the sum of d loss / d virtual tokens. Each rank then backpropagates its own
 replica of every encoder and makes the same update, so everything here is a function of the run file
 and those sums, to the bit: one generator per prompt, no global randomness, one optimizer each.
@@ -21,10 +23,9 @@ from torch.func import functional_call
 
 from trainer.config import Prompt, RunConfig
 from trainer.errors import BadInput
-from trainer.prompts.encoders import PromptEncoder, make_encoder
-from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values
+from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.perturbation import perturbed
-from trainer.tasks.checks import label_texts
+from trainer.prompts.units import Unit, build_encoder, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,13 +93,21 @@ class Bank:
         self.active = [True] * len(self.names)
         self._prompts = config.prompts
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
+        self._device = device
+        parts: dict[str, nn.Module] = {}
         self._encoders = [
-            _build(config, prompt, vocabulary, hidden_size).to(device) for prompt in config.prompts
+            build_encoder(config, prompt, vocabulary, hidden_size, parts).to(device)
+            for prompt in config.prompts
         ]
-        self._optimizers = [
-            make_optimizer(prompt, dict(encoder.named_parameters()), config.prompt_steps(prompt))
-            for prompt, encoder in zip(config.prompts, self._encoders, strict=True)
-        ]
+        self._units = units_of(config.prompts, self._encoders)
+        by_prompt: dict[int, Optimizer] = {}
+        for unit in self._units:
+            prompt = config.prompts[unit.members[0]]
+            optimizer = make_optimizer(prompt, unit.parameters, config.prompt_steps(prompt))
+            by_prompt |= dict.fromkeys(unit.members, optimizer)
+        self._optimizers = [by_prompt[i] for i in range(len(self.names))]
+        #: What a stopped prompt of a share stays at, while the others train on.
+        self._stopped: list[Tensor | None] = [None] * len(self.names)
         self._best: list[Tensor | None] = [None] * len(self.names)
         self._outputs: list[Tensor | None] = [None] * len(self.names)
         for encoder in self._encoders:
@@ -131,13 +140,12 @@ class Bank:
 
     def _output(self, i: int) -> Tensor:
         output_PH = self._outputs[i]
-        if not self.active[i] and output_PH is not None:  # has stopped: its encoder ran for good
+        if not self.active[i]:  # has stopped: its encoder runs once more for good
+            if output_PH is None:
+                output_PH = self._outputs[i] = self._folded(i)
             return output_PH
-        if not self.active[i] or not torch.is_grad_enabled():
-            folded_PH = self._folded(i)
-            if not self.active[i]:
-                self._outputs[i] = folded_PH
-            return folded_PH
+        if not torch.is_grad_enabled():
+            return self._folded(i)
         if output_PH is None:
             prompt, update = self._prompts[i], self._optimizers[i].updates
             output_PH = self._outputs[i] = perturbed(
@@ -152,12 +160,17 @@ class Bank:
     @torch.no_grad()
     def _folded(self, i: int) -> Tensor:
         """What the encoder makes of its parameters, or of their average where one is kept."""
+        stopped_PH = self._stopped[i]
+        if stopped_PH is not None:
+            return stopped_PH.clone()
         averaged = self._optimizers[i].averaged
-        folded_PH: Tensor = (
-            self._encoders[i]()
-            if averaged is None
-            else functional_call(self._encoders[i], dict(averaged), ())
-        )
+        folded_PH: Tensor
+        if averaged is None:
+            folded_PH = self._encoders[i]()
+        else:
+            unit = next(unit for unit in self._units if i in unit.members)
+            own = unit.of_encoder(self._encoders[i], averaged)
+            folded_PH = functional_call(self._encoders[i], own, ())
         return folded_PH
 
     def update(self, gradients: Sequence[Tensor | None]) -> list[float]:
@@ -168,9 +181,9 @@ class Bank:
                 schedule.
 
         Returns:
-            Norm of each prompt's own gradient before clipping; 0 where there was None. A norm that
-            is not finite, from an overflow inside the encoder, has changed nothing; every rank
-            sees the same.
+            Norm of each prompt's own gradient before clipping, or that of its share; 0 where there
+            was None. A norm that is not finite, from an overflow inside the encoder, has changed
+            nothing; every rank sees the same.
         """
         assert len(gradients) == len(self), (len(gradients), len(self))
         # All are checked before the first step: no update is made by halves.
@@ -178,24 +191,34 @@ class Bank:
             if gradient_PH is not None:
                 assert active, f"prompt {name!r} has stopped, but rows were read for it"
                 assert gradient_PH.isfinite().all(), f"prompt {name!r}: the loop must skip this"
-        norms = [0.0 if g is None else self._update(i, g) for i, g in enumerate(gradients)]
+        norms = [0.0] * len(self)
+        for unit in self._units:
+            read = {i: g for i in unit.members if (g := gradients[i]) is not None}
+            if read:
+                norm = self._update(unit, read)
+                for i in read:
+                    norms[i] = norm
         self._outputs = [
             None if active else output
             for active, output in zip(self.active, self._outputs, strict=True)
         ]
         return norms
 
-    def _update(self, i: int, gradient_PH: Tensor) -> float:
-        parameters = list(self._encoders[i].parameters())
+    def _update(self, unit: Unit, gradients: Mapping[int, Tensor]) -> float:
+        parameters = list(unit.parameters.values())
         with torch.enable_grad():
-            output_PH = self._output(i)
-        found = torch.autograd.grad(output_PH, parameters, gradient_PH.to(output_PH))
+            outputs = [self._output(i) for i in gradients]
+        given = [g.to(output) for g, output in zip(gradients.values(), outputs, strict=True)]
+        # Unused: what is the own of a prompt of a share that read nothing.
+        found = torch.autograd.grad(outputs, parameters, given, allow_unused=True)
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
-        return self._optimizers[i].step()
+        return self._optimizers[unit.members[0]].step()
 
     def stop(self, i: int) -> None:
         """Freeze a prompt: it keeps its virtual tokens and is never updated again."""
+        if self._prompts[i].share is not None:
+            self._stopped[i] = self._folded(i)
         self.active[i] = False
         self._outputs[i] = None
 
@@ -225,21 +248,29 @@ class Bank:
         """All that resuming needs, as copies on the CPU.
 
         Returns:
-            Tensors named ``PROMPT/encoder/PARAMETER``, ``PROMPT/optimizer/PARAMETER/MOMENT`` and
-            ``PROMPT/best``, and JSON.
+            Tensors named ``PROMPT/encoder/PARAMETER``, ``PROMPT/optimizer/PARAMETER/MOMENT``,
+            ``PROMPT/best`` and ``PROMPT/stopped``, and JSON. Those of a share stand under the first
+            of its prompts.
         """
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
-        for i, name in enumerate(self.names):
-            for key, parameter in self._encoders[i].named_parameters():
-                tensors[f"{name}/encoder/{key}"] = parameter.detach().to("cpu", copy=True)
-            moments, counters = self._optimizers[i].state()
-            tensors |= {f"{name}/optimizer/{key}": value for key, value in moments.items()}
-            best_PH = self._best[i]
-            if best_PH is not None:
-                tensors[f"{name}/best"] = best_PH.clone()
-            identity = _identity(self._prompts[i])
-            meta[name] = {**identity, "active": self.active[i], "optimizer": counters}
+        for unit in self._units:
+            first = self.names[unit.members[0]]
+            for key, parameter in unit.parameters.items():
+                tensors[f"{first}/encoder/{key}"] = parameter.detach().to("cpu", copy=True)
+            moments, counters = self._optimizers[unit.members[0]].state()
+            tensors |= {f"{first}/optimizer/{key}": value for key, value in moments.items()}
+            for i in unit.members:
+                kept = {"best": self._best[i], "stopped": self._stopped[i]}
+                for key, value_PH in kept.items():
+                    if value_PH is not None:
+                        tensors[f"{self.names[i]}/{key}"] = value_PH.to("cpu", copy=True)
+                identity = _identity(self._prompts[i])
+                meta[self.names[i]] = {
+                    **identity,
+                    "active": self.active[i],
+                    "optimizer": counters,
+                }
         return tensors, {"prompts": meta}
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -253,14 +284,25 @@ class Bank:
         problems = self._differences(tensors, saved)
         if problems:
             raise BadInput(problems)
+        for unit in self._units:
+            first = self.names[unit.members[0]]
+            with torch.no_grad():
+                for key, parameter in unit.parameters.items():
+                    parameter.copy_(tensors[f"{first}/encoder/{key}"])
+            moments = _under(f"{first}/optimizer/", tensors)
+            self._optimizers[unit.members[0]].load_state(moments, saved[first]["optimizer"])
         for i, name in enumerate(self.names):
-            self._encoders[i].load_state_dict(_under(f"{name}/encoder/", tensors))
-            moments = _under(f"{name}/optimizer/", tensors)
-            self._optimizers[i].load_state(moments, saved[name]["optimizer"])
-            best_PH = tensors.get(f"{name}/best")
+            best_PH, stopped_PH = (tensors.get(f"{name}/{key}") for key in ("best", "stopped"))
             self._best[i] = None if best_PH is None else best_PH.clone()
+            self._stopped[i] = (
+                None if stopped_PH is None else stopped_PH.to(self._device, copy=True)
+            )
             self.active[i] = bool(saved[name]["active"])
         self._outputs = [None] * len(self)
+
+    def _own(self, i: int) -> Mapping[str, nn.Parameter]:
+        """The parameters whose state stands under this prompt."""
+        return next((unit.parameters for unit in self._units if unit.members[0] == i), {})
 
     def _differences(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[str]:
         remedy = "continue with the settings of the checkpoint, or give another output_dir"
@@ -282,7 +324,7 @@ class Bank:
                     f"prompts.{name}.{key}: {value!r}, but the checkpoint has "
                     f"{saved[name].get(key)!r}; {remedy}"
                 )
-            ours = {k: tuple(v.shape) for k, v in self._encoders[i].named_parameters()}
+            ours = {k: tuple(v.shape) for k, v in self._own(i).items()}
             theirs = {k: tuple(v.shape) for k, v in _under(f"{name}/encoder/", tensors).items()}
             if not changed and ours != theirs:
                 problems.append(
@@ -292,23 +334,13 @@ class Bank:
         return problems
 
 
-def _build(
-    config: RunConfig, prompt: Prompt, vocabulary: Vocabulary, hidden_size: int
-) -> PromptEncoder:
-    """A prompt's encoder on the CPU: a function of its own settings, task and seed alone."""
-    generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
-    start = keys_and_values if prompt.method == "prefix_tuning" else initialize
-    labels = label_texts(config.task(prompt.task))
-    init = start(prompt.init, vocabulary, prompt.num_virtual_tokens, generator, labels)
-    return make_encoder(prompt, init, generator, hidden_size)
-
-
 def _identity(prompt: Prompt) -> dict[str, Any]:
     """Settings that a resumed prompt must share with the saved one."""
     return {
         "task": prompt.task,
         "method": prompt.method,
         "encoder": prompt.encoder_name,
+        "share": prompt.share,
         "num_virtual_tokens": prompt.num_virtual_tokens,
     }
 

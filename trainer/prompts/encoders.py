@@ -107,11 +107,11 @@ class MLPEncoder(HeadEncoder):
         super().__init__(init_PH)
         hidden_size = init_PH.shape[1]
         self.mlp_head = nn.Sequential(
-            _linear(hidden_size, encoder_hidden_size, generator),
+            uniform_linear(hidden_size, encoder_hidden_size, generator),
             nn.ReLU(),
-            _linear(encoder_hidden_size, encoder_hidden_size, generator),
+            uniform_linear(encoder_hidden_size, encoder_hidden_size, generator),
             nn.ReLU(),
-            _linear(encoder_hidden_size, hidden_size, generator),
+            uniform_linear(encoder_hidden_size, hidden_size, generator),
         )
 
 
@@ -141,9 +141,9 @@ class LSTMEncoder(HeadEncoder):
             for parameter in self.lstm_head.parameters():
                 parameter.copy_(_uniform(parameter.shape, encoder_hidden_size, generator))
         self.mlp_head = nn.Sequential(
-            _linear(encoder_hidden_size * 2, encoder_hidden_size * 2, generator),
+            uniform_linear(encoder_hidden_size * 2, encoder_hidden_size * 2, generator),
             nn.ReLU(),
-            _linear(encoder_hidden_size * 2, hidden_size, generator),
+            uniform_linear(encoder_hidden_size * 2, hidden_size, generator),
         )
 
     def head_input(self) -> Tensor:
@@ -219,9 +219,9 @@ class PrefixMLPEncoder(PromptEncoder):
         drawn_PC = torch.randn(num_virtual_tokens, token_dim, generator=generator)
         self.embedding = nn.Embedding(num_virtual_tokens, token_dim, _weight=drawn_PC)
         self.transform = nn.Sequential(
-            _linear(token_dim, encoder_hidden_size, generator),
+            uniform_linear(token_dim, encoder_hidden_size, generator),
             nn.Tanh(),
-            _linear(encoder_hidden_size, num_layers * 2 * token_dim, generator),
+            uniform_linear(encoder_hidden_size, num_layers * 2 * token_dim, generator),
         )
         with torch.no_grad():
             hidden_PE = self.transform[:2](self.embedding.weight)
@@ -268,7 +268,7 @@ def _make(
     raise AssertionError(f"config allows an encoder that nobody wrote: {prompt}")
 
 
-def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
+def uniform_linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
     """``nn.Linear`` with torch's own start, from our generator.
 
     On the meta device torch's constructor leaves the global generator alone.

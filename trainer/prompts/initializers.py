@@ -121,10 +121,24 @@ def text(source: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tensor
     return vocabulary.embed(_text_ids(source, vocabulary, num_virtual_tokens))
 
 
-def _text_ids(source: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> list[int]:
+def words(source: str, vocabulary: Vocabulary) -> Tensor:
+    """Embeddings of a text's tokens as they are, fp32 [n, H].
+
+    Raises:
+        BadInput: if the text has no tokens.
+    """
+    return vocabulary.embed(_all_text_ids(source, vocabulary))
+
+
+def _all_text_ids(source: str, vocabulary: Vocabulary) -> list[int]:
     token_ids = vocabulary.ids(source)
     if not token_ids:
         raise BadInput(f"prompts.init.text: {source!r} has no tokens; write some words")
+    return token_ids
+
+
+def _text_ids(source: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> list[int]:
+    token_ids = _all_text_ids(source, vocabulary)
     what = f"init text {source!r} has {len(token_ids)} tokens"
     return [token_ids[i] for i in _used(len(token_ids), num_virtual_tokens, vocabulary, what)]
 
