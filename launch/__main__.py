@@ -176,6 +176,30 @@ def prepare(
 
 
 @app.command(epilog=EXIT_CODES)
+def export(
+    run_dir: RunDir,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    encoder: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="A share, or a prompt, with encoder: text."),
+    ],
+    text: Annotated[str, typer.Option(metavar="TEXT", help="What the new task is, in words.")],
+) -> None:
+    """Make a prompt of a new text with a trained text encoder, and train nothing.
+
+    OUT becomes a PEFT adapter. The encoder is that of the run's newest checkpoint; of the base only
+    the embeddings of the text's words are read.
+
+    **Example:** `promptshard export runs/notes urgency --encoder reader --text "Is it urgent?"`
+    """
+    preflight.check_result(run_dir)
+    # NAME=VALUE in one word: a text may start with a dash
+    options = [f"--encoder={encoder}", f"--text={text}"]
+    command = [sys.executable, "-m", "trainer.encode", *options, "--", run_dir, out]
+    _end(subprocess.run(command, check=False).returncode)
+
+
+@app.command(epilog=EXIT_CODES)
 def inspect(
     target: Annotated[
         str,

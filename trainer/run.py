@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trainer import atomic
-from trainer.base.families import check_past
+from trainer.base.families import check_past, embedding_size
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
@@ -60,7 +60,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
-    engine.together(lambda: check_sources(config, files.config.hidden_size))
+    engine.together(lambda: check_sources(config, embedding_size(files.config)))
     tasks = engine.load_once_per_node(
         lambda: load_tasks(
             config,

@@ -64,6 +64,7 @@ FLOORS = (
         "trainer.generate",
         "trainer.inspect",
         "trainer.prepare",
+        "trainer.encode",
         "trainer.__main__",
     ),
 )

@@ -282,7 +282,8 @@ def test_the_guard_leaves_a_group_alone_when_all_is_done():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["validate"], ["generate"], ["inspect"], ["prepare"], ["sync"]]
+    "command",
+    [[], ["train"], ["validate"], ["generate"], ["inspect"], ["prepare"], ["export"], ["sync"]],
 )
 def test_help_teaches(command):
     done = promptshard(*command, "--help")

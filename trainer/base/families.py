@@ -245,6 +245,11 @@ def logit_rule(model: PreTrainedModel) -> tuple[float, float | None]:
     return factor, getattr(model.config, "final_logit_softcapping", None)
 
 
+def embedding_size(config: PretrainedConfig) -> int:
+    """Of word embeddings and virtual tokens; OPT-350M projects them up behind."""
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
 def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     """What of a model decides how much a stream through it saves.
 

@@ -9,7 +9,7 @@ n tokens of a text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,15 @@ class TextReader(nn.Module):
         self.output = uniform_linear(encoder_hidden_size, hidden_size, generator)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> TextReader:
+        """A reader that was trained, from its state dict."""
+        num_virtual_tokens, encoder_hidden_size = weights["queries"].shape
+        hidden_size = weights["keys.weight"].shape[1]
+        reader = cls(num_virtual_tokens, hidden_size, encoder_hidden_size, torch.Generator())
+        reader.load_state_dict(dict(weights))
+        return reader
 
     def forward(self, words_nH: Tensor) -> Tensor:
         """Virtual tokens [P, H] of a text's word embeddings [n, H], fp32."""

@@ -1,0 +1,146 @@
+"""A new text's virtual tokens: those that the encoder would make in the run, bit by bit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.family_bases import save_family
+from tests.whole_base import load_rank
+from trainer import atomic, checkpoint, config
+from trainer.base.files import open_base
+from trainer.base.words import read_words
+from trainer.config import Base, RunConfig
+from trainer.console import Console
+from trainer.encode import export_text
+from trainer.errors import BadInput
+from trainer.optimization import make_optimizer
+from trainer.prepare import prepare
+from trainer.prompts.bank import Bank
+
+TINY = config.resolve_path("examples/tiny_base")
+TEXT, OTHER = "Is the patient in danger?", "What does the lion eat?"
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma", "gpt2", "opt-projected"])
+@pytest.mark.parametrize("stored", ["keep", "int8"])
+def test_words_are_those_of_the_loaded_base(tmp_path: Path, case: str, stored: str) -> None:
+    folder, settings = save_family(tmp_path, case), {"embeddings": stored, "head": stored}
+    base, *_ = load_rank(folder, **settings)
+    check_words(folder, base(torch.tensor([7, 3, 7, 20]), []), **settings)
+
+
+def test_words_of_a_base_that_is_in_8_bits_already(tmp_path: Path) -> None:
+    settings = Base.model_validate({"model": str(TINY), "embeddings": "int8", "head": "int8"})
+    prepare(settings, tmp_path / "int8", Console(io.StringIO(), io.StringIO()))
+    base, *_ = load_rank(tmp_path / "int8")
+    check_words(tmp_path / "int8", base(torch.tensor([7, 3, 7, 20]), []))
+
+
+def check_words(folder: Path, expected_nH: torch.Tensor, **settings: str) -> None:
+    base = Base.model_validate({"model": str(folder), **settings})
+    found_nH = read_words(open_base(base), base, torch.float32, [7, 3, 7, 20])
+    assert torch.equal(found_nH, expected_nH)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
+    """The output folder of a run of two shared encoders and one of its own, and its bank."""
+    folder = tmp_path_factory.mktemp("run")
+    reader = {"method": "p_tuning", "encoder": "text", "num_virtual_tokens": 4, "task": "t"}
+    prompts: list[dict[str, Any]] = [
+        {"name": "plain", "task": "t"},
+        {"name": "one", **reader, "share": "reader", "init": {"text": TEXT}},
+        {"name": "two", **reader, "share": "reader", "init": {"text": OTHER}},
+        {"name": "own", **reader, "encoder_hidden_size": 8, "init": {"text": TEXT}},
+    ]
+    settings = RunConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "base": {"model": str(TINY)},
+            "tasks": [{"name": "t", "train": "t.jsonl", "input": "{text}", "target": "{label}"}],
+            "prompts": prompts,
+            "training": {"steps": 4},
+        }
+    )
+    files = open_base(settings.base)
+    base, *_ = load_rank(TINY)
+    bank = Bank(
+        settings,
+        lambda ids: base(torch.tensor(ids), []),
+        files.tokenizer,
+        files.config.vocab_size,
+        base.hidden_size,
+        torch.device("cpu"),
+        make_optimizer=make_optimizer,
+    )
+    for _ in range(3):
+        bank.update([made.detach().cos() for made in bank.virtual_tokens()])
+    tensors, meta = bank.state()
+    state = {"identity": {"base files": files.fingerprint}, "bank": meta}
+    checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
+    atomic.write(folder / "run.yaml", config.dump(settings))
+    atomic.write_json(folder / "environment.json", {"dtype": "float32"})
+    return folder, bank
+
+
+def export(run_dir: Path, out: Path, encoder: str, text: str) -> torch.Tensor:
+    export_text(run_dir, out, encoder, text, Console(io.StringIO(), io.StringIO()))
+    return load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "text", "prompt"),
+    [("reader", TEXT, 1), ("reader", OTHER, 2), ("two", TEXT, 1), ("own", TEXT, 3)],
+)
+def test_a_text_of_the_run_gives_its_prompt(
+    run: tuple[Path, Bank], tmp_path: Path, encoder: str, text: str, prompt: int
+) -> None:
+    folder, bank = run
+    assert torch.equal(export(folder, tmp_path / "out", encoder, text), bank.snapshot(prompt))
+
+
+def test_peft_reads_a_new_text(run: tuple[Path, Bank], tmp_path: Path) -> None:
+    folder, bank = run
+    made_PH = export(folder, tmp_path / "out", "reader", "-- What now?")
+    assert not any(torch.equal(made_PH, bank.snapshot(i)) for i in (1, 2))
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        joined = torch.cat([made_PH[None], base.get_input_embeddings()(ids)], dim=1)
+        expected = base(inputs_embeds=joined).logits
+        model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_mistakes_are_named(run: tuple[Path, Bank], tmp_path: Path) -> None:
+    folder, _ = run
+    with pytest.raises(BadInput, match=r"no text encoder 'plain'; known: reader, own"):
+        export(folder, tmp_path / "out", "plain", TEXT)
+    with pytest.raises(BadInput, match="'' has no tokens; write some words"):
+        export(folder, tmp_path / "out", "own", "")
+    with pytest.raises(BadInput, match="is there already; give a new folder"):
+        export(folder, tmp_path, "own", TEXT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_is_refused(run: tuple[Path, Bank], tmp_path: Path) -> None:
+    folder, _ = run
+    other = save_family(tmp_path / "other", "llama")
+    settings = config.load(folder / "run.yaml", [f"base.model={other}", "output_dir=x"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(config.dump(settings))
+    (tmp_path / "run" / "checkpoints").symlink_to(folder / "checkpoints")
+    with pytest.raises(BadInput, match=r"is not the base that .* was trained over"):
+        export(tmp_path / "run", tmp_path / "out", "own", TEXT)
+    (tmp_path / "run" / "checkpoints").unlink()
+    with pytest.raises(BadInput, match="has no checkpoint yet; train the run first"):
+        export(tmp_path / "run", tmp_path / "out", "own", TEXT)

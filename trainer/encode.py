@@ -1,0 +1,131 @@
+"""Makes virtual tokens of a new text with a trained encoder: ``promptshard export RUN_DIR OUT
+--encoder NAME --text TEXT`` runs ``python -m trainer.encode``.
+
+Nothing is trained, and of the base only the embeddings of the text's tokens are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.base.files import BaseFiles, open_base
+from trainer.base.words import read_words
+from trainer.config import Prompt, RunConfig, load_output
+from trainer.console import Console
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
+from trainer.export import save_peft
+from trainer.prompts.initializers import Vocabulary, words
+from trainer.prompts.multitask import TextReader
+
+
+def find_encoder(config: RunConfig, name: str) -> Prompt:
+    """The prompt under which the state of an encoder stands: the first of a share, or itself.
+
+    Args:
+        name: of a share, or of a prompt with ``encoder: text``.
+
+    Raises:
+        BadInput: if the run has no such encoder.
+    """
+    readers = [prompt for prompt in config.prompts if prompt.encoder_name == "text"]
+    found = next((prompt for prompt in readers if name in (prompt.share, prompt.name)), None)
+    if found is None:
+        known = list(dict.fromkeys(prompt.share or prompt.name for prompt in readers))
+        what = f"known: {', '.join(known)}" if known else "none of its prompts has encoder: text"
+        raise BadInput(
+            f"--encoder: {config.output_dir} has no text encoder {name!r}"
+            f"{did_you_mean(name, known)}; {what}"
+        )
+    if found.share is None:
+        return found
+    return next(prompt for prompt in readers if prompt.share == found.share)
+
+
+@torch.no_grad()
+def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> Tensor:
+    """Virtual tokens [P, H] that a run's encoder, as of its newest checkpoint, makes of a text.
+
+    Args:
+        prompt: from ``find_encoder``.
+
+    Raises:
+        BadInput: if the run has no checkpoint, the base is not the run's, or the text is empty.
+    """
+    folder = Path(config.output_dir)
+    saved = checkpoint.newest(folder / "checkpoints")
+    if saved is None:
+        raise BadInput(f"{folder}: has no checkpoint yet; train the run first")
+    if saved.state["identity"]["base files"] != files.fingerprint:
+        raise BadInput(
+            f"base.model: {config.base.model!r} is not the base that {folder} was trained over; "
+            "give the run its own base"
+        )
+    prefix = f"{prompt.name}/encoder/shared."
+    weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+    if not weights:
+        raise BadInput(f"{saved.path}: has no encoder of {prompt.name!r}; train the run again")
+    reader = TextReader.of(weights)
+    dtype = getattr(torch, json.loads((folder / "environment.json").read_text())["dtype"])
+    vocabulary = Vocabulary(
+        lambda ids: read_words(files, config.base, dtype, ids),
+        files.tokenizer,
+        files.config.vocab_size,
+    )
+    made_PH: Tensor = reader(words(text, vocabulary))
+    return made_PH
+
+
+def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Console) -> None:
+    """Write the PEFT adapter of a new text into ``out``, which must be new.
+
+    Raises:
+        BadInput: as ``find_encoder`` and ``encode``, or if ``out`` exists.
+    """
+    if out.exists():
+        raise BadInput(f"{out}: is there already; give a new folder")
+    config = load_output(run_dir)
+    prompt = find_encoder(config, encoder)
+    with console.downloading(config.base.model) as progress:
+        files = open_base(config.base, progress=progress)
+    virtual_tokens = encode(config, prompt, text, files)
+    save_peft(
+        out,
+        virtual_tokens,
+        config.base.model,
+        config.base.revision,
+        num_layers=files.config.num_hidden_layers,
+        num_attention_heads=files.config.num_attention_heads,
+        description=f"Made without training, of the text {text!r}.",
+    )
+    console.say(f"{out}: {len(virtual_tokens)} virtual tokens of {text!r}; PEFT loads it")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="promptshard export")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--text", required=True)
+    given = parser.parse_args()
+    console = Console(sys.stdout, sys.stderr)
+    try:
+        export_text(given.run_dir, given.out, given.encoder, given.text, console)
+    except BadInput as error:
+        for problem in error.problems:
+            console.error(problem)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        console.error(f"{error.filename}: {error.strerror}")
+        return EXIT_BAD_INPUT
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
