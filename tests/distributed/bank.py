@@ -26,16 +26,39 @@ from trainer.prompts.bank import Bank
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 
 STEPS, MAX_TOKENS = 4, 48
-#: Every method, several lengths, two tasks; one ends before the others.
+READER = {"method": "p_tuning", "encoder": "text", "share": "reader", "num_virtual_tokens": 3}
+#: Every method, several lengths, two tasks; one ends before the others, two share an encoder.
 PROMPTS: list[dict[str, Any]] = [
     {"name": "words", "num_virtual_tokens": 4, "init": {"text": "w3 w5 w7"}},
-    {"name": "drawn", "num_virtual_tokens": 7, "task": "y", "seed": 3, "weight_decay": 0.1},
-    {"name": "noise", "num_virtual_tokens": 2, "init": "random", "max_grad_norm": None},
-    {"name": "brief", "num_virtual_tokens": 5, "steps": 2, "learning_rate": 0.01},
-    {"name": "mlp", "method": "p_tuning", "num_virtual_tokens": 3},
-    {"name": "mlp-y", "method": "p_tuning", "num_virtual_tokens": 6, "task": "y"},
+    {"name": "text", **READER, "init": {"text": "w8 w5 w9 w4"}},
+    {"name": "text-y", **READER, "init": {"text": "w6 w2"}, "task": "y"},
+    {
+        "name": "lstm",
+        "method": "p_tuning",
+        "encoder": "lstm",
+        "num_virtual_tokens": 2,
+        "task": "y",
+        "max_grad_norm": None,
+    },
+    {"name": "brief", "method": "p_tuning", "num_virtual_tokens": 5, "steps": 2},
+    {
+        "name": "residual",
+        "method": "p_tuning",
+        "encoder": "residual",
+        "init": "random",
+        "num_virtual_tokens": 7,
+        "task": "y",
+        "seed": 3,
+        "weight_decay": 0.1,
+        "learning_rate": 0.01,
+    },
     {"name": "prefix", "method": "prefix_tuning", "num_virtual_tokens": 4},
     {"name": "prefix-mlp", "method": "prefix_tuning", "num_virtual_tokens": 3, "encoder": "mlp"},
+]
+#: What is trained alone: a prompt, or all of a share.
+ALONE = [
+    [prompt for prompt in PROMPTS if key == prompt.get("share", prompt["name"])]
+    for key in dict.fromkeys(prompt.get("share", prompt["name"]) for prompt in PROMPTS)
 ]
 
 
@@ -48,17 +71,16 @@ def main() -> None:
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
     together, gathered = train(engine, base, files, tasks, config)
-    alone: list[Tensor] = []
+    alone: dict[str, Tensor] = {}
     gathered_alone = 0
-    for prompt in PROMPTS:
-        single = make_config(folder, rows, [prompt])
-        (found,), count = train(engine, base, files, tasks, single)
-        alone.append(found)
+    for prompts in ALONE:
+        found, count = train(engine, base, files, tasks, make_config(folder, rows, prompts))
+        alone |= {prompt["name"]: made for prompt, made in zip(prompts, found, strict=True)}
         gathered_alone += count
     result = {
         "errors": {
-            prompt["name"]: float((a - b).abs().max())
-            for prompt, a, b in zip(PROMPTS, together, alone, strict=True)
+            prompt["name"]: float((made - alone[prompt["name"]]).abs().max())
+            for prompt, made in zip(PROMPTS, together, strict=True)
         },
         "gathered": gathered,
         "gathered_alone": gathered_alone,

@@ -1,4 +1,4 @@
-"""Invariant 4: a prompt trained in a bank equals the same prompt trained alone."""
+"""Invariant 4: a prompt trained in a bank equals the same prompt, or its share, trained alone."""
 
 from __future__ import annotations
 
