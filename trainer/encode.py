@@ -21,6 +21,7 @@ from trainer.config import Prompt, RunConfig, load_output
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
 from trainer.export import save_peft
+from trainer.optimization import AVERAGE
 from trainer.prompts.initializers import Vocabulary, words
 from trainer.prompts.multitask import TextReader
 
@@ -71,6 +72,9 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> Te
     weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
     if not weights:
         raise BadInput(f"{saved.path}: has no encoder of {prompt.name!r}; train the run again")
+    for name in weights:  # what was judged, where an average was kept
+        average = f"{prompt.name}/optimizer/shared.{name}/{AVERAGE}"
+        weights[name] = saved.tensors.get(average, weights[name])
     reader = TextReader.of(weights)
     dtype = getattr(torch, json.loads((folder / "environment.json").read_text())["dtype"])
     vocabulary = Vocabulary(

@@ -58,7 +58,13 @@ PROMPTS: list[dict[str, Any]] = [
     },
 ]
 LOW_RANK = {"encoder": "low_rank", "share": "common", "num_virtual_tokens": 4, "rank": 2}
-TEXT = {"method": "p_tuning", "encoder": "text", "share": "reader", "num_virtual_tokens": 3}
+TEXT = {
+    "method": "p_tuning",
+    "encoder": "text",
+    "share": "reader",
+    "num_virtual_tokens": 3,
+    "ema": 0.9,
+}
 #: Two shares of two prompts each, mixed up.
 SHARES: list[dict[str, Any]] = [
     {"name": "low-1", **LOW_RANK},
@@ -290,7 +296,7 @@ def test_encoder_runs_once_per_update() -> None:
 
 
 def test_the_average_is_judged_and_kept_the_weights_are_trained() -> None:
-    bank = make_bank(PROMPTS[-1:])
+    bank = make_bank([prompt for prompt in PROMPTS if prompt["name"] == "averaged"])
     train(bank, 6)
     (judged,) = bank.judged()  # where gradients are enabled, as the loop asks for it
     assert not judged.requires_grad

@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
         {"name": "plain", "task": "t"},
         {"name": "one", **reader, "share": "reader", "init": {"text": TEXT}},
         {"name": "two", **reader, "share": "reader", "init": {"text": OTHER}},
-        {"name": "own", **reader, "encoder_hidden_size": 8, "init": {"text": TEXT}},
+        {"name": "own", **reader, "encoder_hidden_size": 8, "ema": 0.5, "init": {"text": TEXT}},
     ]
     settings = RunConfig.model_validate(
         {

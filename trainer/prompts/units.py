@@ -37,9 +37,7 @@ class Unit:
     members: list[int]
     parameters: dict[str, nn.Parameter]
 
-    def of_encoder(
-        self, encoder: PromptEncoder, values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def of_encoder(self, encoder: PromptEncoder, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of values by the names of ``parameters`` those of one encoder, by its own names."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return {own: values[names[id(p)]] for own, p in encoder.named_parameters()}
