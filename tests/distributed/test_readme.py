@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -147,10 +148,11 @@ def test_python(folder: Folder, snippet: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_run_file_of_the_readme_is_valid(folder: Folder) -> None:
-    (snippet,) = blocks("yaml")
-    path = folder.path / "readme.yaml"
-    path.write_text(snippet)
+@pytest.mark.parametrize("snippet", blocks("yaml"))
+def test_run_files_of_the_readme_are_valid(folder: Folder, snippet: str) -> None:
+    """The first is whole; the others show sections that stand in place of its own."""
+    run = yaml.safe_load(blocks("yaml")[0]) | yaml.safe_load(snippet)
+    (folder.path / "readme.yaml").write_text(yaml.safe_dump(run))
     done = folder.run("promptshard", "validate", "readme.yaml")
     # Its data is the reader's own, so the only problems are files that are not there.
     assert done.returncode == 2
@@ -158,4 +160,4 @@ def test_run_file_of_the_readme_is_valid(folder: Folder) -> None:
     assert [problem.split(":")[0] for problem in problems] == [
         "tasks.topics.train",
         "tasks.topics.validation",
-    ]
+    ], done.stderr
