@@ -45,7 +45,7 @@ QUICK_SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_val
 
 def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:
     """Name -> what is compared, and the arms of it."""
-    usual = Case(base, 20, ranks=2, batch=8, accumulation=3, steps_per_turn=1, timed=timed)
+    usual = Case(base, 20, ranks=2, batch=4, accumulation=6, steps_per_turn=1, timed=timed)
     single = replace(usual, batch=1, accumulation=8, single=True)
     return {
         "20 virtual tokens": (usual, TWO_RANKS),
