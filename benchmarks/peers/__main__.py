@@ -61,7 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--timed", type=int, default=5, help="timed turns of every arm")
-    parser.add_argument("--only", nargs="+", help="cases, by a part of their names, or losses")
+    parser.add_argument("--only", nargs="+", help="cases, by how their names begin, or losses")
     parser.add_argument("--quick", action="store_true", help="a small base; nothing is written")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="promptshard-peers-") as temporary:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _asked(name: str, only: list[str] | None) -> bool:
-    return only is None or any(part in name for part in only)
+    return only is None or any(name.startswith(part) for part in only)
 
 
 def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -200,18 +201,43 @@ def attend(
         value = torch.cat([value, past_2APD[None, 1]], dim=2)
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
-    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
+    queries = _take(query, [bucket.query_SQ for bucket in layout.buckets])
+    at_keys = [bucket.key_SK for bucket in layout.buckets]
+    keys, values = _take(key, at_keys), _take(value, at_keys)
     outputs = []
-    for bucket in layout.buckets:
-        output_SAQD = _bucket_attention(
-            query_TAD[bucket.query_SQ].transpose(1, 2),
-            key_TAD[bucket.key_SK].transpose(1, 2),
-            value_TAD[bucket.key_SK].transpose(1, 2),
-            bucket,
-            scores,
-        )
+    for bucket, q, k, v in zip(layout.buckets, queries, keys, values, strict=True):
+        output_SAQD = _bucket_attention(q, k, v, bucket, scores)
         outputs.append(output_SAQD.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[layout.restore_T][None]
+
+
+def _take(x: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+    """Of [1, A, T, D] what stands at [S, n] places of each bucket, [S, A, n, D]."""
+    taken: Sequence[Tensor] = _Take.apply(x[0].transpose(0, 1), *places)
+    return [one.transpose(1, 2) for one in taken]
+
+
+class _Take(torch.autograd.Function):
+    """Rows for all buckets, whose gradients are added up in one place.
+
+    Indexing would make a zero tensor of the whole stream for each bucket, and sum those.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TAD: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
+        ctx.like, ctx.places = (x_TAD.shape, x_TAD.dtype, x_TAD.device), places
+        ctx.set_materialize_grads(False)
+        return tuple(x_TAD[place] for place in places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        shape, dtype, device = ctx.like
+        grad_TAD = torch.zeros(shape, dtype=dtype, device=device)
+        for place, grad in zip(ctx.places, grads, strict=True):
+            if grad is not None:
+                grad_TAD.index_put_((place,), grad, accumulate=True)
+        return grad_TAD, *(None for _ in ctx.places)
 
 
 def _bucket_attention(
