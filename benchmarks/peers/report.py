@@ -156,8 +156,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     cases = report["cases"]
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(3.4 * len(cases), 3.6), sharey=False)
-    for axis, (name, case) in zip(axes, cases.items(), strict=True):
+    size = (3.4 * len(cases), 3.6)
+    figure, axes = pyplot.subplots(1, len(cases), figsize=size, squeeze=False)
+    for axis, (name, case) in zip(axes[0], cases.items(), strict=True):
         arms = list(case["arms"])
         speeds = [case["arms"][arm]["tokens_per_second"] for arm in arms]
         colours = ["#1f77b4" if arm == "ours" else "#b0b0b0" for arm in arms]
