@@ -27,6 +27,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.figures import figure, figure_rows
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2
@@ -137,20 +139,16 @@ def figures(
             key = f"{what}_bytes_per_prompt_step"
             name = {"layer": "layers gathered", "gathered": "all bytes gathered"}[what]
             name = f"{name} per prompt-step of {count} prompts, x {count} / of one prompt"
-            found.append(_figure(name, arm[key] * count / one[key], reach))
+            found.append(figure(name, arm[key] * count / one[key], reach))
     together = sum(run["seconds"] for run in alone)
     found.append(
-        _figure(
+        figure(
             f"wall time of one run of {len(alone)} prompts / {len(alone)} runs",
             bank["seconds"] / together,
             0.5,
         )
     )
     return found
-
-
-def _figure(name: str, value: float, reach: float | None) -> dict[str, Any]:
-    return {"figure": name, "value": round(value, 3), "reach": reach}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -162,12 +160,8 @@ def table(report: dict[str, Any]) -> str:
         f"`python -m benchmarks.bank`, {report['machine']}, {report['ranks']} ranks, "
         f"{report['steps']} steps of 512 useful tokens per prompt, on the tiny base.",
         "",
-        "| figure | measured | reach |",
-        "|---|---|---|",
+        *figure_rows(report["figures"]),
     ]
-    for row in report["figures"]:
-        reach = "" if row["reach"] is None else f"<= {row['reach']}"
-        lines.append(f"| {row['figure']} | {row['value']:.3f} | {reach} |")
     lines += [
         "",
         "| prompts | useful tokens/s | kB per prompt-step: layers | exchanged |",

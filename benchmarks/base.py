@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from benchmarks.figures import figure, figure_rows
 from benchmarks.llama import LLAMA_110M, make_base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,23 +77,15 @@ def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
     gathered = DEFAULT_ZERO3 * 2 * ours["parameters"]
     gathered_untied = DEFAULT_ZERO3 * 2 * untied["parameters"]
     return [
-        _figure("int8 bytes at rest per rank / peer's", ours["int8"] / peer["int8"], 0.4),
-        _figure("all base bytes at rest per rank / peer's", ours["base"] / peer["base"], None),
-        _figure("gathered per step / 1.77 x bf16 model", ours["gathered"] / gathered, 0.32),
-        _figure(
-            "the same, head untied from embeddings", untied["gathered"] / gathered_untied, 0.32
-        ),
-        _figure("the same, embeddings int8", lean["gathered"] / gathered, 0.32),
-        _figure("gathered per step / peer's", ours["gathered"] / peer["gathered"], None),
-        _figure(
-            "peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1
-        ),
-        _figure("bytes read per rank / file", ours["read"] / file_bytes, 0.55),
+        figure("int8 bytes at rest per rank / peer's", ours["int8"] / peer["int8"], 0.4),
+        figure("all base bytes at rest per rank / peer's", ours["base"] / peer["base"], None),
+        figure("gathered per step / 1.77 x bf16 model", ours["gathered"] / gathered, 0.32),
+        figure("the same, head untied from embeddings", untied["gathered"] / gathered_untied, 0.32),
+        figure("the same, embeddings int8", lean["gathered"] / gathered, 0.32),
+        figure("gathered per step / peer's", ours["gathered"] / peer["gathered"], None),
+        figure("peak RSS while loading / (shard + 2 x largest)", ours["peak"] / ours["allowed"], 1),
+        figure("bytes read per rank / file", ours["read"] / file_bytes, 0.55),
     ]
-
-
-def _figure(name: str, value: float, reach: float | None) -> dict[str, Any]:
-    return {"figure": name, "value": round(value, 3), "reach": reach}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -104,12 +97,8 @@ def table(report: dict[str, Any]) -> str:
         f"{report['micro_batches']} micro-batches per rank. Peer: transformers `load_in_8bit` + "
         "PEFT prompt tuning + DeepSpeed ZeRO-3 through Trainer.",
         "",
-        "| figure | measured | reach |",
-        "|---|---|---|",
+        *figure_rows(report["figures"]),
     ]
-    for row in report["figures"]:
-        reach = "" if row["reach"] is None else f"<= {row['reach']}"
-        lines.append(f"| {row['figure']} | {row['value']:.3f} | {reach} |")
     titles = {
         "int8": "int8 at rest",
         "base": "base at rest",

@@ -13,10 +13,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from tests.thread_ranks import on_all_ranks
-from tests.unit.test_head import KINDS, H, N, V, make_head, problem, slice_by, uncompiled
+from tests.unit.test_head import (
+    KINDS,
+    H,
+    N,
+    V,
+    make_head,
+    problem,
+    slice_by,
+    uncompiled,
+    whole_logits,
+)
 from tests.unit.test_shared_head import block
 from trainer.base.head import Block, FrozenHead
-from trainer.base.quantization import dequantize_rows
 from trainer.config import load
 from trainer.errors import BadInput
 from trainer.tasks.streams import Piece, build_stream, build_teacher_stream
@@ -28,17 +37,6 @@ __all__ = ["uncompiled"]  # a fixture of every test here, too
 
 DISTILLED_D = torch.tensor([0, 3, 4, 10, 36])
 TEACHER_DH = torch.randn(5, H, generator=torch.Generator().manual_seed(9))
-
-
-def whole_logits(layer: FrozenHead, hidden_NH: Tensor) -> Tensor:
-    weight = layer.weight.data
-    if layer.absmax is not None:
-        weight = dequantize_rows(weight, layer.absmax)
-    logits = hidden_NH @ weight.to(hidden_NH.dtype).T
-    if layer.bias is not None:
-        logits = logits + layer.bias.to(hidden_NH.dtype)
-    logits = logits * layer.scale
-    return logits if layer.softcap is None else torch.tanh(logits / layer.softcap) * layer.softcap
 
 
 @pytest.mark.parametrize("columns", [64, 333, V])

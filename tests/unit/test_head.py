@@ -52,8 +52,8 @@ def make_head(
     return layer
 
 
-def whole(layer: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
-    """Cross-entropy over all logits at once, in the type of ``hidden_NH``."""
+def whole_logits(layer: FrozenHead, hidden_NH: Tensor) -> Tensor:
+    """All logits at once, [N, V] in the type of ``hidden_NH``."""
     weight = layer.weight.data
     if layer.absmax is not None:
         weight = dequantize_rows(weight, layer.absmax)
@@ -61,9 +61,12 @@ def whole(layer: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
     if layer.bias is not None:
         logits = logits + layer.bias.to(hidden_NH.dtype)
     logits = logits * layer.scale
-    if layer.softcap is not None:
-        logits = torch.tanh(logits / layer.softcap) * layer.softcap
-    return cross_entropy(logits, labels_N, reduction="none")
+    return logits if layer.softcap is None else torch.tanh(logits / layer.softcap) * layer.softcap
+
+
+def whole(layer: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy over all logits at once, in the type of ``hidden_NH``."""
+    return cross_entropy(whole_logits(layer, hidden_NH), labels_N, reduction="none")
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
