@@ -25,7 +25,7 @@ from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import generate
 from trainer.objective import step_gradients
 from trainer.process import leave
-from trainer.tasks.streams import PromptLengths, Stream, build_stream, plan_streams
+from trainer.tasks.streams import Piece, PromptLengths, Stream, build_stream, plan_streams
 
 TABLE = "model.embed_tokens.weight"
 HIDDEN = 64
@@ -76,7 +76,7 @@ def one_way(
     ]
     lookups = engine.gathered_bytes - before
 
-    pieces, prompts = problem()
+    pieces, prompts = many()
     before = engine.gathered_bytes
     step = step_gradients(engine, base, pieces, prompts, MAX_TOKENS)
     gathered = engine.gathered_bytes - before
@@ -99,6 +99,7 @@ def one_way(
         "block": list(rows.shape),
         "type": str(rows.dtype),
         "table_is_a_parameter": any(p.ds_numel == table_VH.numel() for p in embeddings(base)),
+        "table_fetched": fetches_table(labels(engine.world_size), engine.rank, ranks, base),
         "base_bytes": base_bytes(base),
         "bytes_read": loaded.stats.bytes_read,
         "digest_kept": base_digest(base) == digest,
@@ -116,9 +117,15 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
     ]
 
 
+def many() -> tuple[list[Piece], list[Tensor]]:
+    """So many labels in one step that, in the end, the head's table is fetched for them."""
+    pieces, prompts = problem()
+    return pieces * 6, prompts
+
+
 def streams(world_size: int) -> list[tuple[Stream, ...]]:
     """All ranks' streams of the step, those that they read together in one tuple."""
-    pieces, prompts = problem()
+    pieces, prompts = many()
     lengths = PromptLengths.of(prompts)
     plan = plan_streams(pieces, lengths.tokens, world_size, MAX_TOKENS)
     return [
@@ -148,6 +155,15 @@ def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Te
         total += foreign * rows.shape[1] * rows.element_size()
         total += 8 * sum(1 + owners.count(rank) for owners in others)
     return total if ranks > 1 else 0
+
+
+def fetches_table(
+    streams: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase
+) -> bool:
+    """Whether a rank's labels of a whole step would move more than the table, but no stream's."""
+    first = rank // ranks * ranks
+    moved = [2 * ranks * max(counts[first : first + ranks]) * HIDDEN * 4 for counts in streams]
+    return max(moved) < base.model.get_output_embeddings().table_bytes < sum(moved)
 
 
 def head_bytes(streams: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase) -> int:

@@ -46,6 +46,8 @@ class TestLookup:
     def test_bytes_of_a_step_are_all_layers_once_and_rows(self, ranks: Any, way: str) -> None:
         for rank in ranks:
             assert rank[way]["gathered"] == rank[way]["expected_gathered"]
+            # Else nothing here would show that a fetched table stays until the step ends.
+            assert rank[way]["table_fetched"] or GROUPS[way] == 1
 
     def test_training_and_generation_do_not_see_it(self, ranks: Any, way: str) -> None:
         expected = ranks[0]["copies"]  # where each rank has the whole table

@@ -48,7 +48,9 @@ def check(kind: str, counts: Sequence[int], found: list[tuple[Tensor, Tensor]]) 
     for rank, (nll_N, grad_NH) in enumerate(found):
         wanted_N, wanted_NH = gradients(alone, *rows_of(counts[rank], rank))
         torch.testing.assert_close(nll_N, wanted_N, rtol=2e-6, atol=4e-6)
-        torch.testing.assert_close(grad_NH, wanted_NH, rtol=1e-5, atol=1e-5)
+        # The i-th row's gradient is i times that of a loss: rounding grows with it.
+        atol = 1e-5 * max(1, counts[rank])
+        torch.testing.assert_close(grad_NH, wanted_NH, rtol=1e-5, atol=atol)
 
 
 def read_whole(post: Post) -> bool:
