@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.base.attention import Layout, Scores, attend, make_layout, with_flex, with_past
+from trainer.base.attention import Layout, attend, make_layout, with_flex, with_past
+from trainer.base.buckets import Scores
 from trainer.base.own_attention import alibi_slopes
 from trainer.tasks.streams import Segment
 

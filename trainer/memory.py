@@ -36,9 +36,11 @@ class LayerSizes:
     Attributes:
         query_width, key_width: heads times their size, of queries and of keys.
         mlp_width: of an expert, where there are some.
-        mlp_tensors: of that width that are saved: 1 for an activation, 3 for a gated one.
-        norm_inputs: norms of hidden size that save their input;
-        layer_norm: in the compute type, and queries and keys have no norms. Others work in fp32.
+        mlp_tensors: of that width that are saved: 1 for an activation, 2 for a gated one, 3 where
+            that is not in one pass (``trainer.base.lean``).
+        norm_inputs: norms of hidden size that save their input,
+        wide_norms: in fp32 whatever the compute type.
+        layer_norm: queries and keys have no norms of their own, unlike with others.
         experts_per_token: 0 where there are none.
         keeps_scores: attention saves its scores (capped, or with sinks).
     """
@@ -49,8 +51,9 @@ class LayerSizes:
     query_width: int
     key_width: int
     mlp_width: int
-    mlp_tensors: int = 3
+    mlp_tensors: int = 2
     norm_inputs: int = 2
+    wide_norms: bool = False
     layer_norm: bool = False
     experts_per_token: int = 0
     keeps_scores: bool = False
@@ -68,24 +71,29 @@ class RowSizes:
     Attributes:
         keys_per_token: keys gathered for each token: its own, and its share of the row's prompt.
         keys_per_query: keys each query is compared with.
+        copied: what buckets lay out is saved, not packed tensors alone.
         padding: tokens that are computed for each token of a stream, where rows are not packed.
     """
 
     keys_per_token: float = 1.0
     keys_per_query: float = 0.0
+    copied: bool = True
     padding: float = 1.0
 
 
-def row_sizes(lengths: Sequence[int], num_virtual: int, packed: bool = True) -> RowSizes:
+def row_sizes(
+    lengths: Sequence[int], num_virtual: int, packed: bool = True, copied: bool = True
+) -> RowSizes:
     """Of rows with these numbers of tokens behind a prompt of ``num_virtual`` tokens."""
     total = sum(lengths)
     if not total:
         return RowSizes()
     if not packed:
         longest = max(lengths) + num_virtual
-        return RowSizes(1.0, longest, longest * len(lengths) / total)
+        return RowSizes(1.0, longest, padding=longest * len(lengths) / total)
     keys_per_query = sum(n * (n * BUCKET_PADDING + num_virtual) for n in lengths) / total
-    return RowSizes(BUCKET_PADDING + num_virtual * len(lengths) / total, keys_per_query)
+    keys_per_token = BUCKET_PADDING + num_virtual * len(lengths) / total
+    return RowSizes(keys_per_token, keys_per_query, copied)
 
 
 @dataclass(frozen=True)
@@ -105,15 +113,18 @@ class StreamMemory:
     def layer(self) -> float:
         """Saved by one layer."""
         s, item = self.sizes, self.itemsize
-        norms = item * s.norm_inputs * s.hidden
+        norms = s.norm_inputs * s.hidden
         if not s.layer_norm:
-            norms = 4 * (s.norm_inputs * s.hidden + s.query_width + s.key_width)
+            norms += s.query_width + s.key_width
+        norms *= 4 if s.wide_norms else item
         mlp = item * s.mlp_tensors * s.mlp
         routed = s.experts_per_token * (item * s.hidden + 32)
         return MARGIN * (norms + mlp + routed + self._attention())
 
     def _attention(self) -> float:
         s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
+        if not self.rows.copied and not s.keeps_scores:
+            return item * 2 * (s.query_width + s.key_width) + 4 * s.heads  # and log-sum-exp
         # Queries and outputs as they come; every row of a bucket has its own copy of its prompt.
         queries = 2 * BUCKET_PADDING * s.query_width
         if not s.keeps_scores:

@@ -12,6 +12,7 @@ from trainer.base.attention import resolve_attention
 from trainer.base.families import family_of, layer_sizes
 from trainer.base.files import BaseFiles, local_folder, open_base
 from trainer.base.head import LOGITS_BYTES
+from trainer.base.lean import compile_lean
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.matmul import MEASURE, largest_shapes, measure, resolve_matmul, use_matmul
 from trainer.base.model import PromptedBase
@@ -138,7 +139,12 @@ def _streams(
     wanted = int(rows) + sum(virtual) + max(lengths, default=0)
     memory = StreamMemory(
         layer_sizes(model),
-        row_sizes(lengths, max(virtual), family_of(model, model.model_type).packed),
+        row_sizes(
+            lengths,
+            max(virtual),
+            family_of(model, model.model_type).packed,
+            copied=not on_cpu,
+        ),
         dtype.itemsize,
         min(LOGITS_BYTES, 4 * model.vocab_size * wanted),
     )
@@ -175,6 +181,8 @@ def _choose_matmul(
         matmul = measured.kind
         console.say(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)
+    if matmul != "dequantize":  # then there is a compiler
+        compile_lean(skeleton)
     if exact:
         console.say(
             f"base.matmul: {len(exact)} layer(s) too wide for sums in 32 bits are dequantised "

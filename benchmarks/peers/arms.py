@@ -1,7 +1,9 @@
 """One rank of one arm: loads the base its own way, then trains in turns with the other arms.
 
-An arm's run is cut into turns of as many steps. The first warms up, the next are timed, and in the
-last three FLOPs, saved bytes and shares of time are counted, which slows a step down.
+An arm's run is cut into turns of one step. The first warms up, the next are timed, and in the last
+three costs (FLOPs and saved bytes) and shares of time are counted, which slows a step down. All
+rows are read in ``EPOCH`` steps: batches grouped by length are long in one and short in the other,
+so that what is timed and what is counted covers whole epochs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from benchmarks.peers.counters import FlopCounter, PeakSavedBytes, step_shares
 from benchmarks.peers.rows import Row, initial_prompt, make_rows
 from benchmarks.peers.turns import Turns
 
-WARM_UP, COUNTED = 1, ("flops", "saved", "shares")
+#: Steps in which all rows are read once.
+EPOCH = 2
+WARM_UP, COUNTED = 1, ("costs",) * EPOCH + ("shares",)
 LEARNING_RATE = 3.0e-3
 
 
@@ -43,7 +47,6 @@ class Case:
     ranks: int
     batch: int
     accumulation: int
-    steps_per_turn: int
     timed: int
     equal: bool = False
     single: bool = False
@@ -54,7 +57,7 @@ class Case:
 
     @property
     def steps(self) -> int:
-        return self.steps_per_turn * (WARM_UP + self.timed + len(COUNTED))
+        return WARM_UP + self.timed + len(COUNTED)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -62,8 +65,8 @@ class Case:
         return found
 
     def rows(self) -> list[Row]:
-        """Those of four steps: every arm reads all of them, again and again."""
-        count = 4 * self.rows_per_step
+        """Those of an epoch: every arm reads all of them, again and again."""
+        count = EPOCH * self.rows_per_step
         return make_rows(count, self.shape["vocab_size"], equal=self.equal)
 
     def prompt(self) -> torch.Tensor:
@@ -87,16 +90,12 @@ class Meter:
         self.losses: list[float] = []
 
     def before_step(self, step: int) -> None:
-        if step % self._case.steps_per_turn == 0:
-            turn = step // self._case.steps_per_turn
-            self._turns.wait(turn)
-            self._open = self._measured(turn)
-            self._open.__enter__()
+        self._turns.wait(step)
+        self._open = self._measured(step)
+        self._open.__enter__()
 
-    def after_step(self, step: int) -> None:
-        """``step`` counts those that are done."""
-        if step % self._case.steps_per_turn == 0:
-            self._open.__exit__(None, None, None)
+    def after_step(self) -> None:
+        self._open.__exit__(None, None, None)
 
     @contextmanager
     def _measured(self, turn: int) -> Iterator[None]:
@@ -111,16 +110,12 @@ class Meter:
 
     @contextmanager
     def _counter(self, kind: str | None, result: dict[str, Any]) -> Iterator[None]:
-        if kind == "flops":
+        if kind == "costs":
             torch.compiler.set_stance("force_eager")  # what is fused is not counted
-            with FlopCounter() as flops:
+            with FlopCounter() as flops, PeakSavedBytes(self._parameters).counting() as saved:
                 yield
             torch.compiler.set_stance("default")
-            result["flops"] = flops.total
-        elif kind == "saved":
-            with PeakSavedBytes(self._parameters).counting() as saved:
-                yield
-            result["saved"] = saved.peak
+            result |= {"flops": flops.total, "saved": saved.peak}
         elif kind == "shares":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
                 yield
@@ -183,7 +178,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         # Ours knows the tokens of all ranks; each rank tells its share, as the peers do.
         meter.tokens += result.useful_tokens / engine.world_size
         meter.losses += result.losses
-        meter.after_step(step + 1)
+        meter.after_step()
     return meter.losses
 
 
@@ -245,7 +240,7 @@ def trainer_peer(
             meter.before_step(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            meter.after_step(state.global_step)
+            meter.after_step()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:

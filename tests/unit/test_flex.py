@@ -16,7 +16,8 @@ from tests.packed_attention import HEADS, SCORES, SEGMENTS, TOKENS, attended, te
 from tests.unit.test_prefix_tuning import packed, pasts
 from tests.whole_base import load_whole
 from trainer.base import flex
-from trainer.base.attention import Scores, resolve_attention
+from trainer.base.attention import resolve_attention
+from trainer.base.buckets import Scores
 from trainer.errors import BadInput
 from trainer.tasks.streams import Piece
 

@@ -71,7 +71,7 @@ def test_estimate_bounds_what_is_saved(
     base, stream = load(folder, checkpointing, dtype), stream_of(ROWS)
     memory = StreamMemory(
         layer_sizes(base.model.config),
-        row_sizes(ROWS, VIRTUAL, base.packed),
+        row_sizes(ROWS, VIRTUAL, base.packed, copied=False),
         dtype.itemsize,
         LOGITS_BYTES,
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.base.lean import lean_gate
 from trainer.base.linear import absmax_name
 from trainer.base.products import frozen_matmul
 from trainer.base.quantization import INT8_MAX
@@ -42,8 +43,8 @@ class FrozenExperts(nn.Module):
 
     def __init__(self, experts: Any, quantized: bool) -> None:
         super().__init__()
-        # The activation between the two matrices is the family's own.
-        self._apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate
+        # The activation between the two matrices may be the family's own.
+        self._apply_gate: Callable[[Tensor], Tensor] = lean_gate(experts) or experts._apply_gate
         self.num_experts: int = experts.gate_up_proj.shape[0]
         self.transposed = frozenset(MATRICES if experts.is_transposed else ())
         for name in MATRICES:

@@ -43,8 +43,9 @@ class Family:
 class Saves:
     """What a layer keeps for backward; see ``trainer.memory.LayerSizes``."""
 
-    mlp_tensors: int = 3
+    mlp_tensors: int = 2
     norm_inputs: int = 2
+    wide_norms: bool = False
     layer_norm: bool = False
     keeps_scores: bool = False
 
@@ -126,28 +127,38 @@ FAMILIES: dict[str, Family] = {
 }
 
 _UNGATED = Saves(mlp_tensors=1, layer_norm=True)
-_SQUARED = Saves(mlp_tensors=2)
+_SQUARED = Saves(mlp_tensors=1)
+_WIDE = Saves(wide_norms=True)
 
-#: Families whose layers save something else than a gated MLP and two norms in fp32.
+#: Families whose layers save something else than a gated MLP and two norms, see ``base.lean``.
 SAVES: dict[str, Saves] = {
     "arcee": _SQUARED,
     "biogpt": _UNGATED,
     "bloom": Saves(mlp_tensors=1),
-    "cohere": Saves(norm_inputs=4),
+    "afmoe": Saves(norm_inputs=4, wide_norms=True),
+    "cohere": Saves(norm_inputs=4, wide_norms=True),
+    "cohere2": Saves(wide_norms=True),
     "diffllama": Saves(norm_inputs=7),
     "doge": Saves(norm_inputs=6),
     "falcon": _UNGATED,
     "gemma2": Saves(norm_inputs=4, keeps_scores=True),
     "gemma3_text": Saves(norm_inputs=4),
+    "glm4": Saves(norm_inputs=4),
+    "flex_olmo": _WIDE,
     "gpt2": _UNGATED,
     "gpt_bigcode": _UNGATED,
     "gpt_neox": _UNGATED,
-    "gpt_oss": Saves(mlp_tensors=6, keeps_scores=True),
+    "gpt_oss": Saves(mlp_tensors=6, wide_norms=True, keeps_scores=True),
+    "helium": _WIDE,
     "gptj": Saves(mlp_tensors=1),
     "hunyuan_v1_moe": Saves(mlp_tensors=4, norm_inputs=3),
     "jais2": _SQUARED,
     "mpt": Saves(mlp_tensors=1, norm_inputs=4),
+    "nanochat": _WIDE,
     "nemotron": _SQUARED,
+    "olmo": _WIDE,
+    "olmo2": _WIDE,
+    "olmo3": _WIDE,
     "opt": _UNGATED,
     "persimmon": Saves(norm_inputs=3),
     "phi": _UNGATED,
@@ -280,6 +291,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         mlp_width=width,
         mlp_tensors=saves.mlp_tensors + (3 if slow else 0),
         norm_inputs=saves.norm_inputs,
+        wide_norms=saves.wide_norms,
         layer_norm=saves.layer_norm,
         experts_per_token=experts + shared,
         keeps_scores=saves.keeps_scores,

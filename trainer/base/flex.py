@@ -2,7 +2,7 @@
 
 The stream is neither copied into buckets nor padded: a block mask, made once per stream, says which
 blocks of keys a block of queries sees at all, and a function says the rest within a block
-(arXiv 2412.05496). Sinks are left to the buckets of ``trainer.base.attention``.
+(arXiv 2412.05496). Sinks are left to the buckets of ``trainer.base.buckets``.
 
 Shape letters: T tokens of a stream, K keys (T and those of prefixes behind them), A attention
 heads, D head size.
@@ -13,16 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from trainer.base.buckets import Scores
 from trainer.tasks.streams import Segment
-
-if TYPE_CHECKING:
-    from trainer.base.attention import Scores
 
 #: ``prefix_T`` where there is no prefix to see.
 NONE = -1

@@ -24,7 +24,8 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.nemotron.modeling_nemotron import NemotronAttention
 from transformers.models.stablelm.modeling_stablelm import StableLmAttention
 
-from trainer.base.attention import Layout, Scores, attend
+from trainer.base.attention import Layout, attend
+from trainer.base.buckets import Scores
 
 
 class PackedBloomAttention(BloomAttention):

@@ -17,6 +17,7 @@ from trainer.base.experts import FrozenExperts, is_experts
 from trainer.base.families import family_of, logit_rule
 from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
 from trainer.base.head import FrozenHead
+from trainer.base.lean import make_lean
 from trainer.base.linear import FrozenLinear
 from trainer.base.own_attention import replace_attention
 from trainer.base.sources import Source, find_sources
@@ -50,6 +51,7 @@ def build_skeleton(
         _tie(model)
         if family.packed:
             replace_attention(model)
+        make_lean(model)
         sources = find_sources(model, files.tensors, family)
         problems = [
             problem
