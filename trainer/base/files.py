@@ -61,7 +61,10 @@ class BaseFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config, tokenizer and the headers and sizes of the weight files."""
+        """SHA-256 over config, tokenizer and the headers and sizes of the weight files.
+
+        Found in a moment; ``trainer.base.identity`` has digests of all their content.
+        """
         digest = hashlib.sha256()
         for path in sorted({*self.tensors.values(), *self.folder.glob("*.json")}):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
