@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.errors import BadInput
+from trainer.process import UNKNOWN, process_start, read_text
 
 LOCK = "run.lock"
 BEAT_SECONDS = 15.0
 #: Beyond what a network file system may hide a touch for, and a rank may be too busy for a beat.
 DEAD_SECONDS = 120.0
-#: After taking over, others that meant to do so as well have seen that they are late.
-SETTLE_SECONDS = 0.2
 _ATTEMPTS = 10
-UNKNOWN = "unknown"
 
 
 class LockLost(RuntimeError):
@@ -67,9 +65,9 @@ class Holder:
         return Holder(
             host=socket.gethostname(),
             pid=os.getpid(),
-            boot=_text("/proc/sys/kernel/random/boot_id"),
+            boot=read_text("/proc/sys/kernel/random/boot_id"),
             namespace=_link("/proc/self/ns/pid"),
-            started=_started(os.getpid()),
+            started=process_start(os.getpid()),
             since=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             job=os.environ.get("SLURM_JOB_ID"),
             restarts=int(restarts) if restarts.isdigit() else 0,
@@ -84,7 +82,7 @@ class Holder:
         """
         same = (self.host, self.boot, self.namespace) == (ours.host, ours.boot, ours.namespace)
         if same:
-            now = _started(self.pid)
+            now = process_start(self.pid)
             alive = now and (now == self.started or UNKNOWN in (now, self.started))
             return None if alive else "that process is gone"
         if self.job is not None and self.job == ours.job and self.restarts < ours.restarts:
@@ -166,28 +164,49 @@ def acquire(folder: Path, say: Callable[[str], None]) -> Lock:
         BadInput: if another process that may be alive holds it.
     """
     path, ours = folder / LOCK, Holder.here()
+    try:
+        before = _take(path, ours)
+    except _Held as held:
+        raise BadInput(_refusal(folder, path, held.found)) from None
+    if before is not None:
+        say(f"the lock of {folder} was taken over from {before}")
+    return Lock(path, ours)
+
+
+class _Held(Exception):
+    def __init__(self, found: _Found | None) -> None:
+        self.found = found
+
+
+def _take(path: Path, ours: Holder) -> str | None:
+    """Make the file ours; whose it was, and why it is no more, if it was a dead holder's.
+
+    Raises:
+        _Held: if its holder may be alive.
+    """
     with _proposal(path, ours) as proposal:
         for _ in range(_ATTEMPTS):
             if _link_to(proposal, path):
-                return Lock(path, ours)
+                return None
             os.utime(proposal)  # the file system's clock, which lock and proposal share
             found = _look(path)
             if found is None:
                 continue
-            if found.token == ours.token:  # one that was faster to take it away has given it back
-                return Lock(path, ours)
             why = _why_dead(found, ours, proposal.stat().st_mtime)
             if why is None:
-                raise BadInput(_refusal(folder, path, found))
-            if not _remove(path, found.token, ours.token) or not _link_to(proposal, path):
-                continue
-            time.sleep(SETTLE_SECONDS)
-            after = _look(path)
-            if after is not None and after.token == ours.token:
-                holder = found.holder or "an unknown process"
-                say(f"the lock of {folder} was taken over from {holder}: {why}")
-                return Lock(path, ours)
-    raise BadInput(f"output_dir: others are taking {folder} at this moment; give another folder")
+                raise _Held(found)
+            # Of those that found this very lock dead one may replace it, whoever comes late: that
+            # is a lock as well, which a process may leave behind.
+            claim = path.with_name(f"{path.name}.{found.token}")
+            _take(claim, ours)
+            try:
+                now = _look(path)
+                if now is not None and now.token == found.token:
+                    proposal.rename(path)
+                    return f"{found.holder or 'an unknown process'}: {why}"
+            finally:
+                claim.unlink(missing_ok=True)
+    raise _Held(None)
 
 
 def refuse_if_alive(folder: Path) -> None:
@@ -205,8 +224,9 @@ def refuse_if_alive(folder: Path) -> None:
         raise BadInput(_refusal(folder, path, found))
 
 
-def _refusal(folder: Path, path: Path, found: _Found) -> str:
-    who = f"{found.holder} since {found.holder.since}" if found.holder else "an unknown process"
+def _refusal(folder: Path, path: Path, found: _Found | None) -> str:
+    holder = found.holder if found else None
+    who = f"{holder} since {holder.since}" if holder else "an unknown process"
     return (
         f"output_dir: {folder} is in use by {who}; wait for its end or stop it, or give another "
         f"output_dir (if you know that it is dead, delete {path})"
@@ -230,14 +250,14 @@ def _look(path: Path) -> _Found | None:
     try:
         holder = Holder(**json.loads(content))
     except (ValueError, TypeError):
-        return _Found(None, content.hex(), touched)
+        return _Found(None, hashlib.sha256(content).hexdigest()[:32], touched)
     return _Found(holder, holder.token, touched)
 
 
 @contextlib.contextmanager
 def _proposal(path: Path, holder: Holder) -> Iterator[Path]:
     """The lock's content under a name of its own, gone afterwards."""
-    proposal = path.with_name(f".{LOCK}.{holder.token}")
+    proposal = path.with_name(f".{path.name}.{holder.token}")
     try:
         with proposal.open("w", encoding="utf-8") as file:
             json.dump(asdict(holder), file)
@@ -268,46 +288,6 @@ def _create(path: Path, content: bytes) -> bool:
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
     return True
-
-
-def _remove(path: Path, token: str, ours: str) -> bool:
-    """Remove the lock with this token, and no other one that has taken its place meanwhile."""
-    aside = path.with_name(f".{LOCK}.{ours}.dead")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return False
-    try:
-        found = _look(aside)
-        if found is not None and found.token == token:
-            return True
-        _link_to(aside, path)  # it was another's, who had been faster: give it back
-        return False
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _started(pid: int) -> str:
-    """When a process of this host started; empty if it is gone, or is one no more (a zombie)."""
-    stat = _text(f"/proc/{pid}/stat")
-    if stat:
-        # The name, in brackets, may hold anything; what follows is state (3rd) to start (22nd).
-        fields = stat.rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass  # somebody else's
-    return UNKNOWN
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _link(path: str) -> str:
