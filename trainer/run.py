@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from trainer.saving import Saves
 from trainer.sharded import LoadedBase, load, open_files
 from trainer.sharded import identity_of as base_identity
 from trainer.tasks.feed import Feed, TaskData, load_tasks
-from trainer.tracking import MetricsLog, Sender, check_uri
+from trainer.tracking import MetricsLog, Sender, check_uri, unless_full
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
@@ -134,7 +134,7 @@ def _train(
     log.rewind(loop.progress.step)
     describe_run(output, config, engine, loaded, tasks, command)
     saves = Saves(output / "checkpoints", config.checkpoint.keep, console.warn)
-    loop.log = _unless_full(log, console)
+    loop.log = unless_full(log, console.warn)
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
     loop.between_steps = lambda: _look_round(saves, lock)
     with _tracked(output, config.tracking.uri, console) as ended:
@@ -156,23 +156,6 @@ def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | N
     finally:
         if lock is not None:
             lock.release()
-
-
-def _unless_full(log: MetricsLog, console: Console) -> Callable[..., None]:
-    """``log.log``, but for a disk that is full: a run is worth more than its curves."""
-    full = False
-
-    def write(step: int, tokens: int, metrics: Mapping[str, float], prompt: str | None) -> None:
-        nonlocal full
-        try:
-            log.log(step, tokens, metrics, prompt)
-            full = False
-        except OSError as error:
-            if not full:
-                console.warn(f"step {step}: {log.path} misses numbers: {error}; training goes on")
-            full = True
-
-    return write
 
 
 def _look_round(saves: Saves, lock: Lock) -> None:
