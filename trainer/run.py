@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trainer.console import Console
 from trainer.engine import Engine, compute_dtype
 from trainer.evaluation import Evaluator
 from trainer.generation import keys_and_values
-from trainer.lock import Lock, acquire
+from trainer.lock import Lock, LockLost, acquire
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
@@ -234,7 +234,9 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         yield ended
     except Exception as error:
         summary = {"status": "failed", "error": redact(str(error))}
-        atomic.write_json(output / "summary.json", summary)
+        if not isinstance(error, LockLost):  # the folder is another's
+            with suppress(OSError):  # full, perhaps: what counts is why the run ends
+                atomic.write_json(output / "summary.json", summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)
