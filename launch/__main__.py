@@ -15,6 +15,7 @@ import typer
 from launch import __version__, local, messages, preflight, processes
 from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.lock import refuse_if_alive
 
 EXIT_CODES = """\
 **Exit codes:** 0 done; 2 bad input, nothing was started or changed; 75 stopped, run the same
@@ -104,6 +105,7 @@ def train(
     """
     overrides = overrides or []
     config = preflight.check_run(run_file, overrides)
+    refuse_if_alive(Path(config.output_dir))
     arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
     _launch("trainer", arguments, config.output_dir, processes, hostfile)
 

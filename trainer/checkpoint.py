@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,50 @@ class Saved:
     path: Path
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, apart from all that training goes on to change.
+
+    Attributes:
+        tensors: on the CPU.
+        state: JSON.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: bytes
+
+
 class _Broken(Exception):
     """Why a checkpoint cannot be used."""
+
+
+def snapshot(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Snapshot:
+    """Take a run's state as it is now.
+
+    Args:
+        tensors: nobody writes to them any more, as to those of ``Bank.state``; only a view, or one
+            on another device, is copied here.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return Snapshot(step, plain, json.dumps(dict(state), indent=1).encode())
 
 
 def save(
     folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
 ) -> Path:
+    """``write`` of a ``snapshot``."""
+    return write(folder, snapshot(step, tensors, state), keep)
+
+
+def write(
+    folder: Path, taken: Snapshot, keep: int, warn: Callable[[str], None] = logger.warning
+) -> Path:
     """Write one checkpoint, then remove all but the newest ``keep``.
 
-    Only one process may write to a folder. Whenever it is killed, ``newest`` finds this checkpoint
-    or the one before. Checkpoints of later steps go too: they are broken ones that a resume has
-    passed over, or of a course that this run has left.
+    Only one thread of one process may write to a folder. Whenever it is killed, ``newest`` finds
+    this checkpoint or the one before. Checkpoints of later steps go too: they are broken ones that
+    a resume has passed over, or of a course that this run has left.
 
     Returns:
         The checkpoint's folder.
@@ -73,24 +105,27 @@ def save(
         OSError: if the disk is full or cannot be written; earlier checkpoints are intact then.
     """
     assert keep >= 1, keep
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _flush(folder.parent)
     _sweep(folder)
-    final = folder / _name(step)
+    final = folder / _name(taken.step)
     writing = folder / (WRITING + final.name)
     try:
-        _write_all(writing, step, tensors, state)
+        _write_all(writing, taken)
         _publish(writing, final)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    _retire(folder, step, keep)
+    _retire(folder, taken.step, keep, warn)
     return final
 
 
-def newest(folder: Path) -> Saved | None:
+def newest(folder: Path, warn: Callable[[str], None] = logger.warning) -> Saved | None:
     """The newest checkpoint that is whole; None if there has never been one.
 
-    One that fails its checksums is passed over with a warning.
+    No file points to it: the folders' names and checksums decide. One that fails its checksums is
+    passed over with a warning.
 
     Raises:
         BadInput: if there are checkpoints but none can be used: starting afresh would throw work
@@ -102,7 +137,7 @@ def newest(folder: Path) -> Saved | None:
             return _read(path)
         except (_Broken, OSError) as error:
             problems.append(f"{path}: {error}")
-            logger.warning("checkpoint passed over: %s: %s", path, error)
+            warn(f"checkpoint passed over: {path}: {error}")
     if problems:
         remedy = "restore one from a copy, or give another output_dir to start afresh"
         raise BadInput([*problems, f"{folder}: no checkpoint can be used; {remedy}"])
@@ -126,17 +161,11 @@ def _candidates(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda p: (_step(p), not p.name.startswith(REPLACED)), reverse=True)
 
 
-def _write_all(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
-) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    files = {
-        TENSORS: to_bytes(plain),
-        STATE: json.dumps(dict(state), indent=1).encode(),
-    }
+def _write_all(folder: Path, taken: Snapshot) -> None:
+    files = {TENSORS: to_bytes(taken.tensors), STATE: taken.state}
     manifest = {
         "format": FORMAT,
-        "step": step,
+        "step": taken.step,
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
@@ -170,11 +199,11 @@ def _publish(writing: Path, final: Path) -> None:
     _delete(replaced)
 
 
-def _retire(folder: Path, step: int, keep: int) -> None:
+def _retire(folder: Path, step: int, keep: int, warn: Callable[[str], None]) -> None:
     checkpoints = _candidates(folder)
     later = [path for path in checkpoints if _step(path) > step]
     for path in later:
-        logger.warning("checkpoint of a later step removed after saving step %d: %s", step, path)
+        warn(f"checkpoint of a later step removed after saving step {step}: {path}")
         _delete(path)
     for path in [p for p in checkpoints if p not in later][keep:]:
         _delete(path)

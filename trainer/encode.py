@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint
+from trainer.base import identity as base_identity
 from trainer.base.files import BaseFiles, open_base
 from trainer.base.words import read_words
 from trainer.config import Prompt, RunConfig, load_output
@@ -63,7 +64,8 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> Te
     saved = checkpoint.newest(folder / "checkpoints")
     if saved is None:
         raise BadInput(f"{folder}: has no checkpoint yet; train the run first")
-    if saved.state["identity"]["base files"] != files.fingerprint:
+    parts = base_identity.identity(files)
+    if any(saved.state["identity"].get(part) != digest for part, digest in parts.items()):
         raise BadInput(
             f"base.model: {config.base.model!r} is not the base that {folder} was trained over; "
             "give the run its own base"

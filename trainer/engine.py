@@ -283,16 +283,27 @@ class Engine:
         Raises:
             BadInput: any node's, on all ranks.
         """
+        return self._patiently(work if self.local_rank == 0 else None)
+
+    def on_every_rank(self, work: Callable[[], T]) -> list[T]:
+        """Slow work of every rank, however long the slowest takes: what it gave, by rank.
+
+        Raises:
+            BadInput: any rank's, on all.
+        """
+        return [found for found in self.all_gather(self._patiently(work)) if found is not None]
+
+    def _patiently(self, work: Callable[[], T] | None) -> T | None:
         outcome: Future[T | None] = Future()
 
-        def run() -> None:
+        def run(work: Callable[[], T]) -> None:
             try:
                 outcome.set_result(work())
             except BaseException as error:
                 outcome.set_exception(error)
 
-        if self.local_rank == 0:
-            threading.Thread(target=run, daemon=True).start()
+        if work is not None:
+            threading.Thread(target=run, args=(work,), daemon=True).start()
         else:
             outcome.set_result(None)
         # In short turns: one collective would give up after the engine's timeout.

@@ -59,12 +59,18 @@ class Progress:
     train_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
+def _nothing(*_: object) -> None:
+    """What ranks other than 0 do where it writes."""
+
+
 @dataclass
 class Loop:
     """A run that is ready to go.
 
     Attributes:
         saved_bytes_per_token: of the first stream, between its forward and its backward.
+        log, save, between_steps: what is done with the numbers of a step, with the state of the run
+            where a checkpoint is due, and after every step.
         steps_here, train_gathered_bytes, train_exchanged_bytes: since this process started, unlike
             ``progress``; the latter are part of the former.
     """
@@ -76,8 +82,9 @@ class Loop:
     bank: Bank
     feed: Prefetch
     console: Console
-    log: Callable[[int, int, Mapping[str, float], str | None], None]
-    save: Callable[[Loop], None]
+    log: Callable[[int, int, Mapping[str, float], str | None], None] = _nothing
+    save: Callable[[Loop], None] = _nothing
+    between_steps: Callable[[], object] = _nothing
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -103,6 +110,7 @@ class Loop:
             with self.console.training(self.last_step, self.progress.step) as line:
                 while self.progress.step < self.last_step and any(self.bank.active):
                     self._step(line)
+                    self.between_steps()
                     self._raise_if_all_diverged()
                     self._evaluate()
                     ended = not any(self.bank.active)

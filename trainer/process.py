@@ -1,4 +1,7 @@
-"""What this process owes its parent, and what it need not load. Standard library only."""
+"""What this process owes its parent, what it need not load, and whether another one lives.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+#: When a process started, where that cannot be told.
+UNKNOWN = "unknown"
 
 
 def die_with_parent() -> None:
@@ -28,6 +34,30 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def process_start(pid: int) -> str:
+    """When a process of this host started; empty if it is gone, or is one no more (a zombie)."""
+    stat = read_text(f"/proc/{pid}/stat")
+    if stat:
+        # The name, in brackets, may hold anything; what follows is state (3rd) to start (22nd).
+        fields = stat.rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass  # somebody else's
+    return UNKNOWN
+
+
+def read_text(path: str) -> str:
+    """Of a file of the kernel's; empty where there is none."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
 
 
 @contextmanager

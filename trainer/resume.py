@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
-from trainer.base.files import BaseFiles
+from trainer.checkpoint import Saved, Snapshot
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.errors import BadInput
+from trainer.lock import LOCK
 from trainer.loop import Loop
+from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
+from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 #: Settings that may change when a run goes on; every other one of these sections must not.
 MAY_CHANGE = {
@@ -29,7 +32,7 @@ MUST_STAY = ("base", "tasks", "prompts", "training", "search")
 
 def put_aside(output: Path, console: Console) -> None:
     """Move an earlier run out of the way; nothing is deleted."""
-    kept = [path for path in output.iterdir() if path.name != "logs"]
+    kept = [path for path in output.iterdir() if path.name not in ("logs", LOCK)]
     if not kept:
         return
     if not (output / "run.yaml").exists():
@@ -44,16 +47,22 @@ def put_aside(output: Path, console: Console) -> None:
 
 
 def identity_of(
-    config: RunConfig, files: BaseFiles, tasks: Mapping[str, TaskData]
+    config: RunConfig, base: Mapping[str, str], dtype: str, tasks: Mapping[str, TaskData]
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint, by the setting's name."""
+    """What must be equal for a run to go on from a checkpoint, by the setting's name.
+
+    Args:
+        base: digests of its parts, as ``sharded.identity_of`` gives them.
+        dtype: what ``base.dtype`` stands for here.
+    """
     settings = config.model_dump(mode="json")
     identity: dict[str, Any] = {}
     for section in MUST_STAY:
         for key, value in _flatten(section, settings[section]):
             if key not in MAY_CHANGE:
                 identity[key] = value
-    identity["base files"] = files.fingerprint
+    identity |= base
+    identity["base.dtype"] = dtype
     for name, data in tasks.items():
         for source in data.sources:
             identity[f"data of {name}, {source['split']}"] = source["digest"]
@@ -72,9 +81,19 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def find_checkpoint(output: Path, identity: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    saved = checkpoint.newest(output / "checkpoints")
+def find_checkpoint(output: Path, identity: Mapping[str, Any], console: Console) -> Saved | None:
+    """What a run goes on from; None where it begins.
+
+    Raises:
+        BadInput: if no checkpoint can be used, or the newest is of another run: what differs.
+    """
+    saved = checkpoint.newest(output / "checkpoints", console.warn)
     if saved is None:
+        if done := _steps_logged(output):
+            console.warn(
+                f"{output}: {done} step(s) were logged, but there is no checkpoint of them; "
+                "beginning anew"
+            )
         return None
     before = saved.state["identity"]
     problems = [
@@ -86,7 +105,12 @@ def find_checkpoint(output: Path, identity: Mapping[str, Any]) -> tuple[Any, Any
         raise BadInput(
             [*problems, f"{output}: give another output_dir, or --fresh to put that run aside"]
         )
-    return saved.tensors, saved.state
+    return saved
+
+
+def _steps_logged(output: Path) -> int:
+    lines = (line for line, _ in read_lines(output / METRICS_FILE) if line is not None)
+    return max((line.step for line in lines), default=0)
 
 
 def is_finished(output: Path) -> bool:
@@ -97,14 +121,60 @@ def is_finished(output: Path) -> bool:
     return bool(summary.get("status") == "finished")
 
 
-def save_checkpoint(
-    output: Path, loop: Loop, identity: Mapping[str, Any], console: Console
-) -> None:
+def snapshot(
+    loop: Loop, loaded: LoadedBase, identity: Mapping[str, Any], where: Mapping[str, Any]
+) -> Snapshot:
+    """All that a checkpoint holds.
+
+    Args:
+        where: ``where_of`` the run.
+    """
     tensors, bank = loop.bank.state()
-    state = {"identity": identity, "bank": bank, "loop": loop.state()}
-    try:
-        checkpoint.save(
-            output / "checkpoints", loop.progress.step, tensors, state, loop.config.checkpoint.keep
-        )
-    except OSError as error:
-        console.warn(f"step {loop.progress.step}: no checkpoint written: {error}; training goes on")
+    budget = loaded.budget
+    chosen = {
+        "matmul": loaded.matmul,
+        "shard_group": loaded.placement.group_size,
+        "kept_bytes": loaded.placement.kept_bytes,
+        "stream_tokens": budget.tokens,
+        "ramp": list(budget.ramp),
+        "gradient_checkpointing": budget.checkpointing,
+    }
+    state = {
+        "identity": identity,
+        "bank": bank,
+        "loop": loop.state(),
+        "chosen": {"where": where, **chosen},
+    }
+    return checkpoint.snapshot(loop.progress.step, tensors, state)
+
+
+def where_of(config: RunConfig, device: str, world_size: int) -> dict[str, Any]:
+    """What the run's own choices hold for: the device, the ranks, and what the run file leaves."""
+    return {
+        "device": device,
+        "world_size": world_size,
+        "micro_batch_tokens": config.training.micro_batch_tokens,
+        "gradient_checkpointing": config.engine.gradient_checkpointing,
+        "shard_group": config.engine.shard_group,
+        "base_memory": config.engine.base_memory,
+    }
+
+
+def chosen_before(saved: Saved, where: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``auto`` came to before, where all is as it was then; else None.
+
+    It follows from free memory and from measured speed, which differ from start to start, and
+    decides in which order numbers are summed up: a run goes on to the bit only with the same.
+    """
+    chosen: dict[str, Any] = saved.state["chosen"]
+    return chosen if chosen["where"] == where else None
+
+
+def as_chosen(config: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+    """The run file with that in the place of ``auto``."""
+    base = config.base.model_copy(update={"matmul": chosen["matmul"]})
+    engine = config.engine.model_copy(
+        update={k: chosen[k] for k in ("gradient_checkpointing", "shard_group")}
+    )
+    training = config.training.model_copy(update={"micro_batch_tokens": chosen["stream_tokens"]})
+    return config.model_copy(update={"base": base, "engine": engine, "training": training})

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,36 @@ from torch import nn
 
 from trainer import atomic
 from trainer.base.families import check_past, embedding_size
+from trainer.base.files import BaseFiles
+from trainer.checkpoint import Saved
 from trainer.config import RunConfig
 from trainer.console import Console
-from trainer.engine import Engine
+from trainer.engine import Engine, compute_dtype
 from trainer.evaluation import Evaluator
 from trainer.generation import keys_and_values
+from trainer.lock import Lock, LockLost, acquire
 from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.prompts.source import check_sources
 from trainer.redact import redact
-from trainer.results import describe_run, finish, measure, show_results
+from trainer.results import describe_run, device_name, finish, measure, show_results
 from trainer.resume import (
+    as_chosen,
+    chosen_before,
     find_checkpoint,
     identity_of,
     is_finished,
     put_aside,
-    save_checkpoint,
+    snapshot,
+    where_of,
 )
-from trainer.sharded import load, open_files
-from trainer.tasks.feed import Feed, load_tasks
-from trainer.tracking import MetricsLog, Sender, check_uri
+from trainer.saving import Saves
+from trainer.sharded import LoadedBase, load, open_files
+from trainer.sharded import identity_of as base_identity
+from trainer.tasks.feed import Feed, TaskData, load_tasks
+from trainer.tracking import MetricsLog, Sender, check_uri, unless_full
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
@@ -54,13 +62,111 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     Raises:
         BadInput: for what a person can mend, on all ranks together.
     """
-    output = Path(config.output_dir)
     engine = Engine(config.engine.timeout_seconds)
+    with _locked(engine, Path(config.output_dir), console) as lock:
+        _train(engine, config, console, lock, fresh=fresh, command=command)
+    engine.close()
+
+
+def _train(
+    engine: Engine,
+    config: RunConfig,
+    console: Console,
+    lock: Lock | None,
+    *,
+    fresh: bool,
+    command: str,
+) -> None:
+    output = Path(config.output_dir)
     engine.together(lambda: check_uri(config.tracking.uri))
     files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
     engine.together(lambda: check_sources(config, embedding_size(files.config)))
+    tasks = _read_tasks(engine, files, config, console)
+    if fresh:
+        engine.together(lambda: put_aside(output, console) if engine.is_main else None)
+    dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
+    identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
+    saved = engine.broadcast(
+        engine.together(
+            lambda: find_checkpoint(output, identity, console) if engine.is_main else None
+        )
+    )
+    if engine.broadcast(is_finished(output) if engine.is_main else None):
+        console.say(f"{output} holds this run, finished; --fresh would train it anew")
+        show_results(json.loads((output / "summary.json").read_text()), config, console)
+        return
+
+    loaded, where = _load(engine, files, config, console, tasks, saved)
+    embed = _embedder(loaded.model, engine.device)
+    bank = Bank(
+        config,
+        embed,
+        files.tokenizer,
+        files.config.vocab_size,
+        loaded.model.hidden_size,
+        engine.device,
+        make_optimizer=make_optimizer,
+        past=lambda ids: keys_and_values(engine, loaded.model, ids),
+        warn=console.warn,
+    )
+    teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
+    evaluator = Evaluator(
+        engine,
+        loaded.model,
+        files.tokenizer,
+        loaded.budget,
+        [embed(ids) for _, ids in sorted(teachers.items())],
+    )
+    feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
+    loop = Loop(config, engine, evaluator, tasks, bank, feed, console)
+    if saved is not None:
+        bank.load_state(saved.tensors, saved.state["bank"])
+        loop.load_state(saved.state["loop"])
+        console.say(f"going on from step {loop.progress.step} of {config.last_step}")
+    if lock is None:
+        loop.run()
+        measure(engine, loop, loaded)
+        return
+
+    log = MetricsLog(output)
+    log.rewind(loop.progress.step)
+    describe_run(output, config, engine, loaded, tasks, command)
+    saves = Saves(output / "checkpoints", config.checkpoint.keep, console.warn)
+    loop.log = unless_full(log, console.warn)
+    loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
+    loop.between_steps = lambda: _look_round(saves, lock)
+    with _tracked(output, config.tracking.uri, console) as ended:
+        before = loop.progress.train_seconds
+        with saves:
+            loop.run()
+        measured = measure(engine, loop, loaded)
+        measured["checkpoints"] = saves.report(loop.progress.train_seconds - before)
+        ended |= finish(output, loop, loaded, files, measured, console)
+        show_results(ended, config, console)
+
+
+@contextmanager
+def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | None]:
+    """Rank 0 holds the output folder's lock; the others have none."""
+    lock = engine.together(lambda: acquire(output, console.say) if engine.is_main else None)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _look_round(saves: Saves, lock: Lock) -> None:
+    """Between steps: what has happened in the threads beside."""
+    saves.tell()
+    lock.check()
+
+
+def _read_tasks(
+    engine: Engine, files: BaseFiles, config: RunConfig, console: Console
+) -> dict[str, TaskData]:
     tasks = engine.load_once_per_node(
         lambda: load_tasks(
             config,
@@ -76,77 +182,33 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
             console.say(remark)
         for leak in data.leaks:
             console.warn(leak.warning)
-    if fresh:
-        engine.together(lambda: put_aside(output, console) if engine.is_main else None)
-    identity = identity_of(config, files, tasks)
-    saved = engine.broadcast(
-        engine.together(lambda: find_checkpoint(output, identity) if engine.is_main else None)
-    )
-    if engine.broadcast(is_finished(output) if engine.is_main else None):
-        console.say(f"{output} holds this run, finished; --fresh would train it anew")
-        show_results(json.loads((output / "summary.json").read_text()), config, console)
-        engine.close()
-        return
+    return tasks
 
+
+def _load(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    tasks: Mapping[str, TaskData],
+    saved: Saved | None,
+) -> tuple[LoadedBase, dict[str, Any]]:
+    """The base as a checkpoint was made over it, and what that is comparable with."""
+    where = where_of(config, device_name(engine.device), engine.world_size)
     sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
-    loaded = load(engine, files, config, console, lengths=sample)
-    bank = Bank(
-        config,
-        _embedder(loaded.model, engine.device),
-        files.tokenizer,
-        files.config.vocab_size,
-        loaded.model.hidden_size,
-        engine.device,
-        make_optimizer=make_optimizer,
-        past=lambda ids: keys_and_values(engine, loaded.model, ids),
-        warn=console.warn,
-    )
-    embed = _embedder(loaded.model, engine.device)
-    teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
-    evaluator = Evaluator(
+    chosen = None if saved is None else chosen_before(saved, where)
+    if chosen is None:
+        return load(engine, files, config, console, lengths=sample), where
+    loaded = load(
         engine,
-        loaded.model,
-        files.tokenizer,
-        loaded.budget,
-        [embed(ids) for _, ids in sorted(teachers.items())],
-    )
-    feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
-    log = MetricsLog(output) if engine.is_main else None
-
-    def save(loop: Loop) -> None:
-        if engine.is_main:
-            save_checkpoint(output, loop, identity, console)
-
-    loop = Loop(
-        config,
-        engine,
-        evaluator,
-        tasks,
-        bank,
-        feed,
+        files,
+        as_chosen(config, chosen),
         console,
-        log=log.log if log else lambda *_: None,
-        save=save,
+        lengths=sample,
+        kept_bytes=chosen["kept_bytes"],
     )
-    if saved is not None:
-        tensors, state = saved
-        bank.load_state(tensors, state["bank"])
-        loop.load_state(state["loop"])
-        console.say(f"going on from step {loop.progress.step} of {config.last_step}")
-    if not engine.is_main:
-        loop.run()
-        measure(engine, loop, loaded)
-        engine.close()
-        return
-
-    assert log is not None
-    log.rewind(loop.progress.step)
-    describe_run(output, config, engine, loaded, tasks, command)
-    with _tracked(output, config.tracking.uri, console) as ended:
-        loop.run()
-        ended |= finish(output, loop, loaded, files, measure(engine, loop, loaded), console)
-        show_results(ended, config, console)
-    engine.close()
+    loaded.budget.ramp = list(chosen["ramp"])
+    return loaded, where
 
 
 def _embedder(base: nn.Module, device: torch.device) -> Any:
@@ -172,7 +234,9 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         yield ended
     except Exception as error:
         summary = {"status": "failed", "error": redact(str(error))}
-        atomic.write_json(output / "summary.json", summary)
+        if not isinstance(error, LockLost):  # the folder is another's
+            with suppress(OSError):  # full, perhaps: what counts is why the run ends
+                atomic.write_json(output / "summary.json", summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)

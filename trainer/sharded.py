@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,6 +12,7 @@ from trainer.base.attention import resolve_attention
 from trainer.base.families import family_of, layer_sizes
 from trainer.base.files import BaseFiles, local_folder, open_base
 from trainer.base.head import LOGITS_BYTES
+from trainer.base.identity import digests_of, of_weights, small_parts, weight_files
 from trainer.base.lean import compile_lean
 from trainer.base.loading import LoadStats, load_base
 from trainer.base.matmul import MEASURE, largest_shapes, measure, resolve_matmul, use_matmul
@@ -32,6 +33,9 @@ from trainer.memory import (
 )
 from trainer.placement import Placement
 from trainer.policy import resolve_policy
+
+#: A base whose digest takes seconds to compute.
+SLOW_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
     return files
 
 
+def identity_of(engine: Engine, files: BaseFiles, console: Console) -> dict[str, str]:
+    """Digests of the base's parts, on all ranks. The weight files are shared out among them."""
+    if files.num_bytes >= SLOW_BYTES:
+        size = f"{files.num_bytes / 1e9:,.0f} GB"
+        console.say(f"digests of the base's files ({size}; remembered until they change)")
+    mine = weight_files(files)[engine.rank :: engine.world_size]
+    found = engine.on_every_rank(lambda: digests_of(mine))
+    return small_parts(files) | of_weights({k: v for part in found for k, v in part.items()})
+
+
 def load(
     engine: Engine,
     files: BaseFiles,
@@ -78,12 +92,15 @@ def load(
     *,
     must_fit: bool = False,
     lengths: Sequence[int] = (),
+    kept_bytes: int | None = None,
 ) -> LoadedBase:
     """Read, quantise, shard and attach the base, with a progress bar.
 
     Args:
         must_fit: refuse a base that does not fit into the memory that is free, instead of trying.
         lengths: tokens of the rows to train on, or of a sample; none where nothing is trained.
+        kept_bytes: of gathered parameters that stay until a step ends, where there is memory for
+            them; None: as many as there is memory for.
     """
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
@@ -103,6 +120,8 @@ def load(
         )
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(skeleton, config, dtype, offload=offload, must_fit=must_fit)
+    if kept_bytes is not None and kept_bytes < placement.kept_bytes:
+        placement = replace(placement, kept_bytes=kept_bytes)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
     memory, budget = _streams(engine, files.config, config, placement, dtype, lengths)
     if lengths:

@@ -25,6 +25,7 @@ LIGHT = (
     "trainer.config",
     "trainer.runfile",
     "trainer.errors",
+    "trainer.lock",
     "trainer.terminal",
     "trainer.tasks.splits",
     "trainer.prompts.source",
@@ -35,6 +36,7 @@ FLOORS = (
     (
         "trainer.atomic",
         "trainer.errors",
+        "trainer.lock",
         "trainer.terminal",
         "trainer.process",
         "trainer.redact",
@@ -49,6 +51,7 @@ FLOORS = (
         "trainer.optimization",
         "trainer.search",
         "trainer.checkpoint",
+        "trainer.saving",
     ),
     (
         "trainer.generation",

@@ -16,6 +16,7 @@ from tests.family_bases import save_family
 from tests.whole_base import load_rank
 from trainer import atomic, checkpoint, config
 from trainer.base.files import open_base
+from trainer.base.identity import identity
 from trainer.base.words import read_words
 from trainer.config import Base, RunConfig
 from trainer.console import Console
@@ -84,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     for _ in range(3):
         bank.update([made.detach().cos() for made in bank.virtual_tokens()])
     tensors, meta = bank.state()
-    state = {"identity": {"base files": files.fingerprint}, "bank": meta}
+    state = {"identity": identity(files), "bank": meta}
     checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
     atomic.write(folder / "run.yaml", config.dump(settings))
     atomic.write_json(folder / "environment.json", {"dtype": "float32"})

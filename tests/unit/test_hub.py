@@ -231,3 +231,16 @@ def test_a_node_that_fails_fails_all() -> None:
         return engine.on_each_node(work)
 
     assert Ranks([0, 1, 0, 1]).run(program) == [["base.model: 'org/tiny' is gated"]] * 4
+
+
+def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.engine.TURN_SECONDS", 0.01)
+
+    def program(engine: Any) -> Any:
+        def work() -> str:
+            threading.Event().wait(0.02 * engine.rank)
+            return f"by {engine.rank}"
+
+        return engine.on_every_rank(work)
+
+    assert Ranks([0, 1, 0]).run(program) == [["by 0", "by 1", "by 2"]] * 3

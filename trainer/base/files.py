@@ -61,7 +61,10 @@ class BaseFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config, tokenizer and the headers and sizes of the weight files."""
+        """SHA-256 over config, tokenizer and the headers and sizes of the weight files.
+
+        Found in a moment; ``trainer.base.identity`` has digests of all their content.
+        """
         digest = hashlib.sha256()
         for path in sorted({*self.tensors.values(), *self.folder.glob("*.json")}):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -92,7 +95,7 @@ def open_base(
     try:
         config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"base.model: {settings.model!r}: {_first_line(error)}") from None
+        raise BadInput(f"base.model: {settings.model!r}: {_why(error)}") from None
     _check_quantization(config, settings.model)
     config = config.get_text_config()
     family_of(config, settings.model)
@@ -100,7 +103,7 @@ def open_base(
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"base.model: {settings.model!r} has no tokenizer that loads: {_first_line(error)}"
+            f"base.model: {settings.model!r} has no tokenizer that loads: {_why(error)}"
         ) from None
     if from_hub:
         commit = settings.model_copy(update={"revision": folder.name})
@@ -282,8 +285,9 @@ class SafetensorsReader:
         """What is wrong with a tensor, from the file's header alone; None if nothing is."""
         stored = self.find(name)
         if stored is None:
-            path = self.files.tensors.get(name, self.files.folder)
-            return f"{path}: has no tensor {name!r}; the model is incomplete"
+            index = self.files.folder / INDEX
+            path = self.files.tensors.get(name, index if index.is_file() else self.files.folder)
+            return f"{path}: has no tensor {name!r}; the model is incomplete: download it again"
         if stored.dtype is None:
             return f"{stored.path}: {name!r} is stored as {stored.type}, which is not supported"
         if stored.shape != tuple(shape):
@@ -343,6 +347,13 @@ class SafetensorsReader:
         except OSError as error:
             raise BadInput(f"{stored.path}: cannot read {name!r}: {error}") from None
         self.bytes_read += done
+
+
+def _why(error: Exception) -> str:
+    """Why transformers does not open a folder."""
+    if "custom code" in str(error):
+        return "it needs code of its own, which is never run; give a model that transformers knows"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

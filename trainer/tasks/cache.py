@@ -27,11 +27,11 @@ KEPT_SECONDS = 30 * 24 * 3600
 _SAID = "table.json"
 
 
-def cache_folder() -> Path:
-    """Where tables are kept."""
+def cache_folder(kind: str = "tokens") -> Path:
+    """Where tables, or things of another kind, are kept."""
     own = os.environ.get("PROMPTSHARD_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own or f"{shared}/promptshard").expanduser() / "tokens"
+    return Path(own or f"{shared}/promptshard").expanduser() / kind
 
 
 def cached(

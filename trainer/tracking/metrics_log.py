@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -79,6 +79,28 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def unless_full(log: MetricsLog, warn: Callable[[str], None]) -> Callable[..., None]:
+    """``log.log`` that warns where the disk takes no more: a run is worth more than its curves."""
+    full = False
+
+    def write(
+        step: int,
+        useful_tokens: int | None,
+        metrics: Mapping[str, float],
+        prompt: str | None = None,
+    ) -> None:
+        nonlocal full
+        try:
+            log.log(step, useful_tokens, metrics, prompt)
+            full = False
+        except OSError as error:
+            if not full:
+                warn(f"step {step}: {log.path} misses numbers: {error}; training goes on")
+            full = True
+
+    return write
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:

@@ -1,0 +1,207 @@
+"""What a run must not go on with: each change is refused by its name, before the base is loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hub_cache import TINY
+from trainer import checkpoint
+from trainer.base.files import open_base
+from trainer.base.identity import digests_of, file_digest, identity
+from trainer.config import RunConfig
+from trainer.console import Console
+from trainer.errors import BadInput
+from trainer.resume import find_checkpoint, identity_of
+from trainer.tasks.feed import load_tasks
+
+CONSOLE = Console(io.StringIO(), io.StringIO())
+
+
+class Case:
+    """A run file and a base of its own that a test changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = folder / "base"
+        shutil.copytree(TINY, self.base)
+        self.rows = folder / "rows.jsonl"
+        self.rows.write_text('{"text": "Takes insulin.", "label": "metabolic"}\n' * 3)
+        self.run: dict[str, Any] = {
+            "output_dir": str(folder / "run"),
+            "base": {"model": str(self.base)},
+            "tasks": [
+                {
+                    "name": "triage",
+                    "train": str(self.rows),
+                    "validation": str(self.rows),
+                    "input": "{text}",
+                    "target": " {label}",
+                }
+            ],
+            "prompts": [{"name": "soft", "task": "triage", "num_virtual_tokens": 5}],
+            "training": {"steps": 4},
+        }
+        self.dtype = "float32"
+
+    def identity(self) -> dict[str, Any]:
+        config = RunConfig.model_validate(self.run)
+        files = open_base(config.base)
+        tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
+        return identity_of(config, identity(files), self.dtype, tasks)
+
+    def problems(self) -> list[str]:
+        """Names of what differs from the checkpoint, as a person reads them; its remedy is last."""
+        with pytest.raises(BadInput) as refused:
+            find_checkpoint(Path(self.run["output_dir"]), self.identity(), CONSOLE)
+        *differences, remedy = refused.value.problems
+        assert remedy.endswith("give another output_dir, or --fresh to put that run aside")
+        assert all("but " in text and " was begun with " in text for text in differences)
+        return [text.split(": is ")[0] for text in differences]
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    case = Case(tmp_path)
+    state = {"identity": case.identity()}
+    checkpoint.save(Path(case.run["output_dir"]) / "checkpoints", 2, {}, state, 1)
+    return case
+
+
+def weights(case: Case) -> None:
+    """One bit in the middle of the file; names, shapes, sizes and times are the same."""
+    path = case.base / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    said = json.loads(path.read_text())
+    change(said)
+    path.write_text(json.dumps(said))
+
+
+def tokenizer(case: Case) -> None:
+    """Two words of the vocabulary change places."""
+
+    def swap(said: Any) -> None:
+        vocabulary = said["model"]["vocab"]
+        first, second = list(vocabulary)[-2:]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+    edit(case.base / "tokenizer.json", swap)
+
+
+def chat_template(case: Case) -> None:
+    (case.base / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def config(case: Case) -> None:
+    edit(case.base / "config.json", lambda said: said.update(rope_theta=12345.0))
+
+
+def dtype(case: Case) -> None:
+    """``auto`` on another device."""
+    case.dtype = "bfloat16"
+
+
+def template(case: Case) -> None:
+    case.run["tasks"][0]["input"] = "{text} "
+
+
+def length(case: Case) -> None:
+    case.run["prompts"][0]["num_virtual_tokens"] = 6
+
+
+def method(case: Case) -> None:
+    case.run["prompts"][0]["method"] = "p_tuning"
+
+
+def data(case: Case) -> None:
+    case.rows.write_text('{"text": "Takes insulin", "label": "metabolic"}\n' * 3)
+
+
+CHANGES: list[tuple[Callable[[Case], None], set[str]]] = [
+    (weights, {"base.model, its weights"}),
+    (tokenizer, {"base.model, its tokenizer"}),
+    (chat_template, {"base.model, its tokenizer", "base.model, its chat template"}),
+    (config, {"base.model, its config"}),
+    (dtype, {"base.dtype"}),
+    (template, {"tasks.triage.input"}),
+    (length, {"prompts.soft.num_virtual_tokens"}),
+    (method, {"prompts.soft.method"}),
+    (data, {"data of triage, train", "data of triage, validation"}),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
+def test_a_change_is_refused_by_its_name(
+    case: Case, change: Callable[[Case], None], named: set[str]
+) -> None:
+    change(case)
+    found = set(case.problems())
+    assert named <= found
+    # A method brings settings of its own along.
+    assert all(text.startswith("prompts.soft.") for text in found - named)
+    assert found == named or change is method
+
+
+def test_what_may_change(case: Case) -> None:
+    """Where files lie, how a step is split, and what is watched."""
+    moved = case.base.with_name("moved")
+    case.base.rename(moved)
+    case.run["base"]["model"] = str(moved)
+    case.run["training"]["micro_batch_tokens"] = 77
+    case.run["evaluation"] = {"every": 3}
+    saved = find_checkpoint(Path(case.run["output_dir"]), case.identity(), CONSOLE)
+    assert saved is not None
+    assert saved.step == 2
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
+    said = io.StringIO()
+    assert find_checkpoint(tmp_path, {}, Console(said, said)) is None
+    assert said.getvalue() == ""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"time": 1.0, "step": 120, "useful_tokens": 3, "prompt": null, "metrics": {}}\n'
+    )
+    assert find_checkpoint(tmp_path, {}, Console(said, said)) is None
+    assert "120 step(s) were logged, but there is no checkpoint" in said.getvalue()
+
+
+def test_digests_of_large_files_are_remembered_until_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("trainer.base.identity.REMEMBERED_BYTES", 10)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(torch.arange(100).numpy().tobytes())
+    first = file_digest(path)
+    (place,) = (tmp_path / "cache" / "digests").iterdir()
+    said = json.loads(place.read_text())
+    assert said["sha256"] == first
+    place.write_text(json.dumps(said | {"sha256": "remembered"}))
+    assert file_digest(path) == "remembered"
+    place.write_text("garbled")
+    assert file_digest(path) == first
+    path.write_bytes(torch.arange(1, 101).numpy().tobytes())  # as long as before
+    assert file_digest(path) not in (first, "remembered")
+
+
+def test_the_hub_s_cache_knows_the_digest(tmp_path: Path) -> None:
+    """It keeps a weight file under its SHA-256."""
+    content = (TINY / "model.safetensors").read_bytes()
+    name = file_digest(TINY / "model.safetensors")
+    blob = tmp_path / "blobs" / name
+    blob.parent.mkdir()
+    blob.write_bytes(content[:10])  # nobody reads it
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    assert digests_of([link]) == {"model.safetensors": name}

@@ -1,0 +1,305 @@
+"""Runs that are killed, resumed, and resumed on another number of ranks: all are one course."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.local import free_port
+from tests.distributed.conftest import environments, start, wait
+from tests.distributed.test_run import lines, promptshard, summary, write_run_file
+from tests.unit.test_checkpoint import flip_a_bit, truncate
+from trainer import checkpoint
+from trainer.lock import LOCK, acquire
+from trainer.tracking import MetricsLog, unless_full
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, EVERY = 6, 2
+SHORT = [f"training.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.every=3"]
+SHORT += ["evaluation.early_stopping.patience=5"]
+
+
+class Runs:
+    """Runs of one run file, each in an output folder of its own, beside notes of what it read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, write_run_file(folder)
+
+    def words(self, name: str, where: str = "never") -> list[str]:
+        notes = self.folder / f"{name}.jsonl"
+        program = [sys.executable, "-m", "tests.faults.watched", str(notes), where]
+        return [*program, str(self.file), f"output_dir={self.folder / name}", *SHORT]
+
+    def start(
+        self, name: str, *overrides: str, where: str = "never"
+    ) -> subprocess.CompletedProcess[str]:
+        """On one rank."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
+        return subprocess.run(
+            [*self.words(name, where), *overrides],
+            cwd=ROOT,
+            env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def copy(self, source: str, name: str, *left_out: int) -> Path:
+        """An output folder as a run left it that had these checkpoints not yet."""
+        output = self.folder / name
+        shutil.copytree(
+            self.folder / source,
+            output,
+            ignore=shutil.ignore_patterns("mlflow.db", *(f"step-{s:08d}" for s in left_out)),
+        )
+        for file in ("summary.json", "tracking.json"):
+            (output / file).unlink(missing_ok=True)
+        return output
+
+    def notes(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").open()]
+
+    def rows(self, name: str) -> dict[int, list[list[int]]]:
+        """What each step read: (prompt, row). Of a step that was done twice, the second time."""
+        return {note["step"]: note["rows"] for note in self.notes(name) if "step" in note}
+
+    def losses(self, name: str) -> dict[tuple[int, str, str], float]:
+        return {
+            (line["step"], line["prompt"], key): value
+            for line in lines(self.folder / name)
+            for key, value in line["metrics"].items()
+            if line["prompt"] is not None
+        }
+
+    def end(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The last checkpoint, without what a clock says."""
+        path = self.folder / name / f"checkpoints/step-{STEPS:08d}"
+        state = json.loads((path / "state.json").read_text())
+        for clock in ("train_seconds", "data_wait_seconds"):
+            del state["loop"]["progress"][clock]
+        return load_file(path / "state.safetensors"), state
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """With one run that nothing happened to: ``whole``."""
+    runs = Runs(tmp_path_factory.mktemp("resume"))
+    done = runs.start("whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs
+
+
+@pytest.fixture(scope="module")
+def killed(runs: Runs) -> subprocess.CompletedProcess[str]:
+    """kill -9 in the second stream of step 5, then the same command again, at once."""
+    killed = runs.start("killed", where="5:2")
+    assert killed.returncode == -9, killed.stdout + killed.stderr
+    assert (runs.folder / "killed" / LOCK).exists()
+    return runs.start("killed")
+
+
+def test_the_base_is_what_it_was_and_only_prompts_have_gradients(runs: Runs) -> None:
+    seen = [note for note in runs.notes("whole") if "digest" in note]
+    assert len(seen) == STEPS + 2
+    assert len({note["digest"] for note in seen}) == 1
+    assert {note["trainable"] for note in seen} == {0}
+    assert {note["with_gradient"] for note in seen} == {0}
+    first = load_file(runs.folder / "whole/checkpoints/step-00000002/state.safetensors")
+    last, _ = runs.end("whole")
+    for name in ("soft", "mlp", "prefix"):
+        encoder = [key for key in last if key.startswith(f"{name}/encoder/")]
+        assert any(not torch.equal(first[key], last[key]) for key in encoder), name
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> None:
+    """A bank of three, in mid-epoch and mid-accumulation: the same to the bit."""
+    assert killed.returncode == 0, killed.stdout + killed.stderr
+    assert f"going on from step 4 of {STEPS}" in killed.stdout
+    steps = [note for note in runs.notes("whole") if "step" in note]
+    assert all(note["streams"] > 2 for note in steps), "nothing is accumulated here"
+    assert all(cursor["epoch"] == 0 for cursor in runs.end("whole")[1]["loop"]["feed"])
+    assert runs.rows("killed") == runs.rows("whole")
+    counts = Counter((step, *row) for step, rows in runs.rows("killed").items() for row in rows)
+    assert max(Counter((k, row) for _, k, row in counts).values()) == 1, "a row was read twice"
+
+    assert runs.losses("killed") == runs.losses("whole")
+    (tensors, state), (expected, expected_state) = runs.end("killed"), runs.end("whole")
+    assert state == expected_state
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    for name in ("soft", "mlp", "prefix"):
+        adapters = [
+            runs.folder / run / "prompts" / name / "adapter_model.safetensors"
+            for run in ("killed", "whole")
+        ]
+        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_its_lock_is_taken_over_at_once_and_given_back(runs: Runs, killed: Any) -> None:
+    assert "was taken over from process" in killed.stdout
+    assert "that process is gone" in killed.stdout
+    assert not (runs.folder / "killed" / LOCK).exists()
+
+
+def test_its_curves_are_one_run_without_gaps_or_doubles(runs: Runs, killed: Any) -> None:
+    output = runs.folder / "killed"
+    with sqlite3.connect(output / "mlflow.db") as store:
+        (parents,) = store.execute(
+            "select count(*) from runs where run_uuid not in "
+            "(select run_uuid from tags where key = 'mlflow.parentRunId')"
+        )
+        points = store.execute(
+            "select name, step from metrics join runs using (run_uuid) where key = 'train_loss'"
+        ).fetchall()
+        (status,) = store.execute("select distinct status from runs")
+    assert (parents[0], status[0]) == (1, "FINISHED")
+    steps = Counter(points)
+    assert len(steps) == 3 * STEPS
+    assert set(steps.values()) == {1}
+
+
+def test_checkpoints_hold_no_step_up(runs: Runs) -> None:
+    said = summary(runs.folder / "whole")["checkpoints"]
+    assert said["written"] + said["replaced_by_newer"] == STEPS // EVERY
+    assert said["failed"] == {}
+    assert 0 < said["share_of_step_time"] < 0.1  # of steps that take milliseconds
+
+
+@pytest.fixture(scope="module")
+def two_ranks(runs: Runs) -> str:
+    """From step 2 on two ranks: the newer checkpoints are broken, and a pointer leads nowhere."""
+    output = runs.copy("whole", "two")
+    truncate(output / f"checkpoints/step-{STEPS:08d}/state.safetensors")
+    flip_a_bit(output / "checkpoints/step-00000004/state.safetensors")
+    (output / "checkpoints" / "latest").write_bytes(b"\xff{")
+    logs = [runs.folder / f"two-{rank}.log" for rank in range(2)]
+    processes = [
+        start(runs.words("two"), environ, log)
+        for environ, log in zip(environments(2), logs, strict=True)
+    ]
+    try:
+        assert wait(processes) == [0, 0], [log.read_text() for log in logs]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return logs[0].read_text()
+
+
+def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
+    for step, why in ((STEPS, "state.safetensors: has"), (4, "its sha256 differs")):
+        (line,) = [
+            text for text in two_ranks.splitlines() if f"step-{step:08d}: " in text and why in text
+        ]
+        assert line.startswith("warning: checkpoint passed over")
+    assert f"going on from step 2 of {STEPS}" in two_ranks
+
+
+def test_two_ranks_go_on_from_one(runs: Runs, two_ranks: str) -> None:
+    check_same_course(runs, "two", after=2)
+
+
+def check_same_course(runs: Runs, name: str, after: int) -> None:
+    """The same rows in the same order, and losses that differ by rounding."""
+    expected = {step: rows for step, rows in runs.rows("whole").items() if step > after}
+    assert runs.rows(name) == expected
+    found, losses = runs.losses(name), runs.losses("whole")
+    assert found.keys() == losses.keys()
+    for key, loss in losses.items():
+        if key[2].endswith("_loss"):
+            assert found[key] == pytest.approx(loss, abs=1e-3), key
+
+
+@pytest.fixture
+def small_disk(runs: Runs, two_ranks: str) -> Iterator[Path]:
+    """A copy of ``two`` as of step 4, whose checkpoints lie on a disk that is full."""
+    output = runs.copy("two", "one", STEPS)
+    held = runs.folder / "held"
+    (output / "checkpoints").rename(held)
+    (output / "checkpoints").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(output / "checkpoints")]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"a full disk needs the right to mount a tmpfs: {done.stderr.strip()}")
+    try:
+        shutil.copytree(held, output / "checkpoints", dirs_exist_ok=True)
+        fill(output / "checkpoints" / "filler")
+        yield output
+    finally:
+        subprocess.run(["umount", str(output / "checkpoints")], check=True)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"\0" * 4096):
+                pass
+        except OSError:
+            return
+
+
+def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
+    runs: Runs, small_disk: Path
+) -> None:
+    done = runs.start("one", "training.micro_batch_tokens=450")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on from step 4 of {STEPS}" in done.stdout
+    check_same_course(runs, "one", after=4)
+
+    (warning,) = [line for line in done.stderr.splitlines() if "no checkpoint written" in line]
+    assert warning.startswith(f"warning: step {STEPS}: no checkpoint written: [Errno 28]")
+    assert list(summary(small_disk)["checkpoints"]["failed"]) == [str(STEPS)]
+    folder = small_disk / "checkpoints"
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    assert saved.step == 4, "the one before is whole"
+    (folder / "filler").unlink()
+    checkpoint.save(folder, STEPS, saved.tensors, saved.state, 3)  # there is room again
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    assert saved.step == STEPS
+
+
+def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:
+    """A step's numbers are lost where there is no room for them; the run is not."""
+    said: list[str] = []
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = unless_full(MetricsLog(tmp_path), said.append)
+    for step in (1, 2, 3):
+        log(step, 10, {"train_loss": 1.0})
+    (warning,) = said
+    assert warning.startswith("step 1: ")
+    assert warning.endswith("No space left on device; training goes on")
+
+
+@pytest.mark.parametrize("command", ["promptshard", "a rank"])
+def test_a_second_job_on_the_folder_is_refused(runs: Runs, command: str) -> None:
+    output = runs.folder / "whole"
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir() if path.name != "logs"}
+    held = acquire(output, print)
+    try:
+        if command == "promptshard":
+            done = promptshard("train", str(runs.file), f"output_dir={output}", "--fresh")
+        else:
+            done = runs.start("whole", "--fresh")
+    finally:
+        held.release()
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "in use by" in line]
+    assert f"in use by process {os.getpid()} on {held.holder.host} since 20" in line
+    assert "give another output_dir" in line
+    after = {path: path.stat().st_mtime_ns for path in output.iterdir() if path.name != "logs"}
+    assert before == after

@@ -1,0 +1,95 @@
+"""The trainer, watched: ``python -m tests.faults.watched NOTES.jsonl WHERE RUN.yaml ...``.
+
+Rank 0 writes down the rows of every step as all ranks read them, what the base is before and after
+each, and whether it has gradients. ``WHERE`` is where every rank kills itself, as kill -9 does:
+``STEP:STREAM``, or ``never``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trainer.__main__
+import trainer.loop
+from trainer.engine import base_digest
+from trainer.loop import Loop
+from trainer.process import leave
+
+
+class Watch:
+    """What is seen of one run."""
+
+    def __init__(self, notes: Path, where: str) -> None:
+        self.notes = notes
+        self.die_at = None if where == "never" else tuple(map(int, where.split(":")))
+        self.loop: Loop | None = None
+        self.streams = 0
+
+    def note(self, **what: Any) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            with self.notes.open("a") as file:
+                file.write(json.dumps(what) + "\n")
+
+    def note_base(self) -> None:
+        assert self.loop is not None
+        base = self.loop.evaluator.base
+        parameters = list(base.parameters())
+        self.note(
+            digest=base_digest(base),
+            trainable=sum(p.requires_grad for p in parameters),
+            with_gradient=sum(p.grad is not None for p in parameters),
+        )
+
+    def before_forward(self, base: Any, arguments: Any) -> None:
+        import torch
+
+        if not torch.is_grad_enabled() or self.loop is None:
+            return
+        self.streams += 1
+        if self.die_at == (self.loop.progress.step + 1, self.streams):
+            # What this test is about is the checkpoint before, which a thread writes.
+            every = self.loop.config.checkpoint.every
+            last = self.loop.progress.step // every * every
+            path = Path(self.loop.config.output_dir) / "checkpoints" / f"step-{last:08d}"
+            while not path.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    watch = Watch(Path(arguments[0]), arguments[1])
+    run, next_batch, gradients = Loop.run, Loop._next_batch, trainer.loop.batch_gradients
+
+    def watched_run(loop: Loop) -> None:
+        watch.loop = loop
+        loop.evaluator.base.register_forward_pre_hook(watch.before_forward)
+        watch.note_base()
+        run(loop)
+        watch.note_base()
+
+    def watched_batch(loop: Loop, lengths: Any) -> Any:
+        batch, waited = next_batch(loop, lengths)
+        rows = [(piece.prompt, int(piece.example.row)) for piece in batch.pieces]
+        watch.note(step=loop.progress.step + 1, rows=rows, streams=len(batch.plan))
+        watch.streams = 0
+        return batch, waited
+
+    def watched_gradients(*given: Any) -> Any:
+        result = gradients(*given)
+        watch.note_base()
+        return result
+
+    Loop.run, Loop._next_batch = watched_run, watched_batch  # type: ignore[method-assign]
+    trainer.loop.batch_gradients = watched_gradients  # type: ignore[assignment]
+    return trainer.__main__.main(arguments[2:])
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""What a resumed run takes over from the one before, and what one leaves alone that has lost it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint import Saved
+from trainer.config import RunConfig
+from trainer.console import Console
+from trainer.lock import LockLost
+from trainer.resume import as_chosen, chosen_before, where_of
+from trainer.run import _tracked
+
+CHOSEN = {
+    "matmul": "int8",
+    "shard_group": 2,
+    "kept_bytes": 5,
+    "stream_tokens": 777,
+    "ramp": [0.5],
+    "gradient_checkpointing": True,
+}
+
+
+def config(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output_dir": "out",
+            "base": {"model": "m"},
+            "tasks": [{"name": "x", "train": "x.jsonl", "input": "{a}", "target": "{b}"}],
+            "prompts": [{"name": "p", "task": "x", "num_virtual_tokens": 2}],
+            "training": {"steps": 8},
+            **sections,
+        }
+    )
+
+
+def saved(run: RunConfig, device: str = "H100", world_size: int = 2) -> Saved:
+    where = where_of(run, device, world_size)
+    return Saved(1, {}, {"chosen": {"where": where, **CHOSEN}}, Path("c"))
+
+
+def test_autos_are_what_they_were() -> None:
+    run = config()
+    chosen = chosen_before(saved(run), where_of(run, "H100", 2))
+    assert chosen is not None
+    pinned = as_chosen(run, chosen)
+    assert pinned.base.matmul == "int8"
+    assert pinned.training.micro_batch_tokens == 777
+    assert (pinned.engine.gradient_checkpointing, pinned.engine.shard_group) == (True, 2)
+    assert pinned.prompts == run.prompts
+    assert run.training.micro_batch_tokens == "auto", "the run file itself stays as it is"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        where_of(config(), "H100", 4),
+        where_of(config(), "A100", 2),
+        where_of(config(training={"steps": 8, "micro_batch_tokens": 512}), "H100", 2),
+        where_of(config(engine={"base_memory": "24GB"}), "H100", 2),
+    ],
+)
+def test_they_are_found_anew_elsewhere(where: dict[str, Any]) -> None:
+    assert chosen_before(saved(config()), where) is None
+
+
+class NoSender:
+    def __init__(self, *_: Any) -> None: ...
+
+    def start(self) -> None: ...
+
+    def finish(self, seconds: float) -> None: ...
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), LockLost("another has it")])
+def test_who_has_lost_the_folder_writes_no_more_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("trainer.run.Sender", NoSender)
+    said = io.StringIO()
+    with pytest.raises(type(error)), _tracked(tmp_path, None, Console(said, said)):
+        raise error
+    summary = tmp_path / "summary.json"
+    assert str(error) in said.getvalue()
+    if isinstance(error, LockLost):
+        assert not summary.exists()
+    else:
+        assert json.loads(summary.read_text()) == {"status": "failed", "error": "broken"}

@@ -1,0 +1,126 @@
+"""Checkpoints in the background: what waits, what gives way, and who hears of failures."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.checkpoint import Snapshot, newest, snapshot
+from trainer.saving import Saves
+
+GO = 20.0
+
+
+def at(step: int) -> Callable[[], Snapshot]:
+    return lambda: snapshot(step, {"x": torch.full((3,), float(step))}, {"at": step})
+
+
+class Disk:
+    """A disk that writes when it is told to, or is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun, self.full = threading.Event(), threading.Event(), False
+        self.steps: list[int] = []
+        write = checkpoint.write
+
+        def slow(folder: Path, taken: Snapshot, *rest: Any) -> Path:
+            self.begun.set()
+            assert self.go.wait(GO)
+            self.steps.append(taken.step)
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(folder, taken, *rest)
+
+        monkeypatch.setattr(checkpoint, "write", slow)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_slow_disk_makes_checkpoints_rarer_and_steps_no_longer(
+    tmp_path: Path, disk: Disk
+) -> None:
+    with Saves(tmp_path, 5, print) as saves:
+        for step in (1, 2, 3, 4):
+            saves.save(at(step))
+            assert disk.begun.wait(GO)
+        assert saves.newest is None, "none of these calls waited for the disk"
+        disk.go.set()
+    assert disk.steps == [1, 4]
+    assert saves.newest == tmp_path / "step-00000004"
+    report = saves.report(100.0)
+    assert (report["written"], report["replaced_by_newer"], report["failed"]) == (2, 2, {})
+    assert report["share_of_step_time"] == pytest.approx(report["held_up_seconds"] / 100)
+    saves.save(at(5))  # the thread has ended; another one writes
+    saves.wait()
+    assert disk.steps == [1, 4, 5]
+
+
+def test_what_is_saved_is_what_was_there_then(tmp_path: Path, disk: Disk) -> None:
+    state = {"progress": {"step": 1}}
+    with Saves(tmp_path, 1, print) as saves:
+        saves.save(lambda: snapshot(1, {}, state))
+        state["progress"]["step"] = 2
+        disk.go.set()
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.state == {"progress": {"step": 1}}
+
+
+def test_a_failure_is_told_at_the_next_step_and_in_the_summary(tmp_path: Path, disk: Disk) -> None:
+    said: list[str] = []
+    disk.go.set()
+    saves = Saves(tmp_path, 2, said.append)
+    saves.save(at(1))
+    saves.wait()
+    disk.full = True
+    saves.save(at(2))
+    saves.wait()
+    assert said == [
+        "step 2: no checkpoint written: [Errno 28] No space left on device; training goes on"
+    ]
+    saves.tell()
+    assert len(said) == 1, "said once"
+    disk.full = False
+    saves.save(at(3))
+    saves.wait()
+    assert saves.report(1.0)["failed"] == {"2": "[Errno 28] No space left on device"}
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
+def test_a_stop_and_a_failure_wait_for_the_write(
+    tmp_path: Path, disk: Disk, end: type[BaseException]
+) -> None:
+    def run() -> None:
+        with Saves(tmp_path, 1, print) as saves:
+            saves.save(at(1))
+            threading.Timer(0.1, disk.go.set).start()
+            raise end
+
+    with pytest.raises(end):
+        run()
+    assert newest(tmp_path) is not None
+
+
+def test_a_second_signal_does_not_break_the_write_off(tmp_path: Path, disk: Disk) -> None:
+    saves = Saves(tmp_path, 1, print)
+    saves.save(at(1))
+    main = threading.main_thread().ident
+    assert main is not None
+    for seconds in (0.1, 0.2):
+        threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGINT)).start()
+    threading.Timer(0.3, disk.go.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        saves.wait()
+    assert newest(tmp_path) is not None
