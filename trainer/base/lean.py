@@ -274,7 +274,8 @@ def lean_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     Takes gate and up side by side, [T, 2 I], and gives [T, I].
     """
-    kind = ACTIVATIONS.get(type(experts.act_fn)) if hasattr(experts, "act_fn") else None
+    act: Any = getattr(experts, "act_fn", None)
+    kind = ACTIVATIONS.get(type(act))
     if kind is None or _code(_class(experts), "_apply_gate") != _code_of(_default_apply_gate):
         return None
 
