@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from launch import __version__, local, messages, preflight, processes
+from launch import __version__, local, messages, node, preflight, processes
 from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
@@ -86,6 +86,26 @@ def train(
             help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` a line.",
         ),
     ] = None,
+    no_ssh: Annotated[
+        bool,
+        typer.Option(
+            "--no-ssh", help="Start only this host's part; give the command on every host."
+        ),
+    ] = False,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --no-ssh: which host of the hostfile this is, from 0."
+        ),
+    ] = None,
+    master_addr: Annotated[
+        str | None,
+        typer.Option(metavar="A", help="With --no-ssh: where all meet. [default: the first host]"),
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(metavar="P", help=f"With --no-ssh: its port. [default: {node.DEFAULT_PORT}]"),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
     ] = False,
@@ -101,10 +121,18 @@ def train(
     - `promptshard train examples/quickstart.yaml`
     - `promptshard train run.yaml training.steps=50 output_dir=runs/short --processes 1`
     - `promptshard train run.yaml --hostfile hosts`
+    - `promptshard train run.yaml --hostfile hosts --no-ssh --node-rank 1` (on the second host)
     """
     overrides = overrides or []
+    place = None
+    if no_ssh:
+        place = _place(hostfile, node_rank, master_addr, master_port, processes)
+    elif (node_rank, master_addr, master_port) != (None, None, None):
+        raise BadInput("--node-rank, --master-addr and --master-port go with --no-ssh; add it")
     config = preflight.check_run(run_file, overrides)
     arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
+    if place is not None:
+        _end_with(node.run("trainer", arguments, config.output_dir, place))
     _launch("trainer", arguments, config.output_dir, processes, hostfile)
 
 
@@ -268,6 +296,20 @@ def sync(run_dir: RunDir) -> None:
     preflight.check_result(run_dir)
     command = [sys.executable, "-m", "trainer.tracking", "sync", run_dir]
     _end(subprocess.run(command, check=False).returncode)
+
+
+def _place(
+    hostfile: str | None,
+    rank: int | None,
+    address: str | None,
+    port: int | None,
+    count: int | None,
+) -> local.Place:
+    if hostfile is None:
+        raise BadInput("--no-ssh: name all hosts with --hostfile; it is the same on each of them")
+    if count is not None:
+        raise BadInput("--processes: with --no-ssh, the hostfile says how many: HOST slots=NUMBER")
+    return node.place_of(hostfile, rank, address, port)
 
 
 def _launch(

@@ -217,23 +217,25 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("returncode", "stopped", "lost", "code", "message"),
+    ("returncode", "stopped", "lost", "saved", "code", "message"),
     [
-        (0, [], False, 0, ""),
-        (0, [signal.SIGINT], False, 0, ""),
-        (2, [], True, 2, ""),
-        (75, [signal.SIGTERM], True, 75, ""),
-        (1, [], True, 1, "a process ended with exit code 1; see the logs in logs"),
-        (3, [], True, 1, "a process ended with exit code 3; see the logs in logs"),
-        (247, [], True, 1, "a process was killed by SIGKILL (out of memory?); see the logs"),
-        (245, [], True, 1, "a process was killed by SIGSEGV; see the logs"),
-        (-15, [], True, 1, "a process was killed by SIGTERM; see the logs"),
-        (0, [], True, 1, "the launcher was killed and the ranks did not finish; see the logs"),
-        (254, [signal.SIGINT], True, 1, "stopped by SIGINT; all processes have ended"),
+        (0, [], False, True, 0, ""),
+        (0, [signal.SIGINT], False, True, 0, ""),
+        (2, [], True, True, 2, ""),
+        (75, [signal.SIGTERM], True, True, 75, ""),
+        (1, [], True, True, 1, "a process ended with exit code 1; see the logs in logs"),
+        (3, [], True, True, 1, "a process ended with exit code 3; see the logs in logs"),
+        (247, [], True, True, 1, "a process was killed by SIGKILL (out of memory?); see the logs"),
+        (245, [], True, True, 1, "a process was killed by SIGSEGV; see the logs"),
+        (-15, [], True, True, 1, "a process was killed by SIGTERM; see the logs"),
+        (0, [], True, True, 1, "the launcher was killed and the ranks did not finish; see the"),
+        (254, [signal.SIGINT], True, False, 1, "stopped by SIGINT; all processes have ended"),
+        (-9, [signal.SIGUSR1], True, True, 75, "stopped by SIGUSR1; all processes have ended; the"),
     ],
 )
-def test_exit_codes(returncode, stopped, lost, code, message):
-    ending = processes._ending(returncode, stopped, Path("logs/launcher.log"), lost=lost)
+def test_exit_codes(returncode, stopped, lost, saved, code, message):
+    log = Path("logs/launcher.log")
+    ending = processes._ending(returncode, stopped, log, lost=lost, saved=saved)
     assert ending.code == code
     assert ending.message.startswith(message)
     assert bool(ending.message) == bool(message)
