@@ -12,14 +12,10 @@ from typing import Annotated
 
 import typer
 
-from launch import __version__, local, messages, node, preflight, processes
+from launch import __version__, cluster, local, messages, node, preflight, processes
+from launch.arguments import EXIT_CODES, Overrides, Processes, RunDir, RunFile
 from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
-
-EXIT_CODES = """\
-**Exit codes:** 0 done; 2 bad input, nothing was started or changed; 75 stopped, run the same
-command again to go on; 1 anything else.
-"""
 
 app = typer.Typer(
     help="Train soft prompts for frozen language models that are too big for one GPU.",
@@ -30,26 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RunFile = Annotated[
-    str, typer.Argument(metavar="RUN.yaml", help="The run file; examples/ has some to copy.")
-]
-RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Settings that replace those of the file: training.steps=100, prompts.triage.seed=1.",
-    ),
-]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--processes",
-        metavar="N",
-        help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
-    ),
-]
 
 
 class Stored(str, enum.Enum):
@@ -296,6 +272,10 @@ def sync(run_dir: RunDir) -> None:
     preflight.check_result(run_dir)
     command = [sys.executable, "-m", "trainer.tracking", "sync", run_dir]
     _end(subprocess.run(command, check=False).returncode)
+
+
+app.command(epilog=EXIT_CODES)(cluster.submit)
+app.command(epilog=EXIT_CODES)(cluster.status)
 
 
 def _place(

@@ -1,6 +1,7 @@
-"""One host's part of a run over several: started on each of them, by Slurm or by hand, without ssh.
+"""One host's part of a run over several: started on each of them, without ssh.
 
-    python -m launch.node --hostfile HOSTS --node-rank N --master-addr A --master-port P RUN.yaml
+    python -m launch.node --hosts n1,n2 --slots 8 --node-rank 0 --master-addr n1 \
+        --master-port 12345 RUN.yaml [key=value ...]
 
 Unlike ``promptshard train --no-ssh``, which does the same, it reads no rows before it starts the
 ranks: ``promptshard submit`` has checked the run file, and every restart of a job comes by here.
@@ -113,7 +114,8 @@ def _interface(place: Place) -> str | None:
 def main(words: Sequence[str] | None = None) -> int:
     """The entry point of a job's task; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.node", description=__doc__)
-    parser.add_argument("--hostfile", required=True)
+    parser.add_argument("--hosts", required=True, type=lambda text: text.split(","))
+    parser.add_argument("--slots", type=int, required=True, help="ranks of every host")
     parser.add_argument("--node-rank", type=int, required=True)
     parser.add_argument("--master-addr", required=True)
     parser.add_argument("--master-port", type=int, required=True)
@@ -121,6 +123,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--code", help="warn if another copy of the code runs")
     parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*")
     args = parser.parse_args(words)
     if args.code and Path(args.code).resolve() != PROJECT_ROOT:
         messages.note(
@@ -128,9 +131,10 @@ def main(words: Sequence[str] | None = None) -> int:
             "before 3.11 takes that of the working folder first"
         )
     try:
-        place = place_of(args.hostfile, args.node_rank, args.master_addr, args.master_port)
-        arguments = [args.run, *(["--fresh"] if args.fresh else [])]
-        output_dir = load(args.run).output_dir
+        hosts = tuple(Host(name, args.slots) for name in args.hosts)
+        place = Place(hosts, args.node_rank, args.master_addr, args.master_port)
+        arguments = [args.run, *args.overrides, *(["--fresh"] if args.fresh else [])]
+        output_dir = load(args.run, args.overrides).output_dir
         ending = run("trainer", arguments, output_dir, place, need_gpus=args.need_gpus)
     except BadInput as error:
         messages.problems(error.problems)

@@ -60,10 +60,11 @@ class _Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Collect stop signals, but leave those that our parent ignores (nohup) ignored."""
+        """Collect stop signals, but leave those ignored that nohup or a shell's & ignores."""
         before: dict[signal.Signals, Any] = {}
         for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not ignored or number not in (signal.SIGHUP, signal.SIGINT):
                 before[number] = signal.signal(number, self)
         try:
             yield

@@ -38,6 +38,7 @@ FLOORS = (
         "trainer.terminal",
         "trainer.process",
         "trainer.redact",
+        "trainer.revision",
     ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement", "trainer.memory", "trainer.policy"),
