@@ -293,9 +293,13 @@ def _shell(job: Job) -> Iterator[str]:
 step= told= warned= cancelled=
 tell() {{
     if [ -n "$step" ] && [ -z "$told" ]; then
-        say "$1: telling the ranks to save and stop"
-        while kill -USR1 "$step" 2>/dev/null; do sleep {REPEAT_SECONDS}; done &
         told=yes
+        say "$1: telling the ranks to save and stop"
+        for ((second = 0; ; second++)); do
+            kill -0 "$step" 2>/dev/null || break
+            ((second % {REPEAT_SECONDS})) || kill -USR1 "$step"
+            sleep 1
+        done &
     fi
 }}
 trap 'warned=yes; tell "the time limit is near"' USR1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FOLDERS = ("unit", "distributed", "gpu", "slurm")
+FOLDERS = ("unit", "distributed", "gpu", "slurm", "hosts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
