@@ -22,7 +22,7 @@ import psutil
 from launch import local, messages, preflight, processes
 from launch.local import Host, Place
 from trainer.config import PROJECT_ROOT, load
-from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILURE, BadInput
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's own; all hosts must have the same
 GRACE_SECONDS = 3600.0  # to save and end: Slurm's own time limit comes first
@@ -63,12 +63,12 @@ def run(
             where = f"on {len(place.hosts)} hosts that meet at {place.address}:{place.port}"
             messages.note(f"starting {total} processes {where}; logs: {log.parent}")
         ending = processes.run_local(command, environment, log, module, slots, GRACE_SECONDS)
-    if ending.code != EXIT_FAILURE:
+    if ending.code in (EXIT_DONE, EXIT_BAD_INPUT):
         return ending
-    said = f"{name}: {ending.message}"
+    said = [ending.message] if ending.message else []
     if lost := [host.name for host in place.others if not reaches(host, place.port)]:
-        said += f"; lost: no answer from {', '.join(lost)}"
-    return processes.Ending(ending.code, said)
+        said.append(f"lost: no answer from {', '.join(lost)}")
+    return processes.Ending(ending.code, f"{name}: {'; '.join(said)}" if said else "")
 
 
 def reaches(host: Host, port: int) -> bool:

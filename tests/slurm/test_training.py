@@ -24,6 +24,8 @@ from tests.slurm.cluster import NODES
 from tests.slurm.conftest import ROOT, Desk, alive_in, read, until
 from trainer.config import dump, load
 
+pytestmark = pytest.mark.timeout(900)
+
 START_SECONDS = 120  # until a run has a new checkpoint, on a busy machine
 OUTPUT = Path("runs", "often stopped")
 (SMOKE,) = EXAMPLES["cpu-smoke-test"].tasks
@@ -154,13 +156,12 @@ def losses(output: Path) -> dict[tuple[int, str, str], float]:
     return found
 
 
-@pytest.mark.timeout(900)
 def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> None:
     smoke = run.desk.path / "runs" / "smoke"
     assert json.loads((smoke / "summary.json").read_text())["world_size"] == 2
     mine, undisturbed = adapters(run.output), adapters(smoke)
     for name, tensor in undisturbed.items():
-        assert mine[name] == pytest.approx(tensor, abs=1e-6), name
+        assert mine[name] == pytest.approx(tensor, abs=1e-5), name
     mine, undisturbed = losses(run.output), losses(smoke)
     assert {step for step, _, _ in mine} == set(range(1, 31))
     assert mine == pytest.approx(undisturbed, abs=1e-5)
@@ -171,7 +172,7 @@ def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
         runs = dict(store.execute("select run_uuid, status from runs"))
         tags = store.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'")
         parents = dict(tags)
-    assert set(runs.values()) == {"FINISHED"}
+    assert set(runs.values()) == {"FINISHED"}, runs
     (parent,) = runs.keys() - parents.keys()
     assert len(runs) == 3
     assert set(parents.values()) == {parent}
