@@ -12,15 +12,11 @@ from typing import Annotated
 
 import typer
 
-from launch import __version__, local, messages, preflight, processes
+from launch import __version__, cluster, local, messages, node, preflight, processes
+from launch.arguments import EXIT_CODES, Overrides, Processes, RunDir, RunFile
 from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.lock import refuse_if_alive
-
-EXIT_CODES = """\
-**Exit codes:** 0 done; 2 bad input, nothing was started or changed; 75 stopped, run the same
-command again to go on; 1 anything else.
-"""
 
 app = typer.Typer(
     help="Train soft prompts for frozen language models that are too big for one GPU.",
@@ -31,26 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RunFile = Annotated[
-    str, typer.Argument(metavar="RUN.yaml", help="The run file; examples/ has some to copy.")
-]
-RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Settings that replace those of the file: training.steps=100, prompts.triage.seed=1.",
-    ),
-]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--processes",
-        metavar="N",
-        help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
-    ),
-]
 
 
 class Stored(str, enum.Enum):
@@ -87,6 +63,26 @@ def train(
             help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` a line.",
         ),
     ] = None,
+    no_ssh: Annotated[
+        bool,
+        typer.Option(
+            "--no-ssh", help="Start only this host's part; give the command on every host."
+        ),
+    ] = False,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --no-ssh: which host of the hostfile this is, from 0."
+        ),
+    ] = None,
+    master_addr: Annotated[
+        str | None,
+        typer.Option(metavar="A", help="With --no-ssh: where all meet. [default: the first host]"),
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(metavar="P", help=f"With --no-ssh: its port. [default: {node.DEFAULT_PORT}]"),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
     ] = False,
@@ -102,11 +98,19 @@ def train(
     - `promptshard train examples/quickstart.yaml`
     - `promptshard train run.yaml training.steps=50 output_dir=runs/short --processes 1`
     - `promptshard train run.yaml --hostfile hosts`
+    - `promptshard train run.yaml --hostfile hosts --no-ssh --node-rank 1` (on the second host)
     """
     overrides = overrides or []
+    place = None
+    if no_ssh:
+        place = _place(hostfile, node_rank, master_addr, master_port, processes)
+    elif (node_rank, master_addr, master_port) != (None, None, None):
+        raise BadInput("--node-rank, --master-addr and --master-port go with --no-ssh; add it")
     config = preflight.check_run(run_file, overrides)
     refuse_if_alive(Path(config.output_dir))
     arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
+    if place is not None:
+        _end_with(node.run("trainer", arguments, config.output_dir, place))
     _launch("trainer", arguments, config.output_dir, processes, hostfile)
 
 
@@ -270,6 +274,24 @@ def sync(run_dir: RunDir) -> None:
     preflight.check_result(run_dir)
     command = [sys.executable, "-m", "trainer.tracking", "sync", run_dir]
     _end(subprocess.run(command, check=False).returncode)
+
+
+app.command(epilog=EXIT_CODES)(cluster.submit)
+app.command(epilog=EXIT_CODES)(cluster.status)
+
+
+def _place(
+    hostfile: str | None,
+    rank: int | None,
+    address: str | None,
+    port: int | None,
+    count: int | None,
+) -> local.Place:
+    if hostfile is None:
+        raise BadInput("--no-ssh: name all hosts with --hostfile; it is the same on each of them")
+    if count is not None:
+        raise BadInput("--processes: with --no-ssh, the hostfile says how many: HOST slots=NUMBER")
+    return node.place_of(hostfile, rank, address, port)
 
 
 def _launch(

@@ -39,6 +39,29 @@ class Host:
     slots: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one host stands among those of a run that is started on each of them, without ssh.
+
+    Attributes:
+        rank: of this host among ``hosts``.
+        address, port: where the ranks of all hosts meet: at the first host.
+    """
+
+    hosts: tuple[Host, ...]
+    rank: int
+    address: str
+    port: int
+
+    @property
+    def host(self) -> Host:
+        return self.hosts[self.rank]
+
+    @property
+    def others(self) -> tuple[Host, ...]:
+        return self.hosts[: self.rank] + self.hosts[self.rank + 1 :]
+
+
 def list_gpus() -> list[str]:
     """UUIDs of this machine's GPUs in PCI order, asked without torch; [] if torch has no CUDA."""
     tool = shutil.which("nvidia-smi")
@@ -172,6 +195,38 @@ def hostfile_arguments(
         where += ["--num_gpus", str(processes)]
     where.append("--force_multi")  # else one remote host would count as this machine
     return [*_launcher(python), *where, *_program(module, arguments, port)]
+
+
+def place_arguments(
+    module: str,
+    arguments: Sequence[str],
+    hostfile: str,
+    place: Place,
+    devices: Devices,
+    *,
+    python: str = sys.executable,
+) -> list[str]:
+    """The same for this host's part of a run that is started on every host.
+
+    The launcher numbers the devices of a host from 0 unless ``--include`` names them. Of other
+    hosts it reads only how many they are.
+    """
+    where = ["--hostfile", hostfile]
+    if devices.ids != tuple(range(place.host.slots)):
+        chosen = {host.name: range(host.slots) for host in place.hosts} | {
+            place.host.name: devices.ids
+        }
+        named = [f"{name}:{','.join(map(str, ids))}" for name, ids in chosen.items()]
+        where += ["--include", "@".join(named)]
+    where += ["--no_ssh", "--node_rank", str(place.rank), "--master_addr", place.address]
+    return [*_launcher(python), *where, *_program(module, arguments, place.port)]
+
+
+def launcher_hostfile(place: Place, devices: Devices) -> str:
+    """A hostfile for ``place_arguments``: it has a slot for every device that is named there."""
+    slots = max(*devices.ids, place.host.slots - 1) + 1
+    sizes = {host.name: host.slots for host in place.hosts} | {place.host.name: slots}
+    return "".join(f"{name} slots={count}\n" for name, count in sizes.items())
 
 
 def environment(environ: Mapping[str, str], devices: Devices, cores: int) -> dict[str, str]:

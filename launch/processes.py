@@ -2,12 +2,15 @@
 
 Three facts about the launcher (0.19.8) shape this file. Its runner has no signal handlers, so a
 signal ends it and orphans the ranks. Its per-node part turns a signal into exit code 1 and hides
-the ranks' own codes, so signals go to the ranks and not to it. And the runner answers 0 when the
-per-node part was killed, so success is read from the log.
+the ranks' own codes, so signals go to the ranks and not to it; and as Slurm sends a signal to every
+process of a job's step, both are started with stop signals blocked, which the ranks let through
+again once they can handle them. And the runner answers 0 when the per-node part was killed, so
+success is read from the log.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +32,13 @@ from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMAB
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 
 GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
+TRAINER = "trainer"  # the one module whose runs can go on
 PER_NODE_MODULE = "deepspeed.launcher.launch"  # what the runner starts, and what starts the ranks
 REMOTE_GRACE_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
 POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
 CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,11 @@ class _Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Collect stop signals, but leave those that our parent ignores (nohup) ignored."""
+        """Collect stop signals, but leave those ignored that nohup or a shell's & ignores."""
         before: dict[signal.Signals, Any] = {}
         for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not ignored or number not in (signal.SIGHUP, signal.SIGINT):
                 before[number] = signal.signal(number, self)
         try:
             yield
@@ -69,27 +74,38 @@ class _Stop:
 
 
 def run_local(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, module: str, ranks: int
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    module: str,
+    ranks: int,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> Ending:
     """Run the launcher on this machine and hand on how its ranks ended.
 
     Rank 0 finds our stdout at its descriptor 0 (trainer/terminal.py); stderr is shared, for what
     goes wrong before a rank has opened its log.
+
+    Args:
+        grace_seconds: between a stop signal and the end of ranks that do not stop.
     """
     stop = _Stop()
     with log.open("wb") as chatter, stop.listening():
-        process = subprocess.Popen(
-            command,
-            env={**environment, STDOUT_FD_VARIABLE: "0"},
-            stdin=REAL_STDOUT,
-            stdout=chatter,
-            start_new_session=True,  # a group of its own: the terminal's Ctrl-C reaches only us
-        )
+        with _blocked(STOPPING):
+            process = subprocess.Popen(
+                command,
+                env={**environment, STDOUT_FD_VARIABLE: "0"},
+                stdin=REAL_STDOUT,
+                stdout=chatter,
+                start_new_session=True,  # a group of its own: the terminal's Ctrl-C reaches only us
+            )
         with _guarded(process.pid):
-            _wait(process, stop, lambda number: _signal_ranks(process.pid, module, number))
+            forward = functools.partial(_signal_ranks, process.pid, module)
+            _wait(process, stop, forward, grace_seconds)
             _end_ranks(process.pid, module)
     finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
-    return _ending(process.returncode, stop.signals, log, lost=finished < ranks)
+    saved = module == TRAINER and any((log.parent.parent / "checkpoints").glob("step-*"))
+    return _ending(process.returncode, stop.signals, log, lost=finished < ranks, saved=saved)
 
 
 def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
@@ -114,7 +130,7 @@ def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path
             if stop.signals:
                 _signal_group(process.pid, signal.SIGKILL)
         sorter.join(timeout=GRACE_SECONDS)
-    return _ending(process.returncode, stop.signals, log, lost=False)
+    return _ending(process.returncode, stop.signals, log, lost=False, saved=False)
 
 
 def _wait(
@@ -123,13 +139,17 @@ def _wait(
     forward: Callable[[signal.Signals], None],
     grace_seconds: float = GRACE_SECONDS,
 ) -> None:
-    """Wait for the launcher. A stop signal is forwarded; a second one, or time, ends the group."""
+    """Wait for the launcher. A stop signal is forwarded; a second Ctrl-C, or time, ends the group.
+
+    Other signals may come twice: Slurm sends SIGTERM after SIGUSR1.
+    """
     deadline = None
     while process.poll() is None:
         if stop.signals and deadline is None:
             deadline = time.monotonic() + grace_seconds
             forward(stop.signals[0])
-        if deadline is not None and (len(stop.signals) > 1 or time.monotonic() > deadline):
+        hurried = stop.signals.count(signal.SIGINT) > 1
+        if deadline is not None and (hurried or time.monotonic() > deadline):
             _signal_group(process.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
@@ -184,6 +204,16 @@ def _try_signal(process: psutil.Process, number: signal.Signals) -> None:
 
 
 @contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Processes that are started in here begin with these signals blocked; one sent stays there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _guarded(group: int) -> Iterator[None]:
     """Have ``launch/guard.py`` end the group if this process dies in here."""
     watcher = subprocess.Popen(
@@ -206,14 +236,24 @@ def _sort_lines(source: IO[str], chatter: IO[str], terminal: IO[str]) -> None:
         stream.flush()
 
 
-def _ending(returncode: int, stopped: Sequence[signal.Signals], log: Path, *, lost: bool) -> Ending:
-    """The exit code that the ranks meant, and a message where they cannot have given one."""
+def _ending(
+    returncode: int, stopped: Sequence[signal.Signals], log: Path, *, lost: bool, saved: bool
+) -> Ending:
+    """The exit code that the ranks meant, and a message where they cannot have given one.
+
+    Args:
+        lost: a rank did not end well.
+        saved: there is a checkpoint to go on from.
+    """
     if returncode == EXIT_DONE and not lost:
         return Ending(EXIT_DONE)
     if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
         return Ending(returncode)  # rank 0 has said why
     if stopped:
-        return Ending(EXIT_FAILURE, f"stopped by {stopped[0].name}; all processes have ended")
+        said = f"stopped by {stopped[0].name}; all processes have ended"
+        if saved:  # by an earlier session, if this one was stopped while it started
+            return Ending(EXIT_RESUMABLE, f"{said}; the same command goes on from the checkpoint")
+        return Ending(EXIT_FAILURE, said)
     if returncode == EXIT_DONE:
         how = "the launcher was killed and the ranks did not finish"
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FOLDERS = ("unit", "distributed", "faults", "gpu", "slurm", "hosts")
+FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

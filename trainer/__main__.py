@@ -78,6 +78,8 @@ def guarded(
     console = Console(terminal.out, terminal.err, log)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        # launch/ starts us with stop signals blocked: one that came since then arrives now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         program(console)
         return EXIT_DONE
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ import datetime
 import math
 import platform
 import resource
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +22,7 @@ from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.redact import redact
 from trainer.report import write_report
+from trainer.revision import git_revision
 from trainer.search import STANDARD_ERROR, Candidate, select, share_standard_error
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
@@ -47,7 +47,7 @@ def describe_run(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "matmul": loaded.matmul,
         "host": platform.node(),
-        "git_revision": git_revision(),
+        "git_revision": git_revision(PROJECT_ROOT),
         "command": redact(command),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -270,21 +270,3 @@ def versions() -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def git_revision() -> str | None:
-    """Commit of the running code, with ``+changed`` if files differ; None outside a clone."""
-    try:
-        revision, changes = (
-            subprocess.run(
-                ["git", "-C", str(PROJECT_ROOT), *what],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            ).stdout.strip()
-            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision + ("+changed" if changes else "")

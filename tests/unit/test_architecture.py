@@ -40,6 +40,7 @@ FLOORS = (
         "trainer.terminal",
         "trainer.process",
         "trainer.redact",
+        "trainer.revision",
     ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement", "trainer.memory", "trainer.policy"),

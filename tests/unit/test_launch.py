@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, preflight, processes
-from launch.local import Devices, Host
+from launch import local, node, preflight, processes
+from launch.local import Devices, Host, Place
 from trainer.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,13 +97,61 @@ def test_arguments_for_several_hosts():
     ]
 
 
+TWO_HOSTS = (Host("n1", 2), Host("n2", 2))
+
+
+def test_arguments_for_one_host_of_several():
+    place = Place(TWO_HOSTS, 1, "n1", 4711)
+    command = local.place_arguments(
+        "trainer", ["r.yaml"], "hosts", place, Devices("cpu", (0, 1)), python="python3"
+    )
+    assert command == [
+        *RUNNER,
+        *["--hostfile", "hosts", "--no_ssh", "--node_rank", "1", "--master_addr", "n1"],
+        *["--master_port", "4711", "--no_local_rank", "--module", "trainer", "r.yaml"],
+    ]
+
+
+def test_devices_that_a_shared_host_gives_us_are_named():
+    """Slurm may leave us GPUs 4 and 6 of a host, where the launcher would take 0 and 1."""
+    place, devices = Place(TWO_HOSTS, 1, "n1", 4711), Devices("cuda", (4, 6))
+    command = local.place_arguments("trainer", ["r.yaml"], "hosts", place, devices)
+    assert command[command.index("--include") + 1] == "n1:0,1@n2:4,6"
+    assert local.launcher_hostfile(place, devices) == "n1 slots=2\nn2 slots=7\n"
+    from deepspeed.launcher.runner import parse_resource_filter
+
+    pool = {"n1": list(range(2)), "n2": list(range(7))}
+    chosen = parse_resource_filter(pool, include_str="n1:0,1@n2:4,6")
+    assert chosen == {"n1": [0, 1], "n2": [4, 6]}
+
+
+def test_a_host_without_the_gpus_that_it_should_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "list_gpus", lambda: GPUS[:1])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    place = Place(TWO_HOSTS, 0, "127.0.0.1", 4711)
+    with pytest.raises(BadInput, match="n1: 1 GPUs are visible here, but it shall run 2"):
+        node.run("trainer", ["r.yaml"], str(tmp_path), place)
+    monkeypatch.setattr(local, "list_gpus", list)
+    with pytest.raises(BadInput, match="n1: 0 GPUs are visible here"):
+        node.run("trainer", ["r.yaml"], str(tmp_path), place, need_gpus=True)
+
+
+def test_a_first_host_that_is_not_known_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "list_gpus", list)
+    place = Place(TWO_HOSTS, 0, "no-such-host.invalid", 4711)
+    with pytest.raises(BadInput, match="--master-addr: 'no-such-host"):
+        node.run("trainer", ["r.yaml"], str(tmp_path), place)
+
+
 def test_the_launcher_knows_every_argument_we_give():
     """Golden arguments are worth something only if the real launcher takes them."""
     from deepspeed.launcher.runner import parse_args
 
+    place = Place(TWO_HOSTS, 1, "n1", 5)
     for command in (
         local.local_arguments("trainer", ["r.yaml", "--fresh"], Devices("cuda", (1,)), 5),
         local.hostfile_arguments("trainer", ["r.yaml", "--fresh"], "h", 2, 5),
+        local.place_arguments("trainer", ["r.yaml", "--fresh"], "h", place, Devices("cpu", (0,))),
     ):
         parsed = parse_args(command[3:])
         assert (parsed.user_script, parsed.user_args) == ("trainer", ["r.yaml", "--fresh"])
@@ -217,23 +265,25 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("returncode", "stopped", "lost", "code", "message"),
+    ("returncode", "stopped", "lost", "saved", "code", "message"),
     [
-        (0, [], False, 0, ""),
-        (0, [signal.SIGINT], False, 0, ""),
-        (2, [], True, 2, ""),
-        (75, [signal.SIGTERM], True, 75, ""),
-        (1, [], True, 1, "a process ended with exit code 1; see the logs in logs"),
-        (3, [], True, 1, "a process ended with exit code 3; see the logs in logs"),
-        (247, [], True, 1, "a process was killed by SIGKILL (out of memory?); see the logs"),
-        (245, [], True, 1, "a process was killed by SIGSEGV; see the logs"),
-        (-15, [], True, 1, "a process was killed by SIGTERM; see the logs"),
-        (0, [], True, 1, "the launcher was killed and the ranks did not finish; see the logs"),
-        (254, [signal.SIGINT], True, 1, "stopped by SIGINT; all processes have ended"),
+        (0, [], False, True, 0, ""),
+        (0, [signal.SIGINT], False, True, 0, ""),
+        (2, [], True, True, 2, ""),
+        (75, [signal.SIGTERM], True, True, 75, ""),
+        (1, [], True, True, 1, "a process ended with exit code 1; see the logs in logs"),
+        (3, [], True, True, 1, "a process ended with exit code 3; see the logs in logs"),
+        (247, [], True, True, 1, "a process was killed by SIGKILL (out of memory?); see the logs"),
+        (245, [], True, True, 1, "a process was killed by SIGSEGV; see the logs"),
+        (-15, [], True, True, 1, "a process was killed by SIGTERM; see the logs"),
+        (0, [], True, True, 1, "the launcher was killed and the ranks did not finish; see the"),
+        (254, [signal.SIGINT], True, False, 1, "stopped by SIGINT; all processes have ended"),
+        (-9, [signal.SIGUSR1], True, True, 75, "stopped by SIGUSR1; all processes have ended; the"),
     ],
 )
-def test_exit_codes(returncode, stopped, lost, code, message):
-    ending = processes._ending(returncode, stopped, Path("logs/launcher.log"), lost=lost)
+def test_exit_codes(returncode, stopped, lost, saved, code, message):
+    log = Path("logs/launcher.log")
+    ending = processes._ending(returncode, stopped, log, lost=lost, saved=saved)
     assert ending.code == code
     assert ending.message.startswith(message)
     assert bool(ending.message) == bool(message)
@@ -244,6 +294,24 @@ def test_chatter_of_the_launcher_is_told_from_the_ranks_lines():
     assert processes.CHATTER.match(chatter)
     assert processes.CHATTER.match(f"n1: {chatter}")
     assert not processes.CHATTER.match("n1: step 5/10  loss 1.2")
+
+
+def test_the_launcher_is_deaf_to_signals_that_its_ranks_hear():
+    """Slurm signals every process of a step: the launcher would die and orphan its ranks."""
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: heard.append('TERM'))\n"
+        "assert heard == []\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})\n"
+        "print(heard)\n"
+    )
+    with processes._blocked(processes.STOPPING):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    said, _ = child.communicate(timeout=30)
+    assert (child.returncode, said) == (0, "['TERM']\n")
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_the_guard_ends_the_group_of_a_killed_parent():
@@ -281,10 +349,11 @@ def test_the_guard_leaves_a_group_alone_when_all_is_done():
 # What the command line answers
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], ["train"], ["validate"], ["generate"], ["inspect"], ["prepare"], ["export"], ["sync"]],
-)
+COMMANDS = ["train", "validate", "submit", "status", "generate", "inspect", "prepare"]
+COMMANDS += ["export", "sync"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_teaches(command):
     done = promptshard(*command, "--help")
     assert done.returncode == 0
@@ -382,6 +451,10 @@ def test_several_problems_are_one_message(run_file):
         ["train", "RUN", "--processes", "many"],
         ["train", "RUN", "--processes", "0"],
         ["train", "RUN", "--hostfile", "nowhere"],
+        ["train", "RUN", "--no-ssh"],
+        ["train", "RUN", "--node-rank", "1"],
+        ["train", "RUN", "--no-ssh", "--hostfile", "HOSTS"],
+        ["train", "RUN", "--no-ssh", "--hostfile", "HOSTS", "--node-rank", "2"],
         ["generate", "nowhere", "--prompt", "a", "--input", "b"],
         ["inspect", "RUN"],
         ["inspect", "RUN", "--base", "--rows", "0"],
@@ -391,7 +464,10 @@ def test_several_problems_are_one_message(run_file):
     ],
 )
 def test_wrong_use_is_exit_code_2(run_file, arguments):
-    done = promptshard(*[str(run_file) if word == "RUN" else word for word in arguments])
+    hosts = run_file.parent / "hosts"
+    hosts.write_text("n1 slots=1\nn2 slots=1\n")
+    known = {"RUN": str(run_file), "HOSTS": str(hosts)}
+    done = promptshard(*[known.get(word, word) for word in arguments])
     assert done.returncode == 2
     assert done.stderr
     assert "Traceback" not in done.stderr

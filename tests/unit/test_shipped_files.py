@@ -24,6 +24,8 @@ DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if 
 RUN_BY_TESTS = {"promptshard", "deepspeed", "mlflow"}
 #: Other commands of a fenced block, and what runs them. A new one fails here until it is added.
 COMMANDS = {
+    "sbatch slurm/cpu-smoke-test.sbatch": "tests/slurm/test_training.py, on a real Slurm",
+    ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make test": "this test suite",
     "make lint": "part of make test",

@@ -1,0 +1,32 @@
+"""Arguments that several commands of the command line share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EXIT_CODES = """\
+**Exit codes:** 0 done; 2 bad input, nothing was started or changed; 75 stopped, run the same
+command again to go on; 1 anything else.
+"""
+
+RunFile = Annotated[
+    str, typer.Argument(metavar="RUN.yaml", help="The run file; examples/ has some to copy.")
+]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace those of the file: training.steps=100, prompts.triage.seed=1.",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
+    ),
+]

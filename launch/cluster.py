@@ -1,0 +1,191 @@
+"""The commands for a cluster: ``promptshard submit`` and ``promptshard status``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import messages, preflight, slurm
+from launch import status as run_status
+from launch import submit as submission
+from launch.arguments import Overrides, RunDir, RunFile
+from launch.slurm import Job, Resources
+from trainer.config import PROJECT_ROOT, RunConfig
+from trainer.errors import BadInput
+
+
+def submit(
+    run_file: RunFile,
+    nodes: Annotated[int, typer.Option(metavar="N", help="How many nodes.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(metavar="G", help="GPUs, and ranks, of every node.")
+    ] = None,
+    processes_per_node: Annotated[
+        int, typer.Option(metavar="N", help="Without GPUs: ranks of every node.")
+    ] = 1,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="Time limit: minutes, HH:MM:SS or DAYS-HH:MM:SS."),
+    ] = None,
+    partition: Annotated[str | None, typer.Option(metavar="P")] = None,
+    account: Annotated[str | None, typer.Option(metavar="A")] = None,
+    qos: Annotated[str | None, typer.Option(metavar="Q")] = None,
+    mem: Annotated[
+        str | None, typer.Option(metavar="M", help="Memory of every node: 64G; 0 is all.")
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU cores of every node, for all its ranks.")
+    ] = None,
+    job_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="[default: the output folder's name]")
+    ] = None,
+    dependency: Annotated[
+        str | None, typer.Option(metavar="D", help="Wait for another job: afterok:JOB_ID.")
+    ] = None,
+    array: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=[V, V]",
+            help="A job array, one task per value; given twice, one per combination.",
+        ),
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tasks of the array that run at a time.")
+    ] = None,
+    signal_seconds: Annotated[
+        int, typer.Option(metavar="S", help="Save and stop so long before the time limit.")
+    ] = 120,
+    max_requeues: Annotated[
+        int, typer.Option(metavar="N", help="Restarts up to which it requeues itself; 0: none.")
+    ] = 20,
+    module: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Environment module; may be repeated.")
+    ] = None,
+    container_image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Run in a container (pyxis).")
+    ] = None,
+    container_mounts: Annotated[
+        list[str] | None, typer.Option(metavar="SRC:DST", help="More mounts; may be repeated.")
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="[default: this one; in a container python3]"),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Any other option: --sbatch=--constraint=h100."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sbatch script and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to Slurm, one task per node, and let it go on after every time limit.
+
+    The run file and every row are checked first. A copy of it and of the code is kept in
+    `output_dir/logs/submitted`; that is what the job runs, also when it is requeued later. Ahead
+    of its time limit the job saves, stops and requeues itself. `output_dir` must be in a folder
+    that all nodes share. Needs Slurm 22.05 or newer.
+
+    **Examples:**
+
+    - `promptshard submit run.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00`
+    - `promptshard submit run.yaml --nodes 1 --gpus-per-node 8 --array "training.seed=[0, 1, 2]"`
+    - `promptshard submit run.yaml --nodes 2 --dry-run > job.sbatch`
+    """
+    overrides = overrides or []
+    job = Job(
+        name=job_name or "promptshard",
+        resources=Resources(
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            processes_per_node=processes_per_node,
+            time=time,
+            partition=partition,
+            account=account,
+            qos=qos,
+            mem=mem,
+            cpus_per_task=cpus_per_task,
+            dependency=dependency,
+            extra=tuple(sbatch or ()),
+        ),
+        tasks=((run_file, *overrides),),
+        at_once=at_once,
+        code=str(PROJECT_ROOT),
+        python=python or ("python3" if container_image else sys.executable),
+        chdir=os.getcwd(),
+        signal_seconds=signal_seconds,
+        max_requeues=max_requeues,
+        modules=tuple(module or ()),
+        container=container_image,
+        mounts=tuple(container_mounts or ()),
+        fresh=fresh,
+        command=shlex.join(["promptshard", *sys.argv[1:]]),
+    )
+    if found := list(slurm.problems(job)):
+        raise BadInput(found)
+    if not dry_run:
+        submission.check_slurm()
+    output_dir, tasks, configs = _checked(run_file, overrides, array or [])
+    job = _named(job, job_name, output_dir, tasks)
+    if dry_run:
+        typer.echo(slurm.render(job), nl=False)
+        messages.note(
+            "nothing was submitted; without --dry-run, a copy of the run file and the code is made "
+            f"in {Path(output_dir) / submission.SUBMITTED}, and the job runs that"
+        )
+        return
+    job, folder = submission.freeze(job, configs, output_dir)
+    number = submission.submit(job, folder, configs)
+    kind = f"job array {number} of {len(configs)} tasks" if len(configs) > 1 else f"job {number}"
+    typer.echo(f"submitted {kind}: {folder / 'job.sbatch'}")
+    typer.echo(
+        f"log:      {job.log.replace('%%', '%').replace('%j', number).replace('%A', number)}"
+    )
+    typer.echo(f"see it:   promptshard status {shlex.quote(output_dir)}")
+    typer.echo(f"stop it:  scancel {number}   (saves first; submit it again to go on)")
+
+
+def status(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, for programs.")] = False,
+) -> None:
+    """Say where a run stands: its job, step, time left, last metrics, and how it ended.
+
+    **Example:** `promptshard status runs/quickstart`
+    """
+    found = run_status.look(Path(run_dir))
+    typer.echo(run_status.as_json(found) if as_json else run_status.as_text(found))
+
+
+def _checked(
+    run_file: str, overrides: Sequence[str], array: Sequence[str]
+) -> tuple[str, list[tuple[str, ...]], list[RunConfig]]:
+    """The output folder, what each task trains, and the run file of each, checked."""
+    config = preflight.check_run(run_file, overrides)
+    if not array:
+        return config.output_dir, [(run_file, *overrides)], [config]
+    own = submission.array_tasks(array, config.output_dir)
+    tasks = [(run_file, *overrides, *settings) for settings in own]
+    configs = []
+    for task in tasks:
+        configs.append(preflight.check_run(task[0], task[1:]))
+    return config.output_dir, tasks, configs
+
+
+def _named(job: Job, name: str | None, output_dir: str, tasks: Sequence[tuple[str, ...]]) -> Job:
+    """The job with its tasks, a name, and the folders that a container has to see."""
+    folder = Path(output_dir).absolute()
+    mounts = (*job.mounts, f"{folder}:{folder}") if job.container else job.mounts
+    log = "slurm-%A_%a.out" if len(tasks) > 1 else "slurm-%j.out"
+    return replace(job, name=name or folder.name, tasks=tuple(tasks), mounts=mounts, log=log)

@@ -1,0 +1,172 @@
+"""One host's part of a run over several: started on each of them, without ssh.
+
+    python -m launch.node --hosts n1,n2 --slots 8 --node-rank 0 --master-addr n1 \
+        --master-port 12345 RUN.yaml [key=value ...]
+
+Unlike ``promptshard train --no-ssh``, which does the same, it reads no rows before it starts the
+ranks: ``promptshard submit`` has checked the run file, and every restart of a job comes by here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from launch import local, messages, preflight, processes
+from launch.local import Host, Place
+from trainer.config import PROJECT_ROOT, load
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+
+DEFAULT_PORT = 29500  # torch's and DeepSpeed's own; all hosts must have the same
+GRACE_SECONDS = 3600.0  # to save and end: Slurm's own time limit comes first
+REACH_SECONDS = 3.0
+
+
+def run(
+    module: str, arguments: Sequence[str], output_dir: str, place: Place, *, need_gpus: bool = False
+) -> processes.Ending:
+    """Start this host's ranks and wait for them.
+
+    Args:
+        need_gpus: refuse a host without GPUs, where a run would otherwise take CPUs.
+
+    Raises:
+        BadInput: if this host is not what the hostfile says, or does not know the first one.
+    """
+    name, slots = place.host.name, place.host.slots
+    gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if len(gpus) < slots and (gpus or need_gpus):
+        raise BadInput(
+            f"{name}: {len(gpus)} GPUs are visible here, but it shall run {slots} processes; ask "
+            "for fewer GPUs per host, or leave this host out"
+        )
+    devices = local.choose_devices(slots, gpus)
+    environment = local.environment(os.environ, devices, len(os.sched_getaffinity(0)))
+    interface = _interface(place)
+    if interface is not None:
+        # gloo would take the address of this host's name, which is 127.0.1.1 on Debian
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    log = preflight.open_log(output_dir, f"launcher-host{place.rank}.log")
+    with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
+        hostfile = Path(folder) / "hosts"
+        hostfile.write_text(local.launcher_hostfile(place, devices), encoding="utf-8")
+        command = local.place_arguments(module, arguments, str(hostfile), place, devices)
+        if place.rank == 0:
+            total = sum(host.slots for host in place.hosts)
+            where = f"on {len(place.hosts)} hosts that meet at {place.address}:{place.port}"
+            messages.note(f"starting {total} processes {where}; logs: {log.parent}")
+        ending = processes.run_local(command, environment, log, module, slots, GRACE_SECONDS)
+    if ending.code in (EXIT_DONE, EXIT_BAD_INPUT):
+        return ending
+    said = [ending.message] if ending.message else []
+    if lost := [host.name for host in place.others if not reaches(host, place.port)]:
+        said.append(f"lost: no answer from {', '.join(lost)}")
+    return processes.Ending(ending.code, f"{name}: {'; '.join(said)}" if said else "")
+
+
+def reaches(host: Host, port: int) -> bool:
+    """Whether a host answers at all; that nobody listens at the port is an answer."""
+    try:
+        socket.create_connection((host.name, port), REACH_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _interface(place: Place) -> str | None:
+    """The network interface towards the other hosts, if there are any.
+
+    Raises:
+        BadInput: if the address of the first host is not known here.
+    """
+    for target in (place.address, *[host.name for host in place.others][:1]):
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                target, place.port, type=socket.SOCK_DGRAM
+            )[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)  # sends nothing
+                own = probe.getsockname()[0]
+        except OSError as error:
+            if target == place.address:
+                raise BadInput(
+                    f"--master-addr: {target!r} cannot be reached from {place.host.name}: "
+                    f"{error.strerror}; give the name or address that all hosts know it by"
+                ) from None
+            continue
+    if not place.others:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address == own for item in addresses):
+            return name
+    return None
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The entry point of a job's task; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.node", description=__doc__)
+    parser.add_argument("--hosts", required=True, type=lambda text: text.split(","))
+    parser.add_argument("--slots", type=int, required=True, help="ranks of every host")
+    parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument("--master-addr", required=True)
+    parser.add_argument("--master-port", type=int, required=True)
+    parser.add_argument("--need-gpus", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--code", help="warn if another copy of the code runs")
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args(words)
+    if args.code and Path(args.code).resolve() != PROJECT_ROOT:
+        messages.note(
+            f"warning: runs the code of {PROJECT_ROOT}, not the one frozen in {args.code}: Python "
+            "before 3.11 takes that of the working folder first"
+        )
+    try:
+        hosts = tuple(Host(name, args.slots) for name in args.hosts)
+        place = Place(hosts, args.node_rank, args.master_addr, args.master_port)
+        arguments = [args.run, *args.overrides, *(["--fresh"] if args.fresh else [])]
+        output_dir = load(args.run, args.overrides).output_dir
+        ending = run("trainer", arguments, output_dir, place, need_gpus=args.need_gpus)
+    except BadInput as error:
+        messages.problems(error.problems)
+        return EXIT_BAD_INPUT
+    if ending.message:
+        messages.failure(ending.message)
+    return ending.code
+
+
+def place_of(hostfile: str, rank: int | None, address: str | None, port: int | None) -> Place:
+    """This host's place among the hosts of a hostfile.
+
+    Raises:
+        BadInput: if the hostfile or a number is none.
+    """
+    hosts = tuple(local.read_hostfile(hostfile))
+    last = len(hosts) - 1
+    problems = []
+    if rank is None:
+        problems.append(
+            f"--no-ssh: say with --node-rank which host of {hostfile} this is: 0 to {last}"
+        )
+    elif not 0 <= rank <= last:
+        problems.append(f"--node-rank: {rank} is no host of {hostfile}; give 0 to {last}")
+    port = DEFAULT_PORT if port is None else port
+    if not 0 < port < 65536:
+        problems.append(f"--master-port: {port} is no TCP port; give 1024 to 65535")
+    if problems:
+        raise BadInput(problems)
+    assert rank is not None
+    return Place(hosts, rank, address or hosts[0].name, port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""sbatch text from typed settings: pure functions, and the checks of what goes into them.
+
+A job has one task per node: ``srun`` starts ``launch/node.py`` there, and that the DeepSpeed
+launcher without ssh. The batch shell hands on Slurm's warning ahead of the time limit, and requeues
+the job when its ranks have saved and stopped. Needs Slurm 22.05 or newer.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainer.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+
+#: How long srun lets the other nodes end by themselves once one has: rank 0 writes the report and
+#: waits for the tracker when the others are done.
+WAIT_SECONDS = 300
+#: How often the warning is repeated: a task that is only starting does not hear it.
+REPEAT_SECONDS = 10
+#: Ports for ranks to meet at, below those that Linux gives out by itself. A job and its restarts
+#: get different ones: a rank of a node that was lost may still hold the last.
+FIRST_PORT, PORTS, RESTART_STRIDE = 10000, 20000, 1009
+MAX_SIGNAL_SECONDS = 65535  # sbatch(1)
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_NAMES = r"[\w.+-]+"
+_JOBS = r"\d+(?:_(?:\d+|\*))?(?:\+\d+)?"
+_AFTER = rf"(?:singleton|after(?:any|ok|notok|corr|burstbuffer)?(?::{_JOBS})+)"
+#: Options of sbatch that a job sets itself; --sbatch may not.
+OWN_OPTIONS = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem"),
+    *("time", "partition", "account", "qos", "dependency", "array", "chdir", "output", "error"),
+    *("open-mode", "signal", "requeue", "no-requeue", "wrap", "test-only", "parsable"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What is asked of Slurm, as sbatch(1) calls it.
+
+    Attributes:
+        gpus_per_node: also the ranks of a node; None for a run on CPUs.
+        processes_per_node: ranks of a node without GPUs.
+        extra: further options of sbatch, each whole: ``--constraint=h100``.
+    """
+
+    nodes: int
+    gpus_per_node: int | None = None
+    processes_per_node: int = 1
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    cpus_per_task: int | None = None
+    dependency: str | None = None
+    extra: tuple[str, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Ranks of a node."""
+        return self.gpus_per_node or self.processes_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job, all paths as its nodes find them.
+
+    Attributes:
+        tasks: what each task of a job array trains, ``(RUN.yaml, key=value, ...)``; one: no array.
+        at_once: tasks of the array that run at a time; None for no limit.
+        code: the folder that holds trainer/ and launch/.
+        python: the interpreter that has their libraries.
+        chdir: where paths of the run file start; None for where sbatch is called.
+        log: pattern of the log's path, with sbatch's ``%j``.
+        signal_seconds: how long before the time limit the ranks are told to save and stop.
+        max_requeues: restarts up to which the job requeues itself.
+        modules: environment modules to load.
+        container: image for pyxis, if any, and ``SOURCE:TARGET`` of each mount.
+        command: what made this, for a person to read.
+    """
+
+    name: str
+    resources: Resources
+    tasks: tuple[tuple[str, ...], ...]
+    at_once: int | None = None
+    code: str = "."
+    python: str = ".venv/bin/python"
+    chdir: str | None = None
+    log: str = "slurm-%j.out"
+    signal_seconds: int = 120
+    max_requeues: int = 20
+    modules: tuple[str, ...] = ()
+    container: str | None = None
+    mounts: tuple[str, ...] = ()
+    fresh: bool = False
+    command: str = ""
+
+
+def problems(job: Job) -> Iterator[str]:
+    """What Slurm would refuse or read as something else, by the name of our option."""
+    asked = job.resources
+    for option, number in (
+        ("--nodes", asked.nodes),
+        ("--gpus-per-node", asked.gpus_per_node),
+        ("--processes-per-node", asked.processes_per_node),
+        ("--cpus-per-task", asked.cpus_per_task),
+        ("--at-once", job.at_once),
+    ):
+        if number is not None and number < 1:
+            yield f"{option}: {number} is too few; give 1 or more"
+    if asked.gpus_per_node is not None and asked.processes_per_node != 1:
+        yield "--processes-per-node: is for nodes without GPUs; with --gpus-per-node remove it"
+    for option, value, pattern, remedy in (
+        ("--partition", asked.partition, rf"{_NAMES}(,{_NAMES})*", "give a name of `sinfo`"),
+        ("--account", asked.account, r"[\w.@+-]+", "give a name without spaces"),
+        ("--qos", asked.qos, _NAMES, "give a name without spaces"),
+        ("--mem", asked.mem, r"\d+[KMGT]?", "give megabytes, or as 64G; 0 is all of a node"),
+        ("--dependency", asked.dependency, rf"{_AFTER}([,?]{_AFTER})*", "write afterok:JOB_ID"),
+    ):
+        if value is not None and not re.fullmatch(pattern, value, flags=re.ASCII):
+            yield f"{option}: {value!r} is not one; {remedy}"
+    for module in job.modules:
+        if not re.fullmatch(r"[\w./+=@-]+", module):
+            yield f"--module: {module!r} is not one; give a name of `module avail`"
+    for mount in job.mounts:
+        if mount.count(":") not in (1, 2) or "," in mount:
+            yield f"--container-mounts: {mount!r} is not one; write SOURCE:TARGET, absolute paths"
+    if job.mounts and job.container is None:
+        yield "--container-mounts: there is no --container-image to mount into"
+    for option in asked.extra:
+        yield from _extra_problems(option)
+    yield from _time_problems(job)
+    if job.max_requeues < 0:
+        yield f"--max-requeues: {job.max_requeues} is too few; give 0 for none"
+    texts = [job.name, job.code, job.python, job.log, job.container or "", job.chdir or ""]
+    for text in [*texts, *job.mounts, *asked.extra, *(word for task in job.tasks for word in task)]:
+        if not text.isprintable():
+            yield f"{text!r}: has a line break or control character; sbatch cannot take it over"
+
+
+def _extra_problems(option: str) -> Iterator[str]:
+    match = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", option)
+    if match is None:
+        yield f"--sbatch: {option!r} is not one; write the whole option, as --constraint=h100"
+    elif match[1] in OWN_OPTIONS:
+        ours = f"use promptshard's own --{match[1]}, if it has one"
+        yield f"--sbatch: --{match[1]} is set by the job itself; {ours}"
+
+
+def _time_problems(job: Job) -> Iterator[str]:
+    time, ahead = job.resources.time, job.signal_seconds
+    if not 0 < ahead <= MAX_SIGNAL_SECONDS:
+        yield f"--signal-seconds: {ahead} is not within 1 to {MAX_SIGNAL_SECONDS}"
+    if time is None:
+        return
+    seconds = time_seconds(time)
+    if not seconds:
+        yield f"--time: {time!r} is no time; write minutes, HH:MM:SS, or DAYS-HH:MM:SS"
+    elif ahead >= seconds:
+        yield (
+            f"--signal-seconds: {ahead} is not before the time limit ({time}: {seconds} s); give "
+            "fewer seconds, or a longer --time"
+        )
+
+
+def time_seconds(text: str) -> int | None:
+    """Seconds of a time limit as sbatch(1) reads it; None if it is none.
+
+    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
+    """
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is None and len(parts) < 3:
+        parts.insert(0, 0)  # minutes come first
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    if (minutes > 59 and hours) or seconds > 59:
+        return None
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def render(job: Job) -> str:
+    """The sbatch script of a job without problems."""
+    head = ["#!/bin/bash", *([f"# {job.command}"] if job.command else []), *_options(job)]
+    return "\n".join([*head, "", "set -uo pipefail", *_setup(job), *_shell(job)]) + "\n"
+
+
+def _options(job: Job) -> Iterator[str]:
+    asked = job.resources
+    options = {
+        "job-name": job.name,
+        "nodes": asked.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": asked.gpus_per_node,
+        "cpus-per-task": asked.cpus_per_task,
+        "mem": asked.mem,
+        "time": asked.time,
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "dependency": asked.dependency,
+    }
+    if len(job.tasks) > 1:
+        limit = f"%{job.at_once}" if job.at_once else ""
+        options["array"] = f"0-{len(job.tasks) - 1}{limit}"
+    options |= {"chdir": job.chdir, "output": job.log, "open-mode": "append"}
+    options["signal"] = f"B:USR1@{job.signal_seconds}"
+    for option, value in options.items():
+        if value is not None:
+            yield f"#SBATCH --{option}={directive(str(value))}"
+    yield f"#SBATCH --{'requeue' if job.max_requeues else 'no-requeue'}"
+    for option in asked.extra:
+        name, equals, value = option.partition("=")
+        yield f"#SBATCH {name}{equals}{directive(value) if equals else ''}"
+
+
+def directive(value: str) -> str:
+    """A value as sbatch reads it from a ``#SBATCH`` line: it knows quotes and backslashes."""
+    if re.fullmatch(r"[\w@%+:,./=-]*", value, flags=re.ASCII) and value:
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def pattern(path: str) -> str:
+    """A path for sbatch's --output, where ``%`` stands for something else."""
+    return path.replace("%", "%%")
+
+
+def _setup(job: Job) -> Iterator[str]:
+    """Lines that find the run, its code and its hosts."""
+    yield 'say() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
+    yield ""
+    if job.modules:
+        yield "if ! type module >/dev/null 2>&1; then set +u; source /etc/profile; set -u; fi"
+    for module in job.modules:
+        yield f"module load {module} || exit 1"
+    # -m would find the code of the working folder first
+    yield f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}"
+    if len(job.tasks) == 1:
+        yield f"set -- {shlex.join(job.tasks[0])}"
+    else:
+        yield "case $SLURM_ARRAY_TASK_ID in"
+        yield from (f"    {i}) set -- {shlex.join(task)} ;;" for i, task in enumerate(job.tasks))
+        yield "esac"
+    yield "restarts=${SLURM_RESTART_COUNT:-0}"
+    if job.fresh:
+        yield '[ "$restarts" -gt 0 ] || set -- --fresh "$@"'
+    yield f"""
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+if [ "${{#hosts[@]}}" -ne "$SLURM_JOB_NUM_NODES" ]; then
+    say "scontrol names ${{#hosts[@]}} hosts, but the job has $SLURM_JOB_NUM_NODES nodes" >&2
+    exit {EXIT_BAD_INPUT}
+fi
+port=$(({FIRST_PORT} + (SLURM_JOB_ID + {RESTART_STRIDE} * restarts) % {PORTS}))
+say "on ${{#hosts[@]}} nodes (${{hosts[*]}}), restart $restarts, port $port\""""
+
+
+def _srun(job: Job) -> Iterator[str]:
+    """Words of the step, one line each. One task per node; its rank is known only there."""
+    asked = job.resources
+    # a node that has ended leaves the others time to save, whatever its exit code
+    yield f"srun --nodes={asked.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
+    yield f"--wait={WAIT_SECONDS}"
+    if asked.cpus_per_task is not None:
+        yield f"--cpus-per-task={asked.cpus_per_task}"  # not inherited from sbatch since 22.05
+    if job.container is not None:
+        yield shlex.quote(f"--container-image={job.container}")
+        mounts = [*job.mounts]
+        for folder in (job.chdir, job.code):
+            if folder is not None and folder.startswith("/"):
+                mounts.append(f"{folder}:{folder}")
+        if mounts:
+            yield shlex.quote(f"--container-mounts={','.join(mounts)}")
+        if job.chdir is not None:
+            yield shlex.quote(f"--container-workdir={job.chdir}")
+    # signals that come before Python listens are not to kill it: they are repeated
+    yield """bash -c 'trap "" USR1 TERM; exec "$@" --node-rank "$SLURM_NODEID"' -"""
+    yield f"{shlex.quote(job.python)} -m launch.node --code {shlex.quote(job.code)}"
+    if asked.gpus_per_node is not None:
+        yield "--need-gpus"
+    yield f'--hosts "$(IFS=,; echo "${{hosts[*]}}")" --slots {asked.slots}'
+    yield '--master-addr "${hosts[0]}" --master-port "$port" "$@" &'
+
+
+def _shell(job: Job) -> Iterator[str]:
+    """Lines that start the step, hand signals on to it and decide about a requeue."""
+    yield f"""
+step= told= warned= cancelled=
+tell() {{
+    if [ -n "$step" ] && [ -z "$told" ]; then
+        told=yes
+        say "$1: telling the ranks to save and stop"
+        for ((second = 0; ; second++)); do
+            kill -0 "$step" 2>/dev/null || break
+            ((second % {REPEAT_SECONDS})) || kill -USR1 "$step"
+            sleep 1
+        done &
+    fi
+}}
+trap 'warned=yes; tell "the time limit is near"' USR1
+trap 'cancelled=yes; tell "cancelled or preempted"' TERM
+"""
+    yield " \\\n    ".join(_srun(job))
+    yield f"""step=$!
+[ -z "$warned" ] || tell "the time limit is near"
+wait "$step"
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+wait "$step"
+code=$?
+
+job=$SLURM_JOB_ID
+[ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+if [ "$code" -ne {EXIT_RESUMABLE} ]; then
+    say "ended with exit code $code"
+elif [ -n "$cancelled" ]; then
+    say "stopped and saved; submit it again to go on"
+elif [ "$restarts" -ge {job.max_requeues} ]; then
+    say "stopped and saved, and requeued {job.max_requeues} times already; submit it again to go on"
+else
+    say "stopped and saved; requeued as restart $((restarts + 1)) of at most {job.max_requeues}"
+    scontrol requeue "$job" || say "could not be requeued; submit it again to go on" >&2
+fi
+exit "$code\""""

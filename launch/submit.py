@@ -1,0 +1,202 @@
+"""Hand a run to Slurm: freeze what it will run, write the script, call sbatch.
+
+What is submitted lies beside the logs, so that a job that is requeued days later runs it still:
+
+    OUTPUT_DIR/logs/submitted/20260131-235959/run.yaml      resolved; run-0.yaml ... of an array
+                                              code/         trainer, launch, ds_configs, REVISION
+                                              policy.json   DeepSpeed's
+                                              job.sbatch
+                                              job.json      job id, command, tasks: for `status`
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch import slurm
+from launch.slurm import Job
+from trainer import atomic
+from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
+from trainer.errors import BadInput
+from trainer.revision import REVISION_FILE, git_revision
+
+SUBMITTED = Path("logs", "submitted")
+RECORD = "job.json"
+PACKAGES = ("trainer", "launch", "ds_configs")
+OLDEST = (22, 5)
+SBATCH_SECONDS = 120
+MOST_TASKS = 1000  # of an array; slurm.conf's MaxArraySize is 1001 by default
+#: Of the submitter's environment, what belongs to the job it may be in. The new one has its own.
+FOREIGN = re.compile(r"(SLURM_(?!CONF$|CLUSTERS$)|PMI|PMIX_|RANK$|LOCAL_RANK$|WORLD_SIZE$)")
+
+
+def check_slurm() -> None:
+    """See that sbatch is there, and not older than what the script needs."""
+    if shutil.which("sbatch") is None:
+        raise BadInput(
+            "submit: sbatch is not on PATH; call this on a login node of a Slurm cluster, or look "
+            "at the script with --dry-run"
+        )
+    done = _run(["sbatch", "--version"])
+    found = re.search(r"(\d+)\.(\d+)", done.stdout)
+    if found is not None and (int(found[1]), int(found[2])) < OLDEST:
+        raise BadInput(f"submit: {done.stdout.strip()} is too old; Slurm 22.05 or newer is needed")
+
+
+def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
+    """Overrides of every task of a job array: all combinations of ``KEY=[VALUES]``.
+
+    Each trains into a folder of its own, which its values name.
+
+    Raises:
+        BadInput: with every list that is none.
+    """
+    problems: list[str] = []
+    settings: list[list[tuple[str, str]]] = []
+    for text in lists:
+        key, equals, written = text.partition("=")
+        try:
+            values = yaml.safe_load(written)
+        except yaml.YAMLError:
+            values = None
+        if not equals or not isinstance(values, list) or len(values) < 1:
+            problems.append(f"--array: {text!r} is not one; write KEY=[VALUE, VALUE]")
+        elif key.strip() == "output_dir":
+            problems.append("--array: output_dir: every task has its own already, in that folder")
+        else:
+            settings.append([(key.strip(), _inline(value)) for value in values])
+    combinations = list(itertools.product(*settings))
+    if len(combinations) > MOST_TASKS:
+        problems.append(f"--array: {len(combinations)} tasks; at most {MOST_TASKS} fit one job")
+    if problems:
+        raise BadInput(problems)
+    names = ["-".join(_word(*pair) for pair in chosen) for chosen in combinations]
+    if len(set(names)) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names)]
+    return [
+        (*(f"{key}={value}" for key, value in chosen), f"output_dir={_inline(f'{output_dir}/{n}')}")
+        for chosen, n in zip(combinations, names, strict=True)
+    ]
+
+
+def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job, Path]:
+    """Copy what the job will run into a new folder; gives the job that runs it, and the folder.
+
+    Raises:
+        BadInput: if nothing can be written there.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    parent = Path(output_dir).absolute() / SUBMITTED
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = _new_folder(parent, stamp)
+        code = folder / "code"
+        for name in PACKAGES:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(PROJECT_ROOT / name, code / name, ignore=ignored)
+        if (PROJECT_ROOT / "examples").is_dir():  # a run file may name what lies there
+            (code / "examples").symlink_to(PROJECT_ROOT / "examples")
+        (code / REVISION_FILE).write_text(f"{git_revision(PROJECT_ROOT) or ''}\n")
+        shutil.copy(resolve_path(configs[0].engine.deepspeed), folder / "policy.json")
+        runs = [folder / "run.yaml"]
+        if len(configs) > 1:
+            runs = [folder / f"run-{i}.yaml" for i in range(len(configs))]
+        for config, path in zip(configs, runs, strict=True):
+            path.touch(mode=0o600)  # an address in it may hold a password
+            path.write_text(dump(_with_policy(config, folder / "policy.json")), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"output_dir: cannot write to {output_dir}: {error.strerror}") from None
+    log = slurm.pattern(str(parent.parent / "slurm-"))
+    frozen = replace(
+        job,
+        tasks=tuple((str(path),) for path in runs),
+        code=str(code),
+        chdir=os.getcwd(),
+        log=log + ("%A_%a.out" if len(runs) > 1 else "%j.out"),
+    )
+    return frozen, folder
+
+
+def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
+    """Write the script and the record, and hand the script to sbatch; gives the job's id.
+
+    Raises:
+        BadInput: in sbatch's own words, if it refuses; the folder is gone then.
+    """
+    script = folder / "job.sbatch"
+    atomic.write(script, slurm.render(job))
+    done = _run(["sbatch", "--parsable", str(script)])
+    number = done.stdout.strip().split("\n")[-1].partition(";")[0]
+    if done.returncode != 0 or not number.isdigit():
+        shutil.rmtree(folder)
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise BadInput(f"submit: sbatch refused the job: {said}")
+    record = {
+        "job": number,
+        "submitted": time.time(),
+        "command": job.command,
+        "tasks": [str(Path(config.output_dir).absolute()) for config in configs],
+    }
+    atomic.write_json(folder / RECORD, record)
+    return number
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What sbatch hands on to the job: not what the job that we may be in was told."""
+    return {name: value for name, value in environ.items() if not FOREIGN.match(name)}
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            env=environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SBATCH_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"submit: {command[0]} did not answer within {SBATCH_SECONDS} s") from None
+
+
+def _new_folder(parent: Path, stamp: str) -> Path:
+    for number in itertools.count(1):
+        folder = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _with_policy(config: RunConfig, policy: Path) -> RunConfig:
+    engine = config.engine.model_copy(update={"deepspeed": str(policy)})
+    return config.model_copy(update={"engine": engine})
+
+
+def _inline(value: Any) -> str:
+    """A value as an override has it, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _word(key: str, value: str) -> str:
+    """How a folder's name says a setting."""
+    last = re.split(r"[.\[\]]+", key.rstrip("]"))[-1]
+    text = re.sub(r"[^A-Za-z0-9._+-]+", "-", value).strip("-.") or "empty"
+    return f"{last}-{text}"[:80]

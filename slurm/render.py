@@ -1,0 +1,59 @@
+"""Writes the sbatch files of this folder: ``python slurm/render.py``.
+
+They are what ``promptshard submit ... --dry-run`` prints for a clone that is its own working folder
+and has its libraries in .venv. ``sbatch slurm/NAME.sbatch`` runs one from there; ``promptshard
+submit`` does more: it checks the run file first, and keeps a copy of it and of the code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.slurm import Job, Resources, render
+
+QUICKSTART = "examples/quickstart.yaml"
+#: Two prompts, a few steps, few validation rows: to see that a cluster works.
+SMOKE = (
+    *(QUICKSTART, "output_dir=runs/smoke", "training.steps=30", "checkpoint.every=2"),
+    *("evaluation.every=15", "tasks[0].hand_written=[]", "tasks[1].hand_written=[]"),
+    *("tasks[0].max_validation_rows=20", "tasks[1].max_validation_rows=20"),
+)
+SEEDS = tuple(
+    (QUICKSTART, f"training.seed={seed}", f"output_dir=runs/quickstart/seed-{seed}")
+    for seed in (0, 1, 2)
+)
+WHOLE_NODE = Resources(nodes=1, gpus_per_node=8, cpus_per_task=64, mem="0", time="04:00:00")
+
+EXAMPLES = {
+    "one-node": Job(name="one-node", resources=WHOLE_NODE, tasks=((QUICKSTART,),)),
+    "four-nodes": Job(
+        name="four-nodes",
+        resources=Resources(
+            nodes=4, gpus_per_node=8, cpus_per_task=64, mem="0", time="12:00:00", partition="gpu"
+        ),
+        tasks=((QUICKSTART,),),
+        modules=("cuda/12.4",),
+    ),
+    "long-requeueing": Job(
+        name="long-requeueing",
+        resources=Resources(nodes=4, gpus_per_node=8, cpus_per_task=64, mem="0", time="1-00:00:00"),
+        tasks=((QUICKSTART, "training.steps=30000", "checkpoint.every=100"),),
+        signal_seconds=600,
+        max_requeues=100,
+    ),
+    "sweep-array": Job(
+        name="sweep-array", resources=WHOLE_NODE, tasks=SEEDS, at_once=2, log="slurm-%A_%a.out"
+    ),
+    "cpu-smoke-test": Job(
+        name="cpu-smoke-test", resources=Resources(nodes=2, time="00:10:00"), tasks=(SMOKE,)
+    ),
+}
+
+
+def main() -> None:
+    for name, job in EXAMPLES.items():
+        (Path(__file__).parent / f"{name}.sbatch").write_text(render(job), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

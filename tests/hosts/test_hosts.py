@@ -1,0 +1,175 @@
+"""Two hosts on this machine: network namespaces with addresses of their own, and a cable between.
+
+A run is started on each with ``promptshard train --no-ssh``. First the cable is cut while it
+trains: both ends stop by themselves and say what they lost. Then the same commands go on from the
+last checkpoint to the end, which equals that of a run on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+IP = shutil.which("ip", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"]))
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+TIMEOUT_SECONDS = 15  # of a wait for another rank
+SETTINGS = [
+    *("examples/quickstart.yaml", "training.steps=30", "checkpoint.every=2", "evaluation.every=15"),
+    *(f"tasks[{i}].hand_written=[]" for i in (0, 1)),
+    *(f"tasks[{i}].max_validation_rows=20" for i in (0, 1)),
+    f"engine.timeout_seconds={TIMEOUT_SECONDS}",
+]
+
+
+class Hosts:
+    """Two namespaces that are named after this process."""
+
+    def __init__(self) -> None:
+        self.names = tuple(f"promptshard-{os.getpid()}-{i}" for i in (0, 1))
+        self.links = tuple(f"ps{os.getpid() % 100000:05d}{i}" for i in (0, 1))
+
+    def make(self) -> None:
+        for name in self.names:
+            self.ip("netns", "add", name)
+        self.ip("link", "add", self.links[0], "type", "veth", "peer", "name", self.links[1])
+        for name, link, address in zip(self.names, self.links, ADDRESSES, strict=True):
+            self.ip("link", "set", link, "netns", name)
+            self.ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            self.ip("-n", name, "link", "set", "lo", "up")
+        self.cable("up")
+
+    def cable(self, state: str) -> None:
+        for name, link in zip(self.names, self.links, strict=True):
+            self.ip("-n", name, "link", "set", link, state)
+
+    def remove(self) -> None:
+        for name in self.names:
+            subprocess.run([IP or "ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run([IP or "ip", "link", "del", self.links[0]], capture_output=True, check=False)
+
+    def ip(self, *words: str) -> None:
+        done = subprocess.run([IP or "ip", *words], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    made = Hosts()
+    try:
+        if IP is None:
+            raise OSError("no `ip` (Debian: apt-get install iproute2)")
+        made.make()
+    except OSError as error:
+        made.remove()
+        warnings.warn(f"NO TEST RUNS ON SEVERAL HOSTS: {error}", stacklevel=1)
+        pytest.skip(f"no network namespaces: {error}")
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+@contextmanager
+def started(hosts: Hosts, folder: Path, output: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    hostfile = folder / "hosts"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    processes = [
+        subprocess.Popen(
+            [
+                *(IP or "ip", "netns", "exec", name),
+                *(sys.executable, "-m", "launch", "train", *SETTINGS, f"output_dir={output}"),
+                *("--hostfile", str(hostfile), "--no-ssh", "--node-rank", str(rank)),
+            ],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, name in enumerate(hosts.names)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def inhabitants(name: str) -> list[str]:
+    shown = subprocess.run([IP or "ip", "netns", "pids", name], capture_output=True, text=True)
+    return shown.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Output folders of the run on two hosts and of that on one; what each said of the cut."""
+    folder = tmp_path_factory.mktemp("hosts")
+    output = folder / "two"
+    with started(hosts, folder, output) as processes:
+        deadline = time.monotonic() + 120
+        while not list((output / "checkpoints").glob("step-*")):
+            assert time.monotonic() < deadline, [p.poll() for p in processes]
+            time.sleep(0.05)
+        hosts.cable("down")
+        cut = time.monotonic()
+        said = [process.communicate(timeout=8 * TIMEOUT_SECONDS)[0] for process in processes]
+        seconds = time.monotonic() - cut
+        codes = [process.returncode for process in processes]
+    left = [pid for name in hosts.names for pid in inhabitants(name)]
+    hosts.cable("up")
+    with started(hosts, folder, output) as processes:
+        again = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], again
+    assert "going on from step" in again[0]
+    one = folder / "one"
+    local = subprocess.run(
+        [
+            *(sys.executable, "-m", "launch", "train", *SETTINGS, f"output_dir={one}"),
+            *("--processes", "2"),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert local.returncode == 0, local.stderr
+    return {"two": output, "one": one, "said": said, "codes": codes, "s": seconds, "left": left}
+
+
+@pytest.mark.timeout(600)
+def test_a_cut_cable_ends_both_ends_and_each_names_the_other(results: Any) -> None:
+    for rank, (said, code) in enumerate(zip(results["said"], results["codes"], strict=True)):
+        assert code in (1, 75), said
+        assert f"lost: no answer from {ADDRESSES[1 - rank]}" in said, said
+    assert results["left"] == []
+
+
+def test_going_on_over_two_hosts_equals_a_run_on_one(results: Any) -> None:
+    for path in results["one"].glob("prompts/**/adapter_model.safetensors"):
+        other = results["two"] / path.relative_to(results["one"])
+        for name, tensor in load_file(path).items():
+            assert load_file(other)[name] == pytest.approx(tensor, abs=1e-5), path
+    summary = json.loads((results["two"] / "summary.json").read_text())
+    assert (summary["status"], summary["world_size"], summary["steps"]) == ("finished", 2, 30)

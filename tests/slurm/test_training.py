@@ -1,0 +1,198 @@
+"""A run on a real Slurm that loses its node, its time and its job, and ends as if it had not.
+
+One job on two nodes, one rank each, over an int8 base that ZeRO-3 shards. In turn: its time limit
+comes near; a node goes down; it is told to stop; it is cancelled and submitted again. A second run,
+of slurm/cpu-smoke-test.sbatch, has the same settings and is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from slurm.render import EXAMPLES
+from tests.slurm.cluster import NODES
+from tests.slurm.conftest import ROOT, Desk, alive_in, read, until
+from trainer.config import dump, load
+
+pytestmark = pytest.mark.timeout(900)
+
+START_SECONDS = 120  # until a run has a new checkpoint, on a busy machine
+OUTPUT = Path("runs", "often stopped")
+(SMOKE,) = EXAMPLES["cpu-smoke-test"].tasks
+
+
+class Run:
+    """The job that is stopped again and again."""
+
+    def __init__(self, desk: Desk, run_file: Path) -> None:
+        self.desk, self.run_file = desk, run_file
+        self.output = desk.path / OUTPUT
+        self.job = self.submit()
+        self.log = self.output / "logs" / f"slurm-{self.job}.out"
+
+    def submit(self) -> str:
+        said = self.desk.promptshard(
+            *("submit", str(self.run_file), "--nodes", "2", "--time", "10"),
+            *("--signal-seconds", "60", "--max-requeues", "5", f"output_dir={OUTPUT}"),
+        )
+        return said.split("submitted job ")[1].split(":")[0]
+
+    @property
+    def saved(self) -> int:
+        names = [path.name for path in (self.output / "checkpoints").glob("step-*")]
+        return max((int(name.rpartition("-")[2]) for name in names), default=0)
+
+    def said(self) -> str:
+        logs = [self.log, *(self.output / "logs").glob("*.log")]
+        return "\n".join(f"{path.name}:\n{read(path)[-3000:]}" for path in logs)
+
+    @contextmanager
+    def held(self, restart: int) -> Iterator[list[psutil.Process]]:
+        """Once this session has saved, one rank stands still inside: the run cannot end early."""
+        until(lambda: f"restart {restart}, port" in read(self.log), START_SECONDS, self.said)
+        before = self.saved
+        until(lambda: self.saved > before, START_SECONDS, self.said)
+        found = map(psutil.Process, alive_in(self.job))
+        ranks = [rank for rank in found if rank.cmdline()[1:4] == ["-u", "-m", "trainer"]]
+        assert len(ranks) == 2, [rank.cmdline() for rank in ranks]
+        ranks[0].send_signal(signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            ranks[0].send_signal(signal.SIGCONT)
+            psutil.wait_procs(ranks, timeout=60)
+
+    def finish(self) -> None:
+        until(lambda: not self.desk.cluster.squeue(), START_SECONDS, self.said)
+        summary = self.output / "summary.json"
+        assert json.loads(summary.read_text())["status"] == "finished", self.said()
+
+    def status(self) -> Any:
+        return json.loads(self.desk.promptshard("status", str(OUTPUT), "--json"))
+
+
+@pytest.fixture(scope="module")
+def run(desk: Desk) -> Run:
+    """Both runs, to their end; what happened on the way is checked here."""
+    cluster = desk.cluster
+    run_file = desk.path / "own.yaml"
+    run_file.write_text(dump(load(SMOKE[0], SMOKE[1:])))
+    run = Run(desk, run_file)
+    words = run_file.read_text()
+    run_file.write_text("what a job runs was frozen when it was submitted")
+
+    with run.held(restart=0) as ranks:
+        code = Path(ranks[1].environ()["PYTHONPATH"].split(":")[0])
+        assert code.is_relative_to(run.output / "logs" / "submitted")
+        assert (run.status()["state"], run.status()["steps"]) == ("running", 30)
+        desk.sbatch(ROOT / "slurm" / "cpu-smoke-test.sbatch")
+        limit = int(run_seconds(cluster.job(run.job)["RunTime"]) + 65) // 60 + 1
+        cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
+        until(lambda: "the time limit is near" in read(run.log), 120, run.said)
+        cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    until(lambda: "requeued as restart 1 of at most 5" in read(run.log), 60, run.said)
+
+    with run.held(restart=1):
+        down = f"NodeName={NODES[1]}"
+        cluster.run("scontrol", "update", down, "State=DOWN", "Reason=test")
+    until(lambda: cluster.job(run.job)["Restarts"] == "2", 60, run.said)
+    assert "requeued as restart 2" not in read(run.log)  # Slurm has done it itself
+    cluster.run("scontrol", "update", down, "State=RESUME", check=False)
+
+    with run.held(restart=2):
+        cluster.run("scancel", "--signal=USR1", run.job)
+    until(lambda: "requeued as restart 3 of at most 5" in read(run.log), 60, run.said)
+
+    with run.held(restart=3):
+        cluster.run("scancel", run.job)
+    until(lambda: cluster.job(run.job)["JobState"] == "CANCELLED", 60, run.said)
+    until(lambda: run.job not in cluster.squeue(), 60, run.said)
+    found = run.status()
+    assert found["state"] == "not finished"
+    assert found["job"]["state"] in ("CANCELLED", "UNKNOWN")
+    assert 0 < run.saved < 30
+    assert alive_in(run.job) == []
+
+    run_file.write_text(words)
+    run.job = run.submit()
+    run.finish()
+    return run
+
+
+def run_seconds(text: str) -> int:
+    """``HH:MM:SS`` of scontrol."""
+    hours, minutes, seconds = map(int, text.split(":"))
+    return (hours * 60 + minutes) * 60 + seconds
+
+
+def adapters(output: Path) -> dict[str, Any]:
+    found = {
+        path.parent.relative_to(output).as_posix(): load_file(path)["prompt_embeddings"]
+        for path in output.glob("prompts/**/adapter_model.safetensors")
+    }
+    assert len(found) == 4, found.keys()  # two prompts, each the best and the last
+    return found
+
+
+def losses(output: Path) -> dict[tuple[int, str, str], float]:
+    """Every loss and score of every step, each logged once."""
+    found: dict[tuple[int, str, str], float] = {}
+    for text in (output / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        for name, value in line["metrics"].items():
+            if line["prompt"] is not None:
+                assert (line["step"], line["prompt"], name) not in found
+                found[line["step"], line["prompt"], name] = value
+    return found
+
+
+def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> None:
+    smoke = run.desk.path / "runs" / "smoke"
+    assert json.loads((smoke / "summary.json").read_text())["world_size"] == 2
+    mine, undisturbed = adapters(run.output), adapters(smoke)
+    for name, tensor in undisturbed.items():
+        assert mine[name] == pytest.approx(tensor, abs=1e-5), name
+    mine, undisturbed = losses(run.output), losses(smoke)
+    assert {step for step, _, _ in mine} == set(range(1, 31))
+    assert mine == pytest.approx(undisturbed, abs=1e-5)
+
+
+def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
+    with sqlite3.connect(run.output / "mlflow.db") as store:
+        runs = dict(store.execute("select run_uuid, status from runs"))
+        tags = store.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'")
+        parents = dict(tags)
+    assert set(runs.values()) == {"FINISHED"}, runs
+    (parent,) = runs.keys() - parents.keys()
+    assert len(runs) == 3
+    assert set(parents.values()) == {parent}
+
+
+def test_every_session_says_what_it_did(run: Run) -> None:
+    said = read(run.log)
+    for words in ("going on from step", "stopped and saved; submit it again to go on"):
+        assert words in said
+    assert "not the one frozen" not in said
+    assert "ended with exit code 0" in read(run.output / "logs" / f"slurm-{run.job}.out")
+
+
+def test_its_status_after_the_end(run: Run) -> None:
+    found = run.status()
+    assert (found["state"], found["step"], found["steps"]) == ("finished", 30, 30)
+    assert set(found["metrics"]) == {"triage", "animals"}
+    assert found["eta_seconds"] is None
+    assert "finished at step 30" in run.desk.promptshard("status", str(OUTPUT))
+
+
+def test_nothing_is_left_running(run: Run) -> None:
+    assert alive_in(run.job) == []

@@ -1,0 +1,499 @@
+"""sbatch text and its submission, with stand-ins for Slurm; tests/slurm starts a real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import slurm, status, submit
+from launch.slurm import Job, Resources
+from slurm.render import EXAMPLES
+from tests.unit.test_launch import promptshard as run_promptshard
+from tests.unit.test_launch import run_file  # noqa: F401
+from trainer.errors import BadInput
+from trainer.revision import git_revision
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The text
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_shipped_scripts_are_what_is_rendered(name):
+    shipped = (ROOT / "slurm" / f"{name}.sbatch").read_text(encoding="utf-8")
+    assert shipped == slurm.render(EXAMPLES[name]), "python slurm/render.py writes it anew"
+    assert list(slurm.problems(EXAMPLES[name])) == []
+
+
+def test_no_other_script_is_shipped():
+    assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == set(EXAMPLES)
+
+
+def job(**settings: Any) -> Job:
+    resources = {name: settings.pop(name) for name in list(settings) if name in RESOURCES}
+    asked = Resources(**{"nodes": 2} | resources)
+    return dataclasses.replace(Job(name="a", resources=asked, tasks=(("run.yaml",),)), **settings)
+
+
+RESOURCES = {field.name for field in dataclasses.fields(Resources)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"nodes": 0}, "--nodes: 0 is too few"),
+        ({"gpus_per_node": 0}, "--gpus-per-node: 0 is too few"),
+        ({"gpus_per_node": 8, "processes_per_node": 2}, "--processes-per-node: is for nodes"),
+        ({"partition": "two words"}, "--partition: 'two words' is not one; give a name of `sinfo`"),
+        ({"partition": "gpu;rm"}, "--partition"),
+        ({"account": "a b"}, "--account"),
+        ({"qos": "$HOME"}, "--qos"),
+        ({"mem": "64GB"}, "--mem: '64GB' is not one; give megabytes, or as 64G"),
+        ({"dependency": "12"}, "--dependency: '12' is not one; write afterok:JOB_ID"),
+        ({"time": "soon"}, "--time: 'soon' is no time; write minutes"),
+        ({"time": "1:99"}, "--time: '1:99' is no time"),
+        ({"time": "0"}, "--time: '0' is no time"),
+        ({"time": "2"}, "--signal-seconds: 120 is not before the time limit"),
+        ({"signal_seconds": 0}, "--signal-seconds: 0 is not within 1 to 65535"),
+        ({"max_requeues": -1}, "--max-requeues: -1 is too few"),
+        ({"modules": ("cuda; ls",)}, "--module: 'cuda; ls' is not one"),
+        ({"extra": ("-C h100",)}, "--sbatch: '-C h100' is not one; write the whole option"),
+        ({"extra": ("--signal=TERM",)}, "--sbatch: --signal is set by the job itself"),
+        ({"mounts": ("/a:/b",)}, "--container-mounts: there is no --container-image"),
+        ({"mounts": ("/a",), "container": "x"}, "--container-mounts: '/a' is not one"),
+        ({"name": "a\n#SBATCH --exclusive"}, "line break"),
+        ({"tasks": (("run.yaml", "a=\n"),)}, "line break"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused(settings, problem):
+    found = list(slurm.problems(job(**settings)))
+    assert any(problem in text for text in found), found
+
+
+def test_all_problems_at_once():
+    assert len(list(slurm.problems(job(nodes=0, time="x", partition="a b")))) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dependency": "afterok:12:13_4,afternotok:7"},
+        {"dependency": "singleton"},
+        {"partition": "gpu,long-2"},
+        {"mem": "0"},
+        {"time": "1-0", "extra": ("--constraint=a&b", "--exclusive")},
+    ],
+)
+def test_good_settings(settings):
+    assert list(slurm.problems(job(**settings))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("01:00:00", 3600),
+        ("2-3", 183600),
+        ("1-0:5", 86700),
+        ("1-00:00:01", 86401),
+        ("1:2:3:4", None),
+        ("-5", None),
+        ("", None),
+    ],
+)
+def test_times_as_sbatch_reads_them(text, seconds):
+    assert slurm.time_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("plain-1.out", "plain-1.out"),
+        ("two words", '"two words"'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+        ("#x", '"#x"'),
+        ("", '""'),
+    ],
+)
+def test_values_of_directives(value, text):
+    assert slurm.directive(value) == text
+
+
+def test_containers_and_modules():
+    text = slurm.render(
+        job(
+            container="nvcr.io#nvidia/pytorch:25.01 py3",
+            mounts=("/data:/data:ro",),
+            modules=("cuda/12.4",),
+            chdir="/work/me",
+            code="/out/code",
+            gpus_per_node=4,
+            cpus_per_task=32,
+        )
+    )
+    assert "module load cuda/12.4 || exit 1\n" in text
+    assert "'--container-image=nvcr.io#nvidia/pytorch:25.01 py3'" in text
+    assert "--container-mounts=/data:/data:ro,/work/me:/work/me,/out/code:/out/code" in text
+    assert "--container-workdir=/work/me" in text
+    # since 22.05 srun does not inherit it
+    assert text.count("--cpus-per-task=32") == 2
+    assert "--need-gpus" in text
+
+
+# The script as bash runs it, with stand-ins for scontrol and srun
+
+SRUN = """\
+#!{python}
+import os, signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("-"):
+    del command[0]
+signal.signal(signal.SIGUSR1, lambda *_: [node.send_signal(signal.SIGUSR1) for node in nodes])
+nodes = [subprocess.Popen(command, env=dict(os.environ, SLURM_NODEID=str(n))) for n in (0, 1)]
+sys.exit(max(node.wait() for node in nodes))
+"""
+NODE = """\
+#!{python}
+import os, signal, sys, time
+def stop(*_):
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+with open(f"{{os.environ['FOLDER']}}/node-{{os.environ['SLURM_NODEID']}}", "w") as file:
+    file.write("\\n".join(sys.argv[1:]))
+if os.environ["CODE"] == "wait":
+    time.sleep(30)
+sys.exit(int(os.environ["CODE"]))
+"""
+SCONTROL = """\
+#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" >> "$FOLDER/requeued"; else printf 'n7\\nn9\\n'; fi
+"""
+
+
+class Batch:
+    """A folder whose job can be run by bash."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", NODE)):
+            path = folder / name
+            path.write_text(text if name == "scontrol" else text.format(python=sys.executable))
+            path.chmod(0o755)
+        (folder / "job").write_text(slurm.render(job(python=str(folder / "python"), **settings)))
+
+    def start(self, code: str, **environ: str) -> subprocess.Popen[str]:
+        given = {
+            "PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}",
+            "FOLDER": str(self.folder),
+            "CODE": code,
+            "SLURM_JOB_ID": "20007",
+            "SLURM_JOB_NODELIST": "n[7,9]",
+            "SLURM_JOB_NUM_NODES": "2",
+            # the batch shell's own, and the address that some take for the first node's
+            "SLURM_NODEID": "0",
+            "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.99",
+        }
+        return subprocess.Popen(
+            ["bash", str(self.folder / "job")],
+            env=given | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, code: str, **environ: str) -> tuple[int, str]:
+        process = self.start(code, **environ)
+        said, _ = process.communicate(timeout=30)
+        return process.returncode, said
+
+    @property
+    def requeued(self) -> list[str]:
+        path = self.folder / "requeued"
+        return path.read_text().split() if path.exists() else []
+
+
+def test_each_node_gets_its_own_rank_and_all_the_same_meeting_point(tmp_path):
+    batch = Batch(tmp_path, processes_per_node=3)
+    code, said = batch.run("0")
+    assert code == 0, said
+    for rank in (0, 1):
+        words = (tmp_path / f"node-{rank}").read_text().splitlines()
+        assert words[words.index("--node-rank") + 1] == str(rank)
+        assert words[words.index("--master-addr") + 1] == "n7"
+        assert words[words.index("--master-port") + 1] == "10007"
+        assert words[words.index("--hosts") + 1] == "n7,n9"
+        assert words[words.index("--slots") + 1] == "3"
+        assert "10.0.0.99" not in words
+    assert batch.requeued == []
+
+
+def test_a_host_that_scontrol_does_not_name_is_no_reason_for_localhost(tmp_path):
+    code, said = Batch(tmp_path).run("0", SLURM_JOB_NUM_NODES="3")
+    assert code == 2
+    assert "scontrol names 2 hosts, but the job has 3 nodes" in said
+    assert not (tmp_path / "node-0").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "environ", "requeued"),
+    [
+        ("75", {}, ["20007"]),
+        ("75", {"SLURM_RESTART_COUNT": "1"}, ["20007"]),
+        ("75", {"SLURM_RESTART_COUNT": "2"}, []),
+        # the id of an array's last task is that of the whole array
+        ("75", {"SLURM_ARRAY_JOB_ID": "20007", "SLURM_ARRAY_TASK_ID": "1"}, ["20007_1"]),
+        ("1", {}, []),
+        ("2", {}, []),
+        ("0", {}, []),
+    ],
+)
+def test_it_requeues_itself_when_the_ranks_have_saved(tmp_path, code, environ, requeued):
+    batch = Batch(tmp_path, max_requeues=2)
+    ended, said = batch.run(code, **environ)
+    assert (ended, batch.requeued) == (int(code), requeued), said
+
+
+@pytest.mark.parametrize(
+    ("number", "requeued"), [(signal.SIGUSR1, ["20007"]), (signal.SIGTERM, [])]
+)
+def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
+    batch = Batch(tmp_path)
+    process = batch.start("wait")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "node-1").exists() or not (tmp_path / "node-0").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert (process.returncode, batch.requeued) == (75, requeued), said
+    assert said.count("telling the ranks to save and stop") == 1
+
+
+def test_only_the_first_session_is_fresh(tmp_path):
+    batch = Batch(tmp_path, fresh=True)
+    for restart, fresh in (("0", True), ("1", False)):
+        batch.run("0", SLURM_RESTART_COUNT=restart)
+        assert ("--fresh" in (tmp_path / "node-0").read_text().splitlines()) == fresh
+
+
+# Submission
+
+SBATCH = """\
+#!/bin/bash
+if [ "$1" = --version ]; then echo "slurm-wlm ${VERSION:-22.05.8}"; exit; fi
+env > "$FOLDER/environment"
+cp "${@: -1}" "$FOLDER/submitted.sbatch"
+if [ -n "${REFUSES:-}" ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
+echo "4711;cluster"
+"""
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("FOLDER", str(folder))
+    return folder
+
+
+def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # called from within another job
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    done = run_promptshard(
+        "submit", run_file, "training.steps=9", "--nodes", "2", "--partition", "gpu"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "submitted job 4711" in done.stdout
+    assert f"promptshard status {run_file.parent}/out" in done.stdout
+    (folder,) = (run_file.parent / "out" / "logs" / "submitted").iterdir()
+    script = (fake_slurm / "submitted.sbatch").read_text()
+    assert script == (folder / "job.sbatch").read_text()
+    assert f"set -- {folder}/run.yaml\n" in script
+    assert f"PYTHONPATH={folder}/code$" in script
+    assert "steps: 9" in (folder / "run.yaml").read_text()
+    assert (folder / "run.yaml").stat().st_mode & 0o077 == 0
+    assert f"deepspeed: {folder}/policy.json" in (folder / "run.yaml").read_text()
+    for name in ("trainer/__main__.py", "launch/node.py", "ds_configs/zero3.json"):
+        assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert git_revision(folder / "code") == git_revision(ROOT)
+    given = dict(line.split("=", 1) for line in environment_lines(fake_slurm))
+    assert given["SLURM_CONF"] == "/etc/slurm.conf"
+    assert not {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"} & set(given)
+
+
+def environment_lines(folder: Path) -> list[str]:
+    return [x for x in (folder / "environment").read_text().splitlines() if x.startswith("SLURM")]
+
+
+def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
+    done = run_promptshard(
+        *("submit", run_file, "--nodes", "1", "--array", "training.seed=[0, 1]"),
+        *("--array", "training.steps=[5, 7]", "--at-once", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "job array 4711 of 4 tasks" in done.stdout
+    script = (fake_slurm / "submitted.sbatch").read_text()
+    assert "#SBATCH --array=0-3%2\n" in script
+    (folder,) = (run_file.parent / "out" / "logs" / "submitted").iterdir()
+    last = (folder / "run-3.yaml").read_text()
+    assert f"output_dir: {run_file.parent}/out/seed-1-steps-7\n" in last
+    assert "steps: 7" in last
+    found = status.look(run_file.parent / "out")
+    assert [Path(task.run_dir).name for task in found.tasks] == [
+        *("seed-0-steps-5", "seed-0-steps-7", "seed-1-steps-5", "seed-1-steps-7")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--nodes", "0"], "--nodes: 0 is too few"),
+        (["--nodes", "1", "--time", "1 hour"], "--time: '1 hour' is no time"),
+        (["--nodes", "1", "--partition", "a b"], "--partition: 'a b'"),
+        (["--nodes", "1", "training.stepz=1"], "training.stepz: unknown setting"),
+        (["--nodes", "1", "--array", "training.seed=3"], "write KEY=[VALUE, VALUE]"),
+        (["--nodes", "1", "--array", "training.seed=[x]"], "training.seed"),
+        ([], "--nodes"),
+    ],
+)
+def test_bad_input_is_refused_before_sbatch(run_file, fake_slurm, words, problem):  # noqa: F811
+    done = run_promptshard("submit", run_file, *words)
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert not (fake_slurm / "submitted.sbatch").exists()
+    assert not (run_file.parent / "out").exists()
+
+
+def test_what_sbatch_refuses_leaves_nothing_behind(run_file, fake_slurm, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("REFUSES", "yes")
+    done = run_promptshard("submit", run_file, "--nodes", "1")
+    assert done.returncode == 2
+    assert "sbatch refused the job: sbatch: error: invalid partition" in done.stderr
+    assert list((run_file.parent / "out" / "logs" / "submitted").iterdir()) == []
+
+
+def test_an_old_slurm_or_none(run_file, fake_slurm, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("VERSION", "20.11.9")
+    done = run_promptshard("submit", run_file, "--nodes", "1")
+    assert done.returncode == 2
+    assert "20.11.9 is too old; Slurm 22.05 or newer is needed" in done.stderr
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BadInput, match="sbatch is not on PATH"):
+        submit.check_slurm()
+
+
+def test_a_dry_run_prints_the_script_alone(run_file, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PATH", "/usr/bin:/bin" if not Path("/usr/bin/sbatch").exists() else "/bin")
+    done = run_promptshard("submit", run_file, "a.b", "--nodes", "1", "--dry-run")
+    assert done.returncode == 2  # checked like any other
+    done = run_promptshard("submit", run_file, "training.seed=3", "--nodes", "1", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n# promptshard submit ")
+    assert f"set -- {run_file} training.seed=3\n" in done.stdout
+    assert "nothing was submitted" in done.stderr
+    assert not (run_file.parent / "out").exists()
+
+
+# Status
+
+
+def write_run(folder: Path, run: str, steps: int, every: float = 2.0) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(run)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            line = {"time": 1000 + every * step, "step": step, "useful_tokens": 1}
+            line |= {"prompt": "triage", "metrics": {"train_loss": 1 / step}}
+            file.write(json.dumps(line) + "\n")
+
+
+def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PATH", "")
+    out = run_file.parent / "out"
+    write_run(out, run_file.read_text(), 3)
+    (out / "checkpoints" / "step-00000002").mkdir(parents=True)
+    found = status.look(out)
+    assert (found.state, found.step, found.steps, found.checkpoint) == ("not finished", 3, 5, 2)
+    assert found.eta_seconds == pytest.approx(4.0)
+    text = status.as_text(found, now=1016.0)
+    assert "job:      no job" in text
+    assert "step:     3 of 5, about 4 s to go" in text
+    assert "written:  10 s ago" in text
+    assert "the same command goes on from step 2" in text
+    assert "triage: train_loss 0.3333" in text
+
+
+@pytest.mark.parametrize(
+    ("summary", "state", "said"),
+    [
+        ({"status": "finished", "steps": 5}, "finished", "finished at step 5"),
+        ({"status": "failed", "error": "out of memory"}, "failed", "failed: out of memory"),
+    ],
+)
+def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, said):  # noqa: F811
+    monkeypatch.setenv("PATH", "")
+    out = run_file.parent / "out"
+    write_run(out, run_file.read_text(), 5)
+    (out / "summary.json").write_text(json.dumps(summary))
+    found = status.look(out)
+    assert (found.state, found.eta_seconds) == (state, None)
+    assert found.said.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "state", "said"),
+    [
+        ("RUNNING|None|n[1-2]|1:00:00", "", "running", "running on n[1-2]"),
+        ("PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
+        ("", "TIMEOUT|0:0|n1", "not finished", "job 12 ended: TIMEOUT (exit code 0:0)"),
+        ("", "CANCELLED by 0|0:15|n1", "not finished", "job 12 ended: CANCELLED"),
+        ("", "", "not finished", "unless it is running now"),
+    ],
+)
+def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, said):  # noqa: F811
+    for name, answer in (("squeue", squeue), ("sacct", sacct)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s\\n' '{answer}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    out = run_file.parent / "out"
+    folder = out / "logs" / "submitted" / "20260101-000000"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(run_file.read_text())  # before the run has saved its own
+    (folder / "job.json").write_text(json.dumps({"job": "12", "tasks": [str(out)]}))
+    found = status.look(out)
+    assert (found.state, found.step, found.steps) == (state, 0, 5)
+    assert said in found.said
+
+
+def test_status_of_what_is_no_run(tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        done = run_promptshard("status", folder)
+        assert done.returncode == 2
+        assert str(folder) in done.stderr
+
+
+def test_a_pause_is_no_step():
+    assert status._pace([0.0, 1.0, 2.0, 3.0, 500.0, 501.0]) == 1.0
+    assert status._pace([1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.4, "4 s"), (600, "10 min"), (12000, "3 h 20 min"), (187200, "2 d 4 h"), (-3, "0 s")],
+)
+def test_durations(seconds, text):
+    assert status.duration(seconds) == text
