@@ -62,7 +62,9 @@ def run(
             total = sum(host.slots for host in place.hosts)
             where = f"on {len(place.hosts)} hosts that meet at {place.address}:{place.port}"
             messages.note(f"starting {total} processes {where}; logs: {log.parent}")
-        ending = processes.run_local(command, environment, log, module, slots, GRACE_SECONDS)
+        ending = processes.run_local(
+            command, environment, log, module, slots, GRACE_SECONDS, place.rank * slots
+        )
     if ending.code in (EXIT_DONE, EXIT_BAD_INPUT):
         return ending
     said = [ending.message] if ending.message else []

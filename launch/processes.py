@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -32,12 +33,14 @@ from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMAB
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 
 GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
+STOP_SECONDS = 600.0  # the same where it may end its step first, and save
 TRAINER = "trainer"  # the one module whose runs can go on
 PER_NODE_MODULE = "deepspeed.launcher.launch"  # what the runner starts, and what starts the ranks
 REMOTE_GRACE_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
 POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
 CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
+SPAWNED = re.compile(r"process (\d+) spawned with command")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -47,6 +50,37 @@ class Ending:
 
     code: int
     message: str = ""
+
+
+class _Losses:
+    """Which rank of this machine ended first, while the launcher does not look.
+
+    The launcher tells its processes in the order of their ranks, and the first exit code alone.
+    """
+
+    def __init__(self, log: Path, ranks: int, first_rank: int) -> None:
+        self._log, self._ranks, self._first_rank = log, ranks, first_rank
+        self._pids: list[int] = []
+        self.first = ""
+
+    def look(self) -> None:
+        if self.first:
+            return
+        if len(self._pids) < self._ranks:
+            found = SPAWNED.findall(self._log.read_text(errors="replace"))
+            self._pids = [int(pid) for pid in found]
+            return
+        for i, pid in enumerate(self._pids):
+            if _has_ended(pid):
+                self.first = f"rank {self._first_rank + i} (process {pid} on {platform.node()})"
+                return
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
 
 
 class _Stop:
@@ -79,7 +113,8 @@ def run_local(
     log: Path,
     module: str,
     ranks: int,
-    grace_seconds: float = GRACE_SECONDS,
+    grace_seconds: float = STOP_SECONDS,
+    first_rank: int = 0,
 ) -> Ending:
     """Run the launcher on this machine and hand on how its ranks ended.
 
@@ -88,8 +123,9 @@ def run_local(
 
     Args:
         grace_seconds: between a stop signal and the end of ranks that do not stop.
+        first_rank: of this machine, among all of the run.
     """
-    stop = _Stop()
+    stop, losses = _Stop(), _Losses(log, ranks, first_rank)
     with log.open("wb") as chatter, stop.listening():
         with _blocked(STOPPING):
             process = subprocess.Popen(
@@ -101,11 +137,13 @@ def run_local(
             )
         with _guarded(process.pid):
             forward = functools.partial(_signal_ranks, process.pid, module)
-            _wait(process, stop, forward, grace_seconds)
+            _wait(process, stop, forward, grace_seconds, losses.look)
             _end_ranks(process.pid, module)
     finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
-    saved = module == TRAINER and any((log.parent.parent / "checkpoints").glob("step-*"))
-    return _ending(process.returncode, stop.signals, log, lost=finished < ranks, saved=saved)
+    lost, resumable = finished < ranks, module == TRAINER
+    return _ending(
+        process.returncode, stop.signals, log, lost=lost, resumable=resumable, first=losses.first
+    )
 
 
 def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
@@ -130,7 +168,7 @@ def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path
             if stop.signals:
                 _signal_group(process.pid, signal.SIGKILL)
         sorter.join(timeout=GRACE_SECONDS)
-    return _ending(process.returncode, stop.signals, log, lost=False, saved=False)
+    return _ending(process.returncode, stop.signals, log, lost=False, resumable=False)
 
 
 def _wait(
@@ -138,6 +176,7 @@ def _wait(
     stop: _Stop,
     forward: Callable[[signal.Signals], None],
     grace_seconds: float = GRACE_SECONDS,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """Wait for the launcher. A stop signal is forwarded; a second Ctrl-C, or time, ends the group.
 
@@ -145,6 +184,7 @@ def _wait(
     """
     deadline = None
     while process.poll() is None:
+        look()
         if stop.signals and deadline is None:
             deadline = time.monotonic() + grace_seconds
             forward(stop.signals[0])
@@ -237,13 +277,20 @@ def _sort_lines(source: IO[str], chatter: IO[str], terminal: IO[str]) -> None:
 
 
 def _ending(
-    returncode: int, stopped: Sequence[signal.Signals], log: Path, *, lost: bool, saved: bool
+    returncode: int,
+    stopped: Sequence[signal.Signals],
+    log: Path,
+    *,
+    lost: bool,
+    resumable: bool,
+    first: str = "",
 ) -> Ending:
     """The exit code that the ranks meant, and a message where they cannot have given one.
 
     Args:
         lost: a rank did not end well.
-        saved: there is a checkpoint to go on from.
+        first: the rank that ended first.
+        resumable: the same command goes on with what was stopped, or begins it anew.
     """
     if returncode == EXIT_DONE and not lost:
         return Ending(EXIT_DONE)
@@ -251,22 +298,22 @@ def _ending(
         return Ending(returncode)  # rank 0 has said why
     if stopped:
         said = f"stopped by {stopped[0].name}; all processes have ended"
-        if saved:  # by an earlier session, if this one was stopped while it started
-            return Ending(EXIT_RESUMABLE, f"{said}; the same command goes on from the checkpoint")
+        if resumable:
+            return Ending(EXIT_RESUMABLE, f"{said}; the same command goes on from its checkpoint")
         return Ending(EXIT_FAILURE, said)
     if returncode == EXIT_DONE:
         how = "the launcher was killed and the ranks did not finish"
     else:
-        how = _describe(returncode)
+        how = _describe(returncode, first or "a process")
     return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
 
 
-def _describe(returncode: int) -> str:
+def _describe(returncode: int, who: str) -> str:
     """``sys.exit(-9)`` of the launcher, its way to say "killed by signal 9", arrives as 247."""
     number = -returncode if returncode < 0 else 256 - returncode if returncode > 192 else 0
     try:
         name = signal.Signals(number).name
     except ValueError:
-        return f"a process ended with exit code {returncode}"
+        return f"{who} ended with exit code {returncode}"
     hint = " (out of memory?)" if number == signal.SIGKILL else ""
-    return f"a process was killed by {name}{hint}"
+    return f"{who} was killed by {name}{hint}"

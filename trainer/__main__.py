@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer import config as run_file
+from trainer import stop
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, BadInput
@@ -76,10 +76,8 @@ def guarded(
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
     console = Console(terminal.out, terminal.err, log)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        # launch/ starts us with stop signals blocked: one that came since then arrives now.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        stop.listen()  # launch/ starts us with stop signals blocked
         program(console)
         return EXIT_DONE
     except KeyboardInterrupt:
@@ -100,10 +98,10 @@ def guarded(
 def _stopped(output: Path, console: Console) -> int:
     """What a run that was told to stop leaves behind, and its exit code."""
     saved = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
-    if not saved:
-        console.error("stopped before the first checkpoint")
-        return EXIT_FAILURE
-    console.error(f"stopped; the same command goes on from {saved[-1]}")
+    if saved:
+        console.error(f"stopped; the same command goes on from {saved[-1]}")
+    else:
+        console.error("stopped before the first checkpoint; the same command begins anew")
     return EXIT_RESUMABLE
 
 

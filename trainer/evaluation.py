@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trainer import stop
 from trainer.base.model import PromptedBase
 from trainer.engine import Engine
 from trainer.generation import generate
@@ -20,6 +21,7 @@ from trainer.memory import StreamBudget
 from trainer.objective import read_teacher
 from trainer.prefetch import ahead, prepare_stream
 from trainer.search import STANDARD_ERROR, ratio_standard_error
+from trainer.stop import Stopped
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
@@ -73,6 +75,9 @@ class Evaluator:
 
         With a teacher the loss is the mean divergence from it, in nats a position, and
         ``agreement`` is the share of positions where both find the same token likeliest.
+
+        Raises:
+            Stopped: on all ranks, between two streams, if one was told to stop.
         """
         slots = [_num_slots(request) for request in requests]
         lengths = PromptLengths.of(virtual_tokens)
@@ -120,7 +125,13 @@ class Evaluator:
             return prepare_stream(mine, lengths, self.engine.device, taught=taught)
 
         for prepared in ahead(make, planned()):
+            self._stop_if_told()
             yield prepared.to(self.engine.device)
+
+    def _stop_if_told(self) -> None:
+        """On all ranks together; what was scored so far is forgotten."""
+        if self.engine.any(stop.asked()):
+            raise Stopped
 
     def _comparisons(
         self,

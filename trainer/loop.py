@@ -3,7 +3,8 @@
 read the rows of every active prompt
 forward, backward, one all-reduce; leave out what is not finite
 one optimizer step per prompt
-log; stop what diverged; validate what is due, keep the best, stop early or at a rung; checkpoint
+log; stop what diverged; told to stop: save, end on all ranks together
+validate what is due, keep the best, stop early or at a rung; checkpoint
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trainer.optimization import EarlyStopping
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.search import STANDARD_ERROR, rungs, worst
+from trainer.stop import Stopped
 from trainer.tasks.feed import TaskData
 from trainer.tasks.streams import PromptLengths
 
@@ -45,6 +47,7 @@ class Progress:
         stopped: of each prompt that has: the ``step``, and the ``reason``: ``finished`` (its steps
             are done), ``early_stopping``, ``halving`` or ``diverged``.
         train_losses: of each prompt since its last validation: their sum, and how many.
+        unjudged: the last step is done, but not yet what may follow it: validation, early stops.
     """
 
     step: int = 0
@@ -57,6 +60,7 @@ class Progress:
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)
     stopped: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
+    unjudged: bool = False
 
 
 def _nothing(*_: object) -> None:
@@ -93,6 +97,7 @@ class Loop:
         self.steps_here = 0
         self.train_gathered_bytes = self.train_exchanged_bytes = 0
         self.saved_bytes_per_token = 0.0
+        self._stopping = False
         self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
         self.last_step = self.config.last_step
         self._steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
@@ -103,21 +108,42 @@ class Loop:
 
         Raises:
             Diverged: if that is because all of them have diverged.
+            Stopped: if a rank was told to stop; the state of the last step is saved then.
         """
-        if not self.progress.baselines:
-            self._score_baselines()
         try:
+            if not self.progress.baselines:
+                self._score_baselines()
             with self.console.training(self.last_step, self.progress.step) as line:
-                while self.progress.step < self.last_step and any(self.bank.active):
-                    self._step(line)
-                    self.between_steps()
-                    self._raise_if_all_diverged()
-                    self._evaluate()
+                while self.progress.unjudged or self._goes_on():
+                    if not self.progress.unjudged:
+                        self._step(line)
+                        self.between_steps()
+                        self._raise_if_all_diverged()
+                        self._stop_if_told()
+                    self._judge_step()
                     ended = not any(self.bank.active)
                     if ended or self.progress.step % self.config.checkpoint.every == 0:
                         self.save(self)
         finally:
             self.feed.close()
+
+    def _goes_on(self) -> bool:
+        return self.progress.step < self.last_step and any(self.bank.active)
+
+    def _stop_if_told(self) -> None:
+        """Save this step and stop, on all ranks together, if one of them was told to."""
+        if self._stopping:
+            self.save(self)
+            raise Stopped
+
+    def _judge_step(self) -> None:
+        """Validate what is due; told to stop meanwhile, the run goes on with just that."""
+        try:
+            self._evaluate()
+        except Stopped:
+            self.save(self)
+            raise
+        self.progress.unjudged = False
 
     def _step(self, line: StepLine) -> None:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
@@ -138,6 +164,7 @@ class Loop:
         rates = self.bank.learning_rates
         norms = self.bank.update(result.gradients)
         self.progress.step += 1
+        self.progress.unjudged, self._stopping = True, result.stopping
         self.progress.useful_tokens += result.useful_tokens
         self._count_skipped(result, norms)
 

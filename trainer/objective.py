@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer import stop
 from trainer.base.model import Reading
 from trainer.base.saved import SavedBytes
 from trainer.engine import Engine
@@ -91,6 +92,7 @@ class StepResult:
         useful_tokens: text tokens the base read, over all ranks.
         longest_stream, first_stream: tokens of these streams of this rank.
         splits: streams that did not fit on their rank and were cut in two, over all ranks.
+        stopping: some rank was told to stop.
     """
 
     losses: list[float]
@@ -100,6 +102,7 @@ class StepResult:
     longest_stream: int
     first_stream: int
     splits: int
+    stopping: bool
 
 
 class OutOfMemory(RuntimeError):
@@ -166,7 +169,8 @@ def batch_gradients(
             todo.appendleft((part, half_stream))
     # A prompt without rows, as one that has stopped, has no gradient on any rank: none is sent.
     sent = [g for g, count in zip(found.gradients, counts, strict=True) if count]
-    engine.all_reduce_sum([found.sums_K, found.splits, *sent])
+    stops = torch.full_like(found.splits, float(stop.asked()))
+    engine.all_reduce_sum([found.sums_K, found.splits, stops, *sent])
     engine.end_step()
 
     sums = found.sums_K.tolist()
@@ -183,6 +187,7 @@ def batch_gradients(
         longest_stream=max(len(stream.token_ids_T) for stream in batch.streams),
         first_stream=len(batch.streams[0].token_ids_T),
         splits=int(found.splits.item()),
+        stopping=bool(stops.item()),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import atomic
+from trainer import atomic, stop
 from trainer.base.families import check_past, embedding_size
 from trainer.base.files import BaseFiles
 from trainer.checkpoint import Saved
@@ -45,6 +45,7 @@ from trainer.resume import (
 from trainer.saving import Saves
 from trainer.sharded import LoadedBase, load, open_files
 from trainer.sharded import identity_of as base_identity
+from trainer.stop import Stopped
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri, unless_full
 
@@ -61,10 +62,15 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
 
     Raises:
         BadInput: for what a person can mend, on all ranks together.
+        Stopped: if a rank was told to stop, once the state of the last step is saved.
     """
     engine = Engine(config.engine.timeout_seconds)
-    with _locked(engine, Path(config.output_dir), console) as lock:
-        _train(engine, config, console, lock, fresh=fresh, command=command)
+    try:
+        with _locked(engine, Path(config.output_dir), console) as lock:
+            _train(engine, config, console, lock, fresh=fresh, command=command)
+    except Stopped:
+        engine.any(False)  # the launcher ends all ranks once one has: rank 0 must have saved
+        raise
     engine.close()
 
 
@@ -125,6 +131,7 @@ def _train(
         bank.load_state(saved.tensors, saved.state["bank"])
         loop.load_state(saved.state["loop"])
         console.say(f"going on from step {loop.progress.step} of {config.last_step}")
+    stop.between_steps()
     if lock is None:
         loop.run()
         measure(engine, loop, loaded)

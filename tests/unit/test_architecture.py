@@ -41,6 +41,7 @@ FLOORS = (
         "trainer.process",
         "trainer.redact",
         "trainer.revision",
+        "trainer.stop",
     ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement", "trainer.memory", "trainer.policy"),

@@ -265,7 +265,7 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("returncode", "stopped", "lost", "saved", "code", "message"),
+    ("returncode", "stopped", "lost", "resumable", "code", "message"),
     [
         (0, [], False, True, 0, ""),
         (0, [signal.SIGINT], False, True, 0, ""),
@@ -281,9 +281,9 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
         (-9, [signal.SIGUSR1], True, True, 75, "stopped by SIGUSR1; all processes have ended; the"),
     ],
 )
-def test_exit_codes(returncode, stopped, lost, saved, code, message):
+def test_exit_codes(returncode, stopped, lost, resumable, code, message):
     log = Path("logs/launcher.log")
-    ending = processes._ending(returncode, stopped, log, lost=lost, saved=saved)
+    ending = processes._ending(returncode, stopped, log, lost=lost, resumable=resumable)
     assert ending.code == code
     assert ending.message.startswith(message)
     assert bool(ending.message) == bool(message)

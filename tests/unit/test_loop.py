@@ -23,6 +23,7 @@ from trainer.memory import StreamBudget
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
+from trainer.stop import Stopped
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tasks.streams import Stream
 
@@ -44,6 +45,9 @@ class OneRank:
 
     def all_gather(self, value: Any) -> list[Any]:
         return [value]
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
     def watch_memory(self) -> None: ...
 
@@ -177,7 +181,8 @@ def test_a_prompt_ends_at_its_own_step_and_costs_nothing_further(tmp_path):
     assert train[3:] == [[1]] * 5, "rows and virtual tokens have left the streams"
     validated = {(step, k) for step, training, p in toy.base.read for k in p if not training}
     assert validated == {(3, 0), (4, 1), (8, 1)}
-    both, long_alone = 2 + 1 + (2 + 5) * H, 2 + 1 + 5 * H  # losses, splits, gradients
+    # Losses, splits, stops, gradients.
+    both, long_alone = 2 + 1 + 1 + (2 + 5) * H, 2 + 1 + 1 + 5 * H
     sent = [numbers for numbers in toy.engine.reduced if numbers in (both, long_alone)]
     assert sent == [both] * 3 + [long_alone] * 5
     # To be validated, kept as the best, and once more for all steps that follow.
@@ -275,6 +280,36 @@ def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
         [m[gap] for at, _, m in toy.logged if at > step and gap in m] for toy in (resumed, whole)
     )
     assert found == expected
+
+
+@pytest.mark.parametrize("where", ["in a step", "in a validation", "in the first step"])
+def test_a_run_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, where):
+    """Halving too: what a validation that was cut short would have decided is decided later."""
+    whole = Toy(tmp_path, MANY, **HALVING).run()
+    toy = Toy(tmp_path, MANY, **HALVING, checkpoint={"every": 1000})
+    step = 1 if where == "in the first step" else 2  # at step 2 there is a rung
+    asked = 0
+
+    def told() -> bool:
+        nonlocal asked
+        if toy.loop.progress.step == step and toy.loop.progress.unjudged:  # while validating
+            asked += 1
+            return where == "in a validation" and asked > 1
+        return where != "in a validation" and toy.loop.progress.step == step - 1 and _training(toy)
+
+    monkeypatch.setattr("trainer.stop.asked", told)
+    with pytest.raises(Stopped):
+        toy.run()
+    monkeypatch.undo()
+    assert list(toy.saved) == [step]
+    resumed = Toy(tmp_path, MANY, **HALVING).resume(toy.saved[step]).run()
+    assert resumed.stopped == whole.stopped
+    assert resumed.saved[9][0] == whole.saved[9][0]
+    assert resumed.losses(9) == whole.losses(9)
+
+
+def _training(toy: Toy) -> bool:
+    return bool(toy.base.read) and toy.base.read[-1][1]
 
 
 def test_gaps_are_logged_with_every_validation(tmp_path):

@@ -29,12 +29,12 @@ sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"
 """
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize(
     ("command", "checkpoints", "code", "words"),
     [
         ("train", ["step-00000007"], 75, "stopped; the same command goes on from step-00000007"),
-        ("train", [], 1, "stopped before the first checkpoint"),
+        ("train", [], 75, "stopped before the first checkpoint; the same command begins anew"),
         ("generate", ["step-00000007"], 1, "stopped"),
     ],
 )

@@ -1,0 +1,138 @@
+"""Two real ranks that are told to stop, or killed; the run goes on to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.test_run import ROOT, one_process, write_run_file
+
+STEPS = 40
+WORDS = [
+    f"training.steps={STEPS}",
+    "evaluation.every=1000",
+    "checkpoint.every=1000",
+    "tracking.uri=null",
+]
+
+
+class Run:
+    """``promptshard train`` with two ranks on one output folder, again and again."""
+
+    def __init__(self, run_file: Path, output: Path) -> None:
+        self.output = output
+        self._words = ["train", str(run_file), f"output_dir={output}", *WORDS, "--processes", "2"]
+        self.process: Any = None
+
+    def start(self, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch", *self._words, *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ranks(self) -> list[psutil.Process]:
+        """In the order of their numbers."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                if process.cmdline()[1:4] == ["-u", "-m", "trainer"] and str(
+                    self.output
+                ) in " ".join(process.cmdline()):
+                    found[int(process.environ()["RANK"])] = process
+            except (psutil.Error, KeyError):
+                continue
+        return [found[rank] for rank in sorted(found)]
+
+    def steps(self) -> int:
+        """How many are logged."""
+        try:
+            lines = (self.output / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return 0
+        return max((json.loads(line).get("step", 0) for line in lines[:-1]), default=0)
+
+    def until(self, done: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 150
+        while not (found := done()):
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return found
+
+    def end(self, seconds: float) -> str:
+        said, _ = self.process.communicate(timeout=seconds)
+        assert self.ranks() == [], "no rank is left behind"
+        return str(said)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("signals")
+    run = Run(write_run_file(folder), folder / "out")
+    yield run
+    if run.process is not None and run.process.poll() is None:
+        os.killpg(run.process.pid, signal.SIGKILL)
+
+
+def test_a_signal_while_the_base_is_loaded(run: Run) -> None:
+    run.start()
+    run.until(lambda: len(run.ranks()) == 2)
+    run.process.send_signal(signal.SIGTERM)
+    said = run.end(60)
+    assert run.process.returncode == 75, said
+    assert "the same command" in said
+    assert not (run.output / "checkpoints").exists()
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
+    run.start()
+    run.until(lambda: run.steps() >= 2)
+    second = run.ranks()[1]
+    for _ in range(2):
+        second.send_signal(signal.SIGTERM)
+    said = run.end(90)
+    assert run.process.returncode == 75, said
+    (saved,) = (run.output / "checkpoints").glob("step-*")
+    assert f"the same command goes on from {saved.name}" in said
+    assert 2 <= int(saved.name.removeprefix("step-")) < STEPS
+
+
+def test_a_killed_rank_is_named_and_ends_all(run: Run) -> None:
+    before = run.steps()
+    run.start("checkpoint.every=1")
+    run.until(lambda: run.steps() > before + 1)
+    run.ranks()[1].kill()
+    said = run.end(30)
+    assert run.process.returncode == 1, said
+    assert "rank 1 (process " in said
+    assert "was killed by SIGKILL" in said
+
+
+def test_in_the_end_it_equals_a_run_that_was_left_alone(run: Run, tmp_path: Path) -> None:
+    run.start()
+    assert "finished" in run.end(200) or run.process.returncode == 0
+    alone = tmp_path / "alone"
+    done = one_process("trainer", run._words[1], f"output_dir={alone}", *WORDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(line)["step"] for line in (run.output / "metrics.jsonl").open()]
+    assert set(range(1, STEPS + 1)) <= set(steps)
+    for adapter in sorted((alone / "prompts").glob("*/last/adapter_model.safetensors")):
+        expected = load_file(adapter)["prompt_embeddings"]
+        found = load_file(run.output / adapter.relative_to(alone))["prompt_embeddings"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

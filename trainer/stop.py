@@ -1,0 +1,56 @@
+"""Stop signals of this process: at once while a run loads, between steps while it trains.
+
+A run that trains must end on all ranks together, with its state saved, so a signal only leaves word
+here. Ranks tell each other at the end of a step, in the sum that they make anyway: a signal to one
+of them is enough. Another one while they save changes nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(KeyboardInterrupt):
+    """All ranks have stopped together, because one of them was told to."""
+
+
+class _Word:
+    """Attributes:
+    left: a signal has come.
+    waits: signals only leave word; before that they interrupt whatever is being done.
+    """
+
+    left = False
+    waits = False
+
+
+_word = _Word()
+
+
+def listen() -> None:
+    """From now on signals interrupt this process as Ctrl-C does; those blocked so far come now."""
+    _word.left = _word.waits = False
+    for number in SIGNALS:
+        # A shell's & has its jobs ignore Ctrl-C.
+        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _take)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def between_steps() -> None:
+    """From now on signals wait until somebody asks."""
+    _word.waits = True
+
+
+def asked() -> bool:
+    """Whether this process was told to stop."""
+    return _word.left
+
+
+def _take(_: int, __: FrameType | None) -> None:
+    _word.left = True
+    if not _word.waits:
+        raise KeyboardInterrupt
