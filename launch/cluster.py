@@ -145,6 +145,12 @@ def submit(
             f"in {Path(output_dir) / submission.SUBMITTED}, and the job runs that"
         )
         return
+    before = run_status.last_job(Path(output_dir))
+    if before is not None and before.lives and dependency is None:
+        raise BadInput(
+            f"output_dir: job {before.id} for {output_dir} is {before.state.lower()}; scancel it, "
+            f"give another output_dir, or wait for it: --dependency afterany:{before.id}"
+        )
     job, folder = submission.freeze(job, configs, output_dir)
     number = submission.submit(job, folder, configs)
     kind = f"job array {number} of {len(configs)} tasks" if len(configs) > 1 else f"job {number}"

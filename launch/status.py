@@ -105,6 +105,12 @@ def look(run_dir: Path) -> Status:
     return _run(run_dir, job, frozen)
 
 
+def last_job(run_dir: Path) -> JobState | None:
+    """The job, or the first of a job array, that was last submitted for a folder."""
+    record = _record(run_dir)
+    return ask(record["job"]) if record else None
+
+
 def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     status = Status(str(run_dir), job=job)
     config = _config(run_dir, frozen, expected=job is not None)

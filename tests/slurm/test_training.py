@@ -164,7 +164,7 @@ def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> 
         assert mine[name] == pytest.approx(tensor, abs=1e-5), name
     mine, undisturbed = losses(run.output), losses(smoke)
     assert {step for step, _, _ in mine} == set(range(1, 31))
-    assert mine == pytest.approx(undisturbed, abs=1e-5)
+    assert mine == pytest.approx(undisturbed, rel=1e-4, abs=1e-5)
 
 
 def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:

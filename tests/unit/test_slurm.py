@@ -386,6 +386,17 @@ def test_what_sbatch_refuses_leaves_nothing_behind(run_file, fake_slurm, monkeyp
     assert list((run_file.parent / "out" / "logs" / "submitted").iterdir()) == []
 
 
+def test_a_second_job_for_the_same_folder_has_to_wait(run_file, fake_slurm):  # noqa: F811
+    assert run_promptshard("submit", run_file, "--nodes", "1").returncode == 0
+    (fake_slurm / "squeue").write_text("#!/bin/sh\necho 'RUNNING|None|n1|1:00'\n")
+    (fake_slurm / "squeue").chmod(0o755)
+    done = run_promptshard("submit", run_file, "--nodes", "1")
+    assert done.returncode == 2
+    assert "is running; scancel it" in done.stderr
+    words = ["submit", run_file, "--nodes", "1", "--dependency", "afterany:4711"]
+    assert run_promptshard(*words).returncode == 0
+
+
 def test_an_old_slurm_or_none(run_file, fake_slurm, monkeypatch):  # noqa: F811
     monkeypatch.setenv("VERSION", "20.11.9")
     done = run_promptshard("submit", run_file, "--nodes", "1")
