@@ -37,6 +37,7 @@ from trainer.resume import (
     save_checkpoint,
 )
 from trainer.sharded import load, open_files
+from trainer.starts import Screening
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri
 
@@ -90,17 +91,6 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
 
     sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
     loaded = load(engine, files, config, console, lengths=sample)
-    bank = Bank(
-        config,
-        _embedder(loaded.model, engine.device),
-        files.tokenizer,
-        files.config.vocab_size,
-        loaded.model.hidden_size,
-        engine.device,
-        make_optimizer=make_optimizer,
-        past=lambda ids: keys_and_values(engine, loaded.model, ids),
-        warn=console.warn,
-    )
     embed = _embedder(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
     evaluator = Evaluator(
@@ -109,6 +99,20 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         files.tokenizer,
         loaded.budget,
         [embed(ids) for _, ids in sorted(teachers.items())],
+    )
+    # A bank that goes on loads its state over any start.
+    choose = None if saved else Screening(config, tasks, evaluator, console).choose
+    bank = Bank(
+        config,
+        embed,
+        files.tokenizer,
+        files.config.vocab_size,
+        loaded.model.hidden_size,
+        engine.device,
+        make_optimizer=make_optimizer,
+        past=lambda ids: keys_and_values(engine, loaded.model, ids),
+        choose=choose,
+        warn=console.warn,
     )
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     log = MetricsLog(output) if engine.is_main else None
