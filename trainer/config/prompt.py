@@ -79,9 +79,11 @@ class Init(Section):
         return self
 
 
-#: Shares of the root mean square of what a prompt starts from that an update moves it by: of what
-#: is trained itself, and of what an encoder makes, all of whose layers move it.
-DEFAULT_SHARES = {"embedding": 0.1, "mlp": 0.05, "lstm": 0.05, "residual": 0.05}
+#: Encoders that start by making what ``init`` says: a learning rate can be relative to that.
+RELATIVE = ("embedding", "mlp", "residual")
+#: Share of the root mean square of its start that an update moves a prompt by; less where all three
+#: layers of p_tuning's MLP move it.
+DEFAULT_SHARE, DEFAULT_SHARE_OF_MLP = 0.1, 0.05
 #: Where there is nothing to be relative to.
 DEFAULT_RATE = 3.0e-3
 #: Recipes of the literature: settings that hold where the run file does not say otherwise.
@@ -158,8 +160,8 @@ class Prompt(Section):
         None,
         description="in place of learning_rate: the share of the root mean square of the prompt's "
         "start that one update moves it by, at most, so that one value serves bases of any scale; "
-        "of an encoder, that one update of its last layer does; default: 0.1, of encoders 0.05; "
-        "encoders text and low_rank, and a start of zeros, have none",
+        "of an encoder, that one update of its last layer does; default: 0.1, of p_tuning's mlp "
+        "0.05; encoders lstm, text and low_rank, and a start of zeros, have none",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate, after warm-up"
@@ -210,8 +212,10 @@ class Prompt(Section):
             default = "mlp" if value.get("method") == "p_tuning" else "embedding"
             encoder, init = value.get("encoder") or default, value.get("init")
             zero = init == "zero" or (isinstance(init, dict) and bool(init.get("zero")))
-            share = None if zero or not isinstance(encoder, str) else DEFAULT_SHARES.get(encoder)
-            filled |= {rates[1]: share} if share else {rates[0]: DEFAULT_RATE}
+            mlp = value.get("method") == "p_tuning" and encoder == "mlp"
+            share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
+            relative = encoder in RELATIVE and not zero
+            filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
         return filled | {k: v for k, v in value.items() if k not in rates or v is not None}
 
     @model_validator(mode="after")
@@ -248,7 +252,7 @@ class Prompt(Section):
         if self.learning_rate is not None and self.relative_learning_rate is not None:
             raise ValueError("relative_learning_rate: learning_rate is given too; remove one")
         if self.relative_learning_rate is not None and (
-            self.encoder_name not in DEFAULT_SHARES or self.init.zero
+            self.encoder_name not in RELATIVE or self.init.zero
         ):
             what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
             raise ValueError(

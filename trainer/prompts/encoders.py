@@ -22,9 +22,11 @@ class PromptEncoder(nn.Module):
 
     Attributes:
         shape: of what it makes: [P, H], or [P, L, 2, A, D] for keys and values per layer.
+        starts_at_init: whether what it makes starts at ``init``, else only its input does.
     """
 
     shape: torch.Size
+    starts_at_init = True
 
     def __init__(self, init: Tensor) -> None:
         super().__init__()
@@ -141,6 +143,10 @@ class LSTMEncoder(HeadEncoder):
         encoder_hidden_size: E, of each direction.
         generator: draws the weights of LSTM and MLP.
     """
+
+    # The states of an LSTM that has learnt nothing are much alike. Weights that make words of them
+    # are so large that the first updates would undo it.
+    starts_at_init = False
 
     def __init__(
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
@@ -268,7 +274,8 @@ def make_encoder(
             residual one it is a quarter of that.
     """
     encoder = _make(prompt, init, generator, hidden_size)
-    encoder.start_at(init)
+    if encoder.starts_at_init or prompt.init.from_ is not None:
+        encoder.start_at(init)
     return encoder
 
 
