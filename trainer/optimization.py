@@ -38,13 +38,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def scheduled(schedule: str, update: int, num_warmup_updates: int, num_updates: int) -> float:
-    """Factor of the learning rate: linear from 0 to 1, then what the schedule says.
+    """Factor of the learning rate: rises in a line to 1, then what the schedule says.
+
+    Warm-up begins above 0, unlike transformers', whose first update changes nothing.
 
     Args:
         update: updates made before this one.
     """
     if update < num_warmup_updates:
-        return update / max(1, num_warmup_updates)
+        return (update + 1) / (num_warmup_updates + 1)
     progress = (update - num_warmup_updates) / max(1, num_updates - num_warmup_updates)
     return SCHEDULES[schedule](progress)
 
@@ -111,9 +113,9 @@ class PromptOptimizer:
 
     Args:
         decay_to_start: weight decay pulls towards the values at construction instead of zero.
-        relative: the learning rate is a share of the root mean square of all parameters at
-            construction. Adam moves every element by about its rate, whatever the gradient's size:
-            relative to the embeddings the same rate means the same for every base.
+        scale: what the learning rate is a share of. Adam moves every element by about its rate,
+            whatever the gradient's size: relative to what the prompt starts from, the same rate
+            means the same for every base.
         ema_decay: how much of the running average stays at an update; None: no average is kept.
 
     Attributes:
@@ -129,7 +131,7 @@ class PromptOptimizer:
         *,
         learning_rate: float,
         num_updates: int,
-        relative: bool = False,
+        scale: float = 1.0,
         optimizer: str = "adamw",
         momentum: float = 0.0,
         schedule: str = "cosine",
@@ -142,7 +144,7 @@ class PromptOptimizer:
         self.updates = 0
         self._parameters = dict(parameters)
         self._schedule, self._num_updates = schedule, num_updates
-        self._scale = _root_mean_square(self._parameters.values()) if relative else 1.0
+        self._scale = scale
         self._peak = learning_rate
         self._num_warmup, self._max_grad_norm = num_warmup_updates, max_grad_norm
         self._weight_decay, self._ema_decay = weight_decay, ema_decay
@@ -243,11 +245,6 @@ class PromptOptimizer:
         self.updates, self._scale = int(meta["updates"]), float(meta["scale"])
 
 
-def _root_mean_square(parameters: Iterable[Tensor]) -> float:
-    flat = torch.cat([value.detach().flatten().to("cpu", torch.float64) for value in parameters])
-    return float(flat.square().mean().sqrt())
-
-
 def _make(
     name: str, parameters: list[nn.Parameter], learning_rate: float, momentum: float
 ) -> torch.optim.Optimizer:
@@ -266,16 +263,20 @@ def _make(
 
 
 def make_optimizer(
-    prompt: Prompt, parameters: Mapping[str, nn.Parameter], num_updates: int
+    prompt: Prompt, parameters: Mapping[str, nn.Parameter], num_updates: int, scale: float = 1.0
 ) -> PromptOptimizer:
-    """The optimizer that the run file asks for. Warm-up is rounded up, as transformers does."""
+    """The optimizer that the run file asks for. Warm-up is rounded up, as transformers does.
+
+    Args:
+        scale: of the encoder, for a rate that is relative to it.
+    """
     relative = prompt.relative_learning_rate
     rate = prompt.learning_rate if relative is None else relative
     assert rate is not None, "config fills one of them in"
     return PromptOptimizer(
         parameters,
         learning_rate=rate,
-        relative=relative is not None,
+        scale=1.0 if relative is None else scale,
         num_updates=num_updates,
         optimizer=prompt.optimizer,
         momentum=prompt.momentum,

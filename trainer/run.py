@@ -45,6 +45,7 @@ from trainer.resume import (
 from trainer.saving import Saves
 from trainer.sharded import LoadedBase, load, open_files
 from trainer.sharded import identity_of as base_identity
+from trainer.starts import Screening
 from trainer.stop import Stopped
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 from trainer.tracking import MetricsLog, Sender, check_uri, unless_full
@@ -106,6 +107,16 @@ def _train(
 
     loaded, where = _load(engine, files, config, console, tasks, saved)
     embed = _embedder(loaded.model, engine.device)
+    teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
+    evaluator = Evaluator(
+        engine,
+        loaded.model,
+        files.tokenizer,
+        loaded.budget,
+        [embed(ids) for _, ids in sorted(teachers.items())],
+    )
+    # A bank that goes on loads its state over any start.
+    choose = None if saved else Screening(config, tasks, evaluator, console).choose
     bank = Bank(
         config,
         embed,
@@ -115,15 +126,8 @@ def _train(
         engine.device,
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, loaded.model, ids),
+        choose=choose,
         warn=console.warn,
-    )
-    teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
-    evaluator = Evaluator(
-        engine,
-        loaded.model,
-        files.tokenizer,
-        loaded.budget,
-        [embed(ids) for _, ids in sorted(teachers.items())],
     )
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     loop = Loop(config, engine, evaluator, tasks, bank, feed, console)

@@ -62,6 +62,7 @@ FLOORS = (
         "trainer.report",
     ),
     ("trainer.evaluation", "trainer.sharded"),
+    ("trainer.starts",),
     ("trainer.loop",),
     ("trainer.resume", "trainer.results"),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -78,8 +79,11 @@ PAST_SHAPE = (2, 2, 1, 6)
 PAST_VX = torch.randn(V, *PAST_SHAPE, generator=torch.Generator().manual_seed(6))
 
 
-def make_config(prompts: list[dict[str, Any]] = PROMPTS) -> RunConfig:
-    task = {"name": "t", "train": "t.jsonl", "input": "{text}", "target": "{label}"}
+def make_config(
+    prompts: list[dict[str, Any]] = PROMPTS, hand_written: Sequence[str] = ()
+) -> RunConfig:
+    task: dict[str, Any] = {"name": "t", "train": "t.jsonl", "input": "{text}"}
+    task |= {"target": "{label}", "hand_written": list(hand_written)}
     return RunConfig.model_validate(
         {
             "output_dir": "runs/test",
@@ -97,9 +101,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0")
 
 
-def make_bank(prompts: list[dict[str, Any]] = PROMPTS) -> Bank:
+def make_bank(prompts: list[dict[str, Any]] = PROMPTS, **changes: Any) -> Bank:
     return Bank(
-        make_config(prompts),
+        make_config(prompts, changes.pop("hand_written", [])),
         lambda ids: TABLE_VH[torch.tensor(ids)],
         make_tokenizer(),
         V,
@@ -107,6 +111,7 @@ def make_bank(prompts: list[dict[str, Any]] = PROMPTS) -> Bank:
         torch.device("cpu"),
         make_optimizer=make_optimizer,
         past=lambda ids: PAST_VX[torch.tensor(ids)],
+        **changes,
     )
 
 
@@ -467,3 +472,35 @@ def test_state_of_other_prompts_is_refused() -> None:
     assert other.digest() == before
     with pytest.raises(BadInput, match="the run file has words, the checkpoint words, drawn"):
         make_bank(PROMPTS[:1]).load_state(*state)
+
+
+def test_a_start_is_chosen_where_the_run_file_leaves_it_open() -> None:
+    """Of hand-written prompts and drawings of words; as each alone would start."""
+    seen: dict[int, list[tuple[str, Tensor]]] = {}
+
+    def choose(i: int, starts: Sequence[tuple[str, Tensor]]) -> Tensor:
+        seen[i] = list(starts)
+        return starts[{0: 1, 2: 2, 3: 7}[i]][1]
+
+    open_ones = [
+        {"name": "open", "num_virtual_tokens": 3, "init": "auto"},
+        {"name": "told", "num_virtual_tokens": 3, "init": {"text": "w9"}},
+        {"name": "mlp", "num_virtual_tokens": 3, "method": "p_tuning"},
+        {"name": "past", "num_virtual_tokens": 3, "method": "prefix_tuning"},
+    ]
+    bank = make_bank(open_ones, choose=choose, hand_written=["w1 w2\n", "w3"])
+    assert list(seen) == [0, 2, 3]
+    for starts in seen.values():
+        what = [kind for kind, _ in starts]
+        assert what[:4] == [
+            "the hand-written 'w1 w2'",
+            "the hand-written 'w3'",
+            "all hand-written prompts",
+            "drawing 1 of words",
+        ]
+        assert len(what) == 3 + 16
+        assert len({tuple(start.flatten().tolist()) for _, start in starts}) == len(starts)
+    assert torch.equal(bank.snapshot(0), TABLE_VH[[3, 3, 3]])
+    assert torch.equal(bank.snapshot(1), TABLE_VH[[9, 9, 9]])
+    torch.testing.assert_close(bank.snapshot(2), TABLE_VH[[1, 2, 3]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(bank.snapshot(3), seen[3][7][1])

@@ -65,7 +65,7 @@ def test_defaults_are_those_of_the_design(run_file):
     assert (run.base.quantization, run.base.matmul, run.base.dtype) == ("int8", "auto", "auto")
     assert run.engine.deepspeed == "ds_configs/zero3.json"
     assert run.training.tokens_per_step == 8192
-    assert run.prompts[0].init.vocab
+    assert run.prompts[0].init.auto
     assert [prompt.encoder_name for prompt in run.prompts] == ["embedding", "mlp"]
     assert run.tasks[0].append_eos
     assert run.tracking.uri is None
@@ -276,7 +276,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "method: p_tuning",
             "init: {text: x, vocab: true}",
             17,
-            "prompts[1].init: give exactly one of text, labels, vocab, random, zero, from",
+            "prompts[1].init: give exactly one of auto, text, labels, vocab, random, zero, from",
         ),
         (
             "- name: two",
@@ -613,9 +613,9 @@ def test_one_learning_rate_of_the_two(run_file):
     both = ["prompts.one.learning_rate=0.1", "prompts.one.relative_learning_rate=0.1"]
     (found,) = problems_of(run_file(), *both)
     assert "prompts[0].relative_learning_rate: learning_rate is given too; remove one" in found
-    of_encoder = ["prompts.one.method=p_tuning", "prompts.one.relative_learning_rate=0.1"]
-    (found,) = problems_of(run_file(), *of_encoder)
-    assert "encoder mlp has no scale to be relative to; use learning_rate" in found
+    reader = ["method=p_tuning", "encoder=text", "relative_learning_rate=0.1", "init={text: a b}"]
+    (found,) = problems_of(run_file(), *(f"prompts.one.{setting}" for setting in reader))
+    assert "encoder text has no scale to be relative to; use learning_rate" in found
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_lstm_start() -> None:
     before = torch.get_rng_state()
     encoder = make_lstm()
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
-    assert torch.equal(encoder.embedding.weight, make_init())
+    rms = make_init().square().mean().sqrt()
+    torch.testing.assert_close(encoder.embedding.weight, make_init() / rms)
     assert torch.equal(make_lstm()(), encoder())
     assert not torch.equal(make_lstm(seed=1)(), encoder())
     weights = torch.cat([weight.flatten() for weight in encoder.lstm_head.parameters()])
@@ -151,7 +152,8 @@ def test_mlp_start() -> None:
     before = torch.get_rng_state()
     encoder = make_mlp()
     assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
-    assert torch.equal(encoder.embedding.weight, make_init())
+    rms = make_init().square().mean().sqrt()
+    torch.testing.assert_close(encoder.embedding.weight, make_init() / rms)
     torch.manual_seed(2)
     assert torch.equal(make_mlp()(), encoder())
     assert not torch.equal(make_mlp(seed=1)(), encoder())
@@ -191,13 +193,37 @@ def test_run_file_chooses() -> None:
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "residual"])
-def test_an_encoder_starts_by_making_a_trained_prompt(encoder: str) -> None:
-    settings = {"method": "p_tuning", "encoder": encoder, "encoder_hidden_size": E}
-    prompt = Prompt.model_validate(
-        {"name": "a", "task": "t", "init": {"from": "runs/other"}, **settings}
-    )
-    made = make_encoder(prompt, make_init(), torch.Generator().manual_seed(0), H)()
-    torch.testing.assert_close(made, make_init(), rtol=1e-4, atol=1e-5)
+def test_an_encoder_starts_by_making_what_init_says(encoder: str) -> None:
+    def made(**settings: Any) -> torch.Tensor:
+        prompt = p_tuning(encoder, **settings)
+        return make_encoder(prompt, make_init(), torch.Generator().manual_seed(0), H)()
+
+    trained = made(init={"from": "runs/other"})
+    torch.testing.assert_close(trained, make_init(), rtol=1e-4, atol=1e-5)
+    # Of an LSTM only the input starts where init says, unless that is a trained prompt.
+    assert torch.equal(made(), trained) == (encoder != "lstm")
+
+
+def p_tuning(encoder: str, **settings: Any) -> Prompt:
+    settings |= {"method": "p_tuning", "encoder": encoder, "encoder_hidden_size": E}
+    return Prompt.model_validate({"name": "a", "task": "t", **settings})
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("encoder", ["residual", "mlp"])
+def test_an_update_of_one_scale_moves_the_prompt_by_its_root_mean_square(
+    encoder: str, size: float
+) -> None:
+    """Where all parameters of the last layer, or the embeddings, move alike."""
+    made = make_encoder(p_tuning(encoder), make_init() * size, torch.Generator().manual_seed(0), H)
+    with torch.no_grad():
+        start, scale, parameters = made(), made.scale(), dict(made.named_parameters())
+        last = max((n for n in parameters if n.startswith("mlp_head")), default="embedding")
+        parameters[last] += scale
+        if last != "embedding":
+            parameters[last.replace("weight", "bias")] += scale
+        moved = float((made() - start).abs().mean())
+    assert moved == pytest.approx(float(start.square().mean().sqrt()), rel=1e-3)
 
 
 @pytest.mark.parametrize(

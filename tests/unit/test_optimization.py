@@ -54,7 +54,7 @@ def set_gradients(parameters: dict[str, nn.Parameter], step: int, scale: float =
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (10, 10), (1, 1), (0, 1)])
-def test_schedule_is_transformers(schedule: str, warmup: int, total: int) -> None:
+def test_schedule_is_transformers_after_warm_up(schedule: str, warmup: int, total: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     reference = {
         "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, warmup, total),
@@ -62,8 +62,10 @@ def test_schedule_is_transformers(schedule: str, warmup: int, total: int) -> Non
         "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup),
     }[schedule]()
     for step in range(total):
-        expected = pytest.approx(reference.get_last_lr()[0], abs=1e-12)
-        assert scheduled(schedule, step, warmup, total) == expected
+        # In warm-up ours is the line from 0, one update before the first, to 1 at its end.
+        rising = (step + 1) / (warmup + 1)
+        expected = rising if step < warmup else reference.get_last_lr()[0]
+        assert scheduled(schedule, step, warmup, total) == pytest.approx(expected, abs=1e-12)
         optimizer.step()
         reference.step()
 
@@ -72,15 +74,14 @@ def test_step_is_clipped_adamw() -> None:
     ours, theirs = make_parameters(), make_parameters()
     optimizer = make(ours)
     reference = torch.optim.AdamW(theirs.values(), lr=0.05, weight_decay=0.1)
-    schedule = get_cosine_schedule_with_warmup(reference, 3, 10)
     for step in range(10):
         set_gradients(ours, step)
         set_gradients(theirs, step)
-        assert optimizer.learning_rate == schedule.get_last_lr()[0]
+        reference.param_groups[0]["lr"] = 0.05 * scheduled("cosine", step, 3, 10)
+        assert optimizer.learning_rate == reference.param_groups[0]["lr"]
         expected = float(nn.utils.clip_grad_norm_(theirs.values(), 1.0))
         assert optimizer.step() == pytest.approx(expected, rel=1e-6)
         reference.step()
-        schedule.step()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-7)
         assert ours[name].grad is None
@@ -171,7 +172,7 @@ def test_relative_rate_learns_alike_at_any_scale() -> None:
     def trained(scale: float, relative: bool) -> torch.Tensor:
         weight = make_parameters()["a.weight"].detach() * scale
         parameters = {"a": nn.Parameter(weight)}
-        optimizer = make(parameters, relative=relative, max_grad_norm=None)
+        optimizer = make(parameters, scale=scale if relative else 1.0, max_grad_norm=None)
         for _ in range(8):
             (parameters["a"] / scale - 0.5).square().sum().backward()
             optimizer.step()
@@ -207,7 +208,7 @@ KINDS: list[dict[str, float | str | bool | None]] = [
     {"optimizer": "adafactor", "schedule": "constant", "ema_decay": 0.9},
     {"optimizer": "sgd", "schedule": "linear", "momentum": 0.9, "decay_to_start": True},
     {"optimizer": "sgd"},
-    {"relative": True},
+    {"scale": 0.3},
 ]
 
 
@@ -263,27 +264,30 @@ def test_run_file_chooses() -> None:
         rates.append(optimizer.learning_rate)
         set_gradients(parameters, step)
         optimizer.step()
-    # 3% of 50 steps, rounded up, are two updates of warm-up.
-    assert rates == [0.0, 0.25, 0.5]
+    # 3% of 50 steps, rounded up, are two updates of warm-up, at one and two thirds.
+    assert rates == pytest.approx([0.5 / 3, 1 / 3, 0.5])
 
 
-def test_default_rate_is_relative_where_embeddings_are_trained() -> None:
+def test_default_rate_is_relative_where_a_prompt_has_a_scale() -> None:
     def rates(**settings: object) -> tuple[float | None, float | None]:
         prompt = Prompt.model_validate({"name": "a", "task": "t", **settings})
         assert Prompt.model_validate(prompt.model_dump(mode="json")) == prompt
         return prompt.learning_rate, prompt.relative_learning_rate
 
-    assert rates() == rates(method="prefix_tuning") == (None, 0.2)
-    assert rates(method="p_tuning") == (0.003, None)
-    assert rates(method="prefix_tuning", encoder="mlp") == (0.003, None)
+    assert rates() == rates(method="prefix_tuning") == (None, 0.1)
+    for encoder in (None, "mlp"):
+        assert rates(method="p_tuning", encoder=encoder) == (None, 0.05)
+    assert rates(method="p_tuning", encoder="lstm") == (0.003, None)
+    assert rates(method="p_tuning", encoder="residual") == (None, 0.1)
+    assert rates(method="prefix_tuning", encoder="mlp") == (None, 0.1)
+    reader = {"method": "p_tuning", "encoder": "text", "init": {"text": "a"}}
+    assert rates(**reader) == (0.003, None)
     assert rates(method="prefix_tuning", init="zero") == (0.003, None)
     assert rates(learning_rate=0.1) == (0.1, None)
     assert rates(preset="lester") == (0.3, None)
     assert rates(preset="lester", relative_learning_rate=0.5) == (None, 0.5)
-    parameters = make_parameters()
-    rms = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters.values()) / 17)
     prompt = Prompt(name="a", task="t", warmup_ratio=0)
-    assert make_optimizer(prompt, parameters, 9).learning_rate == pytest.approx(0.2 * rms)
+    assert make_optimizer(prompt, make_parameters(), 9, 0.3).learning_rate == pytest.approx(0.03)
 
 
 def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:
@@ -297,7 +301,7 @@ def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:
     changed = Prompt.model_validate(
         {"name": "a", "task": "t", "preset": "lester", "learning_rate": 0.1, "warmup_ratio": 0.1}
     )
-    assert make_optimizer(changed, make_parameters(), 50).learning_rate == 0.0
+    assert make_optimizer(changed, make_parameters(), 50).learning_rate == pytest.approx(0.1 / 6)
     assert changed.optimizer == "adafactor"
     assert Prompt.model_validate(changed.model_dump(mode="json")) == changed
 

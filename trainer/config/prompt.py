@@ -35,6 +35,11 @@ class Init(Section):
     of the fields is given.
     """
 
+    auto: bool = Field(
+        False,
+        description="of the task's hand_written prompts, its choices and 16 drawings of frequent "
+        "words the one that the rows of the first update fit best",
+    )
     text: str | None = Field(
         None, min_length=1, description="word embeddings of this text, repeated"
     )
@@ -63,18 +68,24 @@ class Init(Section):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         """``init: vocab`` stands for ``{vocab: true}``, and so on."""
-        return {value: True} if value in ("vocab", "labels", "random", "zero") else value
+        short = ("auto", "vocab", "labels", "random", "zero")
+        return {value: True} if value in short else value
 
     @model_validator(mode="after")
     def _one(self) -> Init:
         texts = [self.text is not None, self.from_ is not None]
-        if sum([*texts, self.labels, self.vocab, self.random, self.zero]) != 1:
-            raise ValueError("give exactly one of text, labels, vocab, random, zero, from")
+        if sum([*texts, self.auto, self.labels, self.vocab, self.random, self.zero]) != 1:
+            raise ValueError("give exactly one of auto, text, labels, vocab, random, zero, from")
         return self
 
 
-#: Of what an encoder is made of, and of embeddings as a share of their root mean square.
-DEFAULT_RATE, DEFAULT_RELATIVE_RATE = 3.0e-3, 0.2
+#: Encoders that start by making what ``init`` says: a learning rate can be relative to that.
+RELATIVE = ("embedding", "mlp", "residual")
+#: Share of the root mean square of its start that an update moves a prompt by; less where all three
+#: layers of p_tuning's MLP move it.
+DEFAULT_SHARE, DEFAULT_SHARE_OF_MLP = 0.1, 0.05
+#: Where there is nothing to be relative to.
+DEFAULT_RATE = 3.0e-3
 #: Recipes of the literature: settings that hold where the run file does not say otherwise.
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, arXiv 2104.08691, section 3; Adafactor clips updates by itself.
@@ -131,7 +142,7 @@ class Prompt(Section):
         description="objective distill: a long prompt in words, of which the virtual tokens are to "
         "do the work; the base reads it in front of the row's input",
     )
-    init: Init = Field(default_factory=lambda: Init(vocab=True))
+    init: Init = Field(default_factory=lambda: Init(auto=True))
     preset: Literal["lester"] | None = Field(
         None,
         description="lester: Adafactor at 0.3, constant, weight decay 1e-5, no clipping; what the "
@@ -147,9 +158,10 @@ class Prompt(Section):
     )
     relative_learning_rate: PositiveFloat | None = Field(
         None,
-        description="in place of learning_rate: as a share of the root mean square of the prompt's "
-        "start, so that one value serves bases of any scale; for embeddings, keys and values "
-        "that are trained themselves; default: 0.2",
+        description="in place of learning_rate: the share of the root mean square of the prompt's "
+        "start that one update moves it by, at most, so that one value serves bases of any scale; "
+        "of an encoder, that one update of its last layer does; default: 0.1, of p_tuning's mlp "
+        "0.05; encoders lstm, text and low_rank, and a start of zeros, have none",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate, after warm-up"
@@ -200,8 +212,10 @@ class Prompt(Section):
             default = "mlp" if value.get("method") == "p_tuning" else "embedding"
             encoder, init = value.get("encoder") or default, value.get("init")
             zero = init == "zero" or (isinstance(init, dict) and bool(init.get("zero")))
-            relative = encoder == "embedding" and not zero
-            filled |= {rates[1]: DEFAULT_RELATIVE_RATE} if relative else {rates[0]: DEFAULT_RATE}
+            mlp = value.get("method") == "p_tuning" and encoder == "mlp"
+            share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
+            relative = encoder in RELATIVE and not zero
+            filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
         return filled | {k: v for k, v in value.items() if k not in rates or v is not None}
 
     @model_validator(mode="after")
@@ -238,7 +252,7 @@ class Prompt(Section):
         if self.learning_rate is not None and self.relative_learning_rate is not None:
             raise ValueError("relative_learning_rate: learning_rate is given too; remove one")
         if self.relative_learning_rate is not None and (
-            self.encoder_name != "embedding" or self.init.zero
+            self.encoder_name not in RELATIVE or self.init.zero
         ):
             what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
             raise ValueError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -52,8 +53,8 @@ class Optimizer(Protocol):
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
 
 
-#: (prompt, its parameters by name, number of its updates) -> optimizer.
-OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int], Optimizer]
+#: (prompt, its parameters by name, number of its updates, scale of its encoder) -> optimizer.
+OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int, float], Optimizer]
 
 
 class Bank:
@@ -66,6 +67,8 @@ class Bank:
         make_optimizer: ``trainer.optimization.make_optimizer``.
         past: keys and values [n, layers, 2, heads, head size] that the base makes of a text; may be
             a collective. Only prefix tuning asks for it.
+        choose: of the starts of a prompt, each with what it is, the one to take; only with ``init:
+            auto`` there are several. None: any.
         warn: takes what people should know about the starts.
 
     Attributes:
@@ -85,6 +88,7 @@ class Bank:
         *,
         make_optimizer: OptimizerFactory,
         past: Callable[[Sequence[int]], Tensor] | None = None,
+        choose: Callable[[int, Sequence[tuple[str, Tensor]]], Tensor] | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         vocabulary = Vocabulary(embed, tokenizer, vocab_size, past, warn)
@@ -96,14 +100,22 @@ class Bank:
         self._device = device
         parts: dict[str, nn.Module] = {}
         self._encoders = [
-            build_encoder(config, prompt, vocabulary, hidden_size, parts).to(device)
-            for prompt in config.prompts
+            build_encoder(
+                config,
+                prompt,
+                vocabulary,
+                hidden_size,
+                parts,
+                None if choose is None else partial(choose, i),
+            ).to(device)
+            for i, prompt in enumerate(config.prompts)
         ]
         self._units = units_of(config.prompts, self._encoders)
         by_prompt: dict[int, Optimizer] = {}
         for unit in self._units:
             prompt = config.prompts[unit.members[0]]
-            optimizer = make_optimizer(prompt, unit.parameters, config.prompt_steps(prompt))
+            steps, scale = config.prompt_steps(prompt), self._encoders[unit.members[0]].scale()
+            optimizer = make_optimizer(prompt, unit.parameters, steps, scale)
             by_prompt |= dict.fromkeys(unit.members, optimizer)
         self._optimizers = [by_prompt[i] for i in range(len(self.names))]
         #: What a stopped prompt of a share stays at, while the others train on.

@@ -22,9 +22,11 @@ class PromptEncoder(nn.Module):
 
     Attributes:
         shape: of what it makes: [P, H], or [P, L, 2, A, D] for keys and values per layer.
+        starts_at_init: whether what it makes starts at ``init``, else only its input does.
     """
 
     shape: torch.Size
+    starts_at_init = True
 
     def __init__(self, init: Tensor) -> None:
         super().__init__()
@@ -40,6 +42,15 @@ class PromptEncoder(nn.Module):
 
         Those that start at ``init`` anyhow need no change.
         """
+
+    def scale(self) -> float:
+        """The learning rate at which an update moves what is made by its root mean square.
+
+        Of an optimizer that moves every parameter by about its rate, as Adam does; of an encoder
+        that ends in a linear layer, an update of this layer, all of whose weights move alike.
+        """
+        with torch.no_grad():
+            return _root_mean_square(self())
 
 
 class EmbeddingEncoder(PromptEncoder):
@@ -65,7 +76,8 @@ class HeadEncoder(PromptEncoder):
     ways.
 
     Attributes:
-        embedding: starts at ``init``.
+        embedding: starts at ``init`` with a root mean square of 1: word embeddings are often so
+            small that the head would hardly tell them apart.
         mlp_head: ends in a linear layer.
     """
 
@@ -75,7 +87,8 @@ class HeadEncoder(PromptEncoder):
         super().__init__(init_PH)
         num_virtual_tokens, hidden_size = init_PH.shape
         # Given weights, the constructor draws none.
-        self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=init_PH.clone())
+        read_PH = init_PH / _root_mean_square(init_PH)
+        self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=read_PH)
 
     def head_input(self) -> Tensor:
         """What the MLP head reads, a row for each virtual token."""
@@ -87,9 +100,16 @@ class HeadEncoder(PromptEncoder):
 
     def start_at(self, wanted: Tensor) -> None:
         # The last layer is solved for it: exact where it has at least P inputs.
+        _solve(self.mlp_head[-1], self._hidden(), wanted)
+
+    def scale(self) -> float:
+        return super().scale() / _gain(self._hidden())
+
+    def _hidden(self) -> Tensor:
+        """What the last layer reads, [P, inputs]."""
         with torch.no_grad():
-            hidden_PE = self.mlp_head[:-1](self.head_input())
-        _solve(self.mlp_head[-1], hidden_PE, wanted)
+            hidden_PE: Tensor = self.mlp_head[:-1](self.head_input())
+            return hidden_PE
 
 
 class MLPEncoder(HeadEncoder):
@@ -123,6 +143,10 @@ class LSTMEncoder(HeadEncoder):
         encoder_hidden_size: E, of each direction.
         generator: draws the weights of LSTM and MLP.
     """
+
+    # The states of an LSTM that has learnt nothing are much alike. Weights that make words of them
+    # are so large that the first updates would undo it.
+    starts_at_init = False
 
     def __init__(
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
@@ -223,9 +247,16 @@ class PrefixMLPEncoder(PromptEncoder):
             nn.Tanh(),
             uniform_linear(encoder_hidden_size, num_layers * 2 * token_dim, generator),
         )
+        _solve(self.transform[2], self._hidden(), init.flatten(1))
+
+    def scale(self) -> float:
+        return super().scale() / _gain(self._hidden())
+
+    def _hidden(self) -> Tensor:
+        """What the last layer reads, [P, E]."""
         with torch.no_grad():
-            hidden_PE = self.transform[:2](self.embedding.weight)
-        _solve(self.transform[2], hidden_PE, init.flatten(1))
+            hidden_PE: Tensor = self.transform[:2](self.embedding.weight)
+            return hidden_PE
 
     def forward(self) -> Tensor:
         made: Tensor = self.transform(self.embedding.weight)
@@ -243,7 +274,7 @@ def make_encoder(
             residual one it is a quarter of that.
     """
     encoder = _make(prompt, init, generator, hidden_size)
-    if prompt.init.from_ is not None:
+    if encoder.starts_at_init or prompt.init.from_ is not None:
         encoder.start_at(init)
     return encoder
 
@@ -284,6 +315,16 @@ def _uniform(shape: Sequence[int], in_features: int, generator: torch.Generator)
     """U(-1/sqrt(in), 1/sqrt(in)): how torch starts a linear layer."""
     bound = 1 / math.sqrt(in_features)
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def _gain(hidden_PE: Tensor) -> float:
+    """How far a linear layer's outputs move where all weights and the bias move by one, on average
+    over what it reads."""
+    return 1.0 + float(hidden_PE.double().abs().sum(1).mean())
 
 
 def _solve(last: nn.Module, hidden_PE: Tensor, wanted_PC: Tensor) -> None:

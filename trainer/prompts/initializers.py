@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 RMS_SAMPLE = 1024
 #: Words that are drawn from: the most frequent (Lester et al. 2021, section 3.2, take as many).
 FREQUENT = 5000
+#: Drawings of words that ``init: auto`` compares.
+DRAWINGS = 16
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,23 @@ def initialize(
         )
     assert init.random, f"config allows an initialiser that nobody wrote: {init}"
     return random(vocabulary, num_virtual_tokens, generator)
+
+
+def candidates(
+    init: Init, labels: Sequence[str], hand_written: Sequence[str]
+) -> list[tuple[str, Init]]:
+    """Starts to compare, and what each is: of ``auto`` several, else only what it says itself."""
+    if not init.auto:
+        return [("what init says", init)]
+    found = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
+    if len(hand_written) > 1:
+        # A prompt is often longer than one of them: together they fill it without repetition.
+        found.append(
+            ("all hand-written prompts", Init(text=" ".join(map(str.strip, hand_written))))
+        )
+    if labels:
+        found.append(("the task's choices", Init(labels=True)))
+    return [*found, *((f"drawing {n + 1} of words", Init(vocab=True)) for n in range(DRAWINGS))]
 
 
 def _of_this_base(prompt: Tensor, like: Tensor, path: str) -> Tensor:

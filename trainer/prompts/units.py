@@ -5,15 +5,21 @@ Shape letters: H hidden size of the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import SHARED, Prompt, RunConfig
 from trainer.prompts.encoders import PromptEncoder, make_encoder
-from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values, words
+from trainer.prompts.initializers import (
+    Vocabulary,
+    candidates,
+    initialize,
+    keys_and_values,
+    words,
+)
 from trainer.prompts.multitask import (
     LowRankEncoder,
     SharedPrompt,
@@ -22,6 +28,9 @@ from trainer.prompts.multitask import (
     make_part,
 )
 from trainer.tasks.checks import label_texts
+
+#: Starts and what they are -> the one to take.
+Choose = Callable[[Sequence[tuple[str, Tensor]]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,18 +78,31 @@ def build_encoder(
     vocabulary: Vocabulary,
     hidden_size: int,
     parts: dict[str, nn.Module],
+    choose: Choose | None = None,
 ) -> PromptEncoder:
     """A prompt's encoder on the CPU: a function of its own settings, task and seed alone.
 
     Args:
         parts: what the encoders of each share have in common, from the first of them on.
+        choose: of several starts, the one to take; None: the last, as good as any for a prompt
+            whose state will be loaded.
     """
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
 
     def start() -> Tensor:
         of = keys_and_values if prompt.method == "prefix_tuning" else initialize
-        labels = label_texts(config.task(prompt.task))
-        return of(prompt.init, vocabulary, prompt.num_virtual_tokens, generator, labels)
+        task = config.task(prompt.task)
+        labels = label_texts(task)
+        inits = candidates(prompt.init, labels, task.hand_written)
+        if choose is None or len(inits) == 1:
+            inits = inits[-1:]
+        # Of starts that are only tried nobody needs to hear how they were cut.
+        table = vocabulary if len(inits) == 1 else replace(vocabulary, warn=lambda _: None)
+        starts = [
+            (what, of(init, table, prompt.num_virtual_tokens, generator, labels))
+            for what, init in inits
+        ]
+        return choose(starts) if choose is not None and len(starts) > 1 else starts[0][1]
 
     if prompt.encoder_name not in SHARED:
         return make_encoder(prompt, start(), generator, hidden_size)

@@ -1,0 +1,182 @@
+"""How far prompts come with few rows: this trainer's defaults beside PEFT at its best rate.
+
+    pip install -c constraints.txt -e '.[test,benchmark]'
+    python -m benchmarks.learning [--only ours|peers] [--workers 2]
+    python -m benchmarks.learning --quick      # one task, few steps and rates; writes nothing
+
+The example tasks over the tiny base in fp32, which all arms share, with the same rows in the same
+order. Ours trains as one bank by a run file that names task and method; a second one leaves the
+tasks the hand-written instructions that the examples ship, as PEFT's arms with a text have one.
+PEFT trains at five learning rates and is shown at the one with the best validation score: a choice
+that ours does not have. Writes a table, a plot and JSON to benchmarks/results/; what was left out
+stays there as it was measured before. Scores follow from the seeds, not from the machine's load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning import ours
+from benchmarks.learning.report import RESULTS, best_rate, plot, summary, table
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET: dict[str, Any] = {
+    "tasks": ["triage", "animals", "codegen"],
+    "steps": 12,
+    "tokens_per_step": 512,
+    "every": 2,
+    "validation_rows": 100,
+}
+SEEDS = (0, 1, 2, 3, 4)
+#: Five rates of each arm of PEFT; moved where the best of them is at an edge.
+RATES: dict[str, tuple[float, ...]] = {
+    "prompt tuning, vocab": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "prompt tuning, text": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "p-tuning": (0.0003, 0.001, 0.003, 0.01, 0.03),
+    "LoRA": (0.0003, 0.001, 0.003, 0.01, 0.03),
+}
+#: Times that a range of rates is moved by one.
+MOVES = 3
+
+Run = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("ours", "peers"), help="measure one side anew")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train peers")
+    parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")
+    arguments = parser.parse_args()
+    budget, seeds, rates = BUDGET, SEEDS, RATES
+    if arguments.quick:
+        budget = BUDGET | {"tasks": ["triage"], "steps": 2, "every": 1, "validation_rows": 10}
+        seeds, rates = (0,), {"prompt tuning, vocab": (0.03,), "LoRA": (0.003,)}
+    before = RESULTS / "learning.json"
+    kept = json.loads(before.read_text()) if arguments.only else {}
+    if kept and kept["budget"] != budget:
+        sys.exit(f"{before} was measured with another budget; measure both sides")
+    with tempfile.TemporaryDirectory(prefix="promptshard-learning-") as temporary:
+        found = {side: kept.get(side) for side in ("ours", "ours, told", "peers")}
+        files = {
+            side: ours.run_file(Path(temporary) / f"told-{told}", budget, seeds, told=told)
+            for side, told in (("ours", False), ("ours, told", True))
+        }
+        if arguments.only != "peers":
+            for side, (path, _) in files.items():
+                print(f"{side} ...", file=sys.stderr, flush=True)
+                if ours.train(path, environment()).wait():
+                    sys.exit(path.with_suffix(".log").read_text()[-4000:])
+                found[side] = ours.results(path)
+        if arguments.only != "ours":
+            path, texts = files["ours"]
+            peers = Peers(path, arguments.workers, texts, budget, seeds)
+            found["peers"] = peers.measure(rates)
+    report = summary({"budget": budget, **found})
+    text = table(report)
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        before.write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "learning.md").write_text(text)
+        plot(report, RESULTS / "learning.png")
+    print(text)
+
+
+def environment() -> dict[str, str]:
+    """One thread each: what is measured is no speed."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Peers:
+    """PEFT's arms on the rows of our run file."""
+
+    def __init__(
+        self,
+        path: Path,
+        workers: int,
+        texts: dict[str, str],
+        budget: dict[str, Any],
+        seeds: Sequence[int],
+    ) -> None:
+        self._path, self._workers = path, workers
+        self._texts, self._budget, self._seeds = texts, budget, seeds
+
+    def measure(self, rates: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
+        """Every rate at its last step, then the best of each arm and task all along the way."""
+        last = [self._budget["steps"]]
+        pairs = [(arm, task) for arm in rates for task in self._budget["tasks"]]
+        ranges = {pair: list(rates[pair[0]]) for pair in pairs}
+        done = self._run([job for p in pairs for r in ranges[p] for job in self._jobs(p, r, last)])
+        for _ in range(MOVES):
+            new = {pair: rate for pair in pairs if (rate := moved(ranges[pair], pair, done))}
+            if not new:
+                break
+            for pair, rate in new.items():
+                ranges[pair] = within(ranges[pair], rate)
+            done += self._run([job for p, rate in new.items() for job in self._jobs(p, rate, last)])
+        steps = list(range(self._budget["every"], last[0] + 1, self._budget["every"]))
+        best = [(pair, best_rate(done, *pair)) for pair in pairs]
+        curves = self._run([job for pair, rate in best for job in self._jobs(pair, rate, steps)])
+        again = {(c["arm"], c["task"], c["rate"]) for c in curves}
+        return curves + [d for d in done if (d["arm"], d["task"], d["rate"]) not in again]
+
+    def _jobs(self, pair: tuple[str, str], rate: float, steps: list[int]) -> list[dict[str, Any]]:
+        arm, task = pair
+        shared = {"arm": arm, "task": task, "rate": rate, "evaluate": steps}
+        return [shared | {"seed": seed, "text": self._texts[task]} for seed in self._seeds]
+
+    def _run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All jobs, in as many processes as there are workers."""
+        print(f"{len(jobs)} trainings with PEFT ...", file=sys.stderr, flush=True)
+        workers, folder = [], self._path.parent
+        for number in range(min(self._workers, len(jobs))):
+            todo, out = (folder / f"{what}-{number}" for what in ("jobs", "done"))
+            todo.write_text(json.dumps(jobs[number :: self._workers]))
+            log = folder / f"log-{number}"
+            command = [sys.executable, "-m", "benchmarks.learning.peers"]
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [*command, str(self._path), str(todo), str(out)],
+                    cwd=ROOT,
+                    env=environment(),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            workers.append((process, out, log))
+        found = []
+        for process, out, log in workers:
+            if process.wait():
+                sys.exit(log.read_text(errors="replace")[-4000:])
+            found += [json.loads(line) for line in out.read_text().splitlines()]
+        return found
+
+
+def moved(rates: list[float], pair: tuple[str, str], done: list[dict[str, Any]]) -> float | None:
+    """The rate beyond the edge at which the best is; None where it is at none."""
+    if len(rates) < 3:
+        return None
+    best = best_rate(done, *pair)
+    if best == rates[0]:
+        return float(f"{rates[0] ** 2 / rates[1]:.1g}")
+    if best == rates[-1]:
+        return float(f"{rates[-1] ** 2 / rates[-2]:.1g}")
+    return None
+
+
+def within(rates: list[float], rate: float) -> list[float]:
+    """As many rates, with the new one and without that at the other edge."""
+    wider = sorted([*rates, rate])
+    return wider[1:] if rate == wider[-1] else wider[:-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""This trainer's arms: one run file, one bank of all tasks, methods and seeds, at the defaults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+#: How an arm of ours is called in tables.
+TITLES = {method: f"ours, {method}" for method in METHODS}
+#: An instruction that arms with a text start from: the first of the task's own.
+EXAMPLES = ("quickstart", "codegen")
+
+
+def tasks() -> list[dict[str, Any]]:
+    """The tasks of the example run files, with a ``text`` for arms that start from one."""
+    found = []
+    for name in EXAMPLES:
+        run = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
+        for task in run["tasks"]:
+            task.pop("shifted_validation")
+            found.append(task)
+    return found
+
+
+def run_file(
+    folder: Path, budget: dict[str, Any], seeds: Sequence[int], *, told: bool
+) -> tuple[Path, dict[str, str]]:
+    """Write the run file; gives it and the first hand-written instruction of every task.
+
+    Args:
+        told: the tasks keep their hand-written instructions, among which a default start chooses.
+    """
+    chosen = [task for task in tasks() if task["name"] in budget["tasks"]]
+    texts = {task["name"]: task["hand_written"][0].strip() for task in chosen}
+    for task in chosen:
+        if not told:
+            del task["hand_written"]
+        if budget["validation_rows"]:
+            task["max_validation_rows"] = budget["validation_rows"]
+    prompts = [
+        {
+            "name": f"{task['name']}-{method}",
+            "task": task["name"],
+            "method": method,
+            "sweep": {"seed": list(seeds)},
+        }
+        for task in chosen
+        for method in METHODS
+    ]
+    run = {
+        "output_dir": str(folder),
+        "base": {"model": "examples/tiny_base", "quantization": "none"},
+        "tasks": chosen,
+        "prompts": prompts,
+        "training": {"steps": budget["steps"], "tokens_per_step": budget["tokens_per_step"]},
+        "evaluation": {"every": budget["every"]},
+        "checkpoint": {"every": budget["steps"]},
+        "tracking": {"system_metrics": False},
+        "search": {"max_prompts": len(prompts) * len(seeds)},
+    }
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
+    return path, texts
+
+
+def train(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start ``promptshard train`` on one process."""
+    command = [sys.executable, "-m", "launch", "train", str(path), "--processes", "1"]
+    with path.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    """Of a finished run: its prompts as the peers' jobs are, with ``scores`` by step."""
+    run = yaml.safe_load((path.with_suffix("") / "run.yaml").read_text())
+    found = {
+        prompt["name"]: {
+            "arm": TITLES[prompt["method"]],
+            "task": prompt["task"],
+            "rate": None,
+            "seed": prompt["seed"],
+            "scores": {},
+        }
+        for prompt in run["prompts"]
+    }
+    for line in (path.with_suffix("") / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["prompt"] and "validation_loss" in row["metrics"]:
+            found[row["prompt"]]["scores"][str(row["step"])] = {
+                key.removeprefix("validation_"): value
+                for key, value in row["metrics"].items()
+                if key.startswith("validation_")
+            }
+    return list(found.values())

@@ -1,0 +1,257 @@
+"""PEFT's arms: plain PEFT and torch, over the same rows in the same order as ours.
+
+    python -m benchmarks.learning.peers RUN.yaml JOBS.json OUT.jsonl
+
+One process that trains one job after the other and writes a line for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from trainer.config import RunConfig, load
+from trainer.tasks import metrics
+from trainer.tasks.feed import EvalSet, Feed, TaskData, load_tasks
+from trainer.tasks.table import Example
+
+#: What each arm gives to PEFT, beside the number of virtual tokens.
+ARMS: dict[str, dict[str, Any]] = {
+    "prompt tuning, vocab": {"method": "prompt_tuning", "init": "SAMPLE_VOCAB"},
+    "prompt tuning, text": {"method": "prompt_tuning", "init": "TEXT"},
+    "p-tuning": {"method": "p_tuning"},
+    "LoRA": {"method": "lora"},
+}
+#: Rows that are scored at once.
+EVALUATED = 128
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        text: where an arm with the init TEXT starts.
+        evaluate: steps after which it is scored.
+    """
+
+    arm: str
+    task: str
+    rate: float
+    seed: int
+    text: str
+    evaluate: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/{self.task}/{self.rate:g}/{self.seed}"
+
+
+class Data:
+    """Tokenised rows of a run file, by the trainer's own code."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from trainer.base.files import open_base
+
+        files = open_base(config.base)
+        self.config, self.tokenizer, self.folder = config, files.tokenizer, config.base.model
+        self.tasks: dict[str, TaskData] = load_tasks(
+            config, files.tokenizer, files.context_length, files.config.vocab_size
+        )
+
+    def updates(self, task: str, seed: int) -> Iterator[list[Example]]:
+        """The rows that each update of our prompts of this task and seed reads, without end."""
+        same = (p for p in self.config.prompts if (p.task, p.seed) == (task, seed))
+        alone = self.config.model_copy(update={"prompts": [next(same)]})
+        feed = Feed(alone, self.tasks)
+        while True:
+            yield [piece.example for piece in feed.next_step([True])]
+
+
+def plain_base(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def peft_model(base: Any, job: Job, num_virtual_tokens: int) -> Any:
+    """PEFT over a copy of the base; its random start follows from the job's seed."""
+    from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(job.seed)
+    arm = ARMS[job.arm]
+    shared = {"task_type": "CAUSAL_LM"}
+    if arm["method"] == "lora":
+        config: Any = LoraConfig(
+            **shared, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"
+        )
+    elif arm["method"] == "p_tuning":
+        hidden = base.config.hidden_size
+        config = PromptEncoderConfig(
+            **shared, num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=hidden
+        )
+    else:
+        text = {}
+        if arm["init"] == "TEXT":
+            text = {
+                "prompt_tuning_init_text": job.text,
+                "tokenizer_name_or_path": base.config.name_or_path,
+            }
+        config = PromptTuningConfig(
+            **shared,
+            num_virtual_tokens=num_virtual_tokens,
+            prompt_tuning_init=arm["init"],
+            **text,
+        )
+    return get_peft_model(copy.deepcopy(base), config)
+
+
+def padded(rows: Sequence[Example]) -> dict[str, Tensor]:
+    """Rows padded on the right, [B, T]; only the labels of each have a label."""
+    longest = max(row.num_tokens for row in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -100)
+    for i, row in enumerate(rows):
+        own = slice(row.target_start, row.num_tokens)
+        ids_BT[i, : row.num_tokens] = torch.tensor(row.input_ids)
+        mask_BT[i, : row.num_tokens] = 1
+        labels_BT[i, own] = ids_BT[i, own]
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+
+def row_losses(model: Any, rows: Sequence[Example]) -> Tensor:
+    """Summed negative log-likelihood of each row's labels, [B]."""
+    batch = padded(rows)
+    labels_BT = batch.pop("labels")
+    length = labels_BT.shape[1]
+    logits_BTV = model(**batch).logits[:, -length:]  # none of virtual tokens
+    losses = cross_entropy(logits_BTV[:, :-1].transpose(1, 2), labels_BT[:, 1:], reduction="none")
+    return losses.sum(1)
+
+
+def mean_loss(model: Any, rows: Sequence[Example]) -> Tensor:
+    """Mean over the labels of all rows: what is trained on."""
+    return row_losses(model, rows).sum() / sum(row.num_labels for row in rows)
+
+
+@torch.no_grad()
+def score(model: Any, data: Data, rows: EvalSet) -> dict[str, float]:
+    """``loss`` and the task's metric by the trainer's rules: see ``trainer.evaluation``."""
+    width, task = rows.candidates.width, rows.task
+    flat = [example for candidates in rows.candidates for example in candidates]
+    # Of equal length together: nothing is padded that need not be.
+    order = sorted(range(len(flat)), key=lambda i: flat[i].num_tokens)
+    nll = torch.zeros(len(flat), dtype=torch.float64)
+    with judged(model):
+        for start in range(0, len(flat), EVALUATED):
+            part = order[start : start + EVALUATED]
+            nll[part] = row_losses(model, [flat[i] for i in part]).double()
+        nll_RC, gold = nll.view(-1, width), torch.tensor(rows.gold)
+        right_R = nll_RC.gather(1, gold[:, None])[:, 0]
+        found = {"loss": float(right_R.sum() / sum(rows.label_counts))}
+        if task.metric == "accuracy":
+            found["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
+        else:
+            assert task.metric == "execution", f"no example task has the metric {task.metric}"
+            texts = _continued(model, data.tokenizer, flat, task.max_new_tokens)
+            values = [rows.rows[example.row][task.tests] for example in flat]
+            passed = metrics.execution(texts, values)
+            found["execution"] = sum(passed) / len(passed)
+    return found
+
+
+def _continued(
+    model: Any, tokenizer: Any, rows: Sequence[Example], max_new_tokens: int
+) -> list[str]:
+    """What the base writes after each input, greedily, until EOS.
+
+    Inputs of one length at a time: PEFT counts padding on the left as positions.
+    """
+    texts = [""] * len(rows)
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(row.target_start, []).append(i)
+    for length, part in by_length.items():
+        ids_BT = torch.tensor([rows[i].input_ids[:length] for i in part])
+        written = model.generate(
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        new = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+        for i, text in zip(part, new, strict=True):
+            texts[i] = text
+    return texts
+
+
+@contextmanager
+def judged(model: Any) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def train(data: Data, base: Any, job: Job, steps: int, num_virtual_tokens: int) -> dict[str, Any]:
+    """One job: AdamW, clipped to 1, decaying in a line, as transformers' Trainer by default.
+
+    Returns:
+        The job, and ``scores``: step -> what the model scored on the validation rows.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    model = peft_model(base, job, num_virtual_tokens).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+    validation = data.tasks[job.task].evaluation["validation"]
+    scores: dict[str, dict[str, float]] = {}
+    losses = []
+    for step, rows in zip(range(1, steps + 1), data.updates(job.task, job.seed), strict=False):
+        loss = mean_loss(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if step in job.evaluate:
+            scores[str(step)] = score(model, data, validation)
+    return asdict(job) | {"scores": scores, "losses": losses}
+
+
+def main() -> None:
+    run_file, jobs, out = sys.argv[1:]
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    config = load(run_file)
+    data, base = Data(config), plain_base(config.base.model)
+    (length,) = {prompt.num_virtual_tokens for prompt in config.prompts}
+    with Path(out).open("w") as lines:
+        for values in json.loads(Path(jobs).read_text()):
+            job = Job(**values | {"evaluate": tuple(values["evaluate"])})
+            result = train(data, base, job, config.training.steps, length)
+            lines.write(json.dumps(result) + "\n")
+            lines.flush()
+
+
+if __name__ == "__main__":
+    main()

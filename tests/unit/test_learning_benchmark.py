@@ -1,0 +1,155 @@
+"""The benchmark of learning: both sides have the same loss and scores, and its table says what was
+found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.learning import __main__ as benchmark
+from benchmarks.learning import ours, peers
+from benchmarks.learning.report import best_rate, plot, summary, table
+from tests.whole_base import load_whole
+from trainer.config import load
+from trainer.evaluation import Evaluator, Request
+from trainer.memory import StreamBudget
+from trainer.objective import stream_objective
+from trainer.prefetch import prepare_stream
+from trainer.tasks.feed import Feed
+from trainer.tasks.streams import Piece, PromptLengths
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = benchmark.BUDGET | {"tasks": ["triage", "codegen"], "validation_rows": 6}
+#: A rank of one, without deepspeed.
+ALONE: Any = SimpleNamespace(
+    rank=0,
+    world_size=1,
+    is_main=True,
+    device=torch.device("cpu"),
+    all_reduce_sum=lambda tensors: None,
+    end_step=lambda: None,
+    any=bool,
+    all_gather=lambda value: [value],
+    broadcast=lambda value: value,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> peers.Data:
+    path, _ = ours.run_file(tmp_path_factory.mktemp("learning") / "run", BUDGET, [0, 1], told=True)
+    return peers.Data(load(path))
+
+
+def peer(data: peers.Data, arm: str, task: str) -> tuple[Any, torch.Tensor, peers.Job]:
+    """A PeftModel and the virtual tokens that it starts from."""
+    text = "Write this as Python code."
+    job = peers.Job(arm, task, 0.01, 0, text, (1,))
+    model = peers.peft_model(peers.plain_base(data.folder), job, 20)
+    with torch.no_grad():
+        return model, model.get_prompt(batch_size=1)[0], job
+
+
+@pytest.mark.parametrize("arm", ["prompt tuning, text", "p-tuning"])
+def test_both_sides_train_on_the_same_loss(data: peers.Data, arm: str) -> None:
+    """PEFT on padded rows and our packed stream, from one prompt, on the first update's rows."""
+    model, prompt, job = peer(data, arm, "triage")
+    rows = next(data.updates(job.task, job.seed))
+    assert len(rows) > 5
+    theirs = peers.mean_loss(model, rows)
+    pieces = [Piece(row, 0, i) for i, row in enumerate(rows)]
+    stream = prepare_stream(pieces, PromptLengths.of([prompt]), torch.device("cpu"))
+    base = load_whole(ROOT / data.folder, "none")
+    loss, _ = stream_objective(base, stream, [prompt], [sum(row.num_labels for row in rows)])
+    assert float(loss) == pytest.approx(float(theirs.detach()), abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["triage", "codegen"])
+def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
+    model, prompt, _ = peer(data, "prompt tuning, text", task)
+    rows = data.tasks[task].evaluation["validation"]
+    theirs = peers.score(model, data, rows)
+    base = load_whole(ROOT / data.folder, "none")
+    evaluator = Evaluator(ALONE, base, data.tokenizer, StreamBudget(4000))
+    (found,) = evaluator.score([Request(rows, 0)], [prompt])
+    assert theirs == pytest.approx({key: found[key] for key in theirs}, abs=1e-5)
+
+
+def test_rows_are_those_of_our_prompt(data: peers.Data) -> None:
+    settings = next(p for p in data.config.prompts if (p.task, p.seed) == ("triage", 1))
+    feed = Feed(data.config, data.tasks)
+    k = data.config.prompts.index(settings)
+    for rows in itertools.islice(data.updates("triage", 1), 3):
+        ours = [piece.example.row for piece in feed.next_step([True] * 12) if piece.prompt == k]
+        assert [row.row for row in rows] == ours
+
+
+def training(arm: str, seed: int, rate: float | None, *values: float) -> dict[str, Any]:
+    """What one training scored at steps 2, 4 ..."""
+    scores = {str(2 * i + 2): {"accuracy": x, "loss": 1 - x} for i, x in enumerate(values)}
+    return {"arm": arm, "task": "triage", "rate": rate, "seed": seed, "scores": scores}
+
+
+def found() -> dict[str, Any]:
+    quick, vocab = "ours, prompt_tuning", "prompt tuning, vocab"
+    return {
+        "budget": BUDGET | {"tasks": ["triage"]},
+        "ours": [training(quick, seed, None, 0.8, 0.9 + seed / 100) for seed in range(3)],
+        "peers": [
+            *(training(vocab, seed, 0.01, 0.2, 0.5 + seed / 5) for seed in range(3)),
+            *(training(vocab, seed, 0.1, 0.6) for seed in range(3)),
+            *(training("LoRA", seed, 0.01, 0.9, 1.0) for seed in range(3)),
+        ],
+    }
+
+
+def test_table_compares_with_the_best_rate(tmp_path: Path) -> None:
+    report = summary(found())
+    assert best_rate(found()["peers"], "prompt tuning, vocab", "triage") == 0.01
+    (row,) = report["figures"]["triage"]
+    assert row["peer"] == "PEFT, prompt tuning, vocab", "LoRA is shown, but is no prompt"
+    assert row["scores"] == pytest.approx([0.91, 0.7])
+    assert row["spreads"] == pytest.approx([0.02, 0.4])
+    assert row["steps"] == [2, 4]
+    text = table(report)
+    assert (
+        "| triage | ours, prompt_tuning, beside PEFT, prompt tuning, vocab | 0.910, 0.700: better"
+        in text
+    )
+    assert "| PEFT, LoRA | 0.01 of 0.01 | 0.900 | 1.000 |" in text
+    plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert json.loads(json.dumps(report))["figures"]["triage"][0]["steps"] == [2, 4]
+
+
+def test_ranges_move_until_the_best_rate_is_at_no_edge() -> None:
+    rates, pair = [0.01, 0.03, 0.1], ("prompt tuning, vocab", "triage")
+    done = [training(pair[0], 0, rate, rate) for rate in rates]
+    assert benchmark.moved(rates, pair, done) == 0.3
+    assert benchmark.within(rates, 0.3) == [0.03, 0.1, 0.3]
+    assert benchmark.moved([0.03, 0.1, 0.3], pair, [*done, training(pair[0], 0, 0.3, 0)]) is None
+
+
+def test_quick_runs_both_sides() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.learning", "--quick"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for arm in (
+        "ours, prefix_tuning",
+        "ours, p_tuning, instruction known",
+        "PEFT, LoRA",
+    ):
+        assert f"| {arm} |" in done.stdout, done.stdout
