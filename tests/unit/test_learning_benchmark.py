@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.learning import __main__ as benchmark
 from benchmarks.learning import ours, peers
-from benchmarks.learning.report import best_rate, plot, summary, table
+from benchmarks.learning.report import best_rate, plot, reached, summary, table
 from tests.whole_base import load_whole
 from trainer.config import load
 from trainer.evaluation import Evaluator, Request
@@ -118,6 +118,10 @@ def test_table_compares_with_the_best_rate(tmp_path: Path) -> None:
     assert row["scores"] == pytest.approx([0.91, 0.7])
     assert row["spreads"] == pytest.approx([0.02, 0.4])
     assert row["steps"] == [2, 4]
+    assert reached(row) == "score, spread, steps"
+    assert (
+        reached(row | {"scores": [1.0, 1.0], "spreads": [0.3, 0.4], "steps": [None, 4]}) == "none"
+    )
     text = table(report)
     assert (
         "| triage | ours, prompt_tuning, beside PEFT, prompt tuning, vocab | 0.910, 0.700: better"
