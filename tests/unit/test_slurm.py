@@ -135,7 +135,7 @@ def test_containers_and_modules():
             container="nvcr.io#nvidia/pytorch:25.01 py3",
             mounts=("/data:/data:ro",),
             modules=("cuda/12.4",),
-            chdir="/work/me",
+            chdir="/proj/me",
             code="/out/code",
             gpus_per_node=4,
             cpus_per_task=32,
@@ -143,8 +143,8 @@ def test_containers_and_modules():
     )
     assert "module load cuda/12.4 || exit 1\n" in text
     assert "'--container-image=nvcr.io#nvidia/pytorch:25.01 py3'" in text
-    assert "--container-mounts=/data:/data:ro,/work/me:/work/me,/out/code:/out/code" in text
-    assert "--container-workdir=/work/me" in text
+    assert "--container-mounts=/data:/data:ro,/proj/me:/proj/me,/out/code:/out/code" in text
+    assert "--container-workdir=/proj/me" in text
     # since 22.05 srun does not inherit it
     assert text.count("--cpus-per-task=32") == 2
     assert "--need-gpus" in text
