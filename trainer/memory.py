@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 #: Where streams of this many tokens do not fit, layers are recomputed.
 WORTHWHILE_TOKENS = 2048
 #: On CPU, where caches are small, streams are not made longer.
-CPU_TOKENS = 4096
+CPU_TOKENS = 1536
 #: Whatever memory says, streams are not made shorter; a longer row goes alone.
 LEAST_TOKENS = 256
 #: Share of the free memory that activations may take; the rest is for what no model foresees.

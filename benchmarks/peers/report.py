@@ -123,6 +123,7 @@ def table(report: dict[str, Any]) -> str:
             "",
             f"## {name}",
             "",
+            *([case["note"], ""] if "note" in case else []),
             "| | useful tokens/s | MFLOPs per useful token | peak saved MB | "
             + " | ".join(KINDS)
             + " |",
