@@ -31,9 +31,12 @@ import psutil
 from launch import guard
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
+from trainer.watchdog import LOST, read_lost
 
 GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
 STOP_SECONDS = 600.0  # the same where it may end its step first, and save
+LOSS_SECONDS = 15.0  # the same where another rank has failed: it may wait for that one
+HURRY_SECONDS = 10.0  # a second Ctrl-C before that is taken for the same
 TRAINER = "trainer"  # the one module whose runs can go on
 PER_NODE_MODULE = "deepspeed.launcher.launch"  # what the runner starts, and what starts the ranks
 REMOTE_GRACE_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
@@ -41,6 +44,7 @@ POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
 CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
 SPAWNED = re.compile(r"process (\d+) spawned with command")
+ENDING_OTHERS = "Killing subprocess"  # the launcher says so once a rank has failed
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -56,15 +60,19 @@ class _Losses:
     """Which rank of this machine ended first, while the launcher does not look.
 
     The launcher tells its processes in the order of their ranks, and the first exit code alone.
+    When one has failed it asks the others to end and waits for each, up to half a minute: ranks
+    that hear nothing, as they are stopped or wait for the lost one, are ended before.
     """
 
-    def __init__(self, log: Path, ranks: int, first_rank: int) -> None:
-        self._log, self._ranks, self._first_rank = log, ranks, first_rank
+    def __init__(self, log: Path, ranks: int, first_rank: int, end: Callable[[], None]) -> None:
+        self._log, self._ranks, self._first_rank, self._end = log, ranks, first_rank, end
         self._pids: list[int] = []
+        self._deadline: float | None = None
         self.first = ""
 
     def look(self) -> None:
         if self.first:
+            self._hasten()
             return
         if len(self._pids) < self._ranks:
             found = SPAWNED.findall(self._log.read_text(errors="replace"))
@@ -74,6 +82,14 @@ class _Losses:
             if _has_ended(pid):
                 self.first = f"rank {self._first_rank + i} (process {pid} on {platform.node()})"
                 return
+
+    def _hasten(self) -> None:
+        """End what is left once a rank has failed a while ago; one that is done is no failure."""
+        if self._deadline is None:
+            if ENDING_OTHERS in self._log.read_text(errors="replace"):
+                self._deadline = time.monotonic() + LOSS_SECONDS
+        elif time.monotonic() > self._deadline:
+            self._end()
 
 
 def _has_ended(pid: int) -> bool:
@@ -125,7 +141,8 @@ def run_local(
         grace_seconds: between a stop signal and the end of ranks that do not stop.
         first_rank: of this machine, among all of the run.
     """
-    stop, losses = _Stop(), _Losses(log, ranks, first_rank)
+    (log.parent / LOST).unlink(missing_ok=True)
+    stop = _Stop()
     with log.open("wb") as chatter, stop.listening():
         with _blocked(STOPPING):
             process = subprocess.Popen(
@@ -137,12 +154,19 @@ def run_local(
             )
         with _guarded(process.pid):
             forward = functools.partial(_signal_ranks, process.pid, module)
+            end = functools.partial(_kill_ranks, process.pid, module)
+            losses = _Losses(log, ranks, first_rank, end)
             _wait(process, stop, forward, grace_seconds, losses.look)
             _end_ranks(process.pid, module)
     finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
-    lost, resumable = finished < ranks, module == TRAINER
     return _ending(
-        process.returncode, stop.signals, log, lost=lost, resumable=resumable, first=losses.first
+        process.returncode,
+        stop.signals,
+        log,
+        lost=finished < ranks,
+        resumable=module == TRAINER,
+        first=losses.first,
+        hung=read_lost(log.parent),
     )
 
 
@@ -178,17 +202,22 @@ def _wait(
     grace_seconds: float = GRACE_SECONDS,
     look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Wait for the launcher. A stop signal is forwarded; a second Ctrl-C, or time, ends the group.
+    """Wait for the launcher. A stop signal is forwarded; another Ctrl-C, or time, ends the group.
 
-    Other signals may come twice: Slurm sends SIGTERM after SIGUSR1.
+    That is one by a person who has waited: who types it twice at once wants what one does, and
+    ranks that save are not disturbed. Other signals may come twice: Slurm sends SIGTERM after
+    SIGUSR1.
     """
-    deadline = None
+    deadline, patient, heard = None, float("inf"), 0
     while process.poll() is None:
         look()
         if stop.signals and deadline is None:
-            deadline = time.monotonic() + grace_seconds
+            deadline, patient = time.monotonic() + grace_seconds, time.monotonic() + HURRY_SECONDS
             forward(stop.signals[0])
-        hurried = stop.signals.count(signal.SIGINT) > 1
+        interrupts = stop.signals.count(signal.SIGINT)
+        if time.monotonic() < patient:
+            heard = interrupts
+        hurried = interrupts > heard
         if deadline is not None and (hurried or time.monotonic() > deadline):
             _signal_group(process.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
@@ -213,6 +242,11 @@ def _end_ranks(group: int, module: str) -> None:
             for process in left:
                 _try_signal(process, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
+
+
+def _kill_ranks(group: int, module: str) -> None:
+    for process in _running(group, module):
+        _try_signal(process, signal.SIGKILL)
 
 
 def _running(group: int, module: str) -> list[psutil.Process]:
@@ -284,12 +318,14 @@ def _ending(
     lost: bool,
     resumable: bool,
     first: str = "",
+    hung: str = "",
 ) -> Ending:
     """The exit code that the ranks meant, and a message where they cannot have given one.
 
     Args:
         lost: a rank did not end well.
         first: the rank that ended first.
+        hung: why the ranks have given one up.
         resumable: the same command goes on with what was stopped, or begins it anew.
     """
     if returncode == EXIT_DONE and not lost:
@@ -301,7 +337,9 @@ def _ending(
         if resumable:
             return Ending(EXIT_RESUMABLE, f"{said}; the same command goes on from its checkpoint")
         return Ending(EXIT_FAILURE, said)
-    if returncode == EXIT_DONE:
+    if hung:
+        how = hung
+    elif returncode == EXIT_DONE:
         how = "the launcher was killed and the ranks did not finish"
     else:
         how = _describe(returncode, first or "a process")

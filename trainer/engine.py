@@ -16,8 +16,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -32,6 +34,7 @@ from trainer.config import RunConfig, parse_bytes
 from trainer.errors import BadInput
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
 from trainer.process import left_out
+from trainer.watchdog import Pulse, Watchdog, end_process
 
 # DeepSpeed's autotuner (0.19.8) loads mlflow where it is installed: a second and 100 MB per rank.
 with left_out("mlflow"):
@@ -43,6 +46,8 @@ T = TypeVar("T")
 
 #: How often ranks that wait for slow work hear from each other.
 TURN_SECONDS = 1.0
+#: Of ``timeout_seconds``: the watchdog speaks before a collective gives up, which names no rank.
+WATCHED_SHARE = 0.9
 #: Stands among the modules that use a parameter now, so that DeepSpeed does not release it.
 KEPT = -1
 
@@ -56,6 +61,7 @@ class Engine:
         exchanged_bytes: of these, the latter: word embeddings that were looked up and hidden states
             that were sent to the head, with all it took to agree on them.
         kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
+        pulse: which collective this rank is at.
     """
 
     def __init__(self, timeout_seconds: int) -> None:
@@ -81,6 +87,9 @@ class Engine:
             verbose=False,
         )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.pulse = Pulse()
+        self._timeout = timeout_seconds
+        self._watchdog: Watchdog | None = None
         self.gathered_bytes, self.exchanged_bytes = 0, 0
         self.kept_bytes = 0
         self._kept: list[Any] = []
@@ -93,6 +102,38 @@ class Engine:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def watch(self, logs: Path, silence_seconds: float) -> None:
+        """From now on a rank that hangs is named in ``logs``, and ends all; see the watchdog.
+
+        Args:
+            silence_seconds: how long a rank may give no sign of life.
+        """
+        if self.world_size == 1:
+            return
+        # A connection of its own: one that is stuck must not hold up the main thread's.
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+        )
+        self._watchdog = Watchdog(
+            self.pulse,
+            store,
+            self.rank,
+            self.world_size,
+            socket.gethostname(),
+            silence_seconds=silence_seconds,
+            timeout_seconds=WATCHED_SHARE * self._timeout,
+            give_up=partial(end_process, logs),
+        )
+        self.any(False)  # all have a beat now
+        self._watchdog.start()
+
+    def training_step(self, step: int) -> AbstractContextManager[None]:
+        """A step of the loop, which takes about as long as the ones before."""
+        return self.pulse.training_step(step)
 
     def place(
         self,
@@ -238,26 +279,30 @@ class Engine:
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place, in one collective."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
+        with self.pulse.within("the sum of gradients"):
+            dist.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         value = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        with self.pulse.within("a question to all ranks"):
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+            return bool(value.item())
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank. For small plain data."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.pulse.within("an exchange of values"):
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: T | None) -> T:
         """Rank 0's value, on every rank. For small plain data and small CPU tensors."""
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, 0)
+        with self.pulse.within("a word from rank 0"):
+            dist.broadcast_object_list(values, 0)
         result: T = values[0]
         return result
 
@@ -324,6 +369,8 @@ class Engine:
         return result
 
     def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -338,6 +385,7 @@ class Engine:
         gather = partition_parameters._dist_allgather_fn
 
         def counted(input_tensor: Tensor, output_tensor: Tensor, group: Any = None) -> Any:
+            self.pulse.at("the gathering of a layer")
             received = output_tensor.numel() - input_tensor.numel()
             self.gathered_bytes += received * output_tensor.element_size()
             return gather(input_tensor, output_tensor, group)
@@ -350,23 +398,27 @@ class GroupRows:
 
     def __init__(self, engine: Engine, group: Any) -> None:
         self._engine, self._group = engine, group
+        self._pulse = engine.pulse
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         taken = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(taken, rows, list(received), list(sent), group=self._group)
+        with self._pulse.within("a swap of rows"):
+            dist.all_to_all_single(taken, rows, list(received), list(sent), group=self._group)
         self._received(taken.nbytes - taken[: received[self.rank]].nbytes)
         return taken
 
     def gather(self, rows: Tensor) -> Tensor:
         whole = rows.new_empty(self.ranks * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, rows.contiguous(), group=self._group)
+        with self._pulse.within("the gathering of rows"):
+            dist.all_gather_into_tensor(whole, rows.contiguous(), group=self._group)
         self._received(whole.nbytes - rows.nbytes)
         return whole
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         own = rows.new_empty(len(rows) // self.ranks, *rows.shape[1:])
-        dist.reduce_scatter_tensor(own, rows.contiguous(), group=self._group)
+        with self._pulse.within("the scattered sum of rows"):
+            dist.reduce_scatter_tensor(own, rows.contiguous(), group=self._group)
         self._received(rows.nbytes - own.nbytes)
         return own
 
@@ -378,7 +430,8 @@ class GroupRows:
 
     def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         reduced = values.clone()
-        dist.all_reduce(reduced, op=operation, group=self._group)
+        with self._pulse.within("a reduction over the head"):
+            dist.all_reduce(reduced, op=operation, group=self._group)
         # As a ring does it: parts are reduced on the way round, then sent round once more.
         self._received(2 * values.nbytes * (self.ranks - 1) // self.ranks)
         return reduced
@@ -451,7 +504,8 @@ class Sharder:
             raise BadInput(list(dict.fromkeys(found))[:10])
         if scales:
             flat = torch.cat(list(scales))
-            dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._group)
+            with self._engine.pulse.within("the scales of the base"):
+                dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._group)
             for tensor, whole in zip(scales, flat.split([len(s) for s in scales]), strict=True):
                 tensor.copy_(whole)
 

@@ -116,7 +116,8 @@ class Loop:
             with self.console.training(self.last_step, self.progress.step) as line:
                 while self.progress.unjudged or self._goes_on():
                     if not self.progress.unjudged:
-                        self._step(line)
+                        with self.engine.training_step(self.progress.step + 1):
+                            self._step(line)
                         self.between_steps()
                         self._raise_if_all_diverged()
                         self._stop_if_told()

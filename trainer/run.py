@@ -66,6 +66,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         Stopped: if a rank was told to stop, once the state of the last step is saved.
     """
     engine = Engine(config.engine.timeout_seconds)
+    engine.watch(Path(config.output_dir) / "logs", config.engine.silence_seconds)
     try:
         with _locked(engine, Path(config.output_dir), console) as lock:
             _train(engine, config, console, lock, fresh=fresh, command=command)

@@ -27,6 +27,7 @@ LIGHT = (
     "trainer.errors",
     "trainer.lock",
     "trainer.terminal",
+    "trainer.watchdog",
     "trainer.tasks.splits",
     "trainer.prompts.source",
 )
@@ -42,6 +43,7 @@ FLOORS = (
         "trainer.redact",
         "trainer.revision",
         "trainer.stop",
+        "trainer.watchdog",
     ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement", "trainer.memory", "trainer.policy"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ class OneRank:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def training_step(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def watch_memory(self) -> None: ...
 

@@ -68,6 +68,9 @@ class Engine(Section):
         "gathered layers that stay until the step ends; auto: half of what is free",
     )
     timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
+    silence_seconds: PositiveInt = Field(
+        60, description="a rank that gives no sign of life for so long is given up"
+    )
 
     @field_validator("shard_group", mode="before")
     @classmethod

@@ -1,0 +1,194 @@
+"""The watchdog of a rank, over ranks that are threads and a store that is a dict."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainer import watchdog
+from trainer.watchdog import Pulse, Watchdog, end_process, read_lost
+
+BEAT = 0.01
+
+
+class Shared(dict[str, str]):
+    """The store; ``stuck`` keeps whoever asks from getting an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = threading.Event()
+        self.free.set()
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.free.wait(10)
+        return [self[key].encode() for key in keys]
+
+
+class Ranks:
+    def __init__(
+        self, count: int = 3, silence: float = 0.3, timeout: float = 60.0, quiet: float = 3 * BEAT
+    ) -> None:
+        self.store, self.pulses = Shared(), [Pulse() for _ in range(count)]
+        self.said: list[tuple[int, str]] = []
+        self.told = threading.Event()
+        self.dogs = [
+            Watchdog(
+                pulse,
+                self.store,
+                rank,
+                count,
+                f"host{rank}",
+                silence_seconds=silence,
+                timeout_seconds=timeout,
+                give_up=self._hear(rank),
+                beat_seconds=BEAT,
+                quiet_seconds=quiet,
+            )
+            for rank, pulse in enumerate(self.pulses)
+        ]
+
+    def _hear(self, rank: int) -> Callable[[str], None]:
+        def hear(words: str) -> None:
+            self.said.append((rank, words))
+            self.told.set()
+
+        return hear
+
+    def start(self, *ranks: int) -> None:
+        for rank in ranks:
+            self.dogs[rank].start()
+
+    def end(self) -> None:
+        self.store.free.set()
+        for dog in self.dogs:
+            dog.stop()
+
+
+@pytest.fixture
+def ranks():
+    made: list[Ranks] = []
+
+    def make(**settings: float) -> Ranks:
+        made.append(Ranks(**settings))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+def test_a_rank_without_beats_is_named_with_the_step_and_the_collective(ranks):
+    run = ranks()
+    run.start(0, 2)  # rank 1 has left one beat: as if it had been stopped
+    with run.pulses[0].training_step(7), run.pulses[0].within("the sum of gradients"):
+        assert run.told.wait(10)
+    rank, words = run.said[0]
+    assert words.startswith("rank 1 on host1 gave no sign of life for 0.3 seconds")
+    assert rank in (0, 2)
+    by_zero = [words for rank, words in run.said if rank == 0]
+    for words in by_zero:
+        assert "at step 7 in the sum of gradients (collective 1 of the step)" in words
+
+
+def test_rank_0_that_holds_the_store_is_named_too(ranks):
+    run = ranks(count=2)
+    run.store.free.clear()
+    run.start(1)
+    assert run.told.wait(10)
+    assert "rank 0 gave no sign of life" in run.said[0][1]
+
+
+def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
+    run = ranks(timeout=0.3, silence=60.0)
+    for pulse in run.pulses:
+        pulse.step = 3
+        pulse.at("the gathering of a layer")
+    run.start(0, 1, 2)
+    with run.pulses[0].within("the sum of gradients"), run.pulses[2].within("the sum of gradients"):
+        assert run.told.wait(10)
+    assert "rank 1 on host1 hangs at step 3 after the gathering of a layer" in run.said[0][1]
+    assert 1 not in [rank for rank, _ in run.said], "it waits for nobody"
+
+
+def test_where_nobody_is_behind_it_is_the_network(ranks):
+    run = ranks(count=2, timeout=0.3, silence=60.0)
+    run.start(0, 1)
+    with run.pulses[0].within("the sum"), run.pulses[1].within("the sum"):
+        assert run.told.wait(10)
+    assert "so did all: the network" in run.said[0][1]
+
+
+def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
+    run = ranks(silence=0.3, timeout=0.3)
+    run.dogs[2].stop()
+    run.start(0, 1)
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:  # rank 0 comes slowly; rank 1 works on without the others
+        with run.pulses[0].within("a question"):
+            time.sleep(0.1)
+    assert run.said == []
+
+
+def test_a_job_suspended_as_a_whole_has_nobody_who_hangs(ranks, monkeypatch):
+    """A clock that leaps while nobody beats makes no difference: turns are counted."""
+    run = ranks(count=2)
+    leap = iter(range(0, 10**9, 10**4))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: float(next(leap)))
+    run.start(0, 1)
+    with run.pulses[0].within("a question"):
+        threading.Event().wait(0.6)
+    assert run.said == []
+
+
+def test_a_step_may_take_many_times_as_long_as_the_slowest_so_far(ranks):
+    run = ranks(count=2, silence=0.01, timeout=60.0)
+    pulse, dog = run.pulses[0], run.dogs[0]
+    with pulse.training_step(1):  # the first compiles
+        assert dog._patience() == 60.0
+    assert dog._patience() == float("inf"), "between steps, without a collective"
+    with pulse.training_step(2):
+        time.sleep(0.05)
+    assert pulse.slowest is not None
+    assert pulse.slowest >= 0.05
+    with pulse.training_step(3):
+        assert dog._patience() == pytest.approx(watchdog.SLOWER * pulse.slowest)
+    pulse.slowest = 1000.0
+    with pulse.training_step(4):
+        assert dog._patience() == 60.0, "never more than the timeout"
+
+
+def test_it_looks_at_others_only_while_its_own_rank_stands_still(ranks):
+    run = ranks(count=2, quiet=0.2)
+    asked: list[int] = []
+    fetch = run.store.multi_get
+    run.store.multi_get = lambda keys: asked.append(1) or fetch(keys)
+    run.start(0)
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        run.pulses[0].at("the gathering of a layer")
+        time.sleep(0.01)
+    assert not asked
+    time.sleep(0.4)
+    assert asked
+    assert json.loads(run.store["promptshard/beat/0"])["turn"] > 10, "but it beats all the time"
+
+
+def test_the_first_word_stays_and_the_process_ends(tmp_path: Path, monkeypatch, capfd):
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    assert read_lost(tmp_path) == ""
+    end_process(tmp_path, "rank 1 hangs")
+    end_process(tmp_path, "rank 0 hangs")
+    assert codes == [1, 1]
+    assert read_lost(tmp_path) == "rank 1 hangs"
+    said = capfd.readouterr().err
+    assert "error: rank 1 hangs" in said
+    assert "test_watchdog.py" in said, "where every thread stood"
