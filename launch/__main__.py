@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
-from launch import __version__, cluster, local, messages, node, preflight, processes
+from launch import __version__, cluster, local, messages, node, preflight, processes, restarts
 from launch.arguments import EXIT_CODES, Overrides, Processes, RunDir, RunFile
+from launch.processes import Ending
 from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.lock import refuse_if_alive
@@ -86,17 +87,26 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
     ] = False,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="After a failure, go on from the last checkpoint, N times at most. One machine.",
+        ),
+    ] = 0,
 ) -> None:
     """Train the prompts of a run file over one sharded base.
 
     The run file and every row are checked first. Then the DeepSpeed launcher starts one process
     per GPU; it can also be called by hand: `deepspeed --module trainer RUN.yaml`. Ctrl-C ends all
-    processes. Logs of every process stand in `output_dir/logs`.
+    processes, with the step saved. Logs of every process stand in `output_dir/logs`.
 
     **Examples:**
 
     - `promptshard train examples/quickstart.yaml`
     - `promptshard train run.yaml training.steps=50 output_dir=runs/short --processes 1`
+    - `promptshard train run.yaml --max-restarts 3`
     - `promptshard train run.yaml --hostfile hosts`
     - `promptshard train run.yaml --hostfile hosts --no-ssh --node-rank 1` (on the second host)
     """
@@ -106,12 +116,22 @@ def train(
         place = _place(hostfile, node_rank, master_addr, master_port, processes)
     elif (node_rank, master_addr, master_port) != (None, None, None):
         raise BadInput("--node-rank, --master-addr and --master-port go with --no-ssh; add it")
+    if max_restarts and hostfile and not local.is_local(local.read_hostfile(hostfile)):
+        raise BadInput(
+            f"--max-restarts: goes with one machine, and {hostfile} names others; on Slurm, "
+            "promptshard submit requeues the job"
+        )
     config = preflight.check_run(run_file, overrides)
     refuse_if_alive(Path(config.output_dir))
-    arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
-    if place is not None:
-        _end_with(node.run("trainer", arguments, config.output_dir, place))
-    _launch("trainer", arguments, config.output_dir, processes, hostfile)
+
+    def attempt(fresh: bool) -> Ending:
+        """Start all ranks, at a port that is free now, and wait for them."""
+        arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
+        if place is not None:
+            return node.run("trainer", arguments, config.output_dir, place)
+        return _launch("trainer", arguments, config.output_dir, processes, hostfile)
+
+    _end_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -151,7 +171,7 @@ def generate(
     arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
     if max_new_tokens is not None:
         arguments.append(f"--max-new-tokens={max_new_tokens}")
-    _launch("trainer.generate", arguments, run_dir, processes, None)
+    _end_with(_launch("trainer.generate", arguments, run_dir, processes, None))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -257,7 +277,7 @@ def inspect(
     arguments = [target, *(overrides or []), *options]
     if isinstance(found, RunConfig):
         arguments.append(f"--rows={rows}")
-        _launch("trainer.inspect", arguments, found.output_dir, processes, None)
+        _end_with(_launch("trainer.inspect", arguments, found.output_dir, processes, None))
     else:
         command = [sys.executable, "-m", "trainer.inspect", "--model", *arguments]
         _end(subprocess.run(command, check=False).returncode)
@@ -300,7 +320,7 @@ def _launch(
     output_dir: str,
     count: int | None,
     hostfile: str | None,
-) -> None:
+) -> Ending:
     port = local.free_port()
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
     hosts = local.read_hostfile(hostfile) if hostfile else []
@@ -311,7 +331,7 @@ def _launch(
         _announce(
             command, f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts", log
         )
-        _end_with(processes.run_remote(command, os.environ, log))
+        return processes.run_remote(command, os.environ, log)
     slots = hosts[0].slots if hosts else None
     gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     devices = local.choose_devices(slots if count is None else count, gpus)
@@ -320,7 +340,7 @@ def _launch(
     log = preflight.open_log(output_dir, log_name)
     where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
     _announce(command, f"{_count(len(devices.ids), 'process')} on {where}", log)
-    _end_with(processes.run_local(command, environment, log, module, len(devices.ids)))
+    return processes.run_local(command, environment, log, module, len(devices.ids))
 
 
 def _announce(command: Sequence[str], what: str, log: os.PathLike[str]) -> None:
@@ -328,7 +348,7 @@ def _announce(command: Sequence[str], what: str, log: os.PathLike[str]) -> None:
     messages.note(local.by_hand(command))
 
 
-def _end_with(ending: processes.Ending) -> None:
+def _end_with(ending: Ending) -> None:
     if ending.message:
         messages.failure(ending.message)
     _end(ending.code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,6 +288,83 @@ def test_exit_codes(returncode, stopped, lost, resumable, code, message):
     assert ending.code == code
     assert ending.message.startswith(message)
     assert bool(ending.message) == bool(message)
+
+
+def test_a_rank_that_was_given_up_is_the_reason():
+    """Not the one that noticed it, which ended first."""
+    ending = processes._ending(
+        1,
+        [],
+        Path("logs/launcher.log"),
+        lost=True,
+        resumable=True,
+        first="rank 0",
+        hung="rank 1 on n1 hangs",
+    )
+    assert ending == processes.Ending(1, "rank 1 on n1 hangs; see the logs in logs")
+
+
+#: A launcher that loses its first rank, asks the second to end and waits for it; that one is deaf.
+FAILING = """
+import signal, subprocess, sys, time
+lost = subprocess.Popen([sys.executable, "-u", "-m", "timeit", "-n1", "-r1", "pass"])
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+left = subprocess.Popen([sys.executable, "-u", "-m", "timeit", "-n1", "-r1", deaf])
+for rank in (lost, left):
+    print(f"[launch] process {rank.pid} spawned with command: ...", flush=True)
+lost.wait()
+print("Killing subprocess", flush=True)
+left.terminate()
+left.wait()
+sys.exit(256 - 9)
+"""
+
+
+def test_ranks_that_wait_for_a_lost_one_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LOSS_SECONDS", 0.5)
+    (tmp_path / "lost.txt").write_text("of an earlier run")
+    started = time.monotonic()
+    ending = processes.run_local(
+        [sys.executable, "-c", FAILING], os.environ, tmp_path / "launcher.log", "timeit", 2, 5.0, 6
+    )
+    assert time.monotonic() - started < 25
+    assert ending.code == 1
+    assert re.match(r"rank 6 \(process \d+ on \S+\) was killed by SIGKILL", ending.message)
+
+
+class _Clock:
+    """A launcher that ends at its tenth look, half a minute from the first to the last."""
+
+    pid = 0
+
+    def __init__(self, stop, interrupts):
+        self.looks, self._stop, self._interrupts = 0, stop, interrupts
+
+    def poll(self):
+        self.looks += 1
+        self._stop.signals += [signal.SIGINT] * self._interrupts.count(self.looks)
+        return 0 if self.looks == 10 else None
+
+    def monotonic(self):
+        return 3.0 * self.looks
+
+    def sleep(self, seconds):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("interrupts", "killed"),
+    [([1], False), ([1, 1, 1], False), ([1, 2, 3], False), ([1, 8], True), ([1, 2, 8], True)],
+)
+def test_only_ctrl_c_of_who_has_waited_disturbs_ranks_that_save(monkeypatch, interrupts, killed):
+    stop = processes._Stop()
+    clock = _Clock(stop, interrupts)
+    monkeypatch.setattr(processes, "time", clock)
+    sent, forwarded = [], []
+    monkeypatch.setattr(processes, "_signal_group", lambda _, number: sent.append(number))
+    processes._wait(clock, stop, forwarded.append, grace_seconds=600.0)
+    assert forwarded == [signal.SIGINT]
+    assert bool(sent) == killed
 
 
 def test_chatter_of_the_launcher_is_told_from_the_ranks_lines():
