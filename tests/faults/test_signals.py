@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 
 from tests.distributed.test_run import ROOT, one_process, write_run_file
 
-STEPS = 40
+STEPS = 60
+SILENCE = 8  # seconds
 WORDS = [
     f"training.steps={STEPS}",
     "evaluation.every=1000",
@@ -113,15 +115,27 @@ def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
     assert 2 <= int(saved.name.removeprefix("step-")) < STEPS
 
 
-def test_a_killed_rank_is_named_and_ends_all(run: Run) -> None:
+def test_lost_ranks_are_named_and_a_restart_is_bounded(run: Run) -> None:
+    """One is killed, the run is started again; then one is stopped, which holds the store."""
     before = run.steps()
-    run.start("checkpoint.every=1")
+    run.start("checkpoint.every=1", f"engine.silence_seconds={SILENCE}", "--max-restarts=1")
     run.until(lambda: run.steps() > before + 1)
-    run.ranks()[1].kill()
-    said = run.end(30)
+    first = run.ranks()
+    first[1].kill()
+    killed = time.monotonic()
+    run.until(lambda: not any(rank.is_running() for rank in first))
+    assert time.monotonic() - killed < 30
+    began = run.steps()
+    run.until(lambda: len(run.ranks()) == 2 and run.steps() > began)
+    run.ranks()[0].suspend()
+    said = run.end(SILENCE + 75)
     assert run.process.returncode == 1, said
     assert "rank 1 (process " in said
     assert "was killed by SIGKILL" in said
+    assert re.search(r"failed at step \d+; restart 1 of 1: the run goes on from step-\d+", said)
+    hung = rf"rank 0( on \S+)? gave no sign of life for {SILENCE} seconds"
+    assert re.search(hung + r".*; rank 1 waits for it at step \d+ in [^(]+\(collective \d+", said)
+    assert "1 restarts did not help" in said
 
 
 def test_in_the_end_it_equals_a_run_that_was_left_alone(run: Run, tmp_path: Path) -> None:
