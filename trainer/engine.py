@@ -116,6 +116,7 @@ class Engine:
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
+            timeout=timedelta(seconds=self._timeout),
             wait_for_workers=False,
         )
         self._watchdog = Watchdog(

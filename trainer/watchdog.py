@@ -178,7 +178,7 @@ class Watchdog:
         before = -1
         turns: dict[int, int] = {}
         silent: dict[int, float] = {}
-        quiet, answers = 0.0, 0
+        quiet, unanswered, answers = 0.0, 0.0, 0
         while not self._over.wait(self._beat) and not self._failed:
             moves = self._pulse.moves
             if moves != before:
@@ -188,18 +188,19 @@ class Watchdog:
             quiet += self._beat
             self._curious = quiet >= self._look_after
             if not self._curious:
-                answers = self._answers
+                unanswered, answers = 0.0, self._answers
                 continue
             if self._answers == answers:
-                silent[0] = silent.get(0, 0.0) + self._beat
+                unanswered += self._beat
             else:
-                silent.pop(0, None)
-                answers = self._answers
+                unanswered, answers = 0.0, self._answers
                 for rank, beat in enumerate(self._seen):
                     fresh = beat.left or turns.get(rank) != beat.turn
                     silent[rank] = 0.0 if fresh else silent.get(rank, 0.0) + self._beat
                     turns[rank] = beat.turn
             gone = [r for r, seconds in silent.items() if seconds >= self._silence]
+            if unanswered >= self._silence:  # by rank 0, which holds the beats of all
+                gone = [0]
             if gone and gone != [self._rank]:
                 self._give_up(self._about_silent(gone))
                 return
