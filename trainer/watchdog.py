@@ -227,7 +227,9 @@ class Watchdog:
         places = {rank: (beat.step, beat.count) for rank, beat in beats.items()}
         last = [rank for rank, place in places.items() if place == min(places.values())]
         where = f"rank {self._rank} stood still for {seconds:g} seconds {self._where()}"
-        if not places or len(last) == len(places):
+        if not places:
+            return f"{where}, and the others are not heard of: the network may be down"
+        if len(last) == len(places):
             return f"{where}, and so did all: the network between them may be down"
         at = beats[last[0]]
         return (

@@ -129,6 +129,15 @@ def test_where_nobody_is_behind_it_is_the_network(ranks):
     assert "so did all: the network" in run.said[0][1]
 
 
+def test_whoever_hears_of_nobody_says_so(ranks):
+    run = ranks(count=2, timeout=0.3, silence=60.0)
+    run.store.free.clear()
+    run.start(1)
+    with run.pulses[1].within("the sum"):
+        run.until_told_by(1)
+    assert "the others are not heard of: the network" in run.said[0][1]
+
+
 def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
     run = ranks(silence=0.3, timeout=0.3)
     run.dogs[2].stop()
