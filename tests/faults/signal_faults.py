@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _SIGNALS = "tests/faults/test_signals.py"
 _LOOP = "tests/unit/test_loop.py"
+_SLURM = "tests/slurm/test_training.py"
 _WATCHDOG = "tests/unit/test_watchdog.py"
 
 #: By the number of the fault: what it is, and the tests.
@@ -18,7 +19,10 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     3: ("SIGTERM to one rank", (f"{_SIGNALS}::test_a_signal_to_one_rank_saves_and_stops_all",)),
     4: (
         "SIGUSR1 to the batch shell",
-        ("tests/slurm/test_training.py::test_a_job_goes_on_over_its_time_limits",),
+        (
+            f"{_SLURM}::test_a_run_that_was_stopped_four_times_equals_one_that_was_not",
+            f"{_SLURM}::test_every_session_says_what_it_did",
+        ),
     ),
     5: (
         "a second signal while saving",
