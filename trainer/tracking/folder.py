@@ -90,6 +90,8 @@ class Folder:
         settings: dict[str, Any] = {k: v for k, v in prompt.items() if k not in ("name", "init")}
         if settings.get("seed") is None:
             settings["seed"] = training.get("seed", 0)
+        if settings.get("data_seed") is None:
+            settings["data_seed"] = settings["seed"]
         settings["steps"] = prompt.get("steps") or training.get("steps")
         settings["encoder"] = prompt.get("encoder") or (
             "mlp" if prompt.get("method") == "p_tuning" else "embedding"
