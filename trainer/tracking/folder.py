@@ -17,7 +17,7 @@ import yaml
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
-from trainer.search import STANDARD_ERROR
+from trainer.search import STANDARD_ERROR, is_loss, shown_scores
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
@@ -171,7 +171,8 @@ class Folder:
         Names: ``validation_accuracy_best``, and of the task's own metric also
         ``validation_accuracy_no_prompt`` and ``validation_accuracy_hand_written`` (of the best
         hand-written prompt). The ending makes MLflow sort them next to their curve; a prefix with a
-        slash would make a section of single points in front of all curves.
+        slash would make a section of single points in front of all curves. A distilled prompt's
+        loss is a divergence from its teacher, and so is the one beside it.
         """
         result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
         task = (summary.get("tasks") or {}).get(prompt.get("task")) or {}
@@ -180,10 +181,11 @@ class Folder:
         step = int(result.get("best_step") or summary.get("steps") or 0)
         scores = {f"{k}_best": v for k, v in _scores(result)}
         better = min if metric in LOWER_IS_BETTER else max
-        for kind, rows in (
-            ("no_prompt", [task.get("no_prompt") or {}]),
-            ("hand_written", task.get("hand_written") or []),
-        ):
+        none, written = task.get("no_prompt"), task.get("hand_written") or []
+        if prompt.get("objective") == "distill":
+            none = (task.get("untaught") or {}).get(prompt["name"])
+            written = [] if metric in LOWER_IS_BETTER else written
+        for kind, rows in (("no_prompt", [none or {}]), ("hand_written", written)):
             for key, value in (pair for row in rows for pair in _scores(row)):
                 if key.endswith(f"validation_{metric}"):
                     name = f"{key}_{kind}"
@@ -204,11 +206,19 @@ class Folder:
         lines = []
         for name in tasks or {p.get("task") for p in prompts.values()}:
             task = tasks.get(name) or {}
-            rows = [(f"**{p}** (trained)", r) for p, r in prompts.items() if r.get("task") == name]
+            rows = [
+                (f"**{p}** (trained)", shown_scores(r))
+                for p, r in prompts.items()
+                if r.get("task") == name
+            ]
             rows += [(f"“{h.get('text', '')}”", h) for h in task.get("hand_written") or []]
+            rows += [
+                (f"no prompt, beside the teacher of {p}", shown_scores(r, "distill"))
+                for p, r in (task.get("untaught") or {}).items()
+            ]
             rows += [("no prompt", task.get("no_prompt") or {})]
             keys = sorted({k for _, row in rows for k, _ in _scores(row)}, key=_score_order)
-            if any(key.startswith("validation_") and not key.endswith("loss") for key in keys):
+            if any(key.startswith("validation_") and not is_loss(key) for key in keys):
                 keys = [key for key in keys if key != "shifted_validation_loss"]  # narrow page
             lines += [
                 f"#### Task {name}",
@@ -306,7 +316,7 @@ def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _score_order(key: str) -> tuple[bool, bool, str]:
-    return key.startswith("shifted_"), key.endswith("loss"), key
+    return key.startswith("shifted_"), is_loss(key), key
 
 
 def _spoken(key: str) -> str:
@@ -316,7 +326,7 @@ def _spoken(key: str) -> str:
 def _number(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if key.endswith("loss") else f"{value:.1%}"
+    return f"{value:.3f}" if is_loss(key) else f"{value:.1%}"
 
 
 def _cell(text: str) -> str:
