@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,24 @@ NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
 
 @dataclass
 class Folder:
-    """Reads an output folder anew at each call; a missing file is an empty one."""
+    """Reads an output folder anew where a file has changed; a missing file is an empty one."""
 
     path: Path
+    _run_file: tuple[Any, dict[str, Any]] = field(default=(None, {}), init=False, repr=False)
 
     @property
     def run_file(self) -> dict[str, Any]:
+        """Parsed once: each of many prompts asks for it, and it holds them all."""
+        path = self.path / "run.yaml"
         try:
-            data = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8"))
+            stat = path.stat()
+            version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if version != self._run_file[0]:
+                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+                self._run_file = version, data if isinstance(data, dict) else {}
         except (OSError, yaml.YAMLError):
             return {}
-        return data if isinstance(data, dict) else {}
+        return self._run_file[1]
 
     def json(self, name: str) -> Any:
         try:
@@ -291,8 +298,9 @@ def _init(init: Any) -> str:
     """``{text: ..., vocab: false, random: false}`` as a person would say it."""
     if not isinstance(init, Mapping):
         return str(init or "vocab")
-    if init.get("text"):
-        return f"text: {init['text']}"
+    for key in ("text", "from_", "from"):
+        if init.get(key):
+            return f"{key.rstrip('_')}: {init[key]}"
     return next((k for k, v in init.items() if v), "vocab")
 
 
