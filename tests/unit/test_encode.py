@@ -32,8 +32,7 @@ BEST = 2
 LOSSES: list[dict[int, float | None]] = [
     {1: 0.5, 2: 3.0, 3: 2.0},
     {1: 1.0, 2: 1.5, 3: 1.0},
-    {1: float("nan"), 2: 0.1, 3: 1.1},
-    {2: 1.6, 3: float("inf")},
+    {1: float("nan"), 2: 0.1, 3: float("inf")},
 ]
 TEXT, OTHER = "Is the patient in danger?", "What does the lion eat?"
 
@@ -98,10 +97,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
                 bank.keep_best(i)
     tensors, meta = bank.state()
     bank.load_state(tensors, meta)  # the best is part of what a resumed run goes on with
-    bank.keep_best_readers(5, {1: 0.9, 2: 1.6})
+    bank.keep_best_readers(5, {1: 1.1})  # one that has stopped counts with its last loss, 1.5
     tensors, meta = bank.state()
     state = {"identity": {"base files": files.fingerprint}, "bank": meta}
-    checkpoint.save(folder / "checkpoints", len(LOSSES), tensors, state, 1)
+    checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
     atomic.write(folder / "run.yaml", config.dump(settings))
     atomic.write_json(folder / "environment.json", {"dtype": "float32"})
     return folder, bank
