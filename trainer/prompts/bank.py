@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -110,7 +111,7 @@ class Bank:
         self._optimizers = [by_prompt[i] for i in range(len(self.names))]
         #: Of units that read a text, by their first member.
         self._readers = {
-            i: BestReader(lambda i=i: self._judged_parts(i))  # type: ignore[misc]
+            i: BestReader(partial(self._judged_parts, i))
             for i in (unit.members[0] for unit in self._units)
             if isinstance(self._encoders[i], TextEncoder)
         }
