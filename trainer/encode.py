@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from trainer import checkpoint
 from trainer.base import identity as base_identity
 from trainer.base.files import BaseFiles, open_base
 from trainer.base.words import read_words
+from trainer.checkpoint import Saved
 from trainer.config import Prompt, RunConfig, load_output
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
@@ -51,8 +53,10 @@ def find_encoder(config: RunConfig, name: str) -> Prompt:
 
 
 @torch.no_grad()
-def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> Tensor:
-    """Virtual tokens [P, H] that a run's encoder, as of its newest checkpoint, makes of a text.
+def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tuple[Tensor, str]:
+    """Virtual tokens [P, H] that a run's encoder makes of a text, and of which step it is.
+
+    It is that of the best validation so far, or the newest where none was yet.
 
     Args:
         prompt: from ``find_encoder``.
@@ -70,13 +74,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> Te
             f"base.model: {config.base.model!r} is not the base that {folder} was trained over; "
             "give the run its own base"
         )
-    prefix = f"{prompt.name}/encoder/shared."
-    weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-    if not weights:
-        raise BadInput(f"{saved.path}: has no encoder of {prompt.name!r}; train the run again")
-    for name in weights:  # what was judged, where an average was kept
-        average = f"{prompt.name}/optimizer/shared.{name}/{AVERAGE}"
-        weights[name] = saved.tensors.get(average, weights[name])
+    weights, step = _reader(saved, prompt.name)
     reader = TextReader.of(weights)
     dtype = getattr(torch, json.loads((folder / "environment.json").read_text())["dtype"])
     vocabulary = Vocabulary(
@@ -85,7 +83,26 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> Te
         files.config.vocab_size,
     )
     made_PH: Tensor = reader(words(text, vocabulary))
-    return made_PH
+    return made_PH, step
+
+
+def _reader(saved: Saved, name: str) -> tuple[dict[str, Tensor], str]:
+    """The weights to read with, by their own names, and of which step they are."""
+    best = _under(f"{name}/reader/shared.", saved.tensors)
+    if best:
+        step = saved.state["bank"]["prompts"][name]["reader"]["step"]
+        return best, f"step {step}, its best validation"
+    weights = _under(f"{name}/encoder/shared.", saved.tensors)
+    if not weights:
+        raise BadInput(f"{saved.path}: has no encoder of {name!r}; train the run again")
+    for key in weights:  # what is judged, where an average is kept
+        average = f"{name}/optimizer/shared.{key}/{AVERAGE}"
+        weights[key] = saved.tensors.get(average, weights[key])
+    return weights, f"step {saved.step}, the newest checkpoint: there was no validation yet"
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Console) -> None:
@@ -100,7 +117,7 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
     prompt = find_encoder(config, encoder)
     with console.downloading(config.base.model) as progress:
         files = open_base(config.base, progress=progress)
-    virtual_tokens = encode(config, prompt, text, files)
+    virtual_tokens, step = encode(config, prompt, text, files)
     save_peft(
         out,
         virtual_tokens,
@@ -108,9 +125,12 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
         config.base.revision,
         num_layers=files.config.num_hidden_layers,
         num_attention_heads=files.config.num_attention_heads,
-        description=f"Made without training, of the text {text!r}.",
+        description=f"Made without training, of the text {text!r}, by the encoder of {step}.",
     )
-    console.say(f"{out}: {len(virtual_tokens)} virtual tokens of {text!r}; PEFT loads it")
+    console.say(
+        f"{out}: {len(virtual_tokens)} virtual tokens of {text!r}, by the encoder of {step}; "
+        "PEFT loads it"
+    )
 
 
 def main() -> int:

@@ -316,6 +316,9 @@ class Loop:
             )
             for k in due
         }
+        self.bank.keep_best_readers(
+            self.progress.step, {k: scores[k].get("validation_loss") for k in due}
+        )
         for k in due:
             self._judge(k, scores[k])
         if self.progress.step in self._rungs:

@@ -23,7 +23,14 @@ from trainer.loop import Loop
 from trainer.redact import redact
 from trainer.report import write_report
 from trainer.revision import git_revision
-from trainer.search import STANDARD_ERROR, Candidate, select, share_standard_error
+from trainer.search import (
+    DIVERGENCE,
+    STANDARD_ERROR,
+    Candidate,
+    select,
+    share_standard_error,
+    shown_scores,
+)
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
 
@@ -130,7 +137,8 @@ def finish(
     for k, prompt in enumerate(config.prompts):
         scores = loop.progress.scores.get(prompt.name, {})
         folder = output / "prompts" / prompt.name
-        said = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        shown = shown_scores(scores, prompt.objective)
+        said = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
         for where, title, virtual_tokens in (
             (folder, prompt.name, bank.best(k)),
             (folder / "last", f"{prompt.name} (last step)", bank.snapshot(k)),
@@ -150,6 +158,7 @@ def finish(
         prompts[prompt.name] = {
             "task": prompt.task,
             "method": prompt.method,
+            "objective": prompt.objective,
             "num_virtual_tokens": prompt.num_virtual_tokens,
             "best_step": loop.stopping[prompt.name].best_step or loop.progress.step,
             "skipped_updates": loop.progress.skipped.get(prompt.name, 0),
@@ -189,7 +198,10 @@ def _candidates(data: TaskData, prompts: Mapping[str, Any]) -> list[Candidate]:
     metric = data.task.metric
     key, rows = f"validation_{metric}", data.evaluation.get("validation")
     found = []
+    labelled = [name for name, scores in prompts.items() if scores["objective"] == "labels"]
     for name, scores in prompts.items():
+        if metric in LOWER_IS_BETTER and labelled and name not in labelled:
+            continue  # a divergence is no rival of a cross-entropy
         if key not in scores or (scores["stopped"] or {}).get("reason") == "diverged":
             continue
         if metric in LOWER_IS_BETTER:
@@ -210,17 +222,21 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
         columns = [f"validation_{metric}", f"shifted_validation_{metric}"]
         if metric not in LOWER_IS_BETTER:
             columns.append("validation_loss")
+        columns += [f"validation{DIVERGENCE}", f"shifted_validation{DIVERGENCE}"]
         columns.append("validation_agreement")
         rows = [("no prompt", baseline.get("no_prompt", {}))]
         if baseline.get("hand_written"):
             best = better(baseline["hand_written"], key=lambda scores: scores.get(columns[0], 0.0))
             rows.append((f"hand-written: {best['text'].strip()}", best))
         rows += [
-            (f"no prompt, beside the teacher of {name}", scores)
+            (f"no prompt, beside the teacher of {name}", shown_scores(scores, "distill"))
             for name, scores in baseline.get("untaught", {}).items()
         ]
         rows += [
-            (f"trained: {name} ({scores['num_virtual_tokens']} virtual tokens)", scores)
+            (
+                f"trained: {name} ({scores['num_virtual_tokens']} virtual tokens)",
+                shown_scores(scores),
+            )
             for name, scores in summary["prompts"].items()
             if scores["task"] == task.name
         ]

@@ -12,6 +12,8 @@ from trainer.config.run import Halving
 
 #: Ending of the names of scores that are the standard error of another.
 STANDARD_ERROR = "_standard_error"
+#: Ending of the loss of a distilled prompt where it is shown beside cross-entropies.
+DIVERGENCE = "_KL_divergence"
 
 
 def rungs(halving: Halving | None, last_step: int) -> frozenset[int]:
@@ -24,6 +26,25 @@ def rungs(halving: Halving | None, last_step: int) -> frozenset[int]:
             step *= halving.eta
 
     return frozenset(steps())
+
+
+def shown_scores(scores: Mapping[str, Any], objective: str | None = None) -> dict[str, Any]:
+    """Scores as people are to read them: what is called a loss is a cross-entropy.
+
+    Args:
+        objective: of the prompt they are of; default: what stands among them, as in a summary.
+    """
+    if (objective or scores.get("objective")) != "distill":
+        return dict(scores)
+    return {
+        key.removesuffix("_loss") + DIVERGENCE if key.endswith("_loss") else key: value
+        for key, value in scores.items()
+    }
+
+
+def is_loss(key: str) -> bool:
+    """Whether a score is in nats; others are shares."""
+    return key.endswith(("loss", DIVERGENCE))
 
 
 def worst(losses: Mapping[int, float], eta: int) -> list[int]:

@@ -57,6 +57,7 @@ def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation agreement" in done.stdout
+    assert "validation KL divergence" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     taught, bare = summary["prompts"]["short"], summary["tasks"]["notes"]["untaught"]["short"]
     assert taught["validation_loss"] < bare["validation_loss"]

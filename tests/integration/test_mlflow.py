@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
+import yaml
 
 from tests.unit.run_folder import (
     PROMPTS,
@@ -27,6 +29,7 @@ from tests.unit.run_folder import (
     write_inputs,
     write_results,
 )
+from trainer import config
 from trainer.tracking import MetricsLog, Sender
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
@@ -142,6 +145,69 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
     )
     assert "(0 new points)" in sync(folder).stdout
     assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
+
+
+def test_a_sweep_is_compared_by_one_search(tmp_path: Path) -> None:
+    """Settings, scores and ends of all its prompts stand under the same names."""
+    import mlflow
+
+    folder = write_inputs(tmp_path / "sweep")
+    prompts = expanded(folder)
+    names = [prompt["name"] for prompt in prompts]
+    assert names == sorted(names)
+    ends = ["finished", "early_stopping", "halving", "diverged"]
+    results = {
+        name: {
+            "task": "triage",
+            "validation_accuracy": 0.5 + i / 100,
+            "best_step": i + 1,
+            "stopped": {"step": i + 2, "reason": ends[i % len(ends)]},
+        }
+        for i, name in enumerate(names)
+    }
+    summary = {"status": "finished", "steps": 20, "prompts": results, "tasks": {}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    log = MetricsLog(folder)
+    for step in (1, 2):
+        for i, name in enumerate(names):
+            log.log(step, 100 * step, {"train_loss": i + step}, prompt=name)
+    log.close()
+    sync(folder)
+
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    found = mlflow.search_runs(
+        experiment_names=["support"],
+        filter_string="tags.kind = 'prompt'",
+        order_by=["attributes.run_name ASC"],
+    )
+    (parent,) = mlflow.search_runs(
+        experiment_names=["support"], filter_string="tags.kind = 'run'", output_format="list"
+    )
+    assert list(found["tags.mlflow.runName"]) == [f"sweep / {name}" for name in names]
+    assert list(found["tags.mlflow.parentRunId"]) == [parent.info.run_id] * len(names)
+    for key in ("learning_rate", "num_virtual_tokens", "seed", "init"):
+        values = [p["init"] if key == "init" else str(p[key]) for p in prompts]
+        assert list(found[f"params.{key}"]) == values
+    assert set(found["params.data_seed"]) == {"7"}
+    assert list(found["tags.stopped"]) == [ends[i % len(ends)] for i in range(len(names))]
+    scores = [0.5 + i / 100 for i in range(len(names))]
+    assert list(found["metrics.validation_accuracy_best"]) == pytest.approx(scores)
+    assert list(found["metrics.train_loss"]) == [i + 2.0 for i in range(len(names))]
+
+
+def expanded(folder: Path) -> list[dict[str, Any]]:
+    """Make the run of the folder one of a sweep; its prompts, ``init`` in words."""
+    rates, lengths, seeds = [0.001, 0.03], [5, 20], [8, 9, 10]
+    sweep = {"learning_rate": rates, "num_virtual_tokens": lengths, "seed": seeds}
+    sweep |= {"init": [{"from": "other/prompts/p"}, "labels"]}
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    run["prompts"] = [{"name": "p", "task": "triage", "data_seed": 7, "sweep": sweep}]
+    run["tasks"] = [{k: v for k, v in run["tasks"][0].items() if k != "hand_written"}]
+    (folder / "written.yaml").write_text(yaml.safe_dump(run))
+    (folder / "run.yaml").write_text(config.dump(config.load(folder / "written.yaml")))
+    prompts: list[dict[str, Any]] = yaml.safe_load((folder / "run.yaml").read_text())["prompts"]
+    words = {True: "labels", False: "from: other/prompts/p"}
+    return [prompt | {"init": words[prompt["init"]["labels"]]} for prompt in prompts]
 
 
 def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:

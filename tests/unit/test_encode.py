@@ -27,6 +27,14 @@ from trainer.prepare import prepare
 from trainer.prompts.bank import Bank
 
 TINY = config.resolve_path("examples/tiny_base")
+#: After each step: (index of the prompt: validation loss); the best of both prompts of the share
+#: together is the own best of neither.
+BEST = 2
+LOSSES: list[dict[int, float | None]] = [
+    {1: 0.5, 2: 3.0, 3: 2.0},
+    {1: 1.0, 2: 1.5, 3: 1.0},
+    {1: float("nan"), 2: 0.1, 3: float("inf")},
+]
 TEXT, OTHER = "Is the patient in danger?", "What does the lion eat?"
 
 
@@ -82,8 +90,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
         torch.device("cpu"),
         make_optimizer=make_optimizer,
     )
-    for _ in range(3):
+    for step, losses in enumerate(LOSSES, 1):
         bank.update([made.detach().cos() for made in bank.virtual_tokens()])
+        bank.keep_best_readers(step, losses)
+        if step == BEST:
+            for i in (1, 2, 3):
+                bank.keep_best(i)
+    tensors, meta = bank.state()
+    bank.load_state(tensors, meta)  # the best is part of what a resumed run goes on with
+    bank.keep_best_readers(5, {1: 1.1})  # one that has stopped counts with its last loss, 1.5
     tensors, meta = bank.state()
     state = {"identity": identity(files), "bank": meta}
     checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
@@ -92,8 +107,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     return folder, bank
 
 
-def export(run_dir: Path, out: Path, encoder: str, text: str) -> torch.Tensor:
-    export_text(run_dir, out, encoder, text, Console(io.StringIO(), io.StringIO()))
+def export(run_dir: Path, out: Path, encoder: str, text: str, said: str = "") -> torch.Tensor:
+    console = Console(shown := io.StringIO(), io.StringIO())
+    export_text(run_dir, out, encoder, text, console)
+    assert said in " ".join(shown.getvalue().split())
     return load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
 
 
@@ -101,11 +118,26 @@ def export(run_dir: Path, out: Path, encoder: str, text: str) -> torch.Tensor:
     ("encoder", "text", "prompt"),
     [("reader", TEXT, 1), ("reader", OTHER, 2), ("two", TEXT, 1), ("own", TEXT, 3)],
 )
-def test_a_text_of_the_run_gives_its_prompt(
+def test_a_text_of_the_run_gives_its_prompt_as_of_the_best_validation(
     run: tuple[Path, Bank], tmp_path: Path, encoder: str, text: str, prompt: int
 ) -> None:
     folder, bank = run
-    assert torch.equal(export(folder, tmp_path / "out", encoder, text), bank.snapshot(prompt))
+    made_PH = export(folder, tmp_path / "out", encoder, text, "the encoder of step 2, its best")
+    assert torch.equal(made_PH, bank.best(prompt))
+    assert not torch.equal(made_PH, bank.snapshot(prompt)), "the newest is another"
+
+
+def test_before_any_validation_it_is_the_newest(run: tuple[Path, Bank], tmp_path: Path) -> None:
+    folder, bank = run
+    saved = checkpoint.newest(folder / "checkpoints")
+    assert saved is not None
+    tensors = {k: v for k, v in saved.tensors.items() if "/reader/" not in k}
+    checkpoint.save(tmp_path / "checkpoints", 4, tensors, saved.state, 1)
+    for name in ("run.yaml", "environment.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for encoder, prompt in (("reader", 1), ("own", 3)):
+        made_PH = export(tmp_path, tmp_path / encoder, encoder, TEXT, "step 4, the newest")
+        assert torch.equal(made_PH, bank.snapshot(prompt))
 
 
 def test_peft_reads_a_new_text(run: tuple[Path, Bank], tmp_path: Path) -> None:

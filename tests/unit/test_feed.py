@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,24 @@ import pytest
 from tests.unit.test_tokens import ids, make_tokenizer
 from trainer.config import RunConfig
 from trainer.errors import BadInput
-from trainer.tasks.feed import TaskData, load_tasks
+from trainer.tasks.feed import Feed, TaskData, load_tasks
 
 LONG = "a b c d e a b"
 
 
 def load(folder: Path, texts: list[str], context: int, **settings: Any) -> TaskData:
     """Task ``t`` with these texts as rows of train and validation; 4 virtual tokens."""
+    return load_tasks(write(folder, texts, **settings), make_tokenizer(), context, 100)["t"]
+
+
+def write(
+    folder: Path,
+    texts: list[str],
+    prompts: Sequence[dict[str, Any]] = ({"name": "p"},),
+    training: dict[str, Any] | None = None,
+    **settings: Any,
+) -> RunConfig:
+    """A run of these prompts of the task; ``settings`` are the task's."""
     lines = [json.dumps({"text": text, "label": "yes"}) + "\n" for text in texts]
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(lines))
@@ -29,16 +41,15 @@ def load(folder: Path, texts: list[str], context: int, **settings: Any) -> TaskD
         "validation": str(folder / "validation.jsonl"),
         **settings,
     }
-    config = RunConfig.model_validate(
+    return RunConfig.model_validate(
         {
             "output_dir": str(folder / "run"),
             "base": {"model": "base"},
             "tasks": [task],
-            "prompts": [{"name": "p", "task": "t", "num_virtual_tokens": 4}],
-            "training": {"steps": 1},
+            "prompts": [{"task": "t", "num_virtual_tokens": 4, **prompt} for prompt in prompts],
+            "training": {"steps": 1, **(training or {})},
         }
     )
-    return load_tasks(config, make_tokenizer(), context, 100)["t"]
 
 
 def rows_of(data: TaskData) -> list[list[int]]:
@@ -106,3 +117,50 @@ def test_validation_is_tokenised_once_per_prompt(tmp_path, monkeypatch):
     monkeypatch.setattr(feed, "tokenize", counted)
     load(tmp_path, ["a"], 20, hand_written=["d "])
     assert read == [("train", ""), ("validation", ""), ("validation", "d ")]
+
+
+def rows_read(folder: Path, prompts: Sequence[dict[str, Any]], steps: int) -> list[Any]:
+    """``[step]``: of each prompt by name the rows it reads, in this order.
+
+    Half way the feed is made anew, from what the first one saved.
+    """
+    texts = [" ".join("abcde"[i % 5] * (1 + i * 7 % 4)) for i in range(23)]
+    training = {"seed": 5, "tokens_per_step": 16}
+    config = write(folder, texts, prompts, training)
+    tasks = load_tasks(config, make_tokenizer(), 40, 100)
+    feed, read = Feed(config, tasks), []
+    for step in range(steps):
+        if step == steps // 2:
+            saved, feed = json.loads(json.dumps(feed.state_dict())), Feed(config, tasks)
+            feed.load_state_dict(saved)
+        pieces = feed.next_step([True] * len(prompts))
+        assert [piece.slot for piece in pieces] == list(range(len(pieces)))
+        of: dict[str, list[Any]] = {prompt["name"]: [] for prompt in prompts}
+        for piece in pieces:
+            assert piece.prompt is not None
+            of[prompts[piece.prompt]["name"]].append(piece.example)
+        read.append(of)
+    return read
+
+
+def test_one_data_seed_is_one_order_whatever_else_differs(tmp_path):
+    """Over some epochs, across a resume, beside prompts of another order, and alone."""
+    prompts = [
+        {"name": "one", "seed": 1, "data_seed": 3},
+        {"name": "other", "seed": 4},
+        {"name": "two", "seed": 2, "data_seed": 3, "num_virtual_tokens": 9, "init": "random"},
+        {"name": "plain", "seed": 3},
+        {"name": "default"},
+        {"name": "of_the_run", "seed": 1, "data_seed": 5},
+    ]
+    together = rows_read(tmp_path, prompts, 20)
+    for step in together:
+        rows = {name: [e.row for e in examples] for name, examples in step.items()}
+        assert rows["one"] == rows["two"] == rows["plain"], "the seed alone is that of the rows"
+        assert rows["default"] == rows["of_the_run"]
+        assert all(a is b for a, b in zip(step["one"], step["two"], strict=True)), "made once"
+    for name in ("other", "default"):
+        assert any(step["one"] != step[name] for step in together)
+    for prompt in prompts[1:3]:
+        alone = rows_read(tmp_path, [prompt], 20)
+        assert [step[prompt["name"]] for step in alone] == [s[prompt["name"]] for s in together]

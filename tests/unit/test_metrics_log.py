@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.unit.run_folder import PROMPTS, finished_run
 from trainer.errors import BadInput
@@ -148,3 +149,23 @@ def test_the_summary_of_an_earlier_session_does_not_count(tmp_path: Path) -> Non
     folder = Folder(finished_run(tmp_path))
     assert folder.summary()["status"] == "finished"
     assert folder.summary((tmp_path / "summary.json").stat().st_mtime_ns) == {}
+
+
+def test_the_run_file_is_parsed_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prompt asks for it, and parsing takes as long as it has prompts."""
+    folder, parsed = Folder(finished_run(tmp_path)), []
+    real = yaml.safe_load
+    monkeypatch.setattr(yaml, "safe_load", lambda text: parsed.append(text) or real(text))
+    summary = folder.summary()
+    for prompt in folder.prompts:
+        folder.prompt_params(prompt)
+        folder.prompt_tags(prompt)
+        folder.final_metrics(prompt, summary)
+    assert len(parsed) == 1
+    path = tmp_path / "run.yaml"
+    path.write_text(path.read_text().replace("examples/tiny_base", "another"))
+    assert folder.params()["base.model"] == "another"
+    path.unlink()
+    assert folder.params().keys().isdisjoint({"base.model"})

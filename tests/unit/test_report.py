@@ -5,9 +5,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import yaml
+
 from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
 from trainer.report import write_report
 from trainer.report.collect import collect
+from trainer.tracking.folder import Folder
 
 
 def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:
@@ -124,3 +127,43 @@ def test_the_selected_prompt_and_why_prompts_stopped(tmp_path: Path) -> None:
     html = write_report(folder).read_text()
     assert html.count('<span class="tag">selected</span>') == 1
     assert "Take triage-mlp: the shortest." in html
+
+
+def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
+    """On the page, in MLflow's description and beside its final metrics; nor is it compared."""
+    folder = finished_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    taught = {"validation_loss": 0.777, "validation_agreement": 0.25}
+    for name in ("triage", "animals"):
+        summary["prompts"][name] |= {"objective": "distill", "validation_loss": 0.123}
+        next(p for p in run["prompts"] if p["name"] == name)["objective"] = "distill"
+        summary["tasks"][name]["untaught"] = {name: taught}
+    for task in run["tasks"]:
+        task["metric"] = "loss"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    report = collect(folder)
+    triage, animals = report.tasks
+    divergence = "validation_KL_divergence"
+    for task in (triage, animals):
+        rows = {row.label: row for row in task.rows}
+        assert rows[task.name].scores[divergence] == 0.123
+        assert "validation_loss" not in rows[task.name].scores
+        assert rows[f"no prompt, beside the teacher of {task.name}"].scores[divergence] == 0.777
+        assert divergence not in rows["no prompt"].scores
+        assert "distilled" in rows[task.name].detail
+    assert triage.verdict.startswith("triage-mlp reaches"), "the only one with a loss"
+    assert animals.verdict == (
+        "animals reaches 0.123 validation KL divergence, against 0.777 with no prompt."
+    )
+    html = write_report(folder).read_text()
+    assert '<th class="n">validation KL divergence</th>' in html
+    note = Folder(folder).note(summary)
+    assert "| **animals** (trained) | " in note
+    assert "KL divergence" in note
+    prompt = next(p for p in Folder(folder).prompts if p["name"] == "animals")
+    _, scores = Folder(folder).final_metrics(prompt, summary)
+    assert scores["validation_loss_best"] == 0.123
+    assert scores["validation_loss_no_prompt"] == 0.777
+    assert "validation_loss_hand_written" not in scores

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from trainer.config.run import Halving
+from trainer.results import _selected
 from trainer.search import (
     Candidate,
     ratio_standard_error,
     rungs,
     select,
     share_standard_error,
+    shown_scores,
     worst,
 )
 
@@ -121,3 +125,20 @@ def test_scores_that_are_not_numbers_are_left_out():
     found = select([candidate("a", 1, math.nan), candidate("b", 5, 2.0, math.nan)], "loss")
     assert found is not None
     assert found["why"] == "the only prompt: validation loss 2.0000 with 5 virtual tokens"
+
+
+def test_a_divergence_from_a_teacher_is_no_rival_of_a_cross_entropy():
+    own = {"task": "t", "num_virtual_tokens": 4, "stopped": None}
+    scored = own | {"validation_loss_standard_error": 0.1}
+    prompts: dict[str, Any] = {
+        "labelled": scored | {"objective": "labels", "validation_loss": 1.0},
+        "distilled": scored | {"objective": "distill", "validation_loss": 0.1},
+    }
+    data: Any = SimpleNamespace(task=SimpleNamespace(metric="loss"), evaluation={})
+    for names, best in ((["labelled", "distilled"], "labelled"), (["distilled"], "distilled")):
+        found = _selected({"t": data}, {name: prompts[name] for name in names})
+        assert found["t"]["prompt"] == best
+    assert shown_scores(prompts["labelled"]) == prompts["labelled"]
+    shown = shown_scores(prompts["distilled"])
+    assert shown["validation_KL_divergence"] == 0.1
+    assert "validation_loss" not in shown

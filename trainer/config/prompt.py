@@ -185,7 +185,17 @@ class Prompt(Section):
         description="normal noise added to the prompt in a training step, as a share of its root "
         "mean square; smooths the loss around it",
     )
-    seed: NonNegativeInt | None = Field(None, description="default: training.seed")
+    seed: NonNegativeInt | None = Field(
+        None,
+        description="of the start, of noise and dropout and, without data_seed, of the order of "
+        "rows; default: training.seed",
+    )
+    data_seed: NonNegativeInt | None = Field(
+        None,
+        description="of the order of rows: prompts of one task with the same read the same rows in "
+        "every step, so that a comparison of their other settings is not blurred by it; default: "
+        "the prompt's seed",
+    )
     steps: PositiveInt | None = Field(
         None,
         description="updates of this prompt and length of its schedule; default: training.steps",

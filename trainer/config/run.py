@@ -201,6 +201,10 @@ class RunConfig(Section):
     def prompt_seed(self, prompt: Prompt) -> int:
         return self.training.seed if prompt.seed is None else prompt.seed
 
+    def data_seed(self, prompt: Prompt) -> int:
+        """Of the order in which a prompt reads its task's rows."""
+        return self.prompt_seed(prompt) if prompt.data_seed is None else prompt.data_seed
+
     def prompt_steps(self, prompt: Prompt) -> int:
         return self.training.steps if prompt.steps is None else prompt.steps
 

@@ -25,7 +25,9 @@ from torch.func import functional_call
 from trainer.config import Prompt, RunConfig
 from trainer.errors import BadInput
 from trainer.prompts.initializers import Vocabulary
+from trainer.prompts.multitask import TextEncoder
 from trainer.prompts.perturbation import perturbed
+from trainer.prompts.readers import BestReader
 from trainer.prompts.units import Unit, build_encoder, units_of
 
 if TYPE_CHECKING:
@@ -118,6 +120,12 @@ class Bank:
             optimizer = make_optimizer(prompt, unit.parameters, steps, scale)
             by_prompt |= dict.fromkeys(unit.members, optimizer)
         self._optimizers = [by_prompt[i] for i in range(len(self.names))]
+        #: Of units that read a text, by their first member.
+        self._readers = {
+            i: BestReader(partial(self._judged_parts, i))
+            for i in (unit.members[0] for unit in self._units)
+            if isinstance(self._encoders[i], TextEncoder)
+        }
         #: What a stopped prompt of a share stays at, while the others train on.
         self._stopped: list[Tensor | None] = [None] * len(self.names)
         self._best: list[Tensor | None] = [None] * len(self.names)
@@ -175,15 +183,20 @@ class Bank:
         stopped_PH = self._stopped[i]
         if stopped_PH is not None:
             return stopped_PH.clone()
-        averaged = self._optimizers[i].averaged
         folded_PH: Tensor
-        if averaged is None:
+        if self._optimizers[i].averaged is None:
             folded_PH = self._encoders[i]()
         else:
-            unit = next(unit for unit in self._units if i in unit.members)
-            own = unit.of_encoder(self._encoders[i], averaged)
-            folded_PH = functional_call(self._encoders[i], own, ())
+            folded_PH = functional_call(self._encoders[i], self._judged_parts(i), ())
         return folded_PH
+
+    def _judged_parts(self, i: int) -> dict[str, Tensor]:
+        """An encoder's parameters, or their average where one is kept, by its own names."""
+        averaged = self._optimizers[i].averaged
+        if averaged is None:
+            return dict(self._encoders[i].named_parameters())
+        unit = next(unit for unit in self._units if i in unit.members)
+        return unit.of_encoder(self._encoders[i], averaged)
 
     def update(self, gradients: Sequence[Tensor | None]) -> list[float]:
         """One optimizer step per prompt from d loss / d virtual tokens, [P, H] each.
@@ -242,6 +255,17 @@ class Bank:
         """Remember the current virtual tokens as the best so far: what will be exported."""
         self._best[i] = self.snapshot(i)
 
+    def keep_best_readers(self, step: int, losses: Mapping[int, float | None]) -> None:
+        """Remember text encoders that are better than before: what new texts will be read with.
+
+        Args:
+            losses: of the prompts that were validated after this step; None: without validation.
+        """
+        for unit in self._units:
+            read = {self.names[i]: losses[i] for i in unit.members if i in losses}
+            if read and unit.members[0] in self._readers:
+                self._readers[unit.members[0]].update(step, read)
+
     def best(self, i: int) -> Tensor:
         """The virtual tokens kept as best, fp32 [P, H] on the CPU; the current if none were."""
         best_PH = self._best[i]
@@ -261,8 +285,8 @@ class Bank:
 
         Returns:
             Tensors named ``PROMPT/encoder/PARAMETER``, ``PROMPT/optimizer/PARAMETER/MOMENT``,
-            ``PROMPT/best`` and ``PROMPT/stopped``, and JSON. Those of a share stand under the first
-            of its prompts.
+            ``PROMPT/best``, ``PROMPT/reader/PARAMETER`` (of a text encoder at its best) and
+            ``PROMPT/stopped``, and JSON. Those of a share stand under the first of its prompts.
         """
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
@@ -283,6 +307,9 @@ class Bank:
                     "active": self.active[i],
                     "optimizer": counters,
                 }
+        for i, reader in self._readers.items():
+            weights, meta[self.names[i]]["reader"] = reader.state()
+            tensors |= {f"{self.names[i]}/reader/{key}": value for key, value in weights.items()}
         return tensors, {"prompts": meta}
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -310,6 +337,9 @@ class Bank:
                 None if stopped_PH is None else stopped_PH.to(self._device, copy=True)
             )
             self.active[i] = bool(saved[name]["active"])
+            if i in self._readers and "reader" in saved[name]:
+                kept = _under(f"{name}/reader/", tensors)
+                self._readers[i].load_state(kept, saved[name]["reader"])
         self._outputs = [None] * len(self)
 
     def _own(self, i: int) -> Mapping[str, nn.Parameter]:

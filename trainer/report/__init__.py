@@ -9,6 +9,7 @@ import jinja2
 from trainer import atomic
 from trainer.redact import redact
 from trainer.report.collect import collect
+from trainer.search import is_loss
 
 __all__ = ["write_report"]
 
@@ -27,7 +28,8 @@ def write_report(output_dir: Path | str) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    html = environment.get_template("template.html.j2").render(report=collect(output_dir))
+    template = environment.get_template("template.html.j2")
+    html = template.render(report=collect(output_dir), is_loss=is_loss)
     path = output_dir / "report.html"
     atomic.write(path, redact(html))
     return path

@@ -15,7 +15,7 @@ import yaml
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
-from trainer.search import STANDARD_ERROR
+from trainer.search import DIVERGENCE, STANDARD_ERROR, is_loss, shown_scores
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 MOST_CURVES = len(COLORS)
@@ -103,7 +103,6 @@ def _task(
     of_prompt: dict[str | None, list[Line]],
 ) -> TaskReport:
     name, metric = str(task["name"]), str(task.get("metric", "loss"))
-    key = f"validation_{metric}"
     baselines = (summary.get("tasks") or {}).get(name) or {}
     rows = []
     if baselines.get("no_prompt"):
@@ -111,12 +110,18 @@ def _task(
     for hard in baselines.get("hand_written") or []:
         rows.append(Row(str(hard.get("text", "")), "hand", _scores(hard), detail="hand-written"))
     results = summary.get("prompts") or {}
+    for taught, scores in (baselines.get("untaught") or {}).items():
+        label = f"no prompt, beside the teacher of {taught}"
+        rows.append(Row(label, "none", _scores(shown_scores(scores, "distill"))))
     settings = [p for p in run.get("prompts") or [] if p.get("task") == name]
     trained = [
-        Row(str(p["name"]), "trained", _scores(results.get(p["name"]) or {}), detail=_detail(p, r))
+        Row(str(p["name"]), "trained", _scores(shown_scores(r)), detail=_detail(p, r))
         for p in settings
         for r in [results.get(p["name"]) or {}]
     ]
+    distilled = [p.get("objective") == "distill" for p in settings]
+    by_divergence = metric == "loss" and bool(distilled) and all(distilled)
+    key = f"validation{DIVERGENCE}" if by_divergence else f"validation_{metric}"
     trained.sort(key=lambda row: _rank(row.scores.get(key), metric))
     for row, color in zip(trained, COLORS, strict=False):
         row.color = color
@@ -133,7 +138,10 @@ def _task(
     levels = _levels(rows, key, metric)
     plots = {}
     if any(curve.lines for curve in curves):
-        plots = {x: curves_svg(curves, metric, levels, x) for x in ("step", "useful_tokens")}
+        title = "loss per target token"
+        if any(distilled):
+            title = "KL divergence per target token" + ("" if all(distilled) else ", or loss")
+        plots = {x: curves_svg(curves, metric, levels, x, title) for x in ("step", "useful_tokens")}
     return TaskReport(
         name,
         metric,
@@ -151,7 +159,7 @@ def _levels(rows: list[Row], key: str, metric: str) -> dict[str, float]:
     levels = {}
     none = [row.scores[key] for row in rows if row.kind == "none" and key in row.scores]
     hand = [row.scores[key] for row in rows if row.kind == "hand" and key in row.scores]
-    if none:
+    if len(none) == 1:  # several teachers have no level in common
         levels["no prompt"] = none[0]
     if hand:
         levels["best hand-written"] = min(hand, key=lambda value: _rank(value, metric))
@@ -327,6 +335,8 @@ def _detail(prompt: dict[str, Any], result: dict[str, Any]) -> str:
     relative, rate = prompt.get("relative_learning_rate"), prompt.get("learning_rate")
     words = f"relative lr {relative:g}" if relative is not None else f"lr {rate:g}"
     parts = [f"{tokens} virtual tokens", method, words]
+    if prompt.get("objective") == "distill":
+        parts.append("distilled")
     if result.get("best_step") is not None:
         parts.append(f"best at step {result['best_step']}")
     end = result.get("stopped") or {}
@@ -346,14 +356,14 @@ def _scores(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _rank(value: float | None, metric: str) -> float:
-    """Small is good, whatever the metric."""
+    """Small is good, whatever the metric; a task's divergences are ranked as its losses are."""
     if value is None or value != value:
         return float("inf")
     return value if metric in LOWER_IS_BETTER else -value
 
 
 def _column_order(key: str) -> tuple[bool, bool, str]:
-    return key.endswith("loss"), key.startswith("shifted_"), key
+    return is_loss(key), key.startswith("shifted_"), key
 
 
 def spoken(key: str) -> str:
@@ -361,7 +371,7 @@ def spoken(key: str) -> str:
 
 
 def number(key: str, value: float) -> str:
-    return f"{value:.3f}" if key.endswith("loss") else f"{value:.1%}"
+    return f"{value:.3f}" if is_loss(key) else f"{value:.1%}"
 
 
 def size(count: float | None) -> str | None:

@@ -59,18 +59,21 @@ class Curve:
         return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def curves_svg(curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str) -> str:
+def curves_svg(
+    curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str, title: str
+) -> str:
     """Loss on the left, the task's metric on the right (but for metric ``loss``).
 
     Args:
         levels: name -> score to draw as a level line, of ``validation_<metric>``.
         x: ``step`` or ``useful_tokens``.
+        title: what the losses are.
     """
     with rc_context(STYLE):
         panels = 1 if metric == "loss" else 2
         figure = Figure(figsize=(5.1 * panels, 3.0), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        _loss_panel(axes[0], curves, x)
+        _loss_panel(axes[0], curves, x, title)
         if metric == "loss":
             _draw_levels(axes[0], levels)
         else:
@@ -100,8 +103,8 @@ def sparkline_svg(points: Sequence[tuple[int, float]]) -> str:
         return _svg(figure)
 
 
-def _loss_panel(ax: Axes, curves: Sequence[Curve], x: str) -> None:
-    ax.set_title("loss per target token", loc="left", fontsize=10)
+def _loss_panel(ax: Axes, curves: Sequence[Curve], x: str, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize=10)
     for curve in curves:
         at, values = curve.points("train_loss", x)
         ax.plot(at, values, color=curve.color, linewidth=0.8, alpha=0.35)

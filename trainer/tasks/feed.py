@@ -261,7 +261,8 @@ class _Loader:
 class Feed:
     """Hands out the rows of every prompt's next update.
 
-    Each prompt has a cursor of its own, so its rows depend on nothing but its own settings.
+    Each prompt has a cursor of its own, so its rows depend on nothing but its own settings. Rows
+    that several prompts read in one step, as those of one ``data_seed`` do, are made once.
     """
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, TaskData]) -> None:
@@ -271,7 +272,7 @@ class Feed:
             Cursor(
                 examples.lengths,
                 config.training.tokens_per_step,
-                config.prompt_seed(prompt),
+                config.data_seed(prompt),
                 _sources(examples, tasks[prompt.task].train_rows),
             )
             for prompt, examples in zip(config.prompts, self._examples, strict=True)
@@ -280,13 +281,15 @@ class Feed:
     def next_step(self, active: Sequence[bool]) -> list[Piece]:
         """The rows of one step, for every prompt that still trains."""
         pieces: list[Piece] = []
+        made: dict[tuple[int, int], Example] = {}
         for k, cursor in enumerate(self._cursors):
             if active[k]:
-                rows = cursor.next_rows()
-                pieces += [
-                    Piece(self._examples[k][row], k, len(pieces) + i, teacher=self._teachers[k])
-                    for i, row in enumerate(rows)
-                ]
+                table = self._examples[k]
+                for row in cursor.next_rows():
+                    key = (id(table), row)
+                    if key not in made:
+                        made[key] = table[row]
+                    pieces.append(Piece(made[key], k, len(pieces), teacher=self._teachers[k]))
         return pieces
 
     def state_dict(self) -> list[dict[str, Any]]:

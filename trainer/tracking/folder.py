@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
-from trainer.search import STANDARD_ERROR
+from trainer.search import STANDARD_ERROR, is_loss, shown_scores
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
@@ -29,17 +29,24 @@ NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
 
 @dataclass
 class Folder:
-    """Reads an output folder anew at each call; a missing file is an empty one."""
+    """Reads an output folder anew where a file has changed; a missing file is an empty one."""
 
     path: Path
+    _run_file: tuple[Any, dict[str, Any]] = field(default=(None, {}), init=False, repr=False)
 
     @property
     def run_file(self) -> dict[str, Any]:
+        """Parsed once: each of many prompts asks for it, and it holds them all."""
+        path = self.path / "run.yaml"
         try:
-            data = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8"))
+            stat = path.stat()
+            version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if version != self._run_file[0]:
+                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+                self._run_file = version, data if isinstance(data, dict) else {}
         except (OSError, yaml.YAMLError):
             return {}
-        return data if isinstance(data, dict) else {}
+        return self._run_file[1]
 
     def json(self, name: str) -> Any:
         try:
@@ -90,6 +97,8 @@ class Folder:
         settings: dict[str, Any] = {k: v for k, v in prompt.items() if k not in ("name", "init")}
         if settings.get("seed") is None:
             settings["seed"] = training.get("seed", 0)
+        if settings.get("data_seed") is None:
+            settings["data_seed"] = settings["seed"]
         settings["steps"] = prompt.get("steps") or training.get("steps")
         settings["encoder"] = prompt.get("encoder") or (
             "mlp" if prompt.get("method") == "p_tuning" else "embedding"
@@ -169,7 +178,8 @@ class Folder:
         Names: ``validation_accuracy_best``, and of the task's own metric also
         ``validation_accuracy_no_prompt`` and ``validation_accuracy_hand_written`` (of the best
         hand-written prompt). The ending makes MLflow sort them next to their curve; a prefix with a
-        slash would make a section of single points in front of all curves.
+        slash would make a section of single points in front of all curves. A distilled prompt's
+        loss is a divergence from its teacher, and so is the one beside it.
         """
         result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
         task = (summary.get("tasks") or {}).get(prompt.get("task")) or {}
@@ -178,10 +188,11 @@ class Folder:
         step = int(result.get("best_step") or summary.get("steps") or 0)
         scores = {f"{k}_best": v for k, v in _scores(result)}
         better = min if metric in LOWER_IS_BETTER else max
-        for kind, rows in (
-            ("no_prompt", [task.get("no_prompt") or {}]),
-            ("hand_written", task.get("hand_written") or []),
-        ):
+        none, written = task.get("no_prompt"), task.get("hand_written") or []
+        if prompt.get("objective") == "distill":
+            none = (task.get("untaught") or {}).get(prompt["name"])
+            written = [] if metric in LOWER_IS_BETTER else written
+        for kind, rows in (("no_prompt", [none or {}]), ("hand_written", written)):
             for key, value in (pair for row in rows for pair in _scores(row)):
                 if key.endswith(f"validation_{metric}"):
                     name = f"{key}_{kind}"
@@ -202,11 +213,19 @@ class Folder:
         lines = []
         for name in tasks or {p.get("task") for p in prompts.values()}:
             task = tasks.get(name) or {}
-            rows = [(f"**{p}** (trained)", r) for p, r in prompts.items() if r.get("task") == name]
+            rows = [
+                (f"**{p}** (trained)", shown_scores(r))
+                for p, r in prompts.items()
+                if r.get("task") == name
+            ]
             rows += [(f"“{h.get('text', '')}”", h) for h in task.get("hand_written") or []]
+            rows += [
+                (f"no prompt, beside the teacher of {p}", shown_scores(r, "distill"))
+                for p, r in (task.get("untaught") or {}).items()
+            ]
             rows += [("no prompt", task.get("no_prompt") or {})]
             keys = sorted({k for _, row in rows for k, _ in _scores(row)}, key=_score_order)
-            if any(key.startswith("validation_") and not key.endswith("loss") for key in keys):
+            if any(key.startswith("validation_") and not is_loss(key) for key in keys):
                 keys = [key for key in keys if key != "shifted_validation_loss"]  # narrow page
             lines += [
                 f"#### Task {name}",
@@ -279,8 +298,9 @@ def _init(init: Any) -> str:
     """``{text: ..., vocab: false, random: false}`` as a person would say it."""
     if not isinstance(init, Mapping):
         return str(init or "vocab")
-    if init.get("text"):
-        return f"text: {init['text']}"
+    for key in ("text", "from_", "from"):
+        if init.get(key):
+            return f"{key.rstrip('_')}: {init[key]}"
     return next((k for k, v in init.items() if v), "vocab")
 
 
@@ -304,7 +324,7 @@ def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _score_order(key: str) -> tuple[bool, bool, str]:
-    return key.startswith("shifted_"), key.endswith("loss"), key
+    return key.startswith("shifted_"), is_loss(key), key
 
 
 def _spoken(key: str) -> str:
@@ -314,7 +334,7 @@ def _spoken(key: str) -> str:
 def _number(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if key.endswith("loss") else f"{value:.1%}"
+    return f"{value:.3f}" if is_loss(key) else f"{value:.1%}"
 
 
 def _cell(text: str) -> str:

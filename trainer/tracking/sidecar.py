@@ -28,6 +28,9 @@ from trainer.tracking.target import Target, resolve
 
 logger = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0
+#: The trainer needs the processors more: a round of many prompts' curves is followed by a pause of
+#: so many times as long.
+REST = 9.0
 SYSTEM_EVERY = 10.0
 
 #: A call that hangs holds up the next one, not the trainer. What a person has set stays.
@@ -80,9 +83,11 @@ def _follow(
         watch = _start_watch(output_dir, stop)
     pause = 0.0
     while not trainer.wait(pause):
+        begun, connected = time.monotonic(), pusher.connected
         try:
             pusher.push(running=True)
-            pause = every
+            took = time.monotonic() - begun if connected else 0.0  # connecting is not every round's
+            pause = max(every, min(LONGEST_PAUSE, REST * took))
         except Exception as error:
             pause = min(LONGEST_PAUSE, max(every, pause * 2))
             logger.warning("not sent, next try in %.1f s: %s", pause, explain(error, target))

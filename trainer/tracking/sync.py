@@ -71,6 +71,11 @@ class Pusher:
         self.points = 0
         self._store: Store | None = None
 
+    @property
+    def connected(self) -> bool:
+        """Whether the store's runs are known; if not, ``push`` begins by finding or making them."""
+        return self._store is not None
+
     def push(self, *, running: bool) -> None:
         """Connect if need be, then send new lines and the files known at the start.
 
