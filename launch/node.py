@@ -38,7 +38,8 @@ def run(
         need_gpus: refuse a host without GPUs, where a run would otherwise take CPUs.
 
     Raises:
-        BadInput: if this host is not what the hostfile says, or does not know the first one.
+        BadInput: if this host is not what the hostfile says, does not know the first one, or is
+            the first one and somebody listens at its port.
     """
     name, slots = place.host.name, place.host.slots
     gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -47,6 +48,8 @@ def run(
             f"{name}: {len(gpus)} GPUs are visible here, but it shall run {slots} processes; ask "
             "for fewer GPUs per host, or leave this host out"
         )
+    if place.rank == 0:
+        refuse_taken(place.port)
     devices = local.choose_devices(slots, gpus)
     environment = local.environment(os.environ, devices, len(os.sched_getaffinity(0)))
     interface = _interface(place)
@@ -71,6 +74,23 @@ def run(
     if lost := [host.name for host in place.others if not reaches(host, place.port)]:
         said.append(f"lost: no answer from {', '.join(lost)}")
     return processes.Ending(ending.code, f"{name}: {'; '.join(said)}" if said else "")
+
+
+def refuse_taken(port: int) -> None:
+    """That somebody else listens would show in minutes, as ranks that do not find each other.
+
+    Raises:
+        BadInput: if the port cannot be bound.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise BadInput(
+                f"--master-port: {port} cannot be used on this host: {error.strerror}; give "
+                "another, the same on all hosts"
+            ) from None
 
 
 def reaches(host: Host, port: int) -> bool:

@@ -43,7 +43,7 @@ def one_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=kept | {"MASTER_PORT": str(free_port())},
+        env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,15 +13,17 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import requests
 import yaml
 
+from launch.local import free_port
+from tests.distributed.test_run import one_process, write_run_file
+from tests.mlflow_server import Proxy, Server, wait_until
 from tests.unit.run_folder import (
     PROMPTS,
     STEPS,
@@ -43,40 +46,6 @@ def _no_mlflow_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
-
-
-class Server:
-    """A real ``mlflow server`` on loopback that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
-        # It would start seven more processes for jobs that nobody asks for.
-        environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self.folder, env=environ
-            )
-        wait_until(self.answers, 120)
-
-    def answers(self) -> bool:
-        try:
-            return requests.get(f"{self.uri}/health", timeout=2).ok
-        except requests.RequestException:
-            return False
-
-    def kill(self) -> None:
-        assert self.process is not None
-        for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-            child.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +246,81 @@ def test_a_broken_tracker_costs_the_trainer_nothing(
     assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
 
 
+def test_a_training_ends_well_while_its_server_fails_hangs_and_is_gone(
+    tmp_path: Path, server: Server
+) -> None:
+    """What it measured is what it measures alone, and is in MLflow once, as soon as there is one.
+
+    The server takes the first curves, then one thing after the other goes wrong with it. Then its
+    store of files fails alone.
+    """
+    run_file = write_run_file(tmp_path)
+    run = yaml.safe_load(run_file.read_text())
+    run["prompts"] = run["prompts"][:1]
+    run_file.write_text(yaml.safe_dump(run))
+    alone = one_process("trainer", str(run_file))
+    assert alone.returncode == 0, alone.stderr
+    proxy, folder = Proxy(server.uri), tmp_path / "tracked"
+    uri = f"http://me:{SECRET}@{proxy.address}"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    kept |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": uri}
+    words = [str(run_file), f"output_dir={folder}", "tracking.experiment=faults"]
+    training = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *words],
+        cwd=ROOT,
+        env=kept,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: any("runs/create" in request for request in proxy.asked), 120)
+    for step, mode in ((1, "answers 500"), (4, "hangs")):
+        wait_until(lambda step=step: last_step(folder) >= step, 60)  # type: ignore[misc]
+        proxy.mode = mode
+    wait_until(lambda: last_step(folder) >= 7, 60)
+    proxy.close()
+    said, _ = training.communicate(timeout=120)
+    assert training.returncode == 0, said
+    assert "nothing is lost. Send it with: promptshard sync" in said
+    assert losses(folder) == losses(tmp_path / "run")
+    adapters = [
+        place / "prompts/soft/adapter_model.safetensors" for place in (folder, tmp_path / "run")
+    ]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+    proxy = Proxy(server.uri)
+    uri = f"http://me:{SECRET}@{proxy.address}"
+    proxy.mode = "takes no files"
+    answer = sync(folder, expect=1, MLFLOW_TRACKING_URI=uri)
+    assert re.search(r"Not sent: \d+ files", answer.stderr)
+    assert adapters[0].exists()
+    proxy.mode = "passes"
+    sync(folder, MLFLOW_TRACKING_URI=uri)
+    proxy.close()
+    parent, prompts = runs(server.uri, "faults")
+    assert {run.info.status for run in [parent, *prompts.values()]} == {"FINISHED"}
+    assert_complete(folder, server.uri, "faults")
+    files = client_of(server.uri).list_artifacts(prompts["soft"].info.run_id, "adapter")
+    assert "adapter/adapter_model.safetensors" in {file.path for file in files}
+    assert SECRET not in said + answer.stdout + answer.stderr
+    for file in folder.rglob("*"):
+        assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
+
+
+def last_step(folder: Path) -> int:
+    path = folder / METRICS_FILE
+    return max((line.step for line, _ in read_lines(path) if line), default=0)
+
+
+def losses(folder: Path) -> dict[tuple[str, int, str], float]:
+    return {
+        (line.prompt, line.step, name): value
+        for line, _ in read_lines(folder / METRICS_FILE)
+        if line is not None and line.prompt is not None
+        for name, value in line.metrics.items()
+    }
+
+
 TRAINER = """
     import os, signal, sys, time
     from pathlib import Path
@@ -408,15 +452,3 @@ def sent(folder: Path) -> int:
         return 0
     stores = State(folder).stores.values()
     return max((store.offsets.get(METRICS_FILE, 0) for store in stores), default=0)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.1)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -549,6 +550,21 @@ def test_wrong_use_is_exit_code_2(run_file, arguments):
     assert done.returncode == 2
     assert done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_and_missing_gpus_are_refused_before_ranks_start(run_file, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n")
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["--no-ssh", "--hostfile", str(hosts), "--node-rank", "0", "--master-port", port]
+        started = time.monotonic()
+        done = promptshard("train", run_file, *words)
+        assert time.monotonic() - started < 10
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: --master-port: {port} cannot be used on this host: ")
+    with pytest.raises(BadInput, match="--processes: 4 is more than the 3 visible GPUs"):
+        local.choose_devices(4, [0, 1, 2])
 
 
 def test_generate_names_the_prompts_it_knows(run_file, tmp_path):

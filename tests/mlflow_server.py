@@ -1,0 +1,123 @@
+"""A real ``mlflow server`` that can be killed, and a proxy that fails in other ways."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import requests
+
+from launch.local import free_port
+
+#: Of one connection only: lengths and encodings are those of what is passed on.
+HOP = {"connection", "content-encoding", "content-length", "host", "transfer-encoding"}
+
+
+class Server:
+    """A real ``mlflow server`` on loopback that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
+        # It would start seven more processes for jobs that nobody asks for.
+        environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, env=environ
+            )
+        wait_until(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            child.kill()
+        self.process.wait()
+
+
+class Proxy:
+    """Passes requests on to a server, or does not.
+
+    Attributes:
+        mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``; or
+            ``takes no files``: answers 500 to uploads, passes the rest on.
+        asked: method and path of every request, in order.
+    """
+
+    def __init__(self, server: str) -> None:
+        self.mode = "passes"
+        self.asked: list[str] = []
+        self._closed = threading.Event()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                proxy.asked.append(f"{self.command} {self.path}")
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                upload = self.command == "PUT" and "/mlflow-artifacts/" in self.path
+                if proxy.mode == "hangs":
+                    proxy._closed.wait()
+                if proxy._closed.is_set():  # connections that are kept alive outlive the listener
+                    self.close_connection = True
+                    return
+                if proxy.mode == "answers 500" or (proxy.mode == "takes no files" and upload):
+                    self.reply(500, {}, b"no")
+                    return
+                kept = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
+                found = requests.request(
+                    self.command, server + self.path, headers=kept, data=body, timeout=60
+                )
+                self.reply(found.status_code, dict(found.headers), found.content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+            def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    if name.lower() not in HOP:
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._http.block_on_close = False
+        self.address = f"127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
