@@ -6,16 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.test_chat import TURNS, make_tokenizer, words
+from tests.unit.test_learning_benchmark import ALONE
+from tests.whole_base import load_whole
 from trainer import evaluation
 from trainer.config import RunConfig
-from trainer.evaluation import Evaluator
+from trainer.evaluation import Evaluator, Request
 from trainer.memory import StreamBudget
 from trainer.tasks.feed import TaskData, load_tasks
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def load(folder: Path, rows: list[dict], **task) -> TaskData:
+
+def load(folder: Path, rows: list[dict], tokenizer=None, **task) -> TaskData:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RunConfig.model_validate(
@@ -27,7 +33,8 @@ def load(folder: Path, rows: list[dict], **task) -> TaskData:
             "training": {"steps": 1},
         }
     )
-    return load_tasks(config, make_tokenizer(), 64, 100)["t"]
+    tokenizer = tokenizer or make_tokenizer()
+    return load_tasks(config, tokenizer, 64, len(tokenizer))["t"]
 
 
 def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, float], list[str]]:
@@ -73,3 +80,31 @@ def test_sets_of_labels(tmp_path, monkeypatch, metric):
     assert given == ["a b", "a"]
     expected = {"f1": pytest.approx(2 * 3 / (4 + 3)), "exact_match": 0.5}
     assert found == (expected if metric == "f1" else {"exact_match": 0.5})
+
+
+def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_path):
+    """The likeliest as a whole, its end included, as transformers has it."""
+    tiny = ROOT / "examples" / "tiny_base"
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    choices = ["cardiac arrest", "cardiac failure", "cardiac"]
+    ids = [tokenizer(f" {choice}")["input_ids"] for choice in choices]
+    assert len({first for first, *_ in ids}) == 1
+    texts = ["The heart stands", "He had a", "cardiac failure, cardiac failure, cardiac failure,"]
+    likeliest = []
+    for text in texts:
+        start, nll = tokenizer(text)["input_ids"], []
+        for choice in ids:
+            label = torch.tensor([*choice, tokenizer.eos_token_id])
+            with torch.no_grad():
+                logits = model(torch.tensor([[*start, *label]])).logits[0, len(start) - 1 : -1]
+            nll.append(float(torch.nn.functional.cross_entropy(logits, label, reduction="sum")))
+        likeliest.append(nll.index(min(nll)))
+    assert set(likeliest) != {0}, "the first token alone would do"
+    rows = [{"text": t, "label": choices[k]} for t, k in zip(texts, likeliest, strict=True)]
+    rows.append({"text": texts[0], "label": choices[0]})
+    task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
+    data = load(tmp_path, rows, tokenizer, **task)
+    evaluator = Evaluator(ALONE, load_whole(tiny, "none"), tokenizer, StreamBudget(100))
+    (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
+    assert found["accuracy"] == 3 / 4
