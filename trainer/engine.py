@@ -1,4 +1,4 @@
-"""DeepSpeed, and all that knows there are other ranks. The only importer of deepspeed.
+"""DeepSpeed, which shards the base over the ranks. The only importer of deepspeed.
 
 ZeRO-3 without an optimizer (``DeepSpeedZeRoOffload``) shards the frozen base and gathers each layer
 where it is needed. Prompts stay outside: they are small, replicated, and their gradients are summed
@@ -13,14 +13,10 @@ import itertools
 import logging
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -34,7 +30,7 @@ from trainer.config import RunConfig, parse_bytes
 from trainer.errors import BadInput
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
 from trainer.process import left_out
-from trainer.watchdog import Pulse, Watchdog, end_process
+from trainer.ranks import Ranks
 
 # DeepSpeed's autotuner (0.19.8) loads mlflow where it is installed: a second and 100 MB per rank.
 with left_out("mlflow"):
@@ -42,18 +38,12 @@ with left_out("mlflow"):
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import parameter_offload, partition_parameters
 
-T = TypeVar("T")
-
-#: How often ranks that wait for slow work hear from each other.
-TURN_SECONDS = 1.0
-#: Of ``timeout_seconds``: the watchdog speaks before a collective gives up, which names no rank.
-WATCHED_SHARE = 0.9
 #: Stands among the modules that use a parameter now, so that DeepSpeed does not release it.
 KEPT = -1
 
 
-class Engine:
-    """This rank's place among the others.
+class Engine(Ranks):
+    """A rank whose base DeepSpeed shards, gathers and releases.
 
     Attributes:
         gathered_bytes: bytes this rank has received so far for the base: gathered layers, and what
@@ -61,7 +51,6 @@ class Engine:
         exchanged_bytes: of these, the latter: word embeddings that were looked up and hidden states
             that were sent to the head, with all it took to agree on them.
         kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
-        pulse: which collective this rank is at.
     """
 
     def __init__(self, timeout_seconds: int) -> None:
@@ -77,19 +66,16 @@ class Engine:
             os.environ.setdefault(name, default)
         accelerator = get_accelerator()
         on_cpu = accelerator.device_name() == "cpu"
-        self.local_rank = int(os.environ["LOCAL_RANK"])
-        self.device = torch.device("cpu" if on_cpu else accelerator.device_name(self.local_rank))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
         if not on_cpu:  # before the first collective, which would else meet on one device
-            accelerator.set_device(self.local_rank)
+            accelerator.set_device(local_rank)
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
             timeout=timedelta(seconds=timeout_seconds),
             verbose=False,
         )
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.pulse = Pulse()
-        self._timeout = timeout_seconds
-        self._watchdog: Watchdog | None = None
+        super().__init__(local_rank, device, timeout_seconds)
         self.gathered_bytes, self.exchanged_bytes = 0, 0
         self.kept_bytes = 0
         self._kept: list[Any] = []
@@ -98,43 +84,6 @@ class Engine:
         self._group_size = self.world_size
         self._resident, self._peak = 0, 0
         self._count_gathers()
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def watch(self, logs: Path, silence_seconds: float) -> None:
-        """From now on a rank that hangs is named in ``logs``, and ends all; see the watchdog.
-
-        Args:
-            silence_seconds: how long a rank may give no sign of life.
-        """
-        if self.world_size == 1:
-            return
-        # A connection of its own: one that is stuck must not hold up the main thread's.
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=self._timeout),
-            wait_for_workers=False,
-        )
-        self._watchdog = Watchdog(
-            self.pulse,
-            store,
-            self.rank,
-            self.world_size,
-            socket.gethostname(),
-            silence_seconds=silence_seconds,
-            timeout_seconds=WATCHED_SHARE * self._timeout,
-            give_up=partial(end_process, logs),
-        )
-        self.any(False)  # all have a beat now
-        self._watchdog.start()
-
-    def training_step(self, step: int) -> AbstractContextManager[None]:
-        """A step of the loop, which takes about as long as the ones before."""
-        return self.pulse.training_step(step)
 
     def place(
         self,
@@ -276,104 +225,6 @@ class Engine:
         if self.device.type == "cpu":
             return 0
         return max(self._peak, int(get_accelerator().max_memory_allocated(self.local_rank)))
-
-    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over all ranks, in place, in one collective."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self.pulse.within("the sum of gradients"):
-            dist.all_reduce(flat)
-        for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
-        value = torch.tensor([int(flag)], device=self.device)
-        with self.pulse.within("a question to all ranks"):
-            dist.all_reduce(value, op=dist.ReduceOp.MAX)
-            return bool(value.item())
-
-    def all_gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank. For small plain data."""
-        values: list[Any] = [None] * self.world_size
-        with self.pulse.within("an exchange of values"):
-            dist.all_gather_object(values, value)
-        return values
-
-    def broadcast(self, value: T | None) -> T:
-        """Rank 0's value, on every rank. For small plain data and small CPU tensors."""
-        values: list[Any] = [value]
-        with self.pulse.within("a word from rank 0"):
-            dist.broadcast_object_list(values, 0)
-        result: T = values[0]
-        return result
-
-    def together(self, check: Callable[[], T]) -> T:
-        """Run a check on every rank; where any finds bad input, all raise it, in the same words."""
-        result: T | None = None
-        problems: list[str] = []
-        try:
-            result = check()
-        except BadInput as error:
-            problems = error.problems
-        found = next((p for p in self.all_gather(problems) if p), None)
-        if found is not None:
-            raise BadInput(found)
-        return result  # type: ignore[return-value]
-
-    def on_each_node(self, work: Callable[[], T]) -> T | None:
-        """Run slow work on one rank of every node while the others wait, however long it takes.
-
-        Returns:
-            What the work gave on the first rank of a node, None on the others.
-
-        Raises:
-            BadInput: any node's, on all ranks.
-        """
-        return self._patiently(work if self.local_rank == 0 else None)
-
-    def on_every_rank(self, work: Callable[[], T]) -> list[T]:
-        """Slow work of every rank, however long the slowest takes: what it gave, by rank.
-
-        Raises:
-            BadInput: any rank's, on all.
-        """
-        return [found for found in self.all_gather(self._patiently(work)) if found is not None]
-
-    def _patiently(self, work: Callable[[], T] | None) -> T | None:
-        outcome: Future[T | None] = Future()
-
-        def run(work: Callable[[], T]) -> None:
-            try:
-                outcome.set_result(work())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        if work is not None:
-            threading.Thread(target=run, args=(work,), daemon=True).start()
-        else:
-            outcome.set_result(None)
-        # In short turns: one collective would give up after the engine's timeout.
-        while self.any(not wait([outcome], TURN_SECONDS).done):
-            pass
-        return self.together(outcome.result)
-
-    def load_once_per_node(self, load: Callable[[], T]) -> T:
-        """What every rank loads, first by one rank of each node: the others map what it made.
-
-        Raises:
-            BadInput: on all ranks together.
-        """
-        found = self.on_each_node(load)
-        rest = self.together(lambda: load() if found is None else None)
-        result = rest if found is None else found
-        assert result is not None
-        return result
-
-    def close(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def _free_memory(self) -> int:
         """Bytes free on this rank's device; on CPU of the whole node."""

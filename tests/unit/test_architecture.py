@@ -46,7 +46,7 @@ FLOORS = (
         "trainer.watchdog",
     ),
     ("trainer.runfile", "trainer.config"),
-    ("trainer.placement", "trainer.memory", "trainer.policy"),
+    ("trainer.placement", "trainer.memory", "trainer.policy", "trainer.ranks"),
     ("trainer.tasks", "trainer.base", "trainer.prompts", "trainer.export"),
     ("trainer.prefetch",),
     (
