@@ -445,14 +445,19 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # tests in the background ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 150
-    while not list((output / "checkpoints").glob("step-*")):
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 150
+        while not list((output / "checkpoints").glob("step-*")):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()  # whoever watches over it ends its ranks
     assert process.returncode == 75, said
     assert "the same command goes on from step-" in said
     deadline = time.monotonic() + 30  # the tracker's process may send on for a moment
