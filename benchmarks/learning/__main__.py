@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt -e '.[test,benchmark]'
     python -m benchmarks.learning [--only ours|peers] [--workers 2]
+    python -m benchmarks.learning --steps 6    # half the rows; results have a name of their own
     python -m benchmarks.learning --quick      # one task, few steps and rates; writes nothing
 
 The example tasks over the tiny base in fp32, which all arms share, with the same rows in the same
@@ -54,14 +55,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("ours", "peers"), help="measure one side anew")
+    parser.add_argument("--steps", type=int, default=BUDGET["steps"], help="of every training")
     parser.add_argument("--workers", type=int, default=2, help="processes that train peers")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")
     arguments = parser.parse_args()
-    budget, seeds, rates = BUDGET, SEEDS, RATES
+    steps = arguments.steps
+    budget, seeds, rates = BUDGET | {"steps": steps, "every": max(1, steps // 6)}, SEEDS, RATES
+    name = "learning" if steps == BUDGET["steps"] else f"learning-{steps}-steps"
     if arguments.quick:
         budget = BUDGET | {"tasks": ["triage"], "steps": 2, "every": 1, "validation_rows": 10}
         seeds, rates = (0,), {"prompt tuning, vocab": (0.03,), "LoRA": (0.003,)}
-    before = RESULTS / "learning.json"
+    before = RESULTS / f"{name}.json"
     kept = json.loads(before.read_text()) if arguments.only else {}
     if kept and kept["budget"] != budget:
         sys.exit(f"{before} was measured with another budget; measure both sides")
@@ -82,12 +86,12 @@ def main() -> None:
             peers = Peers(path, arguments.workers, texts, budget, seeds)
             found["peers"] = peers.measure(rates)
     report = summary({"budget": budget, **found})
-    text = table(report)
+    text = table(report, f"{name}.png")
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
         before.write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "learning.md").write_text(text)
-        plot(report, RESULTS / "learning.png")
+        (RESULTS / f"{name}.md").write_text(text)
+        plot(report, RESULTS / f"{name}.png")
     print(text)
 
 

@@ -150,8 +150,8 @@ def reached(row: dict[str, Any]) -> str:
     return ", ".join(what for what, done in held.items() if done) or "none"
 
 
-def table(report: dict[str, Any]) -> str:
-    """Markdown: what is compared, then every arm of every task."""
+def table(report: dict[str, Any], picture: str) -> str:
+    """Markdown: what is compared, then every arm of every task, and the picture's name."""
     budget = report["budget"]
     lines = [
         "# How far prompts come with few rows",
@@ -181,7 +181,7 @@ def table(report: dict[str, Any]) -> str:
         "about as much work as 6 updates. These are rows that the first update trains on anyhow, "
         "so that the rows seen stay equal, but the work does not.",
         "",
-        "![median scores by step](learning.png)",
+        f"![median scores by step]({picture})",
         "",
     ]
     return "\n".join(lines)

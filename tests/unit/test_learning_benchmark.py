@@ -122,7 +122,7 @@ def test_table_compares_with_the_best_rate(tmp_path: Path) -> None:
     assert (
         reached(row | {"scores": [1.0, 1.0], "spreads": [0.3, 0.4], "steps": [None, 4]}) == "none"
     )
-    text = table(report)
+    text = table(report, "plot.png")
     assert (
         "| triage | ours, prompt_tuning, beside PEFT, prompt tuning, vocab | 0.910, 0.700: better"
         in text
