@@ -118,8 +118,8 @@ def train(
         raise BadInput("--node-rank, --master-addr and --master-port go with --no-ssh; add it")
     if max_restarts and hostfile and not local.is_local(local.read_hostfile(hostfile)):
         raise BadInput(
-            f"--max-restarts: goes with one machine, and {hostfile} names others; on Slurm, "
-            "promptshard submit requeues the job"
+            f"--max-restarts: goes with one machine, and {hostfile} names others; on Slurm, a job "
+            "of promptshard submit is requeued when it loses a node"
         )
     config = preflight.check_run(run_file, overrides)
     refuse_if_alive(Path(config.output_dir))

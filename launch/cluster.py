@@ -19,6 +19,7 @@ from launch.arguments import Overrides, RunDir, RunFile
 from launch.slurm import Job, Resources
 from trainer.config import PROJECT_ROOT, RunConfig
 from trainer.errors import BadInput
+from trainer.redact import redact
 
 
 def submit(
@@ -130,7 +131,7 @@ def submit(
         container=container_image,
         mounts=tuple(container_mounts or ()),
         fresh=fresh,
-        command=shlex.join(["promptshard", *sys.argv[1:]]),
+        command=redact(shlex.join(["promptshard", *sys.argv[1:]])),
     )
     if found := list(slurm.problems(job)):
         raise BadInput(found)

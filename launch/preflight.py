@@ -31,7 +31,8 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
 def check_config(config: RunConfig, *, trains: bool = True) -> RunConfig:
     """The same for a run file that is loaded; what prompts start from, only if they will train."""
     problems = [*_base(config), *_policy(config), *_output(config)]
-    if trains:
+    goes_on = any(Path(config.output_dir, "checkpoints").glob("step-*"))
+    if trains and not goes_on:
         problems += source_problems(config)
     notes: list[str] = []
     try:

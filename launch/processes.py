@@ -30,6 +30,7 @@ import psutil
 
 from launch import guard
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE
+from trainer.process import read_text
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 from trainer.watchdog import LOST, read_lost
 
@@ -57,9 +58,10 @@ class Ending:
 
 
 class _Losses:
-    """Which rank of this machine ended first, while the launcher does not look.
+    """Which rank of this machine was lost first, while the launcher does not look.
 
-    The launcher tells its processes in the order of their ranks, and the first exit code alone.
+    The launcher tells its processes in the order of their ranks, and one exit code alone. Of ranks
+    that ended at a time, one that a signal has ended took the others down.
     When one has failed it asks the others to end and waits for each, up to half a minute: ranks
     that hear nothing, as they are stopped or wait for the lost one, are ended before.
     """
@@ -68,20 +70,28 @@ class _Losses:
         self._log, self._ranks, self._first_rank, self._end = log, ranks, first_rank, end
         self._pids: list[int] = []
         self._deadline: float | None = None
-        self.first = ""
+        #: In the order in which they ended: process, how it is called, and what signal ended it.
+        self._ended: dict[int, tuple[str, int]] = {}
+
+    @property
+    def first(self) -> tuple[str, int]:
+        """The first that did not end well, and the signal that ended it, or 0; "" if none did."""
+        log = self._log.read_text(errors="replace")
+        lost = [who for pid, who in self._ended.items() if f"Process {pid} exits succ" not in log]
+        return lost[0] if lost else ("", 0)
 
     def look(self) -> None:
-        if self.first:
+        if self._ended:
             self._hasten()
-            return
         if len(self._pids) < self._ranks:
             found = SPAWNED.findall(self._log.read_text(errors="replace"))
             self._pids = [int(pid) for pid in found]
             return
-        for i, pid in enumerate(self._pids):
-            if _has_ended(pid):
-                self.first = f"rank {self._first_rank + i} (process {pid} on {platform.node()})"
-                return
+        ended = [pid for pid in self._pids if pid not in self._ended and _has_ended(pid)]
+        signals = {pid: _ended_by(pid) for pid in ended}
+        for pid in sorted(ended, key=lambda pid: not signals[pid]):
+            rank = self._first_rank + self._pids.index(pid)
+            self._ended[pid] = (f"rank {rank} (process {pid} on {platform.node()})", signals[pid])
 
     def _hasten(self) -> None:
         """End what is left once a rank has failed a while ago; one that is done is no failure."""
@@ -97,6 +107,13 @@ def _has_ended(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
+
+
+def _ended_by(pid: int) -> int:
+    """The signal that has ended a process whose parent has not asked yet; 0 if none, or unknown."""
+    # The last field is what wait() will give: see proc(5).
+    fields = read_text(f"/proc/{pid}/stat").split()
+    return int(fields[-1]) & 0x7F if fields else 0
 
 
 class _Stop:
@@ -192,7 +209,7 @@ def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path
             if stop.signals:
                 _signal_group(process.pid, signal.SIGKILL)
         sorter.join(timeout=GRACE_SECONDS)
-    return _ending(process.returncode, stop.signals, log, lost=False, resumable=False)
+    return _ending(process.returncode, stop.signals, log, lost=False, resumable=True)
 
 
 def _wait(
@@ -317,14 +334,14 @@ def _ending(
     *,
     lost: bool,
     resumable: bool,
-    first: str = "",
+    first: tuple[str, int] = ("", 0),
     hung: str = "",
 ) -> Ending:
     """The exit code that the ranks meant, and a message where they cannot have given one.
 
     Args:
         lost: a rank did not end well.
-        first: the rank that ended first.
+        first: the rank that was lost first, and the signal that ended it, if one has.
         hung: why the ranks have given one up.
         resumable: the same command goes on with what was stopped, or begins it anew.
     """
@@ -342,7 +359,8 @@ def _ending(
     elif returncode == EXIT_DONE:
         how = "the launcher was killed and the ranks did not finish"
     else:
-        how = _describe(returncode, first or "a process")
+        who, by = first
+        how = _describe(-by or returncode, who or "a process")
     return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
 
 

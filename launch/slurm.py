@@ -186,7 +186,8 @@ def time_seconds(text: str) -> int | None:
 
 def render(job: Job) -> str:
     """The sbatch script of a job without problems."""
-    head = ["#!/bin/bash", *([f"# {job.command}"] if job.command else []), *_options(job)]
+    command = " ".join(job.command.split())  # a comment is one line
+    head = ["#!/bin/bash", *([f"# {command}"] if command else []), *_options(job)]
     return "\n".join([*head, "", "set -uo pipefail", *_setup(job), *_shell(job)]) + "\n"
 
 
@@ -249,7 +250,7 @@ def _setup(job: Job) -> Iterator[str]:
         yield "esac"
     yield "restarts=${SLURM_RESTART_COUNT:-0}"
     if job.fresh:
-        yield '[ "$restarts" -gt 0 ] || set -- --fresh "$@"'
+        yield 'set -- --fresh "$@"'  # requeued, it knows what it has put aside
     yield f"""
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if [ "${{#hosts[@]}}" -ne "$SLURM_JOB_NUM_NODES" ]; then

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from trainer.errors import BadInput
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+#: Where the file system fails, not the checkpoint.
+READ_ATTEMPTS, READ_PAUSE_SECONDS = 4, 1.0
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 # Being written; put aside while another takes its name; being deleted.
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
@@ -129,13 +132,14 @@ def newest(folder: Path, warn: Callable[[str], None] = logger.warning) -> Saved 
 
     Raises:
         BadInput: if there are checkpoints but none can be used: starting afresh would throw work
-            away without a word.
+            away without a word. So would going on from an older one, where the file system does
+            not give out what may be whole.
     """
     problems = []
     for path in _candidates(folder):
         try:
-            return _read(path)
-        except (_Broken, OSError) as error:
+            return _patiently(path)
+        except _Broken as error:
             problems.append(f"{path}: {error}")
             warn(f"checkpoint passed over: {path}: {error}")
     if problems:
@@ -225,6 +229,22 @@ def _delete(path: Path) -> None:
         shutil.rmtree(deleting, ignore_errors=True)
         path.rename(deleting)
         shutil.rmtree(deleting, ignore_errors=True)
+
+
+def _patiently(path: Path) -> Saved:
+    """``_read``, tried again where the file system fails for a moment."""
+    for left in reversed(range(READ_ATTEMPTS)):
+        try:
+            return _read(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise _Broken(str(error)) from None
+        except OSError as error:
+            if not left:
+                raise BadInput(
+                    f"{path}: cannot be read: {error.strerror or error}; try again once it can be"
+                ) from None
+        time.sleep(READ_PAUSE_SECONDS)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _read(path: Path) -> Saved:

@@ -77,7 +77,8 @@ class Evaluator:
         ``agreement`` is the share of positions where both find the same token likeliest.
 
         Raises:
-            Stopped: on all ranks, between two streams, if one was told to stop.
+            Stopped: on all ranks, between two streams or two batches of what the base writes, if
+                one was told to stop.
         """
         slots = [_num_slots(request) for request in requests]
         lengths = PromptLengths.of(virtual_tokens)
@@ -183,7 +184,13 @@ class Evaluator:
         examples = [candidates[0] for candidates in rows.candidates]
         inputs = [example.input_ids[: example.label_spans[-1][0]] for example in examples]
         texts = generate(
-            self.engine, self.base, self.tokenizer, inputs, prompt, rows.task.max_new_tokens
+            self.engine,
+            self.base,
+            self.tokenizer,
+            inputs,
+            prompt,
+            rows.task.max_new_tokens,
+            self._stop_if_told,
         )
         values = [rows.rows[example.row] for example in examples]
         task = rows.task

@@ -5,7 +5,7 @@ Shape letters: B rows of a batch, L longest row, T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ def generate(
     inputs: Sequence[Sequence[int]],
     virtual_tokens: Tensor | None,
     max_new_tokens: int,
+    between_batches: Callable[[], object] = lambda: None,
 ) -> list[str]:
     """What the base writes after each input, without special tokens; the same list on every rank.
 
@@ -35,6 +36,7 @@ def generate(
     Args:
         inputs: token ids of each row.
         virtual_tokens: the prompt [P, H], its keys and values [P, L, 2, A, D], or None.
+        between_batches: is called on all ranks alike; what it raises ends all of it.
     """
     # Longest first: rows of a batch are then of similar length.
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
@@ -42,6 +44,7 @@ def generate(
     texts: dict[int, str] = {}
     with base.unpacked():
         for start in range(0, len(order), batch_size * engine.world_size):
+            between_batches()
             mine = order[start + engine.rank :: engine.world_size][:batch_size]
             rows = [inputs[i] for i in mine or order[:1]]
             written = _decode(engine, base, tokenizer, rows, virtual_tokens, max_new_tokens)

@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -111,6 +112,7 @@ class Lock:
     def __init__(self, path: Path, holder: Holder) -> None:
         self.path, self.holder = path, holder
         self._lost: str | None = None
+        self._touched = time.time()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
@@ -124,6 +126,16 @@ class Lock:
         if self._lost is not None:
             raise LockLost(self._lost)
 
+    def confirm(self) -> None:
+        """``check``, by looking at the file now.
+
+        Raises:
+            LockLost: as ``check``.
+            OSError: if the file system does not answer.
+        """
+        self.beat()
+        self.check()
+
     def release(self) -> None:
         self._done.set()
         self._thread.join(BEAT_SECONDS)
@@ -135,6 +147,11 @@ class Lock:
         """Touch the lock; see whether it is still ours."""
         if self._is_ours():
             os.utime(self.path)
+            self._touched = time.time()
+            return
+        if time.time() - self._touched > DEAD_SECONDS:
+            # Others could take it for dead meanwhile; one may have, and have ended since.
+            self._lost = f"{self.path}: is gone, and this process gave no sign for too long"
             return
         # Gone: somebody deleted it. If nobody else has the folder since, it is ours.
         with _proposal(self.path, self.holder) as proposal:

@@ -42,6 +42,7 @@ class Progress:
 
     Attributes:
         data_wait_seconds: part of ``train_seconds`` in which nothing was there to compute with.
+        prompt_tokens: of ``useful_tokens`` those that each prompt has read.
         scores: of each prompt at its best validation, by metric name.
         skipped: updates left out so far, and in a row, of each prompt.
         stopped: of each prompt that has: the ``step``, and the ``reason``: ``finished`` (its steps
@@ -52,6 +53,7 @@ class Progress:
 
     step: int = 0
     useful_tokens: int = 0
+    prompt_tokens: dict[str, int] = field(default_factory=dict)
     train_seconds: float = 0.0
     data_wait_seconds: float = 0.0
     baselines: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +169,11 @@ class Loop:
         self.progress.step += 1
         self.progress.unjudged, self._stopping = True, result.stopping
         self.progress.useful_tokens += result.useful_tokens
+        for piece in batch.pieces:
+            assert piece.prompt is not None
+            name = self.bank.names[piece.prompt]
+            read = self.progress.prompt_tokens.get(name, 0) + piece.example.num_tokens
+            self.progress.prompt_tokens[name] = read
         self._count_skipped(result, norms)
 
         seconds = time.perf_counter() - started
@@ -264,7 +271,7 @@ class Loop:
         gathered: int,
         waited: float,
     ) -> None:
-        step, tokens = self.progress.step, self.progress.useful_tokens
+        step, tokens = self.progress.step, self.progress.prompt_tokens
         for i, name in enumerate(self.bank.names):
             if not math.isnan(result.losses[i]) or result.skipped[i]:
                 metrics = {
@@ -273,7 +280,7 @@ class Loop:
                     "learning_rate": rates[i],
                     "skipped_updates": self.progress.skipped.get(name, 0),
                 }
-                self.log(step, tokens, metrics, name)
+                self.log(step, tokens.get(name, 0), metrics, name)
             if math.isfinite(result.losses[i]):
                 total, count = self.progress.train_losses.get(name, (0.0, 0))
                 self.progress.train_losses[name] = (total + result.losses[i], count + 1)
@@ -283,7 +290,7 @@ class Loop:
             "data_wait_seconds": waited,
             "gathered_bytes": gathered,
         }
-        self.log(step, tokens, speed, None)
+        self.log(step, self.progress.useful_tokens, speed, None)
 
     def _due(self) -> list[int]:
         """Prompts to validate now: all at intervals and rungs, each at its own last step."""
@@ -334,7 +341,7 @@ class Loop:
             return
         scores = scores | gaps(scores, *self.progress.train_losses.pop(name, (0.0, 0)))
         shown = {key: x for key, x in scores.items() if not key.endswith(STANDARD_ERROR)}
-        self.log(step, self.progress.useful_tokens, shown, name)
+        self.log(step, self.progress.prompt_tokens.get(name, 0), shown, name)
         stopping = self.stopping[name]
         if stopping.update(step, scores["validation_loss"]):
             self.bank.keep_best(k)
@@ -348,12 +355,20 @@ class Loop:
             )
 
     def _halve(self, scores: Mapping[int, Scores]) -> None:
-        """At a rung: of the prompts of a task that train on, the worst by this loss are stopped."""
+        """At a rung: of the prompts of a task that train on, the worst by this loss are stopped.
+
+        Those that learn from one teacher are compared with each other, and so are those that learn
+        labels: their losses are no measure for others.
+        """
         halving, step = self.config.search.halving, self.progress.step
         assert halving is not None
         on = [k for k in scores if self.bank.active[k] and self._steps[k] > step]
-        for task in self.tasks:
-            losses = {k: scores[k]["validation_loss"] for k in on if self._task(k) == task}
+        rivals: dict[tuple[str, str | None], dict[int, float]] = {}
+        for k in on:
+            prompt = self.config.prompts[k]
+            group = rivals.setdefault((prompt.task, prompt.teacher), {})
+            group[k] = scores[k]["validation_loss"]
+        for (task, _), losses in rivals.items():
             out = worst(losses, halving.eta)
             for k in out:
                 self._stop(k, "halving")

@@ -33,6 +33,7 @@ from trainer.search import (
 )
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
+from trainer.tracking.state import forget_tracking
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
 
@@ -44,8 +45,19 @@ def describe_run(
     loaded: LoadedBase,
     tasks: Mapping[str, TaskData],
     command: str,
+    *,
+    begins: bool,
 ) -> None:
-    atomic.write(output / "run.yaml", redact(dump(_anywhere(config))))
+    """Write what a run is into its folder.
+
+    Args:
+        begins: it goes on from no checkpoint. Where one with other settings had begun in this
+            folder, it is no part of that one's curves.
+    """
+    words = redact(dump(_anywhere(config)))
+    if begins:
+        forget_if_other(output, words)
+    atomic.write(output / "run.yaml", words)
     environment = {
         "versions": versions(),
         "python": platform.python_version(),
@@ -62,6 +74,13 @@ def describe_run(
     atomic.write_json(
         output / "datasets.json", [s for data in tasks.values() for s in data.sources]
     )
+
+
+def forget_if_other(output: Path, words: str) -> None:
+    """Where the run file says other words than one that had begun here: its curves are its own."""
+    before = output / "run.yaml"
+    if before.exists() and before.read_text() != words:
+        forget_tracking(output)
 
 
 def _anywhere(config: RunConfig) -> RunConfig:
@@ -136,6 +155,7 @@ def finish(
     prompts: dict[str, Any] = {}
     for k, prompt in enumerate(config.prompts):
         scores = loop.progress.scores.get(prompt.name, {})
+        ended_at = loop.progress.stopped.get(prompt.name, {}).get("step", loop.progress.step)
         folder = output / "prompts" / prompt.name
         shown = shown_scores(scores, prompt.objective)
         said = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
@@ -160,7 +180,7 @@ def finish(
             "method": prompt.method,
             "objective": prompt.objective,
             "num_virtual_tokens": prompt.num_virtual_tokens,
-            "best_step": loop.stopping[prompt.name].best_step or loop.progress.step,
+            "best_step": loop.stopping[prompt.name].best_step or ended_at,
             "skipped_updates": loop.progress.skipped.get(prompt.name, 0),
             "stopped": loop.progress.stopped.get(prompt.name),
             **scores,
@@ -199,6 +219,9 @@ def _candidates(data: TaskData, prompts: Mapping[str, Any]) -> list[Candidate]:
     key, rows = f"validation_{metric}", data.evaluation.get("validation")
     found = []
     labelled = [name for name, scores in prompts.items() if scores["objective"] == "labels"]
+    taught_by = {data.teachers[name].index for name in prompts if name in data.teachers}
+    if metric in LOWER_IS_BETTER and not labelled and len(taught_by) > 1:
+        return []  # how far from one teacher says nothing beside how far from another
     for name, scores in prompts.items():
         if metric in LOWER_IS_BETTER and labelled and name not in labelled:
             continue  # a divergence is no rival of a cross-entropy

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint
+from trainer import atomic, checkpoint
 from trainer.checkpoint import Saved, Snapshot
 from trainer.config import RunConfig
 from trainer.console import Console
@@ -17,7 +18,7 @@ from trainer.lock import LOCK
 from trainer.loop import Loop
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
-from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, read_lines
 
 #: Settings that may change when a run goes on; every other one of these sections must not.
 MAY_CHANGE = {
@@ -27,14 +28,33 @@ MAY_CHANGE = {
 }
 #: Where files lie may change; what they hold, and what is taken of it, may not: their digests tell.
 PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
+#: The Slurm job that has put an earlier run aside.
+PUT_ASIDE_BY = Path("logs", "put-aside-by-job")
 MUST_STAY = ("base", "tasks", "prompts", "training", "search")
+
+
+def was_put_aside(output: Path) -> bool:
+    """Whether this Slurm job, before it was requeued, has put an earlier run aside already."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return False
+    try:
+        return (output / PUT_ASIDE_BY).read_text() == job
+    except OSError:
+        return False
 
 
 def put_aside(output: Path, console: Console) -> None:
     """Move an earlier run out of the way; nothing is deleted."""
     kept = [path for path in output.iterdir() if path.name not in ("logs", LOCK)]
-    if not kept:
-        return
+    if kept:
+        _move_aside(output, kept, console)
+    if job := os.environ.get("SLURM_JOB_ID"):
+        (output / PUT_ASIDE_BY).parent.mkdir(exist_ok=True)
+        atomic.write(output / PUT_ASIDE_BY, job)
+
+
+def _move_aside(output: Path, kept: Sequence[Path], console: Console) -> None:
     if not (output / "run.yaml").exists():
         raise BadInput(f"--fresh: {output} holds other things than a run; give another output_dir")
     number = 1
@@ -43,6 +63,9 @@ def put_aside(output: Path, console: Console) -> None:
     aside.mkdir()
     for path in kept:
         shutil.move(str(path), aside / path.name)
+    if (measured := output / SYSTEM_FILE).exists():  # other logs are open, of this very start
+        (aside / SYSTEM_FILE).parent.mkdir()
+        shutil.move(str(measured), aside / SYSTEM_FILE)
     console.say(f"an earlier run was put aside: {aside}")
 
 

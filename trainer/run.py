@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from trainer.loop import Loop
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
-from trainer.prompts.source import check_sources
+from trainer.prompts.source import check_sources, without_sources
 from trainer.redact import redact
 from trainer.results import describe_run, device_name, finish, measure, show_results
 from trainer.resume import (
@@ -40,6 +40,7 @@ from trainer.resume import (
     is_finished,
     put_aside,
     snapshot,
+    was_put_aside,
     where_of,
 )
 from trainer.saving import Saves
@@ -90,18 +91,26 @@ def _train(
     files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
-    engine.together(lambda: check_sources(config, embedding_size(files.config)))
     tasks = _read_tasks(engine, files, config, console)
-    if fresh:
-        engine.together(lambda: put_aside(output, console) if engine.is_main else None)
+    # A job that is requeued has put the earlier run aside before: what lies there is its own.
+    fresh = fresh and not engine.broadcast(was_put_aside(output) if engine.is_main else None)
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
-    saved = engine.broadcast(
-        engine.together(
-            lambda: find_checkpoint(output, identity, console) if engine.is_main else None
-        )
+    saved = cast(
+        "Saved | None",
+        engine.broadcast(
+            engine.together(
+                lambda: (
+                    find_checkpoint(output, identity, console)
+                    if engine.is_main and not fresh
+                    else None
+                )
+            )
+        ),
     )
-    if engine.broadcast(is_finished(output) if engine.is_main else None):
+    if saved is None:
+        engine.together(lambda: check_sources(config, embedding_size(files.config)))
+    if not fresh and engine.broadcast(is_finished(output) if engine.is_main else None):
         console.say(f"{output} holds this run, finished; --fresh would train it anew")
         show_results(json.loads((output / "summary.json").read_text()), config, console)
         return
@@ -119,7 +128,7 @@ def _train(
     # A bank that goes on loads its state over any start.
     choose = None if saved else Screening(config, tasks, evaluator, console).choose
     bank = Bank(
-        config,
+        without_sources(config) if saved else config,
         embed,
         files.tokenizer,
         files.config.vocab_size,
@@ -132,10 +141,14 @@ def _train(
     )
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     loop = Loop(config, engine, evaluator, tasks, bank, feed, console)
-    if saved is not None:
+    if saved is None:
+        _begin_alike(engine, bank)
+    else:
         bank.load_state(saved.tensors, saved.state["bank"])
         loop.load_state(saved.state["loop"])
         console.say(f"going on from step {loop.progress.step} of {config.last_step}")
+    if fresh:  # nothing can be refused any more
+        engine.together(lambda: put_aside(output, console) if engine.is_main else None)
     stop.between_steps()
     if lock is None:
         loop.run()
@@ -144,8 +157,8 @@ def _train(
 
     log = MetricsLog(output)
     log.rewind(loop.progress.step)
-    describe_run(output, config, engine, loaded, tasks, command)
-    saves = Saves(output / "checkpoints", config.checkpoint.keep, console.warn)
+    describe_run(output, config, engine, loaded, tasks, command, begins=saved is None)
+    saves = Saves(output / "checkpoints", config.checkpoint.keep, console.warn, lock.confirm)
     loop.log = unless_full(log, console.warn)
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
     loop.between_steps = lambda: _look_round(saves, lock)
@@ -155,8 +168,15 @@ def _train(
             loop.run()
         measured = measure(engine, loop, loaded)
         measured["checkpoints"] = saves.report(loop.progress.train_seconds - before)
+        lock.confirm()
         ended |= finish(output, loop, loaded, files, measured, console)
         show_results(ended, config, console)
+
+
+def _begin_alike(engine: Engine, bank: Bank) -> None:
+    """Where CPUs of several kinds have drawn or solved for other last bits: all take rank 0's."""
+    if len(set(engine.all_gather(bank.digest()))) > 1:
+        bank.load_state(*engine.broadcast(bank.state() if engine.is_main else None))
 
 
 @contextmanager

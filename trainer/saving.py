@@ -24,6 +24,7 @@ class Saves:
     Args:
         keep: newest checkpoints that are kept.
         warn: told of what went wrong, by ``tell``, in the thread that trains.
+        check: raises where the folder is no longer ours to write to; called before each write.
 
     Attributes:
         newest: the newest checkpoint that is on disk, of those of this process.
@@ -33,8 +34,14 @@ class Saves:
         replaced: snapshots that gave way to a newer one before they were written.
     """
 
-    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
-        self.folder, self._keep, self._warn = folder, keep, warn
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        warn: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self._keep, self._warn, self._check = folder, keep, warn, check
         self.newest: Path | None = None
         self.seconds = self.write_seconds = 0.0
         self.written = self.replaced = 0
@@ -126,6 +133,7 @@ class Saves:
     def _try(self, taken: Snapshot) -> tuple[Path | None, str]:
         """Where it was written, or why it was not."""
         try:
+            self._check()
             return checkpoint.write(self.folder, taken, self._keep, self._note), ""
         except OSError as error:
             return None, str(error)

@@ -8,13 +8,35 @@ Started by hand with ``deepspeed --module trainer``, stdout is where it always i
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 VARIABLE = "PROMPTSHARD_STDOUT_FD"
+
+
+class Steady(io.TextIOWrapper):
+    """A stream whose reader may go, or whose disk may fill: what is said then is lost, no more.
+
+    A Ctrl-C also ends the ``tee`` behind a pipe, just when the run is to be saved.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        raw = io.BufferedWriter(io.FileIO(descriptor, "w"))
+        super().__init__(raw, encoding="utf-8", errors="replace", line_buffering=True)
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,6 @@ def claim(rank: int, log: Path) -> Terminal:
     os.close(chatter)
     os.close(nothing)
     return Terminal(
-        out=os.fdopen(out, "w", encoding="utf-8", errors="replace", buffering=1),
-        err=os.fdopen(err, "w", encoding="utf-8", errors="replace", buffering=1),
+        out=Steady(out),
+        err=Steady(err),
     )

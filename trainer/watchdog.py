@@ -139,7 +139,7 @@ class Watchdog:
         self._rank, self._keys = rank, [f"promptshard/beat/{r}" for r in range(ranks)]
         self._silence, self._timeout = silence_seconds, timeout_seconds
         self._give_up, self._beat, self._look_after = give_up, beat_seconds, quiet_seconds
-        self._over, self._curious, self._failed = threading.Event(), False, False
+        self._over, self._curious = threading.Event(), False
         self._turn = self._answers = 0
         self._seen: list[Beat] = []
         self._send()
@@ -170,16 +170,15 @@ class Watchdog:
                 if self._curious:
                     self._seen = [Beat(**json.loads(b)) for b in self._store.multi_get(self._keys)]
                     self._answers += 1
-            except Exception:  # rank 0 has ended: the launcher sees to that
-                self._failed = True
-                return
+            except Exception:  # rank 0 has ended, or its host is cut off: nobody answers
+                continue
 
     def _judge(self) -> None:
         before = -1
         turns: dict[int, int] = {}
         silent: dict[int, float] = {}
         quiet, unanswered, answers = 0.0, 0.0, 0
-        while not self._over.wait(self._beat) and not self._failed:
+        while not self._over.wait(self._beat):
             moves = self._pulse.moves
             if moves != before:
                 before, quiet, turns, silent = moves, 0.0, {}, {}

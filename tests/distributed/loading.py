@@ -1,6 +1,6 @@
 """Rank program: what loading reads and holds, and how it ends where a weight is NaN.
 
-python -m tests.distributed.loading OUT.json BASE BASE_WITH_NAN
+python -m tests.distributed.loading OUT.json BASE SMALL_BASE SMALL_BASE_WITH_NAN
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.process import leave
 
 
 def main() -> None:
-    out, folder, damaged = sys.argv[1:]
+    out, folder, small, damaged = sys.argv[1:]
     engine = Engine(120)
     nan_problems: list[str] = []
     try:
@@ -29,6 +29,7 @@ def main() -> None:
     except BadInput as error:
         nan_problems = error.problems
 
+    load(engine, small)  # the first to be loaded brings the code that does it
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident_bytes("VmRSS")
     base, read, policy = load(engine, folder)

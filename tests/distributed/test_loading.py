@@ -40,7 +40,7 @@ def ranks(
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = torch.nan  # a row that rank 1 reads
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
-    return run_ranks("loading", 2, str(large_base), str(damaged))["ranks"]
+    return run_ranks("loading", 2, *map(str, (large_base, random_base, damaged)))["ranks"]
 
 
 def test_a_rank_reads_half_of_the_file(ranks: Any, large_base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -278,3 +279,28 @@ def test_later_ones_that_were_passed_over_go(
     write(tmp_path, 200, keep=1)
     assert names(tmp_path) == ["step-00000200"]
     assert "later step removed" in caplog.text
+
+
+def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes on failing ends the run: what cannot be read may be whole."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
+    read, failing = checkpoint._read, [True]
+
+    def stale(path: Path) -> Any:
+        if failing and path.name.endswith("2"):
+            if len(failing) == 1:
+                failing.pop()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_read", stale)
+    monkeypatch.setattr(checkpoint, "READ_PAUSE_SECONDS", 0)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    failing.extend([True, True])
+    with pytest.raises(BadInput, match="step-00000002: cannot be read: Stale file handle"):
+        checkpoint.newest(tmp_path)

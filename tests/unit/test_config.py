@@ -602,6 +602,7 @@ def test_every_setting_but_plain_names_says_what_it_is():
         ("weight_decay_to_init=true", "prompts[0].weight_decay_to_init: weight_decay is 0"),
         ("preset=leser", "prompts[0].preset: 'leser' is not one of lester"),
         ("ema=1", "prompts[0].ema: 1 must be less than 1"),
+        ("optimizer=sgd", "prompts[0].learning_rate: optimizer sgd has no default; give one"),
     ],
 )
 def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
@@ -609,10 +610,19 @@ def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
     assert problem in found
 
 
+def test_a_blank_hand_written_prompt(run_file):
+    (found,) = problems_of(run_file(), 'tasks.triage.hand_written=[Look, " "]')
+    assert "tasks[0].hand_written[1]" in found
+
+
 def test_one_learning_rate_of_the_two(run_file):
     both = ["prompts.one.learning_rate=0.1", "prompts.one.relative_learning_rate=0.1"]
     (found,) = problems_of(run_file(), *both)
     assert "prompts[0].relative_learning_rate: learning_rate is given too; remove one" in found
+    (found,) = problems_of(
+        run_file(), "prompts.one.optimizer=sgd", "prompts.one.relative_learning_rate=0.1"
+    )
+    assert "relative_learning_rate: an update of sgd is as large as its gradient" in found
     reader = ["method=p_tuning", "encoder=text", "relative_learning_rate=0.1", "init={text: a b}"]
     (found,) = problems_of(run_file(), *(f"prompts.one.{setting}" for setting in reader))
     assert "encoder text has no scale to be relative to; use learning_rate" in found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from trainer import evaluation
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluator, Request
 from trainer.memory import StreamBudget
+from trainer.stop import Stopped
 from trainer.tasks.feed import TaskData, load_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +44,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
     """The metrics of these texts, and what the base was given to write them."""
     given = []
 
-    def generate(engine, base, tokenizer, inputs, prompt, limit):
+    def generate(engine, base, tokenizer, inputs, prompt, limit, between_batches):
         given.extend(words(tokenizer, ids) for ids in inputs)
         return written
 
@@ -108,3 +111,12 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     evaluator = Evaluator(ALONE, load_whole(tiny, "none"), tokenizer, StreamBudget(100))
     (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
     assert found["accuracy"] == 3 / 4
+
+
+def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
+    data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
+    monkeypatch.setattr(evaluation.stop, "asked", lambda: True)
+    base = SimpleNamespace(unpacked=nullcontext)
+    evaluator = Evaluator(ALONE, base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
+    with pytest.raises(Stopped):
+        evaluator._generated(data.evaluation["validation"], None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -299,7 +300,7 @@ def test_a_rank_that_was_given_up_is_the_reason():
         Path("logs/launcher.log"),
         lost=True,
         resumable=True,
-        first="rank 0",
+        first=("rank 0", 9),
         hung="rank 1 on n1 hangs",
     )
     assert ending == processes.Ending(1, "rank 1 on n1 hangs; see the logs in logs")
@@ -319,6 +320,25 @@ left.terminate()
 left.wait()
 sys.exit(256 - 9)
 """
+
+
+def test_of_ranks_that_ended_the_one_that_was_killed_is_named(tmp_path):
+    """One that is done is no loss; peers of a killed one fail at the same moment."""
+    log = tmp_path / "launcher.log"
+    ends = ("pass", "raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)")
+    ranks = [subprocess.Popen([sys.executable, "-c", end]) for end in ends]
+    for rank in ranks:
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
+    said = "".join(f"process {rank.pid} spawned with command: x\n" for rank in ranks)
+    log.write_text(said + f"Process {ranks[0].pid} exits successfully.\n")
+    losses = processes._Losses(log, 3, 4, lambda: None)
+    losses.look()
+    losses.look()
+    who, number = losses.first
+    assert (who, number) == (f"rank 6 (process {ranks[2].pid} on {platform.node()})", 9)
+    assert [rank.wait() for rank in ranks] == [0, 1, -9]
+    ending = processes._ending(1, [], log, lost=True, resumable=True, first=losses.first)
+    assert ending.message.startswith(f"{who} was killed by SIGKILL")
 
 
 def test_ranks_that_wait_for_a_lost_one_are_ended(tmp_path, monkeypatch):

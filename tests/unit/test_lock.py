@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -222,4 +223,18 @@ def test_file_systems_of_all_kinds(
     with pytest.raises(BadInput, match="is in use"):
         acquire(tmp_path, quiet)
     assert os.listdir(tmp_path) == [LOCK]
+    held.release()
+
+
+def test_one_that_was_away_for_long_does_not_take_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may have taken the run over, have ended it, and have given the lock back."""
+    held = acquire(tmp_path, quiet)
+    (tmp_path / LOCK).unlink()
+    later = time.time() + lock.DEAD_SECONDS + 1
+    monkeypatch.setattr(lock.time, "time", lambda: later)
+    with pytest.raises(lock.LockLost, match="gave no sign for too long"):
+        held.confirm()
+    assert not (tmp_path / LOCK).exists()
     held.release()

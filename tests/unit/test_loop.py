@@ -270,6 +270,29 @@ def test_halving_stops_the_worst_of_each_task_at_rungs(tmp_path):
     assert max(len(p) for step, on, p in toy.base.read if on and step >= 6) == 2
 
 
+def test_halving_compares_no_losses_of_different_teachers(tmp_path):
+    toy = Toy(tmp_path, [{"name": name} for name in "abcd"], **HALVING)
+    teachers = (None, None, "one text", "another")
+    prompts = [
+        prompt.model_copy(update={"teacher": teacher})
+        for prompt, teacher in zip(toy.config.prompts, teachers, strict=True)
+    ]
+    toy.loop.config = toy.config.model_copy(update={"prompts": prompts})
+    toy.loop.progress.step = 2
+    toy.loop._halve({k: {"validation_loss": loss} for k, loss in enumerate([1.5, 1.4, 0.1, 0.2])})
+    assert list(toy.stopped) == ["a"]
+
+
+def test_tokens_are_counted_for_each_prompt(tmp_path):
+    toy = Toy(tmp_path, [{"name": "long"}, {"name": "short", "steps": 2}])
+    read: dict[str | None, list[int]] = {}
+    toy.loop.log = lambda step, tokens, metrics, name: read.setdefault(name, []).append(tokens)
+    toy.run()
+    assert read["long"][-1] + read["short"][-1] == read[None][-1] == toy.loop.progress.useful_tokens
+    assert 0 < read["short"][-1] < read["long"][-1]
+    assert read["long"] == sorted(read["long"])
+
+
 @pytest.mark.parametrize("step", [1, 2, 5, 6])
 def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
     whole = Toy(tmp_path, MANY, **HALVING).run()

@@ -167,3 +167,9 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     assert scores["validation_loss_best"] == 0.123
     assert scores["validation_loss_no_prompt"] == 0.777
     assert "validation_loss_hand_written" not in scores
+
+
+def test_commands_are_those_of_the_selected_prompt(tmp_path: Path) -> None:
+    html = write_report(finished_run(tmp_path / "support")).read_text()
+    assert "--prompt triage-mlp" in html
+    assert "prompts/triage-mlp" in html

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint import Saved
-from trainer.config import RunConfig
+from trainer.config import RunConfig, dump
 from trainer.console import Console
 from trainer.lock import LockLost
-from trainer.resume import as_chosen, chosen_before, where_of
+from trainer.results import forget_if_other
+from trainer.resume import as_chosen, chosen_before, put_aside, was_put_aside, where_of
 from trainer.run import _tracked
 
 CHOSEN = {
@@ -91,3 +92,48 @@ def test_who_has_lost_the_folder_writes_no_more_to_it(
         assert not summary.exists()
     else:
         assert json.loads(summary.read_text()) == {"status": "failed", "error": "broken"}
+
+
+def earlier_run(output: Path) -> None:
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    for name in ("run.yaml", "tracking.json", "logs/system_metrics.jsonl", "logs/rank-0.log"):
+        (output / name).write_text(name)
+
+
+def test_what_is_put_aside_leaves_no_curves_behind(tmp_path: Path) -> None:
+    output, said = tmp_path / "out", io.StringIO()
+    earlier_run(output)
+    put_aside(output, Console(said, said))
+    left = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
+    assert left == ["logs/rank-0.log"], "this very start writes to it"
+    aside = tmp_path / "out.1"
+    assert (aside / "logs" / "system_metrics.jsonl").read_text() == "logs/system_metrics.jsonl"
+    assert (aside / "tracking.json").exists()
+
+
+def test_a_requeued_job_puts_an_earlier_run_aside_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that was requeued before it came to that, does it then."""
+    output, said = tmp_path / "out", io.StringIO()
+    earlier_run(output)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not was_put_aside(output)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not was_put_aside(output)
+    put_aside(output, Console(said, said))
+    assert was_put_aside(output)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")  # two commands in one allocation
+    assert not was_put_aside(output)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not was_put_aside(output)
+
+
+def test_a_run_that_begins_anew_with_other_settings_has_curves_of_its_own(tmp_path: Path) -> None:
+    for settings, kept in ((config(), True), (config(training={"steps": 9}), False)):
+        earlier_run(tmp_path)
+        (tmp_path / "run.yaml").write_text(dump(config()))
+        forget_if_other(tmp_path, dump(settings))
+        assert (tmp_path / "tracking.json").exists() == kept
+        assert (tmp_path / "logs" / "system_metrics.jsonl").exists() == kept

@@ -14,6 +14,7 @@ import torch
 
 from trainer import checkpoint
 from trainer.checkpoint import Snapshot, newest, snapshot
+from trainer.lock import LockLost
 from trainer.saving import Saves
 
 GO = 20.0
@@ -114,6 +115,7 @@ def test_a_stop_and_a_failure_wait_for_the_write(
 
 
 def test_a_second_signal_does_not_break_the_write_off(tmp_path: Path, disk: Disk) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     saves = Saves(tmp_path, 1, print)
     saves.save(at(1))
     main = threading.main_thread().ident
@@ -121,6 +123,20 @@ def test_a_second_signal_does_not_break_the_write_off(tmp_path: Path, disk: Disk
     for seconds in (0.1, 0.2):
         threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGINT)).start()
     threading.Timer(0.3, disk.go.set).start()
-    with pytest.raises(KeyboardInterrupt):
-        saves.wait()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            saves.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert newest(tmp_path) is not None
+
+
+def test_nothing_is_written_into_a_folder_that_is_another_s(tmp_path: Path) -> None:
+    def check() -> None:
+        raise LockLost("node-7 has taken this run over")
+
+    said: list[str] = []
+    with Saves(tmp_path, 1, said.append, check) as saves:
+        saves.save(at(1))
+    assert newest(tmp_path) is None
+    assert "node-7 has taken this run over" in said[0]

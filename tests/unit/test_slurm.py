@@ -279,11 +279,18 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
     assert said.count("telling the ranks to save and stop") == 1
 
 
-def test_only_the_first_session_is_fresh(tmp_path):
+def test_every_session_of_a_fresh_job_is_told_so(tmp_path):
+    """It may be requeued before it has put the earlier run aside; it knows whether it has."""
     batch = Batch(tmp_path, fresh=True)
-    for restart, fresh in (("0", True), ("1", False)):
+    for restart in "01":
         batch.run("0", SLURM_RESTART_COUNT=restart)
-        assert ("--fresh" in (tmp_path / "node-0").read_text().splitlines()) == fresh
+        assert "--fresh" in (tmp_path / "node-0").read_text().splitlines()
+
+
+def test_the_command_is_a_comment_of_one_line():
+    script = slurm.render(job(command="promptshard submit --array 'training.seed=[0,\n 1]'"))
+    assert script.splitlines()[1] == "# promptshard submit --array 'training.seed=[0, 1]'"
+    assert script.splitlines()[2].startswith("#SBATCH")
 
 
 # Submission

@@ -67,3 +67,27 @@ def test_a_resumed_run_appends_to_its_log(tmp_path):
     for _ in range(2):
         start(0, log, capture_output=True)
     assert log.read_text().count("chatter of Python") == 2
+
+
+@pytest.mark.parametrize("where", ["pipe", "/dev/full"])
+def test_a_reader_that_is_gone_or_a_full_disk_ends_nothing(tmp_path, where):
+    """Ctrl-C ends the tee behind a pipe, too, just when a run is to be saved."""
+    if where == "pipe":
+        reading, out = os.pipe()
+        os.close(reading)
+    else:
+        out = os.open(where, os.O_WRONLY)
+    program = (
+        "import sys; from pathlib import Path; from trainer.console import Console\n"
+        "from trainer.terminal import claim\n"
+        "terminal = claim(0, Path(sys.argv[1]))\n"
+        "console = Console(terminal.out, terminal.err)\n"
+        "for _ in range(3): console.say('x' * 5000)\n"
+        "print('went on', flush=True)"
+    )
+    log = tmp_path / "rank.log"
+    command = [sys.executable, "-c", program, str(log)]
+    done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, timeout=60)
+    os.close(out)
+    assert done.returncode == 0, done.stderr
+    assert "went on" in log.read_text()

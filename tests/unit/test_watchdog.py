@@ -17,7 +17,9 @@ BEAT = 0.01
 
 
 class Shared(dict[str, str]):
-    """The store; ``stuck`` keeps whoever asks from getting an answer."""
+    """The store; ``free`` lets whoever asks have an answer, ``gone`` ends it with rank 0."""
+
+    gone = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +31,8 @@ class Shared(dict[str, str]):
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         self.free.wait(10)
+        if self.gone:
+            raise ConnectionError("reset by peer")
         return [self[key].encode() for key in keys]
 
 
@@ -107,6 +111,16 @@ def test_rank_0_that_holds_the_store_is_named_too(ranks):
     run.start(1)
     run.until_told_by(1)
     assert "rank 0 gave no sign of life" in run.said[0][1]
+
+
+def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
+    """Nobody ends ranks of other hosts; a store that does not answer is a sign, too."""
+    run = ranks()
+    run.start(1, 2)
+    run.store.gone = True
+    with run.pulses[1].within("the sum of gradients"):
+        run.until_told_by(1)
+    assert dict(run.said)[1].startswith("rank 0 on host0 gave no sign of life")
 
 
 def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):

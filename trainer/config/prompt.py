@@ -225,6 +225,8 @@ class Prompt(Section):
             mlp = value.get("method") == "p_tuning" and encoder == "mlp"
             share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
             relative = encoder in RELATIVE and not zero
+            if value.get("optimizer") == "sgd":
+                raise ValueError("learning_rate: optimizer sgd has no default; give one")
             filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
         return filled | {k: v for k, v in value.items() if k not in rates or v is not None}
 
@@ -267,6 +269,11 @@ class Prompt(Section):
             what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
             raise ValueError(
                 f"relative_learning_rate: {what} has no scale to be relative to; use learning_rate"
+            )
+        if self.relative_learning_rate is not None and self.optimizer == "sgd":
+            raise ValueError(
+                "relative_learning_rate: an update of sgd is as large as its gradient, not a share "
+                "of the prompt; give learning_rate"
             )
         if (self.teacher is None) == (self.objective == "distill"):
             what = "objective: labels has none; remove it, or use objective: distill"

@@ -140,7 +140,7 @@ class Task(Section):
         "refuse", description="a row longer than the context; truncate cuts the input from the left"
     )
     max_new_tokens: PositiveInt = Field(64, description="length limit where the metric generates")
-    hand_written: list[str] = Field(
+    hand_written: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         default_factory=list, description="hard prompts to compare with, put in front of the input"
     )
 

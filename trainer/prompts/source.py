@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig, resolve_path
+from trainer.config import Init, RunConfig, resolve_path
 from trainer.errors import BadInput
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,6 +87,17 @@ def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterat
                 f"{setting}: {source.folder} holds virtual tokens of width {source.width}, but the "
                 f"base has {hidden_size}; name a prompt of this base"
             )
+
+
+def without_sources(config: RunConfig) -> RunConfig:
+    """For a run that goes on: its checkpoint has all that a start gave, which may be gone."""
+    prompts = [
+        prompt
+        if prompt.init.from_ is None
+        else prompt.model_copy(update={"init": Init(vocab=True)})
+        for prompt in config.prompts
+    ]
+    return config.model_copy(update={"prompts": prompts})
 
 
 def check_sources(config: RunConfig, hidden_size: int) -> None:

@@ -286,7 +286,9 @@ def _environment(environment: dict[str, Any], summary: dict[str, Any]) -> list[t
 
 def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
     folder = shlex.quote(str(run.get("output_dir") or output_dir))
-    prompt = next((str(p["name"]) for p in run.get("prompts") or []), "NAME")
+    selected = (_json(output_dir, "summary.json").get("selected") or {}).values()
+    names = [p["name"] for p in run.get("prompts") or []]
+    prompt = str(next(iter([*(found["prompt"] for found in selected), *names]), "NAME"))
     try_it = f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."'
     commands = [("Try a prompt", try_it)]
     stores = _json(output_dir, "tracking.json").get("stores") or {}

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from trainer import atomic
 
 METRICS_FILE = "metrics.jsonl"
+SYSTEM_FILE = "logs/system_metrics.jsonl"
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import Any, TextIO
 
 from trainer.errors import BadInput
 from trainer.tracking.folder import Folder
-from trainer.tracking.metrics_log import MetricsLog, read_lines
+from trainer.tracking.metrics_log import SYSTEM_FILE, MetricsLog, read_lines
 from trainer.tracking.state import State
-from trainer.tracking.sync import SYSTEM_FILE, Pusher, explain, folder_lock
+from trainer.tracking.sync import Pusher, explain, folder_lock
 from trainer.tracking.target import Target, resolve
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trainer import atomic
+from trainer.tracking.metrics_log import SYSTEM_FILE
+
+FILE = "tracking.json"
+
+
+def forget_tracking(output_dir: Path) -> None:
+    """From now on an output folder is none that any store knows."""
+    for name in (FILE, SYSTEM_FILE):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 @dataclass
@@ -28,7 +37,7 @@ class State:
     """``tracking.json``: the folder's identity and, per store, its progress."""
 
     def __init__(self, output_dir: Path) -> None:
-        self.path = output_dir / "tracking.json"
+        self.path = output_dir / FILE
         self.output_id = uuid.uuid4().hex
         self.stale_summary_ns: int | None = None
         self.stores: dict[str, Progress] = {}

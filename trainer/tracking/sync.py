@@ -15,13 +15,12 @@ from typing import Any
 
 from trainer.errors import BadInput
 from trainer.tracking.folder import Artifact, Folder
-from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
+from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line, read_lines
 from trainer.tracking.state import Progress, State
 from trainer.tracking.store import Store
 from trainer.tracking.target import HTTP, Target, resolve
 
 logger = logging.getLogger(__name__)
-SYSTEM_FILE = "logs/system_metrics.jsonl"
 TAILED = (METRICS_FILE, SYSTEM_FILE)
 LINES_PER_ROUND = 2000
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}
