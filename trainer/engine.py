@@ -81,6 +81,8 @@ class Engine(Ranks):
         self._kept: list[Any] = []
         self._heads: list[FrozenHead] = []
         self._zero: Any = None
+        #: DeepSpeed knows in which order forward and backward of training use what is sharded.
+        self._traced = False
         self._group_size = self.world_size
         self._resident, self._peak = 0, 0
         self._count_gathers()
@@ -129,7 +131,8 @@ class Engine(Ranks):
         self._group_size = group_size or self.world_size
         if group_size not in (None, self.world_size):
             for first in range(0, self.world_size, group_size):
-                made = dist.new_group(list(range(first, first + group_size)))
+                members = list(range(first, first + group_size))
+                made = dist.new_group(members, timeout=timedelta(seconds=self._timeout))
                 group = made if first <= self.rank < first + group_size else group
         return Sharder(self, policy, group)
 
@@ -140,7 +143,7 @@ class Engine(Ranks):
             kept_bytes: of parameters that, once gathered, stay until ``end_step``.
         """
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
-        self._zero = engine.optimizer
+        self._zero, self._traced = engine.optimizer, False
         self._kept, self.kept_bytes = [], 0
         for parameter in base.parameters():
             zero: Any = parameter
@@ -181,6 +184,10 @@ class Engine(Ranks):
         for head in self._heads:
             head.release()
 
+    def trained_stream(self) -> None:
+        """After a forward and backward: what DeepSpeed has seen of them is for the next."""
+        self._traced = self._zero.get_param_coordinator().is_complete_trace()
+
     def recover(self) -> bool:
         """After a forward or backward that broke off: let go of what it held, for another try.
 
@@ -189,7 +196,7 @@ class Engine(Ranks):
             next forward will be compared between ranks.
         """
         coordinator = self._zero.get_param_coordinator()
-        traced = self.world_size == 1 or coordinator.is_complete_trace()
+        traced = self.world_size == 1 or (self._traced and coordinator.is_complete_trace())
         if self._group_size > 1 or not traced:
             return False
         del parameter_offload.FWD_MODULE_STACK[1:]  # all but the root, which never leaves it
@@ -437,7 +444,10 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     if setting != "auto":
         dtype: torch.dtype = getattr(torch, setting)
         return dtype
-    has_bf16 = device.type != "cpu" and get_accelerator().is_bf16_supported()
+    if device.type == "cuda":  # DeepSpeed also counts what is emulated, slowly
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type != "cpu" and get_accelerator().is_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 

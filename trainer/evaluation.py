@@ -31,6 +31,8 @@ from trainer.tasks.teacher import Teacher
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
 WINDOW_STREAMS = 64
+#: Tokens of rows that are written on together, in streams: they keep keys and values alone.
+WRITTEN_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ class Evaluator:
             prompt,
             rows.task.max_new_tokens,
             self._stop_if_told,
+            WRITTEN_TOKENS * self.budget.tokens,
         )
         values = [rows.rows[example.row] for example in examples]
         task = rows.task

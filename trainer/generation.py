@@ -27,6 +27,7 @@ def generate(
     virtual_tokens: Tensor | None,
     max_new_tokens: int,
     between_batches: Callable[[], object] = lambda: None,
+    max_tokens: int | None = None,
 ) -> list[str]:
     """What the base writes after each input, without special tokens; the same list on every rank.
 
@@ -36,11 +37,17 @@ def generate(
     Args:
         inputs: token ids of each row.
         virtual_tokens: the prompt [P, H], its keys and values [P, L, 2, A, D], or None.
+        max_tokens: of the rows of a batch with all that stands before and behind them; one row is
+            always read.
         between_batches: is called on all ranks alike; what it raises ends all of it.
     """
     # Longest first: rows of a batch are then of similar length.
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
     batch_size = min(BATCH_ROWS, -(-len(inputs) // engine.world_size))
+    if max_tokens is not None:
+        num_virtual = 0 if virtual_tokens is None else len(virtual_tokens)
+        row = max(map(len, inputs), default=0) + num_virtual + max_new_tokens
+        batch_size = min(batch_size, max(1, max_tokens // row))
     texts: dict[int, str] = {}
     with base.unpacked():
         for start in range(0, len(order), batch_size * engine.world_size):

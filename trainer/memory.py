@@ -128,7 +128,8 @@ class StreamMemory:
         # Queries and outputs as they come; every row of a bucket has its own copy of its prompt.
         queries = 2 * BUCKET_PADDING * s.query_width
         if not s.keeps_scores:
-            gathered = 2 * s.key_width * self.rows.keys_per_token
+            # For kernels that take a mask, keys and values are repeated for each head of queries.
+            gathered = 2 * s.query_width * self.rows.keys_per_token
             return item * (queries + gathered + keys) + 4 * s.heads  # mask and log-sum-exp
         gathered = 2 * s.query_width * self.rows.keys_per_token
         return item * (queries + gathered) + keys * (s.heads * (item + 4 + item % 4) + 1)

@@ -153,6 +153,7 @@ def batch_gradients(
         failure = found.add(base, stream.to(engine.device), counts, saved)
         saved = None
         if failure is None:
+            engine.trained_stream()
             continue
         half, tokens = len(pieces) // 2, len(stream.token_ids_T)
         if not engine.recover() or not half:

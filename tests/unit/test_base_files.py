@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.family_bases import save_family
 from tests.random_base import llama_config, save_random
 from tests.whole_base import load_rank
+from trainer.base.files import open_base
 from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.config import Base
 from trainer.console import Console
@@ -182,6 +183,26 @@ def test_missing_scales_are_refused(base: Path, tmp_path: Path) -> None:
     assert f"{UP!r} is stored in 8 bits, but its row scales {scales!r} are missing" in said
     wrong = edit(folder, tmp_path / "wrong", **{scales: torch.ones(5)})
     assert f"{scales!r} has shape [5]" in refusal(wrong)
+
+
+def test_a_layout_of_older_bitsandbytes_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = prepared(base, tmp_path / "int8")
+    for number, name in enumerate(("row", "col32")):
+        layout = torch.tensor(number, dtype=torch.uint8)
+        edited = edit(folder, tmp_path / name, **{f"{UP}_format": layout})
+        if name == "row":
+            load_rank(edited)
+        else:
+            said = refusal(edited)
+            assert f"{UP!r} is stored in a layout of older bitsandbytes" in said
+
+
+def test_a_config_of_wrong_types_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": "two"}))
+    with pytest.raises(BadInput, match="num_hidden_layers"):
+        open_base(Base(model=str(tmp_path / "base")))
 
 
 def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.test_chat import TURNS, make_tokenizer, words
 from tests.unit.test_learning_benchmark import ALONE
 from tests.whole_base import load_whole
-from trainer import evaluation
+from trainer import evaluation, generation
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluator, Request
 from trainer.memory import StreamBudget
@@ -44,7 +44,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
     """The metrics of these texts, and what the base was given to write them."""
     given = []
 
-    def generate(engine, base, tokenizer, inputs, prompt, limit, between_batches):
+    def generate(engine, base, tokenizer, inputs, prompt, limit, *_):
         given.extend(words(tokenizer, ids) for ids in inputs)
         return written
 
@@ -120,3 +120,24 @@ def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monke
     evaluator = Evaluator(ALONE, base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)
+
+
+def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
+    """One at least; how many makes no difference to what is written."""
+    sizes: list[int] = []
+
+    def decode(engine, base, tokenizer, rows, prompt, limit):
+        sizes.append(len(rows))
+        return [str(sum(row)) for row in rows]
+
+    monkeypatch.setattr(generation, "_decode", decode)
+    base = SimpleNamespace(unpacked=nullcontext)
+    inputs = [[n] * (n + 1) for n in range(8)]
+    prompt = torch.zeros(2, 4)
+    for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
+        sizes.clear()
+        found = generation.generate(
+            ALONE, base, make_tokenizer(), inputs, prompt, 5, max_tokens=most
+        )
+        assert found == [str(n * (n + 1)) for n in range(8)]
+        assert sizes == expected

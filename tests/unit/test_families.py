@@ -29,7 +29,7 @@ from tests.random_base import make_tokenizer
 from tests.whole_base import load_whole as load
 from trainer.base import head
 from trainer.base.experts import FrozenExperts
-from trainer.base.families import FAMILIES, context_length, family_of
+from trainer.base.families import FAMILIES, context_length, family_of, layer_sizes
 from trainer.base.files import open_base
 from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.padded import pad_rows
@@ -354,6 +354,12 @@ class TestRefusals:
         config.use_bidirectional_attention = True
         with pytest.raises(BadInput, match="use_bidirectional_attention=True"):
             family_of(config, "m")
+
+    def test_a_number_for_each_layer_counts_as_its_most(self) -> None:
+        config = family_config("mixtral")
+        one = layer_sizes(config).experts_per_token
+        config.num_experts_per_tok = [1, one + 1]
+        assert layer_sizes(config).experts_per_token == one + 1
 
     def test_weights_in_another_format_are_refused(self) -> None:
         config = family_config("gpt_oss")

@@ -57,6 +57,8 @@ class OneRank:
 
     def end_step(self) -> None: ...
 
+    def trained_stream(self) -> None: ...
+
     def peak_bytes(self) -> int:
         return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from trainer.checkpoint import Saved
 from trainer.config import RunConfig, dump
 from trainer.console import Console
 from trainer.lock import LockLost
+from trainer.prompts.source import source_problems, without_sources
 from trainer.results import forget_if_other
 from trainer.resume import as_chosen, chosen_before, put_aside, was_put_aside, where_of
-from trainer.run import _tracked
+from trainer.run import _begin_alike, _tracked
 
 CHOSEN = {
     "matmul": "int8",
@@ -137,3 +139,30 @@ def test_a_run_that_begins_anew_with_other_settings_has_curves_of_its_own(tmp_pa
         forget_if_other(tmp_path, dump(settings))
         assert (tmp_path / "tracking.json").exists() == kept
         assert (tmp_path / "logs" / "system_metrics.jsonl").exists() == kept
+
+
+def test_what_prompts_started_from_may_be_gone_when_a_run_goes_on() -> None:
+    prompts = [
+        {"name": "p", "task": "x", "num_virtual_tokens": 2, "init": {"from": "/nowhere"}},
+        {"name": "q", "task": "x", "num_virtual_tokens": 2, "init": {"text": "a"}},
+    ]
+    run = config(prompts=prompts)
+    going_on = without_sources(run)
+    assert [prompt.init.from_ for prompt in going_on.prompts] == [None, None]
+    assert going_on.prompts[1] == run.prompts[1]
+    assert list(source_problems(run))
+    assert not list(source_problems(going_on))
+
+
+def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
+    loaded: list[Any] = []
+    state = {"tensors": 1}, {"meta": 2}
+    bank = SimpleNamespace(
+        digest=lambda: "mine", state=lambda: state, load_state=lambda *given: loaded.append(given)
+    )
+    for digests, expected in ((["a", "a"], []), (["a", "b"], [state])):
+        engine = SimpleNamespace(
+            is_main=True, all_gather=lambda _, d=digests: d, broadcast=lambda value: value
+        )
+        _begin_alike(engine, bank)  # type: ignore[arg-type]
+        assert loaded == expected

@@ -63,7 +63,10 @@ class Bucket:
     query_position_SQ: Tensor
     key_position_SK: Tensor
     mask: Tensor
-    _masks: dict[object, Tensor] = field(default_factory=dict)
+    # Of this very object: a copy on another device makes its own, which go with it.
+    _masks: dict[object, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def gain_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
         """What a score gains: as ``mask_for``, and minus infinity where a query may not look."""
@@ -296,6 +299,9 @@ def _bucket_attention(
     mask = bucket.mask_for(scores, query_SAQD.dtype)
     grouped = query_SAQD.shape[1] // key_SAKD.shape[1]
     if scores.softcap is None and scores.sinks_A is None:
+        if query_SAQD.is_cuda and grouped > 1:  # a kernel there takes groups or a mask, not both
+            key_SAKD, value_SAKD = (x.repeat_interleave(grouped, 1) for x in (key_SAKD, value_SAKD))
+            grouped = 1
         return scaled_dot_product_attention(
             query_SAQD,
             key_SAKD,

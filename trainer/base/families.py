@@ -115,7 +115,9 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(),
     "phi3": Family(),
     "qwen2": Family(),
-    "qwen2_moe": _EXPERTS,
+    "qwen2_moe": replace(
+        _EXPERTS, refused={"use_sliding_window": "its attention is not told of the window"}
+    ),
     "qwen3": Family(),
     "qwen3_moe": _EXPERTS,
     "seed_oss": Family(),
@@ -280,7 +282,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     # Experts that all tokens share stand beside those that are chosen.
     shared = -(-int(_first(config, "shared_expert_intermediate_size") or 0) // width)
     several = _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
-    shared += max(several) if isinstance(several, list) else several
+    shared += several
     slow = _first(config, "hidden_act", "activation_function", "hidden_activation") in SLOW_GELUS
     return LayerSizes(
         layers=int(config.num_hidden_layers),
@@ -299,6 +301,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
 
 
 def _first(config: PretrainedConfig, *names: str) -> Any:
-    """The first of these settings that the config gives a value."""
+    """The first of these settings that the config gives a value; the most of one for each layer."""
     values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
+    found = next((value for value in values if value is not None), None)
+    return max(found) if isinstance(found, list | tuple) else found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -94,14 +95,14 @@ def open_base(
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise BadInput(f"base.model: {settings.model!r}: {_why(error)}") from None
     _check_quantization(config, settings.model)
     config = config.get_text_config()
     family_of(config, settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise BadInput(
             f"base.model: {settings.model!r} has no tokenizer that loads: {_why(error)}"
         ) from None
@@ -353,6 +354,8 @@ def _why(error: Exception) -> str:
     """Why transformers does not open a folder."""
     if "custom code" in str(error):
         return "it needs code of its own, which is never run; give a model that transformers knows"
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())  # a setting, and on its next line what is wrong
     return _first_line(error)
 
 

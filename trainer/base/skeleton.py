@@ -83,6 +83,12 @@ def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> lis
     source = replace(source, transposed=False)
     problems = source.problems(reader)
     for name in source.tensors:
+        layout = f"{name}_format"
+        if reader.find(layout) is not None and bool(reader.read(layout).any()):
+            problems.append(
+                f"{reader.files.folder}: {name!r} is stored in a layout of older bitsandbytes; "
+                "save the model again with a newer one"
+            )
         scales = scales_name(name)
         if reader.find(scales) is None:
             problems.append(

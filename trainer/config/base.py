@@ -29,8 +29,10 @@ class Base(Section):
     outlier_threshold: PositiveFloat = Field(
         6.0, description="matmul int8_outliers: activations beyond this are not quantised"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="compute type; auto: bfloat16 on GPUs that have it, float32 on CPU"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="compute type; auto: bfloat16 on GPUs that have it, float32 elsewhere; float16 "
+        "has too small a range for gradients through a frozen base",
     )
 
     @model_validator(mode="after")

@@ -105,7 +105,7 @@ def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:
     elif is_dataclass(value) and not isinstance(value, Segment):
         new = replace(
             value,  # type: ignore[type-var]
-            **{f.name: changed(getattr(value, f.name), change) for f in fields(value)},
+            **{f.name: changed(getattr(value, f.name), change) for f in fields(value) if f.init},
         )
     return cast(T, new)
 
