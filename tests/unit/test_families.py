@@ -356,7 +356,7 @@ class TestRefusals:
             family_of(config, "m")
 
     def test_a_number_for_each_layer_counts_as_its_most(self) -> None:
-        config = family_config("mixtral")
+        config = family_config("hunyuan_v1_moe")
         one = layer_sizes(config).experts_per_token
         config.num_experts_per_tok = [1, one + 1]
         assert layer_sizes(config).experts_per_token == one + 1
