@@ -155,7 +155,13 @@ def generate(
     run_dir: RunDir,
     prompt: Annotated[str, typer.Option(metavar="NAME", help="Which prompt of the run.")],
     text: Annotated[
-        str, typer.Option("--input", metavar="TEXT", help="What the base reads after the prompt.")
+        str,
+        typer.Option(
+            "--input",
+            metavar="TEXT",
+            help="Put into the input template of the task where that has one column; else all that "
+            "the base reads after the prompt.",
+        ),
     ],
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Length limit. [default: the task's]")
@@ -186,11 +192,11 @@ def prepare(
     ] = Stored.KEEP,
     head: Annotated[Stored, typer.Option(help="The same for the head.")] = Stored.KEEP,
 ) -> None:
-    """Write a base in 8 bits, so that every later run reads half the bytes.
+    """Write a base in 8 bits, so that every later run reads nearly half the bytes.
 
-    The folder is in the format of bitsandbytes, which transformers loads too unless embeddings or
-    head are in 8 bits. Weights are read and written in small pieces: a model may be larger than
-    the memory.
+    Name OUT as base.model in run files. It is in the format of bitsandbytes, which transformers
+    loads too unless embeddings or head are in 8 bits. Weights are read and written in small pieces:
+    a model may be larger than the memory.
 
     **Example:** `promptshard prepare meta-llama/Llama-3.1-70B bases/llama-70b-int8`
     """
@@ -213,8 +219,8 @@ def export(
 ) -> None:
     """Make a prompt of a new text with a trained text encoder, and train nothing.
 
-    OUT becomes a PEFT adapter. The encoder is that of the run's newest checkpoint; of the base only
-    the embeddings of the text's words are read.
+    OUT becomes a PEFT adapter. The encoder is as of its best validation or, without one, of the
+    newest checkpoint; of the base only the embeddings of the text's words are read.
 
     **Example:** `promptshard export runs/notes urgency --encoder reader --text "Is it urgent?"`
     """

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 EXIT_CODES = """\
-**Exit codes:** 0 done; 2 bad input, nothing was started or changed; 75 stopped, run the same
-command again to go on; 1 anything else.
+**Exit codes:** 0 done; 2 bad input, nothing was trained and an earlier run is as it was; 75
+stopped, run the same command again to go on; 1 anything else.
 """
 
 RunFile = Annotated[

@@ -119,7 +119,10 @@ def read_hostfile(path: str) -> list[Host]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--hostfile: cannot read {path}: {error}") from None
+        raise BadInput(
+            f"--hostfile: cannot read {path}: {getattr(error, 'strerror', None) or error}; write a "
+            "file with one HOST slots=GPUS a line"
+        ) from None
     hosts: list[Host] = []
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):

@@ -31,9 +31,18 @@ class Base(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="compute type; auto: bfloat16 on GPUs that have it, float32 elsewhere; float16 "
-        "has too small a range for gradients through a frozen base",
+        description="compute type; auto: bfloat16 on GPUs that have it, float32 elsewhere",
     )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, value: Any) -> Any:
+        if value in ("float16", "fp16", "half"):
+            raise ValueError(
+                f"{value!r} has too small a range for gradients through a frozen base; use auto, "
+                "which takes bfloat16 where the GPU has it, or float32"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Base:
