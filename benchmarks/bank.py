@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.figures import figure, figure_rows
+from benchmarks.figures import figure, figure_rows, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,7 +50,7 @@ def main() -> None:
     report = {
         "ranks": RANKS,
         "steps": steps,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "machine": machine(),
         "arms": arms,
         "compared": compared,
         "wall_seconds": {"bank": bank["seconds"], "alone": [a["seconds"] for a in alone]},

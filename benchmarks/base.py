@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from benchmarks.figures import figure, figure_rows
+from benchmarks.figures import figure, figure_rows, machine
 from benchmarks.llama import LLAMA_110M, make_base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +57,7 @@ def main() -> None:
         "ranks": RANKS,
         "micro_batches": MICRO_BATCHES,
         "shape": SHAPE,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "machine": machine(),
         "file_bytes": file_bytes,
         "arms": arms,
         "figures": figures(arms, file_bytes),

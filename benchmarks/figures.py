@@ -1,8 +1,12 @@
-"""Figures that are held against what they are to reach."""
+"""Figures that are held against what they are to reach, and the machine they were measured on."""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -18,3 +22,15 @@ def figure_rows(figures: Sequence[dict[str, Any]]) -> list[str]:
         reach = "" if row["reach"] is None else f"<= {row['reach']}"
         lines.append(f"| {row['figure']} | {row['value']:.3f} | {reach} |")
     return lines
+
+
+def machine() -> str:
+    """In words: speeds depend on which CPU it is, and on whether it multiplies int8 itself."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        told = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", told, flags=re.MULTILINE)
+    fast = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni") if f" {name}" in told]
+    words = [model[1].strip() if model else platform.machine(), *fast[:1]]
+    return f"{', '.join(words)}, {os.cpu_count()} cores, CPU only"

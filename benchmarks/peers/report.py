@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.figures import machine
 from benchmarks.peers.arms import EPOCH
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -77,7 +76,7 @@ def summary(found: dict[str, Any], losses: dict[str, list[float]] | None) -> dic
         name: {arm: summarise(turns) for arm, turns in arms.items()} for name, arms in found.items()
     }
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
+        "machine": machine(),
         "cases": {name: {"arms": arms, "figures": figures(arms)} for name, arms in cases.items()},
         "losses": losses,
     }
