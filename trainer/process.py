@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 #: When a process started, where that cannot be told.
 UNKNOWN = "unknown"
 
@@ -58,6 +59,26 @@ def read_text(path: str) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return ""
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, memory of a megabyte or more goes back to the system as it is freed.
+
+    glibc would soon keep it for the next: pieces that are read and done with stay resident then,
+    between those that are held. Training, which takes the same again and again, wants just that.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:  # where glibc's own adjustment ends: see mallopt(3)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 @contextmanager

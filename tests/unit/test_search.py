@@ -134,10 +134,14 @@ def test_a_divergence_from_a_teacher_is_no_rival_of_a_cross_entropy():
         "labelled": scored | {"objective": "labels", "validation_loss": 1.0},
         "distilled": scored | {"objective": "distill", "validation_loss": 0.1},
     }
-    data: Any = SimpleNamespace(task=SimpleNamespace(metric="loss"), evaluation={})
+    data: Any = SimpleNamespace(task=SimpleNamespace(metric="loss"), evaluation={}, teachers={})
     for names, best in ((["labelled", "distilled"], "labelled"), (["distilled"], "distilled")):
         found = _selected({"t": data}, {name: prompts[name] for name in names})
         assert found["t"]["prompt"] == best
+    teachers = {"distilled": SimpleNamespace(index=0), "other": SimpleNamespace(index=1)}
+    data.teachers = teachers
+    others = {name: prompts["distilled"] for name in teachers}
+    assert _selected({"t": data}, others) == {}, "how far from one says nothing of another"
     assert shown_scores(prompts["labelled"]) == prompts["labelled"]
     shown = shown_scores(prompts["distilled"])
     assert shown["validation_KL_divergence"] == 0.1

@@ -27,6 +27,7 @@ from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
 from trainer.base.sources import RowReader, Source, find_sources
 from trainer.errors import BadInput
+from trainer.process import freed_at_once
 
 Progress = Callable[[int], None]
 
@@ -89,7 +90,7 @@ def load_base(
     """
     started = time.perf_counter()
     sources = find_sources(model, files.tensors, family_of(model.config, files.name))
-    with SafetensorsReader(files) as reader:
+    with freed_at_once(), SafetensorsReader(files) as reader:
         loader = _Loader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
