@@ -140,7 +140,7 @@ def test_a_divergence_from_a_teacher_is_no_rival_of_a_cross_entropy():
         assert found["t"]["prompt"] == best
     teachers = {"distilled": SimpleNamespace(index=0), "other": SimpleNamespace(index=1)}
     data.teachers = teachers
-    others = {name: prompts["distilled"] for name in teachers}
+    others = dict.fromkeys(teachers, prompts["distilled"])
     assert _selected({"t": data}, others) == {}, "how far from one says nothing of another"
     assert shown_scores(prompts["labelled"]) == prompts["labelled"]
     shown = shown_scores(prompts["distilled"])
