@@ -12,6 +12,7 @@ from launch import messages
 from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path, sweeps
 from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
+from trainer.names import checkpoint_names
 from trainer.prompts.source import source_problems
 
 
@@ -31,8 +32,7 @@ def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
 def check_config(config: RunConfig, *, trains: bool = True) -> RunConfig:
     """The same for a run file that is loaded; what prompts start from, only if they will train."""
     problems = [*_base(config), *_policy(config), *_output(config)]
-    goes_on = any(Path(config.output_dir, "checkpoints").glob("step-*"))
-    if trains and not goes_on:
+    if trains and not checkpoint_names(Path(config.output_dir)):  # one has all that a start gave
         problems += source_problems(config)
     notes: list[str] = []
     try:

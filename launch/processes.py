@@ -30,7 +30,7 @@ import psutil
 
 from launch import guard
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE
-from trainer.process import read_text
+from trainer.process import ended_by, process_start
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 from trainer.watchdog import LOST, read_lost
 
@@ -87,8 +87,8 @@ class _Losses:
             found = SPAWNED.findall(self._log.read_text(errors="replace"))
             self._pids = [int(pid) for pid in found]
             return
-        ended = [pid for pid in self._pids if pid not in self._ended and _has_ended(pid)]
-        signals = {pid: _ended_by(pid) for pid in ended}
+        ended = [pid for pid in self._pids if pid not in self._ended and not process_start(pid)]
+        signals = {pid: ended_by(pid) for pid in ended}
         for pid in sorted(ended, key=lambda pid: not signals[pid]):
             rank = self._first_rank + self._pids.index(pid)
             self._ended[pid] = (f"rank {rank} (process {pid} on {platform.node()})", signals[pid])
@@ -100,20 +100,6 @@ class _Losses:
                 self._deadline = time.monotonic() + LOSS_SECONDS
         elif time.monotonic() > self._deadline:
             self._end()
-
-
-def _has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _ended_by(pid: int) -> int:
-    """The signal that has ended a process whose parent has not asked yet; 0 if none, or unknown."""
-    # The last field is what wait() will give: see proc(5).
-    fields = read_text(f"/proc/{pid}/stat").split()
-    return int(fields[-1]) & 0x7F if fields else 0
 
 
 class _Stop:

@@ -10,6 +10,7 @@ from pathlib import Path
 from launch import messages
 from launch.processes import Ending
 from trainer.errors import EXIT_FAILURE
+from trainer.names import CHECKPOINTS, checkpoint_names
 
 TAIL_BYTES = 1 << 16  # of the log of numbers: its last lines
 
@@ -51,11 +52,11 @@ def _given_up(ending: Ending, why: str) -> Ending:
 
 def _newest_checkpoint(output: Path) -> str:
     """Its name; empty if there is none."""
-    return max((path.name for path in (output / "checkpoints").glob("step-*")), default="")
+    return max(checkpoint_names(output), default="")
 
 
 def _is_of_now(output: Path, checkpoint: str, began: float) -> bool:
-    return bool(checkpoint) and (output / "checkpoints" / checkpoint).stat().st_mtime >= began
+    return bool(checkpoint) and (output / CHECKPOINTS / checkpoint).stat().st_mtime >= began
 
 
 def _last_step(output: Path) -> int:

@@ -21,6 +21,7 @@ from launch import preflight
 from launch.submit import RECORD, SUBMITTED
 from trainer.config import RunConfig, load
 from trainer.errors import BadInput
+from trainer.names import checkpoint_names
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 SLURM_SECONDS = 30
@@ -116,8 +117,8 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     config = _config(run_dir, frozen, expected=job is not None)
     status.steps = config.last_step if config else None
     _read_metrics(status, run_dir / METRICS_FILE)
-    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
-    status.checkpoint = max((int(name.rpartition("-")[2]) for name in names), default=None)
+    steps = (int(name.rpartition("-")[2]) for name in checkpoint_names(run_dir))
+    status.checkpoint = max(steps, default=None)
     summary = _json(run_dir / "summary.json")
     for name, scores in (summary.get("prompts") or {}).items():
         status.stopped[name] = str((scores.get("stopped") or {}).get("reason") or "finished")

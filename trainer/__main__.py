@@ -19,6 +19,7 @@ from trainer import stop
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, BadInput
+from trainer.names import checkpoint_names
 from trainer.process import die_with_parent, leave
 from trainer.terminal import claim
 
@@ -97,7 +98,7 @@ def guarded(
 
 def _stopped(output: Path, console: Console) -> int:
     """What a run that was told to stop leaves behind, and its exit code."""
-    saved = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
+    saved = checkpoint_names(output)
     if saved:
         console.error(f"stopped; the same command goes on from {saved[-1]}")
     else:

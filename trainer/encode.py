@@ -24,6 +24,7 @@ from trainer.config import Prompt, RunConfig, load_output
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
 from trainer.export import save_peft
+from trainer.names import CHECKPOINTS
 from trainer.optimization import AVERAGE
 from trainer.prompts.initializers import Vocabulary, words
 from trainer.prompts.multitask import TextReader
@@ -65,7 +66,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
         BadInput: if the run has no checkpoint, the base is not the run's, or the text is empty.
     """
     folder = Path(config.output_dir)
-    saved = checkpoint.newest(folder / "checkpoints")
+    saved = checkpoint.newest(folder / CHECKPOINTS)
     if saved is None:
         raise BadInput(f"{folder}: has no checkpoint yet; train the run first")
     parts = base_identity.identity(files)

@@ -192,8 +192,8 @@ class Evaluator:
             inputs,
             prompt,
             rows.task.max_new_tokens,
-            self._stop_if_told,
-            WRITTEN_TOKENS * self.budget.tokens,
+            between_batches=self._stop_if_told,
+            max_tokens=WRITTEN_TOKENS * self.budget.tokens,
         )
         values = [rows.rows[example.row] for example in examples]
         task = rows.task

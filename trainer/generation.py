@@ -37,9 +37,9 @@ def generate(
     Args:
         inputs: token ids of each row.
         virtual_tokens: the prompt [P, H], its keys and values [P, L, 2, A, D], or None.
+        between_batches: is called on all ranks alike; what it raises ends all of it.
         max_tokens: of the rows of a batch with all that stands before and behind them; one row is
             always read.
-        between_batches: is called on all ranks alike; what it raises ends all of it.
     """
     # Longest first: rows of a batch are then of similar length.
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))

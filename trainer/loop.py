@@ -169,11 +169,9 @@ class Loop:
         self.progress.step += 1
         self.progress.unjudged, self._stopping = True, result.stopping
         self.progress.useful_tokens += result.useful_tokens
-        for piece in batch.pieces:
-            assert piece.prompt is not None
-            name = self.bank.names[piece.prompt]
-            read = self.progress.prompt_tokens.get(name, 0) + piece.example.num_tokens
-            self.progress.prompt_tokens[name] = read
+        read = self.progress.prompt_tokens
+        for name, tokens in zip(self.bank.names, result.tokens, strict=True):
+            read[name] = read.get(name, 0) + tokens
         self._count_skipped(result, norms)
 
         seconds = time.perf_counter() - started

@@ -127,11 +127,10 @@ class StreamMemory:
             return item * 2 * (s.query_width + s.key_width) + 4 * s.heads  # and log-sum-exp
         # Queries and outputs as they come; every row of a bucket has its own copy of its prompt.
         queries = 2 * BUCKET_PADDING * s.query_width
-        if not s.keeps_scores:
-            # For kernels that take a mask, keys and values are repeated for each head of queries.
-            gathered = 2 * s.query_width * self.rows.keys_per_token
-            return item * (queries + gathered + keys) + 4 * s.heads  # mask and log-sum-exp
+        # Keys and values are repeated for each head of queries.
         gathered = 2 * s.query_width * self.rows.keys_per_token
+        if not s.keeps_scores:
+            return item * (queries + gathered + keys) + 4 * s.heads  # mask and log-sum-exp
         return item * (queries + gathered) + keys * (s.heads * (item + 4 + item % 4) + 1)
 
     def saved(self, checkpointing: bool) -> float:

@@ -31,6 +31,15 @@ def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
     return counts
 
 
+def text_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
+    """Tokens of text that each prompt reads in these pieces, [K]."""
+    counts = [0] * num_prompts
+    for piece in pieces:
+        assert piece.prompt is not None
+        counts[piece.prompt] += piece.example.num_tokens
+    return counts
+
+
 def read_teacher(base: nn.Module, stream: Stream, teachers: Sequence[Tensor]) -> Tensor | None:
     """What the stream's distilled positions learn from, [D, H]; None if no rank has any.
 
@@ -89,7 +98,7 @@ class StepResult:
         gradients: d loss / d virtual tokens of each prompt, summed over ranks; None where it
             read no rows, or where loss or gradient is not finite on any rank.
         skipped: prompts whose update is left out because something was not finite.
-        useful_tokens: text tokens the base read, over all ranks.
+        tokens: of text, that the base read for each prompt, over all ranks.
         longest_stream, first_stream: tokens of these streams of this rank.
         splits: streams that did not fit on their rank and were cut in two, over all ranks.
         stopping: some rank was told to stop.
@@ -98,11 +107,15 @@ class StepResult:
     losses: list[float]
     gradients: list[Tensor | None]
     skipped: list[bool]
-    useful_tokens: int
+    tokens: list[int]
     longest_stream: int
     first_stream: int
     splits: int
     stopping: bool
+
+    @property
+    def useful_tokens(self) -> int:
+        return sum(self.tokens)
 
 
 class OutOfMemory(RuntimeError):
@@ -184,7 +197,7 @@ def batch_gradients(
         losses=losses,
         gradients=[g if ok else None for g, ok in zip(found.gradients, finite, strict=True)],
         skipped=[count > 0 and not ok for count, ok in zip(counts, finite, strict=True)],
-        useful_tokens=sum(piece.example.num_tokens for piece in batch.pieces),
+        tokens=text_counts(batch.pieces, len(leaves)),
         longest_stream=max(len(stream.token_ids_T) for stream in batch.streams),
         first_stream=len(batch.streams[0].token_ids_T),
         splits=int(found.splits.item()),

@@ -53,6 +53,13 @@ def process_start(pid: int) -> str:
     return UNKNOWN
 
 
+def ended_by(pid: int) -> int:
+    """The signal that has ended a process whose parent has not asked yet; 0 if none, or unknown."""
+    # The last field is what wait() will give: see proc(5).
+    fields = read_text(f"/proc/{pid}/stat").split()
+    return int(fields[-1]) & 0x7F if fields else 0
+
+
 def read_text(path: str) -> str:
     """Of a file of the kernel's; empty where there is none."""
     try:

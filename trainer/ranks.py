@@ -126,6 +126,14 @@ class Ranks:
             raise BadInput(found)
         return result  # type: ignore[return-value]
 
+    def of_main(self, work: Callable[[], T]) -> T:
+        """What rank 0 finds, on every rank. For small plain data and small CPU tensors.
+
+        Raises:
+            BadInput: rank 0's, on all ranks.
+        """
+        return self.broadcast(self.together(lambda: work() if self.is_main else None))
+
     def on_each_node(self, work: Callable[[], T]) -> T | None:
         """Run slow work on one rank of every node while the others wait, however long it takes.
 

@@ -16,6 +16,7 @@ from trainer.console import Console
 from trainer.errors import BadInput
 from trainer.lock import LOCK
 from trainer.loop import Loop
+from trainer.names import CHECKPOINTS
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, read_lines
@@ -110,7 +111,7 @@ def find_checkpoint(output: Path, identity: Mapping[str, Any], console: Console)
     Raises:
         BadInput: if no checkpoint can be used, or the newest is of another run: what differs.
     """
-    saved = checkpoint.newest(output / "checkpoints", console.warn)
+    saved = checkpoint.newest(output / CHECKPOINTS, console.warn)
     if saved is None:
         if done := _steps_logged(output):
             console.warn(

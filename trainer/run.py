@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from trainer.evaluation import Evaluator
 from trainer.generation import keys_and_values
 from trainer.lock import Lock, LockLost, acquire
 from trainer.loop import Loop
+from trainer.names import CHECKPOINTS
 from trainer.optimization import make_optimizer
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
@@ -93,24 +94,13 @@ def _train(
         engine.together(lambda: check_past(files.config, files.name))
     tasks = _read_tasks(engine, files, config, console)
     # A job that is requeued has put the earlier run aside before: what lies there is its own.
-    fresh = fresh and not engine.broadcast(was_put_aside(output) if engine.is_main else None)
+    fresh = fresh and not engine.of_main(lambda: was_put_aside(output))
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
-    saved = cast(
-        "Saved | None",
-        engine.broadcast(
-            engine.together(
-                lambda: (
-                    find_checkpoint(output, identity, console)
-                    if engine.is_main and not fresh
-                    else None
-                )
-            )
-        ),
-    )
+    saved = engine.of_main(lambda: None if fresh else find_checkpoint(output, identity, console))
     if saved is None:
         engine.together(lambda: check_sources(config, embedding_size(files.config)))
-    if not fresh and engine.broadcast(is_finished(output) if engine.is_main else None):
+    if not fresh and engine.of_main(lambda: is_finished(output)):
         console.say(f"{output} holds this run, finished; --fresh would train it anew")
         show_results(json.loads((output / "summary.json").read_text()), config, console)
         return
@@ -148,7 +138,7 @@ def _train(
         loop.load_state(saved.state["loop"])
         console.say(f"going on from step {loop.progress.step} of {config.last_step}")
     if fresh:  # nothing can be refused any more
-        engine.together(lambda: put_aside(output, console) if engine.is_main else None)
+        engine.of_main(lambda: put_aside(output, console))
     stop.between_steps()
     if lock is None:
         loop.run()
@@ -158,7 +148,7 @@ def _train(
     log = MetricsLog(output)
     log.rewind(loop.progress.step)
     describe_run(output, config, engine, loaded, tasks, command, begins=saved is None)
-    saves = Saves(output / "checkpoints", config.checkpoint.keep, console.warn, lock.confirm)
+    saves = Saves(output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm)
     loop.log = unless_full(log, console.warn)
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
     loop.between_steps = lambda: _look_round(saves, lock)
@@ -176,7 +166,7 @@ def _train(
 def _begin_alike(engine: Engine, bank: Bank) -> None:
     """Where CPUs of several kinds have drawn or solved for other last bits: all take rank 0's."""
     if len(set(engine.all_gather(bank.digest()))) > 1:
-        bank.load_state(*engine.broadcast(bank.state() if engine.is_main else None))
+        bank.load_state(*engine.of_main(bank.state))
 
 
 @contextmanager

@@ -194,9 +194,7 @@ def _choose_matmul(
     matmul = found if len(kinds) == 1 else "dequantize"  # auto, on devices that are not alike
     if matmul == MEASURE:
         shapes = largest_shapes(skeleton)
-        measured = engine.broadcast(
-            measure(shapes, dtype, engine.device) if engine.is_main else None
-        )
+        measured = engine.of_main(lambda: measure(shapes, dtype, engine.device))
         matmul = measured.kind
         console.say(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)

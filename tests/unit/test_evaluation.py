@@ -44,7 +44,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
     """The metrics of these texts, and what the base was given to write them."""
     given = []
 
-    def generate(engine, base, tokenizer, inputs, prompt, limit, *_):
+    def generate(engine, base, tokenizer, inputs, prompt, limit, **_):
         given.extend(words(tokenizer, ids) for ids in inputs)
         return written
 

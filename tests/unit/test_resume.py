@@ -161,8 +161,6 @@ def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
         digest=lambda: "mine", state=lambda: state, load_state=lambda *given: loaded.append(given)
     )
     for digests, expected in ((["a", "a"], []), (["a", "b"], [state])):
-        engine = SimpleNamespace(
-            is_main=True, all_gather=lambda _, d=digests: d, broadcast=lambda value: value
-        )
+        engine = SimpleNamespace(all_gather=lambda _, d=digests: d, of_main=lambda work: work())
         _begin_alike(engine, bank)  # type: ignore[arg-type]
         assert loaded == expected

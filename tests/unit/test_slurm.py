@@ -342,6 +342,22 @@ def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # n
     assert not {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"} & set(given)
 
 
+def test_a_password_stands_in_no_script(run_file, fake_slurm):  # noqa: F811
+    """Slurm keeps a copy that others may read; the run file is for its owner's eyes."""
+    address = "tracking.uri=http://me:hunter2-secret@localhost:5000"
+    done = run_promptshard("submit", run_file, address, "--nodes", "1")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (run_file.parent / "out" / "logs" / "submitted").iterdir()
+    places = [
+        fake_slurm / "submitted.sbatch",
+        *(folder / name for name in ("job.sbatch", submit.RECORD)),
+    ]
+    for place in places:
+        assert "hunter2" not in place.read_text(), place
+        assert "tracking.uri" in place.read_text(), "the command is told"
+    assert "hunter2" not in done.stdout + done.stderr
+
+
 def environment_lines(folder: Path) -> list[str]:
     return [x for x in (folder / "environment").read_text().splitlines() if x.startswith("SLURM")]
 

@@ -225,9 +225,8 @@ class Prompt(Section):
             mlp = value.get("method") == "p_tuning" and encoder == "mlp"
             share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
             relative = encoder in RELATIVE and not zero
-            if value.get("optimizer") == "sgd":
-                raise ValueError("learning_rate: optimizer sgd has no default; give one")
-            filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
+            if value.get("optimizer") != "sgd":  # which has no default: see _check_training
+                filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
         return filled | {k: v for k, v in value.items() if k not in rates or v is not None}
 
     @model_validator(mode="after")
@@ -270,10 +269,12 @@ class Prompt(Section):
             raise ValueError(
                 f"relative_learning_rate: {what} has no scale to be relative to; use learning_rate"
             )
-        if self.relative_learning_rate is not None and self.optimizer == "sgd":
+        if self.optimizer == "sgd" and self.learning_rate is None:
             raise ValueError(
-                "relative_learning_rate: an update of sgd is as large as its gradient, not a share "
-                "of the prompt; give learning_rate"
+                "learning_rate: optimizer sgd has no default; give one"
+                if self.relative_learning_rate is None
+                else "relative_learning_rate: an update of sgd is as large as its gradient, not a "
+                "share of the prompt; give learning_rate"
             )
         if (self.teacher is None) == (self.objective == "distill"):
             what = "objective: labels has none; remove it, or use objective: distill"
