@@ -134,7 +134,8 @@ class PromptOptimizer:
         scale: float = 1.0,
         optimizer: str = "adamw",
         momentum: float = 0.0,
-        schedule: str = "cosine",
+        betas: tuple[float, float] | None = None,
+        schedule: str = "linear",
         weight_decay: float = 0.0,
         decay_to_start: bool = False,
         num_warmup_updates: int = 0,
@@ -148,7 +149,9 @@ class PromptOptimizer:
         self._peak = learning_rate
         self._num_warmup, self._max_grad_norm = num_warmup_updates, max_grad_norm
         self._weight_decay, self._ema_decay = weight_decay, ema_decay
-        self._optimizer = _make(optimizer, list(self._parameters.values()), learning_rate, momentum)
+        self._optimizer = _make(
+            optimizer, list(self._parameters.values()), learning_rate, momentum, betas
+        )
         self._start = self._copies() if decay_to_start and weight_decay else None
         self.averaged = None if ema_decay is None else self._copies()
 
@@ -246,7 +249,11 @@ class PromptOptimizer:
 
 
 def _make(
-    name: str, parameters: list[nn.Parameter], learning_rate: float, momentum: float
+    name: str,
+    parameters: list[nn.Parameter],
+    learning_rate: float,
+    momentum: float,
+    betas: tuple[float, float] | None,
 ) -> torch.optim.Optimizer:
     """One formula on every device: the fused and foreach kernels round differently, and replicas on
     all ranks must stay equal to the bit. Weight decay is ours."""
@@ -257,8 +264,9 @@ def _make(
             parameters, lr=learning_rate, momentum=momentum, foreach=False, fused=False
         )
     assert name == "adamw", f"config allows an optimizer that nobody wrote: {name}"
+    assert betas is not None, "config fills them in"
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=0.0, foreach=False, fused=False
+        parameters, lr=learning_rate, betas=betas, weight_decay=0.0, foreach=False, fused=False
     )
 
 
@@ -280,6 +288,7 @@ def make_optimizer(
         num_updates=num_updates,
         optimizer=prompt.optimizer,
         momentum=prompt.momentum,
+        betas=prompt.betas,
         schedule=prompt.schedule,
         weight_decay=prompt.weight_decay,
         decay_to_start=prompt.weight_decay_to_init,

@@ -116,7 +116,7 @@ def _train(
         [embed(ids) for _, ids in sorted(teachers.items())],
     )
     # A bank that goes on loads its state over any start.
-    choose = None if saved else Screening(config, tasks, evaluator, console).choose
+    screen = None if saved else Screening(config, tasks, evaluator, console)
     bank = Bank(
         without_sources(config) if saved else config,
         embed,
@@ -126,7 +126,7 @@ def _train(
         engine.device,
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, loaded.model, ids),
-        choose=choose,
+        screen=screen,
         warn=console.warn,
     )
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))

@@ -1,4 +1,4 @@
-"""Which of several starts a prompt takes: the one that fits the rows of its first update best."""
+"""How well the starts of a prompt fit: the loss of the rows that its first update will read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from trainer.console import Console
 from trainer.evaluation import Evaluator
 from trainer.objective import label_counts, read_teacher, stream_objective
 from trainer.prefetch import Rank, prepare
+from trainer.prompts.evolution import Found
 from trainer.tasks.feed import Feed, TaskData
 from trainer.tasks.streams import PromptLengths
 
@@ -22,7 +23,7 @@ class Screening:
     """Compares starts by the loss of the rows that the prompt's first update will read.
 
     No row is read for it that is not trained on anyhow, and it costs a forward for each start. The
-    rows follow from the prompt's own settings, and so does what is chosen.
+    rows follow from the prompt's own settings, and so does what is found.
     """
 
     def __init__(
@@ -33,29 +34,33 @@ class Screening:
         console: Console,
     ) -> None:
         # A feed of its own: the run's begins at the same rows.
-        self._pieces = Feed(config, tasks).next_step([True] * len(config.prompts))
+        pieces = Feed(config, tasks).next_step([True] * len(config.prompts))
+        self._rows = [
+            [piece for piece in pieces if piece.prompt == i] for i in range(len(config.prompts))
+        ]
         self._names = [prompt.name for prompt in config.prompts]
         self._evaluator, self._console = evaluator, console
 
-    def choose(self, i: int, starts: Sequence[tuple[str, Tensor]]) -> Tensor:
-        """Of starts and what they are, the one of least loss for prompt ``i``; on all ranks."""
-        losses = self._losses(i, [start for _, start in starts])
-        best = min(range(len(starts)), key=lambda n: (losses[n], n))
+    def say(self, i: int, found: Found, text: str) -> None:
+        """Tell people what prompt ``i`` starts from."""
         self._console.say(
-            f"{self._names[i]}: starts from {starts[best][0]}, of {len(starts)} starts the one of "
-            f"least loss on its first rows ({losses[best]:.4f}; in the middle of them "
-            f"{sorted(losses)[len(losses) // 2]:.4f})"
+            f"{self._names[i]}: starts from {found.what}, of {found.tried} starts the one of least "
+            f"loss on its first rows ({found.loss:.4f}; the first ones had {found.first:.4f} and "
+            f"more, half of them more than {found.middle:.4f}): {text!r}"
         )
-        return starts[best][1]
 
     @torch.no_grad()
-    def _losses(self, i: int, starts: Sequence[Tensor]) -> list[float]:
-        """Mean loss per label behind each start: infinite where it is not finite."""
+    def losses(self, starts: Sequence[tuple[int, Tensor]]) -> list[float]:
+        """Mean loss per label behind each start, as that of the prompt beside it; a collective.
+
+        Infinite where it is not finite.
+        """
         engine, base = self._evaluator.engine, self._evaluator.base
-        rows = [piece for piece in self._pieces if piece.prompt == i]
-        pieces = [replace(row, prompt=n) for n in range(len(starts)) for row in rows]
+        pieces = [
+            replace(row, prompt=n) for n, (i, _) in enumerate(starts) for row in self._rows[i]
+        ]
         pieces = [replace(piece, slot=slot) for slot, piece in enumerate(pieces)]
-        virtual_tokens = [start.to(engine.device) for start in starts]
+        virtual_tokens = [start.to(engine.device) for _, start in starts]
         counts = label_counts(pieces, len(starts))
         rank = Rank(engine.rank, engine.world_size, engine.device)
         lengths = PromptLengths.of(virtual_tokens)

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trainer.prompts.evolution import CHILDREN, DRAWINGS, ROUNDS
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: PEFT's arms that are told an instruction in words, and ours beside them.
 TOLD = "text"
@@ -153,6 +155,7 @@ def reached(row: dict[str, Any]) -> str:
 def table(report: dict[str, Any], picture: str) -> str:
     """Markdown: what is compared, then every arm of every task, and the picture's name."""
     budget = report["budget"]
+    tried = DRAWINGS + ROUNDS * CHILDREN
     lines = [
         "# How far prompts come with few rows",
         "",
@@ -161,8 +164,8 @@ def table(report: dict[str, Any], picture: str) -> str:
         "rows of triage and animals), 20 virtual tokens, the same rows in the same order for all. "
         "Ours has its defaults: the run file names task and method. PEFT's arms (AdamW, clipped, "
         "linear decay, as transformers' Trainer) are each at the best of five learning rates, "
-        f"chosen by these very scores. Scores are those of {budget['validation_rows'] or 'all'} "
-        "validation rows; medians over seeds.",
+        f"chosen by these very scores. Scores are those of {budget['validation_rows']} validation "
+        "rows, drawn for this as the example files were; medians over seeds.",
         "",
         "An arm *with the instruction known* finds the hand-written instructions of the example "
         "run file in its task; PEFT's *text* starts from the first of them. It is compared with "
@@ -177,9 +180,11 @@ def table(report: dict[str, Any], picture: str) -> str:
     lines += [
         "",
         "`init: auto`, the default, reads the rows of the first update once behind each of its "
-        "starts, 17 of triage and animals, 16 of codegen, 4 more with instructions: only forwards, "
-        "about as much work as 6 updates. These are rows that the first update trains on anyhow, "
-        "so that the rows seen stay equal, but the work does not.",
+        f"{tried} starts (one more where a task has labels, four with instructions): only "
+        f"forwards, the FLOPs of {tried // 2} updates. These are rows that the first update trains "
+        "on anyhow, so that the rows seen stay equal, but the work does not: with it one of our "
+        f"trainings is as long as {tried // 2 + budget['steps']} updates; PEFT's at five rates are "
+        f"{5 * budget['steps']} together.",
         "",
         f"![median scores by step]({picture})",
         "",

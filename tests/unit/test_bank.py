@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import RunConfig
+from trainer.config.prompt import DEFAULT_BETAS
 from trainer.errors import BadInput
 from trainer.optimization import make_optimizer
 from trainer.prompts.bank import Bank
+from trainer.prompts.evolution import Found
 
 H, V, STEPS = 8, 40, 12
 TABLE_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(5)) * 0.1
@@ -217,7 +219,7 @@ def test_a_share_is_updated_by_the_sum_of_its_losses() -> None:
         first = "text-1" if name.split(".")[-1] in ("queries", "weight", "bias") else "low-1"
         assert parameter.grad is not None, name
         ours = tensors[f"{first}/optimizer/{name}/exp_avg"]
-        torch.testing.assert_close(ours, 0.1 * parameter.grad, msg=name)
+        torch.testing.assert_close(ours, (1 - DEFAULT_BETAS[0]) * parameter.grad, msg=name)
 
 
 def test_a_prompt_of_a_share_that_reads_nothing_keeps_its_own_part() -> None:
@@ -263,7 +265,9 @@ def test_update_equals_plain_backpropagation() -> None:
     bank, whole = make_bank([PROMPTS[2]]), make_bank([PROMPTS[2]])
     train(bank, 1)
     encoder = whole._encoders[0]
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), lr=0.0, betas=DEFAULT_BETAS, weight_decay=0.0
+    )
     out = encoder()
     (((out - 0.3) ** 2).sum() + out.sin().sum()).backward()
     torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -474,33 +478,48 @@ def test_state_of_other_prompts_is_refused() -> None:
         make_bank(PROMPTS[:1]).load_state(*state)
 
 
-def test_a_start_is_chosen_where_the_run_file_leaves_it_open() -> None:
-    """Of hand-written prompts and drawings of words; as each alone would start."""
-    seen: dict[int, list[tuple[str, Tensor]]] = {}
+class NearTo:
+    """A screen that likes starts near to one word, and notes what it is asked and told."""
 
-    def choose(i: int, starts: Sequence[tuple[str, Tensor]]) -> Tensor:
-        seen[i] = list(starts)
-        return starts[{0: 1, 2: 2, 3: 7}[i]][1]
+    def __init__(self, word: int) -> None:
+        self.word_H, self.rounds, self.said = TABLE_VH[word], [], {}  # type: ignore[var-annotated]
 
+    def losses(self, starts: Sequence[tuple[int, Tensor]]) -> list[float]:
+        self.rounds.append([i for i, _ in starts])
+        return [float((start - self.word_H).square().sum()) for _, start in starts]
+
+    def say(self, i: int, found: Found, text: str) -> None:
+        self.said[i] = found, text
+
+
+def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
+    """All prompts side by side, each as alone; keys and values of the same words as embeddings."""
     open_ones = [
         {"name": "open", "num_virtual_tokens": 3, "init": "auto"},
         {"name": "told", "num_virtual_tokens": 3, "init": {"text": "w9"}},
         {"name": "mlp", "num_virtual_tokens": 3, "method": "p_tuning"},
         {"name": "past", "num_virtual_tokens": 3, "method": "prefix_tuning"},
+        {"name": "other", "num_virtual_tokens": 4, "seed": 5},
+        {"name": "same", "num_virtual_tokens": 3, "learning_rate": 0.7},
     ]
-    bank = make_bank(open_ones, choose=choose, hand_written=["w1 w2\n", "w3"])
-    assert list(seen) == [0, 2, 3]
-    for starts in seen.values():
-        what = [kind for kind, _ in starts]
-        assert what[:4] == [
-            "the hand-written 'w1 w2'",
-            "the hand-written 'w3'",
-            "all hand-written prompts",
-            "drawing 1 of words",
-        ]
-        assert len(what) == 3 + 16
-        assert len({tuple(start.flatten().tolist()) for _, start in starts}) == len(starts)
-    assert torch.equal(bank.snapshot(0), TABLE_VH[[3, 3, 3]])
+    written = {"hand_written": ["w1 w2\n", "w3"]}
+    screen = NearTo(9)
+    bank = make_bank(open_ones, screen=screen, **written)
+    assert list(screen.said) == [0, 2, 3, 5, 4]
+    first, *later = screen.rounds
+    assert first == [0] * 19 + [4] * 19, "what depends on the same is looked for once"
+    assert later == [[0] * 8 + [4] * 8] * 6
+    found = {i: list(of.words) for i, (of, _) in screen.said.items()}
+    assert found[0] == found[2] == found[3] == found[5] != found[4][:3]
+    assert all(of.loss < of.middle for of, _ in screen.said.values())
+    assert screen.said[0][1] == " ".join(f"w{i}" for i in found[0])
+    assert torch.equal(bank.snapshot(0), TABLE_VH[found[0]])
     assert torch.equal(bank.snapshot(1), TABLE_VH[[9, 9, 9]])
-    torch.testing.assert_close(bank.snapshot(2), TABLE_VH[[1, 2, 3]], rtol=1e-4, atol=1e-5)
-    assert torch.equal(bank.snapshot(3), seen[3][7][1])
+    torch.testing.assert_close(bank.snapshot(2), TABLE_VH[found[0]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(bank.snapshot(3), PAST_VX[found[0]])
+    for i in (0, 3, 4):
+        alone = NearTo(9)
+        assert torch.equal(
+            make_bank([open_ones[i]], screen=alone, **written).snapshot(0), bank.snapshot(i)
+        )
+    assert make_bank(open_ones, **written).snapshot(0).shape == (3, H), "to load a state over"

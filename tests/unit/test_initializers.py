@@ -18,14 +18,7 @@ from trainer.config import Init
 from trainer.errors import BadInput
 from trainer.export import save_peft
 from trainer.prompts import initializers
-from trainer.prompts.initializers import (
-    Vocabulary,
-    initialize,
-    keys_and_values,
-    random,
-    text,
-    vocab,
-)
+from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values, random
 
 WORDS = ["[BOS]", "[EOS]", "a", "b", "c", "d", "e", "f"]
 SPECIAL = {0, 1}
@@ -53,6 +46,14 @@ def vocabulary() -> Vocabulary:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def text(source: str, vocabulary: Vocabulary, length: int) -> torch.Tensor:
+    return initialize(Init(text=source), vocabulary, length, generator())
+
+
+def vocab(vocabulary: Vocabulary, length: int, drawing: torch.Generator) -> torch.Tensor:
+    return initialize(Init(vocab=True), vocabulary, length, drawing)
 
 
 def row_of(vector_H: torch.Tensor) -> int:

@@ -42,6 +42,8 @@ def make(
         "num_warmup_updates": 3,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
+        "betas": (0.9, 0.98),
+        "schedule": "cosine",
     }
     return PromptOptimizer(parameters, **{**settings, **changes})  # type: ignore[arg-type]
 
@@ -73,7 +75,7 @@ def test_schedule_is_transformers_after_warm_up(schedule: str, warmup: int, tota
 def test_step_is_clipped_adamw() -> None:
     ours, theirs = make_parameters(), make_parameters()
     optimizer = make(ours)
-    reference = torch.optim.AdamW(theirs.values(), lr=0.05, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs.values(), lr=0.05, betas=(0.9, 0.98), weight_decay=0.1)
     for step in range(10):
         set_gradients(ours, step)
         set_gradients(theirs, step)

@@ -28,7 +28,7 @@ from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.multitask import TextEncoder
 from trainer.prompts.perturbation import perturbed
 from trainer.prompts.readers import BestReader
-from trainer.prompts.units import Unit, build_encoder, units_of
+from trainer.prompts.units import Screen, Unit, build_encoder, open_words, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,8 +69,8 @@ class Bank:
         make_optimizer: ``trainer.optimization.make_optimizer``.
         past: keys and values [n, layers, 2, heads, head size] that the base makes of a text; may be
             a collective. Only prefix tuning asks for it.
-        choose: of the starts of a prompt, each with what it is, the one to take; only with ``init:
-            auto`` there are several. None: any.
+        screen: tells how well starts fit; asked where the run file leaves them open. None: any
+            will do.
         warn: takes what people should know about the starts.
 
     Attributes:
@@ -90,7 +90,7 @@ class Bank:
         *,
         make_optimizer: OptimizerFactory,
         past: Callable[[Sequence[int]], Tensor] | None = None,
-        choose: Callable[[int, Sequence[tuple[str, Tensor]]], Tensor] | None = None,
+        screen: Screen | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         vocabulary = Vocabulary(embed, tokenizer, vocab_size, past, warn)
@@ -101,15 +101,9 @@ class Bank:
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._device = device
         parts: dict[str, nn.Module] = {}
+        found = {} if screen is None else open_words(config, vocabulary, screen)
         self._encoders = [
-            build_encoder(
-                config,
-                prompt,
-                vocabulary,
-                hidden_size,
-                parts,
-                None if choose is None else partial(choose, i),
-            ).to(device)
+            build_encoder(config, prompt, vocabulary, hidden_size, parts, found.get(i)).to(device)
             for i, prompt in enumerate(config.prompts)
         ]
         self._units = units_of(config.prompts, self._encoders)

@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 RMS_SAMPLE = 1024
 #: Words that are drawn from: the most frequent (Lester et al. 2021, section 3.2, take as many).
 FREQUENT = 5000
-#: Drawings of words that ``init: auto`` compares.
-DRAWINGS = 16
 
 
 @dataclass(frozen=True)
@@ -111,18 +109,6 @@ def _is_text(decoded: str | list[str]) -> bool:
     return bool(str(decoded).strip()) and "\ufffd" not in decoded
 
 
-def text(source: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tensor:
-    """Embeddings of a text's tokens, repeated and then cut to P.
-
-    Returns:
-        fp32 [P, H].
-
-    Raises:
-        BadInput: if the text has no tokens.
-    """
-    return vocabulary.embed(_text_ids(source, vocabulary, num_virtual_tokens))
-
-
 def words(source: str, vocabulary: Vocabulary) -> Tensor:
     """Embeddings of a text's tokens as they are, fp32 [n, H].
 
@@ -185,13 +171,18 @@ def trained(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tenso
     return prompt[_used(len(prompt), num_virtual_tokens, vocabulary, what)]
 
 
-def vocab(vocabulary: Vocabulary, num_virtual_tokens: int, generator: torch.Generator) -> Tensor:
-    """Embeddings of words drawn without replacement; drawn again only when all are used up.
-
-    Returns:
-        fp32 [P, H].
-    """
-    return vocabulary.embed(_draw(vocabulary, num_virtual_tokens, generator))
+def draw(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> list[int]:
+    """Tokens of words drawn without replacement; drawn again only when all are used up."""
+    words_n = vocabulary.words_n
+    if not len(words_n):
+        raise BadInput(
+            "prompts.init: the tokenizer has no ordinary words; use the base's tokenizer"
+        )
+    drawn: list[int] = []
+    while len(drawn) < count:
+        order_n = torch.randperm(len(words_n), generator=generator)
+        drawn += words_n[order_n[: count - len(drawn)]].tolist()
+    return drawn
 
 
 def random(vocabulary: Vocabulary, num_virtual_tokens: int, generator: torch.Generator) -> Tensor:
@@ -204,9 +195,33 @@ def random(vocabulary: Vocabulary, num_virtual_tokens: int, generator: torch.Gen
         fp32 [P, H].
     """
     count = min(RMS_SAMPLE, len(vocabulary.words_n))
-    sample_nH = vocabulary.embed(_draw(vocabulary, count, generator))
+    sample_nH = vocabulary.embed(draw(vocabulary, count, generator))
     rms = sample_nH.square().mean().sqrt()
     return torch.randn(num_virtual_tokens, sample_nH.shape[1], generator=generator) * rms
+
+
+def word_ids(
+    init: Init,
+    vocabulary: Vocabulary,
+    num_virtual_tokens: int,
+    generator: torch.Generator,
+    labels: Sequence[str] = (),
+) -> list[int] | None:
+    """The P tokens of a start that is words: a text, labels or drawn ones; None: it is none.
+
+    Args:
+        labels: the task's choices as its rows have them.
+
+    Raises:
+        BadInput: if there is nothing to start from.
+    """
+    if init.text is not None:
+        return _text_ids(init.text, vocabulary, num_virtual_tokens)
+    if init.labels:
+        return _label_ids(labels, vocabulary, num_virtual_tokens)
+    if init.vocab:
+        return draw(vocabulary, num_virtual_tokens, generator)
+    return None
 
 
 def keys_and_values(
@@ -226,13 +241,10 @@ def keys_and_values(
     Raises:
         BadInput: as ``initialize``.
     """
-    if init.text is not None:
-        return vocabulary.read(_text_ids(init.text, vocabulary, num_virtual_tokens))
-    if init.labels:
-        return vocabulary.read(_label_ids(labels, vocabulary, num_virtual_tokens))
-    read = vocabulary.read(_draw(vocabulary, num_virtual_tokens, generator))
-    if init.vocab:
-        return read
+    ids = word_ids(init, vocabulary, num_virtual_tokens, generator, labels)
+    if ids is not None:
+        return vocabulary.read(ids)
+    read = vocabulary.read(draw(vocabulary, num_virtual_tokens, generator))
     if init.zero:
         return torch.zeros_like(read)
     if init.from_ is not None:
@@ -251,18 +263,12 @@ def initialize(
 ) -> Tensor:
     """The start that the run file asks for: fp32 [P, H].
 
-    Args:
-        labels: the task's choices as its rows have them.
-
     Raises:
         BadInput: if there is nothing to start from, or a trained prompt is of another base.
     """
-    if init.text is not None:
-        return text(init.text, vocabulary, num_virtual_tokens)
-    if init.labels:
-        return vocabulary.embed(_label_ids(labels, vocabulary, num_virtual_tokens))
-    if init.vocab:
-        return vocab(vocabulary, num_virtual_tokens, generator)
+    ids = word_ids(init, vocabulary, num_virtual_tokens, generator, labels)
+    if ids is not None:
+        return vocabulary.embed(ids)
     if init.from_ is not None:
         word_1H = vocabulary.embed([0])
         return _of_this_base(
@@ -272,12 +278,8 @@ def initialize(
     return random(vocabulary, num_virtual_tokens, generator)
 
 
-def candidates(
-    init: Init, labels: Sequence[str], hand_written: Sequence[str]
-) -> list[tuple[str, Init]]:
-    """Starts to compare, and what each is: of ``auto`` several, else only what it says itself."""
-    if not init.auto:
-        return [("what init says", init)]
+def open_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
+    """What ``init: auto`` knows of a task before it draws words: starts, and what each is."""
     found = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
     if len(hand_written) > 1:
         # A prompt is often longer than one of them: together they fill it without repetition.
@@ -286,7 +288,7 @@ def candidates(
         )
     if labels:
         found.append(("the task's choices", Init(labels=True)))
-    return [*found, *((f"drawing {n + 1} of words", Init(vocab=True)) for n in range(DRAWINGS))]
+    return found
 
 
 def _of_this_base(prompt: Tensor, like: Tensor, path: str) -> Tensor:
@@ -298,16 +300,3 @@ def _of_this_base(prompt: Tensor, like: Tensor, path: str) -> Tensor:
             "prompt of this base and method"
         )
     return prompt
-
-
-def _draw(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> list[int]:
-    words_n = vocabulary.words_n
-    if not len(words_n):
-        raise BadInput(
-            "prompts.init: the tokenizer has no ordinary words; use the base's tokenizer"
-        )
-    drawn: list[int] = []
-    while len(drawn) < count:
-        order_n = torch.randperm(len(words_n), generator=generator)
-        drawn += words_n[order_n[: count - len(drawn)]].tolist()
-    return drawn

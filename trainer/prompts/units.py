@@ -5,19 +5,23 @@ Shape letters: H hidden size of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import SHARED, Prompt, RunConfig
+from trainer.config import SHARED, Init, Prompt, RunConfig
 from trainer.prompts.encoders import PromptEncoder, make_encoder
+from trainer.prompts.evolution import DRAWINGS, Found, Search, Words, search, together
 from trainer.prompts.initializers import (
     Vocabulary,
-    candidates,
+    draw,
     initialize,
     keys_and_values,
+    open_starts,
+    word_ids,
     words,
 )
 from trainer.prompts.multitask import (
@@ -28,9 +32,6 @@ from trainer.prompts.multitask import (
     make_part,
 )
 from trainer.tasks.checks import label_texts
-
-#: Starts and what they are -> the one to take.
-Choose = Callable[[Sequence[tuple[str, Tensor]]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,37 +73,104 @@ def units_of(prompts: Sequence[Prompt], encoders: Sequence[PromptEncoder]) -> li
     return units
 
 
+class Screen(Protocol):
+    """What a search asks of ``trainer.starts``, which stands above it in the imports."""
+
+    def losses(self, starts: Sequence[tuple[int, Tensor]]) -> list[float]:
+        """Mean loss of each start, embeddings [P, H], as that of the prompt beside it."""
+
+    def say(self, i: int, found: Found, text: str) -> None:
+        """Tell people what prompt ``i`` starts from."""
+
+
+def open_words(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> dict[int, Words]:
+    """The words that prompts with ``init: auto`` start from, by the prompts' indices.
+
+    Virtual tokens that are embeddings, and keys and values that the base makes of the same words,
+    lead to the same loss: both are looked for as embeddings. What was judged once for a task, a
+    seed and an order of rows holds for every prompt that has them.
+    """
+    quiet = replace(vocabulary, warn=lambda _: None)  # of what is only tried nobody needs to hear
+    same: dict[object, list[int]] = {}
+    for i in _open_prompts(config.prompts):
+        same.setdefault(_what_is_open(config, config.prompts[i]), []).append(i)
+    searches = {several[0]: _search(config, several[0], quiet) for several in same.values()}
+
+    def judge(tried: Sequence[tuple[int, Words]]) -> list[float]:
+        return screen.losses([(i, quiet.embed(words)) for i, words in tried])
+
+    found = together(searches, judge)
+    words: dict[int, Words] = {}
+    for several in same.values():
+        of = found[several[0]]
+        for i in several:
+            screen.say(i, of, str(vocabulary.tokenizer.decode(list(of.words))))
+            words[i] = of.words
+    return words
+
+
+def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
+    """Those with ``init: auto``; of a share the first, which starts what is in common."""
+    shares: set[str] = set()
+    found = []
+    for i, prompt in enumerate(prompts):
+        begins = prompt.share is None or prompt.share not in shares
+        if prompt.share is not None:
+            shares.add(prompt.share)
+        if begins and prompt.init.auto:
+            found.append(i)
+    return found
+
+
+def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
+    """All that a search depends on."""
+    seeds = config.prompt_seed(prompt), config.data_seed(prompt)
+    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.objective, prompt.teacher
+
+
+def _search(config: RunConfig, i: int, vocabulary: Vocabulary) -> Search:
+    prompt = config.prompts[i]
+    generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
+    task, length = config.task(prompt.task), prompt.num_virtual_tokens
+    labels = label_texts(task)
+    begin_with = [
+        (what, word_ids(init, vocabulary, length, generator, labels))
+        for what, init in open_starts(labels, task.hand_written)
+    ]
+    begin_with += [
+        (f"drawing {n + 1} of words", draw(vocabulary, length, generator)) for n in range(DRAWINGS)
+    ]
+    return search(
+        [(what, tuple(ids)) for what, ids in begin_with if ids is not None],
+        lambda: draw(vocabulary, length, generator),
+        generator,
+    )
+
+
 def build_encoder(
     config: RunConfig,
     prompt: Prompt,
     vocabulary: Vocabulary,
     hidden_size: int,
     parts: dict[str, nn.Module],
-    choose: Choose | None = None,
+    found: Words | None = None,
 ) -> PromptEncoder:
     """A prompt's encoder on the CPU: a function of its own settings, task and seed alone.
 
     Args:
         parts: what the encoders of each share have in common, from the first of them on.
-        choose: of several starts, the one to take; None: the last, as good as any for a prompt
-            whose state will be loaded.
+        found: words that an open start was found to be; None: drawn ones, as good as any for a
+            prompt whose state will be loaded.
     """
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
 
     def start() -> Tensor:
-        of = keys_and_values if prompt.method == "prefix_tuning" else initialize
-        task = config.task(prompt.task)
-        labels = label_texts(task)
-        inits = candidates(prompt.init, labels, task.hand_written)
-        if choose is None or len(inits) == 1:
-            inits = inits[-1:]
-        # Of starts that are only tried nobody needs to hear how they were cut.
-        table = vocabulary if len(inits) == 1 else replace(vocabulary, warn=lambda _: None)
-        starts = [
-            (what, of(init, table, prompt.num_virtual_tokens, generator, labels))
-            for what, init in inits
-        ]
-        return choose(starts) if choose is not None and len(starts) > 1 else starts[0][1]
+        past = prompt.method == "prefix_tuning"
+        if found is not None:
+            return vocabulary.read(found) if past else vocabulary.embed(found)
+        init = Init(vocab=True) if prompt.init.auto else prompt.init
+        of, labels = keys_and_values if past else initialize, label_texts(config.task(prompt.task))
+        return of(init, vocabulary, prompt.num_virtual_tokens, generator, labels)
 
     if prompt.encoder_name not in SHARED:
         return make_encoder(prompt, start(), generator, hidden_size)

@@ -1,0 +1,108 @@
+"""Which words a prompt starts from where the run file leaves it open: a small genetic search.
+
+Drawn words differ widely in how well the base does its task behind them, and what makes some better
+can be combined: of the best prompts so far two are crossed, word by word, and a few words drawn
+anew (a genetic search over prompts, as GPS has it, arXiv 2210.17041, with words in place of
+sentences). It needs forwards alone, and no row that the prompt's first update does not read.
+
+Searches go on side by side, a round of all prompts at a time: each by its own generator, so that a
+prompt finds in a bank what it finds alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: Drawings of words that a search begins with.
+DRAWINGS = 16
+#: Rounds after them, prompts made in each, and how many of the best they are made of.
+ROUNDS, CHILDREN, PARENTS = 6, 8, 3
+#: Share of a child's words that are drawn anew.
+MUTATED = 0.1
+
+#: One word, as its token id, for each virtual token.
+Words = tuple[int, ...]
+#: Asks for the losses of prompts of words, and gives the best of all in the end.
+Search = Generator[Sequence[Words], Sequence[float], "Found"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best start of a search.
+
+    Attributes:
+        what: where it came from, in words.
+        loss: its mean loss per label; ``first`` and ``middle``: of what the search began with the
+            least, and the one in the middle.
+        tried: prompts whose loss was asked for.
+    """
+
+    words: Words
+    what: str
+    loss: float
+    first: float
+    middle: float
+    tried: int
+
+
+def search(
+    begin_with: Sequence[tuple[str, Words]],
+    draw: Callable[[], Sequence[int]],
+    generator: torch.Generator,
+) -> Search:
+    """The search of one prompt.
+
+    Args:
+        begin_with: prompts of equal length, and what each is.
+        draw: as many words, at random.
+    """
+    losses = yield [words for _, words in begin_with]
+    # Of equal losses the one that was found first: the same on every machine that finds the same.
+    tried = sorted(zip(losses, range(len(losses)), begin_with, strict=True))
+    first, middle = tried[0][0], tried[len(tried) // 2][0]
+    for _ in range(ROUNDS):
+        parents = [words for _, _, (_, words) in tried[:PARENTS]]
+        made = [_child(parents, draw(), generator) for _ in range(CHILDREN)]
+        losses = yield made
+        count = len(tried)
+        found = [("words of several starts", words) for words in made]
+        tried += zip(losses, range(count, count + len(made)), found, strict=True)
+        tried.sort()
+    loss, _, (what, words) = tried[0]
+    return Found(words, what, loss, first, middle, len(tried))
+
+
+def _child(parents: Sequence[Words], drawn: Sequence[int], generator: torch.Generator) -> Words:
+    """Each word of one of two parents, or in a few places a drawn one."""
+    pair = torch.randperm(len(parents), generator=generator)[:2].tolist()
+    length = len(drawn)
+    which = torch.randint(len(pair), (length,), generator=generator).tolist()
+    anew = (torch.rand(length, generator=generator) < MUTATED).tolist()
+    return tuple(drawn[i] if anew[i] else parents[pair[which[i]]][i] for i in range(length))
+
+
+def together(
+    searches: Mapping[int, Search],
+    judge: Callable[[Sequence[tuple[int, Words]]], Sequence[float]],
+) -> dict[int, Found]:
+    """Run the searches of several prompts side by side.
+
+    Args:
+        judge: losses of prompts of words, each beside whose start it may be.
+    """
+    asked = {i: next(one) for i, one in searches.items()}
+    found: dict[int, Found] = {}
+    while asked:
+        all_words = [(i, words) for i, several in asked.items() for words in several]
+        losses = iter(judge(all_words))
+        given = {i: [next(losses) for _ in several] for i, several in asked.items()}
+        asked = {}
+        for i, values in given.items():
+            try:
+                asked[i] = searches[i].send(values)
+            except StopIteration as ended:
+                found[i] = ended.value
+    return found
