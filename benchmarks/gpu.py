@@ -312,7 +312,8 @@ def table(report: dict[str, Any]) -> str:
         f"parameters in its layers, in 8 bits, {VIRTUAL} virtual tokens, rows of median 60 tokens. "
         "Useful tokens are neither padding nor virtual. The roofline: 4 FLOPs per parameter and "
         f"useful token at {speeds['bf16'] / 1e12:.1f} TFLOP/s in bf16, "
-        f"{speeds['int8'] / 1e12:.1f} TOP/s in int8, which is what a large product reached on the card in this run.",
+        f"{speeds['int8'] / 1e12:.1f} TOP/s in int8, which a large product reached on the "
+        "card in this run.",
         "",
         "| matmul-attention | useful tokens/s | median step, s | of the bf16 roofline | of the "
         "int8 roofline | base on a rank, GB | peak on a rank, GB | tokens of a stream | loss |",
