@@ -66,9 +66,10 @@ def main() -> None:
         budget = BUDGET | {"tasks": ["triage"], "steps": 2, "every": 1, "validation_rows": 10}
         seeds, rates = (0,), {"prompt tuning, vocab": (0.03,), "LoRA": (0.003,)}
     before = RESULTS / f"{name}.json"
-    kept = json.loads(before.read_text()) if arguments.only else {}
+    kept = json.loads(before.read_text()) if arguments.only and before.exists() else {}
     if kept and kept["budget"] != budget:
-        sys.exit(f"{before} was measured with another budget; measure both sides")
+        print(f"{before} was measured with another budget and is left out", file=sys.stderr)
+        kept = {}
     with tempfile.TemporaryDirectory(prefix="promptshard-learning-") as temporary:
         found = {side: kept.get(side) for side in ("ours", "ours, told", "peers")}
         files = {
@@ -78,10 +79,10 @@ def main() -> None:
         if arguments.only != "peers":
             print("ours, twice ...", file=sys.stderr, flush=True)
             running = {path: ours.train(path, environment()) for path, _ in files.values()}
-            for side, (path, _) in files.items():
-                if running[path].wait():
-                    sys.exit(path.with_suffix(".log").read_text()[-4000:])
-                found[side] = ours.results(path)
+            failed = [path for path, process in running.items() if process.wait()]
+            if failed:
+                sys.exit(failed[0].with_suffix(".log").read_text()[-4000:])
+            found |= {side: ours.results(path) for side, (path, _) in files.items()}
         if arguments.only != "ours":
             path, texts = files["ours"]
             peers = Peers(path, arguments.workers, texts, budget, seeds)
