@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Prompt
+from trainer.config.prompt import DEFAULT_BETAS
 
 #: What a checkpoint calls the average and the start of a parameter, beside its moments.
 AVERAGE, START = "average", "start"
@@ -134,7 +135,7 @@ class PromptOptimizer:
         scale: float = 1.0,
         optimizer: str = "adamw",
         momentum: float = 0.0,
-        betas: tuple[float, float] | None = None,
+        betas: tuple[float, float] | None = DEFAULT_BETAS,
         schedule: str = "linear",
         weight_decay: float = 0.0,
         decay_to_start: bool = False,

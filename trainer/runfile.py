@@ -261,6 +261,8 @@ def _word(
     if kind == "model_type":
         known = _settings(_section(model, path))
         return f"{setting}: {_shown(value)} is no group of settings; known: {', '.join(known)}"
+    if kind == "tuple_type":
+        return f"{setting}: {_shown(value)} is no list of two numbers, as [0.8, 0.99]"
     if kind == "list_type":
         return f"{setting}: {_shown(value)} is no list; start every item with a dash"
     if kind == "too_short":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +13,15 @@ from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.evaluation import Evaluator
 from trainer.objective import label_counts, read_teacher, stream_objective
-from trainer.prefetch import Rank, prepare
-from trainer.prompts.evolution import Found
+from trainer.prefetch import Batch, Rank, ahead, prepare
+from trainer.prompts.evolution import Found, Words
 from trainer.tasks.feed import Feed, TaskData
-from trainer.tasks.streams import PromptLengths
+from trainer.tasks.streams import Piece, PromptLengths
+
+#: Share of the room of streams that a portion of starts fills: rows do not divide evenly.
+FILLED = 0.95
+#: Starts, each beside the prompt whose rows it is judged by.
+Portion = list[tuple[int, Words]]
 
 
 class Screening:
@@ -50,26 +55,65 @@ class Screening:
         )
 
     @torch.no_grad()
-    def losses(self, starts: Sequence[tuple[int, Tensor]]) -> list[float]:
+    def losses(
+        self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
+    ) -> list[float]:
         """Mean loss per label behind each start, as that of the prompt beside it; a collective.
 
-        Infinite where it is not finite.
+        Infinite where it is not finite. Starts are read in portions that fill a stream of every
+        rank, so that no more of them are held, and none stands in many streams.
+
+        Args:
+            embed: word embeddings [n, H] of token ids; may be a collective, too.
         """
-        engine, base = self._evaluator.engine, self._evaluator.base
-        pieces = [
-            replace(row, prompt=n) for n, (i, _) in enumerate(starts) for row in self._rows[i]
-        ]
-        pieces = [replace(piece, slot=slot) for slot, piece in enumerate(pieces)]
-        virtual_tokens = [start.to(engine.device) for _, start in starts]
-        counts = label_counts(pieces, len(starts))
+        engine = self._evaluator.engine
+        totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
+        counts: list[int] = []
+        num_rows = sum(len(self._rows[i]) for i, _ in starts)
+        with self._console.working("looking for words to start from", num_rows) as advance:
+            for portion, pieces, batch in ahead(self._prepared, self._portions(starts)):
+                embedded = embed([word for _, words in portion for word in words])
+                lengths = [len(words) for _, words in portion]
+                done = slice(len(counts), len(counts) + len(portion))
+                counts += (own := label_counts(pieces, len(portion)))
+                totals[done] = self._totals(batch, embedded.split(lengths), own)
+                advance(len(pieces))
+        engine.all_reduce_sum([totals])
+        engine.end_step()
+        losses = [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
+        return [loss if math.isfinite(loss) else math.inf for loss in losses]
+
+    def _portions(self, starts: Sequence[tuple[int, Words]]) -> Iterator[Portion]:
+        """Whole starts, as many as fill the streams of all ranks, but one at least."""
+        most = FILLED * self._evaluator.budget.tokens * self._evaluator.engine.world_size
+        portion: Portion = []
+        tokens = 0
+        for i, words in starts:
+            own = len(words) + sum(row.example.num_tokens for row in self._rows[i])
+            if portion and tokens + own > most:
+                yield portion
+                portion, tokens = [], 0
+            portion.append((i, words))
+            tokens += own
+        yield portion
+
+    def _prepared(self, portion: Portion) -> tuple[Portion, list[Piece], Batch]:
+        engine = self._evaluator.engine
+        of_starts = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
+        pieces = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
+        lengths = PromptLengths(tuple(len(words) for _, words in portion), (0,) * len(portion))
         rank = Rank(engine.rank, engine.world_size, engine.device)
-        lengths = PromptLengths.of(virtual_tokens)
-        total_K = torch.zeros(len(starts), device=engine.device)
-        for host in prepare(pieces, lengths, rank, self._evaluator.budget.tokens).streams:
+        return portion, pieces, prepare(pieces, lengths, rank, self._evaluator.budget.tokens)
+
+    def _totals(
+        self, batch: Batch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
+    ) -> Tensor:
+        """Summed loss of this rank's labels behind each start of a portion, in float64."""
+        engine, base = self._evaluator.engine, self._evaluator.base
+        on_device = [start.to(engine.device) for start in virtual_tokens]
+        totals = torch.zeros(len(on_device), dtype=torch.float64, device=engine.device)
+        for host in batch.streams:
             stream = host.to(engine.device)
             teacher_DH = read_teacher(base, stream, self._evaluator.teachers)
-            total_K += stream_objective(base, stream, virtual_tokens, counts, teacher_DH)[1]
-        engine.all_reduce_sum([total_K])
-        engine.end_step()
-        losses = [total / count for total, count in zip(total_K.tolist(), counts, strict=True)]
-        return [loss if math.isfinite(loss) else math.inf for loss in losses]
+            totals += stream_objective(base, stream, on_device, counts, teacher_DH)[1]
+        return totals

@@ -145,6 +145,9 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         "num_virtual_tokens": case.num_virtual_tokens,
         "learning_rate": LEARNING_RATE,
         "warmup_ratio": 0.0,
+        # As the peers', so that losses can be compared.
+        "schedule": "cosine",
+        "betas": [0.9, 0.999],
     }
     config = RunConfig.model_validate(
         {

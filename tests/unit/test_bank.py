@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from trainer.config.prompt import DEFAULT_BETAS
 from trainer.errors import BadInput
 from trainer.optimization import make_optimizer
 from trainer.prompts.bank import Bank
-from trainer.prompts.evolution import Found
+from trainer.prompts.evolution import Found, Words
 
 H, V, STEPS = 8, 40, 12
 TABLE_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(5)) * 0.1
@@ -484,9 +484,11 @@ class NearTo:
     def __init__(self, word: int) -> None:
         self.word_H, self.rounds, self.said = TABLE_VH[word], [], {}  # type: ignore[var-annotated]
 
-    def losses(self, starts: Sequence[tuple[int, Tensor]]) -> list[float]:
+    def losses(
+        self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
+    ) -> list[float]:
         self.rounds.append([i for i, _ in starts])
-        return [float((start - self.word_H).square().sum()) for _, start in starts]
+        return [float((embed(words) - self.word_H).square().sum()) for _, words in starts]
 
     def say(self, i: int, found: Found, text: str) -> None:
         self.said[i] = found, text
@@ -501,6 +503,7 @@ def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
         {"name": "past", "num_virtual_tokens": 3, "method": "prefix_tuning"},
         {"name": "other", "num_virtual_tokens": 4, "seed": 5},
         {"name": "same", "num_virtual_tokens": 3, "learning_rate": 0.7},
+        {"name": "lstm", "num_virtual_tokens": 3, "method": "p_tuning", "encoder": "lstm"},
     ]
     written = {"hand_written": ["w1 w2\n", "w3"]}
     screen = NearTo(9)
@@ -517,6 +520,10 @@ def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
     assert torch.equal(bank.snapshot(1), TABLE_VH[[9, 9, 9]])
     torch.testing.assert_close(bank.snapshot(2), TABLE_VH[found[0]], rtol=1e-4, atol=1e-5)
     assert torch.equal(bank.snapshot(3), PAST_VX[found[0]])
+    gradient_3H = torch.ones_like(bank.snapshot(0))
+    bank.update([gradient_3H, *[None] * 6])
+    assert torch.equal(bank.snapshot(5), TABLE_VH[found[0]]), "equal starts are not one tensor"
+    bank = make_bank(open_ones, screen=screen, **written)
     for i in (0, 3, 4):
         alone = NearTo(9)
         assert torch.equal(

@@ -23,10 +23,10 @@ def loss(words: Words) -> float:
 def begin(seed: int, drawings: int = 14) -> tuple[object, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw() -> list[int]:
-        return torch.randint(WORDS, (LENGTH,), generator=generator).tolist()
+    def draw() -> Words:
+        return tuple(torch.randint(WORDS, (LENGTH,), generator=generator).tolist())
 
-    starts = BEGIN_WITH + [(f"drawing {n}", tuple(draw())) for n in range(drawings)]
+    starts = BEGIN_WITH + [(f"drawing {n}", draw()) for n in range(drawings)]
     return search(starts, draw, generator), generator
 
 
@@ -44,7 +44,8 @@ def test_the_best_of_all_that_was_tried() -> None:
     found, seen = run(range(20))
     for seed, of in found.items():
         tried = [words for i, words in seen if i == seed]
-        assert of.tried == len(tried) == 16 + 6 * 8
+        assert len(tried) == 16 + 6 * 8
+        assert of.tried == len(set(tried)) >= len(tried) - 2, "hardly any is asked twice"
         assert of.loss == loss(of.words) == min(map(loss, tried))
         first = sorted(map(loss, tried[:16]))
         assert (of.first, of.middle) == (first[0], first[8])
@@ -56,11 +57,14 @@ def test_the_best_of_all_that_was_tried() -> None:
 def test_children_are_of_the_best_and_a_few_drawn_words() -> None:
     _, seen = run([1])
     tried = [words for _, words in seen]
+    inherited = []
     for done in range(16, len(tried), 8):
         best = sorted(range(done), key=lambda n: (loss(tried[n]), n))[:3]
         for child in tried[done : done + 8]:
-            inherited = sum(word in {tried[n][i] for n in best} for i, word in enumerate(child))
-            assert inherited >= LENGTH - 4
+            kept = [word in {tried[n][i] for n in best} for i, word in enumerate(child)]
+            inherited.append(sum(kept))
+    assert min(inherited) >= LENGTH - 5
+    assert LENGTH * 0.85 < sum(inherited) / len(inherited) < LENGTH
 
 
 def test_side_by_side_is_as_alone() -> None:
@@ -80,14 +84,39 @@ def test_what_is_best_from_the_start_stays() -> None:
     assert found.middle == math.inf
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_of_one_or_two_starts(number: int) -> None:
-    """A task with nothing to begin with but a drawing or two."""
+def test_which_parent_is_the_best_has_no_say_in_the_children() -> None:
+    """Losses that differ in their last digits, as those of other streams do, lead to one end."""
+    good = [words for _, words in BEGIN_WITH]
+
+    def asked_where(better: Words) -> list[Words]:
+        asked: list[Words] = []
+
+        def judge(starts: Sequence[tuple[int, Words]]) -> list[float]:
+            words = [words for _, words in starts]
+            asked.extend(words)
+            return [0.0 if w == better else 1e-6 if w in good else 10 + loss(w) for w in words]
+
+        one, _ = begin(3)
+        together({0: one}, judge)  # type: ignore[dict-item]
+        return asked
+
+    assert asked_where(good[0]) == asked_where(good[1])
+
+
+@pytest.mark.parametrize(("number", "length"), [(1, 10), (2, 10), (2, 1)])
+def test_of_few_starts_and_few_words(number: int, length: int) -> None:
+    """What was tried is not asked again."""
     generator = torch.Generator().manual_seed(0)
-    starts = BEGIN_WITH[:number]
-    found = together(
-        {0: search(starts, lambda: [1] * LENGTH, generator)},
-        lambda asked: [loss(words) for _, words in asked],
-    )
-    assert found[0].tried == number + 48
-    assert found[0].loss <= min(loss(words) for _, words in starts)
+    starts = [(what, words[:length]) for what, words in BEGIN_WITH[:number]]
+    asked: list[Words] = []
+
+    def draw() -> Words:
+        return tuple(torch.randint(10**9, (length,), generator=generator).tolist())
+
+    def judge(tried: Sequence[tuple[int, Words]]) -> list[float]:
+        asked.extend(words for _, words in tried)
+        return [float(sum(words)) for _, words in tried]
+
+    found = together({0: search(starts, draw, generator)}, judge)
+    assert len(asked) == len(set(asked)) == found[0].tried == number + 48
+    assert found[0].loss == min(map(sum, asked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,28 @@ def test_losses_are_those_of_the_first_update() -> None:
     # So short that the rows of one start are in several streams.
     evaluator = Evaluator(Alone(), base, files.tokenizer, StreamBudget(150))  # type: ignore[arg-type]
     screening = Screening(config, tasks, evaluator, Console(said, said))
-    tokens = [files.tokenizer(text)["input_ids"] for text in ("illness?", "medicine?", "test?")]
-    starts = [base(torch.tensor(ids), []).detach() for ids in tokens]
-    starts.append(torch.full((5, base.hidden_size), torch.nan))
+    texts = ("an illness?", "medicine?", "test?", "broken")
+    starts = [tuple(files.tokenizer(text)["input_ids"]) for text in texts]
+    looked_up = []
 
-    asked = [(i, start) for start in starts for i in (1, 0)]  # of both prompts, in any order
-    found = screening.losses(asked)
+    def embed(ids: Sequence[int]) -> torch.Tensor:
+        looked_up.append(tuple(ids))
+        embedded_nH = base(torch.tensor(ids), []).detach()
+        # Words of the last start are not finite, wherever they stand among others.
+        broken = [ids[n : n + len(starts[-1])] == list(starts[-1]) for n in range(len(ids))]
+        embedded_nH[[n for n, found in enumerate(broken) if found]] = torch.nan
+        return embedded_nH
+
+    asked = [(i, words) for words in starts for i in (1, 0)]  # of both prompts, in any order
+    found = screening.losses(asked, embed)
+    assert [word for ids in looked_up for word in ids] == [w for _, words in asked for w in words]
+    assert len(looked_up) == len(asked), "a portion has no more starts than fit into a stream"
     expected = []
-    for i, start in asked[:-2]:
+    for i, words in asked[:-2]:
         on = [n == i for n in range(2)]
         rows = [piece.example for piece in Feed(config, tasks).next_step(on)]
         pieces = [Piece(row, 0, slot) for slot, row in enumerate(rows)]
+        start = base(torch.tensor(words), []).detach()
         stream = prepare_stream(pieces, PromptLengths.of([start]), Alone.device)
         with torch.no_grad():
             loss, _ = stream_objective(base, stream, [start], [sum(r.num_labels for r in rows)])
@@ -67,6 +79,12 @@ def test_losses_are_those_of_the_first_update() -> None:
     assert len(set(expected)) == 6
     assert found[:-2] == pytest.approx(expected, rel=1e-4)
     assert found[-2:] == [math.inf] * 2
+
+    evaluator = Evaluator(Alone(), base, files.tokenizer, StreamBudget(1200))  # type: ignore[arg-type]
+    wider = Screening(config, tasks, evaluator, Console(said, said))
+    looked_up.clear()
+    assert wider.losses(asked, embed)[:-2] == pytest.approx(expected, rel=1e-4)
+    assert 1 < len(looked_up) < len(asked), "several starts in a stream"
 
     screening.say(0, Found((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
     words = said.getvalue()

@@ -28,7 +28,7 @@ from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.multitask import TextEncoder
 from trainer.prompts.perturbation import perturbed
 from trainer.prompts.readers import BestReader
-from trainer.prompts.units import Screen, Unit, build_encoder, open_words, units_of
+from trainer.prompts.units import Screen, Unit, build_encoder, search_starts, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ class Bank:
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._device = device
         parts: dict[str, nn.Module] = {}
-        found = {} if screen is None else open_words(config, vocabulary, screen)
+        found = {} if screen is None else search_starts(config, vocabulary, screen)
         self._encoders = [
             build_encoder(config, prompt, vocabulary, hidden_size, parts, found.get(i)).to(device)
             for i, prompt in enumerate(config.prompts)

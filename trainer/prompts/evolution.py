@@ -37,7 +37,7 @@ class Found:
         what: where it came from, in words.
         loss: its mean loss per label; ``first`` and ``middle``: of what the search began with the
             least, and the one in the middle.
-        tried: prompts whose loss was asked for.
+        tried: different prompts whose loss was asked for.
     """
 
     words: Words
@@ -50,7 +50,7 @@ class Found:
 
 def search(
     begin_with: Sequence[tuple[str, Words]],
-    draw: Callable[[], Sequence[int]],
+    draw: Callable[[], Words],
     generator: torch.Generator,
 ) -> Search:
     """The search of one prompt.
@@ -59,23 +59,49 @@ def search(
         begin_with: prompts of equal length, and what each is.
         draw: as many words, at random.
     """
-    losses = yield [words for _, words in begin_with]
-    # Of equal losses the one that was found first: the same on every machine that finds the same.
-    tried = sorted(zip(losses, range(len(losses)), begin_with, strict=True))
-    first, middle = tried[0][0], tried[len(tried) // 2][0]
+    tried: dict[Words, _Tried] = {}
+    yield from _ask(begin_with, tried)
+    losses = sorted(one.loss for one in tried.values())
+    first, middle = losses[0], losses[len(losses) // 2]
     for _ in range(ROUNDS):
-        parents = [words for _, _, (_, words) in tried[:PARENTS]]
-        made = [_child(parents, draw(), generator) for _ in range(CHILDREN)]
-        losses = yield made
-        count = len(tried)
-        found = [("words of several starts", words) for words in made]
-        tried += zip(losses, range(count, count + len(made)), found, strict=True)
-        tried.sort()
-    loss, _, (what, words) = tried[0]
-    return Found(words, what, loss, first, middle, len(tried))
+        parents = sorted(tried, key=lambda words: tried[words].rank)[:PARENTS]
+        # In the order in which they were found: which of them is best, often by very little, has
+        # no say in the children.
+        parents.sort(key=lambda words: tried[words].number)
+        children: list[Words] = []
+        for _ in range(CHILDREN):
+            drawn = draw()
+            child = _child(parents, drawn, generator)
+            place = int(torch.randint(len(drawn), (), generator=generator))
+            if child in tried or child in children:  # nothing is asked twice
+                child = (*child[:place], drawn[place], *child[place + 1 :])
+            children.append(child)
+        yield from _ask([("words of several starts", words) for words in children], tried)
+    best = min(tried, key=lambda words: tried[words].rank)
+    return Found(best, tried[best].what, tried[best].loss, first, middle, len(tried))
 
 
-def _child(parents: Sequence[Words], drawn: Sequence[int], generator: torch.Generator) -> Words:
+@dataclass(frozen=True)
+class _Tried:
+    what: str
+    loss: float
+    number: int
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Of equal losses the one that was found first."""
+        return self.loss, self.number
+
+
+def _ask(
+    starts: Sequence[tuple[str, Words]], tried: dict[Words, _Tried]
+) -> Generator[Sequence[Words], Sequence[float], None]:
+    losses = yield [words for _, words in starts]
+    for (what, words), loss in zip(starts, losses, strict=True):
+        tried.setdefault(words, _Tried(what, loss, len(tried)))
+
+
+def _child(parents: Sequence[Words], drawn: Words, generator: torch.Generator) -> Words:
     """Each word of one of two parents, or in a few places a drawn one."""
     pair = torch.randperm(len(parents), generator=generator)[:2].tolist()
     length = len(drawn)

@@ -278,7 +278,7 @@ def initialize(
     return random(vocabulary, num_virtual_tokens, generator)
 
 
-def open_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
+def known_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
     """What ``init: auto`` knows of a task before it draws words: starts, and what each is."""
     found = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
     if len(hand_written) > 1:

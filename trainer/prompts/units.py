@@ -5,7 +5,7 @@ Shape letters: H hidden size of the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,10 +17,9 @@ from trainer.prompts.encoders import PromptEncoder, make_encoder
 from trainer.prompts.evolution import DRAWINGS, Found, Search, Words, search, together
 from trainer.prompts.initializers import (
     Vocabulary,
-    draw,
     initialize,
     keys_and_values,
-    open_starts,
+    known_starts,
     word_ids,
     words,
 )
@@ -76,48 +75,56 @@ def units_of(prompts: Sequence[Prompt], encoders: Sequence[PromptEncoder]) -> li
 class Screen(Protocol):
     """What a search asks of ``trainer.starts``, which stands above it in the imports."""
 
-    def losses(self, starts: Sequence[tuple[int, Tensor]]) -> list[float]:
-        """Mean loss of each start, embeddings [P, H], as that of the prompt beside it."""
+    def losses(
+        self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
+    ) -> list[float]:
+        """Mean loss of each start, words, as that of the prompt beside it.
+
+        Args:
+            embed: word embeddings [n, H] of token ids; may be a collective.
+        """
 
     def say(self, i: int, found: Found, text: str) -> None:
         """Tell people what prompt ``i`` starts from."""
 
 
-def open_words(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> dict[int, Words]:
-    """The words that prompts with ``init: auto`` start from, by the prompts' indices.
+def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> dict[int, Tensor]:
+    """What prompts with ``init: auto`` start from, by the prompts' indices: words that fit.
 
     Virtual tokens that are embeddings, and keys and values that the base makes of the same words,
-    lead to the same loss: both are looked for as embeddings. What was judged once for a task, a
+    lead to the same loss: both are looked for as embeddings. What was found once for a task, a
     seed and an order of rows holds for every prompt that has them.
     """
-    quiet = replace(vocabulary, warn=lambda _: None)  # of what is only tried nobody needs to hear
     same: dict[object, list[int]] = {}
     for i in _open_prompts(config.prompts):
         same.setdefault(_what_is_open(config, config.prompts[i]), []).append(i)
-    searches = {several[0]: _search(config, several[0], quiet) for several in same.values()}
-
-    def judge(tried: Sequence[tuple[int, Words]]) -> list[float]:
-        return screen.losses([(i, quiet.embed(words)) for i, words in tried])
-
-    found = together(searches, judge)
-    words: dict[int, Words] = {}
+    searches = {several[0]: _search(config, several[0], vocabulary) for several in same.values()}
+    found = together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
+    starts: dict[int, Tensor] = {}
     for several in same.values():
         of = found[several[0]]
+        text, made = str(vocabulary.tokenizer.decode(list(of.words))), dict[bool, Tensor]()
         for i in several:
-            screen.say(i, of, str(vocabulary.tokenizer.decode(list(of.words))))
-            words[i] = of.words
-    return words
+            screen.say(i, of, text)
+            past = config.prompts[i].method == "prefix_tuning"
+            if past not in made:
+                made[past] = (vocabulary.read if past else vocabulary.embed)(of.words)
+            starts[i] = made[past].clone()
+    return starts
 
 
 def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
-    """Those with ``init: auto``; of a share the first, which starts what is in common."""
+    """Those with ``init: auto``; of a share the first, which starts what is in common.
+
+    An LSTM makes something else of what it is given: any drawn words will do.
+    """
     shares: set[str] = set()
     found = []
     for i, prompt in enumerate(prompts):
         begins = prompt.share is None or prompt.share not in shares
         if prompt.share is not None:
             shares.add(prompt.share)
-        if begins and prompt.init.auto:
+        if begins and prompt.init.auto and prompt.encoder_name != "lstm":
             found.append(i)
     return found
 
@@ -125,7 +132,7 @@ def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
 def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
     """All that a search depends on."""
     seeds = config.prompt_seed(prompt), config.data_seed(prompt)
-    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.objective, prompt.teacher
+    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.teacher
 
 
 def _search(config: RunConfig, i: int, vocabulary: Vocabulary) -> Search:
@@ -133,18 +140,18 @@ def _search(config: RunConfig, i: int, vocabulary: Vocabulary) -> Search:
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
     task, length = config.task(prompt.task), prompt.num_virtual_tokens
     labels = label_texts(task)
-    begin_with = [
-        (what, word_ids(init, vocabulary, length, generator, labels))
-        for what, init in open_starts(labels, task.hand_written)
-    ]
-    begin_with += [
-        (f"drawing {n + 1} of words", draw(vocabulary, length, generator)) for n in range(DRAWINGS)
-    ]
-    return search(
-        [(what, tuple(ids)) for what, ids in begin_with if ids is not None],
-        lambda: draw(vocabulary, length, generator),
-        generator,
-    )
+    # Of what is only tried nobody needs to hear how it was cut.
+    quiet = replace(vocabulary, warn=lambda _: None)
+
+    def ids(init: Init) -> Words:
+        found = word_ids(init, quiet, length, generator, labels)
+        assert found is not None, init
+        return tuple(found)
+
+    begin_with = [(what, ids(init)) for what, init in known_starts(labels, task.hand_written)]
+    drawn = Init(vocab=True)
+    begin_with += [(f"drawing {n + 1} of words", ids(drawn)) for n in range(DRAWINGS)]
+    return search(begin_with, lambda: ids(drawn), generator)
 
 
 def build_encoder(
@@ -153,23 +160,23 @@ def build_encoder(
     vocabulary: Vocabulary,
     hidden_size: int,
     parts: dict[str, nn.Module],
-    found: Words | None = None,
+    found: Tensor | None = None,
 ) -> PromptEncoder:
     """A prompt's encoder on the CPU: a function of its own settings, task and seed alone.
 
     Args:
         parts: what the encoders of each share have in common, from the first of them on.
-        found: words that an open start was found to be; None: drawn ones, as good as any for a
-            prompt whose state will be loaded.
+        found: what an open start was found to be; None: drawn words, as good as any for a prompt
+            whose state will be loaded.
     """
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
 
     def start() -> Tensor:
-        past = prompt.method == "prefix_tuning"
         if found is not None:
-            return vocabulary.read(found) if past else vocabulary.embed(found)
+            return found
         init = Init(vocab=True) if prompt.init.auto else prompt.init
-        of, labels = keys_and_values if past else initialize, label_texts(config.task(prompt.task))
+        of = keys_and_values if prompt.method == "prefix_tuning" else initialize
+        labels = label_texts(config.task(prompt.task))
         return of(init, vocabulary, prompt.num_virtual_tokens, generator, labels)
 
     if prompt.encoder_name not in SHARED:
