@@ -107,10 +107,73 @@ class Adafactor(torch.optim.Optimizer):
         return update / update.square().mean().sqrt().clamp(min=1.0)
 
 
-class PromptOptimizer:
-    """AdamW, Adafactor or SGD with warm-up, schedule, and clipping by one prompt's global norm.
+#: Newton-Schulz iteration towards the nearest orthogonal matrix, with Jordan's coefficients.
+NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
-    Weight decay is decoupled from the gradient (arXiv 1711.05101) in all three.
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal: all directions of an update are equally large.
+
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). An update's root mean square is
+    the learning rate, for each matrix, as arXiv 2502.16982 (section 2.2) holds it to that of Adam,
+    so that rates mean the same for both. Virtual tokens are one matrix [P, H]; keys and values [P,
+    L, 2, A, D] are one matrix [P, A * D] for each layer's keys and for its values. The gradient of
+    a prompt has a few directions that hide all others: Adam follows each element, Muon each
+    direction. In float64, so that replicas on unlike machines round to the same values.
+
+    Args:
+        momentum: how much of the mean gradient stays at an update.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        assert closure is None, "the loss is known already"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    mean = state.setdefault("mean", torch.zeros_like(parameter))
+                    mean.lerp_(parameter.grad, 1 - group["momentum"])
+                    parameter.add_(_orthogonal(mean), alpha=-group["lr"])
+        return None
+
+
+def _orthogonal(prompt: Tensor) -> Tensor:
+    """Of its matrices the nearest orthogonal ones, about, with a root mean square of 1."""
+    if prompt.dim() == 2:
+        return _newton_schulz(prompt.double()).to(prompt)
+    assert prompt.dim() == 5, prompt.shape
+    by_layer = prompt.permute(1, 2, 0, 3, 4)  # [L, 2, P, A, D]
+    made = _newton_schulz(by_layer.flatten(3).double())
+    return made.view(by_layer.shape).permute(2, 0, 1, 3, 4).to(prompt)
+
+
+def _newton_schulz(matrices: Tensor) -> Tensor:
+    """``[..., rows, columns]``; what is zero stays zero."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    tiny = torch.finfo(wide.dtype).tiny
+    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    x = x / x.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=tiny)
+    return x if wide is matrices else x.mT
+
+
+class PromptOptimizer:
+    """An optimizer with warm-up, schedule, and clipping by one prompt's global norm.
+
+    Weight decay is decoupled from the gradient (arXiv 1711.05101) in all of them.
 
     Args:
         decay_to_start: weight decay pulls towards the values at construction instead of zero.
@@ -260,6 +323,8 @@ def _make(
     all ranks must stay equal to the bit. Weight decay is ours."""
     if name == "adafactor":
         return Adafactor(parameters, lr=learning_rate)
+    if name == "muon":
+        return Muon(parameters, lr=learning_rate, momentum=momentum)
     if name == "sgd":
         return torch.optim.SGD(
             parameters, lr=learning_rate, momentum=momentum, foreach=False, fused=False
@@ -282,13 +347,14 @@ def make_optimizer(
     relative = prompt.relative_learning_rate
     rate = prompt.learning_rate if relative is None else relative
     assert rate is not None, "config fills one of them in"
+    assert prompt.optimizer is not None, "and this"
     return PromptOptimizer(
         parameters,
         learning_rate=rate,
         scale=1.0 if relative is None else scale,
         num_updates=num_updates,
         optimizer=prompt.optimizer,
-        momentum=prompt.momentum,
+        momentum=prompt.momentum or 0.0,
         betas=prompt.betas,
         schedule=prompt.schedule,
         weight_decay=prompt.weight_decay,

@@ -146,6 +146,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         "learning_rate": LEARNING_RATE,
         "warmup_ratio": 0.0,
         # As the peers', so that losses can be compared.
+        "optimizer": "adamw",
         "schedule": "cosine",
         "betas": [0.9, 0.999],
     }

@@ -598,7 +598,14 @@ def test_every_setting_but_plain_names_says_what_it_is():
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("momentum=0.9", "prompts[0].momentum: adamw has none; use optimizer: sgd"),
+        ("betas=0.9", "prompts[0].betas: 0.9 is no list of two numbers, as [0.8, 0.99]"),
+        ("betas=[0.8,1]", "prompts[0].betas[1]: 1 must be less than 1"),
+        ("optimizer=adafactor prompts.one.betas=[0.8,0.9]", "prompts[0].betas: adafactor has none"),
+        ("optimizer=adamw prompts.one.momentum=0.9", "prompts[0].momentum: adamw has none; use"),
+        (
+            "optimizer=muon prompts.one.method=p_tuning",
+            "prompts[0].optimizer: muon trains the prompt itself, not encoder mlp; use adamw",
+        ),
         ("weight_decay_to_init=true", "prompts[0].weight_decay_to_init: weight_decay is 0"),
         ("preset=leser", "prompts[0].preset: 'leser' is not one of lester"),
         ("ema=1", "prompts[0].ema: 1 must be less than 1"),
@@ -606,7 +613,7 @@ def test_every_setting_but_plain_names_says_what_it_is():
     ],
 )
 def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
-    (found,) = problems_of(run_file(), f"prompts.one.{setting}")
+    (found,) = problems_of(run_file(), *f"prompts.one.{setting}".split())
     assert problem in found
 
 

@@ -19,6 +19,7 @@ from trainer.config import Prompt
 from trainer.optimization import (
     Adafactor,
     EarlyStopping,
+    Muon,
     PromptOptimizer,
     make_optimizer,
     scheduled,
@@ -258,7 +259,7 @@ def test_state_is_a_copy() -> None:
 
 
 def test_run_file_chooses() -> None:
-    prompt = Prompt(name="a", task="t", learning_rate=0.5, warmup_ratio=0.03)
+    prompt = Prompt(name="a", task="t", optimizer="adamw", learning_rate=0.5, warmup_ratio=0.03)
     optimizer = make_optimizer(prompt, make_parameters(), 50)
     rates = []
     parameters = optimizer._parameters
@@ -290,6 +291,80 @@ def test_default_rate_is_relative_where_a_prompt_has_a_scale() -> None:
     assert rates(preset="lester", relative_learning_rate=0.5) == (None, 0.5)
     prompt = Prompt(name="a", task="t", warmup_ratio=0)
     assert make_optimizer(prompt, make_parameters(), 9, 0.3).learning_rate == pytest.approx(0.03)
+
+
+def test_muon_is_torch_s_where_a_matrix_is_trained() -> None:
+    """Theirs multiplies in bfloat16, and makes its rate that of Adam by 0.2 / sqrt(longer side)."""
+    ours = nn.Parameter(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
+    theirs = nn.Parameter(ours.detach().clone())
+    start = ours.detach().clone()
+    one = Muon([ours], lr=0.02, momentum=0.7)
+    other = torch.optim.Muon(
+        [theirs],
+        lr=0.1,
+        momentum=0.7,
+        nesterov=False,
+        weight_decay=0.0,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for step in range(5):
+        for parameter in (ours, theirs):
+            set_gradients({"p": parameter}, step, scale=1e-4)
+        one.step()
+        other.step()
+    moved, expected = ours.detach() - start, theirs.detach() - start
+    cosine = nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0)
+    assert float(cosine) > 0.99
+    assert float(moved.norm() / expected.norm()) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (1, 9)])
+def test_muon_moves_all_directions_by_its_rate(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    prompt = nn.Parameter(torch.zeros(shape))
+    # One direction a hundred times as loud as the others.
+    loud = torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1])
+    prompt.grad = 100 * loud + torch.randn(shape, generator=generator)
+    Muon([prompt], lr=0.05).step()
+    assert float(prompt.detach().square().mean().sqrt()) == pytest.approx(0.05, rel=1e-5)
+    found = torch.linalg.svdvals(prompt.detach())
+    assert float(found[0] / found[-1]) < 2.5
+
+
+def test_muon_takes_keys_and_values_layer_by_layer() -> None:
+    generator = torch.Generator().manual_seed(2)
+    prompt = nn.Parameter(torch.zeros(5, 3, 2, 4, 8))
+    gradient = torch.randn(5, 3, 2, 4, 8, generator=generator)
+    gradient[:, 1, 0] = 0  # nothing to learn from
+    gradient[:, 2] *= 1e-6
+    prompt.grad = gradient
+    Muon([prompt], lr=0.1).step()
+    for layer in range(3):
+        for kind in range(2):
+            alone = nn.Parameter(torch.zeros(5, 32))
+            alone.grad = gradient[:, layer, kind].reshape(5, 32).clone()
+            Muon([alone], lr=0.1).step()
+            assert torch.equal(prompt[:, layer, kind].reshape(5, 32), alone)
+            rms = 0.0 if (layer, kind) == (1, 0) else 0.1
+            assert float(alone.detach().square().mean().sqrt()) == pytest.approx(rms)
+
+
+def test_the_default_is_muon_where_the_prompt_itself_is_trained() -> None:
+    def chosen(**settings: object) -> tuple[object, ...]:
+        prompt = Prompt.model_validate({"name": "a", "task": "t", **settings})
+        assert Prompt.model_validate(prompt.model_dump(mode="json")) == prompt
+        return prompt.optimizer, prompt.momentum, prompt.betas
+
+    muon, adamw = ("muon", 0.5, None), ("adamw", None, (0.8, 0.99))
+    assert chosen() == chosen(method="prefix_tuning") == chosen(optimizer=None) == muon
+    assert chosen(method="p_tuning") == chosen(method="prefix_tuning", encoder="mlp") == adamw
+    assert chosen(optimizer="adamw") == chosen(betas=[0.8, 0.99]) == adamw
+    assert chosen(momentum=0.9) == ("muon", 0.9, None)
+    assert chosen(optimizer="sgd", learning_rate=1) == ("sgd", None, None)
+    assert chosen(preset="lester") == ("adafactor", None, None)
+    optimizer = make_optimizer(Prompt(name="a", task="t"), make_parameters(), 9)
+    assert isinstance(optimizer._optimizer, Muon)
+    assert optimizer._optimizer.param_groups[0]["momentum"] == 0.5
 
 
 def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:

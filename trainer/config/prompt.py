@@ -85,6 +85,8 @@ RELATIVE = ("embedding", "mlp", "residual")
 #: Share of the root mean square of its start that an update moves a prompt by; less where all three
 #: layers of p_tuning's MLP move it.
 DEFAULT_SHARE, DEFAULT_SHARE_OF_MLP = 0.1, 0.05
+#: Of Muon: short runs learn the faster, the less they hold on to.
+DEFAULT_MOMENTUM = 0.5
 #: Of AdamW. Measured on the example tasks; torch's (0.9, 0.999) learn more slowly in short runs.
 DEFAULT_BETAS = (0.8, 0.99)
 #: Where there is nothing to be relative to.
@@ -151,10 +153,13 @@ class Prompt(Section):
         description="lester: Adafactor at 0.3, constant, weight decay 1e-5, no clipping; what the "
         "prompt sets itself holds",
     )
-    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(
-        "adamw", description="adafactor: without parameter scaling; states are fp32 in all"
+    optimizer: Literal["muon", "adamw", "adafactor", "sgd"] | None = Field(
+        None,
+        description="default: muon where the virtual tokens, or keys and values, are trained "
+        "themselves (encoder embedding), else adamw; muon: momentum made orthogonal, at the rates "
+        "of adamw; adafactor: without parameter scaling; states are fp32 in all",
     )
-    momentum: Share = Field(0.0, description="of sgd")
+    momentum: Share | None = Field(None, description="of muon, default 0.5, and of sgd, default 0")
     learning_rate: PositiveFloat | None = Field(
         None,
         description="default: relative_learning_rate or, where that has no meaning, 3e-3",
@@ -235,9 +240,20 @@ class Prompt(Section):
             relative = encoder in RELATIVE and not zero
             if value.get("optimizer") != "sgd":  # which has no default: see _check_training
                 filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
-        if value.get("betas") is None and (filled | value).get("optimizer", "adamw") == "adamw":
-            value = value | {"betas": DEFAULT_BETAS}
-        return filled | {k: v for k, v in value.items() if k not in rates or v is not None}
+        filled |= cls._optimizer(filled | {k: v for k, v in value.items() if v is not None})
+        left_open = {*rates, "optimizer", "momentum", "betas"}
+        return filled | {k: v for k, v in value.items() if k not in left_open or v is not None}
+
+    @staticmethod
+    def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
+        """Which optimizer, and its own settings, where they are left open."""
+        default = "mlp" if value.get("method") == "p_tuning" else "embedding"
+        embedding = (value.get("encoder") or default) == "embedding"
+        own = "muon" if embedding and value.get("betas") is None else "adamw"
+        name = value.get("optimizer") or own
+        if name == "muon":
+            return {"optimizer": name, "momentum": DEFAULT_MOMENTUM}
+        return {"optimizer": name} | ({"betas": DEFAULT_BETAS} if name == "adamw" else {})
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
@@ -291,9 +307,14 @@ class Prompt(Section):
             raise ValueError(
                 f"teacher: {'is missing; write what to distill' if self.teacher is None else what}"
             )
-        if self.momentum and self.optimizer != "sgd":
+        if self.optimizer == "muon" and self.encoder_name != "embedding":
             raise ValueError(
-                f"momentum: {self.optimizer} has none; use optimizer: sgd, or remove it"
+                f"optimizer: muon trains the prompt itself, not encoder {self.encoder_name}; use "
+                "adamw"
+            )
+        if self.momentum and self.optimizer not in ("muon", "sgd"):
+            raise ValueError(
+                f"momentum: {self.optimizer} has none; use optimizer: muon or sgd, or remove it"
             )
         if self.betas is not None and self.optimizer != "adamw":
             raise ValueError(
