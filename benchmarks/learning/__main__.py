@@ -33,7 +33,7 @@ BUDGET: dict[str, Any] = {
     "tasks": ["triage", "animals", "codegen"],
     "steps": 12,
     "tokens_per_step": 512,
-    "every": 2,
+    "every": 4,
     "validation_rows": 500,
 }
 SEEDS = (0, 1, 2, 3, 4)
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")
     arguments = parser.parse_args()
     steps = arguments.steps
-    budget, seeds, rates = BUDGET | {"steps": steps, "every": max(1, steps // 6)}, SEEDS, RATES
+    budget, seeds, rates = BUDGET | {"steps": steps, "every": max(1, steps // 3)}, SEEDS, RATES
     name = "learning" if steps == BUDGET["steps"] else f"learning-{steps}-steps"
     if arguments.quick:
         budget = BUDGET | {"tasks": ["triage"], "steps": 2, "every": 1, "validation_rows": 10}
