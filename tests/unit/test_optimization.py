@@ -211,6 +211,7 @@ KINDS: list[dict[str, float | str | bool | None]] = [
     {"optimizer": "adafactor", "schedule": "constant", "ema_decay": 0.9},
     {"optimizer": "sgd", "schedule": "linear", "momentum": 0.9, "decay_to_start": True},
     {"optimizer": "sgd"},
+    {"optimizer": "muon", "momentum": 0.5, "ema_decay": 0.9},
     {"scale": 0.3},
 ]
 
@@ -221,6 +222,8 @@ def test_resumed_equals_never_stopped(
     kind: dict[str, float | str | bool | None], done: int
 ) -> None:
     straight = make_parameters()
+    if kind.get("optimizer") == "muon":  # trains virtual tokens, or keys and values
+        straight["b"] = nn.Parameter(torch.randn(3, 2, 2, 1, 4))
     optimizer = make(straight, **kind)
     for step in range(done):
         set_gradients(straight, step)
