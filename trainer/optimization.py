@@ -119,7 +119,7 @@ class Muon(torch.optim.Optimizer):
     so that rates mean the same for both. Virtual tokens are one matrix [P, H]; keys and values [P,
     L, 2, A, D] are one matrix [P, A * D] for each layer's keys and for its values. The gradient of
     a prompt has a few directions that hide all others: Adam follows each element, Muon each
-    direction. In float64, so that replicas on unlike machines round to the same values.
+    direction. In float64: weak directions grow by up to 500 times, and rounding with them.
 
     Args:
         momentum: how much of the mean gradient stays at an update.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -45,6 +46,18 @@ class Screening:
         ]
         self._names = [prompt.name for prompt in config.prompts]
         self._evaluator, self._console = evaluator, console
+        self._advance: Callable[[int], None] = lambda rows: None
+
+    @contextmanager
+    def working(self, asked: Mapping[int, int]) -> Iterator[None]:
+        """A bar, where the search takes long.
+
+        Args:
+            asked: prompts, and how many starts of each will be judged.
+        """
+        num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
+        with self._console.working("looking for words to start from", num_rows) as self._advance:
+            yield
 
     def say(self, i: int, found: Found, text: str) -> None:
         """Tell people what prompt ``i`` starts from."""
@@ -69,15 +82,13 @@ class Screening:
         engine = self._evaluator.engine
         totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
         counts: list[int] = []
-        num_rows = sum(len(self._rows[i]) for i, _ in starts)
-        with self._console.working("looking for words to start from", num_rows) as advance:
-            for portion, pieces, batch in ahead(self._prepared, self._portions(starts)):
-                embedded = embed([word for _, words in portion for word in words])
-                lengths = [len(words) for _, words in portion]
-                done = slice(len(counts), len(counts) + len(portion))
-                counts += (own := label_counts(pieces, len(portion)))
-                totals[done] = self._totals(batch, embedded.split(lengths), own)
-                advance(len(pieces))
+        for portion, pieces, batch in ahead(self._prepared, self._portions(starts)):
+            embedded = embed([word for _, words in portion for word in words])
+            lengths = [len(words) for _, words in portion]
+            done = slice(len(counts), len(counts) + len(portion))
+            counts += (own := label_counts(pieces, len(portion)))
+            totals[done] = self._totals(batch, embedded.split(lengths), own)
+            self._advance(len(pieces))
         engine.all_reduce_sum([totals])
         engine.end_step()
         losses = [total / count for total, count in zip(totals.tolist(), counts, strict=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -483,6 +484,11 @@ class NearTo:
 
     def __init__(self, word: int) -> None:
         self.word_H, self.rounds, self.said = TABLE_VH[word], [], {}  # type: ignore[var-annotated]
+        self.asked: dict[int, int] = {}
+
+    def working(self, asked: Mapping[int, int]) -> nullcontext[None]:
+        self.asked = dict(asked)
+        return nullcontext()
 
     def losses(
         self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
@@ -512,6 +518,7 @@ def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
     first, *later = screen.rounds
     assert first == [0] * 19 + [4] * 19, "what depends on the same is looked for once"
     assert later == [[0] * 8 + [4] * 8] * 6
+    assert screen.asked == dict.fromkeys((0, 4), 19 + 6 * 8)
     found = {i: list(of.words) for i, (of, _) in screen.said.items()}
     assert found[0] == found[2] == found[3] == found[5] != found[4][:3]
     assert all(of.loss < of.middle for of, _ in screen.said.values())

@@ -63,7 +63,8 @@ def test_losses_are_those_of_the_first_update() -> None:
         return embedded_nH
 
     asked = [(i, words) for words in starts for i in (1, 0)]  # of both prompts, in any order
-    found = screening.losses(asked, embed)
+    with screening.working({0: 4, 1: 4}):
+        found = screening.losses(asked, embed)
     assert [word for ids in looked_up for word in ids] == [w for _, words in asked for w in words]
     assert len(looked_up) == len(asked), "a portion has no more starts than fit into a stream"
     expected = []

@@ -39,7 +39,7 @@ class Init(Section):
         False,
         description="words behind which the rows of the first update fit best: the task's "
         "hand_written prompts, its choices, 16 drawings of frequent words, and 48 that a genetic "
-        "search makes of the best of these",
+        "search makes of the best of these; encoder lstm: drawn words",
     )
     text: str | None = Field(
         None, min_length=1, description="word embeddings of this text, repeated"
@@ -159,7 +159,9 @@ class Prompt(Section):
         "themselves (encoder embedding), else adamw; muon: momentum made orthogonal, at the rates "
         "of adamw; adafactor: without parameter scaling; states are fp32 in all",
     )
-    momentum: Share | None = Field(None, description="of muon, default 0.5, and of sgd, default 0")
+    momentum: ShareBelowOne | None = Field(
+        None, description="of muon, default 0.5, and of sgd, default 0"
+    )
     learning_rate: PositiveFloat | None = Field(
         None,
         description="default: relative_learning_rate or, where that has no meaning, 3e-3",
@@ -310,15 +312,18 @@ class Prompt(Section):
         if self.optimizer == "muon" and self.encoder_name != "embedding":
             raise ValueError(
                 f"optimizer: muon trains the prompt itself, not encoder {self.encoder_name}; use "
-                "adamw"
+                "adamw, or remove it (optimizer=null)"
             )
         if self.momentum and self.optimizer not in ("muon", "sgd"):
+            others = "muon or sgd" if self.encoder_name == "embedding" else "sgd"
             raise ValueError(
-                f"momentum: {self.optimizer} has none; use optimizer: muon or sgd, or remove it"
+                f"momentum: {self.optimizer} has none; use optimizer: {others}, or remove it "
+                "(momentum=null)"
             )
         if self.betas is not None and self.optimizer != "adamw":
             raise ValueError(
-                f"betas: {self.optimizer} has none; use optimizer: adamw, or remove them"
+                f"betas: {self.optimizer} has none; use optimizer: adamw, or remove them "
+                "(betas=null)"
             )
         if self.weight_decay_to_init and not self.weight_decay:
             raise ValueError("weight_decay_to_init: weight_decay is 0; set it, or remove this")

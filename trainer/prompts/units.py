@@ -6,6 +6,7 @@ Shape letters: H hidden size of the base.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import SHARED, Init, Prompt, RunConfig
 from trainer.prompts.encoders import PromptEncoder, make_encoder
-from trainer.prompts.evolution import DRAWINGS, Found, Search, Words, search, together
+from trainer.prompts.evolution import CHILDREN, DRAWINGS, ROUNDS, Found, Words, search, together
 from trainer.prompts.initializers import (
     Vocabulary,
     initialize,
@@ -84,6 +85,13 @@ class Screen(Protocol):
             embed: word embeddings [n, H] of token ids; may be a collective.
         """
 
+    def working(self, asked: Mapping[int, int]) -> AbstractContextManager[None]:
+        """Show how far it is, where this takes long.
+
+        Args:
+            asked: prompts, and how many starts of each will be judged.
+        """
+
     def say(self, i: int, found: Found, text: str) -> None:
         """Tell people what prompt ``i`` starts from."""
 
@@ -98,8 +106,10 @@ def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> 
     same: dict[object, list[int]] = {}
     for i in _open_prompts(config.prompts):
         same.setdefault(_what_is_open(config, config.prompts[i]), []).append(i)
-    searches = {several[0]: _search(config, several[0], vocabulary) for several in same.values()}
-    found = together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
+    first = {several[0]: _first_starts(config, several[0], vocabulary) for several in same.values()}
+    searches = {i: search(*of) for i, of in first.items()}
+    with screen.working({i: len(of[0]) + ROUNDS * CHILDREN for i, of in first.items()}):
+        found = together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
     starts: dict[int, Tensor] = {}
     for several in same.values():
         of = found[several[0]]
@@ -135,7 +145,10 @@ def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
     return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.teacher
 
 
-def _search(config: RunConfig, i: int, vocabulary: Vocabulary) -> Search:
+def _first_starts(
+    config: RunConfig, i: int, vocabulary: Vocabulary
+) -> tuple[list[tuple[str, Words]], Callable[[], Words], torch.Generator]:
+    """What the search of a prompt begins with, and draws from."""
     prompt = config.prompts[i]
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
     task, length = config.task(prompt.task), prompt.num_virtual_tokens
@@ -151,7 +164,7 @@ def _search(config: RunConfig, i: int, vocabulary: Vocabulary) -> Search:
     begin_with = [(what, ids(init)) for what, init in known_starts(labels, task.hand_written)]
     drawn = Init(vocab=True)
     begin_with += [(f"drawing {n + 1} of words", ids(drawn)) for n in range(DRAWINGS)]
-    return search(begin_with, lambda: ids(drawn), generator)
+    return begin_with, lambda: ids(drawn), generator
 
 
 def build_encoder(
