@@ -26,7 +26,7 @@ from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
 from trainer.tasks.rows import target_text
-from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams
+from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams, portions
 from trainer.tasks.teacher import Teacher
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
@@ -120,7 +120,7 @@ class Evaluator:
 
         def planned() -> Iterator[list[Piece]]:
             most = WINDOW_STREAMS * max_tokens * self.engine.world_size
-            for window in _windows(pieces, most):
+            for window in portions(pieces, lambda piece: piece.example.num_tokens, most):
                 plan = plan_streams(window, lengths.tokens, self.engine.world_size, max_tokens)
                 yield from plan[self.engine.rank]
 
@@ -251,17 +251,3 @@ def _compared(sums_R2: Tensor, counts_R: Sequence[int]) -> dict[str, float]:
         f"loss{STANDARD_ERROR}": ratio_standard_error(kl_R, counts_R),
         "agreement": sum(same_R) / sum(counts_R),
     }
-
-
-def _windows(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
-    """Pieces in portions of at most so many tokens, or one piece."""
-    window: list[Piece] = []
-    tokens = 0
-    for piece in pieces:
-        tokens += piece.example.num_tokens
-        if window and tokens > most:
-            yield window
-            window, tokens = [], piece.example.num_tokens
-        window.append(piece)
-    if window:
-        yield window

@@ -52,7 +52,28 @@ def scheduled(schedule: str, update: int, num_warmup_updates: int, num_updates: 
     return SCHEDULES[schedule](progress)
 
 
-class Adafactor(torch.optim.Optimizer):
+class _Directed(torch.optim.Optimizer):
+    """Moves every parameter that has a gradient by its rate along what ``_direction`` gives."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        assert closure is None, "the loss is known already"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = self._direction(parameter, group)
+                    parameter.add_(update, alpha=-group["lr"])
+        return None
+
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+
+class Adafactor(_Directed):
     """Adafactor without parameter scaling, relative steps or first moment (arXiv 1804.04235).
 
     The second moment of a matrix is kept as the means of its rows and columns; the decay rate of
@@ -71,25 +92,11 @@ class Adafactor(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "decay_rate": decay_rate, "eps": eps})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        assert closure is None, "the loss is known already"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update = self._direction(parameter, group["decay_rate"], group["eps"])
-                    parameter.add_(update, alpha=-group["lr"])
-        return None
-
-    def _direction(self, parameter: Tensor, decay_rate: float, eps: float) -> Tensor:
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         gradient = parameter.grad
         assert gradient is not None
         state = self.state[parameter]
-        square = gradient.square().add_(eps)
+        square = gradient.square().add_(group["eps"])
         factored = gradient.dim() > 1
         means = {"rows": square.mean(-1), "columns": square.mean(-2)} if factored else {}
         means = means or {"square": square}
@@ -98,7 +105,7 @@ class Adafactor(torch.optim.Optimizer):
             state.update({name: torch.zeros_like(mean) for name, mean in means.items()})
         state["step"] += 1
         for name, mean in means.items():
-            state[name].lerp_(mean, float(state["step"]) ** -decay_rate)
+            state[name].lerp_(mean, float(state["step"]) ** -group["decay_rate"])
         if factored:
             rows = state["rows"] / state["rows"].mean(-1, keepdim=True)
             update = rows.rsqrt()[..., None] * state["columns"].rsqrt()[..., None, :] * gradient
@@ -111,7 +118,7 @@ class Adafactor(torch.optim.Optimizer):
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_Directed):
     """Momentum whose matrices are made orthogonal: all directions of an update are equally large.
 
     Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). An update's root mean square is
@@ -130,21 +137,13 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        assert closure is None, "the loss is known already"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    mean = state.setdefault("mean", torch.zeros_like(parameter))
-                    mean.lerp_(parameter.grad, 1 - group["momentum"])
-                    parameter.add_(_orthogonal(mean), alpha=-group["lr"])
-        return None
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["mean"] = torch.zeros_like(parameter)
+        state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
+        return _orthogonal(state["mean"])
 
 
 def _orthogonal(prompt: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from trainer.objective import label_counts, read_teacher, stream_objective
 from trainer.prefetch import Batch, Rank, ahead, prepare
 from trainer.prompts.evolution import Found, Words
 from trainer.tasks.feed import Feed, TaskData
-from trainer.tasks.streams import Piece, PromptLengths
+from trainer.tasks.streams import Piece, PromptLengths, portions
 
 #: Share of the room of streams that a portion of starts fills: rows do not divide evenly.
 FILLED = 0.95
@@ -97,16 +97,12 @@ class Screening:
     def _portions(self, starts: Sequence[tuple[int, Words]]) -> Iterator[Portion]:
         """Whole starts, as many as fill the streams of all ranks, but one at least."""
         most = FILLED * self._evaluator.budget.tokens * self._evaluator.engine.world_size
-        portion: Portion = []
-        tokens = 0
-        for i, words in starts:
-            own = len(words) + sum(row.example.num_tokens for row in self._rows[i])
-            if portion and tokens + own > most:
-                yield portion
-                portion, tokens = [], 0
-            portion.append((i, words))
-            tokens += own
-        yield portion
+
+        def num_tokens(start: tuple[int, Words]) -> int:
+            i, words = start
+            return len(words) + sum(row.example.num_tokens for row in self._rows[i])
+
+        return portions(starts, num_tokens, most)
 
     def _prepared(self, portion: Portion) -> tuple[Portion, list[Piece], Batch]:
         engine = self._evaluator.engine

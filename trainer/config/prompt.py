@@ -80,6 +80,10 @@ class Init(Section):
         return self
 
 
+def _encoder(method: str | None, given: str | None) -> str:
+    return given or ("mlp" if method == "p_tuning" else "embedding")
+
+
 #: Encoders that start by making what ``init`` says: a learning rate can be relative to that.
 RELATIVE = ("embedding", "mlp", "residual")
 #: Share of the root mean square of its start that an update moves a prompt by; less where all three
@@ -87,7 +91,7 @@ RELATIVE = ("embedding", "mlp", "residual")
 DEFAULT_SHARE, DEFAULT_SHARE_OF_MLP = 0.1, 0.05
 #: Of Muon: short runs learn the faster, the less they hold on to.
 DEFAULT_MOMENTUM = 0.5
-#: Of AdamW. Measured on the example tasks; torch's (0.9, 0.999) learn more slowly in short runs.
+#: Of AdamW. Less than torch's (0.9, 0.999): a prompt's gradients soon are far below its first.
 DEFAULT_BETAS = (0.8, 0.99)
 #: Where there is nothing to be relative to.
 DEFAULT_RATE = 3.0e-3
@@ -234,8 +238,7 @@ class Prompt(Section):
         if any(value.get(rate) is not None for rate in rates):
             filled.pop("learning_rate", None)
         elif "learning_rate" not in filled:
-            default = "mlp" if value.get("method") == "p_tuning" else "embedding"
-            encoder, init = value.get("encoder") or default, value.get("init")
+            encoder, init = _encoder(value.get("method"), value.get("encoder")), value.get("init")
             zero = init == "zero" or (isinstance(init, dict) and bool(init.get("zero")))
             mlp = value.get("method") == "p_tuning" and encoder == "mlp"
             share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
@@ -249,8 +252,7 @@ class Prompt(Section):
     @staticmethod
     def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
         """Which optimizer, and its own settings, where they are left open."""
-        default = "mlp" if value.get("method") == "p_tuning" else "embedding"
-        embedding = (value.get("encoder") or default) == "embedding"
+        embedding = _encoder(value.get("method"), value.get("encoder")) == "embedding"
         own = "muon" if embedding and value.get("betas") is None else "adamw"
         name = value.get("optimizer") or own
         if name == "muon":
@@ -362,4 +364,4 @@ class Prompt(Section):
 
     @property
     def encoder_name(self) -> str:
-        return self.encoder or ("mlp" if self.method == "p_tuning" else "embedding")
+        return _encoder(self.method, self.encoder)

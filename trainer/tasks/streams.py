@@ -11,7 +11,7 @@ Shape letters: T tokens of a stream, N label positions, K prompts of the bank.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -267,3 +267,18 @@ def _tokens(stream: Sequence[Piece], prompt_lengths: Sequence[int]) -> int:
     prompts = {piece.prompt for piece in stream if piece.prompt is not None}
     rows = sum(piece.example.num_tokens for piece in stream)
     return rows + sum(prompt_lengths[k] for k in prompts)
+
+
+def portions(items: Iterable[T], num_tokens: Callable[[T], int], most: float) -> Iterator[list[T]]:
+    """Items in order, in portions of at most so many tokens, or of one item."""
+    portion: list[T] = []
+    tokens = 0
+    for item in items:
+        own = num_tokens(item)
+        tokens += own
+        if portion and tokens > most:
+            yield portion
+            portion, tokens = [], own
+        portion.append(item)
+    if portion:
+        yield portion
