@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def quickstart() -> RunConfig:
     return load(ROOT / "examples" / "quickstart.yaml", OVERRIDES)
 
 
-def test_losses_are_those_of_the_first_update() -> None:
+def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
     config = quickstart()
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size, splits=["train"])
@@ -63,8 +64,18 @@ def test_losses_are_those_of_the_first_update() -> None:
         return embedded_nH
 
     asked = [(i, words) for words in starts for i in (1, 0)]  # of both prompts, in any order
+    totals, done = [], []
+
+    @contextmanager
+    def working(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield done.append
+
+    monkeypatch.setattr(screening._console, "working", working)
     with screening.working({0: 4, 1: 4}):
         found = screening.losses(asked, embed)
+    assert totals == [sum(done)], "the bar ends where all rows are read"
+    assert sum(done) == 4 * len(Feed(config, tasks).next_step([True, True]))
     assert [word for ids in looked_up for word in ids] == [w for _, words in asked for w in words]
     assert len(looked_up) == len(asked), "a portion has no more starts than fit into a stream"
     expected = []
