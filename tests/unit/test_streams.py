@@ -44,7 +44,15 @@ def test_no_row_is_lost_and_ranks_are_in_step(lengths, prompts, num_ranks, budge
         for stream in streams:
             assert len(stream) == 1 or tokens(stream, virtual) <= budget * (1 + SLACK)
             assert len(stream) == 1 or not any(piece.filler for piece in stream)
+    fillers = [p for streams in plan for s in streams for p in s if p.filler]
+    assert len(fillers) < num_ranks
     assert plan == plan_streams(pieces, virtual, num_ranks, budget)
+
+
+@pytest.mark.parametrize(("lengths", "streams"), [([512] * 8, 8), ([512] + [8] * 7, 2)])
+def test_a_row_over_the_budget_takes_one_stream(lengths, streams):
+    (plan,) = plan_streams(pieces_of(lengths, [0]), [P], 1, 90)
+    assert len(plan) == streams
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])

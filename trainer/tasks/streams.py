@@ -229,16 +229,19 @@ def plan_streams(
     if not pieces:
         raise ValueError("no rows to plan")
     order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].example.num_tokens, i))
-    total = sum(piece.example.num_tokens for piece in pieces)
     most = int(max_tokens * (1 + SLACK))
+    # A longer row fills one stream, and no more: with a row in each there is nothing left to split.
+    total = sum(min(piece.example.num_tokens, most) for piece in pieces)
     num_streams = -(-total // (most * num_ranks)) * num_ranks
+    enough = -(-len(pieces) // num_ranks) * num_ranks
     while True:
         streams = _fill(pieces, order, prompt_lengths, num_streams)
         tokens = [_tokens(stream, prompt_lengths) for stream in streams]
         full = any(t > most and len(s) > 1 for t, s in zip(tokens, streams, strict=True))
         if not full:
             break
-        num_streams += num_ranks * max(1, num_streams // (20 * num_ranks))
+        more = num_ranks * max(1, num_streams // (20 * num_ranks))
+        num_streams = min(num_streams + more, enough)
     shortest = pieces[order[-1]]
     filler = Piece(shortest.example, shortest.prompt, shortest.slot, filler=True)
     streams = [stream or [filler] for stream in streams]
