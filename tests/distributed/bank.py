@@ -1,4 +1,4 @@
-"""Rank program: eight prompts trained in one bank over a sharded base, and each of them alone.
+"""Rank program: nine prompts trained in one bank over a sharded base, and each of them alone.
 
 python -m tests.distributed.bank OUT.json BASE ROWS
 """
@@ -17,19 +17,26 @@ from torch import Tensor
 from tests.distributed.sharded_base import run_config, shard_base
 from trainer.base.files import BaseFiles, open_base
 from trainer.config import RunConfig
+from trainer.console import Console
 from trainer.engine import Engine
+from trainer.evaluation import Evaluator
 from trainer.generation import keys_and_values
+from trainer.memory import StreamBudget
 from trainer.objective import step_gradients
 from trainer.optimization import make_optimizer
 from trainer.process import leave
 from trainer.prompts.bank import Bank
+from trainer.prompts.evolution import Found
+from trainer.starts import Screening
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 
-STEPS, MAX_TOKENS = 4, 48
+STEPS, MAX_TOKENS, SEARCH_TOKENS = 4, 48, 400
 READER = {"method": "p_tuning", "encoder": "text", "share": "reader", "num_virtual_tokens": 3}
-#: Every method, several lengths, two tasks; one ends before the others, two share an encoder.
+#: Every method, several lengths, two tasks; one ends before the others, two share an encoder. Words
+#: to start from are looked for where ``init`` is left out.
 PROMPTS: list[dict[str, Any]] = [
     {"name": "words", "num_virtual_tokens": 4, "init": {"text": "w3 w5 w7"}},
+    {"name": "open", "num_virtual_tokens": 4, "task": "y"},
     {"name": "text", **READER, "init": {"text": "w8 w5 w9 w4"}},
     {"name": "text-y", **READER, "init": {"text": "w6 w2"}, "task": "y"},
     {
@@ -62,6 +69,17 @@ ALONE = [
 ]
 
 
+class Told(Screening):
+    """Keeps the words that were found, by prompt."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.words: dict[str, list[int]] = {}
+
+    def say(self, i: int, found: Found, text: str) -> None:
+        self.words[self._names[i]] = list(found.words)
+
+
 def main() -> None:
     out, folder, rows = sys.argv[1:]
     engine = Engine(120)
@@ -70,11 +88,14 @@ def main() -> None:
     config = make_config(folder, rows, PROMPTS)
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
-    together, gathered = train(engine, base, files, tasks, config)
+    together, starts, gathered = train(engine, base, files, tasks, config)
     alone: dict[str, Tensor] = {}
+    starts_alone: dict[str, list[int]] = {}
     gathered_alone = 0
     for prompts in ALONE:
-        found, count = train(engine, base, files, tasks, make_config(folder, rows, prompts))
+        config = make_config(folder, rows, prompts)
+        found, words, count = train(engine, base, files, tasks, config)
+        starts_alone |= words
         alone |= {prompt["name"]: made for prompt, made in zip(prompts, found, strict=True)}
         gathered_alone += count
     result = {
@@ -82,6 +103,8 @@ def main() -> None:
             prompt["name"]: float((made - alone[prompt["name"]]).abs().max())
             for prompt, made in zip(PROMPTS, together, strict=True)
         },
+        "starts": starts,
+        "starts_alone": starts_alone,
         "gathered": gathered,
         "gathered_alone": gathered_alone,
     }
@@ -117,14 +140,16 @@ def train(
     files: BaseFiles,
     tasks: Mapping[str, TaskData],
     config: RunConfig,
-) -> tuple[list[Tensor], int]:
-    """The virtual tokens after the last step, and the bytes that steps gathered."""
+) -> tuple[list[Tensor], dict[str, list[int]], int]:
+    """Virtual tokens after the last step, words to start from, and bytes that steps gathered."""
 
     def embed(ids: Any) -> Tensor:
         with torch.no_grad():
             embedded: Tensor = base(torch.as_tensor(ids), []).float()
             return embedded
 
+    evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(SEARCH_TOKENS))
+    screen = Told(config, tasks, evaluator, Console(sys.stdout, sys.stderr))
     bank = Bank(
         config,
         embed,
@@ -134,6 +159,7 @@ def train(
         engine.device,
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, base, ids),
+        screen=screen,
     )
     feed, before = Feed(config, tasks), engine.gathered_bytes
     for step in range(STEPS):
@@ -144,7 +170,7 @@ def train(
             pieces, prompts = feed.next_step(bank.active), bank.virtual_tokens()
             bank.update(step_gradients(engine, base, pieces, prompts, MAX_TOKENS).gradients)
     gathered = engine.gathered_bytes - before
-    return [bank.snapshot(k) for k in range(len(bank))], gathered
+    return [bank.snapshot(k) for k in range(len(bank))], screen.words, gathered
 
 
 if __name__ == "__main__":

@@ -30,12 +30,27 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_and_two_ranks(
+    run_ranks: Callable[..., dict[str, Any]], random_base: Path, rows: Path
+) -> list[dict[str, Any]]:
+    return [run_ranks("bank", ranks, str(random_base), str(rows)) for ranks in (1, 2)]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_prompt_in_a_bank_of_eight_equals_the_same_alone(
-    run_ranks: Callable[..., dict[str, Any]], random_base: Path, rows: Path, ranks: int
+def test_a_prompt_in_a_bank_of_nine_equals_the_same_alone(
+    one_and_two_ranks: list[dict[str, Any]], ranks: int
 ) -> None:
-    found = run_ranks("bank", ranks, str(random_base), str(rows))
+    found = one_and_two_ranks[ranks - 1]
     assert found["errors"].keys() == {prompt["name"] for prompt in PROMPTS}
     assert max(found["errors"].values()) < 1e-5, found["errors"]
     if ranks == 2:  # one step of all prompts gathers the base once per stream, not once per prompt
         assert 0 < found["gathered"] < found["gathered_alone"]
+
+
+def test_the_same_words_to_start_from_in_a_bank_alone_and_on_any_ranks(
+    one_and_two_ranks: list[dict[str, Any]],
+) -> None:
+    one, two = one_and_two_ranks
+    assert one["starts"].keys() == {"open", "brief", "prefix", "prefix-mlp"}
+    assert one["starts"] == one["starts_alone"] == two["starts"] == two["starts_alone"]

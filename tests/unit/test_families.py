@@ -31,6 +31,7 @@ from trainer.base import head
 from trainer.base.experts import FrozenExperts
 from trainer.base.families import FAMILIES, context_length, family_of, layer_sizes
 from trainer.base.files import open_base
+from trainer.base.matmul import use_matmul
 from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.padded import pad_rows
 from trainer.base.past import PastCache
@@ -93,6 +94,19 @@ class TestFamily:
         gradient = leaves[1].grad
         assert gradient is not None
         assert gradient.isfinite().all()
+
+    def test_int8_products(self, family: Any, case: str) -> None:
+        base = load(family(case), "int8")
+        exact, wanted = packed(base)
+        use_matmul(base, "int8", 0.0)
+        with torch.compiler.set_stance("force_eager"):
+            losses, gradients = packed(base)
+        assert losses == pytest.approx(exact, rel=0.02)
+        alike = [
+            float(torch.cosine_similarity(a.flatten(), b.flatten(), 0))
+            for a, b in zip(gradients, wanted, strict=True)
+        ]
+        assert 0.98 < min(alike) < 1 - 1e-7
 
     def test_bf16(self, family: Any, case: str) -> None:
         losses, gradients = packed(load(family(case), "int8", dtype=torch.bfloat16))

@@ -13,7 +13,7 @@ from torch.nn.attention import flex_attention
 
 from tests.family_bases import errors, problem, save_family
 from tests.packed_attention import HEADS, SCORES, SEGMENTS, TOKENS, attended, tensors
-from tests.unit.test_prefix_tuning import packed, pasts
+from tests.unit.test_prefix_tuning import WITHOUT, packed, pasts
 from tests.whole_base import load_whole
 from trainer.base import flex
 from trainer.base.attention import resolve_attention
@@ -79,19 +79,21 @@ def compiled(function: Callable[..., Any], _: str) -> Callable[..., Any]:
     return torch.compile(function, backend="aot_eager")
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma2", "falcon-alibi", "gptj", "gpt_oss"])
+@pytest.mark.parametrize(
+    "case", ["llama", "gemma2", "falcon-alibi", "gptj", "gpt_oss", "deepseek_v2"]
+)
 def test_models_read_a_stream_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """Through whole models, recomputed in backward: two prompts of tokens and two prefixes."""
+    """Through whole models, recomputed in backward: two prompts of tokens, and two prefixes."""
     if case == "gemma2":
         # As on a GPU, but for the kernel: torch's eager form cannot recompute a capped score.
         monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
         monkeypatch.setattr(flex, "_compiled", functools.cache(compiled))
     base = load_whole(save_family(tmp_path, case), "int8", checkpointing=True)
     rows, soft = problem(base.hidden_size)
-    prompts = [*soft, *pasts(base)]
-    pieces = [Piece(rows[i % len(rows)].example, i % 4, i) for i in range(8)]
+    prompts = soft if case in WITHOUT else [*soft, *pasts(base)]
+    pieces = [Piece(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
     wanted, wanted_gradients = packed(base, pieces, prompts)
     base.flex = True
     losses, gradients = packed(base, pieces, prompts)

@@ -111,8 +111,11 @@ class FlexLayout:
     def _lost(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """True where a segment, or its prefix, holds a number that is not finite: [T]."""
         num_queries = len(self.prefix_T)
-        bad_K = ~(key.isfinite() & value.isfinite()).all(3).all(1)[0]
-        bad_T = ~query.isfinite().all(3).all(1)[0]
+        # One by one: values may have another head size than keys.
+        bad_T, bad_key_K, bad_value_K = (
+            ~x.isfinite().all(3).all(1)[0] for x in (query, key, value)
+        )
+        bad_K = bad_key_K | bad_value_K
         bad_K = torch.cat([bad_K[:num_queries] | bad_T, bad_K[num_queries:]])
         segment_is_bad = bad_K.new_zeros(len(bad_K) + 1, dtype=torch.int32)  # the last: NONE
         segment_is_bad.index_add_(0, self.segment_K, bad_K.int())

@@ -73,8 +73,9 @@ def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Te
         threshold: values of x beyond it are multiplied by the dequantised weight instead, exactly
             (LLM.int8(), arXiv 2208.07339, section 3); None for none.
     """
-    y: Tensor = _Int8Matmul.apply(x, matrix, threshold)
-    return y
+    # Shaped out here: of a view from within a Function nobody may change the values, as OLMo does.
+    y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold)
+    return y_TN.unflatten(0, x.shape[:-1])
 
 
 class _Int8Matmul(torch.autograd.Function):
@@ -92,38 +93,37 @@ class _Int8Matmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Matrix, threshold: float | None) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, matrix: Matrix, threshold: float | None) -> Tensor:
         ctx.matrix = matrix
         weight_NK, scale_N = matrix()
         assert scale_N is not None
         steps = _steps()
         # Detached, or every step would be compiled twice, with and without a gradient to come.
-        rows_TK = x.detach().flatten(0, -2)
+        rows_TK = x_TK.detach()
         if threshold is None:
-            x_TK, scale_T1 = steps.quantize(rows_TK)
+            int8_TK, scale_T1 = steps.quantize(rows_TK)
         else:
-            x_TK, scale_T1, is_outlier_K = steps.quantize_inliers(rows_TK, threshold)
-        product_TN = int_product(x_TK, weight_NK.T)
+            int8_TK, scale_T1, is_outlier_K = steps.quantize_inliers(rows_TK, threshold)
+        product_TN = int_product(int8_TK, weight_NK.T)
         y_TN = steps.scale_both(product_TN, scale_T1, scale_N, rows_TK)
         if threshold is not None:
             features_C = is_outlier_K.nonzero().flatten()
             if len(features_C) > 0:
                 large_TC = _beyond(rows_TK[:, features_C], threshold)
-                exact_TN = large_TC @ weight_NK[:, features_C].to(x.dtype).T
-                y_TN = y_TN + (exact_TN * scale_N).to(x.dtype)
-        return y_TN.unflatten(0, x.shape[:-1])
+                exact_TN = large_TC @ weight_NK[:, features_C].to(x_TK.dtype).T
+                y_TN = y_TN + (exact_TN * scale_N).to(x_TK.dtype)
+        return y_TN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
         weight_NK, scale_N = ctx.matrix()
         steps = _steps()
-        dy_TN, scale_T1 = steps.quantize_scaled(dy.flatten(0, -2), scale_N)
-        product_TK = int_product(dy_TN, weight_NK)
-        dx = steps.scale_rows(product_TK, scale_T1, dy).unflatten(0, dy.shape[:-1])
-        return dx, None, None
+        int8_TN, scale_T1 = steps.quantize_scaled(dy_TN, scale_N)
+        product_TK = int_product(int8_TN, weight_NK)
+        return steps.scale_rows(product_TK, scale_T1, dy_TN), None, None
 
 
 def int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
