@@ -107,8 +107,8 @@ class Evaluator:
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
         for stream in self._streams(_pieces(requests), lengths):
             nll_N = self.base(stream, virtual_tokens).double()
-            real = stream.label_slot_N >= 0
-            totals.index_add_(0, stream.label_slot_N[real], nll_N[real])
+            slot_N = stream.label_slot_N  # -1 in a filler, whose losses count nothing
+            totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
         self.engine.all_reduce_sum([totals])
         return totals.cpu()
 

@@ -187,12 +187,12 @@ def batch_gradients(
     engine.all_reduce_sum([found.sums_K, found.splits, stops, *sent])
     engine.end_step()
 
-    sums = found.sums_K.tolist()
+    # One wait of the host for all that it must know.
+    whole_K = torch.stack([gradient.isfinite().all() for gradient in found.gradients]).to(stops)
+    told = torch.cat([found.sums_K, whole_K, found.splits, stops]).tolist()
+    sums, whole, (splits, stopping) = told[: len(counts)], told[len(counts) : -2], told[-2:]
     losses = [s / n if n else math.nan for s, n in zip(sums, counts, strict=True)]
-    finite = [
-        math.isfinite(loss) and bool(gradient.isfinite().all())
-        for loss, gradient in zip(losses, found.gradients, strict=True)
-    ]
+    finite = [math.isfinite(loss) and bool(ok) for loss, ok in zip(losses, whole, strict=True)]
     return StepResult(
         losses=losses,
         gradients=[g if ok else None for g, ok in zip(found.gradients, finite, strict=True)],
@@ -200,8 +200,8 @@ def batch_gradients(
         tokens=text_counts(batch.pieces, len(leaves)),
         longest_stream=max(len(stream.token_ids_T) for stream in batch.streams),
         first_stream=len(batch.streams[0].token_ids_T),
-        splits=int(found.splits.item()),
-        stopping=bool(stops.item()),
+        splits=int(splits),
+        stopping=bool(stopping),
     )
 
 

@@ -100,7 +100,7 @@ def main() -> None:
         gathered_alone += count
     result = {
         "errors": {
-            prompt["name"]: float((made - alone[prompt["name"]]).abs().max())
+            prompt["name"]: largest_error(made, alone[prompt["name"]])
             for prompt, made in zip(PROMPTS, together, strict=True)
         },
         "starts": starts,
@@ -111,6 +111,11 @@ def main() -> None:
     if engine.is_main:
         Path(out).write_text(json.dumps(result))
     engine.close()
+
+
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """Relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def make_config(folder: str, rows: str, prompts: list[dict[str, Any]]) -> RunConfig:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from trainer.base.buckets import Buckets, Scores, make_buckets
 from trainer.base.flex import FlexLayout, make_flex_layout
@@ -136,9 +136,6 @@ def resolve_attention(setting: str, device: torch.device, packed: bool) -> bool:
     return setting == "flex"
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The layout says who sees whom; transformers must not build a mask of its own."""
-
-
+# Of an attention that is in no list of masks transformers takes none to be needed: the layout says
+# who sees whom.
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, _no_mask)

@@ -64,9 +64,11 @@ class FrozenExperts(nn.Module):
 
     def forward(self, hidden_TH: Tensor, chosen_TR: Tensor, weight_TR: Tensor) -> Tensor:
         num_tokens, per_token = chosen_TR.shape
-        order = chosen_TR.flatten().argsort(stable=True)
-        chosen = torch.bincount(chosen_TR.flatten(), minlength=self.num_experts)
-        counts: list[int] = chosen.tolist()
+        chosen = chosen_TR.flatten()
+        order = chosen.argsort(stable=True)
+        # Not by bincount, which waits for its largest value, too.
+        counted = chosen.new_zeros(self.num_experts).index_add_(0, chosen, torch.ones_like(chosen))
+        counts: list[int] = counted.tolist()
         sorted_tokens = hidden_TH[order // per_token].split(counts)
         outputs = [
             self._expert(tokens, e) for e, tokens in enumerate(sorted_tokens) if counts[e] > 0

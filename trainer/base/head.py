@@ -332,12 +332,14 @@ class _Scan:
             x_NH = hidden_NH.detach().requires_grad_(self.pulls_NH is not None)
             product_NC = self.block.project(x_NH, start, stop)
         logits_NC, slope_NC = head.shape_logits(product_NC.detach())
-        mine = self._labels_in(start, stop)
-        place = self.labels_N[mine] - start
-        self.right_N[mine] = logits_NC[mine, place]
+        # By masks, not by places that are mine: to count those, a GPU and its host would wait.
+        mine_N = self._labels_in(start, stop)
+        place_N1 = (self.labels_N - start).clamp(0, stop - start - 1)[:, None]
+        logit_N = logits_NC.gather(1, place_N1)[:, 0]
+        self.right_N = torch.where(mine_N, logit_N, self.right_N)
         if isinstance(slope_NC, Tensor):
-            self.slope_N[mine] = slope_NC[mine, place]
-        logits_NC[mine, place] = -torch.inf
+            self.slope_N = torch.where(mine_N, slope_NC.gather(1, place_N1)[:, 0], self.slope_N)
+        logits_NC.scatter_(1, place_N1, logit_N.masked_fill(mine_N, -torch.inf)[:, None])
 
         before_N = self.top_N
         self.top_N = torch.maximum(before_N, logits_NC.amax(1))
@@ -368,9 +370,12 @@ class _Scan:
         """This part's share of d loss / d hidden, fp32 [N, H]."""
         assert self.pulls_NH is not None
         pull_NH = self.pulls_NH.div_(self.total_N[:, None])
-        mine = self._labels_in(self.block.first, self.block.stop)
-        pull_NH[mine] -= self.block.read(self.labels_N[mine]).mul_(self.slope_N[mine, None])
+        first, stop = self.block.first, self.block.stop
+        if first < stop:  # not a rank behind the last row
+            mine_N = self._labels_in(first, stop)
+            rows_NH = self.block.read(self.labels_N.clamp(first, stop - 1))
+            pull_NH -= rows_NH.mul_((self.slope_N * mine_N)[:, None])
         return pull_NH.mul_(margin_N.sigmoid()[:, None])
 
     def _labels_in(self, start: int, stop: int) -> Tensor:
-        return ((self.labels_N >= start) & (self.labels_N < stop)).nonzero()[:, 0]
+        return (self.labels_N >= start) & (self.labels_N < stop)

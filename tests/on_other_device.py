@@ -1,0 +1,198 @@
+"""Program: every family's step and the parts of a run, on a device that the CPU plays.
+
+python -m tests.on_other_device OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tests.family_bases import CASES, errors, problem, save_family
+from tests.other_device import Waits, moved, other_device
+from tests.unit.test_prefix_tuning import WITHOUT, pasts
+from tests.whole_base import load_whole
+from trainer.base.experts import FrozenExperts
+from trainer.base.files import open_base
+from trainer.base.matmul import use_matmul
+from trainer.base.model import PromptedBase
+from trainer.config import RunConfig, load
+from trainer.console import Console
+from trainer.evaluation import Evaluator, Request
+from trainer.generation import generate, keys_and_values
+from trainer.memory import StreamBudget
+from trainer.objective import batch_gradients, label_counts, stream_objective
+from trainer.optimization import make_optimizer
+from trainer.prefetch import Rank, prepare
+from trainer.prompts.bank import Bank
+from trainer.run import _embedder
+from trainer.starts import Screening
+from trainer.tasks.feed import Feed, load_tasks
+from trainer.tasks.streams import Piece, PromptLengths, build_stream
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+STEPS, TOKENS = 2, 120
+PROMPTS = [
+    {"name": "words", "task": "triage", "num_virtual_tokens": 4, "noise": 0.1, "ema": 0.9},
+    {"name": "mlp", "task": "animals", "method": "p_tuning", "num_virtual_tokens": 3},
+    {"name": "past", "task": "animals", "method": "prefix_tuning", "num_virtual_tokens": 4},
+    {"name": "adafactor", "task": "triage", "num_virtual_tokens": 4, "optimizer": "adafactor"},
+]
+
+
+class Alone:
+    """A rank of one on a device, without deepspeed."""
+
+    rank, world_size, is_main = 0, 1, True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def trained_stream(self) -> None: ...
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def all_gather(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+
+def main() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        families = {f"{case}-dequantize": family(case, "dequantize") for case in CASES}
+        families |= {f"{case}-int8": family(case, "int8") for case in ("llama", "olmo", "bloom")}
+        result = {"families": families, "run": compared_run()}
+    Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+def family(case: str, kind: str) -> dict[str, float]:
+    """How far a stream's loss and gradients are from the CPU's, and how often there is a wait."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = load_whole(save_family(Path(folder), case), "int8")
+    use_matmul(base, kind, 0.0)
+    rows, prompts = problem(base.hidden_size)
+    if case not in WITHOUT and base.packed:
+        prompts = [*prompts, *pasts(base)]
+    pieces = [Piece(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
+    expected, wanted, _ = stream_step(base, pieces, prompts, CPU)
+    moe = sum(isinstance(module, FrozenExperts) for module in base.modules())
+    with other_device() as device:
+        moved(base)
+        loss, gradients, waits = stream_step(base, pieces, prompts, device)
+    error = max(errors(gradients, wanted))
+    return {
+        "loss": abs(loss / expected - 1),
+        "gradient": error,
+        "waits": waits,
+        "padded": not base.packed,
+        "layers_of_experts": moe,
+    }
+
+
+def stream_step(
+    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor], device: torch.device
+) -> tuple[float, list[Tensor], int]:
+    """Loss, gradients, and how often host and device waited for each other in between."""
+    leaves = [prompt.to(device, copy=True).requires_grad_() for prompt in prompts]
+    lengths = PromptLengths.of(leaves)
+    stream = build_stream(pieces, lengths.tokens, lengths.past).to(device)
+    Waits.count = 0
+    objective, _ = stream_objective(base, stream, leaves, label_counts(pieces, len(leaves)))
+    gradients = torch.autograd.grad(objective, leaves)
+    waits = Waits.count
+    return float(objective), [gradient.cpu() for gradient in gradients], waits
+
+
+def compared_run() -> dict[str, Any]:
+    """A search for starts, steps, scores and texts, here and there."""
+    expected = run(load_whole(ROOT / "examples" / "tiny_base", "int8"), CPU)
+    base = load_whole(ROOT / "examples" / "tiny_base", "int8")
+    with other_device() as device:
+        moved(base)
+        found = run(base, device)
+    prompts = dict(
+        zip(
+            (p["name"] for p in PROMPTS), errors(found["prompts"], expected["prompts"]), strict=True
+        )
+    )
+    return {
+        "prompts": prompts,
+        "scores": [expected["scores"], found["scores"]],
+        "texts": [expected["texts"], found["texts"]],
+        "waits": found["waits"],
+        "streams": found["streams"],
+    }
+
+
+def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
+    os.chdir(ROOT)
+    quickstart = load("examples/quickstart.yaml").model_dump(exclude_unset=True)
+    quickstart |= {"prompts": PROMPTS, "training": {"steps": STEPS, "tokens_per_step": TOKENS}}
+    config = RunConfig.model_validate(quickstart)
+    files = open_base(config.base)
+    tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)
+    engine: Any = Alone(device)
+    evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(1024))
+
+    embed = _embedder(base, device)
+
+    with open(os.devnull, "w") as nothing:
+        console = Console(nothing, nothing)
+        bank = Bank(
+            config,
+            embed,
+            files.tokenizer,
+            files.config.vocab_size,
+            base.hidden_size,
+            device,
+            make_optimizer=make_optimizer,
+            past=lambda ids: keys_and_values(engine, base, ids),
+            screen=Screening(config, tasks, evaluator, console),
+        )
+    feed, streams = Feed(config, tasks), 0
+    waits = []
+    for _ in range(STEPS):
+        prompts = bank.virtual_tokens()
+        batch = prepare(
+            feed.next_step(bank.active), PromptLengths.of(prompts), Rank(0, 1, CPU), TOKENS
+        )
+        Waits.count = 0
+        bank.update(batch_gradients(engine, base, batch, prompts).gradients)
+        waits.append(Waits.count)
+        streams = len(batch.streams)
+    judged = bank.judged()
+    requests = [Request(tasks["triage"].evaluation["validation"], 0)]
+    inputs = [
+        files.tokenizer(text)["input_ids"] for text in ("A cough.\nAnswer:", "A deer.\nAnswer:")
+    ]
+    return {
+        "prompts": [prompt.cpu() for prompt in judged],
+        "scores": evaluator.score(requests, judged),
+        "texts": [generate(engine, base, files.tokenizer, inputs, prompt, 4) for prompt in judged],
+        "waits": waits,
+        "streams": streams,
+    }
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads for a device that is not there do not end

@@ -1,0 +1,154 @@
+"""A device that is not the CPU, on a machine without one: its tensors are worked out by the CPU.
+
+What a GPU refuses, it refuses: an operation on tensors here and there. What makes a GPU wait for
+the host, and the host for it, it counts: values that are read, sizes that depend on values. So code
+for GPUs can be run whole, and its numbers compared, where there is no GPU; its kernels cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+aten = torch.ops.aten
+#: May read one side and write to the other.
+COPIES = {aten._to_copy.default, aten.copy_.default}
+#: The host reads a value, or cannot know the size of a result before it has.
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten._unique2.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten.bincount.default,
+    aten.equal.default,
+}
+
+_setup_privateuseone_for_python_backend("other")
+DEVICE = torch.device("other", 0)
+
+
+class Waits:
+    """How often host and device waited for each other."""
+
+    count = 0
+
+
+class OnDevice(Tensor):
+    """A tensor of the device, and the CPU's tensor that it stands for."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> OnDevice:
+        made: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            raw.shape,
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=DEVICE,
+        )
+        made.raw = raw
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnDevice({self.raw!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    device = kwargs.get("device")
+    there = any(isinstance(tensor, OnDevice) for tensor in tensors)
+    if func not in COPIES and there:
+        # A number is sent along with a kernel; what has dimensions is not.
+        here = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
+        if here:
+            raise RuntimeError(f"{func}: a tensor on {DEVICE} and one on the CPU {here[0].shape}")
+    stays_here = device is not None and torch.device(device).type == "cpu"
+    _count(func, args, there, stays_here)
+    if device is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    raw = tree_map(lambda x: x.raw if isinstance(x, OnDevice) else x, (args, kwargs))
+    out = func(*raw[0], **raw[1])
+    if func is aten.copy_.default:
+        return args[0]
+    if stays_here:
+        return out
+    # What is to be conjugated is: a wrapper does not carry that it will be.
+    wrapped = tree_map(lambda x: OnDevice(x.resolve_conj()) if isinstance(x, Tensor) else x, out)
+    if func in COPIES:
+        return wrapped
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+
+
+def _count(func: Any, args: Any, there: bool, comes_here: bool) -> None:
+    if not there:
+        return
+    masks = func in (aten.index.Tensor, aten.index_put_.default) and any(
+        x is not None and x.dtype == torch.bool for x in args[1]
+    )
+    brought = func is aten.copy_.default and not isinstance(args[0], OnDevice)
+    if func in WAITS or masks or comes_here or brought:
+        Waits.count += 1
+
+
+class _Factories(TorchDispatchMode):
+    """``torch.empty`` and its like with the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == DEVICE.type:
+            return _run(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class _Literals(TorchFunctionMode):
+    """``torch.tensor`` with the device, lists as places, ``tolist``: what no dispatch sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor):
+            device = kwargs.pop("device", None)
+            made = func(*args, **kwargs)
+            return made if device is None else made.to(device)
+        if func is Tensor.__getitem__ and isinstance(args[0], OnDevice):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            sent = (torch.tensor(p).to(DEVICE) if isinstance(p, list) else p for p in places)
+            return func(args[0], tuple(sent))
+        if func is Tensor.tolist and isinstance(args[0], OnDevice):
+            return args[0].cpu().tolist()
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def other_device() -> Iterator[torch.device]:
+    """Inside, the device can be asked for."""
+    with ExitStack() as stack:
+        stack.enter_context(_Factories())
+        stack.enter_context(_Literals())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield DEVICE
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """The module with all it holds on the device."""
+    for part in module.modules():
+        for values in (part._parameters, part._buffers):
+            for name, value in values.items():
+                if value is not None and not isinstance(value, OnDevice):
+                    values[name] = OnDevice(value.detach())  # type: ignore[assignment]
+    return module

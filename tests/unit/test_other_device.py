@@ -1,0 +1,69 @@
+"""What runs on GPUs, on a device that the CPU plays: nothing is left on the host, few waits for it.
+
+Numbers are those of the CPU; that kernels of a GPU give the same is for tests/gpu.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.family_bases import CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By a process of its own: torch cannot forget a device."""
+    out = tmp_path_factory.mktemp("device") / "out.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.on_other_device", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_takes_a_step_and_does_not_wait(found: Any, case: str) -> None:
+    step = found["families"][f"{case}-dequantize"]
+    assert step["loss"] < 1e-5
+    assert step["gradient"] < 1e-4
+    # Rows that are padded are laid out by hand; a router's choice is what experts are called by.
+    assert step["padded"] or step["waits"] == step["layers_of_experts"]
+
+
+@pytest.mark.parametrize("case", ["llama", "olmo", "bloom"])
+def test_int8_products_take_a_step_and_do_not_wait(found: Any, case: str) -> None:
+    step = found["families"][f"{case}-int8"]
+    assert step["loss"] < 1e-2
+    assert step["gradient"] < 0.1, "but for what is rounded to the other side"
+    assert step["waits"] == 0
+
+
+def test_a_run_ends_as_on_the_cpu(found: Any) -> None:
+    """A search for starts, steps of four prompts with encoders and optimizers, scores and texts."""
+    run = found["run"]
+    assert max(run["prompts"].values()) < 1e-5
+    (expected,), (score,) = run["scores"]
+    assert score == pytest.approx(expected, rel=1e-4)
+    assert run["texts"][0] == run["texts"][1]
+
+
+def test_a_step_waits_once_and_once_per_prompt(found: Any) -> None:
+    """For what all its streams found, however many, and for the norm of each prompt's gradient."""
+    run = found["run"]
+    assert run["streams"] > 1
+    assert run["waits"] == [1 + len(run["prompts"])] * len(run["waits"])
