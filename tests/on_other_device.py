@@ -11,11 +11,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.alone import Alone
 from tests.family_bases import CASES, errors, problem, save_family
 from tests.other_device import Waits, moved, other_device
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
@@ -38,8 +39,6 @@ from trainer.starts import Screening
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tasks.streams import Piece, PromptLengths, build_stream
 
-T = TypeVar("T")
-
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 STEPS, TOKENS = 2, 120
@@ -49,30 +48,6 @@ PROMPTS = [
     {"name": "past", "task": "animals", "method": "prefix_tuning", "num_virtual_tokens": 4},
     {"name": "adafactor", "task": "triage", "num_virtual_tokens": 4, "optimizer": "adafactor"},
 ]
-
-
-class Alone:
-    """A rank of one on a device, without deepspeed."""
-
-    rank, world_size, is_main = 0, 1, True
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None: ...
-
-    def end_step(self) -> None: ...
-
-    def trained_stream(self) -> None: ...
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def all_gather(self, value: T) -> list[T]:
-        return [value]
-
-    def broadcast(self, value: T) -> T:
-        return value
 
 
 def main() -> None:

@@ -29,7 +29,6 @@ from benchmarks.peers.turns import Turns
 #: Steps in which all rows are read once.
 EPOCH = 2
 WARM_UP, COUNTED = 1, ("costs",) * EPOCH + ("shares",)
-LEARNING_RATE = 3.0e-3
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Case:
         batch: rows of a rank's micro-batch; in ours only where ``single``, else streams are full.
         accumulation: micro-batches of a step.
         single: one row per stream in ours.
+        learning_rate: of Adam, for all.
     """
 
     base: str
@@ -50,6 +50,7 @@ class Case:
     timed: int
     equal: bool = False
     single: bool = False
+    learning_rate: float = 3.0e-3
 
     @property
     def rows_per_step(self) -> int:
@@ -143,7 +144,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         "name": "p",
         "task": "t",
         "num_virtual_tokens": case.num_virtual_tokens,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": case.learning_rate,
         "warmup_ratio": 0.0,
         # As the peers', so that losses can be compared.
         "optimizer": "adamw",
@@ -211,7 +212,7 @@ def trainer_peer(
         per_device_train_batch_size=case.batch,
         gradient_accumulation_steps=case.accumulation,
         max_steps=case.steps,
-        learning_rate=LEARNING_RATE,
+        learning_rate=case.learning_rate,
         lr_scheduler_type="cosine",
         train_sampling_strategy=sampling,
         use_cpu=True,

@@ -17,6 +17,7 @@ import torch
 from benchmarks.learning import __main__ as benchmark
 from benchmarks.learning import ours, peers
 from benchmarks.learning.report import best_rate, plot, reached, summary, table
+from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import load
 from trainer.evaluation import Evaluator, Request
@@ -28,18 +29,6 @@ from trainer.tasks.streams import Piece, PromptLengths
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = benchmark.BUDGET | {"tasks": ["triage", "codegen"], "validation_rows": 6}
-#: A rank of one, without deepspeed.
-ALONE: Any = SimpleNamespace(
-    rank=0,
-    world_size=1,
-    is_main=True,
-    device=torch.device("cpu"),
-    all_reduce_sum=lambda tensors: None,
-    end_step=lambda: None,
-    any=bool,
-    all_gather=lambda value: [value],
-    broadcast=lambda value: value,
-)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +66,7 @@ def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
     rows = data.tasks[task].evaluation["validation"]
     theirs = peers.score(model, data, rows)
     base = load_whole(ROOT / data.folder, "none")
-    evaluator = Evaluator(ALONE, base, data.tokenizer, StreamBudget(4000))
+    evaluator = Evaluator(Alone(), base, data.tokenizer, StreamBudget(4000))
     (found,) = evaluator.score([Request(rows, 0)], [prompt])
     assert theirs == pytest.approx({key: found[key] for key in theirs}, abs=1e-5)
 
@@ -157,3 +146,26 @@ def test_quick_runs_both_sides() -> None:
         "PEFT, LoRA",
     ):
         assert f"| {arm} |" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["same budget", "another budget"])
+def test_one_side_is_measured_and_the_other_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    before = found() | {"budget": benchmark.BUDGET if kept else benchmark.BUDGET | {"steps": 1}}
+    (tmp_path / "learning.json").write_text(json.dumps(before))
+    new = [training("ours, prompt_tuning", 0, None, 0.1, 0.2)]
+    done = SimpleNamespace(wait=lambda: 0)
+    reported: dict[str, Any] = {}
+    monkeypatch.setattr(sys, "argv", ["learning", "--only", "ours"])
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(ours, "run_file", lambda path, *_, told: (path, {}))
+    monkeypatch.setattr(ours, "train", lambda *_: done)
+    monkeypatch.setattr(ours, "results", lambda _: new)
+    monkeypatch.setattr(benchmark, "summary", lambda report: reported.update(report) or report)
+    monkeypatch.setattr(benchmark, "table", lambda *_: "")
+    monkeypatch.setattr(benchmark, "plot", lambda *_: None)
+    benchmark.main()
+    assert reported["ours"] == reported["ours, told"] == new
+    assert reported["peers"] == (before["peers"] if kept else None)
+    assert json.loads((tmp_path / "learning.json").read_text()) == reported

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.base.files import open_base
 from trainer.config import RunConfig, load
@@ -27,16 +27,6 @@ from trainer.tasks.streams import Piece, PromptLengths
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = ["prompts.triage.seed=3", "training.tokens_per_step=200", "base.quantization=none"]
-
-
-class Alone:
-    """A rank of one, without deepspeed."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def all_reduce_sum(self, tensors: Any) -> None: ...
-
-    def end_step(self) -> None: ...
 
 
 def quickstart() -> RunConfig:
@@ -84,7 +74,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         rows = [piece.example for piece in Feed(config, tasks).next_step(on)]
         pieces = [Piece(row, 0, slot) for slot, row in enumerate(rows)]
         start = base(torch.tensor(words), []).detach()
-        stream = prepare_stream(pieces, PromptLengths.of([start]), Alone.device)
+        stream = prepare_stream(pieces, PromptLengths.of([start]), Alone().device)
         with torch.no_grad():
             loss, _ = stream_objective(base, stream, [start], [sum(r.num_labels for r in rows)])
         expected.append(float(loss))

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from trainer.config import Prompt
 
+#: Encoders of which only the input starts at ``init``. The states of an LSTM that has learnt nothing
+#: are much alike. Weights that make words of them are so large that the first updates undo it.
+STARTS_ELSEWHERE = frozenset({"lstm"})
+
 
 class PromptEncoder(nn.Module):
     """Makes the virtual tokens of one prompt.
 
     Attributes:
         shape: of what it makes: [P, H], or [P, L, 2, A, D] for keys and values per layer.
-        starts_at_init: whether what it makes starts at ``init``, else only its input does.
     """
 
     shape: torch.Size
-    starts_at_init = True
 
     def __init__(self, init: Tensor) -> None:
         super().__init__()
@@ -143,10 +145,6 @@ class LSTMEncoder(HeadEncoder):
         encoder_hidden_size: E, of each direction.
         generator: draws the weights of LSTM and MLP.
     """
-
-    # The states of an LSTM that has learnt nothing are much alike. Weights that make words of them
-    # are so large that the first updates would undo it.
-    starts_at_init = False
 
     def __init__(
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
@@ -274,7 +272,7 @@ def make_encoder(
             residual one it is a quarter of that.
     """
     encoder = _make(prompt, init, generator, hidden_size)
-    if encoder.starts_at_init or prompt.init.from_ is not None:
+    if prompt.encoder_name not in STARTS_ELSEWHERE or prompt.init.from_ is not None:
         encoder.start_at(init)
     return encoder
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import SHARED, Init, Prompt, RunConfig
-from trainer.prompts.encoders import PromptEncoder, make_encoder
+from trainer.prompts.encoders import STARTS_ELSEWHERE, PromptEncoder, make_encoder
 from trainer.prompts.evolution import CHILDREN, DRAWINGS, ROUNDS, Found, Words, search, together
 from trainer.prompts.initializers import (
     Vocabulary,
@@ -126,7 +126,7 @@ def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> 
 def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
     """Those with ``init: auto``; of a share the first, which starts what is in common.
 
-    An LSTM makes something else of what it is given: any drawn words will do.
+    Where an encoder makes something else of what it is given, any drawn words will do.
     """
     shares: set[str] = set()
     found = []
@@ -134,7 +134,7 @@ def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
         begins = prompt.share is None or prompt.share not in shares
         if prompt.share is not None:
             shares.add(prompt.share)
-        if begins and prompt.init.auto and prompt.encoder_name != "lstm":
+        if begins and prompt.init.auto and prompt.encoder_name not in STARTS_ELSEWHERE:
             found.append(i)
     return found
 
