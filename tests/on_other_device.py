@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.alone import Alone
 from tests.family_bases import CASES, errors, problem, save_family
 from tests.other_device import Waits, moved, other_device
+from tests.unit.test_other_device import PRODUCTS
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
 from trainer.base.experts import FrozenExperts
@@ -41,28 +42,36 @@ from trainer.tasks.streams import Piece, PromptLengths, build_stream
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-STEPS, TOKENS = 2, 120
+STEPS, TOKENS, OUTLIERS = 2, 120, 2.0
 PROMPTS = [
     {"name": "words", "task": "triage", "num_virtual_tokens": 4, "noise": 0.1, "ema": 0.9},
     {"name": "mlp", "task": "animals", "method": "p_tuning", "num_virtual_tokens": 3},
     {"name": "past", "task": "animals", "method": "prefix_tuning", "num_virtual_tokens": 4},
     {"name": "adafactor", "task": "triage", "num_virtual_tokens": 4, "optimizer": "adafactor"},
+    {
+        "name": "taught",
+        "task": "triage",
+        "num_virtual_tokens": 2,
+        "objective": "distill",
+        "teacher": "What is wrong with this patient?",
+    },
 ]
 
 
 def main() -> None:
     with torch.compiler.set_stance("force_eager"):
         families = {f"{case}-dequantize": family(case, "dequantize") for case in CASES}
-        families |= {f"{case}-int8": family(case, "int8") for case in ("llama", "olmo", "bloom")}
+        for case, kind in PRODUCTS:
+            families[f"{case}-{kind}"] = family(case, kind, checkpointing=True)
         result = {"families": families, "run": compared_run()}
     Path(sys.argv[1]).write_text(json.dumps(result))
 
 
-def family(case: str, kind: str) -> dict[str, float]:
+def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, float]:
     """How far a stream's loss and gradients are from the CPU's, and how often there is a wait."""
     with tempfile.TemporaryDirectory() as folder:
-        base = load_whole(save_family(Path(folder), case), "int8")
-    use_matmul(base, kind, 0.0)
+        base = load_whole(save_family(Path(folder), case), "int8", checkpointing)
+    use_matmul(base, kind, OUTLIERS)
     rows, prompts = problem(base.hidden_size)
     if case not in WITHOUT and base.packed:
         prompts = [*prompts, *pasts(base)]
@@ -125,9 +134,10 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)
     engine: Any = Alone(device)
-    evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(1024))
-
     embed = _embedder(base, device)
+    (teacher,) = tasks["triage"].teachers.values()
+    teachers = [embed(teacher.token_ids)]
+    evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(1024), teachers)
 
     with open(os.devnull, "w") as nothing:
         console = Console(nothing, nothing)
@@ -150,7 +160,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
             feed.next_step(bank.active), PromptLengths.of(prompts), Rank(0, 1, CPU), TOKENS
         )
         Waits.count = 0
-        bank.update(batch_gradients(engine, base, batch, prompts).gradients)
+        bank.update(batch_gradients(engine, base, batch, prompts, teachers=teachers).gradients)
         waits.append(Waits.count)
         streams = len(batch.streams)
     judged = bank.judged()

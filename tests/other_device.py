@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
 #: May read one side and write to the other.
@@ -32,7 +32,13 @@ WAITS = {
     aten.equal.default,
 }
 
-_setup_privateuseone_for_python_backend("other")
+
+class _Backend(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:  # asked for where layers are recomputed
+        return [torch.bfloat16]
+
+
+backend_registration._setup_privateuseone_for_python_backend("other", backend_module=_Backend())
 DEVICE = torch.device("other", 0)
 
 

@@ -17,6 +17,8 @@ import pytest
 from tests.family_bases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Whose products are not those of ``dequantize``; layers are then recomputed in backward, too.
+PRODUCTS = [("llama", "int8"), ("olmo", "int8"), ("bloom", "int8"), ("llama", "int8_outliers")]
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +47,17 @@ def test_every_family_takes_a_step_and_does_not_wait(found: Any, case: str) -> N
     assert step["padded"] or step["waits"] == step["layers_of_experts"]
 
 
-@pytest.mark.parametrize("case", ["llama", "olmo", "bloom"])
-def test_int8_products_take_a_step_and_do_not_wait(found: Any, case: str) -> None:
-    step = found["families"][f"{case}-int8"]
+@pytest.mark.parametrize(("case", "kind"), PRODUCTS)
+def test_int8_products_take_a_step_and_do_not_wait(found: Any, case: str, kind: str) -> None:
+    step = found["families"][f"{case}-{kind}"]
     assert step["loss"] < 1e-2
     assert step["gradient"] < 0.1, "but for what is rounded to the other side"
-    assert step["waits"] == 0
+    # How many features have outliers is known when they have been found.
+    assert (step["waits"] > 0) == (kind == "int8_outliers")
 
 
 def test_a_run_ends_as_on_the_cpu(found: Any) -> None:
-    """A search for starts, steps of four prompts with encoders and optimizers, scores and texts."""
+    """Starts are searched for, prompts trained, one from a teacher, scored and written with."""
     run = found["run"]
     assert max(run["prompts"].values()) < 1e-5
     (expected,), (score,) = run["scores"]

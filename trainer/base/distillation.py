@@ -49,8 +49,10 @@ def taught_losses(
         where the teacher's likeliest token is the student's, too.
     """
     num_labels = len(labels_N)
-    rest = torch.ones(num_labels, dtype=torch.bool, device=labels_N.device)
-    rest = rest.index_fill(0, distilled_D, False).nonzero()[:, 0]
+    # The others in their order; sorted, for how many these are need not be waited for.
+    taught_N = torch.zeros(num_labels, dtype=torch.int32, device=labels_N.device)
+    taught_N = taught_N.index_fill(0, distilled_D, 1)
+    rest = taught_N.argsort(stable=True)[: num_labels - len(distilled_D)]
     label_N = head.forward(_some(hidden_NH[rest]), _some(labels_N[rest]))[: len(rest)]
     kl_D, agree_D = _Divergence.apply(
         _some(hidden_NH[distilled_D]),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from trainer.config import Prompt
 
-#: Encoders of which only the input starts at ``init``. The states of an LSTM that has learnt nothing
-#: are much alike. Weights that make words of them are so large that the first updates undo it.
+#: Encoders of which only the input starts at ``init``. An LSTM that has learnt nothing makes states
+#: that are much alike. Weights that make words of them are so large that first updates undo it.
 STARTS_ELSEWHERE = frozenset({"lstm"})
 
 
