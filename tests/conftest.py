@@ -1,8 +1,13 @@
-"""Fixtures of many files; marks tests with their folder: ``pytest -m unit`` runs tests/unit."""
+"""Fixtures of many files; marks tests with their folder: ``pytest -m unit`` runs tests/unit.
+
+With ``-n 2 --dist loadgroup`` (pytest-xdist) a file of unit tests stays on one worker, and all that
+starts ranks, clusters or servers on another: it uses all cores by itself.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +24,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+        group = item.path.stem if folder == "unit" else "processes"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads_of_a_worker(request: pytest.FixtureRequest) -> None:
+    """Workers share the cores."""
+    workers = getattr(request.config, "workerinput", {}).get("workercount")
+    if workers:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="module")
