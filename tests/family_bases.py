@@ -7,6 +7,7 @@ number of heads that is no power of two, partial rotation, tied and untied heads
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,9 @@ def padded_loss(model: Any, rows: Sequence[Example]) -> Tensor:
 
 
 def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Largest difference relative to the largest gradient."""
-    return [
+    """Largest difference relative to the largest value; all of them must be numbers."""
+    apart = [
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
     ]
+    assert not any(map(math.isnan, apart)), apart
+    return apart

@@ -33,12 +33,12 @@ from trainer.generation import generate, keys_and_values
 from trainer.memory import StreamBudget
 from trainer.objective import batch_gradients, label_counts, stream_objective
 from trainer.optimization import make_optimizer
-from trainer.prefetch import Rank, prepare
+from trainer.prefetch import Rank, prepare, prepare_stream
 from trainer.prompts.bank import Bank
 from trainer.run import _embedder
 from trainer.starts import Screening
 from trainer.tasks.feed import Feed, load_tasks
-from trainer.tasks.streams import Piece, PromptLengths, build_stream
+from trainer.tasks.streams import Piece, PromptLengths
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def stream_step(
     """Loss, gradients, and how often host and device waited for each other in between."""
     leaves = [prompt.to(device, copy=True).requires_grad_() for prompt in prompts]
     lengths = PromptLengths.of(leaves)
-    stream = build_stream(pieces, lengths.tokens, lengths.past).to(device)
+    stream = prepare_stream(pieces, lengths, CPU).to(device)
     Waits.count = 0
     objective, _ = stream_objective(base, stream, leaves, label_counts(pieces, len(leaves)))
     gradients = torch.autograd.grad(objective, leaves)
@@ -155,11 +155,11 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     feed, streams = Feed(config, tasks), 0
     waits = []
     for _ in range(STEPS):
+        Waits.count = 0
         prompts = bank.virtual_tokens()
         batch = prepare(
             feed.next_step(bank.active), PromptLengths.of(prompts), Rank(0, 1, CPU), TOKENS
         )
-        Waits.count = 0
         bank.update(batch_gradients(engine, base, batch, prompts, teachers=teachers).gradients)
         waits.append(Waits.count)
         streams = len(batch.streams)

@@ -1,8 +1,9 @@
 """A device that is not the CPU, on a machine without one: its tensors are worked out by the CPU.
 
-What a GPU refuses, it refuses: an operation on tensors here and there. What makes a GPU wait for
-the host, and the host for it, it counts: values that are read, sizes that depend on values. So code
-for GPUs can be run whole, and its numbers compared, where there is no GPU; its kernels cannot.
+It refuses to calculate with tensors here and there, as a GPU does, and counts where a GPU and its
+host would wait for each other: values that are read, sizes that depend on values, copies that are
+not said to be ``non_blocking``. So what is written for GPUs runs, and its numbers can be compared,
+where there is none; kernels and branches of CUDA's own (FlexAttention, pinned memory) do not.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ WAITS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
     aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.unique_dim.default,
     aten.masked_select.default,
     aten.repeat_interleave.Tensor,
     aten.bincount.default,
     aten.equal.default,
 }
+#: Where a mask is turned into places.
+INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class _Backend(backend_registration._DummyBackendModule):
@@ -79,12 +84,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     there = any(isinstance(tensor, OnDevice) for tensor in tensors)
     if func not in COPIES and there:
-        # A number is sent along with a kernel; what has dimensions is not.
-        here = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
+        # A number is sent along with a kernel that works on each element; all else is not.
+        sent = torch.Tag.pointwise in func.tags
+        here = [x for x in tensors if not isinstance(x, OnDevice) and not (sent and x.dim() == 0)]
         if here:
             raise RuntimeError(f"{func}: a tensor on {DEVICE} and one on the CPU {here[0].shape}")
     stays_here = device is not None and torch.device(device).type == "cpu"
-    _count(func, args, there, stays_here)
+    _count(func, args, kwargs, there)
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     raw = tree_map(lambda x: x.raw if isinstance(x, OnDevice) else x, (args, kwargs))
@@ -100,15 +106,18 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 
 
-def _count(func: Any, args: Any, there: bool, comes_here: bool) -> None:
-    if not there:
-        return
-    masks = func in (aten.index.Tensor, aten.index_put_.default) and any(
-        x is not None and x.dtype == torch.bool for x in args[1]
-    )
-    brought = func is aten.copy_.default and not isinstance(args[0], OnDevice)
-    if func in WAITS or masks or comes_here or brought:
-        Waits.count += 1
+def _count(func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> None:
+    masks = func in INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
+    if func is aten.copy_.default:
+        across = isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice)
+        waited_for = across and not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+    elif func is aten._to_copy.default:
+        target = kwargs.get("device")
+        across = target is not None and (torch.device(target).type == DEVICE.type) != there
+        waited_for = across and not kwargs.get("non_blocking")
+    else:
+        waited_for = there and (func in WAITS or masks)
+    Waits.count += waited_for
 
 
 class _Factories(TorchDispatchMode):

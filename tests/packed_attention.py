@@ -35,11 +35,17 @@ SCORES = {
 }
 
 
-def tensors(kv_heads: int, device: str = "cpu") -> list[Tensor]:
-    """Query, key, value, and the keys and values of each prefix in one layer."""
+def tensors(kv_heads: int, device: str = "cpu", value_size: int = SIZE) -> list[Tensor]:
+    """Query, key, value, and the keys and values of each prefix in one layer.
+
+    Args:
+        value_size: where it is not that of keys there are no such prefixes: they hold both.
+    """
     generator = torch.Generator().manual_seed(0)
-    shapes: list[tuple[int, ...]] = [(1, HEADS, TOKENS, SIZE)]
-    shapes += [(1, kv_heads, TOKENS, SIZE)] * 2 + [(n, 1, 2, kv_heads, SIZE) for n in PAST]
+    shapes: list[tuple[int, ...]] = [(1, HEADS, TOKENS, SIZE), (1, kv_heads, TOKENS, SIZE)]
+    shapes += [(1, kv_heads, TOKENS, value_size)]
+    if value_size == SIZE:
+        shapes += [(n, 1, 2, kv_heads, SIZE) for n in PAST]
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
     return [tensor.to(device).requires_grad_() for tensor in drawn]
 
@@ -47,9 +53,12 @@ def tensors(kv_heads: int, device: str = "cpu") -> list[Tensor]:
 def attended(flex: bool, leaves: list[Tensor], scores: Scores) -> tuple[Tensor, list[Tensor]]:
     """Output [1, T, A, D] and the gradient of every leaf."""
     query, key, value, *past = leaves
-    layout: Layout = with_past(make_layout(SEGMENTS, query.device), past)
+    segments = [
+        s if past or s.prefix_start < TOKENS else Segment(s.start, s.length) for s in SEGMENTS
+    ]
+    layout: Layout = with_past(make_layout(segments, query.device), past)
     if flex:
-        layout = with_flex(layout, SEGMENTS)
+        layout = with_flex(layout, segments)
     output = attend(query, key, value, layout, scores, 0)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     return output, list(torch.autograd.grad(output, leaves, upstream.to(query.device)))

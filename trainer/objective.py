@@ -82,7 +82,8 @@ def stream_objective(
         nll_N = base(stream, virtual_tokens, teacher_DH)[0]
     weight_N = (stream.label_slot_N >= 0).to(nll_N.dtype)
     inverse_K = torch.tensor([1.0 / count if count else 0.0 for count in counts])
-    inverse_N = inverse_K.to(nll_N.device)[stream.label_prompt_N]
+    # Small, and sent without a wait for what the device has yet to do, as all that follows rows is.
+    inverse_N = inverse_K.to(nll_N.device, non_blocking=True)[stream.label_prompt_N]
     sums_K = torch.zeros(len(counts), device=nll_N.device)
     sums_K.index_add_(0, stream.label_prompt_N, (nll_N * weight_N).detach())
     return (nll_N * weight_N * inverse_N).sum(), sums_K

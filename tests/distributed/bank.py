@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.sharded_base import run_config, shard_base
+from tests.family_bases import errors
 from trainer.base.files import BaseFiles, open_base
 from trainer.config import RunConfig
 from trainer.console import Console
@@ -100,7 +101,7 @@ def main() -> None:
         gathered_alone += count
     result = {
         "errors": {
-            prompt["name"]: largest_error(made, alone[prompt["name"]])
+            prompt["name"]: errors([made], [alone[prompt["name"]]])[0]
             for prompt, made in zip(PROMPTS, together, strict=True)
         },
         "starts": starts,
@@ -111,11 +112,6 @@ def main() -> None:
     if engine.is_main:
         Path(out).write_text(json.dumps(result))
     engine.close()
-
-
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def make_config(folder: str, rows: str, prompts: list[dict[str, Any]]) -> RunConfig:

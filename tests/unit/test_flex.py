@@ -45,6 +45,14 @@ def test_equals_buckets(kind: str, kv_heads: int) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_values_of_another_size_than_keys() -> None:
+    leaves = tensors(2, value_size=12)
+    output, gradients = attended(True, leaves, SCORES["window"])
+    wanted, wanted_gradients = attended(False, leaves, SCORES["window"])
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-5, atol=1e-5)
+
+
 def test_sinks_stay_with_the_buckets() -> None:
     leaves = tensors(2)
     scores = Scores(0.3, sinks_A=torch.randn(HEADS))

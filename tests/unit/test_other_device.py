@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Whose products are not those of ``dequantize``; layers are then recomputed in backward, too.
 PRODUCTS = [("llama", "int8"), ("olmo", "int8"), ("bloom", "int8"), ("llama", "int8_outliers")]
 
+#: Keys and values are taken by lists of places in both layers; the last position is asked for once.
+TRANSFORMERS_WAITS = {"falcon": 4, "falcon-grouped": 4, "phi3-longrope": 1}
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -43,8 +46,9 @@ def test_every_family_takes_a_step_and_does_not_wait(found: Any, case: str) -> N
     step = found["families"][f"{case}-dequantize"]
     assert step["loss"] < 1e-5
     assert step["gradient"] < 1e-4
-    # Rows that are padded are laid out by hand; a router's choice is what experts are called by.
-    assert step["padded"] or step["waits"] == step["layers_of_experts"]
+    # transformers makes masks of padded rows; a router's choice is what experts are called by.
+    expected = step["layers_of_experts"] + TRANSFORMERS_WAITS.get(case, 0)
+    assert step["padded"] or step["waits"] == expected
 
 
 @pytest.mark.parametrize(("case", "kind"), PRODUCTS)
@@ -66,7 +70,10 @@ def test_a_run_ends_as_on_the_cpu(found: Any) -> None:
 
 
 def test_a_step_waits_once_and_once_per_prompt(found: Any) -> None:
-    """For what all its streams found, however many, and for the norm of each prompt's gradient."""
+    """For what all its streams found, however many, and for the norm of each prompt's gradient.
+
+    Ranks that share the head or the embeddings also tell each other what they will send.
+    """
     run = found["run"]
     assert run["streams"] > 1
     assert run["waits"] == [1 + len(run["prompts"])] * len(run["waits"])

@@ -96,7 +96,8 @@ class Bucket:
                 distance_SQK = self.query_position_SQ[:, :, None] - self.key_position_SK[:, None]
                 mask = mask & (distance_SQK < window)[:, None]
             if slopes is not None:
-                slopes_A = torch.tensor(slopes, device=mask.device, dtype=scores.slope_dtype)
+                slopes_A = torch.tensor(slopes, dtype=scores.slope_dtype)
+                slopes_A = slopes_A.to(mask.device, non_blocking=True)
                 gain_SAK = slopes_A[:, None] * self.key_position_SK[:, None, :]
                 gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
                 mask = torch.where(mask, gain_SAK[:, :, None, :], -torch.inf)
@@ -157,7 +158,7 @@ def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
             places = torch.arange(segment.length) + offset + row * longest
             restore_T[segment.start : segment.start + segment.length] = places
         offset += bucket.query_SQ.numel()
-    return changed(Buckets(buckets, restore_T), lambda tensor: tensor.to(device))
+    return changed(Buckets(buckets, restore_T), lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _bucket(group: Sequence[Segment]) -> Bucket:
@@ -299,7 +300,8 @@ def _bucket_attention(
     mask = bucket.mask_for(scores, query_SAQD.dtype)
     grouped = query_SAQD.shape[1] // key_SAKD.shape[1]
     if scores.softcap is None and scores.sinks_A is None:
-        if query_SAQD.is_cuda and grouped > 1:  # a kernel there takes groups or a mask, not both
+        # Kernels for GPUs take groups or a mask, not both.
+        if not query_SAQD.is_cpu and grouped > 1:
             key_SAKD, value_SAKD = (x.repeat_interleave(grouped, 1) for x in (key_SAKD, value_SAKD))
             grouped = 1
         return scaled_dot_product_attention(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from trainer.base.buckets import Scores
-from trainer.tasks.streams import Segment
+from trainer.tasks.streams import Segment, changed
 
 #: ``prefix_T`` where there is no prefix to see.
 NONE = -1
@@ -39,8 +39,8 @@ class FlexLayout:
     segment_K: Tensor
     prefix_T: Tensor
     position_K: Tensor
-    _masks: dict[int | None, BlockMask] = field(default_factory=dict)
-    _gains: dict[object, Tensor] = field(default_factory=dict)
+    _masks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
+    _gains: dict[object, Tensor] = field(default_factory=dict, init=False)
 
     def visible(self, window: int | None) -> Callable[..., Tensor]:
         """FlexAttention's ``mask_mod``."""
@@ -74,8 +74,8 @@ class FlexLayout:
             return None
         key = (scores.slopes, scores.slope_dtype, scores.slope_scaling, dtype)
         if key not in self._gains:
-            device = self.position_K.device
-            slopes_A = torch.tensor(scores.slopes, device=device, dtype=scores.slope_dtype)
+            slopes_A = torch.tensor(scores.slopes, dtype=scores.slope_dtype)
+            slopes_A = slopes_A.to(self.position_K.device, non_blocking=True)
             gain_AK = (slopes_A[:, None] * self.position_K[None]).to(dtype)
             self._gains[key] = gain_AK * scores.slope_scaling
         gain_AK = self._gains[key]
@@ -141,7 +141,8 @@ def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexL
     for start, length in past:
         segment_K[start : start + length] = start
         position_K[start : start + length] = torch.arange(length)
-    return FlexLayout(segment_K.to(device), prefix_T.to(device), position_K.to(device))
+    layout = FlexLayout(segment_K, prefix_T, position_K)
+    return changed(layout, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @functools.cache

@@ -372,9 +372,12 @@ class _Scan:
         pull_NH = self.pulls_NH.div_(self.total_N[:, None])
         first, stop = self.block.first, self.block.stop
         if first < stop:  # not a rank behind the last row
-            mine_N = self._labels_in(first, stop)
-            rows_NH = self.block.read(self.labels_N.clamp(first, stop - 1))
-            pull_NH -= rows_NH.mul_((self.slope_N * mine_N)[:, None])
+            slope_N1 = (self.slope_N * self._labels_in(first, stop))[:, None]
+            near_N = self.labels_N.clamp(first, stop - 1)
+            size = max(1, LOGITS_BYTES // (4 * pull_NH.shape[1]))
+            parts = (x.split(size) for x in (pull_NH, near_N, slope_N1))
+            for part_NH, token_ids, slope in zip(*parts, strict=True):
+                part_NH -= self.block.read(token_ids).mul_(slope)
         return pull_NH.mul_(margin_N.sigmoid()[:, None])
 
     def _labels_in(self, start: int, stop: int) -> Tensor:

@@ -49,4 +49,4 @@ def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
     of_row_BL = is_token_BL & (own >= 0)
     place_T[token_BL[of_row_BL]] = of_row_BL.flatten().nonzero().flatten()
     padded = PaddedRows(token_BL, is_token_BL.long(), column.expand_as(token_BL), place_T)
-    return changed(padded, lambda tensor: tensor.to(device))
+    return changed(padded, lambda tensor: tensor.to(device, non_blocking=True))

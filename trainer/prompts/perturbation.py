@@ -36,10 +36,10 @@ def perturbed(
         alike = (0, 1) if virtual_tokens.dim() == 2 else (0, 3, 4)
         rms = virtual_tokens.detach().square().mean(alike, keepdim=True).sqrt()
         drawn = torch.randn(shape, generator=generator)
-        virtual_tokens = virtual_tokens + noise * rms * drawn.to(virtual_tokens)
+        virtual_tokens = virtual_tokens + noise * rms * drawn.to(virtual_tokens, non_blocking=True)
     if dropout:
-        kept = torch.rand(shape, generator=generator) >= dropout
-        virtual_tokens = virtual_tokens * (kept / (1 - dropout)).to(virtual_tokens)
+        kept = (torch.rand(shape, generator=generator) >= dropout) / (1 - dropout)
+        virtual_tokens = virtual_tokens * kept.to(virtual_tokens, non_blocking=True)
     return virtual_tokens
 
 
