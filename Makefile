@@ -25,7 +25,7 @@ quickstart: $(VENV)/.installed ## Install, train two prompts on a tiny base, sho
 	$(BIN)/promptshard train examples/quickstart.yaml
 
 test: $(VENV)/.installed-test lint ## Install what tests need, check the code, run every test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## Check format, lint and types
 	$(BIN)/ruff check .

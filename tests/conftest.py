@@ -1,7 +1,6 @@
 """Fixtures of many files; marks tests with their folder: ``pytest -m unit`` runs tests/unit.
 
-With ``-n 2 --dist loadgroup`` (pytest-xdist) a file of unit tests stays on one worker, and all that
-starts ranks, clusters or servers on another: it uses all cores by itself.
+With ``-n 2`` (pytest-xdist) unit tests run beside what starts ranks, clusters or servers.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +17,6 @@ TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.path.is_relative_to(TESTS):
@@ -25,8 +24,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
-        group = item.path.stem if folder == "unit" else "processes"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file of unit tests stays on one worker, and all that starts processes on another."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.startswith("tests/unit/") else "processes"
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
