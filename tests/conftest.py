@@ -1,6 +1,6 @@
 """Fixtures of many files; marks tests with their folder: ``pytest -m unit`` runs tests/unit.
 
-With ``-n 2`` (pytest-xdist) unit tests run beside what starts ranks, clusters or servers.
+With ``-n 2`` (pytest-xdist) tests run beside each other, but no two that start a cluster or hosts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file of unit tests stays on one worker, and all that starts processes on another."""
+    """A file of unit tests stays on one worker; so do tests of ranks, and all others together."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return file if file.startswith("tests/unit/") else "processes"
+            if file.startswith("tests/unit/"):
+                return file
+            return "ranks" if file.startswith("tests/distributed/") else "others"
 
     return Scheduling(config, log)
 
