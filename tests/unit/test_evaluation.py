@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.alone import Alone
 from tests.unit.test_chat import TURNS, make_tokenizer, words
-from tests.unit.test_learning_benchmark import ALONE
 from tests.whole_base import load_whole
 from trainer import evaluation, generation
 from trainer.config import RunConfig
@@ -108,7 +108,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     rows.append({"text": texts[0], "label": choices[0]})
     task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
     data = load(tmp_path, rows, tokenizer, **task)
-    evaluator = Evaluator(ALONE, load_whole(tiny, "none"), tokenizer, StreamBudget(100))
+    evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, StreamBudget(100))
     (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
     assert found["accuracy"] == 3 / 4
 
@@ -117,7 +117,7 @@ def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monke
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
     monkeypatch.setattr(evaluation.stop, "asked", lambda: True)
     base = SimpleNamespace(unpacked=nullcontext)
-    evaluator = Evaluator(ALONE, base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(Alone(), base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)
 
@@ -137,7 +137,7 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
     for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
         sizes.clear()
         found = generation.generate(
-            ALONE, base, make_tokenizer(), inputs, prompt, 5, max_tokens=most
+            Alone(), base, make_tokenizer(), inputs, prompt, 5, max_tokens=most
         )
         assert found == [str(n * (n + 1)) for n in range(8)]
         assert sizes == expected
