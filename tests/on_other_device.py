@@ -29,13 +29,11 @@ from trainer.base.model import PromptedBase
 from trainer.config import RunConfig, load
 from trainer.console import Console
 from trainer.evaluation import Evaluator, Request
-from trainer.generation import generate, keys_and_values
+from trainer.generation import generate
 from trainer.memory import StreamBudget
 from trainer.objective import batch_gradients, label_counts, stream_objective
-from trainer.optimization import make_optimizer
 from trainer.prefetch import Rank, prepare, prepare_stream
-from trainer.prompts.bank import Bank
-from trainer.run import _embedder
+from trainer.run import embedder, make_bank
 from trainer.starts import Screening
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tasks.streams import Piece, PromptLengths
@@ -134,24 +132,14 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)
     engine: Any = Alone(device)
-    embed = _embedder(base, device)
     (teacher,) = tasks["triage"].teachers.values()
-    teachers = [embed(teacher.token_ids)]
+    teachers = [embedder(base, device)(teacher.token_ids)]
     evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(1024), teachers)
 
     with open(os.devnull, "w") as nothing:
         console = Console(nothing, nothing)
-        bank = Bank(
-            config,
-            embed,
-            files.tokenizer,
-            files.config.vocab_size,
-            base.hidden_size,
-            device,
-            make_optimizer=make_optimizer,
-            past=lambda ids: keys_and_values(engine, base, ids),
-            screen=Screening(config, tasks, evaluator, console),
-        )
+        screen = Screening(config, tasks, evaluator, console)
+        bank = make_bank(config, engine, base, files, screen, console.warn)
     feed, streams = Feed(config, tasks), 0
     waits = []
     for _ in range(STEPS):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from trainer import atomic, stop
 from trainer.base.families import check_past, embedding_size
 from trainer.base.files import BaseFiles
+from trainer.base.model import PromptedBase
 from trainer.checkpoint import Saved
 from trainer.config import RunConfig
 from trainer.console import Console
@@ -106,7 +107,7 @@ def _train(
         return
 
     loaded, where = _load(engine, files, config, console, tasks, saved)
-    embed = _embedder(loaded.model, engine.device)
+    embed = embedder(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
     evaluator = Evaluator(
         engine,
@@ -117,18 +118,8 @@ def _train(
     )
     # A bank that goes on loads its state over any start.
     screen = None if saved else Screening(config, tasks, evaluator, console)
-    bank = Bank(
-        without_sources(config) if saved else config,
-        embed,
-        files.tokenizer,
-        files.config.vocab_size,
-        loaded.model.hidden_size,
-        engine.device,
-        make_optimizer=make_optimizer,
-        past=lambda ids: keys_and_values(engine, loaded.model, ids),
-        screen=screen,
-        warn=console.warn,
-    )
+    begun = without_sources(config) if saved else config
+    bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
     loop = Loop(config, engine, evaluator, tasks, bank, feed, console)
     if saved is None:
@@ -233,7 +224,30 @@ def _load(
     return loaded, where
 
 
-def _embedder(base: nn.Module, device: torch.device) -> Any:
+def make_bank(
+    config: RunConfig,
+    engine: Engine,
+    base: PromptedBase,
+    files: BaseFiles,
+    screen: Screening | None,
+    warn: Callable[[str], None],
+) -> Bank:
+    """The prompts of a run, over a base that all ranks call alike."""
+    return Bank(
+        config,
+        embedder(base, engine.device),
+        files.tokenizer,
+        files.config.vocab_size,
+        base.hidden_size,
+        engine.device,
+        make_optimizer=make_optimizer,
+        past=lambda ids: keys_and_values(engine, base, ids),
+        screen=screen,
+        warn=warn,
+    )
+
+
+def embedder(base: nn.Module, device: torch.device) -> Any:
     """Word embeddings [n, H] of token ids; the table is shared out: all ranks call it alike."""
 
     def embed(token_ids: Any) -> torch.Tensor:

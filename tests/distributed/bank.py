@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.distributed.sharded_base import run_config, shard_base
@@ -21,13 +20,11 @@ from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine
 from trainer.evaluation import Evaluator
-from trainer.generation import keys_and_values
 from trainer.memory import StreamBudget
 from trainer.objective import step_gradients
-from trainer.optimization import make_optimizer
 from trainer.process import leave
-from trainer.prompts.bank import Bank
 from trainer.prompts.evolution import Found
+from trainer.run import make_bank
 from trainer.starts import Screening
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 
@@ -144,24 +141,10 @@ def train(
 ) -> tuple[list[Tensor], dict[str, list[int]], int]:
     """Virtual tokens after the last step, words to start from, and bytes that steps gathered."""
 
-    def embed(ids: Any) -> Tensor:
-        with torch.no_grad():
-            embedded: Tensor = base(torch.as_tensor(ids), []).float()
-            return embedded
-
     evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(SEARCH_TOKENS))
-    screen = Told(config, tasks, evaluator, Console(sys.stdout, sys.stderr))
-    bank = Bank(
-        config,
-        embed,
-        files.tokenizer,
-        files.config.vocab_size,
-        base.hidden_size,
-        engine.device,
-        make_optimizer=make_optimizer,
-        past=lambda ids: keys_and_values(engine, base, ids),
-        screen=screen,
-    )
+    console = Console(sys.stdout, sys.stderr)
+    screen = Told(config, tasks, evaluator, console)
+    bank = make_bank(config, engine, base, files, screen, console.warn)
     feed, before = Feed(config, tasks), engine.gathered_bytes
     for step in range(STEPS):
         for k, prompt in enumerate(config.prompts):
