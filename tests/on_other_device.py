@@ -158,7 +158,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     ]
     return {
         "prompts": [prompt.cpu() for prompt in judged],
-        "scores": evaluator.score(requests, judged),
+        "scores": [scored.scores for scored in evaluator.score(requests, judged)],
         "texts": [generate(engine, base, files.tokenizer, inputs, prompt, 4) for prompt in judged],
         "waits": waits,
         "streams": streams,

@@ -7,7 +7,7 @@ in the losses of their own streams, and one all-reduce gives all ranks all of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,30 @@ class Request:
         return self.teacher is None or self.rows.task.metric != "loss"
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Result of one request, the same on every rank.
+
+    Attributes:
+        scores: metrics by name.
+        nll_RC: negative log-likelihood of every candidate of every row, in nats, float64, on the
+            CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
+            the candidate with the lowest value. None where labels are not scored.
+        texts_R: generated text of every row; None where nothing is generated.
+    """
+
+    scores: dict[str, float]
+    nll_RC: Tensor | None = None
+    texts_R: list[str] | None = None
+
+    @property
+    def predicted(self) -> list[int]:
+        """Index of the most likely candidate of each row."""
+        assert self.nll_RC is not None, "labels are not scored"
+        predicted: list[int] = self.nll_RC.argmin(1).tolist()
+        return predicted
+
+
 @dataclass
 class Evaluator:
     """What scoring needs; the prompts come with each call.
@@ -72,8 +96,8 @@ class Evaluator:
         self,
         requests: Sequence[Request],
         virtual_tokens: Sequence[Tensor],
-    ) -> list[dict[str, float]]:
-        """``loss``, its standard error and the task's metric, under its own name, per request.
+    ) -> list[Scored]:
+        """Score every request: ``loss``, its standard error and the task's metric by its name.
 
         With a teacher the loss is the mean divergence from it, in nats a position, and
         ``agreement`` is the share of positions where both find the same token likeliest.
@@ -91,8 +115,10 @@ class Evaluator:
         ]
         if any(request.teacher is not None for request in requests):
             compared = self._comparisons(requests, lengths, virtual_tokens)
-            for result, found in zip(results, compared, strict=True):
-                result |= found
+            results = [
+                replace(result, scores=result.scores | found)
+                for result, found in zip(results, compared, strict=True)
+            ]
         self.engine.end_step()
         return results
 
@@ -158,12 +184,10 @@ class Evaluator:
             for request, part in zip(requests, sums_R2.cpu().split(rows), strict=True)
         ]
 
-    def _result(
-        self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]
-    ) -> dict[str, float]:
+    def _result(self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]) -> Scored:
         rows, task = request.rows, request.rows.task
         if not request.by_labels:
-            return {}
+            return Scored({})
         nll_RC = nll.view(-1, _width(request))
         right = torch.tensor(rows.gold)[:, None]
         nll_R, counts_R = nll_RC.gather(1, right)[:, 0].tolist(), rows.label_counts
@@ -173,19 +197,17 @@ class Evaluator:
         }
         if task.metric == "accuracy":
             result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
-        elif task.metric != "loss":
-            prompt = None if request.prompt is None else virtual_tokens[request.prompt]
-            result |= self._generated(rows, prompt)
-        return result
+        if task.metric in ("accuracy", "loss"):
+            return Scored(result, nll_RC)
+        prompt = None if request.prompt is None else virtual_tokens[request.prompt]
+        texts = self._generated(rows, prompt)
+        return Scored(result | self._text_scores(rows, texts), nll_RC, texts)
 
-    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> dict[str, float]:
-        """Metrics of what the base writes. Generated code is run by rank 0 alone.
-
-        Of a dialogue it is the last answer.
-        """
+    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> list[str]:
+        """Text that the base generates for every row; of a dialogue, the last answer."""
         examples = [candidates[0] for candidates in rows.candidates]
         inputs = [example.input_ids[: example.label_spans[-1][0]] for example in examples]
-        texts = generate(
+        return generate(
             self.engine,
             self.base,
             self.tokenizer,
@@ -195,8 +217,11 @@ class Evaluator:
             between_batches=self._stop_if_told,
             max_tokens=WRITTEN_TOKENS * self.budget.tokens,
         )
-        values = [rows.rows[example.row] for example in examples]
+
+    def _text_scores(self, rows: EvalSet, texts: Sequence[str]) -> dict[str, float]:
+        """Metrics of generated texts. Generated code is run by rank 0 alone."""
         task = rows.task
+        values = [rows.rows[candidates[0].row] for candidates in rows.candidates]
         if task.metric == "execution":
             score = None
             if self.engine.is_main:

@@ -315,7 +315,7 @@ class Loop:
         results = self.evaluator.score(requests, self.bank.judged()) if requests else []
         scores = {
             k: merge_scores(
-                (request.rows.split, result)
+                (request.rows.split, result.scores)
                 for request, result in zip(requests, results, strict=True)
                 if request.prompt == k
             )
@@ -393,7 +393,7 @@ class Loop:
         results = self.evaluator.score(requests, []) if requests else []
         found: dict[tuple[str, str | None], list[tuple[str, Scores]]] = {}
         for key, request, result in zip(keys, requests, results, strict=True):
-            found.setdefault(key, []).append((request.rows.split, result))
+            found.setdefault(key, []).append((request.rows.split, result.scores))
         for name, data in self.tasks.items():
             self.progress.baselines[name] = {
                 "no_prompt": merge_scores(found.get((name, None), [])),
@@ -415,7 +415,7 @@ class Loop:
         ]
         results = self.evaluator.score(requests, []) if requests else []
         splits = [request.rows.split for request in requests]
-        scored = list(zip(splits, results, strict=True))
+        scored = list(zip(splits, (result.scores for result in results), strict=True))
         each = len(data.evaluation)
         return {
             name: merge_scores(scored[i * each : (i + 1) * each])

@@ -66,7 +66,7 @@ def main() -> None:
     budget: Any = SimpleNamespace(tokens=60)
     evaluator = Evaluator(engine, module, None, budget, teachers)  # type: ignore[arg-type]
     requests: Any = [Request(rows, 1, TEACHERS[1]), Request(rows, None, TEACHERS[1])]  # type: ignore[arg-type]
-    scores = evaluator.score(requests, prompts)
+    scores = [scored.scores for scored in evaluator.score(requests, prompts)]
     result = {
         "losses": ours.losses,
         "expected_losses": [*(loss for loss, _, _ in expected), wanted_past],

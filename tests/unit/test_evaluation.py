@@ -50,7 +50,8 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
 
     monkeypatch.setattr(evaluation, "generate", generate)
     evaluator = Evaluator(None, None, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
-    return evaluator._generated(data.evaluation["validation"], None), given
+    validation = data.evaluation["validation"]
+    return evaluator._text_scores(validation, evaluator._generated(validation, None)), given
 
 
 def test_the_last_answer_of_a_dialogue(tmp_path, monkeypatch):
@@ -110,7 +111,9 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     data = load(tmp_path, rows, tokenizer, **task)
     evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, StreamBudget(100))
     (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
-    assert found["accuracy"] == 3 / 4
+    assert found.scores["accuracy"] == 3 / 4
+    assert found.predicted == [*likeliest, likeliest[0]]
+    assert found.nll_RC.shape == (4, 3)
 
 
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
     base = load_whole(ROOT / data.folder, "none")
     evaluator = Evaluator(Alone(), base, data.tokenizer, StreamBudget(4000))
     (found,) = evaluator.score([Request(rows, 0)], [prompt])
-    assert theirs == pytest.approx({key: found[key] for key in theirs}, abs=1e-5)
+    assert theirs == pytest.approx({key: found.scores[key] for key in theirs}, abs=1e-5)
 
 
 def test_rows_are_those_of_our_prompt(data: peers.Data) -> None:

@@ -200,4 +200,4 @@ def _score(
     requests = [Request(reader.rows, reader.prompt) for reader in readers]
     scores = evaluator.score(requests, prompts)
     engine.release(loaded.model)
-    return scores
+    return [scored.scores for scored in scores]
