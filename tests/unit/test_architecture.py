@@ -38,6 +38,7 @@ FLOORS = (
     (
         "trainer.atomic",
         "trainer.errors",
+        "trainer.jsonfile",
         "trainer.lock",
         "trainer.names",
         "trainer.terminal",

@@ -1,0 +1,44 @@
+"""JSON from disk: whatever is wrong with a file is one ``BadInput`` that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import BadInput
+from trainer.jsonfile import MAX_DEPTH, read_json, read_json_object
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not valid JSON"),
+        (b"[1", "is not valid JSON"),
+        (b"\xff\xfe{", "is not valid JSON"),
+        (b"[" * 100_000, "nested deeper than 200 levels"),
+        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested deeper than 200"),
+        (b"9" * 5_000, "is not valid JSON"),
+        (b"[1]", "must hold a JSON object, not a list"),
+        (b"true", "must hold a JSON object, not a boolean"),
+        (b" " * 101, "is larger than 100 bytes"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "d.json"
+    path.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        read_json_object(path, max_bytes=100 if words.endswith("bytes") else 1 << 20)
+    (text,) = caught.value.problems
+    assert text.startswith(f"{path}: ")
+    assert words in text
+    assert "\n" not in text
+
+
+def test_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text('{"a": [1, {"b": null}]}')
+    assert read_json_object(path) == read_json(path) == {"a": [1, {"b": None}]}
+    for missing in (tmp_path / "none.json", tmp_path, Path("a\0b")):
+        with pytest.raises(BadInput):
+            read_json(missing)
