@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.config import Task, template_fields
 from trainer.errors import did_you_mean
+from trainer.jsonfile import parse_json
 from trainer.tasks.files import shorten
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -34,13 +35,25 @@ def parsers(task: Task) -> dict[str, Parser]:
     return found
 
 
+def kept_nulls(task: Task) -> set[str]:
+    """Columns of a table whose outermost objects keep keys that are null.
+
+    In Arrow an object has the keys of all rows, null where its own row has none. Such keys are
+    dropped at every depth. But a test call may expect null as its result, and a turn may have null
+    as its content: of those ``parse_tests`` and ``parse_messages`` know the keys.
+    """
+    if task.messages is not None:
+        return {task.messages}
+    return {task.tests} if task.metric == "execution" else set()
+
+
 def _from_text(value: Any, example: str) -> Any:
     """A list, or that list as JSON text: csv has nothing else."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return parse_json(value)
+    except ValueError as error:
         raise ValueError(f"is not JSON ({error}): {shorten(value)}; write {example}") from None
 
 
@@ -71,6 +84,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     turns = _from_text(value, example)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{shorten(turns)} is not a list of turns; write {example}")
+    turns = [_from_text(turn, example) for turn in turns]  # tables may hold each turn as JSON
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise ValueError(

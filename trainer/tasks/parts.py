@@ -16,7 +16,7 @@ from trainer.config import Task
 from trainer.errors import BadInput
 from trainer.tasks.checks import Problems, RowCheck, columns_used, content_columns
 from trainer.tasks.files import place
-from trainer.tasks.nested import content_text, parsers
+from trainer.tasks.nested import content_text, kept_nulls, parsers
 from trainer.tasks.plain import LINE, Odd, plain_batches
 from trainer.tasks.sources import Origin
 from trainer.tasks.spill import Spill, write_table
@@ -124,7 +124,7 @@ def _any(origin: Origin, task: Task, said: Said | None) -> tuple[Problems, Part 
     header = None
     try:
         header = origin.header()
-        for record in origin.records(used):
+        for record in origin.records(used, kept_nulls(task)):
             check.feed(record)
             columns.update(dict.fromkeys(record.values))
             has_lines = record.line is not None
@@ -196,13 +196,13 @@ def _batches(
         found.clear()
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-    for record in origin.records(list(kinds)):
+    for record in origin.records(list(kinds), kept_nulls(task)):
         row = {name: record.values[name] for name in kinds}
         row |= {name: parser(row[name]) for name, parser in parse.items()}
         found.append(xxhash.xxh3_64_intdigest(content_text(row, content).encode()))
         for name, kind in kinds.items():
             if kind is None:
-                row[name] = json.dumps(row[name], default=str)
+                row[name] = json.dumps(row[name])
         rows.append({**row, LINE: record.line})
         if len(rows) == _BATCH:
             yield batch()

@@ -59,6 +59,8 @@ def plain_batches(origin: Origin, task: Task) -> Iterator[Any]:
 
 def _read(origin: Origin, used: Sequence[str]) -> Iterator[Any]:
     if origin.table is not None:
+        if not all(map(origin.table.is_plain, used)):
+            raise Odd
         yield from _of_table(origin.table.batches(used), used)
     elif origin.files[0].suffix.lower() == ".jsonl":
         yield from _of_jsonl(origin.files[0], used)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,11 +53,12 @@ class Origin:
         """All columns, where the format names them apart from the rows."""
         return header_of(self.files[0]) if self.table is None else self.table.names
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[Record]:
         """Every row, in order; broken ones come with their problem.
 
         Args:
             columns: those that are needed; a table is read for no others.
+            keep: columns of a table whose outermost objects keep keys that are null.
 
         Raises:
             BadInput: it cannot be read as a whole.
@@ -65,11 +66,8 @@ class Origin:
         if self.table is None:
             yield from read_text(self.files[0])
             return
-        row = 0
-        for batch in self.table.batches(columns):
-            for values in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
-                row += 1
-                yield Record(row, None, values)
+        for row, values in enumerate(self.table.rows(columns, keep), start=1):
+            yield Record(row, None, values)
 
     def digest(self) -> str:
         """SHA-256 of its bytes, in hex."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.config import DataSource
 from trainer.errors import BadInput
+from trainer.jsonfile import parse_json, read_json_object
+from trainer.tasks.arrow_values import class_names, column_values, is_plain
 
 TABLE_FORMATS = (".parquet", ".arrow")
 _BATCH = 1 << 14
@@ -23,10 +24,49 @@ class Table:
         names: all its columns.
     """
 
-    def __init__(self, name: str, names: list[str], file: Path | None, dataset: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        names: list[str],
+        file: Path | None,
+        features: Mapping[str, Any],
+        dataset: Any = None,
+    ) -> None:
         self.name = name
         self.names = names
-        self._file, self._dataset = file, dataset
+        self._file, self._features, self._dataset = file, features, dataset
+
+    def is_plain(self, column: str) -> bool:
+        """Whether a column means what its Arrow type says: no class numbers, no JSON text."""
+        return is_plain(self._features.get(column))
+
+    def class_names(self, column: str) -> list[str] | None:
+        """The names of the classes whose numbers a column holds; None where it holds none."""
+        return class_names(self._features.get(column))
+
+    def rows(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Every row, with the values that a JSON file would hold (``arrow_values``).
+
+        Args:
+            columns: those that are read.
+            keep: columns whose outermost objects keep keys that are null.
+
+        Raises:
+            BadInput: the file is damaged, or a column has a type that no template can write.
+        """
+        for batch in self.batches(columns):
+            names = [name for name in self.names if name in columns]
+            try:
+                values = [
+                    column_values(
+                        batch.column(name), name, self._features.get(name), keep=name in keep
+                    )
+                    for name in names
+                ]
+            except BadInput as error:
+                raise BadInput([f"{self.name}: {text}" for text in error.problems]) from None
+            rows = zip(*values, strict=True) if values else ((),) * batch.num_rows
+            yield from (dict(zip(names, row, strict=True)) for row in rows)
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """``pyarrow.RecordBatch`` of the wanted columns that there are, in the table's order.
@@ -34,6 +74,8 @@ class Table:
         Raises:
             BadInput: the file is damaged.
         """
+        import pyarrow
+
         wanted = [name for name in self.names if name in columns]
         row = 0
         try:
@@ -43,10 +85,9 @@ class Table:
                     part.validate(full=True)
                     yield part
                     row += part.num_rows
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise BadInput(
-                f"{self.name}: cannot be read behind row {row}: {reason}; write it again"
+                f"{self.name}: cannot be read behind row {row}: {_reason(error)}; write it again"
             ) from None
 
     def _read(self, wanted: list[str]) -> Iterator[Any]:
@@ -73,13 +114,35 @@ def open_table(file: Path) -> Table:
     kind = file.suffix.lower().removeprefix(".")
     try:
         if kind == "parquet":
-            names = parquet.ParquetFile(file).schema_arrow.names
+            schema = parquet.ParquetFile(file).schema_arrow
         else:
-            names = _arrow_reader(file)[0].schema.names
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{file}: is not a whole {kind} file: {reason}; write it again") from None
-    return Table(str(file), list(names), file)
+            schema = _arrow_reader(file)[0].schema
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise BadInput(
+            f"{file}: is not a whole {kind} file: {_reason(error)}; write it again"
+        ) from None
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{file}: duplicate column {twice[0]!r}; rename one")
+    return Table(str(file), list(schema.names), file, _features(file, schema.metadata))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _features(file: Path, metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:
+    """The features that ``datasets`` wrote beside the schema, in their JSON form."""
+    written = (metadata or {}).get(b"huggingface")
+    if written is None:
+        return {}
+    try:
+        features = parse_json(written)["info"]["features"]
+        return features if isinstance(features, Mapping) else {}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(
+            f"{file}: its 'huggingface' metadata cannot be read; write it again"
+        ) from None
 
 
 def _arrow_reader(file: Path) -> tuple[Any, bool]:
@@ -112,7 +175,7 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
     """
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        names = _strings(splits, read_json_object(splits).get("splits"), "splits")
         if split not in names:
             raise BadInput(
                 f"{folder}: has no split {split!r}; it has {', '.join(names)}: name one with "
@@ -121,9 +184,25 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
         folder = folder / split
     state = folder / "state.json"
     if not state.is_file():
+        if splits.is_file():
+            raise BadInput(f"{folder}: split {split!r} has no state.json; save the data set again")
         return None
-    listed = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-    return [folder / item["filename"] for item in listed]
+    listed = read_json_object(state).get("_data_files")
+    items = listed if isinstance(listed, list) else []
+    files = [item.get("filename") if isinstance(item, dict) else item for item in items]
+    return [folder / name for name in _strings(state, files, "_data_files")]
+
+
+def _strings(file: Path, found: Any, key: str) -> list[str]:
+    """A list of plain names in a file of ``save_to_disk``."""
+    if isinstance(found, list) and found and all(_is_name(name) for name in found):
+        return found
+    raise BadInput(f"{file}: {key!r} must list names; save the data set again")
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a text names something inside its folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
@@ -156,4 +235,5 @@ def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
         raise BadInput(f"{label}: cannot be loaded: {type(error).__name__}: {reason}") from None
     name = f"{label}[{split}]"
     files = [Path(item["filename"]) for item in dataset.cache_files]
-    return Table(name, list(dataset.column_names), None, dataset), files
+    features = dataset.features.to_dict()
+    return Table(name, list(dataset.column_names), None, features, dataset), files
