@@ -128,6 +128,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     os.chdir(ROOT)
     quickstart = load("examples/quickstart.yaml").model_dump(exclude_unset=True)
     quickstart |= {"prompts": PROMPTS, "training": {"steps": STEPS, "tokens_per_step": TOKENS}}
+    quickstart |= {"search": {"init_share": 20}}  # the longest search, however few steps
     config = RunConfig.model_validate(quickstart)
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def train(config: RunConfig, console: Console) -> None:
-        from trainer.run import train as train_run
+        with console.phase("importing torch, transformers and deepspeed"):
+            from trainer.run import train as train_run
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))
 
@@ -76,7 +77,7 @@ def guarded(
     """
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
-    console = Console(terminal.out, terminal.err, log)
+    console = Console(terminal.out, terminal.err, log, shown=rank == 0)
     try:
         stop.listen()  # launch/ starts us with stop signals blocked
         program(console)

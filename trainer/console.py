@@ -1,4 +1,8 @@
-"""What rank 0 shows a person: a live progress line on a terminal, plain lines otherwise."""
+"""Rank 0's output: a live progress display on a terminal, plain lines elsewhere.
+
+Everything that takes time is a ``Phase``. On a terminal each running phase has a line with a bar;
+elsewhere a thread prints the innermost phase whenever nothing was printed for ``PLAIN_INTERVAL``.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +10,110 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import rich.console
-import rich.text
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-#: Seconds between plain lines where there is no terminal.
+#: Seconds without output after which a plain line is printed where there is no terminal.
 PLAIN_INTERVAL = 5.0
-#: Work that takes less is not shown.
+#: Phases that take less are not shown.
 QUIET_SECONDS = 1.0
-#: Files of fewer rows are read in a moment.
-MANY_ROWS = 10_000
+#: Seconds between two looks at the running phases.
+TICK = 0.25
 #: Columns of a table where there is no terminal to ask.
 PLAIN_WIDTH = 110
 
-_BYTES = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+
+@dataclass
+class Phase:
+    """Work in progress. Its numbers may be set from any thread.
+
+    Attributes:
+        total: in ``unit``; None if it is not known.
+        unit: ``bytes`` are shown as MB.
+        status: printed behind the numbers.
+    """
+
+    what: str
+    total: float | None = None
+    unit: str = "rows"
+    done: float = 0.0
+    status: str = ""
+    started: float = field(default_factory=lambda: time.monotonic())
+    task: TaskID | None = None
+
+    def advance(self, count: float) -> None:
+        self.done += count
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def progress(self) -> str:
+        """``1,200/3,400 rows, about 0:20 left``; empty where nothing is counted."""
+        parts = []
+        if self.total is not None:
+            parts.append(f"{self._number(self.done)}/{self._number(self.total)} {self._unit}")
+            if self.done and not self.status:
+                left = self.seconds * max(0.0, self.total - self.done) / self.done
+                parts.append(f"about {clock(left)} left")
+        elif self.done:
+            parts.append(f"{self._number(self.done)} {self._unit}")
+        return ", ".join([*parts, *([self.status] if self.status else [])])
+
+    @property
+    def _unit(self) -> str:
+        return "MB" if self.unit == "bytes" else self.unit
+
+    def _number(self, value: float) -> str:
+        return f"{value / 1e6:,.1f}" if self.unit == "bytes" else f"{value:,.0f}"
 
 
 class Console:
-    """Rank 0's words; on other ranks ``out`` leads nowhere."""
+    """Prints for people.
 
-    def __init__(self, out: TextIO, err: TextIO, log: Path | None = None) -> None:
-        self._log = log
-        self._told: BaseException | None = None
+    Args:
+        shown: False on ranks other than 0, whose streams lead nowhere: no phase is displayed.
+    """
+
+    def __init__(
+        self, out: TextIO, err: TextIO, log: Path | None = None, *, shown: bool = True
+    ) -> None:
+        self._log, self._shown = log, shown
+        self._reported: BaseException | None = None
         width = None if out.isatty() else PLAIN_WIDTH
         self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
         self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
+        self._phases: list[Phase] = []
+        self._last_output = time.monotonic()
+        self._ticker: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._bar: Progress | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._out.is_terminal
 
     def say(self, text: str = "") -> None:
+        self._last_output = time.monotonic()
         self._out.print(text, markup=False)
 
     def warn(self, text: str) -> None:
+        self._last_output = time.monotonic()
         self._err.print(f"warning: {text}", style="yellow", markup=False)
 
     def error(self, text: str) -> None:
         self._err.print(f"error: {text}", style="red", markup=False)
 
     def failure(self, error: BaseException) -> None:
-        """What ends the run, in one line, once."""
-        if error is not self._told:
-            self._told = error
+        """Print in one line, once, what ends the run."""
+        if error is not self._reported:
+            self._reported = error
             first_line = str(error).strip().split("\n")[0]
             where = f" (all of it: {self._log})" if self._log else ""
             self.error(f"{type(error).__name__}: {first_line}{where}")
@@ -71,153 +127,145 @@ class Console:
         self._out.print(table)
 
     @contextmanager
-    def loading(self, what: str, total_bytes: int) -> Iterator[Loading]:
-        """A bar with bytes while the base is read."""
-        bar = self._bar(*_BYTES)
-        if not self._out.is_terminal:
-            self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
-        with bar:
-            yield Loading(bar, bar.add_task(what, total=total_bytes))
+    def phase(
+        self, what: str, total: float | None = None, unit: str = "rows", done: float = 0.0
+    ) -> Iterator[Phase]:
+        """Show work in progress for as long as the ``with`` block lasts."""
+        phase = Phase(what, total, unit, done)
+        self._phases.append(phase)
+        if self._shown and self._ticker is None:
+            self._idle.clear()
+            self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+            self._ticker.start()
+        try:
+            yield phase
+        finally:
+            self._phases.remove(phase)
+            self._hide(phase)
+            if not self._phases and self._ticker is not None:
+                self._idle.set()
+                self._ticker.join()
+                self._ticker = None
+                if self._bar is not None:
+                    self._bar.stop()
+                    self._bar = None
+
+    def _tick(self) -> None:
+        while not self._idle.wait(TICK):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Update the display; called several times per second by a thread."""
+        phases = list(self._phases)
+        if self._out.is_terminal:
+            for phase in phases:
+                self._draw(phase)
+        elif phases and time.monotonic() - self._last_output >= PLAIN_INTERVAL:
+            progress = phases[-1].progress()
+            self.say(f"{phases[-1].what}: {progress or clock(phases[-1].seconds)}")
+
+    def _draw(self, phase: Phase) -> None:
+        if phase.task is None:
+            if phase.seconds < QUIET_SECONDS:
+                return
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=24),
+                    TextColumn("{task.fields[status]}"),
+                    TimeElapsedColumn(),
+                    console=self._out,
+                    transient=True,
+                )
+                self._bar.start()
+            phase.task = self._bar.add_task("", status="", visible=False)
+        assert self._bar is not None
+        self._bar.update(
+            phase.task,
+            completed=phase.done,
+            total=phase.total,
+            description=escape(phase.what),
+            status=escape(phase.progress()),
+            visible=True,
+            refresh=True,
+        )
+
+    def _hide(self, phase: Phase) -> None:
+        if phase.task is not None and self._bar is not None:
+            self._bar.remove_task(phase.task)
 
     @contextmanager
-    def downloading(self, what: str) -> Iterator[Downloading]:
-        """A bar with bytes while files come over a network; nothing if none do."""
-        bar = self._bar(*_BYTES)
-        shown = Downloading(self, bar, f"downloading {what}")
-        try:
-            yield shown
-        finally:
-            shown.close()
+    def loading(self, what: str, total_bytes: int) -> Iterator[Phase]:
+        """A phase that counts bytes while the base is read."""
+        if not self._out.is_terminal:
+            self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
+        with self.phase(what, total_bytes, "bytes") as phase:
+            yield phase
+
+    @contextmanager
+    def downloading(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function of the bytes that are present and the bytes expected; both may grow."""
+        with self.phase(f"downloading {what}", unit="bytes") as phase:
+
+            def update(done: int, total: int) -> None:
+                if phase.total is None and not self._out.is_terminal:
+                    self.say(f"{phase.what} ({total / 1e6:,.1f} MB)")
+                phase.done, phase.total = done, total
+
+            yield update
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str, int], None]]:
-        """A live line on a terminal, elsewhere one now and then, while files are read.
+        """Yield a function of a file's name and the number of its rows read so far."""
+        with self.phase("reading rows") as phase:
 
-        Yields:
-            What to tell the file's name and how many of its rows were read so far.
-        """
-        status = self._out.status("")
-        due = time.monotonic() + (QUIET_SECONDS if self._out.is_terminal else PLAIN_INTERVAL)
+            def update(name: str, rows: int) -> None:
+                phase.what, phase.done = f"reading {name}", rows
 
-        def said(name: str, rows: int) -> None:
-            nonlocal due
-            if rows < MANY_ROWS or (now := time.monotonic()) < due:
-                return
-            text = f"reading {name}: {rows:,} rows"
-            if self._out.is_terminal:
-                due = now + 0.1
-                status.update(rich.text.Text(text))
-                status.start()
-            else:
-                due = now + PLAIN_INTERVAL
-                self.say(text)
-
-        try:
-            yield said
-        finally:
-            status.stop()
+            yield update
 
     @contextmanager
-    def working(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar for what may take long; nothing is shown before ``QUIET_SECONDS`` are over.
-
-        Yields:
-            What to call with the number of rows that were just done.
-        """
-        bar = self._bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows"),
-            TimeRemainingColumn(),
-        )
-        task = bar.add_task(what, total=total)
-        started, shown = time.monotonic(), False
-
-        def advance(rows: int) -> None:
-            nonlocal shown
-            bar.advance(task, rows)
-            if not shown and time.monotonic() - started > QUIET_SECONDS:
-                shown = True
-                bar.start()
-                if bar.disable:
-                    self.say(f"{what} ({total:,} rows)")
-
-        try:
-            yield advance
-        finally:
-            bar.stop()
+    def working(self, what: str, total: int) -> Iterator[Callable[[float], None]]:
+        """Yield a function of the number of rows that were just done."""
+        with self.phase(what, total) as phase:
+            yield phase.advance
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[StepLine]:
         """The progress line of a run: step, loss, useful tokens per second, time left."""
-        bar = self._bar(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-        )
-        with bar:
-            yield StepLine(self, bar, bar.add_task("", total=steps, completed=done, status=""))
-
-    def _bar(self, *columns: ProgressColumn) -> Progress:
-        """A bar on a terminal; elsewhere one that shows nothing."""
-        return Progress(*columns, console=self._out, disable=not self._out.is_terminal)
-
-
-class Loading:
-    def __init__(self, bar: Progress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
-
-    def advance(self, num_bytes: int) -> None:
-        self._bar.advance(self._task, num_bytes)
-
-
-class Downloading:
-    """Call it, from any thread, with the bytes that are here and those to come; both may grow."""
-
-    def __init__(self, console: Console, bar: Progress, what: str) -> None:
-        self._console, self._bar, self._what = console, bar, what
-        self._task: TaskID | None = None
-        self._last_plain = float("-inf")
-        self._lock = threading.Lock()
-
-    def __call__(self, done: int, total: int) -> None:
-        with self._lock:
-            if self._task is None:  # not before: an empty bar would be a blank line
-                self._task = self._bar.add_task(self._what)
-                self._bar.start()
-            self._bar.update(self._task, completed=done, total=total)
-            now = time.monotonic()
-            if self._bar.disable and now - self._last_plain >= PLAIN_INTERVAL:
-                self._last_plain = now
-                self._console.say(f"{self._what}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._bar.stop()
+        with self.phase("training", steps, "steps", done) as phase:
+            line = StepLine(self, phase)
+            yield line
+            line.end()
 
 
 class StepLine:
-    """Shows the newest step; on a terminal in place, elsewhere every few seconds."""
+    """Shows the newest step: in place on a terminal, elsewhere every few seconds."""
 
-    def __init__(self, console: Console, bar: Progress, task: TaskID) -> None:
-        self._console, self._bar, self._task = console, bar, task
-        self._last_plain = float("-inf")
+    def __init__(self, console: Console, phase: Phase) -> None:
+        self._console, self._phase = console, phase
+        self._printed = float("-inf")
+        self._unprinted = ""
 
-    def show(
-        self, step: int, steps: int, loss: float, tokens_per_second: float, seconds_per_step: float
-    ) -> None:
-        left = (steps - step) * seconds_per_step
-        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {_clock(left)}"
-        self._bar.update(self._task, completed=step, status=status)
+    def show(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        phase, steps = self._phase, self._phase.total
+        phase.done = step
+        phase.status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
+        self._unprinted = f"step {step}/{steps:.0f}  {phase.status}"
         now = time.monotonic()
-        due = now - self._last_plain >= PLAIN_INTERVAL or step == steps
-        if self._bar.disable and due:
-            self._last_plain = now
-            self._console.say(f"step {step}/{steps}  {status}")
+        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
+            self._printed = now
+            self.end()
+
+    def end(self) -> None:
+        """Print the newest step unless it was printed."""
+        if self._unprinted:
+            self._console.say(self._unprinted)
+            self._unprinted = ""
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``0:05``, ``1:02:03``."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -19,9 +19,10 @@ from trainer.base.saved import SavedBytes
 from trainer.config import LOWER_IS_BETTER, RunConfig
 from trainer.console import Console, StepLine
 from trainer.engine import Engine
-from trainer.evaluation import Evaluator, Request
+from trainer.evaluation import Evaluator, Request, Scored
 from trainer.objective import StepResult, batch_gradients
 from trainer.optimization import EarlyStopping
+from trainer.phase_times import PhaseTimes
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.search import STANDARD_ERROR, rungs, worst
@@ -49,6 +50,8 @@ class Progress:
             are done), ``early_stopping``, ``halving`` or ``diverged``.
         train_losses: of each prompt since its last validation: their sum, and how many.
         unjudged: the last step is done, but not yet what may follow it: validation, early stops.
+        validations: how many times prompts were validated.
+        phase_seconds: of ``PhaseTimes``, of all processes of the run.
     """
 
     step: int = 0
@@ -63,6 +66,8 @@ class Progress:
     stopped: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
     unjudged: bool = False
+    validations: int = 0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def _nothing(*_: object) -> None:
@@ -92,6 +97,7 @@ class Loop:
     save: Callable[[Loop], None] = _nothing
     between_steps: Callable[[], object] = _nothing
     progress: Progress = field(default_factory=Progress)
+    times: PhaseTimes = field(default_factory=PhaseTimes)
 
     def __post_init__(self) -> None:
         rule = self.config.evaluation.early_stopping
@@ -114,19 +120,24 @@ class Loop:
         """
         try:
             if not self.progress.baselines:
-                self._score_baselines()
+                with self.times("baselines"):
+                    self._score_baselines()
             with self.console.training(self.last_step, self.progress.step) as line:
                 while self.progress.unjudged or self._goes_on():
                     if not self.progress.unjudged:
-                        with self.engine.training_step(self.progress.step + 1):
+                        with (
+                            self.times("training"),
+                            self.engine.training_step(self.progress.step + 1),
+                        ):
                             self._step(line)
                         self.between_steps()
                         self._raise_if_all_diverged()
                         self._stop_if_told()
-                    self._judge_step()
+                    with self.times("validation"):
+                        self._judge_step()
                     ended = not any(self.bank.active)
                     if ended or self.progress.step % self.config.checkpoint.every == 0:
-                        self.save(self)
+                        self._save()
         finally:
             self.feed.close()
 
@@ -136,15 +147,19 @@ class Loop:
     def _stop_if_told(self) -> None:
         """Save this step and stop, on all ranks together, if one of them was told to."""
         if self._stopping:
-            self.save(self)
+            self._save()
             raise Stopped
+
+    def _save(self) -> None:
+        with self.times("saving"):
+            self.save(self)
 
     def _judge_step(self) -> None:
         """Validate what is due; told to stop meanwhile, the run goes on with just that."""
         try:
             self._evaluate()
         except Stopped:
-            self.save(self)
+            self._save()
             raise
         self.progress.unjudged = False
 
@@ -184,10 +199,30 @@ class Loop:
         losses = [loss for loss in result.losses if not math.isnan(loss)]
         line.show(
             self.progress.step,
-            self.last_step,
             sum(losses) / len(losses) if losses else math.nan,
             result.useful_tokens / seconds,
-            self.progress.train_seconds / self.progress.step,
+            self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float:
+        """Estimate for the remaining steps and validations, from those that were measured.
+
+        Before the first validation: from the baselines, which read the same rows.
+        """
+        step, seconds = self.progress.step, self.times.seconds
+        steps = self.last_step - step
+        left = steps * self.progress.train_seconds / step
+        validations = sum(self._is_validated(s) for s in range(step + 1, self.last_step + 1))
+        if self.progress.validations:
+            left += validations * seconds.get("validation", 0.0) / self.progress.validations
+        else:
+            arms = sum(1 + len(data.task.hand_written) for data in self.tasks.values())
+            left += validations * seconds.get("baselines", 0.0) * len(self.bank) / arms
+        return left
+
+    def _is_validated(self, step: int) -> bool:
+        return (
+            step % self.config.evaluation.every == 0 or step in self._rungs or step in self._steps
         )
 
     def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[Batch, float]:
@@ -312,7 +347,8 @@ class Loop:
             for data in [self.tasks[self._task(k)]]
             for rows in data.evaluation.values()
         ]
-        results = self.evaluator.score(requests, self.bank.judged()) if requests else []
+        results = self._score(f"validation at step {self.progress.step}", requests)
+        self.progress.validations += 1
         scores = {
             k: merge_scores(
                 (request.rows.split, result.scores)
@@ -390,7 +426,7 @@ class Loop:
                 for text, written in zip(texts, data.hand_written[split], strict=True):
                     keys.append((name, text))
                     requests.append(Request(written, None))
-        results = self.evaluator.score(requests, []) if requests else []
+        results = self._score("scoring baselines", requests)
         found: dict[tuple[str, str | None], list[tuple[str, Scores]]] = {}
         for key, request, result in zip(keys, requests, results, strict=True):
             found.setdefault(key, []).append((request.rows.split, result.scores))
@@ -413,7 +449,7 @@ class Loop:
             for teacher in data.teachers.values()
             for rows in data.evaluation.values()
         ]
-        results = self.evaluator.score(requests, []) if requests else []
+        results = self._score("comparing the base with teachers", requests)
         splits = [request.rows.split for request in requests]
         scored = list(zip(splits, (result.scores for result in results), strict=True))
         each = len(data.evaluation)
@@ -422,8 +458,17 @@ class Loop:
             for i, name in enumerate(data.teachers)
         }
 
+    def _score(self, what: str, requests: Sequence[Request]) -> list[Scored]:
+        """Scores of the requests by the prompts as they are now, with progress."""
+        if not requests:
+            return []
+        prompts = [] if all(request.prompt is None for request in requests) else self.bank.judged()
+        with self.console.phase(what):
+            return self.evaluator.score(requests, prompts)
+
     def state(self) -> dict[str, Any]:
         """All but the bank's tensors that going on needs, as JSON."""
+        self.progress.phase_seconds = dict(self.times.seconds)
         return {
             "progress": vars(self.progress),
             "stopping": {name: rule.state() for name, rule in self.stopping.items()},
@@ -432,6 +477,7 @@ class Loop:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
+        self.times.add(self.progress.phase_seconds)
         for name, saved in state["stopping"].items():
             self.stopping[name].load_state(saved)
         self.feed.load_state_dict(state["feed"])

@@ -53,6 +53,15 @@ def process_start(pid: int) -> str:
     return UNKNOWN
 
 
+def age() -> float:
+    """Seconds since this process started; 0 where that cannot be told."""
+    try:
+        started = int(process_start(os.getpid())) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, float(read_text("/proc/uptime").split()[0]) - started)
+    except (ValueError, IndexError):
+        return 0.0
+
+
 def ended_by(pid: int) -> int:
     """The signal that has ended a process whose parent has not asked yet; 0 if none, or unknown."""
     # The last field is what wait() will give: see proc(5).

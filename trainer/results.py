@@ -16,7 +16,7 @@ import torch
 from trainer import atomic
 from trainer.base.files import BaseFiles
 from trainer.config import LOWER_IS_BETTER, PROJECT_ROOT, RunConfig, dump, resolve_path
-from trainer.console import Console
+from trainer.console import Console, clock
 from trainer.engine import Engine, base_bytes
 from trainer.export import save_peft
 from trainer.loop import Loop
@@ -133,6 +133,7 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "exchanged_bytes_per_step": max(exchanged) / steps,
         },
         "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},
+        "time": loop.times.summary(),
         "versions": versions(),
         "world_size": engine.world_size,
     }
@@ -196,7 +197,8 @@ def finish(
     }
     atomic.write_json(output / "summary.json", summary)
     try:
-        write_report(output)
+        with console.phase("writing the report"):
+            write_report(output)
     except Exception as error:  # the results are there; a picture of them must not lose them
         console.warn(f"no report written: {type(error).__name__}: {error}")
     return summary
@@ -285,12 +287,24 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
     console.say(
         f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
     )
+    if times := summary.get("time"):
+        console.say(f"time:    {_time_breakdown(times)}")
     console.say(f"report:  {output}/report.html")
     name = next(
         (found["prompt"] for found in (summary.get("selected") or {}).values()),
         next(iter(summary["prompts"])),
     )
     console.say(f'try it:  promptshard generate {output} --prompt {name} --input "..."')
+
+
+def _time_breakdown(seconds: Mapping[str, float]) -> str:
+    """``1:23 (start 0:10, load 0:03, ...)``; phases of less than half a second are left out."""
+    parts = [
+        f"{name} {clock(value)}"
+        for name, value in seconds.items()
+        if name != "total" and value >= 0.5
+    ]
+    return f"{clock(seconds['total'])} ({', '.join(parts)})"
 
 
 def _number(value: float | None) -> str:

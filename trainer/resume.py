@@ -26,6 +26,7 @@ MAY_CHANGE = {
     "training.micro_batch_tokens",
     "training.max_skipped_updates",
     "search.max_prompts",
+    "search.init_share",  # a resumed prompt needs no initial value
 }
 #: Where files lie may change; what they hold, and what is taken of it, may not: their digests tell.
 PATHS = {"model", "revision", "train", "validation", "shifted_validation"}

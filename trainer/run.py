@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import atomic, stop
+from trainer import atomic, process, stop
 from trainer.base.families import check_past, embedding_size
 from trainer.base.files import BaseFiles
 from trainer.base.model import PromptedBase
@@ -29,6 +29,7 @@ from trainer.lock import Lock, LockLost, acquire
 from trainer.loop import Loop
 from trainer.names import CHECKPOINTS
 from trainer.optimization import make_optimizer
+from trainer.phase_times import PhaseTimes
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.prompts.source import check_sources, without_sources
@@ -68,11 +69,14 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         BadInput: for what a person can mend, on all ranks together.
         Stopped: if a rank was told to stop, once the state of the last step is saved.
     """
-    engine = Engine(config.engine.timeout_seconds)
+    times = PhaseTimes()
+    times.add({"start": process.age()})
+    with times("start"), console.phase("connecting ranks"):
+        engine = Engine(config.engine.timeout_seconds)
     engine.watch(Path(config.output_dir) / "logs", config.engine.silence_seconds)
     try:
         with _locked(engine, Path(config.output_dir), console) as lock:
-            _train(engine, config, console, lock, fresh=fresh, command=command)
+            _train(engine, config, console, lock, times, fresh=fresh, command=command)
     except Stopped:
         engine.any(False)  # the launcher ends all ranks once one has: rank 0 must have saved
         raise
@@ -84,20 +88,24 @@ def _train(
     config: RunConfig,
     console: Console,
     lock: Lock | None,
+    times: PhaseTimes,
     *,
     fresh: bool,
     command: str,
 ) -> None:
     output = Path(config.output_dir)
     engine.together(lambda: check_uri(config.tracking.uri))
-    files = open_files(engine, config.base, console)
+    with times("load"), console.phase("reading config and tokenizer"):
+        files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
-    tasks = _read_tasks(engine, files, config, console)
+    with times("load"):
+        tasks = _read_tasks(engine, files, config, console)
     # A job that is requeued has put the earlier run aside before: what lies there is its own.
     fresh = fresh and not engine.of_main(lambda: was_put_aside(output))
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
-    identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
+    with times("load"), console.phase("checking the base's files"):
+        identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
     saved = engine.of_main(lambda: None if fresh else find_checkpoint(output, identity, console))
     if saved is None:
         engine.together(lambda: check_sources(config, embedding_size(files.config)))
@@ -106,7 +114,8 @@ def _train(
         show_results(json.loads((output / "summary.json").read_text()), config, console)
         return
 
-    loaded, where = _load(engine, files, config, console, tasks, saved)
+    with times("load"):
+        loaded, where = _load(engine, files, config, console, tasks, saved)
     embed = embedder(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
     evaluator = Evaluator(
@@ -119,9 +128,10 @@ def _train(
     # A bank that goes on loads its state over any start.
     screen = None if saved else Screening(config, tasks, evaluator, console)
     begun = without_sources(config) if saved else config
-    bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
+    with times("initialization search"):
+        bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
     feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
-    loop = Loop(config, engine, evaluator, tasks, bank, feed, console)
+    loop = Loop(config, engine, evaluator, tasks, bank, feed, console, times=times)
     if saved is None:
         _begin_alike(engine, bank)
     else:
@@ -145,7 +155,7 @@ def _train(
     loop.between_steps = lambda: _look_round(saves, lock)
     with _tracked(output, config.tracking.uri, console) as ended:
         before = loop.progress.train_seconds
-        with saves:
+        with times("saving"), saves:  # leaving it waits for the checkpoints that are being written
             loop.run()
         measured = measure(engine, loop, loaded)
         measured["checkpoints"] = saves.report(loop.progress.train_seconds - before)
@@ -283,7 +293,8 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         raise
     else:
         local = uri is None and "MLFLOW_TRACKING_URI" not in os.environ
-        finished = sender.finish(LOCAL_STORE_SECONDS if local else SERVER_SECONDS)
+        with console.phase("sending metrics to MLflow"):
+            finished = sender.finish(LOCAL_STORE_SECONDS if local else SERVER_SECONDS)
         if finished.complete:
             console.say(f"curves:  {finished.message}")
         else:

@@ -194,7 +194,8 @@ def _choose_matmul(
     matmul = found if len(kinds) == 1 else "dequantize"  # auto, on devices that are not alike
     if matmul == MEASURE:
         shapes = largest_shapes(skeleton)
-        measured = engine.of_main(lambda: measure(shapes, dtype, engine.device))
+        with console.phase("timing ways to multiply (base.matmul: auto)"):
+            measured = engine.of_main(lambda: measure(shapes, dtype, engine.device))
         matmul = measured.kind
         console.say(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)

@@ -15,7 +15,8 @@ from trainer.console import Console
 from trainer.evaluation import Evaluator
 from trainer.objective import label_counts, read_teacher, stream_objective
 from trainer.prefetch import Batch, Rank, ahead, prepare
-from trainer.prompts.evolution import Found, Words
+from trainer.prompts.evolution import FEWEST, Found, Words
+from trainer.prompts.units import Unsearched
 from trainer.tasks.feed import Feed, TaskData
 from trainer.tasks.streams import Piece, PromptLengths, portions
 
@@ -45,6 +46,7 @@ class Screening:
             [piece for piece in pieces if piece.prompt == i] for i in range(len(config.prompts))
         ]
         self._names = [prompt.name for prompt in config.prompts]
+        self._steps = [config.prompt_steps(prompt) for prompt in config.prompts]
         self._evaluator, self._console = evaluator, console
         self._advance: Callable[[int], None] = lambda rows: None
 
@@ -56,15 +58,27 @@ class Screening:
             asked: prompts, and how many starts of each will be judged.
         """
         num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
-        with self._console.working("looking for words to start from", num_rows) as self._advance:
+        number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
+        self._console.say(
+            f"init: auto searches for an initial prompt: {number} candidates on {num_rows:,} rows, "
+            f"{number / (2 * steps):.0%} of the training FLOPs of {len(asked)} prompt(s)"
+        )
+        with self._console.working("searching for an initial prompt", num_rows) as self._advance:
             yield
 
-    def say(self, i: int, found: Found, text: str) -> None:
-        """Tell people what prompt ``i`` starts from."""
+    def say(self, i: int, best: Found | Unsearched, text: str) -> None:
+        """Print the initial prompt of prompt ``i``."""
+        head = f"{self._names[i]}: starts from {best.what}"
+        if isinstance(best, Unsearched):
+            self._console.say(
+                f"{head}: {text!r} (init: auto without a search, which {self._steps[i]} steps are "
+                f"too few for: search.init_share allows {best.budget} of at least {FEWEST} "
+                "candidates)"
+            )
+            return
         self._console.say(
-            f"{self._names[i]}: starts from {found.what}, of {found.tried} starts the one of least "
-            f"loss on its first rows ({found.loss:.4f}; the first ones had {found.first:.4f} and "
-            f"more, half of them more than {found.middle:.4f}): {text!r}"
+            f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}; "
+            f"before crossing: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
         )
 
     @torch.no_grad()

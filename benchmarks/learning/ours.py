@@ -67,7 +67,8 @@ def run_file(
         "evaluation": {"every": budget["every"]},
         "checkpoint": {"every": budget["steps"]},
         "tracking": {"system_metrics": False},
-        "search": {"max_prompts": len(prompts) * len(seeds)},
+        # The longest search, although so few steps would not pay for it: see the report.
+        "search": {"max_prompts": len(prompts) * len(seeds), "init_share": 10},
     }
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(run, sort_keys=False))

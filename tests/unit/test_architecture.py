@@ -42,6 +42,7 @@ FLOORS = (
         "trainer.lock",
         "trainer.names",
         "trainer.terminal",
+        "trainer.phase_times",
         "trainer.process",
         "trainer.redact",
         "trainer.revision",

@@ -83,7 +83,9 @@ PAST_VX = torch.randn(V, *PAST_SHAPE, generator=torch.Generator().manual_seed(6)
 
 
 def make_config(
-    prompts: list[dict[str, Any]] = PROMPTS, hand_written: Sequence[str] = ()
+    prompts: list[dict[str, Any]] = PROMPTS,
+    hand_written: Sequence[str] = (),
+    init_share: float = 20.0,
 ) -> RunConfig:
     task: dict[str, Any] = {"name": "t", "train": "t.jsonl", "input": "{text}"}
     task |= {"target": "{label}", "hand_written": list(hand_written)}
@@ -94,6 +96,7 @@ def make_config(
             "tasks": [task],
             "prompts": [{"task": "t", **prompt} for prompt in prompts],
             "training": {"steps": STEPS, "seed": 11},
+            "search": {"init_share": init_share},
         }
     )
 
@@ -106,7 +109,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_bank(prompts: list[dict[str, Any]] = PROMPTS, **changes: Any) -> Bank:
     return Bank(
-        make_config(prompts, changes.pop("hand_written", [])),
+        make_config(prompts, changes.pop("hand_written", []), changes.pop("init_share", 20.0)),
         lambda ids: TABLE_VH[torch.tensor(ids)],
         make_tokenizer(),
         V,
@@ -539,3 +542,22 @@ def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
             make_bank([open_ones[i]], screen=alone, **written).snapshot(0), bank.snapshot(i)
         )
     assert make_bank(open_ones, **written).snapshot(0).shape == (3, H), "to load a state over"
+
+
+def test_a_search_costs_at_most_its_share_of_the_training() -> None:
+    """``init_share`` of the FLOPs of an update per step, where a candidate costs half an update."""
+    prompt = {"name": "open", "num_virtual_tokens": 3, "steps": 100}
+    for share, candidates in ((0.1, 20), (0.2, 35), (1.0, 67)):
+        screen = NearTo(9)
+        make_bank([prompt], screen=screen, hand_written=["w1 w2", "w3"], init_share=share)
+        assert sum(map(len, screen.rounds)) == screen.asked[0] == candidates <= 200 * share
+    screen = NearTo(9)
+    bank = make_bank([prompt], screen=screen, hand_written=["w1 w2", "w3"], init_share=0.03)
+    assert not screen.rounds, "6 candidates are too few for a search"
+    start, text = screen.said[0]
+    assert (start.what, start.budget, text) == ("the hand-written 'w1 w2'", 6, "w1 w2 w1")
+    assert torch.equal(bank.snapshot(0), TABLE_VH[[1, 2, 1]])
+    both = [{**prompt, "name": "long", "steps": 1000}, prompt]
+    screen = NearTo(9)
+    bank = make_bank(both, screen=screen, init_share=0.03)
+    assert set(screen.asked) == {0}, "a search is shared only by prompts of the same budget"

@@ -1,36 +1,99 @@
-"""What a person sees of work that takes long."""
+"""Progress display: plain lines where output is no terminal, a live display on a terminal."""
 
 from __future__ import annotations
 
 import io
 
+import pytest
+
 from trainer import console as module
-from trainer.console import Console
+from trainer.console import Console, Phase, clock
 
 
-def test_work_is_shown_once_it_takes_long(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(module, "TICK", 3600.0)  # the test calls refresh itself
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_line_whenever_nothing_was_printed_for_five_seconds(watch: Clock) -> None:
     out = io.StringIO()
-    with Console(out, io.StringIO()).working("tokenising d.jsonl", 3000) as advance:
-        advance(1000)
-        assert out.getvalue() == "", "quick work is not shown"
-        now[0] = 1.5
-        advance(1000)
-        advance(1000)
-    assert out.getvalue() == "tokenising d.jsonl (3,000 rows)\n"
+    console = Console(out, io.StringIO())
+
+    def at(seconds: float) -> str:
+        watch.now = seconds
+        out.truncate(out.seek(0))
+        console.refresh()
+        return out.getvalue()
+
+    with console.phase("importing libraries"):
+        assert at(4.9) == ""
+        assert at(5.0) == "importing libraries: 0:05\n"
+        assert at(9.9) == ""
+        with console.working("scoring", 400) as advance:
+            advance(100)
+            assert at(15.0) == "scoring: 100/400 rows, about 0:15 left\n"
+        console.say("a word")
+        assert at(19.0) == ""
+    assert at(60.0) == "", "no phase is running"
 
 
-def test_reading_is_shown_where_it_takes_long(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+def test_bytes_and_unknown_totals(watch: Clock) -> None:
+    phase = Phase("loading", 5e6, "bytes", 2.5e6)
+    assert phase.progress() == "2.5/5.0 MB, about 0:00 left"
     out = io.StringIO()
-    with Console(out, io.StringIO()).reading() as said:
-        said("a.jsonl", 20_000)
-        now[0] = 6.0
-        said("small.jsonl", 2)
-        said("b.jsonl", 30_000)
-        said("b.jsonl", 40_000)
-        now[0] = 12.0
-        said("b.jsonl", 50_000)
-    assert out.getvalue() == "reading b.jsonl: 30,000 rows\nreading b.jsonl: 50,000 rows\n"
+    console = Console(out, io.StringIO())
+    with console.reading() as read:
+        read("a.jsonl", 30_000)
+        watch.now = 6.0
+        console.refresh()
+    with console.downloading("org/name") as update:
+        update(1_000_000, 4_000_000)
+        watch.now = 12.0  # 6 seconds after the phase began
+        console.refresh()
+    assert out.getvalue().splitlines() == [
+        "reading a.jsonl: 30,000 rows",
+        "downloading org/name (4.0 MB)",
+        "downloading org/name: 1.0/4.0 MB, about 0:18 left",
+    ]
+
+
+def test_steps_are_printed_at_first_every_five_seconds_and_at_the_end(watch: Clock) -> None:
+    out = io.StringIO()
+    with Console(out, io.StringIO()).training(10, 0) as line:
+        for step in range(1, 11):
+            line.show(step, 0.5, 1000.0, 61.0)
+            watch.now += 2.0
+    shown = [text.split()[1] for text in out.getvalue().splitlines()]
+    assert shown == ["1/10", "4/10", "7/10", "10/10"]
+    assert out.getvalue().startswith("step 1/10  loss 0.5000  1,000 tok/s  ETA 1:01\n")
+
+
+def test_a_terminal_shows_phases_in_place(watch: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(out, io.StringIO())
+    with console.phase("validation [1]", 10) as phase:
+        console.refresh()
+        assert out.getvalue() == "", "short phases are not shown"
+        watch.now, phase.done = 2.0, 5
+        console.refresh()
+    assert "validation [1]" in out.getvalue()
+    assert "5/10 rows" in out.getvalue()
+
+
+def test_other_ranks_start_no_thread() -> None:
+    console = Console(io.StringIO(), io.StringIO(), shown=False)
+    with console.phase("loading"):
+        assert console._ticker is None
+
+
+def test_clock() -> None:
+    assert [clock(5), clock(65.9), clock(3723)] == ["0:05", "1:05", "1:02:03"]

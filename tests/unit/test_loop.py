@@ -362,3 +362,20 @@ def test_gaps_without_shifted_rows_or_train_losses():
     assert gaps({"validation_loss": 2.0}, 0.0, 0) == {}
     shifted = {"validation_loss": 2.0, "shifted_validation_loss": 2.5}
     assert gaps(shifted, 3.0, 2) == {"generalization_gap": 0.5, "shift_gap": 0.5}
+
+
+def test_time_left_counts_validations(tmp_path: Path) -> None:
+    toy = Toy(
+        tmp_path,
+        [{"name": "a"}, {"name": "b", "steps": 4}],
+        training={"steps": 10, "tokens_per_step": 6},
+        evaluation={"every": 3},
+    )
+    loop = toy.loop
+    loop.progress.step, loop.progress.train_seconds = 2, 4.0
+    loop.times.add({"baselines": 10.0})
+    # 8 steps of 2 s; validations at 3, 4, 6, 9 and 10 of 2 prompts, where two baselines took 10 s
+    assert loop._seconds_left() == pytest.approx(16 + 5 * 10)
+    loop.progress.validations = 2
+    loop.times.add({"validation": 1.0})
+    assert loop._seconds_left() == pytest.approx(16 + 5 * 0.5)

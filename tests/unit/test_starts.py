@@ -21,6 +21,7 @@ from trainer.memory import StreamBudget
 from trainer.objective import stream_objective
 from trainer.prefetch import prepare_stream
 from trainer.prompts.evolution import Found
+from trainer.prompts.units import Unsearched
 from trainer.starts import Screening
 from trainer.tasks.feed import Feed, load_tasks
 from trainer.tasks.streams import Piece, PromptLengths
@@ -89,7 +90,14 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     assert 1 < len(looked_up) < len(asked), "several starts in a stream"
 
     screening.say(0, Found((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
-    words = said.getvalue()
-    assert words.startswith("triage: starts from drawing 3 of words, of 64 starts the one of least")
-    assert "(0.2500; " in words
-    assert "'an illness?'" in words
+    screening.say(1, Unsearched((1, 2), "the task's choices", 6), "plants meat")
+    cost, *words = said.getvalue().splitlines()
+    rows = sum(done)
+    assert cost == (
+        f"init: auto searches for an initial prompt: 8 candidates on {rows:,} rows, 3% of the "
+        "training FLOPs of 2 prompt(s)"
+    )
+    assert words[0].startswith("triage: starts from drawing 3 of words, the best of 64 candidates")
+    assert "loss 0.2500; before crossing: best 0.2500, median 1.5000): 'an illness?'" in words[0]
+    assert words[1].startswith("animals: starts from the task's choices: 'plants meat' (init: auto")
+    assert "search.init_share allows 6 of at least 8 candidates" in words[1]

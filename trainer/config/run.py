@@ -74,8 +74,14 @@ class Halving(Section):
     first: PositiveInt = Field(description="step of the first rung")
 
 
+_INIT_SHARE = (
+    "most that the search of init: auto may cost, as a share of the prompt's training FLOPs; "
+    "runs too short for a search of 8 candidates start from a hand-written prompt or the labels"
+)
+
+
 class Search(Section):
-    """Limits of a run with many prompts."""
+    """Limits of a run with many prompts, and of the search for initial prompts."""
 
     max_prompts: PositiveInt = Field(
         sweep.MAX_PROMPTS, description="most prompts of a run; a larger sweep is refused"
@@ -83,6 +89,7 @@ class Search(Section):
     halving: Halving | None = Field(
         None, description="stop the worst prompts of every task early, at rungs"
     )
+    init_share: Annotated[float, Number, Field(ge=0, description=_INIT_SHARE)] = 0.1
 
 
 class Checkpoint(Section):
@@ -207,6 +214,14 @@ class RunConfig(Section):
 
     def prompt_steps(self, prompt: Prompt) -> int:
         return self.training.steps if prompt.steps is None else prompt.steps
+
+    def init_budget(self, prompt: Prompt) -> int:
+        """Candidates that the search of ``init: auto`` may score.
+
+        Scoring one costs a forward over the rows of one update: half of the update's FLOPs, as no
+        weight gradient is computed for a frozen base.
+        """
+        return int(2 * self.search.init_share * self.prompt_steps(prompt))
 
     @property
     def last_step(self) -> int:

@@ -22,6 +22,8 @@ DRAWINGS = 16
 ROUNDS, CHILDREN, PARENTS = 6, 8, 3
 #: Share of a child's words that are drawn anew.
 MUTATED = 0.1
+#: A search over fewer prompts than this is left out: drawn words alone hardly differ from chance.
+FEWEST = 8
 
 #: One word, as its token id, for each virtual token.
 Words = tuple[int, ...]
@@ -48,22 +50,53 @@ class Found:
     tried: int
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How many prompts a search tries: known ones, drawings, then rounds of ``CHILDREN``."""
+
+    known: int
+    drawings: int
+    rounds: int
+
+    @property
+    def prompts(self) -> int:
+        return self.known + self.drawings + self.rounds * CHILDREN
+
+
+def extent(budget: int, known: int) -> Extent | None:
+    """Size of a search that tries at most ``budget`` prompts; None below ``FEWEST``.
+
+    The first half of the budget goes to known prompts and drawings, the rest to rounds.
+
+    Args:
+        known: prompts that the task suggests: hard prompts and labels.
+    """
+    if budget < FEWEST:
+        return None
+    known = min(known, budget)
+    begin = min(known + DRAWINGS, max(known, budget // 2))
+    rounds = min(ROUNDS, (budget - begin) // CHILDREN)
+    return Extent(known, min(DRAWINGS, budget - known - rounds * CHILDREN), rounds)
+
+
 def search(
     begin_with: Sequence[tuple[str, Words]],
     draw: Callable[[], Words],
     generator: torch.Generator,
+    rounds: int = ROUNDS,
 ) -> Search:
     """The search of one prompt.
 
     Args:
         begin_with: prompts of equal length, and what each is.
         draw: as many words, at random.
+        rounds: generations of ``CHILDREN`` prompts each.
     """
     tried: dict[Words, _Tried] = {}
     yield from _ask(begin_with, tried)
     losses = sorted(one.loss for one in tried.values())
     first, middle = losses[0], losses[len(losses) // 2]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         parents = sorted(tried, key=lambda words: tried[words].rank)[:PARENTS]
         # In the order in which they were found: which of them is best, often by very little, has
         # no say in the children.

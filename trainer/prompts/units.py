@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import SHARED, Init, Prompt, RunConfig
 from trainer.prompts.encoders import STARTS_ELSEWHERE, PromptEncoder, make_encoder
-from trainer.prompts.evolution import CHILDREN, DRAWINGS, ROUNDS, Found, Words, search, together
+from trainer.prompts.evolution import Found, Search, Words, extent, search, together
 from trainer.prompts.initializers import (
     Vocabulary,
     initialize,
@@ -92,27 +92,49 @@ class Screen(Protocol):
             asked: prompts, and how many starts of each will be judged.
         """
 
-    def say(self, i: int, found: Found, text: str) -> None:
-        """Tell people what prompt ``i`` starts from."""
+    def say(self, i: int, best: Found | Unsearched, text: str) -> None:
+        """Print the initial prompt of prompt ``i``."""
+
+
+@dataclass(frozen=True)
+class Unsearched:
+    """The initial prompt of a run that is too short for a search.
+
+    Attributes:
+        what: where the words come from.
+        budget: candidates that the search could have scored.
+    """
+
+    words: Words
+    what: str
+    budget: int
 
 
 def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> dict[int, Tensor]:
-    """What prompts with ``init: auto`` start from, by the prompts' indices: words that fit.
+    """Initial values of the prompts with ``init: auto``, by the prompts' indices: words that fit.
 
-    Virtual tokens that are embeddings, and keys and values that the base makes of the same words,
-    lead to the same loss: both are looked for as embeddings. What was found once for a task, a
-    seed and an order of rows holds for every prompt that has them.
+    Virtual tokens that are embeddings, and keys and values that the base computes from the same
+    words, give the same loss: both are searched as embeddings. Prompts with the same task, seed,
+    row order and budget share one search.
     """
     same: dict[object, list[int]] = {}
     for i in _open_prompts(config.prompts):
         same.setdefault(_what_is_open(config, config.prompts[i]), []).append(i)
-    first = {several[0]: _first_starts(config, several[0], vocabulary) for several in same.values()}
-    searches = {i: search(*of) for i, of in first.items()}
-    with screen.working({i: len(of[0]) + ROUNDS * CHILDREN for i, of in first.items()}):
-        found = together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
+    best: dict[int, Found | Unsearched] = {}
+    searches: dict[int, Search] = {}
+    candidates: dict[int, int] = {}
+    for i, *_ in same.values():
+        start = _first_starts(config, i, vocabulary)
+        if isinstance(start, Unsearched):
+            best[i] = start
+        else:
+            candidates[i], searches[i] = start
+    if searches:
+        with screen.working(candidates):
+            best |= together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
     starts: dict[int, Tensor] = {}
     for several in same.values():
-        of = found[several[0]]
+        of = best[several[0]]
         text, made = str(vocabulary.tokenizer.decode(list(of.words))), dict[bool, Tensor]()
         for i in several:
             screen.say(i, of, text)
@@ -142,13 +164,14 @@ def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
 def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
     """All that a search depends on."""
     seeds = config.prompt_seed(prompt), config.data_seed(prompt)
-    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.teacher
+    budget = config.init_budget(prompt)
+    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.teacher, budget
 
 
 def _first_starts(
     config: RunConfig, i: int, vocabulary: Vocabulary
-) -> tuple[list[tuple[str, Words]], Callable[[], Words], torch.Generator]:
-    """What the search of a prompt begins with, and draws from."""
+) -> Unsearched | tuple[int, Search]:
+    """The search of a prompt and how many candidates it scores; its start if there is none."""
     prompt = config.prompts[i]
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
     task, length = config.task(prompt.task), prompt.num_virtual_tokens
@@ -161,10 +184,15 @@ def _first_starts(
         assert found is not None, init
         return tuple(found)
 
-    begin_with = [(what, ids(init)) for what, init in known_starts(labels, task.hand_written)]
-    drawn = Init(vocab=True)
-    begin_with += [(f"drawing {n + 1} of words", ids(drawn)) for n in range(DRAWINGS)]
-    return begin_with, lambda: ids(drawn), generator
+    known, drawn = known_starts(labels, task.hand_written), Init(vocab=True)
+    budget = config.init_budget(prompt)
+    size = extent(budget, len(known))
+    if size is None:
+        what, init = known[0] if known else ("words drawn from the vocabulary", drawn)
+        return Unsearched(ids(init), what, budget)
+    begin_with = [(what, ids(init)) for what, init in known[: size.known]]
+    begin_with += [(f"drawing {n + 1} of words", ids(drawn)) for n in range(size.drawings)]
+    return size.prompts, search(begin_with, lambda: ids(drawn), generator, size.rounds)
 
 
 def build_encoder(

@@ -1,0 +1,43 @@
+"""Seconds of a run by phase. Standard library only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+class PhaseTimes:
+    """Adds up the seconds of named phases.
+
+    A phase inside another one is subtracted from it, so that no second is counted twice.
+
+    Attributes:
+        seconds: by name, in the order in which the phases first began.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.seconds.setdefault(name, 0.0)
+        self._inside.append(0.0)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self.seconds[name] += seconds - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += seconds
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add the phases of an earlier process of the same run."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by phase, and their ``total``."""
+        return {**self.seconds, "total": sum(self.seconds.values())}
