@@ -100,7 +100,7 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     from trainer.prefetch import Rank, prepare
     from trainer.tasks import workers
     from trainer.tasks.cursor import Cursor
-    from trainer.tasks.streams import Piece
+    from trainer.tasks.streams import Piece, PromptLengths
     from trainer.tasks.tokens import tokenize
 
     tokenizer: Any = Words()
@@ -124,11 +124,12 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     started = time.perf_counter()
     cursor = Cursor(again.lengths, 8192, 0)
     found["cursor_seconds"] = time.perf_counter() - started
+    rank = Rank(0, 2, torch.device("cpu"))
     started, tokens = time.perf_counter(), 0
     for _ in range(STEPS):
         pieces = [Piece(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
         tokens += sum(piece.example.num_tokens for piece in pieces)
-        prepare(pieces, [20], Rank(0, 2, torch.device("cpu")), 4096)
+        prepare(pieces, PromptLengths((20,), (0,)), rank, 4096)
     found["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000
     return found | {"fill": tokens / STEPS / 8192, "steps_mb": memory.since_last()}
 

@@ -203,8 +203,8 @@ def _read_tasks(
     for data in tasks.values():
         for remark in data.remarks:
             console.say(remark)
-        for leak in data.leaks:
-            console.warn(leak.warning)
+        for warning in [*(leak.warning for leak in data.leaks), *data.warnings]:
+            console.warn(warning)
     return tasks
 
 

@@ -100,6 +100,7 @@ class TaskData:
             that all are compared on the same rows.
         leaks: splits that share rows with train.
         remarks: what to say about where the rows came from.
+        warnings: what to warn of about how the rows are tokenized.
         teachers: of the prompts that are distilled, by the prompt's name.
     """
 
@@ -111,6 +112,7 @@ class TaskData:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     leaks: list[Leaked] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     teachers: dict[str, Teacher] = field(default_factory=dict)
 
@@ -199,9 +201,11 @@ class _Loader:
         train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
         check_vocabulary(train.examples, self.vocab_size)
         data.train = train.examples
-        self._note(data, "train", rows, train.skipped, train.truncated)
+        self._note(data, "train", rows, train, train.skipped)
 
-    def _note(self, data: TaskData, split: str, rows: Rows, skipped: int, truncated: int) -> None:
+    def _note(
+        self, data: TaskData, split: str, rows: Rows, tokenized: Tokenized, skipped: int
+    ) -> None:
         data.sources.append(
             {
                 "task": self.task.name,
@@ -211,7 +215,13 @@ class _Loader:
                 "digest": rows.digest,
             }
         )
-        data.counts[split] = {"rows": len(rows), "skipped": skipped, "truncated": truncated}
+        data.counts[split] = {
+            "rows": len(rows),
+            "skipped": skipped,
+            "truncated": tokenized.truncated,
+        }
+        if tokenized.warning is not None:
+            data.warnings.append(f"task {self.task.name}: {split}: {tokenized.warning}")
 
     def _evaluation(self, data: TaskData, split: str, rows: Rows) -> None:
         """The rows of a split without a prompt and behind every hard one; those that all have."""
@@ -241,7 +251,7 @@ class _Loader:
             for found, number in zip(read, numbers, strict=True)
         ]
         data.evaluation[split], data.hand_written[split] = sets[0], sets[1:]
-        self._note(data, split, rows, len(rows) - len(common), read[0].truncated)
+        self._note(data, split, rows, read[0], len(rows) - len(common))
 
     def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
         how = tokenize_choices if self.task.scored_by_likelihood else tokenize

@@ -14,15 +14,33 @@ from trainer.tasks.table import Block
 BEHIND_PROMPT = "(context minus virtual tokens)"
 
 
+#: Numbers of a ``Found`` that are kept beside a table.
+COUNTS = ("skipped", "truncated", "merged", "first_merged")
+
+
 @dataclass
 class Found:
-    """What became of some rows, or of all. Problems: (row, what is wrong with it), the first."""
+    """What became of some rows, or of all.
+
+    Attributes:
+        merged: rows whose input and target the tokenizer merges; ``first_merged`` is the first of
+            them, -1 if there is none.
+        count: rows with a problem.
+        problems: (row, what is wrong with it), the first few.
+    """
 
     rows: int = 0
     skipped: int = 0
     truncated: int = 0
+    merged: int = 0
+    first_merged: int = -1
     count: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)
+
+    def merge(self, row: int) -> None:
+        """Count a row whose input and target the tokenizer merges."""
+        self.merged += 1
+        self.first_merged = row if self.first_merged < 0 else self.first_merged
 
     def problem(self, row: int, text: str) -> None:
         self.count += 1
@@ -33,6 +51,8 @@ class Found:
         self.rows += other.rows
         self.skipped += other.skipped
         self.truncated += other.truncated
+        self.merged += other.merged
+        self.first_merged = other.first_merged if self.first_merged < 0 else self.first_merged
         self.count += other.count
         self.problems = (self.problems + other.problems)[:MOST_PROBLEMS]
 

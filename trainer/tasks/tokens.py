@@ -1,9 +1,9 @@
 """Rows -> token ids with the place where the labels start. Needs a tokenizer, but no torch.
 
-A row is ``tokenizer(input)`` with its special tokens, then ``tokenizer(target)`` without them,
-then EOS. The loss is on the target and EOS only; of a task without targets, whose prompts learn
-from a teacher, on all of the text but its first token. Dialogues are written by the tokenizer's
-chat template (chat.py), and rows may be token ids already (given.py).
+A row is ``tokenizer(input)`` with its special tokens, then the target's tokens as they continue
+that text (encoder.py), then EOS. The loss is on the target and EOS only; of a task without targets,
+whose prompts learn from a teacher, on all of the text but its first token. Dialogues are written by
+the tokenizer's chat template (chat.py), and rows may be token ids already (given.py).
 
 Files of many rows are tokenised by worker processes, once: the table is kept in the cache.
 """
@@ -20,7 +20,8 @@ from trainer.errors import BadInput
 from trainer.tasks.cache import cached, tokenizer_digest
 from trainer.tasks.chat import DialogueFitter, encode_opening
 from trainer.tasks.checks import label_texts, render
-from trainer.tasks.found import BEHIND_PROMPT, Fitter, Found, too_long
+from trainer.tasks.encoder import TextEncoder
+from trainer.tasks.found import BEHIND_PROMPT, COUNTS, Fitter, Found, too_long
 from trainer.tasks.given import GivenFitter
 from trainer.tasks.rows import Rows, gold_target
 from trainer.tasks.table import Block, Example, TokenTable, in_memory
@@ -37,8 +38,9 @@ __all__ = [
     "tokenize_choices",
 ]
 
-#: From this many rows on, workers and the cache cost less than they save.
-MANY_ROWS = 5000
+#: From this many rows on, or texts where rows have choices, workers and the cache cost less than
+#: they save.
+MANY_ROWS, MANY_TEXTS = 5000, 50_000
 _BATCH = 1000
 
 #: Shows that rows are read: ``with progress(what, rows) as advance: advance(number of rows)``.
@@ -52,11 +54,17 @@ def unseen(what: str = "", total: int = 0) -> AbstractContextManager[Callable[[i
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples of a file, and what ``task.too_long`` did to the others."""
+    """Examples of a file, and what happened to its rows.
+
+    Attributes:
+        skipped, truncated: rows, by ``task.too_long``.
+        warning: rows whose input and target the tokenizer merges; None if there are none.
+    """
 
     examples: TokenTable
     skipped: int
     truncated: int
+    warning: str | None = None
 
 
 def tokenize(
@@ -109,9 +117,8 @@ def tokenize_choices(
         BadInput: as ``tokenize``; or two choices give the same tokens.
     """
     assert task.choices is not None, "a task without choices is not scored by likelihood"
-    targets = _encode(tokenizer, label_texts(task), special=False)
-    _check_choices(task, targets)
-    fitter = _TextFitter(task, tokenizer, max_length, prefix, targets)
+    fitter = _TextFitter(task, tokenizer, max_length, prefix, label_texts(task))
+    fitter.check_choices(rows[0])
     return _tokenized(rows, tokenizer, fitter, progress)
 
 
@@ -130,7 +137,7 @@ def encode_input(tokenizer: Any, text: str, *, dialogue: bool = False) -> list[i
     """
     if dialogue:
         return encode_opening(tokenizer, text)
-    return _Specials(tokenizer).encode([text])[0]
+    return TextEncoder(tokenizer).inputs([text])[0]
 
 
 def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
@@ -148,34 +155,11 @@ def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
         )
 
 
-class _Specials:
-    """Encodes inputs with the special tokens that belong in front of a text, and none behind it.
-
-    Some tokenizers close every text with EOS or a separator; between input and target that would
-    end the document before its answer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        bare = _encode(tokenizer, ["a"], special=False)[0]
-        full = _encode(tokenizer, ["a"], special=True)[0]
-        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
-        self.front = full[:start] if start else []
-        self.back = full[start + len(bare) :] if start is not None else []
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = _encode(self.tokenizer, texts, special=True)
-        if not self.back:
-            return encoded
-        cut = len(self.back)
-        return [ids[:-cut] if ids[-cut:] == self.back else ids for ids in encoded]
-
-
 class _TextFitter:
     """Puts inputs and targets together, within ``max_length``, by the policy of the task.
 
     Args:
-        choices: token ids of the targets that every row is tried with; None: each has its own.
+        choices: the targets that every row is tried with; None: each has its own.
     """
 
     def __init__(
@@ -184,17 +168,20 @@ class _TextFitter:
         tokenizer: Any,
         max_length: int,
         prefix: str,
-        choices: list[list[int]] | None = None,
+        choices: Sequence[str] | None = None,
     ) -> None:
-        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.task, self.max_length = task, max_length
         self.prefix, self.choices = prefix, choices
-        self.specials = _Specials(tokenizer)
-        # What stands in front of the row's own text and is never cut: BOS and the hard prompt.
-        self.kept = self.specials.encode([prefix])[0] if prefix else self.specials.front
+        self.encoder = TextEncoder(tokenizer)
         self.eos = self._eos(tokenizer)
         self.limit = BEHIND_PROMPT
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r} in front"
+        # What may stand in front of a row's own text, which is never cut: BOS and the hard prompt,
+        # whose last space often belongs to the token after it.
+        self.fronts = [self.encoder.front]
+        if prefix:
+            self.fronts = self.encoder.inputs([prefix, prefix.rstrip()])
         if max_length < 2:
             raise BadInput(
                 f"prompts of task {task.name!r}: num_virtual_tokens leaves {max(0, max_length)} "
@@ -209,40 +196,75 @@ class _TextFitter:
             raise BadInput(f"{setting}: true, but the tokenizer has no EOS token; set it to false")
         return [tokenizer.eos_token_id]
 
+    def check_choices(self, row: Mapping[str, Any]) -> None:
+        """Refuse choices that the base cannot tell apart.
+
+        Args:
+            row: one whose input they continue.
+
+        Raises:
+            BadInput: a choice gives no tokens, or two give the same.
+        """
+        (_, targets, _), *_ = self._encoded([row])
+        problem = _problem_of_choices(self.task, targets)
+        if problem:
+            raise BadInput(f"tasks.{self.task.name}.choices: {problem}; use other words")
+
     def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
-        texts = [self.prefix + render(self.task.input, row) for row in rows]
-        inputs = self.specials.encode(texts)
-        if self.choices is None:
-            texts = [render(self.task.target, row) for row in rows]
-            targets = [[ids] for ids in _encode(self.tokenizer, texts, special=False)]
-        else:
-            targets = [self.choices] * len(rows)
-        if not self.task.target:
-            targets = [[[]]] * len(rows)
         found, examples = Found(len(rows)), list[Example]()
-        for i, (input_ids, behind) in enumerate(zip(inputs, targets, strict=True)):
-            examples += self._fit(first + i, input_ids, behind, found)
+        for row, (input_ids, targets, merged) in enumerate(self._encoded(rows), start=first):
+            fitted = self._fit(row, input_ids, targets, found)
+            examples += fitted
+            if merged and fitted:
+                found.merge(row)
         return Block.of(examples), found
+
+    def _encoded(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[list[int], list[list[int]], bool]]:
+        """Of every row: ids of its input, ids of its targets, and whether any of them merges."""
+        texts = [self.prefix + render(self.task.input, row) for row in rows]
+        inputs = self.encoder.inputs(texts)
+        if not self.task.target:
+            return [(ids, [[]], False) for ids in inputs]
+        if self.choices is None:
+            choices = [[render(self.task.target, row)] for row in rows]
+        else:
+            choices = [list(self.choices)] * len(rows)
+        width = len(choices[0])
+        targets, merged = self.encoder.targets(
+            [text for text in texts for _ in range(width)],
+            [ids for ids in inputs for _ in range(width)],
+            [target for own in choices for target in own],
+        )
+        parts = [slice(i * width, (i + 1) * width) for i in range(len(rows))]
+        return [
+            (ids, targets[part], any(merged[part])) for ids, part in zip(inputs, parts, strict=True)
+        ]
 
     def _fit(
         self, row: int, input_ids: list[int], targets: list[list[int]], found: Found
     ) -> list[Example]:
         """One example per target, all behind the same input; none if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
+        front = self._front(input_ids)
+        same = _problem_of_choices(self.task, targets) if self.choices is not None else None
         if self.task.target and not all(targets):
             found.problem(row, "its target gives no tokens; the tokenizer drops this text")
-        elif len(input_ids) <= len(self.specials.front):
+        elif same:
+            found.problem(row, f"behind its input {same}; change the input or use other words")
+        elif len(input_ids) <= len(self.encoder.front):
             found.problem(row, "its input gives no tokens; the tokenizer drops this text")
-        elif not self.task.target and len(input_ids) + len(self.eos) < len(self.kept) + 2:
+        elif not self.task.target and len(input_ids) + len(self.eos) < len(front) + 2:
             found.problem(row, "has one token and no EOS: nothing to predict; leave the row out")
         elif len(input_ids) <= room:
-            return self._examples(row, input_ids, targets)
+            return self._examples(row, input_ids, targets, len(front))
         elif self.task.too_long == "skip":
             found.skipped += 1
         elif self.task.too_long == "refuse":
             found.problem(row, too_long(len(input_ids) + self.max_length - room, self))
-        elif room <= len(self.kept):
+        elif room <= len(front):
             found.problem(
                 row,
                 f"its target alone has {self.max_length - room} tokens; {self.max_length} fit, "
@@ -251,24 +273,31 @@ class _TextFitter:
             )
         else:
             found.truncated += 1
-            own = room - len(self.kept)
-            return self._examples(row, self.kept + input_ids[-own:], targets)
+            own = room - len(front)
+            return self._examples(row, front + input_ids[-own:], targets, len(front))
         return []
 
-    def _examples(self, row: int, ids: list[int], targets: list[list[int]]) -> list[Example]:
+    def _front(self, input_ids: list[int]) -> list[int]:
+        """The tokens of a row that are never cut."""
+        begins = (front for front in self.fronts if input_ids[: len(front)] == front)
+        return next(begins, self.fronts[0])
+
+    def _examples(
+        self, row: int, ids: list[int], targets: list[list[int]], num_front: int
+    ) -> list[Example]:
         # Without a target each token of the text is to be predicted by those before it.
-        start = len(ids) if self.task.target else len(self.kept) + 1
+        start = len(ids) if self.task.target else num_front + 1
         return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
 
 
 def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -> Tokenized:
     """All rows through the fitter: here if they are few, else by workers, or from the cache."""
     found = Found()
+    many = len(rows) >= MANY_ROWS or len(rows) * _width(fitter) >= MANY_TEXTS
 
     def make() -> Iterator[Block]:
         nonlocal found
         found = Found()
-        many = len(rows) >= MANY_ROWS
         with progress(f"tokenising {rows.path}", len(rows)) if many else unseen() as advance:
             for block, part in in_order(fitter, _batches(rows), here=not many):
                 found.add(part)
@@ -277,12 +306,33 @@ def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -
         _check_found(rows, fitter, found)
 
     def counts() -> dict[str, int]:
-        return {"skipped": found.skipped, "truncated": found.truncated}
+        return {name: getattr(found, name) for name in COUNTS}
 
-    if len(rows) < MANY_ROWS:
-        return Tokenized(in_memory(make()), **counts())
-    table, said = cached(_identity(rows, tokenizer, fitter), make, counts)
-    return Tokenized(table, said["skipped"], said["truncated"])
+    if many:
+        table, said = cached(_identity(rows, tokenizer, fitter), make, counts)
+    else:
+        table, said = in_memory(make()), counts()
+    warning = _merge_warning(rows, fitter.task, said["merged"], said["first_merged"])
+    return Tokenized(table, said["skipped"], said["truncated"], warning)
+
+
+def _width(fitter: Fitter) -> int:
+    """Targets of every row."""
+    return len(getattr(fitter, "choices", None) or [""])
+
+
+def _merge_warning(rows: Rows, task: Task, merged: int, first: int) -> str | None:
+    if not merged:
+        return None
+    between = f"between tasks.{task.name}.input and target"
+    remedy = f"put a space or a line break {between}"
+    if render(task.input, rows[first])[-1:].isspace():
+        remedy = f"move the white space {between} to the beginning of target"
+    return (
+        f"{rows.where(first)}: the tokenizer merges the end of the input with the beginning of the "
+        f"target (in {merged:,} of {len(rows):,} rows); generation reads the input alone, so they "
+        f"are tokenized apart; {remedy}"
+    )
 
 
 def _batches(rows: Rows) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -338,30 +388,16 @@ def _identity(rows: Rows, tokenizer: Any, fitter: Fitter) -> dict[str, Any]:
     }
 
 
-def _check_choices(task: Task, targets: list[list[int]]) -> None:
+def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
+    """What keeps the base from telling the choices of a task apart by their tokens, or None."""
     assert task.choices is not None
     first: dict[tuple[int, ...], str] = {}
     for choice, target in zip(task.choices, targets, strict=True):
         if not target:
-            raise BadInput(
-                f"tasks.{task.name}.choices: {choice!r} gives no tokens with this tokenizer; "
-                f"use another word"
-            )
+            return f"{choice!r} gives no tokens with this tokenizer"
         other = first.setdefault(tuple(target), choice)
         if other != choice:
-            raise BadInput(
-                f"tasks.{task.name}.choices: {other!r} and {choice!r} give the same tokens, so "
-                f"this base cannot tell them apart; use other words"
+            return (
+                f"{other!r} and {choice!r} give the same tokens: this base cannot tell them apart"
             )
-
-
-def _encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,  # its warning about long texts: we report them ourselves
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+    return None

@@ -1,0 +1,256 @@
+"""Tokens of a target: those of the joined text, or those that generation reads before it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import normalizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.alone import Alone
+from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
+from tests.whole_base import load_whole
+from trainer.config import RunConfig, Task
+from trainer.errors import BadInput
+from trainer.evaluation import Evaluator, Request
+from trainer.memory import StreamBudget
+from trainer.tasks.cache import cached
+from trainer.tasks.feed import TaskData, load_tasks
+from trainer.tasks.splits import load_rows
+from trainer.tasks.tokens import encode_input, tokenize, tokenize_choices
+
+ANSWERS = (
+    *("billing", "technical", "other", "yes", "no", "fine"),
+    *("today", "refund", "update", "screen", "hello", "thanks"),
+)
+ROWS = [{"q": f"Question {i}: which topic?", "a": answer} for i, answer in enumerate(ANSWERS)]
+TEXTS = [f"{row['q']}\nTopic: {row['a']}" for row in ROWS] * 20
+ALL = (*SENTENCE_PIECE, *BYTE_LEVEL)
+
+#: Templates whose input and target the tokenizers keep apart.
+APART = [
+    ("{q}\nTopic:", " {a}"),
+    ("{q}\n", "{a}"),
+    ("[INST] {q} [/INST]", "{a}"),
+    ('{q} "', '{a}"'),
+    ("{q} (", "{a})"),
+    ("<s>{q}</s>", "{a}"),
+    ("{q}\n\n", "{a} {a}\n{a}"),
+]
+
+
+def task_of(source: str, target: str, **settings) -> Task:
+    return Task(name="t", train="x.jsonl", input=source, target=target, **settings)
+
+
+def rows_of(folder: Path, task: Task, rows: list[dict[str, str]] = ROWS):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_rows(str(path), task)
+
+
+def load(folder: Path, tokenizer, source: str, target: str, **settings) -> TaskData:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task = {"name": "t", "train": str(path), "validation": str(path), "input": source}
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "out",
+            "base": {"model": "m"},
+            "tasks": [task | {"target": target} | settings],
+            "prompts": [{"name": "p", "task": "t", "num_virtual_tokens": 2}],
+            "training": {"steps": 1},
+        }
+    )
+    return load_tasks(config, tokenizer, 64, len(tokenizer))["t"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {kind: make_tokenizer(kind, TEXTS) for kind in ALL}
+
+
+@pytest.mark.parametrize(("source", "target"), APART)
+@pytest.mark.parametrize("kind", ALL)
+def test_a_row_has_the_tokens_of_its_text(tmp_path, tokenizers, kind, source, target):
+    tokenizer, task = tokenizers[kind], task_of(source, target, choices=list(ANSWERS))
+    found = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
+    scored = tokenize_choices(rows_of(tmp_path, task), task, tokenizer, 100).examples
+    assert found.warning is None
+    for i, (row, example) in enumerate(zip(ROWS, found.examples, strict=True)):
+        text = source.format(**row)
+        assert list(example.input_ids) == [*tokenizer(text + target.format(**row)).input_ids, 2]
+        own = list(example.input_ids[: example.target_start])
+        assert own == encode_input(tokenizer, text) == tokenizer(text).input_ids
+        of_row = scored[i * len(ANSWERS) : (i + 1) * len(ANSWERS)]
+        assert of_row[i] == example
+        assert [list(e.input_ids) for e in of_row] == [
+            [*tokenizer(text + target.format(a=answer)).input_ids, 2] for answer in ANSWERS
+        ]
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    ("source", "target", "remedy"),
+    [
+        (
+            "{q}\nTopic: ",
+            "{a}",
+            "move the white space between tasks.t.input and target to the beginning",
+        ),
+        ("{q}\nTopic: bi", "lling", "put a space or a line break between tasks.t.input and target"),
+    ],
+)
+def test_what_merges_keeps_the_tokens_of_the_input(
+    tmp_path, tokenizers, kind, source, target, remedy
+):
+    tokenizer, task = tokenizers[kind], task_of(source, target)
+    found = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
+    for row, example in zip(ROWS, found.examples, strict=True):
+        text, own = source.format(**row), example.input_ids[: example.target_start]
+        assert list(own) == encode_input(tokenizer, text)
+        assert tokenizer.decode(example.input_ids, skip_special_tokens=True) == (
+            text + target.format(**row)
+        )
+    assert found.warning is not None
+    assert found.warning.startswith(f"{tmp_path}/rows.jsonl:1: the tokenizer merges the end of")
+    assert "(in 12 of 12 rows)" in found.warning
+    assert remedy in found.warning
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_byte_level_rows_are_input_and_target_apart(tmp_path, tokenizers, kind):
+    """There a text has the same tokens wherever it stands."""
+    tokenizer = tokenizers[kind]
+    for source, target in (("{q}\nTopic:", " {a}"), ("{q}\nTopic: ", "{a}")):
+        task = task_of(source, target)
+        for row, example in zip(
+            ROWS, tokenize(rows_of(tmp_path, task), task, tokenizer, 100).examples, strict=True
+        ):
+            target_ids = tokenizer(target.format(**row), add_special_tokens=False).input_ids
+            assert list(example.input_ids[example.target_start : -1]) == target_ids
+
+
+def test_rows_that_merge_are_counted_in_workers_and_in_the_cache(tmp_path, tokenizers, monkeypatch):
+    monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
+    task = task_of("{q}", "{a}")
+    rows = [{"q": f"Question {i}:", "a": " yes"} for i in range(5000)]
+    rows[4321] = {"q": "Question: ", "a": "yes"}
+    for _ in range(2):
+        found = tokenize(rows_of(tmp_path, task, rows), task, tokenizers["gpt2"], 100)
+        assert found.warning is not None
+        assert "rows.jsonl:4322: " in found.warning
+        assert "(in 1 of 5,000 rows)" in found.warning
+
+
+def test_tables_of_the_rules_before_are_not_read(tmp_path, monkeypatch):
+    """Of rules that tokenized input and target apart."""
+    from trainer.tasks import cache
+
+    monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path))
+    made = []
+
+    def make():
+        made.append(cache.RULES)
+        return []
+
+    for rules in (1, cache.RULES, cache.RULES):
+        monkeypatch.setattr(cache, "RULES", rules)
+        cached({}, make, dict)
+    assert made == [1, 2]
+
+
+def test_truncation_keeps_the_prefix_and_the_tokens_of_the_target(tmp_path, tokenizers):
+    for kind in ALL:
+        tokenizer, task = tokenizers[kind], task_of("{q}\n", "{a}", too_long="truncate")
+        rows = rows_of(tmp_path, task)
+        for prefix in ("", "Topic: ", "Topic:\n"):
+            full = tokenize(rows, task, tokenizer, 100, prefix=prefix).examples
+            cut = tokenize(rows, task, tokenizer, full[0].num_tokens - 2, prefix=prefix).examples
+            text = prefix + ROWS[0]["q"] + "\n"
+            assert list(full[0].input_ids) == [*tokenizer(text + "billing").input_ids, 2]
+            ids = full[0].input_ids
+            fronts = [tuple(tokenizer(part).input_ids) for part in (prefix, prefix.rstrip())]
+            front = next(len(own) for own in fronts if ids[: len(own)] == own)
+            assert cut[0].input_ids == ids[:front] + ids[front + 2 :]
+
+
+def test_choices_that_are_the_same_behind_an_input(tmp_path, tokenizers):
+    tokenizer = make_tokenizer("prepend", TEXTS)
+    task = task_of("{q}\nTopic:", "{a}", choices=["billing", " billing"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [tokenizer.backend_tokenizer.normalizer, normalizers.Replace(":▁", ":")]
+    )
+    rows = rows_of(tmp_path, task, [{"q": "Which?", "a": "billing"}])
+    with pytest.raises(BadInput, match="'billing' and ' billing' give the same tokens: this base"):
+        tokenize_choices(rows, task, tokenizer, 100)
+    rows = rows_of(
+        tmp_path,
+        task_of("{q}", "{a}", choices=task.choices),
+        [{"q": "Which?", "a": "billing"}, {"q": "Which:", "a": "billing"}],
+    )
+    with pytest.raises(BadInput, match=r"rows\.jsonl:2: behind its input 'billing' and ' billing'"):
+        tokenize_choices(rows, task_of("{q}", "{a}", choices=task.choices), tokenizer, 100)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """By tokenizer and text: a base that knows what follows each question, as one text."""
+
+    def train(kind: str, source: str, target: str) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        tokenizer = make_tokenizer(kind, TEXTS)
+        texts = [source.format(**row) + target.format(**row) for row in ROWS]
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        model = LlamaForCausalLM(config)
+        rows = [[*tokenizer(text).input_ids, 2] for text in texts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [2] * (longest - len(row)) for row in rows])
+        labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(160):
+            model(ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return train
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("kind", "source", "target"),
+    [
+        ("llama", "{q}\n", "{a}"),
+        ("llama", "[INST] {q} [/INST]", "{a}"),
+        ("prepend", "{q}\nTopic:", " {a}"),
+        ("first", '{q} "', "{a}"),
+        ("gpt2", "{q}\nTopic:", " {a}"),
+    ],
+)
+def test_a_base_that_knows_every_answer_has_them_all_right(tmp_path, bases, kind, source, target):
+    folder = bases(kind, source, target)
+    tokenizer = make_tokenizer(kind, TEXTS)
+    base = load_whole(folder, "none")
+    for metric in ("accuracy", "exact_match"):
+        choices = {"choices": list(ANSWERS)} if metric == "accuracy" else {"max_new_tokens": 16}
+        data = load(tmp_path, tokenizer, source, target, metric=metric, **choices)
+        evaluator = Evaluator(Alone(), base, tokenizer, StreamBudget(2000))
+        (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
+        assert found[metric] == 1.0
+        assert found["loss"] < 0.02

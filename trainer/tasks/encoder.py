@@ -1,0 +1,94 @@
+"""Text -> token ids, as the base model reads it in generation. Needs a tokenizer, but no torch.
+
+A target continues its input: its tokens are those that the text ``input + target`` has after the
+tokens of the input. Tokenized alone, it would begin like a text of its own: SentencePiece
+tokenizers put ``▁`` in front of every text. Where the tokenizer merges the end of the input with
+the beginning of the target, the joined text has tokens that generation never reads: the input keeps
+its own tokens there, and the target is tokenized as the continuation of another text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+#: Texts that a target is put behind where it merges with its own input; the first that it does not
+#: merge with is used.
+_CONTEXTS = ("\n", ".", "(", "a", "0")
+
+
+class TextEncoder:
+    """Encodes inputs and targets, with the special tokens that belong in front of a text.
+
+    Some tokenizers also close every text with EOS or a separator. That is removed: between input
+    and target it would end the document before its answer.
+
+    Attributes:
+        front: special tokens in front of every text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        bare = self._encode(["a"], special=False)[0]
+        full = self._encode(["a"], special=True)[0]
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+        self.front = full[:start] if start else []
+        self._back = full[start + len(bare) :] if start is not None else []
+
+    def inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text, special tokens in front."""
+        encoded = self._encode(texts, special=True)
+        if not self._back:
+            return encoded
+        cut = len(self._back)
+        return [ids[:-cut] if ids[-cut:] == self._back else ids for ids in encoded]
+
+    def targets(
+        self, texts: Sequence[str], inputs: Sequence[list[int]], targets: Sequence[str]
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Token ids of every target as the continuation of its input.
+
+        Args:
+            texts: the inputs.
+            inputs: their token ids, of ``inputs``.
+
+        Returns:
+            the ids of the targets; whether input and target merge, so that ``input + target`` as
+            one text has other tokens.
+        """
+        joined = self.inputs([text + target for text, target in zip(texts, targets, strict=True)])
+        found = [ids[len(own) :] for ids, own in zip(joined, inputs, strict=True)]
+        merged = [ids[: len(own)] != own for ids, own in zip(joined, inputs, strict=True)]
+        apart = [i for i, is_merged in enumerate(merged) if is_merged]
+        for i, ids in zip(apart, self._continuations([targets[i] for i in apart]), strict=True):
+            found[i] = ids
+        return found, merged
+
+    def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts behind a text that they do not merge with."""
+        found: dict[str, list[int]] = {}
+        for context in _CONTEXTS:
+            left = [text for text in dict.fromkeys(texts) if text not in found]
+            own = self._encode([context], special=False)[0] if left else []
+            if not own:  # white space that the tokenizer drops tells nothing
+                continue
+            joined = self._encode([context + text for text in left], special=False)
+            for text, ids in zip(left, joined, strict=True):
+                if ids[: len(own)] == own and len(ids) > len(own):
+                    found[text] = ids[len(own) :]
+        left = [text for text in dict.fromkeys(texts) if text not in found]
+        found |= zip(left, self._encode(left, special=False), strict=True)
+        return [found[text] for text in texts]
+
+    def _encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,  # no warning about long texts: the fitters report them
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
