@@ -12,25 +12,24 @@ What is submitted lies beside the logs, so that a job that is requeued days late
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch import slurm
 from launch.slurm import Job
-from trainer import atomic
+from trainer import atomic, runfile, yaml_core
 from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
 from trainer.errors import BadInput
 from trainer.revision import REVISION_FILE, git_revision
+from trainer.yaml_core import YamlError
 
 SUBMITTED = Path("logs", "submitted")
 RECORD = "job.json"
@@ -68,11 +67,14 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
     for text in lists:
         key, equals, written = text.partition("=")
         try:
-            values = yaml.safe_load(written)
-        except yaml.YAMLError:
-            values = None
+            values = runfile.value_of(key, written)
+        except YamlError as error:
+            problems += [f"--array: {text!r}: {problem}" for _, _, problem in error.problems]
+            continue
         if not equals or not isinstance(values, list) or len(values) < 1:
             problems.append(f"--array: {text!r} is not one; write KEY=[VALUE, VALUE]")
+        elif twice := _twice(values):
+            problems.append(f"--array: {key.strip()}: has {twice} more than once; remove one")
         elif key.strip() == "output_dir":
             problems.append("--array: output_dir: every task has its own already, in that folder")
         else:
@@ -189,10 +191,21 @@ def _with_policy(config: RunConfig, policy: Path) -> RunConfig:
     return config.model_copy(update={"engine": engine})
 
 
+def _twice(values: Sequence[Any]) -> str | None:
+    """A value that equals an earlier one; 1 and 1.0 are equal, 1 and true are not."""
+    seen: set[str] = set()
+    for value in values:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        key = json.dumps(float(value) if number else value, sort_keys=True)
+        if key in seen:
+            return _inline(value)
+        seen.add(key)
+    return None
+
+
 def _inline(value: Any) -> str:
     """A value as an override has it, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return yaml_core.dump(value, one_line=True)
 
 
 def _word(key: str, value: str) -> str:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from trainer import yaml_core
 from trainer.errors import BadInput, did_you_mean
+from trainer.yaml_core import SettingPath, YamlError
 
-SettingPath = tuple[str | int, ...]
+#: Problems of one run file that are shown.
+MOST_PROBLEMS = 100
 
 
 @dataclass
@@ -65,24 +67,26 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
         BadInput: the file cannot be read, is not YAML or gives a setting twice; or every override
             that leads nowhere.
     """
-    text = _read_text(path)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        document = yaml_core.parse(_read_text(path), is_text=_is_text)
+    except YamlError as error:
         raise BadInput(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+            f"{path}{f':{line}' if line else ''}: {_named(where)}{text}"
+            for where, line, text in error.problems[:MOST_PROBLEMS]
         ) from None
-    if node is None or not isinstance(data, dict):
+    if not isinstance(document.data, dict):
         raise BadInput(f"{path}: a run file is a mapping of settings; see examples/quickstart.yaml")
-    if twice := list(_duplicates(node)):
-        raise BadInput(
-            f"{path}:{line}: {dotted(where)}: stands here twice; remove one"
-            for where, line in twice
-        )
-    return override(Source(str(path), data, dict(_lines(node))), overrides)
+    return override(Source(str(path), document.data, document.lines), overrides)
+
+
+def value_of(key: str, text: str) -> Any:
+    """The value of ``KEY=VALUE``, which is YAML as in the run file.
+
+    Raises:
+        YamlError: it is not, or holds a value that is refused.
+    """
+    parts: list[str | int] = list(_parts(key))
+    return yaml_core.parse(text, tuple(parts), _is_text).data
 
 
 def override(source: Source, overrides: Sequence[str]) -> Source:
@@ -138,7 +142,9 @@ def explain(
             shown = source.written(path)
             text = _word(dotted(shown), path, dict(item), model, not_yet_keys)
             problems.append(f"{source.where(shown)}: {text}")
-    return list(dict.fromkeys(problems))  # prompts of one sweep share their mistakes
+    problems = list(dict.fromkeys(problems))  # prompts of one sweep share their mistakes
+    more = len(problems) - MOST_PROBLEMS
+    return problems[:MOST_PROBLEMS] + ([f"{source.file}: and {more} more"] if more > 0 else [])
 
 
 def dotted(path: SettingPath) -> str:
@@ -149,9 +155,22 @@ def dotted(path: SettingPath) -> str:
     return text
 
 
+def _is_text(path: SettingPath) -> bool:
+    """Whether a value is text as it is written: 01, 1.10 or no in a list of choices."""
+    return len(path) > 3 and path[0] == "tasks" and path[2] == "choices"
+
+
+def _named(path: SettingPath) -> str:
+    return f"{dotted(path)}: " if path else ""
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:
+            data = stream.read(yaml_core.MAX_BYTES + 1)
+        if len(data) > yaml_core.MAX_BYTES:
+            raise BadInput(f"{path}: is larger than {yaml_core.MAX_BYTES:,} bytes; name a run file")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such run file; see examples/ for some to copy") from None
     except IsADirectoryError:
@@ -160,6 +179,12 @@ def _read_text(path: Path) -> str:
         raise BadInput(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL byte in the path
+        raise BadInput(f"{str(path)!r}: cannot be read: {error}") from None
+
+
+def _parts(key: str) -> list[str]:
+    return re.findall(r"[^.\[\]]+", key)
 
 
 def _apply(data: dict[str, Any], override: str) -> SettingPath:
@@ -168,15 +193,20 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
     List items are addressed by index or, in ``tasks`` and ``prompts``, by name.
     """
     key, equals, value = override.partition("=")
-    parts = re.findall(r"[^.\[\]]+", key)
+    parts = _parts(key)
     if not equals or not parts:
         raise BadInput(
             f"{override!r}: an override is written key=value, for example training.steps=100"
         )
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise BadInput(f"{override!r}: the value is not valid YAML; quote it") from None
+        parsed = value_of(key, value)
+    except YamlError as error:
+        raise BadInput(
+            f"{override!r}: the value is not valid YAML; quote it"
+            if text.startswith("not valid YAML")
+            else f"{override!r}: {_named(where)}{text}"
+            for where, _, text in error.problems
+        ) from None
     target: Any = data
     path: list[str | int] = []
     for depth, name in enumerate(parts):
@@ -202,39 +232,11 @@ def _key(target: Any, name: str, override: str) -> str | int:
         return next(
             i for i, x in enumerate(target) if isinstance(x, dict) and str(x.get("name")) == name
         )
-    if name.isdigit() and int(name) < len(target):
+    if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(target):
         return int(name)
     raise BadInput(
         f"{override!r}: no item {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
     )
-
-
-def _lines(node: yaml.Node, path: SettingPath = ()) -> Iterator[tuple[SettingPath, int]]:
-    """Line (from 1) of every setting, by its path."""
-    yield path, node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, key.value)
-            yield from _lines(value, here)
-            yield here, key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield from _lines(value, (*path, i))
-
-
-def _duplicates(node: yaml.Node, path: SettingPath = ()) -> Iterator[tuple[SettingPath, int]]:
-    """Keys that a mapping has twice: YAML would silently take the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            if here in seen:
-                yield here, key.start_mark.line + 1
-            seen.add(here)
-            yield from _duplicates(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield from _duplicates(value, (*path, i))
 
 
 def _word(

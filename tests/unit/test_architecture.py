@@ -48,6 +48,7 @@ FLOORS = (
         "trainer.revision",
         "trainer.stop",
         "trainer.watchdog",
+        "trainer.yaml_core",
     ),
     ("trainer.runfile", "trainer.config"),
     ("trainer.placement", "trainer.memory", "trainer.policy", "trainer.ranks"),

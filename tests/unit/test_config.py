@@ -292,9 +292,9 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
         ),
         (
             "choices: [a, b]",
-            "choices: [yes, b]",
+            "choices: [[yes], b]",
             9,
-            'tasks[0].choices: YAML reads a bare yes, no, on or off as true or false; write "yes"',
+            "tasks[0].choices[0]: ['yes'] is no text; put it in quotes",
         ),
         (
             "choices: [a, b]",
@@ -555,7 +555,9 @@ def test_no_file_a_folder_and_bad_encoding(tmp_path):
         ("- a\n", "FILE: a run file is a mapping of settings; see examples/quickstart.yaml"),
         ("a: 1\nb: [1\nc: 2\n", "FILE:3: not valid YAML: "),
         ("a: 1\n\tb: 2\n", "FILE:2: not valid YAML: "),
-        ("a: !!python/object/apply:os.getcwd []\n", "FILE:1: not valid YAML: "),
+        ("a: !!python/object/apply:os.getcwd []\n", "FILE:1: a: tag !!python/object/apply:os.get"),
+        ("a: 1\n---\nb: 2\n", "FILE:2: not valid YAML: a second document begins"),
+        ("a: 1\n? [b]\n: 2\n", "FILE:2: a key must be text, not a list or mapping"),
     ],
 )
 def test_what_is_no_run_file(run_file, text, expected):
@@ -565,7 +567,7 @@ def test_what_is_no_run_file(run_file, text, expected):
 
 def test_a_setting_given_twice_is_refused(run_file):
     text = GOOD + "  seed: 1\n  steps: 12\n"
-    assert problems_of(run_file(text)) == ["FILE:21: training.steps: stands here twice; remove one"]
+    assert problems_of(run_file(text)) == ["FILE:21: training.steps: duplicate key; remove one"]
 
 
 def test_resolve_path_prefers_the_working_folder(tmp_path, monkeypatch):

@@ -6,13 +6,20 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.section import PositiveFloat, PositiveInt, Section, checked, parse_bytes
+from trainer.config.section import (
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    checked,
+    parse_bytes,
+)
 
 
 class Base(Section):
     """The frozen pretrained model."""
 
-    model: str = Field(description="folder or hub id")
+    model: PathText = Field(min_length=1, description="folder or hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     quantization: Literal["int8", "none"] = Field("int8", description="how weights are stored")
     embeddings: Literal["keep", "int8"] = Field(
@@ -58,7 +65,7 @@ class Base(Section):
 class Engine(Section):
     """How the base is sharded and recomputed."""
 
-    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
+    deepspeed: PathText = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
         description="recompute activations in backward; auto: where they would not fit otherwise",

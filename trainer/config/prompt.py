@@ -10,11 +10,13 @@ from trainer.config.section import (
     Name,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
     Share,
     ShareBelowOne,
+    is_true,
 )
 
 #: The encoders of each method.
@@ -57,7 +59,7 @@ class Init(Section):
         description="normal noise with the root mean square of the embeddings, or keys and values",
     )
     zero: bool = Field(False, description="zeros, for prefix_tuning only")
-    from_: str | None = Field(
+    from_: PathText | None = Field(
         None,
         alias="from",
         min_length=1,
@@ -239,7 +241,7 @@ class Prompt(Section):
             filled.pop("learning_rate", None)
         elif "learning_rate" not in filled:
             encoder, init = _encoder(value.get("method"), value.get("encoder")), value.get("init")
-            zero = init == "zero" or (isinstance(init, dict) and bool(init.get("zero")))
+            zero = init == "zero" or (isinstance(init, dict) and is_true(init.get("zero")))
             mlp = value.get("method") == "p_tuning" and encoder == "mlp"
             share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
             relative = encoder in RELATIVE and not zero

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from trainer import runfile
+from trainer import runfile, yaml_core
 from trainer.config import sweep
 from trainer.config.base import Base, Engine
 from trainer.config.prompt import Prompt
-from trainer.config.section import NonNegativeInt, Number, PositiveInt, Section, checked
+from trainer.config.section import (
+    NonNegativeInt,
+    Number,
+    PathText,
+    PositiveInt,
+    Section,
+    checked,
+    expand_path,
+)
 from trainer.config.task import Task
 from trainer.errors import BadInput, did_you_mean
 
@@ -102,11 +111,23 @@ class Tracking(Section):
     uri: str | None = Field(None, description="null: $MLFLOW_TRACKING_URI, or SQLite in output_dir")
     system_metrics: bool = Field(True, description="CPU, memory and GPU load of rank 0's node")
 
+    @field_validator("uri")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        """A folder or database file may be given by ``$NAME``; a password may hold a ``$``."""
+        if value is None or re.match(r"https?://|databricks|\w+(\+\w+)?://[^/]", value):
+            return value
+        match = re.match(r"(\w+:///)?(.*)", value, re.DOTALL)
+        assert match is not None
+        return f"{match[1] or ''}{expand_path(match[2])}"
+
 
 class RunConfig(Section):
     """A whole run file."""
 
-    output_dir: str
+    output_dir: PathText = Field(
+        description="folder of the run; in every path of this file, ~ and $NAME are expanded"
+    )
     base: Base
     engine: Engine = Field(default_factory=Engine)
     tasks: Annotated[list[Task], Field(min_length=1)]
@@ -122,7 +143,7 @@ class RunConfig(Section):
     def _folder(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("is empty; name a folder")
-        return str(Path(value).expanduser())
+        return str(Path(value))
 
     @field_validator("tasks", "prompts")
     @classmethod
@@ -231,9 +252,9 @@ class RunConfig(Section):
 
 def resolve_path(path: str) -> Path:
     """A path of the run file: from the working folder, else from the project's own files."""
-    here = Path(path).expanduser()
+    here = os.path.expanduser(path)
     shipped = PROJECT_ROOT / path
-    return shipped if not here.exists() and shipped.exists() else here
+    return shipped if not os.path.exists(here) and os.path.exists(shipped) else Path(here)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -250,9 +271,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         explained = runfile.explain(error, found.source, RunConfig, NOT_YET_KEYS)
         problems = [*problems, *explained]
+    if not problems:
+        problems = list(_repeated(config, found))
     if problems:
         raise BadInput(problems)
     return config
+
+
+def _repeated(config: RunConfig, found: sweep.Expansion) -> Iterator[str]:
+    """Sweeps that make the same prompt twice: of values that are equal, as 1e-3 and "0.001"."""
+    indices = {prompt.name: i for i, prompt in enumerate(config.prompts)}
+    for names in found.names.values():
+        first: dict[str, str] = {}
+        for name in names:
+            prompt = config.prompts[indices[name]]
+            settings = prompt.model_dump(mode="json", exclude={"name"}) | {
+                "seed": config.prompt_seed(prompt),
+                "data_seed": config.data_seed(prompt),
+                "steps": config.prompt_steps(prompt),
+            }
+            other = first.setdefault(json.dumps(settings, sort_keys=True), name)
+            if other != name:
+                path = (*found.source.written(("prompts", indices[name])), "sweep")
+                yield (
+                    f"{found.source.where(path)}: {runfile.dotted(path)}: makes the same prompt "
+                    f"twice, {other!r} and {name!r}; remove one of two values that are equal"
+                )
+                break
 
 
 def sweeps(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -266,9 +311,8 @@ def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         BadInput: as ``load``.
     """
-    # JSON is YAML: no path is taken for anything but text.
-    here = f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"
-    return load(Path(folder) / "run.yaml", [*overrides, here])
+    config = load(Path(folder) / "run.yaml", [*overrides, "output_dir=."])
+    return config.model_copy(update={"output_dir": str(folder)})
 
 
 class _BaseAlone(Section):
@@ -290,4 +334,4 @@ def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
 
 def dump(config: RunConfig) -> str:
     """The resolved run file as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_core.dump(config.model_dump(mode="json"))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 
 def _no_bool(value: Any) -> Any:
@@ -25,6 +34,52 @@ Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
 ShareBelowOne = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
 # A name becomes a folder and a metric's prefix: letters, digits, '.', '_' and '-'.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+
+#: Longest path and longest name in it that Linux takes, in bytes.
+_MAX_PATH, _MAX_FILE_NAME = 4095, 255
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})")
+
+
+def expand_path(value: str) -> str:
+    """A path with ``~``, ``$NAME`` and ``${NAME}`` replaced, as a shell does.
+
+    Raises:
+        ValueError: a variable is not set, there is no such user, or no file can have such a path.
+    """
+    shown = repr(value if len(value) <= 80 else value[:77] + "...")
+    if any(ord(character) < 32 or ord(character) == 127 for character in value):
+        raise ValueError(f"{shown} holds a control character; remove it")
+    unset = [a or b for a, b in _VARIABLE.findall(value) if (a or b) not in os.environ]
+    if unset:
+        raise ValueError(
+            f"{shown}: the environment variable {unset[0]!r} is not set; set it, or write the "
+            "path in full"
+        )
+    path = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], value)
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise ValueError(f"{shown}: there is no such user; write the path in full, or ./~NAME")
+    names = map(os.fsencode, path.split("/"))
+    if len(os.fsencode(path)) > _MAX_PATH or any(len(name) > _MAX_FILE_NAME for name in names):
+        raise ValueError(
+            f"{shown} is too long for a path; {_MAX_PATH} bytes fit, {_MAX_FILE_NAME} in a name"
+        )
+    return path
+
+
+#: A file or folder, or something else that may be one: a glob, or an id of the hub.
+PathText = Annotated[str, AfterValidator(expand_path)]
+
+_FLAG = TypeAdapter(bool)
+
+
+def is_true(value: Any) -> bool:
+    """Whether a value that is not checked yet is a flag that is set: true, yes or on."""
+    try:
+        return _FLAG.validate_python(value)
+    except ValidationError:
+        return False
 
 
 class Section(BaseModel):

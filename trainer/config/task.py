@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from trainer.config.section import Name, Number, PositiveFloat, PositiveInt, Section, checked
+from trainer.config.section import (
+    Name,
+    Number,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    checked,
+)
 
 #: Metrics for which less is better.
 LOWER_IS_BETTER = frozenset({"loss"})
@@ -18,7 +26,7 @@ PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 class DataSource(Section):
     """Where rows come from: files, a folder of ``Dataset.save_to_disk``, or a hub data set."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="a file, a glob such as data/*.jsonl, or a folder of save_to_disk"
     )
     hub: str | None = Field(None, description="id of a data set of the Hugging Face hub")
@@ -151,7 +159,7 @@ class Task(Section):
         if not isinstance(choices, list):
             return choices
         if any(isinstance(choice, bool) for choice in choices):
-            raise ValueError('YAML reads a bare yes, no, on or off as true or false; write "yes"')
+            raise ValueError('true and false are not text; put them in quotes: "true"')
         return [str(c) if isinstance(c, int | float) else c for c in choices]
 
     @property

@@ -1,0 +1,347 @@
+"""YAML by the core schema of YAML 1.2, with limits, and the line of every value. No torch.
+
+PyYAML reads YAML 1.1, where ``no`` is false, ``010`` is 8 and ``1:30`` is 90. Here
+
+    null        null ~ or nothing
+    boolean     true false
+    integer     12 -3 0x1f 0o17
+    number      0.5 .5 1e3 .inf .nan
+    text        everything else, yes, no, on, off, dates and 1:30 included
+
+What YAML 1.1 and 1.2 both read as a number, but as different ones (010), and digits with
+underscores (1_000) are refused. So are tags of other types, aliases that hold themselves, and
+documents that are too large, too deep, or become too large by their aliases.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+SettingPath = tuple[str | int, ...]
+
+MAX_BYTES = 1 << 22
+MAX_DEPTH = 40
+#: Values and keys, those that aliases repeat included.
+MAX_NODES = 100_000
+
+_TAG = "tag:yaml.org,2002:"
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
+    r"|\.(?:nan|NaN|NAN)"
+)
+_UNCLEAR = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*_[0-9_]*(?:\.[0-9_]*)?)")
+_MAX_DIGITS = 20  # of 2**63, and a sign
+
+
+class YamlError(ValueError):
+    """A text that is not read.
+
+    Attributes:
+        problems: (path, line from 1 or None, what is wrong and the remedy) of each.
+    """
+
+    def __init__(self, problems: list[tuple[SettingPath, int | None, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(text for _, _, text in problems))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text as plain data.
+
+    Attributes:
+        data: mappings with text keys, lists, text, numbers, booleans and None.
+        lines: of every value, by its path: that of its key, or of the item; from 1.
+    """
+
+    data: Any
+    lines: dict[SettingPath, int]
+
+
+def parse(
+    text: str,
+    path: SettingPath = (),
+    is_text: Callable[[SettingPath], bool] = lambda path: False,
+) -> Document:
+    """Read one document.
+
+    Args:
+        path: where the value of the document belongs, for ``is_text`` and for messages.
+        is_text: whether the value at a path is text however it looks, as ``1.10`` in a list of
+            words.
+
+    Raises:
+        YamlError: with every problem, or the first one that hides the others.
+    """
+    if len(text) > MAX_BYTES:
+        raise YamlError([(path, None, f"is longer than {MAX_BYTES:,} characters")])
+    if bad := re.search("[\ud800-\udfff]", text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise YamlError([(path, line, f"holds half a character, {bad[0]!a}")])
+    reader = _Resolver(is_text)
+    data = reader.resolve(_compose(text), path, 0)
+    if reader.problems:
+        raise YamlError(reader.problems)
+    return Document(data, reader.lines)
+
+
+def dump(value: Any, *, one_line: bool = False) -> str:
+    """Plain data as YAML that this module, and any reader of YAML 1.1, reads as the same data."""
+    text: str = yaml.dump(
+        value,
+        Dumper=_OneLineDumper if one_line else _Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=one_line,
+        width=sys.maxsize if one_line else None,
+    )
+    return text.removesuffix("\n").removesuffix("\n...") if one_line else text
+
+
+@dataclass
+class _Node:
+    """A value as it is written; an alias is the node itself."""
+
+    line: int
+    tag: str | None = None
+    text: str | None = None  # of a scalar
+    plain: bool = False  # a scalar without quotes and tag
+    items: list[_Node] | None = None
+    pairs: list[tuple[_Node, _Node]] | None = None
+    open: bool = field(default=True, repr=False)
+
+
+def _compose(text: str) -> _Node:
+    """The nodes of a text. Events are taken one by one: deep nesting takes no stack."""
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return _tree(yaml.parse(text, Loader=loader))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise _invalid(mark.line + 1 if mark else None, reason) from None
+
+
+def _invalid(line: int | None, reason: str) -> YamlError:
+    return YamlError([((), line, f"not valid YAML: {reason}")])
+
+
+def _tree(events: Iterator[Any]) -> _Node:
+    root: _Node | None = None
+    stack: list[_Node] = []
+    keys: list[_Node | None] = []  # of each open node: the key whose value comes next
+    anchors: dict[str, _Node] = {}
+    for count, event in enumerate(events):
+        line = event.start_mark.line + 1
+        if count > 2 * MAX_NODES:
+            raise YamlError([((), line, f"more than {MAX_NODES:,} values; use a smaller file")])
+        if isinstance(event, yaml.CollectionEndEvent):
+            stack.pop().open = False
+            keys.pop()
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            node = anchors.get(event.anchor)
+            if node is None or node.open:
+                what = "is not defined" if node is None else "is used inside itself"
+                raise _invalid(line, f"alias *{event.anchor} {what}")
+        elif isinstance(event, yaml.NodeEvent):
+            node = _node(event, line)
+            if event.anchor is not None:
+                anchors[event.anchor] = node
+        elif isinstance(event, yaml.DocumentStartEvent) and root is not None:
+            raise _invalid(line, "a second document begins; use one file for each")
+        else:
+            continue
+        root = root or node
+        if stack:
+            _put(stack[-1], keys, node)
+        if isinstance(event, yaml.CollectionStartEvent):
+            stack.append(node)
+            keys.append(None)
+            if len(stack) > MAX_DEPTH:
+                raise _invalid(line, f"nested deeper than {MAX_DEPTH} levels")
+    return root or _Node(1, text="", plain=True)
+
+
+def _node(event: Any, line: int) -> _Node:
+    tag = None if event.tag in (None, "!") else event.tag
+    if isinstance(event, yaml.ScalarEvent):
+        plain = tag is None and event.tag is None and not event.style
+        return _Node(line, tag, event.value, plain, open=False)
+    if isinstance(event, yaml.SequenceStartEvent):
+        return _Node(line, tag, items=[])
+    return _Node(line, tag, pairs=[])
+
+
+def _put(parent: _Node, keys: list[_Node | None], node: _Node) -> None:
+    key = keys[-1]
+    if parent.items is not None:
+        parent.items.append(node)
+    elif key is None:
+        keys[-1] = node
+    else:
+        assert parent.pairs is not None
+        parent.pairs.append((key, node))
+        keys[-1] = None
+
+
+class _Resolver:
+    """Nodes -> data, every alias as a value of its own; collects problems and lines."""
+
+    def __init__(self, is_text: Callable[[SettingPath], bool]) -> None:
+        self.lines: dict[SettingPath, int] = {}
+        self.problems: list[tuple[SettingPath, int | None, str]] = []
+        self._is_text = is_text
+        self._count = 0
+
+    def resolve(self, node: _Node, path: SettingPath, depth: int) -> Any:
+        self._count += 1
+        if self._count > MAX_NODES or depth > MAX_DEPTH:
+            limit = f"{MAX_NODES:,} values" if self._count > MAX_NODES else f"{MAX_DEPTH} levels"
+            raise _invalid(node.line, f"its aliases make more than {limit}; write less of them")
+        self.lines.setdefault(path, node.line)
+        if node.items is not None:
+            self._check_tag(node, path, "seq")
+            return [self.resolve(item, (*path, i), depth + 1) for i, item in enumerate(node.items)]
+        if node.pairs is not None:
+            self._check_tag(node, path, "map")
+            return self._mapping(node.pairs, path, depth)
+        return self._scalar(node, path)
+
+    def _check_tag(self, node: _Node, path: SettingPath, own: str) -> None:
+        if node.tag not in (None, _TAG + own):
+            self._problem(node, path, f"tag {_shown(node.tag)} is not supported; remove it")
+
+    def _problem(self, node: _Node, path: SettingPath, text: str) -> None:
+        self.problems.append((path, node.line, text))
+
+    def _mapping(
+        self, pairs: list[tuple[_Node, _Node]], path: SettingPath, depth: int
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key, value in pairs:
+            if key.text is None:
+                self._problem(key, path, "a key must be text, not a list or mapping")
+            elif key.text == "<<" and key.plain:
+                for name, item in self._merged(value, path, depth).items():
+                    merged.setdefault(name, item)
+            elif key.text in found:
+                self._problem(key, (*path, key.text), "duplicate key; remove one")
+            else:
+                inner = (*path, key.text)
+                self.lines[inner] = key.line
+                found[key.text] = self.resolve(value, inner, depth + 1)
+        return {**{name: item for name, item in merged.items() if name not in found}, **found}
+
+    def _merged(self, node: _Node, path: SettingPath, depth: int) -> dict[str, Any]:
+        """The keys that ``<<`` takes from one mapping, or from a list of them."""
+        value = self.resolve(node, path, depth + 1)
+        found: dict[str, Any] = {}
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                found = {**item, **found}
+            else:
+                self._problem(node, path, "<< takes a mapping, as <<: *defaults")
+        return found
+
+    def _scalar(self, node: _Node, path: SettingPath) -> Any:
+        assert node.text is not None
+        try:
+            if self._is_text(path) and node.plain and not _NULL.fullmatch(node.text):
+                return node.text
+            return _plain(node.text) if node.plain else _tagged(node.tag, node.text)
+        except ValueError as error:
+            self._problem(node, path, str(error))
+            return None
+
+
+def _plain(text: str) -> Any:
+    """The value of a scalar without quotes and tag; raises ValueError."""
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _UNCLEAR.fullmatch(text):
+        digits = text.replace("_", "")
+        number = re.sub(r"^([-+]?)0+(?=\d)", r"\1", digits)
+        raise ValueError(
+            f"{_shown(text)} is read differently by different versions of YAML; write "
+            f'{_shown(number)} or, for text, put it in quotes: "{_shown(text)}"'
+        )
+    if _INT.fullmatch(text):
+        return _integer(text)
+    if _FLOAT.fullmatch(text):
+        return _number(text)
+    return _text(text)
+
+
+def _tagged(tag: str | None, text: str) -> Any:
+    """The value of a scalar with quotes or a tag; raises ValueError."""
+    if tag in (None, _TAG + "str"):
+        return _text(text)
+    patterns = {"int": _INT, "float": _FLOAT, "bool": _BOOL, "null": _NULL}
+    kind = str(tag).removeprefix(_TAG)
+    if kind not in patterns:
+        raise ValueError(f"tag {_shown(tag)} is not supported; remove it")
+    if not patterns[kind].fullmatch(text):
+        raise ValueError(f"!!{kind} {_shown(text)}: is not of that type; remove the tag")
+    return _number(text) if kind == "float" else _plain(text)
+
+
+def _integer(text: str) -> int:
+    number = int(text, 0) if len(text) <= _MAX_DIGITS else 2**63
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{_shown(text)} is too large; integers have 64 bits")
+    return number
+
+
+def _number(text: str) -> float:
+    lower = text.lower()
+    number = float(lower.replace(".inf", "inf").replace(".nan", "nan"))
+    if math.isinf(number) and "inf" not in lower:
+        raise ValueError(f"{_shown(text)} is too large; write .inf for infinity")
+    return number
+
+
+def _text(text: str) -> str:
+    if bad := re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{_shown(text)} holds {bad[0]!a}, which is not text; remove it")
+    return text
+
+
+def _shown(text: str | None, width: int = 40) -> str:
+    short = str(text).replace(_TAG, "!!")
+    short = short if len(short) <= width else short[: width - 3] + "..."
+    return short if short.isprintable() else ascii(short)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that YAML 1.1 or the core schema would read as something else."""
+
+
+_Dumper.add_implicit_resolver(_TAG + "int", re.compile(rf"(?:{_UNCLEAR.pattern})$"), None)
+_Dumper.add_implicit_resolver(_TAG + "int", re.compile(rf"(?:{_INT.pattern})$"), None)
+_Dumper.add_implicit_resolver(_TAG + "float", re.compile(rf"(?:{_FLOAT.pattern})$"), None)
+
+
+class _OneLineDumper(_Dumper):
+    """Escapes line breaks inside texts."""
+
+
+def _one_line_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if len(text.splitlines()) > 1 or text != text.rstrip() else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_OneLineDumper.add_representer(str, _one_line_text)
