@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from launch import messages
 from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path, sweeps
 from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
+from trainer.jsonfile import read_json_object
 from trainer.names import checkpoint_names
 from trainer.prompts.source import source_problems
 
@@ -140,15 +140,14 @@ def _looks_local(name: str) -> bool:
 
 def _policy(config: RunConfig) -> Iterator[str]:
     name = config.engine.deepspeed
-    try:
-        policy = json.loads(resolve_path(name).read_text(encoding="utf-8"))
-    except OSError:
+    path = resolve_path(name)
+    if not path.is_file():
         yield f"engine.deepspeed: {name}: no such file; use ds_configs/zero3.json"
-    except ValueError as error:
-        yield f"engine.deepspeed: {name} is not valid JSON: {error}"
-    else:
-        if not isinstance(policy, dict):
-            yield f"engine.deepspeed: {name}: a DeepSpeed policy is a JSON object"
+        return
+    try:
+        read_json_object(path)
+    except BadInput as error:
+        yield from (f"engine.deepspeed: {problem}" for problem in error.problems)
 
 
 def _output(config: RunConfig) -> Iterator[str]:

@@ -10,6 +10,7 @@ import torch
 
 from trainer.config import RunConfig, resolve_path
 from trainer.errors import BadInput
+from trainer.jsonfile import read_json_object
 from trainer.placement import Placement
 
 #: Settings whose meaning here is given by the run file: key of the JSON -> the run file's setting.
@@ -63,14 +64,9 @@ def resolve_policy(
     """
     file = config.engine.deepspeed
     path = resolve_path(file)
-    try:
-        policy: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(
-            f"engine.deepspeed: {file!r} is not there; try ds_configs/zero3.json"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not path.is_file():
+        raise BadInput(f"engine.deepspeed: {file!r} is not there; try ds_configs/zero3.json")
+    policy = read_json_object(path)
     problems = [
         f"{file}: {key} is {json.dumps(policy[key])}, but the run file decides: {setting(config)}; "
         'set it to "auto"'

@@ -89,6 +89,15 @@ def value_of(key: str, text: str) -> Any:
     return yaml_core.parse(text, tuple(parts), _is_text).data
 
 
+def saved(path: Path) -> dict[str, Any]:
+    """The settings of a run file that a run saved; none where it is missing or damaged."""
+    try:
+        data = yaml_core.parse(_read_text(path)).data
+    except (BadInput, YamlError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def override(source: Source, overrides: Sequence[str]) -> Source:
     """Apply ``key=value`` overrides, in order, and remember them.
 

@@ -150,7 +150,7 @@ def _tree(events: Iterator[Any]) -> _Node:
             keys.pop()
             continue
         if isinstance(event, yaml.AliasEvent):
-            node = anchors.get(event.anchor)
+            node = anchors.get(str(event.anchor))
             if node is None or node.open:
                 what = "is not defined" if node is None else "is used inside itself"
                 raise _invalid(line, f"alias *{event.anchor} {what}")

@@ -733,3 +733,58 @@ def test_other_forms_of_rows(run_file, form):
     run = load(run_file(yaml.safe_dump({**yaml.safe_load(GOOD), "tasks": [task]})))
     assert load(run_file(config.dump(run))) == run
     assert not run.tasks[0].scored_by_likelihood
+
+
+# Paths
+
+
+def test_variables_and_home_are_expanded_in_every_path(run_file, monkeypatch):
+    monkeypatch.setenv("WORK", "/work space")
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [
+        "output_dir=$WORK/x",
+        "base.model=${WORK}/base",
+        "engine.deepspeed=~/zero3.json",
+        "tasks.triage.train=[$WORK/*.jsonl, {path: ~/d.csv}, hf://org/name]",
+        "tasks.triage.validation=$HOME/v.jsonl",
+        "prompts.one.init={from: $WORK/old}",
+        "tracking.uri=sqlite:///$HOME/mlflow.db",
+    ]
+    run = load(run_file(), paths)
+    task = run.tasks[0]
+    assert (run.output_dir, run.base.model) == ("/work space/x", "/work space/base")
+    assert run.engine.deepspeed == "/home/me/zero3.json"
+    assert [source.path for source in task.train] == ["/work space/*.jsonl", "/home/me/d.csv", None]
+    assert task.validation is not None
+    assert task.validation[0].path == "/home/me/v.jsonl"
+    assert run.prompts[0].init.from_ == "/work space/old"
+    assert run.tracking.uri == "sqlite:////home/me/mlflow.db"
+    assert load(run_file(config.dump(run))) == run
+    secret = "http://me:pa$WORK@host:5000"
+    assert load(run_file(), [f"tracking.uri={secret}"]).tracking.uri == secret
+
+
+@pytest.mark.parametrize(
+    "setting", ["output_dir", "base.model", "tasks.triage.train", "prompts.one.init.from"]
+)
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("$NOT_SET_HERE/x", "the environment variable 'NOT_SET_HERE' is not set; set it, or write"),
+        ("~nosuchuser/x", "there is no such user; write the path in full"),
+        ("a/" * 3000, "is too long for a path; 4095 bytes fit, 255 in a name"),
+        ("x" * 256, "is too long for a path"),
+        ('"a\\nb"', "'a\\nb' holds a control character; remove it"),
+    ],
+)
+def test_paths_that_cannot_be_are_refused(run_file, setting, value, words):
+    (problem,) = problems_of(run_file(), f"{setting}={value}")
+    assert words in problem
+    assert setting.split(".")[-1] in problem
+
+
+def test_a_run_folder_may_have_a_dollar_in_its_name(run_file, tmp_path):
+    folder = tmp_path / "$NOT_SET_HERE"
+    folder.mkdir()
+    (folder / "run.yaml").write_text(config.dump(load(run_file())))
+    assert config.load_output(folder).output_dir == str(folder)

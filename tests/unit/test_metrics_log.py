@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.unit.run_folder import PROMPTS, finished_run
+from trainer import runfile
 from trainer.errors import BadInput
 from trainer.redact import redact, secrets_of
 from trainer.tracking import MetricsLog, check_uri
@@ -156,8 +156,8 @@ def test_the_run_file_is_parsed_once_until_it_changes(
 ) -> None:
     """Every prompt asks for it, and parsing takes as long as it has prompts."""
     folder, parsed = Folder(finished_run(tmp_path)), []
-    real = yaml.safe_load
-    monkeypatch.setattr(yaml, "safe_load", lambda text: parsed.append(text) or real(text))
+    real = runfile.saved
+    monkeypatch.setattr(runfile, "saved", lambda path: parsed.append(path) or real(path))
     summary = folder.summary()
     for prompt in folder.prompts:
         folder.prompt_params(prompt)

@@ -390,6 +390,8 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
         (["--nodes", "1", "training.stepz=1"], "training.stepz: unknown setting"),
         (["--nodes", "1", "--array", "training.seed=3"], "write KEY=[VALUE, VALUE]"),
         (["--nodes", "1", "--array", "training.seed=[x]"], "training.seed"),
+        (["--nodes", "1", "--array", "training.seed=[1, 1.0]"], "has 1.0 more than once"),
+        (["--nodes", "1", "--array", "training.seed=[01]"], "write 1 or, for text"),
         ([], "--nodes"),
     ],
 )

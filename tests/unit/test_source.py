@@ -113,7 +113,20 @@ def test_folders_without_a_prompt_are_refused(tmp_path: Path) -> None:
     weights.unlink()
     assert "has no adapter_model.safetensors; train it first" in problem_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(["no", "mapping"]))
-    assert "adapter_config.json cannot be read" in problem_of(tmp_path)
+    assert "adapter_config.json: must hold a JSON object, not a list" in problem_of(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    assert "nested deeper than 200 levels; export the prompt again" in problem_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 100_000, b"[]", b'{"prompt_embeddings": {"shape": [1, "a"]}}', b'{"a": "\xff"}'],
+)
+def test_damaged_headers_are_refused(tmp_path: Path, header: bytes) -> None:
+    save(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert str(weights) in problem_of(tmp_path)
 
 
 def test_a_pickle_is_never_read(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ before a base is loaded.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from trainer.config import Init, RunConfig, resolve_path
 from trainer.errors import BadInput
+from trainer.jsonfile import parse_json, read_json_object
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: The one tensor of an adapter: a row for each virtual token.
@@ -47,9 +47,11 @@ def find_source(path: str) -> PromptSource:
     """
     folder = _adapter_folder(resolve_path(path))
     try:
-        kind = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{folder}: {SETTINGS} cannot be read: {error}") from None
+        kind = read_json_object(folder / SETTINGS).get("peft_type")
+    except BadInput as error:
+        raise BadInput(
+            [f"{problem}; export the prompt again" for problem in error.problems]
+        ) from None
     if kind not in (*VIRTUAL_TOKENS, "PREFIX_TUNING"):
         raise BadInput(
             f"{folder}: is an adapter of type {kind!r}, which holds no prompt; known: "
@@ -134,12 +136,18 @@ def _shape(folder: Path) -> tuple[int, int]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(size, 1 << 24)))
-        rows, width = header[TENSOR]["shape"]
+            header = parse_json(file.read(min(size, 1 << 24)))
+        rows, width = map(_size, header[TENSOR]["shape"])
     except KeyError:
         raise BadInput(f"{path}: has no tensor {TENSOR!r}, so it holds no prompt") from None
     except (OSError, ValueError, TypeError, struct.error) as error:
         raise BadInput(f"{path}: is no safetensors file of a prompt: {error}") from None
     if not rows:
         raise BadInput(f"{path}: has no virtual tokens")
-    return int(rows), int(width)
+    return rows, width
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"its shape holds {value!r}")
+    return value

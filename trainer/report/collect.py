@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from trainer import runfile, yaml_core
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
@@ -71,7 +70,7 @@ class Report:
 
 def collect(output_dir: Path) -> Report:
     summary, environment = _json(output_dir, "summary.json"), _json(output_dir, "environment.json")
-    run = _yaml(output_dir / "run.yaml")
+    run = runfile.saved(output_dir / "run.yaml")
     lines = [line for line, _ in read_lines(output_dir / METRICS_FILE) if line is not None]
     of_prompt: dict[str | None, list[Line]] = defaultdict(list)
     for line in lines:
@@ -91,7 +90,7 @@ def collect(output_dir: Path) -> Report:
         throughput=_throughput(of_prompt[None]),
         data=data,
         environment=_environment(environment, summary),
-        settings=redact(yaml.safe_dump(run, sort_keys=False, allow_unicode=True)) if run else "",
+        settings=redact(yaml_core.dump(run)) if run else "",
         commands=_commands(output_dir, run),
     )
 
@@ -395,11 +394,3 @@ def _json(output_dir: Path, name: str) -> Any:
         return json.loads((output_dir / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from trainer import runfile
 from trainer.config import LOWER_IS_BETTER
 from trainer.redact import redact
 from trainer.search import STANDARD_ERROR, is_loss, shown_scores
@@ -42,9 +41,8 @@ class Folder:
             stat = path.stat()
             version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
             if version != self._run_file[0]:
-                data = yaml.safe_load(path.read_text(encoding="utf-8"))
-                self._run_file = version, data if isinstance(data, dict) else {}
-        except (OSError, yaml.YAMLError):
+                self._run_file = version, runfile.saved(path)
+        except OSError:
             return {}
         return self._run_file[1]
 
