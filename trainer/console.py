@@ -123,7 +123,7 @@ class Console:
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(rich.text.Text, row))  # not markup: a text may contain brackets
         self._out.print(table)
 
     @contextmanager

@@ -20,7 +20,7 @@ from trainer.generation import generate
 from trainer.memory import StreamBudget
 from trainer.objective import read_teacher
 from trainer.prefetch import ahead, prepare_stream
-from trainer.search import STANDARD_ERROR, ratio_standard_error
+from trainer.statistics import STANDARD_ERROR, ratio_standard_error
 from trainer.stop import Stopped
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.base.saved import SavedBytes
-from trainer.config import LOWER_IS_BETTER, RunConfig
+from trainer.config import RunConfig
 from trainer.console import Console, StepLine
 from trainer.engine import Engine
 from trainer.evaluation import Evaluator, Request, Scored
@@ -25,7 +25,10 @@ from trainer.optimization import EarlyStopping
 from trainer.phase_times import PhaseTimes
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
-from trainer.search import STANDARD_ERROR, rungs, worst
+from trainer.ranking import ScoreKey, score_key
+from trainer.result_table import DIVERGENCE, column_title, format_score, shown_scores
+from trainer.search import rungs, worst
+from trainer.statistics import STANDARD_ERROR
 from trainer.stop import Stopped
 from trainer.tasks.feed import TaskData
 from trainer.tasks.streams import PromptLengths
@@ -358,7 +361,7 @@ class Loop:
             for k in due
         }
         self.bank.keep_best_readers(
-            self.progress.step, {k: scores[k].get("validation_loss") for k in due}
+            self.progress.step, {k: self._key(k, scores[k]) if scores[k] else None for k in due}
         )
         for k in due:
             self._judge(k, scores[k])
@@ -377,11 +380,10 @@ class Loop:
         shown = {key: x for key, x in scores.items() if not key.endswith(STANDARD_ERROR)}
         self.log(step, self.progress.prompt_tokens.get(name, 0), shown, name)
         stopping = self.stopping[name]
-        if stopping.update(step, scores["validation_loss"]):
+        if stopping.update(step, self._key(k, scores)):
             self.bank.keep_best(k)
             self.progress.scores[name] = scores
-        metric = self.tasks[self._task(k)].task.metric
-        self.console.say(f"step {step}  {name}: {describe(scores, metric)}")
+        self.console.say(f"step {step}  {name}: {self._described(k, scores)}")
         if stopping.should_stop:
             self._stop(k, "early_stopping")
             self.console.say(
@@ -389,30 +391,47 @@ class Loop:
             )
 
     def _halve(self, scores: Mapping[int, Scores]) -> None:
-        """At a rung: of the prompts of a task that train on, the worst by this loss are stopped.
+        """Stop the worst of each task's prompts that still train, ranked by these scores.
 
-        Those that learn from one teacher are compared with each other, and so are those that learn
-        labels: their losses are no measure for others.
+        Prompts that learn labels are compared with each other, and so are those of one teacher:
+        the losses of others are not comparable.
         """
         halving, step = self.config.search.halving, self.progress.step
         assert halving is not None
         on = [k for k in scores if self.bank.active[k] and self._steps[k] > step]
-        rivals: dict[tuple[str, str | None], dict[int, float]] = {}
+        rivals: dict[tuple[str, str | None], dict[int, tuple[float, float, int]]] = {}
         for k in on:
             prompt = self.config.prompts[k]
             group = rivals.setdefault((prompt.task, prompt.teacher), {})
-            group[k] = scores[k]["validation_loss"]
-        for (task, _), losses in rivals.items():
-            out = worst(losses, halving.eta)
+            group[k] = (*self._key(k, scores[k]), prompt.num_virtual_tokens)
+        for (task, _), keys in rivals.items():
+            out = worst(keys, halving.eta)
             for k in out:
                 self._stop(k, "halving")
             if out:
-                said = ", ".join(f"{self.bank.names[k]} ({losses[k]:.4f})" for k in out)
-                left = f"{len(losses) - len(out)} of {len(losses)}"
-                self.console.say(f"step {step}  {task}: {left} prompts train on; stopped: {said}")
+                metric = f"validation_{self.tasks[task].task.metric}"
+                stopped = ", ".join(
+                    f"{self.bank.names[k]} ({format_score(metric, scores[k].get(metric))})"
+                    for k in out
+                )
+                kept = f"{len(keys) - len(out)} of {len(keys)}"
+                self.console.say(
+                    f"step {step}  {task}: halving keeps {kept} prompts; stopped: {stopped}"
+                )
 
     def _task(self, k: int) -> str:
         return self.config.prompts[k].task
+
+    def _metric(self, k: int) -> str:
+        return self.tasks[self._task(k)].task.metric
+
+    def _described(self, k: int, scores: Scores) -> str:
+        distilled = self.config.prompts[k].objective == "distill"
+        return describe(shown_scores(scores, distilled), self._metric(k))
+
+    def _key(self, k: int, scores: Mapping[str, float]) -> ScoreKey:
+        """What prompt ``k`` is ranked by, with these scores; smaller is better."""
+        return score_key(scores, self._metric(k))
 
     def _score_baselines(self) -> None:
         """What the base does without a trained prompt: with none, and with hand-written ones."""
@@ -478,8 +497,10 @@ class Loop:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
         self.times.add(self.progress.phase_seconds)
-        for name, saved in state["stopping"].items():
-            self.stopping[name].load_state(saved)
+        for k, name in enumerate(self.bank.names):
+            best = self.progress.scores.get(name)
+            key = None if best is None else self._key(k, best)
+            self.stopping[name].load_state(state["stopping"][name], key)
         self.feed.load_state_dict(state["feed"])
 
 
@@ -505,8 +526,8 @@ def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
 
 
 def describe(scores: Mapping[str, float], metric: str) -> str:
-    """One line for people: losses and the task's metric."""
-    names = ["validation_loss", "validation_agreement"]
-    if metric not in LOWER_IS_BETTER:
-        names += [f"validation_{metric}", f"shifted_validation_{metric}"]
-    return "  ".join(f"{name} {scores[name]:.4f}" for name in names if name in scores)
+    """Return the task's metric and the losses in one line for people."""
+    names = [f"validation_{metric}", f"shifted_validation_{metric}"]
+    names += ["validation_loss", f"validation{DIVERGENCE}", "validation_agreement"]
+    shown = [name for name in dict.fromkeys(names) if name in scores]
+    return ", ".join(f"{column_title(name)} {format_score(name, scores[name])}" for name in shown)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import Prompt
 from trainer.config.prompt import DEFAULT_BETAS
+from trainer.ranking import LAST, ScoreKey
 
 #: What a checkpoint calls the average and the start of a parameter, beside its moments.
 AVERAGE, START = "average", "start"
@@ -365,20 +366,20 @@ def make_optimizer(
 
 
 class EarlyStopping:
-    """Tracks the best validation loss and says when waiting for a better one is over.
+    """Tracks a prompt's best validation and decides when to stop waiting for a better one.
 
     Args:
         patience: evaluations in a row without improvement until ``should_stop``; None: never stop,
             only track.
 
     Attributes:
-        best: the lowest finite loss so far; None before the first.
-        best_step: the step it was seen at.
+        best: ``ranking.score_key`` of the best scores so far; None before the first finite ones.
+        best_step: the step they were measured at.
     """
 
     def __init__(self, patience: int | None = None) -> None:
         self.patience = patience
-        self.best: float | None = None
+        self.best: ScoreKey | None = None
         self.best_step: int | None = None
         self._waited = 0
 
@@ -386,19 +387,26 @@ class EarlyStopping:
     def should_stop(self) -> bool:
         return self.patience is not None and self._waited >= self.patience
 
-    def update(self, step: int, loss: float) -> bool:
-        """Note one evaluation; True if it is the best so far. A non-finite loss never is."""
-        improved = math.isfinite(loss) and (self.best is None or loss < self.best)
+    def update(self, step: int, key: ScoreKey) -> bool:
+        """Record one evaluation; True if it is the best so far. ``LAST`` never is."""
+        improved = key != LAST and (self.best is None or key < self.best)
         if improved:
-            self.best, self.best_step, self._waited = loss, step, 0
+            self.best, self.best_step, self._waited = key, step, 0
         else:
             self._waited += 1
         return improved
 
     def state(self) -> dict[str, Any]:
-        """JSON; ``patience`` belongs to the run file and may change on resume."""
-        return {"best": self.best, "best_step": self.best_step, "waited": self._waited}
+        """JSON without ``best``, which follows from the scores at ``best_step``.
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.best, self.best_step = state["best"], state["best_step"]
-        self._waited = state["waited"]
+        ``patience`` belongs to the run file and may change on resume.
+        """
+        return {"best_step": self.best_step, "waited": self._waited}
+
+    def load_state(self, state: Mapping[str, Any], best: ScoreKey | None) -> None:
+        """Continue from ``state()``.
+
+        Args:
+            best: key of the scores at ``best_step``.
+        """
+        self.best, self.best_step, self._waited = best, state["best_step"], state["waited"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import resource
 from collections.abc import Mapping
@@ -15,26 +14,30 @@ import torch
 
 from trainer import atomic
 from trainer.base.files import BaseFiles
-from trainer.config import LOWER_IS_BETTER, PROJECT_ROOT, RunConfig, dump, resolve_path
+from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
 from trainer.console import Console, clock
 from trainer.engine import Engine, base_bytes
 from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.redact import redact
 from trainer.report import write_report
-from trainer.revision import git_revision
-from trainer.search import (
-    DIVERGENCE,
-    STANDARD_ERROR,
-    Candidate,
-    select,
-    share_standard_error,
+from trainer.result_table import (
+    ResultRow,
+    TaskTable,
+    column_title,
+    format_score,
     shown_scores,
+    task_tables,
 )
+from trainer.revision import git_revision
+from trainer.search import select
 from trainer.sharded import LoadedBase
+from trainer.statistics import STANDARD_ERROR
 from trainer.tasks.feed import TaskData
 from trainer.tracking.state import forget_tracking
 
+#: Characters of a row's label on the terminal.
+WIDEST_LABEL = 60
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
 
 
@@ -158,8 +161,12 @@ def finish(
         scores = loop.progress.scores.get(prompt.name, {})
         ended_at = loop.progress.stopped.get(prompt.name, {}).get("step", loop.progress.step)
         folder = output / "prompts" / prompt.name
-        shown = shown_scores(scores, prompt.objective)
-        said = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
+        shown = shown_scores(scores, prompt.objective == "distill")
+        described = ", ".join(
+            f"{key.replace('_', ' ')} {format_score(key, value)}"
+            for key, value in shown.items()
+            if not key.endswith(STANDARD_ERROR)
+        )
         for where, title, virtual_tokens in (
             (folder, prompt.name, bank.best(k)),
             (folder / "last", f"{prompt.name} (last step)", bank.snapshot(k)),
@@ -173,7 +180,7 @@ def finish(
                 config.base.model,
                 config.base.revision,
                 title=title,
-                description=f"Task {prompt.task}. {said}".strip(),
+                description=f"Task {prompt.task}. {described}".strip(),
                 **shape,
             )
         prompts[prompt.name] = {
@@ -190,11 +197,16 @@ def finish(
         "status": "finished",
         "steps": loop.progress.step,
         "prompts": prompts,
-        "selected": _selected(loop.tasks, prompts),
-        "tasks": loop.progress.baselines,
+        "tasks": {
+            name: loop.progress.baselines.get(name, {}) | {"rows": _num_rows(data)}
+            for name, data in loop.tasks.items()
+        },
         "data": {name: data.counts for name, data in loop.tasks.items()},
         **measured,
     }
+    tables = task_tables(config.model_dump(mode="json"), summary)
+    choices = {table.task: _selected(table) for table in tables}
+    summary["selected"] = {task: choice for task, choice in choices.items() if choice}
     atomic.write_json(output / "summary.json", summary)
     try:
         with console.phase("writing the report"):
@@ -204,85 +216,54 @@ def finish(
     return summary
 
 
-def _selected(tasks: Mapping[str, TaskData], prompts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each task that has a score: the prompt to take, as ``search.select`` gives it."""
-    found = {}
-    for name, data in tasks.items():
-        mine = {n: scores for n, scores in prompts.items() if scores["task"] == name}
-        chosen = select(_candidates(data, mine), data.task.metric)
-        if chosen is not None:
-            found[name] = chosen
-    return found
+def _num_rows(data: TaskData) -> dict[str, int]:
+    """Scored rows of each split."""
+    return {split: len(rows.candidates) for split, rows in data.evaluation.items()}
 
 
-def _candidates(data: TaskData, prompts: Mapping[str, Any]) -> list[Candidate]:
-    """The prompts of a task by its metric's validation score; a diverged one is no candidate."""
-    metric = data.task.metric
-    key, rows = f"validation_{metric}", data.evaluation.get("validation")
-    found = []
-    labelled = [name for name, scores in prompts.items() if scores["objective"] == "labels"]
-    taught_by = {data.teachers[name].index for name in prompts if name in data.teachers}
-    if metric in LOWER_IS_BETTER and not labelled and len(taught_by) > 1:
-        return []  # how far from one teacher says nothing beside how far from another
-    for name, scores in prompts.items():
-        if metric in LOWER_IS_BETTER and labelled and name not in labelled:
-            continue  # a divergence is no rival of a cross-entropy
-        if key not in scores or (scores["stopped"] or {}).get("reason") == "diverged":
-            continue
-        if metric in LOWER_IS_BETTER:
-            error = scores.get(f"{key}{STANDARD_ERROR}", math.nan)
-        else:
-            assert rows is not None
-            error = share_standard_error(scores[key], len(rows.candidates))
-        found.append(Candidate(name, scores["num_virtual_tokens"], scores[key], error))
-    return found
+def _selected(table: TaskTable) -> dict[str, Any] | None:
+    """The best prompt of a task and why, and a shorter one that is nearly as good, as advice.
+
+    None if no prompt of the task has a score to rank.
+    """
+    found = select(table.prompts, table.metric, table.standard_error)
+    if found is None:
+        return None
+    best, shorter = found
+    key = f"validation_{table.metric}"
+    choice = {"prompt": best.name, "metric": table.metric, "score": best.scores[key]}
+    choice |= {"num_virtual_tokens": best.num_virtual_tokens, "why": _why(table, best)}
+    choice["shorter"] = shorter and {
+        "prompt": shorter.name,
+        "score": shorter.scores[key],
+        "num_virtual_tokens": shorter.num_virtual_tokens,
+    }
+    return choice
+
+
+def _why(table: TaskTable, best: ResultRow) -> str:
+    column = table.column(best)
+    score = f"validation {column_title(column)} {table.cell(best, column)}"
+    if len(table.prompts) == 1:
+        return f"the only prompt: {score}"
+    text = f"best of {len(table.prompts)} prompts: {score}"
+    if best.eliminated:
+        text += "; halving eliminated it, but no other prompt is left"
+    second = next((row for row in table.prompts if row.name != best.name and row.ranked), None)
+    if second is None or second.shown.get(column) != best.shown.get(column):
+        return text
+    return f"{text}; {second.name} has the same {column_title(column)}"
 
 
 def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console) -> None:
+    """Print the results of a run that has finished: a table for each task, and what to do next."""
     output = config.output_dir
-    for task in config.tasks:
-        baseline = summary["tasks"].get(task.name, {})
-        metric = task.metric
-        better = min if metric in LOWER_IS_BETTER else max
-        columns = [f"validation_{metric}", f"shifted_validation_{metric}"]
-        if metric not in LOWER_IS_BETTER:
-            columns.append("validation_loss")
-        columns += [f"validation{DIVERGENCE}", f"shifted_validation{DIVERGENCE}"]
-        columns.append("validation_agreement")
-        rows = [("no prompt", baseline.get("no_prompt", {}))]
-        if baseline.get("hand_written"):
-            best = better(baseline["hand_written"], key=lambda scores: scores.get(columns[0], 0.0))
-            rows.append((f"hand-written: {best['text'].strip()}", best))
-        rows += [
-            (f"no prompt, beside the teacher of {name}", shown_scores(scores, "distill"))
-            for name, scores in baseline.get("untaught", {}).items()
-        ]
-        rows += [
-            (
-                f"trained: {name} ({scores['num_virtual_tokens']} virtual tokens)",
-                shown_scores(scores),
-            )
-            for name, scores in summary["prompts"].items()
-            if scores["task"] == task.name
-        ]
-        shown = [column for column in columns if any(column in scores for _, scores in rows)]
-        console.table(
-            task.name,
-            ["", *(column.replace("_", " ") for column in shown)],
-            [[name, *(_number(scores.get(column)) for column in shown)] for name, scores in rows],
-        )
-        selected = (summary.get("selected") or {}).get(task.name)
-        if selected and sum(s["task"] == task.name for s in summary["prompts"].values()) > 1:
-            console.say(f"selected for {task.name}: {selected['prompt']}: {selected['why']}")
-    diverged = [
-        name
-        for name, scores in summary["prompts"].items()
-        if (scores.get("stopped") or {}).get("reason") == "diverged"
-    ]
+    tables = task_tables(config.model_dump(mode="json"), summary)
+    for table in tables:
+        _show_table(table, (summary.get("selected") or {}).get(table.task), console)
+    diverged = [row.name for table in tables for row in table.prompts if row.diverged]
     if diverged:
-        console.warn(
-            f"diverged and stopped before their end: {', '.join(diverged)}; lower learning_rate"
-        )
+        console.warn(f"diverged and stopped early: {', '.join(diverged)}; lower learning_rate")
     speed = summary["throughput"]["useful_tokens_per_second"]
     console.say(
         f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
@@ -307,8 +288,32 @@ def _time_breakdown(seconds: Mapping[str, float]) -> str:
     return f"{clock(seconds['total'])} ({', '.join(parts)})"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _show_table(table: TaskTable, choice: Mapping[str, Any] | None, console: Console) -> None:
+    console.table(
+        f"{table.task} ({table.counts})" if table.counts else table.task,
+        ["", *map(column_title, table.columns)],
+        [
+            [_label(row), *(table.cell(row, column) for column in table.columns)]
+            for row in table.rows
+        ],
+    )
+    if choice is None or len(table.prompts) == 1:
+        return
+    console.say(f"best prompt for {table.task}: {choice['prompt']} ({choice['why']})")
+    if shorter := choice.get("shorter"):
+        key = table.column(table.prompts[0])
+        console.say(
+            f"a shorter prompt within one standard error: {shorter['prompt']}, "
+            f"{shorter['num_virtual_tokens']} virtual tokens, "
+            f"{format_score(key, shorter['score'])}"
+        )
+
+
+def _label(row: ResultRow) -> str:
+    """A row's first cell: what it is, how long, and whether it is the best."""
+    label = row.label if len(row.label) <= WIDEST_LABEL else row.label[: WIDEST_LABEL - 1] + "…"
+    words = [label, *filter(None, [row.detail, row.tag])]
+    return ", ".join(words)
 
 
 def versions() -> dict[str, str]:

@@ -94,9 +94,9 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
     assert set(prompts) == set(PROMPTS)
     assert parent.data.params["base.quantization"] == "int8"
     assert prompts["triage-mlp"].data.params["num_virtual_tokens"] == "10"
-    assert "**triage** (trained)" in parent.data.tags["mlflow.note.content"]
+    assert "**triage** (20 virtual tokens)" in parent.data.tags["mlflow.note.content"]
     assert prompts["triage"].data.metrics["validation_accuracy_best"] == 0.94
-    assert {name for name, run in prompts.items() if "selected" in run.data.tags} == {"triage-mlp"}
+    assert {name for name, run in prompts.items() if "selected" in run.data.tags} == {"triage"}
     assert prompts["animals"].data.tags["stopped"] == "finished"
     assert len(parent.inputs.dataset_inputs) == 6
     names = {item.dataset.name for item in prompts["animals"].inputs.dataset_inputs}

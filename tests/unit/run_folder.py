@@ -196,7 +196,7 @@ def write_results(output_dir: Path, status: str = "finished") -> None:
         "status": status,
         "steps": STEPS,
         "prompts": prompts,
-        "selected": {"triage": {"prompt": "triage-mlp", "why": "the shortest"}},
+        "selected": {"triage": {"prompt": "triage", "why": "best of 2 prompts", "shorter": None}},
         "tasks": tasks,
         "throughput": {"useful_tokens_per_second": 5204.3},
         "memory": {

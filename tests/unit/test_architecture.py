@@ -51,7 +51,15 @@ FLOORS = (
         "trainer.yaml_core",
     ),
     ("trainer.runfile", "trainer.config"),
-    ("trainer.placement", "trainer.memory", "trainer.policy", "trainer.ranks"),
+    (
+        "trainer.placement",
+        "trainer.memory",
+        "trainer.policy",
+        "trainer.ranking",
+        "trainer.ranks",
+        "trainer.result_table",
+        "trainer.statistics",
+    ),
     ("trainer.tasks", "trainer.base", "trainer.prompts", "trainer.export"),
     ("trainer.prefetch",),
     (

@@ -25,6 +25,7 @@ from trainer.errors import BadInput
 from trainer.optimization import make_optimizer
 from trainer.prepare import prepare
 from trainer.prompts.bank import Bank
+from trainer.ranking import score_key
 
 TINY = config.resolve_path("examples/tiny_base")
 #: After each step: (index of the prompt: validation loss); the best of both prompts of the share
@@ -91,14 +92,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
         make_optimizer=make_optimizer,
     )
     for step, losses in enumerate(LOSSES, 1):
+        keys = {k: score_key({"validation_loss": loss}, "loss") for k, loss in losses.items()}
         bank.update([made.detach().cos() for made in bank.virtual_tokens()])
-        bank.keep_best_readers(step, losses)
+        bank.keep_best_readers(step, keys)
         if step == BEST:
             for i in (1, 2, 3):
                 bank.keep_best(i)
     tensors, meta = bank.state()
     bank.load_state(tensors, meta)  # the best is part of what a resumed run goes on with
-    bank.keep_best_readers(5, {1: 1.1})  # one that has stopped counts with its last loss, 1.5
+    # A prompt that has stopped counts with its last loss, 1.5.
+    bank.keep_best_readers(5, {1: (1.1, 1.1)})
     tensors, meta = bank.state()
     state = {"identity": identity(files), "bank": meta}
     checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)

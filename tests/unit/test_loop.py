@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.unit.test_chat import make_tokenizer
 from trainer.config import RunConfig
 from trainer.console import Console
-from trainer.evaluation import Evaluator
+from trainer.evaluation import Evaluator, Scored
 from trainer.loop import Diverged, Loop, gaps
 from trainer.memory import StreamBudget
 from trainer.optimization import make_optimizer
@@ -268,7 +268,7 @@ def test_halving_stops_the_worst_of_each_task_at_rungs(tmp_path):
             on = kept
         assert all(toy.stopped[name] == (9, "finished") for name in on)
     assert toy.stopped["brief"] == (2, "finished"), "one that is done is no rival"
-    assert "x: 3 of 7 prompts train on; stopped: " in toy.out.getvalue()
+    assert "x: halving keeps 3 of 7 prompts; stopped: " in toy.out.getvalue()
     assert max(len(p) for step, on, p in toy.base.read if on and step >= 6) == 2
 
 
@@ -379,3 +379,70 @@ def test_time_left_counts_validations(tmp_path: Path) -> None:
     loop.progress.validations = 2
     loop.times.add({"validation": 1.0})
     assert loop._seconds_left() == pytest.approx(16 + 5 * 0.5)
+
+
+def script(toy: Toy, scores: dict[int, list[tuple[float, float]]]) -> Toy:
+    """Let each prompt have these (accuracy, loss) at its validations, one after the other."""
+    for name, data in toy.loop.tasks.items():
+        data.task = data.task.model_copy(update={"metric": "accuracy"})
+        toy.loop.progress.baselines[name] = {"no_prompt": {}}
+    left = {k: iter(pairs) for k, pairs in scores.items()}
+    now: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def score(requests: Any, _: Any) -> list[Scored]:
+        step = toy.loop.progress.step
+        for k in {request.prompt for request in requests}:
+            now[step, k] = next(left[k])
+        found = [now[step, request.prompt] for request in requests]
+        return [Scored({"accuracy": accuracy, "loss": loss}) for accuracy, loss in found]
+
+    toy.loop.evaluator.score = score  # type: ignore[method-assign]
+    return toy
+
+
+def test_the_best_step_is_the_one_with_the_best_metric_then_the_lowest_loss(tmp_path, monkeypatch):
+    """Not the one with the lowest loss: that of step 2 is half as accurate."""
+    pairs = [(0.3, 0.1), (0.6, 2.0), (0.6, 1.0), (0.5, 0.2), (math.nan, 0.05), (0.6, 1.5)]
+    sections = {"evaluation": {"every": 2}, "training": {"steps": 12, "tokens_per_step": 12}}
+    toy = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: pairs})
+    kept: list[int] = []
+    monkeypatch.setattr(toy.bank, "keep_best", lambda k: kept.append(toy.loop.progress.step))
+    toy.run()
+    assert kept == [2, 4, 6], "an adapter is kept where the metric has improved, or else the loss"
+    assert toy.loop.stopping["p"].best_step == 6
+    scores = toy.loop.progress.scores["p"]
+    assert (scores["validation_accuracy"], scores["validation_loss"]) == (0.6, 1.0)
+
+
+def test_early_stopping_waits_for_the_metric(tmp_path):
+    """The loss falls at every validation; the accuracy does not rise again."""
+    sections = {"evaluation": {"every": 2, "early_stopping": {"patience": 2}}}
+    pairs = [(0.6, 2.0), (0.5, 1.0), (0.55, 0.5)]
+    toy = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: pairs}).run()
+    assert toy.stopped == {"p": (6, "early_stopping")}
+    assert toy.loop.stopping["p"].best_step == 2
+
+
+def test_halving_keeps_the_most_accurate_then_the_lowest_loss_then_the_shortest(tmp_path):
+    prompts = [{"name": f"p{i}", "num_virtual_tokens": n} for i, n in enumerate([4, 4, 3, 2, 2])]
+    sections = {"search": {"halving": {"eta": 2, "first": 2}}, "evaluation": {"every": 100}}
+    sections["training"] = {"steps": 3, "tokens_per_step": 12}
+    pairs = [(0.9, 5.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.4, 0.1)]
+    toy = script(Toy(tmp_path, prompts, **sections), {k: [p, p] for k, p in enumerate(pairs)}).run()
+    assert {n for n, (_, why) in toy.stopped.items() if why == "halving"} == {"p1", "p4"}
+    assert "halving keeps 3 of 5 prompts; stopped: p1 (50.0%), p4 (40.0%)" in toy.out.getvalue()
+
+
+def test_a_checkpoint_of_a_version_that_ranked_by_loss_is_resumed(tmp_path):
+    """Its early stopping has a loss; what the adapter is worth follows from its scores."""
+    sections = {"evaluation": {"every": 2}}
+    pairs = [(0.3, 0.1), (0.6, 2.0), (0.2, 0.05), (0.6, 3.0)]
+    first = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: pairs}).run()
+    tensors, state = first.saved[2]
+    old = json.loads(state)
+    old["loop"]["stopping"]["p"]["best"] = 0.1
+    toy = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: pairs[1:]})
+    toy.resume((tensors, json.dumps(old)))
+    assert toy.loop.stopping["p"].best == (-0.3, 0.1)
+    toy.run()
+    assert toy.loop.stopping["p"].best_step == 4

@@ -136,7 +136,8 @@ def test_what_mlflow_is_told(tmp_path: Path) -> None:
     assert scores["validation_accuracy_no_prompt"] == 0.34
     assert scores["validation_accuracy_hand_written"] == 0.69
     assert "validation_loss_hand_written" not in scores  # the task is judged by accuracy
-    assert "| **triage** (trained) | 94.0% |" in folder.note(folder.summary())
+    note = folder.note(folder.summary())
+    assert "| **triage** (20 virtual tokens), best prompt | 94.0% |" in note
 
 
 def test_long_values_are_cut_and_say_so() -> None:

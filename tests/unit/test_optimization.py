@@ -24,6 +24,7 @@ from trainer.optimization import (
     make_optimizer,
     scheduled,
 )
+from trainer.ranking import score_key
 
 
 def make_parameters() -> dict[str, nn.Parameter]:
@@ -389,35 +390,40 @@ def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:
 
 def test_early_stopping() -> None:
     early = EarlyStopping(patience=2)
-    losses = {10: 1.0, 20: 1.0, 30: 0.5, 40: math.nan, 50: 0.6}
-    seen = [(early.update(step, loss), early.should_stop) for step, loss in losses.items()]
+    accuracies = {10: (0.5, 1.0), 20: (0.5, 1.0), 30: (0.5, 0.9), 40: (0.9, 3.0)}
+    accuracies |= {50: (0.8, 0.1), 60: (math.nan, 0.1)}
+    seen = []
+    for step, (accuracy, loss) in accuracies.items():
+        key = score_key({"validation_accuracy": accuracy, "validation_loss": loss}, "accuracy")
+        seen.append((early.update(step, key), early.should_stop))
     improved, stop = zip(*seen, strict=True)
-    assert improved == (True, False, True, False, False), "equal is no improvement"
-    assert stop == (False, False, False, False, True)
-    assert (early.best, early.best_step) == (0.5, 30)
+    assert improved == (True, False, True, True, False, False), "equal is not an improvement"
+    assert stop == (False, False, False, False, False, True)
+    assert (early.best, early.best_step) == ((-0.9, 3.0), 40)
 
 
 def test_early_stopping_without_patience_only_tracks() -> None:
     early = EarlyStopping()
-    early.update(1, 0.5)
+    early.update(1, (0.5, 0.5))
     for step in range(2, 100):
-        early.update(step, 1.0)
+        early.update(step, (1.0, 1.0))
     assert not early.should_stop
     assert early.best_step == 1
 
 
 def test_early_stopping_resumes() -> None:
     losses = [math.nan, 1.0, 2.0, 0.9, 0.95, math.inf, 1.0]
+    keys = [score_key({"validation_loss": loss}, "loss") for loss in losses]
     for cut in range(len(losses) + 1):
         straight, before = EarlyStopping(3), EarlyStopping(3)
-        for step, loss in enumerate(losses[:cut]):
-            before.update(step, loss)
+        for step, key in enumerate(keys[:cut]):
+            before.update(step, key)
         resumed = EarlyStopping(3)
-        resumed.load_state(json.loads(json.dumps(before.state())))
-        for step, loss in enumerate(losses):
-            expected = straight.update(step, loss)
+        resumed.load_state(json.loads(json.dumps(before.state())), before.best)
+        for step, key in enumerate(keys):
+            expected = straight.update(step, key)
             if step >= cut:
-                assert resumed.update(step, loss) == expected
+                assert resumed.update(step, key) == expected
         assert straight.should_stop
         assert resumed.should_stop
         assert resumed.state() == straight.state()

@@ -23,7 +23,7 @@ def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:
         "69.0%",
         "5,204",
         "3.41 MB",
-        "gathered per step",
+        "all-gather volume / step",
         "git revision",
     ):
         assert text in html
@@ -52,7 +52,7 @@ def test_the_page_needs_no_network_and_is_well_formed(tmp_path: Path) -> None:
 def test_warnings_say_what_went_wrong(tmp_path: Path) -> None:
     report = collect(finished_run(tmp_path))
     assert any("3 of 600 rows were truncated" in text for text in report.warnings)
-    assert any(text.startswith("animals: 65.0% on shifted") for text in report.warnings)
+    assert any(text.startswith("animals: 65.0% on OOD validation rows") for text in report.warnings)
     assert len(report.warnings) == 2
 
 
@@ -66,8 +66,8 @@ def test_rows_that_are_also_in_train_are_counted_and_named(tmp_path: Path) -> No
     item["also_in_train"] = [["v.jsonl:3", "t.jsonl:8"]]
     (folder / "datasets.json").write_text(json.dumps(sources))
     assert (
-        "triage validation: 9 of 150 rows are also in train (v.jsonl:3 is t.jsonl:8; ...): "
-        "on them a score is memory, not skill."
+        "triage: 9 of 150 validation rows also appear in the training data "
+        "(v.jsonl:3 is t.jsonl:8; ...); scores may be inflated."
     ) in collect(folder).warnings
 
 
@@ -77,14 +77,17 @@ def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
     summary["prompts"]["animals"]["validation_accuracy"] = 0.5
     (folder / "summary.json").write_text(json.dumps(summary))
     task = collect(folder).tasks[1]
-    assert "not better than the best hand-written one" in task.verdict
-    assert [row.kind for row in task.rows if row.best] == ["hand"]
+    assert task.verdict == (
+        "animals reaches validation accuracy 50.0%; the best baseline, “In the wild, what does "
+        "this animal do?”, has 74.0%. No prompt is better than that."
+    )
+    assert [row.tag for row in task.table.rows if row.best] == ["best baseline", "best prompt"]
 
 
 def test_a_run_that_broke_off_has_a_page_too(tmp_path: Path) -> None:
     html = write_report(write_inputs(tmp_path)).read_text()
     assert "unfinished" in html
-    assert "did not come to its end" in html
+    assert "The run did not finish (no summary.json)." in html
 
 
 def test_text_of_users_is_escaped_and_credentials_hidden(tmp_path: Path) -> None:
@@ -110,23 +113,27 @@ def test_the_selected_prompt_and_why_prompts_stopped(tmp_path: Path) -> None:
     found["triage"] |= {"validation_accuracy_standard_error": 0.02}
     found["triage-mlp"] |= {"stopped": {"step": 40, "reason": "halving"}}
     found["animals"] |= {"stopped": {"step": 17, "reason": "diverged"}}
-    why = {"prompt": "triage-mlp", "why": "the shortest"}
+    shorter = {"prompt": "triage-mlp", "score": 0.91, "num_virtual_tokens": 10}
+    why = {"prompt": "triage", "why": "best of 2 prompts", "shorter": shorter}
     summary["selected"] = {"triage": why, "animals": {"prompt": "animals", "why": "the only one"}}
     (folder / "summary.json").write_text(json.dumps(summary))
     report = collect(folder)
     triage, animals = report.tasks
-    assert triage.selected == "Take triage-mlp: the shortest."
-    assert [row.label for row in triage.rows if row.selected] == ["triage-mlp"]
+    assert triage.selected == (
+        "Best prompt: triage (best of 2 prompts). A shorter prompt within one standard error: "
+        "triage-mlp, 10 virtual tokens, 91.0%."
+    )
+    assert [row.label for row in triage.table.rows if row.tag == "best prompt"] == ["triage"]
     assert animals.selected == "", "one prompt leaves nothing to select"
-    details = {row.label: row.detail for task in report.tasks for row in task.rows}
-    assert details["triage-mlp"].endswith("stopped by halving at step 40")
+    details = triage.details | animals.details
+    assert details["triage-mlp"].endswith("eliminated by halving at step 40")
     assert details["animals"].endswith("diverged at step 17")
     assert "finished" not in details["triage"]
-    assert any(text.startswith("animals: diverged; it was stopped") for text in report.warnings)
-    assert not any(key.endswith("error") for key in triage.columns)
+    assert any(text.startswith("animals: diverged and was stopped") for text in report.warnings)
+    assert not any(key.endswith("error") for key in triage.table.columns)
     html = write_report(folder).read_text()
-    assert html.count('<span class="tag">selected</span>') == 1
-    assert "Take triage-mlp: the shortest." in html
+    assert html.count('<span class="tag">best prompt</span>') == 1, "a diverged one is not best"
+    assert "Best prompt: triage (best of 2 prompts)." in html
 
 
 def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
@@ -147,20 +154,22 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     triage, animals = report.tasks
     divergence = "validation_KL_divergence"
     for task in (triage, animals):
-        rows = {row.label: row for row in task.rows}
-        assert rows[task.name].scores[divergence] == 0.123
-        assert "validation_loss" not in rows[task.name].scores
-        assert rows[f"no prompt, beside the teacher of {task.name}"].scores[divergence] == 0.777
-        assert divergence not in rows["no prompt"].scores
-        assert "distilled" in rows[task.name].detail
+        rows = {row.label: row for row in task.table.rows}
+        assert rows[task.name].shown[divergence] == 0.123
+        assert "validation_loss" not in rows[task.name].shown
+        untaught = rows[f"no prompt, compared with the teacher of {task.name}"]
+        assert untaught.shown[divergence] == 0.777
+        assert divergence not in rows["no prompt"].shown
+        assert "distilled" in task.details[task.name]
     assert triage.verdict.startswith("triage-mlp reaches"), "the only one with a loss"
     assert animals.verdict == (
-        "animals reaches 0.123 validation KL divergence, against 0.777 with no prompt."
+        "animals reaches validation KL divergence 0.1230; the best baseline, no prompt, compared "
+        "with the teacher of animals, has 0.7770."
     )
     html = write_report(folder).read_text()
-    assert '<th class="n">validation KL divergence</th>' in html
+    assert '<th class="n">KL divergence</th>' in html
     note = Folder(folder).note(summary)
-    assert "| **animals** (trained) | " in note
+    assert "| **animals** (20 virtual tokens), best prompt | " in note
     assert "KL divergence" in note
     prompt = next(p for p in Folder(folder).prompts if p["name"] == "animals")
     _, scores = Folder(folder).final_metrics(prompt, summary)
@@ -170,6 +179,10 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
 
 
 def test_commands_are_those_of_the_selected_prompt(tmp_path: Path) -> None:
-    html = write_report(finished_run(tmp_path / "support")).read_text()
+    folder = finished_run(tmp_path / "support")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["selected"]["triage"]["prompt"] = "triage-mlp"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = write_report(folder).read_text()
     assert "--prompt triage-mlp" in html
     assert "prompts/triage-mlp" in html

@@ -62,7 +62,10 @@ class Training(Section):
 
 
 class EarlyStopping(Section):
-    """Stop a prompt whose validation loss has not improved for ``patience`` evaluations."""
+    """Stop a prompt whose validation scores have not improved for ``patience`` evaluations.
+
+    The task's metric decides, then the validation loss.
+    """
 
     patience: PositiveInt
 
@@ -76,7 +79,8 @@ class Halving(Section):
     """Successive halving (arXiv 1810.05934): the worst prompts of a task are stopped at rungs.
 
     Rungs are the steps first, first * eta, first * eta^2 ... At each, all prompts that still train
-    are validated; of the n of a task, the ceil(n / eta) with the lowest validation loss stay.
+    are validated; of the n of a task, the best ceil(n / eta) by the task's metric, then by
+    validation loss, stay.
     """
 
     eta: Annotated[int, Number, Field(ge=2, description="one of so many stays at a rung")] = 3

@@ -29,6 +29,7 @@ from trainer.prompts.multitask import TextEncoder
 from trainer.prompts.perturbation import perturbed
 from trainer.prompts.readers import BestReader
 from trainer.prompts.units import Screen, Unit, build_encoder, search_starts, units_of
+from trainer.ranking import ScoreKey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,14 +249,15 @@ class Bank:
         """Remember the current virtual tokens as the best so far: what will be exported."""
         self._best[i] = self.snapshot(i)
 
-    def keep_best_readers(self, step: int, losses: Mapping[int, float | None]) -> None:
+    def keep_best_readers(self, step: int, keys: Mapping[int, ScoreKey | None]) -> None:
         """Remember text encoders that are better than before: what new texts will be read with.
 
         Args:
-            losses: of the prompts that were validated after this step; None: without validation.
+            keys: ``ranking.score_key`` of the prompts that were validated after this step; None:
+                the prompt's task has no validation.
         """
         for unit in self._units:
-            read = {self.names[i]: losses[i] for i in unit.members if i in losses}
+            read = {self.names[i]: keys[i] for i in unit.members if i in keys}
             if read and unit.members[0] in self._readers:
                 self._readers[unit.members[0]].update(step, read)
 

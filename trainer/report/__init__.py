@@ -9,7 +9,7 @@ import jinja2
 from trainer import atomic
 from trainer.redact import redact
 from trainer.report.collect import collect
-from trainer.search import is_loss
+from trainer.result_table import column_title, is_loss
 
 __all__ = ["write_report"]
 
@@ -29,7 +29,7 @@ def write_report(output_dir: Path | str) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("template.html.j2")
-    html = template.render(report=collect(output_dir), is_loss=is_loss)
+    html = template.render(report=collect(output_dir), is_loss=is_loss, column_title=column_title)
     path = output_dir / "report.html"
     atomic.write(path, redact(html))
     return path

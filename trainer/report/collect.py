@@ -11,45 +11,49 @@ from pathlib import Path
 from typing import Any
 
 from trainer import runfile, yaml_core
-from trainer.config import LOWER_IS_BETTER
+from trainer.ranking import rank
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
-from trainer.search import DIVERGENCE, STANDARD_ERROR, is_loss, shown_scores
+from trainer.result_table import (
+    HAND_WRITTEN,
+    NO_PROMPT,
+    STOPPED,
+    ResultRow,
+    TaskTable,
+    column_title,
+    format_score,
+    task_tables,
+)
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 MOST_CURVES = len(COLORS)
-#: How the page says why a prompt stopped before its steps were done.
-STOPPED = {
-    "early_stopping": "stopped early",
-    "halving": "stopped by halving",
-    "diverged": "diverged",
-}
-WIDE_GAP = 0.10  #: a loss of score from validation to shifted validation that is worth a warning
-
-
-@dataclass
-class Row:
-    """One line of a task's table."""
-
-    label: str
-    kind: str  #: none, hand, trained
-    scores: dict[str, float]
-    color: str | None = None
-    detail: str = ""
-    best: bool = False
-    selected: bool = False
+WIDE_GAP = 0.10  #: a drop from validation to OOD validation that is worth a warning
 
 
 @dataclass
 class TaskReport:
+    """What the page shows of a task.
+
+    Attributes:
+        colors: of the prompts whose curves are drawn, by name.
+        details: settings of every prompt, by name.
+        plots: SVG by x axis.
+        left_out: prompts without a curve.
+        selected: the best prompt and why, where there are several.
+    """
+
     name: str
-    metric: str
-    columns: list[str]
-    rows: list[Row]
+    table: TaskTable
+    colors: dict[str, str]
+    details: dict[str, str]
     verdict: str
-    plots: dict[str, str] = field(default_factory=dict)  #: x axis -> SVG
+    plots: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
-    selected: str = ""  #: the prompt to take, and why
+    selected: str = ""
+
+    @property
+    def metric(self) -> str:
+        return self.table.metric
 
 
 @dataclass
@@ -76,7 +80,7 @@ def collect(output_dir: Path) -> Report:
     for line in lines:
         of_prompt[line.prompt].append(line)
     data = _data(output_dir, summary)
-    tasks = [_task(task, run, summary, of_prompt) for task in run.get("tasks") or []]
+    tasks = [_task(table, run, summary, of_prompt) for table in task_tables(run, summary)]
     base = Path(str((run.get("base") or {}).get("model", "the base"))).name
     ended = max((line.time for line in lines), default=None)
     return Report(
@@ -96,92 +100,76 @@ def collect(output_dir: Path) -> Report:
 
 
 def _task(
-    task: dict[str, Any],
+    table: TaskTable,
     run: dict[str, Any],
     summary: dict[str, Any],
     of_prompt: dict[str | None, list[Line]],
 ) -> TaskReport:
-    name, metric = str(task["name"]), str(task.get("metric", "loss"))
-    baselines = (summary.get("tasks") or {}).get(name) or {}
-    rows = []
-    if baselines.get("no_prompt"):
-        rows.append(Row("no prompt", "none", _scores(baselines["no_prompt"])))
-    for hard in baselines.get("hand_written") or []:
-        rows.append(Row(str(hard.get("text", "")), "hand", _scores(hard), detail="hand-written"))
     results = summary.get("prompts") or {}
-    for taught, scores in (baselines.get("untaught") or {}).items():
-        label = f"no prompt, beside the teacher of {taught}"
-        rows.append(Row(label, "none", _scores(shown_scores(scores, "distill"))))
-    settings = [p for p in run.get("prompts") or [] if p.get("task") == name]
-    trained = [
-        Row(str(p["name"]), "trained", _scores(shown_scores(r)), detail=_detail(p, r))
-        for p in settings
-        for r in [results.get(p["name"]) or {}]
-    ]
-    distilled = [p.get("objective") == "distill" for p in settings]
-    by_divergence = metric == "loss" and bool(distilled) and all(distilled)
-    key = f"validation{DIVERGENCE}" if by_divergence else f"validation_{metric}"
-    trained.sort(key=lambda row: _rank(row.scores.get(key), metric))
-    for row, color in zip(trained, COLORS, strict=False):
-        row.color = color
-    rows += trained
-    scored = [row for row in rows if key in row.scores]
-    if scored:
-        min(scored, key=lambda row: _rank(row.scores[key], metric)).best = True
-    choice = (summary.get("selected") or {}).get(name) if len(trained) > 1 else None
-    for row in trained:
-        row.selected = choice is not None and row.label == choice["prompt"]
-    columns = sorted({k for row in rows for k in row.scores}, key=_column_order)
-    shown = [row for row in trained if row.color]
-    curves = [Curve(row.label, str(row.color), of_prompt[row.label]) for row in shown]
-    levels = _levels(rows, key, metric)
+    settings = [p for p in run.get("prompts") or [] if p.get("task") == table.task]
+    details = {str(p["name"]): _detail(p, results.get(p["name"]) or {}) for p in settings}
+    colors = {row.name: color for row, color in zip(table.prompts, COLORS, strict=False)}
+    curves = [Curve(name, color, of_prompt[name]) for name, color in colors.items()]
+    distilled = [row.teacher is not None for row in table.prompts]
     plots = {}
     if any(curve.lines for curve in curves):
         title = "loss per target token"
         if any(distilled):
             title = "KL divergence per target token" + ("" if all(distilled) else ", or loss")
-        plots = {x: curves_svg(curves, metric, levels, x, title) for x in ("step", "useful_tokens")}
+        levels = _levels(table)
+        plots = {
+            x: curves_svg(curves, table.metric, levels, x, title) for x in ("step", "useful_tokens")
+        }
     return TaskReport(
-        name,
-        metric,
-        columns,
-        rows,
-        _verdict(rows, key, metric),
+        table.task,
+        table,
+        colors,
+        details,
+        _verdict(table),
         plots,
-        len(trained) - len(shown),
-        f"Take {choice['prompt']}: {choice['why']}." if choice else "",
+        len(table.prompts) - len(colors),
+        _selected(table, (summary.get("selected") or {}).get(table.task)),
     )
 
 
-def _levels(rows: list[Row], key: str, metric: str) -> dict[str, float]:
-    """What a curve has to get over: the score without a prompt and the best hand-written one."""
+def _selected(table: TaskTable, choice: dict[str, Any] | None) -> str:
+    if choice is None or len(table.prompts) == 1:
+        return ""
+    text = f"Best prompt: {choice['prompt']} ({choice['why']})."
+    if shorter := choice.get("shorter"):
+        score = format_score(table.column(table.prompts[0]), shorter["score"])
+        text += (
+            f" A shorter prompt within one standard error: {shorter['prompt']}, "
+            f"{shorter['num_virtual_tokens']} virtual tokens, {score}."
+        )
+    return text
+
+
+def _levels(table: TaskTable) -> dict[str, float]:
+    """Level lines of the plot: the score without a prompt, and that of the best baseline."""
     levels = {}
-    none = [row.scores[key] for row in rows if row.kind == "none" and key in row.scores]
-    hand = [row.scores[key] for row in rows if row.kind == "hand" and key in row.scores]
-    if len(none) == 1:  # several teachers have no level in common
-        levels["no prompt"] = none[0]
-    if hand:
-        levels["best hand-written"] = min(hand, key=lambda value: _rank(value, metric))
+    column = f"validation_{table.metric}"
+    if any(row.teacher is not None for row in table.prompts):
+        column = table.column(next(row for row in table.prompts if row.teacher is not None))
+    for row in table.baselines:
+        if column in row.shown and (row.best or row.name == NO_PROMPT):
+            levels[row.label if row.kind != HAND_WRITTEN else "best hand-written"] = row.shown[
+                column
+            ]
     return levels
 
 
-def _verdict(rows: list[Row], key: str, metric: str) -> str:
-    levels = _levels(rows, key, metric)
-    trained = [row for row in rows if row.kind == "trained" and key in row.scores]
-    if not trained:
+def _verdict(table: TaskTable) -> str:
+    best = next((row for row in table.prompts if row.best), None)
+    if best is None:
         return "No validation score was logged for a trained prompt."
-    best = min(trained, key=lambda row: _rank(row.scores[key], metric))
-    score = best.scores[key]
-    text = f"{best.label} reaches {number(key, score)} {spoken(key)}"
-    words = {"no prompt": "no prompt", "best hand-written": "the best hand-written one"}
-    compared = [f"{number(key, value)} with {words[name]}" for name, value in levels.items()]
-    if compared:
-        text += ", against " + " and ".join(compared)
-    beaten = [
-        name for name, value in levels.items() if _rank(value, metric) <= _rank(score, metric)
-    ]
-    if beaten:
-        text += f". It is not better than {' or '.join(words[name] for name in beaten)}"
+    column = table.column(best)
+    text = f"{best.label} reaches validation {column_title(column)} {table.cell(best, column)}"
+    baseline = next((row for row in table.baselines if row.best), None)
+    if baseline is not None:
+        text += f"; the best baseline, {baseline.label}, has {table.cell(baseline, column)}"
+        if rank([baseline, best], table.metric)[0] is baseline:
+            text += ". No prompt is better than that"
     return text + "."
 
 
@@ -192,14 +180,14 @@ def _warnings(
     if summary.get("status") == "failed":
         found.append(f"The run failed: {summary.get('error') or 'see logs/ in the output folder'}.")
     elif not summary:
-        found.append("The run has no summary.json: it did not come to its end.")
+        found.append("The run did not finish (no summary.json).")
     for item in data:
         if item["also_in_train"]:
             rows = [f"{here} is {there}" for here, there in item["leaked_rows"]]
             rows += ["..."] if item["also_in_train"] > len(rows) else []
             found.append(
-                f"{item['task']} {item['split']}: {item['also_in_train']} of {item['rows']} rows "
-                f"are also in train ({'; '.join(rows)}): on them a score is memory, not skill."
+                f"{item['task']}: {item['also_in_train']} of {item['rows']} {item['split']} rows "
+                f"also appear in the training data ({'; '.join(rows)}); scores may be inflated."
             )
         for what, remedy in (
             ("skipped", "too long for the context (tasks.too_long: skip)"),
@@ -213,25 +201,25 @@ def _warnings(
     for name, result in (summary.get("prompts") or {}).items():
         if (end := result.get("stopped") or {}).get("reason") == "diverged":
             found.append(
-                f"{name}: diverged; it was stopped alone at step {end['step']}. A lower "
-                "learning_rate may help."
+                f"{name}: diverged and was stopped at step {end['step']}; other prompts "
+                "continued. A lower learning_rate may help."
             )
         if result.get("skipped_updates"):
             found.append(f"{name}: {result['skipped_updates']} non-finite updates were skipped.")
     for task in tasks:
-        found += [w for row in task.rows if row.kind == "trained" for w in _gap(task, row)]
+        found += [warning for row in task.table.prompts for warning in _gap(task, row)]
     return found
 
 
-def _gap(task: TaskReport, row: Row) -> list[str]:
+def _gap(task: TaskReport, row: ResultRow) -> list[str]:
     inside = row.scores.get(f"validation_{task.metric}")
     outside = row.scores.get(f"shifted_validation_{task.metric}")
     if task.metric == "loss" or inside is None or outside is None or inside - outside < WIDE_GAP:
         return []
     return [
-        f"{row.label}: {outside:.1%} on shifted rows against {inside:.1%} on validation rows; "
-        "it has learned the training context more than the task. Fewer virtual tokens, fewer "
-        "steps or more varied rows may help."
+        f"{row.label}: {outside:.1%} on OOD validation rows but {inside:.1%} on validation rows; "
+        "it may have overfitted to the training context. Fewer virtual tokens, fewer steps or more "
+        "varied training rows may help."
     ]
 
 
@@ -245,13 +233,13 @@ def _facts(summary: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
         ("steps", summary.get("steps")),
         ("useful tokens", f"{tokens:,}" if tokens else None),
         ("useful tokens/s", f"{speed:,.0f}" if speed else None),
-        ("time waited for data", f"{waited:.1%}" if waited is not None else None),
+        ("data-loading wait", f"{waited:.1%}" if waited is not None else None),
         ("ranks", summary.get("world_size")),
         ("base per rank", size(memory.get("base_bytes_per_rank"))),
         ("peak memory (RSS)", size(memory.get("peak_rss_bytes"))),
         ("peak GPU memory", size(memory.get("peak_gpu_bytes"))),
-        ("gathered per step", size(gathered)),
-        ("base loaded in", f"{load['seconds']:.1f} s" if load.get("seconds") else None),
+        ("all-gather volume / step", size(gathered)),
+        ("base load time", f"{load['seconds']:.1f} s" if load.get("seconds") else None),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
 
@@ -344,35 +332,6 @@ def _detail(prompt: dict[str, Any], result: dict[str, Any]) -> str:
     if end.get("reason") in STOPPED:
         parts.append(f"{STOPPED[end['reason']]} at step {end['step']}")
     return " · ".join(parts)
-
-
-def _scores(row: dict[str, Any]) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in row.items()
-        if key.startswith(("validation_", "shifted_validation_"))
-        and not key.endswith(STANDARD_ERROR)
-        and isinstance(value, int | float)
-    }
-
-
-def _rank(value: float | None, metric: str) -> float:
-    """Small is good, whatever the metric; a task's divergences are ranked as its losses are."""
-    if value is None or value != value:
-        return float("inf")
-    return value if metric in LOWER_IS_BETTER else -value
-
-
-def _column_order(key: str) -> tuple[bool, bool, str]:
-    return is_loss(key), key.startswith("shifted_"), key
-
-
-def spoken(key: str) -> str:
-    return key.replace("shifted_validation_", "shifted ").replace("_", " ")
-
-
-def number(key: str, value: float) -> str:
-    return f"{value:.3f}" if is_loss(key) else f"{value:.1%}"
 
 
 def size(count: float | None) -> str | None:

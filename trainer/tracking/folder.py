@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from trainer import runfile
-from trainer.config import LOWER_IS_BETTER
+from trainer.ranking import rank
 from trainer.redact import redact
-from trainer.search import STANDARD_ERROR, is_loss, shown_scores
+from trainer.result_table import (
+    HAND_WRITTEN,
+    MAJORITY,
+    NO_PROMPT,
+    PROMPT,
+    column_title,
+    comparable_baselines,
+    task_tables,
+)
+from trainer.statistics import STANDARD_ERROR
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
@@ -174,31 +183,29 @@ class Folder:
         """Step and scores of the saved adapter, beside those it has to beat.
 
         Names: ``validation_accuracy_best``, and of the task's own metric also
-        ``validation_accuracy_no_prompt`` and ``validation_accuracy_hand_written`` (of the best
-        hand-written prompt). The ending makes MLflow sort them next to their curve; a prefix with a
-        slash would make a section of single points in front of all curves. A distilled prompt's
-        loss is a divergence from its teacher, and so is the one beside it.
+        ``validation_accuracy_no_prompt``, ``validation_accuracy_hand_written`` (of the best
+        hand-written prompt) and ``validation_accuracy_majority``. The ending makes MLflow sort them
+        next to their curve; a prefix with a slash would make a section of single points in front of
+        all curves. A distilled prompt's loss is a divergence from its teacher, and so is the one
+        beside it.
         """
         result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
-        task = (summary.get("tasks") or {}).get(prompt.get("task")) or {}
         tasks = self.run_file.get("tasks") or []
         metric = next((t.get("metric") for t in tasks if t["name"] == prompt.get("task")), "loss")
         step = int(result.get("best_step") or summary.get("steps") or 0)
         scores = {f"{k}_best": v for k, v in _scores(result)}
-        better = min if metric in LOWER_IS_BETTER else max
-        none, written = task.get("no_prompt"), task.get("hand_written") or []
-        if prompt.get("objective") == "distill":
-            none = (task.get("untaught") or {}).get(prompt["name"])
-            written = [] if metric in LOWER_IS_BETTER else written
-        for kind, rows in (("no_prompt", [none or {}]), ("hand_written", written)):
-            for key, value in (pair for row in rows for pair in _scores(row)):
-                if key.endswith(f"validation_{metric}"):
-                    name = f"{key}_{kind}"
-                    scores[name] = better(scores.get(name, value), value)
+        baselines = comparable_baselines(prompt, metric, self.run_file, summary)
+        for kind in (NO_PROMPT, HAND_WRITTEN, MAJORITY):
+            for best in rank([row for row in baselines if row.kind == kind], metric)[:1]:
+                scores |= {
+                    f"{key}_{kind}": value
+                    for key, value in _scores(best.scores)
+                    if key.endswith(f"validation_{metric}")
+                }
         return step, scores
 
     def final_tags(self, prompt: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
-        """How a prompt's training ended, and whether it is the one to take: to filter by."""
+        """How a prompt's training ended, and whether it is the best of its task: to filter by."""
         name = prompt["name"]
         end = ((summary.get("prompts") or {}).get(name) or {}).get("stopped") or {}
         chosen = (summary.get("selected") or {}).get(prompt.get("task")) or {}
@@ -207,33 +214,16 @@ class Folder:
 
     def note(self, summary: Mapping[str, Any]) -> str:
         """The parent run's description (Markdown): the table a person looks for first."""
-        tasks, prompts = summary.get("tasks") or {}, summary.get("prompts") or {}
         lines = []
-        for name in tasks or {p.get("task") for p in prompts.values()}:
-            task = tasks.get(name) or {}
-            rows = [
-                (f"**{p}** (trained)", shown_scores(r))
-                for p, r in prompts.items()
-                if r.get("task") == name
-            ]
-            rows += [(f"“{h.get('text', '')}”", h) for h in task.get("hand_written") or []]
-            rows += [
-                (f"no prompt, beside the teacher of {p}", shown_scores(r, "distill"))
-                for p, r in (task.get("untaught") or {}).items()
-            ]
-            rows += [("no prompt", task.get("no_prompt") or {})]
-            keys = sorted({k for _, row in rows for k, _ in _scores(row)}, key=_score_order)
-            if any(key.startswith("validation_") and not is_loss(key) for key in keys):
-                keys = [key for key in keys if key != "shifted_validation_loss"]  # narrow page
-            lines += [
-                f"#### Task {name}",
-                "",
-                "| prompt | " + " | ".join(map(_spoken, keys)) + " |",
-            ]
-            lines += ["|---|" + "---:|" * len(keys)]
-            for label, row in rows:
-                cells = (_number(key, dict(_scores(row)).get(key)) for key in keys)
-                lines.append(f"| {_cell(label)} | " + " | ".join(cells) + " |")
+        for table in task_tables(self.run_file, summary):
+            titles = " | ".join(map(column_title, table.columns))
+            lines += [f"#### Task {table.task}", "", f"| prompt | {titles} |"]
+            lines += ["|---|" + "---:|" * len(table.columns)]
+            for row in table.rows:
+                label = f"**{row.label}** ({row.detail})" if row.kind == PROMPT else row.label
+                label += f", {row.tag}" if row.tag else ""
+                cells = " | ".join(table.cell(row, column) for column in table.columns)
+                lines.append(f"| {_cell(label)} | {cells} |")
             lines.append("")
         return "\n".join(lines)[:MAX_TAG]
 
@@ -319,20 +309,6 @@ def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
         and isinstance(value, int | float)
         and math.isfinite(value)
     ]
-
-
-def _score_order(key: str) -> tuple[bool, bool, str]:
-    return key.startswith("shifted_"), is_loss(key), key
-
-
-def _spoken(key: str) -> str:
-    return key.replace("validation_", "").replace("_", " ")
-
-
-def _number(key: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if is_loss(key) else f"{value:.1%}"
 
 
 def _cell(text: str) -> str:

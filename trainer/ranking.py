@@ -1,0 +1,83 @@
+"""The one rule for which prompt or baseline of a task is best.
+
+Prompts and baselines are ranked by the task's metric on the validation rows, then by validation
+loss, then by length in virtual tokens, then by order in the run file. A score that is not finite
+ranks last. Checkpoints, early stopping, halving, selection and every table use this rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from trainer.config import LOWER_IS_BETTER
+
+#: Sort key of one set of validation scores, (metric, loss): smaller is better.
+ScoreKey = tuple[float, float]
+#: The key of scores that are missing or not finite.
+LAST: ScoreKey = (math.inf, math.inf)
+
+
+def score_key(scores: Mapping[str, Any], metric: str) -> ScoreKey:
+    """Return the sort key of validation scores: the task's metric, then the loss.
+
+    Args:
+        scores: ``validation_<metric>`` and, where it is known, ``validation_loss``.
+        metric: the task's metric.
+    """
+    value, loss = scores.get(f"validation_{metric}"), scores.get("validation_loss")
+    if value is None or not all(math.isfinite(x) for x in (value, loss) if x is not None):
+        return LAST
+    return (
+        value if metric in LOWER_IS_BETTER else -value,
+        math.inf if loss is None else loss,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A prompt or a baseline of a task, with what it is ranked by.
+
+    Attributes:
+        scores: validation scores, at the best step of a prompt.
+        num_virtual_tokens: 0 for a baseline.
+        teacher: text that a distilled prompt is compared with; its loss is the divergence from that
+            teacher. None: the loss is the cross-entropy of the labels.
+        eliminated: stopped by halving.
+        diverged: stopped because its updates were not finite.
+    """
+
+    name: str
+    scores: Mapping[str, Any]
+    num_virtual_tokens: int = 0
+    teacher: str | None = None
+    eliminated: bool = False
+    diverged: bool = False
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+
+def rank(entries: Sequence[AnyEntry], metric: str) -> list[AnyEntry]:
+    """Sort entries from best to worst; those that cannot be ranked are left out.
+
+    Left out are diverged prompts and entries without finite scores. Prompts that halving has
+    eliminated come after all others. A cross-entropy and a divergence from a teacher are not
+    comparable, nor are divergences from two teachers: where the entries' losses differ in kind,
+    ties are not broken by loss, and a ranking by loss alone keeps the cross-entropies only.
+
+    Args:
+        entries: in the order of the run file.
+    """
+    found = [e for e in entries if not e.diverged and score_key(e.scores, metric) != LAST]
+    if metric in LOWER_IS_BETTER and len({e.teacher for e in found}) > 1:
+        found = [e for e in found if e.teacher is None]
+    comparable = len({e.teacher for e in found}) <= 1
+
+    def key(entry: AnyEntry) -> tuple[bool, float, float, int]:
+        value, loss = score_key(entry.scores, metric)
+        return entry.eliminated, value, loss if comparable else 0.0, entry.num_virtual_tokens
+
+    return sorted(found, key=key)  # stable: of equal ones the first in the run file

@@ -1,0 +1,302 @@
+"""Results of a run as tables: one row per baseline and prompt, and how their scores are written.
+
+The terminal, the HTML report and MLflow's note render the same rows, columns and numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainer.config import LOWER_IS_BETTER
+from trainer.ranking import Entry, rank
+from trainer.statistics import STANDARD_ERROR, normal_interval, rate_standard_error, wilson_interval
+
+#: Ending of the loss of a distilled prompt where it is shown beside cross-entropies.
+DIVERGENCE = "_KL_divergence"
+#: Metrics that are a rate over rows.
+RATES = frozenset({"accuracy", "exact_match", "execution"})
+PREFIXES = ("validation_", "shifted_validation_")
+#: Kinds of rows, in the order of a table.
+MAJORITY, NO_PROMPT, HAND_WRITTEN, PROMPT = "majority", "no_prompt", "hand_written", "prompt"
+#: How a table names the reasons for which a prompt was stopped before its steps were done.
+STOPPED = {
+    "early_stopping": "stopped early",
+    "halving": "eliminated by halving",
+    "diverged": "diverged",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow(Entry):
+    """One row of a task's table.
+
+    Attributes:
+        kind: one of ``MAJORITY``, ``NO_PROMPT``, ``HAND_WRITTEN``, ``PROMPT``.
+        label: what the row is called for people.
+        detail: length of a prompt and how it ended.
+        ranked: whether it has a score that is comparable with those of the others.
+        best: the best prompt, or the best baseline, of the task.
+    """
+
+    kind: str
+    label: str
+    detail: str = ""
+    ranked: bool = True
+    best: bool = False
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """Scores as people read them: only a cross-entropy is called a loss."""
+        return shown_scores(self.scores, self.teacher is not None)
+
+    @property
+    def tag(self) -> str:
+        """What marks the row in a table; empty for most."""
+        if not self.best:
+            return ""
+        return "best prompt" if self.kind == PROMPT else "best baseline"
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Results of one task.
+
+    Attributes:
+        columns: names of scores, as in ``ResultRow.shown``.
+        rows: baselines, then prompts from best to worst, then those without a rank.
+        num_rows: scored rows of each split, by its name.
+    """
+
+    task: str
+    metric: str
+    columns: tuple[str, ...]
+    rows: tuple[ResultRow, ...]
+    num_rows: Mapping[str, int]
+
+    @property
+    def counts(self) -> str:
+        """``60 validation rows, 40 OOD validation rows``; empty if they are unknown."""
+        return ", ".join(
+            f"{count:,} {split.replace('shifted_validation', 'OOD validation')} rows"
+            for split, count in self.num_rows.items()
+        )
+
+    @property
+    def baselines(self) -> list[ResultRow]:
+        return [row for row in self.rows if row.kind != PROMPT]
+
+    @property
+    def prompts(self) -> list[ResultRow]:
+        return [row for row in self.rows if row.kind == PROMPT]
+
+    def column(self, row: ResultRow) -> str:
+        """The column of the task's metric; a distilled prompt's loss is a divergence."""
+        key = f"validation_{self.metric}"
+        return next(iter(shown_scores({key: 0.0}, row.teacher is not None)))
+
+    def cell(self, row: ResultRow, column: str) -> str:
+        """A score with its 95% interval, or a dash."""
+        scores = row.shown
+        return format_with_interval(column, scores.get(column), self.interval(row, column))
+
+    def interval(self, row: ResultRow, column: str) -> tuple[float, float] | None:
+        return score_interval(row.shown, column, self.num_rows)
+
+    def standard_error(self, row: Entry) -> float:
+        """Standard error of an entry's score in the task's metric; NaN if it is unknown."""
+        key = f"validation_{self.metric}"
+        if self.metric in RATES and self.num_rows.get("validation"):
+            return rate_standard_error(row.scores[key], self.num_rows["validation"])
+        return float(row.scores.get(key + STANDARD_ERROR, math.nan))
+
+
+def task_tables(run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[TaskTable]:
+    """Make the table of every task of a run.
+
+    Args:
+        run: the run file, with every default written out.
+        summary: what ``summary.json`` holds; empty for a run that has not finished.
+    """
+    return [_task_table(task, run, summary) for task in run.get("tasks") or []]
+
+
+def _task_table(
+    task: Mapping[str, Any], run: Mapping[str, Any], summary: Mapping[str, Any]
+) -> TaskTable:
+    name, metric = str(task["name"]), str(task.get("metric", "loss"))
+    results = (summary.get("tasks") or {}).get(name) or {}
+    settings = [p for p in run.get("prompts") or [] if p.get("task") == name]
+    scored = summary.get("prompts") or {}
+    prompts = [_prompt_row(p, scored.get(p["name"]) or {}) for p in settings]
+    baselines = _baseline_rows(results, {str(p["name"]): p.get("teacher") for p in settings})
+    ranked = [replace(row, best=i == 0) for i, row in enumerate(rank(prompts, metric))]
+    places = {row.name for row in ranked}
+    unranked = [replace(row, ranked=False) for row in prompts if row.name not in places]
+    teacher = ranked[0].teacher if ranked and metric in LOWER_IS_BETTER else None
+    best = rank([row for row in baselines if row.teacher == teacher], metric)[:1]
+    baselines = [replace(row, best=True) if row in best else row for row in baselines]
+    rows = (*baselines, *ranked, *unranked)
+    present = {column for row in rows for column in row.shown}
+    return TaskTable(name, metric, _columns(present, metric), rows, results.get("rows") or {})
+
+
+def comparable_baselines(
+    prompt: Mapping[str, Any], metric: str, run: Mapping[str, Any], summary: Mapping[str, Any]
+) -> list[ResultRow]:
+    """Return the baselines that one prompt is compared with.
+
+    Where the task's metric is the loss, a distilled prompt is compared with what the base model
+    does without a prompt, measured against the same teacher.
+
+    Args:
+        prompt: of the run file.
+        metric: of its task.
+    """
+    task = prompt.get("task")
+    teachers = {
+        str(p["name"]): p.get("teacher") for p in run.get("prompts") or [] if p.get("task") == task
+    }
+    rows = _baseline_rows((summary.get("tasks") or {}).get(task) or {}, teachers)
+    teacher = _prompt_row(prompt, {}).teacher if metric in LOWER_IS_BETTER else None
+    return [row for row in rows if row.teacher == teacher]
+
+
+def _baseline_rows(
+    results: Mapping[str, Any], teachers: Mapping[str, str | None]
+) -> list[ResultRow]:
+    rows = []
+    if majority := results.get("majority"):
+        label = f'always "{majority.get("answer", "")}"'
+        rows.append(ResultRow(name=MAJORITY, kind=MAJORITY, label=label, scores=majority))
+    if scores := results.get("no_prompt"):
+        rows.append(ResultRow(name=NO_PROMPT, kind=NO_PROMPT, label="no prompt", scores=scores))
+    for number, scores in enumerate(results.get("hand_written") or [], 1):
+        text = " ".join(str(scores.get("text", "")).split())
+        rows.append(
+            ResultRow(
+                name=f"{HAND_WRITTEN}-{number}", kind=HAND_WRITTEN, label=f"“{text}”", scores=scores
+            )
+        )
+    for prompt, scores in (results.get("untaught") or {}).items():
+        rows.append(
+            ResultRow(
+                name=f"{NO_PROMPT}-{prompt}",
+                kind=NO_PROMPT,
+                label=f"no prompt, compared with the teacher of {prompt}",
+                scores=scores,
+                teacher=teachers.get(prompt) or prompt,
+            )
+        )
+    return rows
+
+
+def _prompt_row(prompt: Mapping[str, Any], result: Mapping[str, Any]) -> ResultRow:
+    end = result.get("stopped") or {}
+    tokens = result.get("num_virtual_tokens") or prompt.get("num_virtual_tokens") or 0
+    detail = [f"{tokens} virtual tokens"]
+    if end.get("reason") in STOPPED:
+        detail.append(f"{STOPPED[end['reason']]} at step {end.get('step')}")
+    distilled = "distill" in (prompt.get("objective"), result.get("objective"))
+    return ResultRow(
+        name=str(prompt["name"]),
+        kind=PROMPT,
+        label=str(prompt["name"]),
+        scores=result,
+        num_virtual_tokens=tokens,
+        teacher=str(prompt.get("teacher") or prompt["name"]) if distilled else None,
+        eliminated=end.get("reason") == "halving",
+        diverged=end.get("reason") == "diverged",
+        detail=", ".join(detail),
+    )
+
+
+def shown_scores(scores: Mapping[str, Any], distilled: bool) -> dict[str, float]:
+    """Keep the scores of a result; the loss of a distilled prompt gets the name of a divergence."""
+
+    def name(key: str) -> str:
+        for ending in ("_loss", f"_loss{STANDARD_ERROR}"):
+            if distilled and key.endswith(ending):
+                return key.removesuffix(ending) + DIVERGENCE + ending.removeprefix("_loss")
+        return key
+
+    return {
+        name(key): float(value)
+        for key, value in scores.items()
+        if key.startswith(PREFIXES) and isinstance(value, int | float)
+    }
+
+
+def is_loss(key: str) -> bool:
+    """Whether a score is in nats; others are between 0 and 1."""
+    return key.endswith(("loss", DIVERGENCE))
+
+
+def _columns(present: set[str], metric: str) -> tuple[str, ...]:
+    """Order the columns: the task's metric, other rates, losses; each with its OOD score.
+
+    Where there are rates, losses on OOD rows are left out.
+    """
+    found = {key for key in present if not key.endswith(STANDARD_ERROR)}
+    if any(not is_loss(key) for key in found):
+        found = {k for k in found if not (k.startswith("shifted_") and is_loss(k))}
+
+    def order(key: str) -> tuple[bool, bool, str, bool]:
+        shifted = key.startswith("shifted_")
+        plain = key.removeprefix("shifted_")
+        return plain != f"validation_{metric}", is_loss(plain), plain, shifted
+
+    return tuple(sorted(found, key=order))
+
+
+def score_interval(
+    scores: Mapping[str, float], key: str, num_rows: Mapping[str, int]
+) -> tuple[float, float] | None:
+    """95% interval of a score: Wilson's for rates over rows, else normal; None if unknown.
+
+    Args:
+        num_rows: scored rows of each split.
+    """
+    value = scores.get(key)
+    if value is None or not math.isfinite(value):
+        return None
+    split, _, metric = key.rpartition("validation_")
+    rows = num_rows.get(f"{split}validation")
+    if metric in RATES:
+        return wilson_interval(value, rows) if rows else None
+    error = scores.get(key + STANDARD_ERROR, math.nan)
+    if not math.isfinite(error):
+        return None
+    low, high = normal_interval(value, error)
+    return (max(0.0, low), high if is_loss(key) else min(1.0, high))
+
+
+def format_score(key: str, value: float | None) -> str:
+    """Losses in nats with four digits, everything else in percent."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4f}" if is_loss(key) else f"{100 * value:.1f}%"
+
+
+def format_with_interval(
+    key: str, value: float | None, interval: tuple[float, float] | None
+) -> str:
+    """``68.3% (55.8–78.7)``: a score with its 95% interval."""
+    text = format_score(key, value)
+    if interval is None:
+        return text
+    low, high = interval
+    return text + (
+        f" ({low:.4f}–{high:.4f})" if is_loss(key) else f" ({100 * low:.1f}–{100 * high:.1f})"
+    )
+
+
+def column_title(key: str) -> str:
+    """What a column is called: ``accuracy``, ``OOD accuracy``, ``macro F1``, ``KL divergence``."""
+    name = key.removeprefix("shifted_").removeprefix("validation_").replace("_", " ")
+    name = name.replace("f1", "F1")
+    return f"OOD {name}" if key.startswith("shifted_") else name
