@@ -1,38 +1,124 @@
 """Greedy decoding with a key-value cache on a sharded base, ranks in lockstep.
 
+A text ends, as in transformers' ``generate``, at a token that the base's generation config names,
+and is changed by that config's penalties. A task adds its own ends: EOS, where its targets are
+trained with one, and stop strings.
+
 Shape letters: B rows of a batch, L longest row, T tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.past import PastCache
+from trainer.config import Task
 from trainer.engine import Engine
 
 BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a generated text, and how its token ids become text.
+
+    Attributes:
+        token_ids: end marks; none of them is part of the text.
+        strings: stop strings; the text ends before the first occurrence of any of them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    token_ids: frozenset[int]
+    strings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task
+    ) -> Ending:
+        """What ends the texts of a task.
+
+        Args:
+            config: of the base, for its ``eos_token_id`` and ``stop_strings``.
+        """
+        listed = config.eos_token_id
+        ids = set(listed) if isinstance(listed, list) else {listed}
+        if task.messages is None and task.append_eos:
+            ids.add(tokenizer.eos_token_id)  # the end of every target
+        stop = config.stop_strings or []
+        strings = [*task.stop, *([stop] if isinstance(stop, str) else stop)]
+        return cls(tokenizer, frozenset(ids - {None}), tuple(strings))
+
+    def cut(self, ids: Sequence[int]) -> list[int]:
+        """The tokens in front of the first end mark."""
+        end = next((i for i, token in enumerate(ids) if token in self.token_ids), len(ids))
+        return list(ids[:end])
+
+    def is_reached(self, ids: Sequence[int]) -> bool:
+        """Whether these tokens contain an end mark or, as text, a stop string."""
+        if not self.token_ids.isdisjoint(ids):
+            return True
+        return self._has_stop(ids)
+
+    def target(self, ids: Sequence[int]) -> str:
+        """The text of a row's target: what ``text`` gives of a base that writes just these tokens.
+
+        Stop strings do not cut it: a target that holds one cannot be generated.
+        """
+        return self._decode(self.cut(ids))
+
+    def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of generated tokens, without its end.
+
+        Special tokens stay by default: where they are labels, they tell texts apart.
+        """
+        ids = self.cut(ids)
+        if self._has_stop(ids):
+            # Only up to the token that completes the stop string, which may consist of special
+            # tokens and so be missing in the text.
+            count = next(n for n in range(1, len(ids) + 1) if self._has_stop(ids[:n]))
+            ids = ids[:count]
+        return before_stop(self._decode(ids, skip_special_tokens), self.strings)
+
+    def _has_stop(self, ids: Sequence[int]) -> bool:
+        if not self.strings:
+            return False
+        text = self._decode(ids)
+        return any(string in text for string in self.strings)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)
+        return text
+
+
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """The text before the first occurrence of any of the strings."""
+    return text[: min((i for s in strings if (i := text.find(s)) >= 0), default=len(text))]
 
 
 @torch.no_grad()
 def generate(
     engine: Engine,
     base: PromptedBase,
-    tokenizer: PreTrainedTokenizerBase,
+    ending: Ending,
     inputs: Sequence[Sequence[int]],
     virtual_tokens: Tensor | None,
     max_new_tokens: int,
     between_batches: Callable[[], object] = lambda: None,
     max_tokens: int | None = None,
-) -> list[str]:
-    """What the base writes after each input, without special tokens; the same list on every rank.
+) -> list[list[int]]:
+    """The tokens that the base writes after each input, up to the first end mark.
 
-    Rows are split over the ranks. A rank that has finished goes on in step with the others, because
-    every forward gathers layers from all of them.
+    Every rank gets the same list; ``ending.text`` makes it text. Rows are split over the ranks. A
+    rank that has finished continues in step with the others, because every forward gathers layers
+    from all of them.
 
     Args:
         inputs: token ids of each row.
@@ -48,16 +134,16 @@ def generate(
         num_virtual = 0 if virtual_tokens is None else len(virtual_tokens)
         row = max(map(len, inputs), default=0) + num_virtual + max_new_tokens
         batch_size = min(batch_size, max(1, max_tokens // row))
-    texts: dict[int, str] = {}
+    written: dict[int, list[int]] = {}
     with base.unpacked():
         for start in range(0, len(order), batch_size * engine.world_size):
             between_batches()
             mine = order[start + engine.rank :: engine.world_size][:batch_size]
             rows = [inputs[i] for i in mine or order[:1]]
-            written = _decode(engine, base, tokenizer, rows, virtual_tokens, max_new_tokens)
-            texts |= dict(zip(mine, written, strict=False))
-    merged: dict[int, str] = {}
-    for part in engine.all_gather(texts):
+            batch = _decode(engine, base, ending, rows, virtual_tokens, max_new_tokens)
+            written |= dict(zip(mine, batch, strict=False))
+    merged: dict[int, list[int]] = {}
+    for part in engine.all_gather(written):
         merged |= part
     return [merged[i] for i in range(len(inputs))]
 
@@ -77,13 +163,12 @@ def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]
 
 def _decode(
     engine: Engine,
-    base: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    base: PromptedBase,
+    ending: Ending,
     rows: Sequence[Sequence[int]],
     virtual_tokens: Tensor | None,
     max_new_tokens: int,
-) -> list[str]:
-    eos = tokenizer.eos_token_id
+) -> list[list[int]]:
     longest = max(map(len, rows))
     pads = [longest - len(row) for row in rows]
     token_ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
@@ -91,22 +176,55 @@ def _decode(
     mask = torch.tensor([[0] * pad + [1] * (longest + num_virtual - pad) for pad in pads])
     token_ids, mask = token_ids.to(engine.device), mask.to(engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
+    penalties = [_penalties(base, len(row), max_new_tokens, engine.device) for row in rows]
 
     cache = PastCache()
-    written: list[Tensor] = []
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=engine.device)
+    written: list[list[int]] = [[] for _ in rows]
+    unfinished = list(written)
     for _ in range(max_new_tokens):
-        next_B = base(DecodeStep(token_ids, mask, cache), prompts).argmax(-1)
-        written.append(next_B)
-        finished |= next_B == eos
-        if not engine.any(not bool(finished.all())):
+        logits_BV = base(DecodeStep(token_ids, mask, cache), prompts)
+        if penalties[0]:
+            logits_BV = _penalized(logits_BV, penalties, rows, written)
+        next_B = logits_BV.argmax(-1)
+        for ids, token in zip(written, next_B.tolist(), strict=True):
+            ids.append(token)
+        unfinished = [ids for ids in unfinished if not ending.is_reached(ids)]
+        if not engine.any(bool(unfinished)):
             break
         token_ids = next_B[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-    return [_text(tokenizer, ids, eos) for ids in torch.stack(written, dim=1).tolist()]
+    return [ending.cut(ids) for ids in written]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: int | None) -> str:
-    end = ids.index(eos) if eos in ids else len(ids)
-    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return text
+def _penalties(
+    base: PromptedBase, num_tokens: int, max_new_tokens: int, device: torch.device
+) -> LogitsProcessorList:
+    """What transformers' greedy ``generate`` does to the logits of one row; mostly nothing.
+
+    Args:
+        num_tokens: of the row's input; virtual tokens have no ids and are not counted, as in PEFT.
+    """
+    model = base.model
+    config = copy.deepcopy(model.generation_config)
+    config.update(
+        do_sample=False, guidance_scale=None, max_length=num_tokens + max_new_tokens
+    )
+    model._prepare_special_tokens(config, device=device)
+    found: LogitsProcessorList = model._get_logits_processor(
+        config, input_ids_seq_length=num_tokens, device=device
+    )
+    return found
+
+
+def _penalized(
+    logits_BV: Tensor,
+    penalties: Sequence[LogitsProcessorList],
+    rows: Sequence[Sequence[int]],
+    written: Sequence[Sequence[int]],
+) -> Tensor:
+    """Each row by itself, without its padding."""
+    changed = []
+    for logits_V, penalty, row, ids in zip(logits_BV, penalties, rows, written, strict=True):
+        seen = torch.tensor([[*row, *ids]], device=logits_V.device)
+        changed.append(penalty(seen, logits_V[None]))
+    return torch.cat(changed)

@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from trainer.base import hub
 from trainer.base.families import context_length, family_of
+from trainer.base.generation_config import read_generation_config
 from trainer.config import Base, resolve_path
 from trainer.errors import BadInput
 
@@ -44,6 +51,7 @@ class BaseFiles:
     Attributes:
         tensors: the file that holds each tensor, by name.
         name: what the run file calls the model.
+        generation: settings of the folder for generated text, its end tokens among them.
     """
 
     name: str
@@ -51,6 +59,7 @@ class BaseFiles:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     tensors: dict[str, Path]
+    generation: GenerationConfig
 
     @property
     def context_length(self) -> int:
@@ -106,12 +115,18 @@ def open_base(
         raise BadInput(
             f"base.model: {settings.model!r} has no tokenizer that loads: {_why(error)}"
         ) from None
+    generation = read_generation_config(folder)
     if from_hub:
         commit = settings.model_copy(update={"revision": folder.name})
         names = sorted(set(_index(folder).values())) or [SINGLE]
         folder = hub.fetch(commit, names, download=download, progress=progress)
     return BaseFiles(
-        settings.model, folder, config, tokenizer, _tensor_files(folder, settings.model)
+        settings.model,
+        folder,
+        config,
+        tokenizer,
+        _tensor_files(folder, settings.model),
+        generation,
     )
 
 

@@ -31,10 +31,14 @@ def small_parts(files: BaseFiles) -> dict[str, str]:
     paths = {path for pattern in _TOKENIZER for path in files.folder.glob(pattern)}
     tokenizer = sorted(path for path in paths if path.name not in _NOT_TOKENIZER)
     template = json.dumps(getattr(files.tokenizer, "chat_template", None), sort_keys=True)
+    settings = files.generation.to_diff_dict()
+    settings.pop("transformers_version", None)
+    generation = json.dumps(settings, sort_keys=True, default=str)
     return {
         "base.model, its config": _of_file(files.folder / "config.json"),
         "base.model, its tokenizer": _joined((path.name, _of_file(path)) for path in tokenizer),
         "base.model, its chat template": hashlib.sha256(template.encode()).hexdigest(),
+        "base.model, its generation config": hashlib.sha256(generation.encode()).hexdigest(),
     }
 
 

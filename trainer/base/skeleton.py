@@ -43,6 +43,7 @@ def build_skeleton(
             _frozen_config(files.config), dtype=dtype, attn_implementation="eager"
         )
     model.config._attn_implementation = PACKED if family.packed else family.cached_attention
+    model.generation_config = files.generation
     _rebuild_buffers(model, device)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
     with SafetensorsReader(files) as reader:
