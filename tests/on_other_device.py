@@ -29,7 +29,7 @@ from trainer.base.model import PromptedBase
 from trainer.config import RunConfig, load
 from trainer.console import Console
 from trainer.evaluation import Evaluator, Request
-from trainer.generation import generate
+from trainer.generation import Ending, generate
 from trainer.memory import StreamBudget
 from trainer.objective import batch_gradients, label_counts, stream_objective
 from trainer.prefetch import Rank, prepare, prepare_stream
@@ -153,6 +153,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         waits.append(Waits.count)
         streams = len(batch.streams)
     judged = bank.judged()
+    ending = Ending.of(files.generation, files.tokenizer, config.tasks[0])
     requests = [Request(tasks["triage"].evaluation["validation"], 0)]
     inputs = [
         files.tokenizer(text)["input_ids"] for text in ("A cough.\nAnswer:", "A deer.\nAnswer:")
@@ -160,7 +161,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     return {
         "prompts": [prompt.cpu() for prompt in judged],
         "scores": [scored.scores for scored in evaluator.score(requests, judged)],
-        "texts": [generate(engine, base, files.tokenizer, inputs, prompt, 4) for prompt in judged],
+        "texts": [generate(engine, base, ending, inputs, prompt, 4) for prompt in judged],
         "waits": waits,
         "streams": streams,
     }

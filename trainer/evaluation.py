@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer import stop
 from trainer.base.model import PromptedBase
 from trainer.engine import Engine
-from trainer.generation import generate
+from trainer.generation import Ending, generate
 from trainer.memory import StreamBudget
 from trainer.objective import read_teacher
 from trainer.prefetch import ahead, prepare_stream
@@ -25,7 +25,6 @@ from trainer.stop import Stopped
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
-from trainer.tasks.rows import target_text
 from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams, portions
 from trainer.tasks.teacher import Teacher
 
@@ -63,11 +62,16 @@ class Scored:
             CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
             the candidate with the lowest value. None where labels are not scored.
         texts_R: generated text of every row; None where nothing is generated.
+        targets_R: text of every row's target, decoded as the generated text is.
+        correct_R: whether the generated text of a row is right by the task's metric; of sets of
+            labels, whether the whole set is.
     """
 
     scores: dict[str, float]
     nll_RC: Tensor | None = None
     texts_R: list[str] | None = None
+    targets_R: list[str] | None = None
+    correct_R: list[bool] | None = None
 
     @property
     def predicted(self) -> list[int]:
@@ -200,40 +204,58 @@ class Evaluator:
         if task.metric in ("accuracy", "loss"):
             return Scored(result, nll_RC)
         prompt = None if request.prompt is None else virtual_tokens[request.prompt]
-        texts = self._generated(rows, prompt)
-        return Scored(result | self._text_scores(rows, texts), nll_RC, texts)
+        generated = self._generated(rows, prompt)
+        return replace(generated, scores=result | generated.scores, nll_RC=nll_RC)
 
-    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> list[str]:
-        """Text that the base generates for every row; of a dialogue, the last answer."""
+    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> Scored:
+        """Generate the target of every row and score it; of a dialogue, the last answer.
+
+        Generated text and target are both decoded from token ids, with their ends cut, so what the
+        chat template or the tokenizer adds to an answer is in both or in neither.
+        """
+        task = rows.task
+        ending = Ending.of(self.base.model.generation_config, self.tokenizer, task)
         examples = [candidates[0] for candidates in rows.candidates]
-        inputs = [example.input_ids[: example.label_spans[-1][0]] for example in examples]
-        return generate(
+        spans = [example.label_spans[-1] for example in examples]
+        written = generate(
             self.engine,
             self.base,
-            self.tokenizer,
-            inputs,
+            ending,
+            [e.input_ids[:start] for e, (start, _) in zip(examples, spans, strict=True)],
             prompt,
-            rows.task.max_new_tokens,
+            task.max_new_tokens,
             between_batches=self._stop_if_told,
             max_tokens=WRITTEN_TOKENS * self.budget.tokens,
         )
+        code = task.metric == "execution"
+        texts = [ending.text(ids, skip_special_tokens=code) for ids in written]
+        targets = [
+            ending.target(example.input_ids[start:stop])
+            for example, (start, stop) in zip(examples, spans, strict=True)
+        ]
+        scores, correct = self._text_scores(rows, texts, targets)
+        return Scored(scores, texts_R=texts, targets_R=targets, correct_R=correct)
 
-    def _text_scores(self, rows: EvalSet, texts: Sequence[str]) -> dict[str, float]:
-        """Metrics of generated texts. Generated code is run by rank 0 alone."""
+    def _text_scores(
+        self, rows: EvalSet, texts: Sequence[str], targets: Sequence[str]
+    ) -> tuple[dict[str, float], list[bool]]:
+        """Metrics of generated texts, and which are right. Only rank 0 runs generated code."""
         task = rows.task
-        values = [rows.rows[candidates[0].row] for candidates in rows.candidates]
         if task.metric == "execution":
-            score = None
+            passed: list[float] = []
             if self.engine.is_main:
+                values = (rows.rows[candidates[0].row] for candidates in rows.candidates)
                 passed = metrics.execution(texts, [value[task.tests] for value in values])
-                score = sum(passed) / len(passed)
-            return {"execution": self.engine.broadcast(score)}
-        targets = [target_text(value, task) for value in values]
+            passed = self.engine.broadcast(passed)
+            return {"execution": sum(passed) / len(passed)}, [score == 1.0 for score in passed]
         if task.multi_label:
             written, right = ([split_labels(t, task) for t in found] for found in (texts, targets))
             scores = metrics.multi_label(written, right, task.choices or [])
-            return scores if task.metric == "f1" else {"exact_match": scores["exact_match"]}
-        return {"exact_match": metrics.exact_match(texts, targets)}
+            if task.metric != "f1":
+                del scores["f1"]
+            return scores, [set(a) == set(b) for a, b in zip(written, right, strict=True)]
+        matches = metrics.matches(texts, targets)
+        return {"exact_match": sum(matches) / len(matches)}, matches
 
 
 def _num_slots(request: Request) -> int:

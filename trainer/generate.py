@@ -40,7 +40,7 @@ def _generate(
 ) -> None:
     from trainer.engine import Engine
     from trainer.export import load_peft
-    from trainer.generation import generate
+    from trainer.generation import Ending, generate
     from trainer.sharded import load, open_files
     from trainer.tasks.checks import render
     from trainer.tasks.tokens import encode_input
@@ -66,8 +66,9 @@ def _generate(
         )
     loaded = load(engine, files, config, console)
     virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
-    (written,) = generate(engine, loaded.model, files.tokenizer, [input_ids], virtual_tokens, limit)
-    console.say(written.strip())
+    ending = Ending.of(files.generation, files.tokenizer, task)
+    (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
+    console.say(ending.text(written, skip_special_tokens=True).strip())
     engine.close()
 
 

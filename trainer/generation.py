@@ -39,9 +39,7 @@ class Ending:
     strings: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task
-    ) -> Ending:
+    def of(cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task) -> Ending:
         """What ends the texts of a task.
 
         Args:
@@ -206,9 +204,7 @@ def _penalties(
     """
     model = base.model
     config = copy.deepcopy(model.generation_config)
-    config.update(
-        do_sample=False, guidance_scale=None, max_length=num_tokens + max_new_tokens
-    )
+    config.update(do_sample=False, guidance_scale=None, max_length=num_tokens + max_new_tokens)
     model._prepare_special_tokens(config, device=device)
     found: LogitsProcessorList = model._get_logits_processor(
         config, input_ids_seq_length=num_tokens, device=device

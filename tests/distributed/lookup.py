@@ -22,7 +22,7 @@ from trainer.base.files import open_base
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import dequantize_rows, quantize_rows
 from trainer.engine import Engine, base_bytes, base_digest
-from trainer.generation import generate
+from trainer.generation import Ending, generate
 from trainer.objective import step_gradients
 from trainer.process import leave
 from trainer.tasks.streams import Piece, PromptLengths, Stream, build_stream, plan_streams
@@ -81,6 +81,7 @@ def one_way(
     step = step_gradients(engine, base, pieces, prompts, MAX_TOKENS)
     gathered = engine.gathered_bytes - before
     rows = base.model.get_input_embeddings().rows
+    ending = Ending(open_base(settings).tokenizer, frozenset({1}))
     inputs = [list(piece.example.input_ids[:5]) for piece in pieces[:5]]  # fewer than two each
     return {
         "equal": equal,
@@ -95,7 +96,7 @@ def one_way(
         "expected_gathered": layer_bytes(base, ranks)
         + row_bytes(words(engine.world_size), engine.rank, ranks, rows)
         + head_bytes(labels(engine.world_size), engine.rank, ranks, base),
-        "texts": generate(engine, base, open_base(settings).tokenizer, inputs, prompts[0], 6),
+        "texts": generate(engine, base, ending, inputs, prompts[0], 6),
         "block": list(rows.shape),
         "type": str(rows.dtype),
         "table_is_a_parameter": any(p.ds_numel == table_VH.numel() for p in embeddings(base)),

@@ -6,10 +6,11 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.alone import Alone
 from tests.unit.test_chat import TURNS, make_tokenizer, words
@@ -17,6 +18,7 @@ from tests.whole_base import load_whole
 from trainer import evaluation, generation
 from trainer.config import RunConfig
 from trainer.evaluation import Evaluator, Request
+from trainer.generation import Ending
 from trainer.memory import StreamBudget
 from trainer.stop import Stopped
 from trainer.tasks.feed import TaskData, load_tasks
@@ -40,18 +42,24 @@ def load(folder: Path, rows: list[dict], tokenizer=None, **task) -> TaskData:
     return load_tasks(config, tokenizer, 64, len(tokenizer))["t"]
 
 
+def fake_base(**settings: Any) -> Any:
+    """What generation asks of a base, but for the numbers."""
+    model = SimpleNamespace(generation_config=GenerationConfig(**settings))
+    return SimpleNamespace(unpacked=nullcontext, model=model)
+
+
 def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, float], list[str]]:
     """The metrics of these texts, and what the base was given to write them."""
     given = []
 
-    def generate(engine, base, tokenizer, inputs, prompt, limit, **_):
-        given.extend(words(tokenizer, ids) for ids in inputs)
-        return written
+    def generate(engine, base, ending, inputs, prompt, limit, **_):
+        given.extend(words(ending.tokenizer, ids) for ids in inputs)
+        return [ending.tokenizer(text)["input_ids"] for text in written]
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    evaluator = Evaluator(None, None, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
-    validation = data.evaluation["validation"]
-    return evaluator._text_scores(validation, evaluator._generated(validation, None)), given
+    base = fake_base(eos_token_id=[1, 6])  # </s> and <end>
+    evaluator = Evaluator(None, base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
+    return evaluator._generated(data.evaluation["validation"], None).scores, given
 
 
 def test_the_last_answer_of_a_dialogue(tmp_path, monkeypatch):
@@ -119,8 +127,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
     monkeypatch.setattr(evaluation.stop, "asked", lambda: True)
-    base = SimpleNamespace(unpacked=nullcontext)
-    evaluator = Evaluator(Alone(), base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(Alone(), fake_base(), make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)
 
@@ -129,18 +136,18 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
     """One at least; how many makes no difference to what is written."""
     sizes: list[int] = []
 
-    def decode(engine, base, tokenizer, rows, prompt, limit):
+    def decode(engine, base, ending, rows, prompt, limit):
         sizes.append(len(rows))
-        return [str(sum(row)) for row in rows]
+        return [[sum(row)] for row in rows]
 
     monkeypatch.setattr(generation, "_decode", decode)
-    base = SimpleNamespace(unpacked=nullcontext)
+    ending = Ending(make_tokenizer(), frozenset())
     inputs = [[n] * (n + 1) for n in range(8)]
     prompt = torch.zeros(2, 4)
     for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
         sizes.clear()
         found = generation.generate(
-            Alone(), base, make_tokenizer(), inputs, prompt, 5, max_tokens=most
+            Alone(), fake_base(), ending, inputs, prompt, 5, max_tokens=most
         )
-        assert found == [str(n * (n + 1)) for n in range(8)]
+        assert found == [[n * (n + 1)] for n in range(8)]
         assert sizes == expected

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from trainer.tasks import metrics, sandbox
-from trainer.tasks.metrics import accuracy, exact_match, execution
+from trainer.tasks.metrics import accuracy, execution, matches
 
 PLUS_ONE = [{"args": [3], "result": 4}, {"args": [0], "result": 1}]
 GOOD = "def f(x): return x + 1"
@@ -40,13 +40,13 @@ def test_sets_of_labels():
     assert metrics.multi_label([[], [], []], right, "abc") == {"f1": 0.0, "exact_match": 0.0}
 
 
-def test_accuracy_and_exact_match():
+def test_accuracy_and_matches():
     assert accuracy([0, 1, 2, 2], [0, 1, 2, 0]) == 0.75
-    assert exact_match([" a\n", "b", "C"], ["a", " b", "c"]) == pytest.approx(2 / 3)
+    assert matches([" a\n", "b", "C"], ["a", " b", "c"]) == [True, True, False]
     with pytest.raises(ValueError, match="no rows"):
         accuracy([], [])
     with pytest.raises(ValueError, match="zip"):
-        exact_match(["a"], [])
+        matches(["a"], [])
 
 
 def test_right_wrong_and_broken_code():

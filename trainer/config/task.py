@@ -148,6 +148,12 @@ class Task(Section):
         "refuse", description="a row longer than the context; truncate cuts the input from the left"
     )
     max_new_tokens: PositiveInt = Field(64, description="length limit where the metric generates")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="strings that end a generated text, which is cut before the first of them (as "
+        "until in lm-evaluation-harness); besides the end tokens of the base's "
+        "generation_config.json and, with append_eos, EOS",
+    )
     hand_written: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         default_factory=list, description="hard prompts to compare with, put in front of the input"
     )

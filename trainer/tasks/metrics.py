@@ -26,9 +26,9 @@ def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
     return _mean([float(p == g) for p, g in zip(predicted, gold, strict=True)])
 
 
-def exact_match(texts: Sequence[str], targets: Sequence[str]) -> float:
-    """Share of generated texts that equal their target, white space around them aside."""
-    return _mean([float(a.strip() == b.strip()) for a, b in zip(texts, targets, strict=True)])
+def matches(texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    """Whether each generated text equals its target, white space around them aside."""
+    return [a.strip() == b.strip() for a, b in zip(texts, targets, strict=True)]
 
 
 def multi_label(

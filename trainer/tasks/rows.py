@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Task, template_fields
-from trainer.tasks.checks import render
 from trainer.tasks.parts import Part
 from trainer.tasks.selection import Hashes, Index
 from trainer.tasks.spill import Spill, chunks
@@ -171,10 +170,3 @@ class Rows:
 def gold_target(row: dict[str, Any], task: Task) -> str:
     """The value of a row that ``task.choices`` lists: the target's one column, as text."""
     return str(row[template_fields(task.target)[0]])
-
-
-def target_text(row: Mapping[str, Any], task: Task) -> str:
-    """What the base should write: the target, of a dialogue the last answer."""
-    if task.messages is not None:
-        return str(row[task.messages][-1]["content"])
-    return render(task.target, row)

@@ -372,6 +372,7 @@ _NOT_TOKENS = {
     "metric",
     "tests",
     "max_new_tokens",
+    "stop",
     "hand_written",
 }
 
