@@ -189,6 +189,12 @@ def test_class_numbers_are_the_names_of_their_classes(tmp_path: Path) -> None:
     saved.to_parquet(tmp_path / "d.parquet")
     for path in (tmp_path / "d", tmp_path / "d.parquet"):
         assert [row["label"] for row in load(path, choices=["neg", "pos"])] == ["pos", "neg"]
+        with pytest.raises(BadInput) as caught:
+            load(path, choices=["0", "1"])
+        assert caught.value.problems[0].endswith(
+            "label: its values are the names of its classes (neg, pos); tasks.t.choices has '0': "
+            "list the names"
+        )
         several = load(path, target="{all}", choices=["pos", "neg"], multi_label=True)
         assert [row["all"] for row in several] == ["pos, neg", "pos"]
     unlabelled = datasets.Dataset.from_list([{**rows[0], "label": -1}], features=features)

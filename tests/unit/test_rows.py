@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import subprocess
 import sys
 import time
+import tracemalloc
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from trainer.config import DataSource, RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks import plain
 from trainer.tasks.checks import render
+from trainer.tasks.files import read_text
 from trainer.tasks.nested import split_labels
 from trainer.tasks.rows import gold_target
 from trainer.tasks.splits import check_rows, load_rows, load_splits
@@ -160,6 +163,88 @@ def test_test_calls_may_be_of_any_shape(tmp_path):
     assert load_rows(write(tmp_path, "d.csv", csv), run)[0]["tests"] == [{"args": [1], "result": 2}]
 
 
+def test_names_of_formats(tmp_path):
+    """Each text format, compressed or not; .ndjson is another name for .jsonl."""
+    lines = "".join(json.dumps(row) + "\n" for row in GOOD)
+    contents = {
+        "d.jsonl": lines,
+        "d.ndjson": lines,
+        "D.JSONL": lines,
+        "d.json": json.dumps(GOOD),
+        "d.csv": "text,label\na cat,meat\na cow,plants\n",
+        "d.tsv": "text\tlabel\na cat\tmeat\na cow\tplants\n",
+    }
+    for name, text in contents.items():
+        for path in (
+            write(tmp_path, name, text),
+            write(tmp_path, f"{name}.gz", gzip.compress(text.encode())),
+        ):
+            rows = load_rows(path, task())
+            assert list(rows) == GOOD, path
+            one_per_line = name.lower().endswith(("jsonl", "ndjson"))
+            assert rows.where(1).startswith(f"{path}:2" if one_per_line else f"{path}: row 2")
+    text = write(tmp_path, "d.txt.gz", gzip.compress(b"one\n\ntwo"))
+    rows = load_rows(text, task(input="{text}", target="{text}"))
+    assert [row["text"] for row in rows] == ["one", "two"]
+    assert rows.where(1) == f"{text}:3"
+
+
+def test_damaged_gzip_files(tmp_path):
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD * 999).encode())
+    for content in (whole[:-20], whole[:40] + b"\0" * 40 + whole[80:], b"no gzip", whole[:-8]):
+        path = write(tmp_path, "d.jsonl.gz", content)
+        assert "is not a whole gzip file" in problem(path)
+    assert "name it as data.jsonl.gz" in problem(write(tmp_path, "d.gz", whole))
+    assert "decompress it (zstd -d)" in problem(write(tmp_path, "d.jsonl.zst", whole))
+
+
+def test_a_compressed_file_is_read_as_a_stream(tmp_path):
+    """8 MB of rows take little memory."""
+    path = tmp_path / "d.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        line = json.dumps({"text": "x" * 2000, "label": "y"}).encode() + b"\n"
+        for _ in range(4):
+            stream.write(line * 1000)
+    tracemalloc.start()
+    assert sum(1 for _ in read_text(path, ["text"])) == 4000
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_that_holds_the_rows(tmp_path, indent):
+    path = write(tmp_path, "d.json", json.dumps({"version": 1, "data": GOOD}, indent=indent))
+    assert list(load_rows(path, task())) == GOOD
+    one = write(tmp_path, "one.json", json.dumps(GOOD[0], indent=indent))
+    assert list(load_rows(one, task())) == GOOD[:1]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = write(tmp_path, "row.json", json.dumps({"messages": turns}, indent=indent))
+    chat = task(input="", target="", messages="messages")
+    assert list(load_rows(row, chat)) == [{"messages": turns}]
+    both = write(tmp_path, "both.json", json.dumps({"a": GOOD, "b": GOOD}, indent=indent))
+    assert "holds several lists of rows (a, b)" in problem(both)
+    columns = {"text": {"0": "a"}, "label": {"0": "b"}}
+    pandas = write(tmp_path, "pandas.json", json.dumps(columns, indent=indent))
+    assert "holds columns (text, label), not rows" in problem(pandas)
+    misspelled = write(tmp_path, "x.json", json.dumps({"text": "a", "lable": "b"}, indent=indent))
+    assert "did you mean 'lable'" in problem(misspelled)
+
+
+def test_duplicate_keys(tmp_path):
+    """Of two values for one key JSON readers keep one, at any depth."""
+    call = '{"args": [{"a": 1, "a": 2}], "result": 1}'
+    line = f'{{"text": "a", "label": "b", "tests": [{call}]}}'
+    for name, content in (("d.jsonl", line), ("d.json", f"[{line}]")):
+        found = problem(write(tmp_path, name, content), metric="execution")
+        assert "not valid JSON: duplicate key 'a'" in found
+
+
+def test_deep_nesting_is_a_problem_of_its_row(tmp_path):
+    deep = f'{{"text": "a", "label": "b", "tests": {"[" * 300}{"]" * 300}}}'
+    found = problem(write(tmp_path, "d.jsonl", deep), metric="execution")
+    assert found.startswith("d.jsonl:1: not readable JSON: nested deeper than 200 levels")
+
+
 # Templates
 
 
@@ -198,7 +283,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     assert "is empty" in found["empty.jsonl"]
     assert "has no rows" in found["blank.jsonl"]
     assert "has no rows" in found["head.csv"]
-    assert "'.xlsx' is not known; use .jsonl" in found["d.xlsx"]
+    assert "'.xlsx' is not known; save it as .csv" in found["d.xlsx"]
     assert "is a folder; name data files" in problem(str(tmp_path))
     assert "train.jsonl" in problem(str(tmp_path))
     assert "hub" in problem("someone/some_dataset")
@@ -328,6 +413,24 @@ def test_other_columns_do_not_matter(tmp_path):
     assert len(load_rows(write(tmp_path, "d.jsonl", rows), task())) == 2
 
 
+def test_whole_numbers_are_choices_however_they_are_written(tmp_path):
+    for values, choices in (([1.0, 2], ["1", "2"]), ([1, 2.0], ["1.0", "2.0"])):
+        rows = [{"text": "x", "label": value} for value in values]
+        found = load_rows(write(tmp_path, "d.jsonl", rows), task(choices=choices))
+        assert [gold_target(row, task()) for row in found] == choices
+    csv = write(tmp_path, "d.csv", "text,label\nx,1.0\nx,-2.00\nx,1\n")
+    found = load_rows(csv, task(choices=["1", "-2"]))
+    assert [render(" {label}", row) for row in found] == [" 1", " -2", " 1"]
+    parquet.write_table(pa.table({"text": ["x"], "label": [1.0]}), tmp_path / "d.parquet")
+    assert load_rows(str(tmp_path / "d.parquet"), task(choices=["1", "2"]))[0]["label"] == "1"
+    assert "'1.5' is not one of" in problem(
+        write(tmp_path, "e.csv", "text,label\nx,1.5\n"), choices=["1", "2"]
+    )
+    flags = write(tmp_path, "f.jsonl", [{"text": "x", "label": value} for value in (True, False)])
+    found = load_rows(flags, task(choices=["true", "false"]))
+    assert [row["label"] for row in found] == ["true", "false"]
+
+
 def test_choices_are_compared_as_text(tmp_path):
     rows = [{"text": "x", "label": label} for label in (1, 2, 3)]
     found = problem(write(tmp_path, "d.jsonl", rows), choices=["1", "2"])
@@ -359,7 +462,9 @@ def test_csv_mistakes(tmp_path):
     assert ragged[1].startswith("r.csv: row 3 (line 4): has 1 fields")
     open_quote = problem(write(tmp_path, "q.csv", 'text,label\na,b\n"never,closed\nx,y\n'))
     assert open_quote.startswith('q.csv:3: not valid csv: a quote (") is opened and never closed')
-    assert "stands twice" in problem(write(tmp_path, "t.csv", "text,label,text\na,b,c\n"))
+    assert "duplicate column 'text'" in problem(
+        write(tmp_path, "t.csv", "text,label,text\na,b,c\n")
+    )
     long = write(tmp_path, "l.csv", f"text,label\n{'x' * 200_000},b\n")
     assert len(load_rows(long, task())[0]["text"]) == 200_000
 
@@ -375,17 +480,42 @@ def test_damaged_parquet(tmp_path):
     assert "write it again" in problem(write(tmp_path, "e.parquet", bytes(data)))
 
 
-def test_ten_problems_and_how_many_more(tmp_path):
+def test_equal_problems_of_rows_are_one_line(tmp_path):
     rows = [{"text": "x", "label": None}] * 25
-    found = problems(write(tmp_path, "d.jsonl", rows))
-    assert len(found) == 11
-    assert found[0].startswith("d.jsonl:1:")
-    assert found[-1] == "d.jsonl: and 15 more"
+    only = problem(write(tmp_path, "d.jsonl", rows))
+    assert only == "d.jsonl:1 and 24 more rows: label: is null; give it a value or remove the row"
     rows = (
-        [{"text": "x", "label": "y"}] * 30 + [{"text": "x", "label": 1}] * 12 + [{"text": "x"}] * 13
+        [{"text": "x", "label": "y"}] * 30 + [{"text": "x", "label": 1}] * 12 + [{"text": "x"}] * 2
     )
     found = problems(write(tmp_path, "e.jsonl", rows))
-    assert (len(found), found[0][:10], found[-1]) == (11, "e.jsonl:31", "e.jsonl: and 15 more")
+    assert found == [
+        "e.jsonl:31 and 11 more rows: label: 1 is a number, other rows have text; put it in quotes",
+        "e.jsonl:43 and 1 more row: no column 'label', which tasks.animals.target uses; columns: "
+        "text",
+    ]
+
+
+def test_ten_problems_and_how_many_more(tmp_path):
+    rows = [{"text": "x", "label": f"wrong{i // 2}"} for i in range(50)]
+    found = problems(write(tmp_path, "d.jsonl", rows), choices=["a", "b"])
+    assert len(found) == 11
+    assert found[0].startswith("d.jsonl:1 and 1 more row: label: 'wrong0' is not one of")
+    assert found[-1] == "d.jsonl: and 30 more"
+
+
+def test_a_column_that_no_row_has_comes_first(tmp_path):
+    """However many rows have other mistakes."""
+    for name in ("a", "b", "c"):
+        rows = [{"txet": "x", "label": f"wrong{i}"} for i in range(60)]
+        write(tmp_path, f"{name}.jsonl", rows)
+    found = problems(str(tmp_path / "a.jsonl"), choices=["a", "b"])
+    assert found[0].startswith("a.jsonl: no column 'text', which tasks.animals.input uses")
+    assert found[0].endswith("(did you mean 'txet'?)")
+    with pytest.raises(BadInput) as caught:
+        load_rows(str(tmp_path / "*.jsonl"), task(choices=["a", "b"]))
+    first, *rest = caught.value.problems
+    assert first.startswith(f"{tmp_path}/a.jsonl and 2 more files: no column 'text', which")
+    assert len(rest) == 3 * (3 + 1)
 
 
 # The preflight
@@ -422,7 +552,7 @@ def test_check_rows_reports_every_file(tmp_path):
         )
     found = caught.value.problems
     assert found[0].startswith("tasks.b.shifted_validation: ")
-    assert f"{bad}: and 15 more" in found
+    assert any(text.startswith(f"{bad}:1 and 19 more rows: label: is empty") for text in found)
     assert found[-1].startswith(f"{worse}:3: text: is null")
 
 
@@ -616,6 +746,8 @@ def _odd(origin, run):
         '{"text": "a", "label": "b"}{"text": "a", "label": "b"}',
         '{"text": "a", "label": "b", "other": NaN}',
         '{"text": "a", "label": "b", "text": 5}',
+        '{"text": "a", "label": "b", "label": "b"}',
+        '{"text": "a", "label": 1e999}',
         '{"text": "a", "label": 5}',
         '{"text": "a", "label": null}',
         '{"text": "a"}',

@@ -92,8 +92,9 @@ class Task(Section):
 
     name: Name
     train: Sources = Field(
-        description="one or a list of: a jsonl, json, csv, tsv, txt, parquet or arrow file, a "
-        "glob, a folder of save_to_disk, hf://NAME, or a mapping with weight and max_rows"
+        description="one or a list of: a jsonl (or ndjson), json, csv, tsv or txt file, each also "
+        "compressed as .gz, a parquet or arrow file, a glob, a folder of save_to_disk, hf://NAME, "
+        "or a mapping with weight and max_rows"
     )
     validation: Sources | None = Field(
         None, description="rows never trained on; null: validation_share of the train rows"
@@ -129,7 +130,10 @@ class Task(Section):
         None, description="in place of input and target: columns of token ids and labels"
     )
     choices: list[str] | None = Field(
-        None, description="values of the target's one column, scored by their likelihood"
+        None,
+        description="values of the target's one column, scored by their likelihood; each is text "
+        "as it is written here (01, no), a whole number also matches 1.0, and a column of class "
+        "numbers (datasets' ClassLabel) has the names of its classes",
     )
     multi_label: bool = Field(
         False, description="the target's column holds a list of choices; scored by generating"

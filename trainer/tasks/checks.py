@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import PLACEHOLDER, Task, template_fields
-from trainer.errors import BadInput, did_you_mean
+from trainer.errors import did_you_mean
 from trainer.tasks.files import Record, place, shorten
 from trainer.tasks.nested import parsers, problem_of_tokens
 
@@ -65,37 +65,65 @@ def content_columns(task: Task) -> list[str]:
 
 
 @dataclass
+class _Group:
+    """Rows with the same problem: the first one, and how many there are."""
+
+    row: int
+    where: str
+    text: str
+    rows: int = 0
+
+    def __str__(self) -> str:
+        more = self.rows - 1
+        others = f" and {more} more row{'s' if more > 1 else ''}" if more else ""
+        return f"{self.where}{others}: {self.text}"
+
+
+@dataclass
 class Problems:
-    """Problems of one file: all are counted, the first ones are kept."""
+    """Problems of one file: of the whole file, and of its rows, where equal ones are one group.
+
+    Attributes:
+        whole: problems of the file, as a column that it lacks, without its name.
+        unread: why it, or the rest of it, cannot be read, with the place.
+        rows: how many rows have a problem, by problem.
+    """
 
     path: str
-    count: int = 0
-    kept: list[tuple[int, str]] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    rows: int = 0
+    _groups: dict[str, _Group] = field(default_factory=dict)
 
-    def add(self, row: int, text: str) -> None:
-        self.count += 1
-        if len(self.kept) < 4 * MOST_PROBLEMS:  # more than is shown: they are sorted at the end
-            self.kept.append((row, text))
+    def __bool__(self) -> bool:
+        return bool(self.whole or self.unread or self.rows)
 
-    def lines(self, most: int = MOST_PROBLEMS) -> list[str]:
-        """The first ``most`` problems in the order of the file, and how many more there are."""
-        shown = [text for _, text in sorted(self.kept, key=lambda item: item[0])][:most]
-        more = self.count - len(shown)
-        return [*shown, f"{self.path}: and {more} more"] if more else shown
+    def add(self, row: int, where: str, text: str, rows: int = 1) -> None:
+        """Count a problem of ``rows`` rows, the first of which is number ``row`` at ``where``."""
+        self.rows += rows
+        # More groups than are shown are kept: they are sorted at the end.
+        if text in self._groups or len(self._groups) < 4 * MOST_PROBLEMS:
+            self._groups.setdefault(text, _Group(row, where, text)).rows += rows
 
-    def raise_if_any(self) -> None:
-        if self.count:
-            raise BadInput(self.lines())
+    def row_lines(self, most: int = MOST_PROBLEMS) -> list[str]:
+        """The first ``most`` groups in the order of the file, and how many rows are left."""
+        shown = sorted(self._groups.values(), key=lambda group: group.row)[:most]
+        more = self.rows - sum(group.rows for group in shown)
+        return [*map(str, shown), *([f"{self.path}: and {more} more"] if more else [])]
 
 
 @dataclass
 class _Column:
-    """What was seen of one column: rows without it, and rows by kind of value."""
+    """What was seen of one column: rows without it, and rows by kind of value.
+
+    Attributes:
+        without: by the columns that such rows have instead; the first row, and how many.
+        kinds: of each kind of value the first row, its value, and how many rows.
+    """
 
     missing: int = 0
-    without: list[tuple[Record, list[str]]] = field(default_factory=list)
-    kinds: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[tuple[Record, Any]]] = field(default_factory=dict)
+    without: dict[tuple[str, ...], tuple[Record, int]] = field(default_factory=dict)
+    kinds: dict[str, tuple[Record, Any, int]] = field(default_factory=dict)
 
 
 class RowCheck:
@@ -127,8 +155,6 @@ class RowCheck:
         for setting, names in (("input", self._input), ("target", self._target)):
             if names and good.issuperset(names):
                 self._check_blank(record, setting, names)
-        if self.task.scored_by_likelihood and good.issuperset(self._target):
-            self._check_choice(record, self._target[0])
         if self.task.tokens is not None and good.issuperset(self._used):
             ids, labels = (self._parsers[name](record.values[name]) for name in self._used)
             problem = problem_of_tokens(ids, labels)
@@ -138,27 +164,30 @@ class RowCheck:
     def finish(self, header: Sequence[str] | None = None) -> Problems:
         """All problems found. ``header`` gives the columns where the format has them apart."""
         if self.rows == 0:
-            self.problems.add(0, f"{self.problems.path}: has no rows")
+            self.problems.whole.append("has no rows")
         names = list(header) if header is not None else list(self._names)
         for name, column in self._columns.items():
             self._report_missing(name, column, names)
             self._report_mixed(name, column)
         return self.problems
 
-    def _add(self, record: Record, text: str) -> None:
+    def _add(self, record: Record, text: str, rows: int = 1) -> None:
         where = place(self.problems.path, record.row, record.line)
-        self.problems.add(record.row, f"{where}: {text}")
+        self.problems.add(record.row, where, text, rows)
 
     def _value_is_good(self, record: Record, name: str) -> bool:
         column = self._columns[name]
         if name not in record.values:
             column.missing += 1
-            if len(column.without) < MOST_PROBLEMS:
-                column.without.append((record, list(record.values)))
+            has = tuple(record.values)
+            if has in column.without or len(column.without) < MOST_PROBLEMS:
+                first, rows = column.without.get(has, (record, 0))
+                column.without[has] = (first, rows + 1)
             return False
         value = record.values[name]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            what = "null" if value is None else "NaN, a missing number"
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            what = "null" if value is None else "infinite"
+            what = "NaN, a missing number" if isinstance(value, float) and value != value else what
             self._add(record, f"{name}: is {what}; give it a value or remove the row")
             return False
         if name in self._parsers:
@@ -174,10 +203,8 @@ class RowCheck:
                 record, f"{name}: is {kind}, {shorten(value)}; a template takes text or a number"
             )
             return False
-        column.kinds[kind] = column.kinds.get(kind, 0) + 1
-        examples = column.examples.setdefault(kind, [])
-        if len(examples) < MOST_PROBLEMS:
-            examples.append((record, value))
+        first, example, rows = column.kinds.get(kind, (record, value, 0))
+        column.kinds[kind] = (first, example, rows + 1)
         return True
 
     def _check_blank(self, record: Record, setting: str, names: list[str]) -> None:
@@ -190,42 +217,28 @@ class RowCheck:
             f"{what}: {verb} empty, so the {setting} says nothing; fill it or remove the row",
         )
 
-    def _check_choice(self, record: Record, name: str) -> None:
-        choices, value = self.task.choices or [], str(record.values[name])
-        if value in choices:
-            return
-        known = ", ".join(map(repr, choices[:8])) + (", ..." if len(choices) > 8 else "")
-        self._add(
-            record,
-            f"{name}: {shorten(value)} is not one of tasks.{self.task.name}.choices: {known}"
-            f"{did_you_mean(value, choices)}",
-        )
-
     def _report_missing(self, name: str, column: _Column, names: list[str]) -> None:
         if not column.missing and (self.rows or name in names):
             return
         setting = f"tasks.{self.task.name}.{self._used[name]}"
         if column.missing and name in self._names:  # other rows have it
-            for record, has in column.without:
-                self._add(record, _no_column(name, setting, has))
-            self.problems.count += column.missing - len(column.without)
+            counted = 0
+            for has, (record, rows) in column.without.items():
+                self._add(record, _no_column(name, setting, has), rows)
+                counted += rows
+            self.problems.rows += column.missing - counted
         elif names:
-            self.problems.add(0, f"{self.problems.path}: {_no_column(name, setting, names)}")
+            self.problems.whole.append(_no_column(name, setting, names))
 
     def _report_mixed(self, name: str, column: _Column) -> None:
         if len(column.kinds) < 2:
             return
-        usual = max(column.kinds, key=lambda kind: column.kinds[kind])
-        for kind, count in column.kinds.items():
-            if kind == usual:
-                continue
-            for record, value in column.examples[kind]:
-                remedy = "put it in quotes" if usual == "text" else f"make it {usual}"
-                self._add(
-                    record,
-                    f"{name}: {shorten(value)} is {kind}, other rows have {usual}; {remedy}",
-                )
-            self.problems.count += count - len(column.examples[kind])
+        usual = max(column.kinds, key=lambda kind: column.kinds[kind][2])
+        remedy = "put it in quotes" if usual == "text" else f"make it {usual}"
+        for kind, (record, value, rows) in column.kinds.items():
+            if kind != usual:
+                what = f"{shorten(value)} is {kind}, other rows have {usual}; {remedy}"
+                self._add(record, f"{name}: {what}", rows)
 
 
 def kind_of(value: Any) -> str:
@@ -241,7 +254,21 @@ def _no_column(name: str, setting: str, names: Sequence[str]) -> str:
 
 
 def merge(problems: Iterable[Problems]) -> list[str]:
-    """Problems of several files as lines; each file keeps its share of the room."""
-    broken = [found for found in problems if found.count]
+    """Problems of several files as lines.
+
+    Those of whole files come first, as they explain others; equal ones of several files are one
+    line. Each file keeps its share of the room for its rows.
+    """
+    broken = [found for found in problems if found]
+    files: dict[str, dict[str, None]] = {}
+    for found in broken:
+        for text in found.whole:
+            files.setdefault(text, {})[found.path] = None
+    lines = []
+    for text, paths in files.items():
+        more = len(paths) - 1
+        others = f" and {more} more file{'s' if more > 1 else ''}" if more else ""
+        lines.append(f"{next(iter(paths))}{others}: {text}")
     most = max(2, MOST_PROBLEMS // max(1, len(broken)))
-    return [line for found in broken for line in found.lines(most)]
+    lines += [line for found in broken for line in found.unread]
+    return lines + [line for found in broken for line in found.row_lines(most)]

@@ -6,6 +6,7 @@ Each has one function that gives the value in its plain form, or says what is wr
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,11 +29,18 @@ def parsers(task: Task) -> dict[str, Parser]:
     if task.tokens is not None:
         return {task.tokens.input_ids: parse_ids, task.tokens.labels: parse_labels}
     found: dict[str, Parser] = {}
-    if task.multi_label:
-        found[template_fields(task.target)[0]] = lambda value: join_labels(value, task)
+    if task.choices is not None:
+        parse = join_labels if task.multi_label else parse_choice
+        found[template_fields(task.target)[0]] = lambda value: parse(value, task)
     if task.metric == "execution":
         found[task.tests] = parse_tests
     return found
+
+
+def has_nested(task: Task) -> bool:
+    """Whether a task reads columns whose values are neither text nor numbers."""
+    dialogue_or_tokens = task.messages is not None or task.tokens is not None
+    return dialogue_or_tokens or task.multi_label or task.metric == "execution"
 
 
 def kept_nulls(task: Task) -> set[str]:
@@ -160,15 +168,27 @@ def join_labels(value: Any, task: Task) -> str:
             f"{shorten(labels)} is not a list of labels; write {example}; for none of them, "
             "add a choice that says so"
         )
-    choices = task.choices or []
-    for label in labels:
-        if str(label) not in choices:
-            known = ", ".join(map(repr, choices[:8])) + (", ..." if len(choices) > 8 else "")
-            hint = did_you_mean(str(label), choices)
-            where = f"tasks.{task.name}.choices"
-            raise ValueError(f"{shorten(label)} is not one of {where}: {known}{hint}")
-    named = set(map(str, labels))
-    return task.label_separator.join(choice for choice in choices if choice in named)
+    named = {parse_choice(label, task) for label in labels}
+    return task.label_separator.join(choice for choice in task.choices or [] if choice in named)
+
+
+def parse_choice(value: Any, task: Task) -> str:
+    """The choice of a task that a value means: ``"1"`` for 1, and for 1.0 where there is no "1.0".
+
+    CSV files, and columns with missing numbers, write whole numbers as 1.0; JSON writes booleans as
+    true and Python as True.
+    """
+    choices, text = task.choices or [], str(value)
+    whole = re.fullmatch(r"(-?\d+)(\.0+)?", text)
+    others = [whole[1], f"{whole[1]}.0"] if whole else []
+    others += [text.lower()] if isinstance(value, bool) else []
+    for spelling in (text, *others):
+        if spelling in choices:
+            return spelling
+    known = ", ".join(map(repr, choices[:8])) + (", ..." if len(choices) > 8 else "")
+    where = f"tasks.{task.name}.choices"
+    hint = did_you_mean(text, choices)
+    raise ValueError(f"{shorten(text)} is not one of {where}: {known}{hint}")
 
 
 def split_labels(text: str, task: Task) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.config import Task
+from trainer.config import Task, template_fields
 from trainer.errors import BadInput
 from trainer.tasks.checks import Problems, RowCheck, columns_used, content_columns
 from trainer.tasks.files import place
@@ -78,16 +78,13 @@ def read_part(
         except Odd:
             return _any(origin, task, said)
     except BadInput as error:  # the file cannot be read as a whole
-        problems = Problems(origin.name)
-        for text in error.problems:
-            problems.add(1, text)
-        return problems, None
+        return Problems(origin.name, unread=error.problems), None
 
 
 def _plain(origin: Origin, task: Task, said: Said | None) -> Part:
     batches = plain_batches(origin, task)
     first = next(batches)
-    columns = origin.header() or _columns_of_first_row(origin)
+    columns = origin.header() or _columns_of_first_row(origin, task)
     hashes = Spill("uint64")
 
     def counted() -> Iterator[Any]:
@@ -103,8 +100,8 @@ def _plain(origin: Origin, task: Task, said: Said | None) -> Part:
     return Part(origin.name, columns, origin.digest(), hashes.array(), stored, frozenset())
 
 
-def _columns_of_first_row(origin: Origin) -> list[str]:
-    return list(next(iter(origin.records([]))).values)
+def _columns_of_first_row(origin: Origin, task: Task) -> list[str]:
+    return list(next(iter(origin.records(list(columns_used(task))))).values)
 
 
 def _hashes(batch: Any, columns: list[str]) -> NDArray[np.uint64]:
@@ -133,11 +130,11 @@ def _any(origin: Origin, task: Task, said: Said | None) -> tuple[Problems, Part 
             if said is not None and check.rows % _BATCH == 0:
                 said(origin.name, check.rows)
     except BadInput as error:  # the rest of the file cannot be read
-        for text in error.problems:
-            check.problems.add(check.rows + 1, text)
+        check.problems.unread += error.problems
         return check.problems, None
     problems = check.finish(header)
-    if problems.count:
+    if problems:
+        problems.whole += _problem_of_classes(origin, task)
         return problems, None
     kinds = {name: _arrow_type(found) for name, found in types.items()}
     kinds |= {name: _nested_type(name, task) for name in parse}
@@ -147,6 +144,18 @@ def _any(origin: Origin, task: Task, said: Said | None) -> tuple[Problems, Part 
     stored = write_table(_schema(kinds, has_lines), batches)
     names = header or list(columns)
     return problems, Part(origin.name, names, origin.digest(), hashes.array(), stored, as_json)
+
+
+def _problem_of_classes(origin: Origin, task: Task) -> list[str]:
+    """Choices that are class numbers, where the rows have the names of the classes."""
+    column = template_fields(task.target)[0] if task.choices else ""
+    names = origin.class_names(column)
+    wrong = [choice for choice in task.choices or [] if names and choice not in names]
+    return [
+        f"{column}: its values are the names of its classes ({', '.join(names or [])}); "
+        f"tasks.{task.name}.choices has {choice!r}: list the names"
+        for choice in wrong[:1]
+    ]
 
 
 def _type_of(value: Any) -> type:
@@ -164,7 +173,7 @@ def _arrow_type(kinds: set[type]) -> str | None:
 def _nested_type(name: str, task: Task) -> str | None:
     if task.tokens is not None:
         return "list<int32>"
-    return "string" if task.multi_label and name != task.tests else None
+    return "string" if task.choices is not None and name != task.tests else None
 
 
 def _schema(kinds: dict[str, str | None], has_lines: bool) -> Any:

@@ -19,8 +19,8 @@ import numpy as np
 from trainer.config import Task, template_fields
 from trainer.errors import BadInput
 from trainer.tasks.checks import columns_used
-from trainer.tasks.files import BOM, Record, json_lines
-from trainer.tasks.nested import parsers
+from trainer.tasks.files import BOM, Record, format_of, json_lines, open_text
+from trainer.tasks.nested import has_nested
 from trainer.tasks.sources import Origin
 
 LINE = "line of the file"  #: a column of our own beside those of the file
@@ -42,7 +42,7 @@ def plain_batches(origin: Origin, task: Task) -> Iterator[Any]:
     Raises:
         Odd: something is not plain, perhaps wrong.
     """
-    if parsers(task):
+    if has_nested(task):
         raise Odd
     used = list(columns_used(task))
     rows = 0
@@ -62,7 +62,7 @@ def _read(origin: Origin, used: Sequence[str]) -> Iterator[Any]:
         if not all(map(origin.table.is_plain, used)):
             raise Odd
         yield from _of_table(origin.table.batches(used), used)
-    elif origin.files[0].suffix.lower() == ".jsonl":
+    elif format_of(origin.files[0]) == ".jsonl":
         yield from _of_jsonl(origin.files[0], used)
     else:
         records = iter(origin.records(used))
@@ -96,7 +96,7 @@ def _of_table(batches: Iterator[Any], used: Sequence[str]) -> Iterator[Any]:
 
 def _of_jsonl(file: Path, used: Sequence[str]) -> Iterator[Any]:
     schema, rest, row, line = None, b"", 1, 1
-    with file.open("rb") as stream:
+    with open_text(file) as stream:
         while read := stream.read(_BLOCK_BYTES):
             block = (rest or b"") + read
             cut = block.rfind(b"\n") + 1

@@ -12,10 +12,20 @@ from pathlib import Path
 
 from trainer.config import PROJECT_ROOT, DataSource, resolve_path
 from trainer.errors import BadInput, did_you_mean
-from trainer.tasks.files import TEXT_FORMATS, Record, header_of, read_text
+from trainer.tasks.files import GZIP, TEXT_FORMATS, Record, format_of, header_of, read_text
 from trainer.tasks.tables import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 
 FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
+#: What to do with formats that are not read.
+_REMEDIES = {
+    GZIP: f"only {', '.join(TEXT_FORMATS)} may be compressed: name it as data.jsonl.gz",
+    ".zst": "decompress it (zstd -d)",
+    ".bz2": "decompress it (bunzip2)",
+    ".xz": "decompress it (unxz)",
+    ".zip": "unpack it",
+    ".xlsx": "save it as .csv",
+    ".xls": "save it as .csv",
+}
 _GLOB = ("*", "?", "[")
 
 
@@ -43,7 +53,7 @@ class Origin:
         if self.hub is not None:
             return self.hub
         file = self.files[0]
-        return open_table(file) if file.suffix.lower() in TABLE_FORMATS else None
+        return open_table(file) if format_of(file) in TABLE_FORMATS else None
 
     @property
     def num_bytes(self) -> int:
@@ -52,6 +62,10 @@ class Origin:
     def header(self) -> list[str] | None:
         """All columns, where the format names them apart from the rows."""
         return header_of(self.files[0]) if self.table is None else self.table.names
+
+    def class_names(self, column: str) -> list[str] | None:
+        """The names of the classes whose numbers a column of a table holds."""
+        return None if self.table is None else self.table.class_names(column)
 
     def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[Record]:
         """Every row, in order; broken ones come with their problem.
@@ -64,7 +78,7 @@ class Origin:
             BadInput: it cannot be read as a whole.
         """
         if self.table is None:
-            yield from read_text(self.files[0])
+            yield from read_text(self.files[0], columns)
             return
         for row, values in enumerate(self.table.rows(columns, keep), start=1):
             yield Record(row, None, values)
@@ -126,20 +140,21 @@ def _origin(file: Path, name: str | None = None) -> Origin:
 
 
 def _problem_of_file(file: Path) -> str | None:
-    suffix = file.suffix.lower()
+    kind = format_of(file)
     if file.is_dir():
-        inside = sorted(f.name for f in file.iterdir() if f.suffix.lower() in FORMATS)
+        inside = sorted(f.name for f in file.iterdir() if format_of(f) in FORMATS)
         files = f"; it holds {', '.join(inside[:5])}" if inside else ""
         return f"is a folder; name data files ({', '.join(FORMATS)}), as {file.name}/*.jsonl{files}"
     if not file.exists():
-        if not suffix and len(file.parts) <= 2:
+        if not kind and len(file.parts) <= 2:
             return f"no such file; a data set of the hub is written hf://{file}"
         if not file.parent.is_dir():
             return f"no such file: there is no folder {str(file.parent)!r}"
         near = did_you_mean(file.name, [f.name for f in file.parent.iterdir()])
         return f"no such file{near}; paths start at the working folder, {os.getcwd()}"
-    if suffix not in FORMATS:
-        return f"format {suffix or 'without a suffix'!r} is not known; use {', '.join(FORMATS)}"
+    if kind not in FORMATS:
+        remedy = _REMEDIES.get(file.suffix.lower(), f"use {', '.join(FORMATS)}")
+        return f"format {kind or 'without a suffix'!r} is not known; {remedy}"
     if not os.access(file, os.R_OK):
         return "may not be read; change its permissions"
     return "is empty; it has no rows" if file.stat().st_size == 0 else None

@@ -142,7 +142,7 @@ class _Reader:
     def raise_if_any(self) -> None:
         problems = [*self._problems, *merge(self._found)]
         if problems:
-            raise BadInput(problems)
+            raise BadInput(dict.fromkeys(problems))  # two splits may read one file
 
     def splits(self, task: Task) -> dict[str, Rows]:
         """The splits of a task; none if a file of it has a problem."""
@@ -176,7 +176,7 @@ class _Reader:
         setting = f"tasks.{task.name}" + (f".{split}" if split else "")
         parts: list[Part] = []
         ends: list[int] = []
-        before = len(self._problems), sum(found.count for found in self._found)
+        before = len(self._problems), len(self._found)
         for number, source in enumerate(sources):
             where = f"{setting}[{number}]" if len(sources) > 1 else setting
             try:
@@ -189,7 +189,7 @@ class _Reader:
                 self._found.append(problems)
                 parts += [part] if part is not None else []
             ends.append(len(parts))
-        if before != (len(self._problems), sum(found.count for found in self._found)):
+        if before[0] != len(self._problems) or any(self._found[before[1] :]):
             return None
         return _joined(sources, parts, ends)
 
