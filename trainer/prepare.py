@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,16 +20,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from trainer.base.files import (
-    INDEX,
-    SINGLE,
-    BaseFiles,
-    SafetensorsReader,
-    open_base,
-    scales_name,
-)
+from trainer.base.files import BaseFiles, open_base
+from trainer.base.folder import INDEX, SINGLE
 from trainer.base.loading import row_blocks
 from trainer.base.quantization import quantize_rows
+from trainer.base.reader import SafetensorsReader, scales_name
 from trainer.base.skeleton import build_skeleton, int8_sources
 from trainer.base.sources import RowReader, Source
 from trainer.config import Base
@@ -69,6 +64,8 @@ def prepare(
         raise BadInput(f"{out}: is there already; give a new folder")
     with console.downloading(settings.model) as progress:
         files = open_base(settings, progress=progress)
+    if files.parameters.warning:
+        console.warn(files.parameters.warning)
     stored_int8 = [name for name in files.tensors if scales_name(name) in files.tensors]
     if stored_int8:
         raise BadInput(
@@ -81,10 +78,11 @@ def prepare(
     writing.mkdir(parents=True)
     try:
         with (
-            SafetensorsReader(files) as reader,
+            SafetensorsReader(files.tensors) as reader,
             console.loading(f"quantising {settings.model}", files.num_bytes) as bar,
         ):
-            entries = list(_entries(reader, quantized, bar.advance))
+            kept = sorted(files.tensors.keys() - {files.parameters.duplicate})
+            entries = list(_entries(reader, kept, quantized, bar.advance))
             size = _write_weights(writing, entries, file_bytes)
         _write_the_rest(files, settings, writing)
         os.replace(writing, out)
@@ -106,12 +104,13 @@ def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, Source]:
 
 
 def _entries(
-    reader: SafetensorsReader, quantized: dict[str, Source], progress: Progress
+    reader: SafetensorsReader,
+    names: Sequence[str],
+    quantized: dict[str, Source],
+    progress: Progress,
 ) -> Iterator[_Entry]:
-    for name in sorted(reader.files.tensors):
-        stored = reader.find(name)
-        if stored is None:
-            raise BadInput(f"{reader.files.tensors[name]}: has no tensor {name!r}")
+    for name in names:
+        stored = reader.tensors[name]
         if name in quantized:
             yield from _quantized_entries(reader, name, quantized[name], progress)
         else:
@@ -219,6 +218,10 @@ def _write_the_rest(files: BaseFiles, settings: Base, out: Path) -> None:
         "llm_int8_threshold": 0.0,
         "llm_int8_skip_modules": None if settings.head == "int8" else ["lm_head", "embed_out"],
     }
+    if files.parameters.warning:  # the head differs from the embeddings: say so to all readers
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section["tie_word_embeddings"] = False
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -66,6 +66,8 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
 
     downloaded = engine.on_each_node(download)
     files = engine.together(lambda: downloaded or open_base(settings, download=False))
+    if files.parameters.warning:
+        console.warn(files.parameters.warning)
     if len(set(engine.all_gather(files.fingerprint))) > 1:
         raise BadInput(
             f"base.model: {settings.model!r} is not the same on all nodes; name a commit in "

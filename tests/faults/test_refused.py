@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests.distributed.conftest import environments, start, wait
 from tests.distributed.test_run import write_run_file
 from tests.hub_cache import TINY
-from trainer.base.files import INDEX, open_base
+from trainer.base.files import open_base
+from trainer.base.folder import INDEX
 from trainer.config import Base
 from trainer.errors import BadInput
 
@@ -93,16 +94,16 @@ def cut_short(base: Path) -> str:
     return f"error: {path}: is damaged"
 
 
-def no_entry(base: Path) -> str:
-    path = base / INDEX
-    index = json.loads(path.read_text())
-    name = sorted(index["weight_map"])[3]
-    del index["weight_map"][name]
-    path.write_text(json.dumps(index))
-    return f"error: {path}: has no tensor {name!r}; the model is incomplete"
+def no_tensor(base: Path) -> str:
+    path = base / "model-00002-of-00002.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if "mlp" in name)
+    del tensors[name]
+    save_file(tensors, path)
+    return f"no weight file of {str(base)!r} has the tensor {name!r}; the model is incomplete"
 
 
-@pytest.mark.parametrize("damage", [cut_short, no_entry])
+@pytest.mark.parametrize("damage", [cut_short, no_tensor])
 def test_a_broken_base_ends_all_ranks_with_the_file_s_name(
     run_file: Path, two_files: Path, tmp_path: Path, damage: Callable[[Path], str]
 ) -> None:

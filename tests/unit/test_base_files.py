@@ -214,8 +214,13 @@ def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "with bitsandbytes in 4 bits"),
-        ({"quant_method": "gptq", "bits": 4}, "with gptq"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes (4 bits); give a release of the model in 16 bits, or write it in 16 bits",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, "gptq; give a release of the model in 16 bits"),
+        ({"quant_method": "mxfp4"}, "mxfp4; write it in 16 bits once"),
+        ({"quant_method": "fp8"}, "fp8; write it in 16 bits once"),
     ],
 )
 def test_other_quantised_folders_are_refused(
@@ -226,7 +231,7 @@ def test_other_quantised_folders_are_refused(
     (tmp_path / "q" / "config.json").write_text(
         json.dumps(config | {"quantization_config": method})
     )
-    assert f"is quantised already, {said}" in refusal(tmp_path / "q")
+    assert f"are stored in {said}" in refusal(tmp_path / "q")
 
 
 def test_a_file_cut_short_is_named(base: Path, tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ class TestRowReader:
         settings = Base(model=str(family(case)))
         files = open_base(settings)
         model = build_skeleton(files, settings, torch.float32, CPU)
-        sources = find_sources(model, files.tensors, family_of(files.config, "-"))
+        sources = find_sources(model, files.parameters.tensors)
         flat = FlatFile(load_file(family(case) / "model.safetensors"))
         for source in sources.values():
             whole = whole_parameter(source, flat.tensors)
@@ -375,12 +375,6 @@ class TestRefusals:
         one = layer_sizes(config).experts_per_token
         config.num_experts_per_tok = [1, one + 1]
         assert layer_sizes(config).experts_per_token == one + 1
-
-    def test_weights_in_another_format_are_refused(self) -> None:
-        config = family_config("gpt_oss")
-        config.quantization_config = {"quant_method": "mxfp4"}
-        with pytest.raises(BadInput, match="mxfp4"):
-            family_of(config, "m")
 
 
 def test_context_ends_where_frequencies_would_change() -> None:

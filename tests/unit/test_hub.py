@@ -38,7 +38,7 @@ def test_offline_the_cache_is_enough(cache: Path, download: bool, revision: str 
     files = open_base(Base(model="org/tiny", revision=revision), download=download)
     assert files.folder == snapshot
     assert files.name == "org/tiny"
-    assert set(files.tensors.values()) == {snapshot / "model.safetensors"}
+    assert files.weight_files == [snapshot / "model.safetensors"]
 
 
 def problem(model: str = "org/tiny", **settings: Any) -> str:
@@ -87,7 +87,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     folder = tmp_path / COMMIT
     folder.mkdir()
     for file in TINY.iterdir():
-        (folder / file.name).symlink_to(file)
+        if file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file)
     index = {"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for name in set(index["weight_map"].values()):
@@ -104,8 +105,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
 
 def test_weights_come_last_and_are_those_of_the_index(asked: list[dict[str, Any]]) -> None:
     open_base(Base(model="org/tiny", revision="v2"))
-    small, weights = asked
+    small, single, weights = asked
     assert small["revision"] == "v2"
+    assert single["allow_patterns"] == ["model.safetensors"]  # transformers takes it if it is there
     assert not any("safetensors" in pattern for pattern in small["allow_patterns"])
     assert weights["revision"] == COMMIT  # the branch may have moved on in between
     assert weights["allow_patterns"] == ["model-1.safetensors", "model-2.safetensors"]

@@ -7,7 +7,7 @@ embeddings, buffers to rebuild) is read from them and needs no line here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,16 +25,12 @@ class Family:
         cached_attention: transformers' own attention for decoding and for padded rows; "eager"
             where its SDPA leaves out what the family needs (capped scores, sinks) or does not
             exist.
-        experts: names of gate, up and down where a checkpoint has one tensor per expert.
-        renamed: (in the checkpoint, in the model), parts of tensor names.
         refused: settings of the config that cannot be trained, each with the reason.
         no_past: why prefix tuning cannot train it; empty if it can.
     """
 
     packed: bool = True
     cached_attention: str = "sdpa"
-    experts: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
     no_past: str = ""
 
@@ -53,18 +49,10 @@ class Saves:
 _EAGER = Family(cached_attention="eager")
 _NO_PADDED_PAST = "its rows are padded, and keys and values are given to packed rows alone"
 _PADDED = Family(packed=False, cached_attention="eager", no_past=_NO_PADDED_PAST)
-_EXPERTS = Family(experts=("gate_proj", "up_proj", "down_proj"))
-_GRANITE_EXPERTS = Family(
-    renamed=(
-        (".router.layer.weight", ".router.weight"),
-        ("moe.input_linear.weight", "moe.experts.gate_up_proj"),
-        ("moe.output_linear.weight", "moe.experts.down_proj"),
-    )
-)
 _BOTH_WAYS = "tokens look at what follows them: not a causal model"
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": _EXPERTS,
+    "afmoe": Family(),
     "arcee": Family(),
     "biogpt": Family(),
     "bloom": _EAGER,
@@ -72,13 +60,13 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(),
     "cohere2": Family(),
     "cwm": Family(),
-    "deepseek_v2": replace(_EXPERTS, no_past="its keys and values are of different sizes"),
+    "deepseek_v2": Family(no_past="its keys and values are of different sizes"),
     "diffllama": Family(no_past="it pairs the heads of its values up behind the cache"),
     "doge": Family(packed=False, no_past=_NO_PADDED_PAST),
     "ernie4_5": Family(),
     "exaone4": Family(),
     "falcon": Family(),
-    "flex_olmo": _EXPERTS,
+    "flex_olmo": Family(),
     "gemma": Family(refused={"use_bidirectional_attention": _BOTH_WAYS}),
     "gemma2": Family(cached_attention="eager", refused={"use_bidirectional_attention": _BOTH_WAYS}),
     "gemma3_text": Family(refused={"use_bidirectional_attention": _BOTH_WAYS}),
@@ -87,39 +75,37 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(refused={"add_cross_attention": "it is the decoder of an encoder-decoder"}),
     "gpt_bigcode": Family(),
     "gpt_neo": _EAGER,
-    "gpt_neox": Family(renamed=(("embed_out.", "lm_head."),)),
+    "gpt_neox": Family(),
     "gpt_oss": _EAGER,
     "gptj": _EAGER,
     "granite": Family(),
-    "granitemoe": _GRANITE_EXPERTS,
-    "granitemoeshared": _GRANITE_EXPERTS,
+    "granitemoe": Family(),
+    "granitemoeshared": Family(),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
-    "hunyuan_v1_moe": _EXPERTS,
+    "hunyuan_v1_moe": Family(),
     "jais2": Family(),
     "llama": Family(),
-    "mellum": _EXPERTS,
+    "mellum": Family(),
     "ministral": Family(),
     "ministral3": Family(),
     "mistral": Family(),
-    "mixtral": Family(experts=("w1", "w3", "w2"), renamed=((".block_sparse_moe.", ".mlp."),)),
+    "mixtral": Family(),
     "mpt": _PADDED,
     "nanochat": Family(),
     "nemotron": Family(),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
-    "olmoe": _EXPERTS,
+    "olmoe": Family(),
     "opt": Family(),
     "persimmon": Family(),
     "phi": Family(),
     "phi3": Family(),
     "qwen2": Family(),
-    "qwen2_moe": replace(
-        _EXPERTS, refused={"use_sliding_window": "its attention is not told of the window"}
-    ),
+    "qwen2_moe": Family(refused={"use_sliding_window": "its attention is not told of the window"}),
     "qwen3": Family(),
-    "qwen3_moe": _EXPERTS,
+    "qwen3_moe": Family(),
     "seed_oss": Family(),
     "smollm3": Family(),
     "stablelm": Family(),
@@ -200,16 +186,6 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
         raise BadInput(
             f"base.model: {name!r} is of family {config.model_type!r}, which is not supported "
             f"({reason}); supported: {', '.join(sorted(FAMILIES))}"
-        )
-    stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = stored.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or stored.get("load_in_4bit"):
-        method = "4 bits" if method == "bitsandbytes" else method
-        raise BadInput(
-            f"base.model: the weights of {name!r} are stored in {method}, which cannot be read; "
-            "save them in 16 bits first (in transformers: model.dequantize(), "
-            "model.save_pretrained(folder))"
         )
     for setting, reason in family.refused.items():
         if getattr(config, setting, False):

@@ -24,9 +24,6 @@ from huggingface_hub.utils import tqdm
 from trainer.config import Base
 from trainer.errors import BadInput
 
-#: What a model has beside its weights: config, index of the weight files, tokenizer.
-SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
-
 #: Called with the bytes that are here and those known to come in all.
 Progress = Callable[[int, int], None]
 

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer import atomic
-from trainer.base.files import INDEX, BaseFiles
+from trainer.base.files import BaseFiles
+from trainer.base.folder import INDEX
 from trainer.tasks.cache import cache_folder
 
 #: Smaller files are read again faster than they are looked up.
@@ -43,7 +44,7 @@ def small_parts(files: BaseFiles) -> dict[str, str]:
 
 
 def weight_files(files: BaseFiles) -> list[Path]:
-    return sorted(set(files.tensors.values()))
+    return files.weight_files
 
 
 def of_weights(digests: Mapping[str, str]) -> dict[str, str]:

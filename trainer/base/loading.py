@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from trainer.base.embedding import FrozenEmbedding
 from trainer.base.exchange import RowExchange
 from trainer.base.experts import FrozenExperts
-from trainer.base.families import family_of
-from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.files import BaseFiles
 from trainer.base.head import FrozenHead
 from trainer.base.linear import FrozenLinear, absmax_name
 from trainer.base.model import PromptedBase
 from trainer.base.quantization import quantize_rows
+from trainer.base.reader import SafetensorsReader, scales_name
 from trainer.base.sources import RowReader, Source, find_sources
 from trainer.errors import BadInput
 from trainer.process import freed_at_once
@@ -89,8 +89,8 @@ def load_base(
         BadInput: on all ranks, with every tensor that any of them cannot read or that holds NaN.
     """
     started = time.perf_counter()
-    sources = find_sources(model, files.tensors, family_of(model.config, files.name))
-    with freed_at_once(), SafetensorsReader(files) as reader:
+    sources = find_sources(model, files.parameters.tensors)
+    with freed_at_once(), SafetensorsReader(files.tensors) as reader:
         loader = _Loader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):

@@ -8,18 +8,20 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.base.attention import PACKED
 from trainer.base.embedding import FrozenEmbedding
 from trainer.base.experts import FrozenExperts, is_experts
 from trainer.base.families import family_of, logit_rule
-from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.files import BaseFiles
 from trainer.base.head import FrozenHead
 from trainer.base.lean import make_lean
 from trainer.base.linear import FrozenLinear
 from trainer.base.own_attention import replace_attention
+from trainer.base.reader import SafetensorsReader, scales_name
+from trainer.base.reference import meta_model
 from trainer.base.sources import Source, find_sources
 from trainer.config import Base
 from trainer.errors import BadInput
@@ -35,25 +37,22 @@ def build_skeleton(
             own type is not narrower.
 
     Raises:
-        BadInput: with every tensor that is missing or of another shape; no weight is read.
+        BadInput: with every tensor that is of another shape or type; no weight is read.
     """
     family = family_of(files.config, files.name)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            _frozen_config(files.config), dtype=dtype, attn_implementation="eager"
-        )
+    model = meta_model(_frozen_config(files.config), files.name, dtype=dtype)
     model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     model.generation_config = files.generation
     _rebuild_buffers(model, device)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
-    with SafetensorsReader(files) as reader:
-        stored = find_sources(model, files.tensors, family)
-        _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name].tensors[0]))
+    with SafetensorsReader(files.tensors) as reader:
+        stored = files.parameters.tensors
+        _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name][0]))
         _tie(model)
         if family.packed:
             replace_attention(model)
         make_lean(model)
-        sources = find_sources(model, files.tensors, family)
+        sources = find_sources(model, stored)
         problems = [
             problem
             for name, parameter in model.named_parameters()
@@ -66,7 +65,7 @@ def build_skeleton(
 
 def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, Source]:
     """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
-    sources = find_sources(skeleton, files.tensors, family_of(files.config, files.name))
+    sources = find_sources(skeleton, files.parameters.tensors)
     int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
     return {name: sources[name] for name in int8}
 
@@ -87,13 +86,13 @@ def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> lis
         layout = f"{name}_format"
         if reader.find(layout) is not None and bool(reader.read(layout).any()):
             problems.append(
-                f"{reader.files.folder}: {name!r} is stored in a layout of older bitsandbytes; "
-                "save the model again with a newer one"
+                f"{reader.tensors[name].path}: {name!r} is stored in a layout of older "
+                "bitsandbytes; save the model again with a newer one"
             )
         scales = scales_name(name)
         if reader.find(scales) is None:
             problems.append(
-                f"{reader.files.folder}: {name!r} is stored in 8 bits, but its row scales "
+                f"{reader.tensors[name].path}: {name!r} is stored in 8 bits, but its row scales "
                 f"{scales!r} are missing; write the folder again (promptshard prepare)"
             )
         elif problem := reader.problem(scales, source.stored_shape[:-1]):

@@ -1,26 +1,20 @@
-"""Which tensors of a checkpoint make up a parameter.
+"""Where the rows of a parameter stand in the files of a checkpoint.
 
-Checkpoints of one family differ: some leave out the model's prefix, a multimodal one puts its text
-model under ``language_model``, a mixture of experts comes with one tensor per expert or with all of
-them stacked. A parameter is always the rows of its tensors, end to end.
+A parameter is always the rows of its tensors, end to end: of one, or of one or two for each expert
+of a stack. Which tensors these are: ``trainer.base.reference``.
 
 Shape letters: E experts, N output features, K input features.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from trainer.base.families import Family
-
-PER_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 
 
 class HeaderReader(Protocol):
@@ -110,48 +104,19 @@ class RowReader:
 
 
 def find_sources(
-    model: PreTrainedModel, tensors: Iterable[str], family: Family
+    model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Source]:
     """The source of every parameter, by each of its names; tied weights share one.
 
-    A parameter that the checkpoint lacks gets its own name as source, for the reader to miss.
+    Args:
+        tensors: of each parameter, see ``ReadParameters``.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored, experts = _stored_names(tensors, family, model.base_model_prefix)
-    names: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
-    sources = {}
-    for name, parameter in parameters.items():
-        aliases = [name, *names[id(parameter)]]
-        found = next((stored[alias] for alias in aliases if alias in stored), None)
-        rows = (found,) if found else experts.get(name, (names[id(parameter)][0],))
-        sources[name] = Source(rows, parameter.shape, _transposed(model, name))
-    return sources
+    return {
+        name: Source(tensors[name], parameter.shape, _transposed(model, name))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _transposed(model: nn.Module, name: str) -> bool:
     path, _, own = name.rpartition(".")
     return own in getattr(model.get_submodule(path), "transposed", ())
-
-
-def _stored_names(
-    tensors: Iterable[str], family: Family, prefix: str
-) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """The checkpoint's tensors by our names, and the tensors of single experts by their stack's."""
-    stored: dict[str, str] = {}
-    single: dict[str, dict[tuple[int, int], str]] = {}
-    for tensor in tensors:
-        name = tensor.replace("language_model.", "")
-        for old, new in family.renamed:
-            name = name.replace(old, new)
-        expert = PER_EXPERT.match(name)
-        if expert and expert[3] in family.experts:
-            part = family.experts.index(expert[3])
-            stack = f"{expert[1]}.{'down_proj' if part == 2 else 'gate_up_proj'}"
-            for known in (stack, f"{prefix}.{stack}"):
-                single.setdefault(known, {})[int(expert[2]), part] = tensor
-        # A checkpoint of the model without its head leaves out the prefix.
-        stored.setdefault(f"{prefix}.{name}", tensor)
-        stored[name] = tensor
-    return stored, {name: tuple(t for _, t in sorted(s.items())) for name, s in single.items()}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from trainer.base.embedding import FrozenEmbedding
-from trainer.base.families import family_of
-from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.files import BaseFiles
 from trainer.base.quantization import quantize_rows
+from trainer.base.reader import SafetensorsReader, scales_name
 from trainer.base.skeleton import build_skeleton
 from trainer.base.sources import RowReader, find_sources
 from trainer.config import Base
@@ -34,10 +34,10 @@ def read_words(
     table = skeleton.get_input_embeddings()
     assert isinstance(table, FrozenEmbedding), table
     path = next(name for name, module in skeleton.named_modules() if module is table)
-    sources = find_sources(skeleton, files.tensors, family_of(files.config, files.name))
+    sources = find_sources(skeleton, files.parameters.tensors)
     source = sources[f"{path}.weight"]
     (name,) = source.tensors
-    with SafetensorsReader(files) as reader:
+    with SafetensorsReader(files.tensors) as reader:
         rows = RowReader(source, reader)
         words_nH = torch.cat([rows.read(i, i + 1) for i in token_ids])
         if table.weight.dtype == torch.int8:

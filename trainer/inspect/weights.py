@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trainer.base.files import BaseFiles, SafetensorsReader, scales_name
+from trainer.base.files import BaseFiles
 from trainer.base.loading import row_blocks
 from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.base.reader import SafetensorsReader, scales_name
 from trainer.base.skeleton import build_skeleton, int8_sources
 from trainer.base.sources import RowReader, Source
 from trainer.config import Base
@@ -114,13 +115,13 @@ def measure_weights(
     Raises:
         BadInput: if a weight cannot be read or is not finite.
     """
-    with SafetensorsReader(files) as reader:
+    with SafetensorsReader(files.tensors) as reader:
         return [_measure(weight, reader, progress) for weight in weights]
 
 
 def stored_bytes(files: BaseFiles, weights: Sequence[Weight]) -> int:
     """Bytes of the weights in their files."""
-    with SafetensorsReader(files) as reader:
+    with SafetensorsReader(files.tensors) as reader:
         found = [reader.find(name) for weight in weights for name in weight.source.tensors]
     return sum(stored.num_bytes for stored in found if stored is not None)
 

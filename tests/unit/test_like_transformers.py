@@ -1,0 +1,264 @@
+"""A folder means to us what it means to transformers: ties, tensors, ids, losses, texts, ends.
+
+``assert_alike`` compares one folder. It runs over every family of the table, and over folders whose
+flags, names and files disagree; where it cannot be alike, the folder is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.family_bases import CASES
+from tests.odd_folders import (
+    INDEX,
+    SINGLE,
+    Head,
+    container,
+    copy,
+    edit_tensors,
+    plain,
+    set_flags,
+    set_head,
+    shard,
+)
+from tests.random_base import VOCAB_SIZE
+from tests.whole_base import load_rank, load_whole
+from trainer.base.families import FAMILIES
+from trainer.base.files import open_base
+from trainer.base.model import PromptedBase
+from trainer.config import Base
+from trainer.console import Console
+from trainer.errors import BadInput
+from trainer.inspect.weights import int8_weights
+from trainer.prepare import prepare
+from trainer.tasks.streams import Piece, build_stream
+from trainer.tasks.tokens import Example
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("folders")
+
+
+def load_theirs(folder: Path) -> tuple[Any, set[str]]:
+    """transformers' own model of a folder, and the parameters that it found no tensor for."""
+    config = AutoConfig.from_pretrained(folder)
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval().requires_grad_(False), info["missing_keys"]
+
+
+def text_modules(theirs: Any, ours: Any) -> dict[str, Any]:
+    """The text model without its head in transformers' class, and the head."""
+    base = next(m for m in theirs.modules() if type(m) is type(ours.base_model))
+    return {"base": base, "head": theirs.get_output_embeddings()}
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().contiguous().numpy().tobytes()).hexdigest()
+
+
+def digests_of_ours(model: Any) -> dict[str, str]:
+    """Of every parameter that holds values, in the layout that transformers keeps it in."""
+    found = {}
+    for part, root in (("base", model.base_model), ("head", model.get_output_embeddings())):
+        for path, module in root.named_modules():
+            turned = getattr(module, "transposed", ())
+            values = dict(module.named_parameters(recurse=False))
+            if getattr(module, "rows", None) is not None:
+                values["weight"] = module.rows
+            for name, value in values.items():
+                value = value.mT if name in turned else value
+                found[f"{part}.{path}.{name}"] = digest(value)
+    return found
+
+
+def digests_of_theirs(modules: dict[str, Any]) -> dict[str, str]:
+    return {
+        f"{part}.{path}.{name}": digest(value)
+        for part, root in modules.items()
+        for path, module in root.named_modules()
+        for name, value in module.named_parameters(recurse=False)
+    }
+
+
+def our_loss(base: PromptedBase, row: Example) -> float:
+    with torch.no_grad():
+        return float(base(build_stream([Piece(row, None, 0)], []), []).mean())
+
+
+def assert_alike(folder: Path) -> bool:
+    """Compare what we load from a folder with what transformers does; gives whether it is tied."""
+    theirs, missing = load_theirs(folder)
+    assert not missing, "transformers made weights up"
+    base = load_whole(folder, "none")
+    ours = base.model
+    table, head = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
+    tied = table is head
+    assert ours.get_input_embeddings().tied == tied
+    modules = text_modules(theirs, ours)
+    assert digests_of_ours(ours) == digests_of_theirs(modules)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCAB_SIZE, (12,), generator=generator).tolist()
+    row = Example.with_target(tuple(ids), 5, 0)
+    labels = torch.tensor([[-100] * 5 + ids[5:]])
+    loss = float(theirs(input_ids=torch.tensor([ids]), labels=labels).loss)
+    assert our_loss(base, row) == pytest.approx(loss, abs=1e-4)
+    return tied
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(BadInput) as refused:
+        load_whole(folder, "none")
+    return str(refused.value)
+
+
+def test_every_family_of_the_table_is_compared() -> None:
+    assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family(family: Any, case: str) -> None:
+    assert_alike(family(case))
+
+
+class TestTies:
+    """The container's own flag decides; a stored head that differs stays apart."""
+
+    @pytest.mark.parametrize("head", ["absent", "same", "different", "alone"])
+    @pytest.mark.parametrize("flag", [True, False])
+    @pytest.mark.parametrize("case", ["llama", "gemma", "gpt2", "bloom", "gpt_neox", "gpt_oss"])
+    def test_plain(self, root: Path, tmp_path: Path, case: str, flag: bool, head: Head) -> None:
+        folder = copy(plain(root, case), tmp_path / "m")
+        set_flags(folder, flag)
+        set_head(folder, head)
+        if flag or head not in ("absent", "alone"):
+            assert assert_alike(folder) == (flag and head != "different")
+        else:
+            assert load_theirs(folder)[1]
+            assert "set tie_word_embeddings to true there" in refusal(folder)
+
+    @pytest.mark.parametrize("head", ["absent", "same", "different"])
+    @pytest.mark.parametrize(
+        ("top", "text"), [(True, False), (False, True), (True, True), (None, None)]
+    )
+    @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "llava"])
+    def test_container(
+        self,
+        root: Path,
+        tmp_path: Path,
+        kind: str,
+        top: bool | None,
+        text: bool | None,
+        head: Head,
+    ) -> None:
+        """A flag that is not there has the default of the container's config class."""
+        folder = copy(container(root, kind), tmp_path / "m")
+        set_flags(folder, top, text)
+        set_head(folder, head)
+        if load_theirs(folder)[1]:
+            assert "does not tie the head to the word embeddings" in refusal(folder)
+        else:
+            tied = assert_alike(folder)
+            assert not (tied and head == "different")
+
+    def test_a_head_that_differs_is_reported(self, root: Path, tmp_path: Path) -> None:
+        folder = copy(plain(root, "llama"), tmp_path / "m")
+        set_head(folder, "different")
+        files = open_base(Base(model=str(folder)))
+        assert "'lm_head.weight' is stored and differs" in files.parameters.warning
+        assert not files.config.tie_word_embeddings
+
+
+class TestFiles:
+    """Which weight files are read."""
+
+    def test_a_stale_index_beside_a_whole_file(self, root: Path, tmp_path: Path) -> None:
+        folder = copy(plain(root, "llama"), tmp_path / "m")
+        shard(folder, {n: t + 0.1 for n, t in load_file(folder / SINGLE).items()})
+        assert_alike(folder)
+
+    def test_shards(self, root: Path, tmp_path: Path) -> None:
+        folder = copy(plain(root, "qwen3_moe"), tmp_path / "m")
+        shard(folder, load_file(folder / SINGLE))
+        (folder / SINGLE).unlink()
+        assert_alike(folder)
+
+    def test_an_index_that_names_the_wrong_shard(self, root: Path, tmp_path: Path) -> None:
+        """transformers reads all tensors of all files that the index names."""
+        folder = copy(plain(root, "llama"), tmp_path / "m")
+        tensors = load_file(folder / SINGLE)
+        files = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+        shard(folder, tensors, index={"a": files[1], "b": files[0]})
+        (folder / SINGLE).unlink()
+        assert_alike(folder)
+
+    def test_tensors_without_the_prefix_and_twice(self, root: Path, tmp_path: Path) -> None:
+        """Of two tensors for one parameter the first in natural order is read."""
+        folder = copy(plain(root, "gpt2"), tmp_path / "m")
+
+        def change(tensors: dict[str, Tensor]) -> None:
+            for name in [name for name in tensors if ".h.0." in name]:
+                tensors[name.removeprefix("transformer.")] = tensors[name] + 0.2
+
+        edit_tensors(folder, change)
+        assert_alike(folder)
+
+    def test_files_that_the_index_names_are_missing(self, root: Path, tmp_path: Path) -> None:
+        folder = copy(plain(root, "llama"), tmp_path / "m")
+        shard(folder, load_file(folder / SINGLE))
+        (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model-00001-of-00002.safetensors").unlink()
+        text = refusal(folder)
+        assert f"{folder / INDEX}: names files that are not there" in text
+        assert "write the index of these files" in text
+
+
+class TestPrepared:
+    """A folder that ``prepare`` writes is the same base, to us and to transformers."""
+
+    @pytest.mark.parametrize("ends", ["keep", "int8"])
+    @pytest.mark.parametrize(
+        ("flag", "head"), [(True, "same"), (True, "different"), (False, "same")]
+    )
+    def test_ends(self, root: Path, tmp_path: Path, flag: bool, head: Head, ends: str) -> None:
+        folder = copy(plain(root, "llama"), tmp_path / "m")
+        set_flags(folder, flag)
+        set_head(folder, head)
+        settings = {"embeddings": ends, "head": ends}
+        with (tmp_path / "said").open("w") as said:
+            console = Console(said, said)
+            base = Base.model_validate({"model": str(folder), **settings})
+            prepare(base, tmp_path / "int8", console)
+        direct, again = load_rank(folder, **settings)[0], load_rank(tmp_path / "int8")[0]
+        assert again.model.get_input_embeddings().tied == (flag and head == "same")
+        ids = torch.arange(3, 15).tolist()
+        row = Example.with_target(tuple(ids), 5, 0)
+        assert our_loss(again, row) == our_loss(direct, row)
+        stored = load_file(tmp_path / "int8" / SINGLE)
+        assert ("lm_head.weight" in stored) == (not (flag and head == "same"))
+        config = json.loads((tmp_path / "int8" / "config.json").read_text())
+        assert config["tie_word_embeddings"] == (flag and head == "same")
+
+    @pytest.mark.parametrize("head", ["same", "different"])
+    def test_inspected(self, root: Path, tmp_path: Path, head: Head) -> None:
+        folder = copy(plain(root, "llama"), tmp_path / "m")
+        set_head(folder, head)
+        base = Base.model_validate({"model": str(folder), "embeddings": "int8", "head": "int8"})
+        groups = {weight.group for weight in int8_weights(open_base(base), base)}
+        ends = {"embeddings and head"} if head == "same" else {"embeddings", "head"}
+        assert groups == {"layer 0", "layer 1"} | ends
