@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -99,13 +100,37 @@ def test_a_table_is_made_once(folder):
     assert not [path for path in folder.iterdir() if "writing" in path.name]
 
 
+def flip(file: Path, at: int) -> None:
+    """Change one bit of a file and neither its size nor its time."""
+    content, stat = bytearray(file.read_bytes()), file.stat()
+    content[at] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def test_a_damaged_table_is_made_again(folder):
+    """A cut file, one flipped bit of an id, a changed count, and JSON that is none."""
+    whole = [Example.with_target((1, 2), 1, 0)]
     maker = Maker()
     maker.table()
     (place,) = (path for path in folder.iterdir() if path.is_dir())
-    (place / "ids.npy").write_bytes(b"")
-    assert list(maker.table()) == [Example.with_target((1, 2), 1, 0)]
-    assert maker.made == 2
+    record = place / "table.json"
+    damages = [
+        lambda: (place / "ids.npy").write_bytes(b""),
+        *[lambda name=f: flip(place / name, -1) for f in ("ids.npy", "rows.npy", "offsets.npy")],
+        lambda: flip(place / "spans.npy", 10),
+        lambda: record.write_text(record.read_text().replace('"skipped": 3', '"skipped": 4')),
+        lambda: record.write_text("[" * 100_000),
+        lambda: record.write_text('{"table": 5}'),
+        lambda: record.unlink(),
+        lambda: (shutil.rmtree(place), place.write_text("")),
+    ]
+    for times, damage in enumerate(damages, start=2):
+        damage()
+        table, counts = cached({"of": "x"}, maker, lambda: {"skipped": 3, "truncated": 0})
+        assert (list(table), counts["skipped"], maker.made) == (whole, 3, times)
+    assert list(maker.table()) == whole
+    assert maker.made == 1 + len(damages)
 
 
 def test_what_fails_leaves_nothing(folder):

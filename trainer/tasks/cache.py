@@ -19,12 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from trainer.jsonfile import read_json_object
 from trainer.tasks.table import FORMAT, Block, TokenTable, open_table, write
 
 #: Another number where the same settings give other tokens: a change of how rows are tokenized.
 RULES = 2
 KEPT_SECONDS = 30 * 24 * 3600
-_SAID = "table.json"
+_RECORD = "table.json"
+_BLOCK_BYTES = 1 << 20
 
 
 def cache_folder(kind: str = "tokens") -> Path:
@@ -94,12 +98,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _open(place: Path) -> tuple[TokenTable, dict[str, int]] | None:
     """A whole table, or None; a damaged one counts as none."""
     try:
-        said = json.loads((place / _SAID).read_text())
-        table = open_table(place, said)
+        record = read_json_object(place / _RECORD)
+        if record != _record(record["table"], place):
+            return None
+        table = open_table(place, record["table"])
         with contextlib.suppress(OSError):
             os.utime(place)  # it is in use
-        return table, said
-    except (OSError, ValueError, KeyError, EOFError):
+        return table, record["table"]
+    except (OSError, ValueError, KeyError, EOFError, TypeError):
         return None
 
 
@@ -109,11 +115,26 @@ def _publish(
     """Write under another name, then rename: a table is there as a whole or not at all."""
     folder = Path(tempfile.mkdtemp(prefix=f"{place.name}.writing-", dir=place.parent))
     try:
-        said = _write(folder, make, counts)
-        (folder / _SAID).write_text(json.dumps(said))
+        record = _record(_write(folder, make, counts), folder)
+        (folder / _RECORD).write_text(json.dumps(record))
         os.rename(folder, place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _record(table: dict[str, int], folder: Path) -> dict[str, Any]:
+    """What is kept beside a table: its sizes and counts, and checksums of these and of its files.
+
+    The files are read as streams, at the speed of the disk.
+    """
+    checksums = {"table": xxhash.xxh3_64_hexdigest(json.dumps(table, sort_keys=True).encode())}
+    for path in sorted(folder.glob("*.npy")):
+        digest = xxhash.xxh3_64()
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+        checksums[path.name] = digest.hexdigest()
+    return {"table": table, "xxh3_64": checksums}
 
 
 def _private(
@@ -145,6 +166,7 @@ def _clear(place: Path) -> None:
     """Delete a damaged table, and what one that died while it wrote has left; we hold the lock."""
     for left in [place, *place.parent.glob(f"{place.name}.writing-*")]:
         shutil.rmtree(left, ignore_errors=True)
+    place.unlink(missing_ok=True)  # where it is no folder
 
 
 def _forget_old(folder: Path) -> None:
