@@ -202,7 +202,8 @@ def _strings(file: Path, found: Any, key: str) -> list[str]:
 
 def _is_name(name: Any) -> bool:
     """Whether a text names something inside its folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    plain = isinstance(name, str) and name.isprintable()
+    return plain and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
 def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
