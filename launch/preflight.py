@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import messages
-from trainer.config import Base, RunConfig, load, load_base, load_output, resolve_path, sweeps
+from trainer.config import (
+    Base,
+    RunConfig,
+    expand_path,
+    load,
+    load_base,
+    load_output,
+    resolve_path,
+    sweeps,
+)
 from trainer.console import Console
 from trainer.errors import BadInput, did_you_mean
 from trainer.jsonfile import read_json_object
@@ -49,9 +58,9 @@ def check_config(config: RunConfig, *, trains: bool = True) -> RunConfig:
 def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     """Load the resolved run file of an output folder, and see that it holds ``prompt``."""
     saved = Path(run_dir) / "run.yaml"
-    if not Path(run_dir).is_dir():
+    if not os.path.isdir(run_dir):
         raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
-    if not saved.is_file():
+    if not os.path.isfile(saved):
         raise BadInput(f"{run_dir}: has no run.yaml, so it is not the output folder of a run")
     config = load(saved)
     names = [item.name for item in config.prompts]
@@ -60,7 +69,7 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
         raise BadInput(
             f"--prompt: {prompt!r} is not a prompt of {run_dir}{hint}; known: {', '.join(names)}"
         )
-    if prompt is not None and not (Path(run_dir) / "prompts" / prompt).is_dir():
+    if prompt is not None and not os.path.isdir(Path(run_dir) / "prompts" / prompt):
         raise BadInput(
             f"{run_dir}: prompt {prompt!r} is not saved yet; train the run to its end first"
         )
@@ -76,15 +85,15 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
     path = Path(target)
     if is_run_dir(target):
         return check_config(load_output(path, overrides), trains=False)
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
+    if os.path.isfile(path) or path.suffix in (".yaml", ".yml"):
         return check_run(target, overrides)
     folder = resolve_path(target)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if os.path.isdir(folder) and not (folder / "config.json").is_file():
         raise BadInput(
             f"{target}: has neither a run.yaml (the output folder of a run) nor a config.json "
             "(a model's folder); give a run file, a run's folder, or a model's folder or hub id"
         )
-    if not folder.is_dir() and _looks_local(target):
+    if not os.path.isdir(folder) and _looks_local(target):
         raise BadInput(
             f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
             "folder or hub id"
@@ -94,12 +103,15 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
 
 def is_run_dir(target: str) -> bool:
     """Whether a folder is the output folder of a run."""
-    return (Path(target) / "run.yaml").is_file()
+    return os.path.isfile(Path(target) / "run.yaml")
 
 
 def check_new_file(path: Path) -> Path:
     """The whole path of a file that can be written."""
-    path = path.expanduser().absolute()
+    try:
+        path = Path(expand_path(str(path))).absolute()
+    except ValueError as error:
+        raise BadInput(f"--json: {error}") from None
     if path.is_dir():
         raise BadInput(f"--json: {path} is a folder; name a file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -109,7 +121,7 @@ def check_new_file(path: Path) -> Path:
 
 def open_log(output_dir: str, name: str) -> Path:
     """The path of a log file under ``output_dir``, its folder made."""
-    folder = Path(output_dir).expanduser() / "logs"
+    folder = Path(output_dir) / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -133,9 +145,9 @@ def _base(config: RunConfig) -> Iterator[str]:
 
 def _looks_local(name: str) -> bool:
     """Whether a name that is no folder was meant as one, and not as a hub id."""
-    first = Path(name).expanduser().parts[:1]
+    first = Path(os.path.expanduser(name)).parts[:1]
     shaped = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return shaped or bool(first and resolve_path(first[0]).is_dir())
+    return shaped or bool(first and os.path.isdir(resolve_path(first[0])))
 
 
 def _policy(config: RunConfig) -> Iterator[str]:
@@ -152,7 +164,7 @@ def _policy(config: RunConfig) -> Iterator[str]:
 
 def _output(config: RunConfig) -> Iterator[str]:
     """The nearest folder that exists must take new files."""
-    path = Path(config.output_dir).expanduser().absolute()
+    path = Path(config.output_dir).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():
         yield f"output_dir: {config.output_dir}: {nearest} is a file; choose another folder"

@@ -774,7 +774,7 @@ def test_variables_and_home_are_expanded_in_every_path(run_file, monkeypatch):
         ("~nosuchuser/x", "there is no such user; write the path in full"),
         ("a/" * 3000, "is too long for a path; 4095 bytes fit, 255 in a name"),
         ("x" * 256, "is too long for a path"),
-        ('"a\\nb"', "'a\\nb' holds a control character; remove it"),
+        ('"a\\nb"', "'a\\nb' holds '\\n', which no path may; remove it"),
     ],
 )
 def test_paths_that_cannot_be_are_refused(run_file, setting, value, words):

@@ -664,3 +664,16 @@ def test_policies_that_are_none(run_file, tmp_path, text, problem):
         policy.write_text(text)
     with pytest.raises(BadInput, match=problem):
         preflight.check_run(str(run_file), [f"engine.deepspeed={policy}"])
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "a/" * 3000, "~nosuchuser/x", "a\0b", "\udcff", "a\nb"]
+)
+def test_paths_that_cannot_be_are_bad_input(path):
+    for check in (
+        preflight.check_result,
+        lambda path: preflight.check_target(path, []),
+        lambda path: preflight.check_new_file(Path(path)),
+    ):
+        with pytest.raises(BadInput):
+            check(path)

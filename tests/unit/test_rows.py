@@ -666,6 +666,34 @@ def test_mistakes_in_tables(tmp_path):
     assert "write it again" in problem(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("dataset_dict.json", "[]", "dataset_dict.json: must hold a JSON object, not a list"),
+        ("dataset_dict.json", "{}", "dataset_dict.json: 'splits' must list names"),
+        ("dataset_dict.json", '{"splits": "train"}', "'splits' must list names"),
+        ("dataset_dict.json", "[" * 100_000, "dataset_dict.json: is not valid JSON"),
+        ("dataset_dict.json", '{"splits": ["train", "..", 5]}', "'splits' must list names"),
+        ("train/state.json", "", "state.json: is not valid JSON"),
+        ("train/state.json", "null", "state.json: must hold a JSON object, not null"),
+        ("train/state.json", '{"_data_files": []}', "'_data_files' must list names"),
+        ("train/state.json", '{"_data_files": [{}]}', "'_data_files' must list names"),
+        ("train/state.json", '{"_data_files": [{"filename": "../x"}]}', "must list names"),
+        ("train/state.json", '{"_data_files": [{"filename": "x.arrow"}]}', "x.arrow: no such file"),
+        ("train/state.json", None, "split 'train' has no state.json; save the data set again"),
+        ("train/data-00000-of-00001.arrow", None, "no such file"),
+        ("train/data-00000-of-00001.arrow", "x", "is not a whole arrow file"),
+    ],
+)
+def test_damaged_saved_folders(tmp_path, file, content, words):
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(GOOD)})
+    saved.save_to_disk(tmp_path / "d")
+    (tmp_path / "d" / file).unlink()
+    if content is not None:
+        (tmp_path / "d" / file).write_text(content)
+    assert words in problem(str(tmp_path / "d"))
+
+
 def test_globs_and_lists(tmp_path):
     for name in "bca":
         write(tmp_path, f"{name}.jsonl", [{"text": name, "label": "x"}] * 2)

@@ -143,9 +143,11 @@ def test_what_fails_leaves_nothing(folder):
     assert [path for path in folder.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_without_a_folder_to_write_to_the_table_is_ones_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["file", "~nosuchuser/x"])
+def test_without_a_folder_to_write_to_the_table_is_ones_own(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("PROMPTSHARD_CACHE", place)
     maker = Maker()
     assert list(maker.table()) == [Example.with_target((1, 2), 1, 0)]
     assert maker.made == 1

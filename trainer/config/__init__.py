@@ -17,7 +17,7 @@ from trainer.config.run import (
     resolve_path,
     sweeps,
 )
-from trainer.config.section import parse_bytes
+from trainer.config.section import expand_path, parse_bytes
 from trainer.config.task import LOWER_IS_BETTER, PLACEHOLDER, DataSource, Task, template_fields
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RunConfig",
     "Task",
     "dump",
+    "expand_path",
     "load",
     "load_base",
     "load_output",

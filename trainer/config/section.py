@@ -48,8 +48,8 @@ def expand_path(value: str) -> str:
         ValueError: a variable is not set, there is no such user, or no file can have such a path.
     """
     shown = repr(value if len(value) <= 80 else value[:77] + "...")
-    if any(ord(character) < 32 or ord(character) == 127 for character in value):
-        raise ValueError(f"{shown} holds a control character; remove it")
+    if bad := re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
+        raise ValueError(f"{shown} holds {bad[0]!a}, which no path may; remove it")
     unset = [a or b for a, b in _VARIABLE.findall(value) if (a or b) not in os.environ]
     if unset:
         raise ValueError(

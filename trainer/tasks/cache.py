@@ -35,7 +35,9 @@ def cache_folder(kind: str = "tokens") -> Path:
     """Where tables, or things of another kind, are kept."""
     own = os.environ.get("PROMPTSHARD_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own or f"{shared}/promptshard").expanduser() / kind
+    folder = os.path.expanduser(own or f"{shared}/promptshard")
+    # Without a home there is no cache: nothing can be made below a file.
+    return Path(os.devnull if folder.startswith("~") else folder) / kind
 
 
 def cached(
