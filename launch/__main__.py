@@ -18,6 +18,7 @@ from launch.processes import Ending
 from trainer.config import RunConfig
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.lock import refuse_if_alive
+from trainer.tracking.sender import URI_VARIABLE
 
 app = typer.Typer(
     help="Train soft prompts for frozen language models that are too big for one GPU.",
@@ -290,16 +291,34 @@ def inspect(
 
 
 @app.command(epilog=EXIT_CODES)
-def sync(run_dir: RunDir) -> None:
-    """Send to MLflow what could not be sent while the run went on.
+def sync(
+    run_dir: RunDir,
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="MLflow store to send to. Needed to send credentials of the environment to a "
+            "server that only RUN_DIR names. [default: the run's own store]",
+        ),
+    ] = None,
+) -> None:
+    """Upload metrics and artifacts that MLflow has not received yet.
 
-    Metrics are always in `RUN_DIR/metrics.jsonl` first. Sending again sends nothing twice.
+    All metrics are in `RUN_DIR/metrics.jsonl` first. Safe to repeat. `MLFLOW_TRACKING_TOKEN`,
+    `_USERNAME` and `_PASSWORD` are sent only to the server that `MLFLOW_TRACKING_URI` or `--uri`
+    names.
 
-    **Example:** `promptshard sync runs/quickstart`
+    **Examples:**
+
+    - `promptshard sync runs/quickstart`
+    - `promptshard sync runs/quickstart --uri https://mlflow.example.org`
     """
     preflight.check_result(run_dir)
+    environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
+    if uri:
+        environment[URI_VARIABLE] = uri
     command = [sys.executable, "-m", "trainer.tracking", "sync", run_dir]
-    _end(subprocess.run(command, check=False).returncode)
+    _end(subprocess.run(command, env=environment, check=False).returncode)
 
 
 app.command(epilog=EXIT_CODES)(cluster.submit)

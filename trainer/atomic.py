@@ -27,8 +27,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         OSError: if the disk is full or cannot be written; ``path`` is as it was then.
     """
     temporary = path.with_name(f".{path.name}.writing")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # never through a symlink
             yield file
             if durable:
                 file.flush()

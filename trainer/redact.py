@@ -1,4 +1,4 @@
-"""Take credentials out of text, before it reaches a file, a log or a tracker."""
+"""Hide credentials in a text before it reaches a file, a log or a tracker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUERY = re.compile(rf"(?P<name>[?&][^=\s&]*{_SECRET_WORD}[^=\s&]*=)[^&\s'\"#]+"
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """``text`` with ``user:password@`` and ``?token=`` of every URI, and ``secrets``, hidden."""
+    """Hide ``user:password@`` and ``?token=`` of every URI in a text, and ``secrets`` anywhere."""
     text = _USER_INFO.sub(rf"\g<scheme>{HIDDEN}@", text)
     text = _QUERY.sub(rf"\g<name>{HIDDEN}", text)
     for secret in secrets:
@@ -29,9 +29,9 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def secrets_of(uri: str) -> list[str]:
-    """The secret parts of ``uri``, both as written and percent-decoded, longest first.
+    """The secret parts of ``uri`` to hide in any text, as written and percent-decoded.
 
-    Words of less than four letters are left out: hiding every "abc" would garble a log.
+    Longest first, and only those that ``is_distinct`` accepts.
     """
     found = set()
     user_info = _USER_INFO.match(uri)
@@ -41,4 +41,14 @@ def secrets_of(uri: str) -> list[str]:
     for match in _QUERY.finditer("?" + urlsplit(uri).query if "?" in uri else ""):
         found.add(match.group(0)[len(match["name"]) :])
     found |= {unquote(secret) for secret in found}
-    return sorted((s for s in found if len(s) >= 4 and s != HIDDEN), key=len, reverse=True)
+    return sorted((s for s in found if is_distinct(s)), key=len, reverse=True)
+
+
+def is_distinct(secret: str) -> bool:
+    """Whether a secret can be hidden in any text without hiding common words or numbers.
+
+    Others, such as the password "test", are hidden in addresses only.
+    """
+    if len(secret) < 8 or secret == HIDDEN:
+        return False
+    return len(secret) >= 16 or not (secret.isalpha() or secret.isdigit())

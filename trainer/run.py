@@ -6,7 +6,6 @@ run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapt
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,7 +51,7 @@ from trainer.sharded import identity_of as base_identity
 from trainer.starts import Screening
 from trainer.stop import Stopped
 from trainer.tasks.feed import Feed, TaskData, load_tasks
-from trainer.tracking import MetricsLog, Sender, check_uri, unless_full
+from trainer.tracking import MetricsLog, Sender, unless_full
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
@@ -94,7 +93,6 @@ def _train(
     command: str,
 ) -> None:
     output = Path(config.output_dir)
-    engine.together(lambda: check_uri(config.tracking.uri))
     with times("load"), console.phase("reading config and tokenizer"):
         files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
@@ -292,9 +290,9 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         sender.finish(FAILED_SECONDS)
         raise
     else:
-        local = uri is None and "MLFLOW_TRACKING_URI" not in os.environ
         with console.phase("sending metrics to MLflow"):
-            finished = sender.finish(LOCAL_STORE_SECONDS if local else SERVER_SECONDS)
+            seconds = LOCAL_STORE_SECONDS if sender.is_local else SERVER_SECONDS
+            finished = sender.finish(seconds)
         if finished.complete:
             console.say(f"curves:  {finished.message}")
         else:

@@ -42,10 +42,14 @@ SECRET = "hunter2-secret"
 
 
 @pytest.fixture(autouse=True)
-def _no_mlflow_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The default store of the working directory, which is a new one; no settings of MLflow."""
     for name in os.environ:
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +88,10 @@ def broken(request: pytest.FixtureRequest) -> Iterator[str]:
         connection.close()
 
 
-def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
+def test_a_whole_run_in_sqlite_then_again(tmp_path: Path, store: str) -> None:
     folder = finished_run(tmp_path / "support")
     assert "MLflow has all of run" in sync(folder).stdout
-    parent, prompts = runs(f"sqlite:///{folder}/mlflow.db")
+    parent, prompts = runs(store)
     assert parent.info.status == "FINISHED"
     assert {run.info.status for run in prompts.values()} == {"FINISHED"}
     assert parent.info.run_name == "support"
@@ -101,8 +105,8 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
     assert len(parent.inputs.dataset_inputs) == 6
     names = {item.dataset.name for item in prompts["animals"].inputs.dataset_inputs}
     assert names == {"animals train", "animals validation", "animals shifted validation"}
-    assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
-    client = client_of(f"sqlite:///{folder}/mlflow.db")
+    assert_complete(folder, store)
+    client = client_of(store)
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"run.yaml", "environment.json", "datasets.json", "summary.json"}
     adapter = {f.path for f in client.list_artifacts(prompts["triage"].info.run_id, "adapter")}
@@ -113,10 +117,10 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path) -> None:
         (folder / "tracking.json").read_text().replace('"offsets": {', '"offsets_": {')
     )
     assert "(0 new points)" in sync(folder).stdout
-    assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
+    assert_complete(folder, store)
 
 
-def test_a_sweep_is_compared_by_one_search(tmp_path: Path) -> None:
+def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
     """Settings, scores and ends of all its prompts stand under the same names."""
     import mlflow
 
@@ -143,7 +147,7 @@ def test_a_sweep_is_compared_by_one_search(tmp_path: Path) -> None:
     log.close()
     sync(folder)
 
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_tracking_uri(store)
     found = mlflow.search_runs(
         experiment_names=["support"],
         filter_string="tags.kind = 'prompt'",
@@ -181,7 +185,7 @@ def expanded(folder: Path) -> list[dict[str, Any]]:
 
 def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
     answer = sync(tmp_path, expect=2)
-    assert "no run.yaml" in answer.stderr
+    assert "is not a run directory (no run.yaml)" in answer.stderr
 
 
 def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Server) -> None:
@@ -216,7 +220,7 @@ def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Ser
 
 
 def test_a_broken_tracker_costs_the_trainer_nothing(
-    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: str, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_inputs(tmp_path / "run")
     uri = broken.replace("http://", f"http://me:{SECRET}@")
@@ -242,8 +246,8 @@ def test_a_broken_tracker_costs_the_trainer_nothing(
     for file in folder.rglob("*"):
         assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    sync(folder)  # into the folder's own SQLite
-    assert_complete(folder, f"sqlite:///{folder}/mlflow.db")
+    sync(folder, PROMPTSHARD_TRACKING_URI=store)  # as with --uri
+    assert_complete(folder, store)
 
 
 def test_a_training_ends_well_while_its_server_fails_hangs_and_is_gone(
@@ -341,9 +345,8 @@ TRAINER = """
 """
 
 
-def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path) -> None:
+def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path, store: str) -> None:
     folder = write_inputs(tmp_path / "run", system_metrics=True)
-    store = f"sqlite:///{folder}/mlflow.db"
     first, _ = train(folder, 0, 50, pause=0.0)  # killed while the sidecar still starts
     wait_until(lambda: not psutil.pid_exists(first), 30)
     parent, _ = runs(store)
@@ -363,7 +366,7 @@ def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path) -
     assert "not sent, next try" not in log
 
 
-def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path) -> None:
+def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path, store: str) -> None:
     folder = write_inputs(tmp_path / "run")
     log, sender = MetricsLog(folder), Sender(folder, every=0.2)
     sender.start()
@@ -375,7 +378,7 @@ def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path) -> None
     log_steps(log, 1, 3)
     write_results(folder, status="failed")
     assert sender.finish(60).complete
-    parent, _ = runs(f"sqlite:///{folder}/mlflow.db")
+    parent, _ = runs(store)
     assert parent.info.status == "FAILED"
 
 
@@ -384,7 +387,6 @@ def train(folder: Path, rewind: int, last: int, pause: float = 0.0) -> tuple[int
     options = [str(folder), str(rewind), str(last), str(pause)]
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(TRAINER), *options],
-        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=200,
@@ -397,7 +399,6 @@ def train(folder: Path, rewind: int, last: int, pause: float = 0.0) -> tuple[int
 def sync(folder: Path, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", "trainer.tracking", "sync", str(folder)],
-        cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

@@ -2,20 +2,38 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from tests.unit.run_folder import PROMPTS, finished_run
+from tests.unit.run_folder import PROMPTS, finished_run, write_inputs
 from trainer import runfile
+from trainer.config.tracking import Tracking
 from trainer.errors import BadInput
 from trainer.redact import redact, secrets_of
-from trainer.tracking import MetricsLog, check_uri
+from trainer.tracking import MetricsLog
 from trainer.tracking.folder import Folder, shorten
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+from trainer.tracking.state import State
+from trainer.tracking.sync import explain
 from trainer.tracking.target import resolve
 
 SECRET = "hunter2-secret"
+
+
+class Answer(Exception):
+    """As mlflow (``error_code``) or requests (``response``) raise it for a server's answer."""
+
+    def __init__(self, text: str, code: str | None = None, status: int | None = None) -> None:
+        super().__init__(text)
+        if code is not None:
+            self.error_code = code
+        if status is not None:
+            self.response = SimpleNamespace(status_code=status)
 
 
 def steps(folder: Path) -> list[int]:
@@ -48,6 +66,32 @@ def test_rewind_drops_later_steps_and_goes_on(tmp_path: Path) -> None:
     log.rewind(3)
     log.log(4, 4, {"x": 4.0})
     assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_rewind_drops_a_validation_that_is_repeated(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.log(step, step, {"train_loss": step}, "p")
+        log.log(step, step, {"validation_loss": step, "generalization_gap": 0.1}, "p")
+        log.log(step, step, {"shifted_validation_loss": step}, "p")
+    log.rewind(2, validated=False)
+    log.log(2, 2, {"validation_loss": 2.0}, "p")
+    assert steps(tmp_path) == [1, 1, 1, 2, 2]
+    log.rewind(2)
+    assert steps(tmp_path) == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_file_that_was_deleted_is_written_again(tmp_path: Path, moved: bool) -> None:
+    log = MetricsLog(tmp_path)
+    log.log(1, 1, {"x": 1.0})
+    assert not log.restore()
+    log.path.rename(tmp_path / "moved") if moved else log.path.unlink()
+    log.log(2, 2, {"x": 2.0})
+    assert log.restore()
+    log.log(3, 3, {"x": 3.0})
+    assert steps(tmp_path) == [1, 2, 3]
+    assert not log.restore()
 
 
 def test_half_a_line_of_a_crash_is_not_read_and_then_cut(tmp_path: Path) -> None:
@@ -90,32 +134,210 @@ def test_credentials_are_hidden(text: str, hidden: str) -> None:
 
 
 def test_secrets_are_known_decoded_too() -> None:
-    assert secrets_of("http://me:a%2Fbcd@host/?token=wxyz") == ["a%2Fbcd", "a/bcd", "wxyz"]
+    uri = "http://me:a%2Fbcdef9@host/?token=wxyz12345"
+    assert secrets_of(uri) == ["a%2Fbcdef9", "wxyz12345", "a/bcdef9"]
 
 
-@pytest.mark.parametrize("uri", ["runs/mlruns", "file:///x", "htp://host", "http://"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "runs/mlruns",
+        "file:///x",
+        "htp://host",
+        "http://",
+        "http://h:port",
+        "http://[x",
+        "sqlite://",
+    ],
+)
 def test_addresses_that_mlflow_cannot_use_are_refused(uri: str) -> None:
-    with pytest.raises(BadInput, match=r"tracking\.uri"):
-        check_uri(uri)
+    with pytest.raises(ValidationError, match="use "):
+        Tracking(uri=uri)
+    with pytest.raises(BadInput, match=r"tracking\.uri: .*use "):
+        resolve(Path(), uri)
 
 
 def test_where_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    own = resolve(tmp_path, None)
-    assert own.uri == f"sqlite:///{tmp_path}/mlflow.db"
-    assert own.artifacts == (tmp_path / "mlartifacts").as_uri()
-    server = resolve(tmp_path, f"http://me:{SECRET}@host:5000/")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "a b"
+    folder.mkdir(parents=True)
+    default = resolve(folder)
+    assert default.uri == default.name == f"sqlite:///{tmp_path}/mlflow.db"
+    assert default.artifacts == (tmp_path / "mlruns").as_uri()
+    assert resolve(folder, "sqlite:///x/y.db").uri == f"sqlite:///{tmp_path}/x/y.db"
+    server = resolve(folder, f"http://me:{SECRET}@host:5000/")
     assert (server.uri, server.name) == ("http://host:5000", "http://host:5000")
     assert server.credentials["MLFLOW_TRACKING_PASSWORD"] == SECRET
     assert SECRET not in repr(server)
+    state = State(folder)
+    state.store = default.name  # as the sender keeps it
+    state.save()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert resolve(folder).uri == default.uri
+    (folder / "tracking.json").unlink()
+    assert resolve(folder).uri == f"sqlite:///{elsewhere}/mlflow.db"
+    (folder / "mlflow.db").touch()  # of a run that has a store of its own
+    assert resolve(folder).uri == f"sqlite:///{folder}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@host:5000")
-    assert resolve(tmp_path, None).name == "http://host:5000"
+    assert resolve(folder).name == "http://host:5000"
     # The run file's own copy has the credentials hidden; the environment's come to its help.
-    again = resolve(tmp_path, "http://***@host:5000")
+    again = resolve(folder, saved="http://***@host:5000")
     assert again.credentials["MLFLOW_TRACKING_USERNAME"] == "me"
-    assert resolve(tmp_path, "http://***@elsewhere").credentials == {}
+    assert resolve(folder, saved="http://***@elsewhere").credentials == {}
     with pytest.raises(BadInput, match="MLFLOW_TRACKING_URI"):
-        resolve(tmp_path, "postgresql://***@db/x")
+        resolve(folder, "postgresql://***@db/x")
+
+
+@pytest.mark.parametrize(
+    ("saved", "environment", "trusted"),
+    [
+        ("http://host:5000", None, False),
+        ("http://host:5000", "http://host:5000/", True),
+        ("http://host:5000", "http://HOST:5000/other", True),
+        ("http://host", "http://host:80", True),
+        ("http://host:5000", "http://host:5001", False),
+        ("http://host", "https://host", False),
+        ("http://host.evil.example", "http://host", False),
+        ("http://host@evil.example", "http://host", False),
+    ],
+)
+def test_credentials_go_only_to_the_server_that_the_environment_names(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: str,
+    environment: str | None,
+    trusted: bool,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if environment:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    secrets = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    for name in secrets:
+        monkeypatch.setenv(name, SECRET)
+    for target, expected in (
+        (resolve(tmp_path, saved=saved), trusted),
+        (resolve(tmp_path, saved, saved), True),
+    ):
+        assert target.trusted is expected
+        home = os.environ["HOME"]
+        with target.applied():
+            assert (SECRET in map(os.environ.get, secrets)) is expected
+            assert (os.environ["HOME"] == home) is expected  # ~/.mlflow/credentials, ~/.netrc
+        assert os.environ["MLFLOW_TRACKING_TOKEN"] == SECRET
+
+
+@pytest.mark.parametrize(
+    "saved", ["postgresql://db/x", "mysql+pymysql://me@db/x", "sqlite:////nowhere/x.db"]
+)
+def test_a_database_that_only_the_folder_names_must_be_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(BadInput, match=r"run: promptshard sync .* --uri "):
+        resolve(tmp_path, saved=saved)
+    assert resolve(tmp_path, saved, saved).trusted
+
+
+@pytest.mark.parametrize("secret", ["test", "training", "12345678", "abc"])
+def test_a_common_word_as_password_is_hidden_in_addresses_only(secret: str) -> None:
+    uri = f"http://me:{secret}@host/?token={secret}"
+    assert secrets_of(uri) == []
+    assert secret not in redact(f"uri: {uri}", secrets_of(uri))
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (Answer("no 403 at http://host:4030", "INTERNAL_ERROR"), None),
+        (Answer("connect to port 4010 timed out"), None),
+        (Answer("no", "UNAUTHENTICATED"), "set MLFLOW_TRACKING_USERNAME"),
+        (Answer("no", "PERMISSION_DENIED"), "set MLFLOW_TRACKING_USERNAME"),
+        (Answer("403 Client Error", status=403), "set MLFLOW_TRACKING_USERNAME"),
+        (
+            Answer("!= 200. Response body: 'Invalid Host header'", "PERMISSION_DENIED"),
+            "mlflow server --allowed-hosts host:5000",
+        ),
+    ],
+)
+def test_advice_follows_the_http_status(
+    tmp_path: Path, error: Exception, remedy: str | None
+) -> None:
+    text = explain(error, resolve(tmp_path, "http://host:5000"), tmp_path)
+    assert text.endswith(remedy if remedy else str(error)) or (remedy or "") in text
+    assert ("MLFLOW_TRACKING_USERNAME" in text) is (remedy or "").startswith("set MLFLOW")
+
+
+def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
+    folder = Folder(finished_run(tmp_path / "support"))
+    private = tmp_path / "id_rsa"
+    private.write_text("private")
+    good = {a.key for a in [*folder.early_artifacts(), *folder.late_artifacts()]}
+    inside = folder.path / "prompts" / "triage"
+    (inside / "leak.txt").symlink_to(private)
+    (inside / "notes.txt").write_text("not ours")
+    (inside / "README.md").symlink_to(private)
+    (folder.path / "prompts" / "animals" / "last").symlink_to(inside, target_is_directory=True)
+    (folder.path / "report.html").symlink_to(private)
+    os.mkfifo(folder.path / "prompts" / "triage-mlp" / "README.md")
+    predictions = folder.path / "predictions"
+    predictions.mkdir()
+    (predictions / "triage.jsonl").write_text("{}\n")
+    (predictions / "leak.jsonl").symlink_to(private)
+    found = {a.key for a in [*folder.early_artifacts(), *folder.late_artifacts()]}
+    assert found == good | {"triage:predictions/triage.jsonl"}
+    (folder.path / "metrics.jsonl").rename(tmp_path / "m")
+    (folder.path / "metrics.jsonl").symlink_to(tmp_path / "m")
+    assert list(folder.lines("metrics.jsonl")) == []
+    run = folder.run_file
+    run["prompts"][0]["name"] = "../../prompts/triage"
+    (folder.path / "run.yaml").write_text(json.dumps(run))
+    folder = Folder(folder.path)
+    assert not any(".." in a.key for a in folder.late_artifacts())
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "1", "null", '"x"', "{", "[" * 100_000, '{"prompts": []}']
+)
+def test_files_of_the_folder_may_hold_anything(tmp_path: Path, content: str) -> None:
+    folder = Folder(write_inputs(tmp_path / "run"))
+    for name in ("summary.json", "environment.json", "datasets.json", "tracking.json"):
+        (folder.path / name).write_text(content)
+    summary = folder.summary()
+    State(folder.path)
+    folder.params(), folder.tags(), folder.note(summary), folder.datasets("triage")
+    for prompt in folder.prompts:
+        folder.final_metrics(prompt, summary), folder.final_tags(prompt, summary)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "Infinity"},
+        {"step": -1},
+        {"step": 2**70},
+        {"time": float("nan")},
+        {"prompt": []},
+        {"metrics": [1]},
+        {"metrics": {"loss": []}},
+        {"useful_tokens": float("inf")},
+    ],
+)
+def test_damaged_lines_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log = MetricsLog(tmp_path)
+    log.log(1, 10, {"train_loss": 1.0}, "p")
+    log.close()
+    good = (tmp_path / METRICS_FILE).read_text()
+    bad = json.dumps(json.loads(good) | changes).replace('"Infinity"', "Infinity")
+    (tmp_path / METRICS_FILE).write_text(f"{good}{bad}\n{'[' * 100_000}\n{good}")
+    assert [line and line.step for line, _ in read_lines(tmp_path / METRICS_FILE)] == [
+        1,
+        None,
+        None,
+        1,
+    ]
 
 
 def test_what_mlflow_is_told(tmp_path: Path) -> None:

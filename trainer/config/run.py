@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,9 +21,9 @@ from trainer.config.section import (
     PositiveInt,
     Section,
     checked,
-    expand_path,
 )
 from trainer.config.task import Task
+from trainer.config.tracking import Tracking
 from trainer.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -108,22 +107,6 @@ class Search(Section):
 class Checkpoint(Section):
     every: PositiveInt = Field(50, description="steps between checkpoints; the last step always is")
     keep: PositiveInt = Field(3, description="newest checkpoints that are kept")
-
-
-class Tracking(Section):
-    experiment: str = Field("promptshard", min_length=1)
-    uri: str | None = Field(None, description="null: $MLFLOW_TRACKING_URI, or SQLite in output_dir")
-    system_metrics: bool = Field(True, description="CPU, memory and GPU load of rank 0's node")
-
-    @field_validator("uri")
-    @classmethod
-    def _expand(cls, value: str | None) -> str | None:
-        """A folder or database file may be given by ``$NAME``; a password may hold a ``$``."""
-        if value is None or re.match(r"https?://|databricks|\w+(\+\w+)?://[^/]", value):
-            return value
-        match = re.match(r"(\w+:///)?(.*)", value, re.DOTALL)
-        assert match is not None
-        return f"{match[1] or ''}{expand_path(match[2])}"
 
 
 class RunConfig(Section):

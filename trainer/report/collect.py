@@ -25,6 +25,7 @@ from trainer.result_table import (
     task_tables,
 )
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
+from trainer.tracking.state import State
 
 MOST_CURVES = len(COLORS)
 WIDE_GAP = 0.10  #: a drop from validation to OOD validation that is worth a warning
@@ -278,9 +279,9 @@ def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
     prompt = str(next(iter([*(found["prompt"] for found in selected), *names]), "NAME"))
     try_it = f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."'
     commands = [("Try a prompt", try_it)]
-    stores = _json(output_dir, "tracking.json").get("stores") or {}
-    store = next(reversed(stores), f"sqlite:///{output_dir.resolve()}/mlflow.db")
-    page = (stores.get(store) or {}).get("page")
+    state = State(output_dir)
+    store = state.store or f"sqlite:///{output_dir.resolve()}/mlflow.db"
+    page = state.stores[store].page if store in state.stores else None
     where = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     if store.startswith("http"):
         where = f"{store}/{page or ''}"

@@ -12,6 +12,5 @@ from __future__ import annotations
 from trainer.tracking.metrics_log import MetricsLog, unless_full
 from trainer.tracking.sender import Finished, Sender
 from trainer.tracking.sync import SyncResult, sync
-from trainer.tracking.target import check_uri
 
-__all__ = ["Finished", "MetricsLog", "Sender", "SyncResult", "check_uri", "sync", "unless_full"]
+__all__ = ["Finished", "MetricsLog", "Sender", "SyncResult", "sync", "unless_full"]

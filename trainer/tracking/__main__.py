@@ -1,4 +1,7 @@
-"""``python -m trainer.tracking``: ``sync RUN_DIR`` for people, ``follow`` for the trainer."""
+"""``python -m trainer.tracking``: ``sync RUN_DIR`` for people, ``follow`` for the trainer.
+
+The store's address comes in ``PROMPTSHARD_TRACKING_URI``, as it may hold a password.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,17 @@ def main(arguments: list[str]) -> int:
     follow = commands.add_parser("follow", help="started by the trainer")
     follow.add_argument("options")
     chosen = parser.parse_args(arguments)
+    uri = os.environ.pop(URI_VARIABLE, None)
     if chosen.command == "follow":
         from trainer.tracking import sidecar
 
         with contextlib.suppress(OSError):
             os.nice(10)  # the trainer's processes come first
-        return sidecar.main(chosen.options, os.environ.pop(URI_VARIABLE, None))
-    return _sync(chosen.run_dir)
+        return sidecar.main(chosen.options, uri)
+    return _sync(chosen.run_dir, uri)
 
 
-def _sync(run_dir: Path) -> int:
+def _sync(run_dir: Path, uri: str | None) -> int:
     from trainer.tracking.sidecar import HTTP_LIMITS
     from trainer.tracking.sync import sync
 
@@ -39,7 +43,7 @@ def _sync(run_dir: Path) -> int:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
-        result = sync(run_dir)
+        result = sync(run_dir, uri)
     except BadInput as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT

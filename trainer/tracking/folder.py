@@ -1,4 +1,4 @@
-"""What an output folder says about its run, in MLflow's words."""
+"""A run's output folder as MLflow's params, tags, metrics and artifacts."""
 
 from __future__ import annotations
 
@@ -26,27 +26,52 @@ from trainer.result_table import (
     task_tables,
 )
 from trainer.statistics import STANDARD_ERROR
-from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
 #: Of a digest, its pages show all: as many letters as git does; the whole is in the profile.
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
 #: Settings that say where a run was written and not what it did.
 NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
+#: What ``export.save_peft`` writes.
+ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass
 class Folder:
-    """Reads an output folder anew where a file has changed; a missing file is an empty one."""
+    """Reads the files that a run has written into its output folder; a missing file is empty.
+
+    The folder may come from elsewhere: nothing is read through a symlink, so that no other file of
+    this machine gets to a tracker.
+    """
 
     path: Path
     _run_file: tuple[Any, dict[str, Any]] = field(default=(None, {}), init=False, repr=False)
 
+    def file(self, name: str) -> Path | None:
+        """The regular file ``name`` ("a/b") of the folder, if it and its folders are no symlinks.
+
+        ``name`` itself may come from a file of the folder.
+        """
+        path = self.path
+        for part in name.split("/"):
+            path = path / part
+            if part in ("", ".", "..") or path.is_symlink():
+                return None
+        return path if path.is_file() else None
+
+    def lines(self, name: str, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
+        """``read_lines`` of a file of the folder."""
+        path = self.file(name)
+        return iter(()) if path is None else read_lines(path, offset)
+
     @property
     def run_file(self) -> dict[str, Any]:
         """Parsed once: each of many prompts asks for it, and it holds them all."""
-        path = self.path / "run.yaml"
         try:
+            path = self.file("run.yaml")
+            if path is None:
+                return {}
             stat = path.stat()
             version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
             if version != self._run_file[0]:
@@ -57,13 +82,14 @@ class Folder:
 
     def json(self, name: str) -> Any:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            path = self.file(name)
+            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
 
     @property
     def environment(self) -> dict[str, Any]:
-        return self.json("environment.json") or {}
+        return mapping(self.json("environment.json"))
 
     def summary(self, stale_ns: int | None = None) -> dict[str, Any]:
         """``summary.json``, unless it is the one that an earlier session left behind."""
@@ -72,11 +98,11 @@ class Folder:
                 return {}
         except OSError:
             return {}
-        return self.json("summary.json") or {}
+        return mapping(self.json("summary.json"))
 
     @property
     def tracking(self) -> dict[str, Any]:
-        return self.run_file.get("tracking") or {}
+        return mapping(self.run_file.get("tracking"))
 
     @property
     def name(self) -> str:
@@ -84,13 +110,17 @@ class Folder:
 
     @property
     def prompts(self) -> list[dict[str, Any]]:
-        return list(self.run_file.get("prompts") or [])
+        return _named(self.run_file.get("prompts"))
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        return _named(self.run_file.get("tasks"))
 
     def params(self) -> dict[str, str]:
         """Settings of the whole run, flat: ``base.model``, ``tasks.triage.metric``, ..."""
         run = self.run_file
         tree: dict[str, Any] = {k: v for k, v in run.items() if k not in NOT_PARAMS}
-        tree["tasks"] = {task["name"]: task for task in run.get("tasks") or []}
+        tree["tasks"] = {task["name"]: task for task in self.tasks}
         environment = self.environment
         for key in ("world_size", "device", "versions"):
             if key in environment:
@@ -100,7 +130,7 @@ class Folder:
     def prompt_params(self, prompt: Mapping[str, Any]) -> dict[str, str]:
         """Settings of one prompt, and those of the run that a comparison over runs needs."""
         run = self.run_file
-        training, base = run.get("training") or {}, run.get("base") or {}
+        training, base = mapping(run.get("training")), mapping(run.get("base"))
         settings: dict[str, Any] = {k: v for k, v in prompt.items() if k not in ("name", "init")}
         if settings.get("seed") is None:
             settings["seed"] = training.get("seed", 0)
@@ -122,9 +152,9 @@ class Folder:
         run = self.run_file
         tags = {
             "kind": "run",
-            "base_model": Path(str((run.get("base") or {}).get("model") or "")).name,
+            "base_model": Path(str(mapping(run.get("base")).get("model") or "")).name,
             "output_dir": str(self.path.resolve()),
-            "tasks": ", ".join(task["name"] for task in run.get("tasks") or []),
+            "tasks": ", ".join(task["name"] for task in self.tasks),
             "command": environment.get("command"),
             "mlflow.user": _user(),
             "mlflow.source.name": "promptshard",
@@ -138,7 +168,7 @@ class Folder:
     @property
     def started(self) -> float | None:
         """When the run was first set up, unix seconds; a resumed run writes run.yaml anew."""
-        lines = (line for line, _ in read_lines(self.path / METRICS_FILE) if line is not None)
+        lines = (line for line, _ in self.lines(METRICS_FILE) if line is not None)
         first = next(lines, None)
         times = [first.time] if first is not None else []
         with contextlib.suppress(OSError):
@@ -156,26 +186,28 @@ class Folder:
         return common | _clean(own)
 
     def datasets(self, task: str | None = None) -> list[dict[str, Any]]:
-        found = self.json("datasets.json") or []
+        found = mappings(self.json("datasets.json"))
         return [item for item in found if task is None or item.get("task") == task]
 
     def early_artifacts(self) -> list[Artifact]:
-        names = ("run.yaml", "environment.json", "datasets.json")
-        return [Artifact(None, self.path / n, "", text=True) for n in names if self._has(n)]
+        return self._texts("run.yaml", "environment.json", "datasets.json")
 
     def late_artifacts(self) -> list[Artifact]:
-        names = ("summary.json", "report.html")
-        found = [Artifact(None, self.path / n, "", text=True) for n in names if self._has(n)]
-        for prompt in self.prompts:
-            folder = self.path / "prompts" / str(prompt["name"])
-            files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
-            for file in files:
-                inside = Path("adapter", *file.relative_to(folder).parts[:-1]).as_posix()
-                found.append(Artifact(str(prompt["name"]), file, inside))
+        found = self._texts("summary.json", "report.html")
+        names = [prompt["name"] for prompt in self.prompts]
+        for name in names:
+            for inside in ("", "/last"):
+                for file in ADAPTER_FILES:
+                    if path := self.file(f"prompts/{name}{inside}/{file}"):
+                        found.append(Artifact(name, path, f"adapter{inside}"))
+        for path in sorted((self.path / "predictions").glob("*.jsonl")):
+            if self.file(f"predictions/{path.name}"):
+                prompt = path.stem if path.stem in names else None
+                found.append(Artifact(prompt, path, "predictions"))
         return found
 
-    def _has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+    def _texts(self, *names: str) -> list[Artifact]:
+        return [Artifact(None, p, "", text=True) for n in names if (p := self.file(n))]
 
     def final_metrics(
         self, prompt: Mapping[str, Any], summary: Mapping[str, Any]
@@ -189,9 +221,9 @@ class Folder:
         all curves. A distilled prompt's loss is a divergence from its teacher, and so is the one
         beside it.
         """
-        result = (summary.get("prompts") or {}).get(prompt["name"]) or {}
-        tasks = self.run_file.get("tasks") or []
-        metric = next((t.get("metric") for t in tasks if t["name"] == prompt.get("task")), "loss")
+        result = mapping(mapping(summary.get("prompts")).get(prompt["name"]))
+        metrics = {t["name"]: t.get("metric") for t in self.tasks}
+        metric = metrics.get(str(prompt.get("task"))) or "loss"
         step = int(result.get("best_step") or summary.get("steps") or 0)
         scores = {f"{k}_best": v for k, v in _scores(result)}
         baselines = comparable_baselines(prompt, metric, self.run_file, summary)
@@ -207,8 +239,8 @@ class Folder:
     def final_tags(self, prompt: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
         """How a prompt's training ended, and whether it is the best of its task: to filter by."""
         name = prompt["name"]
-        end = ((summary.get("prompts") or {}).get(name) or {}).get("stopped") or {}
-        chosen = (summary.get("selected") or {}).get(prompt.get("task")) or {}
+        end = mapping(mapping(mapping(summary.get("prompts")).get(name)).get("stopped"))
+        chosen = mapping(mapping(summary.get("selected")).get(str(prompt.get("task"))))
         taken = name == chosen.get("prompt")
         return _clean({"stopped": end.get("reason"), "selected": "yes" if taken else None})
 
@@ -243,6 +275,20 @@ class Artifact:
 
     def digest(self) -> str:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """``value`` if it is a mapping, else an empty one: files of a folder may hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings of a list; others are left out."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _named(value: Any) -> list[dict[str, Any]]:
+    return [item for item in mappings(value) if isinstance(item.get("name"), str)]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -9,9 +9,11 @@ strings "NaN", "Infinity" and "-Infinity", which ``float()`` reads back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,11 @@ from typing import BinaryIO
 from trainer import atomic
 
 METRICS_FILE = "metrics.jsonl"
+#: How names of validation scores begin.
+VALIDATION = ("validation_", "shifted_validation_")
 SYSTEM_FILE = "logs/system_metrics.jsonl"
+#: Exact in JSON and in a database; larger numbers of steps or seconds are damage.
+MAX_COUNT = 2**53
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class Line:
     prompt: str | None
     metrics: dict[str, float]
 
+    @property
+    def is_validation(self) -> bool:
+        return any(name.startswith(VALIDATION) for name in self.metrics)
+
 
 class MetricsLog:
     """Appends to ``OUTPUT_DIR/metrics.jsonl``; only the disk can make it fail (``OSError``).
@@ -45,7 +55,7 @@ class MetricsLog:
         self.path = Path(output_dir) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(self.path)
-        self._file: BinaryIO = self.path.open("ab")
+        self._file: BinaryIO = self._open()
 
     def log(
         self,
@@ -65,18 +75,47 @@ class MetricsLog:
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after ``step``: a resumed run does those steps again.
+    def rewind(self, step: int, *, validated: bool = True) -> None:
+        """Drop what was logged after ``step``: a resumed run repeats those steps.
 
         Call it before the sender starts. The file is replaced in one go, so a crash leaves the old
         or the new one.
+
+        Args:
+            validated: False if the validation of ``step`` itself will be repeated too.
         """
         self._file.close()
         with atomic.replacing(self.path, durable=True) as out:
             for raw, line, _ in read_raw(self.path):
-                if line is not None and line.step <= step:
+                if line is None or line.step > step:
+                    continue
+                if validated or line.step < step or not line.is_validation:
                     out.write(raw)
-        self._file = self.path.open("ab")
+        self._file = self._open()
+
+    def restore(self) -> bool:
+        """Write the file again, with all its lines, if it was deleted or moved.
+
+        Its content is still there for as long as this process has it open.
+
+        Returns:
+            Whether that was needed.
+        """
+        ours = os.fstat(self._file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            now = self.path.stat()
+            if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
+                return False
+        self._file.flush()
+        self._file.seek(0)
+        with atomic.replacing(self.path, durable=True) as out:
+            shutil.copyfileobj(self._file, out)
+        self._file.close()
+        self._file = self._open()
+        return True
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("ab+")
 
     def close(self) -> None:
         self._file.close()
@@ -128,16 +167,19 @@ def read_raw(path: Path, offset: int = 0) -> Iterator[tuple[bytes, Line | None, 
 def _parse(raw: bytes) -> Line | None:
     try:
         data = json.loads(raw)
-        tokens = data.get("useful_tokens")
-        return Line(
+        tokens, prompt = data.get("useful_tokens"), data.get("prompt")
+        line = Line(
             time=float(data["time"]),
             step=int(data["step"]),
             useful_tokens=None if tokens is None else int(tokens),
-            prompt=data.get("prompt"),
+            prompt=prompt,
             metrics={str(k): float(v) for k, v in data["metrics"].items() if v is not None},
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+    counts = (line.time, line.step, line.useful_tokens or 0)
+    possible = all(0 <= count < MAX_COUNT for count in counts)  # false for NaN
+    return line if possible and isinstance(prompt, str | None) else None
 
 
 def _encode(value: float) -> float | int | str:

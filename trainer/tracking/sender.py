@@ -9,15 +9,19 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import PROJECT_ROOT
+from trainer.config.tracking import HTTP, scheme_of
 from trainer.errors import BadInput
-from trainer.redact import redact
+from trainer.redact import HIDDEN, redact
 
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
+#: Between two looks for problems of the sender.
+LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Sender:
         self.output_dir = Path(output_dir).resolve()
         self.uri, self.every, self.grace = uri, every, grace
         self._process: subprocess.Popen[bytes] | None = None
+        self._shown: str | None = None
+        self._look_at = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -100,27 +106,59 @@ class Sender:
                 process.wait()
         return self._result(code == 0)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a file: slow at worst, never out of reach."""
+        from trainer.tracking.target import resolve
+
+        try:
+            return resolve(self.output_dir, self.uri).database is not None
+        except BadInput:
+            return True
+
+    def news(self) -> str | None:
+        """A problem that the sender has met and not told yet; looks every few seconds at most."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return None
+        self._look_at = now + LOOK_SECONDS
+        from trainer.tracking.state import State
+        from trainer.tracking.target import resolve
+
+        try:
+            resolve(self.output_dir, self.uri)
+            problem = State(self.output_dir).problem
+        except BadInput as error:
+            problem = redact(str(error))
+        if problem in (None, self._shown):
+            return None
+        self._shown = problem
+        return f"MLflow: {problem}. Training continues; all numbers are kept in metrics.jsonl"
+
     def _result(self, complete: bool) -> Finished:
         # Late imports: the training process needs none of this while it trains.
+        from trainer.tracking.folder import Folder
         from trainer.tracking.state import State
         from trainer.tracking.sync import Pusher, where_to_look
         from trainer.tracking.target import resolve
 
-        again = f"promptshard sync {_quoted(self.output_dir)}"
+        again = sync_later(self.output_dir, None)
         try:
             target = resolve(self.output_dir, self.uri)
-            pusher = Pusher(self.output_dir, target, State(self.output_dir))
-            if complete:
-                return Finished(True, where_to_look(target, pusher.progress.page))
-            unsent = pusher.unsent()
+            state = State(self.output_dir)
+            pusher = Pusher(self.output_dir, target, state)
+            unsent = None if complete else pusher.unsent()
+            saved = Folder(self.output_dir).tracking.get("uri")
+            again = sync_later(self.output_dir, target.name, saved)
         except (BadInput, OSError) as error:
             return Finished(False, f"MLflow: {redact(str(error))}; then: {again}")
         if not unsent:
             return Finished(True, where_to_look(target, pusher.progress.page))
+        why = f" ({state.problem})" if state.problem else ""
         return Finished(
             False,
-            f"MLflow: {target.name} has not got {unsent}; nothing is lost. Send it with: {again} "
-            f"(reasons in {_quoted(self.output_dir / 'logs' / 'tracking.log')})",
+            f"MLflow: {target.name} has not got {unsent}{why}; nothing is lost. Send it with: "
+            f"{again} (reasons in {_quoted(self.output_dir / 'logs' / 'tracking.log')})",
         )
 
     def _environment(self) -> dict[str, str]:
@@ -133,6 +171,20 @@ class Sender:
         if self.uri:
             environment[URI_VARIABLE] = self.uri
         return environment
+
+
+def sync_later(output_dir: Path, name: str | None, saved: str | None = None) -> str:
+    """The command that sends the rest, with the address where the folder's own is not enough."""
+    from trainer.tracking.target import resolve, sync_command
+
+    if saved and HIDDEN in saved and scheme_of(saved) not in HTTP:
+        return sync_command(output_dir)  # it asks for the whole address
+    try:
+        later = resolve(output_dir, saved=saved)
+        confirm = later.name != name or not later.trusted
+    except BadInput:
+        confirm = True
+    return sync_command(output_dir, name if confirm else None)
 
 
 def _mtime_ns(path: Path) -> int | None:

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +24,8 @@ from trainer.errors import BadInput
 from trainer.tracking.folder import Folder
 from trainer.tracking.metrics_log import SYSTEM_FILE, MetricsLog, read_lines
 from trainer.tracking.state import State
-from trainer.tracking.sync import Pusher, explain, folder_lock
+from trainer.tracking.store import Refused
+from trainer.tracking.sync import Pusher, explain, folder_lock, is_busy
 from trainer.tracking.target import Target, resolve
 
 logger = logging.getLogger(__name__)
@@ -75,36 +77,53 @@ def _follow(
 ) -> int:
     state = State(output_dir)
     state.stale_summary_ns = stale_ns
+    state.store, state.problem = target.name, None  # also where nothing can be sent yet
     state.save()
     pusher = Pusher(output_dir, target, state)
     stop = threading.Event()
     watch: threading.Thread | None = None
     if Folder(output_dir).tracking.get("system_metrics", True):
         watch = _start_watch(output_dir, stop)
-    pause = 0.0
+    pause, failures = 0.0, 0
     while not trainer.wait(pause):
         begun, connected = time.monotonic(), pusher.connected
         try:
             pusher.push(running=True)
             took = time.monotonic() - begun if connected else 0.0  # connecting is not every round's
-            pause = max(every, min(LONGEST_PAUSE, REST * took))
+            pause, failures = max(every, min(LONGEST_PAUSE, REST * took)), 0
+            _tell(state, None)
         except Exception as error:
-            pause = min(LONGEST_PAUSE, max(every, pause * 2))
-            logger.warning("not sent, next try in %.1f s: %s", pause, explain(error, target))
+            pause, failures = min(LONGEST_PAUSE, max(every, pause * 2)), failures + 1
+            problem = explain(error, target, output_dir)
+            logger.warning("not sent, next try in %.1f s: %s", pause, problem)
             logger.debug("", exc_info=True)
+            if failures > 1 or isinstance(error, Refused | BadInput):
+                _tell(state, problem)
     stop.set()
     if watch is not None:
         watch.join(2.0)
-    for attempt in (1, 2):
+    for attempt in count(1):
         try:
             pusher.end()
             break
         except Exception as error:
-            logger.warning("not all sent (%d of 2): %s", attempt, explain(error, target))
+            problem = explain(error, target, output_dir)
+            logger.warning("not everything was sent (try %d): %s", attempt, problem)
+            if attempt > 1 and not is_busy(error):
+                _tell(state, problem)
+                break
             time.sleep(0.5)
     unsent = pusher.unsent()
     logger.info("ended; not sent: %s", unsent)
     return 1 if unsent else 0
+
+
+def _tell(state: State, problem: str | None) -> None:
+    """Leave word for the trainer, which shows it on the terminal."""
+    if state.problem != problem:
+        state.problem = problem
+        with contextlib.suppress(OSError):
+            state.save()
 
 
 def _start_watch(output_dir: Path, stop: threading.Event) -> threading.Thread | None:
@@ -230,6 +249,6 @@ def main(argument: str, uri: str | None) -> int:
     try:
         return follow(output_dir, uri, **options)
     except BadInput as error:
-        write_log(output_dir, Target("", "", None))
+        write_log(output_dir, Target("", ""))
         logger.error("%s", error)
         return 2

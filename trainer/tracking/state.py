@@ -6,6 +6,9 @@ import json
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from trainer import atomic
 from trainer.tracking.metrics_log import SYSTEM_FILE
@@ -14,14 +17,14 @@ FILE = "tracking.json"
 
 
 def forget_tracking(output_dir: Path) -> None:
-    """From now on an output folder is none that any store knows."""
+    """Detach an output folder from the runs that stores have of it."""
     for name in (FILE, SYSTEM_FILE):
         (output_dir / name).unlink(missing_ok=True)
 
 
 @dataclass
 class Progress:
-    """What one store has. Only a hint on where to go on: the store itself is asked first."""
+    """What one store has. Only a hint where to continue: the store itself is asked first."""
 
     experiment_id: str | None = None
     run_id: str | None = None
@@ -33,30 +36,35 @@ class Progress:
     page: str | None = None  #: of MLflow's web pages, where the curves are
 
 
+@dataclass
+class _Content:
+    output_id: Annotated[str, Field(pattern="^[0-9a-f]+$")]
+    stale_summary_ns: int | None = None
+    store: str | None = None
+    problem: str | None = None
+    stores: dict[str, Progress] = field(default_factory=dict)
+
+
 class State:
-    """``tracking.json``: the folder's identity and, per store, its progress."""
+    """``tracking.json``: the folder's identity and, per store, its progress.
+
+    Attributes:
+        store: the name of the store that was used last; of SQLite, with its absolute path.
+        problem: why the sender cannot send now, for a person.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / FILE
-        self.output_id = uuid.uuid4().hex
-        self.stale_summary_ns: int | None = None
-        self.stores: dict[str, Progress] = {}
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            self.output_id = data["output_id"]
-            self.stale_summary_ns = data.get("stale_summary_ns")
-            known = Progress.__dataclass_fields__
-            self.stores = {
-                name: Progress(**{k: v for k, v in item.items() if k in known})
-                for name, item in data["stores"].items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # none yet, or garbled: the store is asked by the folder's name then
+            found = TypeAdapter(_Content).validate_python(data)
+        except (OSError, ValueError, RecursionError):  # none yet, or damaged
+            found = _Content(uuid.uuid4().hex)
+        self.output_id, self.stale_summary_ns = found.output_id, found.stale_summary_ns
+        self.store, self.problem, self.stores = found.store, found.problem, found.stores
 
     def save(self) -> None:
-        data = {
-            "output_id": self.output_id,
-            "stale_summary_ns": self.stale_summary_ns,
-            "stores": {name: asdict(item) for name, item in self.stores.items()},
-        }
-        atomic.write_json(self.path, data)
+        content = _Content(
+            self.output_id, self.stale_summary_ns, self.store, self.problem, self.stores
+        )
+        atomic.write_json(self.path, asdict(content))

@@ -11,10 +11,12 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from trainer.redact import redact
+from trainer.tracking import database
 from trainer.tracking.folder import (
     MAX_DIGEST,
     Artifact,
@@ -23,13 +25,14 @@ from trainer.tracking.folder import (
 )
 from trainer.tracking.metrics_log import Line
 from trainer.tracking.state import Progress
-from trainer.tracking.target import Target
+from trainer.tracking.target import Target, sync_command
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Param, Run
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 #: The page where the curves of all prompts lie over each other: sorting by name unfolds the nested
 #: runs, and MLflow's pages open as those for language model calls otherwise.
 PAGE = (
@@ -39,6 +42,11 @@ PAGE = (
 IDENTITY = "promptshard.output_id"
 BATCH = {"metrics": 1000, "params": 100}
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+DEFAULT_EXPERIMENT = "promptshard"
+
+
+class Refused(Exception):
+    """Nothing can be sent until a person changes something: what, and how."""
 
 
 class Store:
@@ -47,6 +55,9 @@ class Store:
     def __init__(self, folder: Folder, target: Target, output_id: str) -> None:
         from mlflow.tracking import MlflowClient
 
+        if target.database is not None:
+            assert target.artifacts is not None
+            database.prepare(target.database, target.artifacts)
         self.folder, self.target, self.output_id = folder, target, output_id
         self.client: MlflowClient = MlflowClient(target.uri)
         self.run_ids: dict[str | None, str] = {}  #: prompt -> run id; None: the parent
@@ -82,25 +93,56 @@ class Store:
         progress.page = PAGE.format(experiment.experiment_id)
 
     def _experiment(self, progress: Progress) -> Experiment:
-        if progress.experiment_id is not None and progress.run_id is not None:
-            from mlflow.exceptions import MlflowException
+        """The experiment of the run, made if there is none of its name.
 
-            try:
-                return self.client.get_experiment(progress.experiment_id)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+        Raises:
+            Refused: it is deleted, or the one that the environment names does not exist.
+        """
+        found = self._known_experiment(progress)
+        if found is None:
+            name = str(self.folder.tracking.get("experiment") or DEFAULT_EXPERIMENT)
+            if name == DEFAULT_EXPERIMENT:  # the default gives way to the environment
+                name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
+            found = self.client.get_experiment_by_name(name) or self._new_experiment(name)
+        if found.lifecycle_stage != "active":
+            raise Refused(
+                f"experiment {found.name!r} is deleted in MLflow; restore it (mlflow experiments "
+                f"restore --experiment-id {found.experiment_id}, with MLFLOW_TRACKING_URI set), or "
+                "set tracking.experiment to another name"
+            )
+        return found
+
+    def _known_experiment(self, progress: Progress) -> Experiment | None:
+        """That of this folder's runs, or the one that the environment names by a number."""
+        known = progress.experiment_id if progress.run_id is not None else None
+        if known is not None and (found := _unless_missing(self.client.get_experiment, known)):
+            return found
         run_id = os.environ.get("MLFLOW_RUN_ID")
         if run_id:
-            return self.client.get_experiment(self.client.get_run(run_id).info.experiment_id)
-        name = str(self.folder.tracking.get("experiment") or "promptshard")
-        if name == "promptshard":  # the default gives way to the environment
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            tags = {"mlflow.experimentKind": "custom_model_development"}  # opens on runs and curves
+            run = _unless_missing(self.client.get_run, run_id)
+            if run is None or run.info.lifecycle_stage != "active":
+                raise Refused(f"MLFLOW_RUN_ID={run_id}: MLflow has no such run; unset it")
+            return self.client.get_experiment(run.info.experiment_id)
+        number = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        default = self.folder.tracking.get("experiment") in (None, DEFAULT_EXPERIMENT)
+        if number and default and not os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+            if found := _unless_missing(self.client.get_experiment, number):
+                return found
+            raise Refused(
+                f"MLFLOW_EXPERIMENT_ID={number}: MLflow has no such experiment; correct or unset it"
+            )
+        return None
+
+    def _new_experiment(self, name: str) -> Experiment:
+        from mlflow.exceptions import MlflowException
+
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # opens on runs and curves
+        try:
             self.client.create_experiment(name, self.target.artifacts, tags)
-            found = self.client.get_experiment_by_name(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another run, a moment ago
+                raise
+        found = self.client.get_experiment_by_name(name)
         assert found is not None
         return found
 
@@ -125,7 +167,12 @@ class Store:
     def _parent(self, experiment_id: str) -> Run:
         tags = {**self.folder.tags(), IDENTITY: self.output_id}
         given = os.environ.get("MLFLOW_RUN_ID")
-        if not given:
+        owner = given and self.client.get_run(given).data.tags.get(IDENTITY, self.output_id)
+        if given and owner != self.output_id:
+            logger.warning(
+                "MLFLOW_RUN_ID=%s is the run of another output folder; made a new run", given
+            )
+        if not given or owner != self.output_id:
             return self.client.create_run(
                 experiment_id, run_name=self.folder.name, start_time=self._start_ms(), tags=tags
             )
@@ -229,11 +276,26 @@ class Store:
 
     def upload(self, artifact: Artifact) -> None:
         run_id = self.run_ids[artifact.prompt]
+        if not self.target.trusted:
+            self._check_place(run_id)
         if artifact.text:
             text = self.target.hide(artifact.path.read_text(encoding="utf-8"))
             self.client.log_text(run_id, text, artifact.path.name)
         else:
             self.client.log_artifact(run_id, str(artifact.path), artifact.folder or None)
+
+    def _check_place(self, run_id: str) -> None:
+        """Let a server that is not trusted take files itself, and name no other place for them.
+
+        Raises:
+            Refused: it names a folder of this machine, or storage that the person may pay for.
+        """
+        place = urlsplit(str(self.client.get_run(run_id).info.artifact_uri))
+        if place.scheme != "mlflow-artifacts" or place.netloc:
+            raise Refused(
+                f"{self.target.name} stores files at {redact(place.geturl())}; confirm that it is "
+                f"yours: {sync_command(self.folder.path, self.target.name)}"
+            )
 
     def end(self, status: str, summary: Mapping[str, Any], time: float) -> None:
         """Scores of the saved adapters, the description, and how and when (unix s) it ended."""
@@ -250,3 +312,14 @@ class Store:
         last_first = sorted(self.run_ids.items(), key=lambda item: item[0] is None)
         for _, run_id in last_first:  # the parent last
             self.client.set_terminated(run_id, status, end_time=int(time * 1000))
+
+
+def _unless_missing(get: Callable[[str], Found], name: str) -> Found | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return get(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None

@@ -1,4 +1,4 @@
-"""Bring an MLflow store up to what the output folder says. Used by the sidecar and by a person."""
+"""Send what an output folder has and an MLflow store has not. Used by sidecar and ``sync``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ import errno
 import fcntl
 import hashlib
 import logging
+import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from trainer.config.tracking import HTTP, scheme_of
 from trainer.errors import BadInput
 from trainer.tracking.folder import Artifact, Folder
-from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line, read_lines
+from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line
 from trainer.tracking.state import Progress, State
 from trainer.tracking.store import Store
-from trainer.tracking.target import HTTP, Target, resolve
+from trainer.tracking.target import ARTIFACTS, DATABASE, Target, resolve, sync_command
 
 logger = logging.getLogger(__name__)
 TAILED = (METRICS_FILE, SYSTEM_FILE)
 LINES_PER_ROUND = 2000
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}
+#: MLflow's names of answers, by the status that the server gave.
+HTTP_STATUS = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class Pusher:
     def unsent(self) -> Unsent:
         lines = 0
         for name in TAILED:
-            path = self.folder.path / name
-            lines += sum(1 for _ in read_lines(path, _offset(path, name, self.progress)))
+            offset = _offset(self.folder.path / name, name, self.progress)
+            lines += sum(1 for _ in self.folder.lines(name, offset))
         artifacts = [*self.folder.early_artifacts(), *self.folder.late_artifacts()]
         missing = [a for a in artifacts if self.progress.artifacts.get(a.key) != a.digest()]
         wanted = STATUS.get(str(self._summary().get("status")), "KILLED")
@@ -122,6 +128,7 @@ class Pusher:
             if store.is_new:  # also: a store that lost what it once had
                 self.progress.offsets, self.progress.tails = {}, {}
                 self.progress.artifacts = {}
+            self.state.store = self.target.name
             self._save()
             self._store = store
             logger.info("run %s in %s", self.progress.run_id, self.target.name)
@@ -129,7 +136,7 @@ class Pusher:
 
     def _send_lines(self, store: Store, name: str) -> None:
         path = self.folder.path / name
-        lines = read_lines(path, _offset(path, name, self.progress))
+        lines = self.folder.lines(name, _offset(path, name, self.progress))
         while batch := list(islice(lines, LINES_PER_ROUND)):
             good: list[Line] = [line for line, _ in batch if line is not None]
             if len(good) < len(batch):
@@ -149,7 +156,8 @@ class Pusher:
             try:
                 store.upload(artifact)
             except Exception as error:
-                logger.warning("%s: not sent: %s", artifact.path.name, error)
+                text = explain(error, self.target, self.folder.path)
+                logger.warning("%s: not sent: %s", artifact.path.name, text)
                 errors.append(error)
                 continue
             self.progress.artifacts[artifact.key] = digest
@@ -171,27 +179,35 @@ class Pusher:
 
 
 def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
-    """Send everything of a finished or broken-off run that its store does not have; idempotent.
+    """Send everything of a run that has ended and that its store does not have; idempotent.
 
-    ``uri`` and then the run file, the environment and the folder's own SQLite say where to.
+    Args:
+        uri: the store's address, given by the person; default: as ``target.resolve`` chooses.
 
     Raises:
-        BadInput: not an output folder, its run is still going on, or the address cannot be used.
+        BadInput: not an output folder, its run is still sending, or the address cannot be used.
     """
     output_dir = Path(output_dir)
-    if not (output_dir / "run.yaml").is_file():
-        raise BadInput(f"{output_dir}: no run.yaml in it; name the output folder of a run")
-    target = resolve(output_dir, uri or Folder(output_dir).tracking.get("uri"))
+    folder = Folder(output_dir)
+    if folder.file("run.yaml") is None:
+        raise BadInput(f"{output_dir} is not a run directory (no run.yaml)")
+    saved = folder.tracking.get("uri")
+    target = resolve(output_dir, uri, saved if isinstance(saved, str) else None)
     with target.applied(), folder_lock(output_dir) as free:
         if not free:
             raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
         pusher = Pusher(output_dir, target, State(output_dir))
-        try:
-            pusher.end()
-            problem = ""
-        except Exception as error:
-            logger.debug("sync", exc_info=True)
-            problem = explain(error, target)
+        problem = ""
+        for left in (2, 1, 0):
+            try:
+                pusher.end()
+                problem = ""
+                break
+            except Exception as error:
+                logger.debug("sync", exc_info=True)
+                problem = explain(error, target, output_dir)
+                if not left or not is_busy(error):
+                    break
         unsent = pusher.unsent()
     return SyncResult(
         complete=not unsent and not problem,
@@ -203,12 +219,36 @@ def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
     )
 
 
-def explain(error: BaseException, target: Target) -> str:
-    """One line for a person: what the store answered, and what to do where that is known."""
+def explain(error: BaseException, target: Target, output_dir: Path) -> str:
+    """What went wrong, in one line for a person, with the remedy where it is known."""
     text = target.hide(" ".join(str(error).split())) or type(error).__name__
-    if "401" in text or "403" in text:
+    status = _http_status(error)
+    if "Invalid Host header" in text:
+        host = urlsplit(target.name).netloc
+        text += f"; start the server with: mlflow server --allowed-hosts {host}"
+    elif status in (401, 403) and not target.trusted:
+        text += (
+            "; MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN were not sent, as only the folder "
+            f"names this server; if it is yours, run: {sync_command(output_dir, target.name)}"
+        )
+    elif status in (401, 403):
         text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
-    return text[:600]
+    return text[:1000]
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of the server's answer that MLflow or requests made this error of."""
+    code = getattr(error, "error_code", None)  # of mlflow's exceptions
+    if code in HTTP_STATUS:
+        return HTTP_STATUS[code]
+    response = getattr(error, "response", None)  # of requests' exceptions
+    status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether another process was writing to the store: the next try may succeed."""
+    return getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"
 
 
 def _message(pusher: Pusher, unsent: Unsent, problem: str) -> str:
@@ -221,10 +261,20 @@ def _message(pusher: Pusher, unsent: Unsent, problem: str) -> str:
 
 def where_to_look(target: Target, page: str | None) -> str:
     """The address of the web page with the curves, after the command that serves it if need be."""
-    if target.uri.partition("://")[0] in HTTP:
+    if scheme_of(target.uri) in HTTP:
         return f"{target.name}/{page or ''}"
-    command = f"mlflow ui --backend-store-uri {target.name}"
+    command = "mlflow ui"
+    if not _is_default_here(target):
+        command += f" --backend-store-uri {shlex.quote(target.name)}"
     return f"{command}\nthen open http://127.0.0.1:5000/{page}" if page else command
+
+
+def _is_default_here(target: Target) -> bool:
+    """Whether ``mlflow ui`` alone shows this store, called in the working directory."""
+    if "MLFLOW_TRACKING_URI" in os.environ or "MLFLOW_BACKEND_STORE_URI" in os.environ:
+        return False
+    older = any(Path(ARTIFACTS).glob("[0-9]*/meta.yaml"))  # runs of MLflow 2 would be shown
+    return target.database == Path.cwd() / DATABASE and not older
 
 
 @contextlib.contextmanager
@@ -236,7 +286,13 @@ def folder_lock(output_dir: Path) -> Iterator[bool]:
     """
     path = output_dir / "logs" / "tracking.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    # The folder may come from elsewhere: no symlink is followed to another file.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; remove it") from None
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

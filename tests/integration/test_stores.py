@@ -1,0 +1,224 @@
+"""Which MLflow store a run uses, how a new one is made, and what may be sent where."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.test_mlflow import (
+    assert_complete,
+    client_of,
+    runs,
+    sync,
+)
+from tests.integration.test_mlflow import store as store
+from tests.mlflow_server import wait_until
+from tests.unit.run_folder import finished_run, log_steps, write_inputs, write_results
+from trainer.errors import BadInput
+from trainer.tracking import MetricsLog, Sender, database
+from trainer.tracking.sync import SyncResult
+from trainer.tracking.sync import sync as sync_here
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+TOKEN = "token-of-the-environment"
+
+
+def test_a_sender_that_is_killed_while_it_makes_the_store_leaves_none(
+    tmp_path: Path, store: str
+) -> None:
+    """Then two senders at once make it and write to it."""
+    first = write_inputs(tmp_path / "first")
+    MetricsLog(first).close()
+    sender = Sender(first)
+    sender.start()
+    log = first / "logs" / "tracking.log"
+    wait_until(lambda: "Updating database tables" in log.read_text(), 120)
+    assert sender.pid is not None
+    os.kill(sender.pid, signal.SIGKILL)
+    assert not sender.finish(1).complete
+    assert not (tmp_path / "mlflow.db").exists()
+
+    folders = [first, write_inputs(tmp_path / "second", experiment="other")]
+    senders = [Sender(folder, every=0.1) for folder in folders]
+    for folder, sender in zip(folders, senders, strict=True):
+        sender.start()
+        log_steps(MetricsLog(folder), 0, 40)
+        write_results(folder)
+    done = [sender.finish(120) for sender in senders]
+    assert [result.complete for result in done] == [True, True], done
+    assert all(result.message.startswith("mlflow ui\nthen open http") for result in done)
+    assert_complete(folders[0], store)
+    assert_complete(folders[1], store, "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "first",
+        "mlflow.db",
+        "mlruns",
+        "second",
+    ]
+
+
+def test_a_store_whose_making_was_interrupted_is_made_again(tmp_path: Path, store: str) -> None:
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+    from sqlalchemy import create_engine
+
+    folder = finished_run(tmp_path / "run ? 'x' %41")
+    own = folder / "mlflow.db"  # as runs had before
+    engine = create_engine(database.sqlite_uri(own))
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    os.utime(own, (1, 1))
+    result = sync_here(folder)
+    assert result.complete, result.message
+    uri = f"sqlite:///{tmp_path}/run %3F 'x' %2541/mlflow.db"
+    assert f"mlflow ui --backend-store-uri {shlex.quote(uri)}\n" in result.message
+    assert_complete(folder, uri)
+    assert (folder / "mlflow.db.incomplete-1").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("content", ["text", "table of another program", "cut"])
+def test_a_file_that_is_no_store_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mlflow.db"
+    with sqlite3.connect(path) as database_:
+        database_.execute("CREATE TABLE bookmarks (url TEXT)")
+    database_.close()
+    if content == "text":
+        path.write_text("not a database")
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:3000])
+    os.utime(path, (1, 1))
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match="move it away, or give another file"):
+        database.prepare(path, str(tmp_path / "files"))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_older_store_with_runs_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    with sqlite3.connect(path) as older:
+        older.execute("CREATE TABLE experiments (experiment_id INTEGER)")
+        older.execute("CREATE TABLE runs (run_uuid TEXT)")
+        older.execute("INSERT INTO runs VALUES ('x')")
+    older.close()
+    os.utime(path, (1, 1))
+    database.prepare(path, str(tmp_path / "files"))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Recorder:
+    """A server that refuses everything and notes what was asked with which credentials."""
+
+    def __init__(self) -> None:
+        self.seen: list[str | None] = []
+        recorder = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                recorder.seen.append(self.headers.get("Authorization"))
+                self.send_response(401)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"no")
+
+            do_GET = do_POST = do_PUT = answer
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    recorder = Recorder()
+    yield recorder
+    recorder.http.shutdown()
+    recorder.http.server_close()
+
+
+def test_a_folder_from_elsewhere_gets_no_credentials(
+    tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the environment nor of the home folder, until its server is confirmed."""
+    folder = finished_run(tmp_path / "run", uri=recorder.uri)
+    home = tmp_path / "home"
+    (home / ".mlflow").mkdir(parents=True)
+    (home / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = secret\n"
+    )
+    monkeypatch.setenv("HOME", str(home))
+    answer = sync(folder, expect=1)
+    assert set(recorder.seen) == {None}
+    confirm = f"promptshard sync run --uri {recorder.uri}"
+    assert (
+        f"were not sent, as only the folder names this server; if it is yours, run: {confirm}"
+        in (answer.stderr)
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    (home / ".mlflow" / "credentials").unlink()
+    for named in ({}, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}):
+        recorder.seen.clear()
+        sync(folder, expect=1, **named)
+        assert set(recorder.seen) == {None}
+    recorder.seen.clear()
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "sync", str(folder), "--uri", recorder.uri],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert set(recorder.seen) == {f"Bearer {TOKEN}"}
+
+
+def test_experiments_and_runs_that_the_environment_names(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = checked(finished_run(tmp_path / "first"))
+    client = client_of(store)
+    deleted = client.get_experiment_by_name("support").experiment_id
+    client.delete_experiment(deleted)
+    refused = sync_here(finished_run(tmp_path / "second"))
+    assert not refused.complete
+    assert "experiment 'support' is deleted in MLflow; restore it" in refused.message
+    assert f"--experiment-id {deleted}" in refused.message
+    client.restore_experiment(deleted)
+
+    named = client.create_experiment("by number")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", named)
+    checked(finished_run(tmp_path / "third", experiment="promptshard"))
+    parent, _ = runs(store, "by number")
+    assert parent.info.run_name == "third"
+    assert_complete(tmp_path / "third", store, "by number")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "987654")
+    refused = sync_here(finished_run(tmp_path / "fourth", experiment="promptshard"))
+    assert "MLFLOW_EXPERIMENT_ID=987654: MLflow has no such experiment" in refused.message
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+
+    given = client.create_run(client.create_experiment("given")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    adopted = checked(finished_run(tmp_path / "fifth"))
+    other = checked(finished_run(tmp_path / "sixth"))
+    assert adopted.run_id == given
+    assert other.run_id not in (given, first.run_id)
+    assert other.points == adopted.points
+
+
+def checked(folder: Path) -> SyncResult:
+    result: Any = sync_here(folder)
+    assert result.complete, result.message
+    return result

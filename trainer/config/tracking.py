@@ -1,0 +1,76 @@
+"""Tracking settings of the run file, and which MLflow addresses can be used. Imports no mlflow."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from trainer.config.section import Section, expand_path
+from trainer.redact import redact
+
+HTTP = ("http", "https")
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+OTHERS = ("databricks", "databricks-uc")
+
+
+class Tracking(Section):
+    experiment: str = Field("promptshard", min_length=1)
+    uri: str | None = Field(
+        None,
+        description="null: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory",
+    )
+    system_metrics: bool = Field(True, description="CPU, memory and GPU load of rank 0's node")
+
+    @field_validator("uri")
+    @classmethod
+    def _expand(cls, value: str | None) -> str | None:
+        """A folder or database file may be given by ``$NAME``; a password may hold a ``$``."""
+        if value is None or re.match(r"https?://|databricks|\w+(\+\w+)?://[^/]", value):
+            return value
+        match = re.match(r"(\w+:///)?(.*)", value, re.DOTALL)
+        assert match is not None
+        return f"{match[1] or ''}{expand_path(match[2])}"
+
+    @field_validator("uri")
+    @classmethod
+    def _usable(cls, value: str | None) -> str | None:
+        if value and (problem := problem_of_uri(value)):
+            raise ValueError(problem)
+        return value
+
+
+def scheme_of(uri: str) -> str:
+    """``postgresql`` of ``postgresql+psycopg2://...``; empty if there is none."""
+    return uri.partition("://")[0].lower().partition("+")[0] if "://" in uri else ""
+
+
+def problem_of_uri(uri: str) -> str | None:
+    """Why MLflow cannot use an address as its tracking store, with the remedy; else None."""
+    shown, scheme = repr(redact(uri)), scheme_of(uri)
+    if uri in OTHERS or scheme in OTHERS:
+        return None
+    if scheme in HTTP:
+        try:
+            parts = urlsplit(uri)
+            host, _ = parts.hostname, parts.port
+        except ValueError as error:
+            return f"{shown} is not a valid address ({error}); use http://HOST:PORT"
+        return None if host else f"{shown} has no host; use http://HOST:PORT"
+    if scheme == "sqlite":
+        path = uri.partition(":///")[2].partition("?")[0]
+        if not path or path == ":memory:":
+            return f"{shown} names no file; use sqlite:///PATH/mlflow.db"
+        return None
+    if scheme in DATABASES:
+        return None
+    if scheme in ("", "file"):
+        return (
+            f"{shown} is a folder, which MLflow no longer writes to; use sqlite:///PATH/mlflow.db, "
+            "or null for mlflow.db in the working directory"
+        )
+    return (
+        f"{shown} has an unknown scheme {scheme!r}; use http(s)://, sqlite:///, postgresql://, "
+        "mysql://, mssql:// or databricks"
+    )
