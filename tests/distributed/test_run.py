@@ -55,6 +55,7 @@ def write_run_file(folder: Path) -> Path:
     """The quickstart's first task, with one prompt of each method and few steps."""
     run = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     run["output_dir"] = str(folder / "run")
+    run["tracking"] = run.get("tracking", {}) | {"uri": f"sqlite:///{folder}/mlflow.db"}
     run["tasks"] = run["tasks"][:1]
     task = run["tasks"][0]
     for split, rows in (("train", 200), ("validation", 40)):
@@ -156,7 +157,7 @@ def test_a_prefix_learns_the_task(run_file: Path) -> None:
 
 
 def test_output_folder(two_ranks: Path) -> None:
-    for name in ("run.yaml", "metrics.jsonl", "report.html", "environment.json", "mlflow.db"):
+    for name in ("run.yaml", "metrics.jsonl", "report.html", "environment.json", "../mlflow.db"):
         assert (two_ranks / name).stat().st_size > 0, name
     assert sorted(p.name for p in (two_ranks / "checkpoints").iterdir()) == [
         f"step-{STEPS // 2:08d}",
@@ -178,7 +179,7 @@ def summary_of_one_base(output: Path) -> int:
 
 def test_resumed_equals_uninterrupted(run_file: Path, two_ranks: Path) -> None:
     output = run_file.parent / "resumed"
-    shutil.copytree(two_ranks, output, ignore=shutil.ignore_patterns("logs", "mlflow.db"))
+    shutil.copytree(two_ranks, output, ignore=shutil.ignore_patterns("logs"))
     shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")
     for name in ("summary.json", "tracking.json"):
         (output / name).unlink(missing_ok=True)

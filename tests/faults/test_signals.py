@@ -26,7 +26,6 @@ WORDS = [
     f"training.steps={STEPS}",
     "evaluation.every=1000",
     "checkpoint.every=1000",
-    "tracking.uri=null",
 ]
 
 

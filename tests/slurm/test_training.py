@@ -169,10 +169,12 @@ def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> 
 
 
 def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
-    with sqlite3.connect(run.output / "mlflow.db") as store:
-        runs = dict(store.execute("select run_uuid, status from runs"))
+    name = run.output.name
+    mine = f"select * from runs where name = '{name}' or name like '{name} / %'"
+    with sqlite3.connect(run.desk.path / "mlflow.db") as store:  # of all runs from that folder
+        runs = dict(store.execute(f"select run_uuid, status from ({mine})"))
         tags = store.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'")
-        parents = dict(tags)
+        parents = {run: parent for run, parent in tags if run in runs}
     assert set(runs.values()) == {"FINISHED"}, runs
     (parent,) = runs.keys() - parents.keys()
     assert len(runs) == 3

@@ -27,6 +27,11 @@ ABANDONED_SECONDS = 10.0
 BUSY_SECONDS = 20.0
 
 
+def sqlite_uri(path: Path) -> str:
+    """The address of an SQLite file: SQLAlchemy decodes its path, and a "?" begins its query."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+
+
 def prepare(path: Path, artifacts: str) -> None:
     """Make the SQLite file of a store if there is none that MLflow can open.
 
@@ -113,7 +118,7 @@ def _make(path: Path, artifacts: str) -> None:
 
     with tempfile.TemporaryDirectory(prefix="promptshard-mlflow-") as folder:
         made = Path(folder) / path.name
-        store = SqlAlchemyStore(f"sqlite:///{made}", artifacts)
+        store = SqlAlchemyStore(sqlite_uri(made), artifacts)
         store.engine.dispose()
         ready = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:

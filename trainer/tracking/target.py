@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 from trainer.config.tracking import HTTP, OTHERS, problem_of_uri, scheme_of
 from trainer.errors import BadInput
 from trainer.redact import HIDDEN, is_distinct, redact, secrets_of
+from trainer.tracking.database import sqlite_uri
 from trainer.tracking.state import FILE as STATE_FILE
 from trainer.tracking.state import State
 
@@ -50,7 +51,7 @@ class Target:
         """The file of an SQLite store."""
         if scheme_of(self.name) != "sqlite":
             return None
-        return Path(self.name.partition(":///")[2])
+        return Path(unquote(self.name.partition(":///")[2]))
 
     def apply(self, environment: MutableMapping[str, str]) -> None:
         """Hand the credentials to MLflow by environment, or keep all from an untrusted server."""
@@ -159,20 +160,16 @@ def _target(uri: str, setting: str) -> Target:
     if scheme == "sqlite":
         prefix, _, rest = uri.partition(":///")
         path, mark, query = rest.partition("?")
-        return _sqlite(Path(path).absolute(), prefix, mark + query)
+        return _sqlite(Path(unquote(path)).absolute(), prefix, mark + query)
     return Target(uri=uri, name=_bare(uri), secrets=(*secrets_of(uri), *_environment_secrets()))
 
 
 def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> Target:
     path = Path(os.path.normpath(path))
-    if "?" in str(path):  # begins the query of an address
-        raise BadInput(
-            f"tracking.uri: {str(path)!r}: MLflow cannot open an SQLite file whose path has a '?'; "
-            "set tracking.uri to sqlite:///PATH/mlflow.db with another folder"
-        )
+    name = sqlite_uri(path)
     return Target(
-        uri=f"{prefix}:///{path}{query}",
-        name=f"sqlite:///{path}",
+        uri=prefix + name.removeprefix("sqlite") + query,
+        name=name,
         artifacts=(path.parent / ARTIFACTS).as_uri(),
         secrets=tuple(_environment_secrets()),
     )
