@@ -24,7 +24,7 @@ from trainer import atomic
 
 METRICS_FILE = "metrics.jsonl"
 #: How names of validation scores begin.
-VALIDATION = ("validation_", "shifted_validation_")
+VALIDATION = ("validation", "shifted_validation")
 SYSTEM_FILE = "logs/system_metrics.jsonl"
 #: Exact in JSON and in a database; larger numbers of steps or seconds are damage.
 MAX_COUNT = 2**53
