@@ -253,7 +253,8 @@ def inspect(
         typer.Option(
             "--json",
             metavar="FILE",
-            help="Where all numbers go. [default: base_inspection.json in a RUN_DIR]",
+            help="Output file for all numbers; -: stdout. "
+            "[default: base_inspection.json in a RUN_DIR]",
         ),
     ] = None,
     processes: Processes = None,
@@ -280,7 +281,10 @@ def inspect(
     if json_file is None and preflight.is_run_dir(target):
         json_file = Path(target) / "base_inspection.json"
     # NAME=VALUE in one word, as a name may start with a dash
-    options = [f"--json={preflight.check_new_file(json_file)}"] if json_file else []
+    options = []
+    if json_file:
+        to_stdout = json_file == Path("-")
+        options = [f"--json={json_file if to_stdout else preflight.check_new_file(json_file)}"]
     arguments = [target, *(overrides or []), *options]
     if isinstance(found, RunConfig):
         arguments.append(f"--rows={rows}")

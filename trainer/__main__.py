@@ -41,11 +41,12 @@ def run_rank(
     program: Callable[[RunConfig, Console], None],
     *,
     resumable: bool = False,
+    answers: bool = False,
 ) -> int:
     """Read the run file, then run this rank's program on it; gives the exit code.
 
     Args:
-        resumable: as in ``guarded``.
+        resumable, answers: as in ``guarded``.
     """
     rank = int(os.environ.get("RANK", "0"))
     die_with_parent()
@@ -54,7 +55,13 @@ def run_rank(
         logs = writable(Path(config.output_dir)) / "logs"
     except BadInput as error:
         return refused(rank, error)
-    return guarded(rank, logs, lambda console: program(config, console), resumable=resumable)
+    return guarded(
+        rank,
+        logs,
+        lambda console: program(config, console),
+        resumable=resumable,
+        answers=answers,
+    )
 
 
 def refused(rank: int, error: BadInput) -> int:
@@ -68,16 +75,23 @@ def refused(rank: int, error: BadInput) -> int:
 
 
 def guarded(
-    rank: int, logs: Path, program: Callable[[Console], None], *, resumable: bool = False
+    rank: int,
+    logs: Path,
+    program: Callable[[Console], None],
+    *,
+    resumable: bool = False,
+    answers: bool = False,
 ) -> int:
     """Run this rank's program with its chatter in a log; turn what it raises into an exit code.
 
     Args:
-        resumable: a program that was stopped goes on from its newest checkpoint.
+        resumable: a program that was stopped resumes from its newest checkpoint.
+        answers: stdout is for ``Console.answer`` alone; all other output goes to stderr.
     """
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
-    console = Console(terminal.out, terminal.err, log, shown=rank == 0)
+    out = terminal.err if answers else terminal.out
+    console = Console(out, terminal.err, log, answer=terminal.out, shown=rank == 0)
     try:
         stop.listen()  # launch/ starts us with stop signals blocked
         program(console)

@@ -78,13 +78,21 @@ class Console:
     """Prints for people.
 
     Args:
+        answer: stream of ``answer``, where ``out`` is not for results; default: ``out``.
         shown: False on ranks other than 0, whose streams lead nowhere: no phase is displayed.
     """
 
     def __init__(
-        self, out: TextIO, err: TextIO, log: Path | None = None, *, shown: bool = True
+        self,
+        out: TextIO,
+        err: TextIO,
+        log: Path | None = None,
+        *,
+        answer: TextIO | None = None,
+        shown: bool = True,
     ) -> None:
         self._log, self._shown = log, shown
+        self._answer = answer or out
         self._reported: BaseException | None = None
         width = None if out.isatty() else PLAIN_WIDTH
         self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
@@ -102,6 +110,12 @@ class Console:
     def say(self, text: str = "") -> None:
         self._last_output = time.monotonic()
         self._out.print(text, markup=False)
+
+    def answer(self, text: str) -> None:
+        """Print the result of a command as it is: no wrapping, styles or emoji codes."""
+        self._last_output = time.monotonic()
+        self._answer.write(f"{text}\n")
+        self._answer.flush()
 
     def warn(self, text: str) -> None:
         self._last_output = time.monotonic()

@@ -1,4 +1,6 @@
-"""``python -m trainer.generate RUN_DIR --prompt NAME --input TEXT``: what a trained prompt does.
+"""``python -m trainer.generate RUN_DIR --prompt NAME --input TEXT``: generate one text.
+
+The text is all that stdout gets; progress and warnings go to stderr.
 
 Started on every device like training, because the base is sharded the same way.
 """
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = run_file.load(folder / "run.yaml")
         _generate(config, folder, args.prompt, args.input, args.max_new_tokens, console)
 
-    return guarded(int(os.environ.get("RANK", "0")), folder / "logs", program)
+    return guarded(int(os.environ.get("RANK", "0")), folder / "logs", program, answers=True)
 
 
 def _generate(
@@ -68,7 +70,7 @@ def _generate(
     virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
     ending = Ending.of(files.generation, files.tokenizer, task)
     (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
-    console.say(ending.text(written, skip_special_tokens=True).strip())
+    console.answer(ending.text(written, skip_special_tokens=True).strip())
     engine.close()
 
 

@@ -97,3 +97,13 @@ def test_other_ranks_start_no_thread() -> None:
 
 def test_clock() -> None:
     assert [clock(5), clock(65.9), clock(3723)] == ["0:05", "1:05", "1:02:03"]
+
+
+def test_an_answer_is_printed_as_it_is_and_alone() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(err, err, answer=out)
+    console.say("loading")
+    console.warn("careful")
+    text = "[bold]:smile: " + "long " * 60
+    console.answer(text)
+    assert out.getvalue() == text + "\n"

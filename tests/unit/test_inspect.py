@@ -186,6 +186,10 @@ def test_a_base_alone(
     said = capsys.readouterr().out
     assert f"all numbers: {out}" in said
     assert len([line for line in said.splitlines() if "layer" in line]) == 2
+    assert main([str(bases[False]), *ends, "--model", "--json=-"]) == 0
+    streams = capsys.readouterr()
+    assert json.loads(streams.out) == found
+    assert "weights of" in streams.err
 
 
 def test_a_nan_weight_is_named(

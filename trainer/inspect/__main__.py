@@ -7,6 +7,7 @@ together over the sharded base. Of a base alone, in one process.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from trainer.config import Base, RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
 from trainer.process import leave
+
+#: ``--json -``: the numbers go to stdout, and all else to stderr.
+STDOUT = Path("-")
 
 if TYPE_CHECKING:
     from trainer.base.files import BaseFiles
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def program(config: RunConfig, console: Console) -> None:
         _inspect_run(config, saved, args.rows, args.json, console)
 
-    return run_rank(read, program)
+    return run_rank(read, program, answers=args.json == STDOUT)
 
 
 def _base_alone(args: argparse.Namespace) -> int:
@@ -46,7 +50,8 @@ def _base_alone(args: argparse.Namespace) -> int:
     from trainer.base.files import open_base
     from trainer.inspect.weights import int8_weights, measure_weights, stored_bytes
 
-    console = Console(sys.stdout, sys.stderr)
+    out = sys.stderr if args.json == STDOUT else sys.stdout
+    console = Console(out, sys.stderr, answer=sys.stdout)
     try:
         settings = _in_int8(run_file.load_base(args.target, args.overrides))
         with console.downloading(settings.model) as progress:
@@ -162,7 +167,9 @@ def _finish(found: dict[str, Any], out: Path | None, console: Console) -> None:
     from trainer.inspect.findings import show, write
 
     show(found, console)
-    if out is not None:
+    if out == STDOUT:
+        console.answer(json.dumps(found, indent=2))
+    elif out is not None:
         write(out, found)
         console.say(f"all numbers: {out}")
 
@@ -176,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--model", action="store_true", help="the target is a model: one process")
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="of each task")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go; -: stdout")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
     return parser
 
