@@ -21,6 +21,10 @@ from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.past import PastCache
 from trainer.config import Task
 from trainer.engine import Engine
+from trainer.errors import BadInput
+from trainer.tasks.checks import MOST_PROBLEMS
+from trainer.tasks.feed import EvalSet
+from trainer.tasks.files import shorten
 
 BATCH_ROWS = 64
 
@@ -99,6 +103,42 @@ class Ending:
 def before_stop(text: str, strings: Sequence[str]) -> str:
     """The text before the first occurrence of any of the strings."""
     return text[: min((i for s in strings if (i := text.find(s)) >= 0), default=len(text))]
+
+
+def check_targets(rows: EvalSet, ending: Ending) -> str | None:
+    """Check that a base can generate the targets of a task whose metric compares texts.
+
+    Returns:
+        A warning if no target has an end that generation stops at.
+
+    Raises:
+        BadInput: a target contains a stop string, so generation ends before its end.
+    """
+    task = rows.task
+    if task.metric not in ("exact_match", "f1"):
+        return None
+    examples = [candidates[0] for candidates in rows.candidates]
+    targets = [e.input_ids[slice(*e.label_spans[-1])] for e in examples]
+    problems = []
+    for example, ids in zip(examples, targets, strict=True) if ending.strings else ():
+        text = ending.tokenizer.decode(ending.cut(ids), skip_special_tokens=True)
+        if before_stop(text, ending.strings).strip() != text.strip():
+            problems.append(
+                f"{rows.rows.where(example.row)}: its target {shorten(text)} contains a string of "
+                f"tasks.{task.name}.stop, so it cannot be generated; remove the row or the string"
+            )
+    if problems:
+        more = len(problems) - MOST_PROBLEMS
+        raise BadInput(problems[:MOST_PROBLEMS] + ([f"and {more} more rows"] if more > 0 else []))
+    if any(ending.is_reached(ids) for ids in targets):
+        return None
+    return (
+        f"tasks.{task.name}: no target has an end at which generation stops (end tokens: "
+        f"{sorted(ending.token_ids) or 'none'}, as generation_config.json of base.model lists "
+        f"them), so every text has max_new_tokens={task.max_new_tokens} tokens and "
+        f"{task.metric} counts all of it; set tasks.{task.name}.stop, for example to the mark "
+        "that ends a turn"
+    )
 
 
 @torch.no_grad()

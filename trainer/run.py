@@ -22,8 +22,9 @@ from trainer.checkpoint import Saved
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.engine import Engine, compute_dtype
+from trainer.errors import BadInput
 from trainer.evaluation import Evaluator
-from trainer.generation import keys_and_values
+from trainer.generation import Ending, check_targets, keys_and_values
 from trainer.lock import Lock, LockLost, acquire
 from trainer.loop import Loop
 from trainer.names import CHECKPOINTS
@@ -198,12 +199,30 @@ def _read_tasks(
             console.reading,
         ),
     )
+    engine.together(lambda: _check_ends(tasks, files))
     for data in tasks.values():
         for remark in data.remarks:
             console.say(remark)
         for warning in [*(leak.warning for leak in data.leaks), *data.warnings]:
             console.warn(warning)
     return tasks
+
+
+def _check_ends(tasks: Mapping[str, TaskData], files: BaseFiles) -> None:
+    """Check that targets that are compared with generated texts can be generated."""
+    problems: list[str] = []
+    for data in tasks.values():
+        ending = Ending.of(files.generation, files.tokenizer, data.task)
+        for rows in data.evaluation.values():
+            try:
+                warning = check_targets(rows, ending)
+            except BadInput as error:
+                problems += error.problems
+                continue
+            if warning is not None and warning not in data.warnings:
+                data.warnings.append(warning)
+    if problems:
+        raise BadInput(problems)
 
 
 def _load(

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from tests.alone import Alone
 from tests.whole_base import load_whole
@@ -21,7 +26,7 @@ from trainer.base.generation_config import read_generation_config
 from trainer.config import Base, RunConfig, Task
 from trainer.errors import BadInput
 from trainer.evaluation import Evaluator, Request, Scored
-from trainer.generation import Ending, before_stop, generate
+from trainer.generation import Ending, before_stop, check_targets, generate
 from trainer.memory import StreamBudget
 from trainer.tasks.feed import EvalSet, load_tasks
 
@@ -354,3 +359,34 @@ def test_a_damaged_generation_config_is_refused(tmp_path, text):
     with pytest.raises(BadInput) as refused:
         read_generation_config(tmp_path)
     assert str(path) in str(refused.value)
+
+
+def test_targets_that_cannot_be_generated_are_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = [{"q": "a", "a": text} for text in ("b", "b\n", "\nb", "b\nc", "d")]
+    task = {"input": "{q}?", "target": "{a}", "metric": "exact_match"}
+
+    def check(*ids: int, **settings: Any) -> str | None:
+        found = rows_of(tmp_path, rows, tokenizer, **task, **settings)
+        config = GenerationConfig(eos_token_id=list(ids))
+        return check_targets(found, Ending.of(config, tokenizer, found.task))
+
+    with pytest.raises(BadInput) as refused:
+        check(stop=["\n"])
+    assert [problem.split(": ")[0] for problem in refused.value.problems] == [
+        f"{tmp_path}/rows.jsonl:{line}" for line in (3, 4)
+    ]
+    assert "contains a string of tasks.t.stop" in str(refused.value)
+    assert check(stop=["x"]) is None
+    warning = check(7, append_eos=False)
+    assert warning is not None
+    assert "end tokens: [7]" in warning
+    assert check(append_eos=False, stop=["\n\n\n"]) is not None
+    dialogues = [{"messages": dialogue(i)} for i in range(3)]
+    rows, task = dialogues, {"messages": "messages", "metric": "exact_match"}
+    tokenizer.chat_template = TEMPLATES["gemma"]
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert check(end) is None
+    assert check(end, stop=["<end>"]) is None
+    assert check(2, stop=["<end>"]) is None
+    assert check(2) is not None
