@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -146,8 +147,7 @@ def test_memory_bombs(body):
         "import subprocess; subprocess.run(['true'])",
         "import threading; t = threading.Thread(target=print); t.start()",
         "import socket; socket.socket()",
-        "import ctypes; ctypes.CDLL(None).fork()",
-        "import os; os.kill(os.getppid(), 9)",
+        "import ctypes; assert ctypes.CDLL(None).fork() >= 0",
     ],
 )
 def test_processes_and_sockets_are_refused(body, seccomp):
@@ -165,46 +165,169 @@ def test_a_fork_bomb_leaves_nothing(seccomp):
     assert not [line for line in lines if sandbox.__file__ in line]
 
 
-def test_root_is_limited_without_the_audit_hook(tmp_path):
-    """The layers below Python hold by themselves, also for root and also without seccomp."""
-    for layer in ("seccomp", "nobody"):
-        code = f"""
-import os, sys
-sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})
-from trainer.tasks import sandbox
-sandbox.limit(1, 1 << 28)
-if {layer!r} == "nobody":
-    sandbox.drop_root()
-else:
-    import ctypes
-    assert sandbox.apply_seccomp(ctypes.CDLL(None), sandbox.seccomp_program())
-for attempt in (os.fork, lambda: os.remove({str(tmp_path)!r} + "/keep")):
-    try:
-        attempt()
-    except OSError:
-        continue
-    print("not refused", attempt)
-try:
-    file = open({str(tmp_path)!r} + "/new", "w")
-    file.write("x" * 10)
-    file.close()
-except OSError:
-    os._exit(0)
-print("written")
+#: Runs a list of attempts, as text; those that succeed are the value of ``f``, which should be [].
+ATTEMPTS = """
+def f(*attempts):
+    done = []
+    for attempt in attempts:
+        try:
+            exec(attempt, {})
+        except BaseException:
+            continue
+        done.append(attempt)
+    return done
 """
-        if layer == "seccomp" and not sandbox.works(
-            sandbox.ctypes.CDLL(None), sandbox.seccomp_program()
-        ):
-            continue
-        if layer == "nobody" and os.geteuid() != 0:
-            continue
-        (tmp_path / "keep").write_text("here")
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        assert (done.stdout, done.returncode) == ("", 0), (layer, done.stderr)
-        assert not (tmp_path / "new").exists()
-        assert (tmp_path / "keep").exists()
+
+
+@pytest.fixture
+def victim() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that a program would like to end."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        assert process.poll() is None
+        process.kill()
+
+
+def test_no_signal_reaches_another_process(seccomp, victim):
+    targets = [victim.pid, os.getpid(), os.getppid()]
+    attempts = [
+        *(f"import os; os.kill({pid}, 9)" for pid in targets),
+        *(f"import os; os.killpg({pid}, 9)" for pid in targets),
+        *(
+            f"import ctypes; assert ctypes.CDLL(None, use_errno=True).kill({pid}, 9) == 0"
+            for pid in targets
+        ),
+        *(f"import signal; signal.pidfd_send_signal({pid}, 9)" for pid in targets),
+    ]
+    assert score(ATTEMPTS, [{"args": attempts, "result": []}], seccomp=seccomp) == 1
+    # The signal that the kernel sends when a pipe is ready, to another process than its reader.
+    owner = (
+        "import fcntl, os, sys\ndef f(pid):\n    for fd in range(10):\n        try:\n"
+        "            fcntl.fcntl(fd, fcntl.F_SETOWN, pid)\n"
+        "            fcntl.fcntl(fd, 10, 9)\n"  # F_SETSIG
+        "            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\n"
+        "            os.write(fd, b'[')\n"
+        "        except OSError: pass\n"
+    )
+    tests = [[{"args": [pid], "result": 0}] for pid in targets]
+    assert execution([owner, owner, owner, GOOD], [*tests, PLUS_ONE], seccomp=seccomp)[3] == 1
+    assert [psutil.pid_exists(pid) for pid in targets] == [True] * 3
+
+
+def test_nothing_can_be_opened_or_typed_into(seccomp, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    tmp_path.chmod(0o755)
+    master, terminal = os.openpty()
+    paths = [
+        *(f"/proc/{pid}/{name}" for pid in ("self", 1, os.getpid()) for name in ("environ", "mem")),
+        f"/proc/{os.getppid()}/environ",
+        "/etc/passwd",
+        str(tmp_path / "rows.jsonl"),
+        os.ttyname(terminal),
+        "/dev/tty",
+        "/dev/null",
+        "/",
+        ".",
+    ]
+    attempts = [f"import os; os.open({path!r}, os.O_RDONLY)" for path in paths]
+    attempts += [f"import os; os.chmod({path!r}, 0o777)" for path in paths[:-2]]
+    attempts += [
+        f"import fcntl, termios; fcntl.ioctl({fd}, termios.TIOCSTI, b'x')" for fd in range(64)
+    ]
+    attempts += [
+        "import os; os.pipe()",
+        "import os; os.dup(0)",
+        "import _socket; _socket.socket()",
+        "import ctypes; assert ctypes.CDLL(None).open(b'/etc/passwd', 0) >= 0",
+        "import ctypes; assert ctypes.CDLL(None).memfd_create(b'x', 0) >= 0",
+        "import ctypes; assert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",  # PTRACE_ATTACH
+        "import ctypes; assert ctypes.CDLL(None).setuid(0) == 0",
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))",
+        "import os; assert 'SECRET_TOKEN' in os.environ",
+        "import ctypes; assert ctypes.CDLL(None).getenv(b'SECRET_TOKEN')",
+        "import os; assert os.geteuid() == 0",
+    ]
+    assert score(ATTEMPTS, [{"args": attempts, "result": []}], seccomp=seccomp) == 1
+    os.set_blocking(master, False)
+    with pytest.raises(BlockingIOError):
+        os.read(master, 1)
+    os.close(master)
+    os.close(terminal)
+
+
+def test_expected_results_are_not_in_the_program(seccomp):
+    """Neither in its frames nor in any object of the process."""
+    code = """
+import gc, sys
+def f(x):
+    seen, found, todo = set(), [], [*gc.get_objects()]
+    frame = sys._getframe()
+    while frame:
+        todo += [frame.f_locals, frame.f_globals]
+        frame = frame.f_back
+    while todo:
+        one = todo.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            todo += gc.get_referents(one)
+            if type(one) is str and one[:7] == "answer-" and len(one) == 12:
+                found.append(one)
+            if type(one) is bytes and x[:2].encode() in one and b"results" in one:
+                found.append("answer-" + x)
+    return found[0] if found else None
+"""
+    tests = [[{"args": [f"q{i:04}"], "result": f"answer-{i:05}"}] for i in range(5)]
+    limits = {"cpu_seconds": 5, "wall_seconds": 10, "seccomp": seccomp}
+    assert execution([code] * 5, tests, **limits) == [0.0] * 5
+    nothing = [[{"args": ["q"], "result": None}]] * 5
+    assert execution([code] * 5, nothing, **limits) == [1.0] * 5, "the search itself works"
+
+
+def test_a_program_writes_no_values_of_others(seccomp):
+    forge = "import os\ndef f(x):\n    os.write(3, b'[4, 1]\\n[1, \"[4, 1]\"]\\n')\n    os._exit(0)"
+    assert execution([forge, "def f(x): return 9"], [PLUS_ONE] * 2, seccomp=seccomp) == [0.0, 0.0]
+
+
+def test_honest_programs_pass(seccomp):
+    body = [
+        "import json, datetime, decimal, hashlib, unicodedata, collections, random, statistics",
+        "def f(x):",
+        "    random.seed(1)",
+        "    day = datetime.datetime.strptime('2024-02-28', '%Y-%m-%d')",
+        "    try:",
+        "        {}['a']",
+        "    except KeyError as error:",
+        "        print(repr(error))",
+        "    return [",
+        "        json.loads('[1]'), (day + datetime.timedelta(1)).isoformat(),",
+        "        str(decimal.Decimal(1) / 3)[:6], hashlib.sha256(b'a').hexdigest()[:4],",
+        "        '\\N{BULLET}', unicodedata.name('a'), statistics.mean([1, 2]),",
+        "        'é'.encode('idna')[0], collections.Counter('aab').most_common(1),",
+        "        sorted(random.sample(range(9), 9))[-1],",
+        "    ]",
+    ]
+    result = [[1], "2024-02-29T00:00:00", "0.3333", "ca97", "\u2022", "LATIN SMALL LETTER A", 1.5]
+    result += [120, [["a", 2]], 8]
+    assert score("\n".join(body), [{"args": [0], "result": result}], seccomp=seccomp) == 1
+
+
+def test_root_that_cannot_become_another_user_is_refused():
+    """Only root is mapped in this user namespace."""
+    probe = ["unshare", "--user", "--map-root-user"]
+    if subprocess.run([*probe, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("user namespaces are not permitted here")
+    request = '{"function": "f", "jobs": []}'
+    done = subprocess.run(
+        [*probe, sys.executable, "-I", "-S", sandbox.__file__],
+        input=request,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "generated code is never run as root" in done.stderr
 
 
 def test_files_are_left_alone(tmp_path, seccomp):

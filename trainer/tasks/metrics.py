@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -69,13 +70,14 @@ def execution(
 ) -> list[float]:
     """Run generated Python functions on test calls, in a subprocess with limits.
 
-    A result counts if it equals the expected one as JSON: a tuple is a list, ``True`` is not 1,
-    floats may differ in the last digits. Code that fails, hangs, prints, forks, writes or takes
-    too much memory scores 0 and disturbs no other.
+    A value counts if it equals the expected one as JSON: a tuple is a list, ``True`` is not 1,
+    floats may differ in the last digits. Code that fails, hangs, prints, forks, opens files or
+    takes too much memory scores 0 and disturbs no other.
 
     Args:
         texts: Python source, each defining ``function``; white space around it is dropped.
-        tests: for each text its calls, ``{"args": [...], "result": ...}``; at least one.
+        tests: for each text its calls, ``{"args": [...], "result": ...}``; at least one. Only the
+            arguments are handed to the subprocess.
         cpu_seconds: limit of one text, over all its calls.
         wall_seconds: the same by the clock, for code that waits.
         memory_mb: limit of one text, the interpreter included.
@@ -97,33 +99,55 @@ def execution(
         "seccomp": seccomp,
     }
     jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
-    scores: dict[int, float] = {}
-    while pending := [job for job in jobs if job["index"] not in scores]:
-        found = _run_sandbox({**request, "jobs": pending}, wall_seconds)
-        # A snippet that brought down the whole sandbox: it fails, the others get a fresh one.
-        scores |= found or {pending[0]["index"]: 0.0}
-    return [scores[i] for i in range(len(jobs))]
+    found: dict[int, str] = {}
+    while pending := [job for job in jobs if job["index"] not in found]:
+        part = _run_sandbox({**request, "jobs": pending}, wall_seconds)
+        # A program that brought down the whole sandbox: it fails, the others get a fresh one.
+        found |= part or {pending[0]["index"]: ""}
+    return [_score(found[i], calls) for i, calls in enumerate(tests)]
 
 
 def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not calls:
         raise ValueError(f"text {index} has no tests")
-    return {
-        "index": index,
-        "code": textwrap.dedent(text).strip(),
-        "args": [call["args"] for call in calls],
-        "results": [call["result"] for call in calls],
-    }
+    code = textwrap.dedent(text).strip()
+    return {"index": index, "code": code, "args": [call["args"] for call in calls]}
 
 
-def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> dict[int, float]:
-    """Start the sandbox once; the scores it gave before it ended."""
-    python = sys.executable
-    # LD_LIBRARY_PATH: some interpreters find their own library by it. Nothing else goes in.
+def _score(output: str, calls: Sequence[Mapping[str, Any]]) -> float:
+    try:
+        values = json.loads(output)
+    except (ValueError, RecursionError):
+        return 0.0
+    expected = json.loads(json.dumps([call["result"] for call in calls]))
+    return float(_same(values, expected))
+
+
+def _same(got: Any, expected: Any) -> bool:
+    """Whether JSON values are equal: a truth value is no number, floats may differ slightly."""
+    if isinstance(expected, bool) or isinstance(got, bool):
+        return got is expected
+    if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
+        if isinstance(expected, int) and isinstance(got, int):
+            return got == expected
+        try:
+            return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
+        except OverflowError:  # an integer beyond all floats
+            return False
+    if isinstance(expected, list) and isinstance(got, list):
+        return len(got) == len(expected) and all(map(_same, got, expected))
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return got.keys() == expected.keys() and all(_same(got[k], expected[k]) for k in got)
+    return type(got) is type(expected) and bool(got == expected)
+
+
+def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> dict[int, str]:
+    """Start the sandbox once; what the programs wrote before it ended, by their index."""
+    # Some interpreters find their own library by it. Nothing else of the environment goes in.
     keep = {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "SYSTEMROOT")}
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
         process = subprocess.Popen(
-            [python, "-I", "-S", "-B", "-X", "utf8", str(_SANDBOX)],
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_SANDBOX)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -145,7 +169,7 @@ def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> dict[int, floa
     ready, *lines = output.splitlines() or [""]
     if not ready.startswith("ready"):
         raise RuntimeError(f"the sandbox of metric execution does not start: {errors.strip()}")
-    return {int(line.split()[0]): float(line.split()[1]) for line in lines}
+    return dict(json.loads(line) for line in lines if line.endswith("]"))
 
 
 def _kill_group(pid: int) -> None:
