@@ -271,15 +271,19 @@ def _word(
         return _one_of(setting, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     if kind == "model_type":
         known = _settings(_section(model, path))
-        return f"{setting}: {_shown(value)} is no group of settings; known: {', '.join(known)}"
+        return f"{setting}: {_shown(value)} must be a mapping; known: {', '.join(known)}"
     if kind == "tuple_type":
-        return f"{setting}: {_shown(value)} is no list of two numbers, as [0.8, 0.99]"
+        return f"{setting}: {_shown(value)} must be a list of two numbers, as [0.8, 0.99]"
     if kind == "list_type":
-        return f"{setting}: {_shown(value)} is no list; start every item with a dash"
+        return f"{setting}: {_shown(value)} must be a list; start every item with a dash"
     if kind == "too_short":
         return f"{setting}: {_shown(value)} is empty; give at least one"
     if kind == "string_type":
-        return f"{setting}: {_shown(value)} is no text; put it in quotes"
+        return f"{setting}: {_shown(value)} must be a string; put it in quotes"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return f"{setting}: {_shown(value)} is not an integer"
+    if kind in ("float_parsing", "float_type"):
+        return f"{setting}: {_shown(value)} is not a number"
     reason = re.sub(r"^Input should be", "must be", item["msg"])
     return f"{setting}: {_shown(value)} {reason[0].lower() + reason[1:]}"
 

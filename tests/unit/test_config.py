@@ -233,7 +233,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
     [
         ("steps: 10", "steps: 0", 19, "training.steps: 0 must be greater than 0"),
         ("steps: 10", "steps: true", 19, "training.steps: true is not a number"),
-        ("steps: 10", "steps: [1]", 19, "training.steps: [1] must be a valid integer"),
+        ("steps: 10", "steps: [1]", 19, "training.steps: [1] is not an integer"),
         ("steps: 10", "seed: 1", 18, "training.steps: is missing; add it"),
         (
             "num_virtual_tokens: 5",
@@ -294,7 +294,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "choices: [a, b]",
             "choices: [[yes], b]",
             9,
-            "tasks[0].choices[0]: ['yes'] is no text; put it in quotes",
+            "tasks[0].choices[0]: ['yes'] must be a string; put it in quotes",
         ),
         (
             "choices: [a, b]",
@@ -314,7 +314,12 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             7,
             "tasks[0].input: has no {column} field",
         ),
-        ("output_dir: runs/x", "output_dir: 5", 1, "output_dir: 5 is no text; put it in quotes"),
+        (
+            "output_dir: runs/x",
+            "output_dir: 5",
+            1,
+            "output_dir: 5 must be a string; put it in quotes",
+        ),
         ("output_dir: runs/x", "# nothing", None, "output_dir: is missing; add it"),
         (
             "  model: some/base",
@@ -350,8 +355,8 @@ def test_learning_rates_may_be_written_as_people_write_them(run_file, value):
     ("value", "expected"),
     [
         ("[]", "[] is empty; give at least one"),
-        ("null", "None is no list; start every item with a dash"),
-        ("triage", "'triage' is no list; start every item with a dash"),
+        ("null", "None must be a list; start every item with a dash"),
+        ("triage", "'triage' must be a list; start every item with a dash"),
     ],
 )
 def test_tasks_and_prompts_are_lists_of_at_least_one(run_file, section, value, expected):
@@ -414,7 +419,7 @@ def test_other_sizes_are_refused(run_file, size):
 
 def test_a_value_where_a_section_belongs(run_file):
     (problem,) = problems_of(run_file(), "evaluation.early_stopping=3")
-    assert problem.endswith("evaluation.early_stopping: 3 is no group of settings; known: patience")
+    assert problem.endswith("evaluation.early_stopping: 3 must be a mapping; known: patience")
 
 
 def test_long_values_are_cut(run_file):
@@ -600,7 +605,7 @@ def test_every_setting_but_plain_names_says_what_it_is():
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("betas=0.9", "prompts[0].betas: 0.9 is no list of two numbers, as [0.8, 0.99]"),
+        ("betas=0.9", "prompts[0].betas: 0.9 must be a list of two numbers, as [0.8, 0.99]"),
         ("betas=[0.8,1]", "prompts[0].betas[1]: 1 must be less than 1"),
         ("optimizer=adafactor prompts.one.betas=[0.8,0.9]", "prompts[0].betas: adafactor has none"),
         ("optimizer=adamw prompts.one.momentum=0.9", "prompts[0].momentum: adamw has none; use"),
@@ -622,6 +627,8 @@ def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
 def test_a_blank_hand_written_prompt(run_file):
     (found,) = problems_of(run_file(), 'tasks.triage.hand_written=[Look, " "]')
     assert "tasks[0].hand_written[1]" in found
+    (found,) = problems_of(run_file(), "tasks.triage.hand_written=[Look, Look]")
+    assert found.endswith("tasks[0].hand_written: 'Look' is listed more than once; remove one")
 
 
 def test_one_learning_rate_of_the_two(run_file):

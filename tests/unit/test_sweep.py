@@ -128,11 +128,11 @@ def test_a_sweep_of_more_than_max_prompts_says_the_count(run_file):
 @pytest.mark.parametrize(
     ("sweep", "expected"),
     [
-        ("[1, 2]", "sweep: [1, 2] is no group of settings with lists"),
+        ("[1, 2]", "sweep: [1, 2] must be a mapping of settings to lists"),
         ("{}", "sweep: is empty; give lists of settings, or remove it"),
         ("{random: 2}", "sweep: is empty; give lists of settings, or remove it"),
-        ("{seed: 3}", "sweep.seed: 3 is no list of values, as [a, b]"),
-        ("{seed: []}", "sweep.seed: [] is no list of values, as [a, b]"),
+        ("{seed: 3}", "sweep.seed: 3 must be a list of values, as [a, b]"),
+        ("{seed: []}", "sweep.seed: [] must be a list of values, as [a, b]"),
         ("{seed: [1, 2, 1]}", "sweep.seed: has 1 more than once; remove one"),
         ("{learning_rate: [1e-3, 0.001]}", "sweep.learning_rate: has 0.001 more than once"),
         ("{learning_rate: [1e-3, '0.001']}", "sweep: makes the same prompt twice, 'one-lr1' and"),
@@ -143,7 +143,7 @@ def test_a_sweep_of_more_than_max_prompts_says_the_count(run_file):
         ("{name: [a, b]}", "sweep.name: no setting to sweep; known: task,"),
         ("{grid: {sede: [1]}}", "sweep.grid.sede: no setting to sweep (did you mean 'seed'?)"),
         ("{grid: {seed: [1]}, steps: [1]}", "sweep: grid: holds all settings with their lists"),
-        ("{random: 0, seed: [1, 2]}", "sweep.random: 0 is no number of prompts"),
+        ("{random: 0, seed: [1, 2]}", "sweep.random: 0 must be a positive integer"),
         (
             "{random: 3, seed: [1, 2]}",
             "sweep.random: 3, but there are only 2 combinations; remove it to take them all",

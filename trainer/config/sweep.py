@@ -120,7 +120,7 @@ class _Sweep:
         self.bare = {key: value for key, value in item.items() if key != "sweep"}
         sweep = item["sweep"]
         if not isinstance(sweep, dict):
-            self.problems.append(self.problem(f"{sweep!r} is no group of settings with lists"))
+            self.problems.append(self.problem(f"{sweep!r} must be a mapping of settings to lists"))
         elif isinstance(item.get("name"), str):  # else: said when the prompt is checked
             self._read(sweep)
 
@@ -142,7 +142,9 @@ class _Sweep:
         drawn = sweep.get("random")
         if drawn is not None:
             if not isinstance(drawn, int) or isinstance(drawn, bool) or drawn < 1:
-                self.problems.append(self.problem(f"{drawn!r} is no number of prompts", "random"))
+                self.problems.append(
+                    self.problem(f"{drawn!r} must be a positive integer", "random")
+                )
                 return
             if drawn > combinations:
                 only = f"{drawn}, but there are only {combinations} combinations; "
@@ -159,7 +161,7 @@ class _Sweep:
             hint = did_you_mean(str(key), known)
             yield self.problem(f"no setting to sweep{hint}; known: {', '.join(known)}", *where)
         elif not isinstance(values, list) or not values:
-            yield self.problem(f"{values!r} is no list of values, as [a, b]", *where)
+            yield self.problem(f"{values!r} must be a list of values, as [a, b]", *where)
         else:
             texts = [json.dumps(value, sort_keys=True, default=str) for value in values]
             if len(set(texts)) < len(texts):

@@ -211,6 +211,9 @@ class Task(Section):
                         f"{name}: needs validation too; name rows to score, or give "
                         "validation_share"
                     )
+        twice = [text for text in self.hand_written if self.hand_written.count(text) > 1]
+        if twice:
+            problems.append(f"hand_written: {twice[0]!r} is listed more than once; remove one")
         if self.tests != "tests" and self.metric != "execution":
             problems.append(f"tests: metric {self.metric} runs none; use metric: execution")
         return checked(self, problems)

@@ -211,7 +211,8 @@ def _as_row(value: Any, suspicious: bool) -> tuple[dict[str, Any], str | None]:
                 bad = json.dumps(error.object[error.start : error.end])
                 return (
                     {},
-                    f"{column}: holds half a character, {bad}; write the whole surrogate pair",
+                    f"{ascii(column)[1:-1]}: holds half a character, {bad}; write the whole "
+                    "surrogate pair",
                 )
     return value, None
 
