@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,27 @@ from trainer.base.own_attention import alibi_slopes
 from trainer.tasks.streams import Segment
 
 HEADS, SIZE = 4, 16
-TOKENS, PAST = 5 + 3 + 7 + 150 + 4 + 20 + 6, [6, 2]
+TOKENS, PAST = 5 + 3 + 7 + 150 + 4 + 20 + 6 + 2 + 1 + 3 + 4 + 2 + 2 + 1, [6, 2]
+_FIRST, _SECOND = Segment(0, 5), Segment(5, 3)
+_PAST = Segment(TOKENS, 6), Segment(TOKENS + 6, 2)
+_ROWS = [Segment(8, 7, _FIRST), Segment(165, 4, _PAST[0]), Segment(189, 6)]
 # Two prompts of tokens, then rows: behind each of these, behind two prefixes, behind none; one is
-# longer than a block of FlexAttention's.
+# longer than a block of FlexAttention's. Then candidates of three of the rows.
 SEGMENTS = [
-    Segment(0, 5),
-    Segment(5, 3),
-    Segment(8, 7, 0, 5),
-    Segment(15, 150, 5, 3),
-    Segment(165, 4, TOKENS, 6),
-    Segment(169, 20, TOKENS + 6, 2),
-    Segment(189, 6),
+    _FIRST,
+    _SECOND,
+    _ROWS[0],
+    Segment(15, 150, _SECOND),
+    _ROWS[1],
+    Segment(169, 20, _PAST[1]),
+    _ROWS[2],
+    Segment(195, 2, _ROWS[0], candidate=True),
+    Segment(197, 1, _ROWS[0], candidate=True),
+    Segment(198, 3, _ROWS[0], candidate=True),
+    Segment(201, 4, _ROWS[1], candidate=True),
+    Segment(205, 2, _ROWS[1], candidate=True),
+    Segment(207, 2, _ROWS[2], candidate=True),
+    Segment(209, 1, _ROWS[2], candidate=True),
 ]
 SCORES = {
     "plain": Scores(0.3),
@@ -53,12 +65,17 @@ def tensors(kv_heads: int, device: str = "cpu", value_size: int = SIZE) -> list[
 def attended(flex: bool, leaves: list[Tensor], scores: Scores) -> tuple[Tensor, list[Tensor]]:
     """Output [1, T, A, D] and the gradient of every leaf."""
     query, key, value, *past = leaves
-    segments = [
-        s if past or s.prefix_start < TOKENS else Segment(s.start, s.length) for s in SEGMENTS
-    ]
+    segments = SEGMENTS if past else [_without_past(segment) for segment in SEGMENTS]
     layout: Layout = with_past(make_layout(segments, query.device), past)
     if flex:
         layout = with_flex(layout, segments)
     output = attend(query, key, value, layout, scores, 0)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     return output, list(torch.autograd.grad(output, leaves, upstream.to(query.device)))
+
+
+def _without_past(segment: Segment) -> Segment:
+    if segment.prefix is None:
+        return segment
+    gone = segment.prefix.start >= TOKENS
+    return replace(segment, prefix=None if gone else _without_past(segment.prefix))

@@ -135,7 +135,7 @@ class Evaluator:
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
-        for stream in self._streams(_pieces(requests), lengths):
+        for stream in self._streams(_pieces(requests, self.base.packed), lengths):
             nll_N = self.base(stream, virtual_tokens).double()
             slot_N = stream.label_slot_N  # -1 in a filler, whose losses count nothing
             totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
@@ -150,7 +150,7 @@ class Evaluator:
 
         def planned() -> Iterator[list[Piece]]:
             most = WINDOW_STREAMS * max_tokens * self.engine.world_size
-            for window in portions(pieces, lambda piece: piece.example.num_tokens, most):
+            for window in portions(pieces, lambda piece: piece.num_tokens, most):
                 plan = plan_streams(window, lengths.tokens, self.engine.world_size, max_tokens)
                 yield from plan[self.engine.rank]
 
@@ -267,17 +267,23 @@ def _width(request: Request) -> int:
     return request.rows.candidates.width
 
 
-def _pieces(requests: Sequence[Request]) -> Iterator[Piece]:
-    """All candidates of all rows of all requests; slots are numbered in this order."""
-    examples = (
-        (example, request.prompt)
-        for request in requests
-        if request.by_labels
-        for candidates in request.rows.candidates
-        for example in candidates
-    )
-    for slot, (example, prompt) in enumerate(examples):
-        yield Piece(example, prompt, slot)
+def _pieces(requests: Sequence[Request], packed: bool) -> Iterator[Piece]:
+    """All candidates of all rows of all requests; slots are numbered in this order.
+
+    Args:
+        packed: the base reads a row's text once for all its candidates. All streams then have
+            ``Stream.shared``, as ranks that share a head must agree on it.
+    """
+    slot = 0
+    for request in requests:
+        if request.by_labels:
+            for row in request.rows.candidates:
+                if packed:
+                    yield Piece(row[0], request.prompt, slot, candidates=tuple(row))
+                else:
+                    for i, example in enumerate(row):
+                        yield Piece(example, request.prompt, slot + i)
+                slot += len(row)
 
 
 def _taught_pieces(requests: Sequence[Request]) -> Iterator[Piece]:

@@ -171,7 +171,7 @@ class TestPaddedFallback:
 
     def test_layout(self) -> None:
         """A prompt of 2; a row of 3 behind it; a row of 4 behind nothing."""
-        rows = pad_rows([Segment(2, 3, 0, 2), Segment(5, 4)], CPU)
+        rows = pad_rows([Segment(2, 3, Segment(0, 2)), Segment(5, 4)], CPU)
         assert rows.token_BL.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 8]]
         assert rows.mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
         assert rows.position_BL.tolist() == [[0, 1, 2, 3, 4]] * 2

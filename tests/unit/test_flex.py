@@ -68,7 +68,7 @@ def test_a_diverged_prompt_harms_no_other(lost: int) -> None:
     with torch.no_grad():
         if lost == 0:  # the first prompt, which stands in the stream
             leaves[1][:, :, 2] = torch.nan
-            readers = [*range(5), *range(8, 15)]
+            readers = [*range(5), *range(8, 15), *range(195, 201)]
         else:  # the second prefix
             leaves[4][0] = torch.nan
             readers = list(range(169, 189))

@@ -72,6 +72,34 @@ def test_hidden_states_go_to_blocks_where_labels_are_few(
     assert not read_whole(post)
 
 
+@pytest.mark.parametrize("counts", [[9, 4, 1], [400, 2, 1]], ids=["blocks", "table"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_that_share_a_position_are_as_likely_as_behind_a_copy_of_it(
+    kind: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slice_by(monkeypatch, 100)
+    draw = torch.Generator().manual_seed(9)
+    places = [torch.randint(count, (2 * count + 1,), generator=draw) for count in counts]
+    labels = [torch.randint(V, (len(place_N),), generator=draw) for place_N in places]
+
+    def work(rank: Thread) -> Tensor:
+        states_UH, _ = rows_of(counts[rank.rank], rank.rank)
+        with torch.no_grad():
+            own: Tensor = block(kind, rank)(states_UH, labels[rank.rank], place_N=places[rank.rank])
+        return own
+
+    found, post = on_all_ranks(RANKS, work)
+    alone = make_head(**KINDS[kind])
+    for rank, nll_N in enumerate(found):
+        states_UH, _ = rows_of(counts[rank], rank)
+        with torch.no_grad():
+            wanted_N = alone(states_UH[places[rank]], labels[rank])
+            here_N = alone(states_UH, labels[rank], place_N=places[rank])
+        torch.testing.assert_close(nll_N, wanted_N, rtol=2e-6, atol=4e-6)
+        torch.testing.assert_close(here_N, wanted_N, rtol=2e-6, atol=4e-6)
+    assert read_whole(post) == (counts[0] == 400)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_is_gathered_where_labels_are_many(kind: str) -> None:
     counts = [400, 2, 0]

@@ -1,7 +1,7 @@
 """Attention over a packed stream, plugged into transformers by name.
 
-Each segment of the stream attends causally to itself and to the whole of its prefix segment, within
-the layer's window if it has one. The tokens stay packed in every linear layer; only here are
+Each segment of the stream attends causally to itself and to all tokens of its prefix segments,
+within the layer's window if it has one. The tokens stay packed in every linear layer; only here are
 segments laid side by side in buckets (``trainer.base.buckets``) or handed to one kernel
 (``trainer.base.flex``).
 

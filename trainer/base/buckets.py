@@ -6,7 +6,8 @@ bucket, Q longest segment, P longest prefix, K = P + Q keys, A attention heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,12 +142,9 @@ class Buckets:
 
 def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
     """Group segments of similar length."""
-    groups: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda s: (-s.length, s.start)):
-        if groups and segment.length >= BUCKET_RATIO * groups[-1][0].length:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
+    alone = [[segment] for segment in segments if not segment.candidate]
+    groups = _grouped(alone, _run_length)
+    groups += _grouped(_candidates(segments), lambda r: r[0].prefix_length + _run_length(r))
     buckets = tuple(_bucket(group) for group in groups)
 
     num_tokens = sum(segment.length for segment in segments)
@@ -154,39 +152,104 @@ def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
     offset = 0
     for group, bucket in zip(groups, buckets, strict=True):
         longest = bucket.query_SQ.shape[1]
-        for row, segment in enumerate(group):
-            places = torch.arange(segment.length) + offset + row * longest
-            restore_T[segment.start : segment.start + segment.length] = places
+        for row, run in enumerate(group):
+            start, length = run[0].start, _run_length(run)
+            restore_T[start : start + length] = torch.arange(length) + offset + row * longest
         offset += bucket.query_SQ.numel()
     return changed(Buckets(buckets, restore_T), lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _bucket(group: Sequence[Segment]) -> Bucket:
-    longest = max(segment.length for segment in group)
-    longest_prefix = max(segment.prefix_length for segment in group)
-    start, length, prefix_start, prefix_length = (
-        torch.tensor([getattr(segment, field) for segment in group])[:, None]
-        for field in ("start", "length", "prefix_start", "prefix_length")
+def _candidates(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Candidates of each row; one run of them is attended to as one, so that the keys of its
+    prefixes are laid out once."""
+    candidates = [segment for segment in segments if segment.candidate]
+    runs = [list(run) for _, run in itertools.groupby(candidates, key=lambda s: s.prefix)]
+    for run in runs:
+        assert run[-1].start + run[-1].length == run[0].start + _run_length(run), "not consecutive"
+    return runs
+
+
+def _run_length(run: Sequence[Segment]) -> int:
+    return sum(segment.length for segment in run)
+
+
+def _grouped(
+    runs: Sequence[list[Segment]], size: Callable[[list[Segment]], int]
+) -> list[list[list[Segment]]]:
+    """Runs of similar size together, the largest first."""
+    groups: list[list[list[Segment]]] = []
+    for run in sorted(runs, key=lambda run: (-size(run), run[0].start)):
+        if groups and size(run) >= BUCKET_RATIO * size(groups[-1][0]):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def _bucket(group: Sequence[Sequence[Segment]]) -> Bucket:
+    """Lay out runs of segments side by side; the segments of a run do not see each other."""
+    start, length, prefix_length = (
+        torch.tensor(column)[:, None]
+        for column in (
+            [run[0].start for run in group],
+            [_run_length(run) for run in group],
+            [run[0].prefix_length for run in group],
+        )
     )
-    own = torch.arange(longest)[None]
-    prefix = torch.arange(longest_prefix)[None]
-    query_SQ = start + torch.minimum(own, length - 1)
-    # Padding stays within the segment's own prompt: even a masked key receives 0 * NaN in backward,
-    # so a diverged prompt must find no key of another one here.
-    prefix_start = torch.where(prefix_length > 0, prefix_start, start)
-    prefix_SP = prefix_start + torch.minimum(prefix, (prefix_length - 1).clamp(min=0))
-    causal = own[:, :, None] >= own[:, None, :]  # [1, Q, Q]
-    sees_prefix = (prefix < prefix_length)[:, None, :].expand(-1, longest, -1)  # [S, Q, P]
+    column = torch.arange(int(length.max()))[None]
+    prefix = torch.arange(int(prefix_length.max()))[None]
+    query_SQ = start + torch.minimum(column, length - 1)
+    prefix_SP = _prefix_places([run[0] for run in group], prefix)
+    causal = column[:, :, None] >= column[:, None, :]  # [1, Q, Q]
+    own_SQ = column  # place within the segment
+    if any(len(run) > 1 for run in group):
+        first_SQ = _first_places(group, column)
+        causal = causal & (first_SQ[:, :, None] == first_SQ[:, None, :])
+        own_SQ = column - first_SQ
+    sees_prefix = (prefix < prefix_length)[:, None, :].expand(-1, column.shape[1], -1)  # [S, Q, P]
     mask = torch.cat([sees_prefix, causal.expand(len(group), -1, -1)], dim=2)[:, None]
-    query_position_SQ = prefix_length + own
+    query_position_SQ = prefix_length + own_SQ
     return Bucket(
         query_SQ,
-        own >= length,
+        column >= length,
         torch.cat([prefix_SP, query_SQ], dim=1),
         query_position_SQ,
         torch.cat([prefix.expand(len(group), -1), query_position_SQ], dim=1),
         mask,
     )
+
+
+def _prefix_places(segments: Sequence[Segment], prefix: Tensor) -> Tensor:
+    """Where the tokens of the segments' prefixes stand, [S, P].
+
+    Padding stays within the segment's own prompt: even a masked key receives 0 * NaN in backward,
+    so a diverged prompt must find no key of another one here.
+    """
+    place_SP = torch.tensor([s.start for s in segments])[:, None].expand(-1, prefix.shape[1])
+    for level in range(max(len(s.prefixes) for s in segments)):
+        chains = [s.prefixes[level] if level < len(s.prefixes) else None for s in segments]
+        start, length, behind = (
+            torch.tensor(values)[:, None]
+            for values in (
+                [0 if one is None else one.start for one in chains],
+                [0 if one is None else one.length for one in chains],
+                [0 if one is None else one.prefix_length for one in chains],
+            )
+        )
+        places = start + torch.minimum(prefix - behind, (length - 1).clamp(min=0))
+        place_SP = torch.where((prefix >= behind) & (length > 0), places, place_SP)
+    return place_SP
+
+
+def _first_places(group: Sequence[Sequence[Segment]], column: Tensor) -> Tensor:
+    """For each place of a run, where its segment begins in the run, [S, Q]."""
+    firsts = []
+    for run in group:
+        lengths = torch.tensor([segment.length for segment in run])
+        first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        missing = column.shape[1] - len(first)
+        firsts.append(torch.cat([first, first[-1:].expand(missing)]))
+    return torch.stack(firsts)
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from trainer.base.buckets import Scores
 from trainer.tasks.streams import Segment, changed
 
-#: ``prefix_T`` where there is no prefix to see.
+#: In ``prefixes`` where there is no prefix to see.
 NONE = -1
 
 
@@ -32,23 +32,28 @@ class FlexLayout:
 
     Attributes:
         segment_K: the segment of each key; of queries, which come first, too.
-        prefix_T: the segment that each query sees the whole of, or NONE.
-        position_K: counted from the start of the segment's prefix.
+        prefixes: [T] each: segments that each query sees the whole of, or NONE; at least one.
+        position_K: counted from the start of the segment's first prefix.
     """
 
     segment_K: Tensor
-    prefix_T: Tensor
+    prefixes: tuple[Tensor, ...]
     position_K: Tensor
     _masks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
     _gains: dict[object, Tensor] = field(default_factory=dict, init=False)
 
+    @property
+    def num_queries(self) -> int:
+        return len(self.prefixes[0])
+
     def visible(self, window: int | None) -> Callable[..., Tensor]:
         """FlexAttention's ``mask_mod``."""
-        segment_K, prefix_T, position_K = self.segment_K, self.prefix_T, self.position_K
+        segment_K, prefixes, position_K = self.segment_K, self.prefixes, self.position_K
 
         def mask_mod(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            own = (segment_K[key] == segment_K[query]) & (key <= query)
-            seen = own | (segment_K[key] == prefix_T[query])
+            seen = (segment_K[key] == segment_K[query]) & (key <= query)
+            for prefix_T in prefixes:
+                seen = seen | (segment_K[key] == prefix_T[query])
             if window is not None:
                 seen = seen & (position_K[query] - position_K[key] < window)
             return seen
@@ -58,10 +63,11 @@ class FlexLayout:
     def block_mask(self, window: int | None) -> BlockMask:
         """Made by the first layer of a kind, used by all."""
         if window not in self._masks:
-            num_queries, num_keys = len(self.prefix_T), len(self.segment_K)
-            create = _compiled(create_block_mask, self.prefix_T.device.type)
+            num_queries, num_keys = self.num_queries, len(self.segment_K)
+            device = self.segment_K.device
+            create = _compiled(create_block_mask, device.type)
             self._masks[window] = create(
-                self.visible(window), None, None, num_queries, num_keys, self.prefix_T.device
+                self.visible(window), None, None, num_queries, num_keys, device
             )
         return self._masks[window]
 
@@ -110,7 +116,7 @@ class FlexLayout:
 
     def _lost(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """True where a segment, or its prefix, holds a number that is not finite: [T]."""
-        num_queries = len(self.prefix_T)
+        num_queries = self.num_queries
         # One by one: values may have another head size than keys.
         bad_T, bad_key_K, bad_value_K = (
             ~x.isfinite().all(3).all(1)[0] for x in (query, key, value)
@@ -119,29 +125,33 @@ class FlexLayout:
         bad_K = torch.cat([bad_K[:num_queries] | bad_T, bad_K[num_queries:]])
         segment_is_bad = bad_K.new_zeros(len(bad_K) + 1, dtype=torch.int32)  # the last: NONE
         segment_is_bad.index_add_(0, self.segment_K, bad_K.int())
-        own, prefix = self.segment_K[:num_queries], self.prefix_T
-        return (segment_is_bad[own] + segment_is_bad[prefix]) > 0
+        found_T = segment_is_bad[self.segment_K[:num_queries]]
+        for prefix_T in self.prefixes:
+            found_T = found_T + segment_is_bad[prefix_T]
+        return found_T > 0
 
 
 def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexLayout:
     """Per-token form of segments."""
     num_tokens = sum(segment.length for segment in segments)
-    prefixes = {(segment.prefix_start, segment.prefix_length) for segment in segments}
+    prefixes = {(prefix.start, prefix.length) for s in segments for prefix in s.prefixes}
     past = [(start, length) for start, length in prefixes if start >= num_tokens]
     num_keys = num_tokens + sum(length for _, length in past)
     segment_K = torch.empty(num_keys, dtype=torch.long)
     position_K = torch.empty(num_keys, dtype=torch.long)
-    prefix_T = torch.full((num_tokens,), NONE)
+    depth = max(1, *(len(segment.prefixes) for segment in segments))
+    prefix_CT = torch.full((depth, num_tokens), NONE)
     for segment in segments:
         place = slice(segment.start, segment.start + segment.length)
         segment_K[place] = segment.start
         position_K[place] = segment.prefix_length + torch.arange(segment.length)
-        if segment.prefix_length:
-            prefix_T[place] = segment.prefix_start
+        for level, prefix in enumerate(segment.prefixes):
+            if prefix.length:
+                prefix_CT[level, place] = prefix.start
     for start, length in past:
         segment_K[start : start + length] = start
         position_K[start : start + length] = torch.arange(length)
-    layout = FlexLayout(segment_K, prefix_T, position_K)
+    layout = FlexLayout(segment_K, prefix_CT.unbind(), position_K)
     return changed(layout, lambda tensor: tensor.to(device, non_blocking=True))
 
 

@@ -10,13 +10,17 @@ travel to the blocks, which takes fewer bytes than the table as long as labels a
 maximum, sum and gradient are merged as those of slices are. Where labels are many, the table is
 gathered instead, once for a whole step if there is memory to keep it.
 
-Shape letters: N label positions, H hidden size, V vocabulary, C columns of one slice of it, G ranks
-that share the head, M label positions of the rank with the most.
+Several labels may be predicted at one position, as those of candidate targets are. The products
+with the vocabulary are then computed once for each position.
+
+Shape letters: N labels, U positions that predict them (N unless positions are shared), H hidden
+size, V vocabulary, C columns of one slice of it, G ranks that share the head, M positions of the
+rank with the most.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,15 +95,17 @@ class FrozenHead(FrozenLinear):
         labels_N: Tensor | None = None,
         teacher_DH: Tensor | None = None,
         distilled_D: Tensor | None = None,
+        place_N: Tensor | None = None,
     ) -> Tensor:
         """The bare product, for the model to scale or cap; with labels all of that is done here.
 
         Where ranks share the head, all of them call it together.
 
         Args:
-            x: hidden states [..., H]; with labels [N, H].
+            x: hidden states [..., H]; with labels [N, H], or [U, H] with ``place_N``.
             teacher_DH, distilled_D: what some positions learn from instead of from their label, and
                 which: see ``taught_losses``, which makes [2, N] of it.
+            place_N: which of the hidden states predicts each label; only without gradients.
 
         Returns:
             Without labels [..., V]; with them the negative log-likelihood of each, fp32 [N].
@@ -110,19 +116,23 @@ class FrozenHead(FrozenLinear):
             limits = LOGITS_BYTES, MIN_COLUMNS
             return taught_losses(self, x, labels_N, teacher_DH, distilled_D, *limits)
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        nll_N: Tensor = _LabelLosses.apply(x, labels_N, self, wants_gradient)
+        assert place_N is None or not wants_gradient, "shared positions have no backward"
+        nll_N: Tensor = _LabelLosses.apply(x, labels_N, self, wants_gradient, place_N)
         return nll_N
 
     def extra_repr(self) -> str:
         stored = self.weight if self.rows is None else self.rows
         return f"{self.in_features}, {self.out_features}, stored={stored.dtype}"
 
-    def meet(self, x_NH: Tensor, *, wants_gradient: bool, columns: int = 0) -> Meeting | None:
+    def meet(
+        self, x_NH: Tensor, *, wants_gradient: bool, columns: int = 0, num_labels: int = 0
+    ) -> Meeting | None:
         """Agree with the ranks that share the head to send it rows, if that is cheaper.
 
         Args:
             x_NH: hidden states of this rank.
             columns: logits that come back to a rank for each of its rows.
+            num_labels: of this rank, where they are not one for each hidden state.
 
         Returns:
             None where the weight is read in full instead.
@@ -130,15 +140,15 @@ class FrozenHead(FrozenLinear):
         exchange = self._exchange
         if exchange is None or self._gathered is not None:
             return None
-        facts = torch.tensor([[len(x_NH), int(wants_gradient)]], device=x_NH.device)
-        most, any_wants = exchange.gather(facts).amax(0).tolist()
+        facts = torch.tensor([[len(x_NH), int(wants_gradient), num_labels]], device=x_NH.device)
+        most, any_wants, most_labels = exchange.gather(facts).amax(0).tolist()
         numbers = (2 if any_wants else 1) * exchange.ranks * self.in_features + columns
         moved = most * numbers * x_NH.element_size()
         # To rent until buying had been as cheap costs at most twice what the best choice had.
         if moved + (self._moved if self.keeps else 0) > self.table_bytes:
             return None
         self._moved += moved
-        return Meeting(exchange, len(x_NH), most, bool(any_wants))
+        return Meeting(exchange, len(x_NH), most, bool(any_wants), most_labels)
 
     def block(self) -> Block:
         """This rank's part of the weight."""
@@ -235,12 +245,14 @@ class Meeting:
         num_rows: of this rank.
         most: of any rank, M: so many are sent by each.
         wants_gradient: some rank does.
+        most_labels: of any rank, where they are not one for each row.
     """
 
     exchange: RowExchange
     num_rows: int
     most: int
     wants_gradient: bool
+    most_labels: int = 0
 
     def gather(self, rows: Tensor, filler: float = 0.0) -> Tensor:
         """All ranks' rows, [G * M, ...]."""
@@ -248,6 +260,16 @@ class Meeting:
         return self.exchange.gather(
             pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing), value=filler)
         )
+
+    def of_labels(self, num_labels: int) -> Meeting:
+        """The same ranks, to send one row for each label."""
+        return replace(self, num_rows=num_labels, most=self.most_labels)
+
+    def gather_places(self, place_N: Tensor) -> Tensor:
+        """Which of all ranks' rows predicts each of all ranks' labels."""
+        ranks = torch.arange(self.exchange.ranks, device=place_N.device)
+        first = (ranks * self.most).repeat_interleave(self.most_labels)
+        return first + self.of_labels(len(place_N)).gather(place_N)
 
     def own(self, values: Tensor) -> Tensor:
         """This rank's part of [G * M, ...], without what filled it up."""
@@ -264,18 +286,34 @@ class _LabelLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, labels_N: Tensor, head: FrozenHead, wants_gradient: bool
+        ctx: Any,
+        hidden_NH: Tensor,
+        labels_N: Tensor,
+        head: FrozenHead,
+        wants_gradient: bool,
+        place_N: Tensor | None,
     ) -> Tensor:
-        meeting = head.meet(hidden_NH, wants_gradient=wants_gradient)
+        num_labels = 0 if place_N is None else len(place_N)
+        meeting = head.meet(hidden_NH, wants_gradient=wants_gradient, num_labels=num_labels)
+        pull_NH = None
+        # All ranks agree on it: scoring shares positions, training does not.
+        assert meeting is None or bool(meeting.most_labels) == (place_N is not None)
         if meeting is None:
-            scan = _Scan.of(head.whole(hidden_NH.device), hidden_NH, labels_N, wants_gradient)
+            whole = head.whole(hidden_NH.device)
+            scan = _Scan.of(whole, hidden_NH, labels_N, wants_gradient, place_N)
             margin_N = scan.margin()
             pull_NH = scan.pull(margin_N) if wants_gradient else None
+        elif place_N is not None:
+            sent_UH, of_labels = meeting.gather(hidden_NH), meeting.of_labels(num_labels)
+            sent_N, places_N = of_labels.gather(labels_N, NO_LABEL), meeting.gather_places(place_N)
+            scan = _Scan.of(head.block(), sent_UH, sent_N, False, places_N)
+            scan.merge(meeting.exchange)
+            margin_N = of_labels.own(scan.margin())
         else:
             sent_NH, sent_N = meeting.gather(hidden_NH.detach()), meeting.gather(labels_N, NO_LABEL)
             scan = _Scan.of(head.block(), sent_NH, sent_N, meeting.wants_gradient)
             scan.merge(meeting.exchange)
-            margin_N, pull_NH = meeting.own(scan.margin()), None
+            margin_N = meeting.own(scan.margin())
             if meeting.wants_gradient:
                 pull_NH = scan.pull(scan.margin()).to(hidden_NH.dtype)
                 pull_NH = meeting.exchange.scatter_sum(pull_NH)[: len(labels_N)]
@@ -286,9 +324,9 @@ class _LabelLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         (pull_NH,) = ctx.saved_tensors
-        return (pull_NH * grad_N[:, None]).to(pull_NH.dtype), None, None, None
+        return (pull_NH * grad_N[:, None]).to(pull_NH.dtype), None, None, None, None
 
 
 @dataclass
@@ -302,6 +340,7 @@ class _Scan:
         right_N: the label's logit, 0 where it is not in this part.
         slope_N: its slope over the product.
         pulls_NH: sum over the logits but the label's of ``exp(logit - top) * d logit / d hidden``.
+        place_N: which of the hidden states predicts each label; None: there is one for each.
     """
 
     block: Block
@@ -311,16 +350,24 @@ class _Scan:
     right_N: Tensor
     slope_N: Tensor
     pulls_NH: Tensor | None
+    place_N: Tensor | None = None
 
     @classmethod
-    def of(cls, block: Block, hidden_NH: Tensor, labels_N: Tensor, wants_gradient: bool) -> _Scan:
+    def of(
+        cls,
+        block: Block,
+        hidden_NH: Tensor,
+        labels_N: Tensor,
+        wants_gradient: bool,
+        place_N: Tensor | None = None,
+    ) -> _Scan:
         # Finite, so that a slice with nothing but a label in it subtracts no infinities.
         lowest = torch.finfo(torch.float32).min
         top_N = torch.full_like(labels_N, lowest, dtype=torch.float32)
         zeros_N = torch.zeros_like(top_N)
         slope_N = torch.full_like(top_N, block.head.scale)
         pulls_NH = torch.zeros_like(hidden_NH, dtype=torch.float32) if wants_gradient else None
-        scan = cls(block, labels_N, top_N, zeros_N, zeros_N.clone(), slope_N, pulls_NH)
+        scan = cls(block, labels_N, top_N, zeros_N, zeros_N.clone(), slope_N, pulls_NH, place_N)
         columns = max(MIN_COLUMNS, LOGITS_BYTES // (4 * max(1, len(labels_N))))
         for start in range(block.first, block.stop, columns):
             scan._add(hidden_NH, start, min(start + columns, block.stop))
@@ -332,6 +379,9 @@ class _Scan:
             x_NH = hidden_NH.detach().requires_grad_(self.pulls_NH is not None)
             product_NC = self.block.project(x_NH, start, stop)
         logits_NC, slope_NC = head.shape_logits(product_NC.detach())
+        if self.place_N is not None:
+            logits_NC = logits_NC[self.place_N]
+            slope_NC = slope_NC[self.place_N] if isinstance(slope_NC, Tensor) else slope_NC
         # By masks, not by places that are mine: to count those, a GPU and its host would wait.
         mine_N = self._labels_in(start, stop)
         place_N1 = (self.labels_N - start).clamp(0, stop - start - 1)[:, None]

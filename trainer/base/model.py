@@ -104,15 +104,17 @@ class PromptedBase(nn.Module):
         hidden_NH = self._hidden(stream, virtual_tokens)
         # Logits only where there is a label: the head sees N positions instead of T.
         head = self.model.get_output_embeddings()
-        losses: Tensor = (
-            head(hidden_NH, stream.labels_N)
-            if teacher_DH is None
-            else head(hidden_NH, stream.labels_N, teacher_DH, stream.distilled_D)
-        )
+        if stream.shared is not None:
+            assert teacher_DH is None, "rows with a teacher are read with one target"
+            losses: Tensor = head(hidden_NH, stream.labels_N, place_N=stream.shared.place_N)
+        elif teacher_DH is None:
+            losses = head(hidden_NH, stream.labels_N)
+        else:
+            losses = head(hidden_NH, stream.labels_N, teacher_DH, stream.distilled_D)
         return losses
 
     def _hidden(self, stream: Stream, virtual_tokens: Sequence[Tensor]) -> Tensor:
-        """What the last layer gives at the labels, [N, H]."""
+        """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         words_TH = self._embed(stream.token_ids_T)
         prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
@@ -127,7 +129,7 @@ class PromptedBase(nn.Module):
         return self._padded(stream, hidden_TH)
 
     def _packed(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
-        """What the last layer gives at the labels, [N, H]."""
+        """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
         if self.flex:
             layout = with_flex(layout, stream.segments)
@@ -137,7 +139,9 @@ class PromptedBase(nn.Module):
             layout=layout,
             use_cache=False,
         )
-        hidden_NH: Tensor = output.last_hidden_state[0, stream.label_positions_N]
+        shared = stream.shared
+        positions = stream.label_positions_N if shared is None else shared.position_U
+        hidden_NH: Tensor = output.last_hidden_state[0, positions]
         return hidden_NH
 
     def _padded(self, stream: Stream, hidden_TH: Tensor) -> Tensor:

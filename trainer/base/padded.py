@@ -36,9 +36,16 @@ class PaddedRows:
 
 def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
     """Lay out the segments of a stream that are rows, not prompts; at least one."""
+    assert all(len(row.prefixes) <= 1 for row in rows), "candidates are read as whole rows here"
     start, length, prefix_start, prefix_length = (
-        torch.tensor([getattr(row, field) for row in rows])[:, None]
-        for field in ("start", "length", "prefix_start", "prefix_length")
+        torch.tensor(column)[:, None]
+        for column in zip(
+            *(
+                (row.start, row.length, row.prefix.start if row.prefix else 0, row.prefix_length)
+                for row in rows
+            ),
+            strict=True,
+        )
     )
     total = prefix_length + length
     column = torch.arange(int(total.max()))[None]

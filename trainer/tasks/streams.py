@@ -5,14 +5,20 @@ text behind it. Every row attends to its own prompt and to itself, and its posit
 prompt's end. A prompt of keys and values per layer (prefix tuning) has no tokens in the stream: its
 segment stands behind the last token, where attention finds its keys.
 
-Shape letters: T tokens of a stream, N label positions, K prompts of the bank.
+A row that is scored with several candidate targets is read once for all of them: one segment of the
+tokens that all candidates share, and one short segment per candidate that attends to itself, to the
+shared segment and to the prompt. The last token of a candidate predicts nothing and is left out.
+
+Shape letters: T tokens of a stream, N labels, U positions that predict them, K prompts of the bank.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from itertools import takewhile
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,6 +43,8 @@ class Piece:
         slot: the caller's own number for this row; losses come back by it.
         filler: keeps ranks in lockstep where there is no row left; its labels count nothing.
         teacher: whose distributions the labels' positions learn, instead of the labels.
+        candidates: the row with each of its candidate targets, ``example`` first, to be scored in
+            one read of the row; candidate i has the slot ``slot + i``. Empty: ``example`` alone.
     """
 
     example: Example
@@ -44,16 +52,69 @@ class Piece:
     slot: int
     filler: bool = False
     teacher: Teacher | None = None
+    candidates: tuple[Example, ...] = ()
+
+    @cached_property
+    def shared_ids(self) -> tuple[int, ...]:
+        """Tokens with which all candidates begin."""
+        read = [_read_ids(example) for example in self.candidates]
+        same = (len(set(column)) == 1 for column in zip(*read, strict=False))
+        return read[0][: sum(takewhile(bool, same))]
+
+    @cached_property
+    def own_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each candidate behind the shared ones, without its last label."""
+        return tuple(_read_ids(c)[len(self.shared_ids) :] for c in self.candidates)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the piece takes in a stream, without its prompt."""
+        if not self.candidates:
+            return self.example.num_tokens
+        return len(self.shared_ids) + sum(map(len, self.own_ids))
+
+
+def _read_ids(example: Example) -> tuple[int, ...]:
+    """Tokens up to the one that predicts the last label."""
+    return example.input_ids[: example.label_spans[-1][1] - 1]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that attends causally to itself, and to the whole of one other segment."""
+    """A run of tokens that attends causally to itself, and to all tokens of its prefixes.
+
+    Attributes:
+        prefix: the segment right in front of this one, behind prefixes of its own.
+        candidate: one of several targets of a row; they are consecutive and have one prefix.
+    """
 
     start: int
     length: int
-    prefix_start: int = 0
-    prefix_length: int = 0
+    prefix: Segment | None = None
+    candidate: bool = False
+
+    @property
+    def prefixes(self) -> tuple[Segment, ...]:
+        """All segments in front of this one, the first one first."""
+        return () if self.prefix is None else (*self.prefix.prefixes, self.prefix)
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of all prefixes: the position of the segment's first token."""
+        return 0 if self.prefix is None else self.prefix.prefix_length + self.prefix.length
+
+
+@dataclass(frozen=True)
+class SharedPositions:
+    """Positions that predict labels, each listed once, so that the head reads each once.
+
+    Attributes:
+        position_U: distinct positions in the stream.
+        place_N: index among them of each label's position.
+    """
+
+    position_U: Tensor
+    place_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,11 +127,12 @@ class Stream:
         prompts: (index in the bank, segment) of every prompt in the stream.
         past: (index in the bank, segment) of every prompt of keys and values; its segment begins
             behind the stream's tokens.
-        segments: all segments of tokens, prompts first.
-        label_positions_N: positions whose output predicts a label.
+        segments: all segments of tokens, prompts first. Candidates of one row are consecutive.
+        label_positions_N: positions whose output predicts a label; several labels may have one.
         labels_N: the tokens to predict.
         label_prompt_N: index in the bank, -1 for none.
         label_slot_N: ``Piece.slot`` of the row; -1 in a filler.
+        shared: which positions predict several labels; None if each predicts one.
         layout: how the segments attend, where that was prepared ahead.
         distilled_D: places among the N labels of those that learn from a teacher.
         teacher: the same rows behind their teachers, whose labels are the D in their order; a
@@ -86,6 +148,7 @@ class Stream:
     labels_N: Tensor
     label_prompt_N: Tensor
     label_slot_N: Tensor
+    shared: SharedPositions | None = None
     layout: Any = None
     distilled_D: Tensor | None = None
     teacher: Stream | None = None
@@ -143,53 +206,107 @@ def build_stream(
     """
     used = sorted({piece.prompt for piece in pieces if piece.prompt is not None})
     past = [k for k in used if past_lengths and past_lengths[k]]
-    token_ids: list[int] = []
-    position_ids: list[int] = []
-    prompt_segments: dict[int, Segment] = {}
-    for k in used:
-        if k not in past:
-            prompt_segments[k] = Segment(len(token_ids), prompt_lengths[k])
-            token_ids += [0] * prompt_lengths[k]
-            position_ids += range(prompt_lengths[k])
-    segments = list(prompt_segments.values())
+    parts = _Parts()
+    prompt_segments = {k: parts.read([0] * prompt_lengths[k]) for k in used if k not in past}
     prompts = tuple(prompt_segments.items())
-    end = len(token_ids) + sum(len(piece.example.input_ids) for piece in pieces)
+    end = len(parts.token_ids) + sum(piece.num_tokens for piece in pieces)
     for k in past:
         prompt_segments[k] = Segment(end, past_lengths[k])
         end += past_lengths[k]
-
-    label_positions: list[int] = []
-    labels: list[int] = []
-    label_prompt: list[int] = []
-    label_slot: list[int] = []
-    distilled: list[int] = []
     for piece in pieces:
-        start, ids = len(token_ids), piece.example.input_ids
-        prefix = Segment(0, 0) if piece.prompt is None else prompt_segments[piece.prompt]
-        segments.append(Segment(start, len(ids), prefix.start, prefix.length))
-        token_ids += ids
-        position_ids += range(prefix.length, prefix.length + len(ids))
-        for first, stop in piece.example.label_spans:
-            # The output at one position predicts the token at the next.
-            label_positions += range(start + first - 1, start + stop - 1)
-            labels += ids[first:stop]
-        count = piece.example.num_labels
+        prompt = None if piece.prompt is None else prompt_segments[piece.prompt]
+        if piece.candidates:
+            parts.add_candidates(piece, prompt)
+        else:
+            parts.add_row(piece, prompt)
+    return parts.stream(prompts, tuple((k, prompt_segments[k]) for k in past))
+
+
+@dataclass
+class _Parts:
+    """Lists that grow into a stream's tensors."""
+
+    token_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    label_positions: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    label_prompt: list[int] = field(default_factory=list)
+    label_slot: list[int] = field(default_factory=list)
+    distilled: list[int] = field(default_factory=list)
+    any_candidates: bool = False
+
+    def read(
+        self, ids: Sequence[int], prefix: Segment | None = None, candidate: bool = False
+    ) -> Segment:
+        """Append tokens behind a prefix."""
+        segment = Segment(len(self.token_ids), len(ids), prefix, candidate)
+        self.segments.append(segment)
+        self.token_ids += ids
+        first = segment.prefix_length
+        self.position_ids += range(first, first + len(ids))
+        return segment
+
+    def add_row(self, piece: Piece, prompt: Segment | None) -> None:
+        """Append a row with its one target."""
+        start = self.read(piece.example.input_ids, prompt).start
         if piece.teacher is not None:
-            distilled += range(len(label_slot), len(label_slot) + count)
-        label_prompt += [-1 if piece.prompt is None else piece.prompt] * count
-        label_slot += [-1 if piece.filler else piece.slot] * count
-    return Stream(
-        token_ids_T=torch.tensor(token_ids),
-        position_ids_T=torch.tensor(position_ids),
-        prompts=prompts,
-        past=tuple((k, prompt_segments[k]) for k in past),
-        segments=tuple(segments),
-        label_positions_N=torch.tensor(label_positions),
-        labels_N=torch.tensor(labels),
-        label_prompt_N=torch.tensor(label_prompt),
-        label_slot_N=torch.tensor(label_slot),
-        distilled_D=torch.tensor(distilled, dtype=torch.long),
-    )
+            first = len(self.labels)
+            self.distilled += range(first, first + piece.example.num_labels)
+        self._label(piece, piece.slot, piece.example, lambda place: start + place)
+
+    def add_candidates(self, piece: Piece, prompt: Segment | None) -> None:
+        """Append the tokens that a row's candidates share, and those of each."""
+        self.any_candidates = True
+        row, shared = prompt, len(piece.shared_ids)
+        row_start = len(self.token_ids)
+        if shared:
+            row = self.read(piece.shared_ids, prompt)
+        for i, (example, ids) in enumerate(zip(piece.candidates, piece.own_ids, strict=True)):
+            own_start = len(self.token_ids) - shared
+            if ids:
+                self.read(ids, row, candidate=True)
+            self._label(
+                piece,
+                piece.slot + i,
+                example,
+                lambda place, own=own_start: place + (row_start if place < shared else own),
+            )
+
+    def _label(
+        self, piece: Piece, slot: int, example: Example, locate: Callable[[int], int]
+    ) -> None:
+        """Note an example's labels; ``locate``: from a place in the example to the stream."""
+        for first, stop in example.label_spans:
+            # The output at one position predicts the token at the next.
+            self.label_positions += map(locate, range(first - 1, stop - 1))
+            self.labels += example.input_ids[first:stop]
+        count = example.num_labels
+        self.label_prompt += [-1 if piece.prompt is None else piece.prompt] * count
+        self.label_slot += [-1 if piece.filler else slot] * count
+
+    def stream(
+        self,
+        prompts: tuple[tuple[int, Segment], ...],
+        past: tuple[tuple[int, Segment], ...],
+    ) -> Stream:
+        label_positions_N = torch.tensor(self.label_positions)
+        shared = None
+        if self.any_candidates:
+            shared = SharedPositions(*label_positions_N.unique(return_inverse=True))
+        return Stream(
+            token_ids_T=torch.tensor(self.token_ids),
+            position_ids_T=torch.tensor(self.position_ids),
+            prompts=prompts,
+            past=past,
+            segments=tuple(self.segments),
+            label_positions_N=label_positions_N,
+            labels_N=torch.tensor(self.labels),
+            label_prompt_N=torch.tensor(self.label_prompt),
+            label_slot_N=torch.tensor(self.label_slot),
+            shared=shared,
+            distilled_D=torch.tensor(self.distilled, dtype=torch.long),
+        )
 
 
 def build_teacher_stream(pieces: Sequence[Piece]) -> Stream:
@@ -228,10 +345,10 @@ def plan_streams(
     """
     if not pieces:
         raise ValueError("no rows to plan")
-    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].example.num_tokens, i))
+    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].num_tokens, i))
     most = int(max_tokens * (1 + SLACK))
     # A longer row fills one stream, and no more: with a row in each there is nothing left to split.
-    total = sum(min(piece.example.num_tokens, most) for piece in pieces)
+    total = sum(min(piece.num_tokens, most) for piece in pieces)
     num_streams = -(-total // (most * num_ranks)) * num_ranks
     enough = -(-len(pieces) // num_ranks) * num_ranks
     while True:
@@ -243,7 +360,7 @@ def plan_streams(
         more = num_ranks * max(1, num_streams // (20 * num_ranks))
         num_streams = min(num_streams + more, enough)
     shortest = pieces[order[-1]]
-    filler = Piece(shortest.example, shortest.prompt, shortest.slot, filler=True)
+    filler = replace(shortest, filler=True, teacher=None)
     streams = [stream or [filler] for stream in streams]
     return [streams[rank::num_ranks] for rank in range(num_ranks)]
 
@@ -258,7 +375,7 @@ def _fill(
         piece = pieces[i]
         load, lightest = loads[0]
         streams[lightest].append(piece)
-        load += piece.example.num_tokens
+        load += piece.num_tokens
         if piece.prompt is not None and piece.prompt not in seen[lightest]:
             seen[lightest].add(piece.prompt)
             load += prompt_lengths[piece.prompt]
@@ -268,7 +385,7 @@ def _fill(
 
 def _tokens(stream: Sequence[Piece], prompt_lengths: Sequence[int]) -> int:
     prompts = {piece.prompt for piece in stream if piece.prompt is not None}
-    rows = sum(piece.example.num_tokens for piece in stream)
+    rows = sum(piece.num_tokens for piece in stream)
     return rows + sum(prompt_lengths[k] for k in prompts)
 
 

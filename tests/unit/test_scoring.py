@@ -1,0 +1,79 @@
+"""Candidates of one row read in one go: as likely as each read behind a copy of the row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.family_bases import CASES, VOCAB_SIZE, WINDOW
+from tests.unit.test_prefix_tuning import WITHOUT, pasts
+from tests.whole_base import load_whole
+from trainer.base.families import FAMILIES
+from trainer.base.model import PromptedBase
+from trainer.tasks.streams import Piece, PromptLengths, build_stream
+from trainer.tasks.tokens import Example
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EOS = 2
+#: One token; two that begin alike; one that begins with another; one longer than a window.
+TARGETS = [(7,), (9, 4), (9, 5), (9, 5, 6), tuple(range(10, 12 + WINDOW))]
+PACKED = [case for case, (family, _) in CASES.items() if FAMILIES[family].packed]
+
+
+def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[list[Example]]:
+    """Candidates of rows that are shorter and longer than a window."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for number, length in enumerate((3, 2 * WINDOW, WINDOW, 1, 9)):
+        text = tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
+        found.append([Example.with_target((*text, *t, *eos), length, number) for t in targets])
+    return found
+
+
+def likelihoods(
+    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor], num_slots: int
+) -> Tensor:
+    """Negative log-likelihood of every slot, from one stream."""
+    lengths = PromptLengths.of(prompts)
+    stream = build_stream(pieces, lengths.tokens, lengths.past)
+    assert len(stream.token_ids_T) == sum(segment.length for segment in stream.segments)
+    with torch.no_grad():
+        nll_N = base(stream, prompts)
+    return torch.zeros(num_slots).index_add_(0, stream.label_slot_N, nll_N)
+
+
+def both_forms(rows: Sequence[Sequence[Example]], num_prompts: int) -> list[list[Piece]]:
+    """Rows with all their candidates, and each candidate behind its own copy of the row.
+
+    Every row is read without a prompt and behind each prompt.
+    """
+    shared: list[Piece] = []
+    alone: list[Piece] = []
+    for prompt in (None, *range(num_prompts)):
+        for row in rows:
+            slot = len(alone)
+            shared.append(Piece(row[0], prompt, slot, candidates=tuple(row)))
+            alone += [Piece(example, prompt, slot + i) for i, example in enumerate(row)]
+    return [shared, alone]
+
+
+def prompts_of(base: PromptedBase, case: str) -> list[Tensor]:
+    """Virtual tokens and, where the family can read them, keys and values."""
+    tokens = torch.randn(5, base.hidden_size, generator=torch.Generator().manual_seed(1)) * 0.3
+    return [tokens] if case in WITHOUT else [tokens, pasts(base)[1]]
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
+    base = load_whole(family(case), "int8")
+    prompts = prompts_of(base, case)
+    shared, alone = both_forms(rows(TARGETS, (EOS,)), len(prompts))
+    found = likelihoods(base, shared, prompts, len(alone))
+    wanted = likelihoods(base, alone, prompts, len(alone))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert found.std() > 0.5, "the candidates differ"
