@@ -25,6 +25,7 @@ from trainer.stop import Stopped
 from trainer.tasks import metrics
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
+from trainer.tasks.overlap import exclusive
 from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams, portions
 from trainer.tasks.teacher import Teacher
 
@@ -60,7 +61,9 @@ class Scored:
         scores: metrics by name.
         nll_RC: negative log-likelihood of every candidate of every row, in nats, float64, on the
             CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
-            the candidate with the lowest value. None where labels are not scored.
+            the candidate with the lowest value. A choice that begins another one counts without
+            text that continues as the longer one (``trainer.tasks.overlap``); the loss counts all
+            of it. None where labels are not scored.
         texts_R: generated text of every row; None where nothing is generated.
         targets_R: text of every row's target, decoded as the generated text is.
         correct_R: whether the generated text of a row is right by the task's metric; of sets of
@@ -199,6 +202,8 @@ class Evaluator:
             "loss": sum(nll_R) / sum(counts_R),
             f"loss{STANDARD_ERROR}": ratio_standard_error(nll_R, counts_R),
         }
+        if nll_RC.shape[1] > 1:
+            nll_RC = exclusive(nll_RC, rows.candidates)
         if task.metric == "accuracy":
             result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
         if task.metric in ("accuracy", "loss"):

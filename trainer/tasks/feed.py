@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.cursor import Cursor
+from trainer.tasks.overlap import overlapping
 from trainer.tasks.parts import Said
 from trainer.tasks.rows import Rows, Source
 from trainer.tasks.splits import SPLITS, Leaked, leaks, load_splits, remarks
@@ -189,7 +190,8 @@ class _Loader:
                 self._train(data, rows)
             else:
                 self._evaluation(data, split, rows)
-        data.leaks, data.remarks = leaks(self.task, splits), remarks(self.task, splits)
+        data.leaks = leaks(self.task, splits)
+        data.remarks = [*remarks(self.task, splits), *self._overlaps(data)]
         for leak in data.leaks:
             data.counts[leak.split]["also_in_train"] = leak.count
             for source in data.sources:
@@ -252,6 +254,19 @@ class _Loader:
         ]
         data.evaluation[split], data.hand_written[split] = sets[0], sets[1:]
         self._note(data, split, rows, read[0], len(rows) - len(common))
+
+    def _overlaps(self, data: TaskData) -> list[str]:
+        """Remarks on choices of which one begins the other; with EOS behind them none does."""
+        choices = self.task.choices or []
+        if self.task.append_eos or not self.task.scored_by_likelihood:
+            return []
+        pairs = {pair for rows in data.evaluation.values() for pair in overlapping(rows.candidates)}
+        return [
+            f"task {self.task.name}: choices: {choices[short]!r} begins {choices[long]!r} and "
+            f"append_eos is false; {choices[short]!r} is predicted only where the base is more "
+            "likely to end or go on in another way than to continue with the longer choice"
+            for short, long in sorted(pairs)
+        ]
 
     def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
         how = tokenize_choices if self.task.scored_by_likelihood else tokenize

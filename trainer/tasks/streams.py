@@ -266,12 +266,11 @@ class _Parts:
             own_start = len(self.token_ids) - shared
             if ids:
                 self.read(ids, row, candidate=True)
-            self._label(
-                piece,
-                piece.slot + i,
-                example,
-                lambda place, own=own_start: place + (row_start if place < shared else own),
-            )
+
+            def locate(place: int, own_start: int = own_start) -> int:
+                return place + (row_start if place < shared else own_start)
+
+            self._label(piece, piece.slot + i, example, locate)
 
     def _label(
         self, piece: Piece, slot: int, example: Example, locate: Callable[[int], int]
