@@ -23,6 +23,7 @@ from trainer.prefetch import ahead, prepare_stream
 from trainer.statistics import STANDARD_ERROR, ratio_standard_error
 from trainer.stop import Stopped
 from trainer.tasks import metrics
+from trainer.tasks.baseline_cache import BaselineCache
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
 from trainer.tasks.overlap import exclusive
@@ -46,6 +47,11 @@ class Request:
     rows: EvalSet
     prompt: int | None
     teacher: Teacher | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether labels are scored without a trained prompt: the result follows from the rows."""
+        return self.by_labels and self.prompt is None
 
     @property
     def by_labels(self) -> bool:
@@ -90,6 +96,8 @@ class Evaluator:
 
     Attributes:
         teachers: word embeddings of the teachers' texts, by ``Teacher.index``.
+        baselines: likelihoods under the base alone that earlier runs have computed.
+        reused: requests whose likelihoods were found there.
     """
 
     engine: Engine
@@ -97,6 +105,8 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     budget: StreamBudget
     teachers: Sequence[Tensor] = ()
+    baselines: BaselineCache | None = None
+    reused: int = 0
 
     @torch.no_grad()
     def score(
@@ -113,12 +123,18 @@ class Evaluator:
             Stopped: on all ranks, between two streams or two batches of what the base writes, if
                 one was told to stop.
         """
-        slots = [_num_slots(request) for request in requests]
         lengths = PromptLengths.of(virtual_tokens)
-        nll = self._row_losses(requests, sum(slots), lengths, virtual_tokens)
+        known = self._known(requests)
+        asked = [r for r, found in zip(requests, known, strict=True) if found is None]
+        slots = [_num_slots(request) for request in asked]
+        scored = iter(self._row_losses(asked, sum(slots), lengths, virtual_tokens).split(slots))
+        nll = [next(scored) if found is None else found for found in known]
+        for request, part, found in zip(requests, nll, known, strict=True):
+            if found is None and request.is_baseline:
+                self._keep(request, part)
         results = [
             self._result(request, part, virtual_tokens)
-            for request, part in zip(requests, nll.split(slots), strict=True)
+            for request, part in zip(requests, nll, strict=True)
         ]
         if any(request.teacher is not None for request in requests):
             compared = self._comparisons(requests, lengths, virtual_tokens)
@@ -128,6 +144,26 @@ class Evaluator:
             ]
         self.engine.end_step()
         return results
+
+    def _known(self, requests: Sequence[Request]) -> list[Tensor | None]:
+        """Likelihoods that an earlier run has computed, on every rank; None for the others."""
+        if self.baselines is None or not any(request.is_baseline for request in requests):
+            return [None] * len(requests)
+        found = None
+        if self.engine.is_main:
+            found = [
+                self.baselines.read(request.rows.candidates) if request.is_baseline else None
+                for request in requests
+            ]
+        known = self.engine.broadcast(found)
+        assert known is not None
+        self.reused += sum(nll is not None for nll in known)
+        return [None if nll is None else torch.from_numpy(nll).flatten() for nll in known]
+
+    def _keep(self, request: Request, nll: Tensor) -> None:
+        if self.baselines is not None and self.engine.is_main:
+            nll_RC = nll.view(-1, _width(request)).numpy()
+            self.baselines.write(request.rows.candidates, nll_RC)
 
     def _row_losses(
         self,

@@ -446,6 +446,11 @@ class Loop:
                     keys.append((name, text))
                     requests.append(Request(written, None))
         results = self._score("scoring baselines", requests)
+        if self.evaluator.reused:
+            self.console.say(
+                f"baselines: {self.evaluator.reused} of {len(requests)} read from the cache: an "
+                "earlier run scored the same rows with the same base"
+            )
         found: dict[tuple[str, str | None], list[tuple[str, Scores]]] = {}
         for key, request, result in zip(keys, requests, results, strict=True):
             found.setdefault(key, []).append((request.rows.split, result.scores))

@@ -51,6 +51,7 @@ from trainer.sharded import LoadedBase, load, open_files
 from trainer.sharded import identity_of as base_identity
 from trainer.starts import Screening
 from trainer.stop import Stopped
+from trainer.tasks.baseline_cache import BaselineCache
 from trainer.tasks.feed import Feed, TaskData, load_tasks
 from trainer.tracking import MetricsLog, Sender, unless_full
 
@@ -123,6 +124,7 @@ def _train(
         files.tokenizer,
         loaded.budget,
         [embed(ids) for _, ids in sorted(teachers.items())],
+        _baseline_cache(engine, files, identity, loaded),
     )
     # A bank that goes on loads its state over any start.
     screen = None if saved else Screening(config, tasks, evaluator, console)
@@ -161,6 +163,15 @@ def _train(
         lock.confirm()
         ended |= finish(output, loop, loaded, files, measured, console)
         show_results(ended, config, console)
+
+
+def _baseline_cache(
+    engine: Engine, files: BaseFiles, identity: Mapping[str, Any], loaded: LoadedBase
+) -> BaselineCache:
+    """Likelihoods that earlier runs over this base, computed in this way, have kept."""
+    base = {key: value for key, value in identity.items() if key.startswith("base.")}
+    how = {"matmul": loaded.matmul, "device": engine.device.type, "flex": loaded.model.flex}
+    return BaselineCache(base | how, files.num_bytes)
 
 
 def _begin_alike(engine: Engine, bank: Bank) -> None:

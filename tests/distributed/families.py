@@ -9,15 +9,24 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
+from tests.unit.test_scoring import EOS, TARGETS, rows
 from trainer.engine import Engine, base_digest
+from trainer.evaluation import Evaluator, Request
+from trainer.memory import StreamBudget
 from trainer.objective import step_gradients
 from trainer.process import leave
+
+#: Families whose candidates are scored too: full attention, windows, slopes, sinks, padded rows.
+SCORED = ("llama", "mistral", "bloom", "gpt_oss", "mpt")
 
 
 def main() -> None:
@@ -53,8 +62,10 @@ def train_step(
     digest = base_digest(base)
     pieces, prompts = problem(base.hidden_size)
     step = step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
+    nll = score(engine, module, prompts) if folder.name in SCORED else []
     matrices = [p for p in base.parameters() if p.ds_numel > 100]
     stored = {
+        "nll": nll,
         "digest_kept": base_digest(base) == digest,
         "whole": [list(p.ds_shape) for p in matrices if 2 * p.ds_tensor.numel() > p.ds_numel + 4],
         "float_stacks": [
@@ -64,12 +75,52 @@ def train_step(
     return step.losses, step.gradients, stored
 
 
+class Candidates(list[Any]):
+    width = len(TARGETS)
+
+
+def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
+    """Negative log-likelihood of candidates behind the first prompt and without one, [2, R, C]."""
+    found = SimpleNamespace(
+        task=SimpleNamespace(metric="loss"),
+        candidates=Candidates(rows(TARGETS, (EOS,))),
+        gold=[0] * len(rows(TARGETS)),
+        label_counts=[2] * len(rows(TARGETS)),
+    )
+    requests: Any = [Request(found, 0), Request(found, None)]  # type: ignore[arg-type]
+    evaluator = Evaluator(engine, module, None, StreamBudget(40))  # type: ignore[arg-type]
+    scored = evaluator.score(requests, prompts)
+    return [one.nll_RC.tolist() for one in scored if one.nll_RC is not None]
+
+
+def plain_likelihoods(model: Any, prompts: list[Any]) -> list[Any]:
+    """The same from transformers, one candidate at a time."""
+    embed = model.get_input_embeddings()
+
+    def nll(front: Tensor, example: Any) -> float:
+        ids = torch.tensor([example.input_ids])
+        embeds = torch.cat([front[None], embed(ids)], dim=1)
+        logits = model(inputs_embeds=embeds, use_cache=False).logits[0, len(front) :]
+        start = example.target_start
+        return float(cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum"))
+
+    with torch.no_grad():
+        return [
+            [[nll(front, example) for example in row] for row in rows(TARGETS, (EOS,))]
+            for front in (prompts[0], prompts[0][:0])
+        ]
+
+
 def compare(
     folder: Path, quantization: str, losses: list[float], gradients: list[Any], stored: Any
 ) -> dict[str, Any]:
     model = plain_model(folder, quantization)
     pieces, prompts = problem(model.get_input_embeddings().embedding_dim)
     expected, wanted = row_by_row(model, pieces, prompts)
+    if stored["nll"]:
+        expected_nll = plain_likelihoods(model, prompts)
+        apart = torch.tensor(stored.pop("nll")) - torch.tensor(expected_nll)
+        stored["nll_error"] = float(apart.abs().max())
     loss_errors = [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
     return {
         "loss_error": max(loss_errors),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.families import SCORED
 from tests.family_bases import CASES
 
 
@@ -28,3 +29,9 @@ def test_sharded_equals_plain(result: dict[str, Any], case: str) -> None:
     assert found["digest_kept"]
     assert found["whole"] == []
     assert found["float_stacks"] == []
+
+
+@pytest.mark.parametrize("case", SCORED)
+def test_candidates_are_scored_as_by_transformers(result: dict[str, Any], case: str) -> None:
+    """On 2 ranks, which read unequal numbers of rows in several streams."""
+    assert result[case]["nll_error"] < 2e-5

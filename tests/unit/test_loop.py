@@ -70,6 +70,8 @@ class ToyBase(nn.Module):
         read: (step, in training, prompts of the stream) of every forward.
     """
 
+    packed = True
+
     def __init__(self) -> None:
         super().__init__()
         self.read: list[tuple[int, bool, list[int]]] = []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.streams import SLACK, Piece, plan_streams
+from trainer.tasks.streams import SLACK, Piece, Segment, build_stream, plan_streams
 from trainer.tasks.tokens import Example
 
 P = 20
@@ -88,3 +88,38 @@ def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
         read.update(found)
     late = Counter(steps[-1][len(steps[-1]) - cursor.position :])
     assert read - late == Counter(range(700))
+
+
+def test_candidates_share_the_tokens_of_their_row():
+    """The last token of each predicts nothing; a choice of one token needs no segment."""
+    row = [Example.with_target((10, 11, *target), 2, 0) for target in ((7,), (8, 9, 5), (8, 6))]
+    piece = Piece(row[0], 0, 4, candidates=tuple(row))
+    assert (piece.shared_ids, piece.own_ids) == ((10, 11), ((), (8, 9), (8,)))
+    assert piece.num_tokens == 5
+    stream = build_stream([piece], [3])
+    prompt = Segment(0, 3)
+    text = Segment(3, 2, prompt)
+    own = [Segment(5, 2, text, candidate=True), Segment(7, 1, text, candidate=True)]
+    assert stream.segments == (prompt, text, *own)
+    assert stream.token_ids_T.tolist() == [0, 0, 0, 10, 11, 8, 9, 8]
+    assert stream.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 5]
+    assert stream.labels_N.tolist() == [7, 8, 9, 5, 8, 6]
+    assert stream.label_positions_N.tolist() == [4, 4, 5, 6, 4, 7]
+    assert stream.label_slot_N.tolist() == [4, 5, 5, 5, 6, 6]
+    assert stream.shared.position_U.tolist() == [4, 5, 6, 7]
+    assert stream.shared.place_N.tolist() == [0, 0, 1, 2, 0, 3]
+
+
+def test_a_plan_counts_the_tokens_that_candidates_take():
+    """Rows of 30 tokens with 3 choices of one token and EOS: 33 tokens each, not 96."""
+    rows = [
+        [Example.with_target((1,) * 30 + (2 + i, 9), 30, n) for i in range(3)] for n in range(10)
+    ]
+    pieces = [Piece(row[0], 0, 3 * n, candidates=tuple(row)) for n, row in enumerate(rows)]
+    (plan,) = plan_streams(pieces, [P], 1, 10 * 33 + P)
+    assert [len(stream) for stream in plan] == [10]
+    assert len(build_stream(plan[0], [P]).token_ids_T) == 10 * 33 + P
+    two = plan_streams(pieces[:1], [P], 2, 100)
+    (filler,) = two[1][0]
+    assert filler.filler
+    assert build_stream([filler], [P]).label_slot_N.tolist() == [-1] * 6

@@ -74,7 +74,7 @@ def cached(
             _clear(place)
         with contextlib.suppress(OSError):  # full; or made by another, where nothing can be locked
             _publish(place, make, counts)
-    _forget_old(place.parent)
+    forget_old(place.parent)
     found = _open(place)
     return found if found is not None else _private(make, counts)
 
@@ -171,7 +171,8 @@ def _clear(place: Path) -> None:
     place.unlink(missing_ok=True)  # where it is no folder
 
 
-def _forget_old(folder: Path) -> None:
+def forget_old(folder: Path) -> None:
+    """Delete what was not used for 30 days."""
     for place in folder.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - place.stat().st_mtime < KEPT_SECONDS:

@@ -1,0 +1,186 @@
+"""FLOPs of scoring choices: a row read once for all of them, beside once for each.
+
+    python -m benchmarks.scoring [RUN.yaml]
+
+Counts the products of a tiny base and of a Llama of 110M parameters on rows of 60 tokens with 3
+choices behind a prompt of 20 virtual tokens, and writes a table to benchmarks/results/scoring.md.
+With a run file, also counts what baselines, validations and training of that run cost. Tensors are
+fake: nothing is computed, the counts do not depend on the machine, and no weights are needed but
+those of the run file's base.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.figures import figure, figure_rows
+from benchmarks.llama import LLAMA_110M, make_base
+from benchmarks.peers.counters import FlopCounter
+from tests.whole_base import load_whole
+from trainer.base.model import PromptedBase
+from trainer.memory import CPU_TOKENS
+from trainer.prefetch import prepare_stream
+from trainer.tasks.streams import Piece, PromptLengths, plan_streams
+from trainer.tasks.table import Example
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scoring.md"
+ROWS, LENGTH, CHOICES, VIRTUAL, RANKS = 48, 60, 3, 20, 2
+#: Of the FLOPs of reading the row once for each of 3 choices.
+REACH = 0.45
+
+Rows = Sequence[Sequence[Example]]
+
+
+class Counted:
+    """FLOPs of streams over a base, in all and of its head."""
+
+    def __init__(self, base: PromptedBase) -> None:
+        self.base = base
+        self.total = self.head = 0
+
+    def read(self, pieces: Sequence[Piece], prompts: Sequence[Tensor], train: bool = False) -> None:
+        """Count one stream, with a backward pass where it trains."""
+        lengths = PromptLengths.of(prompts)
+        stream = prepare_stream(pieces, lengths, torch.device("cpu"))
+        head = self.base.model.get_output_embeddings()
+        counter, before = FlopCounter(), [0]
+        hooks = [
+            head.register_forward_pre_hook(lambda *_: before.append(counter.total)),
+            head.register_forward_hook(lambda *_: before.append(counter.total)),
+        ]
+        with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.set_grad_enabled(train):
+            leaves = [torch.empty_like(prompt, requires_grad=train) for prompt in prompts]
+            nll_N = self.base(stream, leaves)
+            if train:
+                torch.autograd.grad(nll_N.sum(), leaves)
+        for hook in hooks:
+            hook.remove()
+        self.total += counter.total
+        self.head += before[2] - before[1]
+
+
+def once(rows: Rows, prompt: int | None) -> list[Piece]:
+    """Each row read once for all its candidates."""
+    return [Piece(row[0], prompt, i, candidates=tuple(row)) for i, row in enumerate(rows)]
+
+
+def for_each(rows: Rows, prompt: int | None) -> list[Piece]:
+    """Each row read once for each of its candidates."""
+    return [Piece(example, prompt, i) for i, row in enumerate(rows) for example in row]
+
+
+def count(
+    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor], train: bool = False
+) -> Counted:
+    """FLOPs of all streams of all ranks."""
+    counted = Counted(base)
+    lengths = PromptLengths.of(prompts).tokens
+    for rank in plan_streams(pieces, lengths, RANKS, CPU_TOKENS):
+        for stream in rank:
+            counted.read(stream, prompts, train)
+    return counted
+
+
+def made_up_rows() -> list[list[Example]]:
+    """Rows of equal length with choices of one token and EOS."""
+    text = (5,) * (LENGTH - 2)
+    return [
+        [Example.with_target((*text, 6 + choice, 1), len(text), row) for choice in range(CHOICES)]
+        for row in range(ROWS)
+    ]
+
+
+def bases() -> Iterator[tuple[str, PromptedBase]]:
+    yield "tiny base (0.8M parameters)", load_whole(ROOT / "examples" / "tiny_base", "int8")
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(Path(folder), LLAMA_110M | {"dtype": "bfloat16"})
+        yield "Llama (110M parameters)", load_whole(Path(folder), "int8")
+
+
+def compare() -> list[str]:
+    """Markdown: the two forms on made-up rows."""
+    figures, lines = [], []
+    for name, base in bases():
+        prompts = [torch.zeros(VIRTUAL, base.hidden_size)]
+        new, old = (count(base, form(made_up_rows(), 0), prompts) for form in (once, for_each))
+        figures.append(figure(f"{name}: once / for each choice", new.total / old.total, REACH))
+        lines += [
+            f"| {name} | {form} | {found.total / 1e9:.2f} | {found.head / found.total:.1%} |"
+            for form, found in (("for each choice", old), ("once", new))
+        ]
+    return [
+        *figure_rows(figures),
+        "",
+        "| base | row is read | GFLOP | of it the head |",
+        "|---|---|---|---|",
+        *lines,
+    ]
+
+
+def costs(path: str) -> list[str]:
+    """Markdown: what scoring and training cost in a run."""
+    from trainer.base.files import open_base
+    from trainer.config import load
+    from trainer.tasks.feed import Feed, load_tasks
+
+    config = load(path)
+    files = open_base(config.base)
+    base = load_whole(Path(config.base.model), "int8")
+    tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
+    prompts = [torch.zeros(p.num_virtual_tokens, base.hidden_size) for p in config.prompts]
+    feed, steps = Feed(config, tasks), config.last_step
+    active = [True] * len(prompts)
+    trained = [count(base, feed.next_step(active), prompts, train=True) for _ in range(steps)]
+    training = sum(one.total for one in trained)
+
+    def total(form: Any) -> dict[str, int]:
+        baselines = validation = 0
+        for name, data in tasks.items():
+            sets = [data.evaluation["validation"], *data.hand_written["validation"]]
+            pieces = [piece for rows in sets for piece in form(list(rows.candidates), None)]
+            baselines += count(base, pieces, []).total
+            readers = [k for k, prompt in enumerate(config.prompts) if prompt.task == name]
+            pieces = [piece for k in readers for piece in form(list(sets[0].candidates), k)]
+            validation += count(base, pieces, prompts).total
+        times = steps // config.evaluation.every
+        return {"baselines": baselines, f"{times} validations": times * validation}
+
+    new, old = total(once), total(for_each)
+    lines = [
+        f"training, {steps} steps: {training / 1e12:.2f} TFLOP",
+        "",
+        "| TFLOP | row read for each choice | once | once / training |",
+        "|---|---|---|---|",
+    ]
+    for name in new:
+        before, now = old[name] / 1e12, new[name] / 1e12
+        lines.append(f"| {name} | {before:.2f} | {now:.2f} | {new[name] / training:.2f} |")
+    return lines
+
+
+def main() -> None:
+    lines = [
+        "# Scoring choices: FLOPs",
+        "",
+        f"`python -m benchmarks.scoring`. {ROWS} rows of {LENGTH} tokens, {CHOICES} choices of one "
+        f"token and EOS, behind {VIRTUAL} virtual tokens.",
+        "",
+        *compare(),
+    ]
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    for path in sys.argv[1:]:
+        print("\n".join(["", *costs(path)]))
+
+
+if __name__ == "__main__":
+    main()
