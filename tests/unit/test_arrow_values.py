@@ -151,6 +151,7 @@ def test_values_of_simple_types(tmp_path: Path, kind: str) -> None:
         (pa.array([b"x"]), "column 'text' has type binary"),
         (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "column 'text' has type map"),
         (pa.array([2**60], pa.timestamp("s")), "column 'text' of type timestamp[s]: "),
+        (pa.array([[1.0, float("nan")]]), "column 'text' holds NaN or infinity"),
         (pa.array([[Decimal("1.5")]]), "has type decimal128(2, 1) inside a list or object"),
     ],
 )

@@ -13,10 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.preflight import check_result
+from launch.submit import array_tasks
 from tests.unit.test_config import GOOD
 from trainer import yaml_core
 from trainer.config import dump, load
 from trainer.errors import BadInput
+from trainer.runfile import saved
+from trainer.tracking.folder import Folder
 from trainer.yaml_core import YamlError, parse
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -204,3 +208,21 @@ def test_damaged_run_files_are_read_or_refused(tmp_path: Path) -> None:
         else:
             assert load(write(tmp_path, dump(run))) == run
     assert 200 < refused < 400
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a [*a]", "[" * 1000, "a: 2001-99-99\na: 1", "a: !!int x"]
+)
+def test_run_files_of_finished_runs_may_be_damaged_too(tmp_path: Path, text: str) -> None:
+    """``status``, ``sync`` and ``generate`` read them, and so does the report."""
+    path = write(tmp_path, text)
+    with pytest.raises(BadInput, match=r"run\.yaml"):
+        check_result(str(tmp_path))
+    assert saved(path) == {}
+    assert Folder(tmp_path).run_file == {}
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "[1, 010]", "[" * 1000, "!!int x", BOMB])
+def test_lists_of_a_job_array_may_be_damaged_too(value: str) -> None:
+    with pytest.raises(BadInput, match="--array"):
+        array_tasks([f"training.seed={value}"], "runs/x")

@@ -14,10 +14,14 @@ that a JSON file would hold, or is refused with the column and its type:
     JSON (datasets' Json feature)      the value that the text holds
     ClassLabel of datasets             the name of the class
     duration, binary, map, union, ...  refused
+
+What a table has lost cannot be restored: a null that a row itself had inside an object, and that
+1 was an integer where another row has 1.5.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -209,12 +213,15 @@ def _objects(array: Any, name: str, feature: Feature, keep: bool) -> list[dict[s
 
 
 def _inner(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
-    """Values inside lists and objects, where a decimal would have to be a number of JSON."""
+    """Values inside lists and objects, which have to be values of JSON."""
     from pyarrow import types
 
     if types.is_decimal(array.type) and array.null_count < len(array):
         raise BadInput(f"column {name!r} has type {array.type} inside a list or object; cast it")
-    return _values(array, name, feature, keep)
+    values = _values(array, name, feature, keep)
+    if types.is_floating(array.type) and not all(v is None or math.isfinite(v) for v in values):
+        raise BadInput(f"column {name!r} holds NaN or infinity, which JSON has not; make it null")
+    return values
 
 
 def _item_feature(feature: Feature) -> Feature:
