@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
@@ -186,3 +187,12 @@ def test_commands_are_those_of_the_selected_prompt(tmp_path: Path) -> None:
     html = write_report(folder).read_text()
     assert "--prompt triage-mlp" in html
     assert "prompts/triage-mlp" in html
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "5", "{", "9" * 5000])
+def test_damaged_files_count_as_missing(tmp_path: Path, content: str) -> None:
+    folder = finished_run(tmp_path)
+    for name in ("summary.json", "environment.json", "datasets.json"):
+        (folder / name).write_text(content)
+    (folder / "run.yaml").write_text("a: &a [*a]")
+    assert collect(folder).warnings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections import defaultdict
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer import runfile, yaml_core
+from trainer.errors import BadInput
+from trainer.jsonfile import read_json
 from trainer.ranking import rank
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
@@ -248,7 +249,7 @@ def _facts(summary: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
 def _data(output_dir: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
     counts = summary.get("data") or {}
     rows = []
-    for item in _json(output_dir, "datasets.json") or []:
+    for item in _json(output_dir, "datasets.json", list):
         count = (counts.get(item.get("task")) or {}).get(item.get("split")) or {}
         rows.append(
             {
@@ -349,8 +350,10 @@ def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _json(output_dir: Path, name: str) -> Any:
+def _json(output_dir: Path, name: str, kind: type[Any] = dict) -> Any:
+    """An object or list of a file; an empty one where the file is missing or damaged."""
     try:
-        return json.loads((output_dir / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        value = read_json(output_dir / name)
+    except BadInput:
+        return kind()
+    return value if isinstance(value, kind) else kind()
