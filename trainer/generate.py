@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer import config as run_file
 from trainer.__main__ import guarded
+from trainer.chat_date import read_chat_date
 from trainer.config import RunConfig, template_fields
 from trainer.console import Console
 from trainer.errors import BadInput
@@ -58,7 +59,12 @@ def _generate(
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_files(engine, config.base, console)
-    input_ids = encode_input(files.tokenizer, text, dialogue=task.messages is not None)
+    input_ids = encode_input(
+        files.tokenizer,
+        text,
+        dialogue=task.messages is not None,
+        date=read_chat_date(folder),
+    )
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
     if not 0 < len(input_ids) <= room:

@@ -32,6 +32,7 @@ from trainer.statistics import STANDARD_ERROR
 from trainer.stop import Stopped
 from trainer.tasks.feed import TaskData
 from trainer.tasks.streams import PromptLengths
+from trainer.tasks.teacher import Teacher
 
 Scores = dict[str, float]
 
@@ -465,6 +466,7 @@ class Loop:
         for name, data in self.tasks.items():
             if data.teachers:
                 self.progress.baselines[name]["untaught"] = self._score_untaught(data)
+                self.progress.baselines[name]["teachers"] = self._score_teachers(data)
 
     def _score_untaught(self, data: TaskData) -> dict[str, Scores]:
         """How far the base without a prompt is from the teacher of every distilled prompt."""
@@ -481,6 +483,28 @@ class Loop:
             name: merge_scores(scored[i * each : (i + 1) * each])
             for i, name in enumerate(data.teachers)
         }
+
+    def _score_teachers(self, data: TaskData) -> list[dict[str, Any]]:
+        """How well the teachers' texts themselves do, read as the prompts that learn from them are.
+
+        Returns:
+            for each different text: ``text``, ``prompts`` that learn from it, and its scores.
+        """
+        taught: dict[Teacher, list[str]] = {}
+        for name, teacher in data.teachers.items():
+            taught.setdefault(teacher, []).append(name)
+        texts = {prompt.name: prompt.teacher for prompt in self.config.prompts}
+        found: list[dict[str, Any]] = []
+        for teacher, names in taught.items() if data.evaluation else ():
+            sets = [rows.behind(teacher) for rows in data.evaluation.values()]
+            requests = [Request(rows, teacher.index) for rows in sets]
+            with self.console.phase("scoring a teacher"):
+                results = self.evaluator.score(requests, self.evaluator.teachers)
+            scores = merge_scores(
+                (rows.split, result.scores) for rows, result in zip(sets, results, strict=True)
+            )
+            found.append({"text": texts[names[0]], "prompts": names, **scores})
+        return found
 
     def _score(self, what: str, requests: Sequence[Request]) -> list[Scored]:
         """Scores of the requests by the prompts as they are now, with progress."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any
 
 from trainer.config import LOWER_IS_BETTER
@@ -21,6 +22,8 @@ RATES = frozenset({"accuracy", "exact_match", "execution"})
 PREFIXES = ("validation_", "shifted_validation_")
 #: Kinds of rows, in the order of a table.
 MAJORITY, NO_PROMPT, HAND_WRITTEN, PROMPT = "majority", "no_prompt", "hand_written", "prompt"
+#: The text that prompts with ``objective: distill`` learn from, scored as a prompt itself.
+TEACHER = "teacher"
 #: How a table names the reasons for which a prompt was stopped before its steps were done.
 STOPPED = {
     "early_stopping": "stopped early",
@@ -34,7 +37,7 @@ class ResultRow(Entry):
     """One row of a task's table.
 
     Attributes:
-        kind: one of ``MAJORITY``, ``NO_PROMPT``, ``HAND_WRITTEN``, ``PROMPT``.
+        kind: one of ``MAJORITY``, ``NO_PROMPT``, ``HAND_WRITTEN``, ``TEACHER``, ``PROMPT``.
         label: what the row is called for people.
         detail: length of a prompt and how it ended.
         ranked: whether it has a score that is comparable with those of the others.
@@ -178,6 +181,17 @@ def _baseline_rows(
         rows.append(
             ResultRow(
                 name=f"{HAND_WRITTEN}-{number}", kind=HAND_WRITTEN, label=f"“{text}”", scores=scores
+            )
+        )
+    for number, scores in enumerate(results.get("teachers") or [], 1):
+        text = shorten(" ".join(str(scores.get("text", "")).split()), 60, placeholder=" …")
+        of = ", ".join(map(str, scores.get("prompts") or []))
+        rows.append(
+            ResultRow(
+                name=f"{TEACHER}-{number}",
+                kind=TEACHER,
+                label=f"teacher of {of}: “{text}”",
+                scores=scores,
             )
         )
     for prompt, scores in (results.get("untaught") or {}).items():

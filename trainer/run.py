@@ -5,6 +5,7 @@ run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapt
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from trainer import atomic, process, stop
 from trainer.base.families import check_past, embedding_size
 from trainer.base.files import BaseFiles
 from trainer.base.model import PromptedBase
+from trainer.chat_date import keep_chat_date, read_chat_date
 from trainer.checkpoint import Saved
 from trainer.config import RunConfig
 from trainer.console import Console
@@ -53,6 +55,7 @@ from trainer.starts import Screening
 from trainer.stop import Stopped
 from trainer.tasks.baseline_cache import BaselineCache
 from trainer.tasks.feed import Feed, TaskData, load_tasks
+from trainer.tasks.template import reads_date
 from trainer.tracking import MetricsLog, Sender, unless_full
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
@@ -99,13 +102,15 @@ def _train(
         files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
-    with times("load"):
-        tasks = _read_tasks(engine, files, config, console)
     # A job that is requeued has put the earlier run aside before: what lies there is its own.
     fresh = fresh and not engine.of_main(lambda: was_put_aside(output))
+    date = engine.of_main(lambda: _chat_date(files, config, output, fresh=fresh))
+    with times("load"):
+        tasks = _read_tasks(engine, files, config, console, date)
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     with times("load"), console.phase("checking the base's files"):
         identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
+        identity |= {"date of the chat template": date.isoformat()} if date else {}
     saved = engine.of_main(lambda: None if fresh else find_checkpoint(output, identity, console))
     if saved is None:
         engine.together(lambda: check_sources(config, embedding_size(files.config)))
@@ -150,6 +155,8 @@ def _train(
     log = MetricsLog(output)
     log.rewind(loop.progress.step)
     describe_run(output, config, engine, loaded, tasks, command, begins=saved is None)
+    if date:
+        keep_chat_date(output, date)
     saves = Saves(output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm)
     loop.log = unless_full(log, console.warn)
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
@@ -197,8 +204,22 @@ def _look_round(saves: Saves, lock: Lock) -> None:
     lock.check()
 
 
+def _chat_date(
+    files: BaseFiles, config: RunConfig, output: Path, *, fresh: bool
+) -> datetime.date | None:
+    """The day of the run's first start, if the chat template of its dialogues reads it."""
+    if not reads_date(files.tokenizer) or all(task.messages is None for task in config.tasks):
+        return None
+    kept = None if fresh else read_chat_date(output)
+    return kept or datetime.date.today()
+
+
 def _read_tasks(
-    engine: Engine, files: BaseFiles, config: RunConfig, console: Console
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    date: datetime.date | None,
 ) -> dict[str, TaskData]:
     tasks = engine.load_once_per_node(
         lambda: load_tasks(
@@ -208,6 +229,7 @@ def _read_tasks(
             files.config.vocab_size,
             console.working,
             console.reading,
+            date=date,
         ),
     )
     engine.together(lambda: _check_ends(tasks, files))

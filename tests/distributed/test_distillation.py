@@ -61,4 +61,11 @@ def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     taught, bare = summary["prompts"]["short"], summary["tasks"]["notes"]["untaught"]["short"]
     assert taught["validation_loss"] < bare["validation_loss"]
+    (teacher,) = summary["tasks"]["notes"]["teachers"]
+    assert teacher["prompts"] == ["short"]
+    assert teacher["text"].startswith("Classify the illness")
+    assert (
+        0 < teacher["validation_loss"] != summary["tasks"]["notes"]["no_prompt"]["validation_loss"]
+    )
+    assert "teacher of short" in done.stdout
     assert 0 < bare["validation_agreement"] < taught["validation_agreement"] < 1

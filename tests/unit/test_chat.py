@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
 from trainer.errors import BadInput
-from trainer.tasks.chat import encode_dialogue, encode_opening
+from trainer.tasks.chat import DialogueEncoder, encode_opening
 from trainer.tasks.rows import Rows
 from trainer.tasks.splits import load_rows
 from trainer.tasks.tokens import Tokenized, tokenize
@@ -91,7 +91,9 @@ MISPLACED = MARKED.replace("{{ ' ' }}{% generation %}{{ m", "{% generation %}{{ 
 @pytest.mark.parametrize("template", [PLAIN, MARKED, MISPLACED])
 def test_only_the_assistants_turns_are_learnt(template):
     tokenizer = make_tokenizer(template)
-    ids, spans = encode_dialogue(tokenizer, TURNS)
+    dialogue = DialogueEncoder(tokenizer)(TURNS)
+    ids, spans = dialogue.ids, dialogue.spans
+    assert not dialogue.merged
     assert (
         words(tokenizer, ids) == "<s> <system> sys <end> <user> a b <end> <assistant> c <end> "
         "<user> d <end> <assistant> e f g <end>"
@@ -104,23 +106,46 @@ def test_only_the_assistants_turns_are_learnt(template):
 
 def test_the_prompt_of_generation_is_that_of_training():
     tokenizer = make_tokenizer()
-    ids, ((start, _),) = encode_dialogue(
-        tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+    dialogue = DialogueEncoder(tokenizer)(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     )
-    assert encode_opening(tokenizer, "hi") == ids[:start]
+    assert encode_opening(tokenizer, "hi") == dialogue.ids[: dialogue.spans[0][0]]
+    with pytest.raises(BadInput, match=r"base\.model: .* refuses this dialogue: no answers here"):
+        encode_opening(make_tokenizer("{{ raise_exception('no answers here') }}"), "hi")
 
 
 def test_templates_that_do_not_show_the_turns_are_refused():
-    with pytest.raises(ValueError, match=r"\[2\]: the chat template writes this turn otherwise"):
-        encode_dialogue(make_tokenizer(FORGETS), TURNS)
+    with pytest.raises(ValueError, match=r"\[2\]: the chat template writes this turn differently"):
+        DialogueEncoder(make_tokenizer(FORGETS))(TURNS)
     with pytest.raises(ValueError, match="refuses this dialogue: no system turns"):
-        encode_dialogue(make_tokenizer(STRICT), TURNS)
-    # "<assistant>" and the content run together into one word
+        DialogueEncoder(make_tokenizer(STRICT))(TURNS)
+    thinks = PLAIN.replace("{{ '<assistant>' }}", "{{ '<assistant> hi' }}")
+    with pytest.raises(ValueError, match=r"goes on with 'hi' where the dialogue has 'c <end><user"):
+        DialogueEncoder(make_tokenizer(thinks))(TURNS)
+
+
+def test_the_remedy_for_templates_that_rewrite_earlier_turns(tmp_path):
+    """A row for each learned turn, those before it with weight 0."""
+    task, tokenizer = make_task(), make_tokenizer(FORGETS)
+    rows = load(tmp_path, [[*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[3:]], TURNS[:3]], task)
+    assert learnt(tokenizer, tokenize(rows, task, tokenizer, 100)) == [["e f g <end>"], ["c <end>"]]
+
+
+def test_turns_that_the_tokenizer_merges_keep_their_own_tokens(tmp_path):
+    """``assistant`` and the content run together into one word, which generation never sees."""
     joined = PLAIN.replace("'<' + m.role + '> '", "m.role + '-'").replace(
         "<assistant>'", "assistant'"
     )
-    with pytest.raises(ValueError, match="joins the end of the prompt"):
-        encode_dialogue(make_tokenizer(joined), TURNS[1:])
+    tokenizer, task = make_tokenizer(joined), make_task()
+    found = tokenize(load(tmp_path, [TURNS[1:3]], task), task, tokenizer, 100)
+    (example,) = found.examples
+    ((start, stop),) = example.label_spans
+    assert list(example.input_ids[:start]) == DialogueEncoder(tokenizer).opening(TURNS[1:2])
+    assert words(tokenizer, example.input_ids[start:stop]) == "<unk> <end>"
+    assert found.warning is not None
+    assert (
+        "d.jsonl:1: the tokenizer merges the end of a turn with the beginning of" in found.warning
+    )
 
 
 def test_rows_of_a_file(tmp_path):
@@ -153,7 +178,9 @@ def test_long_dialogues(tmp_path):
         == "<s> <system> sys <end> <user> d <end> <assistant> e f g <end>"
     )
     assert learnt(tokenizer, cut)[0] == ["e f g <end>"]
-    with pytest.raises(BadInput, match=r"d\.jsonl:1: messages: its last exchange alone has 12"):
+    with pytest.raises(
+        BadInput, match=r"d\.jsonl:1: messages: its last exchange that is learned has 12"
+    ):
         tokenize(rows, make_task(too_long="truncate"), tokenizer, 11)
 
 
@@ -167,7 +194,10 @@ def test_long_dialogues(tmp_path):
             [{"role": "asistant", "content": "x"}],
             "[0].role: 'asistant' is not one of system, user, assistant, tool (did you mean",
         ),
-        ([{"role": "user", "content": 5}], "[0].content: 5 is no text"),
+        (
+            [{"role": "user", "content": 5}],
+            "[0].content: 5 must be a string or a list of text parts",
+        ),
         ([{"role": "user", "content": " "}], "[0].content: is empty"),
         (TURNS[:2], "the last turn is of the user; end with the assistant's answer"),
         (TURNS[2:3], "[0] is of the assistant; begin with what it answers"),

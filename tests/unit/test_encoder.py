@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.alone import Alone
 from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
+from tests.unit.test_tokens import EOS, IDS
+from tests.unit.test_tokens import make_tokenizer as make_words
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, Task
 from trainer.errors import BadInput
@@ -160,7 +162,7 @@ def test_tables_of_the_rules_before_are_not_read(tmp_path, monkeypatch):
     for rules in (1, cache.RULES, cache.RULES):
         monkeypatch.setattr(cache, "RULES", rules)
         cached({}, make, dict)
-    assert made == [1, 2]
+    assert len(made) == 2
 
 
 def test_truncation_keeps_the_prefix_and_the_tokens_of_the_target(tmp_path, tokenizers):
@@ -194,6 +196,19 @@ def test_choices_that_are_the_same_behind_an_input(tmp_path, tokenizers):
     )
     with pytest.raises(BadInput, match=r"rows\.jsonl:2: behind its input 'billing' and ' billing'"):
         tokenize_choices(rows, task_of("{q}", "{a}", choices=task.choices), tokenizer, 100)
+
+
+def test_an_unknown_word_does_not_swallow_the_target(tmp_path):
+    tokenizer, task = make_words(), task_of("{q}", "{a}")
+    rows = [{"q": "a zz", "a": "yy"}, {"q": "a zz", "a": " yes"}, {"q": "a", "a": " zz"}]
+    found = tokenize(rows_of(tmp_path, task, rows), task, tokenizer, 100)
+    assert [list(e.input_ids[e.target_start :]) for e in found.examples] == [
+        [tokenizer.unk_token_id, EOS],
+        [IDS["yes"], EOS],
+        [tokenizer.unk_token_id, EOS],
+    ]
+    assert found.warning is not None
+    assert "(in 1 of 3 rows)" in found.warning
 
 
 @pytest.fixture(scope="module")

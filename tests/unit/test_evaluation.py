@@ -16,12 +16,14 @@ from tests.alone import Alone
 from tests.unit.test_chat import TURNS, make_tokenizer, words
 from tests.whole_base import load_whole
 from trainer import evaluation, generation
-from trainer.config import RunConfig
-from trainer.evaluation import Evaluator, Request
+from trainer.base.files import open_base
+from trainer.config import Base, RunConfig
+from trainer.evaluation import Evaluator, Request, Scored
 from trainer.generation import Ending
 from trainer.memory import StreamBudget
 from trainer.stop import Stopped
 from trainer.tasks.feed import TaskData, load_tasks
+from trainer.tasks.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,3 +153,44 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
         )
         assert found == [[n * (n + 1)] for n in range(8)]
         assert sizes == expected
+
+
+def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
+    """Loss, predicted choices and generated texts are those of plain transformers."""
+    tiny = ROOT / "examples" / "tiny_base"
+    files = open_base(Base(model=str(tiny)))
+    text = "Is the condition metabolic, cardiac or other?"
+    rows = [{"text": t, "label": "cardiac"} for t in ("He has angina.", "She takes insulin.")]
+    task = {"input": "{text}\nAnswer:", "target": " {label}", "metric": "accuracy"}
+    teacher = Teacher(0, tuple(files.tokenizer(text)["input_ids"]), 0)
+    base = load_whole(tiny, "none")
+    embedded = base(torch.tensor(teacher.token_ids), []).detach()
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+
+    def scored(**settings: Any) -> Scored:
+        data = load(tmp_path, rows, files.tokenizer, **task | settings)
+        evaluator = Evaluator(Alone(), base, files.tokenizer, StreamBudget(200))
+        request = Request(data.evaluation["validation"].behind(teacher), 0)
+        return evaluator.score([request], [embedded])[0]
+
+    choices = ["metabolic", "cardiac", "other"]
+    found = scored(choices=choices)
+    nll_RC = []
+    for row in rows:
+        front = [*teacher.token_ids, *files.tokenizer(f"{row['text']}\nAnswer:")["input_ids"]]
+        nll_RC.append([])
+        for choice in choices:
+            behind = [*files.tokenizer(f" {choice}")["input_ids"], files.tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = plain(torch.tensor([[*front, *behind]])).logits[0, len(front) - 1 : -1]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(behind), reduction="sum")
+            nll_RC[-1].append(float(loss))
+    assert found.nll_RC is not None
+    assert torch.allclose(found.nll_RC, torch.tensor(nll_RC).double(), atol=1e-3)
+    assert found.predicted == [nll.index(min(nll)) for nll in nll_RC]
+    found = scored(metric="exact_match", max_new_tokens=5)
+    for row, written in zip(rows, found.texts_R or [], strict=True):
+        front = [*teacher.token_ids, *files.tokenizer(f"{row['text']}\nAnswer:")["input_ids"]]
+        out = plain.generate(torch.tensor([front]), do_sample=False, max_new_tokens=5)
+        expected = files.tokenizer.decode(out[0, len(front) :], skip_special_tokens=True)
+        assert written == expected

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.result_table import column_title, format_score, score_interval, task_tables
+from trainer.result_table import TEACHER, column_title, format_score, score_interval, task_tables
 from trainer.results import _selected
 
 ROWS = {"validation": 60}
@@ -80,6 +80,13 @@ def test_divergences_from_teachers_are_not_compared_with_losses():
     assert best(labels, taught) == ["no_prompt", "labels"]
     assert best(taught) == ["no_prompt-taught", "taught"]
     assert best(taught, other) == ["no_prompt"]
+    teachers = [{"text": "Say\n which.", "prompts": ["taught"], "validation_loss": 0.5}]
+    found = table([labels, taught], "loss", **baselines, teachers=teachers)
+    (teacher,) = [row for row in found.baselines if row.kind == TEACHER]
+    assert teacher.label == "teacher of taught: “Say which.”"
+    assert found.cell(teacher, "validation_loss") == "0.5000"
+    assert teacher.best
+    assert found.cell(teacher, "validation_KL_divergence") == "–"
     found = table([taught], "loss", **baselines)
     assert found.cell(found.prompts[0], "validation_KL_divergence") == "0.1000"
     assert found.cell(found.prompts[0], "validation_loss") == "–"

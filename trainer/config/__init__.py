@@ -18,9 +18,17 @@ from trainer.config.run import (
     sweeps,
 )
 from trainer.config.section import expand_path, parse_bytes
-from trainer.config.task import LOWER_IS_BETTER, PLACEHOLDER, DataSource, Task, template_fields
+from trainer.config.task import (
+    DEFAULT_TOOLS,
+    LOWER_IS_BETTER,
+    PLACEHOLDER,
+    DataSource,
+    Task,
+    template_fields,
+)
 
 __all__ = [
+    "DEFAULT_TOOLS",
     "LOWER_IS_BETTER",
     "PLACEHOLDER",
     "PROJECT_ROOT",

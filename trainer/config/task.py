@@ -19,6 +19,8 @@ from trainer.config.section import (
 
 #: Metrics for which less is better.
 LOWER_IS_BETTER = frozenset({"loss"})
+#: Column of the tools that a dialogue may call, as TRL names it.
+DEFAULT_TOOLS = "tools"
 #: A ``{column}`` field of a template, or a doubled brace that stands for one.
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
@@ -124,7 +126,14 @@ class Task(Section):
     messages: str | None = Field(
         None,
         description="in place of input and target: the column that holds a dialogue, a list of "
-        "{role, content}; written by the tokenizer's chat template, the assistant's turns learnt",
+        "{role, content} or, as in ShareGPT, {from, value}; written by the tokenizer's chat "
+        "template, the assistant's turns learned, but for those with weight: 0",
+    )
+    tools: str | None = Field(
+        DEFAULT_TOOLS,
+        min_length=1,
+        description="messages: the column of the tools that a dialogue may call, a list of JSON "
+        "schemas for the chat template; the default is read where rows have it; null: none",
     )
     tokens: TokenColumns | None = Field(
         None, description="in place of input and target: columns of token ids and labels"
@@ -221,6 +230,8 @@ class Task(Section):
     def _problems_of_form(self) -> list[str]:
         """Exactly one of: input and target, messages, tokens."""
         other = [name for name in ("messages", "tokens") if getattr(self, name) is not None]
+        if self.messages is None and self.tools not in (None, DEFAULT_TOOLS):
+            return ["tools: only dialogues have them; name their column in messages, or remove it"]
         if not other:
             problems = [] if self.input else ["input: is missing; add it"]
             problems += self._problems_without_target() if not self.target else []
@@ -235,6 +246,8 @@ class Task(Section):
             for name in ("choices", "hand_written")
             if getattr(self, name)
         ]
+        if self.tools is not None and self.tools == self.messages:
+            problems.append("tools: is the column of messages; name that of the tools, or null")
         if self.metric not in allowed:
             problems.append(
                 f"metric: {self.metric!r} needs input and target; with {other[0]} use "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import config as run_file
 from trainer.__main__ import run_rank
+from trainer.chat_date import read_chat_date
 from trainer.config import Base, RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
@@ -93,6 +94,7 @@ def _inspect_run(
             console.working,
             console.reading,
             splits=("validation",),
+            date=read_chat_date(saved) if saved else None,
         )
     )
     if config.base.quantization == "none":

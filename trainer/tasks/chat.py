@@ -1,91 +1,194 @@
-"""Dialogues -> token ids, written by the tokenizer's chat template; the assistant's turns learnt.
+"""Dialogues -> token ids, written by the tokenizer's chat template; the assistant's turns learned.
 
 Needs a tokenizer, but no torch.
 """
 
 from __future__ import annotations
 
-import re
+import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from trainer.config import Task
 from trainer.errors import BadInput
+from trainer.tasks.encoder import TextEncoder
 from trainer.tasks.found import BEHIND_PROMPT, Found, too_long
+from trainer.tasks.nested import is_learned
 from trainer.tasks.table import Block, Example, runs
+from trainer.tasks.template import ChatTemplate, Endless, Messages, Tools
 
-Messages = Sequence[Mapping[str, Any]]
 Spans = list[tuple[int, int]]
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue as tokens.
+
+    Attributes:
+        spans: (start, stop) of the tokens that the assistant writes and that are learned, ascending
+            and apart.
+        merged: the tokenizer merges the end of a turn with the beginning of the next; each has its
+            own tokens here, as in generation.
+    """
+
+    ids: list[int]
+    spans: Spans
+    merged: bool = False
 
 
-def encode_dialogue(tokenizer: Any, messages: Messages) -> tuple[list[int], Spans]:
-    """A dialogue as the chat template writes it, and which tokens the assistant writes.
+class DialogueEncoder:
+    """Encodes dialogues as the base model reads them in generation.
 
-    A template that marks them (``{% generation %}``) is asked. Else the dialogue is written up to
-    each turn of the assistant, with the words that ask for it, and up to the end of that turn: what
-    lies between is the turn, its end mark included. That is right only if each is a beginning of
-    the whole dialogue, token by token, as it is in generation.
+    A turn of the assistant that is learned begins where the generation prompt ends, which is the
+    dialogue before it as ``apply_chat_template(add_generation_prompt=True)`` gives it. It ends
+    where the dialogue up to that turn ends, end mark included, or where the mark of a template
+    that marks these turns (``{% generation %}``) ends; such a mark may also begin later. That is
+    right only if generation prompt and turn are the beginning of the whole dialogue.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        messages: turns of ``role`` and ``content``.
-
-    Returns:
-        (token ids, (start, stop) of the assistant's tokens, ascending)
+        date: the day that the template reads; None: today.
 
     Raises:
-        ValueError: the template refuses the dialogue, or does not show the assistant's turns.
+        Endless: the template does not end.
     """
-    answers = sum(turn["role"] == "assistant" for turn in messages)
-    if _GENERATION.search(tokenizer.get_chat_template()) and tokenizer.is_fast:
-        ids, marked = _marked(tokenizer, messages)
+
+    def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
+        self.template = ChatTemplate(tokenizer, date)
+        self._encoder = TextEncoder(tokenizer)
+
+    def opening(self, messages: Messages, tools: Tools = None) -> list[int]:
+        """Token ids of a dialogue up to where the assistant answers, to generate from."""
+        return self.template.ids(self.template.text(messages, tools, ask=True))
+
+    def __call__(self, messages: Messages, tools: Tools = None) -> Dialogue:
+        """Encode a dialogue.
+
+        Raises:
+            ValueError: the template refuses it, does not show which tokens the assistant writes, or
+                ignores the tools.
+            Endless: the template does not end.
+        """
+        whole = self.template.text(messages, tools)
+        if tools and whole == self.template.text(messages):
+            raise ValueError(
+                "the chat template ignores the tools of this row, so the answers would call tools "
+                "that no prompt defines; use a chat template that writes tools"
+            )
+        marked = self._marked(messages, tools)
+        if marked is not None:
+            return self._within_marks(messages, tools, whole, marked)
+        edges: list[int] = []
+        for number in filter(lambda n: is_learned(messages[n]), range(len(messages))):
+            opening = self._opening(messages, tools, number, whole)
+            last = number == len(messages) - 1
+            until = whole if last else self.template.text(messages[: number + 1], tools)
+            if not (whole.startswith(until) and len(until) > len(opening)):
+                raise ValueError(_rewritten(number))
+            edges += (len(opening), len(until))
+        return self._cut(whole, edges)
+
+    def _marked(self, messages: Messages, tools: Tools) -> Spans | None:
+        """Spans that the template marks, one for each turn of the assistant."""
+        marks = self.template.marked(messages, tools)
+        if marks is None:
+            return None
+        spans = list(runs(marks))
         # Where a mark stands on a character without a token, transformers leaves turns out.
-        if len(marked) == answers:
-            return ids, marked
-    whole_text = _written(tokenizer, messages)
-    whole = _ids(tokenizer, whole_text)
-    spans: Spans = []
-    for number, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        last = number == len(messages) - 1
-        until = whole_text if last else _written(tokenizer, messages[: number + 1])
-        opening = _written(tokenizer, messages[:number], ask=True)
-        if not (whole_text.startswith(until) and until.startswith(opening)):
-            raise ValueError(
-                f"[{number}]: the chat template writes this turn otherwise once others follow or "
-                "while it is asked for, so its tokens cannot be told; use a template that marks "
-                "them with {% generation %}"
-            )
-        start, stop = len(_ids(tokenizer, opening)), len(_ids(tokenizer, until))
-        if whole[:start] != _ids(tokenizer, opening) or whole[:stop] != _ids(tokenizer, until):
-            raise ValueError(
-                f"[{number}]: the tokenizer joins the end of the prompt and the beginning of this "
-                "turn into one token, which it does not in generation; strip white space around "
-                "its content"
-            )
-        spans.append((start, stop))
-    return whole, spans
+        turns = sum(turn["role"] == "assistant" for turn in messages)
+        return spans if len(spans) == turns else None
+
+    def _within_marks(
+        self, messages: Messages, tools: Tools, whole: str, marked: Spans
+    ) -> Dialogue:
+        ids, spans = self.template.ids(whole), list[tuple[int, int]]()
+        turns = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+        for number, (start, stop) in zip(turns, marked, strict=True):
+            if not is_learned(messages[number]):
+                continue
+            opening = self.template.ids(self._opening(messages, tools, number, whole))
+            if ids[: len(opening)] != opening:
+                raise ValueError(
+                    f"[{number}]: the tokenizer merges the end of the generation prompt with the "
+                    "beginning of this turn; strip white space around its content"
+                )
+            start = max(start, len(opening))
+            if start >= stop:
+                raise ValueError(f"[{number}]: the chat template marks no token of this turn")
+            spans.append((start, stop))
+        return Dialogue(ids, spans)
+
+    def _opening(self, messages: Messages, tools: Tools, number: int, whole: str) -> str:
+        """The generation prompt of a turn, which must be the beginning of the whole dialogue."""
+        opening = self.template.text(messages[:number], tools, ask=True)
+        if whole.startswith(opening):
+            return opening
+        pairs = enumerate(zip(opening, whole, strict=False))
+        same = next((place for place, (a, b) in pairs if a != b), len(whole))
+        raise ValueError(
+            f"[{number}]: the generation prompt of the chat template goes on with "
+            f"{opening[same : same + 30]!r} where the dialogue has {whole[same : same + 30]!r}, so "
+            "generation never gives this turn; change the chat template so that both agree, or "
+            "write the dialogue as text with input and target"
+        )
+
+    def _cut(self, whole: str, edges: Sequence[int]) -> Dialogue:
+        """A dialogue as tokens; every second piece between the edges is learned."""
+        bounds = [0, *edges, len(whole)]
+        texts = [whole[start:stop] for start, stop in pairwise(bounds)]
+        pieces, merged = self._encoder.pieces(texts)
+        ids, spans = list[int](), list[tuple[int, int]]()
+        for place, piece in enumerate(pieces):
+            if place % 2 and piece:
+                spans.append((len(ids), len(ids) + len(piece)))
+            ids += piece
+        return Dialogue(ids, spans, merged)
 
 
-def encode_opening(tokenizer: Any, text: str) -> list[int]:
-    """A dialogue of one user's turn, up to where the assistant answers: to generate from."""
-    return _ids(tokenizer, _written(tokenizer, [{"role": "user", "content": text}], ask=True))
+def _rewritten(number: int) -> str:
+    return (
+        f"[{number}]: the chat template writes this turn differently once others follow, so the "
+        'row has other tokens than generation gives; set "weight": 0 on this turn and, to learn '
+        "it, add a row that ends with it"
+    )
 
 
-def check_template(tokenizer: Any, task: Task) -> None:
-    """Refuse a tokenizer that cannot write dialogues.
+def encode_opening(tokenizer: Any, text: str, date: datetime.date | None = None) -> list[int]:
+    """A dialogue of one user's turn, up to where the assistant answers: to generate from.
 
     Raises:
-        BadInput: it has no chat template.
+        BadInput: the tokenizer has no chat template, or it refuses this turn.
     """
+    try:
+        return DialogueEncoder(tokenizer, date).opening([{"role": "user", "content": text}])
+    except Endless as error:
+        raise BadInput(f"base.model: {_endless(error)}") from None
+    except ValueError as error:
+        raise BadInput(f"base.model: {error}") from None
+
+
+def _encoder(tokenizer: Any, task: Task, date: datetime.date | None) -> DialogueEncoder:
+    """The encoder of a task.
+
+    Raises:
+        BadInput: the tokenizer has no chat template, or one that does not end.
+    """
+    setting = f"tasks.{task.name}.messages"
     if not tokenizer.chat_template:
         raise BadInput(
-            f"tasks.{task.name}.messages: the tokenizer of base.model has no chat template; use a "
-            "chat model, or input and target in place of messages"
+            f"{setting}: the tokenizer of base.model has no chat template; use a chat model, or "
+            "input and target in place of messages"
         )
+    try:
+        return DialogueEncoder(tokenizer, date)
+    except Endless as error:
+        raise BadInput(f"{setting}: {_endless(error)}") from None
+
+
+def _endless(error: Endless) -> str:
+    return f"the chat template of base.model {error}; repair the template"
 
 
 class DialogueFitter:
@@ -95,82 +198,66 @@ class DialogueFitter:
     user's turn, and its last exchange stays.
 
     Args:
-        task: ``messages`` and ``too_long``.
+        task: ``messages``, ``tools`` and ``too_long``.
         max_length: most tokens of a row: the context minus the virtual tokens.
+        date: the day that the chat template reads; None: today.
 
     Raises:
-        BadInput: the tokenizer has no chat template.
+        BadInput: the tokenizer has no chat template, or one that does not end.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
-        check_template(tokenizer, task)
-        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+    def __init__(
+        self, task: Task, tokenizer: Any, max_length: int, date: datetime.date | None = None
+    ) -> None:
+        self.task, self.max_length, self.date = task, max_length, date
+        self.encode = _encoder(tokenizer, task, date)
         self.limit = BEHIND_PROMPT
 
     def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
         found, examples = Found(len(rows)), list[Example]()
         for row, values in enumerate(rows, start=first):
+            tools = None if self.task.tools is None else values.get(self.task.tools)
             try:
-                encoded = self._fit(values[str(self.task.messages)], found)
+                fitted = self._fit(values[str(self.task.messages)], tools, found)
             except ValueError as error:
                 found.problem(row, f"{self.task.messages}: {error}")
                 continue
-            if encoded is not None:
-                ids, spans = encoded
-                examples.append(Example(tuple(ids), tuple(spans), row))
+            except Endless as error:  # the next row would take as long
+                raise BadInput(
+                    f"tasks.{self.task.name}.messages: row {row + 1}: {_endless(error)}"
+                ) from None
+            if fitted is not None:
+                examples.append(Example(tuple(fitted.ids), tuple(fitted.spans), row))
+                if fitted.merged:
+                    found.merge(row)
         return Block.of(examples), found
 
-    def _fit(self, messages: Messages, found: Found) -> tuple[list[int], Spans] | None:
-        """Ids and spans, or None if the row is skipped; raises ValueError."""
-        ids, spans = encode_dialogue(self.tokenizer, messages)
-        if not spans:
-            raise ValueError("the chat template shows no turn of the assistant")
-        if len(ids) <= self.max_length:
-            return ids, spans
+    def _fit(self, messages: Messages, tools: Tools, found: Found) -> Dialogue | None:
+        """The dialogue, whole or cut, or None if the row is skipped; raises ValueError."""
+        dialogue = self.encode(messages, tools)
+        if len(dialogue.ids) <= self.max_length:
+            return _shown(dialogue)
         setting = f"tasks.{self.task.name}.too_long"
         if self.task.too_long == "skip":
             found.skipped += 1
             return None
         if self.task.too_long == "refuse":
-            raise ValueError(too_long(len(ids), self))
+            raise ValueError(too_long(len(dialogue.ids), self))
         system = next(i for i, turn in enumerate(messages) if turn["role"] != "system")
         for start in range(system + 1, len(messages)):
-            if messages[start]["role"] == "user":
-                rest = [*messages[:system], *messages[start:]]
-                ids, spans = encode_dialogue(self.tokenizer, rest)
-                if len(ids) <= self.max_length:
+            if messages[start]["role"] == "user" and any(map(is_learned, messages[start:])):
+                dialogue = self.encode([*messages[:system], *messages[start:]], tools)
+                if len(dialogue.ids) <= self.max_length:
                     found.truncated += 1
-                    return ids, spans
+                    return _shown(dialogue)
         raise ValueError(
-            f"its last exchange alone has {len(ids)} tokens; {self.max_length} fit {self.limit}, "
-            f"and a turn is never cut: shorten it, or set {setting} to skip"
+            f"its last exchange that is learned has {len(dialogue.ids)} tokens; {self.max_length} "
+            f"fit {self.limit}, and a turn is never cut: shorten it, or set {setting} to skip"
         )
 
 
-def _marked(tokenizer: Any, messages: Messages) -> tuple[list[int], Spans]:
-    encoded = _templated(
-        tokenizer,
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    return list(encoded["input_ids"]), list(runs(encoded["assistant_masks"]))
-
-
-def _written(tokenizer: Any, messages: Messages, *, ask: bool = False) -> str:
-    text: str = _templated(tokenizer, messages, tokenize=False, add_generation_prompt=ask)
-    return text
-
-
-def _templated(tokenizer: Any, messages: Messages, **how: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template([dict(turn) for turn in messages], **how)
-    except Exception as error:  # Jinja's, or what the template itself raises
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"the chat template refuses this dialogue: {reason}") from None
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _shown(dialogue: Dialogue) -> Dialogue:
+    if not dialogue.spans:
+        raise ValueError("the chat template shows no turn of the assistant")
+    return dialogue

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import PLACEHOLDER, Task, template_fields
+from trainer.config import DEFAULT_TOOLS, PLACEHOLDER, Task, template_fields
 from trainer.errors import did_you_mean
 from trainer.tasks.files import Record, place, shorten
 from trainer.tasks.nested import parsers, problem_of_tokens
@@ -48,7 +48,7 @@ def label_texts(task: Task) -> list[str]:
 def columns_used(task: Task) -> dict[str, str]:
     """Columns that a task reads, each with the setting that names it."""
     if task.messages is not None:
-        return {task.messages: "messages"}
+        return {task.messages: "messages"} | dict.fromkeys(optional_columns(task), "tools")
     if task.tokens is not None:
         return {task.tokens.input_ids: "tokens.input_ids", task.tokens.labels: "tokens.labels"}
     used = dict.fromkeys(template_fields(task.input), "input")
@@ -57,6 +57,11 @@ def columns_used(task: Task) -> dict[str, str]:
     if task.metric == "execution":
         used.setdefault(task.tests, "tests")
     return used
+
+
+def optional_columns(task: Task) -> list[str]:
+    """Those of ``columns_used`` that rows may lack, or hold null in."""
+    return [task.tools] if task.messages is not None and task.tools is not None else []
 
 
 def content_columns(task: Task) -> list[str]:
@@ -140,6 +145,7 @@ class RowCheck:
         self.problems = Problems(path)
         self.rows = 0
         self._used = columns_used(task)
+        self._optional = optional_columns(task)
         self._columns = {name: _Column() for name in self._used}
         self._names: dict[str, None] = {}  # a set that keeps the order
         self._parsers = parsers(task)
@@ -177,6 +183,8 @@ class RowCheck:
 
     def _value_is_good(self, record: Record, name: str) -> bool:
         column = self._columns[name]
+        if name in self._optional and record.values.get(name) is None:
+            return True
         if name not in record.values:
             column.missing += 1
             has = tuple(record.values)
@@ -218,7 +226,10 @@ class RowCheck:
         )
 
     def _report_missing(self, name: str, column: _Column, names: list[str]) -> None:
-        if not column.missing and (self.rows or name in names):
+        if name in self._optional:  # the default name stands for "where rows have it"
+            if name in names or name == DEFAULT_TOOLS:
+                return
+        elif not column.missing and (self.rows or name in names):
             return
         setting = f"tasks.{self.task.name}.{self._used[name]}"
         if column.missing and name in self._names:  # other rows have it

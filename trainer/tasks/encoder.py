@@ -10,6 +10,7 @@ its own tokens there, and the target is tokenized as the continuation of another
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 #: Texts that a target is put behind where it merges with its own input; the first that it does not
@@ -29,6 +30,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._unknown = [getattr(tokenizer, "unk_token_id", None)]
         bare = self._encode(["a"], special=False)[0]
         full = self._encode(["a"], special=True)[0]
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
@@ -59,9 +61,31 @@ class TextEncoder:
         joined = self.inputs([text + target for text, target in zip(texts, targets, strict=True)])
         found = [ids[len(own) :] for ids, own in zip(joined, inputs, strict=True)]
         merged = [ids[: len(own)] != own for ids, own in zip(joined, inputs, strict=True)]
-        apart = [i for i, is_merged in enumerate(merged) if is_merged]
-        for i, ids in zip(apart, self._continuations([targets[i] for i in apart]), strict=True):
+        # An unknown word at the end of the input may have swallowed the beginning of the target.
+        unsure = [i for i, own in enumerate(inputs) if merged[i] or own[-1:] == self._unknown]
+        alone = self._continuations([targets[i] for i in unsure])
+        for i, ids in zip(unsure, alone, strict=True):
+            merged[i] = merged[i] or found[i] != ids
             found[i] = ids
+        return found, merged
+
+    def pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], bool]:
+        """Token ids of the pieces of one text, without special tokens of the encoder's own.
+
+        Returns:
+            the ids of each piece as the continuation of those before it; whether any merges with
+            what stands before it.
+        """
+        ids, found, merged = list[int](), list[list[int]](), False
+        for until, text in zip(accumulate(texts), texts, strict=True):
+            joined = self._encode([until], special=False)[0]
+            piece = joined[len(ids) :]
+            if merged or joined[: len(ids)] != ids or ids[-1:] == self._unknown:
+                alone = self._continuations([text])[0] if text else []
+                merged = merged or joined != ids + alone
+                piece = alone
+            found.append(piece)
+            ids += piece
         return found, merged
 
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
@@ -70,7 +94,8 @@ class TextEncoder:
         for context in _CONTEXTS:
             left = [text for text in dict.fromkeys(texts) if text not in found]
             own = self._encode([context], special=False)[0] if left else []
-            if not own:  # white space that the tokenizer drops tells nothing
+            # White space that the tokenizer drops, or an unknown word, tells nothing.
+            if not own or self._unknown[0] in own:
                 continue
             joined = self._encode([context + text for text in left], special=False)
             for text, ids in zip(left, joined, strict=True):

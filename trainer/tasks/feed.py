@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,18 @@ class Candidates(Sequence[list[Example]]):
         return (self[i] for i in range(len(self)))
 
 
+class CandidatesBehind(Candidates):
+    """The same candidates as they stand behind a teacher's tokens."""
+
+    def __init__(self, rows: Candidates, teacher: Teacher) -> None:
+        super().__init__(rows.table, rows.width, rows.kept)
+        self.teacher = teacher
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return found if isinstance(index, slice) else [self.teacher.behind(e) for e in found]
+
+
 @dataclass(frozen=True)
 class EvalSet:
     """Rows to score: each with one candidate target, or one per choice.
@@ -81,6 +94,10 @@ class EvalSet:
             candidates=Candidates(table, width, [kept[i] for i in indices]),
             gold=[self.gold[i] for i in indices],
         )
+
+    def behind(self, teacher: Teacher) -> EvalSet:
+        """The rows as they stand behind a teacher, whose word embeddings are read as a prompt."""
+        return replace(self, candidates=CandidatesBehind(self.candidates, teacher))
 
     @cached_property
     def label_counts(self) -> list[int]:
@@ -126,6 +143,7 @@ def load_tasks(
     progress: Progress = unseen,
     reading: Reading = nullcontext,
     splits: Sequence[str] = SPLITS,
+    date: datetime.date | None = None,
 ) -> dict[str, TaskData]:
     """Read and tokenise the tasks of a run.
 
@@ -133,6 +151,7 @@ def load_tasks(
         progress: shows how far tokenising has come.
         reading: shows how far reading has come.
         splits: those that are needed; of the others nothing is tokenised.
+        date: the day that chat templates read; None: today.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -157,7 +176,9 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
-            loader = _Loader(task, tokenizer, room, context_length, vocab_size, progress, reading)
+            loader = _Loader(
+                task, tokenizer, room, context_length, vocab_size, progress, reading, date
+            )
             tasks[task.name] = loader.load(splits)
             tasks[task.name].teachers = taught
         except BadInput as error:
@@ -178,6 +199,7 @@ class _Loader:
     vocab_size: int
     progress: Progress
     reading: Reading
+    date: datetime.date | None
 
     def load(self, wanted: Sequence[str]) -> TaskData:
         with self.reading() as said:
@@ -200,7 +222,9 @@ class _Loader:
         return data
 
     def _train(self, data: TaskData, rows: Rows) -> None:
-        train = tokenize(rows, self.task, self.tokenizer, self.room, progress=self.progress)
+        train = tokenize(
+            rows, self.task, self.tokenizer, self.room, date=self.date, progress=self.progress
+        )
         check_vocabulary(train.examples, self.vocab_size)
         data.train = train.examples
         self._note(data, "train", rows, train, train.skipped)
@@ -269,8 +293,12 @@ class _Loader:
         ]
 
     def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
-        how = tokenize_choices if self.task.scored_by_likelihood else tokenize
-        return how(rows, self.task, self.tokenizer, room, prefix=prefix, progress=self.progress)
+        task, tokenizer, progress = self.task, self.tokenizer, self.progress
+        if task.scored_by_likelihood:
+            return tokenize_choices(rows, task, tokenizer, room, prefix=prefix, progress=progress)
+        return tokenize(
+            rows, task, tokenizer, room, prefix=prefix, date=self.date, progress=progress
+        )
 
     def _room_behind(self, prefix: str) -> int:
         """Tokens of a row with a hard prompt, which stands where the virtual tokens stand.

@@ -16,6 +16,14 @@ from trainer.jsonfile import parse_json
 from trainer.tasks.files import shorten
 
 ROLES = ("system", "user", "assistant", "tool")
+#: Roles of turns that are written as ``{"from": ..., "value": ...}``, as in ShareGPT.
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    **{role: role for role in ROLES},
+}
 NO_LABEL = -100  #: a position without a label, as in transformers
 _INT32 = range(2**31)
 
@@ -25,10 +33,11 @@ Parser = Callable[[Any], Any]
 def parsers(task: Task) -> dict[str, Parser]:
     """For each such column of a task: value -> plain form; raises ValueError, worded for people."""
     if task.messages is not None:
-        return {task.messages: parse_messages}
+        found: dict[str, Parser] = {task.messages: parse_messages}
+        return found if task.tools is None else found | {task.tools: parse_tools}
     if task.tokens is not None:
         return {task.tokens.input_ids: parse_ids, task.tokens.labels: parse_labels}
-    found: dict[str, Parser] = {}
+    found = {}
     if task.choices is not None:
         parse = join_labels if task.multi_label else parse_choice
         found[template_fields(task.target)[0]] = lambda value: parse(value, task)
@@ -83,29 +92,22 @@ def parse_tests(value: Any) -> list[dict[str, Any]]:
     return calls
 
 
-def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """A dialogue: ``{"role": ..., "content": text}`` per turn, the last of the assistant.
+_TURNS = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
 
-    Further keys of a turn (``name``, ``tool_calls``) are kept for the chat template.
+
+def parse_messages(value: Any) -> list[dict[str, Any]]:
+    """A dialogue that ends with the assistant: ``{"role": ..., "content": ...}`` per turn.
+
+    Content is text or a list of parts of text. It may be missing where the turn has
+    ``tool_calls``. ``weight`` may be 0, of turns of the assistant also 1 (the default): 0 keeps the
+    turn from being learned. Other keys of a turn (``name``, ``tool_calls``) are kept for the chat
+    template; keys that are null are dropped, as in transformers. Turns of ShareGPT, ``{"from": ...,
+    "value": ...}``, are given in the same form.
     """
-    example = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
-    turns = _from_text(value, example)
+    turns = _from_text(value, _TURNS)
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{shorten(turns)} is not a list of turns; write {example}")
-    turns = [_from_text(turn, example) for turn in turns]  # tables may hold each turn as JSON
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise ValueError(
-                f"[{number}] is {shorten(turn)}; a turn has role and content: {example}"
-            )
-        role, content = turn["role"], turn["content"]
-        if role not in ROLES:
-            hint = did_you_mean(str(role), ROLES)
-            raise ValueError(f"[{number}].role: {role!r} is not one of {', '.join(ROLES)}{hint}")
-        if not isinstance(content, str):
-            raise ValueError(f"[{number}].content: {shorten(content)} is no text")
-        if role != "tool" and not content.strip() and not turn.get("tool_calls"):
-            raise ValueError(f"[{number}].content: is empty; fill it or remove the turn")
+        raise ValueError(f"{shorten(turns)} is not a list of turns; write {_TURNS}")
+    turns = [_turn(number, turn) for number, turn in enumerate(turns)]
     if turns[0]["role"] == "assistant":
         raise ValueError("[0] is of the assistant; begin with what it answers")
     if turns[-1]["role"] != "assistant":
@@ -113,8 +115,104 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
             f"the last turn is of the {turns[-1]['role']}; end with the assistant's answer, "
             "which is what is learnt"
         )
-    # Arrow gives every turn all keys of the column, null where it has none.
-    return [{key: item for key, item in turn.items() if item is not None} for turn in turns]
+    if not any(map(is_learned, turns)):
+        raise ValueError("weight: is 0 in all turns of the assistant; remove the row")
+    return turns
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn of a dialogue is to be learned."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
+
+
+def _turn(number: int, value: Any) -> dict[str, Any]:
+    """A turn in its plain form."""
+    turn = _from_text(value, _TURNS)  # tables may hold each turn as JSON
+    if isinstance(turn, dict):
+        turn = {key: item for key, item in turn.items() if item is not None}
+        if {"from", "value"} <= turn.keys() and not turn.keys() & {"role", "content"}:
+            turn = _of_sharegpt(number, turn)
+    if not isinstance(turn, dict) or "role" not in turn:
+        raise ValueError(f"[{number}] is {shorten(turn)}; a turn has role and content: {_TURNS}")
+    role = turn["role"]
+    if role not in ROLES:
+        hint = did_you_mean(str(role), ROLES)
+        raise ValueError(f"[{number}].role: {role!r} is not one of {', '.join(ROLES)}{hint}")
+    if "content" in turn:
+        turn["content"] = _content(number, turn["content"])
+    elif not turn.get("tool_calls"):
+        raise ValueError(f"[{number}] is {shorten(turn)}; a turn has role and content: {_TURNS}")
+    text = content_of(turn)
+    if role != "tool" and not text.strip() and not turn.get("tool_calls"):
+        raise ValueError(f"[{number}].content: is empty; fill it or remove the turn")
+    _check_weight(number, turn)
+    return turn
+
+
+def _of_sharegpt(number: int, turn: dict[str, Any]) -> dict[str, Any]:
+    sender = turn["from"]
+    if sender not in SHAREGPT_ROLES:
+        hint = did_you_mean(str(sender), list(SHAREGPT_ROLES))
+        known = ", ".join(SHAREGPT_ROLES)
+        raise ValueError(f"[{number}].from: {sender!r} is not one of {known}{hint}")
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES[sender], "content": turn["value"], **rest}
+
+
+def _content(number: int, content: Any) -> str | list[dict[str, str]]:
+    """Text, or a list of parts of text: ``{"type": "text", "text": ...}``."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"[{number}].content: {shorten(content)} must be a string or a list of text parts"
+        )
+    parts = []
+    for place, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"[{number}].content[{place}]: {shorten(part)} is not a text part; write "
+                '{"type": "text", "text": "Hi"}, or remove the row'
+            )
+        parts.append({"type": "text", "text": text})
+    return parts
+
+
+def content_of(turn: Mapping[str, Any]) -> str:
+    """The text of a turn, its parts joined; empty where it has none."""
+    content = turn.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _check_weight(number: int, turn: Mapping[str, Any]) -> None:
+    weight = turn.get("weight", 0)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(
+            f"[{number}].weight: is {shorten(weight)}; 0 keeps the turn from being learned, 1 "
+            "learns it, and nothing else is possible"
+        )
+    if weight and turn["role"] != "assistant":
+        raise ValueError(
+            f"[{number}].weight: is 1, but only turns of the assistant are learned; remove it"
+        )
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Tools that a dialogue may call: a list of their JSON schemas, or None."""
+    example = '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    tools = _from_text(value, example)
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise ValueError(f"{shorten(tools)} is not a list of tools; write {example}")
+    tools = [_from_text(tool, example) for tool in tools]
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict) or not tool:
+            raise ValueError(f"[{number}] is {shorten(tool)}, not a tool; write {example}")
+    return tools
 
 
 def _parse_ints(value: Any, lowest: int) -> list[int]:
@@ -202,7 +300,7 @@ def split_labels(text: str, task: Task) -> list[str]:
 
 def content_text(row: Mapping[str, Any], columns: list[str]) -> str:
     """What makes two rows the same: the values of the columns that are read and learnt."""
-    values = [row[name] for name in columns]
+    values = [row[name] for name in columns if row[name] is not None]
     return "\0".join(
         json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)
         for value in values

@@ -53,14 +53,14 @@ class Part:
         return len(self.hashes)
 
     def values(self, batch: Any) -> Iterator[dict[str, Any]]:
-        """Rows of a batch as the file has them."""
+        """Rows of a batch as the file has them, without columns that a row lacks."""
         names = [name for name in batch.schema.names if name != LINE]
         columns = [batch.column(name).to_pylist() for name in names]
         for values in zip(*columns, strict=True):
             row = dict(zip(names, values, strict=True))
             for name in self.as_json & row.keys():
                 row[name] = json.loads(row[name])
-            yield row
+            yield {name: value for name, value in row.items() if value is not None}
 
     def where(self, batch: Any, index: int, row: int) -> str:
         """Place of row ``row`` of the file, which is row ``index`` of the batch."""
@@ -206,7 +206,7 @@ def _batches(
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     for record in origin.records(list(kinds), kept_nulls(task)):
-        row = {name: record.values[name] for name in kinds}
+        row = {name: record.values.get(name) for name in kinds}  # a column may be optional
         row |= {name: parser(row[name]) for name, parser in parse.items()}
         found.append(xxhash.xxh3_64_intdigest(content_text(row, content).encode()))
         for name, kind in kinds.items():

@@ -10,6 +10,7 @@ Files of many rows are tokenised by worker processes, once: the table is kept in
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from trainer.tasks.found import BEHIND_PROMPT, COUNTS, Fitter, Found, too_long
 from trainer.tasks.given import GivenFitter
 from trainer.tasks.rows import Rows, gold_target
 from trainer.tasks.table import Block, Example, TokenTable, in_memory
+from trainer.tasks.template import reads_date
 from trainer.tasks.workers import in_order
 
 __all__ = [
@@ -74,6 +76,7 @@ def tokenize(
     max_length: int,
     *,
     prefix: str = "",
+    date: datetime.date | None = None,
     progress: Progress = unseen,
 ) -> Tokenized:
     """Tokenize every row with its own target.
@@ -84,6 +87,7 @@ def tokenize(
         tokenizer: a transformers tokenizer, fast or slow.
         max_length: most tokens of a row: the context minus the virtual tokens.
         prefix: a hard prompt, put in front of the input text; it is never cut.
+        date: the day that a chat template reads; None: today.
 
     Raises:
         BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
@@ -91,7 +95,7 @@ def tokenize(
     """
     fitter: Fitter
     if task.messages is not None:
-        fitter = DialogueFitter(task, tokenizer, max_length)
+        fitter = DialogueFitter(task, tokenizer, max_length, date)
     elif task.tokens is not None:
         fitter = GivenFitter(task, max_length)
     else:
@@ -129,14 +133,17 @@ def gold(rows: Rows, task: Task) -> list[int]:
     return [index[gold_target(row, task)] for row in rows]
 
 
-def encode_input(tokenizer: Any, text: str, *, dialogue: bool = False) -> list[int]:
+def encode_input(
+    tokenizer: Any, text: str, *, dialogue: bool = False, date: datetime.date | None = None
+) -> list[int]:
     """Token ids of one input as rows have them, for generating from text that is in no file.
 
     Args:
         dialogue: the text is a user's turn, for the chat template.
+        date: the day that a chat template reads; None: today.
     """
     if dialogue:
-        return encode_opening(tokenizer, text)
+        return encode_opening(tokenizer, text, date)
     return TextEncoder(tokenizer).inputs([text])[0]
 
 
@@ -324,6 +331,12 @@ def _width(fitter: Fitter) -> int:
 def _merge_warning(rows: Rows, task: Task, merged: int, first: int) -> str | None:
     if not merged:
         return None
+    if task.messages is not None:
+        return (
+            f"{rows.where(first)}: the tokenizer merges the end of a turn with the beginning of "
+            f"the next (in {merged:,} of {len(rows):,} rows); generation reads the turns before "
+            "alone, so they are tokenized apart; strip white space around the content of turns"
+        )
     between = f"between tasks.{task.name}.input and target"
     remedy = f"put a space or a line break {between}"
     if render(task.input, rows[first])[-1:].isspace():
@@ -386,7 +399,15 @@ def _identity(rows: Rows, tokenizer: Any, fitter: Fitter) -> dict[str, Any]:
         "choices": getattr(fitter, "choices", None),
         "prefix": getattr(fitter, "prefix", ""),
         "max_length": fitter.max_length,
+        "date": _date(tokenizer, fitter),
     }
+
+
+def _date(tokenizer: Any, fitter: Fitter) -> str | None:
+    """The day that the chat template of dialogues reads, if it reads one."""
+    if not isinstance(fitter, DialogueFitter) or not reads_date(tokenizer):
+        return None
+    return (fitter.date or datetime.date.today()).isoformat()
 
 
 def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
