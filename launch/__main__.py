@@ -1,405 +1,84 @@
-"""The command line, ``promptshard``: run file -> processes. No torch, so it answers at once."""
+"""The entry point of ``promptshard``: what must be in place before the commands are imported."""
 
 from __future__ import annotations
 
-import enum
+import importlib.util
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from types import FrameType, ModuleType
+from typing import NoReturn
 
-import typer
-
-from launch import __version__, cluster, local, messages, node, preflight, processes, restarts
-from launch.arguments import EXIT_CODES, Overrides, Processes, RunDir, RunFile
-from launch.processes import Ending
-from trainer.config import RunConfig
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
-from trainer.lock import refuse_if_alive
-from trainer.tracking.sender import URI_VARIABLE
-
-app = typer.Typer(
-    help="Train soft prompts for frozen language models that are too big for one GPU.",
-    epilog=EXIT_CODES,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-class Stored(str, enum.Enum):
-    """How a part of the base is stored; as base.embeddings and base.head in the run file."""
-
-    KEEP = "keep"
-    INT8 = "int8"
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"promptshard {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command(epilog=EXIT_CODES)
-def train(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    processes: Processes = None,
-    hostfile: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` a line.",
-        ),
-    ] = None,
-    no_ssh: Annotated[
-        bool,
-        typer.Option(
-            "--no-ssh", help="Start only this host's part; give the command on every host."
-        ),
-    ] = False,
-    node_rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="With --no-ssh: which host of the hostfile this is, from 0."
-        ),
-    ] = None,
-    master_addr: Annotated[
-        str | None,
-        typer.Option(metavar="A", help="With --no-ssh: where all meet. [default: the first host]"),
-    ] = None,
-    master_port: Annotated[
-        int | None,
-        typer.Option(metavar="P", help=f"With --no-ssh: its port. [default: {node.DEFAULT_PORT}]"),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
-    ] = False,
-    max_restarts: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="After a failure, go on from the last checkpoint, N times at most. One machine.",
-        ),
-    ] = 0,
-) -> None:
-    """Train the prompts of a run file over one sharded base.
-
-    The run file and every row are checked first. Then the DeepSpeed launcher starts one process
-    per GPU; it can also be called by hand: `deepspeed --module trainer RUN.yaml`. Ctrl-C ends all
-    processes, with the step saved. Logs of every process stand in `output_dir/logs`.
-
-    **Examples:**
-
-    - `promptshard train examples/quickstart.yaml`
-    - `promptshard train run.yaml training.steps=50 output_dir=runs/short --processes 1`
-    - `promptshard train run.yaml --max-restarts 3`
-    - `promptshard train run.yaml --hostfile hosts`
-    - `promptshard train run.yaml --hostfile hosts --no-ssh --node-rank 1` (on the second host)
-    """
-    overrides = overrides or []
-    place = None
-    if no_ssh:
-        place = _place(hostfile, node_rank, master_addr, master_port, processes)
-    elif (node_rank, master_addr, master_port) != (None, None, None):
-        raise BadInput("--node-rank, --master-addr and --master-port go with --no-ssh; add it")
-    if max_restarts and hostfile and not local.is_local(local.read_hostfile(hostfile)):
-        raise BadInput(
-            f"--max-restarts: goes with one machine, and {hostfile} names others; on Slurm, a job "
-            "of promptshard submit is requeued when it loses a node"
-        )
-    config = preflight.check_run(run_file, overrides)
-    refuse_if_alive(Path(config.output_dir))
-
-    def attempt(fresh: bool) -> Ending:
-        """Start all ranks, at a port that is free now, and wait for them."""
-        arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
-        if place is not None:
-            return node.run("trainer", arguments, config.output_dir, place)
-        return _launch("trainer", arguments, config.output_dir, processes, hostfile)
-
-    _end_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
-
-
-@app.command(epilog=EXIT_CODES)
-def validate(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Check a run file and every row it names, and start nothing.
-
-    All mistakes are reported at once, each with its line, the setting, its value and the remedy.
-
-    **Example:** `promptshard validate run.yaml training.steps=50`
-    """
-    config = preflight.check_run(run_file, overrides or [])
-    typer.echo(
-        f"{run_file}: good: {_count(len(config.prompts), 'prompt')}, "
-        f"{_count(len(config.tasks), 'task')}, {_count(config.last_step, 'step')} "
-        f"on {config.base.model}, into {config.output_dir}"
-    )
-
-
-@app.command(epilog=EXIT_CODES)
-def generate(
-    run_dir: RunDir,
-    prompt: Annotated[str, typer.Option(metavar="NAME", help="Which prompt of the run.")],
-    text: Annotated[
-        str,
-        typer.Option(
-            "--input",
-            metavar="TEXT",
-            help="Put into the input template of the task where that has one column; else all that "
-            "the base reads after the prompt.",
-        ),
-    ],
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Length limit. [default: the task's]")
-    ] = None,
-    processes: Processes = None,
-) -> None:
-    """Let the base continue a text under a trained prompt.
-
-    **Example:** `promptshard generate runs/quickstart --prompt triage --input "Chest pain."`
-    """
-    preflight.check_result(run_dir, prompt)
-    # NAME=VALUE in one word: a text may start with a dash
-    arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
-    if max_new_tokens is not None:
-        arguments.append(f"--max-new-tokens={max_new_tokens}")
-    _end_with(_launch("trainer.generate", arguments, run_dir, processes, None))
-
-
-@app.command(epilog=EXIT_CODES)
-def prepare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A model's folder or hub id.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
-    revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub id.")
-    ] = None,
-    embeddings: Annotated[
-        Stored, typer.Option(help="Word embeddings: as they are, or in 8 bits too.")
-    ] = Stored.KEEP,
-    head: Annotated[Stored, typer.Option(help="The same for the head.")] = Stored.KEEP,
-) -> None:
-    """Write a base in 8 bits, so that every later run reads nearly half the bytes.
-
-    Name OUT as base.model in run files. It is in the format of bitsandbytes, which transformers
-    loads too unless embeddings or head are in 8 bits. Weights are read and written in small pieces:
-    a model may be larger than the memory.
-
-    **Example:** `promptshard prepare meta-llama/Llama-3.1-70B bases/llama-70b-int8`
-    """
-    options = [f"--embeddings={embeddings.value}", f"--head={head.value}"]
-    if revision is not None:
-        options.append(f"--revision={revision}")
-    command = [sys.executable, "-m", "trainer.prepare", *options, "--", base, out]
-    _end(subprocess.run(command, check=False).returncode)
-
-
-@app.command(epilog=EXIT_CODES)
-def export(
-    run_dir: RunDir,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
-    encoder: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="A share, or a prompt, with encoder: text."),
-    ],
-    text: Annotated[str, typer.Option(metavar="TEXT", help="What the new task is, in words.")],
-) -> None:
-    """Make a prompt of a new text with a trained text encoder, and train nothing.
-
-    OUT becomes a PEFT adapter. The encoder is as of its best validation or, without one, of the
-    newest checkpoint; of the base only the embeddings of the text's words are read.
-
-    **Example:** `promptshard export runs/notes urgency --encoder reader --text "Is it urgent?"`
-    """
-    preflight.check_result(run_dir)
-    # NAME=VALUE in one word: a text may start with a dash
-    options = [f"--encoder={encoder}", f"--text={text}"]
-    command = [sys.executable, "-m", "trainer.encode", *options, "--", run_dir, out]
-    _end(subprocess.run(command, check=False).returncode)
-
-
-@app.command(epilog=EXIT_CODES)
-def inspect(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN.yaml|RUN_DIR|MODEL",
-            help="A run file, the output_dir of a run, or a model's folder or hub id.",
-        ),
-    ],
-    overrides: Overrides = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Look at the base: what storing it in int8 costs.")
-    ] = False,
-    rows: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Validation rows of each task that are scored.")
-    ] = 64,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Output file for all numbers; -: stdout. "
-            "[default: base_inspection.json in a RUN_DIR]",
-        ),
-    ] = None,
-    processes: Processes = None,
-) -> None:
-    """Measure what int8 does to a base: to its weights, and to the losses of its prompts.
-
-    Of every weight that int8 rounds: the relative error, that of its worst row, and the share of
-    rows with an outlier, in one line per layer. Then the validation loss of no prompt, of the
-    hand-written and, in a RUN_DIR, of the trained prompts: over the base as it was published,
-    and over int8 with each base.matmul that works here. Of a MODEL alone, the weights only.
-
-    **Examples:**
-
-    - `promptshard inspect run.yaml --base base.head=int8`
-    - `promptshard inspect runs/quickstart --base --rows 200`
-    - `promptshard inspect meta-llama/Llama-3.1-8B --base base.embeddings=int8 --json errors.json`
-    """
-    if not base:
-        raise BadInput(
-            "inspect: say what to look at: --base measures what int8 costs the base, in its "
-            "weights and in validation losses"
-        )
-    found = preflight.check_target(target, overrides or [])
-    if json_file is None and preflight.is_run_dir(target):
-        json_file = Path(target) / "base_inspection.json"
-    # NAME=VALUE in one word, as a name may start with a dash
-    options = []
-    if json_file:
-        to_stdout = json_file == Path("-")
-        options = [f"--json={json_file if to_stdout else preflight.check_new_file(json_file)}"]
-    arguments = [target, *(overrides or []), *options]
-    if isinstance(found, RunConfig):
-        arguments.append(f"--rows={rows}")
-        _end_with(_launch("trainer.inspect", arguments, found.output_dir, processes, None))
-    else:
-        command = [sys.executable, "-m", "trainer.inspect", "--model", *arguments]
-        _end(subprocess.run(command, check=False).returncode)
-
-
-@app.command(epilog=EXIT_CODES)
-def sync(
-    run_dir: RunDir,
-    uri: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URI",
-            help="MLflow store to send to. Needed to send credentials of the environment to a "
-            "server that only RUN_DIR names. [default: the run's own store]",
-        ),
-    ] = None,
-) -> None:
-    """Upload metrics and artifacts that MLflow has not received yet.
-
-    All metrics are in `RUN_DIR/metrics.jsonl` first. Safe to repeat. `MLFLOW_TRACKING_TOKEN`,
-    `_USERNAME` and `_PASSWORD` are sent only to the server that `MLFLOW_TRACKING_URI` or `--uri`
-    names.
-
-    **Examples:**
-
-    - `promptshard sync runs/quickstart`
-    - `promptshard sync runs/quickstart --uri https://mlflow.example.org`
-    """
-    preflight.check_result(run_dir)
-    environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
-    if uri:
-        environment[URI_VARIABLE] = uri
-    command = [sys.executable, "-m", "trainer.tracking", "sync", run_dir]
-    _end(subprocess.run(command, env=environment, check=False).returncode)
-
-
-app.command(epilog=EXIT_CODES)(cluster.submit)
-app.command(epilog=EXIT_CODES)(cluster.status)
-
-
-def _place(
-    hostfile: str | None,
-    rank: int | None,
-    address: str | None,
-    port: int | None,
-    count: int | None,
-) -> local.Place:
-    if hostfile is None:
-        raise BadInput("--no-ssh: name all hosts with --hostfile; it is the same on each of them")
-    if count is not None:
-        raise BadInput("--processes: with --no-ssh, the hostfile says how many: HOST slots=NUMBER")
-    return node.place_of(hostfile, rank, address, port)
-
-
-def _launch(
-    module: str,
-    arguments: Sequence[str],
-    output_dir: str,
-    count: int | None,
-    hostfile: str | None,
-) -> Ending:
-    port = local.free_port()
-    log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
-    hosts = local.read_hostfile(hostfile) if hostfile else []
-    if hostfile and not local.is_local(hosts):
-        local.check_remote(arguments)
-        command = local.hostfile_arguments(module, arguments, hostfile, count, port)
-        log = preflight.open_log(output_dir, log_name)
-        _announce(
-            command, f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts", log
-        )
-        return processes.run_remote(command, os.environ, log)
-    slots = hosts[0].slots if hosts else None
-    gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    devices = local.choose_devices(slots if count is None else count, gpus)
-    command = local.local_arguments(module, arguments, devices, port)
-    environment = local.environment(os.environ, devices, len(os.sched_getaffinity(0)))
-    log = preflight.open_log(output_dir, log_name)
-    where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
-    _announce(command, f"{_count(len(devices.ids), 'process')} on {where}", log)
-    return processes.run_local(command, environment, log, module, len(devices.ids))
-
-
-def _announce(command: Sequence[str], what: str, log: os.PathLike[str]) -> None:
-    messages.note(f"starting {what}; logs: {os.path.dirname(log)}")
-    messages.note(local.by_hand(command))
-
-
-def _end_with(ending: Ending) -> None:
-    if ending.message:
-        messages.failure(ending.message)
-    _end(ending.code)
-
-
-def _end(code: int) -> None:
-    raise typer.Exit(code)
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number} {noun if number == 1 else plural}"
+class Interrupted(BaseException):
+    """A stop signal came while no ranks were running."""
 
 
 def main() -> None:
-    """The entry point: run a command and end with its exit code."""
+    """Run the command of the command line and end with its exit code."""
+    _listen()
     try:
+        _run()
+    except Interrupted:
+        sys.stderr.write("Stopped before the run started. Rerun the command to start it.\n")
+        sys.exit(os.EX_TEMPFAIL)  # trainer.errors.EXIT_RESUMABLE
+
+
+def _run() -> None:
+    bootstrap = _bootstrap()
+    bootstrap.clean_path()
+    if problem := bootstrap.foreign_package():
+        sys.exit(bootstrap.refuse(problem))
+
+    from trainer.terminal import keep_streams
+
+    keep_streams()
+
+    from launch import messages
+    from launch.commands import app
+    from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+
+    try:
+        check_words(sys.argv)
         app(prog_name="promptshard")
     except BadInput as error:
         messages.problems(error.problems)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(EXIT_DONE)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse bytes that are no text: neither YAML nor JSON can hold them."""
+    from trainer.errors import BadInput
+
+    if any("\ud800" <= letter <= "\udfff" for word in words for letter in word):
+        raise BadInput("an argument is not UTF-8; rename the file, or set LANG to a UTF-8 one")
+
+
+def _bootstrap() -> ModuleType:
+    """Load ``trainer/bootstrap.py`` of this project, whatever ``import trainer`` would find."""
+    path = Path(__file__).resolve().parent.parent / "trainer" / "bootstrap.py"
+    spec = importlib.util.spec_from_file_location("_promptshard_bootstrap", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _listen() -> None:
+    """Raise ``Interrupted`` for stop signals, except for those that the caller ignores."""
+
+    def stop(_: int, __: FrameType | None) -> NoReturn:
+        raise Interrupted
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 if __name__ == "__main__":

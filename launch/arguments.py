@@ -6,15 +6,33 @@ from typing import Annotated
 
 import typer
 
+from trainer.config import check_path
+from trainer.errors import BadInput
+
 EXIT_CODES = """\
 **Exit codes:** 0 done; 2 bad input, nothing was trained and an earlier run is as it was; 75
 stopped, run the same command again to go on; 1 anything else.
 """
 
+
+def as_path(value: str | None) -> str | None:
+    """Refuse what no file can be called; a callback of typer."""
+    try:
+        check_path(value or "")
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return value
+
+
 RunFile = Annotated[
-    str, typer.Argument(metavar="RUN.yaml", help="The run file; examples/ has some to copy.")
+    str,
+    typer.Argument(
+        metavar="RUN.yaml", callback=as_path, help="The run file; examples/ has some to copy."
+    ),
 ]
-RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a run.")]
+RunDir = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", callback=as_path, help="The output_dir of a run.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

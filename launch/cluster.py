@@ -139,7 +139,10 @@ def submit(
         submission.check_slurm()
     output_dir, tasks, configs = _checked(run_file, overrides, array or [])
     job = _named(job, job_name, output_dir, tasks)
+    if found := list(slurm.problems(job)):  # names of the run file are in it only now
+        raise BadInput(found)
     if dry_run:
+        _refuse_passwords(tasks)
         typer.echo(slurm.render(job), nl=False)
         messages.note(
             "nothing was submitted; without --dry-run, a copy of the run file and the code is made "
@@ -165,9 +168,9 @@ def submit(
 
 def status(
     run_dir: RunDir,
-    as_json: Annotated[bool, typer.Option("--json", help="All of it, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Say where a run stands: its job, step, time left, last metrics, and how it ended.
+    """Show a run's status: job or process, step, ETA, latest metrics, exit state.
 
     **Example:** `promptshard status runs/quickstart`
     """
@@ -179,15 +182,27 @@ def _checked(
     run_file: str, overrides: Sequence[str], array: Sequence[str]
 ) -> tuple[str, list[tuple[str, ...]], list[RunConfig]]:
     """The output folder, what each task trains, and the run file of each, checked."""
-    config = preflight.check_run(run_file, overrides)
+    printed: set[str] = set()
+    config = preflight.check_run(run_file, overrides, printed)
     if not array:
         return config.output_dir, [(run_file, *overrides)], [config]
     own = submission.array_tasks(array, config.output_dir)
     tasks = [(run_file, *overrides, *settings) for settings in own]
     configs = []
     for task in tasks:
-        configs.append(preflight.check_run(task[0], task[1:]))
+        configs.append(preflight.check_run(task[0], task[1:], printed))
     return config.output_dir, tasks, configs
+
+
+def _refuse_passwords(tasks: Sequence[tuple[str, ...]]) -> None:
+    """A printed script shows overrides; one that is submitted names a copy of the run file."""
+    words = dict.fromkeys(word for task in tasks for word in task if redact(word) != word)
+    if words:
+        raise BadInput(
+            f"override {redact(word)!r}: the script would show the password; write it into the run "
+            "file, or submit without --dry-run, which keeps it in a file of your own"
+            for word in words
+        )
 
 
 def _named(job: Job, name: str | None, output_dir: str, tasks: Sequence[tuple[str, ...]]) -> Job:

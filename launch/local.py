@@ -1,27 +1,35 @@
 """What to start on this machine or on the hosts of a hostfile: devices, arguments, environment.
 
-Everything here is a plain function of its arguments but ``list_gpus`` and ``free_port``, which look
-at the machine. The DeepSpeed launcher's own rules are stated where they force a choice (0.19.8).
+Only ``list_gpus`` and ``free_port`` look at the machine. The rules of the DeepSpeed launcher are
+given where they force a choice (0.19.8).
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
+import json
 import os
 import re
 import shlex
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer import bootstrap
 from trainer.errors import BadInput
+from trainer.redact import redact
 
 CPU_PROCESSES = 2  # default without a GPU: the smallest number that shards
+#: Entries of CUDA_VISIBLE_DEVICES that mean no GPU; Slurm writes NoDevFiles for a job without any.
+NO_GPU = ("-1", "none", "void", "nodevfiles")
+MAX_HOSTFILE = 1 << 20  # characters
+#: ``[USER@]HOST``; no dash in front, which ssh reads as an option.
+HOST_NAME = re.compile(r"(?:[A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_:\[][\w.:\[\]%-]*", re.ASCII)
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 
 
@@ -77,15 +85,16 @@ def list_gpus() -> list[str]:
 
 
 def visible_gpus(uuids: Sequence[str], visible: str | None) -> list[int]:
-    """Ordinals of the GPUs that CUDA_VISIBLE_DEVICES lets through, in its order.
+    """Return the ordinals of the GPUs that CUDA_VISIBLE_DEVICES lists, in its order.
 
-    As in CUDA, an entry is an ordinal or the start of a UUID, and -1 ends the list.
+    As in CUDA, an entry is an ordinal or the start of a UUID, and one that means no GPU ends the
+    list: -1, none, or Slurm's NoDevFiles.
     """
     if visible is None:
         return list(range(len(uuids)))
     ids: list[int] = []
     for entry in filter(None, (part.strip() for part in visible.split(","))):
-        if entry == "-1":
+        if entry.lower() in NO_GPU:
             break
         matches = [i for i, uuid in enumerate(uuids) if entry == str(i) or uuid.startswith(entry)]
         if entry.startswith("MIG-"):
@@ -117,22 +126,30 @@ def choose_devices(processes: int | None, gpus: Sequence[int]) -> Devices:
 def read_hostfile(path: str) -> list[Host]:
     """The hosts of a DeepSpeed hostfile, one ``name slots=N`` a line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_HOSTFILE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"--hostfile: cannot read {path}: {getattr(error, 'strerror', None) or error}; write a "
             "file with one HOST slots=GPUS a line"
         ) from None
+    if len(text) > MAX_HOSTFILE:
+        raise BadInput(f"--hostfile: {path} has more than {MAX_HOSTFILE:,} characters")
     hosts: list[Host] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", line.strip())
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d{0,5})", line.strip(), re.ASCII)
         if match is None:
-            problems.append(f"{path}:{number}: {line.strip()!r}: write HOST slots=NUMBER")
+            problems.append(f"{path}:{number}: {line.strip()[:200]!r}: write HOST slots=NUMBER")
+        elif not HOST_NAME.fullmatch(match[1]):
+            problems.append(
+                f"{path}:{number}: {match[1]!r} is not a host name or address; ssh would read "
+                "other characters as an option or a command"
+            )
         elif match[1] in [host.name for host in hosts]:
-            problems.append(f"{path}:{number}: host {match[1]} stands here twice; add its slots up")
+            problems.append(f"{path}:{number}: duplicate host {match[1]}; add up its slots")
         else:
             hosts.append(Host(match[1], int(match[2])))
     if problems or not hosts:
@@ -146,12 +163,24 @@ def is_local(hosts: Sequence[Host]) -> bool:
 
 
 def check_remote(arguments: Sequence[str]) -> None:
-    """What a launch over ssh needs. The launcher hands arguments to remote shells half quoted."""
-    problems = [
-        f"{text!r}: the launcher cannot hand this over ssh unchanged; write it into the run file"
-        for text in arguments
-        if not re.fullmatch(r"[\w@%+=:,./\-\[\] ]+", text)
-    ]
+    """Check what is passed over ssh: the launcher quotes arguments only in part, and logs them.
+
+    Raises:
+        BadInput: with every argument that would change on the way or show a password, and every
+            tool that is missing.
+    """
+    problems = []
+    for text in arguments:
+        if redact(text) != text:
+            problems.append(
+                f"{redact(text)!r}: ssh would show the password to everyone on these hosts; write "
+                "it into the run file, or into ~/.mlflow/credentials"
+            )
+        elif not re.fullmatch(r"[\w@%+=:,./\-\[\] ]+", text):
+            problems.append(
+                f"{text!r}: the launcher cannot pass this over ssh unchanged; write it into the "
+                "run file"
+            )
     for tool in ("pdsh", "ssh"):
         if shutil.which(tool) is None:
             problems.append(
@@ -161,80 +190,64 @@ def check_remote(arguments: Sequence[str]) -> None:
         raise BadInput(problems)
 
 
-def local_arguments(
-    module: str,
-    arguments: Sequence[str],
-    devices: Devices,
-    port: int,
-    *,
-    python: str = sys.executable,
-) -> list[str]:
-    """The command that starts ``python -m module arguments`` once per device of this machine.
+def local_command(module: str, devices: Devices, port: int) -> list[str]:
+    """Return the command that runs a module once per device of this machine."""
+    return _per_node(module, {"localhost": devices.ids}, 0, "127.0.0.1", port)
 
-    ``--num_gpus N`` means GPUs 0..N-1 whatever CUDA_VISIBLE_DEVICES says, so GPUs are named with
-    ``--include``. On CPU the launcher counts NUMA nodes, which ``--num_gpus`` overrides.
+
+def place_command(module: str, place: Place, devices: Devices) -> list[str]:
+    """Return the same for this host's ranks of a run that is started on every host.
+
+    The launcher reads only the number of devices of the other hosts.
     """
-    if devices.kind == "cuda":
-        where = ["--include", "localhost:" + ",".join(map(str, devices.ids))]
-    else:
-        where = ["--num_gpus", str(len(devices.ids))]
-    # No hostfile: the launcher's default, /job/hostfile, may be there and would win.
-    where += ["--hostfile", os.devnull]
-    return [*_launcher(python), *where, *_program(module, arguments, port)]
+    ids = {host.name: tuple(range(host.slots)) for host in place.hosts}
+    ids |= {place.host.name: devices.ids}
+    return _per_node(module, ids, place.rank, place.address, place.port)
 
 
-def hostfile_arguments(
+def hostfile_command(
     module: str,
     arguments: Sequence[str],
     hostfile: str,
     processes: int | None,
     port: int,
-    *,
-    python: str = sys.executable,
 ) -> list[str]:
-    """The same over all hosts of a hostfile; ``processes`` counts those of one host."""
-    where = ["--hostfile", hostfile]
+    """Return the command that runs a module on all hosts of a hostfile, over ssh.
+
+    The launcher puts its own working directory in front of the import path of all hosts, so it runs
+    in the folder of this project, and the ranks change back.
+
+    Args:
+        processes: ranks per host; None for the hostfile's slots.
+    """
+    where = ["--hostfile", os.path.abspath(hostfile)]
     if processes is not None:
         where += ["--num_gpus", str(processes)]
     where.append("--force_multi")  # else one remote host would count as this machine
-    return [*_launcher(python), *where, *_program(module, arguments, port)]
+    where += ["--master_port", str(port), "--no_local_rank"]
+    rank = [bootstrap.FILE, f"--chdir={os.getcwd()}", module, *arguments]
+    return [*bootstrap.command("deepspeed.launcher.runner"), *where, *rank]
 
 
-def place_arguments(
-    module: str,
-    arguments: Sequence[str],
-    hostfile: str,
-    place: Place,
-    devices: Devices,
-    *,
-    python: str = sys.executable,
-) -> list[str]:
-    """The same for this host's part of a run that is started on every host.
-
-    The launcher numbers the devices of a host from 0 unless ``--include`` names them. Of other
-    hosts it reads only how many they are.
-    """
-    where = ["--hostfile", hostfile]
-    if devices.ids != tuple(range(place.host.slots)):
-        chosen = {host.name: range(host.slots) for host in place.hosts} | {
-            place.host.name: devices.ids
-        }
-        named = [f"{name}:{','.join(map(str, ids))}" for name, ids in chosen.items()]
-        where += ["--include", "@".join(named)]
-    where += ["--no_ssh", "--node_rank", str(place.rank), "--master_addr", place.address]
-    return [*_launcher(python), *where, *_program(module, arguments, place.port)]
+def by_hand(
+    module: str, arguments: Sequence[str], devices: Devices | None, hostfile: str | None
+) -> str:
+    """Return the command that a person would type to start the same ranks, without passwords."""
+    if hostfile is not None:
+        where = ["--hostfile", hostfile]
+    elif devices is not None and devices.kind == "cuda":
+        where = ["--include", "localhost:" + ",".join(map(str, devices.ids))]
+    else:
+        where = ["--num_gpus", str(len(devices.ids) if devices else CPU_PROCESSES)]
+    return redact(shlex.join(["deepspeed", *where, "--module", module, *arguments]))
 
 
-def launcher_hostfile(place: Place, devices: Devices) -> str:
-    """A hostfile for ``place_arguments``: it has a slot for every device that is named there."""
-    slots = max(*devices.ids, place.host.slots - 1) + 1
-    sizes = {host.name: host.slots for host in place.hosts} | {place.host.name: slots}
-    return "".join(f"{name} slots={count}\n" for name, count in sizes.items())
-
-
-def environment(environ: Mapping[str, str], devices: Devices, cores: int) -> dict[str, str]:
-    """The launcher's environment: threads that share the cores, and the accelerator it must see."""
-    result = dict(environ)
+def environment(
+    environ: Mapping[str, str], devices: Devices, cores: int, arguments: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return the launcher's environment: threads per rank, accelerator, arguments of the ranks."""
+    result = dict(environ) | bootstrap.handed(list(arguments))
+    result[bootstrap.PARENT] = str(os.getpid())
     result.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices.ids))))
     result.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets it for the ranks
     if devices.kind == "cuda":
@@ -244,11 +257,6 @@ def environment(environ: Mapping[str, str], devices: Devices, cores: int) -> dic
     return result
 
 
-def by_hand(command: Sequence[str]) -> str:
-    """The command as a person would type it."""
-    return shlex.join(["deepspeed", *command[len(_launcher("")) :]])
-
-
 def free_port() -> int:
     """A TCP port that nobody listens on now, for the ranks to meet at."""
     with socket.socket() as probe:
@@ -256,9 +264,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _launcher(python: str) -> list[str]:
-    return [python, "-m", "deepspeed.launcher.runner"]
+def _per_node(
+    module: str,
+    ids: Mapping[str, Sequence[int]],
+    node_rank: int,
+    address: str,
+    port: int,
+) -> list[str]:
+    """Return the command line of the launcher's part that starts the ranks of one host.
 
+    ``deepspeed`` itself would only start this one, with ``-m`` and so from the working directory.
 
-def _program(module: str, arguments: Sequence[str], port: int) -> list[str]:
-    return ["--master_port", str(port), "--no_local_rank", "--module", module, *arguments]
+    Args:
+        ids: devices of every host.
+    """
+    world = json.dumps({name: list(devices) for name, devices in ids.items()})
+    return [
+        *bootstrap.command("deepspeed.launcher.launch", "--parent-death=SIGKILL"),
+        "--world_info=" + base64.urlsafe_b64encode(world.encode()).decode(),
+        f"--node_rank={node_rank}",
+        f"--master_addr={address}",
+        f"--master_port={port}",
+        "--no_local_rank",
+        *(bootstrap.FILE, "--parent-death=SIGTERM", "--arguments-in-environment", module),
+    ]

@@ -1,4 +1,4 @@
-"""What the command line says to a person, on stderr: coloured on a terminal, plain elsewhere."""
+"""Messages of the command line on stderr: coloured on a terminal, plain elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from trainer.redact import printable, redact
+
 
 def problems(lines: Sequence[str]) -> None:
-    """All problems of an input in one message. ``FILE:LINE:`` stands first, so editors can jump."""
+    """Print all problems of an input. ``FILE:LINE:`` comes first, for editors to jump there."""
     if len(lines) == 1:
         _print("error: ", "bold red", lines[0])
         return
@@ -27,6 +29,6 @@ def note(text: str) -> None:
 
 
 def _print(head: str, head_style: str, text: str, style: str = "") -> None:
-    # soft_wrap: a problem stays one line, for whoever greps; Text: what people wrote is no markup
+    # soft_wrap: a problem stays on one line, for grep; Text: brackets in it are no markup
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text(head, style=head_style) + Text(text, style=style))
+    console.print(Text(head, style=head_style) + Text(printable(redact(text)), style=style))

@@ -1,10 +1,10 @@
 """One host's part of a run over several: started on each of them, without ssh.
 
-    python -m launch.node --hosts n1,n2 --slots 8 --node-rank 0 --master-addr n1 \
-        --master-port 12345 RUN.yaml [key=value ...]
+    python trainer/bootstrap.py launch.node --hosts n1,n2 --slots 8 --node-rank 0 \
+        --master-addr n1 --master-port 12345 RUN.yaml [key=value ...]
 
-Unlike ``promptshard train --no-ssh``, which does the same, it reads no rows before it starts the
-ranks: ``promptshard submit`` has checked the run file, and every restart of a job comes by here.
+Unlike ``promptshard train --no-ssh`` it reads no rows before it starts the ranks: ``promptshard
+submit`` has checked the run file, and every restart of a job calls this.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import argparse
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
 from launch import local, messages, preflight, processes
 from launch.local import Host, Place
-from trainer.config import PROJECT_ROOT, load
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.config import load
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, BadInput
 
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's own; all hosts must have the same
 GRACE_SECONDS = 3600.0  # to save and end: Slurm's own time limit comes first
@@ -51,23 +49,21 @@ def run(
     if place.rank == 0:
         refuse_taken(place.port)
     devices = local.choose_devices(slots, gpus)
-    environment = local.environment(os.environ, devices, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    environment = local.environment(os.environ, devices, cores, arguments)
     interface = _interface(place)
     if interface is not None:
         # gloo would take the address of this host's name, which is 127.0.1.1 on Debian
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     log = preflight.open_log(output_dir, f"launcher-host{place.rank}.log")
-    with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
-        hostfile = Path(folder) / "hosts"
-        hostfile.write_text(local.launcher_hostfile(place, devices), encoding="utf-8")
-        command = local.place_arguments(module, arguments, str(hostfile), place, devices)
-        if place.rank == 0:
-            total = sum(host.slots for host in place.hosts)
-            where = f"on {len(place.hosts)} hosts that meet at {place.address}:{place.port}"
-            messages.note(f"starting {total} processes {where}; logs: {log.parent}")
-        ending = processes.run_local(
-            command, environment, log, module, slots, GRACE_SECONDS, place.rank * slots
-        )
+    if place.rank == 0:
+        total = sum(host.slots for host in place.hosts)
+        where = f"on {len(place.hosts)} hosts that meet at {place.address}:{place.port}"
+        messages.note(f"starting {total} processes {where}; logs: {log.parent}")
+    command = local.place_command(module, place, devices)
+    ending = processes.run_local(
+        command, environment, log, module, slots, GRACE_SECONDS, place.rank * slots
+    )
     if ending.code in (EXIT_DONE, EXIT_BAD_INPUT):
         return ending
     said = [ending.message] if ending.message else []
@@ -135,7 +131,7 @@ def _interface(place: Place) -> str | None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The entry point of a job's task; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.node", description=__doc__)
+    parser = argparse.ArgumentParser(prog="launch.node", description=__doc__)
     parser.add_argument("--hosts", required=True, type=lambda text: text.split(","))
     parser.add_argument("--slots", type=int, required=True, help="ranks of every host")
     parser.add_argument("--node-rank", type=int, required=True)
@@ -143,15 +139,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--need-gpus", action="store_true")
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--code", help="warn if another copy of the code runs")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args(words)
-    if args.code and Path(args.code).resolve() != PROJECT_ROOT:
-        messages.note(
-            f"warning: runs the code of {PROJECT_ROOT}, not the one frozen in {args.code}: Python "
-            "before 3.11 takes that of the working folder first"
-        )
     try:
         hosts = tuple(Host(name, args.slots) for name in args.hosts)
         place = Place(hosts, args.node_rank, args.master_addr, args.master_port)
@@ -161,7 +151,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except BadInput as error:
         messages.problems(error.problems)
         return EXIT_BAD_INPUT
-    if ending.message:
+    if ending.message and ending.code == EXIT_RESUMABLE:
+        messages.note(ending.message)
+    elif ending.message:
         messages.failure(ending.message)
     return ending.code
 

@@ -23,23 +23,32 @@ from trainer.errors import BadInput, did_you_mean
 from trainer.jsonfile import read_json_object
 from trainer.names import checkpoint_names
 from trainer.prompts.source import source_problems
+from trainer.terminal import private
 
 
-def check_run(run_file: str, overrides: Sequence[str]) -> RunConfig:
-    """Load a run file and look at all that it names: base, policy, rows, output folder.
+def check_run(
+    run_file: str, overrides: Sequence[str], printed: set[str] | None = None
+) -> RunConfig:
+    """Load a run file and check all that it names: base, policy, rows, output folder.
+
+    Args:
+        printed: notes about rows that are not printed again; new ones are added.
 
     Raises:
         BadInput: with every problem found; those of the run file first, as they hide the others.
     """
-    config = check_config(load(run_file, overrides))
+    config = check_config(load(run_file, overrides), printed=printed)
     for name, made in sweeps(run_file, overrides).items():
         shown = ", ".join(made if len(made) < 6 else [*made[:3], "...", made[-1]])
         messages.note(f"sweep of {name!r}: {len(made)} prompts: {shown}")
     return config
 
 
-def check_config(config: RunConfig, *, trains: bool = True) -> RunConfig:
+def check_config(
+    config: RunConfig, *, trains: bool = True, printed: set[str] | None = None
+) -> RunConfig:
     """The same for a run file that is loaded; what prompts start from, only if they will train."""
+    printed = set() if printed is None else printed
     problems = [*_base(config), *_policy(config), *_output(config)]
     if trains and not checkpoint_names(Path(config.output_dir)):  # one has all that a start gave
         problems += source_problems(config)
@@ -51,17 +60,18 @@ def check_config(config: RunConfig, *, trains: bool = True) -> RunConfig:
     if problems:
         raise BadInput(problems)
     for text in notes:
-        messages.note(text)
+        if text not in printed:
+            messages.note(text)
+            printed.add(text)
     return config
 
 
 def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     """Load the resolved run file of an output folder, and see that it holds ``prompt``."""
+    check_folder(run_dir)
     saved = Path(run_dir) / "run.yaml"
-    if not os.path.isdir(run_dir):
-        raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
     if not os.path.isfile(saved):
-        raise BadInput(f"{run_dir}: has no run.yaml, so it is not the output folder of a run")
+        raise BadInput(f"{run_dir} is not a run directory (no run.yaml)")
     config = load(saved)
     names = [item.name for item in config.prompts]
     if prompt is not None and prompt not in names:
@@ -74,6 +84,12 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
             f"{run_dir}: prompt {prompt!r} is not saved yet; train the run to its end first"
         )
     return config
+
+
+def check_folder(run_dir: str) -> None:
+    """Check that there is a folder of this name."""
+    if not Path(run_dir).is_dir():
+        raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
 
 
 def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
@@ -120,11 +136,11 @@ def check_new_file(path: Path) -> Path:
 
 
 def open_log(output_dir: str, name: str) -> Path:
-    """The path of a log file under ``output_dir``, its folder made."""
+    """Make a log file under ``output_dir`` that only its owner may read; returns its path."""
     folder = Path(output_dir) / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        os.close(private(folder / name))
     except OSError as error:
         raise BadInput(f"output_dir: cannot write to {output_dir}: {error.strerror}") from None
     return folder / name

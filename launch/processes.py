@@ -1,15 +1,15 @@
-"""Run the DeepSpeed launcher: its chatter to a log, signals to the ranks, nobody left behind.
+"""Run the DeepSpeed launcher: its output to a log, signals to the ranks, no orphans.
 
-Three facts about the launcher (0.19.8) shape this file. Its runner has no signal handlers, so a
-signal ends it and orphans the ranks. Its per-node part turns a signal into exit code 1 and hides
-the ranks' own codes, so signals go to the ranks and not to it; and as Slurm sends a signal to every
-process of a job's step, both are started with stop signals blocked, which the ranks let through
-again once they can handle them. And the runner answers 0 when the per-node part was killed, so
-success is read from the log.
+Facts about the launcher (0.19.8) that this file relies on: its per-node part turns a signal into
+exit code 1 and hides the ranks' own codes, so signals go to the ranks and not to it; and as Slurm
+sends a signal to every process of a job's step, it is started with stop signals blocked, which the
+ranks unblock once they can handle them. Exit code 0 counts only if its log names every rank and
+rank 0 has removed a file: some other program may have run in place of ours.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import platform
@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,9 +29,18 @@ from typing import IO, Any
 
 import psutil
 
-from launch import guard
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE
-from trainer.process import ended_by, process_start
+from launch import guard, messages
+from trainer import bootstrap
+from trainer.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_PORT_TAKEN,
+    EXIT_RESUMABLE,
+    BadInput,
+)
+from trainer.process import UNFINISHED, ended_by, process_start
+from trainer.redact import redact
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 from trainer.watchdog import LOST, read_lost
 
@@ -38,8 +48,7 @@ GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending i
 STOP_SECONDS = 600.0  # the same where it may end its step first, and save
 LOSS_SECONDS = 15.0  # the same where another rank has failed: it may wait for that one
 HURRY_SECONDS = 10.0  # a second Ctrl-C before that is taken for the same
-TRAINER = "trainer"  # the one module whose runs can go on
-PER_NODE_MODULE = "deepspeed.launcher.launch"  # what the runner starts, and what starts the ranks
+TRAINER = "trainer"  # the one module whose runs can be resumed
 REMOTE_GRACE_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
 POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
@@ -51,10 +60,15 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Ending:
-    """Our exit code, and what to tell the person if rank 0 has not told it."""
+    """Our exit code, and a message if rank 0 has not printed one.
+
+    Attributes:
+        port_taken: nothing was done, as another process listened at the port of the ranks.
+    """
 
     code: int
     message: str = ""
+    port_taken: bool = False
 
 
 class _Losses:
@@ -137,36 +151,43 @@ def run_local(
 ) -> Ending:
     """Run the launcher on this machine and hand on how its ranks ended.
 
-    Rank 0 finds our stdout at its descriptor 0 (trainer/terminal.py); stderr is shared, for what
-    goes wrong before a rank has opened its log.
+    Rank 0 gets our stdout as descriptor 0 (trainer/terminal.py); stderr is shared, for errors that
+    come before a rank has opened its log.
 
     Args:
         grace_seconds: between a stop signal and the end of ranks that do not stop.
         first_rank: of this machine, among all of the run.
     """
     (log.parent / LOST).unlink(missing_ok=True)
+    unfinished = log.absolute().with_suffix(".unfinished")
+    environment = {**environment, STDOUT_FD_VARIABLE: "0"}
+    if first_rank == 0:
+        unfinished.touch()
+        environment[UNFINISHED] = str(unfinished)
     stop = _Stop()
     with log.open("wb") as chatter, stop.listening():
         with _blocked(STOPPING):
-            process = subprocess.Popen(
+            process = start(
                 command,
-                env={**environment, STDOUT_FD_VARIABLE: "0"},
+                env=environment,
                 stdin=REAL_STDOUT,
                 stdout=chatter,
                 start_new_session=True,  # a group of its own: the terminal's Ctrl-C reaches only us
             )
         with _guarded(process.pid):
-            forward = functools.partial(_signal_ranks, process.pid, module)
-            end = functools.partial(_kill_ranks, process.pid, module)
+            forward = functools.partial(_signal_ranks, process.pid)
+            end = functools.partial(_kill_ranks, process.pid)
             losses = _Losses(log, ranks, first_rank, end)
             _wait(process, stop, forward, grace_seconds, losses.look)
-            _end_ranks(process.pid, module)
+            _end_ranks(process.pid)
     finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
+    done = finished == ranks and not (first_rank == 0 and unfinished.exists())
+    unfinished.unlink(missing_ok=True)
     return _ending(
         process.returncode,
         stop.signals,
         log,
-        lost=finished < ranks,
+        lost=not done,
         resumable=module == TRAINER,
         first=losses.first,
         hung=read_lost(log.parent),
@@ -174,12 +195,17 @@ def run_local(
 
 
 def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
-    """Run the launcher over several hosts; its chatter is told from rank 0's lines by its form."""
+    """Run the launcher over several hosts and separate its own lines from those of rank 0."""
     stop = _Stop()
-    with log.open("w") as chatter, stop.listening():
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryDirectory(prefix="promptshard-") as folder,
+        log.open("w") as chatter,
+        stop.listening(),
+    ):
+        process = start(
             command,
-            env=environment,
+            cwd=bootstrap.ROOT,
+            env=_exported(environment, Path(folder)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -196,6 +222,55 @@ def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path
                 _signal_group(process.pid, signal.SIGKILL)
         sorter.join(timeout=GRACE_SECONDS)
     return _ending(process.returncode, stop.signals, log, lost=False, resumable=True)
+
+
+def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
+    """``Popen``.
+
+    Raises:
+        BadInput: the arguments are longer than the system takes.
+    """
+    try:
+        return subprocess.Popen(command, **settings)
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        raise BadInput(
+            "the arguments of this command are too long for the system; write the settings into "
+            "the run file"
+        ) from None
+
+
+def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return the environment of the launcher that reaches other hosts over ssh.
+
+    The launcher reads ``.deepspeed_env`` of its working directory, which is not the person's, and
+    puts variables of MLflow on command lines, where everyone can read a password.
+    """
+    result = dict(environment)
+    name = result.get("DS_ENV_FILE", ".deepspeed_env")
+    texts = [
+        path.read_text().rstrip("\n")
+        for path in (Path.home() / name, Path(name).absolute())
+        if path.is_file()
+    ]
+    merged = folder / "deepspeed_env"
+    merged.write_text("".join(f"{text}\n" for text in texts if text))
+    result["DS_ENV_FILE"] = str(merged)
+    secret = [
+        name
+        for name, value in result.items()
+        if name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+        or (name.startswith("MLFLOW") and redact(value) != value)
+    ]
+    for name in secret:
+        del result[name]
+    if secret:
+        messages.note(
+            f"not passed over ssh, where everyone could read it: {', '.join(secret)}; set it on "
+            "the first host, or upload at the end with promptshard sync"
+        )
+    return result
 
 
 def _wait(
@@ -226,40 +301,40 @@ def _wait(
         time.sleep(POLL_SECONDS)
 
 
-def _signal_ranks(group: int, module: str, number: signal.Signals) -> None:
-    """Send SIGINT or SIGTERM to the ranks; with no rank yet there is nothing to save: end all."""
-    ranks = _running(group, module)
+def _signal_ranks(group: int, number: signal.Signals) -> None:
+    """Send SIGINT or SIGTERM to the ranks; without a rank there is nothing to save: kill all."""
+    ranks = _running(group)
     if not ranks:
         _signal_group(group, signal.SIGKILL)
     for rank in ranks:
         _try_signal(rank, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def _end_ranks(group: int, module: str) -> None:
-    """End ranks that outlived the launcher, but nothing that they left running on purpose."""
+def _end_ranks(group: int) -> None:
+    """End ranks that outlived the launcher, but no other process that they left running."""
     deadline = time.monotonic() + GRACE_SECONDS
-    for process in _running(group, module):
+    for process in _running(group):
         _try_signal(process, signal.SIGTERM)
-    while left := _running(group, module) + _running(group, PER_NODE_MODULE):
+    while left := _running(group):
         if time.monotonic() > deadline:
             for process in left:
                 _try_signal(process, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
-def _kill_ranks(group: int, module: str) -> None:
-    for process in _running(group, module):
+def _kill_ranks(group: int) -> None:
+    for process in _running(group):
         _try_signal(process, signal.SIGKILL)
 
 
-def _running(group: int, module: str) -> list[psutil.Process]:
-    """Processes of the group that run ``python -u -m module``, without their own worker copies."""
+def _running(group: int) -> list[psutil.Process]:
+    """Return the ranks in the process group, without their own worker processes."""
     found = {}
     for process in psutil.process_iter():
         try:
             if os.getpgid(process.pid) != group or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if process.cmdline()[1:4] == ["-u", "-m", module]:  # as the launcher starts them
+            if process.cmdline()[1:3] == ["-u", bootstrap.FILE]:  # as the launcher starts them
                 found[process.pid] = (process, process.ppid())
         except (psutil.Error, OSError):
             continue
@@ -336,17 +411,20 @@ def _ending(
     if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
         return Ending(returncode)  # rank 0 has said why
     if stopped:
-        said = f"stopped by {stopped[0].name}; all processes have ended"
+        said = f"Stopped by {stopped[0].name}; all processes have ended."
         if resumable:
-            return Ending(EXIT_RESUMABLE, f"{said}; the same command goes on from its checkpoint")
+            return Ending(EXIT_RESUMABLE, f"{said} Rerun the command to resume.")
         return Ending(EXIT_FAILURE, said)
+    if returncode == EXIT_PORT_TAKEN:
+        return Ending(EXIT_FAILURE, "the port for the ranks is used by another process", True)
     if hung:
         how = hung
     elif returncode == EXIT_DONE:
-        how = "the launcher was killed and the ranks did not finish"
+        how = "the processes ended with exit code 0, but rank 0 did not finish its work"
     else:
         who, by = first
-        how = _describe(-by or returncode, who or "a process")
+        who = who or ("the launcher" if returncode < 0 else "a process")
+        how = _describe(-by or returncode, who)
     return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainer.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from trainer.redact import printable
 
 #: How long srun lets the other nodes end by themselves once one has: rank 0 writes the report and
 #: waits for the tracker when the others are done.
@@ -137,8 +138,13 @@ def problems(job: Job) -> Iterator[str]:
         yield f"--max-requeues: {job.max_requeues} is too few; give 0 for none"
     texts = [job.name, job.code, job.python, job.log, job.container or "", job.chdir or ""]
     for text in [*texts, *job.mounts, *asked.extra, *(word for task in job.tasks for word in task)]:
-        if not text.isprintable():
-            yield f"{text!r}: has a line break or control character; sbatch cannot take it over"
+        if has_controls(text):
+            yield f"{text!r}: has a line break or control character; rename it, or write another"
+
+
+def has_controls(text: str) -> bool:
+    """Return whether a text has characters that would end a line of a script, or hide one."""
+    return "\n" in text or "\t" in text or printable(text) != text
 
 
 def _extra_problems(option: str) -> Iterator[str]:
@@ -186,7 +192,7 @@ def time_seconds(text: str) -> int | None:
 
 def render(job: Job) -> str:
     """The sbatch script of a job without problems."""
-    command = " ".join(job.command.split())  # a comment is one line
+    command = printable(" ".join(job.command.split()))  # a comment is one line
     head = ["#!/bin/bash", *([f"# {command}"] if command else []), *_options(job)]
     return "\n".join([*head, "", "set -uo pipefail", *_setup(job), *_shell(job)]) + "\n"
 
@@ -221,7 +227,13 @@ def _options(job: Job) -> Iterator[str]:
 
 
 def directive(value: str) -> str:
-    """A value as sbatch reads it from a ``#SBATCH`` line: it knows quotes and backslashes."""
+    """Quote a value for a ``#SBATCH`` line, where sbatch knows quotes and backslashes.
+
+    Raises:
+        ValueError: the value has a line break, which would start another line of the script.
+    """
+    if has_controls(value):
+        raise ValueError(f"not a value for a line of a script: {value!r}")
     if re.fullmatch(r"[\w@%+:,./=-]*", value, flags=re.ASCII) and value:
         return value
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
@@ -240,8 +252,6 @@ def _setup(job: Job) -> Iterator[str]:
         yield "if ! type module >/dev/null 2>&1; then set +u; source /etc/profile; set -u; fi"
     for module in job.modules:
         yield f"module load {module} || exit 1"
-    # -m would find the code of the working folder first
-    yield f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}"
     if len(job.tasks) == 1:
         yield f"set -- {shlex.join(job.tasks[0])}"
     else:
@@ -281,7 +291,9 @@ def _srun(job: Job) -> Iterator[str]:
             yield shlex.quote(f"--container-workdir={job.chdir}")
     # signals that come before Python listens are not to kill it: they are repeated
     yield """bash -c 'trap "" USR1 TERM; exec "$@" --node-rank "$SLURM_NODEID"' -"""
-    yield f"{shlex.quote(job.python)} -m launch.node --code {shlex.quote(job.code)}"
+    # by path: -m would import from the working directory first
+    bootstrap = f"{job.code}/trainer/bootstrap.py"
+    yield f"{shlex.quote(job.python)} {shlex.quote(bootstrap)} launch.node"
     if asked.gpus_per_node is not None:
         yield "--need-gpus"
     yield f'--hosts "$(IFS=,; echo "${{hosts[*]}}")" --slots {asked.slots}'

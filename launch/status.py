@@ -1,6 +1,7 @@
-"""Where a run stands, from its output folder and, where there is one, from Slurm.
+"""Status of a run, from its output folder and, where there is one, from Slurm.
 
-Reads only: it may be called from any machine that sees the folder, while the run goes on.
+Reads only: it may be called from any machine that sees the folder, during the run. Files of the
+folder may be damaged or somebody else's: each is parsed into a model, or counts as missing.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -15,13 +17,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from launch import preflight
 from launch.submit import RECORD, SUBMITTED
-from trainer.config import RunConfig, load
+from trainer.config import RunConfig, check_path, load
 from trainer.errors import BadInput
+from trainer.jsonfile import read_json_object
+from trainer.lock import running_process
 from trainer.names import checkpoint_names
+from trainer.redact import printable, redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 SLURM_SECONDS = 30
@@ -63,8 +70,8 @@ class Status:
     Attributes:
         state: ``waiting``, ``running``, ``finished``, ``failed`` or ``not finished``.
         said: the same in a sentence.
-        steps: of how many; None if no run file is there.
-        eta_seconds: until the last step, at the pace of the last ones.
+        steps: total number of steps; None if no run file is there.
+        eta_seconds: until the last step, at the pace of the last ones; None unless it is running.
         written: when the folder's metrics were last written, unix seconds.
         metrics: last value of every metric of every prompt, each with its step.
         checkpoint: step of the newest checkpoint.
@@ -91,25 +98,32 @@ def look(run_dir: Path) -> Status:
     Raises:
         BadInput: if it is no output folder.
     """
-    if not run_dir.is_dir():
-        raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
-    record = _record(run_dir)
-    tasks = [Path(task) for task in (record or {}).get("tasks", [])]
-    if len(tasks) > 1 and run_dir.resolve() not in [task.resolve() for task in tasks]:
-        assert record is not None
-        status = Status(str(run_dir), "array", f"job array {record['job']}, {len(tasks)} tasks")
-        for i, task in enumerate(tasks):
-            status.tasks.append(_run(task, ask(f"{record['job']}_{i}"), None))
+    preflight.check_folder(str(run_dir))
+    record, folder = _record(run_dir)
+    here = _resolved(run_dir)
+    if len(record.tasks) > 1 and here not in map(_resolved, record.tasks):
+        said = f"job array {record.job}, {len(record.tasks)} tasks"
+        status = Status(str(run_dir), "array", said)
+        for i, task in enumerate(record.tasks):
+            status.tasks.append(_task(Path(task), ask(f"{record.job}_{i}")))
         return status
-    job = ask(record["job"]) if record else _array_job(run_dir)
-    frozen = run_dir / SUBMITTED / str((record or {}).get("folder")) / "run.yaml"
-    return _run(run_dir, job, frozen)
+    job = ask(record.job) if record.job else _array_job(run_dir)
+    return _run(run_dir, job, folder / "run.yaml")
 
 
 def last_job(run_dir: Path) -> JobState | None:
     """The job, or the first of a job array, that was last submitted for a folder."""
-    record = _record(run_dir)
-    return ask(record["job"]) if record else None
+    record, _ = _record(run_dir)
+    return ask(record.job) if record.job else None
+
+
+def _task(run_dir: Path, job: JobState) -> Status:
+    """One task of a job array; a damaged folder does not hide the others."""
+    try:
+        check_path(str(run_dir))
+        return _run(run_dir, job, None)
+    except ValueError as error:
+        return Status(str(run_dir), "unknown", str(error))
 
 
 def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
@@ -119,31 +133,34 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     _read_metrics(status, run_dir / METRICS_FILE)
     steps = (int(name.rpartition("-")[2]) for name in checkpoint_names(run_dir))
     status.checkpoint = max(steps, default=None)
-    summary = _json(run_dir / "summary.json")
-    for name, scores in (summary.get("prompts") or {}).items():
-        status.stopped[name] = str((scores.get("stopped") or {}).get("reason") or "finished")
-    status.state, status.said = _judge(status, summary)
-    if status.state not in ("running", "not finished"):
+    summary = _parsed(Summary, run_dir / "summary.json")
+    for name, end in summary.prompts.items():
+        status.stopped[name] = end.stopped.reason if end.stopped else "finished"
+    status.state, status.said = _judge(status, summary, running_process(run_dir))
+    if status.state != "running":
         status.eta_seconds = None
     return status
 
 
-def _judge(status: Status, summary: Mapping[str, Any]) -> tuple[str, str]:
+def _judge(status: Status, summary: Summary, process: str | None) -> tuple[str, str]:
+    """State and sentence; ``process`` is the one that holds the output folder's lock."""
     job = status.job
-    go_on = "the same command starts it anew"
+    rerun = "rerun the command to start over"
     if status.checkpoint is not None:
-        go_on = f"the same command goes on from step {status.checkpoint}"
-    if summary.get("status") == "finished":
-        return "finished", f"finished at step {summary.get('steps', status.step)}"
-    if job is not None and job.lives:
+        rerun = f"rerun the command to resume from step {status.checkpoint}"
+    if job is not None and job.lives and job.state != "RUNNING":
         why = f" ({job.reason})" if job.reason not in ("", "None") else ""
-        if job.state == "RUNNING":
-            return "running", f"running on {job.nodes}"
         return "waiting", f"{job.state.lower()}{why}"
+    if job is not None and job.lives and summary.status != "finished":
+        return "running", f"running on {job.nodes}"
+    if process is not None:
+        return "running", f"running: {process}"
+    if summary.status == "finished":
+        return "finished", f"finished at step {summary.steps or status.step}"
     ended = f"; job {job.id} ended: {_how(job)}" if job and job.state != "UNKNOWN" else ""
-    if summary.get("status") == "failed":
-        return "failed", f"failed: {summary.get('error')}{ended}; {go_on}"
-    return "not finished", f"not finished{ended}; unless it is running now, {go_on}"
+    if summary.status == "failed":
+        return "failed", f"failed: {summary.error}{ended}; {rerun}"
+    return "not finished", f"not running, not finished{ended}; {rerun}"
 
 
 def _how(job: JobState) -> str:
@@ -153,17 +170,17 @@ def _how(job: JobState) -> str:
 def ask(number: str) -> JobState:
     """What squeue knows of a job, else sacct."""
     shown = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%T|%r|%N|%L")
-    if shown:
+    if shown and shown[0].count("|") == 3:
         state, reason, nodes, left = (part.strip() for part in shown[0].split("|"))
         return JobState(number, state, reason, nodes, left)
     shown = _slurm(
         *("sacct", "--noheader", "--parsable2", "--allocations"),
         *(f"--jobs={number}", "--format=State,ExitCode,NodeList"),
     )
-    if shown:
+    if shown and shown[-1].count("|") == 2:
         state, code, nodes = shown[-1].split("|")
         return JobState(number, state.split(" ")[0], f"exit code {code}", nodes)
-    return JobState(number, "UNKNOWN", "Slurm knows no such job any more, or is not here")
+    return JobState(number, "UNKNOWN", "Slurm is not here, or does not know the job")
 
 
 def _slurm(*command: str) -> list[str]:
@@ -179,21 +196,70 @@ def _slurm(*command: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line] if done.returncode == 0 else []
 
 
-def _record(run_dir: Path) -> dict[str, Any] | None:
-    """The newest submission, with the name of its folder."""
-    records = sorted((run_dir / SUBMITTED).glob(f"*/{RECORD}"), key=lambda p: p.stat().st_mtime)
-    if not records:
-        return None
-    found = _json(records[-1])
-    return found | {"folder": records[-1].parent.name} if "job" in found else None
+class Record(BaseModel):
+    """``job.json`` of a submission."""
+
+    job: str = ""
+    tasks: list[str] = []
+
+
+class Stop(BaseModel):
+    reason: str = "finished"
+
+
+class End(BaseModel):
+    stopped: Stop | None = None
+
+
+class Summary(BaseModel):
+    """What is needed of ``summary.json``."""
+
+    status: str = ""
+    steps: int | None = None
+    error: str | None = None
+    prompts: dict[str, End] = {}
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _parsed(model: type[T], path: Path) -> T:
+    """A JSON file as a model; its defaults where the file is missing or damaged."""
+    try:
+        return model.model_validate(read_json_object(path))
+    except (BadInput, ValidationError):
+        return model()
+
+
+def _record(run_dir: Path) -> tuple[Record, Path]:
+    """The newest submission and its folder; without one an empty record."""
+    submitted = run_dir / SUBMITTED
+    records = sorted(submitted.glob(f"*/{RECORD}"), key=_written, reverse=True)
+    for path in records[:1]:
+        return _parsed(Record, path), path.parent
+    return Record(), submitted
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a link to nowhere
+        return 0.0
+
+
+def _resolved(path: str | Path) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL byte
+        return ""
 
 
 def _array_job(run_dir: Path) -> JobState | None:
     """The task of a job array that was submitted for the folder around this one."""
-    around = _record(run_dir.absolute().parent)
-    for i, task in enumerate((around or {}).get("tasks", [])):
-        if around is not None and Path(task).resolve() == run_dir.resolve():
-            return ask(f"{around['job']}_{i}")
+    around, _ = _record(run_dir.absolute().parent)
+    for i, task in enumerate(around.tasks):
+        if around.job and _resolved(task) == _resolved(run_dir):
+            return ask(f"{around.job}_{i}")
     return None
 
 
@@ -207,22 +273,17 @@ def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig 
     return preflight.check_result(str(run_dir))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _read_metrics(status: Status, path: Path) -> None:
     times: dict[int, float] = {}
-    for line, _ in read_lines(path):
-        if line is None:
-            continue
-        times[line.step] = line.time
-        if line.prompt is not None:
-            _remember(status.metrics.setdefault(line.prompt, {}), line)
+    try:
+        for line, _ in read_lines(path):
+            if line is None or not math.isfinite(line.time):
+                continue
+            times[line.step] = line.time
+            if line.prompt is not None:
+                _remember(status.metrics.setdefault(line.prompt, {}), line)
+    except OSError:  # a folder, or not readable
+        pass
     if not times:
         return
     status.step, status.written = max(times), max(times.values())
@@ -247,7 +308,7 @@ def _pace(times: Sequence[float]) -> float | None:
 
 def as_json(status: Status) -> str:
     """One JSON object; numbers that JSON does not have are null."""
-    return json.dumps(_plain(asdict(status)), indent=2, ensure_ascii=False)
+    return json.dumps(_plain(asdict(status)), indent=2)
 
 
 def _plain(value: Any) -> Any:
@@ -259,19 +320,23 @@ def _plain(value: Any) -> Any:
 
 
 def as_text(status: Status, now: float | None = None) -> str:
-    """A few lines for a person."""
+    """A few lines for a person, without what would control a terminal."""
+    return printable(redact(_text(status, now)))
+
+
+def _text(status: Status, now: float | None) -> str:
     now = time.time() if now is None else now
     lines = [f"{status.run_dir}: {status.said}"]
     if status.tasks:
         return "\n".join([*lines, *(_line(task, now) for task in status.tasks)])
     job = status.job
     left = f", {job.time_left} left of its time limit" if job and job.state == "RUNNING" else ""
-    lines.append(f"job:      {job.id} {_how(job)}{left}" if job else "job:      no job")
-    lines.append(f"step:     {_progress(status)}")
+    lines.append(f"Slurm job: {job.id} {_how(job)}{left}" if job else "Slurm job: none")
+    lines.append(f"step: {_progress(status)}")
     if status.written is not None:
-        lines.append(f"written:  {duration(now - status.written)} ago")
+        lines.append(f"last metrics: {duration(now - status.written)} ago")
     if status.checkpoint is not None:
-        lines.append(f"saved:    step {status.checkpoint}")
+        lines.append(f"checkpoint: step {status.checkpoint}")
     for name, values in status.metrics.items():
         said = "  ".join(f"{key} {value:.4f}" for key, value in shown_metrics(values).items())
         ended = status.stopped.get(name, "finished")
@@ -287,17 +352,19 @@ def shown_metrics(values: Mapping[str, tuple[int, float]]) -> dict[str, float]:
 
 
 def _line(status: Status, now: float) -> str:
-    ago = "" if status.written is None else f", written {duration(now - status.written)} ago"
+    ago = "" if status.written is None else f", last metrics {duration(now - status.written)} ago"
     return f"  {Path(status.run_dir).name}: {status.said}; step {_progress(status)}{ago}"
 
 
 def _progress(status: Status) -> str:
-    eta = "" if status.eta_seconds is None else f", about {duration(status.eta_seconds)} to go"
+    eta = "" if status.eta_seconds is None else f", about {duration(status.eta_seconds)} left"
     return f"{status.step} of {'?' if status.steps is None else status.steps}{eta}"
 
 
 def duration(seconds: float) -> str:
     """``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
+    if not math.isfinite(seconds):
+        return "unknown time"
     seconds = max(0, round(seconds))
     if seconds < 90:
         return f"{seconds} s"

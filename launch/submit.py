@@ -28,6 +28,7 @@ from launch.slurm import Job
 from trainer import atomic, runfile, yaml_core
 from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
 from trainer.errors import BadInput
+from trainer.redact import redact
 from trainer.revision import REVISION_FILE, git_revision
 from trainer.yaml_core import YamlError
 
@@ -209,7 +210,7 @@ def _inline(value: Any) -> str:
 
 
 def _word(key: str, value: str) -> str:
-    """How a folder's name says a setting."""
+    """Return a setting as part of a folder's name."""
     last = re.split(r"[.\[\]]+", key.rstrip("]"))[-1]
-    text = re.sub(r"[^A-Za-z0-9._+-]+", "-", value).strip("-.") or "empty"
+    text = re.sub(r"[^A-Za-z0-9._+-]+", "-", redact(value)).strip("-.") or "empty"
     return f"{last}-{text}"[:80]

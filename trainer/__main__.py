@@ -1,7 +1,7 @@
-"""``python -m trainer RUN.yaml [key=value ...]``: the program that one rank runs.
+"""``trainer RUN.yaml [key=value ...]``: the program that one rank runs.
 
-Wires the parts in the order of the data. Imports of heavy libraries stand inside functions, behind
-the checks that need none of them: bad input answers in a moment.
+Heavy libraries are imported inside functions, after the checks that need none of them, so that bad
+input is answered at once.
 """
 
 from __future__ import annotations
@@ -10,17 +10,28 @@ import argparse
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trainer import config as run_file
 from trainer import stop
 from trainer.config import RunConfig
 from trainer.console import Console
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, BadInput
+from trainer.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_PORT_TAKEN,
+    EXIT_RESUMABLE,
+    BadInput,
+    PortTaken,
+)
 from trainer.names import checkpoint_names
-from trainer.process import die_with_parent, leave
+from trainer.process import die_with_parent, leave, mark_finished
+from trainer.redact import printable, redact
 from trainer.terminal import claim
 
 
@@ -65,12 +76,13 @@ def run_rank(
 
 
 def refused(rank: int, error: BadInput) -> int:
-    """Say what is wrong before there is a log; gives the exit code."""
+    """Print what is wrong before there is a log; gives the exit code."""
     # One rank of every node, as a file can be missing on one node alone.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         node = "" if rank == 0 else f"{platform.node()}: "
-        for problem in error.problems:
-            print(f"error: {node}{problem}", file=sys.stderr)
+        with suppress(OSError):  # nobody reads it
+            for problem in error.problems:
+                print(f"error: {node}{printable(redact(problem))}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -92,32 +104,41 @@ def guarded(
     terminal = claim(rank, log)
     out = terminal.err if answers else terminal.out
     console = Console(out, terminal.err, log, answer=terminal.out, shown=rank == 0)
+    began = time.time()
     try:
         stop.listen()  # launch/ starts us with stop signals blocked
         program(console)
+        if rank == 0:
+            mark_finished()
         return EXIT_DONE
     except KeyboardInterrupt:
+        stop.tell_others(logs)
         if resumable:
             return _stopped(logs.parent, console)
-        console.error("stopped")
+        console.note("Stopped.")
         return EXIT_FAILURE
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)
         return EXIT_BAD_INPUT
+    except PortTaken as error:
+        console.note(str(error))
+        return EXIT_PORT_TAKEN
     except Exception as error:
         traceback.print_exc()
+        if resumable and stop.told(logs, began):  # the connection to that rank is lost
+            return _stopped(logs.parent, console)
         console.failure(error)
         return EXIT_FAILURE
 
 
 def _stopped(output: Path, console: Console) -> int:
-    """What a run that was told to stop leaves behind, and its exit code."""
+    """Print how to resume a run that was stopped; gives its exit code."""
     saved = checkpoint_names(output)
     if saved:
-        console.error(f"stopped; the same command goes on from {saved[-1]}")
+        console.note(f"Stopped. Rerun the command to resume from {saved[-1]}.")
     else:
-        console.error("stopped before the first checkpoint; the same command begins anew")
+        console.note("Stopped before the first checkpoint. Rerun the command to start over.")
     return EXIT_RESUMABLE
 
 
@@ -146,12 +167,14 @@ def shown_command(args: argparse.Namespace) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed --module trainer",
-        description="Train the prompts of a run file. `promptshard train` starts this everywhere.",
+        description="Train the prompts of a run file. `promptshard train` starts this everywhere. "
+        "Started by hand, Python imports from the working directory first: do not do that in a "
+        "folder that has modules of its own, such as trainer/ or json.py.",
     )
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument(
-        "--fresh", action="store_true", help="put an earlier run aside instead of going on with it"
+        "--fresh", action="store_true", help="start over; move an earlier run out of the way"
     )
     parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
     return parser

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TextIO
 
 import rich.console
+import rich.text
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from trainer.redact import printable, redact
 
 #: Seconds without output after which a plain line is printed where there is no terminal.
 PLAIN_INTERVAL = 5.0
@@ -109,20 +112,26 @@ class Console:
 
     def say(self, text: str = "") -> None:
         self._last_output = time.monotonic()
-        self._out.print(text, markup=False)
+        self._out.print(_safe(text), markup=False)
+
+    def note(self, text: str) -> None:
+        """Print what is no result, and no error, on stderr."""
+        self._err.print(_safe(text), markup=False)
 
     def answer(self, text: str) -> None:
         """Print the result of a command as it is: no wrapping, styles or emoji codes."""
         self._last_output = time.monotonic()
+        if self._answer.isatty():
+            text = printable(text)
         self._answer.write(f"{text}\n")
         self._answer.flush()
 
     def warn(self, text: str) -> None:
         self._last_output = time.monotonic()
-        self._err.print(f"warning: {text}", style="yellow", markup=False)
+        self._err.print(f"warning: {_safe(text)}", style="yellow", markup=False)
 
     def error(self, text: str) -> None:
-        self._err.print(f"error: {text}", style="red", markup=False)
+        self._err.print(f"error: {_safe(text)}", style="red", markup=False)
 
     def failure(self, error: BaseException) -> None:
         """Print in one line, once, what ends the run."""
@@ -137,7 +146,7 @@ class Console:
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*map(rich.text.Text, row))  # not markup: a text may contain brackets
+            table.add_row(*(rich.text.Text(_safe(cell)) for cell in row))
         self._out.print(table)
 
     @contextmanager
@@ -276,6 +285,11 @@ class StepLine:
         if self._unprinted:
             self._console.say(self._unprinted)
             self._unprinted = ""
+
+
+def _safe(text: str) -> str:
+    """Text without passwords and without what would control a terminal."""
+    return printable(redact(text))
 
 
 def clock(seconds: float) -> str:

@@ -27,7 +27,7 @@ from trainer.base.embedding import FrozenEmbedding
 from trainer.base.exchange import RowExchange
 from trainer.base.head import FrozenHead
 from trainer.config import RunConfig, parse_bytes
-from trainer.errors import BadInput
+from trainer.errors import BadInput, PortTaken
 from trainer.placement import AUTO_SHARE, BaseSize, Placement, place
 from trainer.process import left_out
 from trainer.ranks import Ranks
@@ -70,11 +70,18 @@ class Engine(Ranks):
         device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
         if not on_cpu:  # before the first collective, which would else meet on one device
             accelerator.set_device(local_rank)
-        deepspeed.init_distributed(
-            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-            timeout=timedelta(seconds=timeout_seconds),
-            verbose=False,
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+                timeout=timedelta(seconds=timeout_seconds),
+                verbose=False,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise PortTaken(
+                f"port {os.environ['MASTER_PORT']} is used by another process"
+            ) from None
         super().__init__(local_rank, device, timeout_seconds)
         self.gathered_bytes, self.exchanged_bytes = 0, 0
         self.kept_bytes = 0

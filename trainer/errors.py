@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
+EXIT_PORT_TAKEN = 69  # EX_UNAVAILABLE: of a rank; promptshard then tries another port
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped, a checkpoint is there, run it again
 
 
@@ -21,6 +22,10 @@ class BadInput(ValueError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class PortTaken(RuntimeError):
+    """Another process listens at the port where the ranks should meet."""
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

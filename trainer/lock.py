@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ LOCK = "run.lock"
 BEAT_SECONDS = 15.0
 #: Beyond what a network file system may hide a touch for, and a rank may be too busy for a beat.
 DEAD_SECONDS = 120.0
+MAX_BYTES = 1 << 16
 _ATTEMPTS = 10
 
 
@@ -212,8 +214,8 @@ def _take(path: Path, ours: Holder) -> str | None:
             why = _why_dead(found, ours, proposal.stat().st_mtime)
             if why is None:
                 raise _Held(found)
-            # Of those that found this very lock dead one may replace it, whoever comes late: that
-            # is a lock as well, which a process may leave behind.
+            # Only one of several processes that see the same stale lock may take it over. The
+            # takeover is guarded by a second lock file, which can also become stale.
             claim = path.with_name(f"{path.name}.{found.token}")
             _take(claim, ours)
             try:
@@ -224,6 +226,20 @@ def _take(path: Path, ours: Holder) -> str | None:
             finally:
                 claim.unlink(missing_ok=True)
     raise _Held(None)
+
+
+def running_process(folder: Path) -> str | None:
+    """Return the process that holds an output folder's lock and may be alive, in words."""
+    try:
+        found = _look(folder / LOCK)
+    except (BadInput, OSError):
+        return None
+    if found is None or found.holder is None:
+        return None
+    age = max(0.0, time.time() - found.touched)
+    if found.holder.why_dead(Holder.here(), age) is not None:
+        return None
+    return f"{found.holder} since {found.holder.since}"
 
 
 def refuse_if_alive(folder: Path) -> None:
@@ -258,17 +274,41 @@ def _why_dead(found: _Found, ours: Holder, now: float) -> str | None:
 
 
 def _look(path: Path) -> _Found | None:
-    """The lock that is there now; opened, so that a network file system asks its server."""
+    """The lock that is there now; opened, so that a network file system asks its server.
+
+    Raises:
+        BadInput: if there is something else in its place.
+    """
     try:
         with path.open("rb") as file:
-            content, touched = file.read(), os.fstat(file.fileno()).st_mtime
+            content, touched = file.read(MAX_BYTES), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
-    try:
-        holder = Holder(**json.loads(content))
-    except (ValueError, TypeError):
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EACCES, errno.ELOOP):
+            raise  # the file system is away
+        raise BadInput(
+            f"output_dir: {path} cannot be read ({error.strerror}); delete it, or give another "
+            "output_dir"
+        ) from None
+    holder = _holder(content)
+    if holder is None:
         return _Found(None, hashlib.sha256(content).hexdigest()[:32], touched)
     return _Found(holder, holder.token, touched)
+
+
+def _holder(content: bytes) -> Holder | None:
+    """The holder in a lock's content; None if that is damaged."""
+    try:
+        holder = Holder(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    words = (holder.host, holder.boot, holder.namespace, holder.started, holder.since, holder.token)
+    numbers = (holder.pid, holder.restarts)
+    right = all(isinstance(word, str) for word in (*words, holder.job or "")) and all(
+        isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers
+    )
+    return holder if right and holder.token.isalnum() else None
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
-"""Where a run's checkpoints lie, also for those who load no torch."""
+"""Names of a run's checkpoints. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 
 
 def checkpoint_names(output_dir: Path) -> list[str]:
-    """Of those that were written to their end, the oldest first."""
-    return sorted(path.name for path in (output_dir / CHECKPOINTS).glob("step-*"))
+    """Return the complete checkpoints, the oldest first."""
+    names = (path.name for path in (output_dir / CHECKPOINTS).glob("step-*"))
+    return sorted(name for name in names if re.fullmatch(r"step-\d{1,18}", name, re.ASCII))

@@ -1,4 +1,4 @@
-"""What this process owes its parent, what it need not load, and whether another one lives.
+"""Process utilities: end with the parent, skip optional imports, check whether a PID is alive.
 
 Standard library only.
 """
@@ -15,19 +15,35 @@ from pathlib import Path
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+#: Environment variable with the path of a file that rank 0 removes once its work is done. Without
+#: that, exit code 0 does not count: some other program may have run in place of ours.
+UNFINISHED = "PROMPTSHARD_UNFINISHED"
+#: Environment variable that is set where notes about the rows have been printed already.
+ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 #: When a process started, where that cannot be told.
 UNKNOWN = "unknown"
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher dies, so that a killed launcher leaves no orphans."""
+def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) -> None:
+    """Have Linux send this process a signal when its parent dies, however the parent dies.
+
+    Args:
+        parent: PID of the parent, which may have died already; 0 for the present one.
+    """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before we asked
-        os.kill(os.getpid(), signal.SIGTERM)
+    parent = parent or os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, ending)
+    if os.getppid() != parent:  # it died before the request
+        os.kill(os.getpid(), ending)
+
+
+def mark_finished() -> None:
+    """Tell the program that started the ranks that rank 0 has done its work."""
+    path = os.environ.pop(UNFINISHED, None)
+    if path is not None:
+        Path(path).unlink(missing_ok=True)
 
 
 def leave(code: int) -> NoReturn:

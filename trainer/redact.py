@@ -1,4 +1,6 @@
-"""Hide credentials in a text before it reaches a file, a log or a tracker."""
+"""Remove credentials from text before it reaches a file, a log or a tracker, and control
+characters before it reaches a terminal.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,20 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return text
+
+
+#: Control characters but tab and newline, surrogates, and marks that change the direction of text.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes such as ``\\x1b`` in place of what would control a terminal.
+
+    Names and messages of files, which may be somebody else's, are printed in this form.
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def secrets_of(uri: str) -> list[str]:

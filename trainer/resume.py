@@ -32,6 +32,8 @@ MAY_CHANGE = {
 PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
 #: The Slurm job that has put an earlier run aside.
 PUT_ASIDE_BY = Path("logs", "put-aside-by-job")
+#: In a folder that an earlier run is being moved to.
+MOVING = ".moving"
 MUST_STAY = ("base", "tasks", "prompts", "training", "search")
 
 
@@ -57,18 +59,28 @@ def put_aside(output: Path, console: Console) -> None:
 
 
 def _move_aside(output: Path, kept: Sequence[Path], console: Console) -> None:
+    """Move files into ``OUTPUT.N``; called again after it was killed, it moves the rest.
+
+    ``run.yaml`` is moved last: until then the folder counts as one of a run.
+    """
     if not (output / "run.yaml").exists():
         raise BadInput(f"--fresh: {output} holds other things than a run; give another output_dir")
+    kept = sorted(kept, key=lambda path: path.name == "run.yaml")
+    measured = output / SYSTEM_FILE  # other logs are open, of this very start
     number = 1
     while (aside := output.with_name(f"{output.name}.{number}")).exists():
+        if (aside / MOVING).exists() and not any((aside / path.name).exists() for path in kept):
+            break
         number += 1
-    aside.mkdir()
+    aside.mkdir(exist_ok=True)
+    (aside / MOVING).touch()
+    if measured.exists():
+        (aside / SYSTEM_FILE).parent.mkdir(exist_ok=True)
+        shutil.move(str(measured), aside / SYSTEM_FILE)
     for path in kept:
         shutil.move(str(path), aside / path.name)
-    if (measured := output / SYSTEM_FILE).exists():  # other logs are open, of this very start
-        (aside / SYSTEM_FILE).parent.mkdir()
-        shutil.move(str(measured), aside / SYSTEM_FILE)
-    console.say(f"an earlier run was put aside: {aside}")
+    (aside / MOVING).unlink()
+    console.say(f"moved an earlier run to {aside}")
 
 
 def identity_of(

@@ -1,15 +1,21 @@
-"""Stop signals of this process: at once while a run loads, between steps while it trains.
+"""Stop signals of this process: immediate while a run loads, between steps while it trains.
 
-A run that trains must end on all ranks together, with its state saved, so a signal only leaves word
-here. Ranks tell each other at the end of a step, in the sum that they make anyway: a signal to one
-of them is enough. Another one while they save changes nothing.
+A run that trains must end on all ranks together, with its state saved, so a signal only sets a flag
+here. Ranks exchange the flags in the all-reduce at the end of a step: a signal to one of them is
+enough. Another signal while they save changes nothing.
+
+While a run loads, the rank that gets the signal ends, and the others lose their connection to it:
+a file in ``logs`` tells them why.
 """
 
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
+FILE = "stopped.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -48,6 +54,20 @@ def between_steps() -> None:
 def asked() -> bool:
     """Whether this process was told to stop."""
     return _word.left
+
+
+def tell_others(logs: Path) -> None:
+    """Leave a file for ranks that lose their connection to this one."""
+    with suppress(OSError):
+        (logs / FILE).write_text("a rank was stopped by a signal\n")
+
+
+def told(logs: Path, since: float) -> bool:
+    """Return whether a rank was stopped by a signal after a time, in Unix seconds."""
+    try:
+        return (logs / FILE).stat().st_mtime >= since
+    except OSError:
+        return False
 
 
 def _take(_: int, __: FrameType | None) -> None:

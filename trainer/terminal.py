@@ -1,4 +1,4 @@
-"""Who may write to the terminal: rank 0's own words. Imports nothing but the standard library.
+"""Streams to the terminal: only rank 0 writes there. Imports only the standard library.
 
 ``promptshard train`` sends the DeepSpeed launcher's stdout to a log file. The launcher hands file
 descriptor 0 to its ranks untouched, so the person's stdout travels there, and
@@ -20,13 +20,13 @@ VARIABLE = "PROMPTSHARD_STDOUT_FD"
 
 
 class Steady(io.TextIOWrapper):
-    """A stream whose reader may go, or whose disk may fill: what is said then is lost, no more.
+    """A stream that drops text, instead of raising, when its reader is gone or its disk is full.
 
     A Ctrl-C also ends the ``tee`` behind a pipe, just when the run is to be saved.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        raw = io.BufferedWriter(io.FileIO(descriptor, "w"))
+    def __init__(self, descriptor: int, *, close: bool = True) -> None:
+        raw = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=close))
         super().__init__(raw, encoding="utf-8", errors="replace", line_buffering=True)
 
     def write(self, text: str, /) -> int:
@@ -39,12 +39,34 @@ class Steady(io.TextIOWrapper):
             super().flush()
 
 
+def keep_streams() -> None:
+    """Let this process go on when nobody reads its stdout or stderr, or their disk is full."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would be taken for it
+            opened = os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
+            os.set_inheritable(opened, True)
+    sys.stdout, sys.stderr = Steady(1, close=False), Steady(2, close=False)
+
+
 @dataclass(frozen=True)
 class Terminal:
     """Streams to the person; on ranks other than 0 they lead nowhere."""
 
     out: TextIO
     err: TextIO
+
+
+def private(log: Path) -> int:
+    """Return a descriptor that appends to a log which only its owner may read.
+
+    A message of a library may hold a password, of the tracker for example.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with suppress(OSError):  # the log of an earlier run may be another user's
+        os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def claim(rank: int, log: Path) -> Terminal:
@@ -61,7 +83,7 @@ def claim(rank: int, log: Path) -> Terminal:
     else:
         out, err = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
     log.parent.mkdir(parents=True, exist_ok=True)
-    chatter = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    chatter = private(log)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (chatter, 1), (chatter, 2)):
         os.dup2(source, target)

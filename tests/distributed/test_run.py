@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,16 +20,20 @@ from safetensors.torch import load_file
 
 from launch.local import free_port
 from tests.hub_cache import TINY, fill_cache
+from trainer import bootstrap
+from trainer.errors import EXIT_PORT_TAKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 
 
-def promptshard(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def promptshard(
+    *arguments: str, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | variables
     return subprocess.run(
-        [sys.executable, "-m", "launch", *arguments],
-        cwd=ROOT,
+        [sys.executable, bootstrap.FILE, "launch", *arguments],
+        cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
@@ -37,13 +42,13 @@ def promptshard(*arguments: str, **variables: str) -> subprocess.CompletedProces
     )
 
 
-def one_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def one_process(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python -m MODULE``, a rank of one: what ``--processes 1`` comes to, without a launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
         timeout=400,
@@ -85,10 +90,20 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run_file(tmp_path_factory.mktemp("run"))
 
 
+#: Names of files in the working directory that must replace nothing.
+DECOYS = ("trainer/__init__", "launch/__init__", "deepspeed/__init__", "json", "torch", "sklearn")
+
+
 @pytest.fixture(scope="module")
 def two_ranks(run_file: Path) -> Path:
-    done = promptshard("train", str(run_file), "--processes", "2")
+    decoys = run_file.parent / "decoys"
+    for name in DECOYS:
+        path = decoys / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"open({str(decoys / 'ran')!r}, 'a').write({name!r})\nraise SystemExit\n")
+    done = promptshard("train", str(run_file), "--processes", "2", cwd=decoys)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (decoys / "ran").exists()
     return run_file.parent / "run"
 
 
@@ -438,8 +453,10 @@ def test_early_stop(run_file: Path) -> None:
 
 
 def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
-    output = run_file.parent / "stopped"
+    """And only the command line that a person typed shows a password."""
+    output, secret = run_file.parent / "stopped", "hunter22"
     words = ["train", str(run_file), f"output_dir={output}", "checkpoint.every=1"]
+    words.append(f"tracking.uri=sqlite:///{output}/m.db?password={secret}")
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", *words, "training.steps=5000", "evaluation.every=5000"],
         cwd=ROOT,
@@ -456,18 +473,40 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
             assert process.poll() is None, process.stdout and process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.2)
+        shown = [line for line in running("-o", "pid,args").splitlines() if secret in line]
+        assert [int(line.split()[0]) for line in shown] == [process.pid]
         os.killpg(process.pid, signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     finally:
         process.kill()  # whoever watches over it ends its ranks
     assert process.returncode == 75, said
-    assert "the same command goes on from step-" in said
+    assert "Stopped. Rerun the command to resume from step-" in said
+    assert "error" not in said
+    assert secret not in said
+    for log in (output / "logs").glob("*.log"):
+        assert secret not in log.read_text(), log
+        assert log.stat().st_mode & 0o077 == 0, log
     deadline = time.monotonic() + 30  # the tracker's process may send on for a moment
     while str(output) in running():
         assert time.monotonic() < deadline, running()
         time.sleep(0.5)
 
 
-def running() -> str:
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    return listing.stdout
+def test_a_port_that_another_process_uses_has_an_exit_code_of_its_own(run_file: Path) -> None:
+    """``promptshard`` then tries another port."""
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = one_process(
+            "trainer",
+            str(run_file),
+            "output_dir=" + str(run_file.parent / "taken"),
+            MASTER_PORT=port,
+        )
+    assert done.returncode == EXIT_PORT_TAKEN
+    assert f"port {port} is used by another process" in done.stderr
+
+
+def running(*columns: str) -> str:
+    """Processes: command lines, and environments unless columns are named."""
+    listing = ["ps", "-eww", *columns] if columns else ["ps", "axeww", "-o", "args"]
+    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.test_run import ROOT, one_process, write_run_file
+from trainer import bootstrap
+from trainer.process import UNFINISHED
 
 STEPS = 60
 SILENCE = 8  # seconds
@@ -52,10 +54,11 @@ class Run:
         found = {}
         for process in psutil.process_iter():
             try:
-                if process.cmdline()[1:4] == ["-u", "-m", "trainer"] and str(
-                    self.output
-                ) in " ".join(process.cmdline()):
-                    found[int(process.environ()["RANK"])] = process
+                if process.cmdline()[1:3] != ["-u", bootstrap.FILE]:
+                    continue
+                environ = process.environ()
+                if Path(environ[UNFINISHED]).is_relative_to(self.output):
+                    found[int(environ["RANK"])] = process
             except (psutil.Error, KeyError):
                 continue
         return [found[rank] for rank in sorted(found)]
@@ -97,7 +100,8 @@ def test_a_signal_while_the_base_is_loaded(run: Run) -> None:
     run.process.send_signal(signal.SIGTERM)
     said = run.end(60)
     assert run.process.returncode == 75, said
-    assert "the same command" in said
+    assert "Rerun the command to start over." in said
+    assert "error" not in said
     assert not (run.output / "checkpoints").exists()
 
 
@@ -110,7 +114,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
     said = run.end(90)
     assert run.process.returncode == 75, said
     (saved,) = (run.output / "checkpoints").glob("step-*")
-    assert f"the same command goes on from {saved.name}" in said
+    assert f"Rerun the command to resume from {saved.name}." in said
     assert 2 <= int(saved.name.removeprefix("step-")) < STEPS
 
 

@@ -29,7 +29,7 @@ def stop(number, frame):
 signal.signal(signal.SIGUSR1, stop)
 signal.signal(signal.SIGTERM, stop)
 with open(note + ".part", "w") as file:
-    file.write("\\n".join([os.environ["PYTHONPATH"], *sys.argv[1:]]))
+    file.write("\\n".join(sys.argv[1:]))
 os.rename(note + ".part", note)
 if "wait" in sys.argv:
     time.sleep(60)
@@ -83,7 +83,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
 
     # quoting, node ranks that differ, and one meeting point with a port of the job's own
     calls = [(notes / f"plain-0-0-{node}").read_text().splitlines() for node in (0, 1)]
-    assert [call[0] for call in calls] == [str(desk.path / "code")] * 2
+    assert [call[0] for call in calls] == [str(desk.path / "code/trainer/bootstrap.py")] * 2
     port = str(10000 + int(plain))
     for rank, call in enumerate(calls):
         assert call[call.index("--master-addr") + 1] == "127.0.0.1"

@@ -63,7 +63,7 @@ class Run:
         before = self.saved
         until(lambda: self.saved > before, START_SECONDS, self.said)
         found = map(psutil.Process, alive_in(self.job))
-        ranks = [rank for rank in found if rank.cmdline()[1:4] == ["-u", "-m", "trainer"]]
+        ranks = [rank for rank in found if rank.cmdline()[1:2] == ["-u"]]
         assert len(ranks) == 2, [rank.cmdline() for rank in ranks]
         ranks[0].send_signal(signal.SIGSTOP)
         try:
@@ -93,7 +93,7 @@ def run(desk: Desk) -> Run:
     run_file.write_text("what a job runs was frozen when it was submitted")
 
     with run.held(restart=0) as ranks:
-        code = Path(ranks[1].environ()["PYTHONPATH"].split(":")[0])
+        code = Path(ranks[1].cmdline()[2])
         assert code.is_relative_to(run.output / "logs" / "submitted")
         assert (run.status()["state"], run.status()["steps"]) == ("running", 30)
         desk.sbatch(ROOT / "slurm" / "cpu-smoke-test.sbatch")

@@ -37,6 +37,7 @@ LIGHT = (
 FLOORS = (
     (
         "trainer.atomic",
+        "trainer.bootstrap",
         "trainer.chat_date",
         "trainer.errors",
         "trainer.jsonfile",

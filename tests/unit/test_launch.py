@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -12,15 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import local, node, preflight, processes
 from launch.local import Devices, Host, Place
+from trainer import bootstrap
 from trainer.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNNER = ["python3", "-m", "deepspeed.launcher.runner"]
 GPUS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
 
 RUN = """\
@@ -68,64 +70,69 @@ def promptshard(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Complete
 # What is started
 
 
-def test_arguments_on_cpu():
-    command = local.local_arguments(
-        "trainer", ["r.yaml", "a.b=1"], Devices("cpu", (0, 1)), 4711, python="python3"
-    )
-    assert command == [
-        *RUNNER,
-        *["--num_gpus", "2", "--hostfile", "/dev/null", "--master_port", "4711"],
-        *["--no_local_rank", "--module", "trainer", "r.yaml", "a.b=1"],
-    ]
-    assert local.by_hand(command).startswith("deepspeed --num_gpus 2 ")
+def parsed(command: list[str]) -> Any:
+    """What the per-node part of the real launcher reads in a command of ours."""
+    from unittest.mock import patch
+
+    from deepspeed.launcher.launch import parse_args
+
+    launcher = [bootstrap.FILE, "--parent-death=SIGKILL", "deepspeed.launcher.launch"]
+    assert command[:4] == [sys.executable, *launcher]
+    with patch.object(sys, "argv", command[3:]):
+        found = parse_args()
+    found.world = json.loads(base64.urlsafe_b64decode(found.world_info))
+    assert not found.module
+    assert found.no_local_rank
+    # by the path of a file: a rank started with -m would import from the working directory
+    rank = [bootstrap.FILE, "--parent-death=SIGTERM", "--arguments-in-environment", "trainer"]
+    assert [found.training_script, *found.training_script_args] == rank
+    return found
 
 
-def test_arguments_on_gpus_name_them():
-    command = local.local_arguments(
-        "trainer", ["r.yaml"], Devices("cuda", (2, 3)), 4711, python="python3"
-    )
-    assert command == [
-        *RUNNER,
-        *["--include", "localhost:2,3", "--hostfile", "/dev/null", "--master_port", "4711"],
-        *["--no_local_rank", "--module", "trainer", "r.yaml"],
-    ]
+@pytest.mark.parametrize(
+    ("devices", "shown"),
+    [
+        (Devices("cpu", (0, 1)), "deepspeed --num_gpus 2 --module trainer r.yaml 'a.b=[1, 2]'"),
+        (
+            Devices("cuda", (2, 3)),
+            "deepspeed --include localhost:2,3 --module trainer r.yaml 'a.b=[1, 2]'",
+        ),
+    ],
+)
+def test_the_launcher_of_one_machine_gets_its_devices(devices, shown):
+    found = parsed(local.local_command("trainer", devices, 4711))
+    assert found.world == {"localhost": list(devices.ids)}
+    assert (found.node_rank, found.master_addr, found.master_port) == (0, "127.0.0.1", 4711)
+    assert local.by_hand("trainer", ["r.yaml", "a.b=[1, 2]"], devices, None) == shown
 
 
-def test_arguments_for_several_hosts():
-    command = local.hostfile_arguments("trainer", ["r.yaml"], "hosts", 4, 4711, python="python3")
-    assert command == [
-        *RUNNER,
-        *["--hostfile", "hosts", "--num_gpus", "4", "--force_multi", "--master_port", "4711"],
-        *["--no_local_rank", "--module", "trainer", "r.yaml"],
-    ]
+def test_arguments_for_several_hosts(tmp_path, monkeypatch):
+    from deepspeed.launcher.runner import parse_args
+
+    monkeypatch.chdir(tmp_path)
+    command = local.hostfile_command("trainer", ["r.yaml", "--fresh"], "hosts", 4, 4711)
+    assert command[:3] == [sys.executable, bootstrap.FILE, "deepspeed.launcher.runner"]
+    found = parse_args(command[3:])
+    assert (found.hostfile, found.num_gpus) == (str(tmp_path / "hosts"), 4)
+    assert (found.force_multi, found.no_local_rank, found.master_port) == (True, True, 4711)
+    assert not found.module
+    assert found.user_script == bootstrap.FILE
+    assert found.user_args == [f"--chdir={tmp_path}", "trainer", "r.yaml", "--fresh"]
+    shown = local.by_hand("trainer", ["r.yaml", "uri=http://me:secret@host"], None, "hosts")
+    assert shown == "deepspeed --hostfile hosts --module trainer r.yaml uri=http://***@host"
 
 
 TWO_HOSTS = (Host("n1", 2), Host("n2", 2))
 
 
 def test_arguments_for_one_host_of_several():
-    place = Place(TWO_HOSTS, 1, "n1", 4711)
-    command = local.place_arguments(
-        "trainer", ["r.yaml"], "hosts", place, Devices("cpu", (0, 1)), python="python3"
-    )
-    assert command == [
-        *RUNNER,
-        *["--hostfile", "hosts", "--no_ssh", "--node_rank", "1", "--master_addr", "n1"],
-        *["--master_port", "4711", "--no_local_rank", "--module", "trainer", "r.yaml"],
-    ]
-
-
-def test_devices_that_a_shared_host_gives_us_are_named():
-    """Slurm may leave us GPUs 4 and 6 of a host, where the launcher would take 0 and 1."""
-    place, devices = Place(TWO_HOSTS, 1, "n1", 4711), Devices("cuda", (4, 6))
-    command = local.place_arguments("trainer", ["r.yaml"], "hosts", place, devices)
-    assert command[command.index("--include") + 1] == "n1:0,1@n2:4,6"
-    assert local.launcher_hostfile(place, devices) == "n1 slots=2\nn2 slots=7\n"
-    from deepspeed.launcher.runner import parse_resource_filter
-
-    pool = {"n1": list(range(2)), "n2": list(range(7))}
-    chosen = parse_resource_filter(pool, include_str="n1:0,1@n2:4,6")
-    assert chosen == {"n1": [0, 1], "n2": [4, 6]}
+    """Slurm may give us GPUs 4 and 6 of a host."""
+    for ids in ((0, 1), (4, 6)):
+        place = Place(TWO_HOSTS, 1, "n1", 4711)
+        found = parsed(local.place_command("trainer", place, Devices("cuda", ids)))
+        assert found.world == {"n1": [0, 1], "n2": list(ids)}
+        assert list(found.world)[found.node_rank] == "n2"
+        assert (found.master_addr, found.master_port) == ("n1", 4711)
 
 
 def test_a_host_without_the_gpus_that_it_should_have(tmp_path, monkeypatch):
@@ -146,29 +153,22 @@ def test_a_first_host_that_is_not_known_here(tmp_path, monkeypatch):
         node.run("trainer", ["r.yaml"], str(tmp_path), place)
 
 
-def test_the_launcher_knows_every_argument_we_give():
-    """Golden arguments are worth something only if the real launcher takes them."""
-    from deepspeed.launcher.runner import parse_args
-
-    place = Place(TWO_HOSTS, 1, "n1", 5)
-    for command in (
-        local.local_arguments("trainer", ["r.yaml", "--fresh"], Devices("cuda", (1,)), 5),
-        local.hostfile_arguments("trainer", ["r.yaml", "--fresh"], "h", 2, 5),
-        local.place_arguments("trainer", ["r.yaml", "--fresh"], "h", place, Devices("cpu", (0,))),
-    ):
-        parsed = parse_args(command[3:])
-        assert (parsed.user_script, parsed.user_args) == ("trainer", ["r.yaml", "--fresh"])
-        assert (parsed.module, parsed.no_local_rank, parsed.master_port) == (True, True, 5)
-
-
 def test_environment_shares_the_cores_and_hides_nothing_else():
-    cpu = local.environment({"A": "1", "CUDA_VISIBLE_DEVICES": ""}, Devices("cpu", (0, 1)), 8)
+    own = {bootstrap.PARENT: str(os.getpid())}
+
+    def environment(given, devices, cores, *arguments):
+        found = local.environment(given, devices, cores, arguments)
+        assert json.loads(found.pop(bootstrap.ARGUMENTS)) == list(arguments)
+        assert own.items() <= found.items()
+        return {name: value for name, value in found.items() if name not in own}
+
+    two = Devices("cpu", (0, 1))
+    cpu = environment({"A": "1", "CUDA_VISIBLE_DEVICES": ""}, two, 8, "r.yaml", "a=\u00fc")
     assert cpu == {"A": "1", "OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
-    gpu = local.environment({"CUDA_VISIBLE_DEVICES": "1"}, Devices("cuda", (1,)), 8)
+    gpu = environment({"CUDA_VISIBLE_DEVICES": "1"}, Devices("cuda", (1,)), 8)
     assert gpu == {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    own = local.environment({"OMP_NUM_THREADS": "3"}, Devices("cpu", (0, 1)), 1)
-    assert own["OMP_NUM_THREADS"] == "3"
-    assert local.environment({}, Devices("cpu", (0, 1)), 1)["OMP_NUM_THREADS"] == "1"
+    assert environment({"OMP_NUM_THREADS": "3"}, two, 1)["OMP_NUM_THREADS"] == "3"
+    assert environment({}, two, 1)["OMP_NUM_THREADS"] == "1"
 
 
 def test_free_port_can_be_bound():
@@ -186,6 +186,10 @@ def test_free_port_can_be_bound():
         ("-1", []),
         ("2,0", [2, 0]),
         ("1,-1,2", [1]),
+        ("NoDevFiles", []),
+        ("none", []),
+        (" ", []),
+        ("2,NoDevFiles,0", [2]),
         ("GPU-cc", [2]),
         ("GPU-cc33, 0", [2, 0]),
     ],
@@ -237,6 +241,16 @@ def test_hostfiles(tmp_path):
     with pytest.raises(BadInput) as caught:
         local.read_hostfile(str(path))
     assert [problem.split(":")[1] for problem in caught.value.problems] == ["1", "2", "4"]
+    for name in ("-oProxyCommand=touch", "n1;id", "$(id)", "a@-x", "n1,n2"):
+        path.write_text(f"{name} slots=1\n")
+        with pytest.raises(BadInput, match="is not a host name or address"):
+            local.read_hostfile(str(path))
+    for name in ("me@n1.example.org", "10.0.0.1", "fe80::1%eth0", "a_b-c"):
+        path.write_text(f"{name} slots=1\n")
+        assert local.read_hostfile(str(path)) == [Host(name, 1)]
+    path.write_text("#" * (local.MAX_HOSTFILE + 1))
+    with pytest.raises(BadInput, match="has more than"):
+        local.read_hostfile(str(path))
     path.write_text("")
     with pytest.raises(BadInput, match="names no host"):
         local.read_hostfile(str(path))
@@ -278,10 +292,17 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
         (3, [], True, True, 1, "a process ended with exit code 3; see the logs in logs"),
         (247, [], True, True, 1, "a process was killed by SIGKILL (out of memory?); see the logs"),
         (245, [], True, True, 1, "a process was killed by SIGSEGV; see the logs"),
-        (-15, [], True, True, 1, "a process was killed by SIGTERM; see the logs"),
-        (0, [], True, True, 1, "the launcher was killed and the ranks did not finish; see the"),
-        (254, [signal.SIGINT], True, False, 1, "stopped by SIGINT; all processes have ended"),
-        (-9, [signal.SIGUSR1], True, True, 75, "stopped by SIGUSR1; all processes have ended; the"),
+        (-15, [], True, True, 1, "the launcher was killed by SIGTERM; see the logs"),
+        (0, [], True, True, 1, "the processes ended with exit code 0, but rank 0 did not finish"),
+        (254, [signal.SIGINT], True, False, 1, "Stopped by SIGINT; all processes have ended."),
+        (
+            -9,
+            [signal.SIGUSR1],
+            True,
+            True,
+            75,
+            "Stopped by SIGUSR1; all processes have ended. Re",
+        ),
     ],
 )
 def test_exit_codes(returncode, stopped, lost, resumable, code, message):
@@ -309,9 +330,10 @@ def test_a_rank_that_was_given_up_is_the_reason():
 #: A launcher that loses its first rank, asks the second to end and waits for it; that one is deaf.
 FAILING = """
 import signal, subprocess, sys, time
-lost = subprocess.Popen([sys.executable, "-u", "-m", "timeit", "-n1", "-r1", "pass"])
+from trainer.bootstrap import FILE
+lost = subprocess.Popen([sys.executable, "-u", FILE, "timeit", "-n1", "-r1", "pass"])
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-left = subprocess.Popen([sys.executable, "-u", "-m", "timeit", "-n1", "-r1", deaf])
+left = subprocess.Popen([sys.executable, "-u", FILE, "timeit", "-n1", "-r1", deaf])
 for rank in (lost, left):
     print(f"[launch] process {rank.pid} spawned with command: ...", flush=True)
 lost.wait()
@@ -351,6 +373,43 @@ def test_ranks_that_wait_for_a_lost_one_are_ended(tmp_path, monkeypatch):
     assert time.monotonic() - started < 25
     assert ending.code == 1
     assert re.match(r"rank 6 \(process \d+ on \S+\) was killed by SIGKILL", ending.message)
+
+
+#: A launcher with a rank that ends well without having done anything.
+EMPTY = """
+print("[launch] process 1 spawned with command: ...")
+print("[launch] Process 1 exits successfully.")
+"""
+
+
+def test_exit_code_0_counts_only_if_rank_0_did_its_work(tmp_path):
+    ended = {}
+    marks = "from trainer.process import mark_finished; mark_finished()"
+    for name, rank in {"other": "", "ours": marks}.items():
+        command = [sys.executable, "-c", EMPTY + rank]
+        ended[name] = processes.run_local(command, os.environ, tmp_path / "l.log", "trainer", 1)
+        assert list(tmp_path.iterdir()) == [tmp_path / "l.log"]
+    assert ended["ours"] == processes.Ending(0)
+    assert ended["other"].code == 1
+    assert "rank 0 did not finish its work" in ended["other"].message
+
+
+def test_another_port_is_tried_once(tmp_path, monkeypatch):
+    from launch import commands
+
+    taken = processes._ending(69, [], tmp_path / "l.log", lost=True, resumable=True)
+    assert (taken.code, taken.port_taken) == (1, True)
+    ports = []
+
+    def run(command, *_):
+        ports.append(parsed(command).master_port)
+        return taken
+
+    monkeypatch.setattr(processes, "run_local", run)
+    monkeypatch.setattr(local, "list_gpus", list)
+    ending = commands._launch("trainer", ["r.yaml"], str(tmp_path), 1, None)
+    assert ending == taken
+    assert len(set(ports)) == 2
 
 
 class _Clock:
@@ -473,6 +532,68 @@ def test_validate_shows_what_a_sweep_makes(run_file):
     assert "good: 3 prompts, 1 task, 5 steps" in done.stdout
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("where", ["pipe", "/dev/full", "closed"])
+def test_output_that_nobody_takes_ends_no_command(run_file, stream, where):
+    """As with ``promptshard train ... 2>&1 | head -1``, or a log on a full disk."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-m", "launch", "validate", str(run_file)]
+    settings: dict[str, Any] = {stream: writing if where == "pipe" else full}
+    if where == "closed":
+        number = {"stdout": 1, "stderr": 2}[stream]
+        settings = {"preexec_fn": lambda: os.close(number)}
+    sweep = "prompts.triage.sweep.seed=[0, 1, 2]"  # is told on stderr
+    done = subprocess.run([*command, sweep], cwd=ROOT, timeout=60, **settings)
+    os.close(writing)
+    os.close(full)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_stop_signal_before_ranks_are_started(number):
+    code = (
+        "import os, signal\nfrom launch import __main__ as program\n"
+        f"signal.signal({number}, signal.SIG_DFL)\n"  # tests in the background ignore SIGINT
+        f"program._run = lambda: os.kill(os.getpid(), {number})\n"
+        "program.main()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr == "Stopped before the run started. Rerun the command to start it.\n"
+
+
+def test_messages_show_no_password_and_control_no_terminal(run_file):
+    done = promptshard("validate", run_file, "tracking.uri=htp://me:hunter22@host/\x1b]0;x\x07")
+    assert done.returncode == 2
+    assert "htp://***@host/" in done.stderr
+    assert not {"\x1b", "\x07"} & set(done.stderr)
+    assert "hunter22" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "validate", "generate", "inspect", "status", "sync"])
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "a/" * 2500, "~nosuchuser/x", "a\nb", os.fsdecode(b"\xff")]
+)
+def test_paths_that_cannot_be(command, path):
+    import launch.commands
+    from launch import __main__ as program
+
+    options = {"generate": ["--prompt", "a", "--input", "b"], "inspect": ["--base"]}
+    words = [command, path, *options.get(command, [])]
+
+    def run() -> None:
+        program.check_words(words)
+        launch.commands.app(words)
+
+    with pytest.raises((SystemExit, BadInput)) as ended:
+        run()
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 2
+
+
 def broken_row(folder: Path) -> None:
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"text": "no label"}\n')
@@ -520,9 +641,7 @@ def output_is_a_file(folder: Path) -> None:
 )
 def test_bad_input_is_exit_code_2_at_once_in_one_message(run_file, command, spoil, where, words):
     spoil(run_file.parent)
-    started = time.monotonic()
     done = promptshard(command, run_file)
-    assert time.monotonic() - started < 10
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -578,9 +697,7 @@ def test_a_port_in_use_and_missing_gpus_are_refused_before_ranks_start(run_file,
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = ["--no-ssh", "--hostfile", str(hosts), "--node-rank", "0", "--master-port", port]
-        started = time.monotonic()
         done = promptshard("train", run_file, *words)
-        assert time.monotonic() - started < 10
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: --master-port: {port} cannot be used on this host: ")
     with pytest.raises(BadInput, match="--processes: 4 is more than the 3 visible GPUs"):

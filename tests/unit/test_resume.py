@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,3 +165,39 @@ def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
         engine = SimpleNamespace(all_gather=lambda _, d=digests: d, of_main=lambda work: work())
         _begin_alike(engine, bank)  # type: ignore[arg-type]
         assert loaded == expected
+
+
+def test_a_move_that_was_killed_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    for name in (
+        "run.yaml",
+        "checkpoints/step-1/state",
+        "metrics.jsonl",
+        "logs/system_metrics.jsonl",
+    ):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(name)
+    (tmp_path / "out.1").mkdir()  # of a person's own
+    console = Console(io.StringIO(), io.StringIO())
+    move, moved = shutil.move, []
+
+    def killed(source: str, target: Path) -> None:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(move(source, target))
+
+    monkeypatch.setattr(shutil, "move", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put_aside(output, console)
+    monkeypatch.undo()
+    assert (output / "run.yaml").exists()
+    put_aside(output, console)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {
+        "out.2/run.yaml",
+        "out.2/checkpoints/step-1/state",
+        "out.2/metrics.jsonl",
+        "out.2/logs/system_metrics.jsonl",
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from launch.slurm import Job, Resources
 from slurm.render import EXAMPLES
 from tests.unit.test_launch import promptshard as run_promptshard
 from tests.unit.test_launch import run_file  # noqa: F401
+from trainer import lock
 from trainer.errors import BadInput
+from trainer.lock import Holder
 from trainer.revision import git_revision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +80,46 @@ RESOURCES = {field.name for field in dataclasses.fields(Resources)}
 def test_what_slurm_would_misread_is_refused(settings, problem):
     found = list(slurm.problems(job(**settings)))
     assert any(problem in text for text in found), found
+
+
+@pytest.mark.parametrize("value", ["a\n#SBATCH --wrap=id", "a\rb", "a\x1b[2J", "a\u2028b", "a\tb"])
+def test_a_line_of_a_script_takes_no_control_characters(value):
+    with pytest.raises(ValueError, match="not a value for a line of a script"):
+        slurm.directive(value)
+    for settings in ({"name": value}, {"log": value}, {"chdir": value}, {"code": value}):
+        assert any("line break" in text for text in slurm.problems(job(**settings))), settings
+
+
+def test_an_output_folder_adds_no_line_to_a_script(run_file):  # noqa: F811
+    """It becomes the job's name and the path of its log, after the options have been checked."""
+    bad = json.dumps(f"{run_file.parent}/x\n#SBATCH --comment=ran\nid")
+    text = run_file.read_text().replace(f"output_dir: {run_file.parent}/out", f"output_dir: {bad}")
+    run_file.write_text(text)
+    done = run_promptshard("submit", run_file, "--nodes", "1", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run.yaml:1: output_dir: " in done.stderr
+    assert "holds '\\n', which no path may" in done.stderr
+
+
+def test_a_printed_script_shows_no_password(run_file):  # noqa: F811
+    override = "tracking.uri=http://me:hunter22@host"
+    done = run_promptshard("submit", run_file, override, "--nodes", "1", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "tracking.uri=http://***@host': the script would show the password" in done.stderr
+    assert "hunter22" not in done.stderr
+
+
+def test_notes_about_rows_are_printed_once_for_an_array(run_file):  # noqa: F811
+    row = (run_file.parent / "train.jsonl").read_text().splitlines()[0]
+    (run_file.parent / "validation.jsonl").write_text(f"{row}\n")
+    words = [
+        "tasks[0].validation_share=null",
+        f"tasks[0].validation={run_file.parent}/validation.jsonl",
+    ]
+    words += ["--nodes", "1", "--dry-run", "--array", "training.seed=[0, 1, 2]"]
+    done = run_promptshard("submit", run_file, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("also in train") == 1
 
 
 def test_all_problems_at_once():
@@ -330,7 +373,7 @@ def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # n
     script = (fake_slurm / "submitted.sbatch").read_text()
     assert script == (folder / "job.sbatch").read_text()
     assert f"set -- {folder}/run.yaml\n" in script
-    assert f"PYTHONPATH={folder}/code$" in script
+    assert f" {folder}/code/trainer/bootstrap.py launch.node " in script
     assert "steps: 9" in (folder / "run.yaml").read_text()
     assert (folder / "run.yaml").stat().st_mode & 0o077 == 0
     assert f"deepspeed: {folder}/policy.json" in (folder / "run.yaml").read_text()
@@ -464,13 +507,112 @@ def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
     (out / "checkpoints" / "step-00000002").mkdir(parents=True)
     found = status.look(out)
     assert (found.state, found.step, found.steps, found.checkpoint) == ("not finished", 3, 5, 2)
-    assert found.eta_seconds == pytest.approx(4.0)
+    assert found.eta_seconds is None
     text = status.as_text(found, now=1016.0)
-    assert "job:      no job" in text
-    assert "step:     3 of 5, about 4 s to go" in text
-    assert "written:  10 s ago" in text
-    assert "the same command goes on from step 2" in text
+    assert text.startswith(f"{out}: not running, not finished; rerun the command to resume from st")
+    assert "Slurm job: none" in text
+    assert "step: 3 of 5\n" in text
+    assert "last metrics: 10 s ago" in text
+    assert "checkpoint: step 2" in text
     assert "triage: train_loss 0.3333" in text
+
+
+def test_status_of_a_run_that_runs_here(run_file, monkeypatch):  # noqa: F811
+    """Also of one that was resumed after it had failed."""
+    monkeypatch.setenv("PATH", "")
+    out = run_file.parent / "out"
+    write_run(out, run_file.read_text(), 3)
+    (out / "summary.json").write_text('{"status": "failed", "error": "x"}')
+    held = lock.acquire(out, print)
+    try:
+        found = status.look(out)
+        assert (found.state, found.eta_seconds) == ("running", pytest.approx(4.0))
+        assert found.said.startswith(f"running: process {os.getpid()} on ")
+        assert "step: 3 of 5, about 4 s left" in status.as_text(found)
+    finally:
+        held.release()
+    assert status.look(out).state == "failed"
+
+
+JUNK = ["[]", "null", "7", '"x"', "{", "", "[" * 100_000, '{"a": "\\ud800"}', "\0\xff", "NaN"]
+#: Files of an output folder, and values of a wrong kind in them.
+ODD = {
+    "summary.json": [
+        '{"status": []}',
+        '{"status": "finished", "steps": Infinity}',
+        '{"prompts": []}',
+        '{"prompts": {"a": 3}}',
+        '{"prompts": {"a": {"stopped": 7}}}',
+        '{"status": "failed", "error": {"x": 1}}',
+    ],
+    "metrics.jsonl": [
+        '{"time": 1, "step": Infinity, "metrics": {}}\n',
+        '{"time": NaN, "step": 1, "metrics": {}}\n',
+        '{"time": 1e308, "step": 1, "metrics": {}}\n{"time": -1e308, "step": 2, "metrics": {}}\n',
+        '{"time": 1, "step": 1, "prompt": ["a"], "metrics": {}}\n',
+        '{"time": 1, "step": 1, "prompt": "a", "metrics": []}\n',
+        '{"time": 1, "step": -9, "prompt": "a", "metrics": {"validation_x": 1e999}}\n',
+    ],
+    "run.lock": [
+        '{"pid": "x"}',
+        json.dumps(dict.fromkeys(Holder.__dataclass_fields__, 1)),
+        json.dumps(dict.fromkeys(Holder.__dataclass_fields__, "x")),
+        json.dumps(dict.fromkeys(Holder.__dataclass_fields__)),
+    ],
+    "logs/submitted/1/job.json": [
+        '{"job": 3, "tasks": "abc"}',
+        '{"job": "3", "tasks": [1, {}]}',
+        '{"job": "3", "tasks": ["a\\u0000b", "c"]}',
+        '{"job": "3", "tasks": ["' + "x" * 5000 + '", "c"]}',
+    ],
+    "checkpoints": [""],
+    "logs": [""],
+}
+
+
+def test_status_of_damaged_folders(run_file, monkeypatch):  # noqa: F811
+    """Each file is damaged, a folder, a link to itself, or there and not readable as text."""
+    monkeypatch.setenv("PATH", "")
+    out = run_file.parent / "out"
+    for name, values in ODD.items():
+        for content in [*values, *JUNK, None, "loop"]:
+            shutil.rmtree(out, ignore_errors=True)
+            write_run(out, run_file.read_text(), 3)
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            if content is None:
+                path.mkdir()
+            elif content == "loop":
+                path.symlink_to(path)
+            else:
+                path.write_text(content, encoding="utf-8", errors="surrogateescape")
+            try:
+                found = status.look(out)
+            except BadInput:
+                continue
+            assert found.state in ("not finished", "finished", "failed", "array", "unknown")
+            status.as_text(found)
+            json.loads(status.as_json(found))
+    for name in ("step-x", "step-", "step-00000001.tmp", "step-\u0663"):
+        (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+    assert status.look(out).checkpoint is None
+
+
+def test_status_prints_nothing_that_controls_a_terminal(run_file, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PATH", "")
+    out = run_file.parent / "out"
+    write_run(out, run_file.read_text(), 1)
+    evil = "\x1b]0;title\x07\x9b31m\u202e http://me:secret@host"
+    line = {"time": 1, "step": 1, "prompt": evil, "metrics": {f"validation_{evil}": 1.0}}
+    (out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (out / "summary.json").write_text(json.dumps({"status": "failed", "error": evil}))
+    for words in ([], ["--json"]):
+        done = run_promptshard("status", out, *words)
+        assert done.returncode == 0, done.stderr
+        assert not set("\x1b\x07\x9b\u202e") & set(done.stdout)
+    assert "\\x1b]0;title" in status.as_text(status.look(out))
+    assert "secret" not in status.as_text(status.look(out))
 
 
 @pytest.mark.parametrize(
@@ -497,7 +639,7 @@ def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, said)
         ("PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
         ("", "TIMEOUT|0:0|n1", "not finished", "job 12 ended: TIMEOUT (exit code 0:0)"),
         ("", "CANCELLED by 0|0:15|n1", "not finished", "job 12 ended: CANCELLED"),
-        ("", "", "not finished", "unless it is running now"),
+        ("", "", "not finished", "not running, not finished; rerun the command to start over"),
     ],
 )
 def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, said):  # noqa: F811

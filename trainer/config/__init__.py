@@ -17,7 +17,7 @@ from trainer.config.run import (
     resolve_path,
     sweeps,
 )
-from trainer.config.section import expand_path, parse_bytes
+from trainer.config.section import check_path, expand_path, parse_bytes
 from trainer.config.task import (
     DEFAULT_TOOLS,
     LOWER_IS_BETTER,
@@ -40,6 +40,7 @@ __all__ = [
     "Prompt",
     "RunConfig",
     "Task",
+    "check_path",
     "dump",
     "expand_path",
     "load",

@@ -47,9 +47,7 @@ def expand_path(value: str) -> str:
     Raises:
         ValueError: a variable is not set, there is no such user, or no file can have such a path.
     """
-    shown = repr(value if len(value) <= 80 else value[:77] + "...")
-    if bad := re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
-        raise ValueError(f"{shown} holds {bad[0]!a}, which no path may; remove it")
+    shown = _short(value)
     unset = [a or b for a, b in _VARIABLE.findall(value) if (a or b) not in os.environ]
     if unset:
         raise ValueError(
@@ -60,12 +58,28 @@ def expand_path(value: str) -> str:
     path = os.path.expanduser(path)
     if path.startswith("~"):
         raise ValueError(f"{shown}: there is no such user; write the path in full, or ./~NAME")
+    check_path(path)
+    return path
+
+
+def check_path(path: str) -> None:
+    """Check that a file can have such a path.
+
+    Raises:
+        ValueError: it has a control character, or is too long.
+    """
+    if bad := re.search("[\0-\x1f\x7f\ud800-\udfff]", path):
+        raise ValueError(f"{_short(path)} holds {bad[0]!a}, which no path may; remove it")
     names = map(os.fsencode, path.split("/"))
     if len(os.fsencode(path)) > _MAX_PATH or any(len(name) > _MAX_FILE_NAME for name in names):
         raise ValueError(
-            f"{shown} is too long for a path; {_MAX_PATH} bytes fit, {_MAX_FILE_NAME} in a name"
+            f"{_short(path)} is too long for a path; {_MAX_PATH} bytes fit, {_MAX_FILE_NAME} in a "
+            "name"
         )
-    return path
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 80 else value[:77] + "...")
 
 
 #: A file or folder, or something else that may be one: a glob, or an id of the hub.

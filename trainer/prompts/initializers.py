@@ -146,11 +146,9 @@ def _label_ids(labels: Sequence[str], vocabulary: Vocabulary, num_virtual_tokens
 
 
 def _used(count: int, num_virtual_tokens: int, vocabulary: Vocabulary, what: str) -> list[int]:
-    """Which of ``count`` tokens P virtual ones start from; a warning where it is not each once."""
+    """Which of ``count`` tokens P virtual ones start from: repeated, as in PEFT, or cut."""
     if count > num_virtual_tokens:
         vocabulary.warn(f"{what}; the first {num_virtual_tokens} become virtual tokens")
-    if count < num_virtual_tokens:
-        vocabulary.warn(f"{what}; repeated, they start {num_virtual_tokens} virtual tokens")
     return [i % count for i in range(num_virtual_tokens)]
 
 
@@ -168,6 +166,8 @@ def trained(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tenso
     if not prompt.isfinite().all():
         raise BadInput(f"prompts.init.from: {source.folder} is not finite; name another prompt")
     what = f"init from {path} has {len(prompt)} virtual tokens"
+    if len(prompt) < num_virtual_tokens:
+        vocabulary.warn(f"{what}; repeated, they start {num_virtual_tokens}")
     return prompt[_used(len(prompt), num_virtual_tokens, vocabulary, what)]
 
 

@@ -8,15 +8,15 @@ import logging
 import os
 import shlex
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import PROJECT_ROOT
+from trainer import bootstrap
 from trainer.config.tracking import HTTP, scheme_of
 from trainer.errors import BadInput
 from trainer.redact import HIDDEN, redact
+from trainer.terminal import private
 
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
@@ -76,9 +76,9 @@ class Sender:
         try:
             log = self.output_dir / "logs" / "tracking.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as out:
+            with os.fdopen(private(log), "ab") as out:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "trainer.tracking", "follow", json.dumps(options)],
+                    [*bootstrap.command("trainer.tracking"), "follow", json.dumps(options)],
                     stdin=subprocess.PIPE,
                     stdout=out,
                     stderr=out,
@@ -162,10 +162,8 @@ class Sender:
         )
 
     def _environment(self) -> dict[str, str]:
-        """One thread and our own package; the address where ``ps`` does not show it."""
+        """Return an environment with one thread, and the address where ``ps`` does not show it."""
         environment = dict(os.environ)
-        paths = [str(PROJECT_ROOT), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
         environment.pop(URI_VARIABLE, None)
         if self.uri:

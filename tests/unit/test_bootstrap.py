@@ -1,0 +1,136 @@
+"""Processes are started so that files in the working directory replace no module."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import bootstrap
+
+#: Modules that a process imports at once, and packages of ours.
+DECOYS = ("json", "argparse", "runpy", "signal", "contextlib", "trainer", "launch")
+PROGRAM = """\
+import json, os, signal, sys
+from trainer import redact
+print(json.dumps([sys.argv, sys.path, redact.__file__, os.getcwd()]))
+"""
+
+
+@pytest.fixture
+def decoys(tmp_path: Path) -> Path:
+    """A working directory whose files leave a note when they are imported."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in DECOYS:
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'ran')!r}, 'a').write('{name} ')\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return folder
+
+
+def start(
+    folder: Path, *words: str, path: list[str] | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        variables["PYTHONPATH"] = os.pathsep.join(path)
+    return subprocess.run(
+        [sys.executable, bootstrap.FILE, *words],
+        cwd=folder,
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_working_directory_replaces_no_module(decoys):
+    """Nor as an empty entry of PYTHONPATH, as ``PYTHONPATH=$PYTHONPATH:/x`` makes one."""
+    done = start(decoys, "program", "a", "--b", path=["", str(decoys.parent)])
+    assert done.returncode == 0, done.stderr
+    argv, path, module, where = json.loads(done.stdout)
+    assert argv[1:] == ["a", "--b"]
+    assert Path(module) == Path(bootstrap.ROOT, "trainer", "redact.py")
+    assert where == str(decoys)
+    assert not {str(decoys), str(Path(bootstrap.FILE).parent), ""} & set(path)
+    assert not (decoys / "ran").exists()
+
+
+def test_arguments_in_the_environment_and_another_folder(decoys):
+    given = bootstrap.handed(["r.yaml", "a=\u00fc '$x'"])
+    words = ["--arguments-in-environment", f"--chdir={decoys.parent}", "program"]
+    done = start(decoys, *words, path=[str(decoys.parent)], **given)
+    assert done.returncode == 0, done.stderr
+    argv, _, _, where = json.loads(done.stdout)
+    assert (argv[1:], where) == (["r.yaml", "a=\u00fc '$x'"], str(decoys.parent))
+
+
+@pytest.mark.parametrize("kind", ["file", "package"])
+def test_another_package_of_our_name_is_refused_and_does_not_run(tmp_path, kind):
+    ran = tmp_path / "ran"
+    path = tmp_path / ("trainer.py" if kind == "file" else "trainer/__init__.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"open({str(ran)!r}, 'w')\nraise SystemExit(0)\n")
+    command = Path(bootstrap.ROOT, "launch", "__main__.py")
+    for words in ([bootstrap.FILE, "trainer"], [str(command), "validate", "r.yaml"]):
+        done = subprocess.run(
+            [sys.executable, *words],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(f"error: 'import trainer' finds {path}")
+    assert not ran.exists()
+
+
+def test_modules_of_python_that_a_folder_hides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "queue.py").write_text("")
+    (tmp_path / "email").mkdir()
+    (tmp_path / "email" / "__init__.py").write_text("")
+    (tmp_path / "json").mkdir()  # a folder without code hides nothing
+    (tmp_path / "model.py").write_text("")
+    assert bootstrap.hidden_modules() == ["email", "queue.py"]
+
+
+#: A parent that starts a process and dies; ``late``: before the process could ask for a signal.
+PARENT = """\
+import os, signal, subprocess, sys
+from trainer import bootstrap
+pid = str(os.getpid()) if sys.argv[1] == "soon" else "1"
+command = bootstrap.command("sleeper", "--parent-death=SIGTERM")
+child = subprocess.Popen(
+    command, env=os.environ | {bootstrap.PARENT: pid}, pass_fds=[int(sys.argv[3])]
+)
+if sys.argv[1] == "soon":
+    os.read(int(sys.argv[2]), 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux sends the signal")
+@pytest.mark.parametrize("when", ["soon", "late"])
+def test_no_process_outlives_the_one_that_started_it(tmp_path, when):
+    """However that one ends, and also if it has ended before."""
+    reading, writing = os.pipe()
+    (tmp_path / "sleeper.py").write_text(
+        f"import os, time\nos.write({writing}, b'x')\ntime.sleep(300)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT, when, str(reading), str(writing)],
+        cwd=bootstrap.ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,  # read to its end: until the child, which has it too, is gone
+        pass_fds=[reading, writing],
+        timeout=60,
+    )
+    os.close(reading)
+    os.close(writing)
+    assert done.returncode == (-9 if when == "soon" else 0)
