@@ -6,7 +6,7 @@ in the losses of their own streams, and one all-reduce gives all ranks all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,21 +108,29 @@ class Evaluator:
     baselines: BaselineCache | None = None
     reused: int = 0
 
+    def __post_init__(self) -> None:
+        self._advance: Callable[[float], None] = lambda texts: None
+
     @torch.no_grad()
     def score(
         self,
         requests: Sequence[Request],
         virtual_tokens: Sequence[Tensor],
+        advance: Callable[[float], None] = lambda texts: None,
     ) -> list[Scored]:
         """Score every request: ``loss``, its standard error and the task's metric by its name.
 
         With a teacher the loss is the mean divergence from it, in nats a position, and
         ``agreement`` is the share of positions where both find the same token likeliest.
 
+        Args:
+            advance: called with the number of texts that were just read, of ``num_texts``.
+
         Raises:
             Stopped: on all ranks, between two streams or two batches of what the base writes, if
                 one was told to stop.
         """
+        self._advance = advance
         lengths = PromptLengths.of(virtual_tokens)
         known = self._known(requests)
         asked = [r for r, found in zip(requests, known, strict=True) if found is None]
@@ -144,6 +152,18 @@ class Evaluator:
             ]
         self.engine.end_step()
         return results
+
+    def num_texts(self, requests: Sequence[Request]) -> int:
+        """Texts that ``score`` reads: rows (candidates where rows are padded) and generations."""
+        texts = 0
+        for request in requests:
+            rows = len(request.rows.candidates)
+            if request.by_labels:
+                texts += rows if self.base.packed else rows * _width(request)
+                texts += 0 if request.rows.task.scored_by_likelihood else rows
+            if request.teacher is not None:
+                texts += rows
+        return texts
 
     def _known(self, requests: Sequence[Request]) -> list[Tensor | None]:
         """Likelihoods that an earlier run has computed, on every rank; None for the others."""
@@ -187,21 +207,27 @@ class Evaluator:
         """This rank's streams of the pieces, on the device."""
         max_tokens = self.budget.tokens
 
-        def planned() -> Iterator[list[Piece]]:
+        def planned() -> Iterator[tuple[list[Piece], float]]:
             most = WINDOW_STREAMS * max_tokens * self.engine.world_size
             for window in portions(pieces, lambda piece: piece.num_tokens, most):
                 plan = plan_streams(window, lengths.tokens, self.engine.world_size, max_tokens)
-                yield from plan[self.engine.rank]
+                mine = plan[self.engine.rank]
+                yield from ((stream, len(window) / len(mine)) for stream in mine)
 
-        def make(mine: list[Piece]) -> Stream:
-            return prepare_stream(mine, lengths, self.engine.device, taught=taught)
+        def make(planned: tuple[list[Piece], float]) -> tuple[Stream, float]:
+            mine, texts = planned
+            return prepare_stream(mine, lengths, self.engine.device, taught=taught), texts
 
-        for prepared in ahead(make, planned()):
-            self._stop_if_told()
+        texts = 0.0
+        for prepared, share in ahead(make, planned()):
+            self._between_streams(texts)
             yield prepared.to(self.engine.device)
+            texts = share
+        self._advance(texts)
 
-    def _stop_if_told(self) -> None:
-        """On all ranks together; what was scored so far is forgotten."""
+    def _between_streams(self, texts: float) -> None:
+        """Report texts that were read; raise ``Stopped`` on all ranks together if one must stop."""
+        self._advance(texts)
         if self.engine.any(stop.asked()):
             raise Stopped
 
@@ -265,7 +291,7 @@ class Evaluator:
             [e.input_ids[:start] for e, (start, _) in zip(examples, spans, strict=True)],
             prompt,
             task.max_new_tokens,
-            between_batches=self._stop_if_told,
+            between_batches=self._between_streams,
             max_tokens=WRITTEN_TOKENS * self.budget.tokens,
         )
         code = task.metric == "execution"

@@ -149,7 +149,7 @@ def generate(
     inputs: Sequence[Sequence[int]],
     virtual_tokens: Tensor | None,
     max_new_tokens: int,
-    between_batches: Callable[[], object] = lambda: None,
+    between_batches: Callable[[int], object] = lambda rows: None,
     max_tokens: int | None = None,
 ) -> list[list[int]]:
     """The tokens that the base writes after each input, up to the first end mark.
@@ -161,7 +161,8 @@ def generate(
     Args:
         inputs: token ids of each row.
         virtual_tokens: the prompt [P, H], its keys and values [P, L, 2, A, D], or None.
-        between_batches: is called on all ranks alike; what it raises ends all of it.
+        between_batches: called on all ranks with the number of rows done since the last call; what
+            it raises ends the generation.
         max_tokens: of the rows of a batch with all that stands before and behind them; one row is
             always read.
     """
@@ -175,7 +176,7 @@ def generate(
     written: dict[int, list[int]] = {}
     with base.unpacked():
         for start in range(0, len(order), batch_size * engine.world_size):
-            between_batches()
+            between_batches(batch_size * engine.world_size if start else 0)
             mine = order[start + engine.rank :: engine.world_size][:batch_size]
             rows = [inputs[i] for i in mine or order[:1]]
             batch = _decode(engine, base, ending, rows, virtual_tokens, max_new_tokens)

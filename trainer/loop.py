@@ -511,8 +511,8 @@ class Loop:
         if not requests:
             return []
         prompts = [] if all(request.prompt is None for request in requests) else self.bank.judged()
-        with self.console.phase(what):
-            return self.evaluator.score(requests, prompts)
+        with self.console.phase(what, self.evaluator.num_texts(requests), "texts") as phase:
+            return self.evaluator.score(requests, prompts, phase.advance)
 
     def state(self) -> dict[str, Any]:
         """All but the bank's tensors that going on needs, as JSON."""

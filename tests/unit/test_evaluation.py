@@ -120,7 +120,9 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
     data = load(tmp_path, rows, tokenizer, **task)
     evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, StreamBudget(100))
-    (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
+    request, texts = Request(data.evaluation["validation"], None), []
+    (found,) = evaluator.score([request], [], texts.append)
+    assert sum(texts) == evaluator.num_texts([request]) == 4, "progress ends at the number of texts"
     assert found.scores["accuracy"] == 3 / 4
     assert found.predicted == [*likeliest, likeliest[0]]
     assert found.nll_RC.shape == (4, 3)

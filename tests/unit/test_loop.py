@@ -391,7 +391,7 @@ def script(toy: Toy, scores: dict[int, list[tuple[float, float]]]) -> Toy:
     left = {k: iter(pairs) for k, pairs in scores.items()}
     now: dict[tuple[int, int], tuple[float, float]] = {}
 
-    def score(requests: Any, _: Any) -> list[Scored]:
+    def score(requests: Any, *_: Any) -> list[Scored]:
         step = toy.loop.progress.step
         for k in {request.prompt for request in requests}:
             now[step, k] = next(left[k])

@@ -198,6 +198,8 @@ def _score(
     prompts = [prompt.to(engine.device, torch.float32) for prompt in virtual_tokens]
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
     requests = [Request(reader.rows, reader.prompt) for reader in readers]
-    scores = evaluator.score(requests, prompts)
+    what = f"scoring with quantization/matmul {setting.name}"
+    with console.phase(what, evaluator.num_texts(requests), "texts") as phase:
+        scores = evaluator.score(requests, prompts, phase.advance)
     engine.release(loaded.model)
     return [scored.scores for scored in scores]
