@@ -64,8 +64,8 @@ def prepare(
         raise BadInput(f"{out}: is there already; give a new folder")
     with console.downloading(settings.model) as progress:
         files = open_base(settings, progress=progress)
-    if files.parameters.warning:
-        console.warn(files.parameters.warning)
+    for warning in files.parameters.warnings:
+        console.warn(warning)
     stored_int8 = [name for name in files.tensors if scales_name(name) in files.tensors]
     if stored_int8:
         raise BadInput(
@@ -218,7 +218,7 @@ def _write_the_rest(files: BaseFiles, settings: Base, out: Path) -> None:
         "llm_int8_threshold": 0.0,
         "llm_int8_skip_modules": None if settings.head == "int8" else ["lm_head", "embed_out"],
     }
-    if files.parameters.warning:  # the head differs from the embeddings: say so to all readers
+    if files.parameters.separate:  # the head differs from the embeddings: say so to all readers
         for section in (config, config.get("text_config")):
             if isinstance(section, dict):
                 section["tie_word_embeddings"] = False

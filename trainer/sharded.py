@@ -66,8 +66,8 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
 
     downloaded = engine.on_each_node(download)
     files = engine.together(lambda: downloaded or open_base(settings, download=False))
-    if files.parameters.warning:
-        console.warn(files.parameters.warning)
+    for warning in files.parameters.warnings:
+        console.warn(warning)
     if len(set(engine.all_gather(files.fingerprint))) > 1:
         raise BadInput(
             f"base.model: {settings.model!r} is not the same on all nodes; name a commit in "

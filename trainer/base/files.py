@@ -31,9 +31,13 @@ from trainer.base.reader import StoredTensor
 from trainer.base.reference import ReadParameters, library_errors, read_parameters
 from trainer.config import Base, resolve_path
 from trainer.errors import BadInput
+from trainer.jsonfile import read_json_object
 
 #: Enough of a weight file for its header and the first tensors.
 HEADER_BYTES = 1 << 20
+#: JSON files of a tokenizer, and more bytes than they have.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+TOKENIZER_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
     with library_errors(f"base.model: config.json of {name!r}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
+        if not isinstance(text, PretrainedConfig):
+            raise TypeError(f"the config of its text model is {text!r}")
     for each in (config, text):
         check_quantization(each, name)
     return config
@@ -164,12 +170,18 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: if its files are damaged, or it needs code of its own.
     """
-    with library_errors(f"base.model: the tokenizer of {name!r}"):
-        # False, not unset: transformers would ask on the terminal and wait.
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )
-        tokenizer("A text.")
+    try:
+        with library_errors(f"base.model: the tokenizer of {name!r}"):
+            # False, not unset: transformers would ask on the terminal and wait.
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
+            tokenizer("A text.")
+    except BadInput:
+        for file in TOKENIZER_FILES:  # a file that is damaged says more
+            if (folder / file).is_file():
+                read_json_object(folder / file, max_bytes=TOKENIZER_BYTES)
+        raise
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool):
         raise BadInput(

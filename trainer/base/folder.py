@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
 #: Files that transformers takes for a checkpoint of torch.distributed, before all others.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_FILE_NAME = re.compile(r"[^\0]{1,255}")
 #: More layers than any model has: lists of that length are made before a weight is looked at.
 MOST_LAYERS = 100_000
 #: Methods whose weights transformers dequantizes while it loads them, and its config for that.
@@ -43,10 +44,10 @@ def check_folder(folder: Path, name: str) -> None:
             + "; name the folder that holds the model's config.json and safetensors files"
         )
     problems = [
-        f"{path}: is a link to a file that is not there; copy or download the model again"
+        f"{path}: {_no_file(path)}; copy or download the model again"
         for pattern in SMALL_FILES
         for path in sorted(folder.glob(pattern))
-        if path.is_symlink() and not path.exists()
+        if not path.is_file()
     ]
     if (folder / "adapter_config.json").is_file():
         problems.append(
@@ -62,6 +63,10 @@ def check_folder(folder: Path, name: str) -> None:
         )
     if problems:
         raise BadInput(problems)
+
+
+def _no_file(path: Path) -> str:
+    return "is not a file" if path.exists() else "is a link to a file that is not there"
 
 
 def check_config(path: Path) -> None:
@@ -163,6 +168,9 @@ def find_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
 
 
 def _no_weights(folder: Path, name: str) -> str:
+    for path in (folder / SINGLE, folder / INDEX):
+        if path.exists() or path.is_symlink():
+            return f"{path}: {_no_file(path)}; copy or download the model again"
     safe = sorted(path.name for path in folder.glob("*.safetensors"))
     other = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
@@ -192,7 +200,7 @@ def read_index(folder: Path) -> list[str]:
         return []
     weight_map = read_json_object(path).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not files or not all(isinstance(file, str) and file for file in files):
+    if not files or not all(isinstance(file, str) and _FILE_NAME.fullmatch(file) for file in files):
         raise BadInput(
             f"{path}: weight_map must give the file of each tensor by name; copy or download it "
             "again"

@@ -39,7 +39,7 @@ from trainer.errors import BadInput
 COMPARED = 4 << 20
 #: A model may have this many parameters for each stored tensor, and some more, before it is clear
 #: that config.json does not belong to the weights.
-PARAMETERS_PER_TENSOR, MORE_PARAMETERS = 4, 10_000
+PARAMETERS_PER_TENSOR, MORE_PARAMETERS = 4, 2_000
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,15 @@ class ReadParameters:
         tensors: by the parameter's name; the rows of its tensors, end to end, are the parameter's.
         tied: the head is the embedding table.
         duplicate: a stored tensor that equals the one that the tied parameter is read from.
-        warning: what a person should know about the head; empty if nothing.
+        separate: config.json ties the head, but another head is stored, and read.
+        warnings: what a person should know about the stored tensors.
     """
 
     tensors: dict[str, tuple[str, ...]]
     tied: bool
     duplicate: str | None = None
-    warning: str = ""
+    separate: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def read_parameters(
@@ -86,12 +88,12 @@ def read_parameters(
     pair = {parameters[head], parameters[table]}
     tied = any({target, source} == pair for target, source in loader.all_tied_weights_keys.items())
     own, source = stored.get(parameters[head]), stored.get(parameters[table])
-    duplicate, warning = None, ""
+    duplicate, separate, warnings = None, False, _unread_warnings(loader, unread, name)
     if tied and own and source and own != source:
         duplicate = own[0]
         if not _equal(duplicate, source[0], tensors):
-            tied, duplicate = False, None
-            warning = (
+            tied, duplicate, separate = False, None, True
+            warnings.append(
                 f"base.model: config.json of {name!r} ties the head to the word embeddings, but "
                 f"{own[0]!r} is stored and differs from {source[0]!r}: the head is kept apart, as "
                 "transformers does"
@@ -102,7 +104,7 @@ def read_parameters(
     if missing:
         raise BadInput(_incomplete(name, config, missing, unread, tensors, ends=pair))
     found = {parameter: stored[known] for parameter, known in parameters.items()}
-    return ReadParameters(found, tied, duplicate, warning)
+    return ReadParameters(found, tied, duplicate, separate, tuple(warnings))
 
 
 def meta_model(config: PretrainedConfig, name: str, **options: Any) -> PreTrainedModel:
@@ -139,9 +141,14 @@ def library_errors(subject: str) -> Iterator[None]:
     except BaseException as error:
         text = " ".join(str(error).split())
         if "custom code" in text:
-            text = "needs code of its own, which is never run; give a model that transformers knows"
-        reason = f"{text[:300] or 'no reason given'} ({type(error).__name__})"
-        raise BadInput(f"{subject}: cannot be read: {reason}") from None
+            raise BadInput(
+                f"{subject}: needs code of its own, which is never run; give a model that "
+                "transformers knows"
+            ) from None
+        raise BadInput(
+            f"{subject}: transformers cannot read it: {text[:300]} ({type(error).__name__}); copy "
+            "or download it again, or give a model that this version of transformers knows"
+        ) from None
 
 
 @contextmanager
@@ -264,6 +271,26 @@ def _stacked(
                 f"asks for {experts} experts; copy or download the model again"
             )
     return tuple(tensor for expert in zip(*columns, strict=True) for tensor in expert)
+
+
+def _unread_warnings(loader: PreTrainedModel, unread: Sequence[str], name: str) -> list[str]:
+    """Name stored tensors that belong to no parameter, but for those known to be of no use."""
+    useless = [
+        *(loader._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+        r"[._]SCB$",
+        r"\.weight_format$",
+    ]
+    ignored = re.compile("|".join(f"({pattern})" for pattern in useless))
+    others = [tensor for tensor in unread if not ignored.search(tensor)]
+    if not others:
+        return []
+    more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+    return [
+        f"base.model: {others[0]!r}{more} of {name!r} belong to no part of the model that "
+        "config.json describes; they are not read, as in transformers"
+    ]
 
 
 def _number(tensor: str) -> int:

@@ -26,6 +26,9 @@ from trainer.base.sources import Source, find_sources
 from trainer.config import Base
 from trainer.errors import BadInput
 
+#: More than any model has in rotary frequencies, tables of sines and masks.
+MOST_BUFFER_BYTES = 1 << 30
+
 
 def build_skeleton(
     files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device
@@ -182,7 +185,18 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
     Done as transformers does it after loading: every family's ``_init_weights`` fills such buffers
     in, and leaves parameters on ``meta`` as they are.
+
+    Raises:
+        BadInput: if config.json asks for buffers of no model's size, or they cannot be computed.
     """
+    sizes = {path: buffer.nbytes for path, buffer in model.named_buffers() if buffer.is_meta}
+    if sum(sizes.values()) > MOST_BUFFER_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise BadInput(
+            f"base.model: config.json asks for tables of {sum(sizes.values()) / 1e9:,.1f} GB "
+            f"beside the weights ({largest}), more than any model has; give the config.json of "
+            "these weights"
+        )
     for path, module in model.named_modules():
         buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
         if not buffers or module is model.get_input_embeddings():

@@ -57,8 +57,8 @@ def _base_alone(args: argparse.Namespace) -> int:
         settings = _in_int8(run_file.load_base(args.target, args.overrides))
         with console.downloading(settings.model) as progress:
             files = open_base(settings, progress=progress)
-        if files.parameters.warning:
-            console.warn(files.parameters.warning)
+        for warning in files.parameters.warnings:
+            console.warn(warning)
         weights = int8_weights(files, settings)
         with console.loading(f"reading {settings.model}", stored_bytes(files, weights)) as bar:
             errors = measure_weights(files, weights, bar.advance)
