@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.base import identity as base_identity
-from trainer.base.files import BaseFiles, open_base
+from trainer.base.files import BaseFiles, open_base, portable_name
 from trainer.base.words import read_words
 from trainer.checkpoint import Saved
 from trainer.config import Prompt, RunConfig, load_output
@@ -122,7 +122,7 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
     save_peft(
         out,
         virtual_tokens,
-        config.base.model,
+        portable_name(config.base),
         config.base.revision,
         num_layers=files.config.num_hidden_layers,
         num_attention_heads=files.config.num_attention_heads,

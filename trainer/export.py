@@ -40,7 +40,7 @@ def save_peft(
     Args:
         virtual_tokens: folded, [P, H] or, of prefix tuning, keys and values [P, L, 2, A, D]; saved
             in fp32.
-        base_model_name: folder or hub id that PEFT loads the base from.
+        base_model_name: what PEFT loads the base from: a folder's absolute path, or a hub id.
         title: of the model card; default: the folder's name.
         description: a line for the model card: task, score.
 
@@ -77,7 +77,7 @@ def save_peft(
     weights = {TENSOR: prompt.flatten(1)}
     atomic.write(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     atomic.write_json(folder / SETTINGS, config)
-    atomic.write(folder / CARD, _card(title or folder.name, config, description))
+    atomic.write(folder / CARD, _card(title or folder.name, config, description, folder))
 
 
 def load_peft(folder: Path) -> Tensor:
@@ -89,7 +89,7 @@ def load_peft(folder: Path) -> Tensor:
     return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))
 
 
-def _card(name: str, config: dict[str, Any], description: str) -> str:
+def _card(name: str, config: dict[str, Any], description: str, folder: Path) -> str:
     base, revision = config["base_model_name_or_path"], config["revision"]
     at = "" if revision is None else f", revision={revision!r}"
     kind = config["peft_type"].replace("_", " ").lower()
@@ -113,6 +113,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base!r}{at})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+model = PeftModel.from_pretrained(base, {str(folder.resolve())!r})  # this folder
 ```
 """

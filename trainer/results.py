@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from trainer import atomic
-from trainer.base.files import BaseFiles
-from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
+from trainer.base.files import BaseFiles, portable_name
+from trainer.config import PROJECT_ROOT, RunConfig, dump
 from trainer.console import Console, clock
 from trainer.engine import Engine, base_bytes
 from trainer.export import save_peft
@@ -88,10 +88,7 @@ def forget_if_other(output: Path, words: str) -> None:
 
 def _anywhere(config: RunConfig) -> RunConfig:
     """The run file with the base's folder in full, so that it is found from any working folder."""
-    folder = resolve_path(config.base.model)
-    if not folder.is_dir():
-        return config
-    base = config.base.model_copy(update={"model": str(folder.resolve())})
+    base = config.base.model_copy(update={"model": portable_name(config.base)})
     return config.model_copy(update={"base": base})
 
 
@@ -177,7 +174,7 @@ def finish(
             save_peft(
                 where,
                 virtual_tokens,
-                config.base.model,
+                portable_name(config.base),
                 config.base.revision,
                 title=title,
                 description=f"Task {prompt.task}. {described}".strip(),

@@ -231,6 +231,9 @@ def test_adapter_loads_in_peft(two_ranks: Path) -> None:
 
     model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
     plain = AutoModelForCausalLM.from_pretrained(ROOT / model, dtype=torch.float32)
+    settings = json.loads((two_ranks / "prompts" / "soft" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == model
+    assert Path(model).is_absolute()
     ids = torch.arange(5, 25)[None]
     saved = load_file(two_ranks / f"checkpoints/step-{STEPS:08d}/state.safetensors")
     for name in ("soft", "mlp"):

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftModel, PromptTuningConfig
+from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainer.base.files import portable_name
+from trainer.config import Base
 from trainer.export import save_peft
 
 P, H, V, L, HEADS = 5, 16, 30, 2, 4
@@ -49,6 +51,29 @@ def test_peft_gives_the_same_logits(tmp_path: Path, base: LlamaForCausalLM) -> N
         model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
         found = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_base_in_a_folder_is_found_from_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: LlamaForCausalLM
+) -> None:
+    """By AutoPeftModel and by the lines of the model card, after the run named it relatively."""
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    export(Path("adapter"), torch.randn(P, H), portable_name(Base(model="base")))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    found: dict[str, Any] = {}
+    exec((tmp_path / "adapter" / "README.md").read_text().split("```")[1][len("python") :], found)
+    ids = torch.randint(0, V, (1, 4))
+    with torch.no_grad():
+        logits = [m.eval()(input_ids=ids).logits for m in (model, found["model"])]
+    assert torch.equal(*logits)
+
+
+def test_a_hub_id_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert portable_name(Base(model="org/name")) == "org/name"
 
 
 def test_peft_generates_with_it(tmp_path: Path, base: LlamaForCausalLM) -> None:

@@ -134,6 +134,12 @@ def local_folder(settings: Base) -> Path | None:
     return None
 
 
+def portable_name(settings: Base) -> str:
+    """What loads the base from any working folder: the folder's absolute path, or the hub id."""
+    folder = local_folder(settings)
+    return settings.model if folder is None else str(folder.resolve())
+
+
 def _no_folder(path: Path, name: str) -> str:
     if path.suffix == ".gguf":
         return (
