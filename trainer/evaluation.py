@@ -194,7 +194,8 @@ class Evaluator:
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
-        for stream in self._streams(_pieces(requests, self.base.packed), lengths):
+        pieces = _pieces(requests, self.base.packed, self.budget.tokens)
+        for stream in self._streams(pieces, lengths):
             nll_N = self.base(stream, virtual_tokens).double()
             slot_N = stream.label_slot_N  # -1 in a filler, whose losses count nothing
             totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
@@ -334,23 +335,28 @@ def _width(request: Request) -> int:
     return request.rows.candidates.width
 
 
-def _pieces(requests: Sequence[Request], packed: bool) -> Iterator[Piece]:
+def _pieces(requests: Sequence[Request], packed: bool, max_tokens: int) -> Iterator[Piece]:
     """All candidates of all rows of all requests; slots are numbered in this order.
 
     Args:
         packed: the base reads a row's text once for all its candidates. All streams then have
             ``Stream.shared``, as ranks that share a head must agree on it.
+        max_tokens: of a stream; a row with more tokens in all its candidates is read several times.
     """
     slot = 0
     for request in requests:
         if request.by_labels:
             for row in request.rows.candidates:
                 if packed:
-                    yield Piece(row[0], request.prompt, slot, candidates=tuple(row))
+                    room = max(1, max_tokens - row[0].target_start)
+                    parts = portions(row, lambda example: example.num_labels, room)
+                    for part in parts:
+                        yield Piece(part[0], request.prompt, slot, candidates=tuple(part))
+                        slot += len(part)
                 else:
-                    for i, example in enumerate(row):
-                        yield Piece(example, request.prompt, slot + i)
-                slot += len(row)
+                    for example in row:
+                        yield Piece(example, request.prompt, slot)
+                        slot += 1
 
 
 def _taught_pieces(requests: Sequence[Request]) -> Iterator[Piece]:

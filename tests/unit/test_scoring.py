@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import scoring
+from tests.alone import Alone
 from tests.family_bases import CASES, VOCAB_SIZE, WINDOW
+from tests.random_base import make_tokenizer, save_random
+from tests.unit.test_evaluation import load
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
 from trainer.base.families import FAMILIES
 from trainer.base.model import PromptedBase
+from trainer.evaluation import Evaluator, Request
+from trainer.memory import StreamBudget
 from trainer.tasks.streams import Piece, PromptLengths, build_stream
 from trainer.tasks.tokens import Example
 
@@ -77,3 +84,39 @@ def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
     wanted = likelihoods(base, alone, prompts, len(alone))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert found.std() > 0.5, "the candidates differ"
+
+
+@pytest.mark.parametrize("budget", [1000, 24, 1])
+def test_a_row_with_more_candidates_than_a_stream_holds(tmp_path: Path, budget: int) -> None:
+    """Scores are the same, whatever the number of streams that a row's candidates take."""
+    tokenizer = make_tokenizer()
+    choices = [f"w{i} w{i + 1}" for i in range(20, 50)]
+    rows = [{"text": "w3 w4 w5 w6 w7", "label": choices[2]}, {"text": "w8", "label": choices[0]}]
+    task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
+    validation = load(tmp_path, rows, tokenizer, **task).evaluation["validation"]
+    base = load_whole(save_random(tmp_path / "base"), "none")
+    (scored,) = Evaluator(
+        Alone(),  # type: ignore[arg-type]
+        base,
+        tokenizer,
+        StreamBudget(budget),
+    ).score([Request(validation, None)], [])
+    alone = [
+        Piece(example, None, slot)
+        for slot, example in enumerate(e for row in validation.candidates for e in row)
+    ]
+    wanted = likelihoods(base, alone, [], len(alone)).view(2, len(choices)).double()
+    assert scored.nll_RC is not None
+    torch.testing.assert_close(scored.nll_RC, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_three_choices_cost_little_more_than_one() -> None:
+    """FLOPs of rows of 60 tokens, against reading each row once for each choice."""
+    base = load_whole(scoring.ROOT / "examples" / "tiny_base", "int8")
+    prompts = [torch.zeros(scoring.VIRTUAL, base.hidden_size)]
+    rows = scoring.made_up_rows()[:12]
+    found, each = (
+        scoring.count(base, form(rows, 0), prompts) for form in (scoring.once, scoring.for_each)
+    )
+    assert found.total <= scoring.REACH * each.total
+    assert found.head == pytest.approx(each.head * 4 / 6)
