@@ -28,7 +28,8 @@ from tests.whole_base import load_whole
 from trainer.base.model import PromptedBase
 from trainer.memory import CPU_TOKENS
 from trainer.prefetch import prepare_stream
-from trainer.tasks.streams import Piece, PromptLengths, plan_streams
+from trainer.tasks.planning import plan_streams
+from trainer.tasks.streams import Piece, PromptLengths
 from trainer.tasks.table import Example
 
 ROOT = Path(__file__).resolve().parents[1]

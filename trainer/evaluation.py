@@ -27,7 +27,8 @@ from trainer.tasks.baseline_cache import BaselineCache
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.nested import split_labels
 from trainer.tasks.overlap import exclusive
-from trainer.tasks.streams import Piece, PromptLengths, Stream, plan_streams, portions
+from trainer.tasks.planning import plan_streams, portions
+from trainer.tasks.streams import Piece, PromptLengths, Stream
 from trainer.tasks.teacher import Teacher
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.

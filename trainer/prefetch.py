@@ -11,6 +11,7 @@ import torch
 
 from trainer.base.attention import make_layout
 from trainer.tasks.feed import Feed
+from trainer.tasks.planning import plan_streams
 from trainer.tasks.streams import (
     Piece,
     PromptLengths,
@@ -18,7 +19,6 @@ from trainer.tasks.streams import (
     build_stream,
     build_teacher_stream,
     changed,
-    plan_streams,
 )
 
 T = TypeVar("T")

@@ -18,7 +18,8 @@ from trainer.prefetch import Batch, Rank, ahead, prepare
 from trainer.prompts.evolution import FEWEST, Found, Words
 from trainer.prompts.units import Unsearched
 from trainer.tasks.feed import Feed, TaskData
-from trainer.tasks.streams import Piece, PromptLengths, portions
+from trainer.tasks.planning import portions
+from trainer.tasks.streams import Piece, PromptLengths
 
 #: Share of the room of streams that a portion of starts fills: rows do not divide evenly.
 FILLED = 0.95

@@ -25,7 +25,8 @@ from trainer.engine import Engine, base_bytes, base_digest
 from trainer.generation import Ending, generate
 from trainer.objective import step_gradients
 from trainer.process import leave
-from trainer.tasks.streams import Piece, PromptLengths, Stream, build_stream, plan_streams
+from trainer.tasks.planning import plan_streams
+from trainer.tasks.streams import Piece, PromptLengths, Stream, build_stream
 
 TABLE = "model.embed_tokens.weight"
 HIDDEN = 64

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.tasks.cursor import Cursor
-from trainer.tasks.streams import SLACK, Piece, Segment, build_stream, plan_streams
+from trainer.tasks.planning import SLACK, plan_streams
+from trainer.tasks.streams import Piece, Segment, build_stream
 from trainer.tasks.tokens import Example
 
 P = 20
