@@ -20,7 +20,7 @@ from trainer.generation import Ending, generate
 from trainer.memory import StreamBudget
 from trainer.objective import read_teacher
 from trainer.prefetch import ahead, prepare_stream
-from trainer.statistics import STANDARD_ERROR, ratio_standard_error
+from trainer.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
 from trainer.stop import Stopped
 from trainer.tasks import metrics
 from trainer.tasks.baseline_cache import BaselineCache
@@ -71,17 +71,22 @@ class Scored:
             the candidate with the lowest value. A choice that begins another one counts without
             text that continues as the longer one (``trainer.tasks.overlap``); the loss counts all
             of it. None where labels are not scored.
+        nll_R: negative log-likelihood of every row's right target, as the loss sums it.
         texts_R: generated text of every row; None where nothing is generated.
         targets_R: text of every row's target, decoded as the generated text is.
         correct_R: whether the generated text of a row is right by the task's metric; of sets of
             labels, whether the whole set is.
+        teacher_R2: divergence from the teacher in nats and number of positions with the same most
+            likely token, both summed over the labels of every row; None without a teacher.
     """
 
     scores: dict[str, float]
     nll_RC: Tensor | None = None
+    nll_R: list[float] | None = None
     texts_R: list[str] | None = None
     targets_R: list[str] | None = None
     correct_R: list[bool] | None = None
+    teacher_R2: Tensor | None = None
 
     @property
     def predicted(self) -> list[int]:
@@ -148,8 +153,14 @@ class Evaluator:
         if any(request.teacher is not None for request in requests):
             compared = self._comparisons(requests, lengths, virtual_tokens)
             results = [
-                replace(result, scores=result.scores | found)
-                for result, found in zip(results, compared, strict=True)
+                result
+                if teacher_R2 is None
+                else replace(
+                    result,
+                    scores=result.scores | _compared(teacher_R2, request.rows.label_counts),
+                    teacher_R2=teacher_R2,
+                )
+                for request, result, teacher_R2 in zip(requests, results, compared, strict=True)
             ]
         self.engine.end_step()
         return results
@@ -238,8 +249,8 @@ class Evaluator:
         requests: Sequence[Request],
         lengths: PromptLengths,
         virtual_tokens: Sequence[Tensor],
-    ) -> list[dict[str, float]]:
-        """Loss and agreement of every request with a teacher; nothing of the others."""
+    ) -> list[Tensor | None]:
+        """``Scored.teacher_R2`` of every request; None without a teacher."""
         rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
         sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
         for stream in self._streams(_taught_pieces(requests), lengths, taught=True):
@@ -251,7 +262,7 @@ class Evaluator:
             sums_R2.index_add_(0, slots, found[:, distilled_D].T.double())
         self.engine.all_reduce_sum([sums_R2])
         return [
-            {} if request.teacher is None else _compared(part, request.rows.label_counts)
+            None if request.teacher is None else part
             for request, part in zip(requests, sums_R2.cpu().split(rows), strict=True)
         ]
 
@@ -266,15 +277,17 @@ class Evaluator:
             "loss": sum(nll_R) / sum(counts_R),
             f"loss{STANDARD_ERROR}": ratio_standard_error(nll_R, counts_R),
         }
-        if nll_RC.shape[1] > 1:
+        if task.scored_by_likelihood:
             nll_RC = exclusive(nll_RC, rows.candidates)
-        if task.metric == "accuracy":
-            result["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
+            predicted: list[int] = nll_RC.argmin(1).tolist()
+            result["accuracy"] = metrics.accuracy(predicted, rows.gold)
+            f1 = macro_f1(predicted, rows.gold)
+            result |= dict(zip(("macro_f1", f"macro_f1{STANDARD_ERROR}"), f1, strict=True))
         if task.metric in ("accuracy", "loss"):
-            return Scored(result, nll_RC)
+            return Scored(result, nll_RC, nll_R)
         prompt = None if request.prompt is None else virtual_tokens[request.prompt]
         generated = self._generated(rows, prompt)
-        return replace(generated, scores=result | generated.scores, nll_RC=nll_RC)
+        return replace(generated, scores=result | generated.scores, nll_RC=nll_RC, nll_R=nll_R)
 
     def _generated(self, rows: EvalSet, prompt: Tensor | None) -> Scored:
         """Generate the target of every row and score it; of a dialogue, the last answer.
@@ -284,7 +297,7 @@ class Evaluator:
         """
         task = rows.task
         ending = Ending.of(self.base.model.generation_config, self.tokenizer, task)
-        examples = [candidates[0] for candidates in rows.candidates]
+        examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
         spans = [example.label_spans[-1] for example in examples]
         written = generate(
             self.engine,
@@ -320,7 +333,10 @@ class Evaluator:
         if task.multi_label:
             written, right = ([split_labels(t, task) for t in found] for found in (texts, targets))
             scores = metrics.multi_label(written, right, task.choices or [])
-            if task.metric != "f1":
+            if task.metric == "f1":
+                error = ratio_standard_error(*metrics.f1_terms(written, right))
+                scores[f"f1{STANDARD_ERROR}"] = error
+            else:
                 del scores["f1"]
             return scores, [set(a) == set(b) for a, b in zip(written, right, strict=True)]
         matches = metrics.matches(texts, targets)
@@ -370,11 +386,12 @@ def _taught_pieces(requests: Sequence[Request]) -> Iterator[Piece]:
                 slot += 1
 
 
-def _compared(sums_R2: Tensor, counts_R: Sequence[int]) -> dict[str, float]:
+def _compared(teacher_R2: Tensor, counts_R: Sequence[int]) -> dict[str, float]:
     """Scores of rows from the divergence and the agreement summed over each one's labels."""
-    kl_R, same_R = sums_R2.T.tolist()
+    kl_R, same_R = teacher_R2.T.tolist()
     return {
         "loss": sum(kl_R) / sum(counts_R),
         f"loss{STANDARD_ERROR}": ratio_standard_error(kl_R, counts_R),
         "agreement": sum(same_R) / sum(counts_R),
+        f"agreement{STANDARD_ERROR}": ratio_standard_error(same_R, counts_R),
     }

@@ -15,7 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from trainer.base.saved import SavedBytes
+from trainer.baselines import (
+    VALIDATION,
+    add_majority,
+    baselines_of,
+    merge_scores,
+    score_baselines,
+)
 from trainer.config import RunConfig
 from trainer.console import Console, StepLine
 from trainer.engine import Engine
@@ -23,6 +32,7 @@ from trainer.evaluation import Evaluator, Request, Scored
 from trainer.objective import StepResult, batch_gradients
 from trainer.optimization import EarlyStopping
 from trainer.phase_times import PhaseTimes
+from trainer.prediction_records import Predictions, scored_columns
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.ranking import ScoreKey, score_key
@@ -30,9 +40,8 @@ from trainer.result_table import DIVERGENCE, column_title, format_score, shown_s
 from trainer.search import rungs, worst
 from trainer.statistics import STANDARD_ERROR
 from trainer.stop import Stopped
-from trainer.tasks.feed import TaskData
+from trainer.tasks.feed import EvalSet, TaskData
 from trainer.tasks.streams import PromptLengths
-from trainer.tasks.teacher import Teacher
 
 Scores = dict[str, float]
 
@@ -86,6 +95,7 @@ class Loop:
         saved_bytes_per_token: of the first stream, between its forward and its backward.
         log, save, between_steps: what is done with the numbers of a step, with the state of the run
             where a checkpoint is due, and after every step.
+        predictions: where predictions are kept; None on other ranks than 0.
         steps_here, train_gathered_bytes, train_exchanged_bytes: since this process started, unlike
             ``progress``; the latter are part of the former.
     """
@@ -100,6 +110,7 @@ class Loop:
     log: Callable[[int, int, Mapping[str, float], str | None], None] = _nothing
     save: Callable[[Loop], None] = _nothing
     between_steps: Callable[[], object] = _nothing
+    predictions: Predictions | None = None
     progress: Progress = field(default_factory=Progress)
     times: PhaseTimes = field(default_factory=PhaseTimes)
 
@@ -123,9 +134,10 @@ class Loop:
             Stopped: if a rank was told to stop; the state of the last step is saved then.
         """
         try:
-            if not self.progress.baselines:
-                with self.times("baselines"):
+            with self.times("baselines"):
+                if not self.progress.baselines:
                     self._score_baselines()
+                add_majority(self.tasks, self.progress.baselines, self.predictions)
             with self.console.training(self.last_step, self.progress.step) as line:
                 while self.progress.unjudged or self._goes_on():
                     if not self.progress.unjudged:
@@ -142,6 +154,8 @@ class Loop:
                     ended = not any(self.bank.active)
                     if ended or self.progress.step % self.config.checkpoint.every == 0:
                         self._save()
+            with self.times("validation"):
+                self._complete_predictions()
         finally:
             self.feed.close()
 
@@ -346,12 +360,10 @@ class Loop:
                 "the prompts of this run differ between ranks; all devices must be of one kind"
             )
         requests = [
-            Request(rows, k, data.teachers.get(self.bank.names[k]))
-            for k in due
-            for data in [self.tasks[self._task(k)]]
-            for rows in data.evaluation.values()
+            self._request(k, split) for k in due for split in self.tasks[self._task(k)].evaluation
         ]
-        results = self._score(f"validation at step {self.progress.step}", requests)
+        what = f"validation at step {self.progress.step}"
+        results = self._score(what, requests, self.bank.judged()) if requests else []
         self.progress.validations += 1
         scores = {
             k: merge_scores(
@@ -364,15 +376,20 @@ class Loop:
         self.bank.keep_best_readers(
             self.progress.step, {k: self._key(k, scores[k]) if scores[k] else None for k in due}
         )
+        validation = {
+            request.prompt: result
+            for request, result in zip(requests, results, strict=True)
+            if request.rows.split == VALIDATION
+        }
         for k in due:
-            self._judge(k, scores[k])
+            self._judge(k, scores[k], validation.get(k))
         if self.progress.step in self._rungs:
             self._halve(scores)
         for k in due:
             if self.bank.active[k] and self.progress.step == self._steps[k]:
                 self._stop(k, "finished")
 
-    def _judge(self, k: int, scores: Scores) -> None:
+    def _judge(self, k: int, scores: Scores, validation: Scored | None) -> None:
         name, step = self.bank.names[k], self.progress.step
         if not scores:  # a task without validation: the last prompt is the best we know
             self.bank.keep_best(k)
@@ -384,6 +401,9 @@ class Loop:
         if stopping.update(step, self._key(k, scores)):
             self.bank.keep_best(k)
             self.progress.scores[name] = scores
+            assert validation is not None, "a prompt is ranked by its validation rows"
+            rows = self.tasks[self._task(k)].evaluation[VALIDATION]
+            self._keep_predictions(name, step, rows, validation)
         self.console.say(f"step {step}  {name}: {self._described(k, scores)}")
         if stopping.should_stop:
             self._stop(k, "early_stopping")
@@ -435,84 +455,63 @@ class Loop:
         return score_key(scores, self._metric(k))
 
     def _score_baselines(self) -> None:
-        """What the base does without a trained prompt: with none, and with hand-written ones."""
-        keys: list[tuple[str, str | None]] = []
-        requests: list[Request] = []
-        for name, data in self.tasks.items():
-            for split, rows in data.evaluation.items():
-                keys.append((name, None))
-                requests.append(Request(rows, None))
-                texts = data.task.hand_written
-                for text, written in zip(texts, data.hand_written[split], strict=True):
-                    keys.append((name, text))
-                    requests.append(Request(written, None))
-        results = self._score("scoring baselines", requests)
-        if self.evaluator.reused:
-            self.console.say(
-                f"baselines: {self.evaluator.reused} of {len(requests)} read from the cache: an "
-                "earlier run scored the same rows with the same base"
-            )
-        found: dict[tuple[str, str | None], list[tuple[str, Scores]]] = {}
-        for key, request, result in zip(keys, requests, results, strict=True):
-            found.setdefault(key, []).append((request.rows.split, result.scores))
-        for name, data in self.tasks.items():
-            self.progress.baselines[name] = {
-                "no_prompt": merge_scores(found.get((name, None), [])),
-                "hand_written": [
-                    {"text": text, **merge_scores(found.get((name, text), []))}
-                    for text in data.task.hand_written
-                ],
-            }
-        for name, data in self.tasks.items():
-            if data.teachers:
-                self.progress.baselines[name]["untaught"] = self._score_untaught(data)
-                self.progress.baselines[name]["teachers"] = self._score_teachers(data)
+        """Score the base model without a trained prompt: with no prompt, and with texts."""
 
-    def _score_untaught(self, data: TaskData) -> dict[str, Scores]:
-        """How far the base without a prompt is from the teacher of every distilled prompt."""
-        requests = [
-            Request(rows, None, teacher)
-            for teacher in data.teachers.values()
-            for rows in data.evaluation.values()
-        ]
-        results = self._score("comparing the base with teachers", requests)
-        splits = [request.rows.split for request in requests]
-        scored = list(zip(splits, (result.scores for result in results), strict=True))
-        each = len(data.evaluation)
-        return {
-            name: merge_scores(scored[i * each : (i + 1) * each])
-            for i, name in enumerate(data.teachers)
-        }
+        def score(requests: Sequence[Request]) -> list[Scored]:
+            found = self._score("scoring baselines", requests, self.evaluator.teachers)
+            if self.evaluator.reused:
+                self.console.say(
+                    f"baselines: {self.evaluator.reused} of {len(requests)} read from the cache: "
+                    "an earlier run scored the same rows with the same base"
+                )
+            return found
 
-    def _score_teachers(self, data: TaskData) -> list[dict[str, Any]]:
-        """How well the teachers' texts themselves do, read as the prompts that learn from them are.
-
-        Returns:
-            for each different text: ``text``, ``prompts`` that learn from it, and its scores.
-        """
-        taught: dict[Teacher, list[str]] = {}
-        for name, teacher in data.teachers.items():
-            taught.setdefault(teacher, []).append(name)
         texts = {prompt.name: prompt.teacher for prompt in self.config.prompts}
-        found: list[dict[str, Any]] = []
-        for teacher, names in taught.items() if data.evaluation else ():
-            sets = [rows.behind(teacher) for rows in data.evaluation.values()]
-            requests = [Request(rows, teacher.index) for rows in sets]
-            with self.console.phase("scoring a teacher"):
-                results = self.evaluator.score(requests, self.evaluator.teachers)
-            scores = merge_scores(
-                (rows.split, result.scores) for rows, result in zip(sets, results, strict=True)
-            )
-            found.append({"text": texts[names[0]], "prompts": names, **scores})
-        return found
+        self.progress.baselines = score_baselines(self.tasks, texts, score, self.predictions)
 
-    def _score(self, what: str, requests: Sequence[Request]) -> list[Scored]:
-        """Scores of the requests by the prompts as they are now, with progress."""
+    def _complete_predictions(self) -> None:
+        """Score again what predictions lack: a file was lost, or is of another step than the best.
+
+        That happens where a run was resumed in a copied folder, from a checkpoint that is older
+        than the file, or from one of a version that kept no predictions.
+        """
+        baselines = {b.file: b for b in baselines_of(self.tasks) if VALIDATION in b.rows}
+        expected = dict.fromkeys(baselines, 0)
+        for name, rule in self.stopping.items():
+            if rule.best_step is not None:
+                expected[name] = rule.best_step
+        found = [] if self.predictions is None else self.predictions.missing(expected)
+        missing = self.engine.all_gather(found)[0]  # rank 0's
+        if not missing:
+            return
+        requests = [
+            baselines[name].request(VALIDATION, first=len(self.bank))
+            if name in baselines
+            else self._request(self.bank.names.index(name), VALIDATION)
+            for name in missing
+        ]
+        tokens = [self.bank.best(k).to(self.engine.device) for k in range(len(self.bank))]
+        tokens += self.evaluator.teachers
+        results = self._score("scoring rows again for predictions", requests, tokens)
+        for name, request, scored in zip(missing, requests, results, strict=True):
+            self._keep_predictions(name, expected[name], request.rows, scored)
+
+    def _keep_predictions(self, name: str, step: int, rows: EvalSet, scored: Scored) -> None:
+        if self.predictions is not None:
+            self.predictions.keep(name, step, rows, scored_columns(rows, scored))
+
+    def _request(self, k: int, split: str) -> Request:
+        data = self.tasks[self._task(k)]
+        return Request(data.evaluation[split], k, data.teachers.get(self.bank.names[k]))
+
+    def _score(
+        self, what: str, requests: Sequence[Request], virtual_tokens: Sequence[Tensor]
+    ) -> list[Scored]:
+        """Score requests with these prompts, with progress."""
         if not requests:
             return []
-        prompts = [] if all(request.prompt is None for request in requests) else self.bank.judged()
         with self.console.phase(what, self.evaluator.num_texts(requests), "texts") as phase:
-            return self.evaluator.score(requests, prompts, phase.advance)
+            return self.evaluator.score(requests, virtual_tokens, phase.advance)
 
     def state(self) -> dict[str, Any]:
         """All but the bank's tensors that going on needs, as JSON."""
@@ -531,13 +530,6 @@ class Loop:
             key = None if best is None else self._key(k, best)
             self.stopping[name].load_state(state["stopping"][name], key)
         self.feed.load_state_dict(state["feed"])
-
-
-def merge_scores(parts: Any) -> Scores:
-    """``{"validation_loss": ..., "validation_accuracy": ..., "shifted_validation_loss": ...}``."""
-    return {
-        f"{split}_{metric}": value for split, scores in parts for metric, value in scores.items()
-    }
 
 
 def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:

@@ -13,17 +13,25 @@ from typing import Any
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.ranking import Entry, rank
-from trainer.statistics import STANDARD_ERROR, normal_interval, rate_standard_error, wilson_interval
+from trainer.statistics import (
+    RATES,
+    STANDARD_ERROR,
+    normal_interval,
+    rate_standard_error,
+    wilson_interval,
+)
 
 #: Ending of the loss of a distilled prompt where it is shown beside cross-entropies.
 DIVERGENCE = "_KL_divergence"
-#: Metrics that are a rate over rows.
-RATES = frozenset({"accuracy", "exact_match", "execution"})
 PREFIXES = ("validation_", "shifted_validation_")
 #: Kinds of rows, in the order of a table.
 MAJORITY, NO_PROMPT, HAND_WRITTEN, PROMPT = "majority", "no_prompt", "hand_written", "prompt"
 #: The text that prompts with ``objective: distill`` learn from, scored as a prompt itself.
 TEACHER = "teacher"
+
+
+#: Characters of a label in one line.
+WIDEST_LABEL = 60
 #: How a table names the reasons for which a prompt was stopped before its steps were done.
 STOPPED = {
     "early_stopping": "stopped early",
@@ -56,6 +64,13 @@ class ResultRow(Entry):
         return shown_scores(self.scores, self.teacher is not None)
 
     @property
+    def short_label(self) -> str:
+        """The label for one line of a terminal."""
+        if len(self.label) <= WIDEST_LABEL:
+            return self.label
+        return self.label[: WIDEST_LABEL - 1] + "…"
+
+    @property
     def tag(self) -> str:
         """What marks the row in a table; empty for most."""
         if not self.best:
@@ -71,6 +86,7 @@ class TaskTable:
         columns: names of scores, as in ``ResultRow.shown``.
         rows: baselines, then prompts from best to worst, then those without a rank.
         num_rows: scored rows of each split, by its name.
+        comparison: of the best prompt with the best baseline, as ``comparison.compare`` makes it.
     """
 
     task: str
@@ -78,6 +94,7 @@ class TaskTable:
     columns: tuple[str, ...]
     rows: tuple[ResultRow, ...]
     num_rows: Mapping[str, int]
+    comparison: Mapping[str, Any] | None = None
 
     @property
     def counts(self) -> str:
@@ -107,6 +124,22 @@ class TaskTable:
 
     def interval(self, row: ResultRow, column: str) -> tuple[float, float] | None:
         return score_interval(row.shown, column, self.num_rows)
+
+    @property
+    def verdict(self) -> str:
+        """Whether a prompt beats the best baseline significantly, in one or two sentences."""
+        prompt = next((row for row in self.prompts if row.best), None)
+        baseline = next((row for row in self.baselines if row.best), None)
+        if prompt is None:
+            return "No prompt has a validation score, so none is compared with a baseline."
+        column = self.column(prompt)
+        score = f"{prompt.name} ({format_score(column, prompt.shown[column])})"
+        if baseline is None:
+            return f"There is no baseline to compare with; best prompt: {score}."
+        against = f"{baseline.short_label}: {format_score(column, baseline.shown.get(column))}"
+        if self.comparison is None:
+            return f"Best prompt: {score}; best baseline ({against}); no paired test was possible."
+        return _compared(self.comparison, column, score, against, len(self.prompts))
 
     def standard_error(self, row: Entry) -> float:
         """Standard error of an entry's score in the task's metric; NaN if it is unknown."""
@@ -143,7 +176,14 @@ def _task_table(
     baselines = [replace(row, best=True) if row in best else row for row in baselines]
     rows = (*baselines, *ranked, *unranked)
     present = {column for row in rows for column in row.shown}
-    return TaskTable(name, metric, _columns(present, metric), rows, results.get("rows") or {})
+    return TaskTable(
+        name,
+        metric,
+        _columns(present, metric),
+        rows,
+        results.get("rows") or {},
+        results.get("comparison"),
+    )
 
 
 def comparable_baselines(
@@ -227,6 +267,38 @@ def _prompt_row(prompt: Mapping[str, Any], result: Mapping[str, Any]) -> ResultR
     )
 
 
+def _compared(
+    comparison: Mapping[str, Any], column: str, score: str, against: str, num_prompts: int
+) -> str:
+    """The sentences of ``TaskTable.verdict`` with a paired test."""
+    rows, p_value = f"{comparison['rows']:,}", comparison["p_value"]
+    unit = "" if is_loss(column) else " points"
+    low, high = (format_difference(column, comparison[key]) for key in ("low", "high"))
+    numbers = (
+        f"difference {format_difference(column, comparison['difference'])}{unit} (95% interval "
+        f"{low} to {high}; {comparison['test']}, "
+        f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})"
+    )
+    if comparison["better"]:
+        text = (
+            f"Prompt {score} beats the best baseline ({against}) significantly on {rows} "
+            f"validation rows: {numbers}."
+        )
+        if num_prompts > 1:
+            text += f" It is the best of {num_prompts} prompts on these rows, so it is optimistic."
+        return text
+    also = ", ".join(comparison["also_better"])
+    subject = "The best prompt does not beat" if also else "No prompt beats"
+    text = (
+        f"{subject} the best baseline ({against}) significantly on {rows} validation rows: best "
+        f"prompt {score}, {numbers}."
+    )
+    if also:
+        text += f" Significantly better: {also}."
+    detectable = format_difference(column, comparison["detectable_difference"]).lstrip("+")
+    return f"{text} {rows} rows can show a difference of about {detectable}{unit} or more."
+
+
 def shown_scores(scores: Mapping[str, Any], distilled: bool) -> dict[str, float]:
     """Keep the scores of a result; the loss of a distilled prompt gets the name of a divergence."""
 
@@ -249,13 +321,10 @@ def is_loss(key: str) -> bool:
 
 
 def _columns(present: set[str], metric: str) -> tuple[str, ...]:
-    """Order the columns: the task's metric, other rates, losses; each with its OOD score.
-
-    Where there are rates, losses on OOD rows are left out.
-    """
+    """Order the columns: the task's metric with its OOD score, other rates, losses."""
     found = {key for key in present if not key.endswith(STANDARD_ERROR)}
-    if any(not is_loss(key) for key in found):
-        found = {k for k in found if not (k.startswith("shifted_") and is_loss(k))}
+    own = {f"shifted_validation_{metric}", f"shifted_validation{DIVERGENCE}"}
+    found = {key for key in found if not key.startswith("shifted_") or key in own}
 
     def order(key: str) -> tuple[bool, bool, str, bool]:
         shifted = key.startswith("shifted_")
@@ -283,6 +352,8 @@ def score_interval(
     error = scores.get(key + STANDARD_ERROR, math.nan)
     if not math.isfinite(error):
         return None
+    if error == 0 and rows and not is_loss(key):  # all rows right or all wrong, as F1 of 100%
+        return wilson_interval(value, rows)
     low, high = normal_interval(value, error)
     return (max(0.0, low), high if is_loss(key) else min(1.0, high))
 
@@ -307,6 +378,11 @@ def format_with_interval(
     return text + (
         f" ({low:.4f}–{high:.4f})" if is_loss(key) else f" ({100 * low:.1f}–{100 * high:.1f})"
     )
+
+
+def format_difference(key: str, value: float) -> str:
+    """``+5.0`` points of a rate, or ``-0.1234`` nats of a loss."""
+    return f"{value:+.4f}" if is_loss(key) else f"{100 * value:+.1f}"
 
 
 def column_title(key: str) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from trainer import atomic
 from trainer.base.files import BaseFiles, portable_name
+from trainer.comparison import compare
 from trainer.config import PROJECT_ROOT, RunConfig, dump
 from trainer.console import Console, clock
 from trainer.engine import Engine, base_bytes
@@ -36,8 +37,6 @@ from trainer.statistics import STANDARD_ERROR
 from trainer.tasks.feed import TaskData
 from trainer.tracking.state import forget_tracking
 
-#: Characters of a row's label on the terminal.
-WIDEST_LABEL = 60
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
 
 
@@ -190,7 +189,7 @@ def finish(
             "stopped": loop.progress.stopped.get(prompt.name),
             **scores,
         }
-    summary = {
+    summary: dict[str, Any] = {
         "status": "finished",
         "steps": loop.progress.step,
         "prompts": prompts,
@@ -201,7 +200,10 @@ def finish(
         "data": {name: data.counts for name, data in loop.tasks.items()},
         **measured,
     }
-    tables = task_tables(config.model_dump(mode="json"), summary)
+    run = config.model_dump(mode="json")
+    for table in task_tables(run, summary):
+        summary["tasks"][table.task]["comparison"] = compare(output, table)
+    tables = task_tables(run, summary)
     choices = {table.task: _selected(table) for table in tables}
     summary["selected"] = {task: choice for task, choice in choices.items() if choice}
     atomic.write_json(output / "summary.json", summary)
@@ -257,13 +259,16 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
     output = config.output_dir
     tables = task_tables(config.model_dump(mode="json"), summary)
     for table in tables:
+        console.say(f"{table.task}: {table.verdict}" if len(tables) > 1 else table.verdict)
+    for table in tables:
         _show_table(table, (summary.get("selected") or {}).get(table.task), console)
     diverged = [row.name for table in tables for row in table.prompts if row.diverged]
     if diverged:
         console.warn(f"diverged and stopped early: {', '.join(diverged)}; lower learning_rate")
     speed = summary["throughput"]["useful_tokens_per_second"]
     console.say(
-        f"{summary['steps']} steps, {speed:,.0f} useful tokens/s, adapters in {output}/prompts"
+        f"{summary['steps']} steps, {speed:,.0f} useful tokens/s; adapters in {output}/prompts, "
+        f"predictions in {output}/predictions"
     )
     if times := summary.get("time"):
         console.say(f"time:    {_time_breakdown(times)}")
@@ -308,9 +313,7 @@ def _show_table(table: TaskTable, choice: Mapping[str, Any] | None, console: Con
 
 def _label(row: ResultRow) -> str:
     """A row's first cell: what it is, how long, and whether it is the best."""
-    label = row.label if len(row.label) <= WIDEST_LABEL else row.label[: WIDEST_LABEL - 1] + "…"
-    words = [label, *filter(None, [row.detail, row.tag])]
-    return ", ".join(words)
+    return ", ".join(filter(None, [row.short_label, row.detail, row.tag]))
 
 
 def versions() -> dict[str, str]:

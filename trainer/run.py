@@ -33,6 +33,7 @@ from trainer.loop import Loop
 from trainer.names import CHECKPOINTS
 from trainer.optimization import make_optimizer
 from trainer.phase_times import PhaseTimes
+from trainer.prediction_records import Predictions
 from trainer.prefetch import Prefetch, Rank
 from trainer.process import ROWS_CHECKED
 from trainer.prompts.bank import Bank
@@ -161,6 +162,7 @@ def _train(
         keep_chat_date(output, date)
     saves = Saves(output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm)
     loop.log = unless_full(log, console.warn)
+    loop.predictions = Predictions(output, console.warn)
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
     loop.between_steps = lambda: _look_round(saves, lock)
     with _tracked(output, config.tracking.uri, console) as ended:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 #: Ending of the names of scores that are the standard error of another.
 STANDARD_ERROR = "_standard_error"
+#: Metrics that are a rate over rows.
+RATES = frozenset({"accuracy", "exact_match", "execution"})
 #: Two-sided 95% quantile of the normal distribution.
 Z95 = 1.959963984540054
+#: Two-sided level of a test.
+SIGNIFICANCE = 0.05
+#: Standard errors of a difference that a test at this level detects with 80% power.
+POWER_80 = Z95 + 0.8416212335729143
+#: Rows that must differ, all in one direction, before the exact McNemar test is significant.
+FEWEST_DISCORDANT = 6
 
 
 def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> float:
@@ -16,12 +28,7 @@ def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> fl
 
     Source: linearised variance of a ratio, W. G. Cochran, Sampling Techniques (1977), 6.3.
     """
-    rows, total = len(sums_R), sum(counts_R)
-    if rows < 2:
-        return math.nan
-    ratio = sum(sums_R) / total
-    squares = sum((s - ratio * n) ** 2 for s, n in zip(sums_R, counts_R, strict=True))
-    return math.sqrt(squares * rows / (rows - 1)) / total
+    return _error_of_mean(_influence(sums_R, counts_R))
 
 
 def rate_standard_error(rate: float, rows: int) -> float:
@@ -32,6 +39,23 @@ def rate_standard_error(rate: float, rows: int) -> float:
     """
     smoothed = (rate * rows + 1) / (rows + 2)
     return math.sqrt(smoothed * (1 - smoothed) / rows)
+
+
+def macro_f1(predicted_R: Sequence[int], gold_R: Sequence[int]) -> tuple[float, float]:
+    """Mean F1 of the classes that occur among predictions or gold labels, and its standard error.
+
+    As scikit-learn's ``f1_score(average="macro")``. The standard error is linearised, as that of
+    one ratio; NaN for one row.
+    """
+    predicted, gold = np.asarray(predicted_R), np.asarray(gold_R)
+    labels = np.union1d(predicted, gold)
+    values, influence_R = [], np.zeros(len(gold))
+    for label in labels:
+        hits = 2.0 * ((predicted == label) & (gold == label))
+        counts = (predicted == label).astype(float) + (gold == label)
+        values.append(hits.sum() / counts.sum())
+        influence_R += _influence(hits, counts) / len(labels)
+    return float(np.mean(values)), _error_of_mean(influence_R)
 
 
 def wilson_interval(rate: float, rows: int) -> tuple[float, float]:
@@ -47,3 +71,92 @@ def wilson_interval(rate: float, rows: int) -> tuple[float, float]:
 def normal_interval(mean: float, standard_error: float) -> tuple[float, float]:
     """95% interval of a mean with this standard error."""
     return mean - Z95 * standard_error, mean + Z95 * standard_error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of two scores on the same rows, the first minus the second.
+
+    Attributes:
+        low, high: 95% interval.
+        p_value: two-sided, for no difference.
+        detectable: difference that so many rows can show with 80% power, as far as these rows tell.
+        test: name of the test.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    detectable: float
+    test: str
+
+    @property
+    def significant(self) -> bool:
+        return self.p_value < SIGNIFICANCE
+
+
+def paired_rates(first_R: Sequence[bool], second_R: Sequence[bool]) -> Difference:
+    """Compare two rates of correct rows by the exact McNemar test.
+
+    The interval is the wider one of two on either side: that of Agresti and Min (Statistics in
+    Medicine 24, 2005), which adds half a row to each cell, and the exact one given the number of
+    rows that differ (Clopper-Pearson). It excludes 0 only if the test is significant.
+    """
+    from scipy.stats import binomtest
+
+    first, second = np.asarray(first_R, bool), np.asarray(second_R, bool)
+    rows = len(first)
+    won, lost = int((first & ~second).sum()), int((second & ~first).sum())
+    center = (won - lost) / (rows + 2)
+    error = math.sqrt(won + lost + 1 - (won - lost) ** 2 / (rows + 2)) / (rows + 2)
+    low, high = normal_interval(center, error)
+    p_value = 1.0
+    if won + lost:
+        exact = binomtest(won, won + lost)
+        p_value, given = float(exact.pvalue), exact.proportion_ci(0.95, "exact")
+        share = (won + lost) / rows
+        low, high = min(low, (2 * given.low - 1) * share), max(high, (2 * given.high - 1) * share)
+    return Difference(
+        (won - lost) / rows,
+        max(-1.0, low),
+        min(1.0, high),
+        p_value,
+        max(FEWEST_DISCORDANT / rows, POWER_80 * error),
+        "McNemar exact",
+    )
+
+
+def paired_ratios(
+    first_R: tuple[ArrayLike, ArrayLike], second_R: tuple[ArrayLike, ArrayLike]
+) -> Difference:
+    """Compare two ratios of sums over the same rows, such as losses per token or F1.
+
+    A paired normal test on the rows' linearised contributions to the difference.
+
+    Args:
+        first_R, second_R: numerators and denominators of every row.
+    """
+    (first, of_first), (second, of_second) = (
+        (np.asarray(sums, float), np.asarray(counts, float)) for sums, counts in (first_R, second_R)
+    )
+    difference = float(first.sum() / of_first.sum() - second.sum() / of_second.sum())
+    error = _error_of_mean(_influence(first, of_first) - _influence(second, of_second))
+    p_value = math.erfc(abs(difference) / error / math.sqrt(2)) if error > 0 else 1.0
+    low, high = normal_interval(difference, error)
+    return Difference(difference, low, high, p_value, POWER_80 * error, "paired normal test")
+
+
+def _influence(sums_R: ArrayLike, counts_R: ArrayLike) -> NDArray[np.float64]:
+    """What every row adds to a ratio of sums, linearised; its mean is 0."""
+    sums, counts = np.asarray(sums_R, float), np.asarray(counts_R, float)
+    with np.errstate(invalid="ignore"):  # losses that are not finite
+        influence: NDArray[np.float64] = (sums - sums.sum() / counts.sum() * counts) / counts.mean()
+    return influence
+
+
+def _error_of_mean(values_R: NDArray[np.float64]) -> float:
+    rows = len(values_R)
+    if rows < 2:
+        return math.nan
+    return float(np.sqrt((values_R**2).sum() / (rows * (rows - 1))))

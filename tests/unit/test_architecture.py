@@ -57,6 +57,7 @@ FLOORS = (
         "trainer.placement",
         "trainer.memory",
         "trainer.policy",
+        "trainer.predictions",
         "trainer.ranking",
         "trainer.ranks",
         "trainer.result_table",
@@ -75,11 +76,13 @@ FLOORS = (
     (
         "trainer.generation",
         "trainer.console",
+        "trainer.comparison",
         "trainer.tracking",
         "trainer.report",
     ),
     ("trainer.evaluation", "trainer.sharded"),
-    ("trainer.starts",),
+    ("trainer.starts", "trainer.prediction_records"),
+    ("trainer.baselines",),
     ("trainer.loop",),
     ("trainer.resume", "trainer.results"),
     (

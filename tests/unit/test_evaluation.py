@@ -93,6 +93,7 @@ def test_sets_of_labels(tmp_path, monkeypatch, metric):
     found, given = score(data, monkeypatch, [" d , c", "c , x"])
     assert given == ["a b", "a"]
     expected = {"f1": pytest.approx(2 * 3 / (4 + 3)), "exact_match": 0.5}
+    expected["f1_standard_error"] = pytest.approx(8 / 49)
     assert found == (expected if metric == "f1" else {"exact_match": 0.5})
 
 

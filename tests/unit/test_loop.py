@@ -22,6 +22,8 @@ from trainer.evaluation import Evaluator, Scored
 from trainer.loop import Diverged, Loop, gaps
 from trainer.memory import StreamBudget
 from trainer.optimization import make_optimizer
+from trainer.prediction_records import Predictions
+from trainer.predictions import baseline_file, path_of, step_of
 from trainer.prefetch import Prefetch, Rank
 from trainer.prompts.bank import Bank
 from trainer.stop import Stopped
@@ -394,7 +396,7 @@ def script(toy: Toy, scores: dict[int, list[tuple[float, float]]]) -> Toy:
     def score(requests: Any, *_: Any) -> list[Scored]:
         step = toy.loop.progress.step
         for k in {request.prompt for request in requests}:
-            now[step, k] = next(left[k])
+            now[step, k] = (0.1, 9.0) if k is None else next(left[k])
         found = [now[step, request.prompt] for request in requests]
         return [Scored({"accuracy": accuracy, "loss": loss}) for accuracy, loss in found]
 
@@ -448,3 +450,38 @@ def test_a_checkpoint_of_a_version_that_ranked_by_loss_is_resumed(tmp_path):
     assert toy.loop.stopping["p"].best == (-0.3, 0.1)
     toy.run()
     assert toy.loop.stopping["p"].best_step == 4
+
+
+def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, monkeypatch):
+    sections = {"evaluation": {"every": 2}}
+    pairs = [(0.3, 1.0), (0.6, 1.0), (0.5, 1.0), (0.4, 1.0)]
+
+    def toy(scores: list[tuple[float, float]]) -> Toy:
+        found = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: scores})
+        found.loop.predictions = Predictions(tmp_path, pytest.fail)
+        return found
+
+    path = path_of(tmp_path, "p")
+    whole = toy(pairs).run()
+    assert step_of(path) == whole.loop.stopping["p"].best_step == 4
+    baseline = path_of(tmp_path, baseline_file("x", "no_prompt"))
+    assert step_of(baseline) == 0, "not there before, so scored at the end"
+
+    before = path.stat().st_ino
+    toy(pairs[3:]).resume(whole.saved[6]).run()
+    assert path.stat().st_ino == before, "the best step was before the resume"
+
+    for damage in (path.unlink, lambda: path.write_text('{"step": 6, "row": 1}')):
+        damage()
+        again = toy([pairs[3], pairs[1]])
+        given: list[Tensor] = []
+        score = again.loop.evaluator.score
+
+        def scored(requests: Any, tokens: Any, *_: Any, score=score, given=given) -> list[Scored]:
+            given[:] = tokens
+            return score(requests, tokens)
+
+        monkeypatch.setattr(again.loop.evaluator, "score", scored)
+        again.resume(whole.saved[6]).run()
+        assert step_of(path) == 4
+        assert torch.equal(given[0], whole.bank.best(0)), "scored again as of the best step"

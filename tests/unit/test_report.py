@@ -78,9 +78,9 @@ def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
     summary["prompts"]["animals"]["validation_accuracy"] = 0.5
     (folder / "summary.json").write_text(json.dumps(summary))
     task = collect(folder).tasks[1]
-    assert task.verdict == (
-        "animals reaches validation accuracy 50.0%; the best baseline, “In the wild, what does "
-        "this animal do?”, has 74.0%. No prompt is better than that."
+    assert task.table.verdict == (
+        "Best prompt: animals (50.0%); best baseline (“In the wild, what does this animal do?”: "
+        "74.0%); no paired test was possible."
     )
     assert [row.tag for row in task.table.rows if row.best] == ["best baseline", "best prompt"]
 
@@ -162,10 +162,10 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
         assert untaught.shown[divergence] == 0.777
         assert divergence not in rows["no prompt"].shown
         assert "distilled" in task.details[task.name]
-    assert triage.verdict.startswith("triage-mlp reaches"), "the only one with a loss"
-    assert animals.verdict == (
-        "animals reaches validation KL divergence 0.1230; the best baseline, no prompt, compared "
-        "with the teacher of animals, has 0.7770."
+    assert triage.table.verdict.startswith("Best prompt: triage-mlp ("), "the only one with a loss"
+    assert animals.table.verdict.startswith(
+        "Best prompt: animals (0.1230); best baseline (no prompt, compared with the teacher of "
+        "animals: 0.7770)"
     )
     html = write_report(folder).read_text()
     assert '<th class="n">KL divergence</th>' in html

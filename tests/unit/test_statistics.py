@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from trainer.statistics import rate_standard_error, ratio_standard_error, wilson_interval
+from trainer.statistics import (
+    macro_f1,
+    paired_rates,
+    paired_ratios,
+    rate_standard_error,
+    ratio_standard_error,
+    wilson_interval,
+)
 
 
 def test_standard_error_of_a_loss_is_its_spread_over_drawn_rows():
@@ -49,3 +56,73 @@ def test_wilson_intervals_are_those_of_the_literature(hits, rows, low, high):
     assert wilson_interval(hits / rows, rows) == pytest.approx((low, high), abs=5e-5)
     flipped = wilson_interval(1 - hits / rows, rows)
     assert flipped == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def rows(both: int, won: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """Which rows are right for the first and for the second of two."""
+    first = [True] * (both + won) + [False] * (lost + neither)
+    second = [True] * both + [False] * won + [True] * lost + [False] * neither
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("cells", "p_value"),
+    [
+        ((20, 6, 0, 34), 2 / 2**6),
+        ((20, 5, 0, 34), 2 / 2**5),
+        ((20, 1, 8, 5), 2 * (1 + 9) / 2**9),
+        ((3, 4, 4, 3), 1.0),
+        ((5, 0, 0, 5), 1.0),
+    ],
+)
+def test_rates_are_compared_by_the_exact_mcnemar_test(cells, p_value):
+    _, won, lost, _ = cells
+    found = paired_rates(*rows(*cells))
+    assert found.p_value == pytest.approx(p_value)
+    assert found.difference == pytest.approx((won - lost) / sum(cells))
+    assert found.low < found.difference < found.high
+    assert found.significant == (p_value < 0.05)
+    swapped = paired_rates(*reversed(rows(*cells)))
+    assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
+    assert found.detectable >= 6 / sum(cells), "fewer rows that differ are never significant"
+
+
+def test_an_interval_excludes_zero_only_where_the_test_is_significant():
+    for won in range(12):
+        for lost in range(12):
+            for neither in (0, 5, 300):
+                found = paired_rates(*rows(2, won, lost, neither))
+                excludes = found.low > 0 or found.high < 0
+                assert found.significant or not excludes, (won, lost, neither)
+
+
+def test_ratios_are_compared_row_by_row():
+    generator = np.random.default_rng(1)
+    spread, errors, significant = [], [], 0
+    for _ in range(1000):
+        counts = generator.integers(1, 9, 80)
+        common = generator.gamma(2.0, 2.0, 80)  # what both find hard
+        first, second = (counts * (common + generator.normal(0, 0.3, 80)) for _ in "ab")
+        found = paired_ratios((first, counts), (second, counts))
+        spread.append(found.difference)
+        errors.append((found.high - found.low) / (2 * 1.959964))
+        significant += found.significant
+    assert np.mean(errors) == pytest.approx(np.std(spread), rel=0.05)
+    assert 0.03 < significant / 1000 < 0.08, "5% where there is no difference"
+    shifted = paired_ratios((first + 0.5 * counts, counts), (first, counts))
+    assert shifted.difference == pytest.approx(0.5)
+
+
+def test_macro_f1_is_that_of_scikit_learn():
+    from sklearn.metrics import f1_score
+
+    generator = np.random.default_rng(2)
+    values = []
+    for _ in range(300):
+        gold = generator.integers(0, 3, 200)
+        predicted = np.where(generator.random(200) < 0.7, gold, generator.integers(0, 4, 200))
+        value, error = macro_f1(predicted.tolist(), gold.tolist())
+        values.append((value, error))
+        assert value == pytest.approx(f1_score(gold, predicted, average="macro"))
+    spread = np.std([value for value, _ in values])
+    assert np.mean([error for _, error in values]) == pytest.approx(spread, rel=0.1)

@@ -12,16 +12,15 @@ from typing import Any
 from trainer import runfile, yaml_core
 from trainer.errors import BadInput
 from trainer.jsonfile import read_json
-from trainer.ranking import rank
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
+from trainer.report.predictions import PredictionReport, prediction_report
 from trainer.result_table import (
     HAND_WRITTEN,
     NO_PROMPT,
     STOPPED,
     ResultRow,
     TaskTable,
-    column_title,
     format_score,
     task_tables,
 )
@@ -42,16 +41,17 @@ class TaskReport:
         plots: SVG by x axis.
         left_out: prompts without a curve.
         selected: the best prompt and why, where there are several.
+        predictions: of the best prompt on the validation rows.
     """
 
     name: str
     table: TaskTable
     colors: dict[str, str]
     details: dict[str, str]
-    verdict: str
     plots: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
     selected: str = ""
+    predictions: PredictionReport | None = None
 
     @property
     def metric(self) -> str:
@@ -82,7 +82,9 @@ def collect(output_dir: Path) -> Report:
     for line in lines:
         of_prompt[line.prompt].append(line)
     data = _data(output_dir, summary)
-    tasks = [_task(table, run, summary, of_prompt) for table in task_tables(run, summary)]
+    tasks = [
+        _task(output_dir, table, run, summary, of_prompt) for table in task_tables(run, summary)
+    ]
     base = Path(str((run.get("base") or {}).get("model", "the base"))).name
     ended = max((line.time for line in lines), default=None)
     return Report(
@@ -102,6 +104,7 @@ def collect(output_dir: Path) -> Report:
 
 
 def _task(
+    output_dir: Path,
     table: TaskTable,
     run: dict[str, Any],
     summary: dict[str, Any],
@@ -127,11 +130,22 @@ def _task(
         table,
         colors,
         details,
-        _verdict(table),
         plots,
         len(table.prompts) - len(colors),
         _selected(table, (summary.get("selected") or {}).get(table.task)),
+        _predictions(output_dir, table, run),
     )
+
+
+def _predictions(
+    output_dir: Path, table: TaskTable, run: dict[str, Any]
+) -> PredictionReport | None:
+    best = next((row for row in table.prompts if row.best), None)
+    if best is None:
+        return None
+    task = next(task for task in run["tasks"] if task["name"] == table.task)
+    choices = list(map(str, task.get("choices") or []))
+    return prediction_report(output_dir, best.name, choices, table.metric)
 
 
 def _selected(table: TaskTable, choice: dict[str, Any] | None) -> str:
@@ -159,20 +173,6 @@ def _levels(table: TaskTable) -> dict[str, float]:
                 column
             ]
     return levels
-
-
-def _verdict(table: TaskTable) -> str:
-    best = next((row for row in table.prompts if row.best), None)
-    if best is None:
-        return "No validation score was logged for a trained prompt."
-    column = table.column(best)
-    text = f"{best.label} reaches validation {column_title(column)} {table.cell(best, column)}"
-    baseline = next((row for row in table.baselines if row.best), None)
-    if baseline is not None:
-        text += f"; the best baseline, {baseline.label}, has {table.cell(baseline, column)}"
-        if rank([baseline, best], table.metric)[0] is baseline:
-            text += ". No prompt is better than that"
-    return text + "."
 
 
 def _warnings(

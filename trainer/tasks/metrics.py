@@ -57,6 +57,14 @@ def multi_label(
     }
 
 
+def f1_terms(
+    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]]
+) -> tuple[list[float], list[int]]:
+    """Numerator and denominator of micro-averaged F1 in every row: 2 TP and 2 TP + FP + FN."""
+    sets = [(set(a), set(b)) for a, b in zip(written, right, strict=True)]
+    return [2.0 * len(a & b) for a, b in sets], [len(a) + len(b) for a, b in sets]
+
+
 def execution(
     texts: Sequence[str],
     tests: Sequence[Sequence[Mapping[str, Any]]],

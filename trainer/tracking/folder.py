@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import runfile
+from trainer import predictions, runfile
 from trainer.ranking import rank
 from trainer.redact import redact
 from trainer.result_table import (
@@ -200,10 +200,18 @@ class Folder:
                 for file in ADAPTER_FILES:
                     if path := self.file(f"prompts/{name}{inside}/{file}"):
                         found.append(Artifact(name, path, f"adapter{inside}"))
-        for path in sorted((self.path / "predictions").glob("*.jsonl")):
-            if self.file(f"predictions/{path.name}"):
-                prompt = path.stem if path.stem in names else None
-                found.append(Artifact(prompt, path, "predictions"))
+        return found + self._predictions()
+
+    def _predictions(self) -> list[Artifact]:
+        """Predictions of every prompt for its own run, those of baselines for the parent."""
+        found = []
+        names = {str(prompt["name"]) for prompt in self.prompts}
+        for path in predictions.files_in(self.path):
+            inside = path.relative_to(self.path)
+            of_prompt = len(inside.parts) == 2
+            if self.file(inside.as_posix()) and (not of_prompt or path.stem in names):
+                prompt = path.stem if of_prompt else None
+                found.append(Artifact(prompt, path, inside.parent.as_posix(), text=True))
         return found
 
     def _texts(self, *names: str) -> list[Artifact]:
@@ -247,7 +255,11 @@ class Folder:
     def note(self, summary: Mapping[str, Any]) -> str:
         """The parent run's description (Markdown): the table a person looks for first."""
         lines = []
-        for table in task_tables(self.run_file, summary):
+        tables = task_tables(self.run_file, summary)
+        for table in tables:
+            subject = f"**{table.task}**: " if len(tables) > 1 else ""
+            lines += [_cell(subject + table.verdict, 600), ""]
+        for table in tables:
             titles = " | ".join(map(column_title, table.columns))
             lines += [f"#### Task {table.task}", "", f"| prompt | {titles} |"]
             lines += ["|---|" + "---:|" * len(table.columns)]
@@ -357,5 +369,5 @@ def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     ]
 
 
-def _cell(text: str) -> str:
-    return shorten(" ".join(text.split()).replace("|", "\\|"), 160)
+def _cell(text: str, most: int = 160) -> str:
+    return shorten(" ".join(text.split()).replace("|", "\\|"), most)

@@ -1,0 +1,206 @@
+"""Files of predictions: what they hold, how they are bounded, and comparisons from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.test_evaluation import load
+from trainer import prediction_records
+from trainer.baselines import add_majority
+from trainer.comparison import compare
+from trainer.evaluation import Scored
+from trainer.prediction_records import Predictions, answer_columns, scored_columns
+from trainer.predictions import baseline_file, outcomes, path_of, read
+from trainer.result_table import TaskTable, task_tables
+from trainer.tasks.majority import majority_scores
+
+LABELLED = {"input": "{text}", "target": " {label}", "choices": ["c", "d"], "metric": "accuracy"}
+
+
+def labelled(folder: Path, labels: str, **task: Any) -> Any:
+    rows = [{"text": f"a {'b' * (i % 3)}", "label": label} for i, label in enumerate(labels)]
+    return load(folder, rows, **{**LABELLED, **task})
+
+
+def keep(folder: Path, rows: Any, columns: Any, name: str = "p", step: int = 3) -> list[Any]:
+    Predictions(folder, pytest.fail).keep(name, step, rows, columns)
+    return list(read(path_of(folder, name)))
+
+
+def test_choices(tmp_path):
+    rows = labelled(tmp_path, "cdc").evaluation["validation"]
+    nll_RC = torch.tensor([[1.0, 2.0], [0.5, 3.0], [math.nan, 1.0]], dtype=torch.float64)
+    first, second, third = keep(
+        tmp_path, rows, scored_columns(rows, Scored({}, nll_RC, [1.0, 3.0, math.nan]))
+    )
+    assert first["probabilities"]["c"] == pytest.approx(1 / (1 + math.exp(-1)))
+    assert sum(first["probabilities"].values()) == pytest.approx(1)
+    first.pop("probabilities")
+    assert first == {
+        "step": 3,
+        "row": 1,
+        "place": f"{tmp_path}/rows.jsonl:1",
+        "input": "a ",
+        "target": "c",
+        "prediction": "c",
+        "correct": True,
+        "scores": {"c": -1.0, "d": -2.0},
+        "loss": 1.0,
+        "tokens": rows.label_counts[0],
+    }
+    assert (second["target"], second["prediction"], second["correct"]) == ("d", "c", False)
+    assert second["loss"] == 3.0, "of the right choice"
+    assert third["scores"]["c"] is None, "JSON has no NaN"
+
+
+def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
+    task = {"metric": "exact_match", "choices": None}
+    rows = labelled(tmp_path, "cd", **task).evaluation["validation"]
+    scored = Scored({}, None, [1.0, 2.0], ["c", "<b>x</b>"], ["c", "d"], [True, False])
+    found = keep(tmp_path, rows, scored_columns(rows, scored))
+    shown = [(r["target"], r["prediction"], r["correct"], r["loss"]) for r in found]
+    assert shown == [("c", "c", True, 1.0), ("d", "<b>x</b>", False, 2.0)]
+
+    sets = {"target": " {labels}", "choices": ["c", "d"], "multi_label": True, "metric": "f1"}
+    data = load(
+        tmp_path, [{"text": "a", "labels": ["d", "c"]}, {"text": "b", "labels": ["c"]}],
+        input="{text}", **sets,
+    )  # fmt: skip
+    rows = data.evaluation["validation"]
+    scored = Scored({}, None, None, ["c", "c, x"], ["c, d", "c"], [False, False])
+    found = keep(tmp_path, rows, scored_columns(rows, scored))
+    assert [(r["target"], r["prediction"]) for r in found] == [
+        (["c", "d"], ["c"]),
+        (["c"], ["c", "x"]),
+    ]
+    of_f1 = outcomes(found, "f1")
+    assert of_f1 is not None
+    assert sum(of_f1.sums) / sum(of_f1.counts) == pytest.approx(2 * 2 / (3 + 3))
+    majority = majority_scores(data)
+    assert majority["answer"] in ("c, d", "c")
+    assert majority["validation_f1_standard_error"] > 0
+    found = keep(tmp_path, rows, answer_columns(rows, "c"))
+    assert [r["f1_terms"] for r in found] == [[2.0, 3], [2.0, 2]]
+
+    rows = labelled(tmp_path, "cd", metric="loss", choices=None).evaluation["validation"]
+    teacher_R2 = torch.tensor([[0.5, 1.0], [0.25, 0.0]])
+    found = keep(tmp_path, rows, scored_columns(rows, Scored({}, teacher_R2=teacher_R2)))
+    assert [(r["loss"], r["agreement"]) for r in found] == [(0.5, 1.0), (0.25, 0.0)]
+    of_loss = outcomes(found, "loss")
+    assert of_loss is not None
+    assert (of_loss.sums, of_loss.counts) == ([0.5, 0.25], list(map(float, rows.label_counts)))
+
+
+def test_rows_behind_the_bound_hold_no_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_records, "MOST_TEXTS", 2)
+    monkeypatch.setattr(prediction_records, "MOST_CHARACTERS", 1)
+    rows = labelled(tmp_path, "cdc").evaluation["validation"]
+    found = keep(tmp_path, rows, scored_columns(rows, Scored({}, torch.ones(3, 2), [1.0] * 3)))
+    assert found[1]["input"] == "a … [3 characters]"
+    assert found[2] == {
+        "step": 3, "row": 3, "target": "c", "prediction": "c", "correct": True, "loss": 1.0,
+        "tokens": rows.label_counts[2],
+    }  # fmt: skip
+    assert outcomes(found, "accuracy") is not None
+
+
+def test_files_that_are_missing_or_of_another_step_are_found(tmp_path):
+    rows = labelled(tmp_path, "c").evaluation["validation"]
+    kept = Predictions(tmp_path, pytest.fail)
+    kept.keep("p", 3, rows, scored_columns(rows, Scored({}, torch.ones(1, 2))))
+    path_of(tmp_path, "damaged").write_text("{")
+    assert kept.missing({"p": 3}) == []
+    assert kept.missing({"p": 2, "q": 1, "damaged": 1}) == ["p", "q", "damaged"]
+
+
+def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
+    rows = labelled(tmp_path, "c").evaluation["validation"]
+    warnings: list[str] = []
+    (tmp_path / "predictions").write_text("in the way")
+    Predictions(tmp_path, warnings.append).keep(
+        "p", 3, rows, scored_columns(rows, Scored({}, torch.ones(1, 2)))
+    )
+    assert len(warnings) == 1
+    assert "predictions not written" in warnings[0]
+
+
+def test_the_majority_class_is_that_of_the_train_rows(tmp_path):
+    data = labelled(tmp_path, "dcd")
+    majority = majority_scores(data)
+    assert (majority["answer"], majority["train_share"]) == ("d", pytest.approx(2 / 3))
+    assert majority["validation_accuracy"] == pytest.approx(2 / 3)
+    assert majority["validation_macro_f1"] == pytest.approx((2 * 2 / (3 + 2) + 0) / 2)
+    assert majority_scores(labelled(tmp_path, "dc"))["answer"] == "c", "of equal ones the first"
+    exact = majority_scores(labelled(tmp_path, "dcd", metric="exact_match"))
+    assert exact["validation_exact_match"] == exact["validation_accuracy"]
+    baselines: dict[str, Any] = {"t": {}}
+    add_majority({"t": data}, baselines, Predictions(tmp_path, pytest.fail))
+    assert baselines["t"]["majority"] == majority
+    found = list(read(path_of(tmp_path, baseline_file("t", "majority"))))
+    assert [r["correct"] for r in found] == [True, False, True]
+
+
+def compared(folder: Path, prompts: dict[str, str], baseline: str) -> tuple[Any, TaskTable]:
+    """The comparison of prompts with a baseline; texts say which rows are right, ``1`` or ``0``."""
+    arms = {**prompts, baseline_file("t", "no_prompt"): baseline}
+    for name, right in arms.items():
+        path = path_of(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"row": i, "correct": r == "1"} for i, r in enumerate(right, 1)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def scores(right: str) -> dict[str, float]:
+        return {"validation_accuracy": right.count("1") / len(right)}
+
+    run = {
+        "tasks": [{"name": "t", "metric": "accuracy"}],
+        "prompts": [{"name": name, "task": "t", "num_virtual_tokens": 1} for name in prompts],
+    }
+    task: dict[str, Any] = {"no_prompt": scores(baseline), "rows": {"validation": len(baseline)}}
+    summary = {"tasks": {"t": task}, "prompts": {n: scores(right) for n, right in prompts.items()}}
+    (table,) = task_tables(run, summary)
+    task["comparison"] = compare(folder, table)
+    (table,) = task_tables(run, summary)
+    return task["comparison"], table
+
+
+def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
+    found, table = compared(tmp_path, {"p": "1" * 41 + "0" * 19}, "0" * 16 + "1" * 44)
+    assert (found["better"], found["difference"]) == (False, pytest.approx(-3 / 60))
+    assert table.verdict == (
+        "No prompt beats the best baseline (no prompt: 73.3%) significantly on 60 validation rows: "
+        "best prompt p (68.3%), difference -5.0 points (95% interval -24.7 to +15.6; McNemar "
+        "exact, p = 0.736). 60 rows can show a difference of about 27.1 points or more."
+    )
+
+
+def test_a_prompt_that_beats_the_best_baseline_is_said_too(tmp_path):
+    prompts = {"p": "1" * 50 + "0" * 10, "q": "1" * 20 + "0" * 40}
+    found, table = compared(tmp_path, prompts, "1" * 20 + "0" * 40)
+    assert found["better"]
+    assert table.verdict.startswith(
+        "Prompt p (83.3%) beats the best baseline (no prompt: 33.3%) significantly on 60 "
+        "validation rows: difference +50.0 points (95% interval "
+    )
+    assert table.verdict.endswith("best of 2 prompts on these rows, so it is optimistic.")
+
+
+def test_another_prompt_may_be_the_one_that_is_significantly_better(tmp_path):
+    baseline = "1" * 30 + "0" * 30
+    prompts = {"noisy": "0" * 12 + "1" * 18 + "1" * 20 + "0" * 10, "calm": "1" * 37 + "0" * 23}
+    found, table = compared(tmp_path, prompts, baseline)
+    assert (found["prompt"], found["better"], found["also_better"]) == ("noisy", False, ["calm"])
+    assert table.verdict.startswith("The best prompt does not beat the best baseline")
+    assert "Significantly better: calm." in table.verdict
+
+
+def test_rows_that_differ_are_not_compared(tmp_path):
+    found, table = compared(tmp_path, {"p": "110"}, "10")
+    assert found is None
+    assert table.verdict.endswith("no paired test was possible.")
