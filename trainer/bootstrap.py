@@ -35,7 +35,8 @@ def handed(arguments: list[str]) -> dict[str, str]:
 
 def clean_path() -> None:
     """Remove the working directory and the folder of this file from the import path."""
-    unsafe = {os.path.dirname(FILE), _working_directory()} - {os.path.realpath(ROOT)}
+    unsafe = {os.path.realpath(os.path.dirname(FILE)), _working_directory()}
+    unsafe.discard(os.path.realpath(ROOT))
     sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) not in unsafe]
     if os.path.realpath(ROOT) not in map(os.path.realpath, sys.path):
         sys.path.insert(0, ROOT)
