@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch import __version__, cluster, local, messages, node, preflight, processes, restarts
+from launch import __version__, cluster, local, messages, node, preflight, restarts
 from launch.arguments import EXIT_CODES, Overrides, Processes, RunDir, RunFile, as_path
-from launch.processes import Ending
-from trainer import bootstrap
+from launch.endings import Ending
+from launch.starting import count, run_alone, start_ranks
 from trainer.config import RunConfig
 from trainer.errors import EXIT_RESUMABLE, BadInput
 from trainer.lock import refuse_if_alive
@@ -132,7 +131,7 @@ def train(
         arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
         if place is not None:
             return node.run("trainer", arguments, config.output_dir, place)
-        return _launch("trainer", arguments, config.output_dir, processes, hostfile)
+        return start_ranks("trainer", arguments, config.output_dir, processes, hostfile)
 
     _end_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
 
@@ -147,8 +146,8 @@ def validate(run_file: RunFile, overrides: Overrides = None) -> None:
     """
     config = preflight.check_run(run_file, overrides or [])
     typer.echo(
-        f"{run_file}: good: {_count(len(config.prompts), 'prompt')}, "
-        f"{_count(len(config.tasks), 'task')}, {_count(config.last_step, 'step')} "
+        f"{run_file}: good: {count(len(config.prompts), 'prompt')}, "
+        f"{count(len(config.tasks), 'task')}, {count(config.last_step, 'step')} "
         f"on {config.base.model}, into {config.output_dir}"
     )
 
@@ -180,7 +179,7 @@ def generate(
     arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
     if max_new_tokens is not None:
         arguments.append(f"--max-new-tokens={max_new_tokens}")
-    _end_with(_launch("trainer.generate", arguments, run_dir, processes, None))
+    _end_with(start_ranks("trainer.generate", arguments, run_dir, processes, None))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -209,7 +208,7 @@ def prepare(
     if revision is not None:
         options.append(f"--revision={revision}")
     arguments = [*options, "--", base, out]
-    _end(_run_alone("trainer.prepare", arguments))
+    _end(run_alone("trainer.prepare", arguments))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -233,7 +232,7 @@ def export(
     # NAME=VALUE in one word: a text may start with a dash
     options = [f"--encoder={encoder}", f"--text={text}"]
     arguments = [*options, "--", run_dir, out]
-    _end(_run_alone("trainer.encode", arguments))
+    _end(run_alone("trainer.encode", arguments))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -294,9 +293,9 @@ def inspect(
     arguments = [target, *(overrides or []), *options]
     if isinstance(found, RunConfig):
         arguments.append(f"--rows={rows}")
-        _end_with(_launch("trainer.inspect", arguments, found.output_dir, processes, None))
+        _end_with(start_ranks("trainer.inspect", arguments, found.output_dir, processes, None))
     else:
-        _end(_run_alone("trainer.inspect", ["--model", *arguments]))
+        _end(run_alone("trainer.inspect", ["--model", *arguments]))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -326,7 +325,7 @@ def sync(
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    _end(_run_alone("trainer.tracking", ["sync", run_dir], environment))
+    _end(run_alone("trainer.tracking", ["sync", run_dir], environment))
 
 
 app.command(epilog=EXIT_CODES)(cluster.submit)
@@ -347,52 +346,6 @@ def _place(
     return node.place_of(hostfile, rank, address, port)
 
 
-def _launch(
-    module: str,
-    arguments: Sequence[str],
-    output_dir: str,
-    count: int | None,
-    hostfile: str | None,
-) -> Ending:
-    log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
-    hosts = local.read_hostfile(hostfile) if hostfile else []
-    if hostfile and not local.is_local(hosts):
-        command = local.hostfile_command(module, arguments, hostfile, count, local.free_port())
-        local.check_remote([*command[command.index(bootstrap.FILE, 2) :]])
-        log = preflight.open_log(output_dir, log_name)
-        ranks = f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts"
-        messages.note(f"starting {ranks}; logs: {log.parent}")
-        messages.note(local.by_hand(module, arguments, None, hostfile))
-        return processes.run_remote(command, os.environ, log)
-    slots = hosts[0].slots if hosts else None
-    gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    devices = local.choose_devices(slots if count is None else count, gpus)
-    log = preflight.open_log(output_dir, log_name)
-    where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
-    messages.note(f"starting {_count(len(devices.ids), 'process')} on {where}; logs: {log.parent}")
-    messages.note(local.by_hand(module, arguments, devices, None))
-    cores = len(os.sched_getaffinity(0))
-    environment = local.environment(os.environ, devices, cores, arguments)
-
-    def start() -> Ending:
-        command = local.local_command(module, devices, local.free_port())
-        return processes.run_local(command, environment, log, module, len(devices.ids))
-
-    ending = start()
-    # A port that was free may be taken before the ranks bind it, seconds later.
-    return start() if ending.port_taken else ending
-
-
-def _run_alone(
-    module: str, arguments: Sequence[str], environment: Mapping[str, str] = os.environ
-) -> int:
-    """Run a module in one process of its own and return its exit code."""
-    options = ("--parent-death=SIGTERM", "--arguments-in-environment")
-    handed = bootstrap.handed(list(arguments)) | {bootstrap.PARENT: str(os.getpid())}
-    process = processes.start(bootstrap.command(module, *options), env={**environment, **handed})
-    return process.wait()
-
-
 def _end_with(ending: Ending) -> None:
     if ending.message and ending.code == EXIT_RESUMABLE:
         messages.note(ending.message)
@@ -403,8 +356,3 @@ def _end_with(ending: Ending) -> None:
 
 def _end(code: int) -> None:
     raise typer.Exit(code)
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number} {noun if number == 1 else plural}"

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import psutil
 
 from launch import local, messages, preflight, processes
+from launch.endings import Ending
 from launch.local import Host, Place
 from trainer.config import load
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, BadInput
@@ -29,7 +30,7 @@ REACH_SECONDS = 3.0
 
 def run(
     module: str, arguments: Sequence[str], output_dir: str, place: Place, *, need_gpus: bool = False
-) -> processes.Ending:
+) -> Ending:
     """Start this host's ranks and wait for them.
 
     Args:
@@ -69,7 +70,7 @@ def run(
     said = [ending.message] if ending.message else []
     if lost := [host.name for host in place.others if not reaches(host, place.port)]:
         said.append(f"lost: no answer from {', '.join(lost)}")
-    return processes.Ending(ending.code, f"{name}: {'; '.join(said)}" if said else "")
+    return Ending(ending.code, f"{name}: {'; '.join(said)}" if said else "")
 
 
 def refuse_taken(port: int) -> None:

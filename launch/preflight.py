@@ -88,7 +88,7 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
 
 def check_folder(run_dir: str) -> None:
     """Check that there is a folder of this name."""
-    if not Path(run_dir).is_dir():
+    if not os.path.isdir(run_dir):
         raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
 
 

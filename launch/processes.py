@@ -17,30 +17,22 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
-from launch import guard, messages
+from launch import guard
+from launch.endings import Ending, describe
 from trainer import bootstrap
 from trainer.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DONE,
-    EXIT_FAILURE,
-    EXIT_PORT_TAKEN,
-    EXIT_RESUMABLE,
     BadInput,
 )
 from trainer.process import UNFINISHED, ended_by, process_start
-from trainer.redact import redact
 from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
 from trainer.watchdog import LOST, read_lost
 
@@ -49,26 +41,11 @@ STOP_SECONDS = 600.0  # the same where it may end its step first, and save
 LOSS_SECONDS = 15.0  # the same where another rank has failed: it may wait for that one
 HURRY_SECONDS = 10.0  # a second Ctrl-C before that is taken for the same
 TRAINER = "trainer"  # the one module whose runs can be resumed
-REMOTE_GRACE_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
 POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
-CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
 SPAWNED = re.compile(r"process (\d+) spawned with command")
 ENDING_OTHERS = "Killing subprocess"  # the launcher says so once a rank has failed
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Our exit code, and a message if rank 0 has not printed one.
-
-    Attributes:
-        port_taken: nothing was done, as another process listened at the port of the ranks.
-    """
-
-    code: int
-    message: str = ""
-    port_taken: bool = False
 
 
 class _Losses:
@@ -116,7 +93,7 @@ class _Losses:
             self._end()
 
 
-class _Stop:
+class Stop:
     """Stop signals that this process received."""
 
     def __init__(self) -> None:
@@ -164,7 +141,7 @@ def run_local(
     if first_rank == 0:
         unfinished.touch()
         environment[UNFINISHED] = str(unfinished)
-    stop = _Stop()
+    stop = Stop()
     with log.open("wb") as chatter, stop.listening():
         with _blocked(STOPPING):
             process = start(
@@ -174,16 +151,16 @@ def run_local(
                 stdout=chatter,
                 start_new_session=True,  # a group of its own: the terminal's Ctrl-C reaches only us
             )
-        with _guarded(process.pid):
+        with guarded(process.pid):
             forward = functools.partial(_signal_ranks, process.pid)
             end = functools.partial(_kill_ranks, process.pid)
             losses = _Losses(log, ranks, first_rank, end)
-            _wait(process, stop, forward, grace_seconds, losses.look)
+            wait(process, stop, forward, grace_seconds, losses.look)
             _end_ranks(process.pid)
     finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
     done = finished == ranks and not (first_rank == 0 and unfinished.exists())
     unfinished.unlink(missing_ok=True)
-    return _ending(
+    return describe(
         process.returncode,
         stop.signals,
         log,
@@ -192,36 +169,6 @@ def run_local(
         first=losses.first,
         hung=read_lost(log.parent),
     )
-
-
-def run_remote(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
-    """Run the launcher over several hosts and separate its own lines from those of rank 0."""
-    stop = _Stop()
-    with (
-        tempfile.TemporaryDirectory(prefix="promptshard-") as folder,
-        log.open("w") as chatter,
-        stop.listening(),
-    ):
-        process = start(
-            command,
-            cwd=bootstrap.ROOT,
-            env=_exported(environment, Path(folder)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        assert process.stdout is not None
-        sorter = threading.Thread(target=_sort_lines, args=(process.stdout, chatter, sys.stdout))
-        sorter.start()
-        with _guarded(process.pid):
-            # the runner's own handler ends the ranks of all hosts
-            _wait(process, stop, lambda _: _signal_runner(process), REMOTE_GRACE_SECONDS)
-            if stop.signals:
-                _signal_group(process.pid, signal.SIGKILL)
-        sorter.join(timeout=GRACE_SECONDS)
-    return _ending(process.returncode, stop.signals, log, lost=False, resumable=True)
 
 
 def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
@@ -241,41 +188,9 @@ def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
         ) from None
 
 
-def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return the environment of the launcher that reaches other hosts over ssh.
-
-    The launcher reads ``.deepspeed_env`` of its working directory, which is not the person's, and
-    puts variables of MLflow on command lines, where everyone can read a password.
-    """
-    result = dict(environment)
-    name = result.get("DS_ENV_FILE", ".deepspeed_env")
-    texts = [
-        path.read_text().rstrip("\n")
-        for path in (Path.home() / name, Path(name).absolute())
-        if path.is_file()
-    ]
-    merged = folder / "deepspeed_env"
-    merged.write_text("".join(f"{text}\n" for text in texts if text))
-    result["DS_ENV_FILE"] = str(merged)
-    secret = [
-        name
-        for name, value in result.items()
-        if name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-        or (name.startswith("MLFLOW") and redact(value) != value)
-    ]
-    for name in secret:
-        del result[name]
-    if secret:
-        messages.note(
-            f"not passed over ssh, where everyone could read it: {', '.join(secret)}; set it on "
-            "the first host, or upload at the end with promptshard sync"
-        )
-    return result
-
-
-def _wait(
+def wait(
     process: subprocess.Popen[Any],
-    stop: _Stop,
+    stop: Stop,
     forward: Callable[[signal.Signals], None],
     grace_seconds: float = GRACE_SECONDS,
     look: Callable[[], None] = lambda: None,
@@ -297,7 +212,7 @@ def _wait(
             heard = interrupts
         hurried = interrupts > heard
         if deadline is not None and (hurried or time.monotonic() > deadline):
-            _signal_group(process.pid, signal.SIGKILL)
+            signal_group(process.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
@@ -305,7 +220,7 @@ def _signal_ranks(group: int, number: signal.Signals) -> None:
     """Send SIGINT or SIGTERM to the ranks; without a rank there is nothing to save: kill all."""
     ranks = _running(group)
     if not ranks:
-        _signal_group(group, signal.SIGKILL)
+        signal_group(group, signal.SIGKILL)
     for rank in ranks:
         _try_signal(rank, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
@@ -341,11 +256,7 @@ def _running(group: int) -> list[psutil.Process]:
     return [process for process, parent in found.values() if parent not in found]
 
 
-def _signal_runner(process: subprocess.Popen[Any]) -> None:
-    process.send_signal(signal.SIGTERM)
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
+def signal_group(group: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, number)
 
@@ -366,7 +277,7 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 @contextmanager
-def _guarded(group: int) -> Iterator[None]:
+def guarded(group: int) -> Iterator[None]:
     """Have ``launch/guard.py`` end the group if this process dies in here."""
     watcher = subprocess.Popen(
         [sys.executable, "-S", "-E", guard.__file__, str(group)],
@@ -379,61 +290,3 @@ def _guarded(group: int) -> Iterator[None]:
         yield
     finally:
         watcher.communicate(guard.DONE)
-
-
-def _sort_lines(source: IO[str], chatter: IO[str], terminal: IO[str]) -> None:
-    for line in source:
-        stream = chatter if CHATTER.match(line) else terminal
-        stream.write(line)
-        stream.flush()
-
-
-def _ending(
-    returncode: int,
-    stopped: Sequence[signal.Signals],
-    log: Path,
-    *,
-    lost: bool,
-    resumable: bool,
-    first: tuple[str, int] = ("", 0),
-    hung: str = "",
-) -> Ending:
-    """The exit code that the ranks meant, and a message where they cannot have given one.
-
-    Args:
-        lost: a rank did not end well.
-        first: the rank that was lost first, and the signal that ended it, if one has.
-        hung: why the ranks have given one up.
-        resumable: the same command goes on with what was stopped, or begins it anew.
-    """
-    if returncode == EXIT_DONE and not lost:
-        return Ending(EXIT_DONE)
-    if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
-        return Ending(returncode)  # rank 0 has said why
-    if stopped:
-        said = f"Stopped by {stopped[0].name}; all processes have ended."
-        if resumable:
-            return Ending(EXIT_RESUMABLE, f"{said} Rerun the command to resume.")
-        return Ending(EXIT_FAILURE, said)
-    if returncode == EXIT_PORT_TAKEN:
-        return Ending(EXIT_FAILURE, "the port for the ranks is used by another process", True)
-    if hung:
-        how = hung
-    elif returncode == EXIT_DONE:
-        how = "the processes ended with exit code 0, but rank 0 did not finish its work"
-    else:
-        who, by = first
-        who = who or ("the launcher" if returncode < 0 else "a process")
-        how = _describe(-by or returncode, who)
-    return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
-
-
-def _describe(returncode: int, who: str) -> str:
-    """``sys.exit(-9)`` of the launcher, its way to say "killed by signal 9", arrives as 247."""
-    number = -returncode if returncode < 0 else 256 - returncode if returncode > 192 else 0
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"{who} ended with exit code {returncode}"
-    hint = " (out of memory?)" if number == signal.SIGKILL else ""
-    return f"{who} was killed by {name}{hint}"

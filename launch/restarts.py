@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch import messages
-from launch.processes import Ending
+from launch.endings import Ending
 from trainer.errors import EXIT_FAILURE
 from trainer.names import CHECKPOINTS, checkpoint_names
 

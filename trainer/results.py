@@ -8,6 +8,7 @@ import resource
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -277,7 +278,9 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
         (found["prompt"] for found in (summary.get("selected") or {}).values()),
         next(iter(summary["prompts"])),
     )
-    console.say(f'try it:  promptshard generate {output} --prompt {name} --input "..."')
+    console.say(
+        f'try it:  promptshard generate {quote(output)} --prompt {quote(name)} --input "..."'
+    )
 
 
 def _time_breakdown(seconds: Mapping[str, float]) -> str:

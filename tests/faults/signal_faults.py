@@ -31,7 +31,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     6: (
         "a signal during evaluation, load, and the first step",
         (
-            f"{_SIGNALS}::test_a_signal_while_the_base_is_loaded",
+            f"{_SIGNALS}::test_a_signal_to_one_rank_while_the_base_is_loaded",
             f"{_LOOP}::test_a_run_told_to_stop_saves_and_goes_on_as_if_it_had_not_been",
         ),
     ),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch import local, node, preflight, processes
+from launch import endings, local, node, preflight, processes, remote
 from launch.local import Devices, Host, Place
 from trainer import bootstrap
 from trainer.errors import BadInput
@@ -307,7 +307,7 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
 )
 def test_exit_codes(returncode, stopped, lost, resumable, code, message):
     log = Path("logs/launcher.log")
-    ending = processes._ending(returncode, stopped, log, lost=lost, resumable=resumable)
+    ending = endings.describe(returncode, stopped, log, lost=lost, resumable=resumable)
     assert ending.code == code
     assert ending.message.startswith(message)
     assert bool(ending.message) == bool(message)
@@ -315,7 +315,7 @@ def test_exit_codes(returncode, stopped, lost, resumable, code, message):
 
 def test_a_rank_that_was_given_up_is_the_reason():
     """Not the one that noticed it, which ended first."""
-    ending = processes._ending(
+    ending = endings.describe(
         1,
         [],
         Path("logs/launcher.log"),
@@ -324,7 +324,7 @@ def test_a_rank_that_was_given_up_is_the_reason():
         first=("rank 0", 9),
         hung="rank 1 on n1 hangs",
     )
-    assert ending == processes.Ending(1, "rank 1 on n1 hangs; see the logs in logs")
+    assert ending == endings.Ending(1, "rank 1 on n1 hangs; see the logs in logs")
 
 
 #: A launcher that loses its first rank, asks the second to end and waits for it; that one is deaf.
@@ -359,7 +359,7 @@ def test_of_ranks_that_ended_the_one_that_was_killed_is_named(tmp_path):
     who, number = losses.first
     assert (who, number) == (f"rank 6 (process {ranks[2].pid} on {platform.node()})", 9)
     assert [rank.wait() for rank in ranks] == [0, 1, -9]
-    ending = processes._ending(1, [], log, lost=True, resumable=True, first=losses.first)
+    ending = endings.describe(1, [], log, lost=True, resumable=True, first=losses.first)
     assert ending.message.startswith(f"{who} was killed by SIGKILL")
 
 
@@ -389,15 +389,15 @@ def test_exit_code_0_counts_only_if_rank_0_did_its_work(tmp_path):
         command = [sys.executable, "-c", EMPTY + rank]
         ended[name] = processes.run_local(command, os.environ, tmp_path / "l.log", "trainer", 1)
         assert list(tmp_path.iterdir()) == [tmp_path / "l.log"]
-    assert ended["ours"] == processes.Ending(0)
+    assert ended["ours"] == endings.Ending(0)
     assert ended["other"].code == 1
     assert "rank 0 did not finish its work" in ended["other"].message
 
 
 def test_another_port_is_tried_once(tmp_path, monkeypatch):
-    from launch import commands
+    from launch import starting
 
-    taken = processes._ending(69, [], tmp_path / "l.log", lost=True, resumable=True)
+    taken = endings.describe(69, [], tmp_path / "l.log", lost=True, resumable=True)
     assert (taken.code, taken.port_taken) == (1, True)
     ports = []
 
@@ -407,7 +407,7 @@ def test_another_port_is_tried_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(processes, "run_local", run)
     monkeypatch.setattr(local, "list_gpus", list)
-    ending = commands._launch("trainer", ["r.yaml"], str(tmp_path), 1, None)
+    ending = starting.start_ranks("trainer", ["r.yaml"], str(tmp_path), 1, None)
     assert ending == taken
     assert len(set(ports)) == 2
 
@@ -437,21 +437,21 @@ class _Clock:
     [([1], False), ([1, 1, 1], False), ([1, 2, 3], False), ([1, 8], True), ([1, 2, 8], True)],
 )
 def test_only_ctrl_c_of_who_has_waited_disturbs_ranks_that_save(monkeypatch, interrupts, killed):
-    stop = processes._Stop()
+    stop = processes.Stop()
     clock = _Clock(stop, interrupts)
     monkeypatch.setattr(processes, "time", clock)
     sent, forwarded = [], []
-    monkeypatch.setattr(processes, "_signal_group", lambda _, number: sent.append(number))
-    processes._wait(clock, stop, forwarded.append, grace_seconds=600.0)
+    monkeypatch.setattr(processes, "signal_group", lambda _, number: sent.append(number))
+    processes.wait(clock, stop, forwarded.append, grace_seconds=600.0)
     assert forwarded == [signal.SIGINT]
     assert bool(sent) == killed
 
 
 def test_chatter_of_the_launcher_is_told_from_the_ranks_lines():
     chatter = "[2026-01-02 03:04:05,678] [INFO] [launch.py:152:main] WORLD INFO DICT: {}"
-    assert processes.CHATTER.match(chatter)
-    assert processes.CHATTER.match(f"n1: {chatter}")
-    assert not processes.CHATTER.match("n1: step 5/10  loss 1.2")
+    assert remote.CHATTER.match(chatter)
+    assert remote.CHATTER.match(f"n1: {chatter}")
+    assert not remote.CHATTER.match("n1: step 5/10  loss 1.2")
 
 
 def test_the_launcher_is_deaf_to_signals_that_its_ranks_hear():
@@ -480,7 +480,7 @@ def test_the_guard_ends_the_group_of_a_killed_parent():
             sys.executable,
             "-c",
             "import time\nfrom launch import processes\n"
-            f"with processes._guarded({group.pid}):\n    print('ready', flush=True)\n"
+            f"with processes.guarded({group.pid}):\n    print('ready', flush=True)\n"
             "    time.sleep(60)",
         ],
         cwd=ROOT,
@@ -496,7 +496,7 @@ def test_the_guard_ends_the_group_of_a_killed_parent():
 
 def test_the_guard_leaves_a_group_alone_when_all_is_done():
     group = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    with processes._guarded(group.pid):
+    with processes.guarded(group.pid):
         pass
     time.sleep(0.3)
     assert group.poll() is None

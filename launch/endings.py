@@ -1,0 +1,80 @@
+"""How a run ended: our exit code, and a message where rank 0 has printed none."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_PORT_TAKEN,
+    EXIT_RESUMABLE,
+)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Our exit code, and a message if rank 0 has not printed one.
+
+    Attributes:
+        port_taken: nothing was done, as another process listened at the port of the ranks.
+    """
+
+    code: int
+    message: str = ""
+    port_taken: bool = False
+
+
+def describe(
+    returncode: int,
+    stopped: Sequence[signal.Signals],
+    log: Path,
+    *,
+    lost: bool,
+    resumable: bool,
+    first: tuple[str, int] = ("", 0),
+    hung: str = "",
+) -> Ending:
+    """The exit code that the ranks meant, and a message where they cannot have given one.
+
+    Args:
+        lost: a rank did not end well.
+        first: the rank that was lost first, and the signal that ended it, if one has.
+        hung: why the ranks have given one up.
+        resumable: the same command goes on with what was stopped, or begins it anew.
+    """
+    if returncode == EXIT_DONE and not lost:
+        return Ending(EXIT_DONE)
+    if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
+        return Ending(returncode)  # rank 0 has said why
+    if stopped:
+        said = f"Stopped by {stopped[0].name}; all processes have ended."
+        if resumable:
+            return Ending(EXIT_RESUMABLE, f"{said} Rerun the command to resume.")
+        return Ending(EXIT_FAILURE, said)
+    if returncode == EXIT_PORT_TAKEN:
+        return Ending(EXIT_FAILURE, "the port for the ranks is used by another process", True)
+    if hung:
+        how = hung
+    elif returncode == EXIT_DONE:
+        how = "the processes ended with exit code 0, but rank 0 did not finish its work"
+    else:
+        who, by = first
+        who = who or ("the launcher" if returncode < 0 else "a process")
+        how = _describe(-by or returncode, who)
+    return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
+
+
+def _describe(returncode: int, who: str) -> str:
+    """``sys.exit(-9)`` of the launcher, its way to say "killed by signal 9", arrives as 247."""
+    number = -returncode if returncode < 0 else 256 - returncode if returncode > 192 else 0
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"{who} ended with exit code {returncode}"
+    hint = " (out of memory?)" if number == signal.SIGKILL else ""
+    return f"{who} was killed by {name}{hint}"

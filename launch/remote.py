@@ -1,0 +1,95 @@
+"""Run ranks on several hosts over ssh, with the DeepSpeed launcher's own runner."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from launch import messages
+from launch.endings import Ending, describe
+from launch.processes import GRACE_SECONDS, Stop, guarded, signal_group, start, wait
+from trainer import bootstrap
+from trainer.redact import redact
+
+STOP_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
+CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
+    """Run the launcher over several hosts and separate its own lines from those of rank 0."""
+    stop = Stop()
+    with (
+        tempfile.TemporaryDirectory(prefix="promptshard-") as folder,
+        log.open("w") as chatter,
+        stop.listening(),
+    ):
+        process = start(
+            command,
+            cwd=bootstrap.ROOT,
+            env=_exported(environment, Path(folder)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        sorter = threading.Thread(target=_sort_lines, args=(process.stdout, chatter, sys.stdout))
+        sorter.start()
+        with guarded(process.pid):
+            # the runner's own handler ends the ranks of all hosts
+            wait(process, stop, lambda _: _signal_runner(process), STOP_SECONDS)
+            if stop.signals:
+                signal_group(process.pid, signal.SIGKILL)
+        sorter.join(timeout=GRACE_SECONDS)
+    return describe(process.returncode, stop.signals, log, lost=False, resumable=True)
+
+
+def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return the environment of the launcher that reaches other hosts over ssh.
+
+    The launcher reads ``.deepspeed_env`` of its working directory, which is not the person's, and
+    puts variables of MLflow on command lines, where everyone can read a password.
+    """
+    result = dict(environment)
+    name = result.get("DS_ENV_FILE", ".deepspeed_env")
+    texts = [
+        path.read_text().rstrip("\n")
+        for path in (Path.home() / name, Path(name).absolute())
+        if path.is_file()
+    ]
+    merged = folder / "deepspeed_env"
+    merged.write_text("".join(f"{text}\n" for text in texts if text))
+    result["DS_ENV_FILE"] = str(merged)
+    secret = [
+        name
+        for name, value in result.items()
+        if name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+        or (name.startswith("MLFLOW") and redact(value) != value)
+    ]
+    for name in secret:
+        del result[name]
+    if secret:
+        messages.note(
+            f"not passed over ssh, where everyone could read it: {', '.join(secret)}; set it on "
+            "the first host, or upload at the end with promptshard sync"
+        )
+    return result
+
+
+def _sort_lines(source: IO[str], chatter: IO[str], terminal: IO[str]) -> None:
+    for line in source:
+        stream = chatter if CHATTER.match(line) else terminal
+        stream.write(line)
+        stream.flush()
+
+
+def _signal_runner(process: subprocess.Popen[Any]) -> None:
+    process.send_signal(signal.SIGTERM)
