@@ -54,16 +54,19 @@ def rows_of(folder: Path, task: Task, rows: list[dict[str, str]] = ROWS):
     return load_rows(str(path), task)
 
 
-def load(folder: Path, tokenizer, source: str, target: str, **settings) -> TaskData:
+def load(
+    folder: Path, tokenizer, source: str, target: str, teacher: str | None = None, **settings
+) -> TaskData:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     task = {"name": "t", "train": str(path), "validation": str(path), "input": source}
+    taught = {"objective": "distill", "teacher": teacher} if teacher else {}
     config = RunConfig.model_validate(
         {
             "output_dir": "out",
             "base": {"model": "m"},
             "tasks": [task | {"target": target} | settings],
-            "prompts": [{"name": "p", "task": "t", "num_virtual_tokens": 2}],
+            "prompts": [{"name": "p", "task": "t", "num_virtual_tokens": 2} | taught],
             "training": {"steps": 1},
         }
     )
@@ -196,6 +199,34 @@ def test_choices_that_are_the_same_behind_an_input(tmp_path, tokenizers):
     )
     with pytest.raises(BadInput, match=r"rows\.jsonl:2: behind its input 'billing' and ' billing'"):
         tokenize_choices(rows, task_of("{q}", "{a}", choices=task.choices), tokenizer, 100)
+
+
+@pytest.mark.parametrize("source", ["{q}\nTopic:", "billing {q}", "1 {q}", "é {q}"])
+@pytest.mark.parametrize("teacher", ["Which topic?\n", "Topic ("])
+@pytest.mark.parametrize("kind", ALL)
+def test_rows_behind_a_teacher_have_the_tokens_of_one_text(
+    tmp_path, tokenizers, kind, teacher, source
+):
+    data = load(tmp_path, tokenizers[kind], source, " {a}", teacher=teacher)
+    ids = data.teachers["p"].token_ids
+    behind = data.teachers["p"].behind(data.train[0])
+    text = source.format(**ROWS[0])
+    assert data.warnings == []
+    assert [*ids, *behind.input_ids] == [
+        *tokenizers[kind](teacher + text + " billing").input_ids,
+        2,
+    ]
+    ((start, stop),) = behind.label_spans
+    assert tokenizers[kind].decode(behind.input_ids[start:stop]).strip() == "billing</s>"
+
+
+def test_a_teacher_that_merges_with_the_rows_is_warned_of(tmp_path, tokenizers):
+    for kind in ALL:
+        data = load(tmp_path, tokenizers[kind], "billing {q}", " {a}", teacher="Which topic? ")
+        assert data.warnings == [
+            "prompts.p.teacher: the tokenizer merges its end with the beginning of the rows; they "
+            "are tokenized apart: end it with a word or a line break, without a space"
+        ]
 
 
 def test_an_unknown_word_does_not_swallow_the_target(tmp_path):

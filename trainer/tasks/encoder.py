@@ -69,6 +69,23 @@ class TextEncoder:
             found[i] = ids
         return found, merged
 
+    def merges(self, text: str, following: str) -> bool:
+        """Whether the tokenizer merges the end of a text with the beginning of the following."""
+        return self.targets([text], self.inputs([text]), [following])[1][0]
+
+    def beginnings(self) -> dict[int, tuple[int, ...]]:
+        """Tokens that begin a text, each as it is where its text continues another one.
+
+        Empty for most tokenizers. Others put a space in front of every text: where ``▁Hello``
+        begins one, ``Hello`` or ``H``, ``ello`` continues one.
+        """
+        if self._encode(["a"], special=False) == self._continuations(["a"]):
+            return {}
+        tokens = [token for token in self._tokenizer.get_vocab() if token[0] in "▁Ġ"]
+        texts = [self._tokenizer.convert_tokens_to_string([t]).removeprefix(" ") for t in tokens]
+        ids = self._tokenizer.convert_tokens_to_ids(tokens)
+        return dict(zip(ids, map(tuple, self._continuations(texts)), strict=True))
+
     def pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], bool]:
         """Token ids of the pieces of one text, without special tokens of the encoder's own.
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import RunConfig, Task
+from trainer.config import Prompt, RunConfig, Task
 from trainer.errors import BadInput
+from trainer.tasks.checks import render
 from trainer.tasks.cursor import Cursor
 from trainer.tasks.overlap import overlapping
 from trainer.tasks.parts import Said
@@ -21,7 +22,7 @@ from trainer.tasks.rows import Rows, Source
 from trainer.tasks.splits import SPLITS, Leaked, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
 from trainer.tasks.table import in_memory
-from trainer.tasks.teacher import Teacher, teachers_of
+from trainer.tasks.teacher import Teacher, merge_warning, teachers_of
 from trainer.tasks.tokens import (
     Example,
     Progress,
@@ -181,6 +182,7 @@ def load_tasks(
             )
             tasks[task.name] = loader.load(splits)
             tasks[task.name].teachers = taught
+            tasks[task.name].warnings += loader.teacher_warnings(tasks[task.name], of_task)
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -220,6 +222,16 @@ class _Loader:
                 if source["split"] == leak.split:
                     source["also_in_train"] = leak.rows
         return data
+
+    def teacher_warnings(self, data: TaskData, prompts: Sequence[Prompt]) -> list[str]:
+        """What to warn of about the teachers of the task's prompts."""
+        row = render(self.task.input, data.train_rows[0])
+        found = [
+            merge_warning(prompt.name, prompt.teacher, self.tokenizer, row)
+            for prompt in prompts
+            if prompt.teacher is not None
+        ]
+        return [warning for warning in found if warning is not None]
 
     def _train(self, data: TaskData, rows: Rows) -> None:
         train = tokenize(
