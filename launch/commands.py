@@ -161,8 +161,8 @@ def generate(
         typer.Option(
             "--input",
             metavar="TEXT",
-            help="Put into the input template of the task where that has one column; else all that "
-            "the base reads after the prompt.",
+            help="Input text. Filled into the task's input template if that has exactly one "
+            "column; otherwise used verbatim.",
         ),
     ],
     max_new_tokens: Annotated[
@@ -170,7 +170,11 @@ def generate(
     ] = None,
     processes: Processes = None,
 ) -> None:
-    """Let the base continue a text under a trained prompt.
+    """Generate text with a trained prompt.
+
+    Stdout gets the text and nothing else. It ends at an end token of the base model's
+    generation_config.json, at EOS if the task has append_eos, or before a string of the task's
+    stop.
 
     **Example:** `promptshard generate runs/quickstart --prompt triage --input "Chest pain."`
     """

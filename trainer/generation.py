@@ -189,9 +189,9 @@ def generate(
 
 @torch.no_grad()
 def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
-    """What the base makes of a text: keys and values [n, L, 2, A, D], fp32 on the CPU.
+    """Compute the keys and values of a text, [n, L, 2, A, D], fp32 on the CPU.
 
-    Every rank calls it with the same ids and gets what rank 0 has found.
+    Every rank calls it with the same ids and gets the tensor of rank 0.
     """
     ids_1n = torch.tensor([list(token_ids)], device=engine.device)
     cache = PastCache()

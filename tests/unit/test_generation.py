@@ -308,9 +308,10 @@ def write_generation(base: Path, to: Path, **settings: Any) -> Path:
         {"eos_token_id": 4, "repetition_penalty": 1.8},
         {"eos_token_id": [4], "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 5},
         {"eos_token_id": [4, 9], "begin_suppress_tokens": [193, 222], "min_new_tokens": 6},
+        {"pad_token_id": 0},
         {},
     ],
-    ids=["penalty", "ngrams", "suppressed", "none"],
+    ids=["penalty", "ngrams", "suppressed", "no-end", "no-file"],
 )
 def test_penalties_of_the_folder_change_texts_as_in_transformers(tmp_path, base, settings):
     folder = write_generation(base, tmp_path / "base", **settings)

@@ -14,9 +14,10 @@ Linux on x86_64 and aarch64                  every system call that computing do
                                              (seccomp allow list): signals, ioctl, fcntl, chmod, ...
 ===========================================  =======================================================
 
-Not protected: with neither namespaces nor seccomp (macOS, say), a program may signal processes of
-the same user and rename or delete that user's files. Without seccomp, programs that run at the same
-time may end each other. Faults of the kernel itself and timing attacks are out of scope.
+Not protected: with neither namespaces nor seccomp (macOS, say), a program may signal or trace
+processes of the same user and rename or delete that user's files. Without seccomp, programs that
+run at the same time may end each other. Faults of the kernel itself and timing attacks are out of
+scope.
 
 In: one JSON object on stdin. Out: a line ``ready LAYERS``, then ``[index, text]`` for each program:
 its values as JSON, or whatever else it wrote.

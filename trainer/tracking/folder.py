@@ -21,6 +21,7 @@ from trainer.result_table import (
     MAJORITY,
     NO_PROMPT,
     PROMPT,
+    TEACHER,
     column_title,
     comparable_baselines,
     task_tables,
@@ -235,7 +236,7 @@ class Folder:
         step = int(result.get("best_step") or summary.get("steps") or 0)
         scores = {f"{k}_best": v for k, v in _scores(result)}
         baselines = comparable_baselines(prompt, metric, self.run_file, summary)
-        for kind in (NO_PROMPT, HAND_WRITTEN, MAJORITY):
+        for kind in (NO_PROMPT, HAND_WRITTEN, TEACHER, MAJORITY):
             for best in rank([row for row in baselines if row.kind == kind], metric)[:1]:
                 scores |= {
                     f"{key}_{kind}": value
