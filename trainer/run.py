@@ -58,6 +58,7 @@ from trainer.starts import Screening
 from trainer.stop import Stopped
 from trainer.tasks.baseline_cache import BaselineCache
 from trainer.tasks.feed import Feed, TaskData, load_tasks
+from trainer.tasks.metrics import check_sandbox
 from trainer.tasks.template import reads_date
 from trainer.tracking import MetricsLog, Sender, unless_full
 
@@ -237,6 +238,8 @@ def _read_tasks(
         ),
     )
     engine.together(lambda: _check_ends(tasks, files))
+    if any(task.metric == "execution" for task in config.tasks):
+        engine.of_main(check_sandbox)
     for data in tasks.values():
         if ROWS_CHECKED not in os.environ:
             for remark in data.remarks:

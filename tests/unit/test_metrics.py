@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trainer.errors import BadInput
 from trainer.tasks import metrics, sandbox
 from trainer.tasks.metrics import accuracy, execution, matches
 
@@ -391,7 +392,10 @@ def test_a_sandbox_that_is_brought_down_is_started_again(monkeypatch):
 def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="a function that is right fails under the limits"):
         score(GOOD, function="no name")
+    metrics.check_sandbox()
     monkeypatch.setattr(metrics, "_SANDBOX", Path("/none/sandbox.py"))
+    with pytest.raises(BadInput, match=r"metric: execution: .* does not start"):
+        metrics.check_sandbox()
     with pytest.raises(RuntimeError, match="does not start"):
         score(GOOD)
     assert execution([], []) == []

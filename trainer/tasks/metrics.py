@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import BadInput
+
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 _MOST_PROCESSES = 4
 
@@ -113,6 +115,18 @@ def execution(
         # A program that brought down the whole sandbox: it fails, the others get a fresh one.
         found |= part or {pending[0]["index"]: ""}
     return [_score(found[i], calls) for i, calls in enumerate(tests)]
+
+
+def check_sandbox() -> None:
+    """Check that generated code can be run here, before a run depends on it.
+
+    Raises:
+        BadInput: it cannot, and why.
+    """
+    try:
+        execution(["def f(): return 1"], [[{"args": [], "result": 1}]])
+    except RuntimeError as error:
+        raise BadInput(f"metric: execution: {error}") from None
 
 
 def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
