@@ -299,7 +299,7 @@ def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         BadInput: as ``load``.
     """
     config = load(Path(folder) / "run.yaml", [*overrides, "output_dir=."])
-    return config.model_copy(update={"output_dir": str(folder)})
+    return config.model_copy(update={"output_dir": str(Path(folder))})
 
 
 class _BaseAlone(Section):

@@ -19,7 +19,8 @@ import numpy as np
 from trainer.config import Task, template_fields
 from trainer.errors import BadInput
 from trainer.tasks.checks import columns_used
-from trainer.tasks.files import BOM, Record, format_of, json_lines, open_text
+from trainer.tasks.files import BOM, Record, format_of, open_text
+from trainer.tasks.json_rows import json_lines
 from trainer.tasks.nested import has_nested
 from trainer.tasks.sources import Origin
 

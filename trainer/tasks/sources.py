@@ -12,7 +12,16 @@ from pathlib import Path
 
 from trainer.config import PROJECT_ROOT, DataSource, resolve_path
 from trainer.errors import BadInput, did_you_mean
-from trainer.tasks.files import GZIP, TEXT_FORMATS, Record, format_of, header_of, read_text
+from trainer.tasks.files import (
+    GZIP,
+    TEXT_FORMATS,
+    Record,
+    csv_header,
+    format_of,
+    read_csv,
+    read_txt,
+)
+from trainer.tasks.json_rows import read_json_rows, read_jsonl
 from trainer.tasks.tables import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 
 FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
@@ -158,3 +167,28 @@ def _problem_of_file(file: Path) -> str | None:
     if not os.access(file, os.R_OK):
         return "may not be read; change its permissions"
     return "is empty; it has no rows" if file.stat().st_size == 0 else None
+
+
+def read_text(file: Path, columns: Collection[str]) -> Iterator[Record]:
+    """Every row of a file of one of ``TEXT_FORMATS``, in its order. Broken rows have a problem.
+
+    Args:
+        columns: those that are needed; they show whether an object is a row or holds the rows.
+
+    Raises:
+        BadInput: the file as a whole cannot be read.
+    """
+    kind = format_of(file)
+    if kind in (".csv", ".tsv"):
+        return read_csv(file)
+    if kind == ".txt":
+        return read_txt(file)
+    return read_jsonl(file) if kind == ".jsonl" else read_json_rows(file, columns)
+
+
+def header_of(file: Path) -> list[str] | None:
+    """Columns as the file's head gives them; None for JSON, where every row has its own."""
+    kind = format_of(file)
+    if kind == ".txt":
+        return ["text"]
+    return csv_header(file)[0] if kind in (".csv", ".tsv") else None
