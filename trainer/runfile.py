@@ -49,11 +49,11 @@ class Source:
         prefixes = [path[:n] for n in range(len(path), 0, -1)]
         for prefix in prefixes:
             if prefix in self.overrides:
-                return f"override {self.overrides[prefix]!r}"
+                return f"override {_cut(self.overrides[prefix])}"
         if path not in self.lines:  # perhaps a section that only an override made
             for deeper, override in self.overrides.items():
                 if path and deeper[: len(path)] == path:
-                    return f"override {override!r}"
+                    return f"override {_cut(override)}"
         for prefix in prefixes:
             if prefix in self.lines:
                 return f"{self.file}:{self.lines[prefix]}"
@@ -205,15 +205,15 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
     parts = _parts(key)
     if not equals or not parts:
         raise BadInput(
-            f"{override!r}: an override is written key=value, for example training.steps=100"
+            f"{_cut(override)}: an override is written key=value, for example training.steps=100"
         )
     try:
         parsed = value_of(key, value)
     except YamlError as error:
         raise BadInput(
-            f"{override!r}: the value is not valid YAML; quote it"
+            f"{_cut(override)}: the value is not valid YAML; quote it"
             if text.startswith("not valid YAML")
-            else f"{override!r}: {_named(where)}{text}"
+            else f"{_cut(override)}: {_named(where)}{text}"
             for where, _, text in error.problems
         ) from None
     target: Any = data
@@ -235,7 +235,7 @@ def _key(target: Any, name: str, override: str) -> str | int:
     if isinstance(target, dict):
         return name
     if not isinstance(target, list):
-        raise BadInput(f"{override!r}: {name!r} does not lead to a setting of this run file")
+        raise BadInput(f"{_cut(override)}: {name!r} does not lead to a setting of this run file")
     names = [str(item.get("name")) for item in target if isinstance(item, dict)]
     if name in names:
         return next(
@@ -244,7 +244,7 @@ def _key(target: Any, name: str, override: str) -> str | int:
     if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(target):
         return int(name)
     raise BadInput(
-        f"{override!r}: no item {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
+        f"{_cut(override)}: no item {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
     )
 
 
@@ -291,6 +291,11 @@ def _word(
 def _one_of(setting: str, value: Any, known: Sequence[str]) -> str:
     hint = did_you_mean(str(value), known)
     return f"{setting}: {_shown(value)} is not one of {', '.join(known)}{hint}"
+
+
+def _cut(override: str) -> str:
+    """An override as messages quote it."""
+    return _shown(override, 200)
 
 
 def _shown(value: Any, width: int = 80) -> str:
