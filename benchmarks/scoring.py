@@ -157,14 +157,14 @@ def costs(path: str) -> list[str]:
 
     new, old = total(once), total(for_each)
     lines = [
-        f"training, {steps} steps: {training / 1e12:.2f} TFLOP",
+        f"training, {steps} steps: {training / 1e12:.4f} TFLOP",
         "",
         "| TFLOP | row read for each choice | once | once / training |",
         "|---|---|---|---|",
     ]
     for name in new:
         before, now = old[name] / 1e12, new[name] / 1e12
-        lines.append(f"| {name} | {before:.2f} | {now:.2f} | {new[name] / training:.2f} |")
+        lines.append(f"| {name} | {before:.4f} | {now:.4f} | {new[name] / training:.2f} |")
     return lines
 
 

@@ -225,7 +225,8 @@ class Loop:
     def _seconds_left(self) -> float:
         """Estimate for the remaining steps and validations, from those that were measured.
 
-        Before the first validation: from the baselines, which read the same rows.
+        Before the first validation: from the baselines, which read the same rows but may have been
+        scored by an earlier run; at least half of the time of training on as many tokens.
         """
         step, seconds = self.progress.step, self.times.seconds
         steps = self.last_step - step
@@ -235,7 +236,15 @@ class Loop:
             left += validations * seconds.get("validation", 0.0) / self.progress.validations
         else:
             arms = sum(1 + len(data.task.hand_written) for data in self.tasks.values())
-            left += validations * seconds.get("baselines", 0.0) * len(self.bank) / arms
+            from_baselines = seconds.get("baselines", 0.0) * len(self.bank) / arms
+            tokens = sum(
+                rows.num_tokens
+                for prompt in self.config.prompts
+                for rows in self.tasks[prompt.task].evaluation.values()
+            )
+            trained = self.progress.useful_tokens
+            from_training = self.progress.train_seconds * tokens / trained / 2 if trained else 0.0
+            left += validations * max(from_baselines, from_training)
         return left
 
     def _is_validated(self, step: int) -> bool:

@@ -377,6 +377,11 @@ def test_time_left_counts_validations(tmp_path: Path) -> None:
     )
     loop = toy.loop
     loop.progress.step, loop.progress.train_seconds = 2, 4.0
+    # Baselines were read from the cache: half of the time of training on the rows of 2 prompts.
+    loop.progress.useful_tokens = 50
+    tokens = 2 * sum(rows.num_tokens for rows in loop.tasks["x"].evaluation.values())
+    assert tokens == 2 * 2 * 8 * 4, "two words, the label and EOS"
+    assert loop._seconds_left() == pytest.approx(16 + 5 * 4.0 * tokens / 50 / 2)
     loop.times.add({"baselines": 10.0})
     # 8 steps of 2 s; validations at 3, 4, 6, 9 and 10 of 2 prompts, where two baselines took 10 s
     assert loop._seconds_left() == pytest.approx(16 + 5 * 10)

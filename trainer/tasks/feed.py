@@ -101,6 +101,12 @@ class EvalSet:
         return replace(self, candidates=CandidatesBehind(self.candidates, teacher))
 
     @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, each with its first candidate."""
+        first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
+        return int(self.candidates.table.lengths[first].sum())
+
+    @cached_property
     def label_counts(self) -> list[int]:
         """Tokens of each row's right target."""
         first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
