@@ -36,7 +36,13 @@ from trainer.prediction_records import Predictions, scored_columns
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.ranking import ScoreKey, score_key
-from trainer.result_table import DIVERGENCE, column_title, format_score, shown_scores
+from trainer.result_table import (
+    DIVERGENCE,
+    column_title,
+    format_score,
+    score_text,
+    shown_scores,
+)
 from trainer.search import rungs, worst
 from trainer.statistics import STANDARD_ERROR
 from trainer.stop import Stopped
@@ -457,7 +463,9 @@ class Loop:
 
     def _described(self, k: int, scores: Scores) -> str:
         distilled = self.config.prompts[k].objective == "distill"
-        return describe(shown_scores(scores, distilled), self._metric(k))
+        sets = self.tasks[self._task(k)].evaluation
+        num_rows = {split: len(rows.candidates) for split, rows in sets.items()}
+        return describe(shown_scores(scores, distilled), self._metric(k), num_rows)
 
     def _key(self, k: int, scores: Mapping[str, float]) -> ScoreKey:
         """What prompt ``k`` is ranked by, with these scores; smaller is better."""
@@ -555,9 +563,13 @@ def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
     return found
 
 
-def describe(scores: Mapping[str, float], metric: str) -> str:
-    """Return the task's metric and the losses in one line for people."""
+def describe(scores: Mapping[str, float], metric: str, num_rows: Mapping[str, int]) -> str:
+    """Return the task's metric and the losses, with 95% intervals, in one line for people.
+
+    Args:
+        num_rows: scored rows of each split.
+    """
     names = [f"validation_{metric}", f"shifted_validation_{metric}"]
     names += ["validation_loss", f"validation{DIVERGENCE}", "validation_agreement"]
     shown = [name for name in dict.fromkeys(names) if name in scores]
-    return ", ".join(f"{column_title(name)} {format_score(name, scores[name])}" for name in shown)
+    return ", ".join(f"{column_title(name)} {score_text(scores, name, num_rows)}" for name in shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import torch
 
 from trainer.config import Task
 from trainer.evaluation import Scored
-from trainer.predictions import MOST_CHARACTERS, MOST_TEXTS, SHORT, path_of, step_of, write
+from trainer.predictions import (
+    FOLDER,
+    MOST_CHARACTERS,
+    MOST_TEXTS,
+    SHORT,
+    path_of,
+    step_of,
+    write,
+)
 from trainer.tasks.checks import render
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.majority import answer_labels, answers, row_numbers
@@ -33,6 +42,11 @@ class Predictions:
     def __init__(self, output_dir: Path, warn: Callable[[str], None]) -> None:
         self._output_dir, self._warn = output_dir, warn
         self._inputs: dict[str, list[dict[str, Any]]] = {}
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run; called where a run begins."""
+        shutil.rmtree(self._output_dir / FOLDER, ignore_errors=True)
+        self._inputs.clear()
 
     def keep(self, name: str, step: int, rows: EvalSet, columns: Columns) -> None:
         """Write the predictions of a prompt, or of what ``baseline_file`` names.
@@ -59,11 +73,11 @@ class Predictions:
         for i, number in enumerate(row_numbers(rows)):
             record: dict[str, Any] = {"step": step, "row": number + 1}
             record |= inputs[i] if i < len(inputs) else {}
-            record |= {key: values[i] for key, values in columns.items()}
+            record |= {key: _cut(values[i]) for key, values in columns.items()}
             if i >= MOST_TEXTS:
                 kept = SHORT if short_texts else SHORT - {"target", "prediction"}
                 record = {key: value for key, value in record.items() if key in kept}
-            yield {key: _cut(value) for key, value in record.items()}
+            yield record
 
     def _inputs_of(self, rows: EvalSet) -> list[dict[str, Any]]:
         """Place, input and target of the first rows; equal for all prompts of a task."""
@@ -71,8 +85,8 @@ class Predictions:
         if task.name not in self._inputs:
             found = []
             for number in row_numbers(rows)[:MOST_TEXTS]:
-                place = {"place": rows.rows.where(number)}
-                found.append(place | _texts(rows.rows[number], task))
+                texts = {"place": rows.rows.where(number)} | _texts(rows.rows[number], task)
+                found.append({key: _cut(value) for key, value in texts.items()})
             self._inputs[task.name] = found
         return self._inputs[task.name]
 

@@ -68,7 +68,8 @@ class ResultRow(Entry):
         """The label for one line of a terminal."""
         if len(self.label) <= WIDEST_LABEL:
             return self.label
-        return self.label[: WIDEST_LABEL - 1] + "…"
+        end = "…”" if self.label.endswith("”") else "…"
+        return self.label[: WIDEST_LABEL - len(end)] + end
 
     @property
     def tag(self) -> str:
@@ -119,11 +120,7 @@ class TaskTable:
 
     def cell(self, row: ResultRow, column: str) -> str:
         """A score with its 95% interval, or a dash."""
-        scores = row.shown
-        return format_with_interval(column, scores.get(column), self.interval(row, column))
-
-    def interval(self, row: ResultRow, column: str) -> tuple[float, float] | None:
-        return score_interval(row.shown, column, self.num_rows)
+        return score_text(row.shown, column, self.num_rows)
 
     @property
     def verdict(self) -> str:
@@ -356,6 +353,11 @@ def score_interval(
         return wilson_interval(value, rows)
     low, high = normal_interval(value, error)
     return (max(0.0, low), high if is_loss(key) else min(1.0, high))
+
+
+def score_text(scores: Mapping[str, float], key: str, num_rows: Mapping[str, int]) -> str:
+    """A score with its 95% interval where it is known; a dash where there is no score."""
+    return format_with_interval(key, scores.get(key), score_interval(scores, key, num_rows))
 
 
 def format_score(key: str, value: float | None) -> str:

@@ -28,6 +28,7 @@ from trainer.result_table import (
     TaskTable,
     column_title,
     format_score,
+    score_text,
     shown_scores,
     task_tables,
 )
@@ -159,9 +160,10 @@ def finish(
         ended_at = loop.progress.stopped.get(prompt.name, {}).get("step", loop.progress.step)
         folder = output / "prompts" / prompt.name
         shown = shown_scores(scores, prompt.objective == "distill")
+        num_rows = _num_rows(loop.tasks[prompt.task])
         described = ", ".join(
-            f"{key.replace('_', ' ')} {format_score(key, value)}"
-            for key, value in shown.items()
+            f"{key.replace('_', ' ')} {score_text(shown, key, num_rows)}"
+            for key in shown
             if not key.endswith(STANDARD_ERROR)
         )
         for where, title, virtual_tokens in (

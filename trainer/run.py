@@ -164,6 +164,8 @@ def _train(
     saves = Saves(output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm)
     loop.log = unless_full(log, console.warn)
     loop.predictions = Predictions(output, console.warn)
+    if saved is None:
+        loop.predictions.clear()
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
     loop.between_steps = lambda: _look_round(saves, lock)
     with _tracked(output, config.tracking.uri, console) as ended:

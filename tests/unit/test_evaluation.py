@@ -197,3 +197,12 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
         out = plain.generate(torch.tensor([front]), do_sample=False, max_new_tokens=5)
         expected = files.tokenizer.decode(out[0, len(front) :], skip_special_tokens=True)
         assert written == expected
+
+
+def test_a_generated_choice_is_compared_with_the_row_s_own(tmp_path, monkeypatch):
+    """Not with the first choice, whose tokens stand first among the row's candidates."""
+    rows = [{"text": "a b", "label": "d"}, {"text": "a", "label": "c"}]
+    task = {"input": "{text}", "target": " {label}", "choices": ["c", "d"]}
+    data = load(tmp_path, rows, **task, metric="exact_match")
+    found, _ = score(data, monkeypatch, ["d", "c"])
+    assert found == {"exact_match": 1.0}

@@ -97,6 +97,18 @@ def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
     assert (of_loss.sums, of_loss.counts) == ([0.5, 0.25], list(map(float, rows.label_counts)))
 
 
+def test_dialogues_and_token_ids(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = load(tmp_path, [{"messages": turns}], messages="messages")
+    rows = data.evaluation["validation"]
+    (found,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
+    assert (found["input"], found["target"], found["loss"]) == ("user: a", "b", 1.5)
+    data = load(tmp_path, [{"input_ids": [3, 4], "labels": [-100, 4]}], tokens={})
+    rows = data.evaluation["validation"]
+    (found,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
+    assert (found["input"], found["tokens"]) == ("[3, 4]", 1)
+
+
 def test_rows_behind_the_bound_hold_no_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_records, "MOST_TEXTS", 2)
     monkeypatch.setattr(prediction_records, "MOST_CHARACTERS", 1)
@@ -117,6 +129,8 @@ def test_files_that_are_missing_or_of_another_step_are_found(tmp_path):
     path_of(tmp_path, "damaged").write_text("{")
     assert kept.missing({"p": 3}) == []
     assert kept.missing({"p": 2, "q": 1, "damaged": 1}) == ["p", "q", "damaged"]
+    kept.clear()
+    assert kept.missing({"p": 3}) == ["p"]
 
 
 def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):

@@ -289,7 +289,7 @@ def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
     elif page:
         where += f"\n# then open http://127.0.0.1:5000/{page}"
     commands.append(("Compare runs and curves in MLflow", where))
-    commands.append(("Send what MLflow did not get", f"promptshard sync {folder}"))
+    commands.append(("Upload metrics that MLflow is missing", f"promptshard sync {folder}"))
     model = (run.get("base") or {}).get("model", "BASE")
     adapter = f"{run.get('output_dir') or output_dir}/prompts/{prompt}"
     load = (
