@@ -240,6 +240,8 @@ def _read_tasks(
         ),
     )
     engine.together(lambda: _check_ends(tasks, files))
+    if date:
+        console.say(f"the chat template reads the date: {date}, also when the run is resumed")
     if any(task.metric == "execution" for task in config.tasks):
         engine.of_main(check_sandbox)
     for data in tasks.values():
