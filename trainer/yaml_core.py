@@ -336,12 +336,17 @@ _Dumper.add_implicit_resolver(_TAG + "float", re.compile(rf"(?:{_FLOAT.pattern})
 
 
 class _OneLineDumper(_Dumper):
-    """Escapes line breaks inside texts."""
+    """Escapes newlines too."""
 
 
-def _one_line_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if len(text.splitlines()) > 1 or text != text.rstrip() else None
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Line breaks that only one version of YAML knows are escaped, which needs double quotes."""
+    breaks = (
+        "[\n\r\x85\u2028\u2029]" if isinstance(dumper, _OneLineDumper) else "[\r\x85\u2028\u2029]"
+    )
+    style = '"' if re.search(breaks, text) else None
     return dumper.represent_scalar(_TAG + "str", text, style=style)
 
 
-_OneLineDumper.add_representer(str, _one_line_text)
+_Dumper.add_representer(str, _represent_text)
+_OneLineDumper.add_representer(str, _represent_text)
