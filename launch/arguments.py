@@ -1,4 +1,4 @@
-"""Arguments that several commands of the command line share."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trainer.config import check_path
 from trainer.errors import BadInput
 
 EXIT_CODES = """\
-**Exit codes:** 0 done; 2 bad input, nothing was trained and an earlier run is as it was; 75
-stopped, run the same command again to go on; 1 anything else.
+**Exit codes:** 0 done; 2 invalid input (nothing trained, existing runs untouched); 75 interrupted
+(rerun the same command to resume); 1 any other failure.
 """
 
 
@@ -37,7 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings that replace those of the file: training.steps=100, prompts.triage.seed=1.",
+        help="Override settings in the file: training.steps=100, prompts.triage.seed=1.",
     ),
 ]
 Processes = Annotated[

@@ -24,13 +24,13 @@ from trainer.redact import redact
 
 def submit(
     run_file: RunFile,
-    nodes: Annotated[int, typer.Option(metavar="N", help="How many nodes.")],
+    nodes: Annotated[int, typer.Option(metavar="N", help="Number of nodes.")],
     overrides: Overrides = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(metavar="G", help="GPUs, and ranks, of every node.")
+        int | None, typer.Option(metavar="G", help="GPUs (= ranks) per node.")
     ] = None,
     processes_per_node: Annotated[
-        int, typer.Option(metavar="N", help="Without GPUs: ranks of every node.")
+        int, typer.Option(metavar="N", help="Ranks per node without GPUs.")
     ] = 1,
     time: Annotated[
         str | None,
@@ -40,10 +40,10 @@ def submit(
     account: Annotated[str | None, typer.Option(metavar="A")] = None,
     qos: Annotated[str | None, typer.Option(metavar="Q")] = None,
     mem: Annotated[
-        str | None, typer.Option(metavar="M", help="Memory of every node: 64G; 0 is all.")
+        str | None, typer.Option(metavar="M", help="Memory per node: 64G; 0: all.")
     ] = None,
     cpus_per_task: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU cores of every node, for all its ranks.")
+        int | None, typer.Option(metavar="N", help="CPU cores per node, for all its ranks.")
     ] = None,
     job_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="[default: the output folder's name]")
@@ -55,17 +55,18 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="KEY=[V, V]",
-            help="A job array, one task per value; given twice, one per combination.",
+            help="Job array with one task per value; given twice, one per combination.",
         ),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(metavar="N", help="Most tasks of the array that run at a time.")
+        int | None, typer.Option(metavar="N", help="Maximum number of array tasks running at once.")
     ] = None,
     signal_seconds: Annotated[
-        int, typer.Option(metavar="S", help="Save and stop so long before the time limit.")
+        int,
+        typer.Option(metavar="S", help="Seconds before the time limit at which to save and stop."),
     ] = 120,
     max_requeues: Annotated[
-        int, typer.Option(metavar="N", help="Restarts up to which it requeues itself; 0: none.")
+        int, typer.Option(metavar="N", help="Maximum number of automatic requeues (0: never).")
     ] = 20,
     module: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Environment module; may be repeated.")
@@ -74,7 +75,7 @@ def submit(
         str | None, typer.Option(metavar="IMAGE", help="Run in a container (pyxis).")
     ] = None,
     container_mounts: Annotated[
-        list[str] | None, typer.Option(metavar="SRC:DST", help="More mounts; may be repeated.")
+        list[str] | None, typer.Option(metavar="SRC:DST", help="Additional mount; may be repeated.")
     ] = None,
     python: Annotated[
         str | None,
@@ -85,18 +86,21 @@ def submit(
         typer.Option(metavar="OPTION", help="Any other option: --sbatch=--constraint=h100."),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
+        bool,
+        typer.Option(
+            "--fresh", help="Start over; move an earlier run in output_dir out of the way."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the sbatch script and submit nothing.")
+        bool, typer.Option("--dry-run", help="Print the sbatch script without submitting it.")
     ] = False,
 ) -> None:
-    """Submit a run to Slurm, one task per node, and let it go on after every time limit.
+    """Submit a run to Slurm (one task per node) and requeue it at each time limit.
 
-    The run file and every row are checked first. A copy of it and of the code is kept in
-    `output_dir/logs/submitted`; that is what the job runs, also when it is requeued later. Ahead
-    of its time limit the job saves, stops and requeues itself. `output_dir` must be in a folder
-    that all nodes share. Needs Slurm 22.05 or newer.
+    Checks the run file and all data first. The job runs a copy of the run file and of the code,
+    kept in `output_dir/logs/submitted`, also when it is requeued later. Before its time limit the
+    job saves, stops and requeues itself. `output_dir` must be in a folder that all nodes share.
+    Needs Slurm 22.05 or newer.
 
     **Examples:**
 
@@ -145,8 +149,8 @@ def submit(
         _refuse_passwords(tasks)
         typer.echo(slurm.render(job), nl=False)
         messages.note(
-            "nothing was submitted; without --dry-run, a copy of the run file and the code is made "
-            f"in {Path(output_dir) / submission.SUBMITTED}, and the job runs that"
+            "not submitted (--dry-run); a submitted job runs a copy of the run file and the code "
+            f"in {Path(output_dir) / submission.SUBMITTED}"
         )
         return
     before = run_status.last_job(Path(output_dir))
@@ -162,8 +166,8 @@ def submit(
     typer.echo(
         f"log:      {job.log.replace('%%', '%').replace('%j', number).replace('%A', number)}"
     )
-    typer.echo(f"see it:   promptshard status {shlex.quote(output_dir)}")
-    typer.echo(f"stop it:  scancel {number}   (saves first; submit it again to go on)")
+    typer.echo(f"status:   promptshard status {shlex.quote(output_dir)}")
+    typer.echo(f"stop:     scancel {number}   (saves first; submit again to resume)")
 
 
 def status(

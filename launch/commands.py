@@ -46,7 +46,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -62,46 +65,55 @@ def train(
         typer.Option(
             metavar="FILE",
             callback=as_path,
-            help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` a line.",
+            help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` per line.",
         ),
     ] = None,
     no_ssh: Annotated[
         bool,
         typer.Option(
-            "--no-ssh", help="Start only this host's part; give the command on every host."
+            "--no-ssh", help="Start only this host's ranks; run the same command on every host."
         ),
     ] = False,
     node_rank: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="With --no-ssh: which host of the hostfile this is, from 0."
+            metavar="N", help="With --no-ssh: index of this host in the hostfile, from 0."
         ),
     ] = None,
     master_addr: Annotated[
         str | None,
-        typer.Option(metavar="A", help="With --no-ssh: where all meet. [default: the first host]"),
+        typer.Option(
+            metavar="A", help="With --no-ssh: rendezvous address. [default: the first host]"
+        ),
     ] = None,
     master_port: Annotated[
         int | None,
-        typer.Option(metavar="P", help=f"With --no-ssh: its port. [default: {node.DEFAULT_PORT}]"),
+        typer.Option(
+            metavar="P", help=f"With --no-ssh: rendezvous port. [default: {node.DEFAULT_PORT}]"
+        ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew where output_dir holds an earlier run.")
+        bool,
+        typer.Option(
+            "--fresh", help="Start over; move an earlier run in output_dir out of the way."
+        ),
     ] = False,
     max_restarts: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
-            help="After a failure, go on from the last checkpoint, N times at most. One machine.",
+            help="Restart from the last checkpoint after a failure, at most N times (single "
+            "machine only).",
         ),
     ] = 0,
 ) -> None:
-    """Train the prompts of a run file over one sharded base.
+    """Train the prompts defined in a run file on one sharded base model.
 
-    The run file and every row are checked first. Then the DeepSpeed launcher starts one process
-    per GPU; it can also be called by hand: `deepspeed --module trainer RUN.yaml`. Ctrl-C ends all
-    processes, with the step saved. Logs of every process stand in `output_dir/logs`.
+    Checks the run file and all data first. Then the DeepSpeed launcher starts one process per GPU;
+    it can also be called by hand: `deepspeed --module trainer RUN.yaml`, but not in a folder with
+    Python files of your own, which would be imported first. Ctrl-C saves a checkpoint and stops
+    all processes. Per-process logs are in `output_dir/logs`.
 
     **Examples:**
 
@@ -116,11 +128,11 @@ def train(
     if no_ssh:
         place = _place(hostfile, node_rank, master_addr, master_port, processes)
     elif (node_rank, master_addr, master_port) != (None, None, None):
-        raise BadInput("--node-rank, --master-addr and --master-port go with --no-ssh; add it")
+        raise BadInput("--node-rank, --master-addr and --master-port need --no-ssh; add it")
     if max_restarts and hostfile and not local.is_local(local.read_hostfile(hostfile)):
         raise BadInput(
-            f"--max-restarts: goes with one machine, and {hostfile} names others; on Slurm, a job "
-            "of promptshard submit is requeued when it loses a node"
+            f"--max-restarts: works on a single machine only, but {hostfile} names others; on "
+            "Slurm, a job of promptshard submit is requeued when it loses a node"
         )
     config = preflight.check_run(run_file, overrides)
     os.environ[ROWS_CHECKED] = "1"
@@ -138,24 +150,24 @@ def train(
 
 @app.command(epilog=EXIT_CODES)
 def validate(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Check a run file and every row it names, and start nothing.
+    """Check a run file and all its data without starting a run.
 
-    All mistakes are reported at once, each with its line, the setting, its value and the remedy.
+    Reports all errors at once, each with line, setting, value and a suggested fix.
 
     **Example:** `promptshard validate run.yaml training.steps=50`
     """
     config = preflight.check_run(run_file, overrides or [])
     typer.echo(
-        f"{run_file}: good: {count(len(config.prompts), 'prompt')}, "
-        f"{count(len(config.tasks), 'task')}, {count(config.last_step, 'step')} "
-        f"on {config.base.model}, into {config.output_dir}"
+        f"{run_file}: OK ({count(len(config.prompts), 'prompt')}, "
+        f"{count(len(config.tasks), 'task')}, {count(config.last_step, 'step')}; "
+        f"base {config.base.model}; output {config.output_dir})"
     )
 
 
 @app.command(epilog=EXIT_CODES)
 def generate(
     run_dir: RunDir,
-    prompt: Annotated[str, typer.Option(metavar="NAME", help="Which prompt of the run.")],
+    prompt: Annotated[str, typer.Option(metavar="NAME", help="Name of the prompt.")],
     text: Annotated[
         str,
         typer.Option(
@@ -166,7 +178,8 @@ def generate(
         ),
     ],
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Length limit. [default: the task's]")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Maximum number of tokens. [default: the task's]"),
     ] = None,
     processes: Processes = None,
 ) -> None:
@@ -193,18 +206,18 @@ def prepare(
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", callback=as_path, help="A new folder.")],
     revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub id.")
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")
     ] = None,
     embeddings: Annotated[
-        Stored, typer.Option(help="Word embeddings: as they are, or in 8 bits too.")
+        Stored, typer.Option(help="Storage of the word embeddings: unchanged or int8.")
     ] = Stored.KEEP,
-    head: Annotated[Stored, typer.Option(help="The same for the head.")] = Stored.KEEP,
+    head: Annotated[Stored, typer.Option(help="Storage of the LM head.")] = Stored.KEEP,
 ) -> None:
-    """Write a base in 8 bits, so that every later run reads nearly half the bytes.
+    """Convert a base model to int8 once, so later runs load about half as many bytes.
 
-    Name OUT as base.model in run files. It is in the format of bitsandbytes, which transformers
-    loads too unless embeddings or head are in 8 bits. Weights are read and written in small pieces:
-    a model may be larger than the memory.
+    Use OUT as `base.model` in run files. The output is in bitsandbytes format and also loads in
+    transformers, unless embeddings or head are int8 too. Weights are read and written in small
+    pieces: the model may be larger than RAM.
 
     **Example:** `promptshard prepare meta-llama/Llama-3.1-70B bases/llama-70b-int8`
     """
@@ -221,14 +234,16 @@ def export(
     out: Annotated[str, typer.Argument(metavar="OUT", callback=as_path, help="A new folder.")],
     encoder: Annotated[
         str,
-        typer.Option(metavar="NAME", help="A share, or a prompt, with encoder: text."),
+        typer.Option(
+            metavar="NAME", help="Name of a shared encoder, or of a prompt with `encoder: text`."
+        ),
     ],
-    text: Annotated[str, typer.Option(metavar="TEXT", help="What the new task is, in words.")],
+    text: Annotated[str, typer.Option(metavar="TEXT", help="Description of the new task.")],
 ) -> None:
-    """Make a prompt of a new text with a trained text encoder, and train nothing.
+    """Turn a new task description into a prompt with a trained text encoder (no training).
 
-    OUT becomes a PEFT adapter. The encoder is as of its best validation or, without one, of the
-    newest checkpoint; of the base only the embeddings of the text's words are read.
+    OUT becomes a PEFT adapter. Uses the encoder from the best validation step (or the latest
+    checkpoint). Only the needed word embeddings are read from the base model.
 
     **Example:** `promptshard export runs/notes urgency --encoder reader --text "Is it urgent?"`
     """
@@ -251,10 +266,10 @@ def inspect(
     ],
     overrides: Overrides = None,
     base: Annotated[
-        bool, typer.Option("--base", help="Look at the base: what storing it in int8 costs.")
+        bool, typer.Option("--base", help="Measure the error of int8 storage.")
     ] = False,
     rows: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Validation rows of each task that are scored.")
+        int, typer.Option(metavar="N", min=1, help="Validation rows to score per task.")
     ] = 64,
     json_file: Annotated[
         str | None,
@@ -268,12 +283,12 @@ def inspect(
     ] = None,
     processes: Processes = None,
 ) -> None:
-    """Measure what int8 does to a base: to its weights, and to the losses of its prompts.
+    """Measure the error of int8 storage, in weights and in validation losses.
 
-    Of every weight that int8 rounds: the relative error, that of its worst row, and the share of
-    rows with an outlier, in one line per layer. Then the validation loss of no prompt, of the
-    hand-written and, in a RUN_DIR, of the trained prompts: over the base as it was published,
-    and over int8 with each base.matmul that works here. Of a MODEL alone, the weights only.
+    Prints one line per layer: relative error, worst-row error, share of rows with outliers. Then
+    validation loss without a prompt, with the hand-written prompts and (for a RUN_DIR) with the
+    trained prompts, for the original model and for int8 with each `base.matmul` that works here.
+    For a MODEL, weights only.
 
     **Examples:**
 
@@ -283,8 +298,8 @@ def inspect(
     """
     if not base:
         raise BadInput(
-            "inspect: say what to look at: --base measures what int8 costs the base, in its "
-            "weights and in validation losses"
+            "inspect: nothing selected; pass --base, which measures the error of int8 in weights "
+            "and validation losses"
         )
     found = preflight.check_target(target, overrides or [])
     if json_file is None and preflight.is_run_dir(target):
@@ -344,9 +359,9 @@ def _place(
     count: int | None,
 ) -> local.Place:
     if hostfile is None:
-        raise BadInput("--no-ssh: name all hosts with --hostfile; it is the same on each of them")
+        raise BadInput("--no-ssh: list all hosts in a --hostfile, the same file on every host")
     if count is not None:
-        raise BadInput("--processes: with --no-ssh, the hostfile says how many: HOST slots=NUMBER")
+        raise BadInput("--processes: not with --no-ssh; set HOST slots=NUMBER in the hostfile")
     return node.place_of(hostfile, rank, address, port)
 
 

@@ -98,9 +98,7 @@ def visible_gpus(uuids: Sequence[str], visible: str | None) -> list[int]:
             break
         matches = [i for i, uuid in enumerate(uuids) if entry == str(i) or uuid.startswith(entry)]
         if entry.startswith("MIG-"):
-            raise BadInput(
-                f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher takes no MIG instances"
-            )
+            raise BadInput(f"CUDA_VISIBLE_DEVICES={visible}: MIG instances are not supported")
         if len(matches) != 1:
             raise BadInput(
                 f"CUDA_VISIBLE_DEVICES={visible}: no GPU {entry!r} here; found {len(uuids)}"
@@ -112,7 +110,7 @@ def visible_gpus(uuids: Sequence[str], visible: str | None) -> list[int]:
 def choose_devices(processes: int | None, gpus: Sequence[int]) -> Devices:
     """All GPUs, or ``processes`` of them; without a GPU that many (default 2) CPU processes."""
     if processes is not None and processes < 1:
-        raise BadInput(f"--processes: {processes} is not a number of processes; give 1 or more")
+        raise BadInput(f"--processes: {processes} is not a positive integer")
     if not gpus:
         return Devices("cpu", tuple(range(processes or CPU_PROCESSES)))
     if processes is not None and processes > len(gpus):
@@ -124,14 +122,14 @@ def choose_devices(processes: int | None, gpus: Sequence[int]) -> Devices:
 
 
 def read_hostfile(path: str) -> list[Host]:
-    """The hosts of a DeepSpeed hostfile, one ``name slots=N`` a line."""
+    """Read the hosts of a DeepSpeed hostfile, one ``name slots=N`` per line."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(MAX_HOSTFILE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"--hostfile: cannot read {path}: {getattr(error, 'strerror', None) or error}; write a "
-            "file with one HOST slots=GPUS a line"
+            "file with one HOST slots=GPUS per line"
         ) from None
     if len(text) > MAX_HOSTFILE:
         raise BadInput(f"--hostfile: {path} has more than {MAX_HOSTFILE:,} characters")
@@ -153,7 +151,7 @@ def read_hostfile(path: str) -> list[Host]:
         else:
             hosts.append(Host(match[1], int(match[2])))
     if problems or not hosts:
-        raise BadInput(problems or f"{path}: names no host; write one HOST slots=NUMBER a line")
+        raise BadInput(problems or f"{path}: has no hosts; write one HOST slots=NUMBER per line")
     return hosts
 
 

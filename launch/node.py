@@ -44,8 +44,8 @@ def run(
     gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if len(gpus) < slots and (gpus or need_gpus):
         raise BadInput(
-            f"{name}: {len(gpus)} GPUs are visible here, but it shall run {slots} processes; ask "
-            "for fewer GPUs per host, or leave this host out"
+            f"{name}: {len(gpus)} {'GPU' if len(gpus) == 1 else 'GPUs'} visible, but {slots} "
+            "processes requested; request fewer GPUs per host, or leave this host out"
         )
     if place.rank == 0:
         refuse_taken(place.port)
@@ -59,7 +59,7 @@ def run(
     log = preflight.open_log(output_dir, f"launcher-host{place.rank}.log")
     if place.rank == 0:
         total = sum(host.slots for host in place.hosts)
-        where = f"on {len(place.hosts)} hosts that meet at {place.address}:{place.port}"
+        where = f"on {len(place.hosts)} hosts, rendezvous at {place.address}:{place.port}"
         messages.note(f"starting {total} processes {where}; logs: {log.parent}")
     command = local.place_command(module, place, devices)
     ending = processes.run_local(
@@ -170,13 +170,15 @@ def place_of(hostfile: str, rank: int | None, address: str | None, port: int | N
     problems = []
     if rank is None:
         problems.append(
-            f"--no-ssh: say with --node-rank which host of {hostfile} this is: 0 to {last}"
+            f"--no-ssh: needs --node-rank, the index of this host in {hostfile}: 0 to {last}"
         )
     elif not 0 <= rank <= last:
-        problems.append(f"--node-rank: {rank} is no host of {hostfile}; give 0 to {last}")
+        problems.append(
+            f"--node-rank: {rank} is not an index of a host in {hostfile}; give 0 to {last}"
+        )
     port = DEFAULT_PORT if port is None else port
     if not 0 < port < 65536:
-        problems.append(f"--master-port: {port} is no TCP port; give 1024 to 65535")
+        problems.append(f"--master-port: {port} is not a valid TCP port; give 1024 to 65535")
     if problems:
         raise BadInput(problems)
     assert rank is not None

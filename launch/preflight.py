@@ -1,4 +1,4 @@
-"""What can be found wrong before any process starts, in seconds and without torch."""
+"""Checks that run before any process is started, in seconds and without torch."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _base(config: RunConfig) -> Iterator[str]:
     folder = resolve_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            yield f"base.model: {name} has no config.json, so it is not a model's folder"
+            yield f"base.model: {name} is not a model folder (no config.json)"
     elif folder.exists():
         yield f"base.model: {name} is a file; name the folder it is in"
     elif _looks_local(name):

@@ -31,15 +31,17 @@ def run(attempt: Callable[[bool], Ending], output: Path, limit: int, *, fresh: b
             return ending
         came_to = newest, step = _newest_checkpoint(output), _last_step(output)
         if left == 0:
-            return _given_up(ending, f"--max-restarts={limit}: {limit} restarts did not help")
+            return _given_up(
+                ending, f"still failing after {limit} restarts (--max-restarts={limit})"
+            )
         if came_to == before:
-            return _given_up(ending, f"failed twice at step {step} with no progress: not restarted")
+            return _given_up(ending, f"failed twice at step {step} without progress: not restarted")
         before = came_to
         # One that failed before it had put the earlier run aside must still do so.
         fresh = fresh and not _is_of_now(output, newest, began)
         if ending.message:
             messages.failure(ending.message)
-        goes_on = f"goes on from {newest}" if newest and not fresh else "begins anew"
+        goes_on = f"resumes from {newest}" if newest and not fresh else "starts over"
         messages.note(
             f"failed at step {step}; restart {limit - left + 1} of {limit}: the run {goes_on}"
         )

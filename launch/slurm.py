@@ -113,7 +113,7 @@ def problems(job: Job) -> Iterator[str]:
         if number is not None and number < 1:
             yield f"{option}: {number} is too few; give 1 or more"
     if asked.gpus_per_node is not None and asked.processes_per_node != 1:
-        yield "--processes-per-node: is for nodes without GPUs; with --gpus-per-node remove it"
+        yield "--processes-per-node: is for nodes without GPUs; remove it, or --gpus-per-node"
     for option, value, pattern, remedy in (
         ("--partition", asked.partition, rf"{_NAMES}(,{_NAMES})*", "give a name of `sinfo`"),
         ("--account", asked.account, r"[\w.@+-]+", "give a name without spaces"),
@@ -122,15 +122,15 @@ def problems(job: Job) -> Iterator[str]:
         ("--dependency", asked.dependency, rf"{_AFTER}([,?]{_AFTER})*", "write afterok:JOB_ID"),
     ):
         if value is not None and not re.fullmatch(pattern, value, flags=re.ASCII):
-            yield f"{option}: {value!r} is not one; {remedy}"
+            yield f"{option}: {value!r} is not valid; {remedy}"
     for module in job.modules:
         if not re.fullmatch(r"[\w./+=@-]+", module):
-            yield f"--module: {module!r} is not one; give a name of `module avail`"
+            yield f"--module: {module!r} is not valid; give a name of `module avail`"
     for mount in job.mounts:
         if mount.count(":") not in (1, 2) or "," in mount:
-            yield f"--container-mounts: {mount!r} is not one; write SOURCE:TARGET, absolute paths"
+            yield f"--container-mounts: {mount!r} is not valid; write SOURCE:TARGET, absolute paths"
     if job.mounts and job.container is None:
-        yield "--container-mounts: there is no --container-image to mount into"
+        yield "--container-mounts: needs --container-image"
     for option in asked.extra:
         yield from _extra_problems(option)
     yield from _time_problems(job)
@@ -150,7 +150,7 @@ def has_controls(text: str) -> bool:
 def _extra_problems(option: str) -> Iterator[str]:
     match = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", option)
     if match is None:
-        yield f"--sbatch: {option!r} is not one; write the whole option, as --constraint=h100"
+        yield f"--sbatch: {option!r} is not an option; write the whole option, as --constraint=h100"
     elif match[1] in OWN_OPTIONS:
         ours = f"use promptshard's own --{match[1]}, if it has one"
         yield f"--sbatch: --{match[1]} is set by the job itself; {ours}"
@@ -164,7 +164,7 @@ def _time_problems(job: Job) -> Iterator[str]:
         return
     seconds = time_seconds(time)
     if not seconds:
-        yield f"--time: {time!r} is no time; write minutes, HH:MM:SS, or DAYS-HH:MM:SS"
+        yield f"--time: {time!r} is not a valid time; write minutes, HH:MM:SS, or DAYS-HH:MM:SS"
     elif ahead >= seconds:
         yield (
             f"--signal-seconds: {ahead} is not before the time limit ({time}: {seconds} s); give "
@@ -303,11 +303,11 @@ def _srun(job: Job) -> Iterator[str]:
 def _shell(job: Job) -> Iterator[str]:
     """Lines that start the step, hand signals on to it and decide about a requeue."""
     yield f"""
-step= told= warned= cancelled=
-tell() {{
-    if [ -n "$step" ] && [ -z "$told" ]; then
-        told=yes
-        say "$1: telling the ranks to save and stop"
+step= notified= time_limit_near= cancelled=
+notify() {{
+    if [ -n "$step" ] && [ -z "$notified" ]; then
+        notified=yes
+        say "$1: asking the ranks to save and stop"
         for ((second = 0; ; second++)); do
             kill -0 "$step" 2>/dev/null || break
             ((second % {REPEAT_SECONDS})) || kill -USR1 "$step"
@@ -315,12 +315,12 @@ tell() {{
         done &
     fi
 }}
-trap 'warned=yes; tell "the time limit is near"' USR1
-trap 'cancelled=yes; tell "cancelled or preempted"' TERM
+trap 'time_limit_near=yes; notify "the time limit is near"' USR1
+trap 'cancelled=yes; notify "cancelled or preempted"' TERM
 """
     yield " \\\n    ".join(_srun(job))
     yield f"""step=$!
-[ -z "$warned" ] || tell "the time limit is near"
+[ -z "$time_limit_near" ] || notify "the time limit is near"
 wait "$step"
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
@@ -331,11 +331,11 @@ job=$SLURM_JOB_ID
 if [ "$code" -ne {EXIT_RESUMABLE} ]; then
     say "ended with exit code $code"
 elif [ -n "$cancelled" ]; then
-    say "stopped and saved; submit it again to go on"
+    say "stopped and saved; submit it again to resume"
 elif [ "$restarts" -ge {job.max_requeues} ]; then
-    say "stopped and saved, and requeued {job.max_requeues} times already; submit it again to go on"
+    say "stopped and saved, requeued {job.max_requeues} times already; submit it again to resume"
 else
     say "stopped and saved; requeued as restart $((restarts + 1)) of at most {job.max_requeues}"
-    scontrol requeue "$job" || say "could not be requeued; submit it again to go on" >&2
+    scontrol requeue "$job" || say "could not be requeued; submit it again to resume" >&2
 fi
 exit "$code\""""

@@ -46,8 +46,8 @@ def check_slurm() -> None:
     """See that sbatch is there, and not older than what the script needs."""
     if shutil.which("sbatch") is None:
         raise BadInput(
-            "submit: sbatch is not on PATH; call this on a login node of a Slurm cluster, or look "
-            "at the script with --dry-run"
+            "submit: sbatch is not on PATH; run this on a login node of a Slurm cluster, or use "
+            "--dry-run to print the script"
         )
     done = _run(["sbatch", "--version"])
     found = re.search(r"(\d+)\.(\d+)", done.stdout)
@@ -73,11 +73,13 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
             problems += [f"--array: {text!r}: {problem}" for _, _, problem in error.problems]
             continue
         if not equals or not isinstance(values, list) or len(values) < 1:
-            problems.append(f"--array: {text!r} is not one; write KEY=[VALUE, VALUE]")
+            problems.append(f"--array: {text!r} must be a list; write KEY=[VALUE, VALUE]")
         elif twice := _twice(values):
             problems.append(f"--array: {key.strip()}: has {twice} more than once; remove one")
         elif key.strip() == "output_dir":
-            problems.append("--array: output_dir: every task has its own already, in that folder")
+            problems.append(
+                "--array: output_dir: every task already has its own, inside output_dir"
+            )
         else:
             settings.append([(key.strip(), _inline(value)) for value in values])
     combinations = list(itertools.product(*settings))

@@ -116,7 +116,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     assert "requeued 0 times already" in read(desk.path / f"told-{told}.out")
 
     # a job that a person cancels is not requeued
-    assert "submit it again to go on" in read(desk.path / f"cancelled-{cancelled}.out")
+    assert "submit it again to resume" in read(desk.path / f"cancelled-{cancelled}.out")
     assert desk.cluster.job(cancelled)["JobState"] == "CANCELLED"
     assert "ended with exit code" not in read(desk.path / f"cancelled-{cancelled}.out")
     assert not list(notes.glob("cancelled-0-1-*"))

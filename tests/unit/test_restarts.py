@@ -61,21 +61,21 @@ def test_a_failure_goes_on_from_its_checkpoint_and_says_so(attempts, capfd):
     assert restarts.run(plan, plan.output, 3, fresh=False) == Ending(0)
     said = capfd.readouterr().err
     assert said.count(f"error: {FAILED.message}\n") == 2
-    assert "failed at step 5; restart 1 of 3: the run goes on from step-00000004" in said
-    assert "failed at step 9; restart 2 of 3: the run goes on from step-00000008" in said
+    assert "failed at step 5; restart 1 of 3: the run resumes from step-00000004" in said
+    assert "failed at step 9; restart 2 of 3: the run resumes from step-00000008" in said
 
 
 def test_restarts_are_bounded(attempts):
     plan = attempts((1, None, FAILED), (2, None, FAILED), (3, None, FAILED))
     ending = restarts.run(plan, plan.output, 2, fresh=False)
     assert (ending.code, len(plan.fresh)) == (1, 3)
-    assert ending.message == f"{FAILED.message}; --max-restarts=2: 2 restarts did not help"
+    assert ending.message == f"{FAILED.message}; still failing after 2 restarts (--max-restarts=2)"
 
 
 def test_twice_at_the_same_step_is_once_too_often(attempts):
     plan = attempts((5, 4, FAILED), (5, None, Ending(1)))
     ending = restarts.run(plan, plan.output, 9, fresh=False)
-    assert ending == Ending(1, "failed twice at step 5 with no progress: not restarted")
+    assert ending == Ending(1, "failed twice at step 5 without progress: not restarted")
 
 
 def test_the_same_step_with_a_new_checkpoint_is_progress(attempts):
@@ -98,5 +98,5 @@ def test_an_earlier_run_is_put_aside_once_but_by_all_means(attempts, capfd):
     assert restarts.run(attempt, plan.output, 5, fresh=True) == Ending(0)
     assert plan.fresh == [True, True, False]
     said = capfd.readouterr().err
-    assert "restart 1 of 5: the run begins anew" in said
-    assert "restart 2 of 5: the run goes on from step-00000002" in said
+    assert "restart 1 of 5: the run starts over" in said
+    assert "restart 2 of 5: the run resumes from step-00000002" in said

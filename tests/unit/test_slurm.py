@@ -56,23 +56,23 @@ RESOURCES = {field.name for field in dataclasses.fields(Resources)}
         ({"nodes": 0}, "--nodes: 0 is too few"),
         ({"gpus_per_node": 0}, "--gpus-per-node: 0 is too few"),
         ({"gpus_per_node": 8, "processes_per_node": 2}, "--processes-per-node: is for nodes"),
-        ({"partition": "two words"}, "--partition: 'two words' is not one; give a name of `sinfo`"),
+        ({"partition": "two words"}, "--partition: 'two words' is not valid; give a name of `sin"),
         ({"partition": "gpu;rm"}, "--partition"),
         ({"account": "a b"}, "--account"),
         ({"qos": "$HOME"}, "--qos"),
-        ({"mem": "64GB"}, "--mem: '64GB' is not one; give megabytes, or as 64G"),
-        ({"dependency": "12"}, "--dependency: '12' is not one; write afterok:JOB_ID"),
-        ({"time": "soon"}, "--time: 'soon' is no time; write minutes"),
-        ({"time": "1:99"}, "--time: '1:99' is no time"),
-        ({"time": "0"}, "--time: '0' is no time"),
+        ({"mem": "64GB"}, "--mem: '64GB' is not valid; give megabytes, or as 64G"),
+        ({"dependency": "12"}, "--dependency: '12' is not valid; write afterok:JOB_ID"),
+        ({"time": "soon"}, "--time: 'soon' is not a valid time; write minutes"),
+        ({"time": "1:99"}, "--time: '1:99' is not a valid time"),
+        ({"time": "0"}, "--time: '0' is not a valid time"),
         ({"time": "2"}, "--signal-seconds: 120 is not before the time limit"),
         ({"signal_seconds": 0}, "--signal-seconds: 0 is not within 1 to 65535"),
         ({"max_requeues": -1}, "--max-requeues: -1 is too few"),
-        ({"modules": ("cuda; ls",)}, "--module: 'cuda; ls' is not one"),
-        ({"extra": ("-C h100",)}, "--sbatch: '-C h100' is not one; write the whole option"),
+        ({"modules": ("cuda; ls",)}, "--module: 'cuda; ls' is not valid"),
+        ({"extra": ("-C h100",)}, "--sbatch: '-C h100' is not an option; write the whole option"),
         ({"extra": ("--signal=TERM",)}, "--sbatch: --signal is set by the job itself"),
-        ({"mounts": ("/a:/b",)}, "--container-mounts: there is no --container-image"),
-        ({"mounts": ("/a",), "container": "x"}, "--container-mounts: '/a' is not one"),
+        ({"mounts": ("/a:/b",)}, "--container-mounts: needs --container-image"),
+        ({"mounts": ("/a",), "container": "x"}, "--container-mounts: '/a' is not valid"),
         ({"name": "a\n#SBATCH --exclusive"}, "line break"),
         ({"tasks": (("run.yaml", "a=\n"),)}, "line break"),
     ],
@@ -319,7 +319,7 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
     assert (process.returncode, batch.requeued) == (75, requeued), said
-    assert said.count("telling the ranks to save and stop") == 1
+    assert said.count("asking the ranks to save and stop") == 1
 
 
 def test_every_session_of_a_fresh_job_is_told_so(tmp_path):
@@ -428,7 +428,7 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
     ("words", "problem"),
     [
         (["--nodes", "0"], "--nodes: 0 is too few"),
-        (["--nodes", "1", "--time", "1 hour"], "--time: '1 hour' is no time"),
+        (["--nodes", "1", "--time", "1 hour"], "--time: '1 hour' is not a valid time"),
         (["--nodes", "1", "--partition", "a b"], "--partition: 'a b'"),
         (["--nodes", "1", "training.stepz=1"], "training.stepz: unknown setting"),
         (["--nodes", "1", "--array", "training.seed=3"], "write KEY=[VALUE, VALUE]"),
@@ -483,7 +483,7 @@ def test_a_dry_run_prints_the_script_alone(run_file, monkeypatch):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("#!/bin/bash\n# promptshard submit ")
     assert f"set -- {run_file} training.seed=3\n" in done.stdout
-    assert "nothing was submitted" in done.stderr
+    assert "not submitted (--dry-run)" in done.stderr
     assert not (run_file.parent / "out").exists()
 
 
