@@ -81,6 +81,18 @@ GPT_OSS_MARKED = GPT_OSS.replace(
 THINKS = QWEN_3.replace("<think>\\n\\n</think>\\n\\n", "<think></think>").replace(
     "assistant\\n' }}{%- endif %}", "assistant\\n<think>\\n' }}{%- endif %}"
 )
+#: After Qwen 3.5: generation begins inside of thoughts that an answer without any has empty.
+QWEN_3_5 = QWEN_3.replace(" and loop.last", "").replace(
+    "assistant\\n' }}{%- endif %}", "assistant\\n<think>\\n' }}{%- endif %}"
+)
+#: The same with whole turns marked.
+QWEN_3_5_MARKED = QWEN_3_5.replace(
+    "{%- for message in messages %}",
+    "{%- for message in messages %}{%- if message.role == 'assistant' %}{% generation %}"
+    "{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}"
+    "{{- message.content + '<|im_end|>\\n' }}"
+    "{% endgeneration %}{%- continue %}{%- endif %}",
+)
 #: After vision models: content is read as parts only.
 PARTS = """\
 {% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% for part in \
@@ -103,7 +115,7 @@ CALLS = [USER, CALL, {"role": "tool", "content": "3"}, ANSWER]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    texts = ["Hi Hello And? Fine Today: system user assistant final tool add adds name"] * 20
+    texts = ["Hi Hello And? Fine\n\nToday: system user assistant final tool add adds name"] * 20
     return make_tokenizer("llama3", texts, specials=MARKS)
 
 
@@ -190,6 +202,28 @@ def test_a_generation_prompt_that_no_answer_follows_is_refused(tmp_path, tokeniz
         BadInput, match=r"\[1\]: the generation prompt of the chat template goes on"
     ):
         tokenized(tmp_path, tokenizer, [{"messages": TWO[:2]}])
+
+
+@pytest.mark.parametrize("source", [QWEN_3_5, QWEN_3_5_MARKED])
+def test_a_generation_prompt_whose_end_merges_with_the_answer_keeps_its_tokens(
+    tmp_path, tokenizer, source
+):
+    """It ends with a line break, and the answer begins with one: together they are one token."""
+    with_template(tokenizer, source)
+    rows = [{"messages": TWO}, {"messages": TWO[:2]}]
+    found = tokenized(tmp_path, tokenizer, rows)
+    for messages, example in zip((TWO, TWO[:2]), found.examples, strict=True):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert "<think>\n\n</think>" in text
+        assert tokenizer.decode(example.input_ids) == text
+        assert list(example.input_ids) != of_transformers(tokenizer, messages)
+        asked = of_transformers(tokenizer, [USER], add_generation_prompt=True)
+        assert list(example.input_ids[: example.target_start]) == asked
+        assert learned(tokenizer, example) == [
+            f"\n</think>\n\n{turn['content']}<|im_end|>\n" for turn in messages[1::2]
+        ]
+    assert found.warning is not None
+    assert "(in 2 of 2 rows)" in found.warning
 
 
 def test_turns_of_weight_0_are_read_and_not_learned(tmp_path, tokenizer):

@@ -16,8 +16,8 @@ from trainer.errors import BadInput
 from trainer.tasks.encoder import TextEncoder
 from trainer.tasks.found import BEHIND_PROMPT, Found, too_long
 from trainer.tasks.nested import is_learned
-from trainer.tasks.table import Block, Example, runs
-from trainer.tasks.template import ChatTemplate, Endless, Messages, Tools
+from trainer.tasks.table import Block, Example
+from trainer.tasks.template import ChatTemplate, Endless, Mark, Messages, Tools
 
 Spans = list[tuple[int, int]]
 
@@ -90,35 +90,31 @@ class DialogueEncoder:
             edges += (len(opening), len(until))
         return self._cut(whole, edges)
 
-    def _marked(self, messages: Messages, tools: Tools) -> Spans | None:
-        """Spans that the template marks, one for each turn of the assistant."""
-        marks = self.template.marked(messages, tools)
-        if marks is None:
-            return None
-        spans = list(runs(marks))
-        # Where a mark stands on a character without a token, transformers leaves turns out.
+    def _marked(self, messages: Messages, tools: Tools) -> list[Mark] | None:
+        """What the template marks, if that is one run of tokens for each turn of the assistant."""
+        marks = self.template.marked(messages, tools) or []
+        # Where a mark begins on a character without a token, transformers leaves turns out.
         turns = sum(turn["role"] == "assistant" for turn in messages)
-        return spans if len(spans) == turns else None
+        return marks if len(marks) == turns else None
 
     def _within_marks(
-        self, messages: Messages, tools: Tools, whole: str, marked: Spans
+        self, messages: Messages, tools: Tools, whole: str, marks: Sequence[Mark]
     ) -> Dialogue:
-        ids, spans = self.template.ids(whole), list[tuple[int, int]]()
+        """What is marked, from the end of the generation prompt on."""
+        ids, merged = self.template.ids(whole), False
+        spans, edges = list[tuple[int, int]](), list[int]()
         turns = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-        for number, (start, stop) in zip(turns, marked, strict=True):
+        for number, mark in zip(turns, marks, strict=True):
             if not is_learned(messages[number]):
                 continue
-            opening = self.template.ids(self._opening(messages, tools, number, whole))
-            if ids[: len(opening)] != opening:
-                raise ValueError(
-                    f"[{number}]: the tokenizer merges the end of the generation prompt with the "
-                    "beginning of this turn; strip white space around its content"
-                )
-            start = max(start, len(opening))
-            if start >= stop:
+            text = self._opening(messages, tools, number, whole)
+            opening = self.template.ids(text)
+            merged = merged or ids[: len(opening)] != opening
+            spans.append((max(mark.tokens[0], len(opening)), mark.tokens[1]))
+            edges += (max(mark.characters[0], len(text)), mark.characters[1])
+            if edges[-2] >= edges[-1]:
                 raise ValueError(f"[{number}]: the chat template marks no token of this turn")
-            spans.append((start, stop))
-        return Dialogue(ids, spans)
+        return self._cut(whole, edges) if merged else Dialogue(ids, spans)
 
     def _opening(self, messages: Messages, tools: Tools, number: int, whole: str) -> str:
         """The generation prompt of a turn, which must be the beginning of the whole dialogue."""

@@ -113,7 +113,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     if turns[-1]["role"] != "assistant":
         raise ValueError(
             f"the last turn is of the {turns[-1]['role']}; end with the assistant's answer, "
-            "which is what is learnt"
+            "which is what is learned"
         )
     if not any(map(is_learned, turns)):
         raise ValueError("weight: is 0 in all turns of the assistant; remove the row")

@@ -9,10 +9,12 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.tasks.cpu_limit import TookTooLong, cpu_limit
 from trainer.tasks.nested import content_of
+from trainer.tasks.table import runs
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -38,6 +40,14 @@ _STRFTIME_NOW = (
 
 class Endless(Exception):
     """A template takes too long, or writes too much: it would do so for every dialogue."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a template marks, as (start, stop) of tokens and of characters."""
+
+    tokens: tuple[int, int]
+    characters: tuple[int, int]
 
 
 class ChatTemplate:
@@ -79,8 +89,8 @@ class ChatTemplate:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
 
-    def marked(self, messages: Messages, tools: Tools = None) -> list[bool] | None:
-        """Which tokens of a dialogue the template marks with ``{% generation %}``, if it does.
+    def marked(self, messages: Messages, tools: Tools = None) -> list[Mark] | None:
+        """What the template marks with ``{% generation %}``, in order; None if it marks nothing.
 
         Raises:
             ValueError, Endless: as ``text``.
@@ -90,7 +100,11 @@ class ChatTemplate:
         encoded = self._apply(
             messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return list(map(bool, encoded["assistant_masks"]))
+        marks = []
+        for start, stop in runs(encoded["assistant_masks"]):
+            first, last = (encoded.token_to_chars(token) for token in (start, stop - 1))
+            marks.append(Mark((start, stop), (first.start, last.end)))
+        return marks
 
     def _apply(self, messages: Messages, tools: Tools, **how: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]

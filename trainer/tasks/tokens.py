@@ -202,7 +202,8 @@ def _merge_warning(rows: Rows, task: Task, merged: int, first: int) -> str | Non
         return (
             f"{rows.where(first)}: the tokenizer merges the end of a turn with the beginning of "
             f"the next (in {merged:,} of {len(rows):,} rows); generation reads the turns before "
-            "alone, so they are tokenized apart; strip white space around the content of turns"
+            "alone, so they are tokenized apart; strip white space around the content of turns, "
+            "unless the chat template itself writes it there"
         )
     between = f"between tasks.{task.name}.input and target"
     remedy = f"put a space or a line break {between}"
