@@ -76,17 +76,22 @@ class Ending:
         return self._decode(self.cut(ids))
 
     def text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of generated tokens, without its end.
+        """The text of tokens as ``generate`` returns them, without its end.
 
         Special tokens stay by default: where they are labels, they tell texts apart.
         """
-        ids = self.cut(ids)
-        if self._has_stop(ids):
-            # Only up to the token that completes the stop string, which may consist of special
-            # tokens and so be missing in the text.
-            count = next(n for n in range(1, len(ids) + 1) if self._has_stop(ids[:n]))
-            ids = ids[:count]
-        return before_stop(self._decode(ids, skip_special_tokens), self.strings)
+        return before_stop(self._decode(self.cut(ids), skip_special_tokens), self.strings)
+
+    def is_completed(self, ids: Sequence[int]) -> bool:
+        """Whether the last token is an end mark or completes a stop string.
+
+        Looks at no more tokens than a stop string can have, so a long text costs no more.
+        """
+        if ids[-1] in self.token_ids:
+            return True
+        most = max((len(string.encode()) for string in self.strings), default=0)
+        # A token has a byte at least; some are left out where a text begins, hence a few more.
+        return self._has_stop(ids[-most - 8 :]) and self._has_stop(ids)
 
     def _has_stop(self, ids: Sequence[int]) -> bool:
         if not self.strings:
@@ -219,15 +224,16 @@ def _decode(
 
     cache = PastCache()
     written: list[list[int]] = [[] for _ in rows]
-    unfinished = list(written)
+    unfinished = list(range(len(rows)))
     for _ in range(max_new_tokens):
         logits_BV = base(DecodeStep(token_ids, mask, cache), prompts)
         if penalties[0]:
             logits_BV = _penalized(logits_BV, penalties, rows, written)
         next_B = logits_BV.argmax(-1)
-        for ids, token in zip(written, next_B.tolist(), strict=True):
-            ids.append(token)
-        unfinished = [ids for ids in unfinished if not ending.is_reached(ids)]
+        tokens = next_B.tolist()
+        for row in unfinished:
+            written[row].append(tokens[row])
+        unfinished = [row for row in unfinished if not ending.is_completed(written[row])]
         if not engine.any(bool(unfinished)):
             break
         token_ids = next_B[:, None]
