@@ -9,7 +9,6 @@ Shape letters: B rows of a batch, L longest row, T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from trainer.base.generation_config import logits_processors
 from trainer.base.model import DecodeStep, PromptedBase
 from trainer.base.past import PastCache
 from trainer.config import Task
@@ -220,7 +220,9 @@ def _decode(
     mask = torch.tensor([[0] * pad + [1] * (longest + num_virtual - pad) for pad in pads])
     token_ids, mask = token_ids.to(engine.device), mask.to(engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
-    penalties = [_penalties(base, len(row), max_new_tokens, engine.device) for row in rows]
+    penalties = [
+        logits_processors(base.model, len(row), max_new_tokens, engine.device) for row in rows
+    ]
 
     cache = PastCache()
     written: list[list[int]] = [[] for _ in rows]
@@ -239,24 +241,6 @@ def _decode(
         token_ids = next_B[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return [ending.cut(ids) for ids in written]
-
-
-def _penalties(
-    base: PromptedBase, num_tokens: int, max_new_tokens: int, device: torch.device
-) -> LogitsProcessorList:
-    """What transformers' greedy ``generate`` does to the logits of one row; mostly nothing.
-
-    Args:
-        num_tokens: of the row's input; virtual tokens have no ids and are not counted, as in PEFT.
-    """
-    model = base.model
-    config = copy.deepcopy(model.generation_config)
-    config.update(do_sample=False, guidance_scale=None, max_length=num_tokens + max_new_tokens)
-    model._prepare_special_tokens(config, device=device)
-    found: LogitsProcessorList = model._get_logits_processor(
-        config, input_ids_seq_length=num_tokens, device=device
-    )
-    return found
 
 
 def _penalized(

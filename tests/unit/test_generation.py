@@ -305,7 +305,7 @@ def write_generation(base: Path, to: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"eos_token_id": 4, "repetition_penalty": 1.8},
+        {"eos_token_id": 4, "repetition_penalty": 1.8, "min_new_tokens": 3},
         {"eos_token_id": [4], "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 5},
         {"eos_token_id": [4, 9], "begin_suppress_tokens": [193, 222], "min_new_tokens": 6},
         {"pad_token_id": 0},
@@ -391,3 +391,20 @@ def test_targets_that_cannot_be_generated_are_refused(tmp_path):
     assert check(end, stop=["<end>"]) is None
     assert check(2, stop=["<end>"]) is None
     assert check(2) is not None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": "high"},
+        {"bad_words_ids": [[99999]]},
+        {"no_repeat_ngram_size": "two"},
+    ],
+)
+def test_penalties_that_cannot_be_applied_are_refused_before_weights_are_read(
+    tmp_path, base, settings
+):
+    folder = write_generation(base, tmp_path / "base", eos_token_id=2, **settings)
+    with pytest.raises(BadInput, match=r"generation_config\.json"):
+        load_whole(folder, "none")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from trainer.errors import BadInput
+from trainer.jsonfile import read_json_object
 
 FILE_NAME, MODEL_FILE_NAME = "generation_config.json", "config.json"
 
@@ -21,6 +24,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     """
     given = (folder / FILE_NAME).is_file()
     path = folder / (FILE_NAME if given else MODEL_FILE_NAME)
+    read_json_object(path)
     try:
         config: GenerationConfig = GenerationConfig.from_pretrained(
             str(folder),
@@ -43,3 +47,46 @@ def read_generation_config(folder: Path) -> GenerationConfig:
             "ends what is generated, or a list of ids"
         )
     return config
+
+
+def logits_processors(
+    model: PreTrainedModel, num_tokens: int, max_new_tokens: int, device: torch.device
+) -> LogitsProcessorList:
+    """What transformers' greedy ``generate`` does to the logits of one row; mostly nothing.
+
+    Args:
+        model: its ``generation_config`` names the penalties.
+        num_tokens: of the row's input; virtual tokens have no ids and are not counted, as in PEFT.
+    """
+    config = copy.deepcopy(model.generation_config)
+    length = num_tokens + max_new_tokens
+    config.update(do_sample=False, guidance_scale=None, max_length=length)
+    if config.min_new_tokens is not None:
+        config.min_length = num_tokens + config.min_new_tokens
+    model._prepare_special_tokens(config, device=device)
+    found: LogitsProcessorList = model._get_logits_processor(
+        config, input_ids_seq_length=num_tokens, device=device
+    )
+    return found
+
+
+def check_logits_processors(model: PreTrainedModel, name: str) -> None:
+    """Refuse a generation config whose penalties cannot be applied.
+
+    Args:
+        model: may be without weights.
+        name: what the run file calls the model.
+
+    Raises:
+        BadInput: with what transformers says about them.
+    """
+    cpu = torch.device("cpu")
+    try:
+        found = logits_processors(model, 1, 1, cpu)
+        found(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.vocab_size))
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"base.model: {name!r}: {FILE_NAME} has a setting that cannot be applied to generated "
+            f"text ({reason}); correct it or remove it"
+        ) from None

@@ -16,6 +16,7 @@ from trainer.base.embedding import FrozenEmbedding
 from trainer.base.experts import FrozenExperts, is_experts
 from trainer.base.families import family_of, logit_rule
 from trainer.base.files import BaseFiles
+from trainer.base.generation_config import check_logits_processors
 from trainer.base.head import FrozenHead
 from trainer.base.lean import make_lean
 from trainer.base.linear import FrozenLinear
@@ -46,6 +47,7 @@ def build_skeleton(
     model = meta_model(_frozen_config(files.config), files.name, dtype=dtype)
     model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     model.generation_config = files.generation
+    check_logits_processors(model, files.name)
     _rebuild_buffers(model, device)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
     with SafetensorsReader(files.tensors) as reader:
