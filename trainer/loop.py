@@ -36,13 +36,7 @@ from trainer.prediction_records import Predictions, scored_columns
 from trainer.prefetch import Batch, Prefetch
 from trainer.prompts.bank import Bank
 from trainer.ranking import ScoreKey, score_key
-from trainer.result_table import (
-    DIVERGENCE,
-    column_title,
-    format_score,
-    score_text,
-    shown_scores,
-)
+from trainer.scores import describe, format_score, shown_scores
 from trainer.search import rungs, worst
 from trainer.statistics import STANDARD_ERROR
 from trainer.stop import Stopped
@@ -561,15 +555,3 @@ def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
     if "shifted_validation_loss" in scores:
         found["shift_gap"] = scores["shifted_validation_loss"] - scores["validation_loss"]
     return found
-
-
-def describe(scores: Mapping[str, float], metric: str, num_rows: Mapping[str, int]) -> str:
-    """Return the task's metric and the losses, with 95% intervals, in one line for people.
-
-    Args:
-        num_rows: scored rows of each split.
-    """
-    names = [f"validation_{metric}", f"shifted_validation_{metric}"]
-    names += ["validation_loss", f"validation{DIVERGENCE}", "validation_agreement"]
-    shown = [name for name in dict.fromkeys(names) if name in scores]
-    return ", ".join(f"{column_title(name)} {score_text(scores, name, num_rows)}" for name in shown)

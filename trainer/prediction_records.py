@@ -28,7 +28,7 @@ from trainer.tasks.majority import answer_labels, answers, row_numbers
 from trainer.tasks.metrics import f1_terms
 from trainer.tasks.nested import split_labels
 
-#: A field of every row, by the field's name.
+#: Values of the rows by field; of long ones only those of the first rows.
 Columns = dict[str, Sequence[Any]]
 
 
@@ -73,7 +73,7 @@ class Predictions:
         for i, number in enumerate(row_numbers(rows)):
             record: dict[str, Any] = {"step": step, "row": number + 1}
             record |= inputs[i] if i < len(inputs) else {}
-            record |= {key: _cut(values[i]) for key, values in columns.items()}
+            record |= {key: _cut(values[i]) for key, values in columns.items() if i < len(values)}
             if i >= MOST_TEXTS:
                 kept = SHORT if short_texts else SHORT - {"target", "prediction"}
                 record = {key: value for key, value in record.items() if key in kept}
@@ -99,7 +99,7 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
         columns["target"] = [choices[right] for right in rows.gold]
         columns["prediction"] = [choices[likeliest] for likeliest in scored.predicted]
         columns["correct"] = [a == b for a, b in zip(scored.predicted, rows.gold, strict=True)]
-        log_likelihoods_RC = -scored.nll_RC
+        log_likelihoods_RC = -scored.nll_RC[:MOST_TEXTS]
         columns["scores"] = _by_choice(choices, log_likelihoods_RC)
         columns["probabilities"] = _by_choice(choices, log_likelihoods_RC.softmax(1))
     if scored.texts_R is not None:

@@ -23,16 +23,9 @@ from trainer.export import save_peft
 from trainer.loop import Loop
 from trainer.redact import redact
 from trainer.report import write_report
-from trainer.result_table import (
-    ResultRow,
-    TaskTable,
-    column_title,
-    format_score,
-    score_text,
-    shown_scores,
-    task_tables,
-)
+from trainer.result_table import ResultRow, TaskTable, task_tables
 from trainer.revision import git_revision
+from trainer.scores import column_title, format_score, score_text, shown_scores
 from trainer.search import select
 from trainer.sharded import LoadedBase
 from trainer.statistics import STANDARD_ERROR

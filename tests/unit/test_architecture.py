@@ -61,6 +61,7 @@ FLOORS = (
         "trainer.ranking",
         "trainer.ranks",
         "trainer.result_table",
+        "trainer.scores",
         "trainer.statistics",
     ),
     ("trainer.tasks", "trainer.base", "trainer.prompts", "trainer.export"),

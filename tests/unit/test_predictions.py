@@ -211,7 +211,7 @@ def test_another_prompt_may_be_the_one_that_is_significantly_better(tmp_path):
     found, table = compared(tmp_path, prompts, baseline)
     assert (found["prompt"], found["better"], found["also_better"]) == ("noisy", False, ["calm"])
     assert table.verdict.startswith("The best prompt does not beat the best baseline")
-    assert "Significantly better: calm." in table.verdict
+    assert "Significantly better, each tested alone: calm." in table.verdict
 
 
 def test_rows_that_differ_are_not_compared(tmp_path):

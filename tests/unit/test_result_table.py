@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainer.result_table import TEACHER, column_title, format_score, score_interval, task_tables
+from trainer.result_table import TEACHER, task_tables
 from trainer.results import _selected
+from trainer.scores import column_title, format_score, score_interval
 
 ROWS = {"validation": 60}
 
@@ -80,6 +81,7 @@ def test_divergences_from_teachers_are_not_compared_with_losses():
     assert best(labels, taught) == ["no_prompt", "labels"]
     assert best(taught) == ["no_prompt-taught", "taught"]
     assert best(taught, other) == ["no_prompt"]
+    assert "different teachers" in table([taught, other], "loss", **baselines).verdict
     teachers = [{"text": "Say\n which.", "prompts": ["taught"], "validation_loss": 0.5}]
     found = table([labels, taught], "loss", **baselines, teachers=teachers)
     (teacher,) = [row for row in found.baselines if row.kind == TEACHER]

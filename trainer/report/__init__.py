@@ -9,7 +9,7 @@ import jinja2
 from trainer import atomic
 from trainer.redact import redact
 from trainer.report.collect import collect
-from trainer.result_table import column_title, is_loss
+from trainer.scores import column_title, is_loss
 
 __all__ = ["write_report"]
 

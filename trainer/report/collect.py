@@ -15,15 +15,8 @@ from trainer.jsonfile import read_json
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.report.predictions import PredictionReport, prediction_report
-from trainer.result_table import (
-    HAND_WRITTEN,
-    NO_PROMPT,
-    STOPPED,
-    ResultRow,
-    TaskTable,
-    format_score,
-    task_tables,
-)
+from trainer.result_table import HAND_WRITTEN, NO_PROMPT, STOPPED, ResultRow, TaskTable, task_tables
+from trainer.scores import format_score
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.state import State
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.predictions import path_of, read
-from trainer.result_table import format_score, format_with_interval
+from trainer.scores import format_score, format_with_interval
 from trainer.statistics import wilson_interval
 
 #: Classes of a confusion matrix, and rows of any list.

@@ -22,10 +22,10 @@ from trainer.result_table import (
     NO_PROMPT,
     PROMPT,
     TEACHER,
-    column_title,
     comparable_baselines,
     task_tables,
 )
+from trainer.scores import column_title
 from trainer.statistics import STANDARD_ERROR
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
