@@ -169,6 +169,8 @@ def test_a_prefix_learns_the_task(run_file: Path) -> None:
     found = summary(Path(run["output_dir"]))
     assert found["prompts"]["prefix"]["validation_accuracy"] > 0.9
     assert found["tasks"]["triage"]["no_prompt"]["validation_accuracy"] < 0.3
+    assert "Prompt prefix (" in done.stdout
+    assert "beats the best baseline (always " in done.stdout, "the first line of the result"
 
 
 def test_output_folder(two_ranks: Path) -> None:
@@ -184,6 +186,24 @@ def test_output_folder(two_ranks: Path) -> None:
     assert found["throughput"]["useful_tokens_per_second"] > 0
     whole = summary_of_one_base(two_ranks)
     assert found["memory"]["base_bytes_per_rank"] < 0.6 * whole
+
+
+def test_predictions_are_those_of_the_scores(two_ranks: Path) -> None:
+    found = summary(two_ranks)
+    scored = dict(found["prompts"])
+    of_task = found["tasks"]["triage"]
+    for name in ("no_prompt", "majority"):
+        scored[f"baselines/triage/{name}"] = of_task[name]
+    assert of_task["rows"] == {"validation": 40}
+    assert of_task["comparison"]["rows"] == 40
+    for name, scores in scored.items():
+        path = two_ranks / "predictions" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert sum(row["correct"] for row in rows) / 40 == scores["validation_accuracy"], name
+        assert {row["step"] for row in rows} == {scores.get("best_step", 0)}
+        if "validation_loss" in scores:
+            loss = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
+            assert loss == pytest.approx(scores["validation_loss"])
 
 
 def summary_of_one_base(output: Path) -> int:
