@@ -137,7 +137,8 @@ class Loop:
             with self.times("baselines"):
                 if not self.progress.baselines:
                     self._score_baselines()
-                add_majority(self.tasks, self.progress.baselines, self.predictions)
+                with self.console.phase("counting the labels of train rows"):
+                    add_majority(self.tasks, self.progress.baselines, self.predictions)
             with self.console.training(self.last_step, self.progress.step) as line:
                 while self.progress.unjudged or self._goes_on():
                     if not self.progress.unjudged:

@@ -197,8 +197,9 @@ def finish(
         **measured,
     }
     run = config.model_dump(mode="json")
-    for table in task_tables(run, summary):
-        summary["tasks"][table.task]["comparison"] = compare(output, table)
+    with console.phase("comparing prompts with baselines"):
+        for table in task_tables(run, summary):
+            summary["tasks"][table.task]["comparison"] = compare(output, table)
     tables = task_tables(run, summary)
     choices = {table.task: _selected(table) for table in tables}
     summary["selected"] = {task: choice for task, choice in choices.items() if choice}
