@@ -122,7 +122,7 @@ def check_targets(rows: EvalSet, ending: Ending) -> str | None:
     task = rows.task
     if task.metric not in ("exact_match", "f1"):
         return None
-    examples = [candidates[0] for candidates in rows.candidates]
+    examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
     targets = [e.input_ids[slice(*e.label_spans[-1])] for e in examples]
     problems = []
     for example, ids in zip(examples, targets, strict=True) if ending.strings else ():

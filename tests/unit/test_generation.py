@@ -266,6 +266,12 @@ def test_a_plain_task_ends_at_eos_where_its_targets_do(tmp_path, base):
     assert found.scores["exact_match"] == 1.0
     assert found.texts_R == ANSWERS
 
+    # The reference of a row with choices is its own label, not the first choice.
+    rows_with_choices = rows_of(tmp_path, rows, files.tokenizer, **task, choices=ANSWERS)
+    found = scored(base, files.tokenizer, rows_with_choices)
+    assert found.scores["exact_match"] == 1.0
+    assert found.targets_R == ANSWERS
+
     def ends(**settings: Any) -> set[int]:
         rows_to_score = rows_of(tmp_path, rows, files.tokenizer, **{**task, **settings})
         files.generation.eos_token_id = 4
