@@ -24,7 +24,7 @@ def main() -> None:
     try:
         _run()
     except Interrupted:
-        sys.stderr.write("Stopped before the run started. Rerun the command to start it.\n")
+        sys.stderr.write("Stopped. Rerun the command to start over.\n")
         sys.exit(os.EX_TEMPFAIL)  # trainer.errors.EXIT_RESUMABLE
 
 

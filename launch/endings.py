@@ -45,7 +45,7 @@ def describe(
         lost: a rank did not end well.
         first: the rank that was lost first, and the signal that ended it, if one has.
         hung: why the ranks have given one up.
-        resumable: the same command goes on with what was stopped, or begins it anew.
+        resumable: the same command resumes what was stopped, or starts it over.
     """
     if returncode == EXIT_DONE and not lost:
         return Ending(EXIT_DONE)

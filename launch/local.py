@@ -49,7 +49,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one host stands among those of a run that is started on each of them, without ssh.
+    """One host of a run that is started on each of its hosts, without ssh.
 
     Attributes:
         rank: of this host among ``hosts``.

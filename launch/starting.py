@@ -62,7 +62,12 @@ def run_alone(
     options = ("--parent-death=SIGTERM", "--arguments-in-environment")
     handed = bootstrap.handed(list(arguments)) | {bootstrap.PARENT: str(os.getpid())}
     process = processes.start(bootstrap.command(module, *options), env={**environment, **handed})
-    return process.wait()
+    try:
+        return process.wait()
+    except BaseException:  # a stop signal
+        process.terminate()
+        process.wait()
+        raise
 
 
 def count(number: int, noun: str) -> str:

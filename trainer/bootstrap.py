@@ -116,7 +116,10 @@ def main() -> None:
     if args.arguments_in_environment:
         arguments = json.loads(os.environ.pop(ARGUMENTS))
     sys.argv = [args.module, *arguments]
-    runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # Ctrl-C is no error to be traced
+        sys.exit(128 + signal.SIGINT)
 
 
 def refuse(problem: str) -> int:

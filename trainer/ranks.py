@@ -54,7 +54,7 @@ class Ranks:
         """From now on a rank that hangs is named in ``logs``, and ends all; see the watchdog.
 
         Args:
-            silence_seconds: how long a rank may give no sign of life.
+            silence_seconds: how long a rank may not respond.
         """
         if self.world_size == 1:
             return

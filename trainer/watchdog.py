@@ -1,12 +1,12 @@
-"""Notices ranks that hang: which one, at which step and in which collective. Knows no library.
+"""Detect ranks that hang: which one, at which step and in which collective. Imports no library.
 
-A collective waits for every rank, so one that is stopped stops all, without a word. Two threads
-beside the main one watch over this: one leaves a beat of this rank where the others find it and,
-once the main thread has stood still for a while, fetches theirs; the other judges. They are two
-because the beats lie with rank 0: if that one hangs, so does whoever asks.
+A collective waits for every rank, so one suspended rank stops all of them without a message. Each
+rank has two threads against that: one writes heartbeats of this rank to the store and, once the
+main thread has made no progress for a while, reads those of the others; the other thread judges.
+They are separate because rank 0 holds the store: if it hangs, every read hangs too.
 
-Times are counted in turns of the judge, not by a clock: a job that is suspended as a whole, and
-goes on later, has nobody in it who hangs.
+Time is counted in iterations of the judging thread, not by a clock: in a job that is suspended as a
+whole, and resumed later, no rank hangs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BEAT_SECONDS = 1.0
 QUIET_SECONDS = 5.0
 #: How many times the slowest step so far one may take.
 SLOWER = 20
-#: In ``logs``: who was given up, and why. Whoever started the ranks says it.
+#: In ``logs``: which rank was declared lost, and why. The program that started the ranks prints it.
 LOST = "lost.txt"
 #: How many ranks are told of one by one.
 TOLD = 4
@@ -47,7 +47,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life.
+    """A heartbeat.
 
     Attributes:
         turn: grows with every beat.
@@ -216,8 +216,8 @@ class Watchdog:
     def _about_silent(self, gone: Sequence[int]) -> str:
         beats = dict(enumerate(self._seen))
         return (
-            f"{_named(gone, beats)} gave no sign of life for {self._silence:g} seconds (it is "
-            f"stopped, or its host is lost); rank {self._rank} waits for it {self._where()}"
+            f"{_named(gone, beats)} stopped responding {self._silence:g} s ago (process suspended, "
+            f"or host lost); rank {self._rank} is waiting for it {self._where()}; aborting"
         )
 
     def _about_behind(self, seconds: float) -> str:
@@ -225,11 +225,11 @@ class Watchdog:
         beats = {rank: beat for rank, beat in enumerate(self._seen) if not beat.left}
         places = {rank: (beat.step, beat.count) for rank, beat in beats.items()}
         last = [rank for rank, place in places.items() if place == min(places.values())]
-        where = f"rank {self._rank} stood still for {seconds:g} seconds {self._where()}"
+        where = f"rank {self._rank} made no progress for {seconds:g} s {self._where()}"
         if not places:
-            return f"{where}, and the others are not heard of: the network may be down"
+            return f"{where}, and no other rank responds: the network may be down"
         if len(last) == len(places):
-            return f"{where}, and so did all: the network between them may be down"
+            return f"{where}, and neither did the others: the network between them may be down"
         at = beats[last[0]]
         return (
             f"{_named(last, beats)} hangs at step {at.step} after {at.doing} (collective "

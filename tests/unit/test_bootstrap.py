@@ -139,3 +139,21 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, when):
     os.close(reading)
     os.close(writing)
     assert done.returncode == (-9 if when == "soon" else 0)
+
+
+def test_ctrl_c_is_no_error(decoys):
+    (decoys.parent / "program.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    code = (
+        "import signal, runpy, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = ['bootstrap', 'program']\n"
+        f"runpy.run_path({bootstrap.FILE!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=decoys,
+        env={**os.environ, "PYTHONPATH": str(decoys.parent), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (130, "")

@@ -562,7 +562,7 @@ def test_a_stop_signal_before_ranks_are_started(number):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
-    assert done.stderr == "Stopped before the run started. Rerun the command to start it.\n"
+    assert done.stderr == "Stopped. Rerun the command to start over.\n"
 
 
 def test_messages_show_no_password_and_control_no_terminal(run_file):

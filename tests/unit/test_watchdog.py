@@ -102,7 +102,7 @@ def test_a_rank_without_beats_is_named_with_the_step_and_the_collective(ranks, s
     with pulse.training_step(7), pulse.within("the sum of gradients"):
         run.until_told_by(1 - stopped)
     words = dict(run.said)[1 - stopped]
-    assert words.startswith(f"rank {stopped} on host{stopped} gave no sign of life for 0.3 seconds")
+    assert words.startswith(f"rank {stopped} on host{stopped} stopped responding 0.3 s ago")
     assert "at step 7 in the sum of gradients (collective 1 of the step)" in words
 
 
@@ -111,7 +111,7 @@ def test_rank_0_that_holds_the_store_is_named_too(ranks):
     run.store.free.clear()
     run.start(1)
     run.until_told_by(1)
-    assert "rank 0 gave no sign of life" in run.said[0][1]
+    assert "rank 0 stopped responding" in run.said[0][1]
 
 
 def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
@@ -121,7 +121,7 @@ def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
     run.store.gone = True
     with run.pulses[1].within("the sum of gradients"):
         run.until_told_by(1)
-    assert re.match(r"rank 0( on host0)? gave no sign of life for 0.3 s", dict(run.said)[1])
+    assert re.match(r"rank 0( on host0)? stopped responding 0.3 s", dict(run.said)[1])
 
 
 def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
@@ -141,7 +141,7 @@ def test_where_nobody_is_behind_it_is_the_network(ranks):
     run.start(0, 1)
     with run.pulses[0].within("the sum"), run.pulses[1].within("the sum"):
         run.until_told_by(0)
-    assert "so did all: the network" in run.said[0][1]
+    assert "neither did the others: the network" in run.said[0][1]
 
 
 def test_whoever_hears_of_nobody_says_so(ranks):
@@ -150,7 +150,7 @@ def test_whoever_hears_of_nobody_says_so(ranks):
     run.start(1)
     with run.pulses[1].within("the sum"):
         run.until_told_by(1)
-    assert "the others are not heard of: the network" in run.said[0][1]
+    assert "no other rank responds: the network" in run.said[0][1]
 
 
 def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):

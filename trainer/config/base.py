@@ -87,7 +87,7 @@ class Engine(Section):
     )
     timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
     silence_seconds: PositiveInt = Field(
-        60, description="a rank that gives no sign of life for so long is given up"
+        60, description="a rank that does not respond for so long aborts the run"
     )
 
     @field_validator("shard_group", mode="before")

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.redact import printable, redact
 from trainer.tracking.sender import URI_VARIABLE
 
 
@@ -45,9 +46,9 @@ def _sync(run_dir: Path, uri: str | None) -> int:
     try:
         result = sync(run_dir, uri)
     except BadInput as error:
-        print(error, file=sys.stderr)
+        print(printable(redact(str(error))), file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(result.message, file=sys.stdout if result.complete else sys.stderr)
+    print(printable(result.message), file=sys.stdout if result.complete else sys.stderr)
     return EXIT_DONE if result.complete else EXIT_FAILURE
 
 
