@@ -15,10 +15,11 @@ from trainer.checkpoint import Saved
 from trainer.config import RunConfig, dump
 from trainer.console import Console
 from trainer.lock import LockLost
+from trainer.process import ROWS_CHECKED
 from trainer.prompts.source import source_problems, without_sources
 from trainer.results import forget_if_other
 from trainer.resume import as_chosen, chosen_before, put_aside, was_put_aside, where_of
-from trainer.run import _begin_alike, _tracked
+from trainer.run import _begin_alike, _read_tasks, _tracked
 
 CHOSEN = {
     "matmul": "int8",
@@ -201,3 +202,26 @@ def test_a_move_that_was_killed_is_finished(
         "out.2/metrics.jsonl",
         "out.2/logs/system_metrics.jsonl",
     }
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_notes_about_rows_are_not_printed_twice(
+    monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """``promptshard`` has printed them before it started the ranks."""
+    monkeypatch.setattr("trainer.run._check_ends", lambda *_: None)
+    monkeypatch.delenv(ROWS_CHECKED, raising=False)
+    if checked:
+        monkeypatch.setenv(ROWS_CHECKED, "1")
+    data = SimpleNamespace(
+        remarks=["a remark"], leaks=[SimpleNamespace(warning="a leak")], warnings=["of tokens"]
+    )
+    engine: Any = SimpleNamespace(
+        load_once_per_node=lambda _: {"t": data}, together=lambda call: call()
+    )
+    out, err = io.StringIO(), io.StringIO()
+    files: Any = SimpleNamespace(tokenizer=None, context_length=0, config=None)
+    _read_tasks(engine, files, config(), Console(out, err), None)
+    assert ("a remark" in out.getvalue()) == (not checked)
+    assert ("a leak" in err.getvalue()) == (not checked)
+    assert "of tokens" in err.getvalue()
