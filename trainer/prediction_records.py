@@ -26,7 +26,7 @@ from trainer.tasks.checks import render
 from trainer.tasks.feed import EvalSet
 from trainer.tasks.majority import answer_labels, answers, row_numbers
 from trainer.tasks.metrics import f1_terms
-from trainer.tasks.nested import split_labels
+from trainer.tasks.nested import content_of, is_learned, split_labels
 
 #: Values of the rows by field; of long ones only those of the first rows.
 Columns = dict[str, Sequence[Any]]
@@ -152,9 +152,10 @@ def _texts(row: Mapping[str, Any], task: Task) -> dict[str, Any]:
     if task.tokens is not None:
         return {"input": json.dumps(row[task.tokens.input_ids])}
     if task.messages is not None:
-        *before, last = row[task.messages]
-        texts = [f"{message['role']}: {message.get('content')}" for message in before]
-        return {"input": "\n".join(texts), "target": last.get("content")}
+        turns = row[task.messages]
+        last = max(number for number, turn in enumerate(turns) if is_learned(turn))
+        texts = [f"{turn['role']}: {content_of(turn)}" for turn in turns[:last]]
+        return {"input": "\n".join(texts), "target": content_of(turns[last])}
     found = {"input": render(task.input, row)}
     return found | ({"target": render(task.target, row)} if task.target else {})
 

@@ -98,7 +98,9 @@ def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
 
 
 def test_dialogues_and_token_ids(tmp_path):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    parts = [{"type": "text", "text": "a"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
+    turns += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 0}]
     data = load(tmp_path, [{"messages": turns}], messages="messages")
     rows = data.evaluation["validation"]
     (found,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
