@@ -26,7 +26,7 @@ class Found:
         merged: rows whose input and target the tokenizer merges; ``first_merged`` is the first of
             them, -1 if there is none.
         count: rows with a problem.
-        problems: (row, what is wrong with it), the first few.
+        problems: what is wrong with rows: the first such row, and how many; the first few.
     """
 
     rows: int = 0
@@ -35,17 +35,19 @@ class Found:
     merged: int = 0
     first_merged: int = -1
     count: int = 0
-    problems: list[tuple[int, str]] = field(default_factory=list)
+    problems: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def merge(self, row: int) -> None:
         """Count a row whose input and target the tokenizer merges."""
         self.merged += 1
         self.first_merged = row if self.first_merged < 0 else self.first_merged
 
-    def problem(self, row: int, text: str) -> None:
-        self.count += 1
-        if len(self.problems) < MOST_PROBLEMS:
-            self.problems.append((row, text))
+    def problem(self, row: int, text: str, rows: int = 1) -> None:
+        """Count a problem of ``rows`` rows, the first of which is number ``row``."""
+        self.count += rows
+        if text in self.problems or len(self.problems) < MOST_PROBLEMS:
+            first, before = self.problems.get(text, (row, 0))
+            self.problems[text] = (first, before + rows)
 
     def add(self, other: Found) -> None:
         self.rows += other.rows
@@ -53,8 +55,11 @@ class Found:
         self.truncated += other.truncated
         self.merged += other.merged
         self.first_merged = other.first_merged if self.first_merged < 0 else self.first_merged
-        self.count += other.count
-        self.problems = (self.problems + other.problems)[:MOST_PROBLEMS]
+        kept = 0
+        for text, (row, rows) in other.problems.items():
+            self.problem(row, text, rows)
+            kept += rows
+        self.count += other.count - kept
 
 
 class Fitter(Protocol):

@@ -20,7 +20,7 @@ from trainer.config import Task
 from trainer.errors import BadInput
 from trainer.tasks.cache import cached, tokenizer_digest
 from trainer.tasks.chat import DialogueFitter, encode_opening
-from trainer.tasks.checks import label_texts, render
+from trainer.tasks.checks import Problems, label_texts, render
 from trainer.tasks.encoder import TextEncoder
 from trainer.tasks.found import COUNTS, Fitter, Found
 from trainer.tasks.given import GivenFitter
@@ -230,9 +230,11 @@ def _batches(rows: Rows, fitter: Fitter) -> Iterator[tuple[int, list[dict[str, A
 
 
 def _check_found(rows: Rows, fitter: Fitter, found: Found) -> None:
-    problems = [f"{rows.where(row)}: {text}" for row, text in found.problems]
-    if found.count > len(problems):
-        problems.append(f"{rows.path}: and {found.count - len(problems)} more")
+    grouped = Problems(rows.path)
+    for text, (row, count) in found.problems.items():
+        grouped.add(row, rows.where(row), text, count)
+    grouped.rows = found.count
+    problems = grouped.row_lines()
     if found.skipped == len(rows) and not problems:
         problems.append(
             f"{rows.path}: all {found.skipped} rows are longer than {fitter.max_length} "
