@@ -242,8 +242,9 @@ def _read_tasks(
     engine.together(lambda: _check_ends(tasks, files))
     if date:
         console.say(f"the chat template reads the date: {date}, also when the run is resumed")
-    if any(task.metric == "execution" for task in config.tasks):
-        engine.of_main(check_sandbox)
+    runs_code = any(task.metric == "execution" for task in config.tasks)
+    if runs_code and (warning := engine.of_main(check_sandbox)):
+        console.warn(warning)
     for data in tasks.values():
         if ROWS_CHECKED not in os.environ:
             for remark in data.remarks:

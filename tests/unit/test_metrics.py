@@ -382,7 +382,7 @@ def test_a_sandbox_that_is_brought_down_is_started_again(monkeypatch):
 
     def dies_at_once(request, wall_seconds):
         runs.append(len(request["jobs"]))
-        return {} if len(runs) == 1 else real(request, wall_seconds)
+        return ([], {}) if len(runs) == 1 else real(request, wall_seconds)
 
     monkeypatch.setattr(metrics, "_run_sandbox", dies_at_once)
     assert execution([GOOD] * 3, [PLUS_ONE] * 3) == [0.0, 1.0, 1.0]
@@ -392,7 +392,11 @@ def test_a_sandbox_that_is_brought_down_is_started_again(monkeypatch):
 def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="a function that is right fails under the limits"):
         score(GOOD, function="no name")
-    metrics.check_sandbox()
+    assert metrics.check_sandbox() is None
+    real = metrics._run_sandbox
+    monkeypatch.setattr(metrics, "_run_sandbox", lambda *_: ([], {}))
+    assert "neither namespaces nor seccomp" in str(metrics.check_sandbox())
+    monkeypatch.setattr(metrics, "_run_sandbox", real)
     monkeypatch.setattr(metrics, "_SANDBOX", Path("/none/sandbox.py"))
     with pytest.raises(BadInput, match=r"metric: execution: .* does not start"):
         metrics.check_sandbox()

@@ -100,33 +100,56 @@ def execution(
     Raises:
         RuntimeError: the sandbox does not start or fails a right function: no score would count.
     """
-    request = {
-        "function": function,
-        "cpu_seconds": cpu_seconds,
-        "wall_seconds": wall_seconds,
-        "memory_bytes": memory_mb << 20,
-        "processes": processes or min(_MOST_PROCESSES, os.cpu_count() or 1),
-        "seccomp": seccomp,
-    }
+    request = _request(
+        function=function,
+        cpu_seconds=cpu_seconds,
+        wall_seconds=wall_seconds,
+        memory_bytes=memory_mb << 20,
+        seccomp=seccomp,
+        **({} if processes is None else {"processes": processes}),
+    )
     jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
     found: dict[int, str] = {}
     while pending := [job for job in jobs if job["index"] not in found]:
-        part = _run_sandbox({**request, "jobs": pending}, wall_seconds)
+        _, part = _run_sandbox({**request, "jobs": pending}, wall_seconds)
         # A program that brought down the whole sandbox: it fails, the others get a fresh one.
         found |= part or {pending[0]["index"]: ""}
     return [_score(found[i], calls) for i, calls in enumerate(tests)]
 
 
-def check_sandbox() -> None:
+def check_sandbox() -> str | None:
     """Check that generated code can be run here, before a run depends on it.
+
+    Returns:
+        A warning where this system lacks the layers that keep code from other processes.
 
     Raises:
         BadInput: it cannot, and why.
     """
     try:
-        execution(["def f(): return 1"], [[{"args": [], "result": 1}]])
+        layers, _ = _run_sandbox(_request(), 0.0)
     except RuntimeError as error:
         raise BadInput(f"metric: execution: {error}") from None
+    if layers:
+        return None
+    return (
+        "metric: execution: this system has neither namespaces nor seccomp for generated code, so "
+        "that it could signal processes of this user and delete files; see trainer/tasks/sandbox.py"
+    )
+
+
+def _request(**settings: Any) -> dict[str, Any]:
+    """What the sandbox is asked for, but for the programs."""
+    defaults = {
+        "function": "f",
+        "cpu_seconds": 0.5,
+        "wall_seconds": 5.0,
+        "memory_bytes": 256 << 20,
+        "processes": min(_MOST_PROCESSES, os.cpu_count() or 1),
+        "seccomp": True,
+        "jobs": [],
+    }
+    return defaults | settings
 
 
 def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -163,8 +186,12 @@ def _same(got: Any, expected: Any) -> bool:
     return type(got) is type(expected) and bool(got == expected)
 
 
-def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> dict[int, str]:
-    """Start the sandbox once; what the programs wrote before it ended, by their index."""
+def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> tuple[list[str], dict[int, str]]:
+    """Start the sandbox once.
+
+    Returns:
+        (layers that are at work there, what each program wrote before the sandbox ended)
+    """
     # Some interpreters find their own library by it. Nothing else of the environment goes in.
     keep = {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "SYSTEMROOT")}
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
@@ -191,7 +218,7 @@ def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> dict[int, str]
     ready, *lines = output.splitlines() or [""]
     if not ready.startswith("ready"):
         raise RuntimeError(f"the sandbox of metric execution does not start: {errors.strip()}")
-    return dict(json.loads(line) for line in lines if line.endswith("]"))
+    return ready.split()[1:], dict(json.loads(line) for line in lines if line.endswith("]"))
 
 
 def _kill_group(pid: int) -> None:
