@@ -11,6 +11,7 @@ code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from trainer import atomic
 from trainer.errors import BadInput
+from trainer.jsonfile import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +126,19 @@ def write(
     return final
 
 
-def newest(folder: Path, warn: Callable[[str], None] = logger.warning) -> Saved | None:
-    """The newest checkpoint that is whole; None if there has never been one.
+def newest(
+    folder: Path,
+    warn: Callable[[str], None] = logger.warning,
+    problem_of: Callable[[int, Mapping[str, Any]], str | None] = lambda step, state: None,
+) -> Saved | None:
+    """Read the newest checkpoint that is whole; None if there has never been one.
 
     No file points to it: the folders' names and checksums decide. One that fails its checksums is
     passed over with a warning.
+
+    Args:
+        problem_of: says why a state cannot be used, given the step and the state; such a
+            checkpoint is passed over too.
 
     Raises:
         BadInput: if there are checkpoints but none can be used: starting afresh would throw work
@@ -138,7 +148,10 @@ def newest(folder: Path, warn: Callable[[str], None] = logger.warning) -> Saved 
     problems = []
     for path in _candidates(folder):
         try:
-            return _patiently(path)
+            saved = _patiently(path)
+            if problem := problem_of(saved.step, saved.state):
+                raise _Broken(f"{STATE}: {problem}")
+            return saved
         except _Broken as error:
             problems.append(f"{path}: {error}")
             warn(f"checkpoint passed over: {path}: {error}")
@@ -195,7 +208,7 @@ def _publish(writing: Path, final: Path) -> None:
     """Give a checkpoint its name. A folder cannot be renamed over another: put that aside first."""
     folder = final.parent
     replaced = folder / (REPLACED + final.name)
-    if final.exists():
+    if os.path.lexists(final):
         _delete(replaced)
         final.rename(replaced)
     writing.rename(final)
@@ -217,18 +230,28 @@ def _sweep(folder: Path) -> None:
     """Remove what an interrupted ``save`` left behind."""
     for path in folder.iterdir():
         if path.name.startswith((WRITING, DELETING)):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(REPLACED) and (folder / path.name[len(REPLACED) :]).exists():
+            _remove(path)
+        elif path.name.startswith(REPLACED) and os.path.lexists(
+            folder / path.name[len(REPLACED) :]
+        ):
             _delete(path)
 
 
 def _delete(path: Path) -> None:
     """Take the name away first: a half-deleted checkpoint must not look like a broken one."""
-    if path.exists():
+    if os.path.lexists(path):
         deleting = path.with_name(DELETING + path.name)
-        shutil.rmtree(deleting, ignore_errors=True)
+        _remove(deleting)
         path.rename(deleting)
-        shutil.rmtree(deleting, ignore_errors=True)
+        _remove(deleting)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with what is in it, or a file or symlink."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _patiently(path: Path) -> Saved:
@@ -239,6 +262,8 @@ def _patiently(path: Path) -> Saved:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise _Broken(str(error)) from None
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _Broken("is a symlink that leads back to itself") from None
             if not left:
                 raise BadInput(
                     f"{path}: cannot be read: {error.strerror or error}; try again once it can be"
@@ -264,7 +289,7 @@ def _read(path: Path) -> Saved:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise _Broken(f"{path.name}: is missing") from None
     except ValueError as error:

@@ -138,7 +138,7 @@ class Console:
         if error is not self._reported:
             self._reported = error
             first_line = str(error).strip().split("\n")[0]
-            where = f" (all of it: {self._log})" if self._log else ""
+            where = f" (all of it: {self._log})" if self._log and self._log.exists() else ""
             self.error(f"{type(error).__name__}: {first_line}{where}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

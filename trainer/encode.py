@@ -7,7 +7,6 @@ Nothing is trained, and of the base only the embeddings of the text's tokens are
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +23,12 @@ from trainer.config import Prompt, RunConfig, load_output
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
 from trainer.export import save_peft
+from trainer.jsonfile import read_json_object
 from trainer.names import CHECKPOINTS
 from trainer.optimization import AVERAGE
 from trainer.prompts.initializers import Vocabulary, words
 from trainer.prompts.multitask import TextReader
+from trainer.saved_state import problem_of_encoders
 
 
 def find_encoder(config: RunConfig, name: str) -> Prompt:
@@ -66,7 +67,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
         BadInput: if the run has no checkpoint, the base is not the run's, or the text is empty.
     """
     folder = Path(config.output_dir)
-    saved = checkpoint.newest(folder / CHECKPOINTS)
+    saved = checkpoint.newest(folder / CHECKPOINTS, problem_of=problem_of_encoders)
     if saved is None:
         raise BadInput(f"{folder}: has no checkpoint yet; train the run first")
     parts = base_identity.identity(files)
@@ -77,7 +78,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
         )
     weights, step = _reader(saved, prompt.name)
     reader = TextReader.of(weights)
-    dtype = getattr(torch, json.loads((folder / "environment.json").read_text())["dtype"])
+    dtype = _dtype(folder / "environment.json")
     vocabulary = Vocabulary(
         lambda ids: read_words(files, config.base, dtype, ids),
         files.tokenizer,
@@ -85,6 +86,14 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
     )
     made_PH: Tensor = reader(words(text, vocabulary))
     return made_PH, step
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """The compute type that a run wrote into its ``environment.json``."""
+    dtype = getattr(torch, str(read_json_object(path).get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise BadInput(f"{path}: dtype: names no compute type; restore it, or train the run again")
+    return dtype
 
 
 def _reader(saved: Saved, name: str) -> tuple[dict[str, Tensor], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,11 @@ from trainer.checkpoint import Saved, Snapshot
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.errors import BadInput
+from trainer.jsonfile import read_json_object
 from trainer.lock import LOCK
 from trainer.loop import Loop
 from trainer.names import CHECKPOINTS
+from trainer.saved_state import problem_of
 from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, read_lines
@@ -124,7 +125,7 @@ def find_checkpoint(output: Path, identity: Mapping[str, Any], console: Console)
     Raises:
         BadInput: if no checkpoint can be used, or the newest is of another run: what differs.
     """
-    saved = checkpoint.newest(output / CHECKPOINTS, console.warn)
+    saved = checkpoint.newest(output / CHECKPOINTS, console.warn, problem_of)
     if saved is None:
         if done := _steps_logged(output):
             console.warn(
@@ -150,12 +151,20 @@ def _steps_logged(output: Path) -> int:
     return max((line.step for line in lines), default=0)
 
 
-def is_finished(output: Path) -> bool:
+def finished_summary(output: Path) -> dict[str, Any] | None:
+    """Read ``summary.json`` of a run that has finished; None otherwise, or where it is damaged.
+
+    A run whose summary is damaged resumes from its last checkpoint and writes it again.
+    """
     try:
-        summary = json.loads((output / "summary.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(summary.get("status") == "finished")
+        summary = read_json_object(output / "summary.json")
+    except BadInput:
+        return None
+    if summary.get("status") != "finished":
+        return None
+    sections = [summary.get(key) for key in ("prompts", "tasks", "throughput")]
+    whole = all(isinstance(section, dict) for section in sections) and bool(summary["prompts"])
+    return summary if whole and isinstance(summary.get("steps"), int) else None
 
 
 def snapshot(

@@ -6,7 +6,6 @@ run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapt
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +31,7 @@ from trainer.lock import Lock, LockLost, acquire
 from trainer.loop import Loop
 from trainer.names import CHECKPOINTS
 from trainer.optimization import make_optimizer
+from trainer.output_folder import OutputFolder, results_can_be_written_later
 from trainer.phase_times import PhaseTimes
 from trainer.prediction_records import Predictions
 from trainer.prefetch import Prefetch, Rank
@@ -39,13 +39,14 @@ from trainer.process import ROWS_CHECKED
 from trainer.prompts.bank import Bank
 from trainer.prompts.source import check_sources, without_sources
 from trainer.redact import redact
+from trainer.report import write_missing_report
 from trainer.results import describe_run, device_name, finish, measure, show_results
 from trainer.resume import (
     as_chosen,
     chosen_before,
     find_checkpoint,
+    finished_summary,
     identity_of,
-    is_finished,
     put_aside,
     snapshot,
     was_put_aside,
@@ -118,9 +119,14 @@ def _train(
     saved = engine.of_main(lambda: None if fresh else find_checkpoint(output, identity, console))
     if saved is None:
         engine.together(lambda: check_sources(config, embedding_size(files.config)))
-    if not fresh and engine.of_main(lambda: is_finished(output)):
-        console.say(f"{output} holds this run, finished; --fresh would train it anew")
-        show_results(json.loads((output / "summary.json").read_text()), config, console)
+    done = None if fresh else engine.of_main(lambda: finished_summary(output))
+    if done is not None:
+        console.say(f"{output} already holds this finished run; use --fresh to train again")
+        if lock is not None:
+            write_missing_report(output, console.warn)
+        show_results(done, config, console)
+        if lock is not None:
+            _send_rest(Sender(output, config.tracking.uri), console)
         return
 
     with times("load"):
@@ -145,8 +151,7 @@ def _train(
     if saved is None:
         _begin_alike(engine, bank)
     else:
-        bank.load_state(saved.tensors, saved.state["bank"])
-        loop.load_state(saved.state["loop"])
+        _load_state(bank, loop, saved)
         console.say(f"going on from step {loop.progress.step} of {config.last_step}")
     if fresh:  # nothing can be refused any more
         engine.of_main(lambda: put_aside(output, console))
@@ -157,25 +162,41 @@ def _train(
         return
 
     log = MetricsLog(output)
-    log.rewind(loop.progress.step)
-    describe_run(output, config, engine, loaded, tasks, command, begins=saved is None)
-    if date:
-        keep_chat_date(output, date)
+    log.rewind(loop.progress.step, validated=not loop.progress.unjudged)
+
+    def describe(*, begins: bool = False) -> None:
+        describe_run(output, config, engine, loaded, tasks, command, begins=begins)
+        if date:
+            keep_chat_date(output, date)
+
+    describe(begins=saved is None)
     saves = Saves(output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm)
     loop.log = unless_full(log, console.warn)
     loop.predictions = Predictions(output, console.warn)
     if saved is None:
         loop.predictions.clear()
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
-    loop.between_steps = lambda: _look_round(saves, lock)
-    with _tracked(output, config.tracking.uri, console) as ended:
+    sender = Sender(output, config.tracking.uri)
+    folder = OutputFolder(output, log, lock, describe)
+
+    def between_steps() -> None:
+        saves.tell()
+        lock.check()
+        if problem := sender.news():
+            console.warn(problem)
+        folder.check(console.warn, lambda: loop.save(loop), saves.wait)
+
+    loop.between_steps = between_steps
+    with _tracked(output, sender, console) as ended:
         before = loop.progress.train_seconds
         with times("saving"), saves:  # leaving it waits for the checkpoints that are being written
             loop.run()
+        folder.check(console.warn, lambda: loop.save(loop), saves.wait, now=True)
         measured = measure(engine, loop, loaded)
         measured["checkpoints"] = saves.report(loop.progress.train_seconds - before)
-        lock.confirm()
-        ended |= finish(output, loop, loaded, files, measured, console)
+        with results_can_be_written_later(output):
+            lock.confirm()
+            ended |= finish(output, loop, loaded, files, measured, console)
         show_results(ended, config, console)
 
 
@@ -186,6 +207,24 @@ def _baseline_cache(
     base = {key: value for key, value in identity.items() if key.startswith("base.")}
     how = {"matmul": loaded.matmul, "device": engine.device.type, "flex": loaded.model.flex}
     return BaselineCache(base | how, files.num_bytes)
+
+
+def _load_state(bank: Bank, loop: Loop, saved: Saved) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        BadInput: it is of another run, or its state is damaged in a way that no check has found.
+    """
+    try:
+        bank.load_state(saved.tensors, saved.state["bank"])
+        loop.load_state(saved.state["loop"])
+    except BadInput:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BadInput(
+            f"{saved.path}: its state is damaged ({type(error).__name__}: {error}); remove this "
+            "folder to resume from an older checkpoint, or use --fresh to start over"
+        ) from error
 
 
 def _begin_alike(engine: Engine, bank: Bank) -> None:
@@ -203,12 +242,6 @@ def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | N
     finally:
         if lock is not None:
             lock.release()
-
-
-def _look_round(saves: Saves, lock: Lock) -> None:
-    """Between steps: what has happened in the threads beside."""
-    saves.tell()
-    lock.check()
 
 
 def _chat_date(
@@ -335,10 +368,9 @@ def embedder(base: nn.Module, device: torch.device) -> Any:
 
 
 @contextmanager
-def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[str, Any]]:
-    """The tracker's process around the run; the summary says how the run ended."""
+def _tracked(output: Path, sender: Sender, console: Console) -> Iterator[dict[str, Any]]:
+    """Run the sender beside the run; write into the summary how the run ended."""
     (output / "summary.json").unlink(missing_ok=True)
-    sender = Sender(output, uri)
     sender.start()
     ended: dict[str, Any] = {}
     try:
@@ -357,10 +389,20 @@ def _tracked(output: Path, uri: str | None, console: Console) -> Iterator[dict[s
         sender.finish(FAILED_SECONDS)
         raise
     else:
-        with console.phase("sending metrics to MLflow"):
-            seconds = LOCAL_STORE_SECONDS if sender.is_local else SERVER_SECONDS
-            finished = sender.finish(seconds)
-        if finished.complete:
-            console.say(f"curves:  {finished.message}")
-        else:
-            console.warn(finished.message)
+        _finish_sending(sender, console)
+
+
+def _send_rest(sender: Sender, console: Console) -> None:
+    """Send what an earlier process of a finished run could not."""
+    if sender.has_unsent():
+        sender.start(finished=True)
+    _finish_sending(sender, console)
+
+
+def _finish_sending(sender: Sender, console: Console) -> None:
+    with console.phase("sending metrics to MLflow"):
+        finished = sender.finish(LOCAL_STORE_SECONDS if sender.is_local else SERVER_SECONDS)
+    if finished.complete:
+        console.say(f"curves:  {finished.message}")
+    else:
+        console.warn(finished.message)

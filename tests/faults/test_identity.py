@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.hub_cache import TINY
+from tests.unit.run_folder import checkpoint_state
 from trainer import checkpoint
 from trainer.base.files import open_base
 from trainer.base.identity import digests_of, file_digest, identity
@@ -69,7 +70,7 @@ class Case:
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     case = Case(tmp_path)
-    state = {"identity": case.identity()}
+    state = checkpoint_state(2, case.identity())
     checkpoint.save(Path(case.run["output_dir"]) / "checkpoints", 2, {}, state, 1)
     return case
 

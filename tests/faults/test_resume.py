@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,6 +273,70 @@ def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
     saved = checkpoint.newest(folder)
     assert saved is not None
     assert saved.step == STEPS
+
+
+def test_a_finished_run_that_was_killed_before_its_report_is_completed(runs: Runs) -> None:
+    output = runs.folder / "late"
+    shutil.copytree(runs.folder / "whole", output)
+    for name in ("report.html", "tracking.json"):
+        (output / name).unlink()
+    done = runs.start("late")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "already holds this finished run" in done.stdout
+    assert "curves:  mlflow ui" in done.stdout
+    assert "</html>" in (output / "report.html").read_text()
+    with sqlite3.connect(runs.folder / "mlflow.db") as store:
+        ends = store.execute("select status from runs where name like 'late%'").fetchall()
+    assert ends == [("FINISHED",)] * 4
+
+
+def test_a_validation_that_is_repeated_is_logged_once(runs: Runs) -> None:
+    """The run was stopped in it, resumed, and killed once it was logged."""
+    output = runs.copy("whole", "repeated")
+    folder = output / "checkpoints"
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    tensors = {key: x for key, x in saved.tensors.items() if not key.endswith("/stopped")}
+    saved.state["loop"]["progress"] |= {"unjudged": True, "stopped": {}}
+    for prompt in saved.state["bank"]["prompts"].values():
+        prompt["active"] = True
+    checkpoint.save(folder, saved.step, tensors, saved.state, 9)
+    done = runs.start("repeated")
+    assert done.returncode == 0, done.stdout + done.stderr
+    points = Counter(
+        (line["step"], line["prompt"], name) for line in lines(output) for name in line["metrics"]
+    )
+    assert {name for (step, _, name) in points if step == STEPS} >= {"validation_loss"}
+    assert set(points.values()) == {1}
+
+
+def test_a_run_whose_folder_was_moved_ends_and_resumes_with_nothing_lost(runs: Runs) -> None:
+    output, steps = runs.folder / "moved", 60
+    words = [f"training.steps={steps}", "evaluation.every=1000", "checkpoint.every=1000"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
+    process = subprocess.Popen(
+        [*runs.words("moved"), *words],
+        cwd=ROOT,
+        env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 150
+    while not (log := output / "metrics.jsonl").exists() or not log.stat().st_size:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    output.rename(runs.folder / "elsewhere")
+    said, _ = process.communicate(timeout=150)
+    assert process.returncode == 1, said
+    assert f"output_dir {output} was moved or deleted while the run was writing to it" in said
+    assert "and all metrics were written to a new" in said
+    again = runs.start("moved", *words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    found = Counter((line["step"], line["prompt"]) for line in lines(output) if line["step"])
+    assert {step for step, _ in found} == set(range(1, steps + 1))
+    assert all(count == 1 for (step, _), count in found.items() if step < steps)
 
 
 def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:

@@ -213,6 +213,32 @@ def write_results(output_dir: Path, status: str = "finished") -> None:
     _write_json(output_dir / "summary.json", summary)
 
 
+def checkpoint_state(step: int, identity: dict[str, Any], *prompts: str) -> dict[str, Any]:
+    """JSON of a checkpoint, of the shape that a run writes."""
+    return {
+        "identity": identity,
+        "bank": {
+            "prompts": {
+                p: {"active": True, "optimizer": {"updates": 1, "scale": 1.0}} for p in prompts
+            }
+        },
+        "loop": {
+            "progress": {"step": step},
+            "stopping": {p: {"best_step": None, "waited": 0} for p in prompts},
+            "feed": [{"epoch": 0, "position": 3, "ahead": [5]} for _ in prompts],
+        },
+        "chosen": {
+            "where": {"device": "cpu"},
+            "matmul": "int8",
+            "shard_group": 2,
+            "kept_bytes": 5,
+            "stream_tokens": 777,
+            "ramp": [0.5, 1],
+            "gradient_checkpointing": True,
+        },
+    }
+
+
 def finished_run(output_dir: Path, **tracking: Any) -> Path:
     """A whole run's folder, but for ``report.html``."""
     write_inputs(output_dir, **tracking)

@@ -85,7 +85,7 @@ FLOORS = (
     ("trainer.starts", "trainer.prediction_records"),
     ("trainer.baselines",),
     ("trainer.loop",),
-    ("trainer.resume", "trainer.results"),
+    ("trainer.resume", "trainer.results", "trainer.saved_state", "trainer.output_folder"),
     (
         "trainer.run",
         "trainer.generate",

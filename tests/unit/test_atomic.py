@@ -47,3 +47,26 @@ def test_durable_is_flushed_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", lambda _: flushed.append(path.exists()))
     atomic.write(path, b"x", durable=durable)
     assert flushed == ([False] if durable else [])
+
+
+def test_nothing_is_written_through_a_symlink(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("mine")
+    path = tmp_path / "tracking.json"
+    path.symlink_to(other)
+    path.with_name(".tracking.json.writing").symlink_to(other)
+    atomic.write(path, "new")
+    assert other.read_text() == "mine"
+    assert not path.is_symlink()
+    assert path.read_text() == "new"
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+
+    def fill() -> None:
+        with atomic.replacing(path):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"summary\.json"):
+        fill()

@@ -304,3 +304,24 @@ def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
     failing.extend([True, True])
     with pytest.raises(BadInput, match="step-00000002: cannot be read: Stale file handle"):
         checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step-00000009", ".replaced-step-00000009", ".deleting-x"])
+def test_a_symlink_loop_is_passed_over_and_removed(tmp_path: Path, name: str) -> None:
+    write(tmp_path, 1)
+    (tmp_path / name).symlink_to(tmp_path / name)
+    said: list[str] = []
+    saved = newest(tmp_path, said.append)
+    assert saved is not None
+    assert saved.step == 1
+    write(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_symlink_of_the_same_name_gives_way(tmp_path: Path) -> None:
+    (tmp_path / "step-00000002").symlink_to(tmp_path / "step-00000002")
+    write(tmp_path, 2)
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 2
+    assert names(tmp_path) == ["step-00000002"]

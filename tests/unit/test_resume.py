@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from tests.unit.run_folder import checkpoint_state
+from trainer import atomic, checkpoint
 from trainer.checkpoint import Saved
 from trainer.config import RunConfig, dump
 from trainer.console import Console
-from trainer.lock import LockLost
+from trainer.lock import Lock, LockLost, acquire
+from trainer.loop import Progress
+from trainer.output_folder import (
+    OutputFolder,
+    OutputLost,
+    ResultsNotWritten,
+    results_can_be_written_later,
+)
 from trainer.process import ROWS_CHECKED
 from trainer.prompts.source import source_problems, without_sources
 from trainer.results import forget_if_other
-from trainer.resume import as_chosen, chosen_before, put_aside, was_put_aside, where_of
+from trainer.resume import (
+    as_chosen,
+    chosen_before,
+    finished_summary,
+    put_aside,
+    was_put_aside,
+    where_of,
+)
 from trainer.run import _begin_alike, _read_tasks, _tracked
+from trainer.saved_state import problem_of, problem_of_encoders
+from trainer.tracking import MetricsLog, Sender
 
 CHOSEN = {
     "matmul": "int8",
@@ -75,20 +95,15 @@ def test_they_are_found_anew_elsewhere(where: dict[str, Any]) -> None:
 
 
 class NoSender:
-    def __init__(self, *_: Any) -> None: ...
-
     def start(self) -> None: ...
 
     def finish(self, seconds: float) -> None: ...
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), LockLost("another has it")])
-def test_who_has_lost_the_folder_writes_no_more_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    monkeypatch.setattr("trainer.run.Sender", NoSender)
-    said = io.StringIO()
-    with pytest.raises(type(error)), _tracked(tmp_path, None, Console(said, said)):
+def test_who_has_lost_the_folder_writes_no_more_to_it(tmp_path: Path, error: Exception) -> None:
+    said, sender = io.StringIO(), cast(Sender, NoSender())
+    with pytest.raises(type(error)), _tracked(tmp_path, sender, Console(said, said)):
         raise error
     summary = tmp_path / "summary.json"
     assert str(error) in said.getvalue()
@@ -225,3 +240,150 @@ def test_notes_about_rows_are_not_printed_twice(
     assert ("a remark" in out.getvalue()) == (not checked)
     assert ("a leak" in err.getvalue()) == (not checked)
     assert "of tokens" in err.getvalue()
+
+
+def lost_folder(output: Path) -> tuple[OutputFolder, MetricsLog, Lock]:
+    """A folder that a run writes to, with one line in its log."""
+    output.mkdir()
+    log, lock = MetricsLog(output), acquire(output, print)
+    log.log(1, 1, {"train_loss": 1.0}, "p")
+
+    def describe() -> None:
+        (output / "run.yaml").write_text("settings")
+
+    describe()
+    return OutputFolder(output, log, lock, describe), log, lock
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "emptied", "replaced"])
+def test_a_folder_that_is_lost_is_written_again_with_the_state_of_now(
+    tmp_path: Path, how: str
+) -> None:
+    output = tmp_path / "out"
+    folder, log, lock = lost_folder(output)
+    said: list[str] = []
+
+    def save() -> None:
+        checkpoint.save(output / "checkpoints", 7, {}, checkpoint_state(7, {}), 1)
+
+    folder.check(said.append, save, lambda: None, now=True)
+    if how == "moved":
+        output.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(output)
+        if how != "deleted":
+            output.mkdir()
+        if how == "replaced":
+            (output / "run.yaml").write_text("of somebody else")
+    log.log(2, 2, {"train_loss": 2.0}, "p")
+    with pytest.raises(OutputLost, match="checkpoint step-00000007 and all metrics were written"):
+        folder.check(said.append, save, lambda: None, now=True)
+    lock.release()
+    found = sorted(path.name for path in output.iterdir())
+    assert found == ["checkpoints", "logs", "metrics.jsonl", "run.yaml"]
+    assert (output / "run.yaml").read_text() == "settings"
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+    assert said == []
+
+
+def test_a_log_that_is_deleted_is_written_again_and_told(tmp_path: Path) -> None:
+    folder, log, lock = lost_folder(tmp_path / "out")
+    said: list[str] = []
+    log.path.unlink()
+    folder.check(said.append, pytest.fail, pytest.fail, now=True)
+    lock.release()
+    assert said == [f"{log.path} was deleted or moved; written again with all its lines"]
+    assert '"train_loss": 1.0' in log.path.read_text()
+
+
+def test_a_full_disk_at_the_end_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+
+    def fill(path: Path) -> None:
+        with atomic.replacing(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResultsNotWritten) as failed, results_can_be_written_later(tmp_path):
+        fill(tmp_path / "summary.json")
+    text = str(failed.value)
+    assert text.startswith(f"{tmp_path}/summary.json: cannot be written (No space left on device)")
+    assert "the newest checkpoint is step-00000009: free space" in text
+    assert "run the same command" in text
+
+
+GOOD = checkpoint_state(5, {"a": 1}, "p", "q")
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """A good state with another value at a dotted path; ``...`` removes the key."""
+    state: dict[str, Any] = json.loads(json.dumps(GOOD))
+    *inner, last = path.split(".")
+    place: Any = state
+    for key in inner:
+        place = place[int(key) if isinstance(place, list) else key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return state
+
+
+def test_a_good_state_has_no_problem() -> None:
+    assert problem_of(5, GOOD) is None
+    assert problem_of_encoders(5, GOOD) is None
+    full = vars(Progress(step=5, scores={"p": {"validation_loss": math.nan}}))
+    full |= {"train_losses": {"p": (1.5, 2)}, "stopped": {"p": {"step": 1, "reason": "halving"}}}
+    assert problem_of(5, json.loads(json.dumps(changed("loop.progress", full)))) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((key, wrong) for key in GOOD for wrong in (..., None, [], "x", 3)),
+        *((f"loop.{key}", wrong) for key in GOOD["loop"] for wrong in (..., None, 3, "x")),
+        *((f"chosen.{key}", wrong) for key in GOOD["chosen"] for wrong in (..., None, "", "x")),
+        *((f"bank.prompts.p.{key}", ...) for key in GOOD["bank"]["prompts"]["p"]),
+        ("bank.prompts", []),
+        ("bank.prompts.p.optimizer.updates", -1),
+        ("bank.prompts.p.optimizer.scale", "1.0"),
+        ("loop.progress.step", 4),
+        ("loop.progress.step", "5"),
+        ("loop.progress.useful_tokens", -1),
+        ("loop.progress.unknown", 1),
+        ("loop.progress.scores", {"p": 1.0}),
+        ("loop.progress.scores", {"p": {"validation_loss": "low"}}),
+        ("loop.progress.baselines", {"t": []}),
+        ("loop.progress.stopped", {"p": {"step": 1}}),
+        ("loop.progress.train_losses", {"p": [1.0]}),
+        ("loop.progress.unjudged", 1),
+        ("loop.stopping.p", ...),
+        ("loop.stopping.p.waited", "0"),
+        ("loop.feed", []),
+        ("loop.feed.0.position", -1),
+        ("loop.feed.0.ahead", [0.5]),
+    ],
+)
+def test_a_changed_state_is_passed_over_for_an_older_one(
+    tmp_path: Path, path: str, value: Any
+) -> None:
+    if path == "chosen.matmul" and isinstance(value, str):
+        value = 1
+    older = checkpoint_state(4, {"a": 1}, "p", "q")
+    checkpoint.save(tmp_path, 4, {}, older, 9)
+    checkpoint.save(tmp_path, 5, {}, changed(path, value), 9)
+    said: list[str] = []
+    saved = checkpoint.newest(tmp_path, said.append, problem_of)
+    assert saved is not None
+    assert saved.step == 4
+    (warning,) = said
+    assert "step-00000005: state.json: " in warning
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "{", '{"status": "failed"}', '{"status": "finished"}', "[" * 99_999]
+    + [json.dumps({"status": "finished", "steps": 1, "prompts": p}) for p in ([], {}, 1)],
+)
+def test_a_damaged_summary_is_of_no_finished_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    assert finished_summary(tmp_path) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -11,7 +12,7 @@ from trainer.redact import redact
 from trainer.report.collect import collect
 from trainer.scores import column_title, is_loss
 
-__all__ = ["write_report"]
+__all__ = ["write_missing_report", "write_report"]
 
 
 def write_report(output_dir: Path | str) -> Path:
@@ -33,3 +34,18 @@ def write_report(output_dir: Path | str) -> Path:
     path = output_dir / "report.html"
     atomic.write(path, redact(html))
     return path
+
+
+def write_missing_report(output_dir: Path, warn: Callable[[str], None]) -> None:
+    """Write the report of a finished run that was killed before it had done so."""
+    report = output_dir / "report.html"
+    try:
+        if report.is_file() and report.stat().st_mtime >= _written(output_dir):
+            return
+        write_report(output_dir)
+    except Exception as error:  # the results themselves are in summary.json
+        warn(f"no report written: {type(error).__name__}: {error}")
+
+
+def _written(output_dir: Path) -> float:
+    return (output_dir / "summary.json").stat().st_mtime

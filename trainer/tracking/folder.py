@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer import predictions, runfile
+from trainer.errors import BadInput
+from trainer.jsonfile import read_json
 from trainer.ranking import rank
 from trainer.redact import redact
 from trainer.result_table import (
@@ -84,8 +86,8 @@ class Folder:
     def json(self, name: str) -> Any:
         try:
             path = self.file(name)
-            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return None if path is None else read_json(path)
+        except BadInput:
             return None
 
     @property

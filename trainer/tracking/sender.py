@@ -64,12 +64,18 @@ class Sender:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def start(self) -> None:
-        """Start the sidecar; if that cannot be, training goes on and ``finish`` says so."""
+    def start(self, *, finished: bool = False) -> None:
+        """Start the sidecar; if that cannot be, training continues and ``finish`` tells.
+
+        Args:
+            finished: ``summary.json`` is of this run; otherwise one that exists is of an earlier
+                session.
+        """
+        stale = None if finished else _mtime_ns(self.output_dir / "summary.json")
         options = {
             "output_dir": str(self.output_dir),
             "parent": os.getpid(),
-            "stale_summary_ns": _mtime_ns(self.output_dir / "summary.json"),
+            "stale_summary_ns": stale,
             "every": self.every,
             "grace": self.grace,
         }
@@ -105,6 +111,20 @@ class Sender:
                 process.kill()
                 process.wait()
         return self._result(code == 0)
+
+    def has_unsent(self) -> bool:
+        """Whether the store lacks anything of a run that has ended, as far as the folder knows."""
+        from trainer.tracking.state import State
+        from trainer.tracking.sync import Pusher
+        from trainer.tracking.target import resolve
+
+        try:
+            target = resolve(self.output_dir, self.uri)
+            state = State(self.output_dir)
+            state.stale_summary_ns = None
+            return bool(Pusher(self.output_dir, target, state).unsent())
+        except (BadInput, OSError):
+            return True
 
     @property
     def is_local(self) -> bool:
