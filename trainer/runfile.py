@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer import yaml_core
 from trainer.errors import BadInput, did_you_mean
+from trainer.redact import redact
 from trainer.yaml_core import SettingPath, YamlError
 
 #: Problems of one run file that are shown.
@@ -49,11 +50,11 @@ class Source:
         prefixes = [path[:n] for n in range(len(path), 0, -1)]
         for prefix in prefixes:
             if prefix in self.overrides:
-                return f"override {_cut(self.overrides[prefix])}"
+                return f"override {_cut(redact(self.overrides[prefix]))}"
         if path not in self.lines:  # perhaps a section that only an override made
             for deeper, override in self.overrides.items():
                 if path and deeper[: len(path)] == path:
-                    return f"override {_cut(override)}"
+                    return f"override {_cut(redact(override))}"
         for prefix in prefixes:
             if prefix in self.lines:
                 return f"{self.file}:{self.lines[prefix]}"

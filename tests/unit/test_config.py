@@ -795,3 +795,38 @@ def test_a_run_folder_may_have_a_dollar_in_its_name(run_file, tmp_path):
     folder.mkdir()
     (folder / "run.yaml").write_text(config.dump(load(run_file())))
     assert config.load_output(folder).output_dir == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("htp://me:secret@host", "'htp://***@host' has an unknown scheme 'htp'; use http(s)://"),
+        ("runs/mlruns", "'runs/mlruns' is a folder, which MLflow no longer writes to; use sqlite"),
+        ("http://", "'http://' has no host; use http://HOST:PORT"),
+        ("http://host:port", "'http://host:port' is not a valid address"),
+        ("sqlite://", "'sqlite://' names no file; use sqlite:///PATH/mlflow.db"),
+    ],
+)
+def test_addresses_that_mlflow_cannot_use(run_file, uri, expected):
+    (problem,) = problems_of(run_file(GOOD + f"tracking:\n  uri: {uri!r}\n"))
+    assert problem.startswith(f"FILE:21: tracking.uri: {expected}")
+    (problem,) = problems_of(run_file(), f"tracking.uri={uri}")
+    assert f"tracking.uri: {expected}" in problem
+    assert "secret" not in problem
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://***@host:5000",
+        "https://h/path?token=***",
+        "http://[::1]:5",
+        "sqlite:///a/b.db",
+        "postgresql+psycopg2://u:p@db/x",
+        "mysql://db/x",
+        "databricks",
+        "databricks://profile",
+    ],
+)
+def test_addresses_that_mlflow_can_use(run_file, uri):
+    assert load(run_file(), [f"tracking.uri={uri}"]).tracking.uri == uri

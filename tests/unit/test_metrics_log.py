@@ -15,7 +15,7 @@ from trainer import runfile
 from trainer.config.tracking import Tracking
 from trainer.errors import BadInput
 from trainer.redact import redact, secrets_of
-from trainer.tracking import MetricsLog
+from trainer.tracking import MetricsLog, Sender
 from trainer.tracking.folder import Folder, shorten
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 from trainer.tracking.state import State
@@ -246,6 +246,30 @@ def test_a_common_word_as_password_is_hidden_in_addresses_only(secret: str) -> N
     uri = f"http://me:{secret}@host/?token={secret}"
     assert secrets_of(uri) == []
     assert secret not in redact(f"uri: {uri}", secrets_of(uri))
+
+
+def test_a_problem_of_the_sender_is_told_once_and_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.tracking.sender.LOOK_SECONDS", 0.0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    sender, state = Sender(tmp_path), State(tmp_path)
+    alive = SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(sender, "_process", alive)
+    assert sender.news() is None
+    for problem in ("experiment 'x' is deleted", "another"):
+        state.problem = problem
+        state.save()
+        assert (sender.news() or "").startswith(f"MLflow: {problem}. Training continues")
+        assert sender.news() is None
+        state.save()
+        assert sender.news() is None
+    alive.poll = lambda: 1
+    assert "the sender has ended; reasons are in logs/tracking.log" in (sender.news() or "")
+    assert sender.news() is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    assert "MLFLOW_TRACKING_URI: './mlruns' is a folder" in (sender.news() or "")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from trainer.terminal import private
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
 #: Between two looks for problems of the sender.
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Sender:
         self._process: subprocess.Popen[bytes] | None = None
         self._shown: str | None = None
         self._look_at = 0.0
+        self._read: int | None = None
+
+    @property
+    def _log(self) -> Path:
+        return self.output_dir / "logs" / "tracking.log"
 
     @property
     def pid(self) -> int | None:
@@ -142,18 +147,27 @@ class Sender:
         if now < self._look_at:
             return None
         self._look_at = now + LOOK_SECONDS
-        from trainer.tracking.state import State
-        from trainer.tracking.target import resolve
-
-        try:
-            resolve(self.output_dir, self.uri)
-            problem = State(self.output_dir).problem
-        except BadInput as error:
-            problem = redact(str(error))
+        problem = self._problem()
         if problem in (None, self._shown):
             return None
         self._shown = problem
         return f"MLflow: {problem}. Training continues; all numbers are kept in metrics.jsonl"
+
+    def _problem(self) -> str | None:
+        from trainer.tracking.state import FILE, State
+        from trainer.tracking.target import resolve
+
+        if self._process is None or self._process.poll() is not None:
+            try:
+                resolve(self.output_dir, self.uri)
+            except BadInput as error:
+                return redact(str(error))
+            return f"the sender has ended; reasons are in {_quoted(self._log)}"
+        written = _mtime_ns(self.output_dir / FILE)
+        if written is None or written == self._read:
+            return self._shown
+        self._read = written
+        return State(self.output_dir).problem
 
     def _result(self, complete: bool) -> Finished:
         # Late imports: the training process needs none of this while it trains.
@@ -178,7 +192,7 @@ class Sender:
         return Finished(
             False,
             f"MLflow: {target.name} has not got {unsent}{why}; nothing is lost. Send it with: "
-            f"{again} (reasons in {_quoted(self.output_dir / 'logs' / 'tracking.log')})",
+            f"{again} (reasons in {_quoted(self._log)})",
         )
 
     def _environment(self) -> dict[str, str]:
