@@ -30,6 +30,8 @@ from trainer.lock import running_process
 from trainer.names import checkpoint_names
 from trainer.redact import printable, redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
+from trainer.tracking.state import missing_results
+from trainer.tracking.target import sync_command
 
 SLURM_SECONDS = 30
 #: A step that took so many times the median was no step: the run was stopped in between.
@@ -137,6 +139,8 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     for name, end in summary.prompts.items():
         status.stopped[name] = end.stopped.reason if end.stopped else "finished"
     status.state, status.said = _judge(status, summary, running_process(run_dir))
+    if status.state == "finished" and (missing := missing_results(run_dir)):
+        status.said += f"; {missing} missing, run: {sync_command(run_dir)}"
     if status.state != "running":
         status.eta_seconds = None
     return status

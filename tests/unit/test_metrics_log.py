@@ -18,7 +18,7 @@ from trainer.redact import redact, secrets_of
 from trainer.tracking import MetricsLog, Sender
 from trainer.tracking.folder import Folder, shorten
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
-from trainer.tracking.state import State
+from trainer.tracking.state import Progress, State, missing_results
 from trainer.tracking.sync import explain
 from trainer.tracking.target import resolve
 
@@ -246,6 +246,21 @@ def test_a_common_word_as_password_is_hidden_in_addresses_only(secret: str) -> N
     uri = f"http://me:{secret}@host/?token={secret}"
     assert secrets_of(uri) == []
     assert secret not in redact(f"uri: {uri}", secrets_of(uri))
+
+
+def test_what_a_killed_end_has_left_undone(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    assert missing_results(folder) == "report.html"
+    state = State(folder)
+    state.store = "sqlite:////x/mlflow.db"
+    state.stores[state.store] = Progress(status="RUNNING")
+    state.save()
+    assert missing_results(folder) == "report.html and the end of the run in MLflow"
+    (folder / "report.html").touch()
+    assert missing_results(folder) == "the end of the run in MLflow"
+    state.stores[state.store].status = "FINISHED"
+    state.save()
+    assert missing_results(folder) is None
 
 
 def test_a_problem_of_the_sender_is_told_once_and_early(

@@ -68,3 +68,13 @@ class State:
             self.output_id, self.stale_summary_ns, self.store, self.problem, self.stores
         )
         atomic.write_json(self.path, asdict(content))
+
+
+def missing_results(output_dir: Path) -> str | None:
+    """Name what a finished run was killed before writing or sending; None if that is complete."""
+    missing = [] if (output_dir / "report.html").exists() else ["report.html"]
+    state = State(output_dir)
+    progress = state.stores.get(state.store or "")
+    if state.store and (progress is None or progress.status != "FINISHED"):
+        missing.append("the end of the run in MLflow")
+    return " and ".join(missing) or None
