@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer import atomic
+from trainer.errors import BadInput
+from trainer.jsonfile import read_json_object
 from trainer.prompts.source import SETTINGS, TENSOR, WEIGHTS
 
 CARD = "README.md"
@@ -81,12 +84,24 @@ def save_peft(
 
 
 def load_peft(folder: Path) -> Tensor:
-    """What ``save_peft`` or PEFT wrote: [P, H], or keys and values [P, L, 2, A, D]."""
-    prompt: Tensor = load_file(folder / WEIGHTS)[TENSOR]
-    config = json.loads((folder / SETTINGS).read_text())
-    if config["peft_type"] != "PREFIX_TUNING":
-        return prompt
-    return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))
+    """Read what ``save_peft`` or PEFT wrote: [P, H], or keys and values [P, L, 2, A, D].
+
+    Raises:
+        BadInput: the folder is not an adapter with one prompt, or is damaged.
+    """
+    try:
+        prompt: Tensor = load_file(folder / WEIGHTS)[TENSOR]
+        config = read_json_object(folder / SETTINGS)
+        if config["peft_type"] != "PREFIX_TUNING":
+            return prompt
+        return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))
+    except BadInput:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"{folder}: is damaged ({type(error).__name__}: {error}); restore it, or train the "
+            "prompt again"
+        ) from None
 
 
 def _card(name: str, config: dict[str, Any], description: str, folder: Path) -> str:

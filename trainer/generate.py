@@ -72,8 +72,8 @@ def _generate(
             f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "
             "shorten it or lower --max-new-tokens"
         )
-    loaded = load(engine, files, config, console)
     virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
+    loaded = load(engine, files, config, console)
     ending = Ending.of(files.generation, files.tokenizer, task)
     (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
     console.answer(ending.text(written, skip_special_tokens=True).strip())

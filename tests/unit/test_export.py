@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.base.files import portable_name
 from trainer.config import Base
-from trainer.export import save_peft
+from trainer.errors import BadInput
+from trainer.export import load_peft, save_peft
 
 P, H, V, L, HEADS = 5, 16, 30, 2, 4
 
@@ -134,3 +137,30 @@ def test_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite"):
         export(tmp_path, torch.full((P, H), float("nan")), "base")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", b""),
+        ("adapter_model.safetensors", b"\xff" * 64),
+        ("adapter_model.safetensors", to_bytes({"other": torch.ones(2, 2)})),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", b"{}"),
+        ("adapter_config.json", b'{"peft_type": "PREFIX_TUNING", "num_layers": 3}'),
+        (
+            "adapter_config.json",
+            b'{"peft_type": "PREFIX_TUNING", "num_layers": 3, "num_attention_heads": 7}',
+        ),
+        ("adapter_config.json", None),
+        ("adapter_model.safetensors", None),
+    ],
+)
+def test_a_damaged_adapter_is_refused(tmp_path: Path, name: str, content: bytes | None) -> None:
+    export(tmp_path, torch.ones(4, 8), "base")
+    path = tmp_path / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path))):
+        load_peft(tmp_path)
