@@ -191,8 +191,8 @@ class Sender:
         why = f" ({state.problem})" if state.problem else ""
         return Finished(
             False,
-            f"MLflow: {target.name} has not got {unsent}{why}; nothing is lost. Send it with: "
-            f"{again} (reasons in {_quoted(self._log)})",
+            f"MLflow ({target.name}) is missing {unsent}{why}, which are kept locally. Upload "
+            f"with: {again} (reasons in {_quoted(self._log)})",
         )
 
     def _environment(self) -> dict[str, str]:

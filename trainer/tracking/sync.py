@@ -46,7 +46,7 @@ class Unsent:
     def __str__(self) -> str:
         parts = []
         if self.lines:
-            parts.append(f"{self.lines} lines of metrics")
+            parts.append(f"{self.lines} metric lines")
         if self.artifacts:
             parts.append(f"{self.artifacts} files")
         if self.status:
