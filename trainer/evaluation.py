@@ -171,11 +171,16 @@ class Evaluator:
         for request in requests:
             rows = len(request.rows.candidates)
             if request.by_labels:
-                texts += rows if self.base.packed else rows * _width(request)
+                texts += self._num_read(request)
                 texts += 0 if request.rows.task.scored_by_likelihood else rows
             if request.teacher is not None:
                 texts += rows
         return texts
+
+    def _num_read(self, request: Request) -> int:
+        """Texts that scoring by labels reads."""
+        rows = len(request.rows.candidates)
+        return rows if self.base.packed else rows * _width(request)
 
     def _known(self, requests: Sequence[Request]) -> list[Tensor | None]:
         """Likelihoods that an earlier run has computed, on every rank; None for the others."""
@@ -189,7 +194,10 @@ class Evaluator:
             ]
         known = self.engine.broadcast(found)
         assert known is not None
-        self.reused += sum(nll is not None for nll in known)
+        for request, nll in zip(requests, known, strict=True):
+            if nll is not None:
+                self.reused += 1
+                self._advance(self._num_read(request))
         return [None if nll is None else torch.from_numpy(nll).flatten() for nll in known]
 
     def _keep(self, request: Request, nll: Tensor) -> None:
