@@ -344,7 +344,7 @@ def sync(
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    _end(run_alone("trainer.tracking", ["sync", run_dir], environment))
+    _end(run_alone("trainer.tracking", ["sync", run_dir], environment, imports="mlflow"))
 
 
 app.command(epilog=EXIT_CODES)(cluster.submit)

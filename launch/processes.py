@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from launch import guard
+from launch import guard, messages
 from launch.endings import Ending, describe
 from trainer import bootstrap
 from trainer.errors import (
@@ -41,6 +41,7 @@ STOP_SECONDS = 600.0  # the same where it may end its step first, and save
 LOSS_SECONDS = 15.0  # the same where another rank has failed: it may wait for that one
 HURRY_SECONDS = 10.0  # a second Ctrl-C before that is taken for the same
 TRAINER = "trainer"  # the one module whose runs can be resumed
+NOTICE_SECONDS = 4.0  # between two lines that say that the ranks are starting
 POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
 SPAWNED = re.compile(r"process (\d+) spawned with command")
@@ -91,6 +92,29 @@ class _Losses:
                 self._deadline = time.monotonic() + LOSS_SECONDS
         elif time.monotonic() > self._deadline:
             self._end()
+
+
+class _StartNotice:
+    """Tells a person every few seconds that the ranks are starting, until rank 0 can print.
+
+    Args:
+        rank_log: rank 0's log; ``trainer.terminal.claim`` sets its time.
+    """
+
+    def __init__(self, rank_log: Path) -> None:
+        self._log, self._started_at = rank_log, time.time()
+        self._notices = 0
+
+    def look(self) -> None:
+        seconds = time.time() - self._started_at
+        if seconds < NOTICE_SECONDS * (self._notices + 1):
+            return
+        self._notices += 1
+        with suppress(OSError):
+            if self._log.stat().st_mtime >= self._started_at:
+                self._notices = sys.maxsize
+                return
+        messages.note(f"importing deepspeed and starting the ranks: {seconds:.0f} s")
 
 
 class Stop:
@@ -155,7 +179,14 @@ def run_local(
             forward = functools.partial(_signal_ranks, process.pid)
             end = functools.partial(_kill_ranks, process.pid)
             losses = _Losses(log, ranks, first_rank, end)
-            wait(process, stop, forward, grace_seconds, losses.look)
+            notice = _StartNotice(log.parent / "rank-0.log")
+
+            def look() -> None:
+                losses.look()
+                if first_rank == 0:
+                    notice.look()
+
+            wait(process, stop, forward, grace_seconds, look)
             _end_ranks(process.pid)
     finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
     done = finished == ranks and not (first_rank == 0 and unfinished.exists())

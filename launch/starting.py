@@ -56,9 +56,18 @@ def start_ranks(
 
 
 def run_alone(
-    module: str, arguments: Sequence[str], environment: Mapping[str, str] = os.environ
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+    *,
+    imports: str = "torch and transformers",
 ) -> int:
-    """Run a module in one process of its own and return its exit code."""
+    """Run a module in one process of its own and return its exit code.
+
+    Args:
+        imports: libraries that take seconds to import.
+    """
+    messages.note(f"importing {imports}")
     options = ("--parent-death=SIGTERM", "--arguments-in-environment")
     handed = bootstrap.handed(list(arguments)) | {bootstrap.PARENT: str(os.getpid())}
     process = processes.start(bootstrap.command(module, *options), env={**environment, **handed})

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def train(config: RunConfig, console: Console) -> None:
-        with console.phase("importing torch, transformers and deepspeed"):
+        with console.phase("importing torch, transformers and deepspeed", announce=True):
             from trainer.run import train as train_run
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))

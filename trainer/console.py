@@ -151,10 +151,22 @@ class Console:
 
     @contextmanager
     def phase(
-        self, what: str, total: float | None = None, unit: str = "rows", done: float = 0.0
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "rows",
+        done: float = 0.0,
+        *,
+        announce: bool = False,
     ) -> Iterator[Phase]:
-        """Show work in progress for as long as the ``with`` block lasts."""
+        """Show work in progress for as long as the ``with`` block lasts.
+
+        Args:
+            announce: print a line at the beginning where there is no terminal.
+        """
         phase = Phase(what, total, unit, done)
+        if announce and not self._out.is_terminal:
+            self.say(what)
         self._phases.append(phase)
         if self._shown and self._ticker is None:
             self._idle.clear()

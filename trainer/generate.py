@@ -41,12 +41,13 @@ def _generate(
     max_new_tokens: int | None,
     console: Console,
 ) -> None:
-    from trainer.engine import Engine
-    from trainer.export import load_peft
-    from trainer.generation import Ending, generate
-    from trainer.sharded import load, open_files
-    from trainer.tasks.checks import render
-    from trainer.tasks.tokens import encode_input
+    with console.phase("importing torch, transformers and deepspeed", announce=True):
+        from trainer.engine import Engine
+        from trainer.export import load_peft
+        from trainer.generation import Ending, generate
+        from trainer.sharded import load, open_files
+        from trainer.tasks.checks import render
+        from trainer.tasks.tokens import encode_input
 
     prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)
     if prompt is None:

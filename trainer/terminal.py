@@ -84,6 +84,7 @@ def claim(rank: int, log: Path) -> Terminal:
         out, err = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
     log.parent.mkdir(parents=True, exist_ok=True)
     chatter = private(log)
+    os.utime(log)  # the command line sees that this rank has started
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (chatter, 1), (chatter, 2)):
         os.dup2(source, target)

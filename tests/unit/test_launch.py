@@ -794,3 +794,22 @@ def test_paths_that_cannot_be_are_bad_input(path):
     ):
         with pytest.raises(BadInput):
             check(path)
+
+
+def test_the_start_of_ranks_is_reported_until_rank_0_has_its_log(tmp_path, monkeypatch, capsys):
+    clock, log = [1000.0], tmp_path / "rank-0.log"
+    log.touch()
+    os.utime(log, (900, 900))  # of an earlier run
+    monkeypatch.setattr(processes.time, "time", lambda: clock[0])
+    notice = processes._StartNotice(log)
+    for seconds in (1, 4, 5, 8, 9):
+        clock[0] = 1000.0 + seconds
+        notice.look()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"importing deepspeed and starting the ranks: {n} s" for n in (4, 8)]
+    os.utime(log, (1010, 1010))
+    clock[0] = 1020.0
+    notice.look()
+    clock[0] = 1040.0
+    notice.look()
+    assert capsys.readouterr().err == ""

@@ -77,11 +77,12 @@ def _inspect_run(
     config: RunConfig, saved: Path | None, num_rows: int, out: Path | None, console: Console
 ) -> None:
     """Weights and losses of a run's base; ``saved``: the output folder, for trained prompts."""
-    from trainer.engine import Engine
-    from trainer.inspect.losses import measure_losses, readers, trained_prompts
-    from trainer.results import device_name, versions
-    from trainer.sharded import open_files
-    from trainer.tasks.feed import load_tasks
+    with console.phase("importing torch, transformers and deepspeed", announce=True):
+        from trainer.engine import Engine
+        from trainer.inspect.losses import measure_losses, readers, trained_prompts
+        from trainer.results import device_name, versions
+        from trainer.sharded import open_files
+        from trainer.tasks.feed import load_tasks
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_files(engine, config.base, console)
