@@ -12,7 +12,12 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 from tests.family_bases import family_config, randomize, save_family
 from tests.random_base import make_tokenizer
@@ -32,17 +37,35 @@ _VISION: dict[str, Any] = {
 CONTAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {"vision_config": _VISION, "mm_tokens_per_image": 4}),
     "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", **_VISION}}),
+    "qwen2_audio": (
+        "qwen2",
+        {
+            "audio_config": {
+                "d_model": 16,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 1,
+                "encoder_ffn_dim": 16,
+            }
+        },
+    ),
+    "aya_vision": (
+        "cohere2",
+        {"vision_config": {"model_type": "siglip_vision_model", **_VISION}},
+    ),
     "llava": ("llama", {"vision_config": {"model_type": "clip_vision_model", **_VISION}}),
 }
 
 
-def save_container(folder: Path, kind: str) -> Path:
+def save_container(folder: Path, container: str) -> Path:
     """Write a multimodal folder whose text model is a family's case."""
-    case, settings = CONTAINERS[kind]
+    case, settings = CONTAINERS[container]
     text = {**family_config(case).to_dict(), "tie_word_embeddings": False}
-    config = AutoConfig.for_model(kind, text_config=text, tie_word_embeddings=False, **settings)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
+    config = AutoConfig.for_model(
+        container, text_config=text, tie_word_embeddings=False, **settings
+    )
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
+    model = kind.from_config(config)
     randomize(model)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -15,8 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
+from tests.alone import Alone
 from tests.family_bases import CASES
 from tests.odd_folders import (
     INDEX,
@@ -24,24 +32,31 @@ from tests.odd_folders import (
     Head,
     container,
     copy,
+    edit_config,
     edit_tensors,
     plain,
     set_flags,
     set_head,
     shard,
 )
-from tests.random_base import VOCAB_SIZE
+from tests.random_base import VOCAB_SIZE, llama_config, save_random
+from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
 from tests.whole_base import load_rank, load_whole
 from trainer.base.families import FAMILIES
-from trainer.base.files import open_base
+from trainer.base.files import BaseFiles, open_base
 from trainer.base.model import PromptedBase
-from trainer.config import Base
+from trainer.config import Base, Task
 from trainer.console import Console
 from trainer.errors import BadInput
+from trainer.generation import Ending, generate
 from trainer.inspect.weights import int8_weights
 from trainer.prepare import prepare
+from trainer.tasks.chat import DialogueEncoder
+from trainer.tasks.encoder import TextEncoder
 from trainer.tasks.streams import Piece, build_stream
 from trainer.tasks.tokens import Example
+
+NEW_TOKENS = 4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +69,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_theirs(folder: Path) -> tuple[Any, set[str]]:
     """transformers' own model of a folder, and the parameters that it found no tensor for."""
     config = AutoConfig.from_pretrained(folder)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
     model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
@@ -101,24 +116,81 @@ def our_loss(base: PromptedBase, row: Example) -> float:
         return float(base(build_stream([Piece(row, None, 0)], []), []).mean())
 
 
-def assert_alike(folder: Path) -> bool:
-    """Compare what we load from a folder with what transformers does; gives whether it is tied."""
+def assert_alike(folder: Path, *, writes: bool = True) -> bool:
+    """Compare what we make of a folder with what transformers does; gives whether it is tied.
+
+    Args:
+        writes: also compare generated tokens, and the ids of texts.
+    """
     theirs, missing = load_theirs(folder)
     assert not missing, "transformers made weights up"
-    base = load_whole(folder, "none")
+    files, base = open_base(Base(model=str(folder))), load_whole(folder, "none")
     ours = base.model
     table, head = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
     tied = table is head
     assert ours.get_input_embeddings().tied == tied
-    modules = text_modules(theirs, ours)
-    assert digests_of_ours(ours) == digests_of_theirs(modules)
+    assert digests_of_ours(ours) == digests_of_theirs(text_modules(theirs, ours))
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, VOCAB_SIZE, (12,), generator=generator).tolist()
     row = Example.with_target(tuple(ids), 5, 0)
     labels = torch.tensor([[-100] * 5 + ids[5:]])
     loss = float(theirs(input_ids=torch.tensor([ids]), labels=labels).loss)
     assert our_loss(base, row) == pytest.approx(loss, abs=1e-4)
+    assert files.generation.to_dict() == theirs.generation_config.to_dict()
+    if writes:
+        assert our_tokens(base, files, ids) == their_tokens(theirs, ids)
+        assert_ids_alike(files.tokenizer, AutoTokenizer.from_pretrained(folder))
     return tied
+
+
+def our_tokens(base: PromptedBase, files: BaseFiles, ids: list[int]) -> list[int]:
+    task = Task(name="t", train="-", input="{text}", target="{label}", append_eos=False)
+    ending = Ending.of(files.generation, files.tokenizer, task)
+    return generate(Alone(), base, ending, [ids], None, NEW_TOKENS)[0]  # type: ignore[arg-type]
+
+
+def their_tokens(theirs: Any, ids: list[int]) -> list[int]:
+    """What transformers' greedy ``generate`` writes, without its end mark."""
+    given = torch.tensor([ids])
+    mask = torch.ones_like(given)
+    options = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    written = theirs.generate(given, **options)[0, len(ids) :].tolist()
+    ends = theirs.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return written[:-1] if written[-1] in ends else written
+
+
+#: Inputs and targets whose boundary tokenizers treat differently.
+BOUNDARIES = [
+    *(("Which topic?", " billing"), ("Which topic?\n", "billing"), ("[INST] a [/INST]", "yes")),
+    *(('Say "', 'yes"'), ("Topic: ", "billing"), ("w7 w8", " w9 w10"), ("net", "work")),
+]
+TURNS = [
+    *({"role": "user", "content": "Which topic?"}, {"role": "assistant", "content": "billing"}),
+    *({"role": "user", "content": "And now?"}, {"role": "assistant", "content": "yes"}),
+]
+
+
+def assert_ids_alike(ours: Any, theirs: Any) -> None:
+    """Compare the ids of rows with those of one text, where generation can read these."""
+    encoder = TextEncoder(ours)
+    texts, targets = zip(*BOUNDARIES, strict=True)
+    inputs = encoder.inputs(texts)
+    assert inputs == [theirs(text)["input_ids"] for text in texts]
+    found, merged = encoder.targets(texts, inputs, targets)
+    for i, (text, target) in enumerate(BOUNDARIES):
+        whole = theirs(text + target)["input_ids"]
+        assert merged[i] or inputs[i] + found[i] == whole
+        # Only where generation cannot read the tokens of the whole text they may differ from it.
+        assert not merged[i] or whole[: len(inputs[i])] != inputs[i] or theirs.unk_token_id in whole
+    if theirs.chat_template:
+        dialogue = DialogueEncoder(ours)
+        ids = theirs.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+        assert dialogue(TURNS).ids == ids
+        how = {"add_generation_prompt": True, "return_dict": True}
+        opening = theirs.apply_chat_template(TURNS[:3], **how)["input_ids"]
+        assert dialogue.opening(TURNS[:3]) == opening
+        assert ids[: len(opening)] == opening
 
 
 def refusal(folder: Path) -> str:
@@ -147,7 +219,7 @@ class TestTies:
         set_flags(folder, flag)
         set_head(folder, head)
         if flag or head not in ("absent", "alone"):
-            assert assert_alike(folder) == (flag and head != "different")
+            assert assert_alike(folder, writes=False) == (flag and head != "different")
         else:
             assert load_theirs(folder)[1]
             assert "set tie_word_embeddings to true there" in refusal(folder)
@@ -173,8 +245,15 @@ class TestTies:
         if load_theirs(folder)[1]:
             assert "does not tie the head to the word embeddings" in refusal(folder)
         else:
-            tied = assert_alike(folder)
+            tied = assert_alike(folder, writes=head == "different")
             assert not (tied and head == "different")
+
+    def test_a_container_that_leaves_out_what_its_text_model_does(self, root: Path) -> None:
+        """Cohere 2 scales its logits; Aya Vision does not."""
+        assert "give a release of the text model alone" in refusal(container(root, "aya_vision"))
+
+    def test_a_container_of_sounds(self, root: Path) -> None:
+        assert_alike(container(root, "qwen2_audio"))
 
     def test_a_head_that_differs_is_reported(self, root: Path, tmp_path: Path) -> None:
         folder = copy(plain(root, "llama"), tmp_path / "m")
@@ -227,6 +306,44 @@ class TestFiles:
         text = refusal(folder)
         assert f"{folder / INDEX}: names files that are not there" in text
         assert "write the index of these files" in text
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']' + m.content + '[/]\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+class TestTokenizers:
+    """Ids of text, of what follows it, and of dialogues."""
+
+    @pytest.mark.parametrize("kind", [*SENTENCE_PIECE, *BYTE_LEVEL])
+    def test_kind(self, tmp_path: Path, kind: str) -> None:
+        texts = [text + target for text, target in BOUNDARIES] + ["[user]a[/]\n[assistant]b"]
+        tokenizer = make_tokenizer(kind, texts, specials=("[user]", "[assistant]", "[/]"))
+        tokenizer.chat_template = CHAT
+        config = llama_config(num_hidden_layers=1, vocab_size=len(tokenizer))
+        folder = save_random(tmp_path / "m", config)
+        tokenizer.save_pretrained(folder)
+        assert_alike(folder)
+
+
+class TestEnds:
+    """Where generation ends."""
+
+    @pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+    def test_a_list_of_end_tokens(self, root: Path, tmp_path: Path, place: str) -> None:
+        folder = copy(plain(root, "gemma"), tmp_path / "m")
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(3, VOCAB_SIZE, (12,), generator=generator).tolist()
+        third = their_tokens(load_theirs(folder)[0], ids)[2]
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if place == "config.json":
+            edit_config(folder, lambda config: config.update(eos_token_id=[1, third]))
+        else:
+            GenerationConfig(eos_token_id=[1, third]).save_pretrained(folder)
+        assert_alike(folder)
+        assert len(their_tokens(load_theirs(folder)[0], ids)) < 3
 
 
 class TestPrepared:

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from trainer.base.families import logit_rule
 from trainer.base.reader import SafetensorsReader, StoredTensor, scales_name
 from trainer.errors import BadInput
 
@@ -79,11 +80,11 @@ def read_parameters(
         inside = config.get_text_config() is not config
         text = meta_model(config.get_text_config(), name) if inside else loader
     paths = _paths_in(loader, text, name) if inside else {"": ""}
-    stored, unread = _stored_tensors(loader, tensors)
     parameters = {
         parameter: _renamed(parameter, paths)
         for parameter, _ in text.named_parameters(remove_duplicate=False)
     }
+    stored, unread = _stored_tensors(loader, tensors, set(parameters.values()))
     head, table = _ends(text)
     pair = {parameters[head], parameters[table]}
     tied = any({target, source} == pair for target, source in loader.all_tied_weights_keys.items())
@@ -188,6 +189,12 @@ def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict
     inner = next((p for p, m in modules.items() if type(m) is type(text.base_model)), None)
     head = loader.get_output_embeddings()
     own_head = text.get_output_embeddings()
+    if inner is not None and logit_rule(text) != (1.0, None):
+        raise BadInput(
+            f"base.model: {name!r} is a {type(loader).__name__}, which puts a head of its own on "
+            f"its text model, without what {type(text).__name__} does to its logits (logit_scale, "
+            "logits_scaling, final_logit_softcapping); give a release of the text model alone"
+        )
     if inner is None or head is None:
         raise BadInput(
             f"base.model: {name!r} is of type {loader.config.model_type!r}, which keeps its text "
@@ -209,9 +216,9 @@ def _renamed(parameter: str, paths: Mapping[str, str]) -> str:
 
 
 def _stored_tensors(
-    loader: PreTrainedModel, tensors: Mapping[str, StoredTensor]
+    loader: PreTrainedModel, tensors: Mapping[str, StoredTensor], wanted: Set[str]
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The tensors of each parameter, and those that are of none.
+    """The tensors of each wanted parameter, and those that are of no parameter at all.
 
     Follows ``convert_and_load_state_dict_in_model``: of two tensors for one parameter the first in
     natural order is read.
@@ -234,16 +241,16 @@ def _stored_tensors(
             stored.setdefault(key, (tensor,))
         else:
             parts.setdefault(key, {}).setdefault(pattern, []).append(tensor)
-    for key, lists in parts.items():
+    for key in sorted(parts.keys() & wanted):
+        lists = parts[key]
         if key in stored:
             (plain,), other = stored[key], next(iter(lists.values()))[0]
             raise BadInput(
                 f"base.model: {key!r} is stored twice, as {plain!r} and expert by expert "
                 f"({other!r}); keep one form"
             )
-        else:
-            converter = by_pattern[next(iter(lists))]
-            stored[key] = _stacked(key, converter, lists, len(state[key]))
+        converter = by_pattern[next(iter(lists))]
+        stored[key] = _stacked(key, converter, lists, len(state[key]))
     return stored, unread
 
 
