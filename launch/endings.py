@@ -42,7 +42,7 @@ def describe(
     """The exit code that the ranks meant, and a message where they cannot have given one.
 
     Args:
-        lost: a rank did not end well.
+        lost: rank 0 did not finish its work.
         first: the rank that was lost first, and the signal that ended it, if one has.
         hung: why the ranks have given one up.
         resumable: the same command resumes what was stopped, or starts it over.

@@ -3,8 +3,8 @@
 Facts about the launcher (0.19.8) that this file relies on: its per-node part turns a signal into
 exit code 1 and hides the ranks' own codes, so signals go to the ranks and not to it; and as Slurm
 sends a signal to every process of a job's step, it is started with stop signals blocked, which the
-ranks unblock once they can handle them. Exit code 0 counts only if its log names every rank and
-rank 0 has removed a file: some other program may have run in place of ours.
+ranks unblock once they can handle them. Exit code 0 counts only if rank 0 has removed a file: some
+other program may have run in place of ours.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def run_local(
     unfinished = log.absolute().with_suffix(".unfinished")
     environment = {**environment, STDOUT_FD_VARIABLE: "0"}
     if first_rank == 0:
-        unfinished.touch()
+        _touch(unfinished)
         environment[UNFINISHED] = str(unfinished)
     stop = Stop()
     with log.open("wb") as chatter, stop.listening():
@@ -188,18 +188,24 @@ def run_local(
 
             wait(process, stop, forward, grace_seconds, look)
             _end_ranks(process.pid)
-    finished = len(re.findall("exits successfully", log.read_text(errors="replace")))
-    done = finished == ranks and not (first_rank == 0 and unfinished.exists())
+    lost = first_rank == 0 and unfinished.exists()
     unfinished.unlink(missing_ok=True)
     return describe(
         process.returncode,
         stop.signals,
         log,
-        lost=not done,
+        lost=lost,
         resumable=module == TRAINER,
         first=losses.first,
         hung=read_lost(log.parent),
     )
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise BadInput(f"output_dir: cannot write to {path.parent}: {error.strerror}") from None
 
 
 def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
