@@ -201,3 +201,21 @@ def test_class_numbers_are_the_names_of_their_classes(tmp_path: Path) -> None:
     unlabelled = datasets.Dataset.from_list([{**rows[0], "label": -1}], features=features)
     unlabelled.to_parquet(tmp_path / "u.parquet")
     assert "-1 is not one of its 2 classes" in problem(tmp_path / "u.parquet")
+
+
+def test_tools_have_no_keys_of_other_rows(tmp_path: Path) -> None:
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    add = tool("add", a={"type": "integer"}, b={"type": "integer", "minimum": 0})
+    weather = tool("weather", city={"type": "string", "enum": ["Bern"]})
+    rows = [{**DIALOGUES[0], "tools": [add]}, {**DIALOGUES[1], "tools": [weather, add]}]
+    rows.append({**DIALOGUES[1], "tools": None})
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = list(load(tmp_path / "d.jsonl", messages="messages"))
+    assert expected[:2] == rows[:2]
+    for name in ("d.parquet", "saved"):
+        assert list(load(tmp_path / name, messages="messages")) == expected
