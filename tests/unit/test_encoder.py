@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from trainer.errors import BadInput
 from trainer.evaluation import Evaluator, Request
 from trainer.memory import StreamBudget
 from trainer.tasks.cache import cached
+from trainer.tasks.encoder import TextEncoder
 from trainer.tasks.feed import TaskData, load_tasks
 from trainer.tasks.splits import load_rows
 from trainer.tasks.tokens import encode_input, tokenize, tokenize_choices
@@ -124,6 +126,16 @@ def test_what_merges_keeps_the_tokens_of_the_input(
     assert found.warning.startswith(f"{tmp_path}/rows.jsonl:1: the tokenizer merges the end of")
     assert "(in 12 of 12 rows)" in found.warning
     assert remedy in found.warning
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_many_texts_have_the_tokens_that_each_has_alone(tokenizers, kind):
+    """Also where the tokenizer's file asks for texts that are cut or padded."""
+    texts = [*TEXTS[:12], "", " ", "Topic: </s> é\n\n", "[/INST]1234567 yes"]
+    tokenizer = copy.deepcopy(tokenizers[kind])
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    assert TextEncoder(tokenizer).inputs(texts) == [tokenizers[kind](t).input_ids for t in texts]
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)

@@ -125,12 +125,33 @@ class TextEncoder:
     def _encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=special,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,  # no warning about long texts: the fitters report them
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+
+        def encode(some: Sequence[str]) -> list[list[int]]:
+            encoded = self._tokenizer(
+                list(some),
+                add_special_tokens=special,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                verbose=False,  # no warning about long texts: the fitters report them
+            )
+            return [list(ids) for ids in encoded["input_ids"]]
+
+        if not _is_plain(self._tokenizer):
+            return encode(texts)
+        # What transformers does for the first text sets the backend up; for the others the backend
+        # need not find the places of tokens in the text, which takes a third of the time.
+        backend = self._tokenizer.backend_tokenizer
+        found = encode(texts[:1])
+        others = backend.encode_batch_fast(list(texts[1:]), add_special_tokens=special)
+        return found + [encoding.ids for encoding in others]
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer gives the ids of its backend, as most classes of transformers do."""
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    return isinstance(tokenizer, TokenizersBackend) and all(
+        getattr(type(tokenizer), name) is getattr(TokenizersBackend, name)
+        for name in ("__call__", "_encode_plus")
+    )
