@@ -174,7 +174,7 @@ def head_bytes(streams: list[tuple[int, ...]], rank: int, ranks: int, base: Prom
     first, total, moved = rank // ranks * ranks, 0, 0
     for counts in streams:
         most = max(counts[first : first + ranks])
-        total += (ranks - 1) * 2 * 8
+        total += (ranks - 1) * 3 * 8
         moved += 2 * ranks * most * HIDDEN * 4
         if moved > head.table_bytes:  # which stays until the step has ended
             return total + (ranks - 1) * head.rows.nbytes
