@@ -52,9 +52,13 @@ def _run() -> None:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuse bytes that are no text: neither YAML nor JSON can hold them."""
+    """Refuse bytes that are no text, which neither YAML nor JSON can hold, and a deleted folder."""
     from trainer.errors import BadInput
 
+    try:
+        os.getcwd()
+    except OSError:
+        raise BadInput("the working directory is deleted; change to another one") from None
     if any("\ud800" <= letter <= "\udfff" for word in words for letter in word):
         raise BadInput("an argument is not UTF-8; rename the file, or set LANG to a UTF-8 one")
 

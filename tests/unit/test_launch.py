@@ -565,6 +565,23 @@ def test_a_stop_signal_before_ranks_are_started(number):
     assert done.stderr == "Stopped. Rerun the command to start over.\n"
 
 
+def test_a_working_directory_that_is_deleted(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, bootstrap.FILE, "launch", "status", "out"],
+        cwd=folder,
+        preexec_fn=folder.rmdir,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the working directory is deleted; change to another one\n",
+    )
+
+
 def test_messages_show_no_password_and_control_no_terminal(run_file):
     done = promptshard("validate", run_file, "tracking.uri=htp://me:hunter22@host/\x1b]0;x\x07")
     assert done.returncode == 2
