@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from launch import messages, preflight, slurm
+from launch import messages, preflight, slurm, status_text
 from launch import status as run_status
 from launch import submit as submission
 from launch.arguments import Overrides, RunDir, RunFile
@@ -179,7 +179,7 @@ def status(
     **Example:** `promptshard status runs/quickstart`
     """
     found = run_status.look(Path(run_dir))
-    typer.echo(run_status.as_json(found) if as_json else run_status.as_text(found))
+    typer.echo(status_text.as_json(found) if as_json else status_text.as_text(found))
 
 
 def _checked(

@@ -7,17 +7,15 @@ folder may be damaged or somebody else's: each is parsed into a model, or counts
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -28,7 +26,6 @@ from trainer.errors import BadInput
 from trainer.jsonfile import read_json_object
 from trainer.lock import running_process
 from trainer.names import checkpoint_names
-from trainer.redact import printable, redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.state import missing_results
 from trainer.tracking.target import sync_command
@@ -161,13 +158,13 @@ def _judge(status: Status, summary: Summary, process: str | None) -> tuple[str, 
         return "running", f"running: {process}"
     if summary.status == "finished":
         return "finished", f"finished at step {summary.steps or status.step}"
-    ended = f"; job {job.id} ended: {_how(job)}" if job and job.state != "UNKNOWN" else ""
+    ended = f"; job {job.id} ended: {describe_job(job)}" if job and job.state != "UNKNOWN" else ""
     if summary.status == "failed":
         return "failed", f"failed: {summary.error}{ended}; {rerun}"
     return "not finished", f"not running, not finished{ended}; {rerun}"
 
 
-def _how(job: JobState) -> str:
+def describe_job(job: JobState) -> str:
     return f"{job.state} ({job.reason})" if job.reason not in ("", "None") else job.state
 
 
@@ -308,74 +305,3 @@ def _pace(times: Sequence[float]) -> float | None:
         return None
     most = PAUSE * statistics.median(taken)
     return statistics.fmean([seconds for seconds in taken if seconds <= most] or taken)
-
-
-def as_json(status: Status) -> str:
-    """One JSON object; numbers that JSON does not have are null."""
-    return json.dumps(_plain(asdict(status)), indent=2)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_text(status: Status, now: float | None = None) -> str:
-    """A few lines for a person, without what would control a terminal."""
-    return printable(redact(_text(status, now)))
-
-
-def _text(status: Status, now: float | None) -> str:
-    now = time.time() if now is None else now
-    lines = [f"{status.run_dir}: {status.said}"]
-    if status.tasks:
-        return "\n".join([*lines, *(_line(task, now) for task in status.tasks)])
-    job = status.job
-    left = f", {job.time_left} left of its time limit" if job and job.state == "RUNNING" else ""
-    lines.append(f"Slurm job: {job.id} {_how(job)}{left}" if job else "Slurm job: none")
-    lines.append(f"step: {_progress(status)}")
-    if status.written is not None:
-        lines.append(f"last metrics: {duration(now - status.written)} ago")
-    if status.checkpoint is not None:
-        lines.append(f"checkpoint: step {status.checkpoint}")
-    for name, values in status.metrics.items():
-        said = "  ".join(f"{key} {value:.4f}" for key, value in shown_metrics(values).items())
-        ended = status.stopped.get(name, "finished")
-        why = f"  ({ended.replace('_', ' ')})" if ended != "finished" else ""
-        lines.append(f"{name}: {said}{why}")
-    return "\n".join(lines)
-
-
-def shown_metrics(values: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """Of all metrics of a prompt: those that a person asks for first."""
-    wanted = [n for n in values if n == "train_loss" or n.startswith("validation_")]
-    return {name: values[name][1] for name in wanted}
-
-
-def _line(status: Status, now: float) -> str:
-    ago = "" if status.written is None else f", last metrics {duration(now - status.written)} ago"
-    return f"  {Path(status.run_dir).name}: {status.said}; step {_progress(status)}{ago}"
-
-
-def _progress(status: Status) -> str:
-    eta = "" if status.eta_seconds is None else f", about {duration(status.eta_seconds)} left"
-    return f"{status.step} of {'?' if status.steps is None else status.steps}{eta}"
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
-    if not math.isfinite(seconds):
-        return "unknown time"
-    seconds = max(0, round(seconds))
-    if seconds < 90:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch import slurm, status, submit
+from launch import slurm, status, status_text, submit
 from launch.slurm import Job, Resources
 from slurm.render import EXAMPLES
 from tests.unit.test_launch import promptshard as run_promptshard
@@ -508,7 +508,7 @@ def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
     found = status.look(out)
     assert (found.state, found.step, found.steps, found.checkpoint) == ("not finished", 3, 5, 2)
     assert found.eta_seconds is None
-    text = status.as_text(found, now=1016.0)
+    text = status_text.as_text(found, now=1016.0)
     assert text.startswith(f"{out}: not running, not finished; rerun the command to resume from st")
     assert "Slurm job: none" in text
     assert "step: 3 of 5\n" in text
@@ -528,7 +528,7 @@ def test_status_of_a_run_that_runs_here(run_file, monkeypatch):  # noqa: F811
         found = status.look(out)
         assert (found.state, found.eta_seconds) == ("running", pytest.approx(4.0))
         assert found.said.startswith(f"running: process {os.getpid()} on ")
-        assert "step: 3 of 5, about 4 s left" in status.as_text(found)
+        assert "step: 3 of 5, about 4 s left" in status_text.as_text(found)
     finally:
         held.release()
     assert status.look(out).state == "failed"
@@ -592,8 +592,8 @@ def test_status_of_damaged_folders(run_file, monkeypatch):  # noqa: F811
             except BadInput:
                 continue
             assert found.state in ("not finished", "finished", "failed", "array", "unknown")
-            status.as_text(found)
-            json.loads(status.as_json(found))
+            status_text.as_text(found)
+            json.loads(status_text.as_json(found))
     for name in ("step-x", "step-", "step-00000001.tmp", "step-\u0663"):
         (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
     assert status.look(out).checkpoint is None
@@ -611,8 +611,8 @@ def test_status_prints_nothing_that_controls_a_terminal(run_file, monkeypatch): 
         done = run_promptshard("status", out, *words)
         assert done.returncode == 0, done.stderr
         assert not set("\x1b\x07\x9b\u202e") & set(done.stdout)
-    assert "\\x1b]0;title" in status.as_text(status.look(out))
-    assert "secret" not in status.as_text(status.look(out))
+    assert "\\x1b]0;title" in status_text.as_text(status.look(out))
+    assert "secret" not in status_text.as_text(status.look(out))
 
 
 @pytest.mark.parametrize(
@@ -674,4 +674,4 @@ def test_a_pause_is_no_step():
     [(4.4, "4 s"), (600, "10 min"), (12000, "3 h 20 min"), (187200, "2 d 4 h"), (-3, "0 s")],
 )
 def test_durations(seconds, text):
-    assert status.duration(seconds) == text
+    assert status_text.duration(seconds) == text
