@@ -310,5 +310,5 @@ def test_a_base_that_knows_every_answer_has_them_all_right(tmp_path, bases, kind
         data = load(tmp_path, tokenizer, source, target, metric=metric, **choices)
         evaluator = Evaluator(Alone(), base, tokenizer, StreamBudget(2000))
         (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
-        assert found[metric] == 1.0
-        assert found["loss"] < 0.02
+        assert found.scores[metric] == 1.0
+        assert found.scores["loss"] < 0.02
