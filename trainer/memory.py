@@ -212,10 +212,10 @@ class StreamBudget:
     @property
     def words(self) -> str:
         """For the log."""
-        layers = "layers recomputed" if self.checkpointing else "layers not recomputed"
         return (
-            f"streams of up to {self.tokens:,} tokens, activations "
-            f"{self.expected_bytes / 1e9:.2g} GB of {self.room / 1e9:.2g} GB free; {layers}"
+            f"packed batches of up to {self.tokens:,} tokens, activations "
+            f"{self.expected_bytes / 1e9:.2g} GB of {self.room / 1e9:.2g} GB free; "
+            f"gradient checkpointing {'on' if self.checkpointing else 'off'}"
         )
 
 

@@ -110,7 +110,7 @@ def _train(
     # A job that is requeued has put the earlier run aside before: what lies there is its own.
     fresh = fresh and not engine.of_main(lambda: was_put_aside(output))
     date = engine.of_main(lambda: _chat_date(files, config, output, fresh=fresh))
-    with times("load"):
+    with times("load"), console.phase("reading rows"):
         tasks = _read_tasks(engine, files, config, console, date)
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     with times("load"), console.phase("checking the base's files"):
@@ -129,7 +129,7 @@ def _train(
             _send_rest(Sender(output, config.tracking.uri), console)
         return
 
-    with times("load"):
+    with times("load"), console.phase("loading the base"):
         loaded, where = _load(engine, files, config, console, tasks, saved)
     embed = embedder(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}

@@ -115,7 +115,7 @@ def one_rank(run_file: Path) -> Path:
         "train", str(run_file), f"output_dir={output}", automatic, "--processes", "1"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "streams of up to" in done.stdout
+    assert "packed batches of up to" in done.stdout
     return output
 
 
