@@ -305,7 +305,7 @@ class TestFiles:
         (folder / "model-00001-of-00002.safetensors").unlink()
         text = refusal(folder)
         assert f"{folder / INDEX}: names files that are not there" in text
-        assert "write the index of these files" in text
+        assert "copy or download the index that belongs to it" in text
 
 
 CHAT = (

@@ -24,6 +24,7 @@ from trainer.base.folder import (
     check_folder,
     check_quantization,
     find_tensors,
+    gguf_remedy,
     read_index,
 )
 from trainer.base.generation_config import read_generation_config
@@ -142,12 +143,7 @@ def portable_name(settings: Base) -> str:
 
 def _no_folder(path: Path, name: str) -> str:
     if path.suffix == ".gguf":
-        return (
-            f"base.model: {name!r} is a GGUF file, which cannot be trained on as it is; convert it "
-            f"once (needs the package gguf): AutoModelForCausalLM.from_pretrained("
-            f"{str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(NEW_FOLDER), the same "
-            "with AutoTokenizer, then name NEW_FOLDER"
-        )
+        return f"base.model: {name!r} is a GGUF file, {gguf_remedy(path)}"
     if path.suffix in (".safetensors", ".json"):
         return f"base.model: {name!r} is a file; name its folder, {str(path.parent)!r}"
     return f"base.model: {name!r} is not a folder; name a folder or a hub id"

@@ -37,11 +37,11 @@ def check_folder(folder: Path, name: str) -> None:
         BadInput: with every file that is in the way.
     """
     if not (folder / "config.json").is_file():
-        gguf = sorted(path.name for path in folder.glob("*.gguf"))
+        if gguf := sorted(folder.glob("*.gguf")):
+            raise BadInput(f"base.model: {name!r} holds a GGUF file, {gguf_remedy(gguf[0])}")
         raise BadInput(
-            f"base.model: {name!r} has no config.json"
-            + (f", but {gguf[0]}: a GGUF file is not supported" if gguf else "")
-            + "; name the folder that holds the model's config.json and safetensors files"
+            f"base.model: {name!r} has no config.json; name the folder that holds the model's "
+            "config.json and safetensors files"
         )
     problems = [
         f"{path}: {_no_file(path)}; copy or download the model again"
@@ -63,6 +63,17 @@ def check_folder(folder: Path, name: str) -> None:
         )
     if problems:
         raise BadInput(problems)
+
+
+def gguf_remedy(path: Path) -> str:
+    """Say how to make a folder of a GGUF file."""
+    load = f"from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}"
+    return (
+        "which cannot be trained on as it is; convert it once with transformers (needs the package "
+        f"gguf): AutoModelForCausalLM.{load}, quantization_config=GgufConfig(dequantize=True))"
+        f".save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.{load})"
+        ".save_pretrained(NEW_FOLDER); then name NEW_FOLDER"
+    )
 
 
 def _no_file(path: Path) -> str:
@@ -121,20 +132,19 @@ def check_quantization(config: PretrainedConfig, name: str) -> None:
         del config.quantization_config
         return
     kind += " (4 bits)" if method.get("load_in_4bit") else ""
-    load, save = "AutoModelForCausalLM.from_pretrained(MODEL", "save_pretrained(FOLDER)"
+    load = f"AutoModelForCausalLM.from_pretrained({name!r}"
+    # In the original format transformers may write names that it does not read back.
+    save = (
+        "save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.from_pretrained("
+        f"{name!r}).save_pretrained(NEW_FOLDER)"
+    )
     remedy = "give a release of the model in 16 bits"
     if kind in _DEQUANTIZED_BY:
-        convert = f"{load}, quantization_config={_DEQUANTIZED_BY[kind]}(dequantize=True)).{save}"
-        remedy = f"write it in 16 bits once, in transformers: {convert}, and {_TOKENIZER_TOO}"
+        dequantized = f"quantization_config={_DEQUANTIZED_BY[kind]}(dequantize=True)"
+        remedy = f"write it in 16 bits once, in transformers: {load}, {dequantized}).{save}"
     elif kind == "bitsandbytes (4 bits)":
-        remedy = (
-            f"{remedy}, or write it in 16 bits once, in transformers: {load}).dequantize().{save}, "
-            f"and {_TOKENIZER_TOO}"
-        )
+        remedy += f", or write it in 16 bits once, in transformers: {load}).dequantize().{save}"
     raise BadInput(f"base.model: the weights of {name!r} are stored in {kind}; {remedy}")
-
-
-_TOKENIZER_TOO = "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
 
 
 def find_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
@@ -154,7 +164,7 @@ def find_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
         beside = (
             f"; the folder has {', '.join(others[:3])}, which it does not name" if others else ""
         )
-        remedy = "write the index of these files" if others else "copy or download them"
+        remedy = "copy or download " + ("the index that belongs to it" if others else "them")
         raise BadInput(
             f"{folder / INDEX}: names files that are not there: {', '.join(missing[:5])}{beside}; "
             f"{remedy}"
