@@ -161,7 +161,7 @@ def _judge(status: Status, summary: Summary, process: str | None) -> tuple[str, 
     ended = f"; job {job.id} ended: {describe_job(job)}" if job and job.state != "UNKNOWN" else ""
     if summary.status == "failed":
         return "failed", f"failed: {summary.error}{ended}; {rerun}"
-    return "not finished", f"not running, not finished{ended}; {rerun}"
+    return "not finished", f"not finished and not running{ended}; {rerun}"
 
 
 def describe_job(job: JobState) -> str:

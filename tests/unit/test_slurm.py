@@ -509,7 +509,9 @@ def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
     assert (found.state, found.step, found.steps, found.checkpoint) == ("not finished", 3, 5, 2)
     assert found.eta_seconds is None
     text = status_text.as_text(found, now=1016.0)
-    assert text.startswith(f"{out}: not running, not finished; rerun the command to resume from st")
+    assert text.startswith(
+        f"{out}: not finished and not running; rerun the command to resume from st"
+    )
     assert "Slurm job: none" in text
     assert "step: 3 of 5\n" in text
     assert "last metrics: 10 s ago" in text
@@ -639,7 +641,7 @@ def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, said)
         ("PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
         ("", "TIMEOUT|0:0|n1", "not finished", "job 12 ended: TIMEOUT (exit code 0:0)"),
         ("", "CANCELLED by 0|0:15|n1", "not finished", "job 12 ended: CANCELLED"),
-        ("", "", "not finished", "not running, not finished; rerun the command to start over"),
+        ("", "", "not finished", "not finished and not running; rerun the command to start over"),
     ],
 )
 def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, said):  # noqa: F811
