@@ -75,7 +75,8 @@ class DialogueEncoder:
         if tools and whole == self.template.text(messages):
             raise ValueError(
                 "the chat template ignores the tools of this row, so the answers would call tools "
-                "that no prompt defines; use a chat template that writes tools"
+                "that no prompt defines; use a chat template that writes tools, or set tools: null "
+                "in the task to learn without them"
             )
         marked = self._marked(messages, tools)
         if marked is not None:
