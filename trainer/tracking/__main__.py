@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def _sync(run_dir: Path, uri: str | None) -> int:
     from trainer.report import write_missing_report
-    from trainer.tracking.folder import Folder, mapping
+    from trainer.tracking.folder_files import FolderFiles, mapping
     from trainer.tracking.sidecar import HTTP_LIMITS
     from trainer.tracking.sync import sync
 
@@ -45,7 +45,7 @@ def _sync(run_dir: Path, uri: str | None) -> int:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    if mapping(Folder(run_dir).json("summary.json")).get("status") == "finished":
+    if mapping(FolderFiles(run_dir).json("summary.json")).get("status") == "finished":
         write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
     try:
         result = sync(run_dir, uri)

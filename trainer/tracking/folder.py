@@ -9,13 +9,11 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import predictions, runfile
-from trainer.errors import BadInput
-from trainer.jsonfile import read_json
+from trainer import predictions
 from trainer.ranking import rank
 from trainer.redact import redact
 from trainer.result_table import (
@@ -29,7 +27,8 @@ from trainer.result_table import (
 )
 from trainer.scores import column_title
 from trainer.statistics import STANDARD_ERROR
-from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
+from trainer.tracking.folder_files import FolderFiles, mapping, mappings, named
+from trainer.tracking.metrics_log import METRICS_FILE
 
 #: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
 #: Of a digest, its pages show all: as many letters as git does; the whole is in the profile.
@@ -40,55 +39,8 @@ NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
-@dataclass
-class Folder:
-    """Reads the files that a run has written into its output folder; a missing file is empty.
-
-    The folder may come from elsewhere: nothing is read through a symlink, so that no other file of
-    this machine gets to a tracker.
-    """
-
-    path: Path
-    _run_file: tuple[Any, dict[str, Any]] = field(default=(None, {}), init=False, repr=False)
-
-    def file(self, name: str) -> Path | None:
-        """The regular file ``name`` ("a/b") of the folder, if it and its folders are no symlinks.
-
-        ``name`` itself may come from a file of the folder.
-        """
-        path = self.path
-        for part in name.split("/"):
-            path = path / part
-            if part in ("", ".", "..") or path.is_symlink():
-                return None
-        return path if path.is_file() else None
-
-    def lines(self, name: str, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
-        """``read_lines`` of a file of the folder."""
-        path = self.file(name)
-        return iter(()) if path is None else read_lines(path, offset)
-
-    @property
-    def run_file(self) -> dict[str, Any]:
-        """Parsed once: each of many prompts asks for it, and it holds them all."""
-        try:
-            path = self.file("run.yaml")
-            if path is None:
-                return {}
-            stat = path.stat()
-            version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if version != self._run_file[0]:
-                self._run_file = version, runfile.saved(path)
-        except OSError:
-            return {}
-        return self._run_file[1]
-
-    def json(self, name: str) -> Any:
-        try:
-            path = self.file(name)
-            return None if path is None else read_json(path)
-        except BadInput:
-            return None
+class Folder(FolderFiles):
+    """A run's output folder as params, tags, metrics and artifacts."""
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -113,11 +65,11 @@ class Folder:
 
     @property
     def prompts(self) -> list[dict[str, Any]]:
-        return _named(self.run_file.get("prompts"))
+        return named(self.run_file.get("prompts"))
 
     @property
     def tasks(self) -> list[dict[str, Any]]:
-        return _named(self.run_file.get("tasks"))
+        return named(self.run_file.get("tasks"))
 
     def params(self) -> dict[str, str]:
         """Settings of the whole run, flat: ``base.model``, ``tasks.triage.metric``, ..."""
@@ -290,20 +242,6 @@ class Artifact:
 
     def digest(self) -> str:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """``value`` if it is a mapping, else an empty one: files of a folder may hold anything."""
-    return value if isinstance(value, dict) else {}
-
-
-def mappings(value: Any) -> list[dict[str, Any]]:
-    """The mappings of a list; others are left out."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _named(value: Any) -> list[dict[str, Any]]:
-    return [item for item in mappings(value) if isinstance(item.get("name"), str)]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
