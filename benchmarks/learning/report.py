@@ -179,7 +179,9 @@ def table(report: dict[str, Any], picture: str) -> str:
         lines += ["", f"## {task}", "", *_task(arms)]
     lines += [
         "",
-        "`init: auto`, the default, reads the rows of the first update once behind each of its "
+        "`search.init_share: 10` lets `init: auto` search to its end; by default its cost is at most a "
+        f"tenth of the training, and {budget['steps']} steps would allow no search. It "
+        "reads the rows of the first update once behind each of its "
         f"{tried} starts (one more where a task has labels, four with instructions): only "
         f"forwards, the FLOPs of {tried // 2} updates. These are rows that the first update trains "
         "on anyhow, so that the rows seen stay equal, but the work does not: with it one of our "
