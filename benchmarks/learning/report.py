@@ -179,8 +179,8 @@ def table(report: dict[str, Any], picture: str) -> str:
         lines += ["", f"## {task}", "", *_task(arms)]
     lines += [
         "",
-        "`search.init_share: 10` lets `init: auto` search to its end; by default its cost is at most a "
-        f"tenth of the training, and {budget['steps']} steps would allow no search. It "
+        "`search.init_share: 10` lets `init: auto` search to its end; by default its cost is at "
+        f"most a tenth of the training, and {budget['steps']} steps would allow no search. It "
         "reads the rows of the first update once behind each of its "
         f"{tried} starts (one more where a task has labels, four with instructions): only "
         f"forwards, the FLOPs of {tried // 2} updates. These are rows that the first update trains "
