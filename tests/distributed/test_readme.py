@@ -91,7 +91,7 @@ def test_quickstart_teaches_what_it_promises(folder: Folder) -> None:
 
 def test_quickstart_says_where_to_look_next(folder: Folder) -> None:
     said: str = folder.output  # type: ignore[attr-defined]
-    for line in ("report.html", "mlflow ui --backend-store-uri", "promptshard generate"):
+    for line in ("report.html", "mlflow ui", "promptshard generate"):
         assert line in said
 
 
