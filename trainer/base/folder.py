@@ -15,7 +15,7 @@ from trainer.jsonfile import read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: What a model has beside its weights: config, index of the weight files, tokenizer.
-SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 #: Files that transformers takes for a checkpoint of torch.distributed, before all others.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _FILE_NAME = re.compile(r"[^\0]{1,255}")

@@ -16,20 +16,19 @@ from pathlib import Path
 
 from trainer import atomic
 from trainer.base.files import BaseFiles
-from trainer.base.folder import INDEX
+from trainer.base.folder import INDEX, SMALL_FILES
 from trainer.tasks.cache import cache_folder
 
 #: Smaller files are read again faster than they are looked up.
 REMEMBERED_BYTES = 256 << 20
 #: Files of a model's folder that say nothing about the text or the weights.
 _NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
-_TOKENIZER = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
 _THREADS = 8
 
 
 def small_parts(files: BaseFiles) -> dict[str, str]:
     """Digests of all but the weights, by the words that an error names them with."""
-    paths = {path for pattern in _TOKENIZER for path in files.folder.glob(pattern)}
+    paths = {path for pattern in SMALL_FILES for path in files.folder.glob(pattern)}
     tokenizer = sorted(path for path in paths if path.name not in _NOT_TOKENIZER)
     template = json.dumps(getattr(files.tokenizer, "chat_template", None), sort_keys=True)
     settings = files.generation.to_diff_dict()
