@@ -47,7 +47,6 @@ def build_skeleton(
     model = meta_model(_frozen_config(files.config), files.name, dtype=dtype)
     model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     model.generation_config = files.generation
-    check_logits_processors(model, files.name)
     _rebuild_buffers(model, device)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
     with SafetensorsReader(files.tensors) as reader:
@@ -65,6 +64,7 @@ def build_skeleton(
         ]
     if problems:
         raise BadInput(problems[:10])
+    check_logits_processors(model, files.name)  # last: it needs memory for the whole vocabulary
     return model
 
 
