@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from trainer.phase_times import clock
 from trainer.redact import printable, redact
 
 #: Seconds without output after which a plain line is printed where there is no terminal.
@@ -302,10 +303,3 @@ class StepLine:
 def _safe(text: str) -> str:
     """Text without passwords and without what would control a terminal."""
     return printable(redact(text))
-
-
-def clock(seconds: float) -> str:
-    """``0:05``, ``1:02:03``."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

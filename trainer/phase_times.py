@@ -41,3 +41,20 @@ class PhaseTimes:
     def summary(self) -> dict[str, float]:
         """Seconds by phase, and their ``total``."""
         return {**self.seconds, "total": sum(self.seconds.values())}
+
+
+def breakdown(seconds: Mapping[str, float]) -> str:
+    """``1:23 (start 0:10, load 0:03, ...)``; phases of less than half a second are left out."""
+    parts = [
+        f"{name} {clock(value)}"
+        for name, value in seconds.items()
+        if name != "total" and value >= 0.5
+    ]
+    return f"{clock(seconds['total'])} ({', '.join(parts)})"
+
+
+def clock(seconds: float) -> str:
+    """``0:05``, ``1:02:03``."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

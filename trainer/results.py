@@ -17,10 +17,11 @@ from trainer import atomic
 from trainer.base.files import BaseFiles, portable_name
 from trainer.comparison import compare
 from trainer.config import PROJECT_ROOT, RunConfig, dump
-from trainer.console import Console, clock
+from trainer.console import Console
 from trainer.engine import Engine, base_bytes
 from trainer.export import save_peft
 from trainer.loop import Loop
+from trainer.phase_times import breakdown
 from trainer.redact import redact
 from trainer.report import write_report
 from trainer.result_table import ResultRow, TaskTable, task_tables
@@ -268,7 +269,7 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
         f"predictions in {output}/predictions"
     )
     if times := summary.get("time"):
-        console.say(f"time:    {_time_breakdown(times)}")
+        console.say(f"time:    {breakdown(times)}")
     console.say(f"report:  {output}/report.html")
     name = next(
         (found["prompt"] for found in (summary.get("selected") or {}).values()),
@@ -277,16 +278,6 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
     console.say(
         f'try it:  promptshard generate {quote(output)} --prompt {quote(name)} --input "..."'
     )
-
-
-def _time_breakdown(seconds: Mapping[str, float]) -> str:
-    """``1:23 (start 0:10, load 0:03, ...)``; phases of less than half a second are left out."""
-    parts = [
-        f"{name} {clock(value)}"
-        for name, value in seconds.items()
-        if name != "total" and value >= 0.5
-    ]
-    return f"{clock(seconds['total'])} ({', '.join(parts)})"
 
 
 def _show_table(table: TaskTable, choice: Mapping[str, Any] | None, console: Console) -> None:

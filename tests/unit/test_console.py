@@ -7,7 +7,7 @@ import io
 import pytest
 
 from trainer import console as module
-from trainer.console import Console, Phase, clock
+from trainer.console import Console, Phase
 
 
 class Clock:
@@ -93,10 +93,6 @@ def test_other_ranks_start_no_thread() -> None:
     console = Console(io.StringIO(), io.StringIO(), shown=False)
     with console.phase("loading"):
         assert console._ticker is None
-
-
-def test_clock() -> None:
-    assert [clock(5), clock(65.9), clock(3723)] == ["0:05", "1:05", "1:02:03"]
 
 
 def test_an_answer_is_printed_as_it_is_and_alone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer import phase_times as module
-from trainer.phase_times import PhaseTimes
+from trainer.phase_times import PhaseTimes, breakdown, clock
 
 
 def test_an_inner_phase_is_subtracted_from_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +26,9 @@ def test_an_inner_phase_is_subtracted_from_the_outer_one(monkeypatch: pytest.Mon
     assert times.seconds == {"start": 4.0, "saving": 3.0, "training": 20.0, "validation": 10.5}
     times.add({"training": 100.0})
     assert times.summary()["total"] == 137.5
+
+
+def test_breakdown() -> None:
+    assert [clock(5), clock(65.9), clock(3723)] == ["0:05", "1:05", "1:02:03"]
+    seconds = {"start": 4.0, "load": 0.4, "training": 70.0, "total": 74.4}
+    assert breakdown(seconds) == "1:14 (start 0:04, training 1:10)"

@@ -12,6 +12,7 @@ from typing import Any
 from trainer import runfile, yaml_core
 from trainer.errors import BadInput
 from trainer.jsonfile import read_json
+from trainer.phase_times import breakdown
 from trainer.redact import redact
 from trainer.report.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.report.predictions import PredictionReport, prediction_report
@@ -58,6 +59,7 @@ class Report:
     ended: str
     lead: str
     facts: list[tuple[str, str]]
+    time: str  #: of the run, by phase
     warnings: list[str]
     tasks: list[TaskReport]
     throughput: str
@@ -86,6 +88,7 @@ def collect(output_dir: Path) -> Report:
         ended="" if ended is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(ended)),
         lead=_lead(base, run, summary),
         facts=_facts(summary, lines),
+        time=breakdown(times) if (times := summary.get("time")) else "",
         warnings=_warnings(summary, data, tasks),
         tasks=tasks,
         throughput=_throughput(of_prompt[None]),
