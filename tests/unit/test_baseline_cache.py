@@ -67,15 +67,18 @@ def test_the_second_run_computes_nothing_and_has_the_same_scores(data: TaskData)
     assert score(data, None)[0][0].scores == first[0].scores
 
 
-@pytest.mark.parametrize("other", ["base", "size", "rows", "damaged"])
+@pytest.mark.parametrize("other", ["base", "size", "rows", "cut short", "damaged"])
 def test_nothing_is_read_where_something_differs(
     data: TaskData, tmp_path: Path, other: str
 ) -> None:
     score(data, BaselineCache({"base": 1}, LARGE))
-    (file,) = (tmp_path / "cache" / "baselines").glob("*.npy")
+    (file,) = (tmp_path / "cache" / "baselines").iterdir()
     cache = BaselineCache({"base": 2 if other == "base" else 1}, 1 if other == "size" else LARGE)
+    content = file.read_bytes()
+    if other == "cut short":
+        file.write_bytes(content[:-9])
     if other == "damaged":
-        file.write_bytes(file.read_bytes()[:-9])
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     if other == "rows":
         data.evaluation["validation"] = data.evaluation["validation"].subset([0, 1, 3])
     _, forwards, reused = score(data, cache)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from trainer import atomic
@@ -28,6 +29,8 @@ from trainer.tasks.table import Example
 RULES = 1
 #: Bytes of weights times tokens of rows from which likelihoods are kept: seconds on a CPU.
 WORTHWHILE = 1e12
+#: Length of the checksum in front of the values of a file.
+CHECKSUM_BYTES = 8
 
 
 class BaselineCache:
@@ -47,17 +50,21 @@ class BaselineCache:
     def read(self, rows: Sequence[Sequence[Example]]) -> NDArray[np.float64] | None:
         """Negative log-likelihoods [rows, candidates] that ``write`` has kept, or None.
 
-        A file that is damaged counts as none.
+        A damaged file counts as none: its checksum is compared.
         """
         if not self._is_worthwhile(rows):
             return None
-        path = self._path(rows)
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            found: NDArray[np.float64] = np.load(path, allow_pickle=False)
-            if found.dtype == np.float64 and found.shape == (len(rows), len(rows[0])):
-                os.utime(path)  # it is in use
-                return found
-        return None
+        path, shape = self._path(rows), (len(rows), len(rows[0]))
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        checksum, values = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+        if len(values) != 8 * shape[0] * shape[1] or checksum != xxhash.xxh3_64_digest(values):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # it is in use
+        return np.frombuffer(bytearray(values), np.float64).reshape(shape)
 
     def write(self, rows: Sequence[Sequence[Example]], nll_RC: NDArray[np.float64]) -> None:
         """Keep what ``read`` gives next time; nothing where the cache cannot be written.
@@ -69,7 +76,8 @@ class BaselineCache:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic.replacing(self._path(rows)) as file:
-                np.save(file, nll_RC)
+                values = nll_RC.tobytes()
+                file.write(xxhash.xxh3_64_digest(values) + values)
             forget_old(self.folder)
 
     def _is_worthwhile(self, rows: Sequence[Sequence[Example]]) -> bool:
@@ -80,4 +88,4 @@ class BaselineCache:
         for row in rows:
             for example in row:
                 digest.update(repr((example.input_ids, example.label_spans)).encode())
-        return self.folder / f"{digest.hexdigest()[:32]}.npy"
+        return self.folder / f"{digest.hexdigest()[:32]}.nll"
