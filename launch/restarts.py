@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from launch import messages
 from launch.endings import Ending
 from trainer.errors import EXIT_FAILURE
+from trainer.jsonfile import parse_json
 from trainer.names import CHECKPOINTS, checkpoint_names
 
 TAIL_BYTES = 1 << 16  # of the log of numbers: its last lines
@@ -71,7 +71,7 @@ def _last_step(output: Path) -> int:
         return 0
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
+            return int(parse_json(line)["step"])
         except (ValueError, KeyError, TypeError):  # cut short by the failure
             continue
     return 0

@@ -30,6 +30,7 @@ from trainer.base.sources import RowReader, Source
 from trainer.config import Base
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.jsonfile import read_json_object
 
 #: A file of the folder is closed when it has this many bytes; hubs and file systems like them so.
 FILE_BYTES = 5 * 10**9
@@ -210,7 +211,7 @@ def _write_the_rest(files: BaseFiles, settings: Base, out: Path) -> None:
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".h5") or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, out / path.name)
-    config = json.loads((out / "config.json").read_text())
+    config = read_json_object(out / "config.json")
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
         "load_in_8bit": True,

@@ -17,6 +17,7 @@ from pathlib import Path
 from trainer import atomic
 from trainer.base.files import BaseFiles
 from trainer.base.folder import INDEX, SMALL_FILES
+from trainer.jsonfile import read_json_object
 from trainer.tasks.cache import cache_folder
 
 #: Smaller files are read again faster than they are looked up.
@@ -74,10 +75,10 @@ def file_digest(path: Path) -> str:
     key = hashlib.sha256(str(real).encode()).hexdigest()[:32]
     place = cache_folder("digests") / f"{key}.json"
     now = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        said = json.loads(place.read_text())
-        if said["file"] == now:
-            return str(said["sha256"])
+    with contextlib.suppress(ValueError, KeyError):  # missing or damaged: digested again
+        remembered = read_json_object(place)
+        if remembered["file"] == now:
+            return str(remembered["sha256"])
     digest = _of_file(real)
     with contextlib.suppress(OSError):  # full, or not ours: it is read again next time
         place.parent.mkdir(parents=True, exist_ok=True)
