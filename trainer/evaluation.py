@@ -340,12 +340,7 @@ class Evaluator:
             return {"execution": sum(passed) / len(passed)}, [score == 1.0 for score in passed]
         if task.multi_label:
             written, right = ([split_labels(t, task) for t in found] for found in (texts, targets))
-            scores = metrics.multi_label(written, right, task.choices or [])
-            if task.metric == "f1":
-                error = ratio_standard_error(*metrics.f1_terms(written, right))
-                scores[f"f1{STANDARD_ERROR}"] = error
-            else:
-                del scores["f1"]
+            scores = metrics.label_set_scores(written, right, task)
             return scores, [set(a) == set(b) for a, b in zip(written, right, strict=True)]
         matches = metrics.matches(texts, targets)
         return {"exact_match": sum(matches) / len(matches)}, matches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainer.evaluation import Scored
 from trainer.prediction_records import Predictions, answer_columns, scored_columns
 from trainer.predictions import baseline_file, outcomes, path_of, read
 from trainer.result_table import TaskTable, task_tables
-from trainer.tasks.majority import majority_scores
+from trainer.tasks.majority import majority_scores, score_answer
 
 LABELLED = {"input": "{text}", "target": " {label}", "choices": ["c", "d"], "metric": "accuracy"}
 
@@ -85,6 +86,8 @@ def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
     majority = majority_scores(data)
     assert majority["answer"] in ("c, d", "c")
     assert majority["validation_f1_standard_error"] > 0
+    exact = replace(rows, task=rows.task.model_copy(update={"metric": "exact_match"}))
+    assert score_answer(exact, "c") == {"exact_match": 0.5}, "only what prompts are scored by"
     found = keep(tmp_path, rows, answer_columns(rows, "c"))
     assert [r["f1_terms"] for r in found] == [[2.0, 3], [2.0, 2]]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Task, template_fields
-from trainer.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
+from trainer.statistics import STANDARD_ERROR, macro_f1
 from trainer.tasks.checks import render
 from trainer.tasks.feed import EvalSet, TaskData
-from trainer.tasks.metrics import accuracy, f1_terms, multi_label
+from trainer.tasks.metrics import accuracy, label_set_scores
 from trainer.tasks.nested import split_labels
 from trainer.tasks.rows import Rows, gold_target
 
@@ -51,9 +51,7 @@ def score_answer(rows: EvalSet, answer: str) -> dict[str, float]:
     if task.multi_label:
         written = [answer_labels(answer, task)] * len(rows.candidates)
         right = [answer_labels(target, task) for target in answers(rows)]
-        scores = multi_label(written, right, choices)
-        scores[f"f1{STANDARD_ERROR}"] = ratio_standard_error(*f1_terms(written, right))
-        return scores
+        return label_set_scores(written, right, task)
     predicted = [choices.index(answer)] * len(rows.gold)
     rate = accuracy(predicted, rows.gold)
     f1, error = macro_f1(predicted, rows.gold)

@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config import Task
 from trainer.errors import BadInput
+from trainer.statistics import STANDARD_ERROR, ratio_standard_error
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 _MOST_PROCESSES = 4
@@ -65,6 +67,22 @@ def f1_terms(
     """Numerator and denominator of micro-averaged F1 in every row: 2 TP and 2 TP + FP + FN."""
     sets = [(set(a), set(b)) for a, b in zip(written, right, strict=True)]
     return [2.0 * len(a & b) for a, b in sets], [len(a) + len(b) for a, b in sets]
+
+
+def label_set_scores(
+    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]], task: Task
+) -> dict[str, float]:
+    """Scores of sets of labels that a task reports: F1 only where it is the metric.
+
+    Args:
+        written, right: as for ``multi_label``.
+    """
+    scores = multi_label(written, right, task.choices or [])
+    if task.metric == "f1":
+        scores[f"f1{STANDARD_ERROR}"] = ratio_standard_error(*f1_terms(written, right))
+    else:
+        del scores["f1"]
+    return scores
 
 
 def execution(
