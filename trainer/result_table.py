@@ -291,6 +291,8 @@ def _compared(
     )
     if also:
         text += f" Significantly better, each tested alone: {also}."
+    if not is_loss(column) and comparison["detectable_difference"] > 1:
+        return f"{text} {rows} rows are too few for any significant difference."
     detectable = format_difference(column, comparison["detectable_difference"]).lstrip("+")
     return f"{text} {rows} rows can show a difference of about {detectable}{unit} or more."
 

@@ -21,6 +21,8 @@ SIGNIFICANCE = 0.05
 POWER_80 = Z95 + 0.8416212335729143
 #: Rows that must differ, all in one direction, before the exact McNemar test is significant.
 FEWEST_DISCORDANT = 6
+#: Expected number of them at which it is significant with 80% power (Poisson).
+DISCORDANT_80 = 7.9
 
 
 def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> float:
@@ -80,7 +82,8 @@ class Difference:
     Attributes:
         low, high: 95% interval.
         p_value: two-sided, for no difference.
-        detectable: difference that so many rows can show with 80% power, as far as these rows tell.
+        detectable: difference that the test detects with about 80% power on as many rows, estimated
+            from these rows; above 1 if fewer rows than any significant result of rates needs.
         test: name of the test.
     """
 
@@ -122,7 +125,7 @@ def paired_rates(first_R: Sequence[bool], second_R: Sequence[bool]) -> Differenc
         max(-1.0, low),
         min(1.0, high),
         p_value,
-        max(FEWEST_DISCORDANT / rows, POWER_80 * error),
+        max(FEWEST_DISCORDANT / rows, min(1.0, DISCORDANT_80 / rows), POWER_80 * error),
         "McNemar exact",
     )
 

@@ -96,6 +96,16 @@ def test_an_interval_excludes_zero_only_where_the_test_is_significant():
                 assert found.significant or not excludes, (won, lost, neither)
 
 
+@pytest.mark.parametrize("num_rows", [6, 10, 20, 60, 300])
+def test_a_detectable_difference_is_significant_with_80_percent_power(num_rows):
+    from scipy.stats import binom
+
+    # rows that differ, all in one direction: significant from 6 on
+    detectable = paired_rates([True] * num_rows, [True] * num_rows).detectable
+    assert binom.sf(5, num_rows, detectable) >= 0.78
+    assert paired_rates([True] * 5, [False] * 5).detectable > 1, "never significant"
+
+
 def test_ratios_are_compared_row_by_row():
     generator = np.random.default_rng(1)
     spread, errors, significant = [], [], 0
