@@ -152,7 +152,7 @@ def _train(
         _begin_alike(engine, bank)
     else:
         _load_state(bank, loop, saved)
-        console.say(f"going on from step {loop.progress.step} of {config.last_step}")
+        console.say(f"resuming from step {loop.progress.step}/{config.last_step}")
     if fresh:  # nothing can be refused any more
         engine.of_main(lambda: put_aside(output, console))
     stop.between_steps()

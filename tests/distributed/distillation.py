@@ -58,7 +58,7 @@ def main() -> None:
     expected = [plain_losses(reference, pieces, k, prompt) for k, prompt in enumerate(prompts[:2])]
     wanted_past = plain_past(reference, pieces, prompts[2])
     rows = SimpleNamespace(
-        task=SimpleNamespace(metric="loss"),
+        task=SimpleNamespace(metric="loss", scored_by_likelihood=False),
         candidates=Candidates([[p.example] for p in pieces if p.prompt == 1]),
         gold=[0] * sum(p.prompt == 1 for p in pieces),
         label_counts=[p.example.num_labels for p in pieces if p.prompt == 1],

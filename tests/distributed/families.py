@@ -82,7 +82,7 @@ class Candidates(list[Any]):
 def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
     """Negative log-likelihood of candidates behind the first prompt and without one, [2, R, C]."""
     found = SimpleNamespace(
-        task=SimpleNamespace(metric="loss"),
+        task=SimpleNamespace(metric="loss", scored_by_likelihood=False),
         candidates=Candidates(rows(TARGETS, (EOS,))),
         gold=[0] * len(rows(TARGETS)),
         label_counts=[2] * len(rows(TARGETS)),

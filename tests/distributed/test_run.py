@@ -220,7 +220,7 @@ def test_resumed_equals_uninterrupted(run_file: Path, two_ranks: Path) -> None:
         (output / name).unlink(missing_ok=True)
     done = promptshard("train", str(run_file), f"output_dir={output}", "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on from step {STEPS // 2} of {STEPS}" in done.stdout
+    assert f"resuming from step {STEPS // 2}/{STEPS}" in done.stdout
     final = f"checkpoints/step-{STEPS:08d}/state.safetensors"
     before, after = load_file(two_ranks / final), load_file(output / final)
     assert before.keys() == after.keys()

@@ -128,7 +128,7 @@ def test_the_base_is_what_it_was_and_only_prompts_have_gradients(runs: Runs) -> 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> None:
     """A bank of three, in mid-epoch and mid-accumulation: the same to the bit."""
     assert killed.returncode == 0, killed.stdout + killed.stderr
-    assert f"going on from step 4 of {STEPS}" in killed.stdout
+    assert f"resuming from step 4/{STEPS}" in killed.stdout
     steps = [note for note in runs.notes("whole") if "step" in note]
     assert all(note["streams"] > 2 for note in steps), "nothing is accumulated here"
     assert all(cursor["epoch"] == 0 for cursor in runs.end("whole")[1]["loop"]["feed"])
@@ -207,7 +207,7 @@ def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
             text for text in two_ranks.splitlines() if f"step-{step:08d}: " in text and why in text
         ]
         assert line.startswith("warning: checkpoint passed over")
-    assert f"going on from step 2 of {STEPS}" in two_ranks
+    assert f"resuming from step 2/{STEPS}" in two_ranks
 
 
 def test_two_ranks_go_on_from_one(runs: Runs, two_ranks: str) -> None:
@@ -258,7 +258,7 @@ def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
 ) -> None:
     done = runs.start("one", "training.micro_batch_tokens=450")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on from step 4 of {STEPS}" in done.stdout
+    assert f"resuming from step 4/{STEPS}" in done.stdout
     check_same_course(runs, "one", after=4)
 
     (warning,) = [line for line in done.stderr.splitlines() if "no checkpoint written" in line]

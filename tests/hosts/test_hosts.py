@@ -140,7 +140,7 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with started(hosts, folder, output) as processes:
         again = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], again
-    assert "going on from step" in again[0]
+    assert "resuming from step" in again[0]
     one = folder / "one"
     local = subprocess.run(
         [

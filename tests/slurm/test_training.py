@@ -183,7 +183,7 @@ def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
 
 def test_every_session_says_what_it_did(run: Run) -> None:
     said = read(run.log)
-    for words in ("going on from step", "stopped and saved; submit it again to resume"):
+    for words in ("resuming from step", "stopped and saved; submit it again to resume"):
         assert words in said
     assert "not the one frozen" not in said
     assert "ended with exit code 0" in read(run.output / "logs" / f"slurm-{run.job}.out")
