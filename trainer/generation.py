@@ -220,9 +220,7 @@ def _decode(
     mask = torch.tensor([[0] * pad + [1] * (longest + num_virtual - pad) for pad in pads])
     token_ids, mask = token_ids.to(engine.device), mask.to(engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
-    penalties = [
-        logits_processors(base.model, len(row), max_new_tokens, engine.device) for row in rows
-    ]
+    penalties = [logits_processors(base.model, row, max_new_tokens, engine.device) for row in rows]
 
     cache = PastCache()
     written: list[list[int]] = [[] for _ in rows]

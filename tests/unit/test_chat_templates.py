@@ -173,6 +173,21 @@ def test_labels_begin_where_the_generation_prompt_ends(
     )
 
 
+def test_a_mark_that_ends_with_a_character_of_several_tokens_has_them_all(tmp_path, tokenizer):
+    """transformers leaves all but the first of these tokens out of its mask."""
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    with_template(tokenizer, source)
+    messages = [USER, {"role": "assistant", "content": "Fine 🙂"}]
+    (example,) = tokenized(tmp_path, tokenizer, [{"messages": messages}]).examples
+    assert len(tokenizer("🙂", add_special_tokens=False)["input_ids"]) > 1
+    assert learned(tokenizer, example) == ["Fine 🙂"]
+
+
 @pytest.mark.parametrize("source", [PHI, QWEN_3, GPT_OSS])
 def test_templates_that_rewrite_earlier_turns_are_refused_with_a_remedy_that_works(
     tmp_path, tokenizer, source

@@ -314,10 +314,11 @@ def write_generation(base: Path, to: Path, **settings: Any) -> Path:
         {"eos_token_id": 4, "repetition_penalty": 1.8, "min_new_tokens": 3},
         {"eos_token_id": [4], "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 5},
         {"eos_token_id": [4, 9], "begin_suppress_tokens": [193, 222], "min_new_tokens": 6},
+        {"eos_token_id": 4, "encoder_repetition_penalty": 1.8, "encoder_no_repeat_ngram_size": 2},
         {"pad_token_id": 0},
         {},
     ],
-    ids=["penalty", "ngrams", "suppressed", "no-end", "no-file"],
+    ids=["penalty", "ngrams", "suppressed", "of-input", "no-end", "no-file"],
 )
 def test_penalties_of_the_folder_change_texts_as_in_transformers(tmp_path, base, settings):
     folder = write_generation(base, tmp_path / "base", **settings)
@@ -406,6 +407,7 @@ def test_targets_that_cannot_be_generated_are_refused(tmp_path):
         {"repetition_penalty": "high"},
         {"bad_words_ids": [[99999]]},
         {"no_repeat_ngram_size": "two"},
+        {"guidance_scale": 1.5},
     ],
 )
 def test_penalties_that_cannot_be_applied_are_refused_before_weights_are_read(

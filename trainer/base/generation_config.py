@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,22 +51,26 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def logits_processors(
-    model: PreTrainedModel, num_tokens: int, max_new_tokens: int, device: torch.device
+    model: PreTrainedModel, token_ids: Sequence[int], max_new_tokens: int, device: torch.device
 ) -> LogitsProcessorList:
     """What transformers' greedy ``generate`` does to the logits of one row; mostly nothing.
 
     Args:
         model: its ``generation_config`` names the penalties.
-        num_tokens: of the row's input; virtual tokens have no ids and are not counted, as in PEFT.
+        token_ids: of the row's input; virtual tokens have none and are not counted, as in PEFT.
     """
     config = copy.deepcopy(model.generation_config)
+    num_tokens = len(token_ids)
     length = num_tokens + max_new_tokens
     config.update(do_sample=False, guidance_scale=None, max_length=length)
     if config.min_new_tokens is not None:
         config.min_length = num_tokens + config.min_new_tokens
     model._prepare_special_tokens(config, device=device)
     found: LogitsProcessorList = model._get_logits_processor(
-        config, input_ids_seq_length=num_tokens, device=device
+        config,
+        input_ids_seq_length=num_tokens,
+        encoder_input_ids=torch.tensor([list(token_ids)], device=device),
+        device=device,
     )
     return found
 
@@ -80,9 +85,15 @@ def check_logits_processors(model: PreTrainedModel, name: str) -> None:
     Raises:
         BadInput: with what transformers says about them.
     """
+    if model.generation_config.guidance_scale not in (None, 1):
+        raise BadInput(
+            f"base.model: {name!r}: {FILE_NAME}: guidance_scale: "
+            f"{model.generation_config.guidance_scale!r} needs a second forward pass without the "
+            "input, which is not supported; remove it"
+        )
     cpu = torch.device("cpu")
     try:
-        found = logits_processors(model, 1, 1, cpu)
+        found = logits_processors(model, [0], 1, cpu)
         found(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.vocab_size))
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]

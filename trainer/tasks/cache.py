@@ -25,7 +25,7 @@ from trainer.jsonfile import read_json_object
 from trainer.tasks.table import FORMAT, Block, TokenTable, open_table, write
 
 #: Another number where the same settings give other tokens: a change of how rows are tokenized.
-RULES = 3
+RULES = 4
 KEPT_SECONDS = 30 * 24 * 3600
 _RECORD = "table.json"
 _BLOCK_BYTES = 1 << 20

@@ -100,8 +100,14 @@ class ChatTemplate:
         encoded = self._apply(
             messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
+        mask = list(encoded["assistant_masks"])
+        for token in range(1, len(mask)):
+            # Of a character of several tokens transformers marks the first alone, at the end.
+            if mask[token - 1] and not mask[token]:
+                before, here = (encoded.token_to_chars(i) for i in (token - 1, token))
+                mask[token] = int(before is not None and before == here)
         marks = []
-        for start, stop in runs(encoded["assistant_masks"]):
+        for start, stop in runs(mask):
             first, last = (encoded.token_to_chars(token) for token in (start, stop - 1))
             marks.append(Mark((start, stop), (first.start, last.end)))
         return marks
