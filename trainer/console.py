@@ -102,6 +102,7 @@ class Console:
         self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
         self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
         self._phases: list[Phase] = []
+        self._lock = threading.Lock()  # a phase must not end while it is drawn
         self._last_output = time.monotonic()
         self._ticker: threading.Thread | None = None
         self._idle = threading.Event()
@@ -168,7 +169,8 @@ class Console:
         phase = Phase(what, total, unit, done)
         if announce and not self._out.is_terminal:
             self.say(what)
-        self._phases.append(phase)
+        with self._lock:
+            self._phases.append(phase)
         if self._shown and self._ticker is None:
             self._idle.clear()
             self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
@@ -176,8 +178,9 @@ class Console:
         try:
             yield phase
         finally:
-            self._phases.remove(phase)
-            self._hide(phase)
+            with self._lock:
+                self._phases.remove(phase)
+                self._hide(phase)
             if not self._phases and self._ticker is not None:
                 self._idle.set()
                 self._ticker.join()
@@ -192,13 +195,13 @@ class Console:
 
     def refresh(self) -> None:
         """Update the display; called several times per second by a thread."""
-        phases = list(self._phases)
-        if self._out.is_terminal:
-            for phase in phases:
-                self._draw(phase)
-        elif phases and time.monotonic() - self._last_output >= PLAIN_INTERVAL:
-            progress = phases[-1].progress()
-            self.say(f"{phases[-1].what}: {progress or clock(phases[-1].seconds)}")
+        with self._lock:
+            if self._out.is_terminal:
+                for phase in self._phases:
+                    self._draw(phase)
+            elif self._phases and time.monotonic() - self._last_output >= PLAIN_INTERVAL:
+                phase = self._phases[-1]
+                self.say(f"{phase.what}: {phase.progress() or clock(phase.seconds)}")
 
     def _draw(self, phase: Phase) -> None:
         if phase.task is None:

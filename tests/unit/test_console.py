@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 
@@ -103,3 +104,35 @@ def test_an_answer_is_printed_as_it_is_and_alone() -> None:
     text = "[bold]:smile: " + "long " * 60
     console.answer(text)
     assert out.getvalue() == text + "\n"
+
+
+def test_a_phase_does_not_end_while_it_is_drawn(
+    watch: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing, ended, errors = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    console = Console(io.StringIO(), io.StringIO())
+    monkeypatch.setattr(type(console._out), "is_terminal", True)
+
+    def draw() -> None:
+        try:
+            console.refresh()
+        except KeyError as error:
+            errors.append(error)
+
+    with console.phase("training", 10) as phase:
+        console.refresh()
+        progress = phase.progress
+
+        def slow_progress() -> str:
+            drawing.set()
+            ended.wait(0.2)
+            return progress()
+
+        monkeypatch.setattr(phase, "progress", slow_progress)
+        thread = threading.Thread(target=draw)
+        thread.start()
+        drawing.wait()
+    ended.set()
+    thread.join()
+    assert not errors, "the task of an ended phase was updated"
