@@ -44,18 +44,18 @@ def describe(
     Args:
         lost: rank 0 did not finish its work.
         first: the rank that was lost first, and the signal that ended it, if one has.
-        hung: why the ranks have given one up.
+        hung: why the ranks declared one of them lost.
         resumable: the same command resumes what was stopped, or starts it over.
     """
     if returncode == EXIT_DONE and not lost:
         return Ending(EXIT_DONE)
     if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
-        return Ending(returncode)  # rank 0 has said why
+        return Ending(returncode)  # rank 0 has printed why
     if stopped:
-        said = f"Stopped by {stopped[0].name}; all processes have ended."
+        message = f"Stopped by {stopped[0].name}; all processes have ended."
         if resumable:
-            return Ending(EXIT_RESUMABLE, f"{said} Rerun the command to resume.")
-        return Ending(EXIT_FAILURE, said)
+            return Ending(EXIT_RESUMABLE, f"{message} Rerun the command to resume.")
+        return Ending(EXIT_FAILURE, message)
     if returncode == EXIT_PORT_TAKEN:
         return Ending(EXIT_FAILURE, "the port for the ranks is used by another process", True)
     if hung:

@@ -67,10 +67,10 @@ def run(
     )
     if ending.code in (EXIT_DONE, EXIT_BAD_INPUT):
         return ending
-    said = [ending.message] if ending.message else []
+    reasons = [ending.message] if ending.message else []
     if lost := [host.name for host in place.others if not reaches(host, place.port)]:
-        said.append(f"lost: no answer from {', '.join(lost)}")
-    return Ending(ending.code, f"{name}: {'; '.join(said)}" if said else "")
+        reasons.append(f"lost: no answer from {', '.join(lost)}")
+    return Ending(ending.code, f"{name}: {'; '.join(reasons)}" if reasons else "")
 
 
 def refuse_taken(port: int) -> None:

@@ -21,7 +21,7 @@ def run(attempt: Callable[[bool], Ending], output: Path, limit: int, *, fresh: b
     A run that fails twice at the same step, with no checkpoint in between, would do so again.
 
     Args:
-        attempt: is told whether an earlier run in ``output`` is put aside.
+        attempt: called with whether an earlier run in ``output`` is moved out of the way.
     """
     began = time.time()
     before: tuple[str, int] | None = None

@@ -76,7 +76,7 @@ class Job:
         python: the interpreter that has their libraries.
         chdir: where paths of the run file start; None for where sbatch is called.
         log: pattern of the log's path, with sbatch's ``%j``.
-        signal_seconds: how long before the time limit the ranks are told to save and stop.
+        signal_seconds: how long before the time limit the ranks are signalled to save and stop.
         max_requeues: restarts up to which the job requeues itself.
         modules: environment modules to load.
         container: image for pyxis, if any, and ``SOURCE:TARGET`` of each mount.

@@ -46,10 +46,10 @@ def _text(status: Status, now: float | None) -> str:
     if status.checkpoint is not None:
         lines.append(f"checkpoint: step {status.checkpoint}")
     for name, values in status.metrics.items():
-        said = "  ".join(f"{key} {value:.4f}" for key, value in shown_metrics(values).items())
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in shown_metrics(values).items())
         ended = status.stopped.get(name, "finished")
         why = f"  ({ended.replace('_', ' ')})" if ended != "finished" else ""
-        lines.append(f"{name}: {said}{why}")
+        lines.append(f"{name}: {shown}{why}")
     return "\n".join(lines)
 
 

@@ -159,7 +159,7 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What sbatch hands on to the job: not what the job that we may be in was told."""
+    """Return the environment that sbatch passes to the job, without that of a job around us."""
     return {name: value for name, value in environ.items() if not FOREIGN.match(name)}
 
 

@@ -60,7 +60,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold, apart from all that training goes on to change.
+    """What a checkpoint will hold, independent of what training changes later.
 
     Attributes:
         tensors: on the CPU.
@@ -142,7 +142,7 @@ def newest(
 
     Raises:
         BadInput: if there are checkpoints but none can be used: starting afresh would throw work
-            away without a word. So would going on from an older one, where the file system does
+            away without a word. So would resuming from an older one, where the file system does
             not give out what may be whole.
     """
     problems = []

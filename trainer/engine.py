@@ -217,7 +217,7 @@ class Engine(Ranks):
         return True
 
     def watch_memory(self) -> None:
-        """From now on ``peak_bytes`` counts anew."""
+        """Reset ``peak_bytes``."""
         if self.device.type != "cpu":
             self._peak = self.peak_gpu_bytes
             get_accelerator().reset_peak_memory_stats(self.local_rank)

@@ -33,7 +33,7 @@ from trainer.tasks.teacher import Teacher
 
 #: Rows of so many streams of each rank are planned together, however many there are to score.
 WINDOW_STREAMS = 64
-#: Tokens of rows that are written on together, in streams: they keep keys and values alone.
+#: Tokens of a batch of generation, in streams: it keeps nothing but keys and values.
 WRITTEN_TOKENS = 4
 
 
@@ -127,14 +127,14 @@ class Evaluator:
         """Score every request: ``loss``, its standard error and the task's metric by its name.
 
         With a teacher the loss is the mean divergence from it, in nats a position, and
-        ``agreement`` is the share of positions where both find the same token likeliest.
+        ``agreement`` is the share of positions where both have the same most likely token.
 
         Args:
             advance: called with the number of texts that were just read, of ``num_texts``.
 
         Raises:
-            Stopped: on all ranks, between two streams or two batches of what the base writes, if
-                one was told to stop.
+            Stopped: on all ranks, between two streams or two batches of generation, if one of
+                them received a stop signal.
         """
         self._advance = advance
         lengths = PromptLengths.of(virtual_tokens)

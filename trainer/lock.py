@@ -152,7 +152,7 @@ class Lock:
             self._touched = time.time()
             return
         if time.time() - self._touched > DEAD_SECONDS:
-            # Others could take it for dead meanwhile; one may have, and have ended since.
+            # Another process may have taken it over in this time, and may have ended since.
             self._lost = f"{self.path}: is gone, and this process gave no sign for too long"
             return
         # Gone: somebody deleted it. If nobody else has the folder since, it is ours.
@@ -177,7 +177,7 @@ def acquire(folder: Path, say: Callable[[str], None]) -> Lock:
     """Take the lock of an output folder, which must be there.
 
     Args:
-        say: told when a dead holder's lock is taken over.
+        say: called when the lock of a dead holder is taken over.
 
     Raises:
         BadInput: if another process that may be alive holds it.
@@ -243,7 +243,7 @@ def running_process(folder: Path) -> str | None:
 
 
 def refuse_if_alive(folder: Path) -> None:
-    """What can be told of a lock without writing: whether its holder is alive on this very host.
+    """Check a lock without writing: whether its holder is alive on this host.
 
     Raises:
         BadInput: if so.

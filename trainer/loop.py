@@ -3,7 +3,7 @@
 read the rows of every active prompt
 forward, backward, one all-reduce; leave out what is not finite
 one optimizer step per prompt
-log; stop what diverged; told to stop: save, end on all ranks together
+log; stop what diverged; on a stop signal: save, end on all ranks together
 validate what is due, keep the best, stop early or at a rung; checkpoint
 """
 
@@ -131,7 +131,7 @@ class Loop:
 
         Raises:
             Diverged: if that is because all of them have diverged.
-            Stopped: if a rank was told to stop; the state of the last step is saved then.
+            Stopped: a rank received a stop signal; the state of the last step is saved.
         """
         try:
             with self.times("baselines"):
@@ -164,7 +164,7 @@ class Loop:
         return self.progress.step < self.last_step and any(self.bank.active)
 
     def _stop_if_told(self) -> None:
-        """Save this step and stop, on all ranks together, if one of them was told to."""
+        """Save this step and stop, on all ranks together, if one of them received a stop signal."""
         if self._stopping:
             self._save()
             raise Stopped
@@ -174,7 +174,7 @@ class Loop:
             self.save(self)
 
     def _judge_step(self) -> None:
-        """Validate what is due; told to stop meanwhile, the run goes on with just that."""
+        """Validate what is due; if a stop signal interrupts it, a resumed run repeats it."""
         try:
             self._evaluate()
         except Stopped:
@@ -422,7 +422,7 @@ class Loop:
             )
 
     def _halve(self, scores: Mapping[int, Scores]) -> None:
-        """Stop the worst of each task's prompts that still train, ranked by these scores.
+        """Stop the worst of each task's prompts that are still training, ranked by these scores.
 
         Prompts that learn labels are compared with each other, and so are those of one teacher:
         the losses of others are not comparable.
@@ -526,7 +526,7 @@ class Loop:
             return self.evaluator.score(requests, virtual_tokens, phase.advance)
 
     def state(self) -> dict[str, Any]:
-        """All but the bank's tensors that going on needs, as JSON."""
+        """Return all that resuming needs, but for the bank's tensors, as JSON."""
         self.progress.phase_seconds = dict(self.times.seconds)
         return {
             "progress": vars(self.progress),

@@ -102,7 +102,7 @@ class StepResult:
         tokens: of text, that the base read for each prompt, over all ranks.
         longest_stream, first_stream: tokens of these streams of this rank.
         splits: streams that did not fit on their rank and were cut in two, over all ranks.
-        stopping: some rank was told to stop.
+        stopping: some rank received a stop signal.
     """
 
     losses: list[float]
@@ -190,8 +190,12 @@ def batch_gradients(
 
     # One wait of the host for all that it must know.
     whole_K = torch.stack([gradient.isfinite().all() for gradient in found.gradients]).to(stops)
-    told = torch.cat([found.sums_K, whole_K, found.splits, stops]).tolist()
-    sums, whole, (splits, stopping) = told[: len(counts)], told[len(counts) : -2], told[-2:]
+    numbers = torch.cat([found.sums_K, whole_K, found.splits, stops]).tolist()
+    sums, whole, (splits, stopping) = (
+        numbers[: len(counts)],
+        numbers[len(counts) : -2],
+        numbers[-2:],
+    )
     losses = [s / n if n else math.nan for s, n in zip(sums, counts, strict=True)]
     finite = [math.isfinite(loss) and bool(ok) for loss, ok in zip(losses, whole, strict=True)]
     return StepResult(

@@ -1,7 +1,7 @@
 """How many ranks share one copy of the base, and how much of it may stay gathered. No torch.
 
 Both follow from sizes and from one memory budget. A rank needs its shard, and room for the layer
-at work and the one that is fetched meanwhile. What the budget has left keeps gathered parameters
+at work and the one that is fetched at that time. What the budget has left keeps gathered parameters
 until the step ends, so that they are fetched once per step and not twice per micro-batch.
 """
 

@@ -36,7 +36,7 @@ class Predictions:
     """The files of predictions of a run; used by rank 0 alone.
 
     Args:
-        warn: told if a file could not be written; the run continues.
+        warn: called if a file could not be written; the run continues.
     """
 
     def __init__(self, output_dir: Path, warn: Callable[[str], None]) -> None:

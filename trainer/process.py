@@ -21,7 +21,7 @@ UNFINISHED = "PROMPTSHARD_UNFINISHED"
 #: Environment variable that is set where notes about the rows have been printed already.
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-#: When a process started, where that cannot be told.
+#: When a process started, where that is unknown.
 UNKNOWN = "unknown"
 
 
@@ -70,7 +70,7 @@ def process_start(pid: int) -> str:
 
 
 def age() -> float:
-    """Seconds since this process started; 0 where that cannot be told."""
+    """Seconds since this process started; 0 where that is unknown."""
     try:
         started = int(process_start(os.getpid())) / os.sysconf("SC_CLK_TCK")
         return max(0.0, float(read_text("/proc/uptime").split()[0]) - started)

@@ -49,8 +49,8 @@ def describe_run(
     """Write what a run is into its folder.
 
     Args:
-        begins: it goes on from no checkpoint. Where one with other settings had begun in this
-            folder, it is no part of that one's curves.
+        begins: the run does not resume. If a run with other settings began in this folder, its
+            curves are kept apart.
     """
     words = redact(dump(_anywhere(config)))
     if begins:
@@ -75,7 +75,7 @@ def describe_run(
 
 
 def forget_if_other(output: Path, words: str) -> None:
-    """Where the run file says other words than one that had begun here: its curves are its own."""
+    """Forget the MLflow run of the folder if the run file differs from the one that began there."""
     before = output / "run.yaml"
     if before.exists() and before.read_text() != words:
         forget_tracking(output)

@@ -1,4 +1,4 @@
-"""Whether a run begins, goes on or is finished: checkpoints, and what must be equal to go on."""
+"""Whether a run starts, resumes or is finished: checkpoints, and what must be equal to resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.sharded import LoadedBase
 from trainer.tasks.feed import TaskData
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, read_lines
 
-#: Settings that may change when a run goes on; every other one of these sections must not.
+#: Settings that may change when a run is resumed; every other one of these sections must not.
 MAY_CHANGE = {
     "training.micro_batch_tokens",
     "training.max_skipped_updates",
@@ -87,7 +87,7 @@ def _move_aside(output: Path, kept: Sequence[Path], console: Console) -> None:
 def identity_of(
     config: RunConfig, base: Mapping[str, str], dtype: str, tasks: Mapping[str, TaskData]
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint, by the setting's name.
+    """What must be equal for a run to resume from a checkpoint, by the setting's name.
 
     Args:
         base: digests of its parts, as ``sharded.identity_of`` gives them.
@@ -120,7 +120,7 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def find_checkpoint(output: Path, identity: Mapping[str, Any], console: Console) -> Saved | None:
-    """What a run goes on from; None where it begins.
+    """Find the checkpoint that a run resumes from; None if it starts.
 
     Raises:
         BadInput: if no checkpoint can be used, or the newest is of another run: what differs.
@@ -130,7 +130,7 @@ def find_checkpoint(output: Path, identity: Mapping[str, Any], console: Console)
         if done := _steps_logged(output):
             console.warn(
                 f"{output}: {done} step(s) were logged, but there is no checkpoint of them; "
-                "beginning anew"
+                "starting over"
             )
         return None
     before = saved.state["identity"]
@@ -210,7 +210,7 @@ def chosen_before(saved: Saved, where: Mapping[str, Any]) -> dict[str, Any] | No
     """What ``auto`` came to before, where all is as it was then; else None.
 
     It follows from free memory and from measured speed, which differ from start to start, and
-    decides in which order numbers are summed up: a run goes on to the bit only with the same.
+    decides in which order numbers are summed up: a run resumes bit by bit only with the same.
     """
     chosen: dict[str, Any] = saved.state["chosen"]
     return chosen if chosen["where"] == where else None

@@ -72,11 +72,11 @@ SAMPLE = 1000
 
 
 def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> None:
-    """Train all prompts of a run, or go on where its output folder says it stopped.
+    """Train all prompts of a run, or resume it from the newest checkpoint of its output folder.
 
     Raises:
-        BadInput: for what a person can mend, on all ranks together.
-        Stopped: if a rank was told to stop, once the state of the last step is saved.
+        BadInput: invalid settings or files, on all ranks together.
+        Stopped: a rank received a stop signal, and the state of the last step is saved.
     """
     times = PhaseTimes()
     times.add({"start": process.age()})
@@ -107,7 +107,7 @@ def _train(
         files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.together(lambda: check_past(files.config, files.name))
-    # A job that is requeued has put the earlier run aside before: what lies there is its own.
+    # A requeued job has already moved the earlier run: what is in the folder is its own.
     fresh = fresh and not engine.of_main(lambda: was_put_aside(output))
     date = engine.of_main(lambda: _chat_date(files, config, output, fresh=fresh))
     with times("load"), console.phase("reading rows"):
@@ -141,7 +141,7 @@ def _train(
         [embed(ids) for _, ids in sorted(teachers.items())],
         _baseline_cache(engine, files, identity, loaded),
     )
-    # A bank that goes on loads its state over any start.
+    # A resumed bank loads its state over any initial value.
     screen = None if saved else Screening(config, tasks, evaluator, console)
     begun = without_sources(config) if saved else config
     with times("initialization search"):
@@ -385,7 +385,7 @@ def _tracked(output: Path, sender: Sender, console: Console) -> Iterator[dict[st
         console.failure(error)
         sender.finish(FAILED_SECONDS)
         raise
-    except KeyboardInterrupt:  # not an end: the same command goes on
+    except KeyboardInterrupt:  # not the end: the same command resumes
         sender.finish(FAILED_SECONDS)
         raise
     else:

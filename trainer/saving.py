@@ -1,4 +1,4 @@
-"""Checkpoints are written by a thread while training goes on.
+"""Checkpoints are written by a thread while training continues.
 
 A step is held up only while its state is copied. One checkpoint is written at a time. While it is,
 the newest snapshot waits in line and takes the place of one that waits there already, so that a
@@ -128,7 +128,9 @@ class Saves:
                     self.written += 1
                 else:
                     self.failed[taken.step] = why
-                    self._note(f"step {taken.step}: no checkpoint written: {why}; training goes on")
+                    self._note(
+                        f"step {taken.step}: no checkpoint written: {why}; training continues"
+                    )
 
     def _try(self, taken: Snapshot) -> tuple[Path | None, str]:
         """Where it was written, or why it was not."""

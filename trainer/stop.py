@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """All ranks have stopped together, because one of them was told to."""
+    """All ranks have stopped together, because one of them received a stop signal."""
 
 
 class _Word:
@@ -52,7 +52,7 @@ def between_steps() -> None:
 
 
 def asked() -> bool:
-    """Whether this process was told to stop."""
+    """Whether this process received a stop signal."""
     return _word.left
 
 

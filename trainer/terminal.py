@@ -40,7 +40,7 @@ class Steady(io.TextIOWrapper):
 
 
 def keep_streams() -> None:
-    """Let this process go on when nobody reads its stdout or stderr, or their disk is full."""
+    """Let this process continue when nobody reads its stdout or stderr, or their disk is full."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

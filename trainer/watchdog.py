@@ -33,8 +33,8 @@ QUIET_SECONDS = 5.0
 SLOWER = 20
 #: In ``logs``: which rank was declared lost, and why. The program that started the ranks prints it.
 LOST = "lost.txt"
-#: How many ranks are told of one by one.
-TOLD = 4
+#: Ranks that a message names one by one.
+MOST_NAMED = 4
 
 
 class Store(Protocol):
@@ -242,9 +242,11 @@ class Watchdog:
 
 
 def _named(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
-    told = [f"rank {r}" + (f" on {beats[r].host}" if r in beats else "") for r in ranks[:TOLD]]
-    more = f" and {len(ranks) - TOLD} more" if len(ranks) > TOLD else ""
-    return ", ".join(told) + more
+    names = [
+        f"rank {r}" + (f" on {beats[r].host}" if r in beats else "") for r in ranks[:MOST_NAMED]
+    ]
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return ", ".join(names) + more
 
 
 def end_process(logs: Path, words: str) -> NoReturn:

@@ -348,7 +348,7 @@ def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:
         log(step, 10, {"train_loss": 1.0})
     (warning,) = said
     assert warning.startswith("step 1: ")
-    assert warning.endswith("No space left on device; training goes on")
+    assert warning.endswith("No space left on device; training continues")
 
 
 @pytest.mark.parametrize("command", ["promptshard", "a rank"])

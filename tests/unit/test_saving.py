@@ -88,7 +88,7 @@ def test_a_failure_is_told_at_the_next_step_and_in_the_summary(tmp_path: Path, d
     saves.save(at(2))
     saves.wait()
     assert said == [
-        "step 2: no checkpoint written: [Errno 28] No space left on device; training goes on"
+        "step 2: no checkpoint written: [Errno 28] No space left on device; training continues"
     ]
     saves.tell()
     assert len(said) == 1, "said once"

@@ -1,4 +1,4 @@
-"""What a rank that was told to stop says, and its exit code: only training can go on."""
+"""Message and exit code of a rank that a signal stops: only training can be resumed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,17 @@ sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"
 @pytest.mark.parametrize(
     ("command", "checkpoints", "code", "words"),
     [
-        ("train", ["step-00000007"], 75, "stopped; the same command goes on from step-00000007"),
-        ("train", [], 75, "stopped before the first checkpoint; the same command begins anew"),
-        ("generate", ["step-00000007"], 1, "stopped"),
+        (
+            "train",
+            ["step-00000007"],
+            75,
+            "Stopped. Rerun the command to resume from step-00000007.",
+        ),
+        ("train", [], 75, "Stopped before the first checkpoint. Rerun the command to start over."),
+        ("generate", ["step-00000007"], 1, "Stopped."),
     ],
 )
-def test_only_training_says_that_it_can_go_on(
+def test_only_training_says_that_it_can_be_resumed(
     tmp_path, command, checkpoints, code, words, signal_name
 ):
     run = RUN.format(folder=tmp_path)
@@ -57,4 +62,4 @@ def test_only_training_says_that_it_can_go_on(
         check=False,
     )
     assert done.returncode == code, done.stderr
-    assert done.stderr == f"error: {words}\n"
+    assert done.stderr == f"{words}\n"

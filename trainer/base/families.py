@@ -103,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(),
     "phi3": Family(),
     "qwen2": Family(),
-    "qwen2_moe": Family(refused={"use_sliding_window": "its attention is not told of the window"}),
+    "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
     "qwen3": Family(),
     "qwen3_moe": Family(),
     "seed_oss": Family(),

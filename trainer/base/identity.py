@@ -1,7 +1,7 @@
-"""What a base is, to the byte, part by part: a run goes on over none but its own.
+"""Digests of the parts of a base: a run resumes only over the same bytes.
 
 The weights are read once for it. The hub's cache names them by their SHA-256 already, and that of
-other large files is remembered by size, times and inode, so that not every run reads them anew.
+other large files is remembered by size, times and inode, so that not every run reads them again.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class _Loader:
         self._rows: dict[int, Tensor] = {}
 
     def load(self, module: nn.Module, name: str, parameter: nn.Parameter, source: Source) -> None:
-        """Give a parameter its shard; a rank with a problem goes on, so that none waits for it."""
+        """Give a parameter its shard; a rank with a problem continues, as others wait for it."""
         key = id(parameter)
         holder = module if isinstance(module, FrozenEmbedding | FrozenHead) else None
         table = holder if name == "weight" else None

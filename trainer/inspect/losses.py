@@ -140,7 +140,7 @@ def measure_losses(
     Raises:
         BadInput: if the base cannot be loaded in int8.
     """
-    told = []
+    results = []
     scores: list[dict[str, dict[str, float | None]]] = [{} for _ in readers]
     for setting in settings():
         left_out = None
@@ -153,7 +153,7 @@ def measure_losses(
                 raise
             left_out = error.problems[0]
         matmul = None if setting.name == ORIGINAL else setting.matmul
-        told.append(
+        results.append(
             {
                 "name": setting.name,
                 "quantization": setting.quantization,
@@ -161,7 +161,7 @@ def measure_losses(
                 "left_out": left_out,
             }
         )
-    return told, [
+    return results, [
         {
             "task": reader.task,
             "kind": reader.kind,

@@ -67,7 +67,7 @@ class EmbeddingEncoder(PromptEncoder):
         self.embedding = nn.Parameter(init.clone())
 
     def forward(self) -> Tensor:
-        # A copy: whoever holds the virtual tokens must not see the optimizer change them.
+        # A copy: the optimizer must not change virtual tokens that a caller holds.
         return self.embedding.clone()
 
 

@@ -2,10 +2,10 @@
 
 Drawn words differ widely in how well the base does its task behind them, and what makes some better
 can be combined: of the best prompts so far two are crossed, word by word, and a few words drawn
-anew (a genetic search over prompts, as GPS has it, arXiv 2210.17041, with words in place of
+again (a genetic search over prompts, as GPS has it, arXiv 2210.17041, with words in place of
 sentences). It needs forwards alone, and no row that the prompt's first update does not read.
 
-Searches go on side by side, a round of all prompts at a time: each by its own generator, so that a
+Searches run side by side, a round of all prompts at a time: each by its own generator, so that a
 prompt finds in a bank what it finds alone.
 """
 
@@ -20,7 +20,7 @@ import torch
 DRAWINGS = 16
 #: Rounds after them, prompts made in each, and how many of the best they are made of.
 ROUNDS, CHILDREN, PARENTS = 6, 8, 3
-#: Share of a child's words that are drawn anew.
+#: Share of a child's words that are drawn again.
 MUTATED = 0.1
 #: A search over fewer prompts than this is left out: drawn words alone hardly differ from chance.
 FEWEST = 8
@@ -98,8 +98,8 @@ def search(
     first, middle = losses[0], losses[len(losses) // 2]
     for _ in range(rounds):
         parents = sorted(tried, key=lambda words: tried[words].rank)[:PARENTS]
-        # In the order in which they were found: which of them is best, often by very little, has
-        # no say in the children.
+        # In the order in which they were found: which of them is best, often by very little, does
+        # not affect the children.
         parents.sort(key=lambda words: tried[words].number)
         children: list[Words] = []
         for _ in range(CHILDREN):
@@ -139,8 +139,8 @@ def _child(parents: Sequence[Words], drawn: Words, generator: torch.Generator) -
     pair = torch.randperm(len(parents), generator=generator)[:2].tolist()
     length = len(drawn)
     which = torch.randint(len(pair), (length,), generator=generator).tolist()
-    anew = (torch.rand(length, generator=generator) < MUTATED).tolist()
-    return tuple(drawn[i] if anew[i] else parents[pair[which[i]]][i] for i in range(length))
+    redrawn = (torch.rand(length, generator=generator) < MUTATED).tolist()
+    return tuple(drawn[i] if redrawn[i] else parents[pair[which[i]]][i] for i in range(length))
 
 
 def together(

@@ -92,7 +92,7 @@ def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterat
 
 
 def without_sources(config: RunConfig) -> RunConfig:
-    """For a run that goes on: its checkpoint has all that a start gave, which may be gone."""
+    """Drop the sources of initial prompts: a resumed run does not read them; they may be gone."""
     prompts = [
         prompt
         if prompt.init.from_ is None

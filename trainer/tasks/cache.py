@@ -67,7 +67,7 @@ def cached(
         return _private(make, counts)
     with lock:
         locked = _wait_for(lock)
-        found = _open(place)  # made while we waited
+        found = _open(place)  # made while this process waited
         if found is not None:
             return found
         if locked:
@@ -144,8 +144,8 @@ def _private(
 ) -> tuple[TokenTable, dict[str, int]]:
     """A table of this process alone: its files have no name once they are mapped."""
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
-        said = _write(Path(folder), make, counts)
-        return open_table(Path(folder), said), said
+        sizes = _write(Path(folder), make, counts)
+        return open_table(Path(folder), sizes), sizes
 
 
 def _write(

@@ -125,7 +125,7 @@ class DialogueEncoder:
         pairs = enumerate(zip(opening, whole, strict=False))
         same = next((place for place, (a, b) in pairs if a != b), len(whole))
         raise ValueError(
-            f"[{number}]: the generation prompt of the chat template goes on with "
+            f"[{number}]: the generation prompt of the chat template continues with "
             f"{opening[same : same + 30]!r} where the dialogue has {whole[same : same + 30]!r}, so "
             "generation never gives this turn; change the chat template so that both agree, or "
             "write the dialogue as text with input and target"

@@ -60,7 +60,7 @@ class Candidates(Sequence[list[Example]]):
 
 
 class CandidatesBehind(Candidates):
-    """The same candidates as they stand behind a teacher's tokens."""
+    """The same candidates behind a teacher's tokens."""
 
     def __init__(self, rows: Candidates, teacher: Teacher) -> None:
         super().__init__(rows.table, rows.width, rows.kept)
@@ -97,7 +97,7 @@ class EvalSet:
         )
 
     def behind(self, teacher: Teacher) -> EvalSet:
-        """The rows as they stand behind a teacher, whose word embeddings are read as a prompt."""
+        """The rows behind a teacher, whose word embeddings are read as a prompt."""
         return replace(self, candidates=CandidatesBehind(self.candidates, teacher))
 
     @cached_property
@@ -306,7 +306,7 @@ class _Loader:
         return [
             f"task {self.task.name}: choices: {choices[short]!r} begins {choices[long]!r} and "
             f"append_eos is false; {choices[short]!r} is predicted only where the base is more "
-            "likely to end or go on in another way than to continue with the longer choice"
+            "likely to end or continue in another way than with the longer choice"
             for short, long in sorted(pairs)
         ]
 

@@ -1,7 +1,7 @@
 """Choices of which one begins another: "net" and "network" without an end of the target.
 
 The text "network" begins with "net", so "net" is at least as likely as "network" whatever the base
-predicts. Likelihoods of text that may go on in any way cannot tell the two apart. They are made
+predicts. Likelihoods of text with any continuation cannot tell the two apart. They are made
 exclusive: a choice is as likely as text that begins with it and with no longer choice,
 
     P(net, not network) = P(net) - P(network).
@@ -37,13 +37,13 @@ def continuations(labels: Labels) -> tuple[tuple[int, ...], ...]:
     One that begins with another of them is left out: its probability is part of that one's.
     """
     number = {ids: i for i, ids in enumerate(labels)}
-    found: list[list[int]] = [[] for _ in labels]
+    longer: list[list[int]] = [[] for _ in labels]
     for i, ids in enumerate(labels):
         shorter = (number.get(ids[:length]) for length in range(len(ids) - 1, 0, -1))
         longest = next((other for other in shorter if other is not None), None)
         if longest is not None:
-            found[longest].append(i)
-    return tuple(map(tuple, found))
+            longer[longest].append(i)
+    return tuple(map(tuple, longer))
 
 
 def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
@@ -56,16 +56,16 @@ def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
     by_labels: dict[Labels, list[int]] = {}
     for row, candidates in enumerate(rows):
         by_labels.setdefault(labels_of(candidates), []).append(row)
-    found_RC = nll_RC.clone()
+    exclusive_RC = nll_RC.clone()
     for labels, numbers in by_labels.items():
         for choice, longer in enumerate(continuations(labels)):
             if longer:
                 own_R = nll_RC[numbers, choice]
                 rest_R = (-nll_RC[numbers][:, list(longer)]).logsumexp(1)
-                # ln P(goes on as a longer choice | the choice); never quite 0, as with rounding.
+                # ln P(continues as a longer choice | the choice); clamped below 0 against rounding.
                 share_R = (rest_R + own_R).clamp(max=-LEAST)
-                found_RC[numbers, choice] = own_R - torch.log(-torch.expm1(share_R))
-    return found_RC
+                exclusive_RC[numbers, choice] = own_R - torch.log(-torch.expm1(share_R))
+    return exclusive_RC
 
 
 def overlapping(rows: Iterable[Sequence[Example]]) -> set[tuple[int, int]]:

@@ -21,7 +21,7 @@ from trainer.tasks.plain import LINE, Odd, plain_batches
 from trainer.tasks.sources import Origin
 from trainer.tasks.spill import Spill, write_table
 
-#: Told the name of a file and how many of its rows were read, a few times per second.
+#: Called with the name of a file and the number of its rows read, a few times per second.
 Said = Callable[[str, int], None]
 
 _INT64 = range(-(2**63), 2**63)

@@ -28,7 +28,7 @@ def load_rows(sources: str | Sequence[DataSource], task: Task, *, said: Said | N
 
     Args:
         task: its templates, choices and metric say what a row needs.
-        said: told how far reading has come.
+        said: called with a file's name and the number of its rows read so far.
 
     Raises:
         BadInput: with every problem, at most ten and how many more there are.

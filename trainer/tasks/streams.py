@@ -1,9 +1,9 @@
 """Packed streams: ``[prompt segments | row segments]``, no padding.
 
-A prompt stands once per stream, not once per row: in a causal model its states do not depend on the
-text behind it. Every row attends to its own prompt and to itself, and its positions go on where the
-prompt's end. A prompt of keys and values per layer (prefix tuning) has no tokens in the stream: its
-segment stands behind the last token, where attention finds its keys.
+A prompt is in a stream once, not once per row: in a causal model its states do not depend on the
+text behind it. Every row attends to its own prompt and to itself, and its positions continue those
+of the prompt. A prompt of keys and values per layer (prefix tuning) has no tokens in the stream:
+its segment follows the last token, where attention finds its keys.
 
 A row that is scored with several candidate targets is read once for all of them: one segment of the
 tokens that all candidates share, and one short segment per candidate that attends to itself, to the

@@ -183,11 +183,11 @@ def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -
         return {name: getattr(found, name) for name in COUNTS}
 
     if many:
-        table, said = cached(_identity(rows, tokenizer, fitter), make, counts)
+        table, count = cached(_identity(rows, tokenizer, fitter), make, counts)
     else:
-        table, said = in_memory(make()), counts()
-    warning = _merge_warning(rows, fitter.task, said["merged"], said["first_merged"])
-    return Tokenized(table, said["skipped"], said["truncated"], warning)
+        table, count = in_memory(make()), counts()
+    warning = _merge_warning(rows, fitter.task, count["merged"], count["first_merged"])
+    return Tokenized(table, count["skipped"], count["truncated"], warning)
 
 
 def _width(fitter: Fitter) -> int:

@@ -122,7 +122,7 @@ class Folder(FolderFiles):
 
     @property
     def started(self) -> float | None:
-        """When the run was first set up, unix seconds; a resumed run writes run.yaml anew."""
+        """When the run was first set up, unix seconds; a resumed run writes run.yaml again."""
         lines = (line for line, _ in self.lines(METRICS_FILE) if line is not None)
         first = next(lines, None)
         times = [first.time] if first is not None else []
@@ -204,8 +204,8 @@ class Folder(FolderFiles):
         name = prompt["name"]
         end = mapping(mapping(mapping(summary.get("prompts")).get(name)).get("stopped"))
         chosen = mapping(mapping(summary.get("selected")).get(str(prompt.get("task"))))
-        taken = name == chosen.get("prompt")
-        return _clean({"stopped": end.get("reason"), "selected": "yes" if taken else None})
+        is_selected = name == chosen.get("prompt")
+        return _clean({"stopped": end.get("reason"), "selected": "yes" if is_selected else None})
 
     def note(self, summary: Mapping[str, Any]) -> str:
         """The parent run's description (Markdown): the table a person looks for first."""

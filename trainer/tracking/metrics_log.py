@@ -137,7 +137,7 @@ def unless_full(log: MetricsLog, warn: Callable[[str], None]) -> Callable[..., N
             full = False
         except OSError as error:
             if not full:
-                warn(f"step {step}: {log.path} misses numbers: {error}; training goes on")
+                warn(f"step {step}: {log.path} misses numbers: {error}; training continues")
             full = True
 
     return write

@@ -43,7 +43,7 @@ class Sender:
         uri: ``tracking.uri`` as the person wrote it, with credentials: the copy in ``run.yaml``
             has none. Handed on by environment, never by command line.
         every: seconds between two rounds of sending.
-        grace: seconds the sidecar may go on sending when the trainer is gone.
+        grace: seconds the sidecar may continue sending when the trainer is gone.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Sender:
             return True
 
     def news(self) -> str | None:
-        """A problem that the sender has met and not told yet; looks every few seconds at most."""
+        """Return a new problem of the sender, or None; checks every few seconds at most."""
         now = time.monotonic()
         if now < self._look_at:
             return None

@@ -85,7 +85,7 @@ class Pusher:
         """Connect if need be, then send new lines and the files known at the start.
 
         Raises whatever went wrong, after forgetting the connection: the next call asks the store
-        anew what it has.
+        again what it has.
         """
         try:
             store = self._connect(running)

@@ -23,7 +23,7 @@ DATABASE = "mlflow.db"
 ARTIFACTS = "mlruns"
 _TOKEN_NAMES = ("token", "access_token")
 _PORTS = {"http": 80, "https": 443}
-#: What MLflow sends to any server that it is told of.
+#: Credentials that MLflow sends to any server it is configured for.
 _CREDENTIALS = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
