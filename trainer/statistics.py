@@ -15,10 +15,12 @@ STANDARD_ERROR = "_standard_error"
 RATES = frozenset({"accuracy", "exact_match", "execution"})
 #: Two-sided 95% quantile of the normal distribution.
 Z95 = 1.959963984540054
+#: 80% quantile of the normal distribution.
+Z80 = 0.8416212335729143
 #: Two-sided level of a test.
 SIGNIFICANCE = 0.05
 #: Standard errors of a difference that a test at this level detects with 80% power.
-POWER_80 = Z95 + 0.8416212335729143
+POWER_80 = Z95 + Z80
 #: Rows that must differ, all in one direction, before the exact McNemar test is significant.
 FEWEST_DISCORDANT = 6
 #: Expected number of them at which it is significant with 80% power (Poisson).
@@ -135,19 +137,23 @@ def paired_ratios(
 ) -> Difference:
     """Compare two ratios of sums over the same rows, such as losses per token or F1.
 
-    A paired normal test on the rows' linearised contributions to the difference.
+    A paired t-test on the rows' linearised contributions to the difference.
 
     Args:
         first_R, second_R: numerators and denominators of every row.
     """
+    from scipy.stats import t
+
     (first, of_first), (second, of_second) = (
         (np.asarray(sums, float), np.asarray(counts, float)) for sums, counts in (first_R, second_R)
     )
     difference = float(first.sum() / of_first.sum() - second.sum() / of_second.sum())
     error = _error_of_mean(_influence(first, of_first) - _influence(second, of_second))
-    p_value = math.erfc(abs(difference) / error / math.sqrt(2)) if error > 0 else 1.0
-    low, high = normal_interval(difference, error)
-    return Difference(difference, low, high, p_value, POWER_80 * error, "paired normal test")
+    freedom = len(first) - 1
+    p_value = float(2 * t.sf(abs(difference) / error, freedom)) if error > 0 else 1.0
+    quantile = float(t.ppf(1 - SIGNIFICANCE / 2, freedom))
+    low, high = difference - quantile * error, difference + quantile * error
+    return Difference(difference, low, high, p_value, (quantile + Z80) * error, "paired t-test")
 
 
 def _influence(sums_R: ArrayLike, counts_R: ArrayLike) -> NDArray[np.float64]:

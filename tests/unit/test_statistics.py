@@ -119,6 +119,9 @@ def test_ratios_are_compared_row_by_row():
         significant += found.significant
     assert np.mean(errors) == pytest.approx(np.std(spread), rel=0.05)
     assert 0.03 < significant / 1000 < 0.08, "5% where there is no difference"
+    few = [paired_ratios((generator.normal(0, 1, 8), [1] * 8), ([0] * 8, [1] * 8)) for _ in spread]
+    assert 0.03 < np.mean([one.significant for one in few]) < 0.07, "5% of few rows too"
+    assert all(one.significant == (one.low > 0 or one.high < 0) for one in few)
     shifted = paired_ratios((first + 0.5 * counts, counts), (first, counts))
     assert shifted.difference == pytest.approx(0.5)
 
