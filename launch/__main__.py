@@ -22,8 +22,12 @@ def main() -> None:
     """Run the command of the command line and end with its exit code."""
     _listen()
     try:
-        _run()
+        try:
+            _run()
+        finally:
+            _ignore()
     except Interrupted:
+        _ignore()
         sys.stderr.write("Stopped. Rerun the command to start over.\n")
         sys.exit(os.EX_TEMPFAIL)  # trainer.errors.EXIT_RESUMABLE
 
@@ -83,6 +87,12 @@ def _listen() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
+
+
+def _ignore() -> None:
+    """Ignore stop signals once the exit code is decided: Python's exit would restore them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

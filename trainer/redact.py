@@ -14,7 +14,7 @@ HIDDEN = "***"
 # in a password, which SQLAlchemy accepts.
 _USER_INFO = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*://)"
-    r"(?:[^\s'\"<>/?#]*@|[^\s'\"<>@/:]*:[^\s'\"<>@]*@)",
+    r"(?:[^\s'\"<>/?#]*@|[^\s'\"<>@/:]*:[^\s'\"<>]*@)",
     re.IGNORECASE,
 )
 _SECRET_WORD = r"(?:token|passwo?r?d|pwd|secret|api_?key|access_?key|sig|signature|credential)"
@@ -28,6 +28,11 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return text
+
+
+def redact_value(text: str) -> str:
+    """``redact`` one value, as ``tracking.uri=...``: hide all from ``://`` to the last ``@``."""
+    return redact(re.sub(r"://.*@", f"://{HIDDEN}@", text, flags=re.DOTALL))
 
 
 #: Control characters but tab and newline, surrogates, and marks that change the direction of text.

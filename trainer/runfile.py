@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer import yaml_core
 from trainer.errors import BadInput, did_you_mean
-from trainer.redact import redact
+from trainer.redact import redact_value
 from trainer.yaml_core import SettingPath, YamlError
 
 #: Problems of one run file that are shown.
@@ -50,11 +50,11 @@ class Source:
         prefixes = [path[:n] for n in range(len(path), 0, -1)]
         for prefix in prefixes:
             if prefix in self.overrides:
-                return f"override {_cut(redact(self.overrides[prefix]))}"
+                return f"override {_cut(self.overrides[prefix])}"
         if path not in self.lines:  # perhaps a section that only an override made
             for deeper, override in self.overrides.items():
                 if path and deeper[: len(path)] == path:
-                    return f"override {_cut(redact(override))}"
+                    return f"override {_cut(override)}"
         for prefix in prefixes:
             if prefix in self.lines:
                 return f"{self.file}:{self.lines[prefix]}"
@@ -189,6 +189,8 @@ def _read_text(path: Path) -> str:
         raise BadInput(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    except BadInput:
+        raise
     except ValueError as error:  # a NUL byte in the path
         raise BadInput(f"{str(path)!r}: cannot be read: {error}") from None
 
@@ -296,7 +298,7 @@ def _one_of(setting: str, value: Any, known: Sequence[str]) -> str:
 
 def _cut(override: str) -> str:
     """An override as messages quote it."""
-    return _shown(override, 200)
+    return _shown(redact_value(override), 200)
 
 
 def _shown(value: Any, width: int = 80) -> str:

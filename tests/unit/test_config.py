@@ -805,6 +805,8 @@ def test_a_run_folder_may_have_a_dollar_in_its_name(run_file, tmp_path):
         ("http://", "'http://' has no host; use http://HOST:PORT"),
         ("http://host:port", "'http://host:port' is not a valid address"),
         ("sqlite://", "'sqlite://' names no file; use sqlite:///PATH/mlflow.db"),
+        ("http://me:a secret@host", "holds ' ', which no address may; write it as %20"),
+        ('postgresql://me:a"secret@host/x', "holds '\"', which no address may; write it as %22"),
     ],
 )
 def test_addresses_that_mlflow_cannot_use(run_file, uri, expected):
@@ -824,6 +826,8 @@ def test_addresses_that_mlflow_cannot_use(run_file, uri, expected):
         "sqlite:///a/b.db",
         "postgresql+psycopg2://u:p@db/x",
         "mysql://db/x",
+        "mssql+pyodbc://me@db/x?driver=ODBC Driver 18 for SQL Server",
+        "sqlite:///a b/c's.db",
         "databricks",
         "databricks://profile",
     ],

@@ -565,6 +565,19 @@ def test_a_stop_signal_before_ranks_are_started(number):
     assert done.stderr == "Stopped. Rerun the command to start over.\n"
 
 
+def test_a_second_stop_signal_changes_no_exit_code():
+    code = (
+        "import atexit, os, signal, sys\nfrom launch import __main__ as program\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "program._run = lambda: sys.exit(75)\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), n) for n in program.SIGNALS])\n"
+        "program.main()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 def test_a_working_directory_that_is_deleted(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()

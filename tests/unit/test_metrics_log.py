@@ -124,6 +124,7 @@ def test_reading_goes_on_at_an_offset_and_passes_over_garbage(tmp_path: Path) ->
         (f"at https://{SECRET}@host, then", "at https://***@host, then"),
         (f"postgresql+psycopg2://me:a/{SECRET}@db/x", "postgresql+psycopg2://***@db/x"),
         (f"http://me:p@{SECRET}@host/x", "http://***@host/x"),
+        (f"http://me:a/b@{SECRET}@host/x", "http://***@host/x"),
         (f"http://host/?access_token={SECRET}&n=1", "http://host/?access_token=***&n=1"),
         (f"say {SECRET}", "say ***"),
         ("http://host:5000/x sqlite:////tmp/a.db", "http://host:5000/x sqlite:////tmp/a.db"),

@@ -223,9 +223,12 @@ def test_an_object_that_holds_the_rows(tmp_path, indent):
     assert list(load_rows(row, chat)) == [{"messages": turns}]
     both = write(tmp_path, "both.json", json.dumps({"a": GOOD, "b": GOOD}, indent=indent))
     assert "holds several lists of rows (a, b)" in problem(both)
-    columns = {"text": {"0": "a"}, "label": {"0": "b"}}
-    pandas = write(tmp_path, "pandas.json", json.dumps(columns, indent=indent))
-    assert "holds columns (text, label), not rows" in problem(pandas)
+    for columns in (
+        {"text": {"0": "a"}, "label": {"0": "b"}},
+        {"text": ["a", "c"], "label": ["b", "b"]},
+    ):
+        pandas = write(tmp_path, "pandas.json", json.dumps(columns, indent=indent))
+        assert "holds columns (text, label), not rows" in problem(pandas)
     misspelled = write(tmp_path, "x.json", json.dumps({"text": "a", "lable": "b"}, indent=indent))
     assert "did you mean 'lable'" in problem(misspelled)
 
@@ -456,12 +459,21 @@ def test_malformed_test_calls(tmp_path, value, expected):
     assert problem(path, metric="execution").startswith(f"d.jsonl:1: {expected}")
 
 
+def test_an_integer_of_too_many_digits(tmp_path):
+    line = '{"text": 1' + "0" * 5000 + ', "label": "b"}\n'
+    for name in ("d.jsonl", "d.json"):
+        found = problem(write(tmp_path, name, line))
+        assert found.endswith("an integer of 5,001 digits is too long; put it in quotes")
+
+
 def test_csv_mistakes(tmp_path):
     ragged = problems(write(tmp_path, "r.csv", "text,label\na,b\na, b,c\na\n"))
     assert ragged[0].startswith("r.csv: row 2 (line 3): has 3 fields where the header has 2")
     assert ragged[1].startswith("r.csv: row 3 (line 4): has 1 fields")
     open_quote = problem(write(tmp_path, "q.csv", 'text,label\na,b\n"never,closed\nx,y\n'))
     assert open_quote.startswith('q.csv:3: not valid csv: a quote (") is opened and never closed')
+    returns = problem(write(tmp_path, "cr.csv", "text,label\ra,b\r"))
+    assert returns.endswith("carriage return alone; save it with newlines at line ends")
     assert "duplicate column 'text'" in problem(
         write(tmp_path, "t.csv", "text,label,text\na,b,c\n")
     )

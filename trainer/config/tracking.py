@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,10 @@ from trainer.redact import redact
 HTTP = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OTHERS = ("databricks", "databricks-uc")
+_NEVER = re.compile(r"[\x00-\x1f\x7f]")
+#: What ends an address inside a text, for ``redact`` as well. Names of files and the options of a
+#: database may hold it, a server and its password may not.
+_NO_ADDRESS = re.compile(r"[\s'\"<>]")
 
 
 class Tracking(Section):
@@ -49,6 +53,10 @@ def scheme_of(uri: str) -> str:
 def problem_of_uri(uri: str) -> str | None:
     """Why MLflow cannot use an address as its tracking store, with the remedy; else None."""
     shown, scheme = repr(redact(uri)), scheme_of(uri)
+    address = "" if scheme == "sqlite" else uri if scheme in HTTP else uri.rpartition("@")[0]
+    if bad := _NEVER.search(uri) or _NO_ADDRESS.search(address):
+        # without the address: a password with such a character cannot be told from other text
+        return f"holds {bad[0]!r}, which no address may; write it as {quote(bad[0])}"
     if uri in OTHERS or scheme in OTHERS:
         return None
     if scheme in HTTP:

@@ -143,10 +143,12 @@ def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
                 yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
-        what = (
-            'a quote (") is opened and never closed' if "end of data" in str(error) else str(error)
-        )
-        raise BadInput(f'{file}:{line}: not valid csv: {what}; write "" for a quote') from None
+        what = f'{error}; write "" for a quote'
+        if "end of data" in str(error):
+            what = 'a quote (") is opened and never closed; write "" for a quote'
+        elif "new-line" in str(error):
+            what = "a line ends with a carriage return alone; save it with newlines at line ends"
+        raise BadInput(f"{file}:{line}: not valid csv: {what}") from None
 
 
 def read_csv(file: Path) -> Iterator[Record]:

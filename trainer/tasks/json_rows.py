@@ -55,7 +55,18 @@ def _json_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
 
 def _loads(text: str) -> Any:
     """JSON without NaN and Infinity, and without two values for one key, of which one is lost."""
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+    return json.loads(
+        text, parse_constant=_no_constant, parse_int=_integer, object_pairs_hook=_object
+    )
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python's own limit, against slow conversions
+        raise ValueError(
+            f"an integer of {len(text):,} digits is too long; put it in quotes"
+        ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,7 +167,7 @@ def _rows_of(file: Path, value: Any, columns: Collection[str]) -> Sequence[Any]:
     """The rows of a whole JSON file: ``[...]``, ``{"data": [...]}`` or one row."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
-    if value and all(isinstance(v, dict) and v and "".join(v).isdigit() for v in value.values()):
+    if value and all(map(_is_column, value.values())):
         raise BadInput(
             f"{file}: holds columns ({', '.join(list(value)[:5])}), not rows; write a list of "
             'objects (pandas: to_json(FILE, orient="records"))'
@@ -171,6 +182,13 @@ def _rows_of(file: Path, value: Any, columns: Collection[str]) -> Sequence[Any]:
         )
     rows: Sequence[Any] = value[lists[0]] if lists else [value]
     return rows
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value is a column: a list of plain values, or ``{"0": value, "1": ...}``."""
+    if isinstance(value, list):
+        return bool(value) and not any(isinstance(item, dict | list) for item in value)
+    return isinstance(value, dict) and bool(value) and "".join(value).isdigit()
 
 
 def _is_list_of_rows(value: Any) -> bool:
