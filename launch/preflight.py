@@ -192,5 +192,5 @@ def _rows(config: RunConfig) -> list[str]:
     """Check every row; what is worth knowing about them."""
     from trainer.tasks.splits import check_rows  # loads Arrow only where rows are read
 
-    with Console(sys.stderr, sys.stderr).reading() as said:
-        return check_rows(config, said=said)
+    with Console(sys.stderr, sys.stderr).reading() as on_rows:
+        return check_rows(config, on_rows=on_rows)

@@ -146,8 +146,8 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
     number = done.stdout.strip().split("\n")[-1].partition(";")[0]
     if done.returncode != 0 or not number.isdigit():
         shutil.rmtree(folder)
-        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise BadInput(f"submit: sbatch refused the job: {said}")
+        answer = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise BadInput(f"submit: sbatch refused the job: {answer}")
     record = {
         "job": number,
         "submitted": time.time(),

@@ -187,8 +187,8 @@ def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: 
     if total is None:  # all or some of it was int8 before
         kept = [i for i in range(len(columns)) if i in (0, 5) or any(row[i] for row in rows)]
         columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
-    said = "" if total is None else f", relative error {total:.4f}"
-    console.table(f"weights of {base['model']} in int8{said}", columns, rows)
+    total_error = "" if total is None else f", relative error {total:.4f}"
+    console.table(f"weights of {base['model']} in int8{total_error}", columns, rows)
     console.say(
         f"outlier rows: largest weight beyond {weights['outlier_ratio']:.0f} times the row's root "
         "mean square"

@@ -17,7 +17,7 @@ from trainer.errors import BadInput
 from trainer.tasks.checks import render
 from trainer.tasks.cursor import Cursor
 from trainer.tasks.overlap import overlapping
-from trainer.tasks.parts import Said
+from trainer.tasks.parts import OnRows
 from trainer.tasks.rows import Rows, Source
 from trainer.tasks.splits import SPLITS, Leaked, leaks, load_splits, remarks
 from trainer.tasks.streams import Piece
@@ -36,8 +36,8 @@ from trainer.tasks.tokens import (
     unseen,
 )
 
-#: Shows that files are read: ``with reading() as said: said(file, rows read so far)``.
-Reading = Callable[[], AbstractContextManager[Said | None]]
+#: Shows that files are read: ``with reading() as on_rows: on_rows(file, rows read so far)``.
+Reading = Callable[[], AbstractContextManager[OnRows | None]]
 
 
 class Candidates(Sequence[list[Example]]):
@@ -210,8 +210,8 @@ class _Loader:
     date: datetime.date | None
 
     def load(self, wanted: Sequence[str]) -> TaskData:
-        with self.reading() as said:
-            splits = load_splits(self.task, said=said)
+        with self.reading() as on_rows:
+            splits = load_splits(self.task, on_rows=on_rows)
         data = TaskData(self.task, in_memory([]), splits["train"])
         for split, rows in splits.items():
             if split not in wanted:

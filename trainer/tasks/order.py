@@ -25,7 +25,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Order:
-    """Rows of every epoch, in order; what weights do is said at ``Source``.
+    """Rows of every epoch, in order; ``Source`` documents weights.
 
     Args:
         sources: those without rows are left out.

@@ -22,7 +22,7 @@ from trainer.tasks.sources import Origin
 from trainer.tasks.spill import Spill, write_table
 
 #: Called with the name of a file and the number of its rows read, a few times per second.
-Said = Callable[[str, int], None]
+OnRows = Callable[[str, int], None]
 
 _INT64 = range(-(2**63), 2**63)
 _BATCH = 1 << 12
@@ -69,19 +69,19 @@ class Part:
 
 
 def read_part(
-    origin: Origin, task: Task, *, said: Said | None = None
+    origin: Origin, task: Task, *, on_rows: OnRows | None = None
 ) -> tuple[Problems, Part | None]:
     """Read and check one file or table: what is wrong with its rows; the rows if nothing is."""
     try:
         try:
-            return Problems(origin.name), _plain(origin, task, said)
+            return Problems(origin.name), _plain(origin, task, on_rows)
         except Odd:
-            return _any(origin, task, said)
+            return _any(origin, task, on_rows)
     except BadInput as error:  # the file cannot be read as a whole
         return Problems(origin.name, unread=error.problems), None
 
 
-def _plain(origin: Origin, task: Task, said: Said | None) -> Part:
+def _plain(origin: Origin, task: Task, on_rows: OnRows | None) -> Part:
     batches = plain_batches(origin, task)
     first = next(batches)
     columns = origin.header() or _columns_of_first_row(origin, task)
@@ -92,8 +92,8 @@ def _plain(origin: Origin, task: Task, said: Said | None) -> Part:
         for batch in chain([first], batches):
             hashes.add(_hashes(batch, content_columns(task)))
             rows += batch.num_rows
-            if said is not None:
-                said(origin.name, rows)
+            if on_rows is not None:
+                on_rows(origin.name, rows)
             yield batch
 
     stored = write_table(first.schema, counted())
@@ -110,7 +110,7 @@ def _hashes(batch: Any, columns: list[str]) -> NDArray[np.uint64]:
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, batch.num_rows)
 
 
-def _any(origin: Origin, task: Task, said: Said | None) -> tuple[Problems, Part | None]:
+def _any(origin: Origin, task: Task, on_rows: OnRows | None) -> tuple[Problems, Part | None]:
     """Row by row: every mistake gets its line, every value is kept exactly."""
     check = RowCheck(origin.name, task)
     used = list(columns_used(task))
@@ -127,8 +127,8 @@ def _any(origin: Origin, task: Task, said: Said | None) -> tuple[Problems, Part 
             has_lines = record.line is not None
             for name in types.keys() & record.values.keys():
                 types[name].add(_type_of(record.values[name]))
-            if said is not None and check.rows % _BATCH == 0:
-                said(origin.name, check.rows)
+            if on_rows is not None and check.rows % _BATCH == 0:
+                on_rows(origin.name, check.rows)
     except BadInput as error:  # the rest of the file cannot be read
         check.problems.unread += error.problems
         return check.problems, None

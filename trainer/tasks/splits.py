@@ -14,7 +14,7 @@ from itertools import accumulate
 from trainer.config import DataSource, RunConfig, Task
 from trainer.errors import BadInput
 from trainer.tasks.checks import Problems, merge
-from trainer.tasks.parts import Part, Said, read_part
+from trainer.tasks.parts import OnRows, Part, read_part
 from trainer.tasks.rows import Rows, Source
 from trainer.tasks.selection import Leak, find_leaks, first_by_hash, split_by_hash
 from trainer.tasks.sources import find
@@ -23,38 +23,40 @@ from trainer.tasks.spill import Spill, chunks
 SPLITS = ("train", "validation", "shifted_validation")
 
 
-def load_rows(sources: str | Sequence[DataSource], task: Task, *, said: Said | None = None) -> Rows:
+def load_rows(
+    sources: str | Sequence[DataSource], task: Task, *, on_rows: OnRows | None = None
+) -> Rows:
     """Read and check all rows of some sources, or of one file.
 
     Args:
         task: its templates, choices and metric say what a row needs.
-        said: called with a file's name and the number of its rows read so far.
+        on_rows: called with a file's name and the number of its rows read so far.
 
     Raises:
         BadInput: with every problem, at most ten and how many more there are.
     """
     sources = [DataSource(path=sources)] if isinstance(sources, str) else list(sources)
     named = (split for split in SPLITS if getattr(task, split) == sources)
-    reader = _Reader(said)
+    reader = _Reader(on_rows)
     rows = reader.rows(sources, task, next(named, ""))
     reader.raise_if_any()
     assert rows is not None
     return rows
 
 
-def load_splits(task: Task, *, said: Said | None = None) -> dict[str, Rows]:
+def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, Rows]:
     """All rows of a task: ``train``, and ``validation`` and ``shifted_validation`` if it has any.
 
     Raises:
         BadInput: with every problem of all files.
     """
-    reader = _Reader(said)
+    reader = _Reader(on_rows)
     splits = reader.splits(task)
     reader.raise_if_any()
     return splits
 
 
-def check_rows(config: RunConfig, *, said: Said | None = None) -> list[str]:
+def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]:
     """Check every row of every task, and keep none.
 
     Returns:
@@ -63,7 +65,7 @@ def check_rows(config: RunConfig, *, said: Said | None = None) -> list[str]:
     Raises:
         BadInput: with the problems of all files.
     """
-    reader = _Reader(said)
+    reader = _Reader(on_rows)
     notes: list[str] = []
     for task in config.tasks:
         splits = reader.splits(task)
@@ -134,8 +136,8 @@ def leaks(task: Task, splits: Mapping[str, Rows]) -> list[Leaked]:
 class _Reader:
     """Reads splits; problems of all files are collected before any is raised."""
 
-    def __init__(self, said: Said | None = None) -> None:
-        self._said = said
+    def __init__(self, on_rows: OnRows | None = None) -> None:
+        self._on_rows = on_rows
         self._problems: list[str] = []
         self._found: list[Problems] = []
 
@@ -185,7 +187,7 @@ class _Reader:
                 self._problems += error.problems
                 origins = []
             for origin in origins:
-                problems, part = read_part(origin, task, said=self._said)
+                problems, part = read_part(origin, task, on_rows=self._on_rows)
                 self._found.append(problems)
                 parts += [part] if part is not None else []
             ends.append(len(parts))

@@ -178,7 +178,7 @@ def write(folder: Path, blocks: Iterable[Block]) -> dict[str, int]:
     return {"format": FORMAT, "tokens": ids.size, "spans": spans.size, "examples": rows.size}
 
 
-def open_table(folder: Path, said: dict[str, int]) -> TokenTable:
+def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
     """Map what ``write`` wrote.
 
     Raises:
@@ -188,10 +188,10 @@ def open_table(folder: Path, said: dict[str, int]) -> TokenTable:
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         for name in ("ids", "offsets", "spans", "span_offsets", "rows")
     ]
-    sizes = [said[key] + more for key, more in (("tokens", 0), ("examples", 1), ("spans", 0))]
-    sizes += [said["examples"] + 1, said["examples"]]
-    if said["format"] != FORMAT or [len(array) for array in arrays] != sizes:
-        raise ValueError(f"{folder}: holds {[len(a) for a in arrays]}, not {json.dumps(said)}")
+    sizes = [record[key] + more for key, more in (("tokens", 0), ("examples", 1), ("spans", 0))]
+    sizes += [record["examples"] + 1, record["examples"]]
+    if record["format"] != FORMAT or [len(array) for array in arrays] != sizes:
+        raise ValueError(f"{folder}: holds {[len(a) for a in arrays]}, not {json.dumps(record)}")
     return TokenTable(*arrays)
 
 

@@ -257,7 +257,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most ``limit`` characters; what was cut is said, and where to find the whole."""
+    """At most ``limit`` characters; names the full length and the file that has the full text."""
     if len(text) <= limit:
         return text
     note = f" … [{len(text)} characters, whole text in run.yaml]"
