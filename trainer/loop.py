@@ -279,7 +279,7 @@ class Loop:
                 self.console.say(f"took more than foreseen: {budget.words}")
 
     def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> None:
-        """Note left-out updates, and stop, alone, a prompt that has too many in a row.
+        """Note skipped updates, and stop each prompt that has too many in a row.
 
         Equal on all ranks, because sums and replicas are.
         """
@@ -299,9 +299,11 @@ class Loop:
             )
             if row >= limit:
                 self._stop(k, "diverged")
-                self.console.warn(f"{self._said_diverged([name])}; it is stopped, alone")
+                self.console.warn(
+                    f"{self._divergence([name])}; it is stopped (other prompts continue)"
+                )
 
-    def _said_diverged(self, names: Sequence[str]) -> str:
+    def _divergence(self, names: Sequence[str]) -> str:
         limit = self.config.training.max_skipped_updates
         return (
             f"prompt {', '.join(map(repr, names))}: {limit} updates in a row were not finite "
@@ -313,7 +315,7 @@ class Loop:
         diverged = [n for n, end in self.progress.stopped.items() if end["reason"] == "diverged"]
         if len(diverged) == len(self.bank):
             raise Diverged(
-                f"{self._said_diverged(diverged)}; no prompt is left, and the last checkpoint is "
+                f"{self._divergence(diverged)}; no prompt is left, and the last checkpoint is "
                 "from before"
             )
 
