@@ -120,9 +120,7 @@ def test_templates_that_do_not_show_the_turns_are_refused():
     with pytest.raises(ValueError, match="refuses this dialogue: no system turns"):
         DialogueEncoder(make_tokenizer(STRICT))(TURNS)
     thinks = PLAIN.replace("{{ '<assistant>' }}", "{{ '<assistant> hi' }}")
-    with pytest.raises(
-        ValueError, match=r"continues with 'hi' where the dialogue has 'c <end><user"
-    ):
+    with pytest.raises(ValueError, match=r"continues with 'hi' where the dialogue has other text"):
         DialogueEncoder(make_tokenizer(thinks))(TURNS)
 
 

@@ -212,11 +212,15 @@ def test_templates_that_rewrite_earlier_turns_are_refused_with_a_remedy_that_wor
 
 
 def test_a_generation_prompt_that_no_answer_follows_is_refused(tmp_path, tokenizer):
+    """Rows with different answers have one and the same problem."""
     with_template(tokenizer, THINKS)
-    with pytest.raises(
-        BadInput, match=r"\[1\]: the generation prompt of the chat template goes on"
-    ):
-        tokenized(tmp_path, tokenizer, [{"messages": TWO[:2]}])
+    with pytest.raises(BadInput) as caught:
+        tokenized(tmp_path, tokenizer, [{"messages": TWO[:2]}, {"messages": TWO[2:]}])
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        f"{tmp_path}/d.jsonl:1 and 1 more row: messages: [1]: the generation prompt of the chat "
+        "template continues with '\\n' where"
+    )
 
 
 @pytest.mark.parametrize("source", [QWEN_3_5, QWEN_3_5_MARKED])

@@ -126,9 +126,9 @@ class DialogueEncoder:
         same = next((place for place, (a, b) in pairs if a != b), len(whole))
         raise ValueError(
             f"[{number}]: the generation prompt of the chat template continues with "
-            f"{opening[same : same + 30]!r} where the dialogue has {whole[same : same + 30]!r}, so "
-            "generation never gives this turn; change the chat template so that both agree, or "
-            "write the dialogue as text with input and target"
+            f"{opening[same : same + 30]!r} where the dialogue has other text, so generation never "
+            "gives this turn; change the chat template so that both agree, or write the dialogue "
+            "as text with input and target"
         )
 
     def _cut(self, whole: str, edges: Sequence[int]) -> Dialogue:
