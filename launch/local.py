@@ -25,6 +25,7 @@ from trainer.errors import BadInput
 from trainer.redact import redact
 
 CPU_PROCESSES = 2  # default without a GPU: the smallest number that shards
+MAX_CPU_PROCESSES = 1024  # of one machine; each takes hundreds of megabytes
 #: Entries of CUDA_VISIBLE_DEVICES that mean no GPU; Slurm writes NoDevFiles for a job without any.
 NO_GPU = ("-1", "none", "void", "nodevfiles")
 MAX_HOSTFILE = 1 << 20  # characters
@@ -111,6 +112,8 @@ def choose_devices(processes: int | None, gpus: Sequence[int]) -> Devices:
     """All GPUs, or ``processes`` of them; without a GPU that many (default 2) CPU processes."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes: {processes} is not a positive integer")
+    if not gpus and processes is not None and processes > MAX_CPU_PROCESSES:
+        raise BadInput(f"--processes: {processes} is more than {MAX_CPU_PROCESSES}; give fewer")
     if not gpus:
         return Devices("cpu", tuple(range(processes or CPU_PROCESSES)))
     if processes is not None and processes > len(gpus):

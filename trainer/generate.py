@@ -68,6 +68,11 @@ def _generate(
     )
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
+    if room < 1:
+        raise BadInput(
+            f"--max-new-tokens: {limit} leaves no room for an input in a context of "
+            f"{files.context_length}; lower it"
+        )
     if not 0 < len(input_ids) <= room:
         raise BadInput(
             f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "

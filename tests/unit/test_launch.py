@@ -209,6 +209,8 @@ def test_devices_are_all_gpus_or_two_cpu_processes():
     assert local.choose_devices(1, [2, 3]) == Devices("cuda", (2,))
     assert local.choose_devices(None, []) == Devices("cpu", (0, 1))
     assert local.choose_devices(3, []) == Devices("cpu", (0, 1, 2))
+    with pytest.raises(BadInput, match="--processes: 99999999999 is more than 1024; give fewer"):
+        local.choose_devices(99999999999, [])
 
 
 @pytest.mark.parametrize("count", [0, -1, 3])
