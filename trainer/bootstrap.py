@@ -37,17 +37,22 @@ def clean_path() -> None:
     """Remove the working directory and the folder of this file from the import path."""
     unsafe = {os.path.realpath(os.path.dirname(FILE)), _working_directory()}
     unsafe.discard(os.path.realpath(ROOT))
-    sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) not in unsafe]
-    if os.path.realpath(ROOT) not in map(os.path.realpath, sys.path):
+    sys.path[:] = [entry for entry in sys.path if entry and _real(entry) not in unsafe]
+    if os.path.realpath(ROOT) not in map(_real, sys.path):
         sys.path.insert(0, ROOT)
     os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that libraries start
 
 
 def _working_directory() -> str:
+    return _real(".")
+
+
+def _real(path: str) -> str:
+    """Return the real path of an entry; the entry itself where the working directory is deleted."""
     try:
-        return os.path.realpath(os.getcwd())
-    except OSError:  # deleted
-        return ""
+        return os.path.realpath(path)
+    except OSError:
+        return path
 
 
 def foreign_package() -> str | None:
