@@ -176,6 +176,8 @@ def _named(path: SettingPath) -> str:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise BadInput(f"{path}: is a pipe or device; save the run file, it is read repeatedly")
         with path.open("rb") as stream:
             data = stream.read(yaml_core.MAX_BYTES + 1)
         if len(data) > yaml_core.MAX_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -547,6 +548,8 @@ def test_short_forms_of_init(run_file, name):
 
 def test_no_file_a_folder_and_bad_encoding(tmp_path):
     assert "no such run file" in problems_of(tmp_path / "none.yaml")[0]
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "FILE: is a pipe or device" in problems_of(tmp_path / "pipe.yaml")[0]
     assert "is a folder" in problems_of(tmp_path)[0]
     bad = tmp_path / "latin.yaml"
     bad.write_bytes(b"output_dir: caf\xe9\n")
