@@ -89,7 +89,7 @@ class Runs:
         """The last checkpoint, without what a clock says."""
         path = self.folder / name / f"checkpoints/step-{STEPS:08d}"
         state = json.loads((path / "state.json").read_text())
-        for clock in ("train_seconds", "data_wait_seconds"):
+        for clock in ("train_seconds", "data_wait_seconds", "phase_seconds"):
             del state["loop"]["progress"][clock]
         return load_file(path / "state.safetensors"), state
 
