@@ -108,7 +108,7 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path, store: str) -> None:
     assert_complete(folder, store)
     client = client_of(store)
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert files == {"run.yaml", "environment.json", "datasets.json", "summary.json"}
+    assert files == {"run.yaml", "environment.json", "datasets.json", "summary.json", "report.html"}
     adapter = {f.path for f in client.list_artifacts(prompts["triage"].info.run_id, "adapter")}
     assert adapter == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
