@@ -39,7 +39,8 @@ def start(
     if path is not None:
         variables["PYTHONPATH"] = os.pathsep.join(path)
     return subprocess.run(
-        [sys.executable, bootstrap.FILE, *words],
+        # -S: an editable install imports modules of Python before our first line.
+        [sys.executable, "-S", bootstrap.FILE, *words],
         cwd=folder,
         env=kept | variables,
         capture_output=True,
@@ -84,7 +85,8 @@ def test_another_package_of_our_name_is_refused_and_does_not_run(tmp_path, kind)
     for words in ([bootstrap.FILE, "trainer"], [str(command), "validate", "r.yaml"]):
         done = subprocess.run(
             [sys.executable, *words],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            # As in an installation, the folder of our package comes after the other one's.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), bootstrap.ROOT])},
             capture_output=True,
             text=True,
             timeout=60,

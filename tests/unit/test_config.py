@@ -770,6 +770,9 @@ def test_variables_and_home_are_expanded_in_every_path(run_file, monkeypatch):
     assert run.prompts[0].init.from_ == "/work space/old"
     assert run.tracking.uri == "sqlite:////home/me/mlflow.db"
     assert load(run_file(config.dump(run))) == run
+    literal = load(run_file(), ["output_dir=a$$HOME$WORK/100$ x"])
+    assert literal.output_dir == "a$HOME/work space/100$ x"
+    assert load(run_file(config.dump(literal))) == literal, "what is written is not expanded again"
     secret = "http://me:pa$WORK@host:5000"
     assert load(run_file(), [f"tracking.uri={secret}"]).tracking.uri == secret
 

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     TypeAdapter,
     ValidationError,
 )
@@ -38,23 +39,24 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 #: Longest path and longest name in it that Linux takes, in bytes.
 _MAX_PATH, _MAX_FILE_NAME = 4095, 255
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^{}]*)\})")
+_VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^{}]*)\})")
 
 
 def expand_path(value: str) -> str:
-    """A path with ``~``, ``$NAME`` and ``${NAME}`` replaced, as a shell does.
+    """A path with ``~``, ``$NAME`` and ``${NAME}`` replaced, as a shell does; ``$$`` is a ``$``.
 
     Raises:
         ValueError: a variable is not set, there is no such user, or no file can have such a path.
     """
     shown = _short(value)
-    unset = [a or b for a, b in _VARIABLE.findall(value) if (a or b) not in os.environ]
+    names = [a or b for dollar, a, b in _VARIABLE.findall(value) if not dollar]
+    unset = [name for name in names if name not in os.environ]
     if unset:
         raise ValueError(
             f"{shown}: the environment variable {unset[0]!r} is not set; set it, or write the "
             "path in full"
         )
-    path = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], value)
+    path = _VARIABLE.sub(lambda match: match[1] or os.environ[match[2] or match[3]], value)
     path = os.path.expanduser(path)
     if path.startswith("~"):
         raise ValueError(f"{shown}: there is no such user; write the path in full, or ./~NAME")
@@ -82,8 +84,13 @@ def _short(value: str) -> str:
     return repr(value if len(value) <= 80 else value[:77] + "...")
 
 
-#: A file or folder, or something else that may be one: a glob, or an id of the hub.
-PathText = Annotated[str, AfterValidator(expand_path)]
+#: A file or folder, or something else that may be one: a glob, or an id of the hub. What is written
+#: is not expanded again when it is read.
+PathText = Annotated[
+    str,
+    AfterValidator(expand_path),
+    PlainSerializer(lambda path: path.replace("$", "$$"), when_used="json"),
+]
 
 _FLAG = TypeAdapter(bool)
 
