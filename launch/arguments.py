@@ -48,3 +48,7 @@ Processes = Annotated[
         help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
     ),
 ]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Start over; move an earlier run in output_dir out of the way."),
+]

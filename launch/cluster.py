@@ -15,7 +15,7 @@ import typer
 from launch import messages, preflight, slurm, status_text
 from launch import status as run_status
 from launch import submit as submission
-from launch.arguments import Overrides, RunDir, RunFile
+from launch.arguments import Fresh, Overrides, RunDir, RunFile
 from launch.slurm import Job, Resources
 from trainer.config import PROJECT_ROOT, RunConfig
 from trainer.errors import BadInput
@@ -85,12 +85,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="OPTION", help="Any other option: --sbatch=--constraint=h100."),
     ] = None,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh", help="Start over; move an earlier run in output_dir out of the way."
-        ),
-    ] = False,
+    fresh: Fresh = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sbatch script without submitting it.")
     ] = False,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from launch import __version__, cluster, local, messages, node, preflight, restarts
-from launch.arguments import EXIT_CODES, Overrides, Processes, RunDir, RunFile, as_path
+from launch.arguments import EXIT_CODES, Fresh, Overrides, Processes, RunDir, RunFile, as_path
 from launch.endings import Ending
 from launch.starting import count, run_alone, start_ranks
 from trainer.config import RunConfig
@@ -92,12 +92,7 @@ def train(
             metavar="P", help=f"With --no-ssh: rendezvous port. [default: {node.DEFAULT_PORT}]"
         ),
     ] = None,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh", help="Start over; move an earlier run in output_dir out of the way."
-        ),
-    ] = False,
+    fresh: Fresh = False,
     max_restarts: Annotated[
         int,
         typer.Option(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,8 @@ class Loop:
         self.last_step = self.config.last_step
         self._steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
         self._rungs = rungs(self.config.search.halving, self.last_step)
+        every = range(0, self.last_step + 1, self.config.evaluation.every)
+        self._validated = sorted({*every, *self._rungs, *self._steps})
 
     def run(self) -> None:
         """Train until every prompt has stopped.
@@ -232,7 +235,7 @@ class Loop:
         step, seconds = self.progress.step, self.times.seconds
         steps = self.last_step - step
         left = steps * self.progress.train_seconds / step
-        validations = sum(self._is_validated(s) for s in range(step + 1, self.last_step + 1))
+        validations = len(self._validated) - bisect_right(self._validated, step)
         if self.progress.validations:
             left += validations * seconds.get("validation", 0.0) / self.progress.validations
         else:
@@ -247,11 +250,6 @@ class Loop:
             from_training = self.progress.train_seconds * tokens / trained / 2 if trained else 0.0
             left += validations * max(from_baselines, from_training)
         return left
-
-    def _is_validated(self, step: int) -> bool:
-        return (
-            step % self.config.evaluation.every == 0 or step in self._rungs or step in self._steps
-        )
 
     def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[Batch, float]:
         """What this step reads, and the seconds that were waited for it."""
