@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import config as run_file
-from trainer.__main__ import guarded
 from trainer.chat_date import read_chat_date
 from trainer.config import RunConfig, template_fields
 from trainer.console import Console
 from trainer.errors import BadInput
 from trainer.process import die_with_parent, leave
+from trainer.rank_program import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

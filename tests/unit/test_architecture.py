@@ -46,6 +46,7 @@ FLOORS = (
         "trainer.terminal",
         "trainer.phase_times",
         "trainer.process",
+        "trainer.rank_program",
         "trainer.redact",
         "trainer.revision",
         "trainer.stop",

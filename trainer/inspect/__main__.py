@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import config as run_file
-from trainer.__main__ import run_rank
 from trainer.chat_date import read_chat_date
 from trainer.config import Base, RunConfig
 from trainer.console import Console
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
 from trainer.process import leave
+from trainer.rank_program import run_rank
 
 #: ``--json -``: the numbers go to stdout, and all else to stderr.
 STDOUT = Path("-")
