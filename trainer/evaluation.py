@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer import stop
-from trainer.base.model import PromptedBase
+from trainer.base.model import PromptedBase, read_teacher
 from trainer.engine import Engine
 from trainer.generation import Ending, generate
 from trainer.memory import StreamBudget
-from trainer.objective import read_teacher
 from trainer.prefetch import ahead, prepare_stream
 from trainer.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
 from trainer.stop import Stopped

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import stop
-from trainer.base.model import Reading
+from trainer.base.model import read_teacher
 from trainer.base.saved import SavedBytes
 from trainer.engine import Engine
 from trainer.prefetch import Batch, Rank, prepare, prepare_stream
@@ -38,22 +38,6 @@ def text_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
         assert piece.prompt is not None
         counts[piece.prompt] += piece.example.num_tokens
     return counts
-
-
-def read_teacher(base: nn.Module, stream: Stream, teachers: Sequence[Tensor]) -> Tensor | None:
-    """What the stream's distilled positions learn from, [D, H]; None if no rank has any.
-
-    A forward without gradient, made by all ranks alike: a rank without such rows reads a filler.
-
-    Args:
-        teachers: word embeddings of every teacher's text, [tokens, H].
-    """
-    if stream.teacher is None:
-        return None
-    with torch.no_grad():
-        hidden_DH: Tensor = base(Reading(stream.teacher), teachers)
-    assert stream.distilled_D is not None
-    return hidden_DH[: len(stream.distilled_D)]  # none of a filler's
 
 
 def stream_objective(

@@ -10,10 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from trainer.base.model import read_teacher
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.evaluation import Evaluator
-from trainer.objective import label_counts, read_teacher, stream_objective
+from trainer.objective import label_counts, stream_objective
 from trainer.prefetch import Batch, Rank, ahead, prepare
 from trainer.prompts.evolution import FEWEST, Found, Words
 from trainer.prompts.units import Unsearched

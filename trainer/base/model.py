@@ -197,6 +197,22 @@ class PromptedBase(nn.Module):
                 module.training = True
 
 
+def read_teacher(base: nn.Module, stream: Stream, teachers: Sequence[Tensor]) -> Tensor | None:
+    """What the stream's distilled positions learn from, [D, H]; None if no rank has any.
+
+    A forward without gradient, made by all ranks alike: a rank without such rows reads a filler.
+
+    Args:
+        teachers: word embeddings of every teacher's text, [tokens, H].
+    """
+    if stream.teacher is None:
+        return None
+    with torch.no_grad():
+        hidden_DH: Tensor = base(Reading(stream.teacher), teachers)
+    assert stream.distilled_D is not None
+    return hidden_DH[: len(stream.distilled_D)]  # none of a filler's
+
+
 class _Anchored(torch.autograd.Function):
     """A constant that counts as a function of ``anchor``, with a gradient of zero, never NaN."""
 
