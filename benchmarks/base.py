@@ -133,14 +133,14 @@ def table(report: dict[str, Any]) -> str:
 
 
 def ours(folder: str, ends: str) -> dict[str, Any]:
-    from trainer.base.files import open_base
     from trainer.config import RunConfig
-    from trainer.console import Console
-    from trainer.engine import Engine, base_bytes
-    from trainer.objective import step_gradients
-    from trainer.sharded import load
-    from trainer.tasks.streams import Piece
-    from trainer.tasks.tokens import Example
+    from trainer.data.tokenization.tokenize import Example
+    from trainer.distributed.deepspeed_engine import Engine, base_bytes
+    from trainer.distributed.model_loading import load
+    from trainer.model.checkpoint_files import open_base
+    from trainer.packing.packed_batch import Piece
+    from trainer.runtime.console import Console
+    from trainer.training.step import step_gradients
 
     config = RunConfig.model_validate(
         {
@@ -261,7 +261,7 @@ def _count_exchanged() -> list[int]:
 
     A rank's own part included, as in gathered buffers; a sum goes round twice.
     """
-    from trainer.engine import GroupRows
+    from trainer.distributed.deepspeed_engine import GroupRows
 
     total = [0]
 

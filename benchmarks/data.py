@@ -64,14 +64,14 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
     import pyarrow.parquet  # noqa: F401  so that memory is counted from after the imports
 
     from trainer.config import RunConfig
-    from trainer.tasks import parts, plain, splits
+    from trainer.data import arrow_reader, ingest, splits
 
     if not column_wise:
 
         def odd(*_: Any) -> Any:
-            raise plain.Odd
+            raise arrow_reader.Odd
 
-        parts.plain_batches = odd
+        ingest.plain_batches = odd
     config = RunConfig.model_validate(
         {
             "output_dir": "out",

@@ -23,9 +23,9 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from trainer.base.linear import FrozenLinear
-from trainer.base.matmul import use_matmul
-from trainer.base.quantization import quantize_rows
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.matmul_selection import use_matmul
+from trainer.model.layers.quantization import quantize_rows
 
 SIZES = {  # tokens, type and (N, K) of the layers
     "cpu": (1024, torch.float32, {"attention": (768, 768), "up": (2048, 768), "down": (768, 2048)}),

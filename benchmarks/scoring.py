@@ -25,12 +25,12 @@ from benchmarks.figures import figure, figure_rows
 from benchmarks.llama import LLAMA_110M, make_base
 from benchmarks.peers.counters import FlopCounter
 from tests.whole_base import load_whole
-from trainer.base.model import PromptedBase
-from trainer.memory import CPU_TOKENS
-from trainer.prefetch import prepare_stream
-from trainer.tasks.planning import plan_streams
-from trainer.tasks.streams import Piece, PromptLengths
-from trainer.tasks.table import Example
+from trainer.data.token_table import Example
+from trainer.distributed.prefetch import prepare_stream
+from trainer.model.prompted_model import PromptedBase
+from trainer.packing.activation_memory import CPU_TOKENS
+from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.packing.planning import plan_streams
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.md"
@@ -129,9 +129,9 @@ def compare() -> list[str]:
 
 def costs(path: str) -> list[str]:
     """Markdown: what scoring and training cost in a run."""
-    from trainer.base.files import open_base
     from trainer.config import load
-    from trainer.tasks.feed import Feed, load_tasks
+    from trainer.model.checkpoint_files import open_base
+    from trainer.packing.batch_source import Feed, load_tasks
 
     config = load(path)
     files = open_base(config.base)

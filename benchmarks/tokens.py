@@ -97,18 +97,18 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from trainer.config import Task
-    from trainer.prefetch import Rank, prepare
-    from trainer.tasks import workers
-    from trainer.tasks.cursor import Cursor
-    from trainer.tasks.streams import Piece, PromptLengths
-    from trainer.tasks.tokens import tokenize
+    from trainer.data.sampler import Cursor
+    from trainer.data.tokenization import worker_pool
+    from trainer.data.tokenization.tokenize import tokenize
+    from trainer.distributed.prefetch import Rank, prepare
+    from trainer.packing.packed_batch import Piece, PromptLengths
 
     tokenizer: Any = Words()
     if not quick:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_base")
     task = Task(name="t", input="{text}\nTopic:", target=" {label}", train="-", too_long="truncate")
     memory = Memory()
-    found: dict[str, Any] = {"rows": count, "quick": quick, "workers": workers.num_cores()}
+    found: dict[str, Any] = {"rows": count, "quick": quick, "workers": worker_pool.num_cores()}
     found["before_mb"] = memory.since_last()
 
     started = time.perf_counter()

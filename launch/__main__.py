@@ -29,7 +29,7 @@ def main() -> None:
     except Interrupted:
         _ignore()
         sys.stderr.write("Stopped. Rerun the command to start over.\n")
-        sys.exit(os.EX_TEMPFAIL)  # trainer.errors.EXIT_RESUMABLE
+        sys.exit(os.EX_TEMPFAIL)  # trainer.runtime.errors.EXIT_RESUMABLE
 
 
 def _run() -> None:
@@ -38,13 +38,13 @@ def _run() -> None:
     if problem := bootstrap.foreign_package():
         sys.exit(bootstrap.refuse(problem))
 
-    from trainer.terminal import keep_streams
+    from trainer.runtime.stdio import keep_streams
 
     keep_streams()
 
     from launch import messages
     from launch.commands import app
-    from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+    from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
     try:
         check_words(sys.argv)
@@ -57,7 +57,7 @@ def _run() -> None:
 
 def check_words(words: Sequence[str]) -> None:
     """Refuse bytes that are no text, which neither YAML nor JSON can hold, and a deleted folder."""
-    from trainer.errors import BadInput
+    from trainer.runtime.errors import BadInput
 
     try:
         os.getcwd()
@@ -68,8 +68,8 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def _bootstrap() -> ModuleType:
-    """Load ``trainer/bootstrap.py`` of this project, whatever ``import trainer`` would find."""
-    path = Path(__file__).resolve().parent.parent / "trainer" / "bootstrap.py"
+    """Load this project's ``bootstrap.py``, whatever ``import trainer`` would find."""
+    path = Path(__file__).resolve().parent.parent / "trainer" / "runtime" / "bootstrap.py"
     spec = importlib.util.spec_from_file_location("_promptshard_bootstrap", path)
     assert spec is not None
     assert spec.loader is not None

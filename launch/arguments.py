@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trainer.config import check_path
-from trainer.errors import BadInput
+from trainer.runtime.errors import BadInput
 
 EXIT_CODES = """\
 **Exit codes:** 0 done; 2 invalid input (nothing trained, existing runs untouched); 75 interrupted

@@ -18,8 +18,8 @@ from launch import submit as submission
 from launch.arguments import Fresh, Overrides, RunDir, RunFile
 from launch.slurm import Job, Resources
 from trainer.config import PROJECT_ROOT, RunConfig
-from trainer.errors import BadInput
-from trainer.redact import redact
+from trainer.runtime.errors import BadInput
+from trainer.runtime.redact import redact
 
 
 def submit(

@@ -13,11 +13,11 @@ from launch import __version__, cluster, local, messages, node, preflight, resta
 from launch.arguments import EXIT_CODES, Fresh, Overrides, Processes, RunDir, RunFile, as_path
 from launch.endings import Ending
 from launch.starting import count, run_alone, start_ranks
+from trainer.checkpointing.run_lock import refuse_if_alive
 from trainer.config import RunConfig
-from trainer.errors import EXIT_RESUMABLE, BadInput
-from trainer.lock import refuse_if_alive
-from trainer.process import ROWS_CHECKED
-from trainer.tracking.sender import URI_VARIABLE
+from trainer.runtime.errors import EXIT_RESUMABLE, BadInput
+from trainer.runtime.process import ROWS_CHECKED
+from trainer.tracking.process_client import URI_VARIABLE
 
 app = typer.Typer(
     help="Train soft prompts for frozen language models that are too big for one GPU.",
@@ -191,7 +191,7 @@ def generate(
     arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
     if max_new_tokens is not None:
         arguments.append(f"--max-new-tokens={max_new_tokens}")
-    _end_with(start_ranks("trainer.generate", arguments, run_dir, processes, None))
+    _end_with(start_ranks("trainer.commands.generate", arguments, run_dir, processes, None))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -220,7 +220,7 @@ def prepare(
     if revision is not None:
         options.append(f"--revision={revision}")
     arguments = [*options, "--", base, out]
-    _end(run_alone("trainer.prepare", arguments))
+    _end(run_alone("trainer.commands.prepare", arguments))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -246,7 +246,7 @@ def export(
     # NAME=VALUE in one word: a text may start with a dash
     options = [f"--encoder={encoder}", f"--text={text}"]
     arguments = [*options, "--", run_dir, out]
-    _end(run_alone("trainer.encode", arguments))
+    _end(run_alone("trainer.commands.export", arguments))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -307,9 +307,11 @@ def inspect(
     arguments = [target, *(overrides or []), *options]
     if isinstance(found, RunConfig):
         arguments.append(f"--rows={rows}")
-        _end_with(start_ranks("trainer.inspect", arguments, found.output_dir, processes, None))
+        _end_with(
+            start_ranks("trainer.commands.inspect", arguments, found.output_dir, processes, None)
+        )
     else:
-        _end(run_alone("trainer.inspect", ["--model", *arguments]))
+        _end(run_alone("trainer.commands.inspect", ["--model", *arguments]))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -339,7 +341,7 @@ def sync(
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    _end(run_alone("trainer.tracking", ["sync", run_dir], environment, imports="mlflow"))
+    _end(run_alone("trainer.commands.sync", ["sync", run_dir], environment, imports="mlflow"))
 
 
 app.command(epilog=EXIT_CODES)(cluster.submit)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.errors import (
+from trainer.runtime.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILURE,

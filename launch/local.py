@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer import bootstrap
-from trainer.errors import BadInput
-from trainer.redact import redact
+from trainer.runtime import bootstrap
+from trainer.runtime.errors import BadInput
+from trainer.runtime.redact import redact
 
 CPU_PROCESSES = 2  # default without a GPU: the smallest number that shards
 MAX_CPU_PROCESSES = 1024  # of one machine; each takes hundreds of megabytes

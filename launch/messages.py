@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from trainer.redact import printable, redact
+from trainer.runtime.redact import printable, redact
 
 
 def problems(lines: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """One host's part of a run over several: started on each of them, without ssh.
 
-    python trainer/bootstrap.py launch.node --hosts n1,n2 --slots 8 --node-rank 0 \
+    python trainer/runtime/bootstrap.py launch.node --hosts n1,n2 --slots 8 --node-rank 0 \
         --master-addr n1 --master-port 12345 RUN.yaml [key=value ...]
 
 Unlike ``promptshard train --no-ssh`` it reads no rows before it starts the ranks: ``promptshard
@@ -21,7 +21,7 @@ from launch import local, messages, preflight, processes
 from launch.endings import Ending
 from launch.local import Host, Place
 from trainer.config import load
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, BadInput
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, BadInput
 
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's own; all hosts must have the same
 GRACE_SECONDS = 3600.0  # to save and end: Slurm's own time limit comes first

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import messages
+from trainer.checkpointing.checkpoint_names import checkpoint_names
 from trainer.config import (
     Base,
     RunConfig,
@@ -18,12 +19,11 @@ from trainer.config import (
     resolve_path,
     sweeps,
 )
-from trainer.console import Console
-from trainer.errors import BadInput, did_you_mean
-from trainer.jsonfile import read_json_object
-from trainer.names import checkpoint_names
-from trainer.prompts.source import source_problems
-from trainer.terminal import private
+from trainer.prompts.saved_prompts import source_problems
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput, did_you_mean
+from trainer.runtime.json_file import read_json_object
+from trainer.runtime.stdio import private
 
 
 def check_run(
@@ -190,7 +190,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 
 def _rows(config: RunConfig) -> list[str]:
     """Check every row; what is worth knowing about them."""
-    from trainer.tasks.splits import check_rows  # loads Arrow only where rows are read
+    from trainer.data.splits import check_rows  # loads Arrow only where rows are read
 
     with Console(sys.stderr, sys.stderr).reading() as on_rows:
         return check_rows(config, on_rows=on_rows)

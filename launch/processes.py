@@ -28,13 +28,13 @@ import psutil
 
 from launch import guard, messages
 from launch.endings import Ending, describe
-from trainer import bootstrap
-from trainer.errors import (
+from trainer.distributed.watchdog import LOST, read_lost
+from trainer.runtime import bootstrap
+from trainer.runtime.errors import (
     BadInput,
 )
-from trainer.process import UNFINISHED, ended_by, process_start
-from trainer.terminal import VARIABLE as STDOUT_FD_VARIABLE
-from trainer.watchdog import LOST, read_lost
+from trainer.runtime.process import UNFINISHED, ended_by, process_start
+from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
 
 GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
 STOP_SECONDS = 600.0  # the same where it may end its step first, and save
@@ -98,7 +98,7 @@ class _StartNotice:
     """Tells a person every few seconds that the ranks are starting, until rank 0 can print.
 
     Args:
-        rank_log: rank 0's log; ``trainer.terminal.claim`` sets its time.
+        rank_log: rank 0's log; ``trainer.runtime.stdio.claim`` sets its time.
     """
 
     def __init__(self, rank_log: Path) -> None:
@@ -152,8 +152,8 @@ def run_local(
 ) -> Ending:
     """Run the launcher on this machine and hand on how its ranks ended.
 
-    Rank 0 gets our stdout as descriptor 0 (trainer/terminal.py); stderr is shared, for errors that
-    come before a rank has opened its log.
+    Rank 0 gets our stdout as descriptor 0 (trainer/runtime/stdio.py); stderr is shared, for errors
+    that come before a rank has opened its log.
 
     Args:
         grace_seconds: between a stop signal and the end of ranks that do not stop.

@@ -15,8 +15,8 @@ from typing import IO, Any
 from launch import messages
 from launch.endings import Ending, describe
 from launch.processes import GRACE_SECONDS, Stop, guarded, signal_group, start, wait
-from trainer import bootstrap
-from trainer.redact import redact
+from trainer.runtime import bootstrap
+from trainer.runtime.redact import redact
 
 STOP_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
 CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from launch import messages
 from launch.endings import Ending
-from trainer.errors import EXIT_FAILURE
-from trainer.jsonfile import parse_json
-from trainer.names import CHECKPOINTS, checkpoint_names
+from trainer.checkpointing.checkpoint_names import CHECKPOINTS, checkpoint_names
+from trainer.runtime.errors import EXIT_FAILURE
+from trainer.runtime.json_file import parse_json
 
 TAIL_BYTES = 1 << 16  # of the log of numbers: its last lines
 

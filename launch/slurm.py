@@ -12,8 +12,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
-from trainer.redact import printable
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
+from trainer.runtime.redact import printable
 
 #: How long srun lets the other nodes end by themselves once one has: rank 0 writes the report and
 #: waits for the tracker when the others are done.
@@ -292,7 +292,7 @@ def _srun(job: Job) -> Iterator[str]:
     # signals that come before Python listens are not to kill it: they are repeated
     yield """bash -c 'trap "" USR1 TERM; exec "$@" --node-rank "$SLURM_NODEID"' -"""
     # by path: -m would import from the working directory first
-    bootstrap = f"{job.code}/trainer/bootstrap.py"
+    bootstrap = f"{job.code}/trainer/runtime/bootstrap.py"
     yield f"{shlex.quote(job.python)} {shlex.quote(bootstrap)} launch.node"
     if asked.gpus_per_node is not None:
         yield "--need-gpus"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from launch import local, messages, preflight, processes, remote
 from launch.endings import Ending
-from trainer import bootstrap
+from trainer.runtime import bootstrap
 
 
 def start_ranks(

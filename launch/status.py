@@ -21,14 +21,14 @@ from pydantic import BaseModel, ValidationError
 
 from launch import preflight
 from launch.submit import RECORD, SUBMITTED
+from trainer.checkpointing.checkpoint_names import checkpoint_names
+from trainer.checkpointing.run_lock import running_process
 from trainer.config import RunConfig, check_path, load
-from trainer.errors import BadInput
-from trainer.jsonfile import read_json_object
-from trainer.lock import running_process
-from trainer.names import checkpoint_names
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
-from trainer.tracking.state import missing_results
-from trainer.tracking.target import sync_command
+from trainer.tracking.progress_file import missing_results
+from trainer.tracking.store_uri import sync_command
 
 SLURM_SECONDS = 30
 #: A step that took so many times the median was no step: the run was stopped in between.

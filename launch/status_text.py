@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.status import Status, describe_job
-from trainer.redact import printable, redact
+from trainer.runtime.redact import printable, redact
 
 
 def as_json(status: Status) -> str:

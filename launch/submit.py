@@ -25,12 +25,12 @@ from typing import Any
 
 from launch import slurm
 from launch.slurm import Job
-from trainer import atomic, runfile, yaml_core
-from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path
-from trainer.errors import BadInput
-from trainer.redact import redact
-from trainer.revision import REVISION_FILE, git_revision
-from trainer.yaml_core import YamlError
+from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path, yaml_parser, yaml_source
+from trainer.config.yaml_parser import YamlError
+from trainer.runtime import atomic_io
+from trainer.runtime.errors import BadInput
+from trainer.runtime.git_revision import REVISION_FILE, git_revision
+from trainer.runtime.redact import redact
 
 SUBMITTED = Path("logs", "submitted")
 RECORD = "job.json"
@@ -68,7 +68,7 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
     for text in lists:
         key, equals, written = text.partition("=")
         try:
-            values = runfile.value_of(key, written)
+            values = yaml_source.value_of(key, written)
         except YamlError as error:
             problems += [f"--array: {text!r}: {problem}" for _, _, problem in error.problems]
             continue
@@ -141,7 +141,7 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
         BadInput: in sbatch's own words, if it refuses; the folder is gone then.
     """
     script = folder / "job.sbatch"
-    atomic.write(script, slurm.render(job))
+    atomic_io.write(script, slurm.render(job))
     done = _run(["sbatch", "--parsable", str(script)])
     number = done.stdout.strip().split("\n")[-1].partition(";")[0]
     if done.returncode != 0 or not number.isdigit():
@@ -154,7 +154,7 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
         "command": job.command,
         "tasks": [str(Path(config.output_dir).absolute()) for config in configs],
     }
-    atomic.write_json(folder / RECORD, record)
+    atomic_io.write_json(folder / RECORD, record)
     return number
 
 
@@ -208,7 +208,7 @@ def _twice(values: Sequence[Any]) -> str | None:
 
 def _inline(value: Any) -> str:
     """A value as an override has it, on one line."""
-    return yaml_core.dump(value, one_line=True)
+    return yaml_parser.dump(value, one_line=True)
 
 
 def _word(key: str, value: str) -> str:

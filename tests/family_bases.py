@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from tests.random_base import VOCAB_SIZE, make_tokenizer
-from trainer.base.quantization import dequantize_rows, quantize_rows
-from trainer.tasks.streams import Piece
-from trainer.tasks.tokens import Example
+from trainer.data.tokenization.tokenize import Example
+from trainer.model.layers.quantization import dequantize_rows, quantize_rows
+from trainer.packing.packed_batch import Piece
 
 HIDDEN = 48
 WINDOW = 6

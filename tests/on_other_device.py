@@ -22,21 +22,21 @@ from tests.other_device import Waits, moved, other_device
 from tests.unit.test_other_device import PRODUCTS
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
-from trainer.base.experts import FrozenExperts
-from trainer.base.files import open_base
-from trainer.base.matmul import use_matmul
-from trainer.base.model import PromptedBase
 from trainer.config import RunConfig, load
-from trainer.console import Console
-from trainer.evaluation import Evaluator, Request
-from trainer.generation import Ending, generate
-from trainer.memory import StreamBudget
-from trainer.objective import batch_gradients, label_counts, stream_objective
-from trainer.prefetch import Rank, prepare, prepare_stream
+from trainer.distributed.prefetch import Rank, prepare, prepare_stream
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.generation import Ending, generate
+from trainer.model.checkpoint_files import open_base
+from trainer.model.layers.matmul_selection import use_matmul
+from trainer.model.layers.moe import FrozenExperts
+from trainer.model.prompted_model import PromptedBase
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import Feed, load_tasks
+from trainer.packing.packed_batch import Piece, PromptLengths
 from trainer.run import embedder, make_bank
-from trainer.starts import Screening
-from trainer.tasks.feed import Feed, load_tasks
-from trainer.tasks.streams import Piece, PromptLengths
+from trainer.runtime.console import Console
+from trainer.training.init_scoring import Screening
+from trainer.training.step import batch_gradients, label_counts, stream_objective
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

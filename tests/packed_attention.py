@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.base.attention import Layout, attend, make_layout, with_flex, with_past
-from trainer.base.buckets import Scores
-from trainer.base.own_attention import alibi_slopes
-from trainer.tasks.streams import Segment
+from trainer.model.attention.bucketed import Scores
+from trainer.model.attention.family_overrides import alibi_slopes
+from trainer.model.attention.interface import Layout, attend, make_layout, with_flex, with_past
+from trainer.packing.packed_batch import Segment
 
 HEADS, SIZE = 4, 16
 TOKENS, PAST = 5 + 3 + 7 + 150 + 4 + 20 + 6 + 2 + 1 + 3 + 4 + 2 + 2 + 1, [6, 2]

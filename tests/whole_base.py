@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.base.embedding import RowExchange
-from trainer.base.files import open_base
-from trainer.base.loading import LoadStats, load_base
-from trainer.base.model import PromptedBase
-from trainer.base.skeleton import build_skeleton
 from trainer.config import Base
-from trainer.errors import BadInput
+from trainer.model.checkpoint_files import open_base
+from trainer.model.layers.embedding import RowExchange
+from trainer.model.meta_model import build_skeleton
+from trainer.model.prompted_model import PromptedBase
+from trainer.model.shard_loading import LoadStats, load_base
+from trainer.runtime.errors import BadInput
 
 
 @dataclass

@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Sequence
 
 from trainer import config as run_file
+from trainer.checkpointing.checkpoint_names import newest_checkpoint
 from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.names import newest_checkpoint
-from trainer.process import leave
-from trainer.rank_program import run_rank
+from trainer.runtime.console import Console
+from trainer.runtime.process import leave
+from trainer.runtime.rank_program import run_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

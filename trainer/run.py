@@ -15,33 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import atomic, process, stop
-from trainer.base.families import check_past, embedding_size
-from trainer.base.files import BaseFiles
-from trainer.base.model import PromptedBase
-from trainer.chat_date import keep_chat_date, read_chat_date
-from trainer.checkpoint import Saved
-from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.engine import Engine, compute_dtype
-from trainer.errors import BadInput
-from trainer.evaluation import Evaluator
-from trainer.generation import Ending, check_targets, keys_and_values
-from trainer.lock import Lock, LockLost, acquire
-from trainer.loop import Loop
-from trainer.names import CHECKPOINTS
-from trainer.optimization import make_optimizer
-from trainer.output_folder import OutputFolder, results_can_be_written_later
-from trainer.phase_times import PhaseTimes
-from trainer.prediction_records import Predictions
-from trainer.prefetch import Prefetch, Rank
-from trainer.process import ROWS_CHECKED
-from trainer.prompts.bank import Bank
-from trainer.prompts.source import check_sources, without_sources
-from trainer.redact import redact
-from trainer.report import write_missing_report
-from trainer.results import describe_run, device_name, finish, measure, show_results
-from trainer.resume import (
+from trainer.checkpointing.async_writer import Saves
+from trainer.checkpointing.checkpoint import Saved
+from trainer.checkpointing.checkpoint_names import CHECKPOINTS
+from trainer.checkpointing.output_folder import OutputFolder, results_can_be_written_later
+from trainer.checkpointing.resume import (
     as_chosen,
     chosen_before,
     find_checkpoint,
@@ -52,16 +30,38 @@ from trainer.resume import (
     was_put_aside,
     where_of,
 )
-from trainer.saving import Saves
-from trainer.sharded import LoadedBase, load, open_files
-from trainer.sharded import identity_of as base_identity
-from trainer.starts import Screening
-from trainer.stop import Stopped
-from trainer.tasks.baseline_cache import BaselineCache
-from trainer.tasks.feed import Feed, TaskData, load_tasks
-from trainer.tasks.metrics import check_sandbox
-from trainer.tasks.template import reads_date
+from trainer.checkpointing.run_lock import Lock, LockLost, acquire
+from trainer.config import RunConfig
+from trainer.data.tokenization.chat_date import keep_chat_date, read_chat_date
+from trainer.data.tokenization.chat_template import reads_date
+from trainer.distributed.deepspeed_engine import Engine, compute_dtype
+from trainer.distributed.model_loading import LoadedBase, load, open_files
+from trainer.distributed.model_loading import identity_of as base_identity
+from trainer.distributed.prefetch import Prefetch, Rank
+from trainer.evaluation.baseline_cache import BaselineCache
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.generation import Ending, check_targets, keys_and_values
+from trainer.evaluation.metrics import check_sandbox
+from trainer.evaluation.prediction_records import Predictions
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.model.families import check_past, embedding_size
+from trainer.model.prompted_model import PromptedBase
+from trainer.packing.batch_source import Feed, TaskData, load_tasks
+from trainer.prompts.bank import Bank
+from trainer.prompts.saved_prompts import check_sources, without_sources
+from trainer.reporting.html import write_missing_report
+from trainer.reporting.summary import describe_run, device_name, finish, measure, show_results
+from trainer.runtime import atomic_io, process, stop_signals
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+from trainer.runtime.phase_times import PhaseTimes
+from trainer.runtime.process import ROWS_CHECKED
+from trainer.runtime.redact import redact
+from trainer.runtime.stop_signals import Stopped
 from trainer.tracking import MetricsLog, Sender, unless_full
+from trainer.training.init_scoring import Screening
+from trainer.training.loop import Loop
+from trainer.training.prompt_optimizer import make_optimizer
 
 #: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
 #: may be down.
@@ -155,7 +155,7 @@ def _train(
         console.say(f"resuming from step {loop.progress.step}/{config.last_step}")
     if fresh:  # nothing can be refused any more
         engine.of_main(lambda: put_aside(output, console))
-    stop.between_steps()
+    stop_signals.between_steps()
     if lock is None:
         loop.run()
         measure(engine, loop, loaded)
@@ -379,7 +379,7 @@ def _tracked(output: Path, sender: Sender, console: Console) -> Iterator[dict[st
         summary = {"status": "failed", "error": redact(str(error))}
         if not isinstance(error, LockLost):  # the folder is another's
             with suppress(OSError):  # full, perhaps: what counts is why the run ends
-                atomic.write_json(output / "summary.json", summary)
+                atomic_io.write_json(output / "summary.json", summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)

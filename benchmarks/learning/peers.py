@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from trainer.config import RunConfig, load
-from trainer.tasks import metrics
-from trainer.tasks.feed import EvalSet, Feed, TaskData, load_tasks
-from trainer.tasks.table import Example
+from trainer.data.token_table import Example
+from trainer.evaluation import metrics
+from trainer.packing.batch_source import EvalSet, Feed, TaskData, load_tasks
 
 #: What each arm gives to PEFT, beside the number of virtual tokens.
 ARMS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Data:
     """Tokenised rows of a run file, by the trainer's own code."""
 
     def __init__(self, config: RunConfig) -> None:
-        from trainer.base.files import open_base
+        from trainer.model.checkpoint_files import open_base
 
         files = open_base(config.base)
         self.config, self.tokenizer, self.folder = config, files.tokenizer, config.base.model
@@ -148,7 +148,7 @@ def mean_loss(model: Any, rows: Sequence[Example]) -> Tensor:
 
 @torch.no_grad()
 def score(model: Any, data: Data, rows: EvalSet) -> dict[str, float]:
-    """``loss`` and the task's metric by the trainer's rules: see ``trainer.evaluation``."""
+    """``loss`` and the task's metric by the rules of ``trainer.evaluation.evaluator``."""
     width, task = rows.candidates.width, rows.task
     flat = [example for candidates in rows.candidates for example in candidates]
     # Of equal length together: nothing is padded that need not be.

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trainer.prompts.evolution import CHILDREN, DRAWINGS, ROUNDS
+from trainer.prompts.init_search import CHILDREN, DRAWINGS, ROUNDS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: PEFT's arms that are told an instruction in words, and ours beside them.

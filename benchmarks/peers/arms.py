@@ -130,15 +130,15 @@ class Meter:
 
 def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any) -> list[float]:
     """This trainer, at its defaults but for what ``base`` says of the base."""
-    from trainer.base.files import open_base
     from trainer.config import RunConfig
-    from trainer.console import Console
-    from trainer.engine import Engine
-    from trainer.objective import step_gradients
-    from trainer.optimization import make_optimizer
-    from trainer.sharded import load
-    from trainer.tasks.streams import Piece
-    from trainer.tasks.table import Example
+    from trainer.data.token_table import Example
+    from trainer.distributed.deepspeed_engine import Engine
+    from trainer.distributed.model_loading import load
+    from trainer.model.checkpoint_files import open_base
+    from trainer.packing.packed_batch import Piece
+    from trainer.runtime.console import Console
+    from trainer.training.prompt_optimizer import make_optimizer
+    from trainer.training.step import step_gradients
 
     prompt_settings = {
         "name": "p",

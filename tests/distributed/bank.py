@@ -15,18 +15,18 @@ from torch import Tensor
 
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.base.files import BaseFiles, open_base
 from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.engine import Engine
-from trainer.evaluation import Evaluator
-from trainer.memory import StreamBudget
-from trainer.objective import step_gradients
-from trainer.process import leave
-from trainer.prompts.evolution import Found
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.evaluation.evaluator import Evaluator
+from trainer.model.checkpoint_files import BaseFiles, open_base
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import Feed, TaskData, load_tasks
+from trainer.prompts.init_search import Found
 from trainer.run import make_bank
-from trainer.starts import Screening
-from trainer.tasks.feed import Feed, TaskData, load_tasks
+from trainer.runtime.console import Console
+from trainer.runtime.process import leave
+from trainer.training.init_scoring import Screening
+from trainer.training.step import step_gradients
 
 STEPS, MAX_TOKENS, SEARCH_TOKENS = 4, 48, 400
 READER = {"method": "p_tuning", "encoder": "text", "share": "reader", "num_virtual_tokens": 3}

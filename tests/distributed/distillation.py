@@ -17,13 +17,13 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from tests.distributed.equivalence import LENGTHS, errors, plain_model, problem
 from tests.distributed.sharded_base import run_config, shard_base
-from trainer.engine import Engine
-from trainer.evaluation import Evaluator, Request
-from trainer.objective import step_gradients
-from trainer.process import leave
-from trainer.tasks.streams import Piece
-from trainer.tasks.teacher import Teacher
-from trainer.tasks.tokens import Example
+from trainer.data.teacher import Teacher
+from trainer.data.tokenization.tokenize import Example
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.packing.packed_batch import Piece
+from trainer.runtime.process import leave
+from trainer.training.step import step_gradients
 
 #: Of the second and third prompt; the first learns labels. The first token of a row is "special".
 TEACHERS = {

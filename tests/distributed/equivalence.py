@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors, padded_loss, plain_model
-from trainer.base.embedding import FrozenEmbedding
-from trainer.base.head import FrozenHead
-from trainer.base.linear import FrozenLinear
-from trainer.base.quantization import quantize_rows
-from trainer.engine import Engine, base_bytes, base_digest, full_parameter
-from trainer.objective import step_gradients
-from trainer.process import leave
-from trainer.tasks.streams import Piece
-from trainer.tasks.tokens import Example
+from trainer.data.tokenization.tokenize import Example
+from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest, full_parameter
+from trainer.model.layers.embedding import FrozenEmbedding
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.lm_head import FrozenHead
+from trainer.model.layers.quantization import quantize_rows
+from trainer.packing.packed_batch import Piece
+from trainer.runtime.process import leave
+from trainer.training.step import step_gradients
 
 LENGTHS = [5, 8]  # virtual tokens of the first two prompts
 PAST = (4, 3, 2, 2, 16)  # keys and values of the third: P, layers, 2, heads of keys, head size

@@ -19,11 +19,11 @@ from torch.nn.functional import cross_entropy
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
 from tests.unit.test_scoring import EOS, TARGETS, rows
-from trainer.engine import Engine, base_digest
-from trainer.evaluation import Evaluator, Request
-from trainer.memory import StreamBudget
-from trainer.objective import step_gradients
-from trainer.process import leave
+from trainer.distributed.deepspeed_engine import Engine, base_digest
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.packing.activation_memory import StreamBudget
+from trainer.runtime.process import leave
+from trainer.training.step import step_gradients
 
 #: Families whose candidates are scored too: full attention, windows, slopes, sinks, padded rows.
 SCORED = ("llama", "mistral", "bloom", "gpt_oss", "mpt")

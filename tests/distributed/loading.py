@@ -15,9 +15,9 @@ import torch
 
 from tests.distributed.equivalence import weights_equal
 from tests.distributed.sharded_base import run_config, shard_base
-from trainer.engine import Engine, base_bytes
-from trainer.errors import BadInput
-from trainer.process import leave
+from trainer.distributed.deepspeed_engine import Engine, base_bytes
+from trainer.runtime.errors import BadInput
+from trainer.runtime.process import leave
 
 
 def main() -> None:

@@ -18,15 +18,15 @@ from torch.nn.functional import embedding
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.base.files import open_base
-from trainer.base.model import PromptedBase
-from trainer.base.quantization import dequantize_rows, quantize_rows
-from trainer.engine import Engine, base_bytes, base_digest
-from trainer.generation import Ending, generate
-from trainer.objective import step_gradients
-from trainer.process import leave
-from trainer.tasks.planning import plan_streams
-from trainer.tasks.streams import Piece, PromptLengths, Stream, build_stream
+from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest
+from trainer.evaluation.generation import Ending, generate
+from trainer.model.checkpoint_files import open_base
+from trainer.model.layers.quantization import dequantize_rows, quantize_rows
+from trainer.model.prompted_model import PromptedBase
+from trainer.packing.packed_batch import Piece, PromptLengths, Stream, build_stream
+from trainer.packing.planning import plan_streams
+from trainer.runtime.process import leave
+from trainer.training.step import step_gradients
 
 TABLE = "model.embed_tokens.weight"
 HIDDEN = 64

@@ -17,10 +17,10 @@ import torch
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.base.linear import FrozenLinear
-from trainer.engine import Engine, base_digest
-from trainer.objective import OutOfMemory, step_gradients
-from trainer.process import leave
+from trainer.distributed.deepspeed_engine import Engine, base_digest
+from trainer.model.layers.linear import FrozenLinear
+from trainer.runtime.process import leave
+from trainer.training.step import OutOfMemory, step_gradients
 
 TOKENS = 10_000
 

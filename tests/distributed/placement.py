@@ -15,10 +15,10 @@ import torch.distributed as dist
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.engine import Engine, base_bytes, base_digest
-from trainer.errors import BadInput
-from trainer.objective import step_gradients
-from trainer.process import leave
+from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest
+from trainer.runtime.errors import BadInput
+from trainer.runtime.process import leave
+from trainer.training.step import step_gradients
 
 OFFLOAD = "ds_configs/zero3_offload_cpu.json"
 #: name: engine's settings, bytes kept (None: what fits)

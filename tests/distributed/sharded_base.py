@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from trainer.base.files import open_base
-from trainer.base.loading import LoadStats, load_base
-from trainer.base.model import PromptedBase
-from trainer.base.skeleton import build_skeleton
 from trainer.config import RunConfig
-from trainer.engine import Engine
-from trainer.placement import Placement
-from trainer.policy import resolve_policy
+from trainer.distributed.deepspeed_config import resolve_policy
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.placement import Placement
+from trainer.model.checkpoint_files import open_base
+from trainer.model.meta_model import build_skeleton
+from trainer.model.prompted_model import PromptedBase
+from trainer.model.shard_loading import LoadStats, load_base
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from launch.local import free_port
 from tests.hub_cache import TINY, fill_cache
-from trainer import bootstrap
-from trainer.errors import EXIT_PORT_TAKEN
+from trainer.runtime import bootstrap
+from trainer.runtime.errors import EXIT_PORT_TAKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -247,7 +247,7 @@ def test_adapter_loads_in_peft(two_ranks: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    from trainer.export import load_peft
+    from trainer.prompts.peft_adapter import load_peft
 
     model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
     plain = AutoModelForCausalLM.from_pretrained(ROOT / model, dtype=torch.float32)
@@ -280,7 +280,7 @@ def test_generate(two_ranks: Path, name: str) -> None:
     arguments += ["--input", "The patient has chest pain."]
     done = promptshard("generate", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    one = one_process("trainer.generate", *arguments)
+    one = one_process("trainer.commands.generate", *arguments)
     # stdout is the answer and nothing else
     assert done.stdout == one.stdout.splitlines()[-1] + "\n"
 

@@ -14,14 +14,14 @@ import torch
 
 from tests.hub_cache import TINY
 from tests.unit.run_folder import checkpoint_state
-from trainer import checkpoint
-from trainer.base.files import open_base
-from trainer.base.identity import digests_of, file_digest, identity
+from trainer.checkpointing import checkpoint
+from trainer.checkpointing.resume import find_checkpoint, identity_of
 from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.errors import BadInput
-from trainer.resume import find_checkpoint, identity_of
-from trainer.tasks.feed import load_tasks
+from trainer.model.checkpoint_files import open_base
+from trainer.model.fingerprint import digests_of, file_digest, identity
+from trainer.packing.batch_source import load_tasks
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
 
 CONSOLE = Console(io.StringIO(), io.StringIO())
 
@@ -181,7 +181,7 @@ def test_digests_of_large_files_are_remembered_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("trainer.base.identity.REMEMBERED_BYTES", 10)
+    monkeypatch.setattr("trainer.model.fingerprint.REMEMBERED_BYTES", 10)
     path = tmp_path / "model.safetensors"
     path.write_bytes(torch.arange(100).numpy().tobytes())
     first = file_digest(path)

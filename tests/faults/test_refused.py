@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tests.distributed.conftest import environments, start, wait
 from tests.distributed.test_run import write_run_file
 from tests.hub_cache import TINY
-from trainer.base.files import open_base
-from trainer.base.folder import INDEX
 from trainer.config import Base
-from trainer.errors import BadInput
+from trainer.model.checkpoint_files import open_base
+from trainer.model.model_folder import INDEX
+from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,8 +22,8 @@ from launch.local import free_port
 from tests.distributed.conftest import environments, start, wait
 from tests.distributed.test_run import lines, promptshard, summary, write_run_file
 from tests.unit.test_checkpoint import flip_a_bit, truncate
-from trainer import checkpoint
-from trainer.lock import LOCK, acquire
+from trainer.checkpointing import checkpoint
+from trainer.checkpointing.run_lock import LOCK, acquire
 from trainer.tracking import MetricsLog, unless_full
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.test_run import ROOT, one_process, write_run_file
-from trainer import bootstrap
-from trainer.process import UNFINISHED
+from trainer.runtime import bootstrap
+from trainer.runtime.process import UNFINISHED
 
 STEPS = 60
 SILENCE = 8  # seconds

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import trainer.__main__
-import trainer.loop
-from trainer.engine import base_digest
-from trainer.loop import Loop
-from trainer.process import leave
+import trainer.training.loop
+from trainer.distributed.deepspeed_engine import base_digest
+from trainer.runtime.process import leave
+from trainer.training.loop import Loop
 
 
 class Watch:
@@ -65,7 +65,7 @@ class Watch:
 
 def main(arguments: Sequence[str]) -> int:
     watch = Watch(Path(arguments[0]), arguments[1])
-    run, next_batch, gradients = Loop.run, Loop._next_batch, trainer.loop.batch_gradients
+    run, next_batch, gradients = Loop.run, Loop._next_batch, trainer.training.loop.batch_gradients
 
     def watched_run(loop: Loop) -> None:
         watch.loop = loop
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         return result
 
     Loop.run, Loop._next_batch = watched_run, watched_batch  # type: ignore[method-assign]
-    trainer.loop.batch_gradients = watched_gradients  # type: ignore[assignment]
+    trainer.training.loop.batch_gradients = watched_gradients  # type: ignore[assignment]
     return trainer.__main__.main(arguments[2:])
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.base.linear import FrozenLinear
-from trainer.base.matmul import INT8_CAPABILITY, measure, use_matmul
-from trainer.base.products import aligned_int_product
-from trainer.base.quantization import quantize_rows
+from trainer.model.layers.int8_matmul import aligned_int_product
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.matmul_selection import INT8_CAPABILITY, measure, use_matmul
+from trainer.model.layers.quantization import quantize_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_INT8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= INT8_CAPABILITY

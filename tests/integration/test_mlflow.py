@@ -403,7 +403,7 @@ def train(folder: Path, rewind: int, last: int, pause: float = 0.0) -> tuple[int
 
 def sync(folder: Path, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "trainer.tracking", "sync", str(folder)],
+        [sys.executable, "-m", "trainer.commands.sync", "sync", str(folder)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -452,7 +452,7 @@ def assert_complete(folder: Path, uri: str, experiment: str = "support") -> None
 
 def sent(folder: Path) -> int:
     """Bytes of ``metrics.jsonl`` that some store has."""
-    from trainer.tracking.state import State
+    from trainer.tracking.progress_file import State
 
     if not (folder / "tracking.json").exists():
         return 0

@@ -25,10 +25,10 @@ from tests.integration.test_mlflow import (
 from tests.integration.test_mlflow import store as store
 from tests.mlflow_server import wait_until
 from tests.unit.run_folder import finished_run, log_steps, write_inputs, write_results
-from trainer.errors import BadInput
-from trainer.tracking import MetricsLog, Sender, database
-from trainer.tracking.sync import SyncResult
-from trainer.tracking.sync import sync as sync_here
+from trainer.runtime.errors import BadInput
+from trainer.tracking import MetricsLog, Sender, sqlite_store
+from trainer.tracking.pusher import SyncResult
+from trainer.tracking.pusher import sync as sync_here
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TOKEN = "token-of-the-environment"
@@ -74,7 +74,7 @@ def test_a_store_whose_making_was_interrupted_is_made_again(tmp_path: Path, stor
 
     folder = finished_run(tmp_path / "run ? 'x' %41")
     own = folder / "mlflow.db"  # as runs had before
-    engine = create_engine(database.sqlite_uri(own))
+    engine = create_engine(sqlite_store.sqlite_uri(own))
     Base.metadata.create_all(engine)
     engine.dispose()
     os.utime(own, (1, 1))
@@ -100,7 +100,7 @@ def test_a_file_that_is_no_store_is_left_alone(tmp_path: Path, content: str) -> 
     os.utime(path, (1, 1))
     before = path.read_bytes()
     with pytest.raises(BadInput, match="move it away, or give another file"):
-        database.prepare(path, str(tmp_path / "files"))
+        sqlite_store.prepare(path, str(tmp_path / "files"))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -113,7 +113,7 @@ def test_an_older_store_with_runs_is_left_alone(tmp_path: Path) -> None:
         older.execute("INSERT INTO runs VALUES ('x')")
     older.close()
     os.utime(path, (1, 1))
-    database.prepare(path, str(tmp_path / "files"))
+    sqlite_store.prepare(path, str(tmp_path / "files"))
     assert list(tmp_path.iterdir()) == [path]
 
 

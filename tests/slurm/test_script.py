@@ -83,7 +83,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
 
     # quoting, node ranks that differ, and one meeting point with a port of the job's own
     calls = [(notes / f"plain-0-0-{node}").read_text().splitlines() for node in (0, 1)]
-    assert [call[0] for call in calls] == [str(desk.path / "code/trainer/bootstrap.py")] * 2
+    assert [call[0] for call in calls] == [str(desk.path / "code/trainer/runtime/bootstrap.py")] * 2
     port = str(10000 + int(plain))
     for rank, call in enumerate(calls):
         assert call[call.index("--master-addr") + 1] == "127.0.0.1"

@@ -18,83 +18,38 @@ PACKAGES = ("trainer", "launch")
 HEAVY = {"torch", "transformers", "deepspeed", "mlflow", "accelerate", "peft", "bitsandbytes"}
 
 #: Who alone may import a library, anywhere in the file.
-ONLY_IMPORTER = {"deepspeed": "trainer.engine", "mlflow": "trainer.tracking"}
+ONLY_IMPORTER = {"deepspeed": "trainer.distributed.deepspeed_engine", "mlflow": "trainer.tracking"}
 
 #: Modules that a laptop's command line needs: no heavy library, not even through others.
 LIGHT = (
+    "trainer.checkpointing.checkpoint_names",
+    "trainer.checkpointing.run_lock",
     "trainer.config",
-    "trainer.runfile",
-    "trainer.errors",
-    "trainer.lock",
-    "trainer.names",
-    "trainer.terminal",
-    "trainer.watchdog",
-    "trainer.tasks.splits",
-    "trainer.prompts.source",
+    "trainer.data.splits",
+    "trainer.distributed.watchdog",
+    "trainer.prompts.saved_prompts",
+    "trainer.runtime",
+    "launch",
 )
 
-#: Floors of the house, from the ground up. A module imports from its own floor or below.
-FLOORS = (
-    (
-        "trainer.atomic",
-        "trainer.bootstrap",
-        "trainer.chat_date",
-        "trainer.errors",
-        "trainer.jsonfile",
-        "trainer.lock",
-        "trainer.names",
-        "trainer.terminal",
-        "trainer.phase_times",
-        "trainer.process",
-        "trainer.rank_program",
-        "trainer.redact",
-        "trainer.revision",
-        "trainer.stop",
-        "trainer.watchdog",
-        "trainer.yaml_core",
-    ),
-    ("trainer.runfile", "trainer.config"),
-    (
-        "trainer.placement",
-        "trainer.memory",
-        "trainer.policy",
-        "trainer.predictions",
-        "trainer.ranking",
-        "trainer.ranks",
-        "trainer.result_table",
-        "trainer.scores",
-        "trainer.statistics",
-    ),
-    ("trainer.tasks", "trainer.base", "trainer.prompts", "trainer.export"),
-    ("trainer.prefetch",),
-    (
-        "trainer.engine",
-        "trainer.objective",
-        "trainer.optimization",
-        "trainer.search",
-        "trainer.checkpoint",
-        "trainer.saving",
-    ),
-    (
-        "trainer.generation",
-        "trainer.console",
-        "trainer.comparison",
-        "trainer.tracking",
-        "trainer.report",
-    ),
-    ("trainer.evaluation", "trainer.sharded"),
-    ("trainer.starts", "trainer.prediction_records"),
-    ("trainer.baselines",),
-    ("trainer.loop",),
-    ("trainer.resume", "trainer.results", "trainer.saved_state", "trainer.output_folder"),
-    (
-        "trainer.run",
-        "trainer.generate",
-        "trainer.inspect",
-        "trainer.prepare",
-        "trainer.encode",
-        "trainer.__main__",
-    ),
+#: The folders of trainer/ from the lowest to the highest. A module imports from its own folder and
+#: from lower ones; imports for type checkers count too.
+FOLDERS = (
+    "trainer.runtime",
+    "trainer.config",
+    "trainer.data",
+    "trainer.packing",
+    "trainer.prompts",
+    "trainer.model",
+    "trainer.distributed",
+    "trainer.evaluation",
+    "trainer.training",
+    "trainer.tracking",
+    "trainer.checkpointing",
+    "trainer.reporting",
+    "trainer.run",
+    "trainer.commands",
+    "trainer.__main__",
 )
 
 
@@ -113,7 +68,7 @@ MODULES = modules()
 
 @functools.cache
 def imports(name: str, *, top_level_only: bool = False) -> tuple[str, ...]:
-    """Dotted names that a module imports; type-checking blocks do not count.
+    """Dotted names that a module imports.
 
     ``from a import b`` counts as ``a.b`` where that is a module of ours, else as ``a``.
     """
@@ -132,12 +87,11 @@ def imports(name: str, *, top_level_only: bool = False) -> tuple[str, ...]:
 
 def _walk(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        if top_level_only and isinstance(
-            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-        ):
-            continue
+        if top_level_only:  # what importing the module runs
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
         yield child
         yield from _walk(child, top_level_only)
 
@@ -158,16 +112,16 @@ def reachable(name: str) -> dict[str, str]:
 
 
 def floor(name: str) -> int:
-    """The floor of a module; its package counts for all that is in it."""
-    for level, names in enumerate(FLOORS):
-        if any(name == known or name.startswith(f"{known}.") for known in names):
+    """The place of a module's folder in FOLDERS."""
+    for level, folder in enumerate(FOLDERS):
+        if name == folder or name.startswith(f"{folder}."):
             return level
-    raise AssertionError(f"{name} is on no floor: add it to FLOORS in {Path(__file__).name}")
+    raise AssertionError(f"{name} is in no folder of FOLDERS in {Path(__file__).name}")
 
 
 def test_the_walk_sees_the_project():
     assert {"trainer.config", "launch.__main__", "launch.local"} <= set(MODULES)
-    assert "trainer.errors" in set(imports("launch.__main__"))
+    assert "trainer.runtime.errors" in set(imports("launch.__main__"))
 
 
 @pytest.mark.parametrize("library", ONLY_IMPORTER)
@@ -178,7 +132,7 @@ def test_a_library_has_one_importer(library):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in MODULES if n in LIGHT or n == "launch" or n.startswith("launch.")]
+    "name", [n for n in MODULES if any(f"{n}.".startswith(f"{light}.") for light in LIGHT)]
 )
 def test_light_modules_load_nothing_heavy(name):
     loads = reachable(name)
@@ -223,9 +177,8 @@ def test_no_import_cycles():
 
 def test_the_loop_knows_no_library():
     """DESIGN: the loop is the order of events. It may hold tensors, but calls no library."""
-    if "trainer.loop" in MODULES:
-        allowed = set(sys.stdlib_module_names) | {"trainer", "torch"}
-        assert {wanted.split(".")[0] for wanted in imports("trainer.loop")} <= allowed
+    allowed = set(sys.stdlib_module_names) | {"trainer", "torch"}
+    assert {wanted.split(".")[0] for wanted in imports("trainer.training.loop")} <= allowed
 
 
 def test_help_answers_within_a_second_and_without_torch():

@@ -15,9 +15,9 @@ import pytest
 from pyarrow import parquet
 
 from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks.rows import Rows
-from trainer.tasks.splits import load_rows
+from trainer.data.dataset import Rows
+from trainer.data.splits import load_rows
+from trainer.runtime.errors import BadInput
 
 CALL = {"id": "c1", "type": "function"}
 DIALOGUES: list[dict[str, Any]] = [

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from trainer import atomic
+from trainer.runtime import atomic_io
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
-    atomic.write(path, "old")
-    with atomic.replacing(path) as file:
+    atomic_io.write(path, "old")
+    with atomic_io.replacing(path) as file:
         file.write(b"new, ")
         file.flush()
         assert path.read_text() == "old"
@@ -23,18 +23,18 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
 
 
 def half_written(path: Path) -> None:
-    with atomic.replacing(path) as file:
+    with atomic_io.replacing(path) as file:
         file.write(b"half of the n")
         raise OSError("disk full")
 
 
 def test_what_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    atomic.write(path, b"old")
+    atomic_io.write(path, b"old")
     with pytest.raises(OSError, match="disk full"):
         half_written(path)
     with pytest.raises(TypeError):
-        atomic.write_json(path, object())
+        atomic_io.write_json(path, object())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -45,7 +45,7 @@ def test_durable_is_flushed_before_it_gets_its_name(
 ) -> None:
     path, flushed = tmp_path / "state", []
     monkeypatch.setattr(os, "fsync", lambda _: flushed.append(path.exists()))
-    atomic.write(path, b"x", durable=durable)
+    atomic_io.write(path, b"x", durable=durable)
     assert flushed == ([False] if durable else [])
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_written_through_a_symlink(tmp_path: Path) -> None:
     path = tmp_path / "tracking.json"
     path.symlink_to(other)
     path.with_name(".tracking.json.writing").symlink_to(other)
-    atomic.write(path, "new")
+    atomic_io.write(path, "new")
     assert other.read_text() == "mine"
     assert not path.is_symlink()
     assert path.read_text() == "new"
@@ -65,7 +65,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
 
     def fill() -> None:
-        with atomic.replacing(path):
+        with atomic_io.replacing(path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match=r"summary\.json"):

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import RunConfig
 from trainer.config.prompt import DEFAULT_BETAS
-from trainer.errors import BadInput
-from trainer.optimization import make_optimizer
 from trainer.prompts.bank import Bank
-from trainer.prompts.evolution import Found, Words
+from trainer.prompts.init_search import Found, Words
+from trainer.runtime.errors import BadInput
+from trainer.training.prompt_optimizer import make_optimizer
 
 H, V, STEPS = 8, 40, 12
 TABLE_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(5)) * 0.1

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tests.family_bases import save_family
 from tests.random_base import llama_config, save_random
 from tests.whole_base import load_rank
-from trainer.base.files import open_base
-from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.commands.prepare import prepare
 from trainer.config import Base
-from trainer.console import Console
-from trainer.errors import BadInput
-from trainer.prepare import prepare
+from trainer.model.checkpoint_files import open_base
+from trainer.model.layers.quantization import dequantize_rows, quantize_rows
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

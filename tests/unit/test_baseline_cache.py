@@ -13,10 +13,10 @@ from tests.alone import Alone
 from tests.unit.test_chat import make_tokenizer
 from tests.unit.test_evaluation import load
 from tests.unit.test_overlap import CHOICES, Knows
-from trainer.evaluation import Evaluator, Request
-from trainer.memory import StreamBudget
-from trainer.tasks.baseline_cache import WORTHWHILE, BaselineCache
-from trainer.tasks.feed import TaskData
+from trainer.evaluation.baseline_cache import WORTHWHILE, BaselineCache
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import TaskData
 
 LARGE = int(WORTHWHILE)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import bootstrap
+from trainer.runtime import bootstrap
 
 #: Modules that a process imports at once, and packages of ours.
 DECOYS = ("json", "argparse", "runpy", "signal", "contextlib", "trainer", "launch")
@@ -54,12 +54,14 @@ def test_the_working_directory_replaces_no_module(decoys, linked, monkeypatch):
     """Nor as an empty entry of PYTHONPATH, as ``PYTHONPATH=$PYTHONPATH:/x`` makes one."""
     if linked:  # as /home may be a link
         (decoys.parent / "link").symlink_to(bootstrap.ROOT)
-        monkeypatch.setattr(bootstrap, "FILE", f"{decoys.parent}/link/trainer/bootstrap.py")
+        monkeypatch.setattr(bootstrap, "FILE", f"{decoys.parent}/link/trainer/runtime/bootstrap.py")
     done = start(decoys, "program", "a", "--b", path=["", str(decoys.parent)])
     assert done.returncode == 0, done.stderr
     argv, path, module, where = json.loads(done.stdout)
     assert argv[1:] == ["a", "--b"]
-    assert Path(module).resolve() == Path(bootstrap.ROOT, "trainer", "redact.py").resolve()
+    assert (
+        Path(module).resolve() == Path(bootstrap.ROOT, "trainer", "runtime", "redact.py").resolve()
+    )
     assert where == str(decoys)
     assert not {str(decoys), str(Path(bootstrap.FILE).parent), ""} & set(path)
     assert str(Path(bootstrap.FILE).resolve().parent) not in map(os.path.realpath, path)

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks.chat import DialogueEncoder, encode_opening
-from trainer.tasks.rows import Rows
-from trainer.tasks.splits import load_rows
-from trainer.tasks.tokens import Tokenized, tokenize
+from trainer.data.dataset import Rows
+from trainer.data.splits import load_rows
+from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
+from trainer.data.tokenization.tokenize import Tokenized, tokenize
+from trainer.runtime.errors import BadInput
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "hi", "there", "sys", "assistant", ","]
 MARKS = ["<s>", "</s>", "<system>", "<user>", "<assistant>", "<tool>", "<end>", "<unk>"]

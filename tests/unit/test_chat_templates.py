@@ -14,15 +14,16 @@ import transformers.utils.chat_template_utils as chat_template_utils
 
 from tests.tokenizers_of_families import make_tokenizer
 from trainer import run
-from trainer.chat_date import CHAT_DATE, keep_chat_date, read_chat_date
 from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks import cache, template
-from trainer.tasks.chat import DialogueEncoder, encode_opening
-from trainer.tasks.cpu_limit import TookTooLong, cpu_limit
-from trainer.tasks.splits import load_rows
-from trainer.tasks.table import Example
-from trainer.tasks.tokens import Tokenized, tokenize
+from trainer.data import token_cache
+from trainer.data.splits import load_rows
+from trainer.data.token_table import Example
+from trainer.data.tokenization import chat_template
+from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
+from trainer.data.tokenization.chat_date import CHAT_DATE, keep_chat_date, read_chat_date
+from trainer.data.tokenization.cpu_limit import TookTooLong, cpu_limit
+from trainer.data.tokenization.tokenize import Tokenized, tokenize
+from trainer.runtime.errors import BadInput
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|start|>", "<|channel|>"]
 MARKS += ["<|message|>", "<|end|>", "<|return|>", "<|user|>", "<|assistant|>", "<tool_call>"]
@@ -387,8 +388,8 @@ def test_a_fixed_day_is_what_transformers_writes_on_that_day(tokenizer, monkeypa
 
 def test_the_cache_knows_the_day(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("trainer.tasks.tokens.MANY_ROWS", 1)
-    monkeypatch.setattr("trainer.tasks.workers.num_cores", lambda: 1)
+    monkeypatch.setattr("trainer.data.tokenization.tokenize.MANY_ROWS", 1)
+    monkeypatch.setattr("trainer.data.tokenization.worker_pool.num_cores", lambda: 1)
     path, task = tmp_path / "d.jsonl", make_task()
     path.write_text(json.dumps({"messages": TWO[:2]}) + "\n")
     rows = load_rows(str(path), task)
@@ -399,7 +400,7 @@ def test_the_cache_knows_the_day(tmp_path, tokenizer, monkeypatch):
             for _ in range(2):
                 (example,) = tokenize(rows, task, tokenizer, 100, date=day).examples
                 assert list(example.input_ids) == DialogueEncoder(tokenizer, day)(TWO[:2]).ids
-        assert len([p for p in cache.cache_folder().iterdir() if p.is_dir()]) == tables
+        assert len([p for p in token_cache.cache_folder().iterdir() if p.is_dir()]) == tables
 
 
 def test_a_run_keeps_its_day(tmp_path):
@@ -444,7 +445,7 @@ def test_the_first_start_sets_the_day(tmp_path, tokenizer):
 def test_a_template_that_does_not_end_is_refused(
     tmp_path, tokenizer, monkeypatch, source, expected
 ):
-    monkeypatch.setattr(template, "CPU_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 0.3)
     start = "tasks.t.messages: the chat template of base.model "
     with_template(tokenizer, source)
     with pytest.raises(BadInput) as caught:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpoint import newest, save
-from trainer.errors import BadInput
+from trainer.checkpointing import checkpoint
+from trainer.checkpointing.checkpoint import newest, save
+from trainer.runtime.errors import BadInput
 
 TENSORS = {
     "p/encoder/embedding": torch.randn(4, 8, generator=torch.Generator().manual_seed(0)),

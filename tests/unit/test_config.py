@@ -13,8 +13,8 @@ import yaml
 from trainer import config
 from trainer.config import RunConfig, load, parse_bytes
 from trainer.config.run import NOT_YET_KEYS
-from trainer.config.section import Section
-from trainer.errors import BadInput
+from trainer.config.types import Section
+from trainer.runtime.errors import BadInput
 
 GOOD = """\
 output_dir: runs/x

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from trainer import console as module
-from trainer.console import Console, Phase
+from trainer.runtime import console as module
+from trainer.runtime.console import Console, Phase
 
 
 class Clock:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.errors import BadInput
-from trainer.tasks.cursor import WINDOW, Cursor
-from trainer.tasks.order import Order, permuted
-from trainer.tasks.rows import Source
+from trainer.data.dataset import Source
+from trainer.data.epoch_permutation import Order, permuted
+from trainer.data.sampler import WINDOW, Cursor
+from trainer.runtime.errors import BadInput
 
 LENGTHS = [3, 5, 2, 8, 4, 6, 1]
 GOLDEN = [[2, 1, 5, 0, 4, 3], [4, 5, 3, 0, 2, 1]]
@@ -97,7 +97,7 @@ def test_no_row_waits_for_more_than_one_update():
 @pytest.mark.parametrize("few_rows", [0, 1024], ids=["swapped", "sorted"])
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_every_order_of_few_rows_comes_equally_often(size, few_rows, monkeypatch):
-    monkeypatch.setattr("trainer.tasks.order.FEW_ROWS", few_rows)
+    monkeypatch.setattr("trainer.data.epoch_permutation.FEW_ROWS", few_rows)
     orders = Counter(tuple(permuted(np.arange(size), size, f"{n}/0")) for n in range(600))
     expected = 600 / np.prod(range(1, size + 1))
     assert len(orders) == np.prod(range(1, size + 1))

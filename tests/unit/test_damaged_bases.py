@@ -20,11 +20,11 @@ from tests.family_bases import CASES
 from tests.odd_folders import INDEX, SINGLE, shard
 from tests.random_base import llama_config, save_random
 from tests.unit.test_like_transformers import assert_alike
-from trainer.base.files import open_base
-from trainer.base.identity import small_parts
-from trainer.base.skeleton import build_skeleton
 from trainer.config import Base
-from trainer.errors import BadInput
+from trainer.model.checkpoint_files import open_base
+from trainer.model.fingerprint import small_parts
+from trainer.model.meta_model import build_skeleton
+from trainer.runtime.errors import BadInput
 
 #: Values that no key of a model's JSON files expects.
 ODD: list[Any] = [

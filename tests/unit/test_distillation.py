@@ -25,12 +25,12 @@ from tests.unit.test_head import (
     whole_logits,
 )
 from tests.unit.test_shared_head import block
-from trainer.base.head import Block, FrozenHead
 from trainer.config import load
-from trainer.errors import BadInput
-from trainer.tasks.streams import Piece, build_stream, build_teacher_stream
-from trainer.tasks.table import Example
-from trainer.tasks.teacher import Teacher
+from trainer.data.teacher import Teacher
+from trainer.data.token_table import Example
+from trainer.model.layers.lm_head import Block, FrozenHead
+from trainer.packing.packed_batch import Piece, build_stream, build_teacher_stream
+from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 __all__ = ["uncompiled"]  # a fixture of every test here, too
@@ -181,7 +181,7 @@ def test_what_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> 
 def test_rows_need_no_label(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from trainer.tasks.feed import load_tasks
+    from trainer.packing.batch_source import load_tasks
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_base")
     for split in ("train", "valid"):

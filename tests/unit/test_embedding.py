@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.thread_ranks import Thread, on_all_ranks
-from trainer.base.embedding import FrozenEmbedding
-from trainer.base.exchange import block_rows
-from trainer.base.quantization import quantize_rows
+from trainer.model.layers.embedding import FrozenEmbedding
+from trainer.model.layers.quantization import quantize_rows
+from trainer.model.layers.row_exchange import block_rows
 
 V, H, RANKS = 23, 5, 4  # blocks of 6, 6, 6 and 5 rows
 

@@ -14,18 +14,20 @@ from transformers import AutoModelForCausalLM
 
 from tests.family_bases import save_family
 from tests.whole_base import load_rank
-from trainer import atomic, checkpoint, config
-from trainer.base.files import open_base
-from trainer.base.identity import identity
-from trainer.base.words import read_words
+from trainer import config
+from trainer.checkpointing import checkpoint
+from trainer.commands.export import export_text
+from trainer.commands.prepare import prepare
 from trainer.config import Base, RunConfig
-from trainer.console import Console
-from trainer.encode import export_text
-from trainer.errors import BadInput
-from trainer.optimization import make_optimizer
-from trainer.prepare import prepare
+from trainer.config.ranking import score_key
+from trainer.model.checkpoint_files import open_base
+from trainer.model.embedding_lookup import read_words
+from trainer.model.fingerprint import identity
 from trainer.prompts.bank import Bank
-from trainer.ranking import score_key
+from trainer.runtime import atomic_io
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+from trainer.training.prompt_optimizer import make_optimizer
 
 TINY = config.resolve_path("examples/tiny_base")
 #: After each step: (index of the prompt: validation loss); the best of both prompts of the share
@@ -105,8 +107,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     tensors, meta = bank.state()
     state = {"identity": identity(files), "bank": meta}
     checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
-    atomic.write(folder / "run.yaml", config.dump(settings))
-    atomic.write_json(folder / "environment.json", {"dtype": "float32"})
+    atomic_io.write(folder / "run.yaml", config.dump(settings))
+    atomic_io.write_json(folder / "environment.json", {"dtype": "float32"})
     return folder, bank
 
 

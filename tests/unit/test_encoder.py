@@ -17,14 +17,14 @@ from tests.unit.test_tokens import EOS, IDS
 from tests.unit.test_tokens import make_tokenizer as make_words
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, Task
-from trainer.errors import BadInput
-from trainer.evaluation import Evaluator, Request
-from trainer.memory import StreamBudget
-from trainer.tasks.cache import cached
-from trainer.tasks.encoder import TextEncoder
-from trainer.tasks.feed import TaskData, load_tasks
-from trainer.tasks.splits import load_rows
-from trainer.tasks.tokens import encode_input, tokenize, tokenize_choices
+from trainer.data.splits import load_rows
+from trainer.data.token_cache import cached
+from trainer.data.tokenization.tokenize import encode_input, tokenize, tokenize_choices
+from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import TaskData, load_tasks
+from trainer.runtime.errors import BadInput
 
 ANSWERS = (
     *("billing", "technical", "other", "yes", "no", "fine"),
@@ -165,17 +165,17 @@ def test_rows_that_merge_are_counted_in_workers_and_in_the_cache(tmp_path, token
 
 def test_tables_of_the_rules_before_are_not_read(tmp_path, monkeypatch):
     """Of rules that tokenized input and target apart."""
-    from trainer.tasks import cache
+    from trainer.data import token_cache
 
     monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path))
     made = []
 
     def make():
-        made.append(cache.RULES)
+        made.append(token_cache.RULES)
         return []
 
-    for rules in (1, cache.RULES, cache.RULES):
-        monkeypatch.setattr(cache, "RULES", rules)
+    for rules in (1, token_cache.RULES, token_cache.RULES):
+        monkeypatch.setattr(token_cache, "RULES", rules)
         cached({}, make, dict)
     assert len(made) == 2
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.engine import Engine, compute_dtype
+from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 
 
 def test_bf16_is_taken_where_it_is_no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:

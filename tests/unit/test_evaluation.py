@@ -15,15 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.alone import Alone
 from tests.unit.test_chat import TURNS, make_tokenizer, words
 from tests.whole_base import load_whole
-from trainer import evaluation, generation
-from trainer.base.files import open_base
 from trainer.config import Base, RunConfig
-from trainer.evaluation import Evaluator, Request, Scored
-from trainer.generation import Ending
-from trainer.memory import StreamBudget
-from trainer.stop import Stopped
-from trainer.tasks.feed import TaskData, load_tasks
-from trainer.tasks.teacher import Teacher
+from trainer.data.teacher import Teacher
+from trainer.evaluation import evaluator as evaluator_module
+from trainer.evaluation import generation
+from trainer.evaluation.evaluator import Evaluator, Request, Scored
+from trainer.evaluation.generation import Ending
+from trainer.model.checkpoint_files import open_base
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import TaskData, load_tasks
+from trainer.runtime.stop_signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +59,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
         given.extend(words(ending.tokenizer, ids) for ids in inputs)
         return [ending.tokenizer(text)["input_ids"] for text in written]
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(evaluator_module, "generate", generate)
     base = fake_base(eos_token_id=[1, 6])  # </s> and <end>
     evaluator = Evaluator(None, base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
     return evaluator._generated(data.evaluation["validation"], None).scores, given
@@ -131,7 +132,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
 
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
-    monkeypatch.setattr(evaluation.stop, "asked", lambda: True)
+    monkeypatch.setattr(evaluator_module.stop_signals, "asked", lambda: True)
     evaluator = Evaluator(Alone(), fake_base(), make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from trainer.prompts.evolution import Found, Words, search, together
+from trainer.prompts.init_search import Found, Words, search, together
 
 WORDS, LENGTH = 50, 10
 #: The base does its task best behind these words; each that is in its place helps.

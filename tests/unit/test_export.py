@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.base.files import portable_name
 from trainer.config import Base
-from trainer.errors import BadInput
-from trainer.export import load_peft, save_peft
+from trainer.model.checkpoint_files import portable_name
+from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.runtime.errors import BadInput
 
 P, H, V, L, HEADS = 5, 16, 30, 2, 4
 

@@ -27,19 +27,19 @@ from tests.family_bases import (
 )
 from tests.random_base import make_tokenizer
 from tests.whole_base import load_whole as load
-from trainer.base import head
-from trainer.base.experts import FrozenExperts
-from trainer.base.families import FAMILIES, context_length, family_of, layer_sizes
-from trainer.base.files import open_base
-from trainer.base.matmul import use_matmul
-from trainer.base.model import DecodeStep, PromptedBase
-from trainer.base.padded import pad_rows
-from trainer.base.past import PastCache
-from trainer.base.skeleton import build_skeleton
-from trainer.base.sources import RowReader, Source, find_sources
 from trainer.config import Base
-from trainer.errors import BadInput
-from trainer.tasks.streams import Segment, build_stream
+from trainer.model.attention.padded import pad_rows
+from trainer.model.attention.prefix_cache import PastCache
+from trainer.model.checkpoint_files import open_base
+from trainer.model.families import FAMILIES, context_length, family_of, layer_sizes
+from trainer.model.layers import lm_head
+from trainer.model.layers.matmul_selection import use_matmul
+from trainer.model.layers.moe import FrozenExperts
+from trainer.model.meta_model import build_skeleton
+from trainer.model.prompted_model import DecodeStep, PromptedBase
+from trainer.model.tensor_locations import RowReader, Source, find_sources
+from trainer.packing.packed_batch import Segment, build_stream
+from trainer.runtime.errors import BadInput
 
 CPU = torch.device("cpu")
 
@@ -49,8 +49,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head reads the 300 words in five slices."""
-    monkeypatch.setattr(head, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(head, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(lm_head, "MIN_COLUMNS", 64)
 
 
 def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:

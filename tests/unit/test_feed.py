@@ -11,8 +11,8 @@ import pytest
 
 from tests.unit.test_tokens import ids, make_tokenizer
 from trainer.config import RunConfig
-from trainer.errors import BadInput
-from trainer.tasks.feed import Feed, TaskData, load_tasks
+from trainer.packing.batch_source import Feed, TaskData, load_tasks
+from trainer.runtime.errors import BadInput
 
 LONG = "a b c d e a b"
 
@@ -111,10 +111,10 @@ def test_validation_is_tokenised_once_per_prompt(tmp_path, monkeypatch):
         read.append((Path(rows.path).stem, prefix))
         return real(rows, *arguments, prefix=prefix, **options)
 
-    from trainer.tasks import feed
+    from trainer.packing import batch_source
 
-    real = feed.tokenize
-    monkeypatch.setattr(feed, "tokenize", counted)
+    real = batch_source.tokenize
+    monkeypatch.setattr(batch_source, "tokenize", counted)
     load(tmp_path, ["a"], 20, hand_written=["d "])
     assert read == [("train", ""), ("validation", ""), ("validation", "d ")]
 

@@ -15,11 +15,11 @@ from tests.family_bases import errors, problem, save_family
 from tests.packed_attention import HEADS, SCORES, SEGMENTS, TOKENS, attended, tensors
 from tests.unit.test_prefix_tuning import WITHOUT, packed, pasts
 from tests.whole_base import load_whole
-from trainer.base import flex
-from trainer.base.attention import resolve_attention
-from trainer.base.buckets import Scores
-from trainer.errors import BadInput
-from trainer.tasks.streams import Piece
+from trainer.model.attention import flex
+from trainer.model.attention.bucketed import Scores
+from trainer.model.attention.interface import resolve_attention
+from trainer.packing.packed_batch import Piece
+from trainer.runtime.errors import BadInput
 
 
 @pytest.fixture(autouse=True)

@@ -21,14 +21,14 @@ from transformers import (
 
 from tests.alone import Alone
 from tests.whole_base import load_whole
-from trainer.base.files import open_base
-from trainer.base.generation_config import read_generation_config
 from trainer.config import Base, RunConfig, Task
-from trainer.errors import BadInput
-from trainer.evaluation import Evaluator, Request, Scored
-from trainer.generation import Ending, before_stop, check_targets, generate
-from trainer.memory import StreamBudget
-from trainer.tasks.feed import EvalSet, load_tasks
+from trainer.evaluation.evaluator import Evaluator, Request, Scored
+from trainer.evaluation.generation import Ending, before_stop, check_targets, generate
+from trainer.model.checkpoint_files import open_base
+from trainer.model.generation_config import read_generation_config
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import EvalSet, load_tasks
+from trainer.runtime.errors import BadInput
 
 ANSWERS = [
     "billing",

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu
 from tests.whole_base import load_whole
-from trainer.base.linear import FrozenLinear
+from trainer.model.layers.linear import FrozenLinear
 
 
 def test_the_base_is_in_8_bits_and_of_the_shape_it_says(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.base import head as head_module
-from trainer.base import products
-from trainer.base.head import FrozenHead
-from trainer.base.linear import FrozenLinear
-from trainer.base.products import Product, frozen_matmul, int8_matmul
-from trainer.base.quantization import dequantize_rows, quantize_rows
+from trainer.model.layers import int8_matmul as int8_module
+from trainer.model.layers import lm_head as head_module
+from trainer.model.layers.int8_matmul import Product, frozen_matmul, int8_matmul
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.lm_head import FrozenHead
+from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 
 N, H, V = 37, 24, 1000
 
@@ -82,8 +82,8 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps around integer products, without the seconds that compiling takes."""
     names = ("quantize", "quantize_scaled", "scale_both", "scale_rows")
-    steps = SimpleNamespace(**{name: getattr(products, f"_{name}") for name in names})
-    monkeypatch.setattr(products, "_steps", lambda: steps)
+    steps = SimpleNamespace(**{name: getattr(int8_module, f"_{name}") for name in names})
+    monkeypatch.setattr(int8_module, "_steps", lambda: steps)
 
 
 def slice_by(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:

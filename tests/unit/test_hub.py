@@ -15,12 +15,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from tests.hub_cache import COMMIT, TINY, fill_cache
-from trainer import ranks
-from trainer.base import hub
-from trainer.base.files import open_base
 from trainer.config import Base
-from trainer.console import Console
-from trainer.errors import BadInput
+from trainer.distributed import collectives
+from trainer.model import hub
+from trainer.model.checkpoint_files import open_base
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ class Ranks:
         self.engines = [self.engine(i, local_rank) for i, local_rank in enumerate(local_ranks)]
 
     def engine(self, rank: int, local_rank: int) -> Any:
-        engine = ranks.Ranks.__new__(ranks.Ranks)
+        engine = collectives.Ranks.__new__(collectives.Ranks)
         engine.rank, engine.local_rank, engine.world_size = rank, local_rank, self.size
 
         def all_gather(value: Any) -> list[Any]:
@@ -200,7 +200,7 @@ class Ranks:
 
 
 def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.ranks.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("trainer.distributed.collectives.TURN_SECONDS", 0.01)
     working: list[int] = []
 
     def program(engine: Any) -> Any:
@@ -229,7 +229,7 @@ def test_a_node_that_fails_fails_all() -> None:
 
 
 def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.ranks.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("trainer.distributed.collectives.TURN_SECONDS", 0.01)
 
     def program(engine: Any) -> Any:
         def work() -> str:

@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Init
-from trainer.errors import BadInput
-from trainer.export import save_peft
 from trainer.prompts import initializers
 from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values, random
+from trainer.prompts.peft_adapter import save_peft
+from trainer.runtime.errors import BadInput
 
 WORDS = ["[BOS]", "[EOS]", "a", "b", "c", "d", "e", "f"]
 SPECIAL = {0, 1}

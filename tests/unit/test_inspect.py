@@ -16,17 +16,22 @@ from tests.family_bases import save_family
 from tests.random_base import llama_config, save_random
 from tests.whole_base import load_rank
 from trainer import config as run_file
-from trainer.base.files import open_base
-from trainer.base.linear import absmax_name
-from trainer.base.quantization import dequantize_rows
+from trainer.commands.inspect.__main__ import main
+from trainer.commands.inspect.findings import show, warnings, weight_findings
+from trainer.commands.inspect.losses import readers, settings
+from trainer.commands.inspect.weights import (
+    WeightError,
+    int8_weights,
+    measure_weights,
+    stored_bytes,
+)
+from trainer.commands.prepare import prepare
 from trainer.config import Base
-from trainer.console import Console
-from trainer.inspect.__main__ import main
-from trainer.inspect.findings import show, warnings, weight_findings
-from trainer.inspect.losses import readers, settings
-from trainer.inspect.weights import WeightError, int8_weights, measure_weights, stored_bytes
-from trainer.prepare import prepare
-from trainer.tasks.feed import load_tasks
+from trainer.model.checkpoint_files import open_base
+from trainer.model.layers.linear import absmax_name
+from trainer.model.layers.quantization import dequantize_rows
+from trainer.packing.batch_source import load_tasks
+from trainer.runtime.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Wide enough for an outlier: no weight is beyond sqrt(K) times its row's root mean square.

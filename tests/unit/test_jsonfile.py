@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import BadInput
-from trainer.jsonfile import MAX_DEPTH, read_json, read_json_object
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import MAX_DEPTH, read_json, read_json_object
 
 
 @pytest.mark.parametrize(

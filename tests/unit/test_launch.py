@@ -19,8 +19,8 @@ import pytest
 
 from launch import endings, local, node, preflight, processes, remote
 from launch.local import Devices, Host, Place
-from trainer import bootstrap
-from trainer.errors import BadInput
+from trainer.runtime import bootstrap
+from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
@@ -332,7 +332,7 @@ def test_a_rank_that_was_given_up_is_the_reason():
 #: A launcher that loses its first rank, asks the second to end and waits for it; that one is deaf.
 FAILING = """
 import signal, subprocess, sys, time
-from trainer.bootstrap import FILE
+from trainer.runtime.bootstrap import FILE
 lost = subprocess.Popen([sys.executable, "-u", FILE, "timeit", "-n1", "-r1", "pass"])
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 left = subprocess.Popen([sys.executable, "-u", FILE, "timeit", "-n1", "-r1", deaf])
@@ -386,7 +386,7 @@ print("[launch] Process 1 exits successfully.")
 
 def test_exit_code_0_counts_only_if_rank_0_did_its_work(tmp_path):
     ended = {}
-    marks = "from trainer.process import mark_finished; mark_finished()"
+    marks = "from trainer.runtime.process import mark_finished; mark_finished()"
     for name, rank in {"other": "", "ours": marks}.items():
         command = [sys.executable, "-c", EMPTY + rank]
         ended[name] = processes.run_local(command, os.environ, tmp_path / "l.log", "trainer", 1)

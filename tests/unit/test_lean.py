@@ -15,8 +15,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from trainer.base.lean import Lean, compile_lean, lean_class, make_lean
-from trainer.base.saved import SavedBytes
+from trainer.model.layers.fused_ops import Lean, compile_lean, lean_class, make_lean
+from trainer.training.saved_tensors import SavedBytes
 
 TOKENS, HIDDEN, HEADS = 9, 16, 2
 SIZES: dict[str, Any] = {

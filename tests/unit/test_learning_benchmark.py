@@ -20,12 +20,12 @@ from benchmarks.learning.report import best_rate, plot, reached, summary, table
 from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import load
-from trainer.evaluation import Evaluator, Request
-from trainer.memory import StreamBudget
-from trainer.objective import stream_objective
-from trainer.prefetch import prepare_stream
-from trainer.tasks.feed import Feed
-from trainer.tasks.streams import Piece, PromptLengths
+from trainer.distributed.prefetch import prepare_stream
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import Feed
+from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.training.step import stream_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = benchmark.BUDGET | {"tasks": ["triage", "codegen"], "validation_rows": 6}

@@ -42,19 +42,19 @@ from tests.odd_folders import (
 from tests.random_base import VOCAB_SIZE, llama_config, save_random
 from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
 from tests.whole_base import load_rank, load_whole
-from trainer.base.families import FAMILIES
-from trainer.base.files import BaseFiles, open_base
-from trainer.base.model import PromptedBase
+from trainer.commands.inspect.weights import int8_weights
+from trainer.commands.prepare import prepare
 from trainer.config import Base, Task
-from trainer.console import Console
-from trainer.errors import BadInput
-from trainer.generation import Ending, generate
-from trainer.inspect.weights import int8_weights
-from trainer.prepare import prepare
-from trainer.tasks.chat import DialogueEncoder
-from trainer.tasks.encoder import TextEncoder
-from trainer.tasks.streams import Piece, build_stream
-from trainer.tasks.tokens import Example
+from trainer.data.tokenization.chat import DialogueEncoder
+from trainer.data.tokenization.tokenize import Example
+from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.evaluation.generation import Ending, generate
+from trainer.model.checkpoint_files import BaseFiles, open_base
+from trainer.model.families import FAMILIES
+from trainer.model.prompted_model import PromptedBase
+from trainer.packing.packed_batch import Piece, build_stream
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
 
 NEW_TOKENS = 4
 

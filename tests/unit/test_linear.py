@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
-from trainer.base import matmul, products
-from trainer.base.linear import FrozenLinear
-from trainer.base.matmul import (
+from trainer.model.layers import int8_matmul, matmul_selection
+from trainer.model.layers.int8_matmul import MAX_INNER, aligned_int_product
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.matmul_selection import (
     MEASURE,
     Measured,
     largest_shapes,
@@ -19,9 +20,8 @@ from trainer.base.matmul import (
     resolve_matmul,
     use_matmul,
 )
-from trainer.base.products import MAX_INNER, aligned_int_product
-from trainer.base.quantization import dequantize_rows, quantize_rows
-from trainer.errors import BadInput
+from trainer.model.layers.quantization import dequantize_rows, quantize_rows
+from trainer.runtime.errors import BadInput
 
 TOKENS, IN, OUT = 96, 256, 192
 THRESHOLD = 6.0
@@ -191,10 +191,10 @@ class TestAlignment:
         dy = torch.randn(5, 30, generator=generator)
         layer = make_layer(kind, 50, 30)
         monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-        monkeypatch.setattr(products, "_steps", products._Steps)
+        monkeypatch.setattr(int8_matmul, "_steps", int8_matmul._Steps)
         found = []
         for product in (aligned_int_product, PLAIN_INT_MM):
-            monkeypatch.setattr(products, "int_product", product)
+            monkeypatch.setattr(int8_matmul, "int_product", product)
             y = layer(x)
             found.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
         assert torch.equal(found[0][0], found[1][0])
@@ -247,7 +247,9 @@ class TestChoice:
             }
         )
         assert use_matmul(model, "int8", THRESHOLD) == ["wide", "tall"]
-        exact = {name for name, layer in model.items() if layer.product is products.frozen_matmul}
+        exact = {
+            name for name, layer in model.items() if layer.product is int8_matmul.frozen_matmul
+        }
         assert exact == {"wide", "tall", "unquantised"}
         assert largest_shapes(model) == [(8, MAX_INNER), (8, 24)]
 
@@ -259,9 +261,9 @@ class TestMeasure:
 
     def measured(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> Measured:
         def clock(_: Any, product: Any) -> float:
-            return seconds["dequantize" if product is products.frozen_matmul else "int8"]
+            return seconds["dequantize" if product is int8_matmul.frozen_matmul else "int8"]
 
-        monkeypatch.setattr(matmul._Problem, "seconds", clock)
+        monkeypatch.setattr(matmul_selection._Problem, "seconds", clock)
         return measure(self.SHAPES, torch.float32, CPU)
 
     def test_the_faster_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:

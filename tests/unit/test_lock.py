@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from trainer import lock
-from trainer.errors import BadInput
-from trainer.lock import LOCK, Holder, LockLost, acquire, refuse_if_alive
+from trainer.checkpointing import run_lock
+from trainer.checkpointing.run_lock import LOCK, Holder, LockLost, acquire, refuse_if_alive
+from trainer.runtime.errors import BadInput
 
 ELSEWHERE = {"host": "node-7", "boot": "another", "pid": 4242}
 
@@ -65,7 +65,8 @@ def test_one_holds_it_until_it_is_released(tmp_path: Path) -> None:
 
 def test_a_process_that_is_gone_holds_nothing(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from trainer.lock import acquire\n"
+        "import os, sys; from pathlib import Path\n"
+        "from trainer.checkpointing.run_lock import acquire\n"
         "acquire(Path(sys.argv[1]), print); os._exit(9)"
     )
     child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
@@ -88,11 +89,11 @@ def test_a_process_with_the_number_of_a_dead_one_is_another(tmp_path: Path) -> N
 @pytest.mark.parametrize("where", [ELSEWHERE, {"namespace": "pid:[1]", "pid": 1}])
 def test_elsewhere_the_heartbeat_decides(tmp_path: Path, where: dict[str, Any]) -> None:
     """On another host, or in another container of this one, where its number says nothing."""
-    leave_lock(tmp_path, age=lock.DEAD_SECONDS - 30, **where)
+    leave_lock(tmp_path, age=run_lock.DEAD_SECONDS - 30, **where)
     with pytest.raises(BadInput, match=rf"in use by process {where['pid']} on "):
         acquire(tmp_path, quiet)
     refuse_if_alive(tmp_path)  # cannot tell
-    leave_lock(tmp_path, age=lock.DEAD_SECONDS + 30, **where)
+    leave_lock(tmp_path, age=run_lock.DEAD_SECONDS + 30, **where)
     said: list[str] = []
     acquire(tmp_path, said.append).release()
     assert "no sign for 15" in said[0]
@@ -130,7 +131,7 @@ def test_one_that_cannot_be_read_is_somebody_s_for_a_while(tmp_path: Path, conte
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_many_at_once_one_gets_it(tmp_path: Path, stale: bool) -> None:
-    def contend(_: int) -> lock.Lock | None:
+    def contend(_: int) -> run_lock.Lock | None:
         try:
             return acquire(tmp_path, lambda _: None)
         except BadInput:
@@ -152,16 +153,16 @@ def test_who_is_late_leaves_the_lock_of_a_faster_one(
 ) -> None:
     """It found a lock dead that another has replaced by its own since, before it could."""
     leave_lock(tmp_path, age=1000, **ELSEWHERE)
-    held: list[lock.Lock] = []
-    why_dead = lock._why_dead
+    held: list[run_lock.Lock] = []
+    why_dead = run_lock._why_dead
 
     def slow(*arguments: Any) -> str | None:
         why = why_dead(*arguments)
-        monkeypatch.setattr(lock, "_why_dead", why_dead)
+        monkeypatch.setattr(run_lock, "_why_dead", why_dead)
         held.append(acquire(tmp_path, lambda _: None))
         return why
 
-    monkeypatch.setattr(lock, "_why_dead", slow)
+    monkeypatch.setattr(run_lock, "_why_dead", slow)
     with pytest.raises(BadInput, match=f"in use by process {os.getpid()} "):
         acquire(tmp_path, quiet)
     assert owner(tmp_path) == held[0].holder.token
@@ -178,7 +179,7 @@ def test_who_died_while_it_took_over_is_in_nobody_s_way(tmp_path: Path) -> None:
 
 
 def test_a_beat_touches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.02)
     held = acquire(tmp_path, quiet)
     os.utime(tmp_path / LOCK, (1e9, 1e9))
     while (tmp_path / LOCK).stat().st_mtime < 1.1e9:
@@ -232,9 +233,9 @@ def test_one_that_was_away_for_long_does_not_take_it_back(
     """Somebody may have taken the run over, have ended it, and have given the lock back."""
     held = acquire(tmp_path, quiet)
     (tmp_path / LOCK).unlink()
-    later = time.time() + lock.DEAD_SECONDS + 1
-    monkeypatch.setattr(lock.time, "time", lambda: later)
-    with pytest.raises(lock.LockLost, match="gave no sign for too long"):
+    later = time.time() + run_lock.DEAD_SECONDS + 1
+    monkeypatch.setattr(run_lock.time, "time", lambda: later)
+    with pytest.raises(run_lock.LockLost, match="gave no sign for too long"):
         held.confirm()
     assert not (tmp_path / LOCK).exists()
     held.release()

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from tests.unit.test_chat import make_tokenizer
 from trainer.config import RunConfig
-from trainer.console import Console
-from trainer.evaluation import Evaluator, Scored
-from trainer.loop import Diverged, Loop, gaps
-from trainer.memory import StreamBudget
-from trainer.optimization import make_optimizer
-from trainer.prediction_records import Predictions
-from trainer.predictions import baseline_file, path_of, step_of
-from trainer.prefetch import Prefetch, Rank
+from trainer.distributed.prefetch import Prefetch, Rank
+from trainer.evaluation.evaluator import Evaluator, Scored
+from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
+from trainer.evaluation.prediction_records import Predictions
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import Feed, load_tasks
+from trainer.packing.packed_batch import Stream
 from trainer.prompts.bank import Bank
-from trainer.stop import Stopped
-from trainer.tasks.feed import Feed, load_tasks
-from trainer.tasks.streams import Stream
+from trainer.runtime.console import Console
+from trainer.runtime.stop_signals import Stopped
+from trainer.training.loop import Diverged, Loop, gaps
+from trainer.training.prompt_optimizer import make_optimizer
 
 H, VOCAB = 4, 19
 TABLE_VH = torch.randn(VOCAB, H, generator=torch.Generator().manual_seed(5))
@@ -330,7 +330,7 @@ def test_a_run_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, mo
             return where == "in a validation" and asked > 1
         return where != "in a validation" and toy.loop.progress.step == step - 1 and _training(toy)
 
-    monkeypatch.setattr("trainer.stop.asked", told)
+    monkeypatch.setattr("trainer.runtime.stop_signals.asked", told)
     with pytest.raises(Stopped):
         toy.run()
     monkeypatch.undo()

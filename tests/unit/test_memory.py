@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.memory import (
+from trainer.packing.activation_memory import (
     LEAST_TOKENS,
     RAMP,
     LayerSizes,

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer.errors import BadInput
-from trainer.tasks import metrics, sandbox
-from trainer.tasks.metrics import accuracy, execution, matches
+from trainer.evaluation import code_sandbox, metrics
+from trainer.evaluation.metrics import accuracy, execution, matches
+from trainer.runtime.errors import BadInput
 
 PLUS_ONE = [{"args": [3], "result": 4}, {"args": [0], "result": 1}]
 GOOD = "def f(x): return x + 1"
@@ -158,7 +158,7 @@ def test_processes_and_sockets_are_refused(body, seccomp):
 
 def test_a_fork_bomb_leaves_nothing(seccomp, tmp_path, monkeypatch):
     copy = tmp_path / "sandbox.py"  # others may be running the original
-    copy.write_bytes(Path(sandbox.__file__).read_bytes())
+    copy.write_bytes(Path(code_sandbox.__file__).read_bytes())
     monkeypatch.setattr(metrics, "_SANDBOX", copy)
     code = (
         "import os\ndef f(x):\n    while True:\n"
@@ -323,7 +323,7 @@ def test_root_that_cannot_become_another_user_is_refused():
         pytest.skip("user namespaces are not permitted here")
     request = '{"function": "f", "jobs": []}'
     done = subprocess.run(
-        [*probe, sys.executable, "-I", "-S", sandbox.__file__],
+        [*probe, sys.executable, "-I", "-S", code_sandbox.__file__],
         input=request,
         capture_output=True,
         text=True,

@@ -11,16 +11,16 @@ import pytest
 from pydantic import ValidationError
 
 from tests.unit.run_folder import PROMPTS, finished_run, write_inputs
-from trainer import runfile
+from trainer.config import yaml_source
 from trainer.config.tracking import Tracking
-from trainer.errors import BadInput
-from trainer.redact import redact, secrets_of
+from trainer.runtime.errors import BadInput
+from trainer.runtime.redact import redact, secrets_of
 from trainer.tracking import MetricsLog, Sender
-from trainer.tracking.folder import Folder, shorten
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
-from trainer.tracking.state import Progress, State, missing_results
-from trainer.tracking.sync import explain
-from trainer.tracking.target import resolve
+from trainer.tracking.progress_file import Progress, State, missing_results
+from trainer.tracking.pusher import explain
+from trainer.tracking.run_metadata import Folder, shorten
+from trainer.tracking.store_uri import resolve
 
 SECRET = "hunter2-secret"
 
@@ -267,7 +267,7 @@ def test_what_a_killed_end_has_left_undone(tmp_path: Path) -> None:
 def test_a_problem_of_the_sender_is_told_once_and_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.tracking.sender.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.tracking.process_client.LOOK_SECONDS", 0.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     sender, state = Sender(tmp_path), State(tmp_path)
@@ -419,8 +419,8 @@ def test_the_run_file_is_parsed_once_until_it_changes(
 ) -> None:
     """Every prompt asks for it, and parsing takes as long as it has prompts."""
     folder, parsed = Folder(finished_run(tmp_path)), []
-    real = runfile.saved
-    monkeypatch.setattr(runfile, "saved", lambda path: parsed.append(path) or real(path))
+    real = yaml_source.saved
+    monkeypatch.setattr(yaml_source, "saved", lambda path: parsed.append(path) or real(path))
     summary = folder.summary()
     for prompt in folder.prompts:
         folder.prompt_params(prompt)

@@ -16,7 +16,8 @@ from transformers import (
 from transformers.optimization import Adafactor as TheirAdafactor
 
 from trainer.config import Prompt
-from trainer.optimization import (
+from trainer.config.ranking import score_key
+from trainer.training.prompt_optimizer import (
     Adafactor,
     EarlyStopping,
     Muon,
@@ -24,7 +25,6 @@ from trainer.optimization import (
     make_optimizer,
     scheduled,
 )
-from trainer.ranking import score_key
 
 
 def make_parameters() -> dict[str, nn.Parameter]:

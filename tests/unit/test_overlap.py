@@ -13,11 +13,11 @@ from torch import Tensor
 from tests.alone import Alone
 from tests.unit.test_chat import make_tokenizer
 from tests.unit.test_evaluation import load
-from trainer.evaluation import Evaluator, Request, Scored
-from trainer.memory import StreamBudget
-from trainer.tasks.overlap import continuations, exclusive
-from trainer.tasks.streams import Stream
-from trainer.tasks.table import Example
+from trainer.data.label_prefixes import continuations, exclusive
+from trainer.data.token_table import Example
+from trainer.evaluation.evaluator import Evaluator, Request, Scored
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.packed_batch import Stream
 
 CHOICES = ["c", "c d", "c d e", "f"]
 TASK = {"input": "{text}", "target": " {label}", "choices": CHOICES, "metric": "accuracy"}

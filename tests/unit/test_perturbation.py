@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.prompts.perturbation import perturbed
+from trainer.prompts.regularization import perturbed
 
 PROMPT_PH = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * 0.1
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainer import phase_times as module
-from trainer.phase_times import PhaseTimes, breakdown, clock
+from trainer.runtime import phase_times as module
+from trainer.runtime.phase_times import PhaseTimes, breakdown, clock
 
 
 def test_an_inner_phase_is_subtracted_from_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:

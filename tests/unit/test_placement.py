@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.errors import BadInput
-from trainer.placement import BaseSize, Placement, place
+from trainer.distributed.placement import BaseSize, Placement, place
+from trainer.runtime.errors import BadInput
 
 GB = 10**9
 SIZE = BaseSize(total_bytes=70 * GB, layer_bytes=1 * GB, layer_elements=GB)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from trainer.config import RunConfig
-from trainer.errors import BadInput
-from trainer.policy import resolve_policy
+from trainer.distributed.deepspeed_config import resolve_policy
+from trainer.runtime.errors import BadInput
 
 
 def run(policy: Path | str) -> RunConfig:

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.unit.test_evaluation import load
-from trainer import prediction_records
-from trainer.baselines import add_majority
-from trainer.comparison import compare
-from trainer.evaluation import Scored
-from trainer.prediction_records import Predictions, answer_columns, scored_columns
-from trainer.predictions import baseline_file, outcomes, path_of, read
-from trainer.result_table import TaskTable, task_tables
-from trainer.tasks.majority import majority_scores, score_answer
+from trainer.evaluation import prediction_records
+from trainer.evaluation.baselines import add_majority
+from trainer.evaluation.evaluator import Scored
+from trainer.evaluation.majority_baseline import majority_scores, score_answer
+from trainer.evaluation.prediction_files import baseline_file, outcomes, path_of, read
+from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
+from trainer.evaluation.result_table import TaskTable, task_tables
+from trainer.reporting.comparison import compare
 
 LABELLED = {"input": "{text}", "target": " {label}", "choices": ["c", "d"], "metric": "accuracy"}
 

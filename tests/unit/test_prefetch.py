@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.prefetch import Prefetch, Rank, ahead
-from trainer.tasks.cursor import Cursor
-from trainer.tasks.streams import Piece, PromptLengths
-from trainer.tasks.tokens import Example
+from trainer.data.sampler import Cursor
+from trainer.data.tokenization.tokenize import Example
+from trainer.distributed.prefetch import Prefetch, Rank, ahead
+from trainer.packing.packed_batch import Piece, PromptLengths
 
 LENGTHS = [5, 9, 2, 7, 4, 12, 3]
 EXAMPLES = [Example.with_target(tuple(range(length)), 1, i) for i, length in enumerate(LENGTHS)]

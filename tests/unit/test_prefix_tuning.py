@@ -22,12 +22,12 @@ from tests.family_bases import (
     problem,
 )
 from tests.whole_base import load_whole
-from trainer.base.families import FAMILIES, check_past
-from trainer.base.model import DecodeStep, PromptedBase
-from trainer.base.past import PastCache
-from trainer.errors import BadInput
-from trainer.export import load_peft, save_peft
-from trainer.tasks.streams import Piece, PromptLengths, build_stream
+from trainer.model.attention.prefix_cache import PastCache
+from trainer.model.families import FAMILIES, check_past
+from trainer.model.prompted_model import DecodeStep, PromptedBase
+from trainer.packing.packed_batch import Piece, PromptLengths, build_stream
+from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.runtime.errors import BadInput
 
 SOME = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "bloom", "gpt_oss"]
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from trainer.process import ended_by, process_start
+from trainer.runtime.process import ended_by, process_start
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ PIECES = """
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from trainer.process import freed_at_once
+from trainer.runtime.process import freed_at_once
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 for _ in range(3):  # glibc now keeps what is smaller for the next

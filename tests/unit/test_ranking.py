@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.ranking import LAST, Entry, rank, score_key
+from trainer.config.ranking import LAST, Entry, rank, score_key
 
 
 def entry(name: str, value: float | None, loss: float | None = 1.0, **more: Any) -> Entry:

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from trainer.prompts.readers import BestReader
+from trainer.prompts.encoder_snapshots import BestReader
 
 
 def reader(weights: list[float]) -> BestReader:

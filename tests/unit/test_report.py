@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
-from trainer.report import write_report
-from trainer.report.collect import collect
-from trainer.tracking.folder import Folder
+from trainer.reporting.html import write_report
+from trainer.reporting.html.collect import collect
+from trainer.tracking.run_metadata import Folder
 
 
 def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.unit.run_folder import finished_run
-from trainer.predictions import path_of
-from trainer.report import write_report
-from trainer.report.predictions import MOST_CLASSES, prediction_report
-from trainer.tracking.folder import Folder
+from trainer.evaluation.prediction_files import path_of
+from trainer.reporting.html import write_report
+from trainer.reporting.html.prediction_views import MOST_CLASSES, prediction_report
+from trainer.tracking.run_metadata import Folder
 
 
 def write(folder: Path, name: str, records: list[dict[str, Any]]) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainer.result_table import TEACHER, task_tables
-from trainer.results import _selected
-from trainer.scores import column_title, format_score, score_interval
+from trainer.evaluation.result_table import TEACHER, task_tables
+from trainer.evaluation.score_format import column_title, format_score, score_interval
+from trainer.reporting.summary import _selected
 
 ROWS = {"validation": 60}
 

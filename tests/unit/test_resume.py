@@ -14,22 +14,15 @@ from typing import Any, cast
 import pytest
 
 from tests.unit.run_folder import checkpoint_state
-from trainer import atomic, checkpoint
-from trainer.checkpoint import Saved
-from trainer.config import RunConfig, dump
-from trainer.console import Console
-from trainer.lock import Lock, LockLost, acquire
-from trainer.loop import Progress
-from trainer.output_folder import (
+from trainer.checkpointing import checkpoint
+from trainer.checkpointing.checkpoint import Saved
+from trainer.checkpointing.output_folder import (
     OutputFolder,
     OutputLost,
     ResultsNotWritten,
     results_can_be_written_later,
 )
-from trainer.process import ROWS_CHECKED
-from trainer.prompts.source import source_problems, without_sources
-from trainer.results import forget_if_other
-from trainer.resume import (
+from trainer.checkpointing.resume import (
     as_chosen,
     chosen_before,
     finished_summary,
@@ -37,9 +30,17 @@ from trainer.resume import (
     was_put_aside,
     where_of,
 )
+from trainer.checkpointing.run_lock import Lock, LockLost, acquire
+from trainer.checkpointing.saved_state import problem_of, problem_of_encoders
+from trainer.config import RunConfig, dump
+from trainer.prompts.saved_prompts import source_problems, without_sources
+from trainer.reporting.summary import forget_if_other
 from trainer.run import _begin_alike, _read_tasks, _tracked
-from trainer.saved_state import problem_of, problem_of_encoders
+from trainer.runtime import atomic_io
+from trainer.runtime.console import Console
+from trainer.runtime.process import ROWS_CHECKED
 from trainer.tracking import MetricsLog, Sender
+from trainer.training.loop import Progress
 
 CHOSEN = {
     "matmul": "int8",
@@ -300,7 +301,7 @@ def test_a_full_disk_at_the_end_names_the_file_and_the_remedy(tmp_path: Path) ->
     (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
 
     def fill(path: Path) -> None:
-        with atomic.replacing(path):
+        with atomic_io.replacing(path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ResultsNotWritten) as failed, results_can_be_written_later(tmp_path):

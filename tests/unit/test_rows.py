@@ -18,13 +18,13 @@ import pytest
 from pyarrow import parquet
 
 from trainer.config import DataSource, RunConfig, Task
-from trainer.errors import BadInput
-from trainer.tasks import plain
-from trainer.tasks.checks import render
-from trainer.tasks.json_rows import read_jsonl
-from trainer.tasks.nested import split_labels
-from trainer.tasks.rows import gold_target
-from trainer.tasks.splits import check_rows, load_rows, load_splits
+from trainer.data import arrow_reader
+from trainer.data.column_parsers import split_labels
+from trainer.data.dataset import gold_target
+from trainer.data.json_reader import read_jsonl
+from trainer.data.row_validation import render
+from trainer.data.splits import check_rows, load_rows, load_splits
+from trainer.runtime.errors import BadInput
 
 GOOD = [{"text": "a cat", "label": "meat"}, {"text": "a cow", "label": "plants"}]
 
@@ -575,7 +575,7 @@ def test_check_rows_is_fast_and_imports_no_torch(tmp_path):
     code = f"""
 import sys
 from trainer.config import RunConfig
-from trainer.tasks.splits import check_rows, load_rows
+from trainer.data.splits import check_rows, load_rows
 config = RunConfig.model_validate_json({config.model_dump_json()!r})
 try:
     check_rows(config)
@@ -760,7 +760,7 @@ def test_hub_data_sets_are_tables_only(hub):
 
 def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
     """Texts at the borders of blocks, blank and spaced lines, escapes: the same rows and places."""
-    monkeypatch.setattr(plain, "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(arrow_reader, "_BLOCK_BYTES", 300)
     strings = ["é" * 40, 'a"b', "tab\t", "\u2028", "x" * 700, "NaN, [NaN", "null", "1"]
     lines = [json.dumps({"label": str(i % 3), "n": i, "text": strings[i % 8]}) for i in range(90)]
     for i in (7, 30, 31):
@@ -768,7 +768,7 @@ def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
     path = write(tmp_path, "d.jsonl", "\ufeff" + "\n".join(lines))
     run = task(input="{n} {text}")
     fast = load_rows(path, run)
-    monkeypatch.setattr("trainer.tasks.parts.plain_batches", _odd)
+    monkeypatch.setattr("trainer.data.ingest.plain_batches", _odd)
     slow = load_rows(path, run)
     assert list(fast) == list(slow)
     assert [fast.where(i) for i in range(89)] == [slow.where(i) for i in range(89)]
@@ -777,7 +777,7 @@ def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
 
 
 def _odd(origin, run):
-    raise plain.Odd
+    raise arrow_reader.Odd
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ import torch
 
 from tests.family_bases import CASES
 from tests.whole_base import OneRank
-from trainer.base.families import layer_sizes
-from trainer.base.files import open_base
-from trainer.base.head import LOGITS_BYTES
-from trainer.base.loading import load_base
-from trainer.base.model import PromptedBase
-from trainer.base.saved import SavedBytes
-from trainer.base.skeleton import build_skeleton
 from trainer.config import Base
-from trainer.memory import StreamMemory, row_sizes
-from trainer.tasks.streams import Piece, Stream, build_stream
-from trainer.tasks.tokens import Example
+from trainer.data.tokenization.tokenize import Example
+from trainer.model.checkpoint_files import open_base
+from trainer.model.families import layer_sizes
+from trainer.model.layers.lm_head import LOGITS_BYTES
+from trainer.model.meta_model import build_skeleton
+from trainer.model.prompted_model import PromptedBase
+from trainer.model.shard_loading import load_base
+from trainer.packing.activation_memory import StreamMemory, row_sizes
+from trainer.packing.packed_batch import Piece, Stream, build_stream
+from trainer.training.saved_tensors import SavedBytes
 
 LAYERS = 6  # so that the ends are not the most of it
 VIRTUAL = 16

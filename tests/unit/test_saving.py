@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpoint import Snapshot, newest, snapshot
-from trainer.lock import LockLost
-from trainer.saving import Saves
+from trainer.checkpointing import checkpoint
+from trainer.checkpointing.async_writer import Saves
+from trainer.checkpointing.checkpoint import Snapshot, newest, snapshot
+from trainer.checkpointing.run_lock import LockLost
 
 GO = 20.0
 

@@ -17,12 +17,12 @@ from tests.random_base import make_tokenizer, save_random
 from tests.unit.test_evaluation import load
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
-from trainer.base.families import FAMILIES
-from trainer.base.model import PromptedBase
-from trainer.evaluation import Evaluator, Request
-from trainer.memory import StreamBudget
-from trainer.tasks.streams import Piece, PromptLengths, build_stream
-from trainer.tasks.tokens import Example
+from trainer.data.tokenization.tokenize import Example
+from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.model.families import FAMILIES
+from trainer.model.prompted_model import PromptedBase
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.packed_batch import Piece, PromptLengths, build_stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

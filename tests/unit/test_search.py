@@ -6,9 +6,9 @@ import math
 
 import pytest
 
+from trainer.config.ranking import Entry
 from trainer.config.run import Halving
-from trainer.ranking import Entry
-from trainer.search import rungs, select, worst
+from trainer.training.halving import rungs, select, worst
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks.rows import Rows
-from trainer.tasks.selection import find_leaks, first_by_hash, split_by_hash
-from trainer.tasks.splits import leaks, load_splits
+from trainer.data.dataset import Rows
+from trainer.data.row_hashing import find_leaks, first_by_hash, split_by_hash
+from trainer.data.splits import leaks, load_splits
+from trainer.runtime.errors import BadInput
 
 
 def jsonl(folder: Path, name: str, texts: list[str]) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.thread_ranks import Post, Thread, on_all_ranks
 from tests.unit.test_head import KINDS, H, V, make_head, slice_by
-from trainer.base.exchange import block_rows
-from trainer.base.head import FrozenHead
+from trainer.model.layers.lm_head import FrozenHead
+from trainer.model.layers.row_exchange import block_rows
 
 #: Label positions of each rank: even, uneven, none on some or on all ranks.
 COUNTS = {"even": [9, 9, 9], "uneven": [4, 0, 13], "one rank": [0, 7, 0], "none": [0, 0, 0]}

@@ -13,7 +13,7 @@ import pytest
 
 from launch import preflight
 from trainer.config import load, resolve_path
-from trainer.tasks.splits import check_rows
+from trainer.data.splits import check_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILES = sorted([*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yml")])

@@ -20,10 +20,10 @@ from launch.slurm import Job, Resources
 from slurm.render import EXAMPLES
 from tests.unit.test_launch import promptshard as run_promptshard
 from tests.unit.test_launch import run_file  # noqa: F401
-from trainer import lock
-from trainer.errors import BadInput
-from trainer.lock import Holder
-from trainer.revision import git_revision
+from trainer.checkpointing import run_lock
+from trainer.checkpointing.run_lock import Holder
+from trainer.runtime.errors import BadInput
+from trainer.runtime.git_revision import git_revision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -373,7 +373,7 @@ def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # n
     script = (fake_slurm / "submitted.sbatch").read_text()
     assert script == (folder / "job.sbatch").read_text()
     assert f"set -- {folder}/run.yaml\n" in script
-    assert f" {folder}/code/trainer/bootstrap.py launch.node " in script
+    assert f" {folder}/code/trainer/runtime/bootstrap.py launch.node " in script
     assert "steps: 9" in (folder / "run.yaml").read_text()
     assert (folder / "run.yaml").stat().st_mode & 0o077 == 0
     assert f"deepspeed: {folder}/policy.json" in (folder / "run.yaml").read_text()
@@ -525,7 +525,7 @@ def test_status_of_a_run_that_runs_here(run_file, monkeypatch):  # noqa: F811
     out = run_file.parent / "out"
     write_run(out, run_file.read_text(), 3)
     (out / "summary.json").write_text('{"status": "failed", "error": "x"}')
-    held = lock.acquire(out, print)
+    held = run_lock.acquire(out, print)
     try:
         found = status.look(out)
         assert (found.state, found.eta_seconds) == ("running", pytest.approx(4.0))

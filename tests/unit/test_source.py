@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.config import RunConfig
-from trainer.errors import BadInput
-from trainer.export import load_peft, save_peft
-from trainer.prompts.source import check_sources, find_source, source_problems
+from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.prompts.saved_prompts import check_sources, find_source, source_problems
+from trainer.runtime.errors import BadInput
 
 P, H = 3, 8
 

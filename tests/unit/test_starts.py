@@ -13,18 +13,18 @@ import torch
 
 from tests.alone import Alone
 from tests.whole_base import load_whole
-from trainer.base.files import open_base
 from trainer.config import RunConfig, load
-from trainer.console import Console
-from trainer.evaluation import Evaluator
-from trainer.memory import StreamBudget
-from trainer.objective import stream_objective
-from trainer.prefetch import prepare_stream
-from trainer.prompts.evolution import Found
-from trainer.prompts.units import Unsearched
-from trainer.starts import Screening
-from trainer.tasks.feed import Feed, load_tasks
-from trainer.tasks.streams import Piece, PromptLengths
+from trainer.distributed.prefetch import prepare_stream
+from trainer.evaluation.evaluator import Evaluator
+from trainer.model.checkpoint_files import open_base
+from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.batch_source import Feed, load_tasks
+from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.prompts.init_search import Found
+from trainer.prompts.parameter_groups import Unsearched
+from trainer.runtime.console import Console
+from trainer.training.init_scoring import Screening
+from trainer.training.step import stream_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = ["prompts.triage.seed=3", "training.tokens_per_step=200", "base.quantization=none"]

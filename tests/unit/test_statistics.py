@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from trainer.statistics import (
+from trainer.evaluation.statistics import (
     macro_f1,
     paired_rates,
     paired_ratios,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.tasks.cursor import Cursor
-from trainer.tasks.planning import SLACK, plan_streams
-from trainer.tasks.streams import Piece, Segment, build_stream
-from trainer.tasks.tokens import Example
+from trainer.data.sampler import Cursor
+from trainer.data.tokenization.tokenize import Example
+from trainer.packing.packed_batch import Piece, Segment, build_stream
+from trainer.packing.planning import SLACK, plan_streams
 
 P = 20
 

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_tokens import make_task, make_tokenizer
-from trainer.errors import BadInput
-from trainer.tasks import cache, tokens, workers
-from trainer.tasks.cache import cached
-from trainer.tasks.rows import Rows
-from trainer.tasks.splits import load_rows
-from trainer.tasks.table import Block, Example, TokenTable, in_memory, open_table, write
+from trainer.data import token_cache
+from trainer.data.dataset import Rows
+from trainer.data.splits import load_rows
+from trainer.data.token_cache import cached
+from trainer.data.token_table import Block, Example, TokenTable, in_memory, open_table, write
+from trainer.data.tokenization import tokenize, worker_pool
+from trainer.runtime.errors import BadInput
 
 
 @st.composite
@@ -168,8 +169,8 @@ def test_old_tables_are_forgotten(folder):
 
 HOLDER = """
 import sys
-from trainer.tasks.cache import cached
-from trainer.tasks.table import Block, Example
+from trainer.data.token_cache import cached
+from trainer.data.token_table import Block, Example
 def make():
     yield Block.of([Example.with_target((1, 2), 1, 0)])
     print("writing", flush=True)
@@ -222,9 +223,9 @@ def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
     texts = [" ".join("abcde"[: 1 + i % 5]) for i in range(2500)]
     task = make_task(too_long="truncate")
     rows = many_rows(tmp_path, texts)
-    here = tokens.tokenize(rows, task, make_tokenizer(), 8)
-    monkeypatch.setattr(tokens, "MANY_ROWS", 1)
-    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    here = tokenize.tokenize(rows, task, make_tokenizer(), 8)
+    monkeypatch.setattr(tokenize, "MANY_ROWS", 1)
+    monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
     shown: list[int] = []
 
     class Shown:
@@ -238,9 +239,9 @@ def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
         assert (what, total) == (f"tokenising {rows.path}", 2500)
         return Shown()
 
-    made = tokens.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
+    made = tokenize.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
     assert shown == [1000, 1000, 500]
-    again = tokens.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
+    again = tokenize.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
     assert shown == [1000, 1000, 500], "the second time it comes from the cache"
     for found in (made, again):
         assert list(found.examples) == list(here.examples)
@@ -249,12 +250,12 @@ def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
 
 def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
     rows = many_rows(tmp_path, ["a", "b c d e a"])
-    monkeypatch.setattr(tokens, "MANY_ROWS", 1)
-    monkeypatch.setattr(workers, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenize, "MANY_ROWS", 1)
+    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
 
     def ids(tokenizer: Any = None, length: int = 9, prefix: str = "", **settings: Any) -> Any:
         task = make_task(**{"too_long": "truncate", **settings})
-        found = tokens.tokenize(rows, task, tokenizer or make_tokenizer(), length, prefix=prefix)
+        found = tokenize.tokenize(rows, task, tokenizer or make_tokenizer(), length, prefix=prefix)
         return tuple(example.input_ids for example in found.examples)
 
     found = [
@@ -267,7 +268,7 @@ def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
     ]
     assert len(set(found)) == len(found)
     assert ids(metric="exact_match", hand_written=[], max_new_tokens=3) == found[0]
-    places = [path for path in cache.cache_folder().iterdir() if path.is_dir()]
+    places = [path for path in token_cache.cache_folder().iterdir() if path.is_dir()]
     assert len(places) == len(found), "and nothing else does"
 
 
@@ -276,10 +277,10 @@ def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
     rows, task = many_rows(tmp_path, texts), make_task()
     said = []
     for many in (10**9, 1):
-        monkeypatch.setattr(tokens, "MANY_ROWS", many)
-        monkeypatch.setattr(workers, "num_cores", lambda: 1)
+        monkeypatch.setattr(tokenize, "MANY_ROWS", many)
+        monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
         with pytest.raises(BadInput) as caught:
-            tokens.tokenize(rows, task, make_tokenizer(), 8)
+            tokenize.tokenize(rows, task, make_tokenizer(), 8)
         said.append(caught.value.problems)
     assert said[0] == said[1]
     (problem,) = said[0]
@@ -288,17 +289,17 @@ def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
 
 
 def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
-    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
     here = os.getpid()
-    assert list(workers.in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
+    assert list(worker_pool.in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
         (1, here),
         (2, here),
     ]
 
 
 def test_a_workers_error_reaches_us_and_ends_the_others(monkeypatch):
-    monkeypatch.setattr(workers, "num_cores", lambda: 2)
-    made = workers.in_order(np.zeros, [(1,), (-1,), *[(2,)] * 50])
+    monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
+    made = worker_pool.in_order(np.zeros, [(1,), (-1,), *[(2,)] * 50])
     assert next(made).tolist() == [0.0]
     with pytest.raises(ValueError, match="negative"):
         list(made)

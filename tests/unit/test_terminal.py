@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import os, sys
 from pathlib import Path
-from trainer.terminal import claim
+from trainer.runtime.stdio import claim
 terminal = claim(int(sys.argv[1]), Path(sys.argv[2]))
 print("chatter of Python")
 os.system("echo chatter of a child; echo more >&2")
@@ -78,8 +78,8 @@ def test_a_reader_that_is_gone_or_a_full_disk_ends_nothing(tmp_path, where):
     else:
         out = os.open(where, os.O_WRONLY)
     program = (
-        "import sys; from pathlib import Path; from trainer.console import Console\n"
-        "from trainer.terminal import claim\n"
+        "import sys; from pathlib import Path; from trainer.runtime.console import Console\n"
+        "from trainer.runtime.stdio import claim\n"
         "terminal = claim(0, Path(sys.argv[1]))\n"
         "console = Console(terminal.out, terminal.err)\n"
         "for _ in range(3): console.say('x' * 5000)\n"

@@ -11,12 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
-from trainer.errors import BadInput
-from trainer.tasks.rows import Rows
-from trainer.tasks.splits import load_rows
-from trainer.tasks.streams import Piece, build_stream
-from trainer.tasks.table import Block, in_memory
-from trainer.tasks.tokens import (
+from trainer.data.dataset import Rows
+from trainer.data.splits import load_rows
+from trainer.data.token_table import Block, in_memory
+from trainer.data.tokenization.tokenize import (
     Example,
     check_vocabulary,
     encode_input,
@@ -24,6 +22,8 @@ from trainer.tasks.tokens import (
     tokenize,
     tokenize_choices,
 )
+from trainer.packing.packed_batch import Piece, build_stream
+from trainer.runtime.errors import BadInput
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "Answer", ":", "yes", "no", "maybe"]
 IDS = {word: i for i, word in enumerate(WORDS)}

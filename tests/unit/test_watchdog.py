@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import watchdog
-from trainer.watchdog import Pulse, Watchdog, end_process, read_lost
+from trainer.distributed import watchdog
+from trainer.distributed.watchdog import Pulse, Watchdog, end_process, read_lost
 
 BEAT = 0.01
 

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from launch.preflight import check_result
 from launch.submit import array_tasks
 from tests.unit.test_config import GOOD
-from trainer import yaml_core
-from trainer.config import dump, load
-from trainer.errors import BadInput
-from trainer.runfile import saved
-from trainer.tracking.folder import Folder
-from trainer.yaml_core import YamlError, parse
+from trainer.config import dump, load, yaml_parser
+from trainer.config.yaml_parser import YamlError, parse
+from trainer.config.yaml_source import saved
+from trainer.runtime.errors import BadInput
+from trainer.tracking.run_metadata import Folder
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
@@ -72,7 +71,7 @@ def test_values(text: str, value: Any) -> None:
         ("a: \udcff", "line 1: holds half a character"),
         ("[" * 1000, "nested deeper than 40 levels"),
         (BOMB, "its aliases make more than 100,000 values"),
-        ("x\n" * (yaml_core.MAX_BYTES // 2 + 1), "is longer than"),
+        ("x\n" * (yaml_parser.MAX_BYTES // 2 + 1), "is longer than"),
         ("[" + "a," * 300_000 + "]", "more than 100,000 values"),
         ("a: 1\na: 2\nb: {c: 1, c: 2}", "line 2: a: duplicate key; .*line 3: b.c: duplicate key"),
         ("[a]: 1", "a key must be text"),
@@ -105,7 +104,7 @@ PLAIN = st.recursive(
 @settings(deadline=None, max_examples=150)
 @given(PLAIN, st.booleans())
 def test_what_is_written_is_read_here_and_by_yaml_1_1(value: Any, one_line: bool) -> None:
-    text = yaml_core.dump(value, one_line=one_line)
+    text = yaml_parser.dump(value, one_line=one_line)
     assert parse(text).data == value
     assert yaml.safe_load(text) == value
     assert not one_line or "\n" not in text

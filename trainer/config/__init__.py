@@ -17,7 +17,6 @@ from trainer.config.run import (
     resolve_path,
     sweeps,
 )
-from trainer.config.section import check_path, expand_path, parse_bytes
 from trainer.config.task import (
     DEFAULT_TOOLS,
     LOWER_IS_BETTER,
@@ -26,6 +25,7 @@ from trainer.config.task import (
     Task,
     template_fields,
 )
+from trainer.config.types import check_path, expand_path, parse_bytes
 
 __all__ = [
     "DEFAULT_TOOLS",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.section import (
+from trainer.config.types import (
     Name,
     NonNegativeFloat,
     NonNegativeInt,

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from trainer import runfile, yaml_core
-from trainer.config import sweep
+from trainer.config import sweep, yaml_parser, yaml_source
 from trainer.config.base import Base, Engine
 from trainer.config.prompt import Prompt
-from trainer.config.section import (
+from trainer.config.task import Task
+from trainer.config.tracking import Tracking
+from trainer.config.types import (
     NonNegativeInt,
     Number,
     PathText,
@@ -22,9 +23,7 @@ from trainer.config.section import (
     Section,
     checked,
 )
-from trainer.config.task import Task
-from trainer.config.tracking import Tracking
-from trainer.errors import BadInput, did_you_mean
+from trainer.runtime.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -251,12 +250,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         BadInput: with every problem found, as ``FILE:LINE: setting: what is wrong; remedy``, or
             ``override 'key=value': setting: ...`` where the value came from the command line.
     """
-    found = sweep.expand(runfile.read(Path(path), overrides))
+    found = sweep.expand(yaml_source.read(Path(path), overrides))
     problems = found.problems
     try:
         config = RunConfig.model_validate(found.source.data)
     except ValidationError as error:
-        explained = runfile.explain(error, found.source, RunConfig, NOT_YET_KEYS)
+        explained = yaml_source.explain(error, found.source, RunConfig, NOT_YET_KEYS)
         problems = [*problems, *explained]
     if not problems:
         problems = list(_repeated(config, found))
@@ -281,15 +280,15 @@ def _repeated(config: RunConfig, found: sweep.Expansion) -> Iterator[str]:
             if other != name:
                 path = (*found.source.written(("prompts", indices[name])), "sweep")
                 yield (
-                    f"{found.source.where(path)}: {runfile.dotted(path)}: makes the same prompt "
-                    f"twice, {other!r} and {name!r}; remove one of two values that are equal"
+                    f"{found.source.where(path)}: {yaml_source.dotted(path)}: makes the same "
+                    f"prompt twice, {other!r} and {name!r}; remove one of two values that are equal"
                 )
                 break
 
 
 def sweeps(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
     """Of each prompt of a good run file that has a sweep: the prompts it becomes."""
-    return sweep.expand(runfile.read(Path(path), overrides)).names
+    return sweep.expand(yaml_source.read(Path(path), overrides)).names
 
 
 def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -312,13 +311,15 @@ def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
     Raises:
         BadInput: as ``load``.
     """
-    source = runfile.override(runfile.Source(model, {"base": {"model": model}}, {}), overrides)
+    source = yaml_source.override(
+        yaml_source.Source(model, {"base": {"model": model}}, {}), overrides
+    )
     try:
         return _BaseAlone.model_validate(source.data).base
     except ValidationError as error:
-        raise BadInput(runfile.explain(error, source, _BaseAlone, NOT_YET_KEYS)) from None
+        raise BadInput(yaml_source.explain(error, source, _BaseAlone, NOT_YET_KEYS)) from None
 
 
 def dump(config: RunConfig) -> str:
     """The resolved run file as YAML, every default written out."""
-    return yaml_core.dump(config.model_dump(mode="json"))
+    return yaml_parser.dump(config.model_dump(mode="json"))

@@ -4,7 +4,7 @@
     sweep: {random: 4, learning_rate: [0.003, 0.03], seed: [0, 1, 2, 3, 4]}   # 4 of 10, drawn
 
 The run file's data are expanded before anything of them is checked, so that everything behind sees
-only prompts. ``trainer.runfile.Source.moved`` remembers where each setting was written.
+only prompts. ``trainer.config.yaml_source.Source.moved`` remembers where each setting was written.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from trainer.config.prompt import Prompt
-from trainer.errors import did_you_mean
-from trainer.runfile import SettingPath, Source, dotted
+from trainer.config.yaml_source import SettingPath, Source, dotted
+from trainer.runtime.errors import did_you_mean
 
 #: Default of ``search.max_prompts``.
 MAX_PROMPTS = 100

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from trainer.config.section import (
+from trainer.config.types import (
     Name,
     Number,
     PathText,

@@ -7,8 +7,8 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import Field, field_validator
 
-from trainer.config.section import Section, expand_path
-from trainer.redact import redact
+from trainer.config.types import Section, expand_path
+from trainer.runtime.redact import redact
 
 HTTP = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")

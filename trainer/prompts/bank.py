@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trainer.config import Prompt, RunConfig
-from trainer.errors import BadInput
+from trainer.config.ranking import ScoreKey
+from trainer.prompts.encoder_snapshots import BestReader
 from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.multitask import TextEncoder
-from trainer.prompts.perturbation import perturbed
-from trainer.prompts.readers import BestReader
-from trainer.prompts.units import Screen, Unit, build_encoder, search_starts, units_of
-from trainer.ranking import ScoreKey
+from trainer.prompts.parameter_groups import Screen, Unit, build_encoder, search_starts, units_of
+from trainer.prompts.regularization import perturbed
+from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Optimizer(Protocol):
-    """What the bank asks of ``trainer.optimization``, which stands above it in the imports."""
+    """What the bank asks of an optimizer: see ``trainer.training.prompt_optimizer``."""
 
     @property
     def learning_rate(self) -> float: ...
@@ -67,7 +67,7 @@ class Bank:
         config: the run file; order and seeds of the prompts come from it.
         embed: word embeddings [n, H] of token ids; may be a collective.
         device: where encoders and optimizers live; they start on the CPU and are moved.
-        make_optimizer: ``trainer.optimization.make_optimizer``.
+        make_optimizer: ``trainer.training.prompt_optimizer.make_optimizer``.
         past: keys and values [n, layers, 2, heads, head size] that the base makes of a text; may be
             a collective. Only prefix tuning asks for it.
         screen: tells how well starts fit; asked where the run file leaves them open. None: any

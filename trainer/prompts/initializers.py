@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from trainer.config import Init
-from trainer.errors import BadInput
-from trainer.export import load_peft
-from trainer.prompts.source import find_source
+from trainer.prompts.peft_adapter import load_peft
+from trainer.prompts.saved_prompts import find_source
+from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer import atomic
+from trainer.runtime import atomic_io
 
 METRICS_FILE = "metrics.jsonl"
 #: How names of validation scores begin.
@@ -85,7 +85,7 @@ class MetricsLog:
             validated: False if the validation of ``step`` itself will be repeated too.
         """
         self._file.close()
-        with atomic.replacing(self.path, durable=True) as out:
+        with atomic_io.replacing(self.path, durable=True) as out:
             for raw, line, _ in read_raw(self.path):
                 if line is None or line.step > step:
                     continue
@@ -108,7 +108,7 @@ class MetricsLog:
                 return False
         self._file.flush()
         self._file.seek(0)
-        with atomic.replacing(self.path, durable=True) as out:
+        with atomic_io.replacing(self.path, durable=True) as out:
             shutil.copyfileobj(self._file, out)
         self._file.close()
         self._file = self._open()

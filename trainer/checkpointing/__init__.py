@@ -1,0 +1,1 @@
+"""Checkpoints, resume and the lock of the output folder."""

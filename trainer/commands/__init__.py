@@ -1,0 +1,1 @@
+"""Commands that need ranks: one file per command."""

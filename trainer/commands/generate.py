@@ -1,0 +1,102 @@
+"""``python -m trainer.commands.generate RUN_DIR --prompt NAME --input TEXT``: generate one text.
+
+The text is all that stdout gets; progress and warnings go to stderr.
+
+Started on every device like training, because the base is sharded the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import config as run_file
+from trainer.config import RunConfig, template_fields
+from trainer.data.tokenization.chat_date import read_chat_date
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+from trainer.runtime.process import die_with_parent, leave
+from trainer.runtime.rank_program import guarded
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    die_with_parent()
+    folder = Path(args.run_dir)
+
+    def program(console: Console) -> None:
+        config = run_file.load(folder / "run.yaml")
+        _generate(config, folder, args.prompt, args.input, args.max_new_tokens, console)
+
+    return guarded(int(os.environ.get("RANK", "0")), folder / "logs", program, answers=True)
+
+
+def _generate(
+    config: RunConfig,
+    folder: Path,
+    name: str,
+    text: str,
+    max_new_tokens: int | None,
+    console: Console,
+) -> None:
+    with console.phase("importing torch, transformers and deepspeed", announce=True):
+        from trainer.data.row_validation import render
+        from trainer.data.tokenization.tokenize import encode_input
+        from trainer.distributed.deepspeed_engine import Engine
+        from trainer.distributed.model_loading import load, open_files
+        from trainer.evaluation.generation import Ending, generate
+        from trainer.prompts.peft_adapter import load_peft
+
+    prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)
+    if prompt is None:
+        known = ", ".join(prompt.name for prompt in config.prompts)
+        raise BadInput(f"--prompt: {folder} has no prompt {name!r}; known: {known}")
+    task = config.task(prompt.task)
+    fields = template_fields(task.input)
+    if len(fields) == 1:
+        text = render(task.input, {fields[0]: text})
+
+    engine = Engine(config.engine.timeout_seconds)
+    files = open_files(engine, config.base, console)
+    input_ids = encode_input(
+        files.tokenizer,
+        text,
+        dialogue=task.messages is not None,
+        date=read_chat_date(folder),
+    )
+    limit = max_new_tokens or task.max_new_tokens
+    room = files.context_length - prompt.num_virtual_tokens - limit
+    if room < 1:
+        raise BadInput(
+            f"--max-new-tokens: {limit} leaves no room for an input in a context of "
+            f"{files.context_length}; lower it"
+        )
+    if not 0 < len(input_ids) <= room:
+        raise BadInput(
+            f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "
+            "shorten it or lower --max-new-tokens"
+        )
+    virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
+    loaded = load(engine, files, config, console)
+    ending = Ending.of(files.generation, files.tokenizer, task)
+    (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
+    console.answer(ending.text(written, skip_special_tokens=True).strip())
+    engine.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deepspeed --module trainer.commands.generate")
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--prompt", required=True, metavar="NAME")
+    parser.add_argument(
+        "--input", required=True, metavar="TEXT", help="fills the template if it has one field"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
+    return parser
+
+
+if __name__ == "__main__":
+    leave(main())

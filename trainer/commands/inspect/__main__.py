@@ -1,0 +1,195 @@
+"""``python -m trainer.commands.inspect``: what ``promptshard inspect`` runs.
+
+Of a run, on every rank: each reads its share of the weights, then all score validation rows
+together over the sharded base. Of a base alone, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import config as run_file
+from trainer.config import Base, RunConfig
+from trainer.data.tokenization.chat_date import read_chat_date
+from trainer.runtime.console import Console
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.runtime.process import leave
+from trainer.runtime.rank_program import run_rank
+
+#: ``--json -``: the numbers go to stdout, and all else to stderr.
+STDOUT = Path("-")
+
+if TYPE_CHECKING:
+    from trainer.commands.inspect.weights import WeightError
+    from trainer.model.checkpoint_files import BaseFiles
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    if args.model:
+        return _base_alone(args)
+    saved = Path(args.target) if Path(args.target).is_dir() else None
+
+    def read() -> RunConfig:
+        if saved:
+            return run_file.load_output(saved, args.overrides)
+        return run_file.load(args.target, args.overrides)
+
+    def program(config: RunConfig, console: Console) -> None:
+        _inspect_run(config, saved, args.rows, args.json, console)
+
+    return run_rank(read, program, answers=args.json == STDOUT)
+
+
+def _base_alone(args: argparse.Namespace) -> int:
+    """The weights of a base that no run file names; no process group."""
+    from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
+    from trainer.model.checkpoint_files import open_base
+
+    out = sys.stderr if args.json == STDOUT else sys.stdout
+    console = Console(out, sys.stderr, answer=sys.stdout)
+    try:
+        settings = _in_int8(run_file.load_base(args.target, args.overrides))
+        with console.downloading(settings.model) as progress:
+            files = open_base(settings, progress=progress)
+        for warning in files.parameters.warnings:
+            console.warn(warning)
+        weights = int8_weights(files, settings)
+        with console.loading(f"reading {settings.model}", stored_bytes(files, weights)) as bar:
+            errors = measure_weights(files, weights, bar.advance)
+        _finish(_findings(settings, errors), args.json, console)
+    except BadInput as error:
+        for problem in error.problems:
+            console.error(problem)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        console.error("stopped")
+        return EXIT_FAILURE
+    return EXIT_DONE
+
+
+def _inspect_run(
+    config: RunConfig, saved: Path | None, num_rows: int, out: Path | None, console: Console
+) -> None:
+    """Weights and losses of a run's base; ``saved``: the output folder, for trained prompts."""
+    with console.phase("importing torch, transformers and deepspeed", announce=True):
+        from trainer.commands.inspect.losses import measure_losses, readers, trained_prompts
+        from trainer.distributed.deepspeed_engine import Engine
+        from trainer.distributed.model_loading import open_files
+        from trainer.packing.batch_source import load_tasks
+        from trainer.reporting.summary import device_name, versions
+
+    engine = Engine(config.engine.timeout_seconds)
+    files = open_files(engine, config.base, console)
+    tasks = engine.load_once_per_node(
+        lambda: load_tasks(
+            config,
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            console.working,
+            console.reading,
+            splits=("validation",),
+            date=read_chat_date(saved) if saved else None,
+        )
+    )
+    if config.base.quantization == "none":
+        console.say("base.quantization is none in this run; this is what int8 would bring")
+    settings = _in_int8(config.base)
+    config = config.model_copy(update={"base": settings})
+    errors = _share_weights(engine, files, settings, console)
+    trained = trained_prompts(saved, config) if saved else {}
+    reading = readers(config, tasks, list(trained), num_rows)
+    losses = None
+    if reading:
+        ways, scores = measure_losses(
+            engine, files, config, reading, list(trained.values()), console
+        )
+        losses = {
+            "seed": config.training.seed,
+            "reference": next(way["name"] for way in ways if not way["left_out"]),
+            "settings": ways,
+            "readers": scores,
+        }
+    else:
+        console.say("no task has validation rows, so there are no losses to compare")
+    if engine.is_main:
+        found = _findings(settings, errors, losses)
+        found |= {"world_size": engine.world_size, "device": device_name(engine.device)}
+        _finish(found | {"versions": versions()}, out, console)
+    engine.close()
+
+
+def _share_weights(
+    engine: Any, files: BaseFiles, settings: Base, console: Console
+) -> list[WeightError]:
+    """Each rank measures some of the weights; all get all, in the order of the model."""
+    from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
+
+    weights = engine.together(lambda: int8_weights(files, settings))
+    by_size = sorted(weights, key=lambda weight: weight.source.shape.numel())
+    mine = by_size[engine.rank :: engine.world_size]
+    with console.loading(f"reading {settings.model}", stored_bytes(files, mine)) as bar:
+        measured = engine.together(lambda: measure_weights(files, mine, bar.advance))
+    found = {error.name: error for part in engine.all_gather(measured) for error in part}
+    return [found[weight.name] for weight in weights]
+
+
+def _in_int8(base: Base) -> Base:
+    return base.model_copy(update={"quantization": "int8"})
+
+
+def _findings(
+    settings: Base, errors: Sequence[WeightError], losses: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    from trainer.commands.inspect.findings import SCHEMA, warnings, weight_findings
+
+    base = {
+        "model": settings.model,
+        "revision": settings.revision,
+        "embeddings": settings.embeddings,
+        "head": settings.head,
+        "stored_int8": any(error.squared_error is None for error in errors),
+    }
+    weights = weight_findings(errors)
+    return {
+        "schema": SCHEMA,
+        "base": base,
+        "weights": weights,
+        "losses": losses,
+        "warnings": warnings(base, weights, losses),
+    }
+
+
+def _finish(found: dict[str, Any], out: Path | None, console: Console) -> None:
+    from trainer.commands.inspect.findings import show, write
+
+    show(found, console)
+    if out == STDOUT:
+        console.answer(json.dumps(found, indent=2))
+    elif out is not None:
+        write(out, found)
+        console.say(f"all numbers: {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module trainer.commands.inspect",
+        description="Measure what int8 costs. `promptshard inspect --base` starts this everywhere.",
+    )
+    parser.add_argument("target", metavar="RUN.yaml|RUN_DIR|MODEL")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--model", action="store_true", help="the target is a model: one process")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="of each task")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go; -: stdout")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
+    return parser
+
+
+if __name__ == "__main__":
+    leave(main())

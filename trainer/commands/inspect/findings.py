@@ -1,0 +1,233 @@
+"""What was measured on a base: as plain data for a file, in words, and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.inspect.weights import OUTLIER_RATIO, WeightError, relative_error
+from trainer.runtime import atomic_io
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+
+#: Of base_inspection.json; grows when a key changes its meaning or goes.
+SCHEMA = 1
+#: A relative error of a layer's weights, and of a loss, that is worth a warning.
+WEIGHT_LIMIT, LOSS_LIMIT = 0.02, 0.01
+#: Differences of losses below this (nats per token) are no matter, however small the loss is.
+LOSS_FLOOR = 1e-3
+
+REMEDIES = {
+    "embeddings": "base.embeddings=keep leaves them as they are",
+    "head": "base.head=keep leaves it as it is",
+    "embeddings and head": "base.embeddings=keep base.head=keep leave them as they are",
+}
+#: The setting that is exact to the stored weights: what differs in it comes from them alone.
+EXACT_INT8 = "int8/dequantize"
+
+
+def weight_findings(errors: Sequence[WeightError]) -> dict[str, Any]:
+    """All weights, and all groups of them (layers, embeddings, head), in the order of the model.
+
+    An error is None where the checkpoint itself is int8: there is no original to compare with.
+    """
+    groups: dict[str, list[WeightError]] = {}
+    for error in errors:
+        groups.setdefault(error.group, []).append(error)
+    return {
+        "relative_error": relative_error(errors),
+        "outlier_ratio": OUTLIER_RATIO,
+        "groups": [_group(name, members) for name, members in groups.items()],
+        "tensors": [_tensor(error) for error in errors],
+    }
+
+
+def _group(name: str, errors: Sequence[WeightError]) -> dict[str, Any]:
+    compared = [error for error in errors if error.relative_error is not None]
+    worst = max(compared, key=lambda error: error.relative_error or 0.0, default=None)
+    return {
+        "name": name,
+        "relative_error": relative_error(errors),
+        "worst_tensor": worst.name if worst else None,
+        "worst_tensor_error": worst.relative_error if worst else None,
+        "largest_row_error": max((e.largest_row_error or 0.0 for e in compared), default=None),
+        "outlier_row_share": sum(e.outlier_rows for e in errors) / sum(e.rows for e in errors),
+    }
+
+
+def _tensor(error: WeightError) -> dict[str, Any]:
+    return {
+        "name": error.name,
+        "group": error.group,
+        "shape": list(error.shape),
+        "relative_error": error.relative_error,
+        "largest_row_error": error.largest_row_error,
+        "outlier_row_share": error.outlier_rows / error.rows,
+    }
+
+
+def warnings(
+    base: Mapping[str, Any], weights: Mapping[str, Any], losses: Mapping[str, Any] | None
+) -> list[str]:
+    """What a person should look at, each with the remedy."""
+    ends = [f"base.{end}=keep" for end in ("embeddings", "head") if base[end] == "int8"]
+    remedy = " or ".join([*([" ".join(ends)] if ends else []), "base.quantization=none"])
+    found = list(_weight_warnings(weights, remedy))
+    return [*found, *_loss_warnings(losses, remedy)] if losses else found
+
+
+def _weight_warnings(weights: Mapping[str, Any], remedy: str) -> Iterator[str]:
+    """One for each end of the model, and one for all layers together."""
+    beyond = [g for g in weights["groups"] if (g["relative_error"] or 0.0) > WEIGHT_LIMIT]
+    layers = [group for group in beyond if group["name"] not in REMEDIES]
+    for group in beyond:
+        if group not in layers:
+            yield (
+                f"{group['name']}: relative error {group['relative_error']:.4f} in int8, more than "
+                f"{WEIGHT_LIMIT}; {REMEDIES[group['name']]}"
+            )
+    if layers:
+        worst = max(layers, key=lambda group: float(group["relative_error"]))
+        others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        yield (
+            f"{worst['name']}{others}: relative error up to {worst['relative_error']:.4f} in int8, "
+            f"more than {WEIGHT_LIMIT} (worst: {worst['worst_tensor']}); where losses suffer too, "
+            "base.quantization=none keeps all layers as they are"
+        )
+
+
+def _loss_warnings(losses: Mapping[str, Any], remedy: str) -> Iterator[str]:
+    """One for each setting and task whose loss moves, naming the prompt that it moves most."""
+    reference = losses["reference"]
+    for setting in losses["settings"]:
+        name = setting["name"]
+        if name == reference or setting["left_out"]:
+            continue
+        for task, readers in groupby(losses["readers"], key=lambda reader: str(reader["task"])):
+            moved = [
+                (abs(change), change, reader)
+                for reader in readers
+                if (change := loss_change(reader, name, reference)) is not None
+                and _matters(reader, name, reference, change)
+            ]
+            if not moved:
+                continue
+            _, change, reader = max(moved, key=lambda item: item[0])
+            exact = loss_change(reader, EXACT_INT8, reference)
+            in_weights = exact is not None and _matters(reader, EXACT_INT8, reference, exact)
+            yield (
+                f"task {task}, {reader_name(reader)}: the loss with {name} differs by "
+                f"{change:+.1%} from {reference}, more than {LOSS_LIMIT:.0%}; remedy: "
+                f"{remedy if in_weights else 'base.matmul=dequantize'}"
+            )
+
+
+def loss_change(reader: Mapping[str, Any], setting: str, reference: str) -> float | None:
+    """Relative change of a loss against the reference; infinite where it is no longer finite."""
+    scores = reader["scores"]
+    if setting not in scores or reference not in scores or scores[reference]["loss"] is None:
+        return None
+    loss, before = scores[setting]["loss"], scores[reference]["loss"]
+    return float("inf") if loss is None else (loss - before) / max(before, 1e-12)
+
+
+def _matters(reader: Mapping[str, Any], setting: str, reference: str, change: float) -> bool:
+    loss, before = reader["scores"][setting]["loss"], reader["scores"][reference]["loss"]
+    return abs(change) > LOSS_LIMIT and (loss is None or abs(loss - before) > LOSS_FLOOR)
+
+
+def reader_name(reader: Mapping[str, Any]) -> str:
+    if reader["kind"] == "no_prompt":
+        return "no prompt"
+    return f"{reader['kind'].replace('_', '-')}: {reader['name'].strip()}"
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """All that was found, as JSON.
+
+    Raises:
+        BadInput: if the file cannot be written.
+    """
+    try:
+        atomic_io.write_json(path, found)
+    except OSError as error:
+        raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Tables of all that was found, and its warnings."""
+    _show_weights(found["base"], found["weights"], console)
+    if found["losses"]:
+        _show_losses(found["losses"], console)
+    for text in found["warnings"]:
+        console.warn(text)
+
+
+def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: Console) -> None:
+    total = weights["relative_error"]
+    if base["stored_int8"]:
+        console.say(
+            f"{base['model']} is stored in int8: there is no original to compare its weights with; "
+            "inspect the base that it was made from for their error"
+        )
+    columns = ["", "relative error", "worst tensor", "its error", "worst row", "outlier rows"]
+    rows = [
+        [
+            group["name"],
+            _number(group["relative_error"]),
+            _inside(group["worst_tensor"]),
+            _number(group["worst_tensor_error"]),
+            _number(group["largest_row_error"]),
+            f"{group['outlier_row_share']:.2%}",
+        ]
+        for group in weights["groups"]
+    ]
+    if total is None:  # all or some of it was int8 before
+        kept = [i for i in range(len(columns)) if i in (0, 5) or any(row[i] for row in rows)]
+        columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    total_error = "" if total is None else f", relative error {total:.4f}"
+    console.table(f"weights of {base['model']} in int8{total_error}", columns, rows)
+    console.say(
+        f"outlier rows: largest weight beyond {weights['outlier_ratio']:.0f} times the row's root "
+        "mean square"
+    )
+
+
+def _inside(name: str | None) -> str:
+    """The part of a parameter's name that tells it from others of its layer."""
+    path = (name or "").split(".")
+    numbers = [i for i, part in enumerate(path) if part.isdigit()]
+    return ".".join(path[numbers[0] + 1 :] if numbers else path[-1:])
+
+
+def _show_losses(losses: Mapping[str, Any], console: Console) -> None:
+    reference = losses["reference"]
+    shown = [setting["name"] for setting in losses["settings"] if not setting["left_out"]]
+    for task, group in groupby(losses["readers"], key=lambda reader: str(reader["task"])):
+        readers = list(group)
+        scored = "accuracy" in readers[0]["scores"][reference]
+        columns = ["", "quantization/matmul", "loss", "change", *(["accuracy"] if scored else [])]
+        rows = []
+        for reader in readers:
+            for name in shown:
+                scores = reader["scores"][name]
+                change = None if name == reference else loss_change(reader, name, reference)
+                rows.append(
+                    [
+                        reader_name(reader) if name == shown[0] else "",
+                        name,
+                        "not finite" if scores["loss"] is None else _number(scores["loss"]),
+                        "" if change is None else f"{change:+.2%}",
+                        *([_number(scores["accuracy"])] if scored else []),
+                    ]
+                )
+        console.table(f"{task}: {readers[0]['rows']} validation rows", columns, rows)
+    for setting in losses["settings"]:
+        if setting["left_out"]:
+            console.say(f"{setting['name']}: left out: {setting['left_out']}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,263 @@
+"""``promptshard prepare BASE OUT``: write a base in 8 bits.
+
+The folder is what transformers and bitsandbytes save: each quantised weight as int8 rows and its
+row scales beside it. Tensors go from file to file in blocks of rows; none is ever held whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from trainer.config import Base
+from trainer.model.checkpoint_files import BaseFiles, open_base
+from trainer.model.layers.quantization import quantize_rows
+from trainer.model.meta_model import build_skeleton, int8_sources
+from trainer.model.model_folder import INDEX, SINGLE
+from trainer.model.safetensors_reader import SafetensorsReader, scales_name
+from trainer.model.shard_loading import row_blocks
+from trainer.model.tensor_locations import RowReader, Source
+from trainer.runtime.console import Console
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.runtime.json_file import read_json_object
+
+#: A file of the folder is closed when it has this many bytes; hubs and file systems like them so.
+FILE_BYTES = 5 * 10**9
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the new folder: its place in a header, and what writes its bytes."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    write: Callable[[BinaryIO], None]
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of one element."""
+        return self.num_bytes // max(1, torch.Size(self.shape).numel())
+
+
+def prepare(
+    settings: Base, out: Path, console: Console, file_bytes: int = FILE_BYTES
+) -> tuple[int, int]:
+    """Write ``out``, which must be new; gives the bytes of the weights before and after.
+
+    Raises:
+        BadInput: if the base cannot be loaded, is in 8 bits already, or ``out`` exists.
+    """
+    if out.exists():
+        raise BadInput(f"{out}: is there already; give a new folder")
+    with console.downloading(settings.model) as progress:
+        files = open_base(settings, progress=progress)
+    for warning in files.parameters.warnings:
+        console.warn(warning)
+    stored_int8 = [name for name in files.tensors if scales_name(name) in files.tensors]
+    if stored_int8:
+        raise BadInput(
+            f"base.model: {settings.model!r} is in 8 bits already ({stored_int8[0]!r} has scales); "
+            "quantising twice would only lose precision: train on it as it is"
+        )
+    quantized = _quantized_tensors(files, settings)
+    writing = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        with (
+            SafetensorsReader(files.tensors) as reader,
+            console.loading(f"quantising {settings.model}", files.num_bytes) as bar,
+        ):
+            kept = sorted(files.tensors.keys() - {files.parameters.duplicate})
+            entries = list(_entries(reader, kept, quantized, bar.advance))
+            size = _write_weights(writing, entries, file_bytes)
+        _write_the_rest(files, settings, writing)
+        os.replace(writing, out)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    return files.num_bytes, size
+
+
+def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, Source]:
+    """The checkpoint's tensors that loading would quantise, each as a source of its own."""
+    skeleton = build_skeleton(files, settings, torch.float32, torch.device("cpu"))
+    found = {}
+    for source in int8_sources(skeleton, files).values():
+        for tensor in source.tensors:
+            shape = replace(source, transposed=False).stored_shape
+            found[tensor] = Source((tensor,), shape, source.transposed)
+    return found
+
+
+def _entries(
+    reader: SafetensorsReader,
+    names: Sequence[str],
+    quantized: dict[str, Source],
+    progress: Progress,
+) -> Iterator[_Entry]:
+    for name in names:
+        stored = reader.tensors[name]
+        if name in quantized:
+            yield from _quantized_entries(reader, name, quantized[name], progress)
+        else:
+            copy = _copier(reader, name, stored.num_bytes, progress)
+            yield _Entry(name, stored.type, stored.shape, stored.num_bytes, copy)
+
+
+def _quantized_entries(
+    reader: SafetensorsReader, name: str, source: Source, progress: Progress
+) -> Iterator[_Entry]:
+    """Weight, scales and layout (0: rows) of one tensor, as bitsandbytes names them."""
+    absmax = torch.zeros(source.shape[:-1].numel())
+
+    def write_weight(file: BinaryIO) -> None:
+        rows = RowReader(source, reader)
+        for first, last in row_blocks(0, len(absmax), source.shape[-1]):
+            before = reader.bytes_read
+            weight, absmax[first:last] = quantize_rows(rows.read(first, last))
+            _write(file, weight)
+            progress(reader.bytes_read - before)
+
+    rows, layout = tuple(source.shape[:-1]), torch.zeros(1, dtype=torch.uint8)
+    yield _Entry(name, "I8", tuple(source.shape), source.shape.numel(), write_weight)
+    yield _Entry(scales_name(name), "F32", rows, absmax.nbytes, lambda file: _write(file, absmax))
+    if name.endswith(".weight"):
+        yield _Entry(f"{name}_format", "U8", (), 1, lambda file: _write(file, layout))
+
+
+def _copier(
+    reader: SafetensorsReader, name: str, num_bytes: int, progress: Progress
+) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        for first, last in row_blocks(0, num_bytes, 1):
+            _write(file, reader.read_bytes(name, first, last))
+            progress(last - first)
+
+    return write
+
+
+def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
+    """All tensors in one file, or in several with an index; gives the bytes of all files."""
+    parts: list[list[_Entry]] = [[]]
+    for entry in entries:
+        filled = sum(other.num_bytes for other in parts[-1])
+        if parts[-1] and filled + entry.num_bytes > file_bytes:
+            parts.append([])
+        parts[-1].append(entry)
+    names = [SINGLE]
+    if len(parts) > 1:
+        names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+        index = {
+            "metadata": {"total_size": sum(entry.num_bytes for entry in entries)},
+            "weight_map": {
+                entry.name: name for name, part in zip(names, parts, strict=True) for entry in part
+            },
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name, part in zip(names, parts, strict=True):
+        _write_file(folder / name, part)
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def _write_file(path: Path, entries: list[_Entry]) -> None:
+    """A safetensors file (https://github.com/huggingface/safetensors#format), streamed."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    # Widest types first, so that every tensor is aligned. Written in their own order: scales are
+    # known only after their weight.
+    for entry in sorted(entries, key=lambda entry: -entry.alignment):
+        begins[entry.name], end = end, end + entry.num_bytes
+        header[entry.name] = {
+            "dtype": entry.type,
+            "shape": list(entry.shape),
+            "data_offsets": [begins[entry.name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        for entry in entries:
+            file.seek(start + begins[entry.name])
+            entry.write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    assert path.stat().st_size == start + end
+
+
+def _write(file: BinaryIO, tensor: Tensor) -> None:
+    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _write_the_rest(files: BaseFiles, settings: Base, out: Path) -> None:
+    """Config with the method's name, tokenizer, and all other small files of the model."""
+    for path in sorted(files.folder.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".h5") or path.name == INDEX
+        if path.is_file() and not weights and not path.name.startswith("."):
+            shutil.copyfile(path, out / path.name)
+    config = read_json_object(out / "config.json")
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": 0.0,
+        "llm_int8_skip_modules": None if settings.head == "int8" else ["lm_head", "embed_out"],
+    }
+    if files.parameters.separate:  # the head differs from the embeddings: say so to all readers
+        for section in (config, config.get("text_config")):
+            if isinstance(section, dict):
+                section["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="promptshard prepare")
+    parser.add_argument("base")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--revision")
+    parser.add_argument("--embeddings", default="keep", choices=("keep", "int8"))
+    parser.add_argument("--head", default="keep", choices=("keep", "int8"))
+    given = parser.parse_args()
+    console = Console(sys.stdout, sys.stderr)
+    settings = Base.model_validate(
+        {
+            "model": given.base,
+            "revision": given.revision,
+            "embeddings": given.embeddings,
+            "head": given.head,
+        }
+    )
+    try:
+        before, after = prepare(settings, given.out, console)
+    except BadInput as error:
+        for problem in error.problems:
+            console.error(problem)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        console.error(f"{given.out}: cannot be written: {error.strerror}")
+        return EXIT_BAD_INPUT
+    console.say(
+        f"{given.out}: {after / 1e6:,.1f} MB in 8 bits, from {before / 1e6:,.1f} MB; "
+        f"use it as base.model: {given.out}"
+    )
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

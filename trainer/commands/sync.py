@@ -1,0 +1,60 @@
+"""``python -m trainer.commands.sync``: ``sync RUN_DIR`` for people, ``follow`` for the trainer.
+
+The store's address comes in ``PROMPTSHARD_TRACKING_URI``, as it may hold a password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.runtime.redact import printable, redact
+from trainer.tracking.process_client import URI_VARIABLE
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.commands.sync")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sync = commands.add_parser("sync", help="send to MLflow what was not sent during the run")
+    sync.add_argument("run_dir", type=Path, help="the run's output folder")
+    follow = commands.add_parser("follow", help="started by the trainer")
+    follow.add_argument("options")
+    chosen = parser.parse_args(arguments)
+    uri = os.environ.pop(URI_VARIABLE, None)
+    if chosen.command == "follow":
+        from trainer.tracking import sender_process
+
+        with contextlib.suppress(OSError):
+            os.nice(10)  # the trainer's processes come first
+        return sender_process.main(chosen.options, uri)
+    return _sync(chosen.run_dir, uri)
+
+
+def _sync(run_dir: Path, uri: str | None) -> int:
+    from trainer.reporting.html import write_missing_report
+    from trainer.tracking.pusher import sync
+    from trainer.tracking.run_files import FolderFiles, mapping
+    from trainer.tracking.sender_process import HTTP_LIMITS
+
+    for name, value in HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    if mapping(FolderFiles(run_dir).json("summary.json")).get("status") == "finished":
+        write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
+    try:
+        result = sync(run_dir, uri)
+    except BadInput as error:
+        print(printable(redact(str(error))), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(printable(result.message), file=sys.stdout if result.complete else sys.stderr)
+    return EXIT_DONE if result.complete else EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,354 @@
+"""A run file as text: YAML, ``key=value`` overrides, and where each value came from. No torch.
+
+``read`` gives plain data with the origin of every setting; ``explain`` words what pydantic found
+wrong with it. What the settings mean stands in trainer/config/.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.config import yaml_parser
+from trainer.config.yaml_parser import SettingPath, YamlError
+from trainer.runtime.errors import BadInput, did_you_mean
+from trainer.runtime.redact import redact_value
+
+#: Problems of one run file that are shown.
+MOST_PROBLEMS = 100
+
+
+@dataclass
+class Source:
+    """Data of a run file after its overrides, and where each setting stands.
+
+    Attributes:
+        lines, overrides: by the path as it was written.
+        moved: path in the data -> path as it was written, for what an expansion has moved.
+    """
+
+    file: str
+    data: dict[str, Any]
+    lines: Mapping[SettingPath, int]
+    overrides: dict[SettingPath, str] = field(default_factory=dict)
+    moved: Mapping[SettingPath, SettingPath] = field(default_factory=dict)
+
+    def written(self, path: SettingPath) -> SettingPath:
+        """The path that a person knows a setting of the data by."""
+        for n in range(len(path), 0, -1):
+            if path[:n] in self.moved:
+                return (*self.moved[path[:n]], *path[n:])
+        return path
+
+    def where(self, path: SettingPath) -> str:
+        """``FILE:LINE`` of a setting as it was written, or the override that gave its value."""
+        prefixes = [path[:n] for n in range(len(path), 0, -1)]
+        for prefix in prefixes:
+            if prefix in self.overrides:
+                return f"override {_cut(self.overrides[prefix])}"
+        if path not in self.lines:  # perhaps a section that only an override made
+            for deeper, override in self.overrides.items():
+                if path and deeper[: len(path)] == path:
+                    return f"override {_cut(override)}"
+        for prefix in prefixes:
+            if prefix in self.lines:
+                return f"{self.file}:{self.lines[prefix]}"
+        return self.file
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Source:
+    """Read a run file and apply ``key=value`` overrides, in order.
+
+    Raises:
+        BadInput: the file cannot be read, is not YAML or gives a setting twice; or every override
+            that leads nowhere.
+    """
+    try:
+        document = yaml_parser.parse(_read_text(path), is_text=_is_text)
+    except YamlError as error:
+        raise BadInput(
+            f"{path}{f':{line}' if line else ''}: {_named(where)}{text}"
+            for where, line, text in error.problems[:MOST_PROBLEMS]
+        ) from None
+    if not isinstance(document.data, dict):
+        raise BadInput(f"{path}: a run file is a mapping of settings; see examples/quickstart.yaml")
+    return override(Source(str(path), document.data, document.lines), overrides)
+
+
+def value_of(key: str, text: str) -> Any:
+    """The value of ``KEY=VALUE``, which is YAML as in the run file.
+
+    Raises:
+        YamlError: it is not, or holds a value that is refused.
+    """
+    parts: list[str | int] = list(_parts(key))
+    return yaml_parser.parse(text, tuple(parts), _is_text).data
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """The settings of a run file that a run saved; none where it is missing or damaged."""
+    try:
+        data = yaml_parser.parse(_read_text(path)).data
+    except (BadInput, YamlError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def override(source: Source, overrides: Sequence[str]) -> Source:
+    """Apply ``key=value`` overrides, in order, and remember them.
+
+    Raises:
+        BadInput: with every override that leads nowhere.
+    """
+    problems = []
+    for text in overrides:
+        try:
+            source.overrides[_apply(source.data, text)] = text
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return source
+
+
+def explain(
+    error: ValidationError,
+    source: Source,
+    model: type[BaseModel],
+    not_yet_keys: Mapping[str, str],
+) -> list[str]:
+    """Every problem of a validation, one line each and once: where, setting, value, remedy.
+
+    Args:
+        model: the run file's own model, to name the settings that exist.
+        not_yet_keys: settings of a later version, by their path without list indices, and what to
+            use instead.
+    """
+    problems: list[str] = []
+    unions: dict[SettingPath, Any] = {}
+    for item in error.errors():
+        path = tuple(item["loc"])
+        if item["type"] != "extra_forbidden" and path and _is_union_tag(path[-1]):
+            # pydantic reports each type that a union tried; together they are one problem
+            path = path[:-1]
+            if path in unions:
+                continue
+            unions[path] = True
+            shown = source.written(path)
+            what = _one_of(dotted(shown), item["input"], _union_values(model, path))
+            problems.append(f"{source.where(shown)}: {what}")
+        elif item["type"] == "value_error":
+            for reason in str(item["ctx"]["error"]).split("\n"):
+                inner, text = _inner_path(reason)
+                full = source.written((*path, *inner))
+                setting = f"{dotted(full)}: " if full else ""
+                problems.append(f"{source.where(full)}: {setting}{text}")
+        else:
+            shown = source.written(path)
+            text = _word(dotted(shown), path, dict(item), model, not_yet_keys)
+            problems.append(f"{source.where(shown)}: {text}")
+    problems = list(dict.fromkeys(problems))  # prompts of one sweep share their mistakes
+    more = len(problems) - MOST_PROBLEMS
+    return problems[:MOST_PROBLEMS] + ([f"{source.file}: and {more} more"] if more > 0 else [])
+
+
+def dotted(path: SettingPath) -> str:
+    """A path as people write it: ``prompts[0].init.text``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _is_text(path: SettingPath) -> bool:
+    """Whether a value is text as it is written: 01, 1.10 or no in a list of choices."""
+    return len(path) > 3 and path[0] == "tasks" and path[2] == "choices"
+
+
+def _named(path: SettingPath) -> str:
+    return f"{dotted(path)}: " if path else ""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise BadInput(f"{path}: is a pipe or device; save the run file, it is read repeatedly")
+        with path.open("rb") as stream:
+            data = stream.read(yaml_parser.MAX_BYTES + 1)
+        if len(data) > yaml_parser.MAX_BYTES:
+            raise BadInput(
+                f"{path}: is larger than {yaml_parser.MAX_BYTES:,} bytes; name a run file"
+            )
+        return data.decode("utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such run file; see examples/ for some to copy") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: is a folder; name the run file (YAML)") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    except BadInput:
+        raise
+    except ValueError as error:  # a NUL byte in the path
+        raise BadInput(f"{str(path)!r}: cannot be read: {error}") from None
+
+
+def _parts(key: str) -> list[str]:
+    return re.findall(r"[^.\[\]]+", key)
+
+
+def _apply(data: dict[str, Any], override: str) -> SettingPath:
+    """Set one ``a.b[0].c=value`` of the command line; the value is YAML. Returns the path set.
+
+    List items are addressed by index or, in ``tasks`` and ``prompts``, by name.
+    """
+    key, equals, value = override.partition("=")
+    parts = _parts(key)
+    if not equals or not parts:
+        raise BadInput(
+            f"{_cut(override)}: an override is written key=value, for example training.steps=100"
+        )
+    try:
+        parsed = value_of(key, value)
+    except YamlError as error:
+        raise BadInput(
+            f"{_cut(override)}: the value is not valid YAML; quote it"
+            if text.startswith("not valid YAML")
+            else f"{_cut(override)}: {_named(where)}{text}"
+            for where, _, text in error.problems
+        ) from None
+    target: Any = data
+    path: list[str | int] = []
+    for depth, name in enumerate(parts):
+        at = _key(target, name, override)
+        path.append(at)
+        if depth == len(parts) - 1:
+            target[at] = parsed
+        else:
+            if isinstance(target, dict) and target.get(at) is None:
+                target[at] = {}
+            target = target[at]
+    return tuple(path)
+
+
+def _key(target: Any, name: str, override: str) -> str | int:
+    """The key of ``name`` in a mapping, or its index in a list."""
+    if isinstance(target, dict):
+        return name
+    if not isinstance(target, list):
+        raise BadInput(f"{_cut(override)}: {name!r} does not lead to a setting of this run file")
+    names = [str(item.get("name")) for item in target if isinstance(item, dict)]
+    if name in names:
+        return next(
+            i for i, x in enumerate(target) if isinstance(x, dict) and str(x.get("name")) == name
+        )
+    if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(target):
+        return int(name)
+    raise BadInput(
+        f"{_cut(override)}: no item {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
+    )
+
+
+def _word(
+    setting: str,
+    path: SettingPath,
+    item: Mapping[str, Any],
+    model: type[BaseModel],
+    not_yet_keys: Mapping[str, str],
+) -> str:
+    kind, value = item["type"], item.get("input")
+    generic = ".".join(str(part) for part in path if not isinstance(part, int))
+    if kind == "extra_forbidden":
+        if generic in not_yet_keys:
+            return f"{setting}: not supported yet; {not_yet_keys[generic]}"
+        known = _settings(_section(model, path[:-1]))
+        hint = did_you_mean(str(path[-1]), known)
+        return f"{setting}: unknown setting{hint}; known: {', '.join(known)}"
+    if kind == "missing":
+        return f"{setting}: is missing; add it"
+    if isinstance(value, str) and f"{generic}.{value}" in not_yet_keys:
+        return f"{setting}: {value!r} is not supported yet; {not_yet_keys[f'{generic}.{value}']}"
+    if kind == "literal_error":
+        return _one_of(setting, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    if kind == "model_type":
+        known = _settings(_section(model, path))
+        return f"{setting}: {_shown(value)} must be a mapping; known: {', '.join(known)}"
+    if kind == "tuple_type":
+        return f"{setting}: {_shown(value)} must be a list of two numbers, as [0.8, 0.99]"
+    if kind == "list_type":
+        return f"{setting}: {_shown(value)} must be a list; start every item with a dash"
+    if kind == "too_short":
+        return f"{setting}: {_shown(value)} is empty; give at least one"
+    if kind == "string_type":
+        return f"{setting}: {_shown(value)} must be a string; put it in quotes"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return f"{setting}: {_shown(value)} is not an integer"
+    if kind in ("float_parsing", "float_type"):
+        return f"{setting}: {_shown(value)} is not a number"
+    reason = re.sub(r"^Input should be", "must be", item["msg"])
+    return f"{setting}: {_shown(value)} {reason[0].lower() + reason[1:]}"
+
+
+def _one_of(setting: str, value: Any, known: Sequence[str]) -> str:
+    hint = did_you_mean(str(value), known)
+    return f"{setting}: {_shown(value)} is not one of {', '.join(known)}{hint}"
+
+
+def _cut(override: str) -> str:
+    """An override as messages quote it."""
+    return _shown(redact_value(override), 200)
+
+
+def _shown(value: Any, width: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _inner_path(reason: str) -> tuple[SettingPath, str]:
+    """A validator of a whole section starts its message with the setting it means."""
+    match = re.match(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*): (.*)$", reason, flags=re.DOTALL)
+    if match is None:
+        return (), reason
+    parts = re.findall(r"[^.\[\]]+", match[1])
+    return tuple(int(part) if part.isdigit() else part for part in parts), match[2]
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """pydantic puts the tried type of a union into the path; it is no setting."""
+    return isinstance(part, str) and (part.startswith("literal[") or part in ("bool", "str", "int"))
+
+
+def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
+    """The values that a union of literals and bool takes."""
+    annotation = _section(model, path[:-1]).model_fields[str(path[-1])].annotation
+    values: list[str] = []
+    for choice in get_args(annotation):
+        values += ["true", "false"] if choice is bool else [str(v) for v in get_args(choice)]
+    return values
+
+
+def _settings(section: type[BaseModel]) -> list[str]:
+    """The settings of a section as people write them."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:
+    """The model of the section at ``path``."""
+    for part in path:
+        if isinstance(part, str):
+            model = next(_models(model.model_fields[part].annotation))
+    return model
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models inside ``X``, ``X | None``, ``list[X]`` or ``Annotated[...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

@@ -1,0 +1,307 @@
+"""Columns whose values are neither text nor numbers: test calls, dialogues, token ids, labels.
+
+Each has one function that gives the value in its plain form, or says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainer.config import Task, template_fields
+from trainer.data.text_readers import shorten
+from trainer.runtime.errors import did_you_mean
+from trainer.runtime.json_file import parse_json
+
+ROLES = ("system", "user", "assistant", "tool")
+#: Roles of turns that are written as ``{"from": ..., "value": ...}``, as in ShareGPT.
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    **{role: role for role in ROLES},
+}
+NO_LABEL = -100  #: a position without a label, as in transformers
+_INT32 = range(2**31)
+
+Parser = Callable[[Any], Any]
+
+
+def parsers(task: Task) -> dict[str, Parser]:
+    """For each such column of a task: value -> plain form; raises ValueError, worded for people."""
+    if task.messages is not None:
+        found: dict[str, Parser] = {task.messages: parse_messages}
+        return found if task.tools is None else found | {task.tools: parse_tools}
+    if task.tokens is not None:
+        return {task.tokens.input_ids: parse_ids, task.tokens.labels: parse_labels}
+    found = {}
+    if task.choices is not None:
+        parse = join_labels if task.multi_label else parse_choice
+        found[template_fields(task.target)[0]] = lambda value: parse(value, task)
+    if task.metric == "execution":
+        found[task.tests] = parse_tests
+    return found
+
+
+def has_nested(task: Task) -> bool:
+    """Whether a task reads columns whose values are neither text nor numbers."""
+    dialogue_or_tokens = task.messages is not None or task.tokens is not None
+    return dialogue_or_tokens or task.multi_label or task.metric == "execution"
+
+
+def kept_nulls(task: Task) -> set[str]:
+    """Columns of a table whose outermost objects keep keys that are null.
+
+    In Arrow an object has the keys of all rows, null where its own row has none. Such keys are
+    dropped at every depth. But a test call may expect null as its result, and a turn may have null
+    as its content: of those ``parse_tests`` and ``parse_messages`` know the keys.
+    """
+    if task.messages is not None:
+        return {task.messages}
+    return {task.tests} if task.metric == "execution" else set()
+
+
+def _from_text(value: Any, example: str) -> Any:
+    """A list, or that list as JSON text: csv has nothing else."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error}): {shorten(value)}; write {example}") from None
+
+
+def parse_tests(value: Any) -> list[dict[str, Any]]:
+    """Test calls: a list of ``{"args": [...], "result": ...}``, not empty."""
+    example = '[{"args": [1, 2], "result": 3}]'
+    calls = _from_text(value, example)
+    if not isinstance(calls, list) or not calls:
+        raise ValueError(f"{shorten(calls)} is not a list of test calls; write {example}")
+    for number, call in enumerate(calls):
+        if not isinstance(call, dict) or set(call) != {"args", "result"}:
+            raise ValueError(
+                f"[{number}] is {shorten(call)}; a test call has args and result: write {example}"
+            )
+        if not isinstance(call["args"], list):
+            raise ValueError(
+                f"[{number}].args is {shorten(call['args'])}, not a list; write {example}"
+            )
+    return calls
+
+
+_TURNS = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+
+
+def parse_messages(value: Any) -> list[dict[str, Any]]:
+    """A dialogue that ends with the assistant: ``{"role": ..., "content": ...}`` per turn.
+
+    Content is text or a list of parts of text. It may be missing where the turn has
+    ``tool_calls``. ``weight`` may be 0, of turns of the assistant also 1 (the default): 0 keeps the
+    turn from being learned. Other keys of a turn (``name``, ``tool_calls``) are kept for the chat
+    template; keys that are null are dropped, as in transformers. Turns of ShareGPT, ``{"from": ...,
+    "value": ...}``, are given in the same form.
+    """
+    turns = _from_text(value, _TURNS)
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{shorten(turns)} is not a list of turns; write {_TURNS}")
+    turns = [_turn(number, turn) for number, turn in enumerate(turns)]
+    if turns[0]["role"] == "assistant":
+        raise ValueError("[0] is of the assistant; begin with what it answers")
+    if turns[-1]["role"] != "assistant":
+        raise ValueError(
+            f"the last turn is of the {turns[-1]['role']}; end with the assistant's answer, "
+            "which is what is learned"
+        )
+    if not any(map(is_learned, turns)):
+        raise ValueError("weight: is 0 in all turns of the assistant; remove the row")
+    return turns
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn of a dialogue is to be learned."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
+
+
+def _turn(number: int, value: Any) -> dict[str, Any]:
+    """A turn in its plain form."""
+    turn = _from_text(value, _TURNS)  # tables may hold each turn as JSON
+    if isinstance(turn, dict):
+        turn = {key: item for key, item in turn.items() if item is not None}
+        if {"from", "value"} <= turn.keys() and not turn.keys() & {"role", "content"}:
+            turn = _of_sharegpt(number, turn)
+    if not isinstance(turn, dict) or "role" not in turn:
+        raise ValueError(f"[{number}] is {shorten(turn)}; a turn has role and content: {_TURNS}")
+    role = turn["role"]
+    if role not in ROLES:
+        hint = did_you_mean(str(role), ROLES)
+        raise ValueError(f"[{number}].role: {role!r} is not one of {', '.join(ROLES)}{hint}")
+    if "content" in turn:
+        turn["content"] = _content(number, turn["content"])
+    elif not turn.get("tool_calls"):
+        raise ValueError(f"[{number}] is {shorten(turn)}; a turn has role and content: {_TURNS}")
+    text = content_of(turn)
+    if role != "tool" and not text.strip() and not turn.get("tool_calls"):
+        raise ValueError(f"[{number}].content: is empty; fill it or remove the turn")
+    _check_weight(number, turn)
+    return turn
+
+
+def _of_sharegpt(number: int, turn: dict[str, Any]) -> dict[str, Any]:
+    sender = turn["from"]
+    if sender not in SHAREGPT_ROLES:
+        hint = did_you_mean(str(sender), list(SHAREGPT_ROLES))
+        known = ", ".join(SHAREGPT_ROLES)
+        raise ValueError(f"[{number}].from: {sender!r} is not one of {known}{hint}")
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES[sender], "content": turn["value"], **rest}
+
+
+def _content(number: int, content: Any) -> str | list[dict[str, str]]:
+    """Text, or a list of parts of text: ``{"type": "text", "text": ...}``."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"[{number}].content: {shorten(content)} must be a string or a list of text parts"
+        )
+    parts = []
+    for place, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"[{number}].content[{place}]: {shorten(part)} is not a text part; write "
+                '{"type": "text", "text": "Hi"}, or remove the row'
+            )
+        parts.append({"type": "text", "text": text})
+    return parts
+
+
+def content_of(turn: Mapping[str, Any]) -> str:
+    """The text of a turn, its parts joined; empty where it has none."""
+    content = turn.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _check_weight(number: int, turn: Mapping[str, Any]) -> None:
+    weight = turn.get("weight", 0)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(
+            f"[{number}].weight: is {shorten(weight)}; 0 keeps the turn from being learned, 1 "
+            "learns it, and nothing else is possible"
+        )
+    if weight and turn["role"] != "assistant":
+        raise ValueError(
+            f"[{number}].weight: is 1, but only turns of the assistant are learned; remove it"
+        )
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Tools that a dialogue may call: a list of their JSON schemas, or None."""
+    example = '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    tools = _from_text(value, example)
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise ValueError(f"{shorten(tools)} is not a list of tools; write {example}")
+    tools = [_from_text(tool, example) for tool in tools]
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict) or not tool:
+            raise ValueError(f"[{number}] is {shorten(tool)}, not a tool; write {example}")
+    return tools
+
+
+def _parse_ints(value: Any, lowest: int) -> list[int]:
+    ids = _from_text(value, "[1, 2, 3]")
+    if not isinstance(ids, list) or not ids:
+        raise ValueError(f"{shorten(ids)} is not a list of token ids; write [1, 2, 3]")
+    for number, item in enumerate(ids):
+        if type(item) is not int or not (item in _INT32 or item == lowest):
+            raise ValueError(f"[{number}] is {shorten(item)}, no token id")
+    return ids
+
+
+def parse_ids(value: Any) -> list[int]:
+    """Token ids, not negative, at least one."""
+    return _parse_ints(value, 0)
+
+
+def parse_labels(value: Any) -> list[int]:
+    """Labels: a token id, or -100 where there is none."""
+    return _parse_ints(value, NO_LABEL)
+
+
+def problem_of_tokens(input_ids: list[int], labels: list[int]) -> str | None:
+    """What is wrong between a row's ids and its labels, or None."""
+    if len(input_ids) != len(labels):
+        return f"has {len(input_ids)} input_ids but {len(labels)} labels; make one label per id"
+    if labels[0] != NO_LABEL:
+        return (
+            f"labels[0] is {labels[0]}, but nothing stands in front of the first token to "
+            "predict it from; make it -100"
+        )
+    for number, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
+        if label not in (NO_LABEL, token):
+            return (
+                f"labels[{number}] is {label}, but input_ids[{number}] is {token}; a label is the "
+                "id at its own place (not shifted), or -100"
+            )
+    if all(label == NO_LABEL for label in labels):
+        return "has no label: all are -100; remove the row"
+    return None
+
+
+def join_labels(value: Any, task: Task) -> str:
+    """The labels of a row as the text to write: each once, in the order of ``task.choices``."""
+    example = json.dumps((task.choices or [])[:2])
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        raise ValueError(f"{shorten(value)} is text; a multi-label row has a list: {example}")
+    labels = _from_text(value, example)
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(
+            f"{shorten(labels)} is not a list of labels; write {example}; for none of them, "
+            "add a choice that says so"
+        )
+    named = {parse_choice(label, task) for label in labels}
+    return task.label_separator.join(choice for choice in task.choices or [] if choice in named)
+
+
+def parse_choice(value: Any, task: Task) -> str:
+    """The choice of a task that a value means: ``"1"`` for 1, and for 1.0 where there is no "1.0".
+
+    CSV files, and columns with missing numbers, write whole numbers as 1.0; JSON writes booleans as
+    true and Python as True.
+    """
+    choices, text = task.choices or [], str(value)
+    whole = re.fullmatch(r"(-?\d+)(\.0+)?", text)
+    others = [whole[1], f"{whole[1]}.0"] if whole else []
+    others += [text.lower()] if isinstance(value, bool) else []
+    for spelling in (text, *others):
+        if spelling in choices:
+            return spelling
+    known = ", ".join(map(repr, choices[:8])) + (", ..." if len(choices) > 8 else "")
+    where = f"tasks.{task.name}.choices"
+    hint = did_you_mean(text, choices)
+    raise ValueError(f"{shorten(text)} is not one of {where}: {known}{hint}")
+
+
+def split_labels(text: str, task: Task) -> list[str]:
+    """The labels that a text written by the base names; the template's own words are left out."""
+    (name,) = template_fields(task.target)
+    before, _, after = task.target.partition("{" + name + "}")
+    text = text.strip().removeprefix(before.strip()).removesuffix(after.strip())
+    parts = text.split(task.label_separator.strip() or None)
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+def content_text(row: Mapping[str, Any], columns: list[str]) -> str:
+    """What makes two rows the same: the values of the columns that are read and learnt."""
+    values = [row[name] for name in columns if row[name] is not None]
+    return "\0".join(
+        json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)
+        for value in values
+    )

@@ -1,0 +1,194 @@
+"""What a setting such as ``train`` names -> the files and tables behind it. No torch."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from trainer.config import PROJECT_ROOT, DataSource, resolve_path
+from trainer.data.json_reader import read_json_rows, read_jsonl
+from trainer.data.table_readers import TABLE_FORMATS, Table, open_hub, open_table, saved_files
+from trainer.data.text_readers import (
+    GZIP,
+    TEXT_FORMATS,
+    Record,
+    csv_header,
+    format_of,
+    read_csv,
+    read_txt,
+)
+from trainer.runtime.errors import BadInput, did_you_mean
+
+FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
+#: What to do with formats that are not read.
+_REMEDIES = {
+    GZIP: f"only {', '.join(TEXT_FORMATS)} may be compressed: name it as data.jsonl.gz",
+    ".zst": "decompress it (zstd -d)",
+    ".bz2": "decompress it (bunzip2)",
+    ".xz": "decompress it (unxz)",
+    ".zip": "unpack it",
+    ".xlsx": "save it as .csv",
+    ".xls": "save it as .csv",
+}
+_GLOB = ("*", "?", "[")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One file or table.
+
+    Attributes:
+        name: how messages name it.
+        files: what it is stored in.
+        hub: the table, if it is a hub data set.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    hub: Table | None = None
+
+    @cached_property
+    def table(self) -> Table | None:
+        """The table, unless rows stand in a text format.
+
+        Raises:
+            BadInput: it is damaged.
+        """
+        if self.hub is not None:
+            return self.hub
+        file = self.files[0]
+        return open_table(file) if format_of(file) in TABLE_FORMATS else None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def header(self) -> list[str] | None:
+        """All columns, where the format names them apart from the rows."""
+        return header_of(self.files[0]) if self.table is None else self.table.names
+
+    def class_names(self, column: str) -> list[str] | None:
+        """The names of the classes whose numbers a column of a table holds."""
+        return None if self.table is None else self.table.class_names(column)
+
+    def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[Record]:
+        """Every row, in order; broken ones come with their problem.
+
+        Args:
+            columns: those that are needed; a table is read for no others.
+            keep: columns of a table whose outermost objects keep keys that are null.
+
+        Raises:
+            BadInput: it cannot be read as a whole.
+        """
+        if self.table is None:
+            yield from read_text(self.files[0], columns)
+            return
+        for row, values in enumerate(self.table.rows(columns, keep), start=1):
+            yield Record(row, None, values)
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes, in hex."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def find(source: DataSource, setting: str, split: str) -> list[Origin]:
+    """The files and tables of one source, in a fixed order.
+
+    Args:
+        setting: which setting names it, for messages.
+        split: the split to take where the source has several and names none itself.
+
+    Raises:
+        BadInput: nothing is there, or it cannot be read.
+    """
+    split = source.split or split
+    try:
+        if source.path is None:
+            table, files = open_hub(source, split)
+            return [Origin(table.name, tuple(files), table)]
+        if any(mark in source.path for mark in _GLOB) and not resolve_path(source.path).exists():
+            return [_origin(file) for file in _matches(source.path)]
+        folder = resolve_path(source.path)
+        saved = saved_files(folder, split) if folder.is_dir() else None
+        if saved is not None:
+            return [_origin(file) for file in saved]
+        if source.split is not None:
+            raise BadInput(f"{source.path}: a file has no splits; remove split")
+        return [_origin(folder, source.path)]
+    except BadInput as error:
+        raise BadInput([f"{setting}: {problem}" for problem in error.problems]) from None
+
+
+def _matches(pattern: str) -> list[Path]:
+    """Files that a glob names, sorted; ``**`` reaches into folders."""
+    here = os.path.expanduser(pattern)
+    found = glob.glob(here, recursive=True)
+    found = found or glob.glob(str(PROJECT_ROOT / pattern), recursive=True)
+    files = sorted(Path(path) for path in found if os.path.isfile(path))
+    if not files:
+        raise BadInput(f"{pattern}: matches no file; paths start at {os.getcwd()}")
+    return files
+
+
+def _origin(file: Path, name: str | None = None) -> Origin:
+    problem = _problem_of_file(file)
+    if problem:
+        raise BadInput(f"{name or file}: {problem}")
+    return Origin(str(file), (file,))
+
+
+def _problem_of_file(file: Path) -> str | None:
+    kind = format_of(file)
+    if file.is_dir():
+        inside = sorted(f.name for f in file.iterdir() if format_of(f) in FORMATS)
+        files = f"; it holds {', '.join(inside[:5])}" if inside else ""
+        return f"is a folder; name data files ({', '.join(FORMATS)}), as {file.name}/*.jsonl{files}"
+    if not file.exists():
+        if not kind and len(file.parts) <= 2:
+            return f"no such file; a data set of the hub is written hf://{file}"
+        if not file.parent.is_dir():
+            return f"no such file: there is no folder {str(file.parent)!r}"
+        near = did_you_mean(file.name, [f.name for f in file.parent.iterdir()])
+        return f"no such file{near}; paths start at the working folder, {os.getcwd()}"
+    if kind not in FORMATS:
+        remedy = _REMEDIES.get(file.suffix.lower(), f"use {', '.join(FORMATS)}")
+        return f"format {kind or 'without a suffix'!r} is not known; {remedy}"
+    if not os.access(file, os.R_OK):
+        return "may not be read; change its permissions"
+    return "is empty; it has no rows" if file.stat().st_size == 0 else None
+
+
+def read_text(file: Path, columns: Collection[str]) -> Iterator[Record]:
+    """Every row of a file of one of ``TEXT_FORMATS``, in its order. Broken rows have a problem.
+
+    Args:
+        columns: those that are needed; they show whether an object is a row or holds the rows.
+
+    Raises:
+        BadInput: the file as a whole cannot be read.
+    """
+    kind = format_of(file)
+    if kind in (".csv", ".tsv"):
+        return read_csv(file)
+    if kind == ".txt":
+        return read_txt(file)
+    return read_jsonl(file) if kind == ".jsonl" else read_json_rows(file, columns)
+
+
+def header_of(file: Path) -> list[str] | None:
+    """Columns as the file's head gives them; None for JSON, where every row has its own."""
+    kind = format_of(file)
+    if kind == ".txt":
+        return ["text"]
+    return csv_header(file)[0] if kind in (".csv", ".tsv") else None

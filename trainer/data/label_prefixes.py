@@ -1,0 +1,78 @@
+"""Choices of which one begins another: "net" and "network" without an end of the target.
+
+The text "network" begins with "net", so "net" is at least as likely as "network" whatever the base
+predicts. Likelihoods of text with any continuation cannot tell the two apart. They are made
+exclusive: a choice is as likely as text that begins with it and with no longer choice,
+
+    P(net, not network) = P(net) - P(network).
+
+So the longer choice wins exactly where the base prefers to continue with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from trainer.data.token_table import Example
+
+#: Smallest probability that a choice ends where a longer one would continue: rounding of fp32.
+LEAST = 1e-12
+
+Labels = tuple[tuple[int, ...], ...]
+
+
+def labels_of(candidates: Sequence[Example]) -> Labels:
+    """Token ids of the targets of one row's candidates."""
+    return tuple(c.input_ids[c.target_start :] for c in candidates)
+
+
+@lru_cache(maxsize=4096)
+def continuations(labels: Labels) -> tuple[tuple[int, ...], ...]:
+    """For each target, the longer ones that begin with it, by index.
+
+    One that begins with another of them is left out: its probability is part of that one's.
+    """
+    number = {ids: i for i, ids in enumerate(labels)}
+    longer: list[list[int]] = [[] for _ in labels]
+    for i, ids in enumerate(labels):
+        shorter = (number.get(ids[:length]) for length in range(len(ids) - 1, 0, -1))
+        longest = next((other for other in shorter if other is not None), None)
+        if longest is not None:
+            longer[longest].append(i)
+    return tuple(map(tuple, longer))
+
+
+def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
+    """Negative log-likelihood of each candidate, without text that continues as a longer one.
+
+    Args:
+        nll_RC: of each candidate of each row, in nats, float64.
+        rows: the candidates of each row.
+    """
+    by_labels: dict[Labels, list[int]] = {}
+    for row, candidates in enumerate(rows):
+        by_labels.setdefault(labels_of(candidates), []).append(row)
+    exclusive_RC = nll_RC.clone()
+    for labels, numbers in by_labels.items():
+        for choice, longer in enumerate(continuations(labels)):
+            if longer:
+                own_R = nll_RC[numbers, choice]
+                rest_R = (-nll_RC[numbers][:, list(longer)]).logsumexp(1)
+                # ln P(continues as a longer choice | the choice); clamped below 0 against rounding.
+                share_R = (rest_R + own_R).clamp(max=-LEAST)
+                exclusive_RC[numbers, choice] = own_R - torch.log(-torch.expm1(share_R))
+    return exclusive_RC
+
+
+def overlapping(rows: Iterable[Sequence[Example]]) -> set[tuple[int, int]]:
+    """Pairs of choices, (shorter, longer) by index, of which one begins the other in some row."""
+    return {
+        (choice, other)
+        for labels in {labels_of(candidates) for candidates in rows}
+        for choice, longer in enumerate(continuations(labels))
+        for other in longer
+    }

@@ -1,0 +1,164 @@
+"""Text files -> records, with a diagnosis for whatever is wrong. Imports no torch.
+
+``datasets`` and Arrow say *that* a file is broken, seldom where, and they repair silently: a column
+of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is filled up. So the
+files are read here and in json_rows.py, value by value as they are written, and every problem gets
+its line or row. Formats that are tables already (parquet, arrow) are read in tables.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.runtime.errors import BadInput
+
+#: By the end of a file's name; each may be compressed, as .jsonl.gz.
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+GZIP = ".gz"
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as the file has it, or what is wrong with it.
+
+    Attributes:
+        row: number of the row, from 1; lines that are broken count.
+        line: number of its line, from 1, where the format has lines.
+        values: column -> value; empty if ``problem`` is given.
+        problem: what is wrong and the remedy, without the place.
+    """
+
+    row: int
+    line: int | None
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+def format_of(file: str | Path) -> str:
+    """The format that a file's name ends in; ``.jsonl`` also for ``.ndjson`` and ``.jsonl.gz``."""
+    file = Path(file)
+    suffix = file.suffix.lower()
+    if suffix == GZIP:
+        inner = Path(file.stem).suffix.lower()
+        suffix = inner if inner in TEXT_FORMATS else inner + suffix
+    return ".jsonl" if suffix == ".ndjson" else suffix
+
+
+@contextmanager
+def open_text(file: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a text file as a stream, decompressed where its name ends in ``.gz``.
+
+    Raises:
+        BadInput: it cannot be read, or is damaged.
+    """
+    compressed = file.suffix.lower() == GZIP
+    try:
+        with gzip.open(file, "rb") if compressed else file.open("rb") as stream:
+            yield stream  # type: ignore[misc]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadInput(f"{file}: is not a whole gzip file: {error}; compress it again") from None
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def place(path: str, row: int, line: int | None) -> str:
+    """How a row is named in messages: ``FILE:LINE`` in jsonl and txt, else ``FILE: row N``."""
+    if line is None:
+        return f"{path}: row {row}"
+    one_per_line = format_of(path) in (".jsonl", ".txt")
+    return f"{path}:{line}" if one_per_line else f"{path}: row {row} (line {line})"
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """``repr`` of a value, cut for a message."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
+
+
+def read_txt(file: Path) -> Iterator[Record]:
+    """One row per line that is not blank, in a column ``text``."""
+    row = 0
+    with open_text(file) as lines:
+        for number, raw in enumerate(lines, start=1):
+            raw = raw.removeprefix(BOM) if number == 1 else raw
+            if not raw.strip():
+                continue
+            row += 1
+            try:
+                yield Record(row, number, {"text": raw.decode("utf-8").rstrip("\r\n")})
+            except UnicodeDecodeError as error:
+                yield Record(row, number, {}, bad_utf8(raw, error))
+
+
+def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
+    column = len(raw[: error.start].decode("utf-8", "replace")) + 1
+    hint = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
+    spot = f" after {before!r}" if before else ""
+    return (
+        f"not UTF-8 at column {column}: byte 0x{raw[error.start]:02x}{spot}; {hint}save it as UTF-8"
+    )
+
+
+def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Column names of a csv file, and an iterator of (line, fields) over the rows behind them."""
+    csv.field_size_limit(sys.maxsize)  # the default refuses a text of 128 kB
+    delimiter = "\t" if format_of(file) == ".tsv" else ","
+    rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
+    _, names = next(rows, (0, []))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{file}:1: duplicate column {twice[0]!r} in the header; rename one")
+    if not any(names):
+        raise BadInput(f"{file}:1: no header; the first line names the columns")
+    return names, rows
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Lines at newlines only: ``str.splitlines`` would also cut at characters inside a field."""
+    with open_text(file) as lines:
+        for number, raw in enumerate(lines, start=1):
+            raw = raw.removeprefix(BOM) if number == 1 else raw
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{file}:{number}: {bad_utf8(raw, error)}") from None
+
+
+def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """(first line, fields) of every csv row that is not blank."""
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        what = f'{error}; write "" for a quote'
+        if "end of data" in str(error):
+            what = 'a quote (") is opened and never closed; write "" for a quote'
+        elif "new-line" in str(error):
+            what = "a line ends with a carriage return alone; save it with newlines at line ends"
+        raise BadInput(f"{file}:{line}: not valid csv: {what}") from None
+
+
+def read_csv(file: Path) -> Iterator[Record]:
+    """Rows of a file with a header, separated by commas, or by tabs where it is ``.tsv``."""
+    names, rows = csv_header(file)
+    for row, (line, fields) in enumerate(rows, start=1):
+        problem = None
+        if len(fields) != len(names):
+            problem = (
+                f"has {len(fields)} fields where the header has {len(names)} "
+                f"({', '.join(names)}): {shorten(fields)}; put text with commas in quotes"
+            )
+        yield Record(row, line, {} if problem else dict(zip(names, fields, strict=True)), problem)

@@ -1,0 +1,170 @@
+"""The chat template of a tokenizer: dialogue -> text, in bounded time and size, on a fixed day.
+
+Needs a tokenizer, but no torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.column_parsers import content_of
+from trainer.data.token_table import runs
+from trainer.data.tokenization.cpu_limit import TookTooLong, cpu_limit
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+
+#: CPU time that a template may take for one dialogue.
+CPU_SECONDS = 10.0
+#: Characters that a template may write: so many, or so many times those of the dialogue.
+MOST_CHARACTERS, MOST_TIMES = 1_000_000, 20
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: Directives of strftime, and the flags that may stand before them.
+_DIRECTIVES, _FLAGS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf", ("", "-", "_", "0", "^", "#")
+
+_DATE = "strftime_now"
+#: Takes the place of the function of this name that transformers gives to templates.
+_STRFTIME_NOW = (
+    "{% macro strftime_now(format) -%}{% for text in format.split('%%') %}"
+    "{% set filled = namespace(text=text) %}{% for name, value in VALUES %}"
+    "{% set filled.text = filled.text.replace(name, value) %}{% endfor %}"
+    "{{ filled.text if loop.first else '%' + filled.text }}{% endfor %}{%- endmacro +%}"
+)
+
+
+class Endless(Exception):
+    """A template takes too long, or writes too much: it would do so for every dialogue."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a template marks, as (start, stop) of tokens and of characters."""
+
+    tokens: tuple[int, int]
+    characters: tuple[int, int]
+
+
+class ChatTemplate:
+    """Writes dialogues as transformers does, and gives their token ids.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        date: the day that templates read through ``strftime_now``; None: today.
+
+    Raises:
+        Endless: the template does not end.
+    """
+
+    def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
+        self._tokenizer, self._date = tokenizer, date
+        self._reads_text, self._reads_parts = True, True
+        self._reads_text, self._reads_parts = self._probe()
+
+    def text(self, messages: Messages, tools: Tools = None, *, ask: bool = False) -> str:
+        """A dialogue as text.
+
+        Args:
+            messages: turns in the form of ``nested.parse_messages``.
+            ask: with the words at its end that ask the assistant for its turn.
+
+        Raises:
+            ValueError: the template refuses the dialogue.
+            Endless: it takes too long.
+        """
+        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=ask)
+        if len(text) > MOST_CHARACTERS:
+            given = len(json.dumps([list(messages), tools], default=str))
+            if len(text) > MOST_TIMES * given:
+                raise Endless(f"writes {len(text):,} characters for a dialogue of {given:,}")
+        return text
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text that the template has written."""
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def marked(self, messages: Messages, tools: Tools = None) -> list[Mark] | None:
+        """What the template marks with ``{% generation %}``, in order; None if it marks nothing.
+
+        Raises:
+            ValueError, Endless: as ``text``.
+        """
+        if not (self._tokenizer.is_fast and _GENERATION.search(self._source(tools))):
+            return None
+        encoded = self._apply(
+            messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = list(encoded["assistant_masks"])
+        for token in range(1, len(mask)):
+            # Of a character of several tokens transformers marks the first alone, at the end.
+            if mask[token - 1] and not mask[token]:
+                before, here = (encoded.token_to_chars(i) for i in (token - 1, token))
+                mask[token] = int(before is not None and before == here)
+        marks = []
+        for start, stop in runs(mask):
+            first, last = (encoded.token_to_chars(token) for token in (start, stop - 1))
+            marks.append(Mark((start, stop), (first.start, last.end)))
+        return marks
+
+    def _apply(self, messages: Messages, tools: Tools, **how: Any) -> Any:
+        turns = [self._turn(turn) for turn in messages]
+        try:
+            if _DATE in (source := self._source(tools)):
+                how["chat_template"] = _on(self._date or datetime.date.today(), source)
+            with cpu_limit(CPU_SECONDS):
+                return self._tokenizer.apply_chat_template(turns, tools=tools, **how)
+        except TookTooLong:
+            raise Endless(f"takes more than {CPU_SECONDS:g} s of CPU time") from None
+        except MemoryError:
+            raise Endless("takes more memory than there is") from None
+        except Exception as error:  # Jinja's, or what the template itself raises
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"the chat template refuses this dialogue: {reason}") from None
+
+    def _source(self, tools: Tools) -> str:
+        source: str = self._tokenizer.get_chat_template(tools=tools)
+        return source
+
+    def _turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        """A turn with its content in a form that the template reads, without our own key."""
+        kept = {key: value for key, value in turn.items() if key != "weight"}
+        content = kept.get("content")
+        if isinstance(content, list) and not self._reads_parts:
+            kept["content"] = content_of(turn)
+        elif isinstance(content, str) and not self._reads_text:
+            kept["content"] = [{"type": "text", "text": content}]
+        return kept
+
+    def _probe(self) -> tuple[bool, bool]:
+        """Whether the template reads content that is text, and content that is a list of parts."""
+        probe = "one two three"
+        as_text = self._try(probe)
+        as_parts = self._try([{"type": "text", "text": probe}])
+        if probe in as_text:
+            return True, as_parts == as_text
+        return probe not in as_parts, probe in as_parts
+
+    def _try(self, content: Any) -> str:
+        try:
+            return self.text([{"role": "user", "content": content}])
+        except ValueError:
+            return ""
+
+
+def reads_date(tokenizer: Any) -> bool:
+    """Whether a chat template of the tokenizer reads the date, so that its text changes daily."""
+    return _DATE in str(getattr(tokenizer, "chat_template", None))
+
+
+def _on(date: datetime.date, source: str) -> str:
+    """A template that finds itself on a given day, at midnight, whenever it is rendered."""
+    time = datetime.datetime.combine(date, datetime.time())
+    names = [f"%{flag}{directive}" for directive in _DIRECTIVES for flag in _FLAGS]
+    values = [(name, time.strftime(name)) for name in names]
+    return _STRFTIME_NOW.replace("VALUES", repr(values)) + source

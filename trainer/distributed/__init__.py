@@ -1,0 +1,1 @@
+"""Ranks: DeepSpeed, collectives, watchdog, placement of the base."""

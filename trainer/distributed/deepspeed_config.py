@@ -1,0 +1,127 @@
+"""The DeepSpeed policy of a run: its JSON, with what follows from the run filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainer.config import RunConfig, resolve_path
+from trainer.distributed.placement import Placement
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
+
+#: Settings whose meaning here is given by the run file: key of the JSON -> the run file's setting.
+OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
+    "optimizer": lambda run: (
+        f"prompts[].learning_rate={_each(run, 'rate_in_words')} with {_each(run, 'optimizer')}"
+    ),
+    "scheduler": lambda run: (
+        f"prompts[].warmup_ratio={_each(run, 'warmup_ratio')}, then {_each(run, 'schedule')}"
+    ),
+    "train_batch_size": lambda run: f"training.tokens_per_step={run.training.tokens_per_step}",
+    "train_micro_batch_size_per_gpu": lambda run: (
+        f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
+    ),
+    "gradient_accumulation_steps": lambda run: (
+        f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
+    ),
+    "gradient_clipping": lambda run: f"prompts[].max_grad_norm={_each(run, 'max_grad_norm')}",
+    "activation_checkpointing": lambda run: (
+        f"engine.gradient_checkpointing={run.engine.gradient_checkpointing}"
+    ),
+}
+#: What of zero_optimization has a meaning for a frozen base.
+KNOWN_ZERO = {
+    "stage",
+    "offload_param",
+    "overlap_comm",
+    "contiguous_gradients",
+    "allgather_sequential",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+}
+
+
+def _each(run: RunConfig, setting: str) -> str:
+    return ", ".join(sorted({str(getattr(prompt, setting)) for prompt in run.prompts}))
+
+
+def resolve_policy(
+    config: RunConfig, dtype: torch.dtype, hidden_size: int, placement: Placement | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed JSON with every ``"auto"`` filled in from the run.
+
+    Args:
+        placement: what the memory allows; without it DeepSpeed's defaults.
+
+    Raises:
+        BadInput: with every contradiction between the JSON and the run file, both values named.
+    """
+    file = config.engine.deepspeed
+    path = resolve_path(file)
+    if not path.is_file():
+        raise BadInput(f"engine.deepspeed: {file!r} is not there; try ds_configs/zero3.json")
+    policy = read_json_object(path)
+    problems = [
+        f"{file}: {key} is {json.dumps(policy[key])}, but the run file decides: {setting(config)}; "
+        'set it to "auto"'
+        for key, setting in OWNED_BY_RUN_FILE.items()
+        if policy.get(key, "auto") != "auto"
+    ]
+    problems += _precision_problems(policy, dtype, file)
+    zero = dict(policy.get("zero_optimization", {}))
+    if zero.get("stage") != 3:
+        problems.append(
+            f"{file}: zero_optimization.stage is {zero.get('stage')}, but only stage 3 shards a "
+            "frozen base; set it to 3"
+        )
+    offload = zero.get("offload_param", {}).get("device", "none")
+    if offload not in ("none", "cpu"):
+        problems.append(
+            f"{file}: offload_param.device {offload!r} is not supported; use none or cpu"
+        )
+    problems += [
+        f"{file}: zero_optimization.{key} is not supported for a frozen base; remove it"
+        for key in sorted(zero.keys() - KNOWN_ZERO)
+    ]
+    if problems:
+        raise BadInput(problems)
+
+    _fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)
+    for key, number in (placement.policy if placement else {}).items():
+        _fill(zero, key, number)
+    _fill(zero, "stage3_prefetch_bucket_size", 10 * hidden_size * hidden_size)
+    _fill(zero, "stage3_max_live_parameters", 1_000_000_000)
+    _fill(zero, "stage3_max_reuse_distance", 1_000_000_000)
+    unfilled = [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto"]
+    if unfilled:
+        raise BadInput(f'{file}: "auto" has no meaning for {", ".join(unfilled)}; give a number')
+    policy["zero_optimization"] = zero
+    # The loader has already given every parameter its type; DeepSpeed would cast int8 to bf16.
+    for key in ("bf16", "fp16", *OWNED_BY_RUN_FILE):
+        policy.pop(key, None)
+    # Micro-batches are streams of tokens; DeepSpeed, which steps nothing here, need not know.
+    policy |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    return policy
+
+
+def _precision_problems(policy: dict[str, Any], dtype: torch.dtype, file: str) -> list[str]:
+    problems = []
+    for key, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        enabled = policy.get(key, {}).get("enabled", "auto")
+        if enabled != "auto" and enabled != (dtype == wanted):
+            problems.append(
+                f"{file}: {key}.enabled is {str(enabled).lower()}, but the run computes in "
+                f'{str(dtype).removeprefix("torch.")} (base.dtype); set it to "auto"'
+            )
+    return problems
+
+
+def _fill(section: dict[str, Any], key: str, value: int) -> None:
+    if section.get(key, "auto") == "auto":
+        section[key] = value

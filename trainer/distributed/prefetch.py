@@ -1,0 +1,152 @@
+"""What the device reads next is prepared while it works, one step or stream ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from trainer.model.attention.interface import make_layout
+from trainer.packing.batch_source import Feed
+from trainer.packing.packed_batch import (
+    Piece,
+    PromptLengths,
+    Stream,
+    build_stream,
+    build_teacher_stream,
+    changed,
+)
+from trainer.packing.planning import plan_streams
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads.
+
+    Attributes:
+        pieces: rows of all ranks.
+        plan: those of this rank, by stream.
+        streams: this rank's streams, on the host.
+    """
+
+    pieces: list[Piece]
+    plan: list[list[Piece]]
+    streams: list[Stream]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Whose streams are prepared."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def prepare_stream(
+    pieces: Sequence[Piece],
+    prompt_lengths: PromptLengths,
+    device: torch.device,
+    *,
+    taught: bool = False,
+) -> Stream:
+    """A stream with its layout, on the host; pinned where a GPU will read it.
+
+    Args:
+        taught: with its teacher's stream, as all streams of a step have of which one has a teacher.
+    """
+    stream = _laid_out(build_stream(pieces, prompt_lengths.tokens, prompt_lengths.past))
+    if taught:
+        stream = replace(stream, teacher=_laid_out(build_teacher_stream(pieces)))
+    if device.type != "cuda":
+        return stream
+    with torch.cuda.device(device):  # a new thread stands on the first device, which is another's
+        return changed(stream, torch.Tensor.pin_memory)
+
+
+def _laid_out(stream: Stream) -> Stream:
+    return replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
+
+
+def is_taught(pieces: Sequence[Piece]) -> bool:
+    """Whether any of all ranks' rows has a teacher: then all ranks read one with every stream."""
+    return any(piece.teacher is not None for piece in pieces)
+
+
+def prepare(
+    pieces: list[Piece], prompt_lengths: PromptLengths, rank: Rank, max_tokens: int
+) -> Batch:
+    """Plan a step and build this rank's streams."""
+    plan = plan_streams(pieces, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
+    taught = is_taught(pieces)
+    streams = [prepare_stream(mine, prompt_lengths, rank.device, taught=taught) for mine in plan]
+    return Batch(pieces, plan, streams)
+
+
+class Prefetch:
+    """Hands out the steps of a feed, each made by a thread during the step before.
+
+    The rows and their order are those of the feed. The state is that after the steps which were
+    handed out: what is prepared ahead is made again from there if it is not what is wanted, or
+    after a resume.
+
+    Raises, from ``take``: what went wrong in the thread.
+    """
+
+    def __init__(self, feed: Feed, rank: Rank) -> None:
+        self._feed, self._rank = feed, rank
+        self._handed_out = feed.state_dict()
+        self._ahead: tuple[Any, Future[tuple[Batch, Any]]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def take(self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int) -> Batch:
+        """The next step of all active prompts."""
+        wanted = (tuple(active), prompt_lengths, max_tokens)
+        made = None
+        if self._ahead is not None:
+            prepared_for, future = self._ahead
+            made = future.result()
+            if prepared_for != wanted:  # a prompt has stopped, or the budget has changed
+                self._feed.load_state_dict(self._handed_out)
+                made = None
+        batch, self._handed_out = made or self._make(*wanted)
+        self._ahead = (wanted, self._thread.submit(self._make, *wanted))
+        return batch
+
+    def _make(
+        self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
+    ) -> tuple[Batch, Any]:
+        pieces = self._feed.next_step(active)
+        return prepare(pieces, prompt_lengths, self._rank, max_tokens), self._feed.state_dict()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return self._handed_out
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        if self._ahead is not None:
+            self._ahead[1].result()
+            self._ahead = None
+        self._feed.load_state_dict(state)
+        self._handed_out = self._feed.state_dict()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+def ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``make(item)`` of every item, in order, the next by a thread while one is worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        under_way: Future[R] | None = None
+        for item in items:
+            done, under_way = under_way, thread.submit(make, item)
+            if done is not None:
+                yield done.result()
+        if under_way is not None:
+            yield under_way.result()

@@ -1,0 +1,1 @@
+"""Scores of prompts and baselines on validation rows."""

@@ -1,0 +1,253 @@
+"""Metrics of tasks as pure functions. Higher is better, and 1 is perfect.
+
+``execution`` runs generated Python, never in this process: see ``sandbox`` for what holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Task
+from trainer.evaluation.statistics import STANDARD_ERROR, ratio_standard_error
+from trainer.runtime.errors import BadInput
+
+_SANDBOX = Path(__file__).with_name("code_sandbox.py")
+_MOST_PROCESSES = 4
+
+
+def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
+    """Share of rows whose predicted choice is the gold one."""
+    return _mean([float(p == g) for p, g in zip(predicted, gold, strict=True)])
+
+
+def matches(texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    """Whether each generated text equals its target, white space around them aside."""
+    return [a.strip() == b.strip() for a, b in zip(texts, targets, strict=True)]
+
+
+def multi_label(
+    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]], choices: Sequence[str]
+) -> dict[str, float]:
+    """Scores of sets of labels; their order does not matter.
+
+    Args:
+        written: labels of each row that the base wrote; what is none of ``choices`` is wrong.
+        right: those it should have written.
+
+    Returns:
+        ``f1``, of all labels of all rows together (micro average), and ``exact_match``, the share
+        of rows whose whole set is right (subset accuracy).
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    unknown = {label for labels in written for label in labels} - set(choices)
+    binarizer = MultiLabelBinarizer(classes=[*choices, *sorted(unknown)])
+    right_RC, written_RC = binarizer.fit_transform(right), binarizer.transform(written)
+    return {
+        "f1": float(f1_score(right_RC, written_RC, average="micro", zero_division=0.0)),
+        "exact_match": float(accuracy_score(right_RC, written_RC)),
+    }
+
+
+def f1_terms(
+    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]]
+) -> tuple[list[float], list[int]]:
+    """Numerator and denominator of micro-averaged F1 in every row: 2 TP and 2 TP + FP + FN."""
+    sets = [(set(a), set(b)) for a, b in zip(written, right, strict=True)]
+    return [2.0 * len(a & b) for a, b in sets], [len(a) + len(b) for a, b in sets]
+
+
+def label_set_scores(
+    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]], task: Task
+) -> dict[str, float]:
+    """Scores of sets of labels that a task reports: F1 only where it is the metric.
+
+    Args:
+        written, right: as for ``multi_label``.
+    """
+    scores = multi_label(written, right, task.choices or [])
+    if task.metric == "f1":
+        scores[f"f1{STANDARD_ERROR}"] = ratio_standard_error(*f1_terms(written, right))
+    else:
+        del scores["f1"]
+    return scores
+
+
+def execution(
+    texts: Sequence[str],
+    tests: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    function: str = "f",
+    cpu_seconds: float = 0.5,
+    wall_seconds: float = 5.0,
+    memory_mb: int = 256,
+    processes: int | None = None,
+    seccomp: bool = True,
+) -> list[float]:
+    """Run generated Python functions on test calls, in a subprocess with limits.
+
+    A value counts if it equals the expected one as JSON: a tuple is a list, ``True`` is not 1,
+    floats may differ in the last digits. Code that fails, hangs, prints, forks, opens files or
+    takes too much memory scores 0 and disturbs no other.
+
+    Args:
+        texts: Python source, each defining ``function``; white space around it is dropped.
+        tests: for each text its calls, ``{"args": [...], "result": ...}``; at least one. Only the
+            arguments are handed to the subprocess.
+        cpu_seconds: limit of one text, over all its calls.
+        wall_seconds: the same by the clock, for code that waits.
+        memory_mb: limit of one text, the interpreter included.
+        processes: texts that run at the same time; default: the cores, at most 4.
+        seccomp: use the kernel's system call filter where there is one.
+
+    Returns:
+        1.0 for each text that passes all its tests, else 0.0.
+
+    Raises:
+        RuntimeError: the sandbox does not start or fails a right function: no score would count.
+    """
+    request = _request(
+        function=function,
+        cpu_seconds=cpu_seconds,
+        wall_seconds=wall_seconds,
+        memory_bytes=memory_mb << 20,
+        seccomp=seccomp,
+        **({} if processes is None else {"processes": processes}),
+    )
+    jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
+    found: dict[int, str] = {}
+    while pending := [job for job in jobs if job["index"] not in found]:
+        _, part = _run_sandbox({**request, "jobs": pending}, wall_seconds)
+        # A program that brought down the whole sandbox: it fails, the others get a fresh one.
+        found |= part or {pending[0]["index"]: ""}
+    return [_score(found[i], calls) for i, calls in enumerate(tests)]
+
+
+def check_sandbox() -> str | None:
+    """Check that generated code can be run here, before a run depends on it.
+
+    Returns:
+        A warning where this system lacks the layers that keep code from other processes.
+
+    Raises:
+        BadInput: it cannot, and why.
+    """
+    try:
+        layers, _ = _run_sandbox(_request(), 0.0)
+    except RuntimeError as error:
+        raise BadInput(f"metric: execution: {error}") from None
+    if layers:
+        return None
+    return (
+        "metric: execution: this system has neither namespaces nor seccomp for generated code, so "
+        "that it could signal processes of this user and delete files; see "
+        "trainer/evaluation/code_sandbox.py"
+    )
+
+
+def _request(**settings: Any) -> dict[str, Any]:
+    """What the sandbox is asked for, but for the programs."""
+    defaults = {
+        "function": "f",
+        "cpu_seconds": 0.5,
+        "wall_seconds": 5.0,
+        "memory_bytes": 256 << 20,
+        "processes": min(_MOST_PROCESSES, os.cpu_count() or 1),
+        "seccomp": True,
+        "jobs": [],
+    }
+    return defaults | settings
+
+
+def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not calls:
+        raise ValueError(f"text {index} has no tests")
+    code = textwrap.dedent(text).strip()
+    return {"index": index, "code": code, "args": [call["args"] for call in calls]}
+
+
+def _score(output: str, calls: Sequence[Mapping[str, Any]]) -> float:
+    try:
+        values = json.loads(output)
+    except (ValueError, RecursionError):
+        return 0.0
+    expected = json.loads(json.dumps([call["result"] for call in calls]))
+    return float(_same(values, expected))
+
+
+def _same(got: Any, expected: Any) -> bool:
+    """Whether JSON values are equal: a truth value is no number, floats may differ slightly."""
+    if isinstance(expected, bool) or isinstance(got, bool):
+        return got is expected
+    if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
+        if isinstance(expected, int) and isinstance(got, int):
+            return got == expected
+        try:
+            return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
+        except OverflowError:  # an integer beyond all floats
+            return False
+    if isinstance(expected, list) and isinstance(got, list):
+        return len(got) == len(expected) and all(map(_same, got, expected))
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return got.keys() == expected.keys() and all(_same(got[k], expected[k]) for k in got)
+    return type(got) is type(expected) and bool(got == expected)
+
+
+def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> tuple[list[str], dict[int, str]]:
+    """Start the sandbox once.
+
+    Returns:
+        (layers that are at work there, what each program wrote before the sandbox ended)
+    """
+    # Some interpreters find their own library by it. Nothing else of the environment goes in.
+    keep = {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "SYSTEMROOT")}
+    with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_SANDBOX)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            cwd=folder,
+            env=keep,
+            start_new_session=True,
+        )
+        longest = 30 + wall_seconds * len(request["jobs"])
+        alarm = threading.Timer(longest, _kill_group, [process.pid])
+        alarm.start()
+        try:
+            output, errors = process.communicate(json.dumps(request))
+        finally:
+            alarm.cancel()
+            _kill_group(process.pid)
+            process.wait()
+    ready, *lines = output.splitlines() or [""]
+    if not ready.startswith("ready"):
+        raise RuntimeError(f"the sandbox of metric execution does not start: {errors.strip()}")
+    return ready.split()[1:], dict(json.loads(line) for line in lines if line.endswith("]"))
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _mean(scores: Sequence[float]) -> float:
+    if not scores:
+        raise ValueError("a metric of no rows")
+    return sum(scores) / len(scores)

@@ -1,0 +1,116 @@
+"""Files of predictions: what every prompt and baseline gave for every validation row.
+
+    OUTPUT_DIR/predictions/PROMPT.jsonl                    a prompt at its best step
+    OUTPUT_DIR/predictions/baselines/TASK/BASELINE.jsonl   no_prompt, hand_written-1, majority, ...
+
+One JSON object per row. The first ``MOST_TEXTS`` rows hold texts and scores, each text up to
+``MOST_CHARACTERS``; further rows hold only the fields of ``SHORT``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import LOWER_IS_BETTER
+from trainer.evaluation.statistics import RATES
+from trainer.runtime import atomic_io
+from trainer.runtime.json_file import parse_json
+
+FOLDER, BASELINES = "predictions", "baselines"
+#: Rows of a file that hold texts and scores, and the most characters of each text.
+MOST_TEXTS, MOST_CHARACTERS = 10_000, 4_000
+#: Fields of every row, however many there are. Target and prediction only where they are choices.
+SHORT = frozenset({"step", "row", "target", "prediction", "correct", "loss", "tokens", "f1_terms"})
+
+
+def baseline_file(task: str, baseline: str) -> str:
+    """Name of a baseline's file, in the place of a prompt's name."""
+    return f"{BASELINES}/{task}/{baseline}"
+
+
+def path_of(output_dir: Path, name: str) -> Path:
+    """Path of the predictions of a prompt, or of what ``baseline_file`` names."""
+    return output_dir / FOLDER / f"{name}.jsonl"
+
+
+def files_in(output_dir: Path) -> list[Path]:
+    """All files of predictions of a run."""
+    return sorted((output_dir / FOLDER).rglob("*.jsonl"))
+
+
+def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file of predictions; a reader finds the old or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or cannot be written; an earlier file is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_io.replacing(path) as file:
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "replace"))
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file of predictions; nothing if it is missing.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is not a JSON object.
+    """
+    try:
+        file = path.open(encoding="utf-8", newline="\n")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: a line is not a JSON object")
+            yield record
+
+
+def step_of(path: Path) -> int | None:
+    """Step that the predictions of a file are of; None if the file is missing or damaged."""
+    try:
+        first = next(read(path), {})
+    except (OSError, ValueError):
+        return None
+    step = first.get("step")
+    return step if isinstance(step, int) else None
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What every row adds to a metric that is a ratio of sums over rows.
+
+    Attributes:
+        rows: numbers of the rows.
+        sums, counts: numerator and denominator of every row.
+    """
+
+    rows: list[int]
+    sums: list[float]
+    counts: list[float]
+
+
+def outcomes(records: Iterable[Mapping[str, Any]], metric: str) -> Outcomes | None:
+    """Return what rows add to the task's metric; None if a row does not tell."""
+    rows, sums, counts = [], [], []
+    for record in records:
+        if metric in RATES:
+            terms: Sequence[Any] = (record.get("correct"), 1)
+        elif metric in LOWER_IS_BETTER:
+            terms = (record.get("loss"), record.get("tokens"))
+        else:
+            terms = record.get("f1_terms") or (None, None)
+        if None in terms:
+            return None
+        rows.append(int(record["row"]))
+        sums.append(float(terms[0]))
+        counts.append(float(terms[1]))
+    return Outcomes(rows, sums, counts) if rows else None

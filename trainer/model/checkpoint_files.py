@@ -1,0 +1,193 @@
+"""The files of a pretrained model: found, checked and opened before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from trainer.config import Base, resolve_path
+from trainer.model import hub
+from trainer.model.families import context_length, family_of
+from trainer.model.generation_config import read_generation_config
+from trainer.model.model_folder import (
+    SINGLE,
+    SMALL_FILES,
+    check_config,
+    check_folder,
+    check_quantization,
+    find_tensors,
+    gguf_remedy,
+    read_index,
+)
+from trainer.model.safetensors_reader import StoredTensor
+from trainer.model.weight_mapping import ReadParameters, library_errors, read_parameters
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
+
+#: Enough of a weight file for its header and the first tensors.
+HEADER_BYTES = 1 << 20
+#: JSON files of a tokenizer, and more bytes than they have.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+TOKENIZER_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A model folder that can be loaded.
+
+    Attributes:
+        name: what the run file calls the model.
+        config: of the text model; ``tie_word_embeddings`` is what holds for the stored weights.
+        tensors: all tensors of the weight files that transformers reads, by name.
+        parameters: which of them are read into which parameters.
+        generation: settings of the folder for generated text, its end tokens among them.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tensors: dict[str, StoredTensor]
+    parameters: ReadParameters
+    generation: GenerationConfig
+
+    @property
+    def context_length(self) -> int:
+        return context_length(self.config)
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        return sorted({stored.path for stored in self.tensors.values()})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config, tokenizer and the headers and sizes of the weight files.
+
+        Computed in a moment; ``trainer.model.fingerprint`` has digests of all their content.
+        """
+        digest = hashlib.sha256()
+        for path in sorted({*self.weight_files, *self.folder.glob("*.json")}):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(HEADER_BYTES))
+        return digest.hexdigest()
+
+
+def open_base(
+    settings: Base, *, download: bool = True, progress: hub.Progress | None = None
+) -> BaseFiles:
+    """Find the model and read everything but its weights.
+
+    Of a model of the hub, the weights are downloaded last: what is not supported is refused before.
+
+    Args:
+        download: get what the hub's cache lacks; False uses only what is there.
+        progress: called with the bytes of the download.
+
+    Raises:
+        BadInput: if it is not there, not supported, not in safetensors, damaged or incomplete.
+    """
+    name, folder, from_hub = settings.model, local_folder(settings), False
+    if folder is None:
+        folder, from_hub = hub.fetch(settings, SMALL_FILES, download=download), True
+    check_folder(folder, name)
+    config = _read_config(folder, name)
+    text = config.get_text_config()
+    family_of(text, name)
+    tokenizer = _read_tokenizer(folder, name)
+    generation = read_generation_config(folder)
+    if from_hub:
+        commit = settings.model_copy(update={"revision": folder.name})
+        folder = hub.fetch(commit, [SINGLE], download=download, progress=progress)
+        if not (folder / SINGLE).is_file() and (shards := sorted(set(read_index(folder)))):
+            folder = hub.fetch(commit, shards, download=download, progress=progress)
+    tensors = find_tensors(folder, name)
+    parameters = read_parameters(config, tensors, name)
+    text.tie_word_embeddings = parameters.tied
+    return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
+
+
+def local_folder(settings: Base) -> Path | None:
+    """The folder that ``base.model`` names; None where it may be a hub id.
+
+    Raises:
+        BadInput: if it can be neither.
+    """
+    folder = resolve_path(settings.model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or settings.model.startswith((".", "/", "~")):
+        raise BadInput(_no_folder(folder, settings.model))
+    return None
+
+
+def portable_name(settings: Base) -> str:
+    """What loads the base from any working folder: the folder's absolute path, or the hub id."""
+    folder = local_folder(settings)
+    return settings.model if folder is None else str(folder.resolve())
+
+
+def _no_folder(path: Path, name: str) -> str:
+    if path.suffix == ".gguf":
+        return f"base.model: {name!r} is a GGUF file, {gguf_remedy(path)}"
+    if path.suffix in (".safetensors", ".json"):
+        return f"base.model: {name!r} is a file; name its folder, {str(path.parent)!r}"
+    return f"base.model: {name!r} is not a folder; name a folder or a hub id"
+
+
+def _read_config(folder: Path, name: str) -> PretrainedConfig:
+    """The config of the folder: of a text model, or of a container of one.
+
+    Raises:
+        BadInput: if it is damaged, or of weights in a format that cannot be read.
+    """
+    check_config(folder / "config.json")
+    with library_errors(f"base.model: config.json of {name!r}"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        if not isinstance(text, PretrainedConfig):
+            raise TypeError(f"the config of its text model is {text!r}")
+    for each in (config, text):
+        check_quantization(each, name)
+    return config
+
+
+def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, which gives ids for a text.
+
+    Raises:
+        BadInput: if its files are damaged, or it needs code of its own.
+    """
+    try:
+        with library_errors(f"base.model: the tokenizer of {name!r}"):
+            # False, not unset: transformers would ask on the terminal and wait.
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
+            tokenizer("A text.")
+    except BadInput:
+        for file in TOKENIZER_FILES:  # a file that is damaged says more
+            if (folder / file).is_file():
+                read_json_object(folder / file, max_bytes=TOKENIZER_BYTES)
+        raise
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or isinstance(longest, bool):
+        raise BadInput(
+            f"{folder / 'tokenizer_config.json'}: model_max_length: {longest!r} is no number; "
+            "give the most tokens that the model reads, or remove the line"
+        )
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Frozen layers: int8 linear layers, embedding, head, experts, fused operations."""

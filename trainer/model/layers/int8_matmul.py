@@ -1,0 +1,202 @@
+"""Products with a matrix that never changes: exact, in int8, and in int8 without the outliers.
+
+``dx = dy @ W`` needs the weight alone, so nothing but a way to ask for it is kept between forward
+and backward. ZeRO-3 frees the weight after forward and gathers it again before backward; asking for
+it, not saving it, is what lets that happen.
+
+Shape letters: T tokens, K input features, N output features, C outlier features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from trainer.model.layers.quantization import INT8_MAX
+
+#: Keeps the quotient of a row of zeros finite.
+TINY = 1e-30
+#: Longest sum of products of two int8 numbers that cannot leave int32.
+MAX_INNER = (2**31 - 1) // int(INT8_MAX) ** 2
+#: On a GPU every size is a multiple of this; ``torch._int_mm`` asks for 8, the kernels like 16.
+ALIGNED = 16
+#: And there are at least so many rows; it asks for more than 16.
+MIN_ROWS = 32
+
+#: Gives a weight [N, K] and, where it is int8, its scales [N].
+Matrix = Callable[[], tuple[Tensor, Tensor | None]]
+#: Gives ``x @ W.T`` for x and such a weight.
+Product = Callable[[Tensor, Matrix], Tensor]
+
+
+def frozen_matmul(x: Tensor, matrix: Matrix) -> Tensor:
+    """``x @ W.T``. The weight is asked for in forward and again in backward, never kept."""
+    y: Tensor = _FrozenMatmul.apply(x, matrix)
+    return y
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Dequantise-then-multiply, exact to the stored weights.
+
+    The scale belongs to an output feature, so it multiplies ``y`` in forward and ``dy`` in
+    backward; the [N, K] matrix itself is only cast, never scaled.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix = matrix
+        weight_NK, scale_N = matrix()
+        y = x @ weight_NK.to(x.dtype).T
+        return y if scale_N is None else (y * scale_N).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        weight_NK, scale_N = ctx.matrix()
+        if scale_N is not None:
+            dy = (dy * scale_N).to(dy.dtype)
+        return dy @ weight_NK.to(dy.dtype), None
+
+
+def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Tensor:
+    """``x @ W.T`` with both factors in int8; the gradient of x too, from the same int8 matrix.
+
+    Args:
+        threshold: values of x beyond it are multiplied by the dequantised weight instead, exactly
+            (LLM.int8(), arXiv 2208.07339, section 3); None for none.
+    """
+    # Shaped out here: of a view from within a Function nobody may change the values, as OLMo does.
+    y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold)
+    return y_TN.unflatten(0, x.shape[:-1])
+
+
+class _Int8Matmul(torch.autograd.Function):
+    """Both products from one int8 matrix, activations and output gradients quantised row by row.
+
+    ``y = int_mm(q(x), W.T) * s_x * s_W`` (LLM.int8(), arXiv 2208.07339, section 2.1) and
+    ``dx = int_mm(q(dy * s_W), W) * s``: an input-gradient in 8 bits trains as well (SwitchBack,
+    arXiv 2304.13013, section 2). Integer sums are exact, so the error is that of the two
+    roundings, about 1% of a random row.
+
+    With a threshold, the outlier part is added to the forward product. The paper takes whole
+    features out, by the largest value in the batch; here a row gives up only its own outliers, so
+    that its result does not depend on the rows beside it. Outliers are a matter of activations:
+    the input-gradient is the plain int8 product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, matrix: Matrix, threshold: float | None) -> Tensor:
+        ctx.matrix = matrix
+        weight_NK, scale_N = matrix()
+        assert scale_N is not None
+        steps = _steps()
+        # Detached, or every step would be compiled twice, with and without a gradient to come.
+        rows_TK = x_TK.detach()
+        if threshold is None:
+            int8_TK, scale_T1 = steps.quantize(rows_TK)
+        else:
+            int8_TK, scale_T1, is_outlier_K = steps.quantize_inliers(rows_TK, threshold)
+        product_TN = int_product(int8_TK, weight_NK.T)
+        y_TN = steps.scale_both(product_TN, scale_T1, scale_N, rows_TK)
+        if threshold is not None:
+            features_C = is_outlier_K.nonzero().flatten()
+            if len(features_C) > 0:
+                large_TC = _beyond(rows_TK[:, features_C], threshold)
+                exact_TN = large_TC @ weight_NK[:, features_C].to(x_TK.dtype).T
+                y_TN = y_TN + (exact_TN * scale_N).to(x_TK.dtype)
+        return y_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        weight_NK, scale_N = ctx.matrix()
+        steps = _steps()
+        int8_TN, scale_T1 = steps.quantize_scaled(dy_TN, scale_N)
+        product_TK = int_product(int8_TN, weight_NK)
+        return steps.scale_rows(product_TK, scale_T1, dy_TN), None, None
+
+
+def int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
+    """int32 [T, N]: the exact product of two int8 matrices, in whatever layout they lie."""
+    return torch._int_mm(a_TK, b_KN) if a_TK.is_cpu else aligned_int_product(a_TK, b_KN)
+
+
+def aligned_int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
+    """The same on a GPU, whose kernel has demands: enough rows, aligned sizes, b column by column.
+
+    Row-major b, the case of an input-gradient, some GPUs refuse (CUBLAS_STATUS_NOT_SUPPORTED, as
+    torch's own test of ``_int_mm`` notes). It is copied, one byte per weight; ``dequantize`` would
+    write two.
+    """
+    num_rows, num_columns = a_TK.shape[0], b_KN.shape[1]
+    inner = _aligned(a_TK.shape[1])
+    a_TK = _padded(a_TK, max(MIN_ROWS, _aligned(num_rows)), inner)
+    b_NK = _padded(b_KN.T, _aligned(num_columns), inner)
+    return torch._int_mm(a_TK.contiguous(), b_NK.contiguous().T)[:num_rows, :num_columns]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """With zeros below and on the right, which add nothing to a product."""
+    missing = columns - matrix.shape[1], rows - matrix.shape[0]
+    return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
+
+
+class _Steps:
+    """What stands around an integer product, each fused into one pass over its operand."""
+
+    def __init__(self) -> None:
+        # One shape-agnostic graph each, compiled on first use; unfused they take as long as the
+        # integer product itself.
+        self.quantize = torch.compile(_quantize, dynamic=True)
+        self.quantize_inliers = torch.compile(_quantize_inliers, dynamic=True)
+        self.quantize_scaled = torch.compile(_quantize_scaled, dynamic=True)
+        self.scale_both = torch.compile(_scale_both, dynamic=True)
+        self.scale_rows = torch.compile(_scale_rows, dynamic=True)
+
+
+@cache
+def _steps() -> _Steps:
+    return _Steps()
+
+
+def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows and the fp32 scale of each, [T, 1], which carries on what is not finite."""
+    x_TK = x_TK.float()
+    scale_T1 = x_TK.abs().amax(-1, keepdim=True) / INT8_MAX
+    return torch.round(x_TK / scale_T1.clamp_min(TINY)).to(torch.int8), scale_T1
+
+
+def _quantize_inliers(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows without what is beyond the threshold, and the features [K] where any row had such."""
+    beyond_TK = x_TK.abs() > threshold  # not NaN, which the scale carries on
+    return *_quantize(torch.where(beyond_TK, 0.0, x_TK)), beyond_TK.any(0)
+
+
+def _beyond(x_TC: Tensor, threshold: float) -> Tensor:
+    return torch.where(x_TC.abs() > threshold, x_TC, 0.0)
+
+
+def _quantize_scaled(dy_TN: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantize(dy_TN.float() * scale_N)
+
+
+def _scale_both(product_TN: Tensor, scale_T1: Tensor, scale_N: Tensor, like: Tensor) -> Tensor:
+    return (product_TN.float() * scale_T1 * scale_N).to(like.dtype)
+
+
+def _scale_rows(product_TK: Tensor, scale_T1: Tensor, like: Tensor) -> Tensor:
+    return (product_TK.float() * scale_T1).to(like.dtype)

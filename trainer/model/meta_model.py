@@ -1,0 +1,221 @@
+"""The model's structure on ``meta``: frozen layers in place of trainable ones, no weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trainer.config import Base
+from trainer.model.attention.family_overrides import replace_attention
+from trainer.model.attention.interface import PACKED
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.model.families import family_of, logit_rule
+from trainer.model.generation_config import check_logits_processors
+from trainer.model.layers.embedding import FrozenEmbedding
+from trainer.model.layers.fused_ops import make_lean
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.lm_head import FrozenHead
+from trainer.model.layers.moe import FrozenExperts, is_experts
+from trainer.model.safetensors_reader import SafetensorsReader, scales_name
+from trainer.model.tensor_locations import Source, find_sources
+from trainer.model.weight_mapping import meta_model
+from trainer.runtime.errors import BadInput
+
+#: More than any model has in rotary frequencies, tables of sines and masks.
+MOST_BUFFER_BYTES = 1 << 30
+
+
+def build_skeleton(
+    files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model with frozen layers, on ``meta``, its non-persistent buffers on ``device``.
+
+    Args:
+        dtype: type of activations; also of weights that are not quantised, where the checkpoint's
+            own type is not narrower.
+
+    Raises:
+        BadInput: with every tensor that is of another shape or type; no weight is read.
+    """
+    family = family_of(files.config, files.name)
+    model = meta_model(_frozen_config(files.config), files.name, dtype=dtype)
+    model.config._attn_implementation = PACKED if family.packed else family.cached_attention
+    model.generation_config = files.generation
+    _rebuild_buffers(model, device)
+    _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
+    with SafetensorsReader(files.tensors) as reader:
+        stored = files.parameters.tensors
+        _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name][0]))
+        _tie(model)
+        if family.packed:
+            replace_attention(model)
+        make_lean(model)
+        sources = find_sources(model, stored)
+        problems = [
+            problem
+            for name, parameter in model.named_parameters()
+            for problem in _problems(reader, sources[name], parameter.dtype == torch.int8)
+        ]
+    if problems:
+        raise BadInput(problems[:10])
+    check_logits_processors(model, files.name)  # last: it needs memory for the whole vocabulary
+    return model
+
+
+def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, Source]:
+    """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
+    sources = find_sources(skeleton, files.parameters.tensors)
+    int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
+    return {name: sources[name] for name in int8}
+
+
+def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> list[str]:
+    """What is wrong with the tensors of a parameter, and with the scales of 8-bit ones."""
+    if not reader.is_int8(source.tensors[0]):
+        return source.problems(reader)
+    if not quantized:
+        return [
+            f"base.model: {source.tensors[0]!r} is stored in 8 bits, but would be kept in a float "
+            "type; use base.quantization: int8, or the model that the folder was made from"
+        ]
+    # Rows that were quantised are stored as rows, whatever the layout of the original.
+    source = replace(source, transposed=False)
+    problems = source.problems(reader)
+    for name in source.tensors:
+        layout = f"{name}_format"
+        if reader.find(layout) is not None and bool(reader.read(layout).any()):
+            problems.append(
+                f"{reader.tensors[name].path}: {name!r} is stored in a layout of older "
+                "bitsandbytes; save the model again with a newer one"
+            )
+        scales = scales_name(name)
+        if reader.find(scales) is None:
+            problems.append(
+                f"{reader.tensors[name].path}: {name!r} is stored in 8 bits, but its row scales "
+                f"{scales!r} are missing; write the folder again (promptshard prepare)"
+            )
+        elif problem := reader.problem(scales, source.stored_shape[:-1]):
+            problems.append(problem)
+    return problems
+
+
+def _quantize_ends(
+    model: PreTrainedModel, settings: Base, is_stored_int8: Callable[[str], bool]
+) -> None:
+    """Store word embeddings and head in int8 where the run file says so or the checkpoint does."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    tied = model.config.tie_word_embeddings
+    if tied and settings.embeddings != settings.head:
+        raise BadInput(
+            f"base.head: {settings.head}, but base.embeddings: {settings.embeddings}, and this "
+            "model's head is its embedding table; give both the same value"
+        )
+    for layer, setting in ((embedding, settings.embeddings), (head, settings.head)):
+        if setting == "int8" and settings.quantization != "int8":
+            raise BadInput(
+                f"base.quantization: {settings.quantization}, but base.embeddings or base.head "
+                "asks for int8; use quantization: int8"
+            )
+        stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
+        if setting == "int8" or (stored and settings.quantization == "int8"):
+            _store_int8(layer)
+
+
+def _store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
+    """Make the weight of a layer on ``meta`` an int8 one."""
+    shape = layer.weight.shape
+    weight = torch.empty(shape, dtype=torch.int8, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.absmax = torch.empty(shape[0], dtype=torch.float32, device="meta")
+
+
+def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a model that never drops anything out, even in layers that are recomputed."""
+    config = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("drop" in name or name.endswith("jitter_noise")):
+            setattr(config, name, 0.0)
+    for name in ("output_router_logits", "slow_but_exact"):
+        if getattr(config, name, False):
+            setattr(config, name, False)
+    return config
+
+
+def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype) -> None:
+    """Put frozen layers where the model has trainable ones. The head stays in its float type."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            layer: nn.Module
+            if child is embedding:
+                scales = (getattr(child, f"{x}embed_scale", None) for x in ("scalar_", ""))
+                scale = next((s for s in scales if s is not None), 1.0)
+                layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype, scale)
+            elif is_experts(child):
+                layer = FrozenExperts(child, quantized)
+            elif isinstance(child, nn.Linear | Conv1D):
+                transposed = isinstance(child, Conv1D)
+                n, k = child.weight.T.shape if transposed else child.weight.shape
+                bias = child.bias is not None
+                if child is head:
+                    layer = FrozenHead(k, n, bias, quantized=False, transposed=transposed)
+                    layer.scale, layer.softcap = logit_rule(model)
+                else:
+                    layer = FrozenLinear(k, n, bias, quantized, transposed)
+            else:
+                continue
+            setattr(parent, name, layer)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    if model.config.tie_word_embeddings:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        assert isinstance(head, FrozenLinear)
+        assert isinstance(embedding, FrozenEmbedding)
+        head.weight, embedding.tied = embedding.weight, True
+
+
+def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute what no checkpoint holds (rotary frequencies, tables of sines).
+
+    Done as transformers does it after loading: every family's ``_init_weights`` fills such buffers
+    in, and leaves parameters on ``meta`` as they are.
+
+    Raises:
+        BadInput: if config.json asks for buffers of no model's size, or they cannot be computed.
+    """
+    sizes = {path: buffer.nbytes for path, buffer in model.named_buffers() if buffer.is_meta}
+    if sum(sizes.values()) > MOST_BUFFER_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise BadInput(
+            f"base.model: config.json asks for tables of {sum(sizes.values()) / 1e9:,.1f} GB "
+            f"beside the weights ({largest}), more than any model has; give the config.json of "
+            "these weights"
+        )
+    for path, module in model.named_modules():
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        if not buffers or module is model.get_input_embeddings():
+            continue
+        kept = sorted(set(buffers) - module._non_persistent_buffers_set)
+        if kept:
+            raise BadInput(
+                f"base.model: {path} ({type(module).__name__}) keeps {', '.join(kept)} beside its "
+                "weights, which is not supported"
+            )
+        for name, buffer in buffers.items():
+            nan = torch.full(buffer.shape, torch.nan, device=device)
+            module._buffers[name] = nan.to(buffer.dtype)
+        with torch.no_grad():
+            model._init_weights(module)
+        if any(not module._buffers[name].isfinite().all() for name in buffers):
+            raise BadInput(
+                f"base.model: cannot rebuild the buffers of {path} ({type(module).__name__}); "
+                "this model needs support of its own"
+            )

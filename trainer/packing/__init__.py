@@ -1,0 +1,1 @@
+"""Rows -> packed batches."""

@@ -1,0 +1,133 @@
+"""A trained prompt as a folder that PEFT loads.
+
+Every method is exported folded: virtual tokens as what PEFT calls PROMPT_TUNING, keys and values as
+PREFIX_TUNING; one tensor under the key ``prompt_embeddings``. Written by hand, because
+``save_pretrained`` needs the whole base.
+
+Shape letters: P virtual tokens, H hidden size, L layers, A heads of keys, D head size.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from trainer.prompts.saved_prompts import SETTINGS, TENSOR, WEIGHTS
+from trainer.runtime import atomic_io
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
+
+CARD = "README.md"
+
+
+def save_peft(
+    folder: Path,
+    virtual_tokens: Tensor,
+    base_model_name: str,
+    revision: str | None = None,
+    *,
+    num_layers: int,
+    num_attention_heads: int,
+    title: str | None = None,
+    description: str = "",
+) -> None:
+    """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
+
+    Args:
+        virtual_tokens: folded, [P, H] or, of prefix tuning, keys and values [P, L, 2, A, D]; saved
+            in fp32.
+        base_model_name: what PEFT loads the base from: a folder's absolute path, or a hub id.
+        title: of the model card; default: the folder's name.
+        description: a line for the model card: task, score.
+
+    Raises:
+        ValueError: if the virtual tokens are not finite.
+    """
+    if not virtual_tokens.isfinite().all():
+        raise ValueError(f"{folder}: the virtual tokens are not finite; there is nothing to export")
+    prompt = virtual_tokens.detach().to("cpu", torch.float32).contiguous()
+    method: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+    token_dim = prompt.shape[1]
+    if prompt.dim() > 2:
+        # PEFT counts the heads that a cache holds: fewer where queries are grouped.
+        _, num_layers, _, num_attention_heads, head_size = prompt.shape
+        token_dim = num_attention_heads * head_size
+        method = {
+            "peft_type": "PREFIX_TUNING",
+            "prefix_projection": False,
+            "encoder_hidden_size": token_dim,
+        }
+    config = {
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "num_attention_heads": num_attention_heads,
+        "num_layers": num_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": len(prompt),
+        **method,
+        "revision": revision,
+        "task_type": "CAUSAL_LM",
+        "token_dim": token_dim,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {TENSOR: prompt.flatten(1)}
+    atomic_io.write(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
+    atomic_io.write_json(folder / SETTINGS, config)
+    atomic_io.write(folder / CARD, _card(title or folder.name, config, description, folder))
+
+
+def load_peft(folder: Path) -> Tensor:
+    """Read what ``save_peft`` or PEFT wrote: [P, H], or keys and values [P, L, 2, A, D].
+
+    Raises:
+        BadInput: the folder is not an adapter with one prompt, or is damaged.
+    """
+    try:
+        prompt: Tensor = load_file(folder / WEIGHTS)[TENSOR]
+        config = read_json_object(folder / SETTINGS)
+        if config["peft_type"] != "PREFIX_TUNING":
+            return prompt
+        return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))
+    except BadInput:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"{folder}: is damaged ({type(error).__name__}: {error}); restore it, or train the "
+            "prompt again"
+        ) from None
+
+
+def _card(name: str, config: dict[str, Any], description: str, folder: Path) -> str:
+    base, revision = config["base_model_name_or_path"], config["revision"]
+    at = "" if revision is None else f", revision={revision!r}"
+    kind = config["peft_type"].replace("_", " ").lower()
+    what = f"{config['num_virtual_tokens']} virtual tokens of width {config['token_dim']}"
+    if kind == "prefix tuning":
+        what += f" as keys and values in each of {config['num_layers']} layers"
+    # JSON strings are YAML strings: a path with a colon must not break the header.
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [{kind.replace(" ", "-")}, promptshard]
+---
+
+# {name}
+
+{what} for `{base}`, trained
+by promptshard; the base itself is unchanged. {description}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r}{at})
+model = PeftModel.from_pretrained(base, {str(folder.resolve())!r})  # this folder
+```
+"""

@@ -1,0 +1,153 @@
+"""Trained prompts on disk that others start from (SPoT: Vu et al. 2021, arXiv 2110.07904).
+
+What can be wrong with one is found without torch, from its settings and the header of its weights,
+before a base is loaded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Init, RunConfig, resolve_path
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import parse_json, read_json_object
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: The one tensor of an adapter: a row for each virtual token.
+TENSOR = "prompt_embeddings"
+#: What PEFT calls adapters of virtual tokens; keys and values are PREFIX_TUNING.
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING")
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """An adapter that a prompt can start from.
+
+    Attributes:
+        prefix: it holds keys and values, not virtual tokens.
+        num_virtual_tokens, width: its rows and columns; the width of virtual tokens is the base's
+            hidden size.
+    """
+
+    folder: Path
+    prefix: bool
+    num_virtual_tokens: int
+    width: int
+
+
+def find_source(path: str) -> PromptSource:
+    """The adapter in a folder, or the one of a run's output folder.
+
+    Raises:
+        BadInput: if there is none, more than one, or one that holds no prompt in safetensors.
+    """
+    folder = _adapter_folder(resolve_path(path))
+    try:
+        kind = read_json_object(folder / SETTINGS).get("peft_type")
+    except BadInput as error:
+        raise BadInput(
+            [f"{problem}; export the prompt again" for problem in error.problems]
+        ) from None
+    if kind not in (*VIRTUAL_TOKENS, "PREFIX_TUNING"):
+        raise BadInput(
+            f"{folder}: is an adapter of type {kind!r}, which holds no prompt; known: "
+            f"{', '.join(VIRTUAL_TOKENS)}, PREFIX_TUNING"
+        )
+    rows, width = _shape(folder)
+    return PromptSource(folder, kind == "PREFIX_TUNING", rows, width)
+
+
+def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterator[str]:
+    """What is wrong with the prompts that those of a run file start from.
+
+    Args:
+        hidden_size: of the base; None where it is not known yet.
+    """
+    for prompt in config.prompts:
+        if prompt.init.from_ is None:
+            continue
+        setting = f"prompts.{prompt.name}.init.from"
+        try:
+            source = find_source(prompt.init.from_)
+        except BadInput as error:
+            yield from (f"{setting}: {problem}" for problem in error.problems)
+            continue
+        if source.prefix != (prompt.method == "prefix_tuning"):
+            yield (
+                f"{setting}: {source.folder} holds "
+                f"{'keys and values' if source.prefix else 'virtual tokens'}, but the method is "
+                f"{prompt.method}; use "
+                f"{'prefix_tuning' if source.prefix else 'prompt_tuning or p_tuning'}, or name "
+                "another prompt"
+            )
+        elif not source.prefix and hidden_size not in (None, source.width):
+            yield (
+                f"{setting}: {source.folder} holds virtual tokens of width {source.width}, but the "
+                f"base has {hidden_size}; name a prompt of this base"
+            )
+
+
+def without_sources(config: RunConfig) -> RunConfig:
+    """Drop the sources of initial prompts: a resumed run does not read them; they may be gone."""
+    prompts = [
+        prompt
+        if prompt.init.from_ is None
+        else prompt.model_copy(update={"init": Init(vocab=True)})
+        for prompt in config.prompts
+    ]
+    return config.model_copy(update={"prompts": prompts})
+
+
+def check_sources(config: RunConfig, hidden_size: int) -> None:
+    """Let a run begin only if its prompts can start from those it names.
+
+    Raises:
+        BadInput: with all that ``source_problems`` finds.
+    """
+    if problems := list(source_problems(config, hidden_size)):
+        raise BadInput(problems)
+
+
+def _adapter_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give an adapter's folder or a run's output_dir")
+    if (folder / SETTINGS).is_file():
+        return folder
+    found = sorted(path.parent for path in folder.glob(f"prompts/*/{SETTINGS}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise BadInput(f"{folder}: has several prompts; name one: {folder}/prompts/NAME of {names}")
+    raise BadInput(f"{folder}: has no {SETTINGS}, so it is no adapter; train the prompt first")
+
+
+def _shape(folder: Path) -> tuple[int, int]:
+    """Shape of the adapter's tensor, from the header of its weights."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = any(folder.glob("adapter_model.bin"))
+        remedy = "save it as safetensors: pickles can run code" if pickled else "train it first"
+        raise BadInput(f"{folder}: has no {WEIGHTS}; {remedy}")
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = parse_json(file.read(min(size, 1 << 24)))
+        rows, width = map(_size, header[TENSOR]["shape"])
+    except KeyError:
+        raise BadInput(f"{path}: has no tensor {TENSOR!r}, so it holds no prompt") from None
+    except (OSError, ValueError, TypeError, struct.error) as error:
+        raise BadInput(f"{path}: is no safetensors file of a prompt: {error}") from None
+    if not rows:
+        raise BadInput(f"{path}: has no virtual tokens")
+    return rows, width
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"its shape holds {value!r}")
+    return value

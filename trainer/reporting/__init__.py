@@ -1,0 +1,1 @@
+"""Results for people: summary, tables, HTML."""

@@ -1,0 +1,217 @@
+"""What the page shows of the best prompt's predictions: confusions, mistakes and samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.evaluation.prediction_files import path_of, read
+from trainer.evaluation.score_format import format_score, format_with_interval
+from trainer.evaluation.statistics import wilson_interval
+
+#: Classes of a confusion matrix, and rows of any list.
+MOST_CLASSES, MOST_ROWS = 20, 10
+#: Characters of a text in a list: its beginning and its end.
+MOST_CHARACTERS = 600
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """How often a class, or a label of a set, was found where it was right.
+
+    Attributes:
+        low, high: 95% interval of the recall.
+        precision: None where the class was never predicted.
+    """
+
+    label: str
+    rows: int
+    recall: float
+    low: float
+    high: float
+    precision: float | None
+
+    @property
+    def recall_text(self) -> str:
+        if not self.rows:
+            return "–"
+        return format_with_interval("recall", self.recall, (self.low, self.high))
+
+    @property
+    def precision_text(self) -> str:
+        return format_score("precision", self.precision)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row beside what the prompt gave for it.
+
+    Attributes:
+        probability: of the predicted choice, normalised over the choices.
+        loss: in nats per token of the target.
+    """
+
+    place: str
+    input: str
+    target: str
+    prediction: str | None
+    correct: bool | None
+    probability: float | None = None
+    loss: float | None = None
+
+
+@dataclass
+class PredictionReport:
+    """Predictions of one prompt.
+
+    Attributes:
+        labels: classes of ``matrix``, in the order of the run file.
+        matrix: rows with the class ``labels[i]`` that were predicted as ``labels[j]``; empty with
+            more than ``MOST_CLASSES``.
+        confusions: most frequent (target, prediction, rows) of mistakes, where there is no matrix.
+        title: what ``examples`` are.
+    """
+
+    prompt: str
+    rows: int
+    classes: list[ClassResult] = field(default_factory=list)
+    matrix: list[list[int]] = field(default_factory=list)
+    confusions: list[tuple[str, str, int]] = field(default_factory=list)
+    title: str = ""
+    examples: list[Example] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+
+def prediction_report(
+    output_dir: Path, prompt: str, choices: Sequence[str], metric: str
+) -> PredictionReport | None:
+    """Read the predictions of a prompt; None if there are none or the file is damaged.
+
+    Args:
+        choices: of the task, in the order of the run file; empty if it has none.
+    """
+    try:
+        records = list(read(path_of(output_dir, prompt)))
+        return _report(prompt, records, choices, metric) if records else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged file
+        return None
+
+
+def _report(
+    prompt: str, records: Sequence[dict[str, Any]], choices: Sequence[str], metric: str
+) -> PredictionReport:
+    report = PredictionReport(prompt, len(records))
+    if choices and isinstance(records[0].get("target"), list):
+        _multi_label(report, records, choices)
+    elif choices and "scores" in records[0] and metric != "exact_match":
+        _choices(report, records, choices)
+    elif "prediction" in records[0]:
+        _written(report, records)
+    else:
+        _losses(report, records)
+    return report
+
+
+def _choices(
+    report: PredictionReport, records: Sequence[dict[str, Any]], choices: Sequence[str]
+) -> None:
+    counts = Counter((r["target"], r["prediction"]) for r in records)
+    _classes(
+        report,
+        choices,
+        rows=Counter(r["target"] for r in records),
+        predicted=Counter(r["prediction"] for r in records),
+        found=Counter(r["target"] for r in records if r["correct"]),
+    )
+    if len(choices) <= MOST_CLASSES:
+        report.labels = list(choices)
+        report.matrix = [[counts[target, predicted] for predicted in choices] for target in choices]
+    else:
+        wrong = ((a, b, n) for (a, b), n in counts.most_common() if a != b)
+        report.confusions = list(wrong)[:MOST_CLASSES]
+    mistakes = [r for r in records if not r["correct"] and _probability(r) is not None]
+    mistakes.sort(key=lambda record: -(_probability(record) or 0.0))
+    report.title = "Most confident mistakes"
+    report.examples = _examples(mistakes)
+
+
+def _multi_label(
+    report: PredictionReport, records: Sequence[dict[str, Any]], choices: Sequence[str]
+) -> None:
+    _classes(
+        report,
+        choices,
+        rows=Counter(label for r in records for label in r["target"]),
+        predicted=Counter(label for r in records for label in set(r["prediction"])),
+        found=Counter(x for r in records for x in set(r["target"]) & set(r["prediction"])),
+    )
+    missed = [r for r in records if not r["correct"] and "input" in r]
+    missed.sort(key=lambda r: -len(set(r["target"]) ^ set(r["prediction"])))
+    report.title = "Rows with the most wrong labels"
+    report.examples = _examples(missed)
+
+
+def _written(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
+    """Samples at equal distances, so that they are the same for every prompt."""
+    shown = [record for record in records if "input" in record]
+    picked = sorted({i * len(shown) // MOST_ROWS for i in range(MOST_ROWS)}) if shown else []
+    report.title = "Generated answers beside their references"
+    report.examples = _examples([shown[i] for i in picked])
+
+
+def _losses(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
+    scored = [r for r in records if r.get("loss") is not None and "input" in r]
+    scored.sort(key=lambda record: -record["loss"] / record["tokens"])
+    report.title = "Rows with the highest loss"
+    report.examples = _examples(scored)
+
+
+def _classes(
+    report: PredictionReport,
+    choices: Sequence[str],
+    *,
+    rows: Counter[str],
+    predicted: Counter[str],
+    found: Counter[str],
+) -> None:
+    shown = [choice for choice in choices if rows[choice] or predicted[choice]]
+    if len(choices) > MOST_CLASSES:
+        shown.sort(key=lambda choice: -rows[choice])
+    for label in shown:
+        count = rows[label]
+        recall = found[label] / count if count else float("nan")
+        low, high = wilson_interval(recall, count) if count else (0.0, 1.0)
+        precision = found[label] / predicted[label] if predicted[label] else None
+        report.classes.append(ClassResult(label, count, recall, low, high, precision))
+
+
+def _probability(record: dict[str, Any]) -> float | None:
+    found: float | None = (record.get("probabilities") or {}).get(record.get("prediction"))
+    return found
+
+
+def _examples(records: Iterable[dict[str, Any]]) -> list[Example]:
+    return [
+        Example(
+            place=str(record.get("place", f"row {record['row']}")),
+            input=_text(record.get("input")),
+            target=_text(record.get("target")),
+            prediction=_text(record["prediction"]) if "prediction" in record else None,
+            correct=record.get("correct"),
+            probability=_probability(record) if isinstance(record.get("prediction"), str) else None,
+            loss=record["loss"] / record["tokens"] if record.get("loss") is not None else None,
+        )
+        for record in list(records)[:MOST_ROWS]
+    ]
+
+
+def _text(value: Any) -> str:
+    """A text of a row, or the labels of a set, shortened in the middle."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} […] {text[-half:]}"

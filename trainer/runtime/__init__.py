@@ -1,0 +1,1 @@
+"""Errors, console, processes and files: what every other folder needs."""

@@ -1,0 +1,139 @@
+"""Run a module so that the working directory cannot hide another module.
+
+    python trainer/runtime/bootstrap.py [OPTIONS] MODULE [ARGUMENT ...]
+
+``python -m MODULE`` imports from the working directory first: a ``json.py`` or a folder ``trainer``
+there replaces the real one without a message. Python 3.11 has PYTHONSAFEPATH against that; Python
+3.10 does not, so every process of ours is started by the path of this file.
+
+Until the import path is clean, only modules that the interpreter has already loaded are imported.
+"""
+
+import os
+import sys
+
+ARGUMENTS = "PROMPTSHARD_ARGUMENTS"
+PARENT = "PROMPTSHARD_PARENT"
+FILE = os.path.abspath(__file__)
+PACKAGE = os.path.dirname(os.path.dirname(FILE))
+ROOT = os.path.dirname(PACKAGE)
+
+
+def command(module: str, *options: str, python: str | None = None) -> list[str]:
+    """Return the command line that runs a module; append its arguments."""
+    return [python or sys.executable, FILE, *options, module]
+
+
+def handed(arguments: list[str]) -> dict[str, str]:
+    """Return the environment that hands arguments to a process with ``--arguments-in-environment``.
+
+    Everyone on the machine can read command lines, but only its owner a process's environment.
+    """
+    import json
+
+    return {ARGUMENTS: json.dumps(arguments, ensure_ascii=False)}
+
+
+def clean_path() -> None:
+    """Remove the working directory and the folder of this file from the import path."""
+    unsafe = {os.path.realpath(os.path.dirname(FILE)), _working_directory()}
+    unsafe.discard(os.path.realpath(ROOT))
+    sys.path[:] = [entry for entry in sys.path if entry and _real(entry) not in unsafe]
+    if os.path.realpath(ROOT) not in map(_real, sys.path):
+        sys.path.insert(0, ROOT)
+    os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that libraries start
+
+
+def _working_directory() -> str:
+    return _real(".")
+
+
+def _real(path: str) -> str:
+    """Return the real path of an entry; the entry itself where the working directory is deleted."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return path
+
+
+def foreign_package() -> str | None:
+    """Return a message if ``import trainer`` does not find the package that this file is in."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("trainer")
+    found = os.path.dirname(spec.origin) if spec and spec.origin else None
+    if found is not None and os.path.realpath(found) == os.path.realpath(PACKAGE):
+        return None
+    where = spec.origin if spec and spec.origin else "a folder without __init__.py"
+    return (
+        f"'import trainer' finds {where} instead of promptshard's package in "
+        f"{PACKAGE}; remove the other one's folder from PYTHONPATH, or rename it"
+    )
+
+
+def hidden_modules() -> list[str]:
+    """Return the files and folders in the working directory that hide modules of Python.
+
+    Worker processes of Python 3.10 import from there first, whatever this process does.
+    """
+    names = {name.partition(".")[0]: name for name in os.listdir() if _importable(name)}
+    return sorted(names[module] for module in sys.stdlib_module_names & names.keys())
+
+
+def _importable(name: str) -> bool:
+    return name.endswith(".py") or os.path.isfile(os.path.join(name, "__init__.py"))
+
+
+def main() -> None:
+    """Clean the import path, then run the module of the command line in this process."""
+    clean_path()
+    import argparse
+    import json
+    import runpy
+    import signal
+
+    parser = argparse.ArgumentParser(description="Run a module with a clean import path.")
+    parser.add_argument("--chdir", metavar="DIR", help="change to this folder first")
+    parser.add_argument("--parent-death", metavar="SIGNAL", help="signal when the parent dies")
+    parser.add_argument("--arguments-in-environment", action="store_true")
+    parser.add_argument("module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    if args.chdir is not None:
+        os.chdir(args.chdir)
+    if problem := foreign_package():
+        sys.exit(refuse(problem))
+    if not hasattr(sys.flags, "safe_path") and (hidden := hidden_modules()):  # Python 3.10
+        sys.exit(
+            refuse(
+                f"{', '.join(hidden)} in the working directory hides a module of Python; rename "
+                "it, start from another folder, or use Python 3.11 or newer"
+            )
+        )
+
+    from trainer.runtime.process import die_with_parent
+    from trainer.runtime.stdio import keep_streams
+
+    if args.parent_death is not None:
+        die_with_parent(signal.Signals[args.parent_death], int(os.environ.get(PARENT, "0")))
+    os.environ[PARENT] = str(os.getpid())  # for children that are started in the same way
+    keep_streams()
+    arguments = args.arguments
+    if args.arguments_in_environment:
+        arguments = json.loads(os.environ.pop(ARGUMENTS))
+    sys.argv = [args.module, *arguments]
+    try:
+        runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # Ctrl-C is no error to be traced
+        sys.exit(128 + signal.SIGINT)
+
+
+def refuse(problem: str) -> int:
+    """Print a problem, once per host; returns the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"error: {problem}\n")
+    return 2  # trainer.runtime.errors.EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    main()

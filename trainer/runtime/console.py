@@ -1,0 +1,308 @@
+"""Rank 0's output: a live progress display on a terminal, plain lines elsewhere.
+
+Everything that takes time is a ``Phase``. On a terminal each running phase has a line with a bar;
+elsewhere a thread prints the innermost phase whenever nothing was printed for ``PLAIN_INTERVAL``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import rich.console
+import rich.text
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from trainer.runtime.phase_times import clock
+from trainer.runtime.redact import printable, redact
+
+#: Seconds without output after which a plain line is printed where there is no terminal.
+PLAIN_INTERVAL = 5.0
+#: Phases that take less are not shown.
+QUIET_SECONDS = 1.0
+#: Seconds between two looks at the running phases.
+TICK = 0.25
+#: Columns of a table where there is no terminal to ask.
+PLAIN_WIDTH = 110
+
+
+@dataclass
+class Phase:
+    """Work in progress. Its numbers may be set from any thread.
+
+    Attributes:
+        total: in ``unit``; None if it is not known.
+        unit: ``bytes`` are shown as MB.
+        status: printed behind the numbers.
+    """
+
+    what: str
+    total: float | None = None
+    unit: str = "rows"
+    done: float = 0.0
+    status: str = ""
+    started: float = field(default_factory=lambda: time.monotonic())
+    task: TaskID | None = None
+
+    def advance(self, count: float) -> None:
+        self.done += count
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def progress(self) -> str:
+        """``1,200/3,400 rows, about 0:20 left``; empty where nothing is counted."""
+        parts = []
+        if self.total is not None:
+            parts.append(f"{self._number(self.done)}/{self._number(self.total)} {self._unit}")
+            if self.done and not self.status:
+                left = self.seconds * max(0.0, self.total - self.done) / self.done
+                parts.append(f"about {clock(left)} left")
+        elif self.done:
+            parts.append(f"{self._number(self.done)} {self._unit}")
+        return ", ".join([*parts, *([self.status] if self.status else [])])
+
+    @property
+    def _unit(self) -> str:
+        return "MB" if self.unit == "bytes" else self.unit
+
+    def _number(self, value: float) -> str:
+        return f"{value / 1e6:,.1f}" if self.unit == "bytes" else f"{value:,.0f}"
+
+
+class Console:
+    """Prints for people.
+
+    Args:
+        answer: stream of ``answer``, where ``out`` is not for results; default: ``out``.
+        shown: False on ranks other than 0, whose streams lead nowhere: no phase is displayed.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        log: Path | None = None,
+        *,
+        answer: TextIO | None = None,
+        shown: bool = True,
+    ) -> None:
+        self._log, self._shown = log, shown
+        self._answer = answer or out
+        self._reported: BaseException | None = None
+        width = None if out.isatty() else PLAIN_WIDTH
+        self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
+        self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
+        self._phases: list[Phase] = []
+        self._lock = threading.Lock()  # a phase must not end while it is drawn
+        self._last_output = time.monotonic()
+        self._ticker: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._bar: Progress | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._out.is_terminal
+
+    def say(self, text: str = "") -> None:
+        self._last_output = time.monotonic()
+        self._out.print(_safe(text), markup=False)
+
+    def note(self, text: str) -> None:
+        """Print what is no result, and no error, on stderr."""
+        self._err.print(_safe(text), markup=False)
+
+    def answer(self, text: str) -> None:
+        """Print the result of a command as it is: no wrapping, styles or emoji codes."""
+        self._last_output = time.monotonic()
+        if self._answer.isatty():
+            text = printable(text)
+        self._answer.write(f"{text}\n")
+        self._answer.flush()
+
+    def warn(self, text: str) -> None:
+        self._last_output = time.monotonic()
+        self._err.print(f"warning: {_safe(text)}", style="yellow", markup=False)
+
+    def error(self, text: str) -> None:
+        self._err.print(f"error: {_safe(text)}", style="red", markup=False)
+
+    def failure(self, error: BaseException) -> None:
+        """Print in one line, once, what ends the run."""
+        if error is not self._reported:
+            self._reported = error
+            first_line = str(error).strip().split("\n")[0]
+            where = f" (all of it: {self._log})" if self._log and self._log.exists() else ""
+            self.error(f"{type(error).__name__}: {first_line}{where}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*(rich.text.Text(_safe(cell)) for cell in row))
+        self._out.print(table)
+
+    @contextmanager
+    def phase(
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "rows",
+        done: float = 0.0,
+        *,
+        announce: bool = False,
+    ) -> Iterator[Phase]:
+        """Show work in progress for as long as the ``with`` block lasts.
+
+        Args:
+            announce: print a line at the beginning where there is no terminal.
+        """
+        phase = Phase(what, total, unit, done)
+        if announce and not self._out.is_terminal:
+            self.say(what)
+        with self._lock:
+            self._phases.append(phase)
+        if self._shown and self._ticker is None:
+            self._idle.clear()
+            self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+            self._ticker.start()
+        try:
+            yield phase
+        finally:
+            with self._lock:
+                self._phases.remove(phase)
+                self._hide(phase)
+            if not self._phases and self._ticker is not None:
+                self._idle.set()
+                self._ticker.join()
+                self._ticker = None
+                if self._bar is not None:
+                    self._bar.stop()
+                    self._bar = None
+
+    def _tick(self) -> None:
+        while not self._idle.wait(TICK):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Update the display; called several times per second by a thread."""
+        with self._lock:
+            if self._out.is_terminal:
+                for phase in self._phases:
+                    self._draw(phase)
+            elif self._phases and time.monotonic() - self._last_output >= PLAIN_INTERVAL:
+                phase = self._phases[-1]
+                self.say(f"{phase.what}: {phase.progress() or clock(phase.seconds)}")
+
+    def _draw(self, phase: Phase) -> None:
+        if phase.task is None:
+            if phase.seconds < QUIET_SECONDS:
+                return
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=24),
+                    TextColumn("{task.fields[status]}"),
+                    TimeElapsedColumn(),
+                    console=self._out,
+                    transient=True,
+                )
+                self._bar.start()
+            phase.task = self._bar.add_task("", status="", visible=False)
+        assert self._bar is not None
+        self._bar.update(
+            phase.task,
+            completed=phase.done,
+            total=phase.total,
+            description=escape(phase.what),
+            status=escape(phase.progress()),
+            visible=True,
+            refresh=True,
+        )
+
+    def _hide(self, phase: Phase) -> None:
+        if phase.task is not None and self._bar is not None:
+            self._bar.remove_task(phase.task)
+
+    @contextmanager
+    def loading(self, what: str, total_bytes: int) -> Iterator[Phase]:
+        """A phase that counts bytes while the base is read."""
+        if not self._out.is_terminal:
+            self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
+        with self.phase(what, total_bytes, "bytes") as phase:
+            yield phase
+
+    @contextmanager
+    def downloading(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function of the bytes that are present and the bytes expected; both may grow."""
+        with self.phase(f"downloading {what}", unit="bytes") as phase:
+
+            def update(done: int, total: int) -> None:
+                if phase.total is None and not self._out.is_terminal:
+                    self.say(f"{phase.what} ({total / 1e6:,.1f} MB)")
+                phase.done, phase.total = done, total
+
+            yield update
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str, int], None]]:
+        """Yield a function of a file's name and the number of its rows read so far."""
+        with self.phase("reading rows") as phase:
+
+            def update(name: str, rows: int) -> None:
+                phase.what, phase.done = f"reading {name}", rows
+
+            yield update
+
+    @contextmanager
+    def working(self, what: str, total: int) -> Iterator[Callable[[float], None]]:
+        """Yield a function of the number of rows that were just done."""
+        with self.phase(what, total) as phase:
+            yield phase.advance
+
+    @contextmanager
+    def training(self, steps: int, done: int) -> Iterator[StepLine]:
+        """The progress line of a run: step, loss, useful tokens per second, time left."""
+        with self.phase("training", steps, "steps", done) as phase:
+            line = StepLine(self, phase)
+            yield line
+            line.end()
+
+
+class StepLine:
+    """Shows the newest step: in place on a terminal, elsewhere every few seconds."""
+
+    def __init__(self, console: Console, phase: Phase) -> None:
+        self._console, self._phase = console, phase
+        self._printed = float("-inf")
+        self._unprinted = ""
+
+    def show(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        phase, steps = self._phase, self._phase.total
+        phase.done = step
+        phase.status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
+        self._unprinted = f"step {step}/{steps:.0f}  {phase.status}"
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
+            self._printed = now
+            self.end()
+
+    def end(self) -> None:
+        """Print the newest step unless it was printed."""
+        if self._unprinted:
+            self._console.say(self._unprinted)
+            self._unprinted = ""
+
+
+def _safe(text: str) -> str:
+    """Text without passwords and without what would control a terminal."""
+    return printable(redact(text))

@@ -1,0 +1,86 @@
+"""Read JSON that another program wrote. Damaged, too large or too deep: one ``BadInput``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.runtime.errors import BadInput
+
+#: Deepest nesting that is read. Python's parser, and whatever walks its result, are recursive.
+MAX_DEPTH = 200
+MAX_BYTES = 1 << 26
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        BadInput: the file is missing, unreadable, larger than ``max_bytes``, not UTF-8, not JSON,
+            or nested deeper than ``MAX_DEPTH``. The message begins with the path.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path}: cannot be read: {reason}") from None
+    if len(data) > max_bytes:
+        raise BadInput(f"{path}: is larger than {max_bytes:,} bytes")
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise BadInput(f"{path}: is not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Parse a JSON file that holds one object; raises as ``read_json``, also for another value."""
+    value = read_json(path, max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: must hold a JSON object, not {kind_of_json(value)}")
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, where every failure is a ``ValueError`` with one line of text.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, an integer of thousands of digits, or too deeply nested.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Refuse a parsed value that is nested deeper than ``MAX_DEPTH``.
+
+    Raises:
+        ValueError: it is.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def kind_of_json(value: Any) -> str:
+    """The JSON type of a value as messages name it."""
+    if isinstance(value, bool):
+        return "a boolean"
+    names = {type(None): "null", dict: "an object", list: "a list", str: "a string"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,156 @@
+"""One rank's program: its log, its stop signals, and an exit code for whatever it raises."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from trainer.runtime import stop_signals
+from trainer.runtime.console import Console
+from trainer.runtime.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_PORT_TAKEN,
+    EXIT_RESUMABLE,
+    BadInput,
+    PortTaken,
+)
+from trainer.runtime.process import die_with_parent, mark_finished
+from trainer.runtime.redact import printable, redact
+from trainer.runtime.stdio import claim
+
+#: Returns the newest checkpoint in an output folder, or None.
+FindCheckpoint = Callable[[Path], str | None]
+
+
+class HasOutputDir(Protocol):
+    """A run file, as far as a rank's program needs it."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+
+Config = TypeVar("Config", bound=HasOutputDir)
+
+
+def run_rank(
+    read: Callable[[], Config],
+    program: Callable[[Config, Console], None],
+    *,
+    resumes_from: FindCheckpoint | None = None,
+    answers: bool = False,
+) -> int:
+    """Read the run file, then run this rank's program on it; gives the exit code.
+
+    Args:
+        resumes_from, answers: as in ``guarded``.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    die_with_parent()
+    try:
+        config = read()
+        logs = writable(Path(config.output_dir)) / "logs"
+    except BadInput as error:
+        return refused(rank, error)
+    return guarded(
+        rank,
+        logs,
+        lambda console: program(config, console),
+        resumes_from=resumes_from,
+        answers=answers,
+    )
+
+
+def refused(rank: int, error: BadInput) -> int:
+    """Print what is wrong before there is a log; gives the exit code."""
+    # One rank of every node, as a file can be missing on one node alone.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        node = "" if rank == 0 else f"{platform.node()}: "
+        with suppress(OSError):  # nobody reads it
+            for problem in error.problems:
+                print(f"error: {node}{printable(redact(problem))}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def guarded(
+    rank: int,
+    logs: Path,
+    program: Callable[[Console], None],
+    *,
+    resumes_from: FindCheckpoint | None = None,
+    answers: bool = False,
+) -> int:
+    """Run this rank's program with its chatter in a log; turn what it raises into an exit code.
+
+    Args:
+        resumes_from: finds the checkpoint from which a stopped program resumes; None: it does not
+            resume.
+        answers: stdout is for ``Console.answer`` alone; all other output goes to stderr.
+    """
+    log = logs / f"rank-{rank}.log"
+    terminal = claim(rank, log)
+    out = terminal.err if answers else terminal.out
+    console = Console(out, terminal.err, log, answer=terminal.out, shown=rank == 0)
+    began = time.time()
+    try:
+        stop_signals.listen()  # launch/ starts us with stop signals blocked
+        program(console)
+        if rank == 0:
+            mark_finished()
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        stop_signals.tell_others(logs)
+        if resumes_from is not None:
+            return _stopped(resumes_from(logs.parent), console)
+        console.note("Stopped.")
+        return EXIT_FAILURE
+    except BadInput as error:
+        for problem in error.problems:
+            console.error(problem)
+        return EXIT_BAD_INPUT
+    except PortTaken as error:
+        console.note(str(error))
+        return EXIT_PORT_TAKEN
+    except Exception as error:
+        traceback.print_exc()
+        if resumes_from is not None and stop_signals.told(
+            logs, began
+        ):  # the connection to that rank is lost
+            return _stopped(resumes_from(logs.parent), console)
+        console.failure(error)
+        return EXIT_FAILURE
+
+
+def _stopped(checkpoint: str | None, console: Console) -> int:
+    """Print how to resume a run that was stopped; gives its exit code."""
+    if checkpoint is not None:
+        console.note(f"Stopped. Rerun the command to resume from {checkpoint}.")
+    else:
+        console.note("Stopped before the first checkpoint. Rerun the command to start over.")
+    return EXIT_RESUMABLE
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        BadInput: if nothing can be written there.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(
+            f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); give another folder"
+        ) from None
+    return folder

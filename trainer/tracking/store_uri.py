@@ -1,0 +1,219 @@
+"""Which MLflow store a run's numbers go to, and which credentials may be sent there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+from trainer.config.tracking import HTTP, OTHERS, problem_of_uri, scheme_of
+from trainer.runtime.errors import BadInput
+from trainer.runtime.redact import HIDDEN, is_distinct, redact, secrets_of
+from trainer.tracking.progress_file import FILE as STATE_FILE
+from trainer.tracking.progress_file import State
+from trainer.tracking.sqlite_store import sqlite_uri
+
+#: MLflow's own default, in the working directory.
+DATABASE = "mlflow.db"
+#: Where its artifacts go, beside it.
+ARTIFACTS = "mlruns"
+_TOKEN_NAMES = ("token", "access_token")
+_PORTS = {"http": 80, "https": 443}
+#: Credentials that MLflow sends to any server it is configured for.
+_CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_AWS_SIGV4",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+    "NETRC",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An MLflow store."""
+
+    uri: str = field(repr=False)  #: what MLflow is given; of a server, without credentials
+    name: str  #: the same without any secret: may be shown and written
+    artifacts: str | None = None  #: where artifacts go; None: the store decides
+    credentials: dict[str, str] = field(default_factory=dict, repr=False)  #: environment to set
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    trusted: bool = True  #: credentials of the environment and of the home folder may go there
+
+    @property
+    def database(self) -> Path | None:
+        """The file of an SQLite store."""
+        if scheme_of(self.name) != "sqlite":
+            return None
+        return Path(unquote(self.name.partition(":///")[2]))
+
+    def apply(self, environment: MutableMapping[str, str]) -> None:
+        """Hand the credentials to MLflow by environment, or keep all from an untrusted server."""
+        if not self.trusted:
+            for name in _CREDENTIALS:
+                environment.pop(name, None)
+            environment["HOME"] = os.devnull  # .mlflow/credentials, .netrc, ...
+        environment.update(self.credentials)
+        environment["MLFLOW_TRACKING_URI"] = self.uri
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """``apply`` to this process, and take it back."""
+        before = dict(os.environ)
+        self.apply(os.environ)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def hide(self, text: str) -> str:
+        return redact(text, self.secrets)
+
+
+def resolve(output_dir: Path, given: str | None = None, saved: str | None = None) -> Target:
+    """Choose the store of a run.
+
+    In this order: ``given``, ``saved``, ``$MLFLOW_TRACKING_URI``, the store that the run used
+    before, ``mlflow.db`` in the output folder if there is one, ``mlflow.db`` in the working
+    directory.
+
+    An output folder may come from elsewhere, so an address that only the folder names is not
+    trusted. A server gets no credentials of the environment then, unless ``MLFLOW_TRACKING_URI``
+    names the same server; a database is not connected to, and no new file is made.
+
+    Args:
+        given: what the person gave: ``tracking.uri`` of the run file that is trained, or an
+            address on the command line.
+        saved: ``tracking.uri`` of ``run.yaml`` in the output folder; its credentials are hidden.
+
+    Raises:
+        BadInput: the address cannot be used, its password is not known, or it must be confirmed.
+    """
+    environment = os.environ.get("MLFLOW_TRACKING_URI") or None
+    uri = given or saved or environment
+    if not uri:
+        return _default(output_dir)
+    if HIDDEN in uri and environment and _bare(environment) == _bare(uri):
+        uri = environment
+    target = _target(uri, "tracking.uri" if given or saved else "MLFLOW_TRACKING_URI")
+    if given or _same_server(uri, environment):
+        return target
+    return _unconfirmed(target, output_dir)
+
+
+def _default(output_dir: Path) -> Target:
+    """The store that the run used before; else MLflow's default, unless the folder has its own."""
+    before = State(output_dir).store
+    if before and not problem_of_uri(before):
+        return _unconfirmed(_target(before, str(output_dir / STATE_FILE)), output_dir)
+    own = output_dir.resolve() / DATABASE
+    return _sqlite(own if own.is_file() else Path.cwd() / DATABASE)
+
+
+def _unconfirmed(target: Target, output_dir: Path) -> Target:
+    """Limit what is done with an address that only an output folder names."""
+    scheme, path = scheme_of(target.name), target.database
+    if scheme in HTTP:
+        return replace(target, trusted=False)
+    if target.name in OTHERS or scheme in OTHERS:
+        return target  # the host is in the person's own settings
+    if path is not None and (path.is_file() or _is_default(path, output_dir)):
+        return target
+    raise BadInput(
+        f"{output_dir}: only this folder names the MLflow store {target.name}; if it is yours, "
+        f"run: {sync_command(output_dir, target.name)}"
+    )
+
+
+def _is_default(path: Path, output_dir: Path) -> bool:
+    """Whether a run could have this store by default: it began in a folder above its output."""
+    above = path.parent == Path.cwd() or output_dir.resolve().is_relative_to(path.parent)
+    return path.name == DATABASE and path.parent.is_dir() and above
+
+
+def sync_command(output_dir: Path, uri: str | None = None) -> str:
+    """``promptshard sync`` for a folder, ready to paste; its path is relative where shorter."""
+    with contextlib.suppress(ValueError, OSError):
+        output_dir = output_dir.relative_to(Path.cwd())
+    words = ["promptshard", "sync", str(output_dir), *(["--uri", uri] if uri else [])]
+    return shlex.join(words)
+
+
+def _target(uri: str, setting: str) -> Target:
+    if problem := problem_of_uri(uri):
+        raise BadInput(f"{setting}: {problem}")
+    scheme = scheme_of(uri)
+    if scheme in HTTP:
+        return _server(uri)
+    if HIDDEN in uri:
+        raise BadInput(
+            f"{setting}: the password of {uri} is not stored; "
+            "give the whole address in MLFLOW_TRACKING_URI"
+        )
+    if scheme == "sqlite":
+        prefix, _, rest = uri.partition(":///")
+        path, mark, query = rest.partition("?")
+        return _sqlite(Path(unquote(path)).absolute(), prefix, mark + query)
+    return Target(uri=uri, name=_bare(uri), secrets=(*secrets_of(uri), *_environment_secrets()))
+
+
+def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> Target:
+    path = Path(os.path.normpath(path))
+    name = sqlite_uri(path)
+    return Target(
+        uri=prefix + name.removeprefix("sqlite") + query,
+        name=name,
+        artifacts=(path.parent / ARTIFACTS).as_uri(),
+        secrets=tuple(_environment_secrets()),
+    )
+
+
+def _server(uri: str) -> Target:
+    parts = urlsplit(uri)
+    credentials = {}
+    if parts.username and parts.username != HIDDEN:
+        credentials["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        credentials["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    for key, value in query:
+        if key.lower() in _TOKEN_NAMES and value != HIDDEN:
+            credentials["MLFLOW_TRACKING_TOKEN"] = value
+    bare = _bare(uri)
+    secrets = (*secrets_of(uri), *_environment_secrets())
+    return Target(uri=bare, name=bare, credentials=credentials, secrets=secrets)
+
+
+def _same_server(uri: str, other: str | None) -> bool:
+    if other is None:
+        return False
+    if scheme_of(uri) not in HTTP or scheme_of(other) not in HTTP:
+        return _bare(uri) == _bare(other)
+    return _server_of(uri) == _server_of(other)
+
+
+def _server_of(uri: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(uri)
+    with contextlib.suppress(ValueError):
+        return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
+    return parts.scheme, parts.netloc, None
+
+
+def _bare(uri: str) -> str:
+    """The address alone: what two spellings of one store have in common."""
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    query = [(k, v) for k, v in parse_qsl(parts.query) if k.lower() not in _TOKEN_NAMES]
+    bare = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), urlencode(query), ""))
+    return redact(bare)
+
+
+def _environment_secrets() -> list[str]:
+    names = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
+    return [value for name in names if is_distinct(value := os.environ.get(name, ""))]

@@ -1,0 +1,142 @@
+"""How well the starts of a prompt fit: the loss of the rows that its first update will read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trainer.config import RunConfig
+from trainer.distributed.prefetch import Batch, Rank, ahead, prepare
+from trainer.evaluation.evaluator import Evaluator
+from trainer.model.prompted_model import read_teacher
+from trainer.packing.batch_source import Feed, TaskData
+from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.packing.planning import portions
+from trainer.prompts.init_search import FEWEST, Found, Words
+from trainer.prompts.parameter_groups import Unsearched
+from trainer.runtime.console import Console
+from trainer.training.step import label_counts, stream_objective
+
+#: Share of the room of streams that a portion of starts fills: rows do not divide evenly.
+FILLED = 0.95
+#: Starts, each beside the prompt whose rows it is judged by.
+Portion = list[tuple[int, Words]]
+
+
+class Screening:
+    """Compares starts by the loss of the rows that the prompt's first update will read.
+
+    No row is read for it that is not trained on anyhow, and it costs a forward for each start. The
+    rows follow from the prompt's own settings, and so does what is found.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tasks: Mapping[str, TaskData],
+        evaluator: Evaluator,
+        console: Console,
+    ) -> None:
+        # A feed of its own: the run's begins at the same rows.
+        pieces = Feed(config, tasks).next_step([True] * len(config.prompts))
+        self._rows = [
+            [piece for piece in pieces if piece.prompt == i] for i in range(len(config.prompts))
+        ]
+        self._names = [prompt.name for prompt in config.prompts]
+        self._steps = [config.prompt_steps(prompt) for prompt in config.prompts]
+        self._evaluator, self._console = evaluator, console
+        self._advance: Callable[[int], None] = lambda rows: None
+
+    @contextmanager
+    def working(self, asked: Mapping[int, int]) -> Iterator[None]:
+        """A bar, where the search takes long.
+
+        Args:
+            asked: prompts, and how many starts of each will be judged.
+        """
+        num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
+        number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
+        self._console.say(
+            f"init: auto searches for an initial prompt: {number} candidates on {num_rows:,} rows, "
+            f"{number / (2 * steps):.0%} of the training FLOPs of {len(asked)} prompt(s)"
+        )
+        with self._console.working("searching for an initial prompt", num_rows) as self._advance:
+            yield
+
+    def say(self, i: int, best: Found | Unsearched, text: str) -> None:
+        """Print the initial prompt of prompt ``i``."""
+        head = f"{self._names[i]}: starts from {best.what}"
+        if isinstance(best, Unsearched):
+            self._console.say(
+                f"{head}: {text!r} (init: auto without a search, which {self._steps[i]} steps are "
+                f"too few for: search.init_share allows {best.budget} of at least {FEWEST} "
+                "candidates)"
+            )
+            return
+        self._console.say(
+            f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}; "
+            f"before crossing: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
+        )
+
+    @torch.no_grad()
+    def losses(
+        self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
+    ) -> list[float]:
+        """Mean loss per label behind each start, as that of the prompt beside it; a collective.
+
+        Infinite where it is not finite. Starts are read in portions that fill a stream of every
+        rank, so that no more of them are held, and none stands in many streams.
+
+        Args:
+            embed: word embeddings [n, H] of token ids; may be a collective, too.
+        """
+        engine = self._evaluator.engine
+        totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
+        counts: list[int] = []
+        for portion, pieces, batch in ahead(self._prepared, self._portions(starts)):
+            embedded = embed([word for _, words in portion for word in words])
+            lengths = [len(words) for _, words in portion]
+            done = slice(len(counts), len(counts) + len(portion))
+            counts += (own := label_counts(pieces, len(portion)))
+            totals[done] = self._totals(batch, embedded.split(lengths), own)
+            self._advance(len(pieces))
+        engine.all_reduce_sum([totals])
+        engine.end_step()
+        losses = [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
+        return [loss if math.isfinite(loss) else math.inf for loss in losses]
+
+    def _portions(self, starts: Sequence[tuple[int, Words]]) -> Iterator[Portion]:
+        """Whole starts, as many as fill the streams of all ranks, but one at least."""
+        most = FILLED * self._evaluator.budget.tokens * self._evaluator.engine.world_size
+
+        def num_tokens(start: tuple[int, Words]) -> int:
+            i, words = start
+            return len(words) + sum(row.example.num_tokens for row in self._rows[i])
+
+        return portions(starts, num_tokens, most)
+
+    def _prepared(self, portion: Portion) -> tuple[Portion, list[Piece], Batch]:
+        engine = self._evaluator.engine
+        of_starts = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
+        pieces = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
+        lengths = PromptLengths(tuple(len(words) for _, words in portion), (0,) * len(portion))
+        rank = Rank(engine.rank, engine.world_size, engine.device)
+        return portion, pieces, prepare(pieces, lengths, rank, self._evaluator.budget.tokens)
+
+    def _totals(
+        self, batch: Batch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
+    ) -> Tensor:
+        """Summed loss of this rank's labels behind each start of a portion, in float64."""
+        engine, base = self._evaluator.engine, self._evaluator.base
+        on_device = [start.to(engine.device) for start in virtual_tokens]
+        totals = torch.zeros(len(on_device), dtype=torch.float64, device=engine.device)
+        for host in batch.streams:
+            stream = host.to(engine.device)
+            teacher_DH = read_teacher(base, stream, self._evaluator.teachers)
+            totals += stream_objective(base, stream, on_device, counts, teacher_DH)[1]
+        return totals
