@@ -138,7 +138,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.distributed.deepspeed_engine import Engine, base_bytes
     from trainer.distributed.model_loading import load
     from trainer.model.checkpoint_files import open_base
-    from trainer.packing.packed_batch import Piece
+    from trainer.packing.packed_batch import PackedRow
     from trainer.runtime.console import Console
     from trainer.training.step import step_gradients
 
@@ -161,7 +161,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     rows = engine.world_size * MICRO_BATCHES * ROWS
     ids = torch.randint(3, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
     pieces = [
-        Piece(Example.with_target(tuple(row), LENGTH // 2, i), 0, i)
+        PackedRow(Example.with_target(tuple(row), LENGTH // 2, i), 0, i)
         for i, row in enumerate(ids.tolist())
     ]
     prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02

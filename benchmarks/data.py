@@ -69,7 +69,7 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
     if not column_wise:
 
         def odd(*_: Any) -> Any:
-            raise arrow_reader.Odd
+            raise arrow_reader.NeedsRowwiseCheck
 
         ingest.plain_batches = odd
     config = RunConfig.model_validate(

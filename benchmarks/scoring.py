@@ -29,7 +29,7 @@ from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_stream
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import CPU_TOKENS
-from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.packing.planning import plan_streams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,9 @@ class Counted:
         self.base = base
         self.total = self.head = 0
 
-    def read(self, pieces: Sequence[Piece], prompts: Sequence[Tensor], train: bool = False) -> None:
+    def read(
+        self, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], train: bool = False
+    ) -> None:
         """Count one stream, with a backward pass where it trains."""
         lengths = PromptLengths.of(prompts)
         stream = prepare_stream(pieces, lengths, torch.device("cpu"))
@@ -69,18 +71,18 @@ class Counted:
         self.head += before[2] - before[1]
 
 
-def once(rows: Rows, prompt: int | None) -> list[Piece]:
+def once(rows: Rows, prompt: int | None) -> list[PackedRow]:
     """Each row read once for all its candidates."""
-    return [Piece(row[0], prompt, i, candidates=tuple(row)) for i, row in enumerate(rows)]
+    return [PackedRow(row[0], prompt, i, candidates=tuple(row)) for i, row in enumerate(rows)]
 
 
-def for_each(rows: Rows, prompt: int | None) -> list[Piece]:
+def for_each(rows: Rows, prompt: int | None) -> list[PackedRow]:
     """Each row read once for each of its candidates."""
-    return [Piece(example, prompt, i) for i, row in enumerate(rows) for example in row]
+    return [PackedRow(example, prompt, i) for i, row in enumerate(rows) for example in row]
 
 
 def count(
-    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor], train: bool = False
+    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], train: bool = False
 ) -> Counted:
     """FLOPs of all streams of all ranks."""
     counted = Counted(base)

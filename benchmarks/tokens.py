@@ -97,11 +97,11 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from trainer.config import Task
-    from trainer.data.sampler import Cursor
+    from trainer.data.sampler import TokenBudgetSampler
     from trainer.data.tokenization import worker_pool
     from trainer.data.tokenization.tokenize import tokenize
-    from trainer.distributed.prefetch import Rank, prepare
-    from trainer.packing.packed_batch import Piece, PromptLengths
+    from trainer.distributed.prefetch import RankPlace, prepare
+    from trainer.packing.packed_batch import PackedRow, PromptLengths
 
     tokenizer: Any = Words()
     if not quick:
@@ -122,12 +122,12 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     found |= {"from_cache_seconds": time.perf_counter() - started, "cache_mb": memory.since_last()}
 
     started = time.perf_counter()
-    cursor = Cursor(again.lengths, 8192, 0)
+    cursor = TokenBudgetSampler(again.lengths, 8192, 0)
     found["cursor_seconds"] = time.perf_counter() - started
-    rank = Rank(0, 2, torch.device("cpu"))
+    rank = RankPlace(0, 2, torch.device("cpu"))
     started, tokens = time.perf_counter(), 0
     for _ in range(STEPS):
-        pieces = [Piece(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
+        pieces = [PackedRow(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
         tokens += sum(piece.example.num_tokens for piece in pieces)
         prepare(pieces, PromptLengths((20,), (0,)), rank, 4096)
     found["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000

@@ -11,7 +11,7 @@ import typer
 
 from launch import __version__, cluster, local, messages, node, preflight, restarts
 from launch.arguments import EXIT_CODES, Fresh, Overrides, Processes, RunDir, RunFile, as_path
-from launch.endings import Ending
+from launch.endings import ExitReport
 from launch.starting import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import refuse_if_alive
 from trainer.config import RunConfig
@@ -133,7 +133,7 @@ def train(
     os.environ[ROWS_CHECKED] = "1"
     refuse_if_alive(Path(config.output_dir))
 
-    def attempt(fresh: bool) -> Ending:
+    def attempt(fresh: bool) -> ExitReport:
         """Start all ranks, at a port that is free now, and wait for them."""
         arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
         if place is not None:
@@ -362,7 +362,7 @@ def _place(
     return node.place_of(hostfile, rank, address, port)
 
 
-def _end_with(ending: Ending) -> None:
+def _end_with(ending: ExitReport) -> None:
     if ending.message and ending.code == EXIT_RESUMABLE:
         messages.note(ending.message)
     elif ending.message:

@@ -17,7 +17,7 @@ from trainer.runtime.errors import (
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitReport:
     """Our exit code, and a message if rank 0 has not printed one.
 
     Attributes:
@@ -38,7 +38,7 @@ def describe(
     resumable: bool,
     first: tuple[str, int] = ("", 0),
     hung: str = "",
-) -> Ending:
+) -> ExitReport:
     """The exit code that the ranks meant, and a message where they cannot have given one.
 
     Args:
@@ -48,16 +48,16 @@ def describe(
         resumable: the same command resumes what was stopped, or starts it over.
     """
     if returncode == EXIT_DONE and not lost:
-        return Ending(EXIT_DONE)
+        return ExitReport(EXIT_DONE)
     if returncode in (EXIT_BAD_INPUT, EXIT_RESUMABLE):
-        return Ending(returncode)  # rank 0 has printed why
+        return ExitReport(returncode)  # rank 0 has printed why
     if stopped:
         message = f"Stopped by {stopped[0].name}; all processes have ended."
         if resumable:
-            return Ending(EXIT_RESUMABLE, f"{message} Rerun the command to resume.")
-        return Ending(EXIT_FAILURE, message)
+            return ExitReport(EXIT_RESUMABLE, f"{message} Rerun the command to resume.")
+        return ExitReport(EXIT_FAILURE, message)
     if returncode == EXIT_PORT_TAKEN:
-        return Ending(EXIT_FAILURE, "the port for the ranks is used by another process", True)
+        return ExitReport(EXIT_FAILURE, "the port for the ranks is used by another process", True)
     if hung:
         how = hung
     elif returncode == EXIT_DONE:
@@ -66,7 +66,7 @@ def describe(
         who, by = first
         who = who or ("the launcher" if returncode < 0 else "a process")
         how = _describe(-by or returncode, who)
-    return Ending(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
+    return ExitReport(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
 
 
 def _describe(returncode: int, who: str) -> str:

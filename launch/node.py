@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import psutil
 
 from launch import local, messages, preflight, processes
-from launch.endings import Ending
+from launch.endings import ExitReport
 from launch.local import Host, Place
 from trainer.config import load
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, BadInput
@@ -30,7 +30,7 @@ REACH_SECONDS = 3.0
 
 def run(
     module: str, arguments: Sequence[str], output_dir: str, place: Place, *, need_gpus: bool = False
-) -> Ending:
+) -> ExitReport:
     """Start this host's ranks and wait for them.
 
     Args:
@@ -70,7 +70,7 @@ def run(
     reasons = [ending.message] if ending.message else []
     if lost := [host.name for host in place.others if not reaches(host, place.port)]:
         reasons.append(f"lost: no answer from {', '.join(lost)}")
-    return Ending(ending.code, f"{name}: {'; '.join(reasons)}" if reasons else "")
+    return ExitReport(ending.code, f"{name}: {'; '.join(reasons)}" if reasons else "")
 
 
 def refuse_taken(port: int) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from launch import guard, messages
-from launch.endings import Ending, describe
+from launch.endings import ExitReport, describe
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import (
@@ -117,7 +117,7 @@ class _StartNotice:
         messages.note(f"importing deepspeed and starting the ranks: {seconds:.0f} s")
 
 
-class Stop:
+class StopSignals:
     """Stop signals that this process received."""
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ def run_local(
     ranks: int,
     grace_seconds: float = STOP_SECONDS,
     first_rank: int = 0,
-) -> Ending:
+) -> ExitReport:
     """Run the launcher on this machine and hand on how its ranks ended.
 
     Rank 0 gets our stdout as descriptor 0 (trainer/runtime/stdio.py); stderr is shared, for errors
@@ -165,7 +165,7 @@ def run_local(
     if first_rank == 0:
         _touch(unfinished)
         environment[UNFINISHED] = str(unfinished)
-    stop = Stop()
+    stop = StopSignals()
     with log.open("wb") as chatter, stop.listening():
         with _blocked(STOPPING):
             process = start(
@@ -227,7 +227,7 @@ def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
 
 def wait(
     process: subprocess.Popen[Any],
-    stop: Stop,
+    stop: StopSignals,
     forward: Callable[[signal.Signals], None],
     grace_seconds: float = GRACE_SECONDS,
     look: Callable[[], None] = lambda: None,

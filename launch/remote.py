@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import messages
-from launch.endings import Ending, describe
-from launch.processes import GRACE_SECONDS, Stop, guarded, signal_group, start, wait
+from launch.endings import ExitReport, describe
+from launch.processes import GRACE_SECONDS, StopSignals, guarded, signal_group, start, wait
 from trainer.runtime import bootstrap
 from trainer.runtime.redact import redact
 
@@ -22,9 +22,9 @@ STOP_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
 CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ending:
+def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> ExitReport:
     """Run the launcher over several hosts and separate its own lines from those of rank 0."""
-    stop = Stop()
+    stop = StopSignals()
     with (
         tempfile.TemporaryDirectory(prefix="promptshard-") as folder,
         log.open("w") as chatter,

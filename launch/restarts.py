@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch import messages
-from launch.endings import Ending
+from launch.endings import ExitReport
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS, checkpoint_names
 from trainer.runtime.errors import EXIT_FAILURE
 from trainer.runtime.json_file import parse_json
@@ -15,7 +15,9 @@ from trainer.runtime.json_file import parse_json
 TAIL_BYTES = 1 << 16  # of the log of numbers: its last lines
 
 
-def run(attempt: Callable[[bool], Ending], output: Path, limit: int, *, fresh: bool) -> Ending:
+def run(
+    attempt: Callable[[bool], ExitReport], output: Path, limit: int, *, fresh: bool
+) -> ExitReport:
     """Attempt a run until it ends well, has bad input or was stopped: ``limit`` times more at most.
 
     A run that fails twice at the same step, with no checkpoint in between, would do so again.
@@ -48,8 +50,8 @@ def run(attempt: Callable[[bool], Ending], output: Path, limit: int, *, fresh: b
     raise AssertionError("the last attempt returns")
 
 
-def _given_up(ending: Ending, why: str) -> Ending:
-    return Ending(ending.code, f"{ending.message}; {why}" if ending.message else why)
+def _given_up(ending: ExitReport, why: str) -> ExitReport:
+    return ExitReport(ending.code, f"{ending.message}; {why}" if ending.message else why)
 
 
 def _newest_checkpoint(output: Path) -> str:

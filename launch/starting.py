@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from launch import local, messages, preflight, processes, remote
-from launch.endings import Ending
+from launch.endings import ExitReport
 from trainer.runtime import bootstrap
 
 
@@ -16,7 +16,7 @@ def start_ranks(
     output_dir: str,
     ranks_per_host: int | None,
     hostfile: str | None,
-) -> Ending:
+) -> ExitReport:
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
     Args:
@@ -46,7 +46,7 @@ def start_ranks(
     cores = len(os.sched_getaffinity(0))
     environment = local.environment(os.environ, devices, cores, arguments)
 
-    def start() -> Ending:
+    def start() -> ExitReport:
         command = local.local_command(module, devices, local.free_port())
         return processes.run_local(command, environment, log, module, len(devices.ids))
 

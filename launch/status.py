@@ -197,19 +197,19 @@ def _slurm(*command: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line] if done.returncode == 0 else []
 
 
-class Record(BaseModel):
+class SubmissionRecord(BaseModel):
     """``job.json`` of a submission."""
 
     job: str = ""
     tasks: list[str] = []
 
 
-class Stop(BaseModel):
+class PromptStop(BaseModel):
     reason: str = "finished"
 
 
 class End(BaseModel):
-    stopped: Stop | None = None
+    stopped: PromptStop | None = None
 
 
 class Summary(BaseModel):
@@ -232,13 +232,13 @@ def _parsed(model: type[T], path: Path) -> T:
         return model()
 
 
-def _record(run_dir: Path) -> tuple[Record, Path]:
+def _record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
     """The newest submission and its folder; without one an empty record."""
     submitted = run_dir / SUBMITTED
     records = sorted(submitted.glob(f"*/{RECORD}"), key=_written, reverse=True)
     for path in records[:1]:
-        return _parsed(Record, path), path.parent
-    return Record(), submitted
+        return _parsed(SubmissionRecord, path), path.parent
+    return SubmissionRecord(), submitted
 
 
 def _written(path: Path) -> float:

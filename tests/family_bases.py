@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.random_base import VOCAB_SIZE, make_tokenizer
 from trainer.data.tokenization.tokenize import Example
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
-from trainer.packing.packed_batch import Piece
+from trainer.packing.packed_batch import PackedRow
 
 HIDDEN = 48
 WINDOW = 6
@@ -273,7 +273,7 @@ def _round(weight: nn.Parameter, transposed: bool = False) -> None:
     weight.data = rounded.mT.contiguous() if transposed else rounded
 
 
-def problem(hidden_size: int) -> tuple[list[Piece], list[Tensor]]:
+def problem(hidden_size: int) -> tuple[list[PackedRow], list[Tensor]]:
     """Rows of several lengths, alternating between two prompts of different lengths."""
     generator = torch.Generator().manual_seed(1)
     rows = [
@@ -283,11 +283,11 @@ def problem(hidden_size: int) -> tuple[list[Piece], list[Tensor]]:
         for i, n in enumerate(ROW_LENGTHS)
     ]
     prompts = [torch.randn(p, hidden_size, generator=generator) * 0.3 for p in PROMPT_LENGTHS]
-    return [Piece(row, i % 2, i) for i, row in enumerate(rows)], prompts
+    return [PackedRow(row, i % 2, i) for i, row in enumerate(rows)], prompts
 
 
 def row_by_row(
-    model: Any, pieces: Sequence[Piece], prompts: Sequence[Tensor]
+    model: Any, pieces: Sequence[PackedRow], prompts: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
     """Mean loss per label of each prompt and its gradient, one row at a time, no mask needed."""
     leaves = [prompt.clone().requires_grad_() for prompt in prompts]

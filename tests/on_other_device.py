@@ -23,19 +23,19 @@ from tests.unit.test_other_device import PRODUCTS
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
-from trainer.distributed.prefetch import Rank, prepare, prepare_stream
+from trainer.distributed.prefetch import RankPlace, prepare, prepare_stream
 from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.evaluation.generation import Ending, generate
+from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import Feed, load_tasks
-from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.run import embedder, make_bank
 from trainer.runtime.console import Console
-from trainer.training.init_scoring import Screening
+from trainer.training.init_scoring import LossInitScorer
 from trainer.training.step import batch_gradients, label_counts, stream_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, fl
     rows, prompts = problem(base.hidden_size)
     if case not in WITHOUT and base.packed:
         prompts = [*prompts, *pasts(base)]
-    pieces = [Piece(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
+    pieces = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
     expected, wanted, _ = stream_step(base, pieces, prompts, CPU)
     moe = sum(isinstance(module, FrozenExperts) for module in base.modules())
     with other_device() as device:
@@ -90,7 +90,7 @@ def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, fl
 
 
 def stream_step(
-    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor], device: torch.device
+    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], device: torch.device
 ) -> tuple[float, list[Tensor], int]:
     """Loss, gradients, and how often host and device waited for each other in between."""
     leaves = [prompt.to(device, copy=True).requires_grad_() for prompt in prompts]
@@ -135,11 +135,11 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     engine: Any = Alone(device)
     (teacher,) = tasks["triage"].teachers.values()
     teachers = [embedder(base, device)(teacher.token_ids)]
-    evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(1024), teachers)
+    evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(1024), teachers)
 
     with open(os.devnull, "w") as nothing:
         console = Console(nothing, nothing)
-        screen = Screening(config, tasks, evaluator, console)
+        screen = LossInitScorer(config, tasks, evaluator, console)
         bank = make_bank(config, engine, base, files, screen, console.warn)
     feed, streams = Feed(config, tasks), 0
     waits = []
@@ -147,13 +147,13 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         Waits.count = 0
         prompts = bank.virtual_tokens()
         batch = prepare(
-            feed.next_step(bank.active), PromptLengths.of(prompts), Rank(0, 1, CPU), TOKENS
+            feed.next_step(bank.active), PromptLengths.of(prompts), RankPlace(0, 1, CPU), TOKENS
         )
         bank.update(batch_gradients(engine, base, batch, prompts, teachers=teachers).gradients)
         waits.append(Waits.count)
         streams = len(batch.streams)
     judged = bank.judged()
-    ending = Ending.of(files.generation, files.tokenizer, config.tasks[0])
+    ending = StopCriteria.of(files.generation, files.tokenizer, config.tasks[0])
     requests = [Request(tasks["triage"].evaluation["validation"], 0)]
     inputs = [
         files.tokenizer(text)["input_ids"] for text in ("A cough.\nAnswer:", "A deer.\nAnswer:")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.checkpointing.async_writer import Saves
-from trainer.checkpointing.checkpoint import Saved
+from trainer.checkpointing.async_writer import AsyncCheckpointWriter
+from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.output_folder import OutputFolder, results_can_be_written_later
 from trainer.checkpointing.resume import (
@@ -37,10 +37,10 @@ from trainer.data.tokenization.chat_template import reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import LoadedBase, load, open_files
 from trainer.distributed.model_loading import identity_of as base_identity
-from trainer.distributed.prefetch import Prefetch, Rank
+from trainer.distributed.prefetch import Prefetch, RankPlace
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.evaluator import Evaluator
-from trainer.evaluation.generation import Ending, check_targets, keys_and_values
+from trainer.evaluation.generation import StopCriteria, check_targets, keys_and_values
 from trainer.evaluation.metrics import check_sandbox
 from trainer.evaluation.prediction_records import Predictions
 from trainer.model.checkpoint_files import BaseFiles
@@ -58,8 +58,8 @@ from trainer.runtime.phase_times import PhaseTimes
 from trainer.runtime.process import ROWS_CHECKED
 from trainer.runtime.redact import redact
 from trainer.runtime.stop_signals import Stopped
-from trainer.tracking import MetricsLog, Sender, unless_full
-from trainer.training.init_scoring import Screening
+from trainer.tracking import MetricsLog, TrackingClient, unless_full
+from trainer.training.init_scoring import LossInitScorer
 from trainer.training.loop import Loop
 from trainer.training.prompt_optimizer import make_optimizer
 
@@ -106,27 +106,29 @@ def _train(
     with times("load"), console.phase("reading config and tokenizer"):
         files = open_files(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
-        engine.together(lambda: check_past(files.config, files.name))
+        engine.run_on_all(lambda: check_past(files.config, files.name))
     # A requeued job has already moved the earlier run: what is in the folder is its own.
-    fresh = fresh and not engine.of_main(lambda: was_put_aside(output))
-    date = engine.of_main(lambda: _chat_date(files, config, output, fresh=fresh))
+    fresh = fresh and not engine.run_on_main(lambda: was_put_aside(output))
+    date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
     with times("load"), console.phase("reading rows"):
         tasks = _read_tasks(engine, files, config, console, date)
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     with times("load"), console.phase("checking the base's files"):
         identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
         identity |= {"date of the chat template": date.isoformat()} if date else {}
-    saved = engine.of_main(lambda: None if fresh else find_checkpoint(output, identity, console))
+    saved = engine.run_on_main(
+        lambda: None if fresh else find_checkpoint(output, identity, console)
+    )
     if saved is None:
-        engine.together(lambda: check_sources(config, embedding_size(files.config)))
-    done = None if fresh else engine.of_main(lambda: finished_summary(output))
+        engine.run_on_all(lambda: check_sources(config, embedding_size(files.config)))
+    done = None if fresh else engine.run_on_main(lambda: finished_summary(output))
     if done is not None:
         console.say(f"{output} already holds this finished run; use --fresh to train again")
         if lock is not None:
             write_missing_report(output, console.warn)
         show_results(done, config, console)
         if lock is not None:
-            _send_rest(Sender(output, config.tracking.uri), console)
+            _send_rest(TrackingClient(output, config.tracking.uri), console)
         return
 
     with times("load"), console.phase("loading the base"):
@@ -142,11 +144,11 @@ def _train(
         _baseline_cache(engine, files, identity, loaded),
     )
     # A resumed bank loads its state over any initial value.
-    screen = None if saved else Screening(config, tasks, evaluator, console)
+    screen = None if saved else LossInitScorer(config, tasks, evaluator, console)
     begun = without_sources(config) if saved else config
     with times("initialization search"):
         bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
-    feed = Prefetch(Feed(config, tasks), Rank(engine.rank, engine.world_size, engine.device))
+    feed = Prefetch(Feed(config, tasks), RankPlace(engine.rank, engine.world_size, engine.device))
     loop = Loop(config, engine, evaluator, tasks, bank, feed, console, times=times)
     if saved is None:
         _begin_alike(engine, bank)
@@ -154,8 +156,8 @@ def _train(
         _load_state(bank, loop, saved)
         console.say(f"resuming from step {loop.progress.step}/{config.last_step}")
     if fresh:  # nothing can be refused any more
-        engine.of_main(lambda: put_aside(output, console))
-    stop_signals.between_steps()
+        engine.run_on_main(lambda: put_aside(output, console))
+    stop_signals.defer()
     if lock is None:
         loop.run()
         measure(engine, loop, loaded)
@@ -170,13 +172,15 @@ def _train(
             keep_chat_date(output, date)
 
     describe(begins=saved is None)
-    saves = Saves(output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm)
+    saves = AsyncCheckpointWriter(
+        output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm
+    )
     loop.log = unless_full(log, console.warn)
     loop.predictions = Predictions(output, console.warn)
     if saved is None:
         loop.predictions.clear()
     loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
-    sender = Sender(output, config.tracking.uri)
+    sender = TrackingClient(output, config.tracking.uri)
     folder = OutputFolder(output, log, lock, describe)
 
     def between_steps() -> None:
@@ -209,7 +213,7 @@ def _baseline_cache(
     return BaselineCache(base | how, files.num_bytes)
 
 
-def _load_state(bank: Bank, loop: Loop, saved: Saved) -> None:
+def _load_state(bank: Bank, loop: Loop, saved: SavedCheckpoint) -> None:
     """Continue from a checkpoint.
 
     Raises:
@@ -230,13 +234,13 @@ def _load_state(bank: Bank, loop: Loop, saved: Saved) -> None:
 def _begin_alike(engine: Engine, bank: Bank) -> None:
     """Where CPUs of several kinds have drawn or solved for other last bits: all take rank 0's."""
     if len(set(engine.all_gather(bank.digest()))) > 1:
-        bank.load_state(*engine.of_main(bank.state))
+        bank.load_state(*engine.run_on_main(bank.state))
 
 
 @contextmanager
 def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | None]:
     """Rank 0 holds the output folder's lock; the others have none."""
-    lock = engine.together(lambda: acquire(output, console.say) if engine.is_main else None)
+    lock = engine.run_on_all(lambda: acquire(output, console.say) if engine.is_main else None)
     try:
         yield lock
     finally:
@@ -272,11 +276,11 @@ def _read_tasks(
             date=date,
         ),
     )
-    engine.together(lambda: _check_ends(tasks, files))
+    engine.run_on_all(lambda: _check_ends(tasks, files))
     if date:
         console.say(f"the chat template reads the date: {date}, also when the run is resumed")
     runs_code = any(task.metric == "execution" for task in config.tasks)
-    if runs_code and (warning := engine.of_main(check_sandbox)):
+    if runs_code and (warning := engine.run_on_main(check_sandbox)):
         console.warn(warning)
     for data in tasks.values():
         if ROWS_CHECKED not in os.environ:
@@ -293,7 +297,7 @@ def _check_ends(tasks: Mapping[str, TaskData], files: BaseFiles) -> None:
     """Check that targets that are compared with generated texts can be generated."""
     problems: list[str] = []
     for data in tasks.values():
-        ending = Ending.of(files.generation, files.tokenizer, data.task)
+        ending = StopCriteria.of(files.generation, files.tokenizer, data.task)
         for rows in data.evaluation.values():
             try:
                 warning = check_targets(rows, ending)
@@ -312,7 +316,7 @@ def _load(
     config: RunConfig,
     console: Console,
     tasks: Mapping[str, TaskData],
-    saved: Saved | None,
+    saved: SavedCheckpoint | None,
 ) -> tuple[LoadedBase, dict[str, Any]]:
     """The base as a checkpoint was made over it, and what that is comparable with."""
     where = where_of(config, device_name(engine.device), engine.world_size)
@@ -337,7 +341,7 @@ def make_bank(
     engine: Engine,
     base: PromptedBase,
     files: BaseFiles,
-    screen: Screening | None,
+    screen: LossInitScorer | None,
     warn: Callable[[str], None],
 ) -> Bank:
     """The prompts of a run, over a base that all ranks call alike."""
@@ -368,7 +372,7 @@ def embedder(base: nn.Module, device: torch.device) -> Any:
 
 
 @contextmanager
-def _tracked(output: Path, sender: Sender, console: Console) -> Iterator[dict[str, Any]]:
+def _tracked(output: Path, sender: TrackingClient, console: Console) -> Iterator[dict[str, Any]]:
     """Run the sender beside the run; write into the summary how the run ended."""
     (output / "summary.json").unlink(missing_ok=True)
     sender.start()
@@ -392,14 +396,14 @@ def _tracked(output: Path, sender: Sender, console: Console) -> Iterator[dict[st
         _finish_sending(sender, console)
 
 
-def _send_rest(sender: Sender, console: Console) -> None:
+def _send_rest(sender: TrackingClient, console: Console) -> None:
     """Send what an earlier process of a finished run could not."""
     if sender.has_unsent():
         sender.start(finished=True)
     _finish_sending(sender, console)
 
 
-def _finish_sending(sender: Sender, console: Console) -> None:
+def _finish_sending(sender: TrackingClient, console: Console) -> None:
     with console.phase("sending metrics to MLflow"):
         finished = sender.finish(LOCAL_STORE_SECONDS if sender.is_local else SERVER_SECONDS)
     if finished.complete:

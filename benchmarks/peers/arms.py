@@ -135,7 +135,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     from trainer.distributed.deepspeed_engine import Engine
     from trainer.distributed.model_loading import load
     from trainer.model.checkpoint_files import open_base
-    from trainer.packing.packed_batch import Piece
+    from trainer.packing.packed_batch import PackedRow
     from trainer.runtime.console import Console
     from trainer.training.prompt_optimizer import make_optimizer
     from trainer.training.step import step_gradients
@@ -176,7 +176,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     budget = 1 if case.single else loaded.budget.tokens
     for step in range(case.steps):
         meter.before_step(step)
-        pieces = [Piece(next(rows), 0, i) for i in range(case.rows_per_step)]
+        pieces = [PackedRow(next(rows), 0, i) for i in range(case.rows_per_step)]
         result = step_gradients(engine, loaded.model, pieces, [prompt], budget)
         prompt.grad = result.gradients[0]
         optimizer.step()

@@ -19,13 +19,13 @@ from trainer.config import RunConfig
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import BaseFiles, open_base
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import Feed, TaskData, load_tasks
-from trainer.prompts.init_search import Found
+from trainer.prompts.init_search import SearchResult
 from trainer.run import make_bank
 from trainer.runtime.console import Console
 from trainer.runtime.process import leave
-from trainer.training.init_scoring import Screening
+from trainer.training.init_scoring import LossInitScorer
 from trainer.training.step import step_gradients
 
 STEPS, MAX_TOKENS, SEARCH_TOKENS = 4, 48, 400
@@ -67,14 +67,14 @@ ALONE = [
 ]
 
 
-class Told(Screening):
+class Told(LossInitScorer):
     """Keeps the words that were found, by prompt."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.words: dict[str, list[int]] = {}
 
-    def say(self, i: int, found: Found, text: str) -> None:
+    def say(self, i: int, found: SearchResult, text: str) -> None:
         self.words[self._names[i]] = list(found.words)
 
 
@@ -142,7 +142,7 @@ def train(
 ) -> tuple[list[Tensor], dict[str, list[int]], int]:
     """Virtual tokens after the last step, words to start from, and bytes that steps gathered."""
 
-    evaluator = Evaluator(engine, base, files.tokenizer, StreamBudget(SEARCH_TOKENS))
+    evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(SEARCH_TOKENS))
     console = Console(sys.stdout, sys.stderr)
     screen = Told(config, tasks, evaluator, console)
     bank = make_bank(config, engine, base, files, screen, console.warn)

@@ -21,7 +21,7 @@ from trainer.data.teacher import Teacher
 from trainer.data.tokenization.tokenize import Example
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.packing.packed_batch import Piece
+from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.process import leave
 from trainer.training.step import step_gradients
 
@@ -40,14 +40,16 @@ def main() -> None:
     module = engine.attach(loaded.model, loaded.policy)
 
     pieces, prompts = problem()
-    pieces = [Piece(p.example, p.prompt, p.slot, teacher=TEACHERS.get(p.prompt)) for p in pieces]
+    pieces = [
+        PackedRow(p.example, p.prompt, p.slot, teacher=TEACHERS.get(p.prompt)) for p in pieces
+    ]
     teachers = [
         module(torch.tensor(teacher.token_ids, device=engine.device), [])
         for teacher in TEACHERS.values()
     ]
     engine.end_step()
 
-    def step(of: list[Piece], max_tokens: int) -> Any:
+    def step(of: list[PackedRow], max_tokens: int) -> Any:
         return step_gradients(engine, module, of, prompts, max_tokens, teachers)
 
     ours, split = step(pieces, 10_000), step(pieces, 48)
@@ -88,7 +90,7 @@ class Candidates(list[list[Example]]):
 
 
 def plain_losses(
-    model: Any, pieces: list[Piece], k: int, prompt_PH: Tensor
+    model: Any, pieces: list[PackedRow], k: int, prompt_PH: Tensor
 ) -> tuple[float, Tensor, float]:
     """Mean loss, its gradient, and agreement of one prompt, row by row, logits of all positions."""
     leaf = prompt_PH.clone().requires_grad_()
@@ -112,7 +114,7 @@ def plain_losses(
 
 
 @torch.no_grad()
-def plain_teacher(model: Any, piece: Piece) -> Tensor:
+def plain_teacher(model: Any, piece: PackedRow) -> Tensor:
     """Logits at a row's labels behind its teacher, read as one text of token ids."""
     assert piece.teacher is not None
     row, start = piece.example.input_ids, piece.example.target_start
@@ -122,7 +124,7 @@ def plain_teacher(model: Any, piece: Piece) -> Tensor:
 
 
 @torch.no_grad()
-def plain_past(model: Any, pieces: list[Piece], past: Tensor) -> float:
+def plain_past(model: Any, pieces: list[PackedRow], past: Tensor) -> float:
     """Mean divergence of a prompt of keys and values from its teacher, through a cache."""
     from transformers import DynamicCache
 

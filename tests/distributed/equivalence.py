@@ -23,7 +23,7 @@ from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import quantize_rows
-from trainer.packing.packed_batch import Piece
+from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.process import leave
 from trainer.training.step import step_gradients
 
@@ -95,7 +95,7 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
     return result
 
 
-def problem() -> tuple[list[Piece], list[torch.Tensor]]:
+def problem() -> tuple[list[PackedRow], list[torch.Tensor]]:
     """Rows of several lengths; they take turns with two prompts of virtual tokens and a prefix."""
     generator = torch.Generator().manual_seed(1)
     rows = [
@@ -106,11 +106,11 @@ def problem() -> tuple[list[Piece], list[torch.Tensor]]:
     ]
     prompts = [torch.randn(p, 64, generator=generator) * 0.3 for p in LENGTHS]
     prompts.append(torch.randn(*PAST, generator=generator) * 0.5)
-    return [Piece(row, i % 3, i) for i, row in enumerate(rows)], prompts
+    return [PackedRow(row, i % 3, i) for i, row in enumerate(rows)], prompts
 
 
 def padded_peft(
-    model: Any, pieces: list[Piece], prompts: list[torch.Tensor]
+    model: Any, pieces: list[PackedRow], prompts: list[torch.Tensor]
 ) -> list[tuple[float, torch.Tensor]]:
     """Loss and prompt gradient of PEFT's PeftModel on padded rows, one prompt after the other."""
     found = []

@@ -21,7 +21,7 @@ from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, 
 from tests.unit.test_scoring import EOS, TARGETS, rows
 from trainer.distributed.deepspeed_engine import Engine, base_digest
 from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.runtime.process import leave
 from trainer.training.step import step_gradients
 
@@ -88,7 +88,7 @@ def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
         label_counts=[2] * len(rows(TARGETS)),
     )
     requests: Any = [Request(found, 0), Request(found, None)]  # type: ignore[arg-type]
-    evaluator = Evaluator(engine, module, None, StreamBudget(40))  # type: ignore[arg-type]
+    evaluator = Evaluator(engine, module, None, TokenBudget(40))  # type: ignore[arg-type]
     scored = evaluator.score(requests, prompts)
     return [one.nll_RC.tolist() for one in scored if one.nll_RC is not None]
 

@@ -19,11 +19,11 @@ from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest
-from trainer.evaluation.generation import Ending, generate
+from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import Piece, PromptLengths, Stream, build_stream
+from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths, build_stream
 from trainer.packing.planning import plan_streams
 from trainer.runtime.process import leave
 from trainer.training.step import step_gradients
@@ -82,7 +82,7 @@ def one_way(
     step = step_gradients(engine, base, pieces, prompts, MAX_TOKENS)
     gathered = engine.gathered_bytes - before
     rows = base.model.get_input_embeddings().rows
-    ending = Ending(open_base(settings).tokenizer, frozenset({1}))
+    ending = StopCriteria(open_base(settings).tokenizer, frozenset({1}))
     inputs = [list(piece.example.input_ids[:5]) for piece in pieces[:5]]  # fewer than two each
     return {
         "equal": equal,
@@ -119,13 +119,13 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
     ]
 
 
-def many() -> tuple[list[Piece], list[Tensor]]:
+def many() -> tuple[list[PackedRow], list[Tensor]]:
     """So many labels in one step that, in the end, the head's table is fetched for them."""
     pieces, prompts = problem()
     return pieces * 6, prompts
 
 
-def streams(world_size: int) -> list[tuple[Stream, ...]]:
+def streams(world_size: int) -> list[tuple[PackedBatch, ...]]:
     """All ranks' streams of the step, those that they read together in one tuple."""
     pieces, prompts = many()
     lengths = PromptLengths.of(prompts)

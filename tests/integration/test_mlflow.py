@@ -33,7 +33,7 @@ from tests.unit.run_folder import (
     write_results,
 )
 from trainer import config
-from trainer.tracking import MetricsLog, Sender
+from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -192,7 +192,7 @@ def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Ser
     folder = write_inputs(tmp_path / "http", experiment="http")
     uri = server.uri.replace("http://", f"http://me:{SECRET}@")
     log = MetricsLog(folder)
-    sender = Sender(folder, uri, every=0.2)
+    sender = TrackingClient(folder, uri, every=0.2)
     sender.start()
     log_steps(log, 0, 40)
     wait_until(lambda: sent(folder) > 0, 60)
@@ -225,7 +225,7 @@ def test_a_broken_tracker_costs_the_trainer_nothing(
     folder = write_inputs(tmp_path / "run")
     uri = broken.replace("http://", f"http://me:{SECRET}@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    log, sender = MetricsLog(folder), Sender(folder, every=0.2)
+    log, sender = MetricsLog(folder), TrackingClient(folder, every=0.2)
     started = time.monotonic()
     sender.start()
     log_steps(log, 0, STEPS)
@@ -333,12 +333,12 @@ def losses(folder: Path) -> dict[tuple[str, int, str], float]:
 TRAINER = """
     import os, signal, sys, time
     from pathlib import Path
-    from trainer.tracking import MetricsLog, Sender
+    from trainer.tracking import MetricsLog, TrackingClient
     from tests.unit.run_folder import log_steps, write_results
     folder, rewind, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     log = MetricsLog(folder)
     log.rewind(rewind)
-    sender = Sender(folder, every=0.2, grace=20)
+    sender = TrackingClient(folder, every=0.2, grace=20)
     sender.start()
     print(sender.pid, flush=True)
     log_steps(log, rewind + 1, last)
@@ -373,7 +373,7 @@ def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path, s
 
 def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path, store: str) -> None:
     folder = write_inputs(tmp_path / "run")
-    log, sender = MetricsLog(folder), Sender(folder, every=0.2)
+    log, sender = MetricsLog(folder), TrackingClient(folder, every=0.2)
     sender.start()
     assert sender.pid is not None
     wait_until(lambda: (folder / "tracking.json").exists(), 30)
@@ -452,9 +452,9 @@ def assert_complete(folder: Path, uri: str, experiment: str = "support") -> None
 
 def sent(folder: Path) -> int:
     """Bytes of ``metrics.jsonl`` that some store has."""
-    from trainer.tracking.progress_file import State
+    from trainer.tracking.progress_file import ProgressFile
 
     if not (folder / "tracking.json").exists():
         return 0
-    stores = State(folder).stores.values()
+    stores = ProgressFile(folder).stores.values()
     return max((store.offsets.get(METRICS_FILE, 0) for store in stores), default=0)

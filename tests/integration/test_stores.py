@@ -26,7 +26,7 @@ from tests.integration.test_mlflow import store as store
 from tests.mlflow_server import wait_until
 from tests.unit.run_folder import finished_run, log_steps, write_inputs, write_results
 from trainer.runtime.errors import BadInput
-from trainer.tracking import MetricsLog, Sender, sqlite_store
+from trainer.tracking import MetricsLog, TrackingClient, sqlite_store
 from trainer.tracking.pusher import SyncResult
 from trainer.tracking.pusher import sync as sync_here
 
@@ -40,7 +40,7 @@ def test_a_sender_that_is_killed_while_it_makes_the_store_leaves_none(
     """Then two senders at once make it and write to it."""
     first = write_inputs(tmp_path / "first")
     MetricsLog(first).close()
-    sender = Sender(first)
+    sender = TrackingClient(first)
     sender.start()
     log = first / "logs" / "tracking.log"
     wait_until(lambda: "Updating database tables" in log.read_text(), 120)
@@ -50,7 +50,7 @@ def test_a_sender_that_is_killed_while_it_makes_the_store_leaves_none(
     assert not (tmp_path / "mlflow.db").exists()
 
     folders = [first, write_inputs(tmp_path / "second", experiment="other")]
-    senders = [Sender(folder, every=0.1) for folder in folders]
+    senders = [TrackingClient(folder, every=0.1) for folder in folders]
     for folder, sender in zip(folders, senders, strict=True):
         sender.start()
         log_steps(MetricsLog(folder), 0, 40)

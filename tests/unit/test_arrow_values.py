@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from trainer.config import Task
-from trainer.data.dataset import Rows
+from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows
 from trainer.runtime.errors import BadInput
 
@@ -52,7 +52,7 @@ DIALOGUES: list[dict[str, Any]] = [
 ]
 
 
-def load(path: Path, **settings: Any) -> Rows:
+def load(path: Path, **settings: Any) -> RowDataset:
     values = {"input": "{text}", "target": "{label}"} if "messages" not in settings else {}
     return load_rows(str(path), Task(name="t", train="x", **{**values, **settings}))
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import RunConfig
 from trainer.config.prompt import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
-from trainer.prompts.init_search import Found, Words
+from trainer.prompts.init_search import SearchResult, Words
 from trainer.runtime.errors import BadInput
 from trainer.training.prompt_optimizer import make_optimizer
 
@@ -501,7 +501,7 @@ class NearTo:
         self.rounds.append([i for i, _ in starts])
         return [float((embed(words) - self.word_H).square().sum()) for _, words in starts]
 
-    def say(self, i: int, found: Found, text: str) -> None:
+    def say(self, i: int, found: SearchResult, text: str) -> None:
         self.said[i] = found, text
 
 

@@ -15,7 +15,7 @@ from tests.unit.test_evaluation import load
 from tests.unit.test_overlap import CHOICES, Knows
 from trainer.evaluation.baseline_cache import WORTHWHILE, BaselineCache
 from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import TaskData
 
 LARGE = int(WORTHWHILE)
@@ -50,7 +50,7 @@ def score(data: TaskData, cache: BaselineCache | None) -> tuple[list[Any], int, 
         Alone(),  # type: ignore[arg-type]
         base,
         make_tokenizer(),
-        StreamBudget(64),
+        TokenBudget(64),
         baselines=cache,
     )
     scored = evaluator.score([Request(data.evaluation["validation"], None)], [])

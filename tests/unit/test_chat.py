@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
-from trainer.data.dataset import Rows
+from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows
 from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
 from trainer.data.tokenization.tokenize import Tokenized, tokenize
@@ -67,7 +67,7 @@ def make_task(**settings) -> Task:
     return Task(name="t", train="x.jsonl", messages="messages", **settings)
 
 
-def load(folder: Path, dialogues: list, task: Task) -> Rows:
+def load(folder: Path, dialogues: list, task: Task) -> RowDataset:
     path = folder / "d.jsonl"
     path.write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogues))
     return load_rows(str(path), task)
@@ -217,7 +217,7 @@ def ids_task(**settings) -> Task:
     return Task(name="t", train="x.jsonl", tokens={}, validation_share=0, **settings)
 
 
-def load_ids(folder: Path, pairs: list, task: Task) -> Rows:
+def load_ids(folder: Path, pairs: list, task: Task) -> RowDataset:
     path = folder / "d.jsonl"
     lines = (json.dumps({"input_ids": ids, "labels": labels}) for ids, labels in pairs)
     path.write_text("\n".join(lines))

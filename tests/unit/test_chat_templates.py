@@ -21,7 +21,7 @@ from trainer.data.token_table import Example
 from trainer.data.tokenization import chat_template
 from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
 from trainer.data.tokenization.chat_date import CHAT_DATE, keep_chat_date, read_chat_date
-from trainer.data.tokenization.cpu_limit import TookTooLong, cpu_limit
+from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
 from trainer.data.tokenization.tokenize import Tokenized, tokenize
 from trainer.runtime.errors import BadInput
 
@@ -468,7 +468,7 @@ def test_what_ends_in_time_is_left_alone():
         while True:
             time.sleep(0)
 
-    with pytest.raises(TookTooLong), cpu_limit(0.05):
+    with pytest.raises(CpuLimitExceeded), cpu_limit(0.05):
         endless()
     with cpu_limit(5.0):
         assert sum(range(1000)) == 499500

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.dataset import Source
-from trainer.data.epoch_permutation import Order, permuted
-from trainer.data.sampler import WINDOW, Cursor
+from trainer.data.dataset import MixtureComponent
+from trainer.data.epoch_permutation import EpochPermutation, permuted
+from trainer.data.sampler import WINDOW, TokenBudgetSampler
 from trainer.runtime.errors import BadInput
 
 LENGTHS = [3, 5, 2, 8, 4, 6, 1]
@@ -20,12 +20,12 @@ GOLDEN = [[2, 1, 5, 0, 4, 3], [4, 5, 3, 0, 2, 1]]
 GOLDEN_OF_MANY = [2251124, 2352139, 2629969, 1426418, 4042844, 299368]
 
 
-def take(cursor: Cursor, steps: int) -> list[list[int]]:
+def take(cursor: TokenBudgetSampler, steps: int) -> list[list[int]]:
     return [cursor.next_rows() for _ in range(steps)]
 
 
 def test_every_epoch_reads_every_row_once_in_another_order():
-    cursor = Cursor([1] * 50, 1, seed=0)
+    cursor = TokenBudgetSampler([1] * 50, 1, seed=0)
     epochs = [[row for (row,) in take(cursor, 50)] for _ in range(3)]
     assert cursor.epoch == 3
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -34,8 +34,8 @@ def test_every_epoch_reads_every_row_once_in_another_order():
 
 def test_the_order_is_that_of_all_versions():
     """A golden value: a change here breaks the resume of old runs."""
-    assert take(Cursor([1] * 6, 6, seed=7), 2) == GOLDEN
-    assert take(Cursor([1] * 6, 6, seed=8), 1) != GOLDEN[:1]
+    assert take(TokenBudgetSampler([1] * 6, 6, seed=7), 2) == GOLDEN
+    assert take(TokenBudgetSampler([1] * 6, 6, seed=8), 1) != GOLDEN[:1]
     assert permuted(np.arange(6), 5_000_000, "7/0").tolist() == GOLDEN_OF_MANY
 
 
@@ -49,7 +49,7 @@ def log_normal(rows: int, seed: int = 0) -> np.ndarray:
     st.lists(st.integers(1, 30), min_size=1, max_size=200), st.integers(1, 80), st.integers(0, 9)
 )
 def test_a_step_is_never_over_and_no_row_of_the_epoch_is_lost_or_repeated(lengths, tokens, seed):
-    cursor, read = Cursor(lengths, tokens, seed), list[int]()
+    cursor, read = TokenBudgetSampler(lengths, tokens, seed), list[int]()
     while cursor.epoch < 2:
         before = cursor.epoch
         rows = cursor.next_rows()
@@ -65,7 +65,7 @@ def test_a_step_is_never_over_and_no_row_of_the_epoch_is_lost_or_repeated(length
 def test_steps_are_full():
     lengths = log_normal(20_000)
     for tokens in (2048, 8192, 16384):
-        steps = take(Cursor(lengths, tokens, seed=0), 60)
+        steps = take(TokenBudgetSampler(lengths, tokens, seed=0), 60)
         fill = [lengths[rows].sum() / tokens for rows in steps]
         assert max(fill) <= 1
         assert np.mean(fill) > 0.998, "in order alone it would be 0.97 for 2048 tokens"
@@ -73,10 +73,10 @@ def test_steps_are_full():
 
 def test_rows_are_read_near_their_place_in_an_order_that_knows_no_tokens():
     lengths = log_normal(3000)
-    order = Order([Source(0, 3000)], 5).rows(0, np.arange(3000)).tolist()
+    order = EpochPermutation([MixtureComponent(0, 3000)], 5).rows(0, np.arange(3000)).tolist()
     place = {row: i for i, row in enumerate(order)}
     for tokens in (64, 4096):
-        cursor, read = Cursor(lengths, tokens, seed=5), 0
+        cursor, read = TokenBudgetSampler(lengths, tokens, seed=5), 0
         while cursor.epoch == 0:
             for row in cursor.next_rows()[: 3000 - read]:
                 assert abs(place[row] - read) <= WINDOW
@@ -85,8 +85,8 @@ def test_rows_are_read_near_their_place_in_an_order_that_knows_no_tokens():
 
 def test_no_row_waits_for_more_than_one_update():
     lengths = log_normal(2000)
-    order = Order([Source(0, 2000)], 1).rows(0, np.arange(2000)).tolist()
-    cursor, read = Cursor(lengths, 1024, seed=1), set[int]()
+    order = EpochPermutation([MixtureComponent(0, 2000)], 1).rows(0, np.arange(2000)).tolist()
+    cursor, read = TokenBudgetSampler(lengths, 1024, seed=1), set[int]()
     for _ in range(50):
         first = next(row for row in order if row not in read)
         rows = cursor.next_rows()
@@ -114,11 +114,15 @@ def test_an_order_of_many_rows_is_computed_place_by_place():
     assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
 
 
-WEIGHTED = [Source(0, 10, 1.0), Source(10, 12, 2.0), Source(12, 60, 1.0)]
+WEIGHTED = [
+    MixtureComponent(0, 10, 1.0),
+    MixtureComponent(10, 12, 2.0),
+    MixtureComponent(12, 60, 1.0),
+]
 
 
 def test_weights_are_exact_in_every_epoch():
-    order = Order(WEIGHTED, 3)
+    order = EpochPermutation(WEIGHTED, 3)
     epochs = [order.rows(epoch, np.arange(60)).tolist() for epoch in range(4)]
     for rows in epochs:
         assert [sum(s.start <= row < s.stop for row in rows) for s in WEIGHTED] == [15, 30, 15]
@@ -130,54 +134,56 @@ def test_weights_are_exact_in_every_epoch():
 
 
 def test_weights_in_proportion_to_rows_read_every_row_once():
-    sources = [Source(0, 20, 0.2), Source(20, 100, 0.8)]
+    sources = [MixtureComponent(0, 20, 0.2), MixtureComponent(20, 100, 0.8)]
     for epoch in range(2):
-        assert sorted(Order(sources, 0).rows(epoch, np.arange(100)).tolist()) == list(range(100))
+        assert sorted(EpochPermutation(sources, 0).rows(epoch, np.arange(100)).tolist()) == list(
+            range(100)
+        )
 
 
 def test_weighted_rows_resume():
     lengths = log_normal(60)
-    whole = Cursor(lengths, 500, 2, WEIGHTED)
+    whole = TokenBudgetSampler(lengths, 500, 2, WEIGHTED)
     take(whole, 9)
-    other = Cursor(lengths, 500, 2, WEIGHTED)
+    other = TokenBudgetSampler(lengths, 500, 2, WEIGHTED)
     other.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     assert take(other, 20) == take(whole, 20)
     with pytest.raises(BadInput, match="order of the training data was swap-or-not 64, mixed"):
-        Cursor(lengths, 500, 2).load_state_dict(whole.state_dict())
+        TokenBudgetSampler(lengths, 500, 2).load_state_dict(whole.state_dict())
 
 
 def test_at_least_one_row_and_on_into_the_next_epoch():
-    assert [len(rows) for rows in take(Cursor([100, 100], 1, seed=0), 4)] == [1] * 4
-    cursor = Cursor([1, 1, 1], 10, seed=0)
+    assert [len(rows) for rows in take(TokenBudgetSampler([100, 100], 1, seed=0), 4)] == [1] * 4
+    cursor = TokenBudgetSampler([1, 1, 1], 10, seed=0)
     assert len(cursor.next_rows()) == 10
     assert (cursor.epoch, cursor.position) == (3, 1)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 13])
 def test_resumed_equals_uninterrupted(steps):
-    whole = Cursor(LENGTHS, 7, seed=2)
+    whole = TokenBudgetSampler(LENGTHS, 7, seed=2)
     expected = take(whole, steps + 10)[steps:]
 
-    first = Cursor(LENGTHS, 7, seed=2)
+    first = TokenBudgetSampler(LENGTHS, 7, seed=2)
     take(first, steps)
-    second = Cursor(LENGTHS, 7, seed=2)
+    second = TokenBudgetSampler(LENGTHS, 7, seed=2)
     take(second, 3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert take(second, 10) == expected
 
 
 def test_resume_refuses_another_order():
-    state = Cursor(LENGTHS, 7, seed=2).state_dict()
+    state = TokenBudgetSampler(LENGTHS, 7, seed=2).state_dict()
     with pytest.raises(BadInput, match="seed of the training data was 2 and is now 3"):
-        Cursor(LENGTHS, 7, seed=3).load_state_dict(state)
+        TokenBudgetSampler(LENGTHS, 7, seed=3).load_state_dict(state)
     with pytest.raises(BadInput) as caught:
-        Cursor([*LENGTHS, 1], 7, seed=2).load_state_dict(state)
+        TokenBudgetSampler([*LENGTHS, 1], 7, seed=2).load_state_dict(state)
     assert "number of rows of the training data was 7 and is now 8" in caught.value.problems[0]
     with pytest.raises(BadInput, match="tokens of the rows"):
-        Cursor(LENGTHS[::-1], 7, seed=2).load_state_dict(state)
+        TokenBudgetSampler(LENGTHS[::-1], 7, seed=2).load_state_dict(state)
 
 
 def test_nothing_to_read():
     for lengths in ([], [1, 0]):
         with pytest.raises(ValueError, match="at least one token"):
-            Cursor(lengths, 1, 0)
+            TokenBudgetSampler(lengths, 1, 0)

@@ -28,8 +28,8 @@ from tests.unit.test_shared_head import block
 from trainer.config import load
 from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
-from trainer.model.layers.lm_head import Block, FrozenHead
-from trainer.packing.packed_batch import Piece, build_stream, build_teacher_stream
+from trainer.model.layers.lm_head import FrozenHead, VocabBlock
+from trainer.packing.packed_batch import PackedRow, build_stream, build_teacher_stream
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,13 +84,13 @@ def test_memory_is_that_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is wider than a slice, whatever the vocabulary."""
     slice_by(monkeypatch, 50)
     layer, widths = make_head(), set[int]()
-    project = Block.project
+    project = VocabBlock.project
 
-    def watched(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
+    def watched(block: VocabBlock, x: Tensor, start: int, stop: int) -> Tensor:
         widths.add(stop - start)
         return project(block, x, start, stop)
 
-    monkeypatch.setattr(Block, "project", watched)
+    monkeypatch.setattr(VocabBlock, "project", watched)
     hidden_NH, labels_N, _ = problem()
     layer(hidden_NH, labels_N, TEACHER_DH, DISTILLED_D)
     assert widths == {50}
@@ -132,8 +132,12 @@ def test_a_shared_head_gives_the_same(
 def test_rows_behind_their_teacher() -> None:
     one, other = Teacher(0, (1, 20, 21, 22), 1), Teacher(1, (1, 30), 1)
     rows = [Example.with_target((1, *range(5 + i, 10 + i)), 4, i) for i in range(3)]
-    pieces = [Piece(rows[0], 0, 0, teacher=other), Piece(rows[1], 1, 1), Piece(rows[2], 0, 2)]
-    pieces[2] = Piece(rows[2], 0, 2, teacher=one)
+    pieces = [
+        PackedRow(rows[0], 0, 0, teacher=other),
+        PackedRow(rows[1], 1, 1),
+        PackedRow(rows[2], 0, 2),
+    ]
+    pieces[2] = PackedRow(rows[2], 0, 2, teacher=one)
     stream, taught = build_stream(pieces, [2, 3]), build_teacher_stream(pieces)
     assert stream.distilled_D is not None
     assert stream.distilled_D.tolist() == [0, 1, 4, 5]

@@ -20,9 +20,9 @@ from trainer.config import RunConfig, Task
 from trainer.data.splits import load_rows
 from trainer.data.token_cache import cached
 from trainer.data.tokenization.tokenize import encode_input, tokenize, tokenize_choices
-from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import TaskData, load_tasks
 from trainer.runtime.errors import BadInput
 
@@ -135,7 +135,7 @@ def test_many_texts_have_the_tokens_that_each_has_alone(tokenizers, kind):
     tokenizer = copy.deepcopy(tokenizers[kind])
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=40)
-    assert TextEncoder(tokenizer).inputs(texts) == [tokenizers[kind](t).input_ids for t in texts]
+    assert TextTokenizer(tokenizer).inputs(texts) == [tokenizers[kind](t).input_ids for t in texts]
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
@@ -308,7 +308,7 @@ def test_a_base_that_knows_every_answer_has_them_all_right(tmp_path, bases, kind
     for metric in ("accuracy", "exact_match"):
         choices = {"choices": list(ANSWERS)} if metric == "accuracy" else {"max_new_tokens": 16}
         data = load(tmp_path, tokenizer, source, target, metric=metric, **choices)
-        evaluator = Evaluator(Alone(), base, tokenizer, StreamBudget(2000))
+        evaluator = Evaluator(Alone(), base, tokenizer, TokenBudget(2000))
         (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
         assert found.scores[metric] == 1.0
         assert found.scores["loss"] < 0.02

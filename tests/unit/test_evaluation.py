@@ -20,9 +20,9 @@ from trainer.data.teacher import Teacher
 from trainer.evaluation import evaluator as evaluator_module
 from trainer.evaluation import generation
 from trainer.evaluation.evaluator import Evaluator, Request, Scored
-from trainer.evaluation.generation import Ending
+from trainer.evaluation.generation import StopCriteria
 from trainer.model.checkpoint_files import open_base
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import TaskData, load_tasks
 from trainer.runtime.stop_signals import Stopped
 
@@ -61,7 +61,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
 
     monkeypatch.setattr(evaluator_module, "generate", generate)
     base = fake_base(eos_token_id=[1, 6])  # </s> and <end>
-    evaluator = Evaluator(None, base, make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(None, base, make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
     return evaluator._generated(data.evaluation["validation"], None).scores, given
 
 
@@ -121,7 +121,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     rows.append({"text": texts[0], "label": choices[0]})
     task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
     data = load(tmp_path, rows, tokenizer, **task)
-    evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, StreamBudget(100))
+    evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, TokenBudget(100))
     request, texts = Request(data.evaluation["validation"], None), []
     (found,) = evaluator.score([request], [], texts.append)
     assert sum(texts) == evaluator.num_texts([request]) == 4, "progress ends at the number of texts"
@@ -133,7 +133,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
     monkeypatch.setattr(evaluator_module.stop_signals, "asked", lambda: True)
-    evaluator = Evaluator(Alone(), fake_base(), make_tokenizer(), StreamBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(Alone(), fake_base(), make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)
 
@@ -147,7 +147,7 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
         return [[sum(row)] for row in rows]
 
     monkeypatch.setattr(generation, "_decode", decode)
-    ending = Ending(make_tokenizer(), frozenset())
+    ending = StopCriteria(make_tokenizer(), frozenset())
     inputs = [[n] * (n + 1) for n in range(8)]
     prompt = torch.zeros(2, 4)
     for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
@@ -173,7 +173,7 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
 
     def scored(**settings: Any) -> Scored:
         data = load(tmp_path, rows, files.tokenizer, **task | settings)
-        evaluator = Evaluator(Alone(), base, files.tokenizer, StreamBudget(200))
+        evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(200))
         request = Request(data.evaluation["validation"].behind(teacher), 0)
         return evaluator.score([request], [embedded])[0]
 

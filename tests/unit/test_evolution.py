@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from trainer.prompts.init_search import Found, Words, search, together
+from trainer.prompts.init_search import SearchResult, Words, search, search_together
 
 WORDS, LENGTH = 50, 10
 #: The base does its task best behind these words; each that is in its place helps.
@@ -30,14 +30,14 @@ def begin(seed: int, drawings: int = 14) -> tuple[object, torch.Generator]:
     return search(starts, draw, generator), generator
 
 
-def run(seeds: Sequence[int]) -> tuple[dict[int, Found], list[tuple[int, Words]]]:
+def run(seeds: Sequence[int]) -> tuple[dict[int, SearchResult], list[tuple[int, Words]]]:
     seen: list[tuple[int, Words]] = []
 
     def judge(asked: Sequence[tuple[int, Words]]) -> list[float]:
         seen.extend(asked)
         return [loss(words) for _, words in asked]
 
-    return together({seed: begin(seed)[0] for seed in seeds}, judge), seen  # type: ignore[misc]
+    return search_together({seed: begin(seed)[0] for seed in seeds}, judge), seen  # type: ignore[misc]
 
 
 def test_the_best_of_all_that_was_tried() -> None:
@@ -79,7 +79,7 @@ def test_what_is_best_from_the_start_stays() -> None:
     def judge(asked: Sequence[tuple[int, Words]]) -> list[float]:
         return [1.0 if words == BEGIN_WITH[1][1] else math.inf for _, words in asked]
 
-    found = together({0: one}, judge)[0]  # type: ignore[dict-item]
+    found = search_together({0: one}, judge)[0]  # type: ignore[dict-item]
     assert (found.words, found.what, found.loss) == (BEGIN_WITH[1][1], "another", 1.0)
     assert found.middle == math.inf
 
@@ -97,7 +97,7 @@ def test_which_parent_is_the_best_has_no_say_in_the_children() -> None:
             return [0.0 if w == better else 1e-6 if w in good else 10 + loss(w) for w in words]
 
         one, _ = begin(3)
-        together({0: one}, judge)  # type: ignore[dict-item]
+        search_together({0: one}, judge)  # type: ignore[dict-item]
         return asked
 
     assert asked_where(good[0]) == asked_where(good[1])
@@ -117,6 +117,6 @@ def test_of_few_starts_and_few_words(number: int, length: int) -> None:
         asked.extend(words for _, words in tried)
         return [float(sum(words)) for _, words in tried]
 
-    found = together({0: search(starts, draw, generator)}, judge)
+    found = search_together({0: search(starts, draw, generator)}, judge)
     assert len(asked) == len(set(asked)) == found[0].tried == number + 48
     assert found[0].loss == min(map(sum, asked))

@@ -37,7 +37,7 @@ from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_skeleton
 from trainer.model.prompted_model import DecodeStep, PromptedBase
-from trainer.model.tensor_locations import RowReader, Source, find_sources
+from trainer.model.tensor_locations import RowReader, TensorLocation, find_sources
 from trainer.packing.packed_batch import Segment, build_stream
 from trainer.runtime.errors import BadInput
 
@@ -289,7 +289,7 @@ class FlatFile:
         return self.tensors[name].flatten()[start:stop]
 
 
-def whole_parameter(source: Source, tensors: dict[str, Tensor]) -> Tensor:
+def whole_parameter(source: TensorLocation, tensors: dict[str, Tensor]) -> Tensor:
     """What ``RowReader`` reads in parts: the rows of all tensors, end to end."""
     whole = torch.cat([tensors[name] for name in source.tensors])
     return (whole.mT if source.transposed else whole).reshape(source.shape)
@@ -313,13 +313,13 @@ class TestRowReader:
 
     def test_reads_only_the_rows_asked_for(self) -> None:
         flat = FlatFile({"a": torch.randn(4, 5), "b": torch.randn(4, 5)})
-        rows = RowReader(Source(("a", "b"), torch.Size((8, 5))), flat)
+        rows = RowReader(TensorLocation(("a", "b"), torch.Size((8, 5))), flat)
         rows.read(3, 6)
         assert flat.elements == 3 * 5
 
     def test_a_transposed_expert_is_read_once(self) -> None:
         flat = FlatFile({"a": torch.randn(3, 5, 4)})
-        rows = RowReader(Source(("a",), torch.Size((3, 4, 5)), transposed=True), flat)
+        rows = RowReader(TensorLocation(("a",), torch.Size((3, 4, 5)), transposed=True), flat)
         rows.read(4, 6)
         rows.read(6, 8)
         assert flat.elements == 4 * 5

@@ -18,7 +18,7 @@ from tests.whole_base import load_whole
 from trainer.model.attention import flex
 from trainer.model.attention.bucketed import Scores
 from trainer.model.attention.interface import resolve_attention
-from trainer.packing.packed_batch import Piece
+from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.errors import BadInput
 
 
@@ -101,7 +101,7 @@ def test_models_read_a_stream_alike(
     base = load_whole(save_family(tmp_path, case), "int8", checkpointing=True)
     rows, soft = problem(base.hidden_size)
     prompts = soft if case in WITHOUT else [*soft, *pasts(base)]
-    pieces = [Piece(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
+    pieces = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
     wanted, wanted_gradients = packed(base, pieces, prompts)
     base.flex = True
     losses, gradients = packed(base, pieces, prompts)

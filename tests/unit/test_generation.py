@@ -23,10 +23,10 @@ from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import Base, RunConfig, Task
 from trainer.evaluation.evaluator import Evaluator, Request, Scored
-from trainer.evaluation.generation import Ending, before_stop, check_targets, generate
+from trainer.evaluation.generation import StopCriteria, before_stop, check_targets, generate
 from trainer.model.checkpoint_files import open_base
 from trainer.model.generation_config import read_generation_config
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import EvalSet, load_tasks
 from trainer.runtime.errors import BadInput
 
@@ -159,7 +159,7 @@ def rows_of(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **task: An
 
 
 def scored(base: Path, tokenizer: Any, rows: EvalSet) -> Scored:
-    evaluator = Evaluator(Alone(), load_whole(base, "none"), tokenizer, StreamBudget(512))
+    evaluator = Evaluator(Alone(), load_whole(base, "none"), tokenizer, TokenBudget(512))
     return evaluator.score([Request(rows, None)], [])[0]
 
 
@@ -181,7 +181,7 @@ def openings(tokenizer: Any) -> list[Any]:
     ]
 
 
-def our_ids(base: Path, inputs: list[Any], ending: Ending, most: int = 16) -> list[list[int]]:
+def our_ids(base: Path, inputs: list[Any], ending: StopCriteria, most: int = 16) -> list[list[int]]:
     return generate(Alone(), load_whole(base, "none"), ending, inputs, None, most)
 
 
@@ -212,7 +212,7 @@ def test_text_is_that_of_transformers(base, name):
     files = open_base(Base(model=str(base)))
     tokenizer = files.tokenizer
     tokenizer.chat_template = TEMPLATES[name]
-    ending = Ending(tokenizer, frozenset(files.generation.eos_token_id))
+    ending = StopCriteria(tokenizer, frozenset(files.generation.eos_token_id))
     inputs = openings(tokenizer)
     written = [ending.text(ids, skip_special_tokens=True) for ids in our_ids(base, inputs, ending)]
     assert written == plain_texts(base, tokenizer, inputs)
@@ -248,7 +248,7 @@ def test_a_batch_ends_with_the_last_of_its_rows(base):
         steps += 1
 
     model.register_forward_hook(count)
-    ending = Ending(files.tokenizer, frozenset(), ("\n\n",))
+    ending = StopCriteria(files.tokenizer, frozenset(), ("\n\n",))
     inputs = [files.tokenizer(f"!\n{q}!?")["input_ids"] for q in QUESTIONS]
     inputs[0] = [5, *inputs[0]]
     together = generate(Alone(), model, ending, inputs, None, 30)
@@ -275,19 +275,19 @@ def test_a_plain_task_ends_at_eos_where_its_targets_do(tmp_path, base):
     def ends(**settings: Any) -> set[int]:
         rows_to_score = rows_of(tmp_path, rows, files.tokenizer, **{**task, **settings})
         files.generation.eos_token_id = 4
-        return set(Ending.of(files.generation, files.tokenizer, rows_to_score.task).token_ids)
+        return set(StopCriteria.of(files.generation, files.tokenizer, rows_to_score.task).token_ids)
 
     assert ends() == {2, 4}
     assert ends(append_eos=False) == {4}, "as transformers"
     files.generation.stop_strings = "x"
     task = make_task(input="{q}", target="{a}", stop=["y"])
-    assert Ending.of(files.generation, files.tokenizer, task).strings == ("y", "x")
+    assert StopCriteria.of(files.generation, files.tokenizer, task).strings == ("y", "x")
 
 
 def test_special_tokens_that_are_labels_tell_texts_apart():
     tokenizer = make_tokenizer()
     yes, no, eos = tokenizer.convert_tokens_to_ids(["<yes>", "<no>", "<eos>"])
-    ending = Ending(tokenizer, frozenset({eos}), ("<no>",))
+    ending = StopCriteria(tokenizer, frozenset({eos}), ("<no>",))
     assert ending.target([yes, eos, yes]) == "<yes>" == ending.text([yes, eos, no])
     assert ending.text([yes, no, yes]) == "<yes>"
     assert ending.text([yes, *tokenizer("hello")["input_ids"], no], skip_special_tokens=True) == (
@@ -327,7 +327,7 @@ def test_penalties_of_the_folder_change_texts_as_in_transformers(tmp_path, base,
     tokenizer.chat_template = TEMPLATES["gemma"]
     inputs = [*openings(tokenizer)[:3], openings(tokenizer)[3][:4]]  # of two lengths
     task = make_task(messages="messages")
-    ending = Ending.of(files.generation, tokenizer, task)
+    ending = StopCriteria.of(files.generation, tokenizer, task)
     written = [ending.text(i, skip_special_tokens=True) for i in our_ids(folder, inputs, ending)]
     assert written == plain_texts(folder, tokenizer, inputs)
 
@@ -377,7 +377,7 @@ def test_targets_that_cannot_be_generated_are_refused(tmp_path):
     def check(*ids: int, **settings: Any) -> str | None:
         found = rows_of(tmp_path, rows, tokenizer, **task, **settings)
         config = GenerationConfig(eos_token_id=list(ids))
-        return check_targets(found, Ending.of(config, tokenizer, found.task))
+        return check_targets(found, StopCriteria.of(config, tokenizer, found.task))
 
     with pytest.raises(BadInput) as refused:
         check(stop=["\n"])

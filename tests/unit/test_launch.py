@@ -326,7 +326,7 @@ def test_a_rank_that_was_given_up_is_the_reason():
         first=("rank 0", 9),
         hung="rank 1 on n1 hangs",
     )
-    assert ending == endings.Ending(1, "rank 1 on n1 hangs; see the logs in logs")
+    assert ending == endings.ExitReport(1, "rank 1 on n1 hangs; see the logs in logs")
 
 
 #: A launcher that loses its first rank, asks the second to end and waits for it; that one is deaf.
@@ -391,7 +391,7 @@ def test_exit_code_0_counts_only_if_rank_0_did_its_work(tmp_path):
         command = [sys.executable, "-c", EMPTY + rank]
         ended[name] = processes.run_local(command, os.environ, tmp_path / "l.log", "trainer", 1)
         assert list(tmp_path.iterdir()) == [tmp_path / "l.log"]
-    assert ended["ours"] == endings.Ending(0)
+    assert ended["ours"] == endings.ExitReport(0)
     assert ended["other"].code == 1
     assert "rank 0 did not finish its work" in ended["other"].message
 
@@ -439,7 +439,7 @@ class _Clock:
     [([1], False), ([1, 1, 1], False), ([1, 2, 3], False), ([1, 8], True), ([1, 2, 8], True)],
 )
 def test_only_ctrl_c_of_who_has_waited_disturbs_ranks_that_save(monkeypatch, interrupts, killed):
-    stop = processes.Stop()
+    stop = processes.StopSignals()
     clock = _Clock(stop, interrupts)
     monkeypatch.setattr(processes, "time", clock)
     sent, forwarded = [], []

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from trainer.model.layers.fused_ops import Lean, compile_lean, lean_class, make_lean
+from trainer.model.layers.fused_ops import FusedModule, compile_lean, lean_class, make_lean
 from trainer.training.saved_tensors import SavedBytes
 
 TOKENS, HIDDEN, HEADS = 9, 16, 2
@@ -47,7 +47,7 @@ def pair(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.M
         nn.init.normal_(parameter, std=0.5)
     lean = copy.deepcopy(module)
     make_lean(lean)
-    assert isinstance(lean, Lean)
+    assert isinstance(lean, FusedModule)
     return module, lean
 
 

@@ -22,9 +22,9 @@ from tests.whole_base import load_whole
 from trainer.config import load
 from trainer.distributed.prefetch import prepare_stream
 from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import Feed
-from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.training.step import stream_objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_both_sides_train_on_the_same_loss(data: peers.Data, arm: str) -> None:
     rows = next(data.updates(job.task, job.seed))
     assert len(rows) > 5
     theirs = peers.mean_loss(model, rows)
-    pieces = [Piece(row, 0, i) for i, row in enumerate(rows)]
+    pieces = [PackedRow(row, 0, i) for i, row in enumerate(rows)]
     stream = prepare_stream(pieces, PromptLengths.of([prompt]), torch.device("cpu"))
     base = load_whole(ROOT / data.folder, "none")
     loss, _ = stream_objective(base, stream, [prompt], [sum(row.num_labels for row in rows)])
@@ -66,7 +66,7 @@ def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
     rows = data.tasks[task].evaluation["validation"]
     theirs = peers.score(model, data, rows)
     base = load_whole(ROOT / data.folder, "none")
-    evaluator = Evaluator(Alone(), base, data.tokenizer, StreamBudget(4000))
+    evaluator = Evaluator(Alone(), base, data.tokenizer, TokenBudget(4000))
     (found,) = evaluator.score([Request(rows, 0)], [prompt])
     assert theirs == pytest.approx({key: found.scores[key] for key in theirs}, abs=1e-5)
 

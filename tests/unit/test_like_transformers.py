@@ -47,12 +47,12 @@ from trainer.commands.prepare import prepare
 from trainer.config import Base, Task
 from trainer.data.tokenization.chat import DialogueEncoder
 from trainer.data.tokenization.tokenize import Example
-from trainer.data.tokenization.tokenizer import TextEncoder
-from trainer.evaluation.generation import Ending, generate
+from trainer.data.tokenization.tokenizer import TextTokenizer
+from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import Piece, build_stream
+from trainer.packing.packed_batch import PackedRow, build_stream
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
@@ -113,7 +113,7 @@ def digests_of_theirs(modules: dict[str, Any]) -> dict[str, str]:
 
 def our_loss(base: PromptedBase, row: Example) -> float:
     with torch.no_grad():
-        return float(base(build_stream([Piece(row, None, 0)], []), []).mean())
+        return float(base(build_stream([PackedRow(row, None, 0)], []), []).mean())
 
 
 def assert_alike(folder: Path, *, writes: bool = True) -> bool:
@@ -145,7 +145,7 @@ def assert_alike(folder: Path, *, writes: bool = True) -> bool:
 
 def our_tokens(base: PromptedBase, files: BaseFiles, ids: list[int]) -> list[int]:
     task = Task(name="t", train="-", input="{text}", target="{label}", append_eos=False)
-    ending = Ending.of(files.generation, files.tokenizer, task)
+    ending = StopCriteria.of(files.generation, files.tokenizer, task)
     return generate(Alone(), base, ending, [ids], None, NEW_TOKENS)[0]  # type: ignore[arg-type]
 
 
@@ -173,7 +173,7 @@ TURNS = [
 
 def assert_ids_alike(ours: Any, theirs: Any) -> None:
     """Compare the ids of rows with those of one text, where generation can read these."""
-    encoder = TextEncoder(ours)
+    encoder = TextTokenizer(ours)
     texts, targets = zip(*BOUNDARIES, strict=True)
     inputs = encoder.inputs(texts)
     assert inputs == [theirs(text)["input_ids"] for text in texts]

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from tests.unit.test_chat import make_tokenizer
 from trainer.config import RunConfig
-from trainer.distributed.prefetch import Prefetch, Rank
+from trainer.distributed.prefetch import Prefetch, RankPlace
 from trainer.evaluation.evaluator import Evaluator, Scored
 from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
 from trainer.evaluation.prediction_records import Predictions
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import Feed, load_tasks
-from trainer.packing.packed_batch import Stream
+from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.bank import Bank
 from trainer.runtime.console import Console
 from trainer.runtime.stop_signals import Stopped
@@ -79,7 +79,7 @@ class ToyBase(nn.Module):
         self.read: list[tuple[int, bool, list[int]]] = []
         self.loop: Loop | None = None
 
-    def forward(self, stream: Stream, virtual_tokens: list[Tensor]) -> Tensor:
+    def forward(self, stream: PackedBatch, virtual_tokens: list[Tensor]) -> Tensor:
         assert self.loop is not None
         step = self.loop.progress.step
         self.read.append((step, torch.is_grad_enabled(), [k for k, _ in stream.prompts]))
@@ -133,14 +133,14 @@ class Toy:
         )
         self.logged: list[tuple[int, str | None, dict[str, float]]] = []
         self.saved: dict[int, tuple[bytes, str]] = {}
-        evaluator = Evaluator(engine, self.base, tokenizer, StreamBudget(200))  # type: ignore[arg-type]
+        evaluator = Evaluator(engine, self.base, tokenizer, TokenBudget(200))  # type: ignore[arg-type]
         self.loop = Loop(
             self.config,
             engine,
             evaluator,
             data,
             self.bank,
-            Prefetch(Feed(self.config, data), Rank(0, 1, CPU)),
+            Prefetch(Feed(self.config, data), RankPlace(0, 1, CPU)),
             Console(self.out, self.out),
             log=lambda step, _, metrics, name: self.logged.append((step, name, dict(metrics))),
             save=self.save,

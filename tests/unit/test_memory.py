@@ -9,10 +9,10 @@ import pytest
 from trainer.packing.activation_memory import (
     LEAST_TOKENS,
     RAMP,
+    BatchMemory,
     LayerSizes,
     RowSizes,
-    StreamBudget,
-    StreamMemory,
+    TokenBudget,
     choose_budget,
     row_sizes,
 )
@@ -20,7 +20,7 @@ from trainer.packing.activation_memory import (
 GB = 10**9
 #: Llama-3-8B in bf16, slices of logits of 64 MB.
 SIZES = LayerSizes(32, 4096, 32, 4096, 1024, 14336)
-MEMORY = StreamMemory(SIZES, RowSizes(2.0, 300.0), 2, 64 << 20)
+MEMORY = BatchMemory(SIZES, RowSizes(2.0, 300.0), 2, 64 << 20)
 
 
 def test_recomputing_saves_one_hidden_state_per_layer() -> None:
@@ -94,6 +94,6 @@ def test_the_first_steps_confirm() -> None:
 
 
 def test_halving() -> None:
-    budget = StreamBudget(1000, ramp=[0.5])
+    budget = TokenBudget(1000, ramp=[0.5])
     budget.halve()
     assert (budget.tokens, budget.now) == (250, 250)

@@ -15,11 +15,11 @@ from trainer.config import yaml_source
 from trainer.config.tracking import Tracking
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import redact, secrets_of
-from trainer.tracking import MetricsLog, Sender
+from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
-from trainer.tracking.progress_file import Progress, State, missing_results
+from trainer.tracking.progress_file import ProgressFile, StoreProgress, missing_results
 from trainer.tracking.pusher import explain
-from trainer.tracking.run_metadata import Folder, shorten
+from trainer.tracking.run_metadata import RunMetadata, shorten
 from trainer.tracking.store_uri import resolve
 
 SECRET = "hunter2-secret"
@@ -171,7 +171,7 @@ def test_where_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (server.uri, server.name) == ("http://host:5000", "http://host:5000")
     assert server.credentials["MLFLOW_TRACKING_PASSWORD"] == SECRET
     assert SECRET not in repr(server)
-    state = State(folder)
+    state = ProgressFile(folder)
     state.store = default.name  # as the sender keeps it
     state.save()
     elsewhere = tmp_path / "elsewhere"
@@ -252,9 +252,9 @@ def test_a_common_word_as_password_is_hidden_in_addresses_only(secret: str) -> N
 def test_what_a_killed_end_has_left_undone(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     assert missing_results(folder) == "report.html"
-    state = State(folder)
+    state = ProgressFile(folder)
     state.store = "sqlite:////x/mlflow.db"
-    state.stores[state.store] = Progress(status="RUNNING")
+    state.stores[state.store] = StoreProgress(status="RUNNING")
     state.save()
     assert missing_results(folder) == "report.html and the end of the run in MLflow"
     (folder / "report.html").touch()
@@ -270,7 +270,7 @@ def test_a_problem_of_the_sender_is_told_once_and_early(
     monkeypatch.setattr("trainer.tracking.process_client.LOOK_SECONDS", 0.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    sender, state = Sender(tmp_path), State(tmp_path)
+    sender, state = TrackingClient(tmp_path), ProgressFile(tmp_path)
     alive = SimpleNamespace(poll=lambda: None)
     monkeypatch.setattr(sender, "_process", alive)
     assert sender.news() is None
@@ -311,7 +311,7 @@ def test_advice_follows_the_http_status(
 
 
 def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
-    folder = Folder(finished_run(tmp_path / "support"))
+    folder = RunMetadata(finished_run(tmp_path / "support"))
     private = tmp_path / "id_rsa"
     private.write_text("private")
     good = {a.key for a in [*folder.early_artifacts(), *folder.late_artifacts()]}
@@ -334,7 +334,7 @@ def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
     run = folder.run_file
     run["prompts"][0]["name"] = "../../prompts/triage"
     (folder.path / "run.yaml").write_text(json.dumps(run))
-    folder = Folder(folder.path)
+    folder = RunMetadata(folder.path)
     assert not any(".." in a.key for a in folder.late_artifacts())
 
 
@@ -342,11 +342,11 @@ def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
     "content", ["[]", "1", "null", '"x"', "{", "[" * 100_000, '{"prompts": []}']
 )
 def test_files_of_the_folder_may_hold_anything(tmp_path: Path, content: str) -> None:
-    folder = Folder(write_inputs(tmp_path / "run"))
+    folder = RunMetadata(write_inputs(tmp_path / "run"))
     for name in ("summary.json", "environment.json", "datasets.json", "tracking.json"):
         (folder.path / name).write_text(content)
     summary = folder.summary()
-    State(folder.path)
+    ProgressFile(folder.path)
     folder.params(), folder.tags(), folder.note(summary), folder.datasets("triage")
     for prompt in folder.prompts:
         folder.final_metrics(prompt, summary), folder.final_tags(prompt, summary)
@@ -381,7 +381,7 @@ def test_damaged_lines_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> 
 
 
 def test_what_mlflow_is_told(tmp_path: Path) -> None:
-    folder = Folder(finished_run(tmp_path / "support"))
+    folder = RunMetadata(finished_run(tmp_path / "support"))
     params = folder.params()
     assert params["base.quantization"] == "int8"
     assert params["tasks.triage.metric"] == "accuracy"
@@ -409,7 +409,7 @@ def test_long_values_are_cut_and_say_so() -> None:
 
 
 def test_the_summary_of_an_earlier_session_does_not_count(tmp_path: Path) -> None:
-    folder = Folder(finished_run(tmp_path))
+    folder = RunMetadata(finished_run(tmp_path))
     assert folder.summary()["status"] == "finished"
     assert folder.summary((tmp_path / "summary.json").stat().st_mtime_ns) == {}
 
@@ -418,7 +418,7 @@ def test_the_run_file_is_parsed_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every prompt asks for it, and parsing takes as long as it has prompts."""
-    folder, parsed = Folder(finished_run(tmp_path)), []
+    folder, parsed = RunMetadata(finished_run(tmp_path)), []
     real = yaml_source.saved
     monkeypatch.setattr(yaml_source, "saved", lambda path: parsed.append(path) or real(path))
     summary = folder.summary()

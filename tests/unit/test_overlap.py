@@ -16,8 +16,8 @@ from tests.unit.test_evaluation import load
 from trainer.data.label_prefixes import continuations, exclusive
 from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator, Request, Scored
-from trainer.packing.activation_memory import StreamBudget
-from trainer.packing.packed_batch import Stream
+from trainer.packing.activation_memory import TokenBudget
+from trainer.packing.packed_batch import PackedBatch
 
 CHOICES = ["c", "c d", "c d e", "f"]
 TASK = {"input": "{text}", "target": " {label}", "choices": CHOICES, "metric": "accuracy"}
@@ -32,11 +32,11 @@ class Knows:
         self.packed = packed
         self._tokenizer = tokenizer
 
-    def __call__(self, stream: Stream, _: Any) -> Tensor:
+    def __call__(self, stream: PackedBatch, _: Any) -> Tensor:
         labels = zip(stream.label_positions_N.tolist(), stream.labels_N.tolist(), strict=True)
         return torch.tensor([self._nll(stream, place, label) for place, label in labels])
 
-    def _nll(self, stream: Stream, place: int, label: int) -> float:
+    def _nll(self, stream: PackedBatch, place: int, label: int) -> float:
         segment = next(s for s in stream.segments if 0 <= place - s.start < s.length)
         ids: list[int] = []
         for prefix in segment.prefixes:
@@ -53,7 +53,7 @@ def score(folder: Path, packed: bool, **task: Any) -> tuple[Scored, list[str]]:
     rows = [{"text": text, "label": answer} for text, answer in ANSWERS.items()]
     data = load(folder, rows, tokenizer, **TASK, **task)
     base: Any = Knows(tokenizer, packed)
-    evaluator = Evaluator(Alone(), base, tokenizer, StreamBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(Alone(), base, tokenizer, TokenBudget(64))  # type: ignore[arg-type]
     (scored,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
     return scored, data.remarks
 

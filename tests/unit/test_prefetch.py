@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.data.sampler import Cursor
+from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.tokenization.tokenize import Example
-from trainer.distributed.prefetch import Prefetch, Rank, ahead
-from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.distributed.prefetch import Prefetch, RankPlace, ahead
+from trainer.packing.packed_batch import PackedRow, PromptLengths
 
 LENGTHS = [5, 9, 2, 7, 4, 12, 3]
 EXAMPLES = [Example.with_target(tuple(range(length)), 1, i) for i, length in enumerate(LENGTHS)]
@@ -24,18 +24,18 @@ class TwoPrompts:
     """A feed of two prompts, that remembers which threads asked it."""
 
     def __init__(self) -> None:
-        self.cursors = [Cursor(LENGTHS, 15, seed) for seed in (0, 1)]
+        self.cursors = [TokenBudgetSampler(LENGTHS, 15, seed) for seed in (0, 1)]
         self.threads: list[str] = []
         self.fails = False
 
-    def next_step(self, active: Any) -> list[Piece]:
+    def next_step(self, active: Any) -> list[PackedRow]:
         if self.fails:
             raise OSError("the disk is gone")
         self.threads.append(threading.current_thread().name)
-        pieces: list[Piece] = []
+        pieces: list[PackedRow] = []
         for k, cursor in enumerate(self.cursors):
             rows = cursor.next_rows() if active[k] else []
-            pieces += [Piece(EXAMPLES[row], k, len(pieces) + i) for i, row in enumerate(rows)]
+            pieces += [PackedRow(EXAMPLES[row], k, len(pieces) + i) for i, row in enumerate(rows)]
         return pieces
 
     def state_dict(self) -> Any:
@@ -47,7 +47,7 @@ class TwoPrompts:
 
 
 def prefetch(feed: TwoPrompts) -> Prefetch:
-    return Prefetch(feed, Rank(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
+    return Prefetch(feed, RankPlace(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
 
 
 def rows(batch: Any) -> list[tuple[int | None, int]]:

@@ -25,7 +25,7 @@ from tests.whole_base import load_whole
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import FAMILIES, check_past
 from trainer.model.prompted_model import DecodeStep, PromptedBase
-from trainer.packing.packed_batch import Piece, PromptLengths, build_stream
+from trainer.packing.packed_batch import PackedRow, PromptLengths, build_stream
 from trainer.prompts.peft_adapter import load_peft, save_peft
 from trainer.runtime.errors import BadInput
 
@@ -51,7 +51,7 @@ def pasts(base: PromptedBase) -> list[Tensor]:
 
 
 def packed(
-    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor]
+    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
     """Mean loss per label of each prompt that is read, and its gradient, from one stream."""
     leaves = [prompt.clone().requires_grad_() for prompt in prompts]
@@ -65,7 +65,7 @@ def packed(
 
 
 def padded_peft(
-    model: Any, adapter: Path, pieces: Sequence[Piece], past: Tensor
+    model: Any, adapter: Path, pieces: Sequence[PackedRow], past: Tensor
 ) -> tuple[float, Tensor]:
     """Loss and gradient of PEFT's PeftModel, loaded from what we export, on padded rows."""
     save_peft(adapter, past, "-", num_layers=0, num_attention_heads=0)
@@ -118,8 +118,8 @@ class TestBank:
         base = load_whole(family(case), "int8", checkpointing=True)
         rows, soft = problem(base.hidden_size)
         prompts = [soft[0], pasts(base)[0], soft[1], pasts(base)[1]]
-        pieces = [Piece(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
-        bare = [Piece(rows[0].example, None, 12)]
+        pieces = [PackedRow(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
+        bare = [PackedRow(rows[0].example, None, 12)]
         losses, gradients = packed(base, pieces + bare, prompts)
         for k in range(4):
             own = [piece for piece in pieces if piece.prompt == k]

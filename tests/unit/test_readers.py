@@ -6,11 +6,11 @@ import json
 
 import torch
 
-from trainer.prompts.encoder_snapshots import BestReader
+from trainer.prompts.encoder_snapshots import BestEncoder
 
 
-def reader(weights: list[float]) -> BestReader:
-    return BestReader(lambda: {"w": torch.tensor(weights[-1])})
+def reader(weights: list[float]) -> BestEncoder:
+    return BestEncoder(lambda: {"w": torch.tensor(weights[-1])})
 
 
 def test_the_mean_metric_decides_then_the_mean_loss() -> None:

@@ -12,7 +12,7 @@ from tests.unit.run_folder import finished_run
 from trainer.evaluation.prediction_files import path_of
 from trainer.reporting.html import write_report
 from trainer.reporting.html.prediction_views import MOST_CLASSES, prediction_report
-from trainer.tracking.run_metadata import Folder
+from trainer.tracking.run_metadata import RunMetadata
 
 
 def write(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
@@ -111,7 +111,7 @@ def test_the_page_shows_them_escaped_and_mlflow_gets_the_files(tmp_path):
     assert "75.0%" in html
     found = {
         (artifact.prompt, artifact.folder, artifact.path.name)
-        for artifact in Folder(folder).late_artifacts()
+        for artifact in RunMetadata(folder).late_artifacts()
         if artifact.folder.startswith("predictions")
     }
     assert found == {

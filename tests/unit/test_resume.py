@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.run_folder import checkpoint_state
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.checkpoint import Saved
+from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.output_folder import (
     OutputFolder,
     OutputLost,
@@ -39,8 +39,8 @@ from trainer.run import _begin_alike, _read_tasks, _tracked
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.process import ROWS_CHECKED
-from trainer.tracking import MetricsLog, Sender
-from trainer.training.loop import Progress
+from trainer.tracking import MetricsLog, TrackingClient
+from trainer.training.loop import TrainingProgress
 
 CHOSEN = {
     "matmul": "int8",
@@ -65,9 +65,9 @@ def config(**sections: Any) -> RunConfig:
     )
 
 
-def saved(run: RunConfig, device: str = "H100", world_size: int = 2) -> Saved:
+def saved(run: RunConfig, device: str = "H100", world_size: int = 2) -> SavedCheckpoint:
     where = where_of(run, device, world_size)
-    return Saved(1, {}, {"chosen": {"where": where, **CHOSEN}}, Path("c"))
+    return SavedCheckpoint(1, {}, {"chosen": {"where": where, **CHOSEN}}, Path("c"))
 
 
 def test_autos_are_what_they_were() -> None:
@@ -103,7 +103,7 @@ class NoSender:
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), LockLost("another has it")])
 def test_who_has_lost_the_folder_writes_no_more_to_it(tmp_path: Path, error: Exception) -> None:
-    said, sender = io.StringIO(), cast(Sender, NoSender())
+    said, sender = io.StringIO(), cast(TrackingClient, NoSender())
     with pytest.raises(type(error)), _tracked(tmp_path, sender, Console(said, said)):
         raise error
     summary = tmp_path / "summary.json"
@@ -179,7 +179,7 @@ def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
         digest=lambda: "mine", state=lambda: state, load_state=lambda *given: loaded.append(given)
     )
     for digests, expected in ((["a", "a"], []), (["a", "b"], [state])):
-        engine = SimpleNamespace(all_gather=lambda _, d=digests: d, of_main=lambda work: work())
+        engine = SimpleNamespace(all_gather=lambda _, d=digests: d, run_on_main=lambda work: work())
         _begin_alike(engine, bank)  # type: ignore[arg-type]
         assert loaded == expected
 
@@ -233,7 +233,7 @@ def test_notes_about_rows_are_not_printed_twice(
         remarks=["a remark"], leaks=[SimpleNamespace(warning="a leak")], warnings=["of tokens"]
     )
     engine: Any = SimpleNamespace(
-        load_once_per_node=lambda _: {"t": data}, together=lambda call: call()
+        load_once_per_node=lambda _: {"t": data}, run_on_all=lambda call: call()
     )
     out, err = io.StringIO(), io.StringIO()
     files: Any = SimpleNamespace(tokenizer=None, context_length=0, config=None)
@@ -332,7 +332,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_a_good_state_has_no_problem() -> None:
     assert problem_of(5, GOOD) is None
     assert problem_of_encoders(5, GOOD) is None
-    full = vars(Progress(step=5, scores={"p": {"validation_loss": math.nan}}))
+    full = vars(TrainingProgress(step=5, scores={"p": {"validation_loss": math.nan}}))
     full |= {"train_losses": {"p": (1.5, 2)}, "stopped": {"p": {"step": 1, "reason": "halving"}}}
     assert problem_of(5, json.loads(json.dumps(changed("loop.progress", full)))) is None
 

@@ -777,7 +777,7 @@ def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
 
 
 def _odd(origin, run):
-    raise arrow_reader.Odd
+    raise arrow_reader.NeedsRowwiseCheck
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from trainer.model.layers.lm_head import LOGITS_BYTES
 from trainer.model.meta_model import build_skeleton
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import load_base
-from trainer.packing.activation_memory import StreamMemory, row_sizes
-from trainer.packing.packed_batch import Piece, Stream, build_stream
+from trainer.packing.activation_memory import BatchMemory, row_sizes
+from trainer.packing.packed_batch import PackedBatch, PackedRow, build_stream
 from trainer.training.saved_tensors import SavedBytes
 
 LAYERS = 6  # so that the ends are not the most of it
@@ -40,12 +40,12 @@ def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
     return base
 
 
-def stream_of(lengths: list[int]) -> Stream:
+def stream_of(lengths: list[int]) -> PackedBatch:
     rows = [Example.with_target(tuple(range(3, 3 + n)), n - 4, i) for i, n in enumerate(lengths)]
-    return build_stream([Piece(row, 0, i) for i, row in enumerate(rows)], [VIRTUAL])
+    return build_stream([PackedRow(row, 0, i) for i, row in enumerate(rows)], [VIRTUAL])
 
 
-def saved_bytes(base: PromptedBase, stream: Stream) -> int:
+def saved_bytes(base: PromptedBase, stream: PackedBatch) -> int:
     leaf = torch.randn(VIRTUAL, base.hidden_size, requires_grad=True)
     saved = SavedBytes()
     with saved:
@@ -69,7 +69,7 @@ def test_estimate_bounds_what_is_saved(
 ) -> None:
     folder = family(case, LAYERS)
     base, stream = load(folder, checkpointing, dtype), stream_of(ROWS)
-    memory = StreamMemory(
+    memory = BatchMemory(
         layer_sizes(base.model.config),
         row_sizes(ROWS, VIRTUAL, base.packed, copied=False),
         dtype.itemsize,

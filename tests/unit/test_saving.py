@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.async_writer import Saves
+from trainer.checkpointing.async_writer import AsyncCheckpointWriter
 from trainer.checkpointing.checkpoint import Snapshot, newest, snapshot
 from trainer.checkpointing.run_lock import LockLost
 
@@ -51,7 +51,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 def test_a_slow_disk_makes_checkpoints_rarer_and_steps_no_longer(
     tmp_path: Path, disk: Disk
 ) -> None:
-    with Saves(tmp_path, 5, print) as saves:
+    with AsyncCheckpointWriter(tmp_path, 5, print) as saves:
         for step in (1, 2, 3, 4):
             saves.save(at(step))
             assert disk.begun.wait(GO)
@@ -69,7 +69,7 @@ def test_a_slow_disk_makes_checkpoints_rarer_and_steps_no_longer(
 
 def test_what_is_saved_is_what_was_there_then(tmp_path: Path, disk: Disk) -> None:
     state = {"progress": {"step": 1}}
-    with Saves(tmp_path, 1, print) as saves:
+    with AsyncCheckpointWriter(tmp_path, 1, print) as saves:
         saves.save(lambda: snapshot(1, {}, state))
         state["progress"]["step"] = 2
         disk.go.set()
@@ -81,7 +81,7 @@ def test_what_is_saved_is_what_was_there_then(tmp_path: Path, disk: Disk) -> Non
 def test_a_failure_is_told_at_the_next_step_and_in_the_summary(tmp_path: Path, disk: Disk) -> None:
     said: list[str] = []
     disk.go.set()
-    saves = Saves(tmp_path, 2, said.append)
+    saves = AsyncCheckpointWriter(tmp_path, 2, said.append)
     saves.save(at(1))
     saves.wait()
     disk.full = True
@@ -104,7 +104,7 @@ def test_a_stop_and_a_failure_wait_for_the_write(
     tmp_path: Path, disk: Disk, end: type[BaseException]
 ) -> None:
     def run() -> None:
-        with Saves(tmp_path, 1, print) as saves:
+        with AsyncCheckpointWriter(tmp_path, 1, print) as saves:
             saves.save(at(1))
             threading.Timer(0.1, disk.go.set).start()
             raise end
@@ -116,7 +116,7 @@ def test_a_stop_and_a_failure_wait_for_the_write(
 
 def test_a_second_signal_does_not_break_the_write_off(tmp_path: Path, disk: Disk) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    saves = Saves(tmp_path, 1, print)
+    saves = AsyncCheckpointWriter(tmp_path, 1, print)
     saves.save(at(1))
     main = threading.main_thread().ident
     assert main is not None
@@ -136,7 +136,7 @@ def test_nothing_is_written_into_a_folder_that_is_another_s(tmp_path: Path) -> N
         raise LockLost("node-7 has taken this run over")
 
     said: list[str] = []
-    with Saves(tmp_path, 1, said.append, check) as saves:
+    with AsyncCheckpointWriter(tmp_path, 1, said.append, check) as saves:
         saves.save(at(1))
     assert newest(tmp_path) is None
     assert "node-7 has taken this run over" in said[0]

@@ -21,8 +21,8 @@ from trainer.data.tokenization.tokenize import Example
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.activation_memory import StreamBudget
-from trainer.packing.packed_batch import Piece, PromptLengths, build_stream
+from trainer.packing.activation_memory import TokenBudget
+from trainer.packing.packed_batch import PackedRow, PromptLengths, build_stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +43,7 @@ def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[
 
 
 def likelihoods(
-    base: PromptedBase, pieces: Sequence[Piece], prompts: Sequence[Tensor], num_slots: int
+    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], num_slots: int
 ) -> Tensor:
     """Negative log-likelihood of every slot, from one stream."""
     lengths = PromptLengths.of(prompts)
@@ -54,18 +54,18 @@ def likelihoods(
     return torch.zeros(num_slots).index_add_(0, stream.label_slot_N, nll_N)
 
 
-def both_forms(rows: Sequence[Sequence[Example]], num_prompts: int) -> list[list[Piece]]:
+def both_forms(rows: Sequence[Sequence[Example]], num_prompts: int) -> list[list[PackedRow]]:
     """Rows with all their candidates, and each candidate behind its own copy of the row.
 
     Every row is read without a prompt and behind each prompt.
     """
-    shared: list[Piece] = []
-    alone: list[Piece] = []
+    shared: list[PackedRow] = []
+    alone: list[PackedRow] = []
     for prompt in (None, *range(num_prompts)):
         for row in rows:
             slot = len(alone)
-            shared.append(Piece(row[0], prompt, slot, candidates=tuple(row)))
-            alone += [Piece(example, prompt, slot + i) for i, example in enumerate(row)]
+            shared.append(PackedRow(row[0], prompt, slot, candidates=tuple(row)))
+            alone += [PackedRow(example, prompt, slot + i) for i, example in enumerate(row)]
     return [shared, alone]
 
 
@@ -99,10 +99,10 @@ def test_a_row_with_more_candidates_than_a_stream_holds(tmp_path: Path, budget: 
         Alone(),  # type: ignore[arg-type]
         base,
         tokenizer,
-        StreamBudget(budget),
+        TokenBudget(budget),
     ).score([Request(validation, None)], [])
     alone = [
-        Piece(example, None, slot)
+        PackedRow(example, None, slot)
         for slot, example in enumerate(e for row in validation.candidates for e in row)
     ]
     wanted = likelihoods(base, alone, [], len(alone)).view(2, len(choices)).double()

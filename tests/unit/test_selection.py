@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer.config import Task
-from trainer.data.dataset import Rows
+from trainer.data.dataset import RowDataset
 from trainer.data.row_hashing import find_leaks, first_by_hash, split_by_hash
 from trainer.data.splits import leaks, load_splits
 from trainer.runtime.errors import BadInput
@@ -25,7 +25,7 @@ def task(train, **settings) -> Task:
     return Task(name="t", train=train, input="{text}", target="{label}", **settings)
 
 
-def texts(rows: Rows) -> list[str]:
+def texts(rows: RowDataset) -> list[str]:
     return [row["text"] for row in rows]
 
 

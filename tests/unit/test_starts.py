@@ -17,13 +17,13 @@ from trainer.config import RunConfig, load
 from trainer.distributed.prefetch import prepare_stream
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import open_base
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import Feed, load_tasks
-from trainer.packing.packed_batch import Piece, PromptLengths
-from trainer.prompts.init_search import Found
+from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.prompts.init_search import SearchResult
 from trainer.prompts.parameter_groups import Unsearched
 from trainer.runtime.console import Console
-from trainer.training.init_scoring import Screening
+from trainer.training.init_scoring import LossInitScorer
 from trainer.training.step import stream_objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +40,8 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size, splits=["train"])
     base, said = load_whole(ROOT / "examples" / "tiny_base", "none"), io.StringIO()
     # So short that the rows of one start are in several streams.
-    evaluator = Evaluator(Alone(), base, files.tokenizer, StreamBudget(150))  # type: ignore[arg-type]
-    screening = Screening(config, tasks, evaluator, Console(said, said))
+    evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(150))  # type: ignore[arg-type]
+    screening = LossInitScorer(config, tasks, evaluator, Console(said, said))
     texts = ("an illness?", "medicine?", "test?", "broken")
     starts = [tuple(files.tokenizer(text)["input_ids"]) for text in texts]
     looked_up = []
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     for i, words in asked[:-2]:
         on = [n == i for n in range(2)]
         rows = [piece.example for piece in Feed(config, tasks).next_step(on)]
-        pieces = [Piece(row, 0, slot) for slot, row in enumerate(rows)]
+        pieces = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
         start = base(torch.tensor(words), []).detach()
         stream = prepare_stream(pieces, PromptLengths.of([start]), Alone().device)
         with torch.no_grad():
@@ -83,13 +83,13 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     assert found[:-2] == pytest.approx(expected, rel=1e-4)
     assert found[-2:] == [math.inf] * 2
 
-    evaluator = Evaluator(Alone(), base, files.tokenizer, StreamBudget(1200))  # type: ignore[arg-type]
-    wider = Screening(config, tasks, evaluator, Console(said, said))
+    evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(1200))  # type: ignore[arg-type]
+    wider = LossInitScorer(config, tasks, evaluator, Console(said, said))
     looked_up.clear()
     assert wider.losses(asked, embed)[:-2] == pytest.approx(expected, rel=1e-4)
     assert 1 < len(looked_up) < len(asked), "several starts in a stream"
 
-    screening.say(0, Found((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
+    screening.say(0, SearchResult((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
     screening.say(1, Unsearched((1, 2), "the task's choices", 6), "plants meat")
     cost, *words = said.getvalue().splitlines()
     rows = sum(done)

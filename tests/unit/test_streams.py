@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.sampler import Cursor
+from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.tokenization.tokenize import Example
-from trainer.packing.packed_batch import Piece, Segment, build_stream
+from trainer.packing.packed_batch import PackedRow, Segment, build_stream
 from trainer.packing.planning import SLACK, plan_streams
 
 P = 20
 
 
-def pieces_of(lengths: list[int], prompts: list[int | None]) -> list[Piece]:
+def pieces_of(lengths: list[int], prompts: list[int | None]) -> list[PackedRow]:
     examples = [Example.with_target((1,) * n, 0, i) for i, n in enumerate(lengths)]
-    return [Piece(e, prompts[i % len(prompts)], i) for i, e in enumerate(examples)]
+    return [PackedRow(e, prompts[i % len(prompts)], i) for i, e in enumerate(examples)]
 
 
-def tokens(stream: list[Piece], lengths: list[int]) -> int:
+def tokens(stream: list[PackedRow], lengths: list[int]) -> int:
     prompts = {piece.prompt for piece in stream if piece.prompt is not None}
     return sum(piece.example.num_tokens for piece in stream) + sum(lengths[k] for k in prompts)
 
@@ -62,7 +62,7 @@ def test_streams_are_as_few_and_as_full_as_the_budget_says(num_ranks, tokens_per
     """Lengths as real ones are; the step is a multiple of the budget, as people write it."""
     draw = np.random.default_rng(0).lognormal(np.log(60), 0.8, 4000)
     lengths = draw.clip(4, 512).astype(np.int32)
-    cursor = Cursor(lengths, tokens_per_step, 0)
+    cursor = TokenBudgetSampler(lengths, tokens_per_step, 0)
     budget = tokens_per_step // (num_ranks * per_rank)
     for _ in range(8):
         pieces = pieces_of(lengths[cursor.next_rows()].tolist(), [0])
@@ -78,11 +78,11 @@ def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
     draw = np.random.default_rng(1).lognormal(np.log(60), 0.8, 700)
     lengths = draw.clip(4, 512).astype(np.int32)
     examples = [Example.with_target((1,) * int(n), 0, i) for i, n in enumerate(lengths)]
-    cursor, read, steps = Cursor(lengths, 2048, 3), Counter[int](), []
+    cursor, read, steps = TokenBudgetSampler(lengths, 2048, 3), Counter[int](), []
     while cursor.epoch == 0:
         rows = cursor.next_rows()
         steps.append(rows)
-        pieces = [Piece(examples[row], 0, i) for i, row in enumerate(rows)]
+        pieces = [PackedRow(examples[row], 0, i) for i, row in enumerate(rows)]
         plan = plan_streams(pieces, [P], num_ranks, 512)
         found = [p.example.row for s in plan for stream in s for p in stream if not p.filler]
         assert sorted(found) == sorted(rows)
@@ -94,7 +94,7 @@ def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
 def test_candidates_share_the_tokens_of_their_row():
     """The last token of each predicts nothing; a choice of one token needs no segment."""
     row = [Example.with_target((10, 11, *target), 2, 0) for target in ((7,), (8, 9, 5), (8, 6))]
-    piece = Piece(row[0], 0, 4, candidates=tuple(row))
+    piece = PackedRow(row[0], 0, 4, candidates=tuple(row))
     assert (piece.shared_ids, piece.own_ids) == ((10, 11), ((), (8, 9), (8,)))
     assert piece.num_tokens == 5
     stream = build_stream([piece], [3])
@@ -116,7 +116,7 @@ def test_a_plan_counts_the_tokens_that_candidates_take():
     rows = [
         [Example.with_target((1,) * 30 + (2 + i, 9), 30, n) for i in range(3)] for n in range(10)
     ]
-    pieces = [Piece(row[0], 0, 3 * n, candidates=tuple(row)) for n, row in enumerate(rows)]
+    pieces = [PackedRow(row[0], 0, 3 * n, candidates=tuple(row)) for n, row in enumerate(rows)]
     (plan,) = plan_streams(pieces, [P], 1, 10 * 33 + P)
     assert [len(stream) for stream in plan] == [10]
     assert len(build_stream(plan[0], [P]).token_ids_T) == 10 * 33 + P

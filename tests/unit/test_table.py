@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from tests.unit.test_tokens import make_task, make_tokenizer
 from trainer.data import token_cache
-from trainer.data.dataset import Rows
+from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows
 from trainer.data.token_cache import cached
-from trainer.data.token_table import Block, Example, TokenTable, in_memory, open_table, write
+from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory, open_table, write
 from trainer.data.tokenization import tokenize, worker_pool
 from trainer.runtime.errors import BadInput
 
@@ -37,8 +37,8 @@ def examples(draw: st.DrawFn) -> list[Example]:
     return found
 
 
-def split(items: list[Example], cut: int) -> list[Block]:
-    return [Block.of(items[:cut]), Block.of(items[cut:])]
+def split(items: list[Example], cut: int) -> list[TokenBlock]:
+    return [TokenBlock.of(items[:cut]), TokenBlock.of(items[cut:])]
 
 
 @settings(deadline=None, max_examples=40)
@@ -62,7 +62,7 @@ def test_a_table_gives_back_what_was_put_in(tmp_path_factory, items, cut):
 
 
 def test_a_file_that_was_cut_short_is_no_table(tmp_path):
-    said = write(tmp_path, [Block.of([Example.with_target((1, 2, 3), 1, 0)] * 9)])
+    said = write(tmp_path, [TokenBlock.of([Example.with_target((1, 2, 3), 1, 0)] * 9)])
     with pytest.raises(ValueError, match="not"):
         open_table(tmp_path, {**said, "format": 0})
     ids = tmp_path / "ids.npy"
@@ -83,9 +83,9 @@ class Maker:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self) -> list[Block]:
+    def __call__(self) -> list[TokenBlock]:
         self.made += 1
-        return [Block.of([Example.with_target((1, 2), 1, 0)])]
+        return [TokenBlock.of([Example.with_target((1, 2), 1, 0)])]
 
     def table(self, identity: Any = "x") -> TokenTable:
         return cached({"of": identity}, self, lambda: {"skipped": 3, "truncated": 0})[0]
@@ -136,7 +136,7 @@ def test_a_damaged_table_is_made_again(folder):
 
 def test_what_fails_leaves_nothing(folder):
     def make() -> Any:
-        yield Block.of([Example.with_target((1, 2), 1, 0)])
+        yield TokenBlock.of([Example.with_target((1, 2), 1, 0)])
         raise BadInput("a row is wrong")
 
     with pytest.raises(BadInput, match="a row is wrong"):
@@ -213,7 +213,7 @@ def test_one_that_waits_gets_what_the_other_made(folder):
     assert waiter.returncode == 0
 
 
-def many_rows(folder: Path, texts: list[str]) -> Rows:
+def many_rows(folder: Path, texts: list[str]) -> RowDataset:
     path = folder / "many.jsonl"
     path.write_text("".join(json.dumps({"text": t, "label": "yes"}) + "\n" for t in texts))
     return load_rows(str(path), make_task())

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
-from trainer.data.dataset import Rows
+from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows
-from trainer.data.token_table import Block, in_memory
+from trainer.data.token_table import TokenBlock, in_memory
 from trainer.data.tokenization.tokenize import (
     Example,
     check_vocabulary,
@@ -22,7 +22,7 @@ from trainer.data.tokenization.tokenize import (
     tokenize,
     tokenize_choices,
 )
-from trainer.packing.packed_batch import Piece, build_stream
+from trainer.packing.packed_batch import PackedRow, build_stream
 from trainer.runtime.errors import BadInput
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "Answer", ":", "yes", "no", "maybe"]
@@ -53,7 +53,7 @@ def make_task(**settings: Any) -> Task:
     return Task(name="t", **values)
 
 
-def make_rows(folder: Path, pairs: list[tuple[str, str]], task: Task) -> Rows:
+def make_rows(folder: Path, pairs: list[tuple[str, str]], task: Task) -> RowDataset:
     path = folder / "d.jsonl"
     path.write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in pairs))
     return load_rows(str(path), task)
@@ -197,9 +197,9 @@ def test_no_room_for_text(tmp_path):
 
 
 def test_check_vocabulary(tmp_path):
-    check_vocabulary(in_memory([Block.of([Example.with_target((1, 2, 9), 1, 0)])]), 10)
+    check_vocabulary(in_memory([TokenBlock.of([Example.with_target((1, 2, 9), 1, 0)])]), 10)
     rows = [Example.with_target((1, 2), 1, 0), Example.with_target((1, 10), 1, 3)]
-    table = in_memory([Block.of(rows)])
+    table = in_memory([TokenBlock.of(rows)])
     with pytest.raises(BadInput, match="row 4 has the id 10, but the base embeds 10"):
         check_vocabulary(table, 10)
 
@@ -214,7 +214,7 @@ def test_long_texts_give_no_warning(tmp_path, capfd):
 def test_labels_may_stand_in_several_spans():
     two = Example((7, 8, 9, 10, 11), ((1, 2), (3, 5)), 0)
     stream = build_stream(
-        [Piece(Example.with_target((1, 2), 1, 0), None, 0), Piece(two, 0, 1)], [3]
+        [PackedRow(Example.with_target((1, 2), 1, 0), None, 0), PackedRow(two, 0, 1)], [3]
     )
     assert two.num_labels == 3
     assert two.target_start == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trainer.distributed import watchdog
-from trainer.distributed.watchdog import Pulse, Watchdog, end_process, read_lost
+from trainer.distributed.watchdog import CollectiveTracker, Watchdog, end_process, read_lost
 
 BEAT = 0.01
 
@@ -41,7 +41,7 @@ class Ranks:
     def __init__(
         self, count: int = 3, silence: float = 0.3, timeout: float = 60.0, quiet: float = 3 * BEAT
     ) -> None:
-        self.store, self.pulses = Shared(), [Pulse() for _ in range(count)]
+        self.store, self.pulses = Shared(), [CollectiveTracker() for _ in range(count)]
         self.said: list[tuple[int, str]] = []
         self.dogs = [
             Watchdog(

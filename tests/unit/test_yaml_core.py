@@ -20,7 +20,7 @@ from trainer.config import dump, load, yaml_parser
 from trainer.config.yaml_parser import YamlError, parse
 from trainer.config.yaml_source import saved
 from trainer.runtime.errors import BadInput
-from trainer.tracking.run_metadata import Folder
+from trainer.tracking.run_metadata import RunMetadata
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
@@ -218,7 +218,7 @@ def test_run_files_of_finished_runs_may_be_damaged_too(tmp_path: Path, text: str
     with pytest.raises(BadInput, match=r"run\.yaml"):
         check_result(str(tmp_path))
     assert saved(path) == {}
-    assert Folder(tmp_path).run_file == {}
+    assert RunMetadata(tmp_path).run_file == {}
 
 
 @pytest.mark.parametrize("value", ["&a [*a]", "[1, 010]", "[" * 1000, "!!int x", BOMB])

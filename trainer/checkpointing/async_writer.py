@@ -18,7 +18,7 @@ from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import Snapshot
 
 
-class Saves:
+class AsyncCheckpointWriter:
     """The checkpoints of a run, for use in a ``with``: at its end, all that was asked is written.
 
     Args:
@@ -85,7 +85,7 @@ class Saves:
         if interrupted is not None:
             raise interrupted
 
-    def __enter__(self) -> Saves:
+    def __enter__(self) -> AsyncCheckpointWriter:
         return self
 
     def __exit__(

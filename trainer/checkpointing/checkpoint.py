@@ -44,7 +44,7 @@ WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint that passed its checksums.
 
     Attributes:
@@ -130,7 +130,7 @@ def newest(
     folder: Path,
     warn: Callable[[str], None] = logger.warning,
     problem_of: Callable[[int, Mapping[str, Any]], str | None] = lambda step, state: None,
-) -> Saved | None:
+) -> SavedCheckpoint | None:
     """Read the newest checkpoint that is whole; None if there has never been one.
 
     No file points to it: the folders' names and checksums decide. One that fails its checksums is
@@ -254,7 +254,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _patiently(path: Path) -> Saved:
+def _patiently(path: Path) -> SavedCheckpoint:
     """``_read``, tried again where the file system fails for a moment."""
     for left in reversed(range(READ_ATTEMPTS)):
         try:
@@ -272,7 +272,7 @@ def _patiently(path: Path) -> Saved:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _read(path: Path) -> Saved:
+def _read(path: Path) -> SavedCheckpoint:
     manifest = _json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise _Broken(f"{MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
@@ -284,7 +284,7 @@ def _read(path: Path) -> Saved:
         tensors = load_file(path / TENSORS)
     except SafetensorError as error:
         raise _Broken(f"{TENSORS}: not a safetensors file: {error}") from None
-    return Saved(_step(path), tensors, _json(path / STATE), path)
+    return SavedCheckpoint(_step(path), tensors, _json(path / STATE), path)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.checkpoint import Saved, Snapshot
+from trainer.checkpointing.checkpoint import SavedCheckpoint, Snapshot
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.run_lock import LOCK
 from trainer.checkpointing.saved_state import problem_of
@@ -120,7 +120,9 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def find_checkpoint(output: Path, identity: Mapping[str, Any], console: Console) -> Saved | None:
+def find_checkpoint(
+    output: Path, identity: Mapping[str, Any], console: Console
+) -> SavedCheckpoint | None:
     """Find the checkpoint that a run resumes from; None if it starts.
 
     Raises:
@@ -207,7 +209,7 @@ def where_of(config: RunConfig, device: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def chosen_before(saved: Saved, where: Mapping[str, Any]) -> dict[str, Any] | None:
+def chosen_before(saved: SavedCheckpoint, where: Mapping[str, Any]) -> dict[str, Any] | None:
     """What ``auto`` came to before, where all is as it was then; else None.
 
     It follows from free memory and from measured speed, which differ from start to start, and

@@ -100,7 +100,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ExistingLock:
     """A lock that is there; ``holder`` is None where it cannot be read."""
 
     holder: Holder | None
@@ -193,7 +193,7 @@ def acquire(folder: Path, say: Callable[[str], None]) -> Lock:
 
 
 class _Held(Exception):
-    def __init__(self, found: _Found | None) -> None:
+    def __init__(self, found: _ExistingLock | None) -> None:
         self.found = found
 
 
@@ -257,7 +257,7 @@ def refuse_if_alive(folder: Path) -> None:
         raise BadInput(_refusal(folder, path, found))
 
 
-def _refusal(folder: Path, path: Path, found: _Found | None) -> str:
+def _refusal(folder: Path, path: Path, found: _ExistingLock | None) -> str:
     holder = found.holder if found else None
     who = f"{holder} since {holder.since}" if holder else "an unknown process"
     return (
@@ -266,14 +266,14 @@ def _refusal(folder: Path, path: Path, found: _Found | None) -> str:
     )
 
 
-def _why_dead(found: _Found, ours: Holder, now: float) -> str | None:
+def _why_dead(found: _ExistingLock, ours: Holder, now: float) -> str | None:
     age = now - found.touched
     if found.holder is not None:
         return found.holder.why_dead(ours, age)
     return f"{LOCK} cannot be read and is {age:.0f} s old" if age > DEAD_SECONDS else None
 
 
-def _look(path: Path) -> _Found | None:
+def _look(path: Path) -> _ExistingLock | None:
     """The lock that is there now; opened, so that a network file system asks its server.
 
     Raises:
@@ -293,8 +293,8 @@ def _look(path: Path) -> _Found | None:
         ) from None
     holder = _holder(content)
     if holder is None:
-        return _Found(None, hashlib.sha256(content).hexdigest()[:32], touched)
-    return _Found(holder, holder.token, touched)
+        return _ExistingLock(None, hashlib.sha256(content).hexdigest()[:32], touched)
+    return _ExistingLock(holder, holder.token, touched)
 
 
 def _holder(content: bytes) -> Holder | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from trainer.training.loop import Progress
+from trainer.training.loop import TrainingProgress
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -84,7 +84,7 @@ class _State(_Encoders):
     chosen: _Chosen
 
 
-_PROGRESS = TypeAdapter(Progress)
+_PROGRESS = TypeAdapter(TrainingProgress)
 _BASELINES = TypeAdapter(dict[str, dict[str, Any]])
 _STOPPED = TypeAdapter(dict[str, _Stopped])
 
@@ -114,7 +114,7 @@ def problem_of(step: int, state: Mapping[str, Any]) -> str | None:
         _STOPPED.validate_python(progress.stopped)
     except ValidationError as error:
         return _first(error)
-    if unknown := saved.keys() - {field.name for field in fields(Progress)}:
+    if unknown := saved.keys() - {field.name for field in fields(TrainingProgress)}:
         return f"loop.progress: unknown {', '.join(sorted(unknown))}"
     if progress.step != step:
         return f"loop.progress.step: is {progress.step}"

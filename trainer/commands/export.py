@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.checkpoint import Saved
+from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of_encoders
 from trainer.config import Prompt, RunConfig, load_output
@@ -96,7 +96,7 @@ def _dtype(path: Path) -> torch.dtype:
     return dtype
 
 
-def _reader(saved: Saved, name: str) -> tuple[dict[str, Tensor], str]:
+def _reader(saved: SavedCheckpoint, name: str) -> tuple[dict[str, Tensor], str]:
     """The weights to read with, by their own names, and of which step they are."""
     best = _under(f"{name}/reader/shared.", saved.tensors)
     if best:

@@ -46,7 +46,7 @@ def _generate(
         from trainer.data.tokenization.tokenize import encode_input
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import load, open_files
-        from trainer.evaluation.generation import Ending, generate
+        from trainer.evaluation.generation import StopCriteria, generate
         from trainer.prompts.peft_adapter import load_peft
 
     prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)
@@ -80,7 +80,7 @@ def _generate(
         )
     virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
     loaded = load(engine, files, config, console)
-    ending = Ending.of(files.generation, files.tokenizer, task)
+    ending = StopCriteria.of(files.generation, files.tokenizer, task)
     (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
     console.answer(ending.text(written, skip_special_tokens=True).strip())
     engine.close()

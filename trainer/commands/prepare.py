@@ -27,7 +27,7 @@ from trainer.model.meta_model import build_skeleton, int8_sources
 from trainer.model.model_folder import INDEX, SINGLE
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.shard_loading import row_blocks
-from trainer.model.tensor_locations import RowReader, Source
+from trainer.model.tensor_locations import RowReader, TensorLocation
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.runtime.json_file import read_json_object
@@ -93,21 +93,21 @@ def prepare(
     return files.num_bytes, size
 
 
-def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, Source]:
+def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLocation]:
     """The checkpoint's tensors that loading would quantise, each as a source of its own."""
     skeleton = build_skeleton(files, settings, torch.float32, torch.device("cpu"))
     found = {}
     for source in int8_sources(skeleton, files).values():
         for tensor in source.tensors:
             shape = replace(source, transposed=False).stored_shape
-            found[tensor] = Source((tensor,), shape, source.transposed)
+            found[tensor] = TensorLocation((tensor,), shape, source.transposed)
     return found
 
 
 def _entries(
     reader: SafetensorsReader,
     names: Sequence[str],
-    quantized: dict[str, Source],
+    quantized: dict[str, TensorLocation],
     progress: Progress,
 ) -> Iterator[_Entry]:
     for name in names:
@@ -120,7 +120,7 @@ def _entries(
 
 
 def _quantized_entries(
-    reader: SafetensorsReader, name: str, source: Source, progress: Progress
+    reader: SafetensorsReader, name: str, source: TensorLocation, progress: Progress
 ) -> Iterator[_Entry]:
     """Weight, scales and layout (0: rows) of one tensor, as bitsandbytes names them."""
     absmax = torch.zeros(source.shape[:-1].numel())

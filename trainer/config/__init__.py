@@ -5,7 +5,7 @@ have one. ``load`` reads a file and its ``key=value`` overrides; ``BadInput`` ca
 with the line, the setting, its value and the remedy.
 """
 
-from trainer.config.base import Base, Engine
+from trainer.config.base import Base, EngineConfig
 from trainer.config.prompt import SHARED, Init, Prompt
 from trainer.config.run import (
     PROJECT_ROOT,
@@ -35,7 +35,7 @@ __all__ = [
     "SHARED",
     "Base",
     "DataSource",
-    "Engine",
+    "EngineConfig",
     "Init",
     "Prompt",
     "RunConfig",

@@ -62,7 +62,7 @@ class Base(Section):
         return checked(self, problems)
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """How the base is sharded and recomputed."""
 
     deepspeed: PathText = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from trainer.config import sweep, yaml_parser, yaml_source
-from trainer.config.base import Base, Engine
+from trainer.config.base import Base, EngineConfig
 from trainer.config.prompt import Prompt
 from trainer.config.task import Task
 from trainer.config.tracking import Tracking
@@ -59,7 +59,7 @@ class Training(Section):
         return value
 
 
-class EarlyStopping(Section):
+class EarlyStoppingConfig(Section):
     """Stop a prompt whose validation scores have not improved for ``patience`` evaluations.
 
     The task's metric decides, then the validation loss.
@@ -70,7 +70,7 @@ class EarlyStopping(Section):
 
 class Evaluation(Section):
     every: PositiveInt = Field(50, description="steps between validations; the last step always is")
-    early_stopping: EarlyStopping | None = None
+    early_stopping: EarlyStoppingConfig | None = None
 
 
 class Halving(Section):
@@ -115,7 +115,7 @@ class RunConfig(Section):
         description="folder of the run; in every path of this file, ~ and $NAME are expanded"
     )
     base: Base
-    engine: Engine = Field(default_factory=Engine)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     tasks: Annotated[list[Task], Field(min_length=1)]
     prompts: Annotated[list[Prompt], Field(min_length=1)]
     training: Training
@@ -312,7 +312,7 @@ def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
         BadInput: as ``load``.
     """
     source = yaml_source.override(
-        yaml_source.Source(model, {"base": {"model": model}}, {}), overrides
+        yaml_source.YamlSource(model, {"base": {"model": model}}, {}), overrides
     )
     try:
         return _BaseAlone.model_validate(source.data).base

@@ -19,7 +19,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from trainer.config.prompt import Prompt
-from trainer.config.yaml_source import SettingPath, Source, dotted
+from trainer.config.yaml_source import SettingPath, YamlSource, dotted
 from trainer.runtime.errors import did_you_mean
 
 #: Default of ``search.max_prompts``.
@@ -52,12 +52,12 @@ class Expansion:
         problems: what is wrong with sweeps; those stand in ``source`` as one prompt without it.
     """
 
-    source: Source
+    source: YamlSource
     names: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
-def expand(source: Source) -> Expansion:
+def expand(source: YamlSource) -> Expansion:
     """Put one prompt per combination in the place of each prompt that has a sweep."""
     written = source.data.get("prompts")
     if not isinstance(written, list):
@@ -84,7 +84,7 @@ def expand(source: Source) -> Expansion:
     return done
 
 
-def _too_many(sweeps: Sequence[_Sweep], source: Source) -> Iterator[str]:
+def _too_many(sweeps: Sequence[_Sweep], source: YamlSource) -> Iterator[str]:
     search, most = source.data.get("search"), MAX_PROMPTS
     given = search.get("max_prompts") if isinstance(search, dict) else None
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
@@ -109,7 +109,7 @@ class _Sweep:
         count: prompts that it makes.
     """
 
-    def __init__(self, index: int, item: Any, source: Source) -> None:
+    def __init__(self, index: int, item: Any, source: YamlSource) -> None:
         self.index, self._source = index, source
         self.bare, self.count, self.problems = item, 1, list[str]()
         self.lists: dict[str, list[Any]] = {}

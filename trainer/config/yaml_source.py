@@ -24,7 +24,7 @@ MOST_PROBLEMS = 100
 
 
 @dataclass
-class Source:
+class YamlSource:
     """Data of a run file after its overrides, and where each setting stands.
 
     Attributes:
@@ -61,7 +61,7 @@ class Source:
         return self.file
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Source:
+def read(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
     """Read a run file and apply ``key=value`` overrides, in order.
 
     Raises:
@@ -77,7 +77,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
         ) from None
     if not isinstance(document.data, dict):
         raise BadInput(f"{path}: a run file is a mapping of settings; see examples/quickstart.yaml")
-    return override(Source(str(path), document.data, document.lines), overrides)
+    return override(YamlSource(str(path), document.data, document.lines), overrides)
 
 
 def value_of(key: str, text: str) -> Any:
@@ -99,7 +99,7 @@ def saved(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def override(source: Source, overrides: Sequence[str]) -> Source:
+def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
     """Apply ``key=value`` overrides, in order, and remember them.
 
     Raises:
@@ -118,7 +118,7 @@ def override(source: Source, overrides: Sequence[str]) -> Source:
 
 def explain(
     error: ValidationError,
-    source: Source,
+    source: YamlSource,
     model: type[BaseModel],
     not_yet_keys: Mapping[str, str],
 ) -> list[str]:

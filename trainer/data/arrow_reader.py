@@ -2,7 +2,7 @@
 
 Reading row by row (checks.py) explains every mistake, and takes tens of microseconds per row. Most
 files have no mistake: here they are parsed and checked by Arrow, in batches. Whatever is not
-certainly good raises ``Odd``, and the file is read row by row. Both ways give the same values.
+certainly good raises ``NeedsRowwiseCheck``, and the file is read row by row. Both give the same.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 
 from trainer.config import Task, template_fields
 from trainer.data.column_parsers import has_nested
-from trainer.data.data_files import Origin
+from trainer.data.data_files import DataFile
 from trainer.data.json_reader import json_lines
 from trainer.data.row_validation import columns_used
-from trainer.data.text_readers import BOM, Record, format_of, open_text
+from trainer.data.text_readers import BOM, FileRecord, format_of, open_text
 from trainer.runtime.errors import BadInput
 
 LINE = "line of the file"  #: a column of our own beside those of the file
@@ -31,11 +31,11 @@ _BATCH = 1 << 13
 _NOT_JSON = re.compile(rb"[:,\[]\s*-?(?:NaN|Infinity)")
 
 
-class Odd(Exception):
+class NeedsRowwiseCheck(Exception):
     """The rows need a closer look."""
 
 
-def plain_batches(origin: Origin, task: Task) -> Iterator[Any]:
+def plain_batches(origin: DataFile, task: Task) -> Iterator[Any]:
     """Record batches of the used columns, and of ``LINE`` where the format has lines.
 
     Every column is ``string`` or ``int64`` throughout.
@@ -44,7 +44,7 @@ def plain_batches(origin: Origin, task: Task) -> Iterator[Any]:
         Odd: something is not plain, perhaps wrong.
     """
     if has_nested(task):
-        raise Odd
+        raise NeedsRowwiseCheck
     used = list(columns_used(task))
     rows = 0
     try:
@@ -53,15 +53,15 @@ def plain_batches(origin: Origin, task: Task) -> Iterator[Any]:
             rows += batch.num_rows
             yield batch
     except BadInput as error:
-        raise Odd from error
+        raise NeedsRowwiseCheck from error
     if rows == 0:
-        raise Odd
+        raise NeedsRowwiseCheck
 
 
-def _read(origin: Origin, used: Sequence[str]) -> Iterator[Any]:
+def _read(origin: DataFile, used: Sequence[str]) -> Iterator[Any]:
     if origin.table is not None:
         if not all(map(origin.table.is_plain, used)):
-            raise Odd
+            raise NeedsRowwiseCheck
         yield from _of_table(origin.table.batches(used), used)
     elif format_of(origin.files[0]) == ".jsonl":
         yield from _of_jsonl(origin.files[0], used)
@@ -82,16 +82,16 @@ def _of_table(batches: Iterator[Any], used: Sequence[str]) -> Iterator[Any]:
         columns = []
         for name in used:
             if name not in batch.schema.names:
-                raise Odd
+                raise NeedsRowwiseCheck
             column = batch.column(name)
             kind = column.type.value_type if types.is_dictionary(column.type) else column.type
             text = types.is_string(kind) or types.is_large_string(kind)
             if not text and not types.is_integer(kind):
-                raise Odd
+                raise NeedsRowwiseCheck
             try:
                 columns.append(column.cast(pa.string() if text else pa.int64()))
             except pa.ArrowInvalid:
-                raise Odd from None
+                raise NeedsRowwiseCheck from None
         yield pa.RecordBatch.from_arrays(columns, names=list(used))
 
 
@@ -136,7 +136,7 @@ def _of_block(block: bytes, schema: Any, row: int, line: int) -> Any:
     except (pa.ArrowException, ValueError):
         records = list(json_lines(io.BytesIO(block), row, line))
         if not records:
-            raise Odd from None
+            raise NeedsRowwiseCheck from None
         return _of_records(records, schema)
     lines = pa.array(np.arange(line, line + table.num_rows))
     columns = [table[name].combine_chunks() for name in schema.names]
@@ -155,21 +155,21 @@ def _is_one_object_per_line(block: bytes) -> bool:
 def _schema_of_block(block: bytes, used: Sequence[str]) -> Any:
     first = next(json_lines(io.BytesIO(block)), None)
     if first is None:
-        raise Odd
+        raise NeedsRowwiseCheck
     return _schema(first, used)
 
 
-def _schema(record: Record, used: Sequence[str]) -> Any:
+def _schema(record: FileRecord, used: Sequence[str]) -> Any:
     import pyarrow as pa
 
     kinds = {str: pa.string(), int: pa.int64()}
     found = [(name, kinds.get(type(record.values.get(name)))) for name in used]
     if any(kind is None for _, kind in found):
-        raise Odd
+        raise NeedsRowwiseCheck
     return pa.schema(found)
 
 
-def _of_records(records: Sequence[Record], schema: Any) -> Any:
+def _of_records(records: Sequence[FileRecord], schema: Any) -> Any:
     import pyarrow as pa
 
     columns = []
@@ -177,11 +177,11 @@ def _of_records(records: Sequence[Record], schema: Any) -> Any:
         wanted = str if kind == pa.string() else int
         values = [record.values.get(name) for record in records]
         if any(type(value) is not wanted for value in values):
-            raise Odd
+            raise NeedsRowwiseCheck
         try:
             columns.append(pa.array(values, kind))
         except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError):
-            raise Odd from None
+            raise NeedsRowwiseCheck from None
     names = list(schema.names)
     if records[0].line is not None:
         columns.append(pa.array([record.line for record in records], pa.int64()))
@@ -196,7 +196,7 @@ def _check(batch: Any, task: Task) -> None:
 
     names = [name for name in batch.schema.names if name != LINE]
     if any(batch.column(name).null_count for name in names):
-        raise Odd
+        raise NeedsRowwiseCheck
     for template in (task.input, task.target):
         blank = None
         for name in template_fields(template):
@@ -207,8 +207,8 @@ def _check(batch: Any, task: Task) -> None:
             empty = compute.equal(compute.utf8_trim_whitespace(column), "")
             blank = empty if blank is None else compute.and_(blank, empty)
         if blank is not None and compute.any(blank).as_py():
-            raise Odd
+            raise NeedsRowwiseCheck
     if task.choices is not None:
         column = batch.column(template_fields(task.target)[0]).cast(pa.string())
         if not compute.all(compute.is_in(column, pa.array(task.choices, pa.string()))).as_py():
-            raise Odd
+            raise NeedsRowwiseCheck

@@ -16,7 +16,7 @@ from trainer.data.table_readers import TABLE_FORMATS, Table, open_hub, open_tabl
 from trainer.data.text_readers import (
     GZIP,
     TEXT_FORMATS,
-    Record,
+    FileRecord,
     csv_header,
     format_of,
     read_csv,
@@ -39,7 +39,7 @@ _GLOB = ("*", "?", "[")
 
 
 @dataclass(frozen=True)
-class Origin:
+class DataFile:
     """One file or table.
 
     Attributes:
@@ -76,7 +76,7 @@ class Origin:
         """The names of the classes whose numbers a column of a table holds."""
         return None if self.table is None else self.table.class_names(column)
 
-    def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[Record]:
+    def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[FileRecord]:
         """Every row, in order; broken ones come with their problem.
 
         Args:
@@ -90,7 +90,7 @@ class Origin:
             yield from read_text(self.files[0], columns)
             return
         for row, values in enumerate(self.table.rows(columns, keep), start=1):
-            yield Record(row, None, values)
+            yield FileRecord(row, None, values)
 
     def digest(self) -> str:
         """SHA-256 of its bytes, in hex."""
@@ -102,7 +102,7 @@ class Origin:
         return digest.hexdigest()
 
 
-def find(source: DataSource, setting: str, split: str) -> list[Origin]:
+def find(source: DataSource, setting: str, split: str) -> list[DataFile]:
     """The files and tables of one source, in a fixed order.
 
     Args:
@@ -116,7 +116,7 @@ def find(source: DataSource, setting: str, split: str) -> list[Origin]:
     try:
         if source.path is None:
             table, files = open_hub(source, split)
-            return [Origin(table.name, tuple(files), table)]
+            return [DataFile(table.name, tuple(files), table)]
         if any(mark in source.path for mark in _GLOB) and not resolve_path(source.path).exists():
             return [_origin(file) for file in _matches(source.path)]
         folder = resolve_path(source.path)
@@ -141,11 +141,11 @@ def _matches(pattern: str) -> list[Path]:
     return files
 
 
-def _origin(file: Path, name: str | None = None) -> Origin:
+def _origin(file: Path, name: str | None = None) -> DataFile:
     problem = _problem_of_file(file)
     if problem:
         raise BadInput(f"{name or file}: {problem}")
-    return Origin(str(file), (file,))
+    return DataFile(str(file), (file,))
 
 
 def _problem_of_file(file: Path) -> str | None:
@@ -169,7 +169,7 @@ def _problem_of_file(file: Path) -> str | None:
     return "is empty; it has no rows" if file.stat().st_size == 0 else None
 
 
-def read_text(file: Path, columns: Collection[str]) -> Iterator[Record]:
+def read_text(file: Path, columns: Collection[str]) -> Iterator[FileRecord]:
     """Every row of a file of one of ``TEXT_FORMATS``, in its order. Broken rows have a problem.
 
     Args:

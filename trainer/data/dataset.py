@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Task, template_fields
-from trainer.data.disk_arrays import Spill, chunks
-from trainer.data.ingest import Part
+from trainer.data.disk_arrays import DiskArrays, chunks
+from trainer.data.ingest import IngestedFile
 from trainer.data.row_hashing import Hashes, Index
 
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureComponent:
     """A range of rows that are mixed with others by weight: ``rows[start:stop]``.
 
     Without weights (``None`` for all sources of a split, never for some) an epoch reads every row
@@ -51,7 +51,7 @@ class Source:
     weight: float | None = None
 
 
-class Rows:
+class RowDataset:
     """Checked rows of one split. ``rows[i]`` holds the columns that the task uses.
 
     Values are those of the file: nothing is guessed from text that looks like a date or a number.
@@ -69,8 +69,8 @@ class Rows:
     def __init__(
         self,
         path: str,
-        parts: Sequence[Part],
-        sources: Sequence[Source],
+        parts: Sequence[IngestedFile],
+        sources: Sequence[MixtureComponent],
         index: Index | None = None,
         chosen: str = "",
     ) -> None:
@@ -122,16 +122,16 @@ class Rows:
                 found[inside] = part.hashes[numbers[inside] - first]
             yield found
 
-    def take(self, index: Index, chosen: str) -> Rows:
+    def take(self, index: Index, chosen: str) -> RowDataset:
         """Some of these rows, by their ascending numbers; ``chosen`` says which, for the digest."""
         if self._index is not None:
-            spilled = Spill("int64")
+            spilled = DiskArrays("int64")
             for part in chunks(len(index)):
                 spilled.add(self._index[index[part]])
             index = spilled.array()
-        return Rows(self.path, self._parts, self._all, index, f"{self._chosen}, {chosen}")
+        return RowDataset(self.path, self._parts, self._all, index, f"{self._chosen}, {chosen}")
 
-    def _find(self, index: int) -> tuple[Part, Any, int, int]:
+    def _find(self, index: int) -> tuple[IngestedFile, Any, int, int]:
         """(part, batch, number in the batch, number in the file) of a row."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path}")
@@ -149,12 +149,14 @@ class Rows:
         return batch.take(self._index[low:high] - start)
 
     @staticmethod
-    def _within(sources: Sequence[Source], index: Index | None) -> tuple[Source, ...]:
+    def _within(
+        sources: Sequence[MixtureComponent], index: Index | None
+    ) -> tuple[MixtureComponent, ...]:
         if index is None:
             return tuple(sources)
         edges = [int(np.searchsorted(index, s.start)) for s in sources] + [len(index)]
         return tuple(
-            Source(start, stop, source.weight)
+            MixtureComponent(start, stop, source.weight)
             for source, start, stop in zip(sources, edges, edges[1:], strict=False)
         )
 

@@ -55,7 +55,7 @@ class _Scratch(io.RawIOBase):
         return mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
 
 
-class Spill:
+class DiskArrays:
     """An array of one type that is written piece by piece."""
 
     def __init__(self, dtype: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.bit_mixing import mixed
-from trainer.data.dataset import Source
+from trainer.data.dataset import MixtureComponent
 
 Integers = NDArray[np.int64]
 
@@ -24,14 +24,14 @@ FEW_ROWS = 1024
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Order:
-    """Rows of every epoch, in order; ``Source`` documents weights.
+class EpochPermutation:
+    """Rows of every epoch, in order; ``MixtureComponent`` documents weights.
 
     Args:
         sources: those without rows are left out.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+    def __init__(self, sources: Sequence[MixtureComponent], seed: int) -> None:
         self._seed = seed
         self._size = sum(source.stop - source.start for source in sources)
         self._sources = [

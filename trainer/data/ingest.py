@@ -13,11 +13,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from trainer.config import Task, template_fields
-from trainer.data.arrow_reader import LINE, Odd, plain_batches
+from trainer.data.arrow_reader import LINE, NeedsRowwiseCheck, plain_batches
 from trainer.data.column_parsers import content_text, kept_nulls, parsers
-from trainer.data.data_files import Origin
-from trainer.data.disk_arrays import Spill, write_table
-from trainer.data.row_validation import Problems, RowCheck, columns_used, content_columns
+from trainer.data.data_files import DataFile
+from trainer.data.disk_arrays import DiskArrays, write_table
+from trainer.data.row_validation import Problems, RowValidator, columns_used, content_columns
 from trainer.data.text_readers import place
 from trainer.runtime.errors import BadInput
 
@@ -30,7 +30,7 @@ _ARROW_TYPES = {str: "string", bool: "bool", int: "int64", float: "float64"}
 
 
 @dataclass(frozen=True)
-class Part:
+class IngestedFile:
     """Checked rows of one file.
 
     Attributes:
@@ -69,23 +69,23 @@ class Part:
 
 
 def read_part(
-    origin: Origin, task: Task, *, on_rows: OnRows | None = None
-) -> tuple[Problems, Part | None]:
+    origin: DataFile, task: Task, *, on_rows: OnRows | None = None
+) -> tuple[Problems, IngestedFile | None]:
     """Read and check one file or table: what is wrong with its rows; the rows if nothing is."""
     try:
         try:
             return Problems(origin.name), _plain(origin, task, on_rows)
-        except Odd:
+        except NeedsRowwiseCheck:
             return _any(origin, task, on_rows)
     except BadInput as error:  # the file cannot be read as a whole
         return Problems(origin.name, unread=error.problems), None
 
 
-def _plain(origin: Origin, task: Task, on_rows: OnRows | None) -> Part:
+def _plain(origin: DataFile, task: Task, on_rows: OnRows | None) -> IngestedFile:
     batches = plain_batches(origin, task)
     first = next(batches)
     columns = origin.header() or _columns_of_first_row(origin, task)
-    hashes = Spill("uint64")
+    hashes = DiskArrays("uint64")
 
     def counted() -> Iterator[Any]:
         rows = 0
@@ -97,10 +97,10 @@ def _plain(origin: Origin, task: Task, on_rows: OnRows | None) -> Part:
             yield batch
 
     stored = write_table(first.schema, counted())
-    return Part(origin.name, columns, origin.digest(), hashes.array(), stored, frozenset())
+    return IngestedFile(origin.name, columns, origin.digest(), hashes.array(), stored, frozenset())
 
 
-def _columns_of_first_row(origin: Origin, task: Task) -> list[str]:
+def _columns_of_first_row(origin: DataFile, task: Task) -> list[str]:
     return list(next(iter(origin.records(list(columns_used(task))))).values)
 
 
@@ -110,9 +110,11 @@ def _hashes(batch: Any, columns: list[str]) -> NDArray[np.uint64]:
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, batch.num_rows)
 
 
-def _any(origin: Origin, task: Task, on_rows: OnRows | None) -> tuple[Problems, Part | None]:
+def _any(
+    origin: DataFile, task: Task, on_rows: OnRows | None
+) -> tuple[Problems, IngestedFile | None]:
     """Row by row: every mistake gets its line, every value is kept exactly."""
-    check = RowCheck(origin.name, task)
+    check = RowValidator(origin.name, task)
     used = list(columns_used(task))
     parse = parsers(task)
     types: dict[str, set[type]] = {name: set() for name in used if name not in parse}
@@ -139,14 +141,16 @@ def _any(origin: Origin, task: Task, on_rows: OnRows | None) -> tuple[Problems, 
     kinds = {name: _arrow_type(found) for name, found in types.items()}
     kinds |= {name: _nested_type(name, task) for name in parse}
     as_json = frozenset(name for name, kind in kinds.items() if kind is None)
-    hashes = Spill("uint64")
+    hashes = DiskArrays("uint64")
     batches = _batches(origin, task, kinds, has_lines, hashes)
     stored = write_table(_schema(kinds, has_lines), batches)
     names = header or list(columns)
-    return problems, Part(origin.name, names, origin.digest(), hashes.array(), stored, as_json)
+    return problems, IngestedFile(
+        origin.name, names, origin.digest(), hashes.array(), stored, as_json
+    )
 
 
-def _problem_of_classes(origin: Origin, task: Task) -> list[str]:
+def _problem_of_classes(origin: DataFile, task: Task) -> list[str]:
     """Choices that are class numbers, where the rows have the names of the classes."""
     column = template_fields(task.target)[0] if task.choices else ""
     names = origin.class_names(column)
@@ -185,11 +189,11 @@ def _schema(kinds: dict[str, str | None], has_lines: bool) -> Any:
 
 
 def _batches(
-    origin: Origin,
+    origin: DataFile,
     task: Task,
     kinds: dict[str, str | None],
     has_lines: bool,
-    hashes: Spill,
+    hashes: DiskArrays,
 ) -> Iterator[Any]:
     """Checked rows once more, as record batches."""
     import pyarrow as pa

@@ -7,18 +7,20 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.data.text_readers import BOM, Record, bad_utf8, open_text, shorten
+from trainer.data.text_readers import BOM, FileRecord, bad_utf8, open_text, shorten
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import check_depth
 
 
-def read_jsonl(file: Path) -> Iterator[Record]:
+def read_jsonl(file: Path) -> Iterator[FileRecord]:
     """Rows of a file of JSON Lines."""
     with open_text(file) as lines:
         yield from json_lines(lines)
 
 
-def json_lines(lines: Iterable[bytes], first_row: int = 1, first_line: int = 1) -> Iterator[Record]:
+def json_lines(
+    lines: Iterable[bytes], first_row: int = 1, first_line: int = 1
+) -> Iterator[FileRecord]:
     """Rows of JSON Lines; blank lines count as lines only."""
     row = first_row - 1
     for number, raw in enumerate(lines, start=first_line):
@@ -29,9 +31,9 @@ def json_lines(lines: Iterable[bytes], first_row: int = 1, first_line: int = 1) 
         values, problem = _json_line(raw)
         if problem and row == 1 and raw.strip() in (b"{", b"["):
             problem += "; a JSON Lines file has one whole object per line (a list: name it .json)"
-            yield Record(row, number, {}, problem)
+            yield FileRecord(row, number, {}, problem)
             return  # every other line would only repeat it
-        yield Record(row, number, values, problem)
+        yield FileRecord(row, number, values, problem)
 
 
 def _json_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
@@ -126,7 +128,7 @@ def _text_of(file: Path) -> str:
         return stream.read().removeprefix(BOM).decode("utf-8")
 
 
-def read_json_rows(file: Path, columns: Collection[str]) -> Iterator[Record]:
+def read_json_rows(file: Path, columns: Collection[str]) -> Iterator[FileRecord]:
     """A list of rows, an object that holds one list of rows, or an object per line."""
     first, more = _first_line(file)
     if not first.startswith(b"["):
@@ -138,7 +140,7 @@ def read_json_rows(file: Path, columns: Collection[str]) -> Iterator[Record]:
     suspicious = "\\ud" in text.lower()
     for row, value in enumerate(_rows_of(file, _json_value(file, text), columns), start=1):
         content, problem = _as_row(value, suspicious)
-        yield Record(row, None, content, problem)
+        yield FileRecord(row, None, content, problem)
 
 
 def _first_line(file: Path) -> tuple[bytes, bool]:

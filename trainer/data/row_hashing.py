@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.bit_mixing import mixed
-from trainer.data.disk_arrays import Spill
+from trainer.data.disk_arrays import DiskArrays
 
 Hashes = NDArray[np.uint64]
 #: Hashes of all rows in order, a piece at a time, as often as asked.
@@ -33,7 +33,7 @@ def split_by_hash(pieces: Pieces, share: float) -> tuple[Index, Index]:
         share: of distinct rows, 0 to 1; what comes out differs from it by chance.
     """
     limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
-    kept, held = Spill("int64"), Spill("int64")
+    kept, held = DiskArrays("int64"), DiskArrays("int64")
     for first, hashes in _numbered(pieces()):
         chosen = _mixed(hashes, _SPLIT) < limit
         held.add(np.flatnonzero(chosen) + first)
@@ -48,7 +48,7 @@ def first_by_hash(pieces: Pieces, count: int) -> Index:
     ``split_by_hash``.
     """
     limit, room = _threshold(lambda: (_mixed(hashes, _ORDER) for hashes in pieces()), count)
-    found = Spill("int64")
+    found = DiskArrays("int64")
     for first, hashes in _numbered(pieces()):
         keys = _mixed(hashes, _ORDER)
         ties = np.flatnonzero(keys == limit)[:room]

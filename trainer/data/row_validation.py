@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config import DEFAULT_TOOLS, PLACEHOLDER, Task, template_fields
 from trainer.data.column_parsers import parsers, problem_of_tokens
-from trainer.data.text_readers import Record, place, shorten
+from trainer.data.text_readers import FileRecord, place, shorten
 from trainer.runtime.errors import did_you_mean
 
 MOST_PROBLEMS = 10
@@ -127,11 +127,11 @@ class _Column:
     """
 
     missing: int = 0
-    without: dict[tuple[str, ...], tuple[Record, int]] = field(default_factory=dict)
-    kinds: dict[str, tuple[Record, Any, int]] = field(default_factory=dict)
+    without: dict[tuple[str, ...], tuple[FileRecord, int]] = field(default_factory=dict)
+    kinds: dict[str, tuple[FileRecord, Any, int]] = field(default_factory=dict)
 
 
-class RowCheck:
+class RowValidator:
     """Checks the rows of one file against one task; feed every record, then ``finish``.
 
     A row is wrong if it is broken, or if a column that the task uses is missing, null, not a text
@@ -151,7 +151,7 @@ class RowCheck:
         self._parsers = parsers(task)
         self._input, self._target = template_fields(task.input), template_fields(task.target)
 
-    def feed(self, record: Record) -> None:
+    def feed(self, record: FileRecord) -> None:
         self.rows += 1
         if record.problem:
             self._add(record, record.problem)
@@ -177,11 +177,11 @@ class RowCheck:
             self._report_mixed(name, column)
         return self.problems
 
-    def _add(self, record: Record, text: str, rows: int = 1) -> None:
+    def _add(self, record: FileRecord, text: str, rows: int = 1) -> None:
         where = place(self.problems.path, record.row, record.line)
         self.problems.add(record.row, where, text, rows)
 
-    def _value_is_good(self, record: Record, name: str) -> bool:
+    def _value_is_good(self, record: FileRecord, name: str) -> bool:
         column = self._columns[name]
         if name in self._optional and record.values.get(name) is None:
             return True
@@ -215,7 +215,7 @@ class RowCheck:
         column.kinds[kind] = (first, example, rows + 1)
         return True
 
-    def _check_blank(self, record: Record, setting: str, names: list[str]) -> None:
+    def _check_blank(self, record: FileRecord, setting: str, names: list[str]) -> None:
         if any(str(record.values[name]).strip() for name in names):
             return
         what = " and ".join(names)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset import Source
-from trainer.data.epoch_permutation import Order
+from trainer.data.dataset import MixtureComponent
+from trainer.data.epoch_permutation import EpochPermutation
 from trainer.runtime.errors import BadInput
 
 #: Rows behind the next one among which an update looks for those that fill it.
@@ -19,7 +19,7 @@ WINDOW = 64
 _BLOCK = 1024
 
 
-class Cursor:
+class TokenBudgetSampler:
     """Walks through shuffled rows, epoch after epoch, in portions of about as many tokens.
 
     The order of an epoch is a pure function of (seed, epoch, number of rows): it depends neither on
@@ -40,7 +40,7 @@ class Cursor:
         lengths: Sequence[int] | NDArray[np.int32],
         tokens_per_step: int,
         seed: int,
-        sources: Sequence[Source] | None = None,
+        sources: Sequence[MixtureComponent] | None = None,
     ) -> None:
         self._lengths = np.asarray(lengths, np.int32)
         if not len(self._lengths) or int(self._lengths.min()) <= 0:
@@ -49,7 +49,7 @@ class Cursor:
             raise ValueError(f"tokens_per_step must be positive, got {tokens_per_step}")
         self._tokens_per_step = tokens_per_step
         self._seed = seed
-        self._order = Order(sources or [Source(0, len(self._lengths))], seed)
+        self._order = EpochPermutation(sources or [MixtureComponent(0, len(self._lengths))], seed)
         self._epoch = 0
         self._position = 0
         self._ahead: set[int] = set()

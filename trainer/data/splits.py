@@ -13,9 +13,9 @@ from itertools import accumulate
 
 from trainer.config import DataSource, RunConfig, Task
 from trainer.data.data_files import find
-from trainer.data.dataset import Rows, Source
-from trainer.data.disk_arrays import Spill, chunks
-from trainer.data.ingest import OnRows, Part, read_part
+from trainer.data.dataset import MixtureComponent, RowDataset
+from trainer.data.disk_arrays import DiskArrays, chunks
+from trainer.data.ingest import IngestedFile, OnRows, read_part
 from trainer.data.row_hashing import Leak, find_leaks, first_by_hash, split_by_hash
 from trainer.data.row_validation import Problems, merge
 from trainer.runtime.errors import BadInput
@@ -25,7 +25,7 @@ SPLITS = ("train", "validation", "shifted_validation")
 
 def load_rows(
     sources: str | Sequence[DataSource], task: Task, *, on_rows: OnRows | None = None
-) -> Rows:
+) -> RowDataset:
     """Read and check all rows of some sources, or of one file.
 
     Args:
@@ -37,20 +37,20 @@ def load_rows(
     """
     sources = [DataSource(path=sources)] if isinstance(sources, str) else list(sources)
     named = (split for split in SPLITS if getattr(task, split) == sources)
-    reader = _Reader(on_rows)
+    reader = _SplitReader(on_rows)
     rows = reader.rows(sources, task, next(named, ""))
     reader.raise_if_any()
     assert rows is not None
     return rows
 
 
-def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, Rows]:
+def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, RowDataset]:
     """All rows of a task: ``train``, and ``validation`` and ``shifted_validation`` if it has any.
 
     Raises:
         BadInput: with every problem of all files.
     """
-    reader = _Reader(on_rows)
+    reader = _SplitReader(on_rows)
     splits = reader.splits(task)
     reader.raise_if_any()
     return splits
@@ -65,7 +65,7 @@ def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]
     Raises:
         BadInput: with the problems of all files.
     """
-    reader = _Reader(on_rows)
+    reader = _SplitReader(on_rows)
     notes: list[str] = []
     for task in config.tasks:
         splits = reader.splits(task)
@@ -75,7 +75,7 @@ def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]
     return notes
 
 
-def remarks(task: Task, splits: Mapping[str, Rows]) -> list[str]:
+def remarks(task: Task, splits: Mapping[str, RowDataset]) -> list[str]:
     """What is worth saying about where rows came from: many files, shares, rows held back."""
     found = []
     for name, rows in splits.items():
@@ -119,7 +119,7 @@ class Leaked:
         )
 
 
-def leaks(task: Task, splits: Mapping[str, Rows]) -> list[Leaked]:
+def leaks(task: Task, splits: Mapping[str, RowDataset]) -> list[Leaked]:
     """Splits of a task of which some rows are also in train."""
     found = []
     for name, rows in splits.items():
@@ -133,7 +133,7 @@ def leaks(task: Task, splits: Mapping[str, Rows]) -> list[Leaked]:
     return found
 
 
-class _Reader:
+class _SplitReader:
     """Reads splits; problems of all files are collected before any is raised."""
 
     def __init__(self, on_rows: OnRows | None = None) -> None:
@@ -146,7 +146,7 @@ class _Reader:
         if problems:
             raise BadInput(dict.fromkeys(problems))  # two splits may read one file
 
-    def splits(self, task: Task) -> dict[str, Rows]:
+    def splits(self, task: Task) -> dict[str, RowDataset]:
         """The splits of a task; none if a file of it has a problem."""
         named = [split for split in SPLITS if getattr(task, split) is not None]
         read = {split: self.rows(getattr(task, split), task, split) for split in named}
@@ -173,10 +173,10 @@ class _Reader:
             )
         return {split: splits[split] for split in SPLITS if split in splits}
 
-    def rows(self, sources: Sequence[DataSource], task: Task, split: str) -> Rows | None:
+    def rows(self, sources: Sequence[DataSource], task: Task, split: str) -> RowDataset | None:
         """All rows of a split, without the task's own ``max_rows``; None if there is a problem."""
         setting = f"tasks.{task.name}" + (f".{split}" if split else "")
-        parts: list[Part] = []
+        parts: list[IngestedFile] = []
         ends: list[int] = []
         before = len(self._problems), len(self._found)
         for number, source in enumerate(sources):
@@ -196,24 +196,26 @@ class _Reader:
         return _joined(sources, parts, ends)
 
 
-def _joined(sources: Sequence[DataSource], parts: Sequence[Part], ends: Sequence[int]) -> Rows:
+def _joined(
+    sources: Sequence[DataSource], parts: Sequence[IngestedFile], ends: Sequence[int]
+) -> RowDataset:
     """The parts of all sources as one split; each source keeps its own ``max_rows``."""
     groups = [parts[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
     edges = list(accumulate((sum(map(len, group)) for group in groups), initial=0))
     ranges = [
-        Source(start, stop, source.weight)
+        MixtureComponent(start, stop, source.weight)
         for source, start, stop in zip(sources, edges, edges[1:], strict=False)
     ]
     if len(parts) == 1:
         path = parts[0].name
     else:
         path = ", ".join(source.label for source in sources) + f" ({len(parts)} files)"
-    rows = Rows(path, parts, ranges)
+    rows = RowDataset(path, parts, ranges)
     if not any(source.max_rows for source in sources):
         return rows
-    spilled = Spill("int64")
+    spilled = DiskArrays("int64")
     for source, group, start in zip(sources, groups, edges, strict=False):
-        own = Rows(source.label, group, [])
+        own = RowDataset(source.label, group, [])
         taken = _most(own, source.max_rows)
         for part in chunks(len(taken)):
             numbers = taken.numbers(part)
@@ -221,7 +223,7 @@ def _joined(sources: Sequence[DataSource], parts: Sequence[Part], ends: Sequence
     return rows.take(spilled.array(), f"at most {[source.max_rows for source in sources]}")
 
 
-def _most(rows: Rows, count: int | None) -> Rows:
+def _most(rows: RowDataset, count: int | None) -> RowDataset:
     if count is None or len(rows) <= count:
         return rows
     return rows.take(first_by_hash(rows.hashes, count), f"at most {count}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.data.token_table import Example
-from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
 
@@ -64,7 +64,7 @@ def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
     texts = {prompt.name: prompt.teacher for prompt in config.prompts if prompt.teacher is not None}
     if not texts:
         return {}
-    encoder = TextEncoder(tokenizer)
+    encoder = TextTokenizer(tokenizer)
     front, beginnings = len(encoder.front), encoder.beginnings()
     for name, text in texts.items():
         ids = tuple(encoder.inputs([text])[0])
@@ -81,7 +81,7 @@ def merge_warning(name: str, text: str, tokenizer: Any, row: str) -> str | None:
         name: of the prompt.
         row: the input of one.
     """
-    if not TextEncoder(tokenizer).merges(text, row):
+    if not TextTokenizer(tokenizer).merges(text, row):
         return None
     return (
         f"prompts.{name}.teacher: the tokenizer merges its end with the beginning of the rows; "

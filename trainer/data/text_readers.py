@@ -27,7 +27,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Record:
+class FileRecord:
     """One row as the file has it, or what is wrong with it.
 
     Attributes:
@@ -84,7 +84,7 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
 
 
-def read_txt(file: Path) -> Iterator[Record]:
+def read_txt(file: Path) -> Iterator[FileRecord]:
     """One row per line that is not blank, in a column ``text``."""
     row = 0
     with open_text(file) as lines:
@@ -94,9 +94,9 @@ def read_txt(file: Path) -> Iterator[Record]:
                 continue
             row += 1
             try:
-                yield Record(row, number, {"text": raw.decode("utf-8").rstrip("\r\n")})
+                yield FileRecord(row, number, {"text": raw.decode("utf-8").rstrip("\r\n")})
             except UnicodeDecodeError as error:
-                yield Record(row, number, {}, bad_utf8(raw, error))
+                yield FileRecord(row, number, {}, bad_utf8(raw, error))
 
 
 def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
@@ -151,7 +151,7 @@ def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         raise BadInput(f"{file}:{line}: not valid csv: {what}") from None
 
 
-def read_csv(file: Path) -> Iterator[Record]:
+def read_csv(file: Path) -> Iterator[FileRecord]:
     """Rows of a file with a header, separated by commas, or by tabs where it is ``.tsv``."""
     names, rows = csv_header(file)
     for row, (line, fields) in enumerate(rows, start=1):
@@ -161,4 +161,6 @@ def read_csv(file: Path) -> Iterator[Record]:
                 f"has {len(fields)} fields where the header has {len(names)} "
                 f"({', '.join(names)}): {shorten(fields)}; put text with commas in quotes"
             )
-        yield Record(row, line, {} if problem else dict(zip(names, fields, strict=True)), problem)
+        yield FileRecord(
+            row, line, {} if problem else dict(zip(names, fields, strict=True)), problem
+        )

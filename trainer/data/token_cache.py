@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from trainer.data.token_table import FORMAT, Block, TokenTable, open_table, write
+from trainer.data.token_table import FORMAT, TokenBlock, TokenTable, open_table, write
 from trainer.runtime.json_file import read_json_object
 
 #: Another number where the same settings give other tokens: a change of how rows are tokenized.
@@ -42,7 +42,7 @@ def cache_folder(kind: str = "tokens") -> Path:
 
 def cached(
     identity: Mapping[str, Any],
-    make: Callable[[], Iterable[Block]],
+    make: Callable[[], Iterable[TokenBlock]],
     counts: Callable[[], dict[str, int]],
 ) -> tuple[TokenTable, dict[str, int]]:
     """The table of this identity: mapped from the cache, or made and put there.
@@ -112,7 +112,7 @@ def _open(place: Path) -> tuple[TokenTable, dict[str, int]] | None:
 
 
 def _publish(
-    place: Path, make: Callable[[], Iterable[Block]], counts: Callable[[], dict[str, int]]
+    place: Path, make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> None:
     """Write under another name, then rename: a table is there as a whole or not at all."""
     folder = Path(tempfile.mkdtemp(prefix=f"{place.name}.writing-", dir=place.parent))
@@ -140,7 +140,7 @@ def _record(table: dict[str, int], folder: Path) -> dict[str, Any]:
 
 
 def _private(
-    make: Callable[[], Iterable[Block]], counts: Callable[[], dict[str, int]]
+    make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> tuple[TokenTable, dict[str, int]]:
     """A table of this process alone: its files have no name once they are mapped."""
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
@@ -149,7 +149,7 @@ def _private(
 
 
 def _write(
-    folder: Path, make: Callable[[], Iterable[Block]], counts: Callable[[], dict[str, int]]
+    folder: Path, make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> dict[str, int]:
     return {**write(folder, make()), **counts()}
 

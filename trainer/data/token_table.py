@@ -57,7 +57,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Block:
+class TokenBlock:
     """Some examples in a row, end to end: R examples, T tokens, S label spans.
 
     Attributes:
@@ -75,7 +75,7 @@ class Block:
     rows_R: NDArray[np.int64]
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> Block:
+    def of(cls, examples: Sequence[Example]) -> TokenBlock:
         spans = [span for example in examples for span in example.label_spans]
         return cls(
             np.fromiter((i for e in examples for i in e.input_ids), np.int32),
@@ -143,9 +143,9 @@ class TokenTable(Sequence[Example]):
         return None
 
 
-def in_memory(blocks: Iterable[Block]) -> TokenTable:
+def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
     """A table of few rows."""
-    found = list(blocks) or [Block.of([])]
+    found = list(blocks) or [TokenBlock.of([])]
     return TokenTable(
         np.concatenate([block.ids_T for block in found]),
         _offsets(np.concatenate([block.lengths_R for block in found])),
@@ -155,7 +155,7 @@ def in_memory(blocks: Iterable[Block]) -> TokenTable:
     )
 
 
-def write(folder: Path, blocks: Iterable[Block]) -> dict[str, int]:
+def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
     """Write a table's files, block by block, into an existing folder.
 
     Returns:

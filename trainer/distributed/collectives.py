@@ -1,6 +1,6 @@
 """What ranks say to each other: sums, questions, values, and slow work that the others wait for.
 
-Only torch.distributed is behind it. Each collective leaves word of itself in a ``Pulse``, so that
+Uses only torch.distributed. Each collective records itself in a ``CollectiveTracker``, so that
 the watchdog can say which one waits for whom.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed.watchdog import Pulse, Watchdog, end_process
+from trainer.distributed.watchdog import CollectiveTracker, Watchdog, end_process
 from trainer.runtime.errors import BadInput
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Ranks:
     def __init__(self, local_rank: int, device: torch.device, timeout_seconds: int) -> None:
         self.local_rank, self.device = local_rank, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.pulse = Pulse()
+        self.pulse = CollectiveTracker()
         self._timeout = timeout_seconds
         self._watchdog: Watchdog | None = None
 
@@ -113,7 +113,7 @@ class Ranks:
         result: T = values[0]
         return result
 
-    def together(self, check: Callable[[], T]) -> T:
+    def run_on_all(self, check: Callable[[], T]) -> T:
         """Run a check on every rank; where any finds bad input, all raise it, in the same words."""
         result: T | None = None
         problems: list[str] = []
@@ -126,13 +126,13 @@ class Ranks:
             raise BadInput(found)
         return result  # type: ignore[return-value]
 
-    def of_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """What rank 0 finds, on every rank. For small plain data and small CPU tensors.
 
         Raises:
             BadInput: rank 0's, on all ranks.
         """
-        return self.broadcast(self.together(lambda: work() if self.is_main else None))
+        return self.broadcast(self.run_on_all(lambda: work() if self.is_main else None))
 
     def on_each_node(self, work: Callable[[], T]) -> T | None:
         """Run slow work on one rank of every node while the others wait, however long it takes.
@@ -143,7 +143,7 @@ class Ranks:
         Raises:
             BadInput: any node's, on all ranks.
         """
-        return self._patiently(work if self.local_rank == 0 else None)
+        return self.wait_for_slow_work(work if self.local_rank == 0 else None)
 
     def on_every_rank(self, work: Callable[[], T]) -> list[T]:
         """Slow work of every rank, however long the slowest takes: what it gave, by rank.
@@ -151,9 +151,11 @@ class Ranks:
         Raises:
             BadInput: any rank's, on all.
         """
-        return [found for found in self.all_gather(self._patiently(work)) if found is not None]
+        return [
+            found for found in self.all_gather(self.wait_for_slow_work(work)) if found is not None
+        ]
 
-    def _patiently(self, work: Callable[[], T] | None) -> T | None:
+    def wait_for_slow_work(self, work: Callable[[], T] | None) -> T | None:
         outcome: Future[T | None] = Future()
 
         def run(work: Callable[[], T]) -> None:
@@ -169,7 +171,7 @@ class Ranks:
         # In short turns: one collective would give up after the engine's timeout.
         while self.any(not wait([outcome], TURN_SECONDS).done):
             pass
-        return self.together(outcome.result)
+        return self.run_on_all(outcome.result)
 
     def load_once_per_node(self, load: Callable[[], T]) -> T:
         """What every rank loads, first by one rank of each node: the others map what it made.
@@ -178,7 +180,7 @@ class Ranks:
             BadInput: on all ranks together.
         """
         found = self.on_each_node(load)
-        rest = self.together(lambda: load() if found is None else None)
+        rest = self.run_on_all(lambda: load() if found is None else None)
         result = rest if found is None else found
         assert result is not None
         return result

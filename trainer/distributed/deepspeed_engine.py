@@ -128,7 +128,7 @@ class Engine(Ranks):
             exact=must_fit or setting != "auto",
         )
 
-    def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Sharder:
+    def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Zero3Sharder:
         """What builds this rank's shards of the base.
 
         Args:
@@ -141,7 +141,7 @@ class Engine(Ranks):
                 members = list(range(first, first + group_size))
                 made = dist.new_group(members, timeout=timedelta(seconds=self._timeout))
                 group = made if first <= self.rank < first + group_size else group
-        return Sharder(self, policy, group)
+        return Zero3Sharder(self, policy, group)
 
     def attach(self, base: nn.Module, policy: dict[str, Any], kept_bytes: int = 0) -> nn.Module:
         """Let ZeRO-3 gather and release the sharded base as it runs.
@@ -307,7 +307,7 @@ class GroupRows:
         self._engine.exchanged_bytes += num_bytes
 
 
-class Sharder:
+class Zero3Sharder:
     """Builds the shards that ZeRO-3 works on, each from what this rank alone has read.
 
     ``deepspeed.zero.Init`` would take whole tensors and send rank 0's to everyone. Its bookkeeping

@@ -32,8 +32,8 @@ from trainer.packing.activation_memory import (
     CPU_TOKENS,
     RAMP,
     USABLE_SHARE,
-    StreamBudget,
-    StreamMemory,
+    BatchMemory,
+    TokenBudget,
     choose_budget,
     row_sizes,
 )
@@ -53,8 +53,8 @@ class LoadedBase:
     dtype: torch.dtype
     placement: Placement
     matmul: str
-    memory: StreamMemory
-    budget: StreamBudget
+    memory: BatchMemory
+    budget: TokenBudget
 
 
 def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
@@ -71,7 +71,7 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
             return open_base(settings, progress=progress)
 
     downloaded = engine.on_each_node(download)
-    files = engine.together(lambda: downloaded or open_base(settings, download=False))
+    files = engine.run_on_all(lambda: downloaded or open_base(settings, download=False))
     for warning in files.parameters.warnings:
         console.warn(warning)
     if len(set(engine.all_gather(files.fingerprint))) > 1:
@@ -112,12 +112,12 @@ def load(
     """
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
-    policy = engine.together(lambda: resolve_policy(config, dtype, files.config.hidden_size))
+    policy = engine.run_on_all(lambda: resolve_policy(config, dtype, files.config.hidden_size))
     # All that can be wrong without reading weights is found here, before minutes of reading.
-    skeleton = engine.together(lambda: build_skeleton(files, settings, dtype, engine.device))
+    skeleton = engine.run_on_all(lambda: build_skeleton(files, settings, dtype, engine.device))
     matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
     packed = family_of(files.config, files.name).packed
-    flex = engine.together(
+    flex = engine.run_on_all(
         lambda: resolve_attention(config.engine.attention, engine.device, packed)
     )
     if not packed:
@@ -157,14 +157,14 @@ def _streams(
     placement: Placement,
     dtype: torch.dtype,
     lengths: Sequence[int],
-) -> tuple[StreamMemory, StreamBudget]:
+) -> tuple[BatchMemory, TokenBudget]:
     """How long streams may be; alike on all ranks, as what it follows from is."""
     on_cpu = engine.device.type == "cpu"
     virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
     # Rows are whole, so that a step is not shared out quite evenly.
     rows = 1.05 * config.training.tokens_per_step * len(virtual) / engine.world_size
     wanted = int(rows) + sum(virtual) + max(lengths, default=0)
-    memory = StreamMemory(
+    memory = BatchMemory(
         layer_sizes(model),
         row_sizes(
             lengths,
@@ -193,7 +193,7 @@ def _choose_matmul(
     engine: Engine, settings: Base, skeleton: PreTrainedModel, dtype: torch.dtype, console: Console
 ) -> str:
     """Set how the layers multiply, alike on all ranks: ``base.matmul``, or what rank 0 measured."""
-    found = engine.together(
+    found = engine.run_on_all(
         lambda: resolve_matmul(
             settings.matmul, settings.quantization, engine.device, skeleton.config.hidden_size
         )
@@ -203,7 +203,7 @@ def _choose_matmul(
     if matmul == MEASURE:
         shapes = largest_shapes(skeleton)
         with console.phase("timing ways to multiply (base.matmul: auto)"):
-            measured = engine.of_main(lambda: measure(shapes, dtype, engine.device))
+            measured = engine.run_on_main(lambda: measure(shapes, dtype, engine.device))
         matmul = measured.kind
         console.say(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)

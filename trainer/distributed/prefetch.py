@@ -12,9 +12,9 @@ import torch
 from trainer.model.attention.interface import make_layout
 from trainer.packing.batch_source import Feed
 from trainer.packing.packed_batch import (
-    Piece,
+    PackedBatch,
+    PackedRow,
     PromptLengths,
-    Stream,
     build_stream,
     build_teacher_stream,
     changed,
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """What one step reads.
 
     Attributes:
@@ -35,13 +35,13 @@ class Batch:
         streams: this rank's streams, on the host.
     """
 
-    pieces: list[Piece]
-    plan: list[list[Piece]]
-    streams: list[Stream]
+    pieces: list[PackedRow]
+    plan: list[list[PackedRow]]
+    streams: list[PackedBatch]
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankPlace:
     """Whose streams are prepared."""
 
     rank: int
@@ -50,12 +50,12 @@ class Rank:
 
 
 def prepare_stream(
-    pieces: Sequence[Piece],
+    pieces: Sequence[PackedRow],
     prompt_lengths: PromptLengths,
     device: torch.device,
     *,
     taught: bool = False,
-) -> Stream:
+) -> PackedBatch:
     """A stream with its layout, on the host; pinned where a GPU will read it.
 
     Args:
@@ -70,23 +70,23 @@ def prepare_stream(
         return changed(stream, torch.Tensor.pin_memory)
 
 
-def _laid_out(stream: Stream) -> Stream:
+def _laid_out(stream: PackedBatch) -> PackedBatch:
     return replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
 
 
-def is_taught(pieces: Sequence[Piece]) -> bool:
+def is_taught(pieces: Sequence[PackedRow]) -> bool:
     """Whether any of all ranks' rows has a teacher: then all ranks read one with every stream."""
     return any(piece.teacher is not None for piece in pieces)
 
 
 def prepare(
-    pieces: list[Piece], prompt_lengths: PromptLengths, rank: Rank, max_tokens: int
-) -> Batch:
+    pieces: list[PackedRow], prompt_lengths: PromptLengths, rank: RankPlace, max_tokens: int
+) -> StepBatch:
     """Plan a step and build this rank's streams."""
     plan = plan_streams(pieces, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
     taught = is_taught(pieces)
     streams = [prepare_stream(mine, prompt_lengths, rank.device, taught=taught) for mine in plan]
-    return Batch(pieces, plan, streams)
+    return StepBatch(pieces, plan, streams)
 
 
 class Prefetch:
@@ -99,13 +99,15 @@ class Prefetch:
     Raises, from ``take``: what went wrong in the thread.
     """
 
-    def __init__(self, feed: Feed, rank: Rank) -> None:
+    def __init__(self, feed: Feed, rank: RankPlace) -> None:
         self._feed, self._rank = feed, rank
         self._handed_out = feed.state_dict()
-        self._ahead: tuple[Any, Future[tuple[Batch, Any]]] | None = None
+        self._ahead: tuple[Any, Future[tuple[StepBatch, Any]]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def take(self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int) -> Batch:
+    def take(
+        self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
+    ) -> StepBatch:
         """The next step of all active prompts."""
         wanted = (tuple(active), prompt_lengths, max_tokens)
         made = None
@@ -121,7 +123,7 @@ class Prefetch:
 
     def _make(
         self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
-    ) -> tuple[Batch, Any]:
+    ) -> tuple[StepBatch, Any]:
         pieces = self._feed.next_step(active)
         return prepare(pieces, prompt_lengths, self._rank, max_tokens), self._feed.state_dict()
 

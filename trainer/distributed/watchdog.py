@@ -37,7 +37,7 @@ LOST = "lost.txt"
 MOST_NAMED = 4
 
 
-class Store(Protocol):
+class KeyValueStore(Protocol):
     """What all ranks can read and write."""
 
     def set(self, key: str, value: str) -> object: ...
@@ -46,12 +46,12 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A heartbeat.
 
     Attributes:
         turn: grows with every beat.
-        step, count, doing: as in ``Pulse``.
+        step, count, doing: as in ``CollectiveTracker``.
         left: this rank needs no other any more.
     """
 
@@ -63,7 +63,7 @@ class Beat:
     left: bool = False
 
 
-class Pulse:
+class CollectiveTracker:
     """What the main thread of this rank is at.
 
     Attributes:
@@ -123,8 +123,8 @@ class Watchdog:
 
     def __init__(
         self,
-        pulse: Pulse,
-        store: Store,
+        pulse: CollectiveTracker,
+        store: KeyValueStore,
         rank: int,
         ranks: int,
         host: str,
@@ -141,7 +141,7 @@ class Watchdog:
         self._give_up, self._beat, self._look_after = give_up, beat_seconds, quiet_seconds
         self._over, self._curious = threading.Event(), False
         self._turn = self._answers = 0
-        self._seen: list[Beat] = []
+        self._seen: list[Heartbeat] = []
         self._send()
 
     def start(self) -> None:
@@ -158,7 +158,7 @@ class Watchdog:
     def _send(self) -> None:
         self._turn += 1
         pulse = self._pulse
-        beat = Beat(
+        beat = Heartbeat(
             self._host, self._turn, pulse.step, pulse.count, pulse.doing, self._over.is_set()
         )
         self._store.set(self._keys[self._rank], json.dumps(asdict(beat)))
@@ -168,7 +168,9 @@ class Watchdog:
             try:
                 self._send()
                 if self._curious:
-                    self._seen = [Beat(**json.loads(b)) for b in self._store.multi_get(self._keys)]
+                    self._seen = [
+                        Heartbeat(**json.loads(b)) for b in self._store.multi_get(self._keys)
+                    ]
                     self._answers += 1
             except Exception:  # rank 0 has ended, or its host is cut off: nobody answers
                 continue
@@ -241,7 +243,7 @@ class Watchdog:
         return f"at step {pulse.step} in {pulse.doing} (collective {pulse.count} of the step)"
 
 
-def _named(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
+def _named(ranks: Sequence[int], beats: Mapping[int, Heartbeat]) -> str:
     names = [
         f"rank {r}" + (f" on {beats[r].host}" if r in beats else "") for r in ranks[:MOST_NAMED]
     ]

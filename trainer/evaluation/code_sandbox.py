@@ -171,7 +171,7 @@ def run_program(job: dict[str, Any], function: str) -> None:
         payload = payload[os.write(3, payload) :]
 
 
-class Running:
+class SandboxedProgram:
     """A program at work, seen from the server."""
 
     def __init__(self, job: dict[str, Any], request: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class Running:
 def works(request: dict[str, Any]) -> bool:
     """Whether a right function passes; else every score would be 0 and look like a result."""
     code = f"def {request['function']}(x): return x + 1"
-    probe = Running({"index": -1, "code": code, "args": [[1]]}, request)
+    probe = SandboxedProgram({"index": -1, "code": code, "args": [[1]]}, request)
     while probe.read():
         pass
     return probe.finish() == "[2]"
@@ -233,10 +233,10 @@ def serve(request: dict[str, Any]) -> None:
     """Run all programs, some at a time; one line for each."""
     jobs = list(reversed(request["jobs"]))
     selector = selectors.DefaultSelector()
-    running: list[Running] = []
+    running: list[SandboxedProgram] = []
     while jobs or running:
         while jobs and len(running) < request["processes"]:
-            started = Running(jobs.pop(), request)
+            started = SandboxedProgram(jobs.pop(), request)
             selector.register(started.pipe, selectors.EVENT_READ, started)
             running.append(started)
         wait = max(0.0, min(one.deadline for one in running) - time.monotonic())

@@ -20,12 +20,12 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import ahead, prepare_stream
 from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
-from trainer.evaluation.generation import Ending, generate
+from trainer.evaluation.generation import StopCriteria, generate
 from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
 from trainer.model.prompted_model import PromptedBase, read_teacher
-from trainer.packing.activation_memory import StreamBudget
+from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import EvalSet
-from trainer.packing.packed_batch import Piece, PromptLengths, Stream
+from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
 from trainer.packing.planning import plan_streams, portions
 from trainer.runtime import stop_signals
 from trainer.runtime.stop_signals import Stopped
@@ -108,7 +108,7 @@ class Evaluator:
     engine: Engine
     base: PromptedBase
     tokenizer: PreTrainedTokenizerBase
-    budget: StreamBudget
+    budget: TokenBudget
     teachers: Sequence[Tensor] = ()
     baselines: BaselineCache | None = None
     reused: int = 0
@@ -222,19 +222,19 @@ class Evaluator:
         return totals.cpu()
 
     def _streams(
-        self, pieces: Iterable[Piece], lengths: PromptLengths, *, taught: bool = False
-    ) -> Iterator[Stream]:
+        self, pieces: Iterable[PackedRow], lengths: PromptLengths, *, taught: bool = False
+    ) -> Iterator[PackedBatch]:
         """This rank's streams of the pieces, on the device."""
         max_tokens = self.budget.tokens
 
-        def planned() -> Iterator[tuple[list[Piece], float]]:
+        def planned() -> Iterator[tuple[list[PackedRow], float]]:
             most = WINDOW_STREAMS * max_tokens * self.engine.world_size
             for window in portions(pieces, lambda piece: piece.num_tokens, most):
                 plan = plan_streams(window, lengths.tokens, self.engine.world_size, max_tokens)
                 mine = plan[self.engine.rank]
                 yield from ((stream, len(window) / len(mine)) for stream in mine)
 
-        def make(planned: tuple[list[Piece], float]) -> tuple[Stream, float]:
+        def make(planned: tuple[list[PackedRow], float]) -> tuple[PackedBatch, float]:
             mine, texts = planned
             return prepare_stream(mine, lengths, self.engine.device, taught=taught), texts
 
@@ -248,7 +248,7 @@ class Evaluator:
     def _between_streams(self, texts: float) -> None:
         """Report texts that were read; raise ``Stopped`` on all ranks together if one must stop."""
         self._advance(texts)
-        if self.engine.any(stop_signals.asked()):
+        if self.engine.any(stop_signals.stop_requested()):
             raise Stopped
 
     def _comparisons(
@@ -303,7 +303,7 @@ class Evaluator:
         chat template or the tokenizer adds to an answer is in both or in neither.
         """
         task = rows.task
-        ending = Ending.of(self.base.model.generation_config, self.tokenizer, task)
+        ending = StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
         examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
         spans = [example.label_spans[-1] for example in examples]
         written = generate(
@@ -354,12 +354,12 @@ def _width(request: Request) -> int:
     return request.rows.candidates.width
 
 
-def _pieces(requests: Sequence[Request], packed: bool, max_tokens: int) -> Iterator[Piece]:
+def _pieces(requests: Sequence[Request], packed: bool, max_tokens: int) -> Iterator[PackedRow]:
     """All candidates of all rows of all requests; slots are numbered in this order.
 
     Args:
         packed: the base reads a row's text once for all its candidates. All streams then have
-            ``Stream.shared``, as ranks that share a head must agree on it.
+            ``PackedBatch.shared``, as ranks that share a head must agree on it.
         max_tokens: of a stream; a row with more tokens in all its candidates is read several times.
     """
     slot = 0
@@ -370,21 +370,21 @@ def _pieces(requests: Sequence[Request], packed: bool, max_tokens: int) -> Itera
                     room = max(1, max_tokens - row[0].target_start)
                     parts = portions(row, lambda example: example.num_labels, room)
                     for part in parts:
-                        yield Piece(part[0], request.prompt, slot, candidates=tuple(part))
+                        yield PackedRow(part[0], request.prompt, slot, candidates=tuple(part))
                         slot += len(part)
                 else:
                     for example in row:
-                        yield Piece(example, request.prompt, slot)
+                        yield PackedRow(example, request.prompt, slot)
                         slot += 1
 
 
-def _taught_pieces(requests: Sequence[Request]) -> Iterator[Piece]:
+def _taught_pieces(requests: Sequence[Request]) -> Iterator[PackedRow]:
     """The right candidates of all rows that have a teacher; slots number them in this order."""
     slot = 0
     for request in requests:
         if request.teacher is not None:
             for right, candidates in zip(request.rows.gold, request.rows.candidates, strict=True):
-                yield Piece(candidates[right], request.prompt, slot, teacher=request.teacher)
+                yield PackedRow(candidates[right], request.prompt, slot, teacher=request.teacher)
                 slot += 1
 
 

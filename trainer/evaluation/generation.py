@@ -30,7 +30,7 @@ BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Ending:
+class StopCriteria:
     """What ends a generated text, and how its token ids become text.
 
     Attributes:
@@ -43,7 +43,9 @@ class Ending:
     strings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task) -> Ending:
+    def of(
+        cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task
+    ) -> StopCriteria:
         """What ends the texts of a task.
 
         Args:
@@ -110,7 +112,7 @@ def before_stop(text: str, strings: Sequence[str]) -> str:
     return text[: min((i for s in strings if (i := text.find(s)) >= 0), default=len(text))]
 
 
-def check_targets(rows: EvalSet, ending: Ending) -> str | None:
+def check_targets(rows: EvalSet, ending: StopCriteria) -> str | None:
     """Check that a base can generate the targets of a task whose metric compares texts.
 
     Returns:
@@ -150,7 +152,7 @@ def check_targets(rows: EvalSet, ending: Ending) -> str | None:
 def generate(
     engine: Engine,
     base: PromptedBase,
-    ending: Ending,
+    ending: StopCriteria,
     inputs: Sequence[Sequence[int]],
     virtual_tokens: Tensor | None,
     max_new_tokens: int,
@@ -208,7 +210,7 @@ def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]
 def _decode(
     engine: Engine,
     base: PromptedBase,
-    ending: Ending,
+    ending: StopCriteria,
     rows: Sequence[Sequence[int]],
     virtual_tokens: Tensor | None,
     max_new_tokens: int,

@@ -13,14 +13,14 @@ import numpy as np
 
 from trainer.config import Task, template_fields
 from trainer.data.column_parsers import split_labels
-from trainer.data.dataset import Rows, gold_target
+from trainer.data.dataset import RowDataset, gold_target
 from trainer.data.row_validation import render
 from trainer.evaluation.metrics import accuracy, label_set_scores
 from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1
 from trainer.packing.batch_source import EvalSet, TaskData
 
 
-def most_frequent(rows: Rows, task: Task) -> tuple[str, float]:
+def most_frequent(rows: RowDataset, task: Task) -> tuple[str, float]:
     """Return the most frequent answer of the rows and its share; of equal ones the first choice.
 
     For multi-label tasks an answer is a whole set of labels, as text.

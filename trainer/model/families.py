@@ -36,7 +36,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Saves:
+class ActivationProfile:
     """What a layer keeps for backward; see ``trainer.packing.activation_memory.LayerSizes``."""
 
     mlp_tensors: int = 2
@@ -114,45 +114,45 @@ FAMILIES: dict[str, Family] = {
     "xglm": _PADDED,
 }
 
-_UNGATED = Saves(mlp_tensors=1, layer_norm=True)
-_SQUARED = Saves(mlp_tensors=1)
-_WIDE = Saves(wide_norms=True)
+_UNGATED = ActivationProfile(mlp_tensors=1, layer_norm=True)
+_SQUARED = ActivationProfile(mlp_tensors=1)
+_WIDE = ActivationProfile(wide_norms=True)
 
 #: Families whose layers save something else than a gated MLP and two norms, see ``base.lean``.
-SAVES: dict[str, Saves] = {
+SAVES: dict[str, ActivationProfile] = {
     "arcee": _SQUARED,
     "biogpt": _UNGATED,
-    "bloom": Saves(mlp_tensors=1),
-    "afmoe": Saves(norm_inputs=4, wide_norms=True),
-    "cohere": Saves(norm_inputs=4, wide_norms=True),
-    "cohere2": Saves(wide_norms=True),
-    "diffllama": Saves(norm_inputs=7),
-    "doge": Saves(norm_inputs=6),
+    "bloom": ActivationProfile(mlp_tensors=1),
+    "afmoe": ActivationProfile(norm_inputs=4, wide_norms=True),
+    "cohere": ActivationProfile(norm_inputs=4, wide_norms=True),
+    "cohere2": ActivationProfile(wide_norms=True),
+    "diffllama": ActivationProfile(norm_inputs=7),
+    "doge": ActivationProfile(norm_inputs=6),
     "falcon": _UNGATED,
-    "gemma2": Saves(norm_inputs=4, keeps_scores=True),
-    "gemma3_text": Saves(norm_inputs=4),
-    "glm4": Saves(norm_inputs=4),
+    "gemma2": ActivationProfile(norm_inputs=4, keeps_scores=True),
+    "gemma3_text": ActivationProfile(norm_inputs=4),
+    "glm4": ActivationProfile(norm_inputs=4),
     "flex_olmo": _WIDE,
     "gpt2": _UNGATED,
     "gpt_bigcode": _UNGATED,
     "gpt_neox": _UNGATED,
-    "gpt_oss": Saves(mlp_tensors=6, wide_norms=True, keeps_scores=True),
+    "gpt_oss": ActivationProfile(mlp_tensors=6, wide_norms=True, keeps_scores=True),
     "helium": _WIDE,
-    "gptj": Saves(mlp_tensors=1),
-    "hunyuan_v1_moe": Saves(mlp_tensors=4, norm_inputs=3),
+    "gptj": ActivationProfile(mlp_tensors=1),
+    "hunyuan_v1_moe": ActivationProfile(mlp_tensors=4, norm_inputs=3),
     "jais2": _SQUARED,
-    "mpt": Saves(mlp_tensors=1, norm_inputs=4),
+    "mpt": ActivationProfile(mlp_tensors=1, norm_inputs=4),
     "nanochat": _WIDE,
     "nemotron": _SQUARED,
     "olmo": _WIDE,
     "olmo2": _WIDE,
     "olmo3": _WIDE,
     "opt": _UNGATED,
-    "persimmon": Saves(norm_inputs=3),
+    "persimmon": ActivationProfile(norm_inputs=3),
     "phi": _UNGATED,
     "starcoder2": _UNGATED,
-    "vaultgemma": Saves(keeps_scores=True),
-    "xglm": Saves(mlp_tensors=1, keeps_scores=True),
+    "vaultgemma": ActivationProfile(keeps_scores=True),
+    "xglm": ActivationProfile(mlp_tensors=1, keeps_scores=True),
 }
 
 #: Activations that transformers writes out step by step, each of which saves what it reads.
@@ -245,7 +245,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     Names differ: an MLP's width is ``intermediate_size``, ``ffn_dim`` or ``n_inner``, and four
     times the hidden size where nothing is said.
     """
-    saves = SAVES.get(config.model_type, Saves())
+    saves = SAVES.get(config.model_type, ActivationProfile())
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head = int(_first(config, "head_dim") or hidden // heads)
     key_heads = int(_first(config, "num_key_value_heads", "num_kv_heads") or heads)

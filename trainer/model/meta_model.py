@@ -23,7 +23,7 @@ from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts, is_experts
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
-from trainer.model.tensor_locations import Source, find_sources
+from trainer.model.tensor_locations import TensorLocation, find_sources
 from trainer.model.weight_mapping import meta_model
 from trainer.runtime.errors import BadInput
 
@@ -68,14 +68,14 @@ def build_skeleton(
     return model
 
 
-def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, Source]:
+def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, TensorLocation]:
     """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
     sources = find_sources(skeleton, files.parameters.tensors)
     int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
     return {name: sources[name] for name in int8}
 
 
-def _problems(reader: SafetensorsReader, source: Source, quantized: bool) -> list[str]:
+def _problems(reader: SafetensorsReader, source: TensorLocation, quantized: bool) -> list[str]:
     """What is wrong with the tensors of a parameter, and with the scales of 8-bit ones."""
     if not reader.is_int8(source.tensors[0]):
         return source.problems(reader)

@@ -19,14 +19,14 @@ from trainer.model.attention.interface import make_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import family_of
-from trainer.packing.packed_batch import Stream
+from trainer.packing.packed_batch import PackedBatch
 
 
 @dataclass(frozen=True)
-class Reading:
+class HiddenStatesRequest:
     """A stream that is only read: what the last layer gives at its labels is wanted, no loss."""
 
-    stream: Stream
+    stream: PackedBatch
 
 
 @dataclass
@@ -68,7 +68,7 @@ class PromptedBase(nn.Module):
 
     def forward(
         self,
-        inputs: Stream | Reading | DecodeStep | Tensor,
+        inputs: PackedBatch | HiddenStatesRequest | DecodeStep | Tensor,
         virtual_tokens: Sequence[Tensor],
         teacher_DH: Tensor | None = None,
     ) -> Tensor:
@@ -86,9 +86,9 @@ class PromptedBase(nn.Module):
             ``taught_losses``. Reading: [N, H]. Decode step: logits of the next token, fp32
             [B, V]. Token ids [n]: word embeddings [n, H].
         """
-        if isinstance(inputs, Stream):
+        if isinstance(inputs, PackedBatch):
             return self._stream_losses(inputs, virtual_tokens, teacher_DH)
-        if isinstance(inputs, Reading):
+        if isinstance(inputs, HiddenStatesRequest):
             return self._hidden(inputs.stream, virtual_tokens)
         if isinstance(inputs, DecodeStep):
             return self._next_logits(inputs, virtual_tokens)
@@ -99,7 +99,7 @@ class PromptedBase(nn.Module):
         return embedded
 
     def _stream_losses(
-        self, stream: Stream, virtual_tokens: Sequence[Tensor], teacher_DH: Tensor | None
+        self, stream: PackedBatch, virtual_tokens: Sequence[Tensor], teacher_DH: Tensor | None
     ) -> Tensor:
         hidden_NH = self._hidden(stream, virtual_tokens)
         # Logits only where there is a label: the head sees N positions instead of T.
@@ -113,7 +113,7 @@ class PromptedBase(nn.Module):
             losses = head(hidden_NH, stream.labels_N, teacher_DH, stream.distilled_D)
         return losses
 
-    def _hidden(self, stream: Stream, virtual_tokens: Sequence[Tensor]) -> Tensor:
+    def _hidden(self, stream: PackedBatch, virtual_tokens: Sequence[Tensor]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         words_TH = self._embed(stream.token_ids_T)
         prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
@@ -128,7 +128,7 @@ class PromptedBase(nn.Module):
         assert not past, "check_past refuses this"
         return self._padded(stream, hidden_TH)
 
-    def _packed(self, stream: Stream, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+    def _packed(self, stream: PackedBatch, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
         if self.flex:
@@ -144,7 +144,7 @@ class PromptedBase(nn.Module):
         hidden_NH: Tensor = output.last_hidden_state[0, positions]
         return hidden_NH
 
-    def _padded(self, stream: Stream, hidden_TH: Tensor) -> Tensor:
+    def _padded(self, stream: PackedBatch, hidden_TH: Tensor) -> Tensor:
         """The same for a family that cannot read packed rows."""
         rows = pad_rows(stream.segments[len(stream.prompts) :], hidden_TH.device)
         output: Any = self.model.base_model(
@@ -197,7 +197,7 @@ class PromptedBase(nn.Module):
                 module.training = True
 
 
-def read_teacher(base: nn.Module, stream: Stream, teachers: Sequence[Tensor]) -> Tensor | None:
+def read_teacher(base: nn.Module, stream: PackedBatch, teachers: Sequence[Tensor]) -> Tensor | None:
     """What the stream's distilled positions learn from, [D, H]; None if no rank has any.
 
     A forward without gradient, made by all ranks alike: a rank without such rows reads a filler.
@@ -208,7 +208,7 @@ def read_teacher(base: nn.Module, stream: Stream, teachers: Sequence[Tensor]) ->
     if stream.teacher is None:
         return None
     with torch.no_grad():
-        hidden_DH: Tensor = base(Reading(stream.teacher), teachers)
+        hidden_DH: Tensor = base(HiddenStatesRequest(stream.teacher), teachers)
     assert stream.distilled_D is not None
     return hidden_DH[: len(stream.distilled_D)]  # none of a filler's
 

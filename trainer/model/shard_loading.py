@@ -25,7 +25,7 @@ from trainer.model.layers.quantization import quantize_rows
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
-from trainer.model.tensor_locations import RowReader, Source, find_sources
+from trainer.model.tensor_locations import RowReader, TensorLocation, find_sources
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import freed_at_once
 
@@ -35,7 +35,7 @@ Progress = Callable[[int], None]
 BLOCK_BYTES = 4 << 20
 
 
-class Sharder(Protocol):
+class WeightSharder(Protocol):
     """What loading must know of the other ranks.
 
     Attributes:
@@ -75,7 +75,7 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    shard: Sharder,
+    shard: WeightSharder,
     checkpointing: bool,
     progress: Progress = lambda _: None,
 ) -> tuple[PromptedBase, LoadStats]:
@@ -91,7 +91,7 @@ def load_base(
     started = time.perf_counter()
     sources = find_sources(model, files.parameters.tensors)
     with freed_at_once(), SafetensorsReader(files.tensors) as reader:
-        loader = _Loader(reader, shard, dtype, device, progress)
+        loader = _WeightLoader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 source = sources[f"{path}.{name}" if path else name]
@@ -105,13 +105,13 @@ def load_base(
     return PromptedBase(model, dtype), stats
 
 
-class _Loader:
+class _WeightLoader:
     """Loads parameters one by one and remembers what the ranks must settle at the end."""
 
     def __init__(
         self,
         reader: SafetensorsReader,
-        shard: Sharder,
+        shard: WeightSharder,
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
@@ -124,7 +124,9 @@ class _Loader:
         self._scales: dict[int, Tensor | None] = {}
         self._rows: dict[int, Tensor] = {}
 
-    def load(self, module: nn.Module, name: str, parameter: nn.Parameter, source: Source) -> None:
+    def load(
+        self, module: nn.Module, name: str, parameter: nn.Parameter, source: TensorLocation
+    ) -> None:
         """Give a parameter its shard; a rank with a problem continues, as others wait for it."""
         key = id(parameter)
         holder = module if isinstance(module, FrozenEmbedding | FrozenHead) else None
@@ -153,7 +155,7 @@ class _Loader:
         if scales is not None:
             setattr(module, absmax_name(name), scales)
 
-    def _load_int8(self, source: Source, unit: int) -> tuple[Tensor, Tensor]:
+    def _load_int8(self, source: TensorLocation, unit: int) -> tuple[Tensor, Tensor]:
         """This rank's part, quantised now or taken as it is stored, and the scales of all rows."""
         shard = self.shard.allocate(source.shape.numel(), torch.int8, unit)
         if self.reader.is_int8(source.tensors[0]):
@@ -170,7 +172,7 @@ class _Loader:
             self.partial_scales.append(scales)
         return shard, scales.view(source.shape[:-1])
 
-    def _load_float(self, module: nn.Module, source: Source, unit: int) -> Tensor:
+    def _load_float(self, module: nn.Module, source: TensorLocation, unit: int) -> Tensor:
         """This rank's part, in the narrower of stored and compute type."""
         stored = self.reader.dtype(source.tensors[0])
         large = isinstance(module, FrozenLinear | FrozenEmbedding | FrozenExperts)
@@ -181,7 +183,7 @@ class _Loader:
             shard[block.to] = block.values.flatten()[block.part].to(kept)
         return shard
 
-    def _blocks(self, source: Source, unit: int) -> Iterator[_Block]:
+    def _blocks(self, source: TensorLocation, unit: int) -> Iterator[_Block]:
         """The rows that this rank's part touches, a few at a time."""
         start, stop = self.shard.bounds(source.shape.numel(), unit)
         width = source.shape[-1] if len(source.shape) > 1 else 1

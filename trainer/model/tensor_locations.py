@@ -30,7 +30,7 @@ class FlatReader(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorLocation:
     """Where the values of one parameter stand.
 
     Attributes:
@@ -66,7 +66,7 @@ class RowReader:
     one expert) is read, and kept until rows of another are asked for.
     """
 
-    def __init__(self, source: Source, reader: FlatReader) -> None:
+    def __init__(self, source: TensorLocation, reader: FlatReader) -> None:
         self.source, self.reader = source, reader
         self._matrix: tuple[int, Tensor] | None = None
 
@@ -105,14 +105,14 @@ class RowReader:
 
 def find_sources(
     model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
-) -> dict[str, Source]:
+) -> dict[str, TensorLocation]:
     """The source of every parameter, by each of its names; tied weights share one.
 
     Args:
         tensors: of each parameter, see ``ReadParameters``.
     """
     return {
-        name: Source(tensors[name], parameter.shape, _transposed(model, name))
+        name: TensorLocation(tensors[name], parameter.shape, _transposed(model, name))
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 

@@ -97,7 +97,7 @@ def row_sizes(
 
 
 @dataclass(frozen=True)
-class StreamMemory:
+class BatchMemory:
     """What streams over one base take.
 
     Attributes:
@@ -160,7 +160,7 @@ class StreamMemory:
 
 
 @dataclass
-class StreamBudget:
+class TokenBudget:
     """Most tokens of one stream, the same on all ranks; shrinks when it turns out to be too much.
 
     Attributes:
@@ -220,7 +220,7 @@ class StreamBudget:
 
 
 def choose_budget(
-    memory: StreamMemory,
+    memory: BatchMemory,
     room: int,
     wanted: int,
     *,
@@ -228,7 +228,7 @@ def choose_budget(
     checkpointing: bool | None = None,
     most: int | None = None,
     ramp: Sequence[float] = (),
-) -> StreamBudget:
+) -> TokenBudget:
     """As few, as full streams as memory allows.
 
     Args:
@@ -245,7 +245,7 @@ def choose_budget(
         needed = goal if tokens else min(goal, WORTHWHILE_TOKENS)
         checkpointing = memory.tokens(room, False) < needed
     chosen = tokens or min(goal, memory.tokens(room, checkpointing))
-    return StreamBudget(
+    return TokenBudget(
         chosen,
         checkpointing,
         memory.stream(chosen, checkpointing),

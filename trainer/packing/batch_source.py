@@ -13,11 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Prompt, RunConfig, Task
-from trainer.data.dataset import Rows, Source
+from trainer.data.dataset import MixtureComponent, RowDataset
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
 from trainer.data.row_validation import render
-from trainer.data.sampler import Cursor
+from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.splits import SPLITS, Leaked, leaks, load_splits, remarks
 from trainer.data.teacher import Teacher, merge_warning, teachers_of
 from trainer.data.token_table import in_memory
@@ -33,7 +33,7 @@ from trainer.data.tokenization.tokenize import (
     tokenize_choices,
     unseen,
 )
-from trainer.packing.packed_batch import Piece
+from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.errors import BadInput
 
 #: Shows that files are read: ``with reading() as on_rows: on_rows(file, rows read so far)``.
@@ -83,7 +83,7 @@ class EvalSet:
 
     task: Task
     split: str
-    rows: Rows
+    rows: RowDataset
     candidates: Candidates
     gold: list[int]
 
@@ -131,7 +131,7 @@ class TaskData:
 
     task: Task
     train: TokenTable
-    train_rows: Rows
+    train_rows: RowDataset
     evaluation: dict[str, EvalSet] = field(default_factory=dict)
     hand_written: dict[str, list[EvalSet]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -183,7 +183,7 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
                     f"in a context of {context_length}; lower num_virtual_tokens"
                 )
-            loader = _Loader(
+            loader = _TaskLoader(
                 task, tokenizer, room, context_length, vocab_size, progress, reading, date
             )
             tasks[task.name] = loader.load(splits)
@@ -197,7 +197,7 @@ def load_tasks(
 
 
 @dataclass
-class _Loader:
+class _TaskLoader:
     """One task on its way from files to tokens."""
 
     task: Task
@@ -239,7 +239,7 @@ class _Loader:
         ]
         return [warning for warning in found if warning is not None]
 
-    def _train(self, data: TaskData, rows: Rows) -> None:
+    def _train(self, data: TaskData, rows: RowDataset) -> None:
         train = tokenize(
             rows, self.task, self.tokenizer, self.room, date=self.date, progress=self.progress
         )
@@ -248,7 +248,7 @@ class _Loader:
         self._note(data, "train", rows, train, train.skipped)
 
     def _note(
-        self, data: TaskData, split: str, rows: Rows, tokenized: Tokenized, skipped: int
+        self, data: TaskData, split: str, rows: RowDataset, tokenized: Tokenized, skipped: int
     ) -> None:
         data.sources.append(
             {
@@ -267,7 +267,7 @@ class _Loader:
         if tokenized.warning is not None:
             data.warnings.append(f"task {self.task.name}: {split}: {tokenized.warning}")
 
-    def _evaluation(self, data: TaskData, split: str, rows: Rows) -> None:
+    def _evaluation(self, data: TaskData, split: str, rows: RowDataset) -> None:
         """The rows of a split without a prompt and behind every hard one; those that all have."""
         likelihood = self.task.scored_by_likelihood
         width = len(self.task.choices or []) if likelihood else 1
@@ -310,7 +310,7 @@ class _Loader:
             for short, long in sorted(pairs)
         ]
 
-    def _read(self, rows: Rows, prefix: str, room: int) -> Tokenized:
+    def _read(self, rows: RowDataset, prefix: str, room: int) -> Tokenized:
         task, tokenizer, progress = self.task, self.tokenizer, self.progress
         if task.scored_by_likelihood:
             return tokenize_choices(rows, task, tokenizer, room, prefix=prefix, progress=progress)
@@ -340,7 +340,7 @@ class Feed:
         self._examples = [tasks[prompt.task].train for prompt in config.prompts]
         self._teachers = [tasks[p.task].teachers.get(p.name) for p in config.prompts]
         self._cursors = [
-            Cursor(
+            TokenBudgetSampler(
                 examples.lengths,
                 config.training.tokens_per_step,
                 config.data_seed(prompt),
@@ -349,9 +349,9 @@ class Feed:
             for prompt, examples in zip(config.prompts, self._examples, strict=True)
         ]
 
-    def next_step(self, active: Sequence[bool]) -> list[Piece]:
+    def next_step(self, active: Sequence[bool]) -> list[PackedRow]:
         """The rows of one step, for every prompt that still trains."""
-        pieces: list[Piece] = []
+        pieces: list[PackedRow] = []
         made: dict[tuple[int, int], Example] = {}
         for k, cursor in enumerate(self._cursors):
             if active[k]:
@@ -360,7 +360,7 @@ class Feed:
                     key = (id(table), row)
                     if key not in made:
                         made[key] = table[row]
-                    pieces.append(Piece(made[key], k, len(pieces), teacher=self._teachers[k]))
+                    pieces.append(PackedRow(made[key], k, len(pieces), teacher=self._teachers[k]))
         return pieces
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -371,7 +371,7 @@ class Feed:
             cursor.load_state_dict(saved)
 
 
-def _sources(examples: TokenTable, rows: Rows) -> list[Source]:
+def _sources(examples: TokenTable, rows: RowDataset) -> list[MixtureComponent]:
     """The sources of a file's rows as ranges of its examples: rows may have been skipped."""
     bounds = [(source.start, source.stop) for source in rows.sources]
     return [

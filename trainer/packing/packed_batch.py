@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Piece:
+class PackedRow:
     """One row as one prompt reads it.
 
     Attributes:
@@ -113,7 +113,7 @@ class SharedPositions:
 
 
 @dataclass(frozen=True)
-class Stream:
+class PackedBatch:
     """What the base reads in one forward.
 
     Attributes:
@@ -126,7 +126,7 @@ class Stream:
         label_positions_N: positions whose output predicts a label; several labels may have one.
         labels_N: the tokens to predict.
         label_prompt_N: index in the bank, -1 for none.
-        label_slot_N: ``Piece.slot`` of the row; -1 in a filler.
+        label_slot_N: ``PackedRow.slot`` of the row; -1 in a filler.
         shared: which positions predict several labels; None if each predicts one.
         layout: how the segments attend, where that was prepared ahead.
         distilled_D: places among the N labels of those that learn from a teacher.
@@ -146,9 +146,9 @@ class Stream:
     shared: SharedPositions | None = None
     layout: Any = None
     distilled_D: Tensor | None = None
-    teacher: Stream | None = None
+    teacher: PackedBatch | None = None
 
-    def to(self, device: torch.device) -> Stream:
+    def to(self, device: torch.device) -> PackedBatch:
         """On the device; from pinned memory without waiting for the copy."""
         return changed(self, lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -191,8 +191,8 @@ class PromptLengths:
 
 
 def build_stream(
-    pieces: Sequence[Piece], prompt_lengths: Sequence[int], past_lengths: Sequence[int] = ()
-) -> Stream:
+    pieces: Sequence[PackedRow], prompt_lengths: Sequence[int], past_lengths: Sequence[int] = ()
+) -> PackedBatch:
     """Lay the pieces end to end behind the prompts they read.
 
     Args:
@@ -242,7 +242,7 @@ class _Parts:
         self.position_ids += range(first, first + len(ids))
         return segment
 
-    def add_row(self, piece: Piece, prompt: Segment | None) -> None:
+    def add_row(self, piece: PackedRow, prompt: Segment | None) -> None:
         """Append a row with its one target."""
         start = self.read(piece.example.input_ids, prompt).start
         if piece.teacher is not None:
@@ -253,7 +253,7 @@ class _Parts:
             self.label_positions += range(start + first - 1, start + stop - 1)
         self._label(piece, piece.slot, piece.example)
 
-    def add_candidates(self, piece: Piece, prompt: Segment | None) -> None:
+    def add_candidates(self, piece: PackedRow, prompt: Segment | None) -> None:
         """Append the tokens that a row's candidates share, and those of each."""
         self.any_candidates = True
         row, shared = prompt, len(piece.shared_ids)
@@ -271,7 +271,7 @@ class _Parts:
             )
             self._label(piece, piece.slot + i, example)
 
-    def _label(self, piece: Piece, slot: int, example: Example) -> None:
+    def _label(self, piece: PackedRow, slot: int, example: Example) -> None:
         for first, stop in example.label_spans:
             self.labels += example.input_ids[first:stop]
         count = example.num_labels
@@ -282,12 +282,12 @@ class _Parts:
         self,
         prompts: tuple[tuple[int, Segment], ...],
         past: tuple[tuple[int, Segment], ...],
-    ) -> Stream:
+    ) -> PackedBatch:
         label_positions_N = torch.tensor(self.label_positions)
         shared = None
         if self.any_candidates:
             shared = SharedPositions(*label_positions_N.unique(return_inverse=True))
-        return Stream(
+        return PackedBatch(
             token_ids_T=torch.tensor(self.token_ids),
             position_ids_T=torch.tensor(self.position_ids),
             prompts=prompts,
@@ -302,7 +302,7 @@ class _Parts:
         )
 
 
-def build_teacher_stream(pieces: Sequence[Piece]) -> Stream:
+def build_teacher_stream(pieces: Sequence[PackedRow]) -> PackedBatch:
     """The rows among these pieces that learn from a teacher, behind it; or a filler.
 
     The stream's prompts are counted by ``Teacher.index``.
@@ -313,8 +313,8 @@ def build_teacher_stream(pieces: Sequence[Piece]) -> Stream:
         if piece.teacher is not None:
             teacher = piece.teacher
             lengths[teacher.index] = len(teacher.token_ids)
-            taught.append(Piece(teacher.behind(piece.example), teacher.index, piece.slot))
+            taught.append(PackedRow(teacher.behind(piece.example), teacher.index, piece.slot))
     shortest = min(pieces, key=lambda piece: piece.example.num_tokens)
-    filler = Piece(shortest.example, None, shortest.slot, filler=True)
+    filler = PackedRow(shortest.example, None, shortest.slot, filler=True)
     up_to = range(max(lengths, default=-1) + 1)
     return build_stream(taught or [filler], [lengths.get(index, 0) for index in up_to])

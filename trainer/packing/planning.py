@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from trainer.packing.packed_batch import Piece
+from trainer.packing.packed_batch import PackedRow
 
 T = TypeVar("T")
 
@@ -17,8 +17,8 @@ SLACK = 1 / 32
 
 
 def plan_streams(
-    pieces: Sequence[Piece], prompt_lengths: Sequence[int], num_ranks: int, max_tokens: int
-) -> list[list[list[Piece]]]:
+    pieces: Sequence[PackedRow], prompt_lengths: Sequence[int], num_ranks: int, max_tokens: int
+) -> list[list[list[PackedRow]]]:
     """Split pieces over ranks and streams: ``plan[rank][stream]`` is a list of pieces.
 
     Every rank gets the same number of streams, because an unequal number of forwards deadlocks
@@ -55,9 +55,12 @@ def plan_streams(
 
 
 def _fill(
-    pieces: Sequence[Piece], order: Sequence[int], prompt_lengths: Sequence[int], num_streams: int
-) -> list[list[Piece]]:
-    streams: list[list[Piece]] = [[] for _ in range(num_streams)]
+    pieces: Sequence[PackedRow],
+    order: Sequence[int],
+    prompt_lengths: Sequence[int],
+    num_streams: int,
+) -> list[list[PackedRow]]:
+    streams: list[list[PackedRow]] = [[] for _ in range(num_streams)]
     loads = [(0, stream) for stream in range(num_streams)]
     seen: list[set[int]] = [set() for _ in range(num_streams)]
     for i in order:
@@ -72,7 +75,7 @@ def _fill(
     return streams
 
 
-def _tokens(stream: Sequence[Piece], prompt_lengths: Sequence[int]) -> int:
+def _tokens(stream: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
     prompts = {piece.prompt for piece in stream if piece.prompt is not None}
     rows = sum(piece.num_tokens for piece in stream)
     return rows + sum(prompt_lengths[k] for k in prompts)

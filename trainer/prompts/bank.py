@@ -24,10 +24,16 @@ from torch.func import functional_call
 
 from trainer.config import Prompt, RunConfig
 from trainer.config.ranking import ScoreKey
-from trainer.prompts.encoder_snapshots import BestReader
+from trainer.prompts.encoder_snapshots import BestEncoder
 from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.multitask import TextEncoder
-from trainer.prompts.parameter_groups import Screen, Unit, build_encoder, search_starts, units_of
+from trainer.prompts.parameter_groups import (
+    InitScorer,
+    ParameterGroup,
+    build_encoder,
+    search_starts,
+    units_of,
+)
 from trainer.prompts.regularization import perturbed
 from trainer.runtime.errors import BadInput
 
@@ -91,7 +97,7 @@ class Bank:
         *,
         make_optimizer: OptimizerFactory,
         past: Callable[[Sequence[int]], Tensor] | None = None,
-        screen: Screen | None = None,
+        screen: InitScorer | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         vocabulary = Vocabulary(embed, tokenizer, vocab_size, past, warn)
@@ -117,7 +123,7 @@ class Bank:
         self._optimizers = [by_prompt[i] for i in range(len(self.names))]
         #: Of units that read a text, by their first member.
         self._readers = {
-            i: BestReader(partial(self._judged_parts, i))
+            i: BestEncoder(partial(self._judged_parts, i))
             for i in (unit.members[0] for unit in self._units)
             if isinstance(self._encoders[i], TextEncoder)
         }
@@ -223,7 +229,7 @@ class Bank:
         ]
         return norms
 
-    def _update(self, unit: Unit, gradients: Mapping[int, Tensor]) -> float:
+    def _update(self, unit: ParameterGroup, gradients: Mapping[int, Tensor]) -> float:
         parameters = list(unit.parameters.values())
         with torch.enable_grad():
             outputs = [self._output(i) for i in gradients]

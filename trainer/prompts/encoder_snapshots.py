@@ -13,7 +13,7 @@ from trainer.config.ranking import LAST, ScoreKey
 Judged = Callable[[], Mapping[str, Tensor]]
 
 
-class BestReader:
+class BestEncoder:
     """Keeps one copy of a reader: that of the best validation, by the means over its prompts.
 
     The mean of its prompts' metrics decides, then the mean of their losses. A prompt that has

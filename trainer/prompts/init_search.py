@@ -28,11 +28,11 @@ FEWEST = 8
 #: One word, as its token id, for each virtual token.
 Words = tuple[int, ...]
 #: Asks for the losses of prompts of words, and gives the best of all in the end.
-Search = Generator[Sequence[Words], Sequence[float], "Found"]
+Search = Generator[Sequence[Words], Sequence[float], "SearchResult"]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best start of a search.
 
     Attributes:
@@ -111,7 +111,7 @@ def search(
             children.append(child)
         yield from _ask([("words of several starts", words) for words in children], tried)
     best = min(tried, key=lambda words: tried[words].rank)
-    return Found(best, tried[best].what, tried[best].loss, first, middle, len(tried))
+    return SearchResult(best, tried[best].what, tried[best].loss, first, middle, len(tried))
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,17 @@ def _child(parents: Sequence[Words], drawn: Words, generator: torch.Generator) -
     return tuple(drawn[i] if redrawn[i] else parents[pair[which[i]]][i] for i in range(length))
 
 
-def together(
+def search_together(
     searches: Mapping[int, Search],
     judge: Callable[[Sequence[tuple[int, Words]]], Sequence[float]],
-) -> dict[int, Found]:
+) -> dict[int, SearchResult]:
     """Run the searches of several prompts side by side.
 
     Args:
         judge: losses of prompts of words, each beside whose start it may be.
     """
     asked = {i: next(one) for i, one in searches.items()}
-    found: dict[int, Found] = {}
+    found: dict[int, SearchResult] = {}
     while asked:
         all_words = [(i, words) for i, several in asked.items() for words in several]
         losses = iter(judge(all_words))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.config import SHARED, Init, Prompt, RunConfig
 from trainer.data.row_validation import label_texts
 from trainer.prompts.encoders import STARTS_ELSEWHERE, PromptEncoder, make_encoder
-from trainer.prompts.init_search import Found, Search, Words, extent, search, together
+from trainer.prompts.init_search import Search, SearchResult, Words, extent, search, search_together
 from trainer.prompts.initializers import (
     Vocabulary,
     initialize,
@@ -35,7 +35,7 @@ from trainer.prompts.multitask import (
 
 
 @dataclass(frozen=True)
-class Unit:
+class ParameterGroup:
     """Prompts that train one set of parameters: one prompt, or all of a share.
 
     Attributes:
@@ -53,15 +53,15 @@ class Unit:
         return {own: values[names[id(p)]] for own, p in encoder.named_parameters()}
 
 
-def units_of(prompts: Sequence[Prompt], encoders: Sequence[PromptEncoder]) -> list[Unit]:
+def units_of(prompts: Sequence[Prompt], encoders: Sequence[PromptEncoder]) -> list[ParameterGroup]:
     """Every prompt in one unit, in the order of their first members."""
-    units: list[Unit] = []
-    shares: dict[str, Unit] = {}
+    units: list[ParameterGroup] = []
+    shares: dict[str, ParameterGroup] = {}
     for i, (prompt, encoder) in enumerate(zip(prompts, encoders, strict=True)):
         parameters = dict(encoder.named_parameters())
         unit = shares.get(prompt.share) if prompt.share is not None else None
         if unit is None:
-            units.append(Unit([i], parameters))
+            units.append(ParameterGroup([i], parameters))
             if prompt.share is not None:
                 shares[prompt.share] = units[-1]
             continue
@@ -73,7 +73,7 @@ def units_of(prompts: Sequence[Prompt], encoders: Sequence[PromptEncoder]) -> li
     return units
 
 
-class Screen(Protocol):
+class InitScorer(Protocol):
     """What a search asks of a scorer: see ``trainer.training.init_scoring``."""
 
     def losses(
@@ -92,7 +92,7 @@ class Screen(Protocol):
             asked: prompts, and how many starts of each will be judged.
         """
 
-    def say(self, i: int, best: Found | Unsearched, text: str) -> None:
+    def say(self, i: int, best: SearchResult | Unsearched, text: str) -> None:
         """Print the initial prompt of prompt ``i``."""
 
 
@@ -110,7 +110,9 @@ class Unsearched:
     budget: int
 
 
-def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> dict[int, Tensor]:
+def search_starts(
+    config: RunConfig, vocabulary: Vocabulary, screen: InitScorer
+) -> dict[int, Tensor]:
     """Initial values of the prompts with ``init: auto``, by the prompts' indices: words that fit.
 
     Virtual tokens that are embeddings, and keys and values that the base computes from the same
@@ -120,7 +122,7 @@ def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> 
     same: dict[object, list[int]] = {}
     for i in _open_prompts(config.prompts):
         same.setdefault(_what_is_open(config, config.prompts[i]), []).append(i)
-    best: dict[int, Found | Unsearched] = {}
+    best: dict[int, SearchResult | Unsearched] = {}
     searches: dict[int, Search] = {}
     candidates: dict[int, int] = {}
     for i, *_ in same.values():
@@ -131,7 +133,7 @@ def search_starts(config: RunConfig, vocabulary: Vocabulary, screen: Screen) -> 
             candidates[i], searches[i] = start
     if searches:
         with screen.working(candidates):
-            best |= together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
+            best |= search_together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
     starts: dict[int, Tensor] = {}
     for several in same.values():
         of = best[several[0]]

@@ -101,13 +101,13 @@ def guarded(
     console = Console(out, terminal.err, log, answer=terminal.out, shown=rank == 0)
     began = time.time()
     try:
-        stop_signals.listen()  # launch/ starts us with stop signals blocked
+        stop_signals.install_handlers()  # launch/ starts us with stop signals blocked
         program(console)
         if rank == 0:
             mark_finished()
         return EXIT_DONE
     except KeyboardInterrupt:
-        stop_signals.tell_others(logs)
+        stop_signals.write_stop_file(logs)
         if resumes_from is not None:
             return _stopped(resumes_from(logs.parent), console)
         console.note("Stopped.")
@@ -121,7 +121,7 @@ def guarded(
         return EXIT_PORT_TAKEN
     except Exception as error:
         traceback.print_exc()
-        if resumes_from is not None and stop_signals.told(
+        if resumes_from is not None and stop_signals.stopped_since(
             logs, began
         ):  # the connection to that rank is lost
             return _stopped(resumes_from(logs.parent), console)

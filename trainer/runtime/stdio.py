@@ -19,7 +19,7 @@ from typing import TextIO
 VARIABLE = "PROMPTSHARD_STDOUT_FD"
 
 
-class Steady(io.TextIOWrapper):
+class DroppingStream(io.TextIOWrapper):
     """A stream that drops text, instead of raising, when its reader is gone or its disk is full.
 
     A Ctrl-C also ends the ``tee`` behind a pipe, just when the run is to be saved.
@@ -47,7 +47,7 @@ def keep_streams() -> None:
         except OSError:  # closed: the next file that is opened would be taken for it
             opened = os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
             os.set_inheritable(opened, True)
-    sys.stdout, sys.stderr = Steady(1, close=False), Steady(2, close=False)
+    sys.stdout, sys.stderr = DroppingStream(1, close=False), DroppingStream(2, close=False)
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def claim(rank: int, log: Path) -> Terminal:
     os.close(chatter)
     os.close(nothing)
     return Terminal(
-        out=Steady(out),
-        err=Steady(err),
+        out=DroppingStream(out),
+        err=DroppingStream(err),
     )

@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
     """All ranks have stopped together, because one of them received a stop signal."""
 
 
-class _Word:
+class _SignalState:
     """Attributes:
     left: a signal has come.
     waits: signals only leave word; before that they interrupt whatever is being done.
@@ -33,10 +33,10 @@ class _Word:
     waits = False
 
 
-_word = _Word()
+_word = _SignalState()
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on signals interrupt this process as Ctrl-C does; those blocked so far come now."""
     _word.left = _word.waits = False
     for number in SIGNALS:
@@ -46,23 +46,23 @@ def listen() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def between_steps() -> None:
+def defer() -> None:
     """From now on signals wait until somebody asks."""
     _word.waits = True
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether this process received a stop signal."""
     return _word.left
 
 
-def tell_others(logs: Path) -> None:
+def write_stop_file(logs: Path) -> None:
     """Leave a file for ranks that lose their connection to this one."""
     with suppress(OSError):
         (logs / FILE).write_text("a rank was stopped by a signal\n")
 
 
-def told(logs: Path, since: float) -> bool:
+def stopped_since(logs: Path, since: float) -> bool:
     """Return whether a rank was stopped by a signal after a time, in Unix seconds."""
     try:
         return (logs / FILE).stat().st_mtime >= since

@@ -10,7 +10,7 @@ so a tracker that is down, slow or hanging cannot slow a step. What was not sent
 from __future__ import annotations
 
 from trainer.tracking.metrics_log import MetricsLog, unless_full
-from trainer.tracking.process_client import Finished, Sender
+from trainer.tracking.process_client import Finished, TrackingClient
 from trainer.tracking.pusher import SyncResult, sync
 
-__all__ = ["Finished", "MetricsLog", "Sender", "SyncResult", "sync", "unless_full"]
+__all__ = ["Finished", "MetricsLog", "SyncResult", "TrackingClient", "sync", "unless_full"]

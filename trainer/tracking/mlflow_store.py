@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 from trainer.runtime.redact import redact
 from trainer.tracking import sqlite_store
 from trainer.tracking.metrics_log import Line
-from trainer.tracking.progress_file import Progress
+from trainer.tracking.progress_file import StoreProgress
 from trainer.tracking.run_metadata import (
     MAX_DIGEST,
     Artifact,
-    Folder,
+    RunMetadata,
     legal,
 )
-from trainer.tracking.store_uri import Target, sync_command
+from trainer.tracking.store_uri import StoreAddress, sync_command
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Param, Run
@@ -49,10 +49,10 @@ class Refused(Exception):
     """Nothing can be sent until a person changes something: what, and how."""
 
 
-class Store:
+class MlflowStore:
     """This folder's runs in one MLflow store. Any call may raise whatever the network brings."""
 
-    def __init__(self, folder: Folder, target: Target, output_id: str) -> None:
+    def __init__(self, folder: RunMetadata, target: StoreAddress, output_id: str) -> None:
         from mlflow.tracking import MlflowClient
 
         if target.database is not None:
@@ -65,7 +65,7 @@ class Store:
         self.is_new = False  #: the store knew nothing of this folder
         self.running = False
 
-    def attach(self, progress: Progress, *, running: bool) -> None:
+    def attach(self, progress: StoreProgress, *, running: bool) -> None:
         """Find this folder's runs, or make them; ``running``: mark them as running again."""
         self.running = running
         experiment = self._experiment(progress)
@@ -92,7 +92,7 @@ class Store:
         progress.prompts = {name: i for name, i in self.run_ids.items() if name is not None}
         progress.page = PAGE.format(experiment.experiment_id)
 
-    def _experiment(self, progress: Progress) -> Experiment:
+    def _experiment(self, progress: StoreProgress) -> Experiment:
         """The experiment of the run, made if there is none of its name.
 
         Raises:
@@ -112,7 +112,7 @@ class Store:
             )
         return found
 
-    def _known_experiment(self, progress: Progress) -> Experiment | None:
+    def _known_experiment(self, progress: StoreProgress) -> Experiment | None:
         """That of this folder's runs, or the one that the environment names by a number."""
         known = progress.experiment_id if progress.run_id is not None else None
         if known is not None and (found := _unless_missing(self.client.get_experiment, known)):

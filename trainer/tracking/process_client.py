@@ -26,13 +26,13 @@ LOOK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Finished:
-    """What ``Sender.finish`` found."""
+    """What ``TrackingClient.finish`` found."""
 
     complete: bool
     message: str  #: for a person: where to look, or what is unsent and how to send it
 
 
-class Sender:
+class TrackingClient:
     """Starts ``python -m trainer.commands.sync follow``, which tails ``metrics.jsonl`` into MLflow.
 
     Use it on one rank only. Before ``start``: ``run.yaml``, ``environment.json`` and
@@ -119,13 +119,13 @@ class Sender:
 
     def has_unsent(self) -> bool:
         """Whether the store lacks anything of a run that has ended, as far as the folder knows."""
-        from trainer.tracking.progress_file import State
+        from trainer.tracking.progress_file import ProgressFile
         from trainer.tracking.pusher import Pusher
         from trainer.tracking.store_uri import resolve
 
         try:
             target = resolve(self.output_dir, self.uri)
-            state = State(self.output_dir)
+            state = ProgressFile(self.output_dir)
             state.stale_summary_ns = None
             return bool(Pusher(self.output_dir, target, state).unsent())
         except (BadInput, OSError):
@@ -154,7 +154,7 @@ class Sender:
         return f"MLflow: {problem}. Training continues; all numbers are kept in metrics.jsonl"
 
     def _problem(self) -> str | None:
-        from trainer.tracking.progress_file import FILE, State
+        from trainer.tracking.progress_file import FILE, ProgressFile
         from trainer.tracking.store_uri import resolve
 
         if self._process is None or self._process.poll() is not None:
@@ -167,22 +167,22 @@ class Sender:
         if written is None or written == self._read:
             return self._shown
         self._read = written
-        return State(self.output_dir).problem
+        return ProgressFile(self.output_dir).problem
 
     def _result(self, complete: bool) -> Finished:
         # Late imports: the training process needs none of this while it trains.
-        from trainer.tracking.progress_file import State
+        from trainer.tracking.progress_file import ProgressFile
         from trainer.tracking.pusher import Pusher, where_to_look
-        from trainer.tracking.run_metadata import Folder
+        from trainer.tracking.run_metadata import RunMetadata
         from trainer.tracking.store_uri import resolve
 
         again = sync_later(self.output_dir, None)
         try:
             target = resolve(self.output_dir, self.uri)
-            state = State(self.output_dir)
+            state = ProgressFile(self.output_dir)
             pusher = Pusher(self.output_dir, target, state)
             unsent = None if complete else pusher.unsent()
-            saved = Folder(self.output_dir).tracking.get("uri")
+            saved = RunMetadata(self.output_dir).tracking.get("uri")
             again = sync_later(self.output_dir, target.name, saved)
         except (BadInput, OSError) as error:
             return Finished(False, f"MLflow: {redact(str(error))}; then: {again}")

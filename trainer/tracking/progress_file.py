@@ -23,7 +23,7 @@ def forget_tracking(output_dir: Path) -> None:
 
 
 @dataclass
-class Progress:
+class StoreProgress:
     """What one store has. Only a hint where to continue: the store itself is asked first."""
 
     experiment_id: str | None = None
@@ -42,10 +42,10 @@ class _Content:
     stale_summary_ns: int | None = None
     store: str | None = None
     problem: str | None = None
-    stores: dict[str, Progress] = field(default_factory=dict)
+    stores: dict[str, StoreProgress] = field(default_factory=dict)
 
 
-class State:
+class ProgressFile:
     """``tracking.json``: the folder's identity and, per store, its progress.
 
     Attributes:
@@ -73,7 +73,7 @@ class State:
 def missing_results(output_dir: Path) -> str | None:
     """Name what a finished run was killed before writing or sending; None if that is complete."""
     missing = [] if (output_dir / "report.html").exists() else ["report.html"]
-    state = State(output_dir)
+    state = ProgressFile(output_dir)
     progress = state.stores.get(state.store or "")
     if state.store and (progress is None or progress.status != "FINISHED"):
         missing.append("the end of the run in MLflow")

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 from trainer.config.tracking import HTTP, scheme_of
 from trainer.runtime.errors import BadInput
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line
-from trainer.tracking.mlflow_store import Store
-from trainer.tracking.progress_file import Progress, State
-from trainer.tracking.run_metadata import Artifact, Folder
-from trainer.tracking.store_uri import ARTIFACTS, DATABASE, Target, resolve, sync_command
+from trainer.tracking.mlflow_store import MlflowStore
+from trainer.tracking.progress_file import ProgressFile, StoreProgress
+from trainer.tracking.run_metadata import Artifact, RunMetadata
+from trainer.tracking.store_uri import ARTIFACTS, DATABASE, StoreAddress, resolve, sync_command
 
 logger = logging.getLogger(__name__)
 TAILED = (METRICS_FILE, SYSTEM_FILE)
@@ -69,12 +69,12 @@ class SyncResult:
 class Pusher:
     """Sends what is new since the last call; keeps ``tracking.json``."""
 
-    def __init__(self, output_dir: Path, target: Target, state: State) -> None:
-        self.folder = Folder(output_dir)
+    def __init__(self, output_dir: Path, target: StoreAddress, state: ProgressFile) -> None:
+        self.folder = RunMetadata(output_dir)
         self.target, self.state = target, state
-        self.progress = state.stores.setdefault(target.name, Progress())
+        self.progress = state.stores.setdefault(target.name, StoreProgress())
         self.points = 0
-        self._store: Store | None = None
+        self._store: MlflowStore | None = None
 
     @property
     def connected(self) -> bool:
@@ -121,9 +121,9 @@ class Pusher:
         wanted = STATUS.get(str(self._summary().get("status")), "KILLED")
         return Unsent(lines, len(missing), self.progress.status != wanted)
 
-    def _connect(self, running: bool) -> Store:
+    def _connect(self, running: bool) -> MlflowStore:
         if self._store is None:
-            store = Store(self.folder, self.target, self.state.output_id)
+            store = MlflowStore(self.folder, self.target, self.state.output_id)
             store.attach(self.progress, running=running)
             if store.is_new:  # also: a store that lost what it once had
                 self.progress.offsets, self.progress.tails = {}, {}
@@ -134,7 +134,7 @@ class Pusher:
             logger.info("run %s in %s", self.progress.run_id, self.target.name)
         return self._store
 
-    def _send_lines(self, store: Store, name: str) -> None:
+    def _send_lines(self, store: MlflowStore, name: str) -> None:
         path = self.folder.path / name
         lines = self.folder.lines(name, _offset(path, name, self.progress))
         while batch := list(islice(lines, LINES_PER_ROUND)):
@@ -146,7 +146,7 @@ class Pusher:
             self.progress.tails[name] = _tail(path, batch[-1][1])
             self._save()
 
-    def _send_artifacts(self, store: Store, artifacts: list[Artifact]) -> list[Exception]:
+    def _send_artifacts(self, store: MlflowStore, artifacts: list[Artifact]) -> list[Exception]:
         """Files that cannot be sent hold up nothing else; they are tried again at the next call."""
         errors: list[Exception] = []
         for artifact in artifacts:
@@ -188,7 +188,7 @@ def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
         BadInput: not an output folder, its run is still sending, or the address cannot be used.
     """
     output_dir = Path(output_dir)
-    folder = Folder(output_dir)
+    folder = RunMetadata(output_dir)
     if folder.file("run.yaml") is None:
         raise BadInput(f"{output_dir} is not a run directory (no run.yaml)")
     saved = folder.tracking.get("uri")
@@ -196,7 +196,7 @@ def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
     with target.applied(), folder_lock(output_dir) as free:
         if not free:
             raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
-        pusher = Pusher(output_dir, target, State(output_dir))
+        pusher = Pusher(output_dir, target, ProgressFile(output_dir))
         problem = ""
         for left in (2, 1, 0):
             try:
@@ -219,7 +219,7 @@ def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
     )
 
 
-def explain(error: BaseException, target: Target, output_dir: Path) -> str:
+def explain(error: BaseException, target: StoreAddress, output_dir: Path) -> str:
     """What went wrong, in one line for a person, with the remedy where it is known."""
     text = target.hide(" ".join(str(error).split())) or type(error).__name__
     status = _http_status(error)
@@ -259,7 +259,7 @@ def _message(pusher: Pusher, unsent: Unsent, problem: str) -> str:
     return f"MLflow has all of run {progress.run_id} ({pusher.points} new points).\n{where}"
 
 
-def where_to_look(target: Target, page: str | None) -> str:
+def where_to_look(target: StoreAddress, page: str | None) -> str:
     """The address of the web page with the curves, after the command that serves it if need be."""
     if scheme_of(target.uri) in HTTP:
         return f"{target.name}/{page or ''}"
@@ -269,7 +269,7 @@ def where_to_look(target: Target, page: str | None) -> str:
     return f"{command}\nthen open http://127.0.0.1:5000/{page}" if page else command
 
 
-def _is_default_here(target: Target) -> bool:
+def _is_default_here(target: StoreAddress) -> bool:
     """Whether ``mlflow ui`` alone shows this store, called in the working directory."""
     if "MLFLOW_TRACKING_URI" in os.environ or "MLFLOW_BACKEND_STORE_URI" in os.environ:
         return False
@@ -303,7 +303,7 @@ def folder_lock(output_dir: Path) -> Iterator[bool]:
         yield True
 
 
-def _offset(path: Path, name: str, progress: Progress) -> int:
+def _offset(path: Path, name: str, progress: StoreProgress) -> int:
     """Where to read on; from the start where the file is not the one that was read (rewound)."""
     offset = progress.offsets.get(name, 0)
     return offset if offset and _tail(path, offset) == progress.tails.get(name) else 0

@@ -39,7 +39,7 @@ NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
-class Folder(FolderFiles):
+class RunMetadata(FolderFiles):
     """A run's output folder as params, tags, metrics and artifacts."""
 
     @property

@@ -23,10 +23,10 @@ from typing import Any, TextIO
 from trainer.runtime.errors import BadInput
 from trainer.tracking.metrics_log import SYSTEM_FILE, MetricsLog, read_lines
 from trainer.tracking.mlflow_store import Refused
-from trainer.tracking.progress_file import State
+from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.pusher import Pusher, explain, folder_lock, is_busy
-from trainer.tracking.run_metadata import Folder
-from trainer.tracking.store_uri import Target, resolve
+from trainer.tracking.run_metadata import RunMetadata
+from trainer.tracking.store_uri import StoreAddress, resolve
 
 logger = logging.getLogger(__name__)
 LONGEST_PAUSE = 30.0
@@ -73,16 +73,16 @@ def follow(
 
 
 def _follow(
-    output_dir: Path, target: Target, trainer: _Trainer, stale_ns: int | None, every: float
+    output_dir: Path, target: StoreAddress, trainer: _Trainer, stale_ns: int | None, every: float
 ) -> int:
-    state = State(output_dir)
+    state = ProgressFile(output_dir)
     state.stale_summary_ns = stale_ns
     state.store, state.problem = target.name, None  # also where nothing can be sent yet
     state.save()
     pusher = Pusher(output_dir, target, state)
     stop = threading.Event()
     watch: threading.Thread | None = None
-    if Folder(output_dir).tracking.get("system_metrics", True):
+    if RunMetadata(output_dir).tracking.get("system_metrics", True):
         watch = _start_watch(output_dir, stop)
     pause, failures = 0.0, 0
     while not trainer.wait(pause):
@@ -118,7 +118,7 @@ def _follow(
     return 1 if unsent else 0
 
 
-def _tell(state: State, problem: str | None) -> None:
+def _tell(state: ProgressFile, problem: str | None) -> None:
     """Leave word for the trainer, which shows it on the terminal."""
     if state.problem != problem:
         state.problem = problem
@@ -213,7 +213,7 @@ def _gauges() -> list[Any]:
     return gauges
 
 
-def write_log(output_dir: Path, target: Target) -> None:
+def write_log(output_dir: Path, target: StoreAddress) -> None:
     """Everything this process says goes to ``logs/tracking.log``, without credentials."""
     path = output_dir / "logs" / "tracking.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def write_log(output_dir: Path, target: Target) -> None:
 class _HidingStream:
     """A text stream that hides the target's secrets in all that is written to it."""
 
-    def __init__(self, stream: TextIO, target: Target) -> None:
+    def __init__(self, stream: TextIO, target: StoreAddress) -> None:
         self._stream, self._target = stream, target
 
     def write(self, text: str) -> int:
@@ -249,6 +249,6 @@ def main(argument: str, uri: str | None) -> int:
     try:
         return follow(output_dir, uri, **options)
     except BadInput as error:
-        write_log(output_dir, Target("", ""))
+        write_log(output_dir, StoreAddress("", ""))
         logger.error("%s", error)
         return 2

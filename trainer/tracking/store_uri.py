@@ -14,7 +14,7 @@ from trainer.config.tracking import HTTP, OTHERS, problem_of_uri, scheme_of
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import HIDDEN, is_distinct, redact, secrets_of
 from trainer.tracking.progress_file import FILE as STATE_FILE
-from trainer.tracking.progress_file import State
+from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.sqlite_store import sqlite_uri
 
 #: MLflow's own default, in the working directory.
@@ -36,7 +36,7 @@ _CREDENTIALS = (
 
 
 @dataclass(frozen=True)
-class Target:
+class StoreAddress:
     """An MLflow store."""
 
     uri: str = field(repr=False)  #: what MLflow is given; of a server, without credentials
@@ -77,7 +77,7 @@ class Target:
         return redact(text, self.secrets)
 
 
-def resolve(output_dir: Path, given: str | None = None, saved: str | None = None) -> Target:
+def resolve(output_dir: Path, given: str | None = None, saved: str | None = None) -> StoreAddress:
     """Choose the store of a run.
 
     In this order: ``given``, ``saved``, ``$MLFLOW_TRACKING_URI``, the store that the run used
@@ -108,16 +108,16 @@ def resolve(output_dir: Path, given: str | None = None, saved: str | None = None
     return _unconfirmed(target, output_dir)
 
 
-def _default(output_dir: Path) -> Target:
+def _default(output_dir: Path) -> StoreAddress:
     """The store that the run used before; else MLflow's default, unless the folder has its own."""
-    before = State(output_dir).store
+    before = ProgressFile(output_dir).store
     if before and not problem_of_uri(before):
         return _unconfirmed(_target(before, str(output_dir / STATE_FILE)), output_dir)
     own = output_dir.resolve() / DATABASE
     return _sqlite(own if own.is_file() else Path.cwd() / DATABASE)
 
 
-def _unconfirmed(target: Target, output_dir: Path) -> Target:
+def _unconfirmed(target: StoreAddress, output_dir: Path) -> StoreAddress:
     """Limit what is done with an address that only an output folder names."""
     scheme, path = scheme_of(target.name), target.database
     if scheme in HTTP:
@@ -146,7 +146,7 @@ def sync_command(output_dir: Path, uri: str | None = None) -> str:
     return shlex.join(words)
 
 
-def _target(uri: str, setting: str) -> Target:
+def _target(uri: str, setting: str) -> StoreAddress:
     if problem := problem_of_uri(uri):
         raise BadInput(f"{setting}: {problem}")
     scheme = scheme_of(uri)
@@ -161,13 +161,15 @@ def _target(uri: str, setting: str) -> Target:
         prefix, _, rest = uri.partition(":///")
         path, mark, query = rest.partition("?")
         return _sqlite(Path(unquote(path)).absolute(), prefix, mark + query)
-    return Target(uri=uri, name=_bare(uri), secrets=(*secrets_of(uri), *_environment_secrets()))
+    return StoreAddress(
+        uri=uri, name=_bare(uri), secrets=(*secrets_of(uri), *_environment_secrets())
+    )
 
 
-def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> Target:
+def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> StoreAddress:
     path = Path(os.path.normpath(path))
     name = sqlite_uri(path)
-    return Target(
+    return StoreAddress(
         uri=prefix + name.removeprefix("sqlite") + query,
         name=name,
         artifacts=(path.parent / ARTIFACTS).as_uri(),
@@ -175,7 +177,7 @@ def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> Target:
     )
 
 
-def _server(uri: str) -> Target:
+def _server(uri: str) -> StoreAddress:
     parts = urlsplit(uri)
     credentials = {}
     if parts.username and parts.username != HIDDEN:
@@ -187,7 +189,7 @@ def _server(uri: str) -> Target:
             credentials["MLFLOW_TRACKING_TOKEN"] = value
     bare = _bare(uri)
     secrets = (*secrets_of(uri), *_environment_secrets())
-    return Target(uri=bare, name=bare, credentials=credentials, secrets=secrets)
+    return StoreAddress(uri=bare, name=bare, credentials=credentials, secrets=secrets)
 
 
 def _same_server(uri: str, other: str | None) -> bool:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from trainer.config import RunConfig
-from trainer.distributed.prefetch import Batch, Rank, ahead, prepare
+from trainer.distributed.prefetch import RankPlace, StepBatch, ahead, prepare
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.prompted_model import read_teacher
 from trainer.packing.batch_source import Feed, TaskData
-from trainer.packing.packed_batch import Piece, PromptLengths
+from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.packing.planning import portions
-from trainer.prompts.init_search import FEWEST, Found, Words
+from trainer.prompts.init_search import FEWEST, SearchResult, Words
 from trainer.prompts.parameter_groups import Unsearched
 from trainer.runtime.console import Console
 from trainer.training.step import label_counts, stream_objective
@@ -28,7 +28,7 @@ FILLED = 0.95
 Portion = list[tuple[int, Words]]
 
 
-class Screening:
+class LossInitScorer:
     """Compares starts by the loss of the rows that the prompt's first update will read.
 
     No row is read for it that is not trained on anyhow, and it costs a forward for each start. The
@@ -68,7 +68,7 @@ class Screening:
         with self._console.working("searching for an initial prompt", num_rows) as self._advance:
             yield
 
-    def say(self, i: int, best: Found | Unsearched, text: str) -> None:
+    def say(self, i: int, best: SearchResult | Unsearched, text: str) -> None:
         """Print the initial prompt of prompt ``i``."""
         head = f"{self._names[i]}: starts from {best.what}"
         if isinstance(best, Unsearched):
@@ -120,16 +120,16 @@ class Screening:
 
         return portions(starts, num_tokens, most)
 
-    def _prepared(self, portion: Portion) -> tuple[Portion, list[Piece], Batch]:
+    def _prepared(self, portion: Portion) -> tuple[Portion, list[PackedRow], StepBatch]:
         engine = self._evaluator.engine
         of_starts = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
         pieces = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
         lengths = PromptLengths(tuple(len(words) for _, words in portion), (0,) * len(portion))
-        rank = Rank(engine.rank, engine.world_size, engine.device)
+        rank = RankPlace(engine.rank, engine.world_size, engine.device)
         return portion, pieces, prepare(pieces, lengths, rank, self._evaluator.budget.tokens)
 
     def _totals(
-        self, batch: Batch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
+        self, batch: StepBatch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
     ) -> Tensor:
         """Summed loss of this rank's labels behind each start of a portion, in float64."""
         engine, base = self._evaluator.engine, self._evaluator.base

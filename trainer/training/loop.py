@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.config import RunConfig
 from trainer.config.ranking import ScoreKey, score_key
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import Batch, Prefetch
+from trainer.distributed.prefetch import Prefetch, StepBatch
 from trainer.evaluation.baselines import (
     VALIDATION,
     add_majority,
@@ -52,7 +52,7 @@ class Diverged(RuntimeError):
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a run stands; saved with every checkpoint.
 
     Attributes:
@@ -112,7 +112,7 @@ class Loop:
     save: Callable[[Loop], None] = _nothing
     between_steps: Callable[[], object] = _nothing
     predictions: Predictions | None = None
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     times: PhaseTimes = field(default_factory=PhaseTimes)
 
     def __post_init__(self) -> None:
@@ -251,7 +251,7 @@ class Loop:
             left += validations * max(from_baselines, from_training)
         return left
 
-    def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[Batch, float]:
+    def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[StepBatch, float]:
         """What this step reads, and the seconds that were waited for it."""
         started = time.perf_counter()
         batch = self.feed.take(self.bank.active, prompt_lengths, self.evaluator.budget.now)
@@ -535,7 +535,7 @@ class Loop:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.progress = Progress(**state["progress"])
+        self.progress = TrainingProgress(**state["progress"])
         self.times.add(self.progress.phase_seconds)
         for k, name in enumerate(self.bank.names):
             best = self.progress.scores.get(name)

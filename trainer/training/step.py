@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import Batch, Rank, prepare, prepare_stream
+from trainer.distributed.prefetch import RankPlace, StepBatch, prepare, prepare_stream
 from trainer.model.prompted_model import read_teacher
-from trainer.packing.packed_batch import Piece, PromptLengths, Stream
+from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
 from trainer.runtime import stop_signals
 from trainer.training.saved_tensors import SavedBytes
 
 
-def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
+def label_counts(pieces: Sequence[PackedRow], num_prompts: int) -> list[int]:
     """Label tokens of each prompt among these pieces, [K]: known to all ranks before a forward."""
     counts = [0] * num_prompts
     for piece in pieces:
@@ -31,7 +31,7 @@ def label_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
     return counts
 
 
-def text_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
+def text_counts(pieces: Sequence[PackedRow], num_prompts: int) -> list[int]:
     """Tokens of text that each prompt reads in these pieces, [K]."""
     counts = [0] * num_prompts
     for piece in pieces:
@@ -42,7 +42,7 @@ def text_counts(pieces: Sequence[Piece], num_prompts: int) -> list[int]:
 
 def stream_objective(
     base: nn.Module,
-    stream: Stream,
+    stream: PackedBatch,
     virtual_tokens: Sequence[Tensor],
     counts: Sequence[int],
     teacher_DH: Tensor | None = None,
@@ -110,14 +110,14 @@ class OutOfMemory(RuntimeError):
 def step_gradients(
     engine: Engine,
     base: nn.Module,
-    pieces: Sequence[Piece],
+    pieces: Sequence[PackedRow],
     virtual_tokens: Sequence[Tensor],
     max_tokens: int,
     teachers: Sequence[Tensor] = (),
 ) -> StepResult:
     """``batch_gradients`` of rows that were not prepared ahead."""
     lengths = PromptLengths.of(virtual_tokens)
-    rank = Rank(engine.rank, engine.world_size, engine.device)
+    rank = RankPlace(engine.rank, engine.world_size, engine.device)
     batch = prepare(list(pieces), lengths, rank, max_tokens)
     return batch_gradients(engine, base, batch, virtual_tokens, teachers=teachers)
 
@@ -125,7 +125,7 @@ def step_gradients(
 def batch_gradients(
     engine: Engine,
     base: nn.Module,
-    batch: Batch,
+    batch: StepBatch,
     virtual_tokens: Sequence[Tensor],
     saved: SavedBytes | None = None,
     teachers: Sequence[Tensor] = (),
@@ -168,7 +168,7 @@ def batch_gradients(
             todo.appendleft((part, half_stream))
     # A prompt without rows, as one that has stopped, has no gradient on any rank: none is sent.
     sent = [g for g, count in zip(found.gradients, counts, strict=True) if count]
-    stops = torch.full_like(found.splits, float(stop_signals.asked()))
+    stops = torch.full_like(found.splits, float(stop_signals.stop_requested()))
     engine.all_reduce_sum([found.sums_K, found.splits, stops, *sent])
     engine.end_step()
 
@@ -212,7 +212,7 @@ class _Sums:
         self.splits = torch.zeros(1, device=engine.device)
 
     def add(
-        self, base: nn.Module, stream: Stream, counts: Sequence[int], saved: SavedBytes | None
+        self, base: nn.Module, stream: PackedBatch, counts: Sequence[int], saved: SavedBytes | None
     ) -> str | None:
         """All of a stream or, where there is no memory for it, nothing and the reason."""
         try:

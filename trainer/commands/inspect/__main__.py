@@ -131,11 +131,11 @@ def _share_weights(
     """Each rank measures some of the weights; all get all, in the order of the model."""
     from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
 
-    weights = engine.together(lambda: int8_weights(files, settings))
+    weights = engine.run_on_all(lambda: int8_weights(files, settings))
     by_size = sorted(weights, key=lambda weight: weight.source.shape.numel())
     mine = by_size[engine.rank :: engine.world_size]
     with console.loading(f"reading {settings.model}", stored_bytes(files, mine)) as bar:
-        measured = engine.together(lambda: measure_weights(files, mine, bar.advance))
+        measured = engine.run_on_all(lambda: measure_weights(files, mine, bar.advance))
     found = {error.name: error for part in engine.all_gather(measured) for error in part}
     return [found[weight.name] for weight in weights]
 

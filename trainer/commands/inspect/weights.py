@@ -21,7 +21,7 @@ from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.meta_model import build_skeleton, int8_sources
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.shard_loading import row_blocks
-from trainer.model.tensor_locations import RowReader, Source
+from trainer.model.tensor_locations import RowReader, TensorLocation
 
 #: A row whose largest weight is more than this many times its root mean square is an outlier.
 OUTLIER_RATIO = 20.0
@@ -43,7 +43,7 @@ class Weight:
 
     name: str
     group: str
-    source: Source
+    source: TensorLocation
 
 
 @dataclass(frozen=True)

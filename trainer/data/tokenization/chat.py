@@ -13,10 +13,16 @@ from typing import Any
 
 from trainer.config import Task
 from trainer.data.column_parsers import is_learned
-from trainer.data.token_table import Block, Example
-from trainer.data.tokenization.chat_template import ChatTemplate, Endless, Mark, Messages, Tools
-from trainer.data.tokenization.report import BEHIND_PROMPT, Found, too_long
-from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.data.token_table import Example, TokenBlock
+from trainer.data.tokenization.chat_template import (
+    ChatTemplate,
+    Messages,
+    TemplateLimitExceeded,
+    TokenSpan,
+    Tools,
+)
+from trainer.data.tokenization.report import BEHIND_PROMPT, TokenizationReport, too_long
+from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
 Spans = list[tuple[int, int]]
@@ -57,7 +63,7 @@ class DialogueEncoder:
 
     def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
         self.template = ChatTemplate(tokenizer, date)
-        self._encoder = TextEncoder(tokenizer)
+        self._encoder = TextTokenizer(tokenizer)
 
     def opening(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Token ids of a dialogue up to where the assistant answers, to generate from."""
@@ -91,7 +97,7 @@ class DialogueEncoder:
             edges += (len(opening), len(until))
         return self._cut(whole, edges)
 
-    def _marked(self, messages: Messages, tools: Tools) -> list[Mark] | None:
+    def _marked(self, messages: Messages, tools: Tools) -> list[TokenSpan] | None:
         """What the template marks, if that is one run of tokens for each turn of the assistant."""
         marks = self.template.marked(messages, tools) or []
         # Where a mark begins on a character without a token, transformers leaves turns out.
@@ -99,7 +105,7 @@ class DialogueEncoder:
         return marks if len(marks) == turns else None
 
     def _within_marks(
-        self, messages: Messages, tools: Tools, whole: str, marks: Sequence[Mark]
+        self, messages: Messages, tools: Tools, whole: str, marks: Sequence[TokenSpan]
     ) -> Dialogue:
         """What is marked, from the end of the generation prompt on."""
         ids, merged = self.template.ids(whole), False
@@ -160,7 +166,7 @@ def encode_opening(tokenizer: Any, text: str, date: datetime.date | None = None)
     """
     try:
         return DialogueEncoder(tokenizer, date).opening([{"role": "user", "content": text}])
-    except Endless as error:
+    except TemplateLimitExceeded as error:
         raise BadInput(f"base.model: {_endless(error)}") from None
     except ValueError as error:
         raise BadInput(f"base.model: {error}") from None
@@ -180,15 +186,15 @@ def _encoder(tokenizer: Any, task: Task, date: datetime.date | None) -> Dialogue
         )
     try:
         return DialogueEncoder(tokenizer, date)
-    except Endless as error:
+    except TemplateLimitExceeded as error:
         raise BadInput(f"{setting}: {_endless(error)}") from None
 
 
-def _endless(error: Endless) -> str:
+def _endless(error: TemplateLimitExceeded) -> str:
     return f"the chat template of base.model {error}; repair the template"
 
 
-class DialogueFitter:
+class DialogueRowTokenizer:
     """Dialogues within ``max_length`` tokens, by the policy of the task.
 
     Where a dialogue is cut, its oldest turns go, but for those of the system; it begins with a
@@ -210,9 +216,11 @@ class DialogueFitter:
         self.encode = _encoder(tokenizer, task, date)
         self.limit = BEHIND_PROMPT
 
-    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+    def __call__(
+        self, first: int, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[TokenBlock, TokenizationReport]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
-        found, examples = Found(len(rows)), list[Example]()
+        found, examples = TokenizationReport(len(rows)), list[Example]()
         for row, values in enumerate(rows, start=first):
             tools = None if self.task.tools is None else values.get(self.task.tools)
             try:
@@ -220,7 +228,7 @@ class DialogueFitter:
             except ValueError as error:
                 found.problem(row, f"{self.task.messages}: {error}")
                 continue
-            except Endless as error:  # the next row would take as long
+            except TemplateLimitExceeded as error:  # the next row would take as long
                 raise BadInput(
                     f"tasks.{self.task.name}.messages: row {row + 1}: {_endless(error)}"
                 ) from None
@@ -228,9 +236,9 @@ class DialogueFitter:
                 examples.append(Example(tuple(fitted.ids), tuple(fitted.spans), row))
                 if fitted.merged:
                     found.merge(row)
-        return Block.of(examples), found
+        return TokenBlock.of(examples), found
 
-    def _fit(self, messages: Messages, tools: Tools, found: Found) -> Dialogue | None:
+    def _fit(self, messages: Messages, tools: Tools, found: TokenizationReport) -> Dialogue | None:
         """The dialogue, whole or cut, or None if the row is skipped; raises ValueError."""
         dialogue = self.encode(messages, tools)
         if len(dialogue.ids) <= self.max_length:

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.data.column_parsers import content_of
 from trainer.data.token_table import runs
-from trainer.data.tokenization.cpu_limit import TookTooLong, cpu_limit
+from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -38,12 +38,12 @@ _STRFTIME_NOW = (
 )
 
 
-class Endless(Exception):
+class TemplateLimitExceeded(Exception):
     """A template takes too long, or writes too much: it would do so for every dialogue."""
 
 
 @dataclass(frozen=True)
-class Mark:
+class TokenSpan:
     """What a template marks, as (start, stop) of tokens and of characters."""
 
     tokens: tuple[int, int]
@@ -81,7 +81,9 @@ class ChatTemplate:
         if len(text) > MOST_CHARACTERS:
             given = len(json.dumps([list(messages), tools], default=str))
             if len(text) > MOST_TIMES * given:
-                raise Endless(f"writes {len(text):,} characters for a dialogue of {given:,}")
+                raise TemplateLimitExceeded(
+                    f"writes {len(text):,} characters for a dialogue of {given:,}"
+                )
         return text
 
     def ids(self, text: str) -> list[int]:
@@ -89,7 +91,7 @@ class ChatTemplate:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
 
-    def marked(self, messages: Messages, tools: Tools = None) -> list[Mark] | None:
+    def marked(self, messages: Messages, tools: Tools = None) -> list[TokenSpan] | None:
         """What the template marks with ``{% generation %}``, in order; None if it marks nothing.
 
         Raises:
@@ -109,7 +111,7 @@ class ChatTemplate:
         marks = []
         for start, stop in runs(mask):
             first, last = (encoded.token_to_chars(token) for token in (start, stop - 1))
-            marks.append(Mark((start, stop), (first.start, last.end)))
+            marks.append(TokenSpan((start, stop), (first.start, last.end)))
         return marks
 
     def _apply(self, messages: Messages, tools: Tools, **how: Any) -> Any:
@@ -119,10 +121,10 @@ class ChatTemplate:
                 how["chat_template"] = _on(self._date or datetime.date.today(), source)
             with cpu_limit(CPU_SECONDS):
                 return self._tokenizer.apply_chat_template(turns, tools=tools, **how)
-        except TookTooLong:
-            raise Endless(f"takes more than {CPU_SECONDS:g} s of CPU time") from None
+        except CpuLimitExceeded:
+            raise TemplateLimitExceeded(f"takes more than {CPU_SECONDS:g} s of CPU time") from None
         except MemoryError:
-            raise Endless("takes more memory than there is") from None
+            raise TemplateLimitExceeded("takes more memory than there is") from None
         except Exception as error:  # Jinja's, or what the template itself raises
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"the chat template refuses this dialogue: {reason}") from None

@@ -13,7 +13,7 @@ _TURN_SECONDS = 0.1
 _IDLE_TURNS = 50
 
 
-class TookTooLong(Exception):
+class CpuLimitExceeded(Exception):
     """The code has used more CPU time than it may."""
 
 
@@ -52,7 +52,7 @@ class _Watcher:
                 for thread, limit in self._limits.items():
                     if thread not in self._ended and _cpu_seconds(thread) > limit:
                         self._ended.add(thread)
-                        _raise_in(thread, TookTooLong)
+                        _raise_in(thread, CpuLimitExceeded)
 
 
 _watcher = _Watcher()

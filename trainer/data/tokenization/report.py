@@ -8,18 +8,18 @@ from typing import Any, Protocol
 
 from trainer.config import Task
 from trainer.data.row_validation import MOST_PROBLEMS
-from trainer.data.token_table import Block
+from trainer.data.token_table import TokenBlock
 
-#: ``Fitter.limit`` where virtual tokens stand in front.
+#: ``RowTokenizer.limit`` where virtual tokens stand in front.
 BEHIND_PROMPT = "(context minus virtual tokens)"
 
 
-#: Numbers of a ``Found`` that are kept beside a table.
+#: Numbers of a ``TokenizationReport`` that are kept beside a table.
 COUNTS = ("skipped", "truncated", "merged", "first_merged")
 
 
 @dataclass
-class Found:
+class TokenizationReport:
     """What became of some rows, or of all.
 
     Attributes:
@@ -49,7 +49,7 @@ class Found:
             first, before = self.problems.get(text, (row, 0))
             self.problems[text] = (first, before + rows)
 
-    def add(self, other: Found) -> None:
+    def add(self, other: TokenizationReport) -> None:
         self.rows += other.rows
         self.skipped += other.skipped
         self.truncated += other.truncated
@@ -62,7 +62,7 @@ class Found:
         self.count += other.count - kept
 
 
-class Fitter(Protocol):
+class RowTokenizer(Protocol):
     """Makes examples of rows. It goes to the workers, so it knows a batch of rows, not their file.
 
     Attributes:
@@ -74,12 +74,14 @@ class Fitter(Protocol):
     max_length: int
     limit: str
 
-    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+    def __call__(
+        self, first: int, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[TokenBlock, TokenizationReport]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
         ...
 
 
-def too_long(num_tokens: int, fitter: Fitter) -> str:
+def too_long(num_tokens: int, fitter: RowTokenizer) -> str:
     """What is wrong with a row that the fitter does not take, and may not leave out or cut."""
     return (
         f"has {num_tokens} tokens, {fitter.max_length} fit {fitter.limit}; shorten it, or set "

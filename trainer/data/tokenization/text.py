@@ -7,13 +7,13 @@ from typing import Any
 
 from trainer.config import Task
 from trainer.data.row_validation import render
-from trainer.data.token_table import Block, Example
-from trainer.data.tokenization.report import BEHIND_PROMPT, Found, too_long
-from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.data.token_table import Example, TokenBlock
+from trainer.data.tokenization.report import BEHIND_PROMPT, TokenizationReport, too_long
+from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
 
-class TextFitter:
+class TextRowTokenizer:
     """Puts inputs and targets together, within ``max_length``, by the policy of the task.
 
     Args:
@@ -30,7 +30,7 @@ class TextFitter:
     ) -> None:
         self.task, self.max_length = task, max_length
         self.prefix, self.choices = prefix, choices
-        self.encoder = TextEncoder(tokenizer)
+        self.encoder = TextTokenizer(tokenizer)
         self.eos = self._eos(tokenizer)
         self.limit = BEHIND_PROMPT
         if prefix:
@@ -68,15 +68,17 @@ class TextFitter:
         if problem:
             raise BadInput(f"tasks.{self.task.name}.choices: {problem}; use other words")
 
-    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+    def __call__(
+        self, first: int, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[TokenBlock, TokenizationReport]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
-        found, examples = Found(len(rows)), list[Example]()
+        found, examples = TokenizationReport(len(rows)), list[Example]()
         for row, (input_ids, targets, merged) in enumerate(self._encoded(rows), start=first):
             fitted = self._fit(row, input_ids, targets, found)
             examples += fitted
             if merged and fitted:
                 found.merge(row)
-        return Block.of(examples), found
+        return TokenBlock.of(examples), found
 
     def _encoded(
         self, rows: Sequence[Mapping[str, Any]]
@@ -102,7 +104,7 @@ class TextFitter:
         ]
 
     def _fit(
-        self, row: int, input_ids: list[int], targets: list[list[int]], found: Found
+        self, row: int, input_ids: list[int], targets: list[list[int]], found: TokenizationReport
     ) -> list[Example]:
         """One example per target, all behind the same input; none if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)

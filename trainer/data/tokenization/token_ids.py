@@ -7,11 +7,11 @@ from typing import Any
 
 from trainer.config import Task
 from trainer.data.column_parsers import NO_LABEL
-from trainer.data.token_table import Block, Example, runs
-from trainer.data.tokenization.report import BEHIND_PROMPT, Found, too_long
+from trainer.data.token_table import Example, TokenBlock, runs
+from trainer.data.tokenization.report import BEHIND_PROMPT, TokenizationReport, too_long
 
 
-class GivenFitter:
+class TokenIdRowReader:
     """Rows of ``tokens`` within ``max_length`` tokens, by the policy of the task.
 
     They are taken as they are, without BOS or EOS of ours. Where a row is cut, it loses its left
@@ -26,17 +26,21 @@ class GivenFitter:
         self.task, self.max_length = task, max_length
         self.limit = BEHIND_PROMPT
 
-    def __call__(self, first: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Block, Found]:
+    def __call__(
+        self, first: int, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[TokenBlock, TokenizationReport]:
         """Examples of consecutive rows, the first of which has the number ``first``."""
         assert self.task.tokens is not None
         names = self.task.tokens
-        found, examples = Found(len(rows)), list[Example]()
+        found, examples = TokenizationReport(len(rows)), list[Example]()
         for row, values in enumerate(rows, start=first):
             example = self._fit(row, values[names.input_ids], values[names.labels], found)
             examples += [example] if example is not None else []
-        return Block.of(examples), found
+        return TokenBlock.of(examples), found
 
-    def _fit(self, row: int, ids: list[int], labels: list[int], found: Found) -> Example | None:
+    def _fit(
+        self, row: int, ids: list[int], labels: list[int], found: TokenizationReport
+    ) -> Example | None:
         setting = f"tasks.{self.task.name}.too_long"
         if len(ids) > self.max_length:
             if self.task.too_long == "skip":

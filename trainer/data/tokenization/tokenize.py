@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import Task
-from trainer.data.dataset import Rows, gold_target
+from trainer.data.dataset import RowDataset, gold_target
 from trainer.data.row_validation import Problems, label_texts, render
 from trainer.data.token_cache import cached, tokenizer_digest
-from trainer.data.token_table import Block, Example, TokenTable, in_memory
-from trainer.data.tokenization.chat import DialogueFitter, encode_opening
+from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory
+from trainer.data.tokenization.chat import DialogueRowTokenizer, encode_opening
 from trainer.data.tokenization.chat_template import reads_date
-from trainer.data.tokenization.report import COUNTS, Fitter, Found
-from trainer.data.tokenization.text import TextFitter
-from trainer.data.tokenization.token_ids import GivenFitter
-from trainer.data.tokenization.tokenizer import TextEncoder
+from trainer.data.tokenization.report import COUNTS, RowTokenizer, TokenizationReport
+from trainer.data.tokenization.text import TextRowTokenizer
+from trainer.data.tokenization.token_ids import TokenIdRowReader
+from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.data.tokenization.worker_pool import in_order
 from trainer.runtime.errors import BadInput
 
@@ -72,7 +72,7 @@ class Tokenized:
 
 
 def tokenize(
-    rows: Rows,
+    rows: RowDataset,
     task: Task,
     tokenizer: Any,
     max_length: int,
@@ -95,18 +95,18 @@ def tokenize(
         BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
             that give no tokens, a tokenizer without EOS, or no row left.
     """
-    fitter: Fitter
+    fitter: RowTokenizer
     if task.messages is not None:
-        fitter = DialogueFitter(task, tokenizer, max_length, date)
+        fitter = DialogueRowTokenizer(task, tokenizer, max_length, date)
     elif task.tokens is not None:
-        fitter = GivenFitter(task, max_length)
+        fitter = TokenIdRowReader(task, max_length)
     else:
-        fitter = TextFitter(task, tokenizer, max_length, prefix)
+        fitter = TextRowTokenizer(task, tokenizer, max_length, prefix)
     return _tokenized(rows, tokenizer, fitter, progress)
 
 
 def tokenize_choices(
-    rows: Rows,
+    rows: RowDataset,
     task: Task,
     tokenizer: Any,
     max_length: int,
@@ -123,12 +123,12 @@ def tokenize_choices(
         BadInput: as ``tokenize``; or two choices give the same tokens.
     """
     assert task.choices is not None, "a task without choices is not scored by likelihood"
-    fitter = TextFitter(task, tokenizer, max_length, prefix, label_texts(task))
+    fitter = TextRowTokenizer(task, tokenizer, max_length, prefix, label_texts(task))
     fitter.check_choices(rows[0])
     return _tokenized(rows, tokenizer, fitter, progress)
 
 
-def gold(rows: Rows, task: Task) -> list[int]:
+def gold(rows: RowDataset, task: Task) -> list[int]:
     """Index in ``task.choices`` of every row's own target."""
     assert task.choices is not None
     index = {choice: i for i, choice in enumerate(task.choices)}
@@ -146,7 +146,7 @@ def encode_input(
     """
     if dialogue:
         return encode_opening(tokenizer, text, date)
-    return TextEncoder(tokenizer).inputs([text])[0]
+    return TextTokenizer(tokenizer).inputs([text])[0]
 
 
 def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
@@ -164,14 +164,16 @@ def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
         )
 
 
-def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -> Tokenized:
+def _tokenized(
+    rows: RowDataset, tokenizer: Any, fitter: RowTokenizer, progress: Progress
+) -> Tokenized:
     """All rows through the fitter: here if they are few, else by workers, or from the cache."""
-    found = Found()
+    found = TokenizationReport()
     many = len(rows) >= MANY_ROWS or len(rows) * _width(fitter) >= MANY_TEXTS
 
-    def make() -> Iterator[Block]:
+    def make() -> Iterator[TokenBlock]:
         nonlocal found
-        found = Found()
+        found = TokenizationReport()
         with progress(f"tokenising {rows.path}", len(rows)) if many else unseen() as advance:
             for block, part in in_order(fitter, _batches(rows, fitter), here=not many):
                 found.add(part)
@@ -190,12 +192,12 @@ def _tokenized(rows: Rows, tokenizer: Any, fitter: Fitter, progress: Progress) -
     return Tokenized(table, count["skipped"], count["truncated"], warning)
 
 
-def _width(fitter: Fitter) -> int:
+def _width(fitter: RowTokenizer) -> int:
     """Targets of every row."""
     return len(getattr(fitter, "choices", None) or [""])
 
 
-def _merge_warning(rows: Rows, task: Task, merged: int, first: int) -> str | None:
+def _merge_warning(rows: RowDataset, task: Task, merged: int, first: int) -> str | None:
     if not merged:
         return None
     if task.messages is not None:
@@ -216,7 +218,7 @@ def _merge_warning(rows: Rows, task: Task, merged: int, first: int) -> str | Non
     )
 
 
-def _batches(rows: Rows, fitter: Fitter) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def _batches(rows: RowDataset, fitter: RowTokenizer) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     size = min(_BATCH_ROWS, max(1, _BATCH_TEXTS // _width(fitter)))
     batch: list[dict[str, Any]] = []
     first = 0
@@ -229,7 +231,7 @@ def _batches(rows: Rows, fitter: Fitter) -> Iterator[tuple[int, list[dict[str, A
         yield first, batch
 
 
-def _check_found(rows: Rows, fitter: Fitter, found: Found) -> None:
+def _check_found(rows: RowDataset, fitter: RowTokenizer, found: TokenizationReport) -> None:
     grouped = Problems(rows.path)
     for text, (row, count) in found.problems.items():
         grouped.add(row, rows.where(row), text, count)
@@ -261,7 +263,7 @@ _NOT_TOKENS = {
 }
 
 
-def _identity(rows: Rows, tokenizer: Any, fitter: Fitter) -> dict[str, Any]:
+def _identity(rows: RowDataset, tokenizer: Any, fitter: RowTokenizer) -> dict[str, Any]:
     """All that a table follows from."""
     return {
         "rows": [rows.digest, len(rows)],
@@ -274,8 +276,8 @@ def _identity(rows: Rows, tokenizer: Any, fitter: Fitter) -> dict[str, Any]:
     }
 
 
-def _date(tokenizer: Any, fitter: Fitter) -> str | None:
+def _date(tokenizer: Any, fitter: RowTokenizer) -> str | None:
     """The day that the chat template of dialogues reads, if it reads one."""
-    if not isinstance(fitter, DialogueFitter) or not reads_date(tokenizer):
+    if not isinstance(fitter, DialogueRowTokenizer) or not reads_date(tokenizer):
         return None
     return (fitter.date or datetime.date.today()).isoformat()

@@ -18,7 +18,7 @@ from typing import Any
 _CONTEXTS = ("\n", ".", "(", "a", "0")
 
 
-class TextEncoder:
+class TextTokenizer:
     """Encodes inputs and targets, with the special tokens that belong in front of a text.
 
     Some tokenizers also close every text with EOS or a separator. That is removed: between input

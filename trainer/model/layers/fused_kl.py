@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from trainer.model.layers.lm_head import Block, FrozenHead, Meeting
+    from trainer.model.layers.lm_head import ExchangePlan, FrozenHead, VocabBlock
 
 
 def taught_losses(
@@ -88,7 +88,9 @@ class _Divergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         states_DS = torch.cat([hidden_DH.detach(), teacher_DH], dim=1)
         # ``meet`` counts what one state and its gradient move; the other's is near enough so.
-        meeting = head.meet(hidden_DH, wants_gradient=wants_gradient, columns=head.in_features)
+        meeting = head.plan_exchange(
+            hidden_DH, wants_gradient=wants_gradient, columns=head.in_features
+        )
         if meeting is None:
             scan = _Scan(head.whole(hidden_DH.device), states_DS, limits, None)
             kl_D, pull_DH = scan.divergence(wants_gradient)
@@ -126,7 +128,11 @@ class _Scan:
     """
 
     def __init__(
-        self, block: Block, states_DS: Tensor, limits: tuple[int, int], meeting: Meeting | None
+        self,
+        block: VocabBlock,
+        states_DS: Tensor,
+        limits: tuple[int, int],
+        meeting: ExchangePlan | None,
     ) -> None:
         logits_bytes, min_columns = limits
         # Of both states: half as many columns as for labels.

@@ -180,7 +180,7 @@ def _lean_rotation(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 _ROTATIONS = {compiled: _lean_rotation(compiled) for compiled in (False, True)}
 
 
-class Lean(nn.Module):
+class FusedModule(nn.Module):
     """What lean modules share; each is mixed into the class of the module that it stands for.
 
     Attributes:
@@ -190,7 +190,7 @@ class Lean(nn.Module):
     compiled = False
 
 
-class LeanGatedMLP(Lean):
+class RecomputedGatedMLP(FusedModule):
     """``down(act(gate(x)) * up(x))``."""
 
     act_fn: nn.Module
@@ -206,7 +206,7 @@ class LeanGatedMLP(Lean):
         return y
 
 
-class LeanJointMLP(Lean):
+class RecomputedPackedMLP(FusedModule):
     """The same with gate and up in one matrix (Phi-3, GLM)."""
 
     activation_fn: nn.Module
@@ -220,7 +220,7 @@ class LeanJointMLP(Lean):
         return y
 
 
-class LeanNorm(Lean):
+class RecomputedRMSNorm(FusedModule):
     """Root-mean-square norm (arXiv 1910.07467)."""
 
     weight: Tensor
@@ -234,7 +234,7 @@ class LeanNorm(Lean):
         return self.weight
 
 
-class LeanOffsetNorm(LeanNorm):
+class RecomputedOffsetRMSNorm(RecomputedRMSNorm):
     """The same whose weight counts from 1 (Gemma)."""
 
     eps: float
@@ -244,7 +244,7 @@ class LeanOffsetNorm(LeanNorm):
         return y
 
 
-class LeanAttention(Lean):
+class RecomputedRotaryAttention(FusedModule):
     """Attention of any family that rotates queries and keys as Llama does (arXiv 2104.09864)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,21 +252,21 @@ class LeanAttention(Lean):
 
 
 #: (Modules whose code is like this, the methods that count, what takes their place).
-KNOWN: tuple[tuple[Any, tuple[str, ...], type[Lean]], ...] = (
-    (LlamaRMSNorm, ("forward",), LeanNorm),
-    (GemmaRMSNorm, ("forward", "_norm"), LeanOffsetNorm),
-    (LlamaMLP, ("forward",), LeanGatedMLP),
-    (Phi3MLP, ("forward",), LeanJointMLP),
+KNOWN: tuple[tuple[Any, tuple[str, ...], type[FusedModule]], ...] = (
+    (LlamaRMSNorm, ("forward",), RecomputedRMSNorm),
+    (GemmaRMSNorm, ("forward", "_norm"), RecomputedOffsetRMSNorm),
+    (LlamaMLP, ("forward",), RecomputedGatedMLP),
+    (Phi3MLP, ("forward",), RecomputedPackedMLP),
 )
 
 
-def lean_class(module: nn.Module) -> type[Lean] | None:
+def lean_class(module: nn.Module) -> type[FusedModule] | None:
     """What does the same as this module and saves less; None if nothing is known to."""
     for known, methods, lean in KNOWN:
         if all(_code(_class(module), name) == _code(known, name) for name in methods):
             act = getattr(module, "act_fn", getattr(module, "activation_fn", None))
             return lean if act is None or type(act) in ACTIVATIONS else None
-    return LeanAttention if _rotates(module) else None
+    return RecomputedRotaryAttention if _rotates(module) else None
 
 
 def lean_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -298,7 +298,7 @@ def make_lean(model: nn.Module) -> None:
 def compile_lean(model: nn.Module) -> None:
     """From now on, every pass is one loop over memory."""
     for module in model.modules():
-        if isinstance(module, Lean):
+        if isinstance(module, FusedModule):
             module.compiled = True
 
 

@@ -124,9 +124,9 @@ class FrozenHead(FrozenLinear):
         stored = self.weight if self.rows is None else self.rows
         return f"{self.in_features}, {self.out_features}, stored={stored.dtype}"
 
-    def meet(
+    def plan_exchange(
         self, x_NH: Tensor, *, wants_gradient: bool, columns: int = 0, num_labels: int = 0
-    ) -> Meeting | None:
+    ) -> ExchangePlan | None:
         """Agree with the ranks that share the head to send it rows, if that is cheaper.
 
         Args:
@@ -148,16 +148,16 @@ class FrozenHead(FrozenLinear):
         if moved + (self._moved if self.keeps else 0) > self.table_bytes:
             return None
         self._moved += moved
-        return Meeting(exchange, len(x_NH), most, bool(any_wants), most_labels)
+        return ExchangePlan(exchange, len(x_NH), most, bool(any_wants), most_labels)
 
-    def block(self) -> Block:
+    def block(self) -> VocabBlock:
         """This rank's part of the weight."""
         if self.rows is None:
-            return Block(self, self.weight, 0)
+            return VocabBlock(self, self.weight, 0)
         first = 0 if self._exchange is None else self._exchange.rank * len(self.rows)
-        return Block(self, self.rows[: max(0, self.out_features - first)], first)
+        return VocabBlock(self, self.rows[: max(0, self.out_features - first)], first)
 
-    def whole(self, device: torch.device) -> Block:
+    def whole(self, device: torch.device) -> VocabBlock:
         """The weight in full; gathered where this rank holds a part."""
         if self._exchange is None:
             return self.block()
@@ -166,13 +166,13 @@ class FrozenHead(FrozenLinear):
         if table is None:
             table = self._exchange.gather(self.rows.to(device))[: self.out_features]
             self._gathered = table if self.keeps else None
-        return Block(self, table, 0)
+        return VocabBlock(self, table, 0)
 
     def _logits(self, x_NH: Tensor) -> Tensor:
         # A product with blocks knows no backward: nobody asks for one through all logits.
         meeting = None
         if not torch.is_grad_enabled():
-            meeting = self.meet(x_NH, wants_gradient=False, columns=self.out_features)
+            meeting = self.plan_exchange(x_NH, wants_gradient=False, columns=self.out_features)
         if meeting is None:
             whole = self.whole(x_NH.device)
             return whole.project(x_NH, 0, self.out_features)
@@ -196,7 +196,7 @@ class FrozenHead(FrozenLinear):
 
 
 @dataclass(frozen=True)
-class Block:
+class VocabBlock:
     """Consecutive rows of a head's weight: a part of the vocabulary.
 
     Attributes:
@@ -238,7 +238,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class ExchangePlan:
     """Ranks that send their rows to each other's blocks.
 
     Attributes:
@@ -261,7 +261,7 @@ class Meeting:
             pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing), value=filler)
         )
 
-    def of_labels(self, num_labels: int) -> Meeting:
+    def of_labels(self, num_labels: int) -> ExchangePlan:
         """The same ranks, to send one row for each label."""
         return replace(self, num_rows=num_labels, most=self.most_labels)
 
@@ -294,7 +294,9 @@ class _LabelLosses(torch.autograd.Function):
         place_N: Tensor | None,
     ) -> Tensor:
         num_labels = 0 if place_N is None else len(place_N)
-        meeting = head.meet(hidden_NH, wants_gradient=wants_gradient, num_labels=num_labels)
+        meeting = head.plan_exchange(
+            hidden_NH, wants_gradient=wants_gradient, num_labels=num_labels
+        )
         pull_NH = None
         # All ranks agree on it: scoring shares positions, training does not.
         assert meeting is None or bool(meeting.most_labels) == (place_N is not None)
@@ -343,7 +345,7 @@ class _Scan:
         place_N: which of the hidden states predicts each label; None: there is one for each.
     """
 
-    block: Block
+    block: VocabBlock
     labels_N: Tensor
     top_N: Tensor
     total_N: Tensor
@@ -355,7 +357,7 @@ class _Scan:
     @classmethod
     def of(
         cls,
-        block: Block,
+        block: VocabBlock,
         hidden_NH: Tensor,
         labels_N: Tensor,
         wants_gradient: bool,

@@ -26,7 +26,7 @@ from trainer.runtime.json_file import read_json
 from trainer.runtime.phase_times import breakdown
 from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
-from trainer.tracking.progress_file import State
+from trainer.tracking.progress_file import ProgressFile
 
 MOST_CURVES = len(COLORS)
 WIDE_GAP = 0.10  #: a drop from validation to OOD validation that is worth a warning
@@ -283,7 +283,7 @@ def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
     prompt = str(next(iter([*(found["prompt"] for found in selected), *names]), "NAME"))
     try_it = f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."'
     commands = [("Try a prompt", try_it)]
-    state = State(output_dir)
+    state = ProgressFile(output_dir)
     store = state.store or f"sqlite:///{output_dir.resolve()}/mlflow.db"
     page = state.stores[store].page if store in state.stores else None
     where = f"mlflow ui --backend-store-uri {shlex.quote(store)}"

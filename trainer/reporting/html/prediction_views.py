@@ -46,7 +46,7 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
-class Example:
+class PredictionExample:
     """One row beside what the prompt gave for it.
 
     Attributes:
@@ -81,7 +81,7 @@ class PredictionReport:
     matrix: list[list[int]] = field(default_factory=list)
     confusions: list[tuple[str, str, int]] = field(default_factory=list)
     title: str = ""
-    examples: list[Example] = field(default_factory=list)
+    examples: list[PredictionExample] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
 
 
@@ -193,9 +193,9 @@ def _probability(record: dict[str, Any]) -> float | None:
     return found
 
 
-def _examples(records: Iterable[dict[str, Any]]) -> list[Example]:
+def _examples(records: Iterable[dict[str, Any]]) -> list[PredictionExample]:
     return [
-        Example(
+        PredictionExample(
             place=str(record.get("place", f"row {record['row']}")),
             input=_text(record.get("input")),
             target=_text(record.get("target")),
