@@ -91,8 +91,8 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             f"{_RESUME}::test_a_second_job_on_the_folder_is_refused",
             f"{_RESUME}::test_its_lock_is_taken_over_at_once_and_given_back",
-            "tests/unit/test_lock.py::test_of_many_at_once_one_gets_it",
-            "tests/unit/test_lock.py::test_a_requeued_job_has_its_own_lock_back",
+            "tests/unit/test_run_lock.py::test_of_many_at_once_one_gets_it",
+            "tests/unit/test_run_lock.py::test_a_requeued_job_has_its_own_lock_back",
         ),
     ),
     32: (

@@ -7,7 +7,7 @@ _EQUIVALENCE = "tests/distributed/test_equivalence.py"
 _MLFLOW = "tests/integration/test_mlflow.py"
 _LOOP = "tests/unit/test_loop.py"
 _ROWS = "tests/unit/test_rows.py"
-_TOKENS = "tests/unit/test_tokens.py"
+_TOKENS = "tests/unit/test_tokenize.py"
 _LAUNCH = "tests/unit/test_launch.py"
 
 #: By the number of the fault: what it is, and the tests.
@@ -23,8 +23,8 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     20: (
         "a gradient is infinite, or spikes",
         (
-            "tests/unit/test_optimization.py::test_non_finite_norm_changes_nothing",
-            "tests/unit/test_optimization.py::test_step_is_clipped_adamw",
+            "tests/unit/test_prompt_optimizer.py::test_non_finite_norm_changes_nothing",
+            "tests/unit/test_prompt_optimizer.py::test_step_is_clipped_adamw",
             "tests/unit/test_bank.py::test_overflow_inside_an_encoder_skips_that_prompt_alone",
             f"{_RUN}::test_a_diverged_prompt_is_stopped_alone",
         ),
@@ -66,7 +66,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         "ranks have uneven rows, or none",
         (
             f"{_EQUIVALENCE}::test_fewer_rows_than_ranks",
-            "tests/unit/test_streams.py::test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks",
+            "tests/unit/test_packed_batch.py::test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks",
         ),
     ),
     26: (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from tests.thread_ranks import on_all_ranks
-from tests.unit.test_head import (
+from tests.unit.test_lm_head import (
     KINDS,
     H,
     N,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.thread_ranks import Post, Thread, on_all_ranks
-from tests.unit.test_head import KINDS, H, V, make_head, slice_by
+from tests.unit.test_lm_head import KINDS, H, V, make_head, slice_by
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.row_exchange import block_rows
 

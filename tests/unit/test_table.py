@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_tokens import make_task, make_tokenizer
+from tests.unit.test_tokenize import make_task, make_tokenizer
 from trainer.data import token_cache
 from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows

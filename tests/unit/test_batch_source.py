@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_tokens import ids, make_tokenizer
+from tests.unit.test_tokenize import ids, make_tokenizer
 from trainer.config import RunConfig
 from trainer.packing.batch_source import Feed, TaskData, load_tasks
 from trainer.runtime.errors import BadInput

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.alone import Alone
 from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
-from tests.unit.test_tokens import EOS, IDS
-from tests.unit.test_tokens import make_tokenizer as make_words
+from tests.unit.test_tokenize import EOS, IDS
+from tests.unit.test_tokenize import make_tokenizer as make_words
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, Task
 from trainer.data.splits import load_rows
