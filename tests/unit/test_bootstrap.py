@@ -16,7 +16,7 @@ from trainer.runtime import bootstrap
 DECOYS = ("json", "argparse", "runpy", "signal", "contextlib", "trainer", "launch")
 PROGRAM = """\
 import json, os, signal, sys
-from trainer import redact
+from trainer.runtime import redact
 print(json.dumps([sys.argv, sys.path, redact.__file__, os.getcwd()]))
 """
 
@@ -111,7 +111,7 @@ def test_modules_of_python_that_a_folder_hides(tmp_path, monkeypatch):
 #: A parent that starts a process and dies; ``late``: before the process could ask for a signal.
 PARENT = """\
 import os, signal, subprocess, sys
-from trainer import bootstrap
+from trainer.runtime import bootstrap
 pid = str(os.getpid()) if sys.argv[1] == "soon" else "1"
 command = bootstrap.command("sleeper", "--parent-death=SIGTERM")
 child = subprocess.Popen(

@@ -132,7 +132,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
 
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
-    monkeypatch.setattr(evaluator_module.stop_signals, "asked", lambda: True)
+    monkeypatch.setattr(evaluator_module.stop_signals, "stop_requested", lambda: True)
     evaluator = Evaluator(Alone(), fake_base(), make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)

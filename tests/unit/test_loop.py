@@ -330,7 +330,7 @@ def test_a_run_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, mo
             return where == "in a validation" and asked > 1
         return where != "in a validation" and toy.loop.progress.step == step - 1 and _training(toy)
 
-    monkeypatch.setattr("trainer.runtime.stop_signals.asked", told)
+    monkeypatch.setattr("trainer.runtime.stop_signals.stop_requested", told)
     with pytest.raises(Stopped):
         toy.run()
     monkeypatch.undo()

@@ -23,7 +23,7 @@ if sys.argv[1] == "train":
     sys.modules["trainer.run"] = types.SimpleNamespace(train=stop)
     from trainer.__main__ import main
     sys.exit(main([sys.argv[2] + "/run.yaml"]))
-from trainer import generate
+from trainer.commands import generate
 generate._generate = stop
 sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"]))
 """
