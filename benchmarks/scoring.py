@@ -132,15 +132,16 @@ def compare() -> list[str]:
 def costs(path: str) -> list[str]:
     """Markdown: what scoring and training cost in a run."""
     from trainer.config import load
+    from trainer.data.task_data import load_tasks
     from trainer.model.checkpoint_files import open_base
-    from trainer.packing.batch_source import Feed, load_tasks
+    from trainer.packing.batch_source import BatchSource
 
     config = load(path)
     files = open_base(config.base)
     base = load_whole(Path(config.base.model), "int8")
     tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
     prompts = [torch.zeros(p.num_virtual_tokens, base.hidden_size) for p in config.prompts]
-    feed, steps = Feed(config, tasks), config.last_step
+    feed, steps = BatchSource(config, tasks), config.last_step
     active = [True] * len(prompts)
     trained = [count(base, feed.next_step(active), prompts, train=True) for _ in range(steps)]
     training = sum(one.total for one in trained)

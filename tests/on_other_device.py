@@ -23,6 +23,7 @@ from tests.unit.test_other_device import PRODUCTS
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
+from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankPlace, prepare, prepare_stream
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.evaluation.generation import StopCriteria, generate
@@ -31,7 +32,7 @@ from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import Feed, load_tasks
+from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.run import embedder, make_bank
 from trainer.runtime.console import Console
@@ -141,7 +142,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         console = Console(nothing, nothing)
         screen = LossInitScorer(config, tasks, evaluator, console)
         bank = make_bank(config, engine, base, files, screen, console.warn)
-    feed, streams = Feed(config, tasks), 0
+    feed, streams = BatchSource(config, tasks), 0
     waits = []
     for _ in range(STEPS):
         Waits.count = 0

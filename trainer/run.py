@@ -32,6 +32,7 @@ from trainer.checkpointing.resume import (
 )
 from trainer.checkpointing.run_lock import Lock, LockLost, acquire
 from trainer.config import RunConfig
+from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.tokenization.chat_date import keep_chat_date, read_chat_date
 from trainer.data.tokenization.chat_template import reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
@@ -46,7 +47,7 @@ from trainer.evaluation.prediction_records import Predictions
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import check_past, embedding_size
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.batch_source import Feed, TaskData, load_tasks
+from trainer.packing.batch_source import BatchSource
 from trainer.prompts.bank import Bank
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.reporting.html import write_missing_report
@@ -148,7 +149,9 @@ def _train(
     begun = without_sources(config) if saved else config
     with times("initialization search"):
         bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
-    feed = Prefetch(Feed(config, tasks), RankPlace(engine.rank, engine.world_size, engine.device))
+    feed = Prefetch(
+        BatchSource(config, tasks), RankPlace(engine.rank, engine.world_size, engine.device)
+    )
     loop = Loop(config, engine, evaluator, tasks, bank, feed, console, times=times)
     if saved is None:
         _begin_alike(engine, bank)

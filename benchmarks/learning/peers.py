@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from trainer.config import RunConfig, load
+from trainer.data.task_data import EvalSet, TaskData, load_tasks
 from trainer.data.token_table import Example
 from trainer.evaluation import metrics
-from trainer.packing.batch_source import EvalSet, Feed, TaskData, load_tasks
+from trainer.packing.batch_source import BatchSource
 
 #: What each arm gives to PEFT, beside the number of virtual tokens.
 ARMS: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ class Data:
         """The rows that each update of our prompts of this task and seed reads, without end."""
         same = (p for p in self.config.prompts if (p.task, p.seed) == (task, seed))
         alone = self.config.model_copy(update={"prompts": [next(same)]})
-        feed = Feed(alone, self.tasks)
+        feed = BatchSource(alone, self.tasks)
         while True:
             yield [piece.example for piece in feed.next_step([True])]
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.config import RunConfig
+from trainer.data.task_data import TaskData, load_tasks
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import Feed, TaskData, load_tasks
+from trainer.packing.batch_source import BatchSource
 from trainer.prompts.init_search import SearchResult
 from trainer.run import make_bank
 from trainer.runtime.console import Console
@@ -146,7 +147,7 @@ def train(
     console = Console(sys.stdout, sys.stderr)
     screen = Told(config, tasks, evaluator, console)
     bank = make_bank(config, engine, base, files, screen, console.warn)
-    feed, before = Feed(config, tasks), engine.gathered_bytes
+    feed, before = BatchSource(config, tasks), engine.gathered_bytes
     for step in range(STEPS):
         for k, prompt in enumerate(config.prompts):
             if bank.active[k] and step == config.prompt_steps(prompt):

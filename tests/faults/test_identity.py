@@ -17,9 +17,9 @@ from tests.unit.run_folder import checkpoint_state
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.resume import find_checkpoint, identity_of
 from trainer.config import RunConfig
+from trainer.data.task_data import load_tasks
 from trainer.model.checkpoint_files import open_base
 from trainer.model.fingerprint import digests_of, file_digest, identity
-from trainer.packing.batch_source import load_tasks
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 

@@ -13,10 +13,10 @@ from tests.alone import Alone
 from tests.unit.test_chat import make_tokenizer
 from tests.unit.test_evaluation import load
 from tests.unit.test_label_prefixes import CHOICES, Knows
+from trainer.data.task_data import TaskData
 from trainer.evaluation.baseline_cache import WORTHWHILE, BaselineCache
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import TaskData
 
 LARGE = int(WORTHWHILE)
 

@@ -185,7 +185,7 @@ def test_what_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> 
 def test_rows_need_no_label(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from trainer.packing.batch_source import load_tasks
+    from trainer.data.task_data import load_tasks
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_base")
     for split in ("train", "valid"):

@@ -16,6 +16,7 @@ from tests.alone import Alone
 from tests.unit.test_chat import TURNS, make_tokenizer, words
 from tests.whole_base import load_whole
 from trainer.config import Base, RunConfig
+from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.teacher import Teacher
 from trainer.evaluation import evaluator as evaluator_module
 from trainer.evaluation import generation
@@ -23,7 +24,6 @@ from trainer.evaluation.evaluator import Evaluator, Request, Scored
 from trainer.evaluation.generation import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import TaskData, load_tasks
 from trainer.runtime.stop_signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]

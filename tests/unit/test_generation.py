@@ -22,12 +22,12 @@ from transformers import (
 from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import Base, RunConfig, Task
+from trainer.data.task_data import EvalSet, load_tasks
 from trainer.evaluation.evaluator import Evaluator, Request, Scored
 from trainer.evaluation.generation import StopCriteria, before_stop, check_targets, generate
 from trainer.model.checkpoint_files import open_base
 from trainer.model.generation_config import read_generation_config
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import EvalSet, load_tasks
 from trainer.runtime.errors import BadInput
 
 ANSWERS = [

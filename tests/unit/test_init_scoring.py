@@ -14,11 +14,12 @@ import torch
 from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
+from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import prepare_stream
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import Feed, load_tasks
+from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.prompts.init_search import SearchResult
 from trainer.prompts.parameter_groups import Unsearched
@@ -66,13 +67,13 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     with screening.working({0: 4, 1: 4}):
         found = screening.losses(asked, embed)
     assert totals == [sum(done)], "the bar ends where all rows are read"
-    assert sum(done) == 4 * len(Feed(config, tasks).next_step([True, True]))
+    assert sum(done) == 4 * len(BatchSource(config, tasks).next_step([True, True]))
     assert [word for ids in looked_up for word in ids] == [w for _, words in asked for w in words]
     assert len(looked_up) == len(asked), "a portion has no more starts than fit into a stream"
     expected = []
     for i, words in asked[:-2]:
         on = [n == i for n in range(2)]
-        rows = [piece.example for piece in Feed(config, tasks).next_step(on)]
+        rows = [piece.example for piece in BatchSource(config, tasks).next_step(on)]
         pieces = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
         start = base(torch.tensor(words), []).detach()
         stream = prepare_stream(pieces, PromptLengths.of([start]), Alone().device)

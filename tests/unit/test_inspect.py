@@ -27,10 +27,10 @@ from trainer.commands.inspect.weights import (
 )
 from trainer.commands.prepare import prepare
 from trainer.config import Base
+from trainer.data.task_data import load_tasks
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.linear import absmax_name
 from trainer.model.layers.quantization import dequantize_rows
-from trainer.packing.batch_source import load_tasks
 from trainer.runtime.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,7 @@ from trainer.config import load
 from trainer.distributed.prefetch import prepare_stream
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import Feed
+from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.training.step import stream_objective
 
@@ -73,7 +73,7 @@ def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
 
 def test_rows_are_those_of_our_prompt(data: peers.Data) -> None:
     settings = next(p for p in data.config.prompts if (p.task, p.seed) == ("triage", 1))
-    feed = Feed(data.config, data.tasks)
+    feed = BatchSource(data.config, data.tasks)
     k = data.config.prompts.index(settings)
     for rows in itertools.islice(data.updates("triage", 1), 3):
         ours = [piece.example.row for piece in feed.next_step([True] * 12) if piece.prompt == k]

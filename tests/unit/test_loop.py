@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from tests.unit.test_chat import make_tokenizer
 from trainer.config import RunConfig
+from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import Prefetch, RankPlace
 from trainer.evaluation.evaluator import Evaluator, Scored
 from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
 from trainer.evaluation.prediction_records import Predictions
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import Feed, load_tasks
+from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.bank import Bank
 from trainer.runtime.console import Console
@@ -140,7 +141,7 @@ class Toy:
             evaluator,
             data,
             self.bank,
-            Prefetch(Feed(self.config, data), RankPlace(0, 1, CPU)),
+            Prefetch(BatchSource(self.config, data), RankPlace(0, 1, CPU)),
             Console(self.out, self.out),
             log=lambda step, _, metrics, name: self.logged.append((step, name, dict(metrics))),
             save=self.save,

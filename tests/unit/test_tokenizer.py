@@ -18,12 +18,12 @@ from tests.unit.test_tokenize import make_tokenizer as make_words
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, Task
 from trainer.data.splits import load_rows
+from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.token_cache import cached
 from trainer.data.tokenization.tokenize import encode_input, tokenize, tokenize_choices
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import TaskData, load_tasks
 from trainer.runtime.errors import BadInput
 
 ANSWERS = (

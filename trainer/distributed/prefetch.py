@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from trainer.model.attention.interface import make_layout
-from trainer.packing.batch_source import Feed
+from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import (
     PackedBatch,
     PackedRow,
@@ -99,7 +99,7 @@ class Prefetch:
     Raises, from ``take``: what went wrong in the thread.
     """
 
-    def __init__(self, feed: Feed, rank: RankPlace) -> None:
+    def __init__(self, feed: BatchSource, rank: RankPlace) -> None:
         self._feed, self._rank = feed, rank
         self._handed_out = feed.state_dict()
         self._ahead: tuple[Any, Future[tuple[StepBatch, Any]]] | None = None

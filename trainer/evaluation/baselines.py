@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.data.task_data import EvalSet, TaskData
 from trainer.data.teacher import Teacher
 from trainer.evaluation.evaluator import Request, Scored
 from trainer.evaluation.majority_baseline import majority_scores
 from trainer.evaluation.prediction_files import baseline_file
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
 from trainer.evaluation.result_table import HAND_WRITTEN, MAJORITY, NO_PROMPT, TEACHER
-from trainer.packing.batch_source import EvalSet, TaskData
 
 #: The split whose rows prompts are ranked by.
 VALIDATION = "validation"

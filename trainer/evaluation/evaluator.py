@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.column_parsers import split_labels
 from trainer.data.label_prefixes import exclusive
+from trainer.data.task_data import EvalSet
 from trainer.data.teacher import Teacher
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import ahead, prepare_stream
@@ -24,7 +25,6 @@ from trainer.evaluation.generation import StopCriteria, generate
 from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.batch_source import EvalSet
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
 from trainer.packing.planning import plan_streams, portions
 from trainer.runtime import stop_signals

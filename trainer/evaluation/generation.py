@@ -18,12 +18,12 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from trainer.config import Task
 from trainer.data.row_validation import MOST_PROBLEMS
+from trainer.data.task_data import EvalSet
 from trainer.data.text_readers import shorten
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.generation_config import logits_processors
 from trainer.model.prompted_model import DecodeStep, PromptedBase
-from trainer.packing.batch_source import EvalSet
 from trainer.runtime.errors import BadInput
 
 BATCH_ROWS = 64

@@ -15,9 +15,9 @@ from trainer.config import Task, template_fields
 from trainer.data.column_parsers import split_labels
 from trainer.data.dataset import RowDataset, gold_target
 from trainer.data.row_validation import render
+from trainer.data.task_data import EvalSet, TaskData
 from trainer.evaluation.metrics import accuracy, label_set_scores
 from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1
-from trainer.packing.batch_source import EvalSet, TaskData
 
 
 def most_frequent(rows: RowDataset, task: Task) -> tuple[str, float]:

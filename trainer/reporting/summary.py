@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from trainer.config import PROJECT_ROOT, RunConfig, dump
+from trainer.data.task_data import TaskData
 from trainer.distributed.deepspeed_engine import Engine, base_bytes
 from trainer.distributed.model_loading import LoadedBase
 from trainer.evaluation.result_table import ResultRow, TaskTable, task_tables
 from trainer.evaluation.score_format import column_title, format_score, score_text, shown_scores
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.model.checkpoint_files import BaseFiles, portable_name
-from trainer.packing.batch_source import TaskData
 from trainer.prompts.peft_adapter import save_peft
 from trainer.reporting.comparison import compare
 from trainer.reporting.html import write_report

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from trainer.config import RunConfig
+from trainer.data.task_data import TaskData
 from trainer.distributed.prefetch import RankPlace, StepBatch, ahead, prepare
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.prompted_model import read_teacher
-from trainer.packing.batch_source import Feed, TaskData
+from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.packing.planning import portions
 from trainer.prompts.init_search import FEWEST, SearchResult, Words
@@ -43,7 +44,7 @@ class LossInitScorer:
         console: Console,
     ) -> None:
         # A feed of its own: the run's begins at the same rows.
-        pieces = Feed(config, tasks).next_step([True] * len(config.prompts))
+        pieces = BatchSource(config, tasks).next_step([True] * len(config.prompts))
         self._rows = [
             [piece for piece in pieces if piece.prompt == i] for i in range(len(config.prompts))
         ]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trainer.config import RunConfig
 from trainer.config.ranking import ScoreKey, score_key
+from trainer.data.task_data import EvalSet, TaskData
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import Prefetch, StepBatch
 from trainer.evaluation.baselines import (
@@ -33,7 +34,6 @@ from trainer.evaluation.evaluator import Evaluator, Request, Scored
 from trainer.evaluation.prediction_records import Predictions, scored_columns
 from trainer.evaluation.score_format import describe, format_score, shown_scores
 from trainer.evaluation.statistics import STANDARD_ERROR
-from trainer.packing.batch_source import EvalSet, TaskData
 from trainer.packing.packed_batch import PromptLengths
 from trainer.prompts.bank import Bank
 from trainer.runtime.console import Console, StepLine

@@ -79,9 +79,9 @@ def _inspect_run(
     """Weights and losses of a run's base; ``saved``: the output folder, for trained prompts."""
     with console.phase("importing torch, transformers and deepspeed", announce=True):
         from trainer.commands.inspect.losses import measure_losses, readers, trained_prompts
+        from trainer.data.task_data import load_tasks
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import open_files
-        from trainer.packing.batch_source import load_tasks
         from trainer.reporting.summary import device_name, versions
 
     engine = Engine(config.engine.timeout_seconds)

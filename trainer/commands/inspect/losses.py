@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from trainer.config import Base, RunConfig, Task
+from trainer.data.task_data import EvalSet, TaskData
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import load
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.model.checkpoint_files import BaseFiles
-from trainer.packing.batch_source import EvalSet, TaskData
 from trainer.prompts.peft_adapter import load_peft
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.runtime.console import Console
