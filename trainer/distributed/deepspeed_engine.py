@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,10 +31,23 @@ from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.runtime.errors import BadInput, PortTaken
-from trainer.runtime.process import left_out
 
-# DeepSpeed's autotuner (0.19.8) loads mlflow where it is installed: a second and 100 MB per rank.
-with left_out("mlflow"):
+
+@contextmanager
+def _import_blocked(library: str) -> Iterator[None]:
+    """Make a library that is not imported yet look as if it were not installed."""
+    if library in sys.modules:
+        yield
+        return
+    sys.modules[library] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[library]
+
+
+# DeepSpeed's autotuner (0.19.8) imports mlflow if installed: a second and 100 MB per rank.
+with _import_blocked("mlflow"):
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import parameter_offload, partition_parameters

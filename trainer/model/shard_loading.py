@@ -7,8 +7,10 @@ and no weight travels between ranks; only the row scales do, once, at the end.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,12 +29,12 @@ from trainer.model.prompted_model import PromptedBase
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.tensor_locations import RowReader, TensorLocation, find_sources
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import freed_at_once
 
 Progress = Callable[[int], None]
 
 #: Bytes read, quantised and put away at a time: what loading needs beyond the shards.
 BLOCK_BYTES = 4 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class WeightSharder(Protocol):
@@ -90,7 +92,7 @@ def load_base(
     """
     started = time.perf_counter()
     sources = find_sources(model, files.parameters.tensors)
-    with freed_at_once(), SafetensorsReader(files.tensors) as reader:
+    with return_freed_memory(), SafetensorsReader(files.tensors) as reader:
         loader = _WeightLoader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -221,6 +223,27 @@ def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
     size = max(1, BLOCK_BYTES // (4 * width))
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
+
+
+@contextmanager
+def return_freed_memory() -> Iterator[None]:
+    """Have glibc return every freed allocation of at least 1 MiB to the system immediately.
+
+    By default glibc raises its mmap threshold and keeps such memory for reuse. Blocks that were
+    read and freed would then stay resident between the shards. Training benefits from reuse, so
+    the thresholds are raised again at the end.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:  # the upper limits of glibc's own adjustment: see mallopt(3)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Process utilities: end with the parent, skip optional imports, check whether a PID is alive.
+"""Process utilities: end with the parent, check whether a PID is alive.
 
 Standard library only.
 """
@@ -9,8 +9,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +18,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 UNFINISHED = "PROMPTSHARD_UNFINISHED"
 #: Environment variable that is set where notes about the rows have been printed already.
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 #: When a process started, where that is unknown.
 UNKNOWN = "unknown"
 
@@ -91,36 +88,3 @@ def read_text(path: str) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return ""
-
-
-@contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Inside, memory of a megabyte or more goes back to the system as it is freed.
-
-    glibc would soon keep it for the next: pieces that are read and done with stay resident then,
-    between those that are held. Training, which takes the same again and again, wants just that.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:  # where glibc's own adjustment ends: see mallopt(3)
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 64 << 20)
-
-
-@contextmanager
-def left_out(library: str) -> Iterator[None]:
-    """Inside, a library that is not loaded yet cannot be imported, as if it were not installed."""
-    if library in sys.modules:
-        yield
-        return
-    sys.modules[library] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[library]
