@@ -15,7 +15,6 @@ import transformers.utils.chat_template_utils as chat_template_utils
 from tests.tokenizers_of_families import make_tokenizer
 from trainer import run
 from trainer.config import Task
-from trainer.data import token_cache
 from trainer.data.splits import load_rows
 from trainer.data.token_table import Example
 from trainer.data.tokenization import chat_template
@@ -23,6 +22,7 @@ from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
 from trainer.data.tokenization.chat_date import CHAT_DATE, keep_chat_date, read_chat_date
 from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
 from trainer.data.tokenization.tokenize import Tokenized, tokenize
+from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.errors import BadInput
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|start|>", "<|channel|>"]
@@ -400,7 +400,7 @@ def test_the_cache_knows_the_day(tmp_path, tokenizer, monkeypatch):
             for _ in range(2):
                 (example,) = tokenize(rows, task, tokenizer, 100, date=day).examples
                 assert list(example.input_ids) == DialogueEncoder(tokenizer, day)(TWO[:2]).ids
-        assert len([p for p in token_cache.cache_folder().iterdir() if p.is_dir()]) == tables
+        assert len([p for p in cache_dir("tokens").iterdir() if p.is_dir()]) == tables
 
 
 def test_a_run_keeps_its_day(tmp_path):

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_tokenize import make_task, make_tokenizer
-from trainer.data import token_cache
 from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows
 from trainer.data.token_cache import cached
 from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory, open_table, write
 from trainer.data.tokenization import tokenize, worker_pool
+from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.errors import BadInput
 
 
@@ -268,7 +268,7 @@ def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
     ]
     assert len(set(found)) == len(found)
     assert ids(metric="exact_match", hand_written=[], max_new_tokens=3) == found[0]
-    places = [path for path in token_cache.cache_folder().iterdir() if path.is_dir()]
+    places = [path for path in cache_dir("tokens").iterdir() if path.is_dir()]
     assert len(places) == len(found), "and nothing else does"
 
 

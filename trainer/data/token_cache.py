@@ -22,6 +22,7 @@ from typing import Any
 import xxhash
 
 from trainer.data.token_table import FORMAT, TokenBlock, TokenTable, open_table, write
+from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.json_file import read_json_object
 
 #: Another number where the same settings give other tokens: a change of how rows are tokenized.
@@ -29,15 +30,6 @@ RULES = 4
 KEPT_SECONDS = 30 * 24 * 3600
 _RECORD = "table.json"
 _BLOCK_BYTES = 1 << 20
-
-
-def cache_folder(kind: str = "tokens") -> Path:
-    """Where tables, or things of another kind, are kept."""
-    own = os.environ.get("PROMPTSHARD_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.path.expanduser(own or f"{shared}/promptshard")
-    # Without a home there is no cache: nothing can be made below a file.
-    return Path(os.devnull if folder.startswith("~") else folder) / kind
 
 
 def cached(
@@ -56,7 +48,7 @@ def cached(
         counts: asked for once they are made; kept beside the table.
     """
     text = json.dumps([FORMAT, RULES, identity], sort_keys=True)
-    place = cache_folder() / hashlib.sha256(text.encode()).hexdigest()[:32]
+    place = cache_dir("tokens") / hashlib.sha256(text.encode()).hexdigest()[:32]
     found = _open(place)
     if found is not None:
         return found

@@ -21,9 +21,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.token_cache import cache_folder, forget_old
+from trainer.data.token_cache import forget_old
 from trainer.data.token_table import Example
 from trainer.runtime import atomic_io
+from trainer.runtime.cache_dir import cache_dir
 
 #: Another number where the same base and rows give other likelihoods: a change of the forward pass.
 RULES = 1
@@ -45,7 +46,7 @@ class BaselineCache:
         versions = [version(name) for name in ("torch", "transformers")]
         self._identity = json.dumps([RULES, versions, identity], sort_keys=True)
         self._num_bytes = num_bytes
-        self.folder = cache_folder("baselines")
+        self.folder = cache_dir("baselines")
 
     def read(self, rows: Sequence[Sequence[Example]]) -> NDArray[np.float64] | None:
         """Negative log-likelihoods [rows, candidates] that ``write`` has kept, or None.

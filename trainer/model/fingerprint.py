@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trainer.data.token_cache import cache_folder
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.model_folder import INDEX, SMALL_FILES
 from trainer.runtime import atomic_io
+from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.json_file import read_json_object
 
 #: Smaller files are read again faster than they are looked up.
@@ -73,7 +73,7 @@ def file_digest(path: Path) -> str:
     if stat.st_size < REMEMBERED_BYTES:
         return _of_file(real)
     key = hashlib.sha256(str(real).encode()).hexdigest()[:32]
-    place = cache_folder("digests") / f"{key}.json"
+    place = cache_dir("digests") / f"{key}.json"
     now = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     with contextlib.suppress(ValueError, KeyError):  # missing or damaged: digested again
         remembered = read_json_object(place)
