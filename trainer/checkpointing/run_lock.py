@@ -1,11 +1,16 @@
-"""One run per output folder: a lock file with a heartbeat, which a dead node cannot keep.
+"""One run per output folder: a lock file with a heartbeat that works on network file systems.
 
-``run.lock`` says who writes to the folder. It is made by link(2): whole, and by one process alone,
-on local and network file systems; flock is not needed. Its holder touches it now and then. A lock
-is taken over, with a word, if its holder is dead for certain: the process is gone from this host,
-the same Slurm job was requeued, or the lock was not touched for ``DEAD_SECONDS``.
+``run.lock`` names the process that writes to the folder. It is created with ``O_EXCL``, which is
+atomic on local file systems and on NFSv3 or later (open(2)). Its holder touches it every
+``BEAT_SECONDS``. Another process takes the lock over only if the holder is certainly dead: the
+process is gone from this host, the same Slurm job was requeued, or the lock was not touched for
+``DEAD_SECONDS``.
 
-Standard library only.
+``filelock.SoftFileLease`` is no replacement: it watches a lock of another host for the whole lease
+before it decides, even the lock of a requeued job, it does not create a deleted lock again, and its
+current versions need Python 3.11.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,19 +25,23 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import UNKNOWN, process_start, read_text
 
 LOCK = "run.lock"
 BEAT_SECONDS = 15.0
-#: Beyond what a network file system may hide a touch for, and a rank may be too busy for a beat.
+#: Longer than a network file system delays a touch and than a busy rank delays a heartbeat.
 DEAD_SECONDS = 120.0
 MAX_BYTES = 1 << 16
 _ATTEMPTS = 10
+_Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class LockLost(RuntimeError):
@@ -41,35 +50,39 @@ class LockLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that a lock belongs to.
+    """The process that holds a lock; the JSON content of the lock file.
 
     Attributes:
-        boot: names this start of the host's kernel.
-        namespace: in which ``pid`` counts: containers of one host have their own.
-        started: of the process, in the kernel's ticks: a number may be used again.
-        since: when it took the lock.
-        job, restarts: of Slurm.
-        token: of this lock alone.
+        boot: ID of the current boot of the host.
+        namespace: PID namespace of ``pid``; containers of one host have different ones.
+        started: start time of the process in kernel ticks, because PIDs are reused.
+        since: time at which it acquired the lock.
+        job, restarts: ID and restart count of the Slurm job.
+        token: unique to this acquisition.
     """
 
     host: str
-    pid: int
+    pid: _Count
     boot: str
     namespace: str
     started: str
     since: str
     job: str | None
-    restarts: int
+    restarts: _Count
     token: str
 
     @staticmethod
     def here() -> Holder:
+        """Describe this process."""
         restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+        namespace = ""
+        with contextlib.suppress(OSError):
+            namespace = os.readlink("/proc/self/ns/pid")
         return Holder(
             host=socket.gethostname(),
             pid=os.getpid(),
             boot=read_text("/proc/sys/kernel/random/boot_id"),
-            namespace=_link("/proc/self/ns/pid"),
+            namespace=namespace,
             started=process_start(os.getpid()),
             since=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             job=os.environ.get("SLURM_JOB_ID"),
@@ -77,278 +90,227 @@ class Holder:
             token=uuid.uuid4().hex,
         )
 
+    def is_local_to(self, ours: Holder) -> bool:
+        """Whether ``ours`` can look this holder's PID up."""
+        place = (self.host, self.boot, self.namespace)
+        return place == (ours.host, ours.boot, ours.namespace)
+
     def why_dead(self, ours: Holder, age: float) -> str | None:
-        """In words, or None if it may be alive.
+        """Return why this holder is certainly dead, or None if it may be alive.
 
         Args:
-            age: seconds since the lock was touched.
+            age: seconds since the lock was last touched.
         """
-        same = (self.host, self.boot, self.namespace) == (ours.host, ours.boot, ours.namespace)
-        if same:
+        if self.is_local_to(ours):
             now = process_start(self.pid)
             alive = now and (now == self.started or UNKNOWN in (now, self.started))
             return None if alive else "that process is gone"
         if self.job is not None and self.job == ours.job and self.restarts < ours.restarts:
             return f"Slurm job {self.job} was requeued"
-        if age > DEAD_SECONDS:
-            return f"it has given no sign for {age:.0f} s"
-        return None
+        return f"no heartbeat for {age:.0f} s" if age > DEAD_SECONDS else None
 
     def __str__(self) -> str:
         job = "" if self.job is None else f" of Slurm job {self.job}"
         return f"process {self.pid} on {self.host}{job}"
 
 
-@dataclass(frozen=True)
-class _ExistingLock:
-    """A lock that is there; ``holder`` is None where it cannot be read."""
+_HOLDER = TypeAdapter(Holder)
 
-    holder: Holder | None
-    token: str
+
+@dataclass(frozen=True)
+class _LockFile:
+    """A lock file as it was read; ``holder`` is None if its content is damaged."""
+
+    content: bytes
     touched: float
+    holder: Holder | None
+
+    def why_dead(self, ours: Holder, now: float) -> str | None:
+        """As ``Holder.why_dead``; ``now`` is in seconds of the file system's clock."""
+        age = now - self.touched
+        if self.holder is not None:
+            return self.holder.why_dead(ours, age)
+        return f"{LOCK} is damaged and {age:.0f} s old" if age > DEAD_SECONDS else None
+
+    def __str__(self) -> str:
+        return f"{self.holder} since {self.holder.since}" if self.holder else "an unknown process"
 
 
 class Lock:
-    """A lock that this process holds, and touches in a thread of its own until ``release``."""
+    """A lock that this process holds. A thread touches the file until ``release``."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
         self.path, self.holder = path, holder
         self._lost: str | None = None
         self._touched = time.time()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Whether the folder is still ours: this process may have been stopped for minutes.
+        """Raise if the lock was lost, for example while this process was suspended.
 
         Raises:
-            LockLost: if another process has taken the lock over.
+            LockLost: another process has taken the lock over.
         """
         if self._lost is not None:
             raise LockLost(self._lost)
 
     def confirm(self) -> None:
-        """``check``, by looking at the file now.
+        """Read the lock file now, then ``check``.
 
         Raises:
             LockLost: as ``check``.
-            OSError: if the file system does not answer.
+            OSError: the file system does not answer.
         """
         self.beat()
         self.check()
 
     def release(self) -> None:
+        """Stop the heartbeat and delete the lock file if it is still this process's."""
         self._done.set()
         self._thread.join(BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            if self._is_ours():
+            if self._is_ours(_read(self.path)):
                 self.path.unlink()
 
     def beat(self) -> None:
-        """Touch the lock; see whether it is still ours."""
-        if self._is_ours():
+        """Touch the lock file, or record that it was lost."""
+        current = _read(self.path)
+        if self._is_ours(current):
             os.utime(self.path)
             self._touched = time.time()
-            return
-        if time.time() - self._touched > DEAD_SECONDS:
-            # Another process may have taken it over in this time, and may have ended since.
-            self._lost = f"{self.path}: is gone, and this process gave no sign for too long"
-            return
-        # Gone: somebody deleted it. If nobody else has the folder since, it is ours.
-        with _proposal(self.path, self.holder) as proposal:
-            if _link_to(proposal, self.path):
-                return
-        found = _look(self.path)
-        now = found.holder if found else None
-        self._lost = f"{self.path}: {now or 'another process'} has taken this run over"
+        elif time.time() - self._touched > DEAD_SECONDS:
+            # Another process may have taken it over meanwhile, and may have ended since.
+            self._lost = f"{self.path}: deleted while this process sent no heartbeat for too long"
+        elif not _create(self.path, self.holder):  # deleted, and nobody has created it since
+            holder = getattr(_read(self.path), "holder", None) or "another process"
+            self._lost = f"{self.path}: {holder} has taken this run over"
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         while not self._done.wait(BEAT_SECONDS) and self._lost is None:
-            with contextlib.suppress(OSError):  # the file system is away; the next beat tries again
+            with contextlib.suppress(OSError):  # retried by the next heartbeat
                 self.beat()
 
-    def _is_ours(self) -> bool:
-        found = _look(self.path)
-        return found is not None and found.token == self.holder.token
+    def _is_ours(self, file: _LockFile | None) -> bool:
+        return file is not None and file.holder == self.holder
 
 
-def acquire(folder: Path, say: Callable[[str], None]) -> Lock:
-    """Take the lock of an output folder, which must be there.
+def acquire(folder: Path, report: Callable[[str], None]) -> Lock:
+    """Acquire the lock of an existing output folder.
 
     Args:
-        say: called when the lock of a dead holder is taken over.
+        report: called with a message if the lock of a dead holder is taken over.
 
     Raises:
-        BadInput: if another process that may be alive holds it.
+        BadInput: another process that may be alive holds the lock.
     """
-    path, ours = folder / LOCK, Holder.here()
-    try:
-        before = _take(path, ours)
-    except _Held as held:
-        raise BadInput(_refusal(folder, path, held.found)) from None
-    if before is not None:
-        say(f"the lock of {folder} was taken over from {before}")
-    return Lock(path, ours)
+    holder = Holder.here()
+    previous = _acquire(folder / LOCK, holder)
+    if previous is not None:
+        report(f"the lock of {folder} was taken over from {previous}")
+    return Lock(folder / LOCK, holder)
 
 
-class _Held(Exception):
-    def __init__(self, found: _ExistingLock | None) -> None:
-        self.found = found
-
-
-def _take(path: Path, ours: Holder) -> str | None:
-    """Make the file ours; whose it was, and why it is no more, if it was a dead holder's.
-
-    Raises:
-        _Held: if its holder may be alive.
-    """
-    with _proposal(path, ours) as proposal:
-        for _ in range(_ATTEMPTS):
-            if _link_to(proposal, path):
-                return None
-            os.utime(proposal)  # the file system's clock, which lock and proposal share
-            found = _look(path)
-            if found is None:
+def _acquire(path: Path, ours: Holder) -> str | None:
+    """Create a lock file; return the dead holder that it was taken over from, if any."""
+    previous, file = None, None
+    for _ in range(_ATTEMPTS):
+        if _create(path, ours):
+            return previous
+        file = _read(path)
+        if file is None:
+            continue
+        # Only one of several processes that see the same stale lock may take it over. The takeover
+        # is guarded by a second lock file, which can also become stale.
+        claim = path.with_name(f"{path.name}.{hashlib.sha256(file.content).hexdigest()[:32]}")
+        _acquire(claim, ours)
+        try:
+            now = _read(path)
+            if now is None or now.content != file.content:
                 continue
-            why = _why_dead(found, ours, proposal.stat().st_mtime)
+            # The file system's clock has stamped both files.
+            why = now.why_dead(ours, claim.stat().st_mtime)
             if why is None:
-                raise _Held(found)
-            # Only one of several processes that see the same stale lock may take it over. The
-            # takeover is guarded by a second lock file, which can also become stale.
-            claim = path.with_name(f"{path.name}.{found.token}")
-            _take(claim, ours)
-            try:
-                now = _look(path)
-                if now is not None and now.token == found.token:
-                    proposal.rename(path)
-                    return f"{found.holder or 'an unknown process'}: {why}"
-            finally:
-                claim.unlink(missing_ok=True)
-    raise _Held(None)
+                break
+            path.unlink()
+            previous = f"{file.holder or 'an unknown process'}: {why}"
+        finally:
+            claim.unlink(missing_ok=True)
+    raise BadInput(_in_use(path, file))
 
 
 def running_process(folder: Path) -> str | None:
-    """Return the process that holds an output folder's lock and may be alive, in words."""
+    """Describe the process that holds an output folder's lock; None if there is none or it died."""
     try:
-        found = _look(folder / LOCK)
+        file = _read(folder / LOCK)
     except (BadInput, OSError):
         return None
-    if found is None or found.holder is None:
+    if file is None or file.holder is None or file.why_dead(Holder.here(), time.time()):
         return None
-    age = max(0.0, time.time() - found.touched)
-    if found.holder.why_dead(Holder.here(), age) is not None:
-        return None
-    return f"{found.holder} since {found.holder.since}"
+    return str(file)
 
 
 def refuse_if_alive(folder: Path) -> None:
-    """Check a lock without writing: whether its holder is alive on this host.
+    """Check, without writing, whether a process of this host holds the lock.
+
+    For holders on other hosts ``acquire`` decides: it knows the file system's clock.
 
     Raises:
-        BadInput: if so.
+        BadInput: such a process is alive.
     """
-    path = folder / LOCK
-    found = _look(path)
-    if found is None or found.holder is None:
+    file, ours = _read(folder / LOCK), Holder.here()
+    if file is None or file.holder is None or not file.holder.is_local_to(ours):
         return
-    # Of others ``acquire`` decides: the age of their lock is not known here.
-    if found.holder.why_dead(Holder.here(), DEAD_SECONDS + 1) is None:
-        raise BadInput(_refusal(folder, path, found))
+    if file.holder.why_dead(ours, 0.0) is None:
+        raise BadInput(_in_use(folder / LOCK, file))
 
 
-def _refusal(folder: Path, path: Path, found: _ExistingLock | None) -> str:
-    holder = found.holder if found else None
-    who = f"{holder} since {holder.since}" if holder else "an unknown process"
+def _in_use(path: Path, file: _LockFile | None) -> str:
     return (
-        f"output_dir: {folder} is in use by {who}; wait for its end or stop it, or give another "
-        f"output_dir (if you know that it is dead, delete {path})"
+        f"output_dir: {path.parent} is in use by {file or 'an unknown process'}; wait for it to "
+        f"end, stop it, or give another output_dir (if it is certainly dead, delete {path})"
     )
 
 
-def _why_dead(found: _ExistingLock, ours: Holder, now: float) -> str | None:
-    age = now - found.touched
-    if found.holder is not None:
-        return found.holder.why_dead(ours, age)
-    return f"{LOCK} cannot be read and is {age:.0f} s old" if age > DEAD_SECONDS else None
-
-
-def _look(path: Path) -> _ExistingLock | None:
-    """The lock that is there now; opened, so that a network file system asks its server.
+def _read(path: Path) -> _LockFile | None:
+    """Read a lock file; opening it makes NFS revalidate its cache.
 
     Raises:
-        BadInput: if there is something else in its place.
+        BadInput: the path is not a readable file.
+        OSError: the file system does not answer.
     """
     try:
-        with path.open("rb") as file:
-            content, touched = file.read(MAX_BYTES), os.fstat(file.fileno()).st_mtime
+        with path.open("rb") as stream:
+            content, touched = stream.read(MAX_BYTES), os.fstat(stream.fileno()).st_mtime
     except FileNotFoundError:
         return None
     except OSError as error:
         if error.errno not in (errno.EISDIR, errno.EACCES, errno.ELOOP):
-            raise  # the file system is away
+            raise
         raise BadInput(
             f"output_dir: {path} cannot be read ({error.strerror}); delete it, or give another "
             "output_dir"
         ) from None
-    holder = _holder(content)
-    if holder is None:
-        return _ExistingLock(None, hashlib.sha256(content).hexdigest()[:32], touched)
-    return _ExistingLock(holder, holder.token, touched)
-
-
-def _holder(content: bytes) -> Holder | None:
-    """The holder in a lock's content; None if that is damaged."""
     try:
-        holder = Holder(**json.loads(content))
-    except (ValueError, TypeError, RecursionError):
-        return None
-    words = (holder.host, holder.boot, holder.namespace, holder.started, holder.since, holder.token)
-    numbers = (holder.pid, holder.restarts)
-    right = all(isinstance(word, str) for word in (*words, holder.job or "")) and all(
-        isinstance(number, int) and 0 <= number < 1 << 31 for number in numbers
-    )
-    return holder if right and holder.token.isalnum() else None
+        holder = _HOLDER.validate_json(content, strict=True)
+    except ValidationError:
+        holder = None
+    return _LockFile(content, touched, holder)
 
 
-@contextlib.contextmanager
-def _proposal(path: Path, holder: Holder) -> Iterator[Path]:
-    """The lock's content under a name of its own, gone afterwards."""
-    proposal = path.with_name(f".{path.name}.{holder.token}")
-    try:
-        with proposal.open("w", encoding="utf-8") as file:
-            json.dump(asdict(holder), file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield proposal
-    finally:
-        proposal.unlink(missing_ok=True)
-
-
-def _link_to(proposal: Path, path: Path) -> bool:
-    """Give the proposal the lock's name if nobody has it. Of many that try, one succeeds."""
-    try:
-        os.link(proposal, path)
-        return True
-    except FileExistsError:
-        # Over NFS the answer to a link that was made may be lost, and the second try refused.
-        return proposal.stat().st_nlink == 2
-    except OSError:  # a file system without hard links
-        return _create(path, proposal.read_bytes())
-
-
-def _create(path: Path, content: bytes) -> bool:
+def _create(path: Path, holder: Holder) -> bool:
+    """Create a lock file; False if the path exists. Of many processes that try, one succeeds."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    return True
-
-
-def _link(path: str) -> str:
     try:
-        return os.readlink(path)
-    except OSError:
-        return ""
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(json.dumps(asdict(holder)).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        raise
+    return True
