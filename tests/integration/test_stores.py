@@ -25,6 +25,7 @@ from tests.integration.test_mlflow import (
 from tests.integration.test_mlflow import store as store
 from tests.mlflow_server import wait_until
 from tests.unit.run_folder import finished_run, log_steps, write_inputs, write_results
+from trainer.reporting.mlflow_note import read_results
 from trainer.runtime.errors import BadInput
 from trainer.tracking import MetricsLog, TrackingClient, sqlite_store
 from trainer.tracking.pusher import SyncResult
@@ -78,7 +79,7 @@ def test_a_store_whose_making_was_interrupted_is_made_again(tmp_path: Path, stor
     Base.metadata.create_all(engine)
     engine.dispose()
     os.utime(own, (1, 1))
-    result = sync_here(folder)
+    result = sync_here(folder, read_results)
     assert result.complete, result.message
     uri = f"sqlite:///{tmp_path}/run %3F 'x' %2541/mlflow.db"
     assert f"mlflow ui --backend-store-uri {shlex.quote(uri)}\n" in result.message
@@ -192,7 +193,7 @@ def test_experiments_and_runs_that_the_environment_names(
     client = client_of(store)
     deleted = client.get_experiment_by_name("support").experiment_id
     client.delete_experiment(deleted)
-    refused = sync_here(finished_run(tmp_path / "second"))
+    refused = sync_here(finished_run(tmp_path / "second"), read_results)
     assert not refused.complete
     assert "experiment 'support' is deleted in MLflow; restore it" in refused.message
     assert f"--experiment-id {deleted}" in refused.message
@@ -205,7 +206,7 @@ def test_experiments_and_runs_that_the_environment_names(
     assert parent.info.run_name == "third"
     assert_complete(tmp_path / "third", store, "by number")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "987654")
-    refused = sync_here(finished_run(tmp_path / "fourth", experiment="promptshard"))
+    refused = sync_here(finished_run(tmp_path / "fourth", experiment="promptshard"), read_results)
     assert "MLFLOW_EXPERIMENT_ID=987654: MLflow has no such experiment" in refused.message
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
 
@@ -219,6 +220,6 @@ def test_experiments_and_runs_that_the_environment_names(
 
 
 def checked(folder: Path) -> SyncResult:
-    result: Any = sync_here(folder)
+    result: Any = sync_here(folder, read_results)
     assert result.complete, result.message
     return result

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tests.unit.run_folder import PROMPTS, finished_run, write_inputs
 from trainer.config import yaml_source
 from trainer.config.tracking import Tracking
+from trainer.reporting.mlflow_note import read_results
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import redact, secrets_of
 from trainer.tracking import MetricsLog, TrackingClient
@@ -345,11 +346,9 @@ def test_files_of_the_folder_may_hold_anything(tmp_path: Path, content: str) -> 
     folder = RunMetadata(write_inputs(tmp_path / "run"))
     for name in ("summary.json", "environment.json", "datasets.json", "tracking.json"):
         (folder.path / name).write_text(content)
-    summary = folder.summary()
     ProgressFile(folder.path)
-    folder.params(), folder.tags(), folder.note(summary), folder.datasets("triage")
-    for prompt in folder.prompts:
-        folder.final_metrics(prompt, summary), folder.final_tags(prompt, summary)
+    folder.params(), folder.tags(), folder.summary(), folder.datasets("triage")
+    assert set(read_results(folder.path).prompts) == set(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -392,14 +391,15 @@ def test_what_mlflow_is_told(tmp_path: Path) -> None:
     assert prompt["seed"] == "0"
     assert prompt["init"].startswith("text: Decide")
     assert folder.prompt_tags(folder.prompts[0])["task"] == "triage"
-    step, scores = folder.final_metrics(folder.prompts[0], folder.summary())
-    assert step == 120
+    results = read_results(folder.path)
+    scores = results.prompts["triage"].metrics
+    assert results.prompts["triage"].step == 120
+    assert results.prompts["triage"].tags == {"stopped": "finished", "selected": "yes"}
     assert scores["validation_accuracy_best"] == PROMPTS["triage"][-1]
     assert scores["validation_accuracy_no_prompt"] == 0.34
     assert scores["validation_accuracy_hand_written"] == 0.69
     assert "validation_loss_hand_written" not in scores  # the task is judged by accuracy
-    note = folder.note(folder.summary())
-    assert "| **triage** (20 virtual tokens), best prompt | 94.0% |" in note
+    assert "| **triage** (20 virtual tokens), best prompt | 94.0% |" in results.note
 
 
 def test_long_values_are_cut_and_say_so() -> None:
@@ -421,11 +421,9 @@ def test_the_run_file_is_parsed_once_until_it_changes(
     folder, parsed = RunMetadata(finished_run(tmp_path)), []
     real = yaml_source.saved
     monkeypatch.setattr(yaml_source, "saved", lambda path: parsed.append(path) or real(path))
-    summary = folder.summary()
     for prompt in folder.prompts:
         folder.prompt_params(prompt)
         folder.prompt_tags(prompt)
-        folder.final_metrics(prompt, summary)
     assert len(parsed) == 1
     path = tmp_path / "run.yaml"
     path.write_text(path.read_text().replace("examples/tiny_base", "another"))

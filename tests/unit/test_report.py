@@ -11,7 +11,7 @@ import yaml
 from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
 from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
-from trainer.tracking.run_metadata import RunMetadata
+from trainer.reporting.mlflow_note import read_results
 
 
 def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     )
     html = write_report(folder).read_text()
     assert '<th class="n">KL divergence</th>' in html
-    note = RunMetadata(folder).note(summary)
+    results = read_results(folder)
+    note = results.note
     assert "| **animals** (20 virtual tokens), best prompt | " in note
     assert "KL divergence" in note
-    prompt = next(p for p in RunMetadata(folder).prompts if p["name"] == "animals")
-    _, scores = RunMetadata(folder).final_metrics(prompt, summary)
+    scores = results.prompts["animals"].metrics
     assert scores["validation_loss_best"] == 0.123
     assert scores["validation_loss_no_prompt"] == 0.777
     assert "validation_loss_hand_written" not in scores

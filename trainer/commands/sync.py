@@ -27,16 +27,18 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     uri = os.environ.pop(URI_VARIABLE, None)
     if chosen.command == "follow":
+        from trainer.reporting.mlflow_note import read_results
         from trainer.tracking import sender_process
 
         with contextlib.suppress(OSError):
             os.nice(10)  # the trainer's processes come first
-        return sender_process.main(chosen.options, uri)
+        return sender_process.main(chosen.options, uri, read_results)
     return _sync(chosen.run_dir, uri)
 
 
 def _sync(run_dir: Path, uri: str | None) -> int:
     from trainer.reporting.html import write_missing_report
+    from trainer.reporting.mlflow_note import read_results
     from trainer.tracking.pusher import sync
     from trainer.tracking.run_files import FolderFiles, mapping
     from trainer.tracking.sender_process import HTTP_LIMITS
@@ -48,7 +50,7 @@ def _sync(run_dir: Path, uri: str | None) -> int:
     if mapping(FolderFiles(run_dir).json("summary.json")).get("status") == "finished":
         write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
     try:
-        result = sync(run_dir, uri)
+        result = sync(run_dir, read_results, uri)
     except BadInput as error:
         print(printable(redact(str(error))), file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from trainer.runtime.redact import redact
 from trainer.tracking import sqlite_store
+from trainer.tracking.final_results import FinalResults
 from trainer.tracking.metrics_log import Line
 from trainer.tracking.progress_file import StoreProgress
 from trainer.tracking.run_metadata import (
@@ -297,17 +298,21 @@ class MlflowStore:
                 f"yours: {sync_command(self.folder.path, self.target.name)}"
             )
 
-    def end(self, status: str, summary: Mapping[str, Any], time: float) -> None:
-        """Scores of the saved adapters, the description, and how and when (unix s) it ended."""
-        if summary:
+    def end(self, status: str, results: FinalResults | None, time: float) -> None:
+        """Send final results and the run's status.
+
+        Args:
+            results: None if the run was killed.
+            time: when the run ended, unix seconds.
+        """
+        if results is not None:
             lines = []
-            for prompt in self.folder.prompts:
-                step, scores = self.folder.final_metrics(prompt, summary)
-                lines.append(Line(time, step, None, str(prompt["name"]), scores))
-                for key, value in self.folder.final_tags(prompt, summary).items():
-                    self.client.set_tag(self.run_ids[str(prompt["name"])], key, value)
+            for name, result in results.prompts.items():
+                lines.append(Line(time, result.step, None, name, dict(result.metrics)))
+                for key, value in result.tags.items():
+                    self.client.set_tag(self.run_ids[name], key, value)
             self.send(lines)
-            note = self.target.hide(self.folder.note(summary))
+            note = self.target.hide(results.note)
             self.client.set_tag(self.run_ids[None], "mlflow.note.content", note)
         last_first = sorted(self.run_ids.items(), key=lambda item: item[0] is None)
         for _, run_id in last_first:  # the parent last

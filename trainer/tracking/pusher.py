@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from trainer.config.tracking import HTTP, scheme_of
 from trainer.runtime.errors import BadInput
+from trainer.tracking.final_results import ReadResults
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line
 from trainer.tracking.mlflow_store import MlflowStore
 from trainer.tracking.progress_file import ProgressFile, StoreProgress
@@ -67,11 +68,21 @@ class SyncResult:
 
 
 class Pusher:
-    """Sends what is new since the last call; keeps ``tracking.json``."""
+    """Sends what is new since the last call; keeps ``tracking.json``.
 
-    def __init__(self, output_dir: Path, target: StoreAddress, state: ProgressFile) -> None:
+    Args:
+        read_results: reads the final results of the folder; required by ``end`` alone.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        target: StoreAddress,
+        state: ProgressFile,
+        read_results: ReadResults | None = None,
+    ) -> None:
         self.folder = RunMetadata(output_dir)
-        self.target, self.state = target, state
+        self.target, self.state, self.read_results = target, state, read_results
         self.progress = state.stores.setdefault(target.name, StoreProgress())
         self.points = 0
         self._store: MlflowStore | None = None
@@ -106,7 +117,9 @@ class Pusher:
         failed = self._send_artifacts(store, self.folder.late_artifacts())
         summary = self._summary()
         status = STATUS.get(str(summary.get("status")), "KILLED")
-        store.end(status, summary, self._ended())
+        assert self.read_results is not None
+        results = self.read_results(self.folder.path) if summary else None
+        store.end(status, results, self._ended())
         self._save(status=status)
         if failed:
             raise failed[0]
@@ -178,10 +191,11 @@ class Pusher:
         self.state.save()
 
 
-def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
+def sync(output_dir: Path | str, read_results: ReadResults, uri: str | None = None) -> SyncResult:
     """Send everything of a run that has ended and that its store does not have; idempotent.
 
     Args:
+        read_results: reads the final results of the folder.
         uri: the store's address, given by the person; default: as ``target.resolve`` chooses.
 
     Raises:
@@ -196,7 +210,7 @@ def sync(output_dir: Path | str, uri: str | None = None) -> SyncResult:
     with target.applied(), folder_lock(output_dir) as free:
         if not free:
             raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
-        pusher = Pusher(output_dir, target, ProgressFile(output_dir))
+        pusher = Pusher(output_dir, target, ProgressFile(output_dir), read_results)
         problem = ""
         for left in (2, 1, 0):
             try:

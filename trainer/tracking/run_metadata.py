@@ -6,26 +6,13 @@ import contextlib
 import getpass
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.ranking import rank
 from trainer.evaluation import prediction_files
-from trainer.evaluation.result_table import (
-    HAND_WRITTEN,
-    MAJORITY,
-    NO_PROMPT,
-    PROMPT,
-    TEACHER,
-    comparable_baselines,
-    task_tables,
-)
-from trainer.evaluation.score_format import column_title
-from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE
 from trainer.tracking.run_files import FolderFiles, mapping, mappings, named
@@ -118,7 +105,7 @@ class RunMetadata(FolderFiles):
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             **_environment_tags(),
         }
-        return _clean(tags)
+        return clean_tags(tags)
 
     @property
     def started(self) -> float | None:
@@ -138,7 +125,7 @@ class RunMetadata(FolderFiles):
             "method": prompt.get("method"),
         }
         common = {k: v for k, v in self.tags().items() if k not in ("kind", "tasks", "command")}
-        return common | _clean(own)
+        return common | clean_tags(own)
 
     def datasets(self, task: str | None = None) -> list[dict[str, Any]]:
         found = mappings(self.json("datasets.json"))
@@ -171,60 +158,6 @@ class RunMetadata(FolderFiles):
 
     def _texts(self, *names: str) -> list[Artifact]:
         return [Artifact(None, p, "", text=True) for n in names if (p := self.file(n))]
-
-    def final_metrics(
-        self, prompt: Mapping[str, Any], summary: Mapping[str, Any]
-    ) -> tuple[int, dict[str, float]]:
-        """Step and scores of the saved adapter, beside those it has to beat.
-
-        Names: ``validation_accuracy_best``, and of the task's own metric also
-        ``validation_accuracy_no_prompt``, ``validation_accuracy_hand_written`` (of the best
-        hand-written prompt) and ``validation_accuracy_majority``. The ending makes MLflow sort them
-        next to their curve; a prefix with a slash would make a section of single points in front of
-        all curves. A distilled prompt's loss is a divergence from its teacher, and so is the one
-        beside it.
-        """
-        result = mapping(mapping(summary.get("prompts")).get(prompt["name"]))
-        metrics = {t["name"]: t.get("metric") for t in self.tasks}
-        metric = metrics.get(str(prompt.get("task"))) or "loss"
-        step = int(result.get("best_step") or summary.get("steps") or 0)
-        scores = {f"{k}_best": v for k, v in _scores(result)}
-        baselines = comparable_baselines(prompt, metric, self.run_file, summary)
-        for kind in (NO_PROMPT, HAND_WRITTEN, TEACHER, MAJORITY):
-            for best in rank([row for row in baselines if row.kind == kind], metric)[:1]:
-                scores |= {
-                    f"{key}_{kind}": value
-                    for key, value in _scores(best.scores)
-                    if key.endswith(f"validation_{metric}")
-                }
-        return step, scores
-
-    def final_tags(self, prompt: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
-        """How a prompt's training ended, and whether it is the best of its task: to filter by."""
-        name = prompt["name"]
-        end = mapping(mapping(mapping(summary.get("prompts")).get(name)).get("stopped"))
-        chosen = mapping(mapping(summary.get("selected")).get(str(prompt.get("task"))))
-        is_selected = name == chosen.get("prompt")
-        return _clean({"stopped": end.get("reason"), "selected": "yes" if is_selected else None})
-
-    def note(self, summary: Mapping[str, Any]) -> str:
-        """The parent run's description (Markdown): the table a person looks for first."""
-        lines = []
-        tables = task_tables(self.run_file, summary)
-        for table in tables:
-            subject = f"**{table.task}**: " if len(tables) > 1 else ""
-            lines += [_cell(subject + table.verdict, 600), ""]
-        for table in tables:
-            titles = " | ".join(map(column_title, table.columns))
-            lines += [f"#### Task {table.task}", "", f"| prompt | {titles} |"]
-            lines += ["|---|" + "---:|" * len(table.columns)]
-            for row in table.rows:
-                label = f"**{row.label}** ({row.detail})" if row.kind == PROMPT else row.label
-                label += f", {row.tag}" if row.tag else ""
-                cells = " | ".join(table.cell(row, column) for column in table.columns)
-                lines.append(f"| {_cell(label)} | {cells} |")
-            lines.append("")
-        return "\n".join(lines)[:MAX_TAG]
 
 
 @dataclass(frozen=True)
@@ -269,7 +202,8 @@ def legal(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)[:MAX_KEY]
 
 
-def _clean(tags: Mapping[str, Any]) -> dict[str, str]:
+def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Drop empty tags; hide credentials in the others and cut them to MLflow's limits."""
     return {legal(k): shorten(redact(str(v)), MAX_TAG) for k, v in tags.items() if v}
 
 
@@ -296,19 +230,3 @@ def _user() -> str | None:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return None
-
-
-def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The scores of a row of ``summary.json``; counts and texts stay behind."""
-    return [
-        (key, float(value))
-        for key, value in row.items()
-        if key.startswith(("validation_", "shifted_validation_"))
-        and not key.endswith(STANDARD_ERROR)
-        and isinstance(value, int | float)
-        and math.isfinite(value)
-    ]
-
-
-def _cell(text: str, most: int = 160) -> str:
-    return shorten(" ".join(text.split()).replace("|", "\\|"), most)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.runtime.errors import BadInput
+from trainer.tracking.final_results import ReadResults
 from trainer.tracking.metrics_log import SYSTEM_FILE, MetricsLog, read_lines
 from trainer.tracking.mlflow_store import Refused
 from trainer.tracking.progress_file import ProgressFile
@@ -48,6 +49,7 @@ HTTP_LIMITS = {
 def follow(
     output_dir: Path,
     uri: str | None,
+    read_results: ReadResults,
     *,
     parent: int,
     stale_summary_ns: int | None,
@@ -66,20 +68,25 @@ def follow(
     while True:
         with folder_lock(output_dir) as free:
             if free:
-                return _follow(output_dir, target, trainer, stale_summary_ns, every)
+                return _follow(output_dir, target, read_results, trainer, stale_summary_ns, every)
         # The sender of an earlier trainer has a few more seconds.
         if trainer.wait(0.5) and trainer.gone:
             return 1
 
 
 def _follow(
-    output_dir: Path, target: StoreAddress, trainer: _Trainer, stale_ns: int | None, every: float
+    output_dir: Path,
+    target: StoreAddress,
+    read_results: ReadResults,
+    trainer: _Trainer,
+    stale_ns: int | None,
+    every: float,
 ) -> int:
     state = ProgressFile(output_dir)
     state.stale_summary_ns = stale_ns
     state.store, state.problem = target.name, None  # also where nothing can be sent yet
     state.save()
-    pusher = Pusher(output_dir, target, state)
+    pusher = Pusher(output_dir, target, state, read_results)
     stop = threading.Event()
     watch: threading.Thread | None = None
     if RunMetadata(output_dir).tracking.get("system_metrics", True):
@@ -242,12 +249,18 @@ class _HidingStream:
         return getattr(self._stream, name)
 
 
-def main(argument: str, uri: str | None) -> int:
-    """``python -m trainer.commands.sync follow``: the options come as one JSON object."""
+def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
+    """Run ``python -m trainer.commands.sync follow``.
+
+    Args:
+        argument: keyword arguments of ``follow`` and ``output_dir``, as a JSON object.
+        uri: the store's address; default: as ``resolve`` chooses.
+        read_results: reads the final results of the folder.
+    """
     options: dict[str, Any] = json.loads(argument)
     output_dir = Path(options.pop("output_dir"))
     try:
-        return follow(output_dir, uri, **options)
+        return follow(output_dir, uri, read_results, **options)
     except BadInput as error:
         write_log(output_dir, StoreAddress("", ""))
         logger.error("%s", error)
