@@ -18,17 +18,20 @@ from torch import nn
 from trainer.checkpointing.async_writer import AsyncCheckpointWriter
 from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
-from trainer.checkpointing.output_folder import OutputFolder, results_can_be_written_later
+from trainer.checkpointing.output_folder import (
+    OutputFolder,
+    archive_earlier_run,
+    results_can_be_written_later,
+    was_archived,
+)
 from trainer.checkpointing.resume import (
-    as_chosen,
-    chosen_before,
+    apply_choices,
+    choice_conditions,
     find_checkpoint,
     finished_summary,
-    identity_of,
-    put_aside,
+    run_identity,
+    saved_choices,
     snapshot,
-    was_put_aside,
-    where_of,
 )
 from trainer.checkpointing.run_lock import Lock, LockLost, acquire
 from trainer.config import RunConfig
@@ -109,13 +112,13 @@ def _train(
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.run_on_all(lambda: check_past(files.config, files.name))
     # A requeued job has already moved the earlier run: what is in the folder is its own.
-    fresh = fresh and not engine.run_on_main(lambda: was_put_aside(output))
+    fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
     with times("load"), console.phase("reading rows"):
         tasks = _read_tasks(engine, files, config, console, date)
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     with times("load"), console.phase("checking the base's files"):
-        identity = identity_of(config, base_identity(engine, files, console), dtype, tasks)
+        identity = run_identity(config, base_identity(engine, files, console), dtype, tasks)
         identity |= {"date of the chat template": date.isoformat()} if date else {}
     saved = engine.run_on_main(
         lambda: None if fresh else find_checkpoint(output, identity, console)
@@ -159,7 +162,7 @@ def _train(
         _load_state(bank, loop, saved)
         console.say(f"resuming from step {loop.progress.step}/{config.last_step}")
     if fresh:  # nothing can be refused any more
-        engine.run_on_main(lambda: put_aside(output, console))
+        engine.run_on_main(lambda: archive_earlier_run(output, console))
     stop_signals.defer()
     if lock is None:
         loop.run()
@@ -187,7 +190,7 @@ def _train(
     folder = OutputFolder(output, log, lock, describe)
 
     def between_steps() -> None:
-        saves.tell()
+        saves.report_problems()
         lock.check()
         if problem := sender.news():
             console.warn(problem)
@@ -322,15 +325,15 @@ def _load(
     saved: SavedCheckpoint | None,
 ) -> tuple[LoadedBase, dict[str, Any]]:
     """The base as a checkpoint was made over it, and what that is comparable with."""
-    where = where_of(config, device_name(engine.device), engine.world_size)
+    where = choice_conditions(config, device_name(engine.device), engine.world_size)
     sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
-    chosen = None if saved is None else chosen_before(saved, where)
+    chosen = None if saved is None else saved_choices(saved, where)
     if chosen is None:
         return load(engine, files, config, console, lengths=sample), where
     loaded = load(
         engine,
         files,
-        as_chosen(config, chosen),
+        apply_choices(config, chosen),
         console,
         lengths=sample,
         kept_bytes=chosen["kept_bytes"],

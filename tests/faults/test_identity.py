@@ -15,7 +15,7 @@ import torch
 from tests.hub_cache import TINY
 from tests.unit.run_folder import checkpoint_state
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.resume import find_checkpoint, identity_of
+from trainer.checkpointing.resume import find_checkpoint, run_identity
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.model.checkpoint_files import open_base
@@ -55,15 +55,15 @@ class Case:
         config = RunConfig.model_validate(self.run)
         files = open_base(config.base)
         tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
-        return identity_of(config, identity(files), self.dtype, tasks)
+        return run_identity(config, identity(files), self.dtype, tasks)
 
     def problems(self) -> list[str]:
         """Names of what differs from the checkpoint, as a person reads them; its remedy is last."""
         with pytest.raises(BadInput) as refused:
             find_checkpoint(Path(self.run["output_dir"]), self.identity(), CONSOLE)
         *differences, remedy = refused.value.problems
-        assert remedy.endswith("give another output_dir, or --fresh to put that run aside")
-        assert all("but " in text and " was begun with " in text for text in differences)
+        assert remedy.endswith("give another output_dir, or use --fresh to archive that run")
+        assert all(", but the run in " in text and " started with " in text for text in differences)
         return [text.split(": is ")[0] for text in differences]
 
 
@@ -174,7 +174,7 @@ def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
         '{"time": 1.0, "step": 120, "useful_tokens": 3, "prompt": null, "metrics": {}}\n'
     )
     assert find_checkpoint(tmp_path, {}, Console(said, said)) is None
-    assert "120 step(s) were logged, but there is no checkpoint" in said.getvalue()
+    assert "120 step(s) were logged, but no checkpoint was saved" in said.getvalue()
 
 
 def test_digests_of_large_files_are_remembered_until_they_change(

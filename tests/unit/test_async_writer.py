@@ -1,4 +1,4 @@
-"""Checkpoints in the background: what waits, what gives way, and who hears of failures."""
+"""Checkpoints in the background: queueing, replacement, and reports of failures."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def at(step: int) -> Callable[[], Snapshot]:
 
 
 class Disk:
-    """A disk that writes when it is told to, or is full."""
+    """A disk that writes on request, or is full."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.begun, self.full = threading.Event(), threading.Event(), False
         self.steps: list[int] = []
         write = checkpoint.write
 
-        def slow(folder: Path, taken: Snapshot, *rest: Any) -> Path:
+        def slow(folder: Path, snapshot_: Snapshot, *rest: Any) -> Path:
             self.begun.set()
             assert self.go.wait(GO)
-            self.steps.append(taken.step)
+            self.steps.append(snapshot_.step)
             if self.full:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return write(folder, taken, *rest)
+            return write(folder, snapshot_, *rest)
 
         monkeypatch.setattr(checkpoint, "write", slow)
 
@@ -67,7 +67,7 @@ def test_a_slow_disk_makes_checkpoints_rarer_and_steps_no_longer(
     assert disk.steps == [1, 4, 5]
 
 
-def test_what_is_saved_is_what_was_there_then(tmp_path: Path, disk: Disk) -> None:
+def test_a_snapshot_does_not_change_later(tmp_path: Path, disk: Disk) -> None:
     state = {"progress": {"step": 1}}
     with AsyncCheckpointWriter(tmp_path, 1, print) as saves:
         saves.save(lambda: snapshot(1, {}, state))
@@ -78,20 +78,22 @@ def test_what_is_saved_is_what_was_there_then(tmp_path: Path, disk: Disk) -> Non
     assert saved.state == {"progress": {"step": 1}}
 
 
-def test_a_failure_is_told_at_the_next_step_and_in_the_summary(tmp_path: Path, disk: Disk) -> None:
-    said: list[str] = []
+def test_a_failure_is_reported_at_the_next_step_and_in_the_summary(
+    tmp_path: Path, disk: Disk
+) -> None:
+    messages: list[str] = []
     disk.go.set()
-    saves = AsyncCheckpointWriter(tmp_path, 2, said.append)
+    saves = AsyncCheckpointWriter(tmp_path, 2, messages.append)
     saves.save(at(1))
     saves.wait()
     disk.full = True
     saves.save(at(2))
     saves.wait()
-    assert said == [
+    assert messages == [
         "step 2: no checkpoint written: [Errno 28] No space left on device; training continues"
     ]
-    saves.tell()
-    assert len(said) == 1, "said once"
+    saves.report_problems()
+    assert len(messages) == 1, "reported once"
     disk.full = False
     saves.save(at(3))
     saves.wait()
@@ -114,7 +116,7 @@ def test_a_stop_and_a_failure_wait_for_the_write(
     assert newest(tmp_path) is not None
 
 
-def test_a_second_signal_does_not_break_the_write_off(tmp_path: Path, disk: Disk) -> None:
+def test_a_second_signal_does_not_abort_the_write(tmp_path: Path, disk: Disk) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     saves = AsyncCheckpointWriter(tmp_path, 1, print)
     saves.save(at(1))
@@ -131,12 +133,12 @@ def test_a_second_signal_does_not_break_the_write_off(tmp_path: Path, disk: Disk
     assert newest(tmp_path) is not None
 
 
-def test_nothing_is_written_into_a_folder_that_is_another_s(tmp_path: Path) -> None:
+def test_nothing_is_written_after_the_lock_is_lost(tmp_path: Path) -> None:
     def check() -> None:
-        raise LockLost("node-7 has taken this run over")
+        raise LockLost("node-7 has snapshot_ this run over")
 
-    said: list[str] = []
-    with AsyncCheckpointWriter(tmp_path, 1, said.append, check) as saves:
+    messages: list[str] = []
+    with AsyncCheckpointWriter(tmp_path, 1, messages.append, check) as saves:
         saves.save(at(1))
     assert newest(tmp_path) is None
-    assert "node-7 has taken this run over" in said[0]
+    assert "node-7 has snapshot_ this run over" in messages[0]

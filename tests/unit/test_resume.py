@@ -1,4 +1,4 @@
-"""What a resumed run takes over from the one before, and what one leaves alone that has lost it."""
+"""State that a resumed run continues with, and output folders that are archived, lost or full."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trainer.checkpointing.output_folder import (
     OutputFolder,
     OutputLost,
     ResultsNotWritten,
+    archive_earlier_run,
     results_can_be_written_later,
+    was_archived,
 )
 from trainer.checkpointing.resume import (
-    as_chosen,
-    chosen_before,
+    apply_choices,
+    choice_conditions,
     finished_summary,
-    put_aside,
-    was_put_aside,
-    where_of,
+    saved_choices,
 )
 from trainer.checkpointing.run_lock import Lock, LockLost, acquire
 from trainer.checkpointing.saved_state import problem_of, problem_of_encoders
@@ -66,15 +66,15 @@ def config(**sections: Any) -> RunConfig:
 
 
 def saved(run: RunConfig, device: str = "H100", world_size: int = 2) -> SavedCheckpoint:
-    where = where_of(run, device, world_size)
+    where = choice_conditions(run, device, world_size)
     return SavedCheckpoint(1, {}, {"chosen": {"where": where, **CHOSEN}}, Path("c"))
 
 
-def test_autos_are_what_they_were() -> None:
+def test_auto_settings_keep_their_values() -> None:
     run = config()
-    chosen = chosen_before(saved(run), where_of(run, "H100", 2))
+    chosen = saved_choices(saved(run), choice_conditions(run, "H100", 2))
     assert chosen is not None
-    pinned = as_chosen(run, chosen)
+    pinned = apply_choices(run, chosen)
     assert pinned.base.matmul == "int8"
     assert pinned.training.micro_batch_tokens == 777
     assert (pinned.engine.gradient_checkpointing, pinned.engine.shard_group) == (True, 2)
@@ -85,14 +85,14 @@ def test_autos_are_what_they_were() -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        where_of(config(), "H100", 4),
-        where_of(config(), "A100", 2),
-        where_of(config(training={"steps": 8, "micro_batch_tokens": 512}), "H100", 2),
-        where_of(config(engine={"base_memory": "24GB"}), "H100", 2),
+        choice_conditions(config(), "H100", 4),
+        choice_conditions(config(), "A100", 2),
+        choice_conditions(config(training={"steps": 8, "micro_batch_tokens": 512}), "H100", 2),
+        choice_conditions(config(engine={"base_memory": "24GB"}), "H100", 2),
     ],
 )
-def test_they_are_found_anew_elsewhere(where: dict[str, Any]) -> None:
-    assert chosen_before(saved(config()), where) is None
+def test_auto_settings_are_chosen_again_under_other_conditions(where: dict[str, Any]) -> None:
+    assert saved_choices(saved(config()), where) is None
 
 
 class NoSender:
@@ -102,12 +102,12 @@ class NoSender:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), LockLost("another has it")])
-def test_who_has_lost_the_folder_writes_no_more_to_it(tmp_path: Path, error: Exception) -> None:
-    said, sender = io.StringIO(), cast(TrackingClient, NoSender())
-    with pytest.raises(type(error)), _tracked(tmp_path, sender, Console(said, said)):
+def test_a_run_that_lost_its_lock_writes_no_summary(tmp_path: Path, error: Exception) -> None:
+    text, sender = io.StringIO(), cast(TrackingClient, NoSender())
+    with pytest.raises(type(error)), _tracked(tmp_path, sender, Console(text, text)):
         raise error
     summary = tmp_path / "summary.json"
-    assert str(error) in said.getvalue()
+    assert str(error) in text.getvalue()
     if isinstance(error, LockLost):
         assert not summary.exists()
     else:
@@ -120,37 +120,37 @@ def earlier_run(output: Path) -> None:
         (output / name).write_text(name)
 
 
-def test_what_is_put_aside_leaves_no_curves_behind(tmp_path: Path) -> None:
-    output, said = tmp_path / "out", io.StringIO()
+def test_archiving_moves_the_curves_too(tmp_path: Path) -> None:
+    output, text = tmp_path / "out", io.StringIO()
     earlier_run(output)
-    put_aside(output, Console(said, said))
+    archive_earlier_run(output, Console(text, text))
     left = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
-    assert left == ["logs/rank-0.log"], "this very start writes to it"
+    assert left == ["logs/rank-0.log"], "this start already writes to it"
     aside = tmp_path / "out.1"
     assert (aside / "logs" / "system_metrics.jsonl").read_text() == "logs/system_metrics.jsonl"
     assert (aside / "tracking.json").exists()
 
 
-def test_a_requeued_job_puts_an_earlier_run_aside_once(
+def test_a_requeued_job_archives_an_earlier_run_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one that was requeued before it came to that, does it then."""
-    output, said = tmp_path / "out", io.StringIO()
+    """Also if it is requeued before it got that far."""
+    output, text = tmp_path / "out", io.StringIO()
     earlier_run(output)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert not was_put_aside(output)
+    assert not was_archived(output)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert not was_put_aside(output)
-    put_aside(output, Console(said, said))
-    assert was_put_aside(output)
+    assert not was_archived(output)
+    archive_earlier_run(output, Console(text, text))
+    assert was_archived(output)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")  # two commands in one allocation
-    assert not was_put_aside(output)
+    assert not was_archived(output)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert not was_put_aside(output)
+    assert not was_archived(output)
 
 
-def test_a_run_that_begins_anew_with_other_settings_has_curves_of_its_own(tmp_path: Path) -> None:
+def test_a_run_with_other_settings_starts_new_curves(tmp_path: Path) -> None:
     for settings, kept in ((config(), True), (config(training={"steps": 9}), False)):
         earlier_run(tmp_path)
         (tmp_path / "run.yaml").write_text(dump(config()))
@@ -159,17 +159,17 @@ def test_a_run_that_begins_anew_with_other_settings_has_curves_of_its_own(tmp_pa
         assert (tmp_path / "logs" / "system_metrics.jsonl").exists() == kept
 
 
-def test_what_prompts_started_from_may_be_gone_when_a_run_goes_on() -> None:
+def test_a_resumed_run_does_not_need_initial_prompts() -> None:
     prompts = [
         {"name": "p", "task": "x", "num_virtual_tokens": 2, "init": {"from": "/nowhere"}},
         {"name": "q", "task": "x", "num_virtual_tokens": 2, "init": {"text": "a"}},
     ]
     run = config(prompts=prompts)
-    going_on = without_sources(run)
-    assert [prompt.init.from_ for prompt in going_on.prompts] == [None, None]
-    assert going_on.prompts[1] == run.prompts[1]
+    resumed = without_sources(run)
+    assert [prompt.init.from_ for prompt in resumed.prompts] == [None, None]
+    assert resumed.prompts[1] == run.prompts[1]
     assert list(source_problems(run))
-    assert not list(source_problems(going_on))
+    assert not list(source_problems(resumed))
 
 
 def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
@@ -184,9 +184,7 @@ def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
         assert loaded == expected
 
 
-def test_a_move_that_was_killed_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_move_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     for name in (
         "run.yaml",
@@ -196,7 +194,7 @@ def test_a_move_that_was_killed_is_finished(
     ):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(name)
-    (tmp_path / "out.1").mkdir()  # of a person's own
+    (tmp_path / "out.1").mkdir()  # not created by this program
     console = Console(io.StringIO(), io.StringIO())
     move, moved = shutil.move, []
 
@@ -207,12 +205,12 @@ def test_a_move_that_was_killed_is_finished(
 
     monkeypatch.setattr(shutil, "move", killed)
     with pytest.raises(KeyboardInterrupt):
-        put_aside(output, console)
+        archive_earlier_run(output, console)
     monkeypatch.undo()
     assert (output / "run.yaml").exists()
-    put_aside(output, console)
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {
+    archive_earlier_run(output, console)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
         "out.2/run.yaml",
         "out.2/checkpoints/step-1/state",
         "out.2/metrics.jsonl",
@@ -224,7 +222,7 @@ def test_a_move_that_was_killed_is_finished(
 def test_notes_about_rows_are_not_printed_twice(
     monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
-    """``promptshard`` has printed them before it started the ranks."""
+    """``promptshard`` prints them before it starts the ranks."""
     monkeypatch.setattr("trainer.run._check_ends", lambda *_: None)
     monkeypatch.delenv(ROWS_CHECKED, raising=False)
     if checked:
@@ -244,7 +242,7 @@ def test_notes_about_rows_are_not_printed_twice(
 
 
 def lost_folder(output: Path) -> tuple[OutputFolder, MetricsLog, Lock]:
-    """A folder that a run writes to, with one line in its log."""
+    """An output folder with one line in its log."""
     output.mkdir()
     log, lock = MetricsLog(output), acquire(output, print)
     log.log(1, 1, {"train_loss": 1.0}, "p")
@@ -257,17 +255,15 @@ def lost_folder(output: Path) -> tuple[OutputFolder, MetricsLog, Lock]:
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "emptied", "replaced"])
-def test_a_folder_that_is_lost_is_written_again_with_the_state_of_now(
-    tmp_path: Path, how: str
-) -> None:
+def test_a_lost_folder_is_written_again_with_the_current_state(tmp_path: Path, how: str) -> None:
     output = tmp_path / "out"
     folder, log, lock = lost_folder(output)
-    said: list[str] = []
+    messages: list[str] = []
 
     def save() -> None:
         checkpoint.save(output / "checkpoints", 7, {}, checkpoint_state(7, {}), 1)
 
-    folder.check(said.append, save, lambda: None, now=True)
+    folder.check(messages.append, save, lambda: None, now=True)
     if how == "moved":
         output.rename(tmp_path / "elsewhere")
     else:
@@ -275,25 +271,25 @@ def test_a_folder_that_is_lost_is_written_again_with_the_state_of_now(
         if how != "deleted":
             output.mkdir()
         if how == "replaced":
-            (output / "run.yaml").write_text("of somebody else")
+            (output / "run.yaml").write_text("another run")
     log.log(2, 2, {"train_loss": 2.0}, "p")
     with pytest.raises(OutputLost, match="checkpoint step-00000007 and all metrics were written"):
-        folder.check(said.append, save, lambda: None, now=True)
+        folder.check(messages.append, save, lambda: None, now=True)
     lock.release()
-    found = sorted(path.name for path in output.iterdir())
-    assert found == ["checkpoints", "logs", "metrics.jsonl", "run.yaml"]
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["checkpoints", "logs", "metrics.jsonl", "run.yaml"]
     assert (output / "run.yaml").read_text() == "settings"
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
-    assert said == []
+    assert messages == []
 
 
-def test_a_log_that_is_deleted_is_written_again_and_told(tmp_path: Path) -> None:
+def test_a_deleted_log_is_written_again_with_a_warning(tmp_path: Path) -> None:
     folder, log, lock = lost_folder(tmp_path / "out")
-    said: list[str] = []
+    messages: list[str] = []
     log.path.unlink()
-    folder.check(said.append, pytest.fail, pytest.fail, now=True)
+    folder.check(messages.append, pytest.fail, pytest.fail, now=True)
     lock.release()
-    assert said == [f"{log.path} was deleted or moved; written again with all its lines"]
+    assert messages == [f"{log.path} was deleted or moved; written again with all its lines"]
     assert '"train_loss": 1.0' in log.path.read_text()
 
 
@@ -309,7 +305,7 @@ def test_a_full_disk_at_the_end_names_the_file_and_the_remedy(tmp_path: Path) ->
     text = str(failed.value)
     assert text.startswith(f"{tmp_path}/summary.json: cannot be written (No space left on device)")
     assert "the newest checkpoint is step-00000009: free space" in text
-    assert "run the same command" in text
+    assert "rerun the command" in text
 
 
 GOOD = checkpoint_state(5, {"a": 1}, "p", "q")
@@ -364,19 +360,17 @@ def test_a_good_state_has_no_problem() -> None:
         ("loop.feed.0.ahead", [0.5]),
     ],
 )
-def test_a_changed_state_is_passed_over_for_an_older_one(
-    tmp_path: Path, path: str, value: Any
-) -> None:
+def test_a_changed_state_is_skipped_for_an_older_one(tmp_path: Path, path: str, value: Any) -> None:
     if path == "chosen.matmul" and isinstance(value, str):
         value = 1
     older = checkpoint_state(4, {"a": 1}, "p", "q")
     checkpoint.save(tmp_path, 4, {}, older, 9)
     checkpoint.save(tmp_path, 5, {}, changed(path, value), 9)
-    said: list[str] = []
-    saved = checkpoint.newest(tmp_path, said.append, problem_of)
+    messages: list[str] = []
+    saved = checkpoint.newest(tmp_path, messages.append, problem_of)
     assert saved is not None
     assert saved.step == 4
-    (warning,) = said
+    (warning,) = messages
     assert "step-00000005: state.json: " in warning
 
 
@@ -385,6 +379,6 @@ def test_a_changed_state_is_passed_over_for_an_older_one(
     ["[]", "null", "{", '{"status": "failed"}', '{"status": "finished"}', "[" * 99_999]
     + [json.dumps({"status": "finished", "steps": 1, "prompts": p}) for p in ([], {}, 1)],
 )
-def test_a_damaged_summary_is_of_no_finished_run(tmp_path: Path, content: str) -> None:
+def test_a_damaged_summary_is_not_of_a_finished_run(tmp_path: Path, content: str) -> None:
     (tmp_path / "summary.json").write_text(content)
     assert finished_summary(tmp_path) is None

@@ -1,8 +1,8 @@
-"""Checkpoints are written by a thread while training continues.
+"""Write checkpoints in a background thread while training continues.
 
-A step is held up only while its state is copied. One checkpoint is written at a time. While it is,
-the newest snapshot waits in line and takes the place of one that waits there already, so that a
-slow disk makes checkpoints rarer, and never a step longer.
+A step waits only while its state is copied. One checkpoint is written at a time; meanwhile the
+newest snapshot is queued and replaces one that is queued already. A slow disk therefore makes
+checkpoints less frequent, never a step longer.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from trainer.checkpointing.checkpoint import Snapshot
 
 
 class AsyncCheckpointWriter:
-    """The checkpoints of a run, for use in a ``with``: at its end, all that was asked is written.
+    """Writes a run's checkpoints. As a context manager it waits at its end for all writes.
 
     Args:
-        keep: newest checkpoints that are kept.
-        warn: told of what went wrong, by ``tell``, in the thread that trains.
-        check: raises where the folder is no longer ours to write to; called before each write.
+        keep: number of newest checkpoints to keep.
+        warn: called by ``report_problems``, in the training thread, for every failed write.
+        check: called before each write; raises if the output folder is not this run's any more.
 
     Attributes:
-        newest: the newest checkpoint that is on disk, of those of this process.
-        seconds: in which training waited for ``save``.
-        write_seconds: in which the thread wrote.
-        failed: what went wrong, by the step of its checkpoint.
-        replaced: snapshots that gave way to a newer one before they were written.
+        newest: the newest checkpoint that this process has written.
+        seconds: time that training spent in ``save``.
+        write_seconds: time that the thread spent writing.
+        failed: error message by step of the checkpoint.
+        replaced: snapshots that were replaced by a newer one before they were written.
     """
 
     def __init__(
@@ -46,33 +46,36 @@ class AsyncCheckpointWriter:
         self.seconds = self.write_seconds = 0.0
         self.written = self.replaced = 0
         self.failed: dict[int, str] = {}
-        self._untold: list[str] = []
-        self._waiting: Snapshot | None = None
+        self._problems: list[str] = []
+        self._queued: Snapshot | None = None
         self._lock = threading.Condition()
         self._writing = False
 
-    def save(self, take: Callable[[], Snapshot]) -> None:
-        """Copy the state now, have it written soon."""
+    def save(self, copy: Callable[[], Snapshot]) -> None:
+        """Copy the state now and queue it for writing."""
         started = time.perf_counter()
-        taken = take()
+        snapshot = copy()
         with self._lock:
-            self.replaced += self._waiting is not None
-            self._waiting = taken
+            self.replaced += self._queued is not None
+            self._queued = snapshot
             if not self._writing:
                 self._writing = True
-                # A thread of its own for each row of writes: none idles, and none is left to end.
+                # The thread ends when the queue is empty, so none is left to be stopped.
                 threading.Thread(target=self._write, name="checkpoint", daemon=True).start()
         self.seconds += time.perf_counter() - started
 
-    def tell(self) -> None:
-        """Say what went wrong since the last time; called between steps."""
+    def report_problems(self) -> None:
+        """Pass problems since the last call to ``warn``; called between steps."""
         with self._lock:
-            untold, self._untold = self._untold, []
-        for text in untold:
+            problems, self._problems = self._problems, []
+        for text in problems:
             self._warn(text)
 
     def wait(self) -> None:
-        """Until all that was asked is on disk, or has failed; a second Ctrl-C does not end it."""
+        """Wait until every queued checkpoint is written or has failed.
+
+        A Ctrl-C during the wait is raised only afterwards.
+        """
         interrupted: KeyboardInterrupt | None = None
         while True:
             try:
@@ -81,7 +84,7 @@ class AsyncCheckpointWriter:
                 break
             except KeyboardInterrupt as error:
                 interrupted = error
-        self.tell()
+        self.report_problems()
         if interrupted is not None:
             raise interrupted
 
@@ -97,10 +100,10 @@ class AsyncCheckpointWriter:
         self.wait()
 
     def report(self, train_seconds: float) -> dict[str, Any]:
-        """For the summary.
+        """Return the numbers for ``summary.json``.
 
         Args:
-            train_seconds: of this process.
+            train_seconds: training time of this process.
         """
         return {
             "written": self.written,
@@ -112,36 +115,37 @@ class AsyncCheckpointWriter:
         }
 
     def _write(self) -> None:
+        """Write queued snapshots until there is none; the thread's function."""
         while True:
             with self._lock:
-                taken, self._waiting = self._waiting, None
-                if taken is None:
+                snapshot, self._queued = self._queued, None
+                if snapshot is None:
                     self._writing = False
                     self._lock.notify_all()
                     return
             started = time.perf_counter()
-            path, why = self._try(taken)
+            path, why = self._try(snapshot)
             with self._lock:
                 self.write_seconds += time.perf_counter() - started
                 if path is not None:
                     self.newest = path
                     self.written += 1
                 else:
-                    self.failed[taken.step] = why
-                    self._note(
-                        f"step {taken.step}: no checkpoint written: {why}; training continues"
+                    self.failed[snapshot.step] = why
+                    self._add_problem(
+                        f"step {snapshot.step}: no checkpoint written: {why}; training continues"
                     )
 
-    def _try(self, taken: Snapshot) -> tuple[Path | None, str]:
-        """Where it was written, or why it was not."""
+    def _try(self, snapshot: Snapshot) -> tuple[Path | None, str]:
+        """Return the written checkpoint, or None and the reason."""
         try:
             self._check()
-            return checkpoint.write(self.folder, taken, self._keep, self._note), ""
+            return checkpoint.write(self.folder, snapshot, self._keep, self._add_problem), ""
         except OSError as error:
             return None, str(error)
-        except Exception as error:  # the thread must not end without a word
+        except Exception as error:  # an exception would end the thread without a message
             return None, f"{type(error).__name__}: {error}"
 
-    def _note(self, text: str) -> None:
+    def _add_problem(self, text: str) -> None:
         with self._lock:
-            self._untold.append(text)
+            self._problems.append(text)
