@@ -96,19 +96,19 @@ def arm(output: Path, seeds: list[int], steps: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    found = json.loads((output / "summary.json").read_text())
+    results = json.loads((output / "summary.json").read_text())
     gathered, exchanged = (
-        found["communication"][f"{what}_bytes_per_step"] for what in ("gathered", "exchanged")
+        results["communication"][f"{what}_bytes_per_step"] for what in ("gathered", "exchanged")
     )
     return {
         "prompts": len(seeds),
-        "useful_tokens_per_second": found["throughput"]["useful_tokens_per_second"],
-        "train_seconds": found["throughput"]["train_seconds"],
+        "useful_tokens_per_second": results["throughput"]["useful_tokens_per_second"],
+        "train_seconds": results["throughput"]["train_seconds"],
         "gathered_bytes_per_step": gathered,
         "gathered_bytes_per_prompt_step": gathered / len(seeds),
         "layer_bytes_per_prompt_step": (gathered - exchanged) / len(seeds),
         "exchanged_bytes_per_prompt_step": exchanged / len(seeds),
-        "stream_tokens": found["memory"]["stream_tokens"],
+        "stream_tokens": results["memory"]["stream_tokens"],
         "seconds": seconds,
     }
 
@@ -130,23 +130,23 @@ def figures(
     arms: list[dict[str, Any]], bank: dict[str, Any], alone: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Each figure beside what it is to reach."""
-    one, found = arms[0], []
+    one, results = arms[0], []
     for arm in arms[1:]:
         count = arm["prompts"]
         for what, reach in (("layer", EXACT), ("gathered", None)):
             key = f"{what}_bytes_per_prompt_step"
             name = {"layer": "layers gathered", "gathered": "all bytes gathered"}[what]
             name = f"{name} per prompt-step of {count} prompts, x {count} / of one prompt"
-            found.append(figure(name, arm[key] * count / one[key], reach))
+            results.append(figure(name, arm[key] * count / one[key], reach))
     together = sum(run["seconds"] for run in alone)
-    found.append(
+    results.append(
         figure(
             f"wall time of one run of {len(alone)} prompts / {len(alone)} runs",
             bank["seconds"] / together,
             0.5,
         )
     )
-    return found
+    return results
 
 
 def table(report: dict[str, Any]) -> str:

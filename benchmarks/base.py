@@ -248,9 +248,9 @@ def _count_gathers() -> list[int]:
 
     gather, total = partition_parameters._dist_allgather_fn, [0]
 
-    def counted(own: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
-        total[0] += whole.nbytes
-        return gather(own, whole, group)
+    def counted(own: torch.Tensor, full: torch.Tensor, group: Any = None) -> Any:
+        total[0] += full.nbytes
+        return gather(own, full, group)
 
     partition_parameters._dist_allgather_fn = counted
     return total
@@ -269,17 +269,17 @@ def _count_exchanged() -> list[int]:
         collective = getattr(GroupRows, name)
 
         def counted(self: Any, sent: torch.Tensor, *arguments: Any) -> torch.Tensor:
-            found: torch.Tensor = collective(self, sent, *arguments)
-            total[0] += weigh(sent, found)
-            return found
+            received: torch.Tensor = collective(self, sent, *arguments)
+            total[0] += weigh(sent, received)
+            return received
 
         setattr(GroupRows, name, counted)
 
-    count("swap", lambda sent, found: found.nbytes)
-    count("gather", lambda sent, found: found.nbytes)
-    count("scatter_sum", lambda sent, found: sent.nbytes)
-    count("sum", lambda sent, found: 2 * found.nbytes)
-    count("maximum", lambda sent, found: 2 * found.nbytes)
+    count("swap", lambda sent, received: received.nbytes)
+    count("gather", lambda sent, received: received.nbytes)
+    count("scatter_sum", lambda sent, received: sent.nbytes)
+    count("sum", lambda sent, received: 2 * received.nbytes)
+    count("maximum", lambda sent, received: 2 * received.nbytes)
     return total
 
 
@@ -299,8 +299,8 @@ def _live_base(model: torch.nn.Module) -> int:
 def _tensors() -> list[torch.Tensor]:
     """All tensors that are alive, without those that torch.compile only imagines."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    return [tensor for tensor in found if not is_fake(tensor)]
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return [tensor for tensor in tensors if not is_fake(tensor)]
 
 
 def _storages(tensors: Any) -> dict[int, int]:
@@ -352,8 +352,8 @@ def _ranks(folder: Path, arm: str, *arguments: str) -> dict[str, Any]:
         "benchmarks.base", [arm, str(out), str(folder), *arguments], devices, free_port()
     )
     _run(command, environment(os.environ, devices, os.cpu_count() or 1))
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
 
 
 def _python(*arguments: str) -> None:

@@ -90,13 +90,13 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
         }
     )
     task = config.tasks[0]
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     peak = Peak()
 
     def phase(name: str, work: Callable[[], Any]) -> Any:
         started, cpu = time.perf_counter(), time.process_time()
         result = work()
-        found[name] = {
+        figures[name] = {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
             "peak_bytes": peak.most - peak.before,
@@ -107,9 +107,9 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
     read = phase("load", lambda: splits.load_splits(task))
     leaks = phase("leaks", lambda: splits.leaks(task, read))
     phase("read once", lambda: sum(1 for _ in read["train"]))
-    found["leaked"] = [leak.count for leak in leaks]
-    found["rows"] = {name: len(split) for name, split in read.items()}
-    return found
+    figures["leaked"] = [leak.count for leak in leaks]
+    figures["rows"] = {name: len(split) for name, split in read.items()}
+    return figures
 
 
 def main() -> None:

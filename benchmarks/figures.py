@@ -27,10 +27,10 @@ def figure_rows(figures: Sequence[dict[str, Any]]) -> list[str]:
 def machine() -> str:
     """In words: speeds depend on which CPU it is, and on whether it multiplies int8 itself."""
     try:
-        told = Path("/proc/cpuinfo").read_text()
+        cpu_info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        told = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", told, flags=re.MULTILINE)
-    fast = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni") if f" {name}" in told]
+        cpu_info = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpu_info, flags=re.MULTILINE)
+    fast = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni") if f" {name}" in cpu_info]
     words = [model[1].strip() if model else platform.machine(), *fast[:1]]
     return f"{', '.join(words)}, {os.cpu_count()} cores, CPU only"

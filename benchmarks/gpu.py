@@ -216,17 +216,17 @@ def run(folder: Path, arm: str, processes: int, steps: int, *, quick: bool) -> d
     if done.returncode:
         print(f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         return {"failed": done.returncode}
-    found = json.loads((output / "summary.json").read_text())
+    results = json.loads((output / "summary.json").read_text())
     seconds, speed = _timed(output / "metrics.jsonl")
     return {
         "useful_tokens_per_second": speed,
         "step_seconds": seconds,
         "train_loss": _last(output / "metrics.jsonl", "train_loss"),
-        "base_bytes_per_rank": found["memory"]["base_bytes_per_rank"],
-        "peak_gpu_bytes": found["memory"]["peak_gpu_bytes"],
-        "stream_tokens": found["memory"]["stream_tokens"],
-        "gathered_bytes_per_step": found["communication"]["gathered_bytes_per_step"],
-        "load_seconds": found["load"]["seconds"],
+        "base_bytes_per_rank": results["memory"]["base_bytes_per_rank"],
+        "peak_gpu_bytes": results["memory"]["peak_gpu_bytes"],
+        "stream_tokens": results["memory"]["stream_tokens"],
+        "gathered_bytes_per_step": results["communication"]["gathered_bytes_per_step"],
+        "load_seconds": results["load"]["seconds"],
     }
 
 

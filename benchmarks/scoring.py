@@ -117,8 +117,8 @@ def compare() -> list[str]:
         new, old = (count(base, form(made_up_rows(), 0), prompts) for form in (once, for_each))
         figures.append(figure(f"{name}: once / for each choice", new.total / old.total, REACH))
         lines += [
-            f"| {name} | {form} | {found.total / 1e9:.2f} | {found.head / found.total:.1%} |"
-            for form, found in (("for each choice", old), ("once", new))
+            f"| {name} | {form} | {cost.total / 1e9:.2f} | {cost.head / cost.total:.1%} |"
+            for form, cost in (("for each choice", old), ("once", new))
         ]
     return [
         *figure_rows(figures),

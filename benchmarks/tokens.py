@@ -108,30 +108,33 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_base")
     task = Task(name="t", input="{text}\nTopic:", target=" {label}", train="-", too_long="truncate")
     memory = Memory()
-    found: dict[str, Any] = {"rows": count, "quick": quick, "workers": worker_pool.num_cores()}
-    found["before_mb"] = memory.since_last()
+    figures: dict[str, Any] = {"rows": count, "quick": quick, "workers": worker_pool.num_cores()}
+    figures["before_mb"] = memory.since_last()
 
     started = time.perf_counter()
     table = tokenize(MadeUp(count), task, tokenizer, 512).examples
     seconds = time.perf_counter() - started
-    found |= {"tokenise_rows_per_second": count / seconds, "tokenise_mb": memory.since_last()}
-    found["tokens_per_row"] = float(table.lengths.mean())
+    figures |= {"tokenise_rows_per_second": count / seconds, "tokenise_mb": memory.since_last()}
+    figures["tokens_per_row"] = float(table.lengths.mean())
 
     started = time.perf_counter()
     again = tokenize(MadeUp(count), task, tokenizer, 512).examples
-    found |= {"from_cache_seconds": time.perf_counter() - started, "cache_mb": memory.since_last()}
+    figures |= {
+        "from_cache_seconds": time.perf_counter() - started,
+        "cache_mb": memory.since_last(),
+    }
 
     started = time.perf_counter()
     cursor = TokenBudgetSampler(again.lengths, 8192, 0)
-    found["cursor_seconds"] = time.perf_counter() - started
+    figures["cursor_seconds"] = time.perf_counter() - started
     rank = RankPlace(0, 2, torch.device("cpu"))
     started, tokens = time.perf_counter(), 0
     for _ in range(STEPS):
         pieces = [PackedRow(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
         tokens += sum(piece.example.num_tokens for piece in pieces)
         prepare(pieces, PromptLengths((20,), (0,)), rank, 4096)
-    found["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000
-    return found | {"fill": tokens / STEPS / 8192, "steps_mb": memory.since_last()}
+    figures["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000
+    return figures | {"fill": tokens / STEPS / 8192, "steps_mb": memory.since_last()}
 
 
 def main() -> None:
@@ -143,7 +146,7 @@ def main() -> None:
     if args.alone:
         print(json.dumps(measure(args.rows[0], args.quick)))
         return
-    found = []
+    results = []
     for count in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
@@ -153,12 +156,12 @@ def main() -> None:
                 stdout=subprocess.PIPE,
                 check=True,
             )
-        found.append(json.loads(done.stdout))
-        print(json.dumps(found[-1], indent=1), flush=True)
+        results.append(json.loads(done.stdout))
+        print(json.dumps(results[-1], indent=1), flush=True)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    new = {(one["rows"], one["quick"]) for one in found}
+    new = {(one["rows"], one["quick"]) for one in results}
     kept = [one for one in known if (one["rows"], one.get("quick", False)) not in new]
-    RESULTS.write_text(json.dumps(kept + found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(kept + results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

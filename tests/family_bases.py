@@ -324,10 +324,10 @@ def padded_loss(model: Any, rows: Sequence[Example]) -> Tensor:
     return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
 
 
-def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+def errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """Largest difference relative to the largest value; all of them must be numbers."""
     apart = [
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True)
     ]
     assert not any(map(math.isnan, apart)), apart
     return apart

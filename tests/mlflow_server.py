@@ -85,10 +85,10 @@ class Proxy:
                     self.reply(500, {}, b"no")
                     return
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
-                found = requests.request(
+                response = requests.request(
                     self.command, server + self.path, headers=kept, data=body, timeout=60
                 )
-                self.reply(found.status_code, dict(found.headers), found.content)
+                self.reply(response.status_code, dict(response.headers), response.content)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 

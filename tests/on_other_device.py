@@ -110,18 +110,20 @@ def compared_run() -> dict[str, Any]:
     base = load_whole(ROOT / "examples" / "tiny_base", "int8")
     with other_device() as device:
         moved(base)
-        found = run(base, device)
+        result = run(base, device)
     prompts = dict(
         zip(
-            (p["name"] for p in PROMPTS), errors(found["prompts"], expected["prompts"]), strict=True
+            (p["name"] for p in PROMPTS),
+            errors(result["prompts"], expected["prompts"]),
+            strict=True,
         )
     )
     return {
         "prompts": prompts,
-        "scores": [expected["scores"], found["scores"]],
-        "texts": [expected["texts"], found["texts"]],
-        "waits": found["waits"],
-        "streams": found["streams"],
+        "scores": [expected["scores"], result["scores"]],
+        "texts": [expected["texts"], result["texts"]],
+        "waits": result["waits"],
+        "streams": result["streams"],
     }
 
 

@@ -32,10 +32,10 @@ class Post:
         self._meeting.wait()
         if rank == 0:
             self.calls.append(name)
-        taken = list(self._parts)
+        sent = list(self._parts)
         self._meeting.wait()
-        assert {kind for kind, _ in taken} == {name}
-        return [part for _, part in taken]
+        assert {kind for kind, _ in sent} == {name}
+        return [part for _, part in sent]
 
 
 class Thread:
@@ -46,9 +46,9 @@ class Thread:
 
     def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         every = self.post.exchange(self.rank, rows.split(list(sent)), "swap")
-        taken = [parts[self.rank] for parts in every]
-        assert [len(part) for part in taken] == list(received)
-        return torch.cat(taken)
+        own = [parts[self.rank] for parts in every]
+        assert [len(part) for part in own] == list(received)
+        return torch.cat(own)
 
     def gather(self, rows: Tensor) -> Tensor:
         every = self.post.exchange(self.rank, rows, "gather")
@@ -70,5 +70,5 @@ def on_all_ranks(ranks: int, work: Callable[[Thread], T]) -> tuple[list[T], Post
     """What each rank's work gives, and where they met."""
     post = Post(ranks)
     with ThreadPoolExecutor(ranks) as threads:
-        found = [threads.submit(work, Thread(post, rank)) for rank in range(ranks)]
-        return [one.result() for one in found], post
+        futures = [threads.submit(work, Thread(post, rank)) for rank in range(ranks)]
+        return [one.result() for one in futures], post

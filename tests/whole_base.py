@@ -42,8 +42,8 @@ class OneRank:
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
         self.shards.append(shard)
         if self.ranks == 1:
-            whole = nn.Parameter(shard.view(parameter.shape), requires_grad=False)
-            torch.utils.swap_tensors(parameter, whole)
+            full = nn.Parameter(shard.view(parameter.shape), requires_grad=False)
+            torch.utils.swap_tensors(parameter, full)
 
     def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
         self.scales = list(scales)

@@ -71,10 +71,12 @@ def main() -> None:
         print(f"{before} was measured with another budget and is left out", file=sys.stderr)
         kept = {}
     with tempfile.TemporaryDirectory(prefix="promptshard-learning-") as temporary:
-        found = {side: kept.get(side) for side in ("ours", "ours, told", "peers")}
+        results = {side: kept.get(side) for side in ("ours", "ours, told", "peers")}
         files = {
-            side: ours.run_file(Path(temporary) / f"told-{told}", budget, seeds, told=told)
-            for side, told in (("ours", False), ("ours, told", True))
+            side: ours.run_file(
+                Path(temporary) / f"told-{with_text}", budget, seeds, with_text=with_text
+            )
+            for side, with_text in (("ours", False), ("ours, told", True))
         }
         if arguments.only != "peers":
             print("ours, twice ...", file=sys.stderr, flush=True)
@@ -82,12 +84,12 @@ def main() -> None:
             failed = [path for path, process in running.items() if process.wait()]
             if failed:
                 sys.exit(failed[0].with_suffix(".log").read_text()[-4000:])
-            found |= {side: ours.results(path) for side, (path, _) in files.items()}
+            results |= {side: ours.results(path) for side, (path, _) in files.items()}
         if arguments.only != "ours":
             path, texts = files["ours"]
             peers = Peers(path, arguments.workers, texts, budget, seeds)
-            found["peers"] = peers.measure(rates)
-    report = summary({"budget": budget, **found})
+            results["peers"] = peers.measure(rates)
+    report = summary({"budget": budget, **results})
     text = table(report, f"{name}.png")
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
@@ -158,12 +160,12 @@ class Peers:
                     stderr=subprocess.STDOUT,
                 )
             workers.append((process, out, log))
-        found = []
+        records = []
         for process, out, log in workers:
             if process.wait():
                 sys.exit(log.read_text(errors="replace")[-4000:])
-            found += [json.loads(line) for line in out.read_text().splitlines()]
-        return found
+            records += [json.loads(line) for line in out.read_text().splitlines()]
+        return records
 
 
 def moved(rates: list[float], pair: tuple[str, str], done: list[dict[str, Any]]) -> float | None:

@@ -25,27 +25,28 @@ VALIDATION_SEED = 1
 
 def tasks() -> list[dict[str, Any]]:
     """The tasks of the example run files, with a ``text`` for arms that start from one."""
-    found = []
+    sections = []
     for name in EXAMPLES:
         run = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
         for task in run["tasks"]:
             task.pop("shifted_validation")
-            found.append(task)
-    return found
+            sections.append(task)
+    return sections
 
 
 def run_file(
-    folder: Path, budget: dict[str, Any], seeds: Sequence[int], *, told: bool
+    folder: Path, budget: dict[str, Any], seeds: Sequence[int], *, with_text: bool
 ) -> tuple[Path, dict[str, str]]:
     """Write the run file; gives it and the first hand-written instruction of every task.
 
     Args:
-        told: the tasks keep their hand-written instructions, among which a default start chooses.
+        with_text: keep the hand-written instructions of the tasks as candidates for the
+            default initialization.
     """
     chosen = [task for task in tasks() if task["name"] in budget["tasks"]]
     texts = {task["name"]: task["hand_written"][0].strip() for task in chosen}
     for task in chosen:
-        if not told:
+        if not with_text:
             del task["hand_written"]
         task["validation"] = str(_validation(folder, task["name"], budget["validation_rows"]))
     prompts = [
@@ -95,7 +96,7 @@ def train(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 def results(path: Path) -> list[dict[str, Any]]:
     """Of a finished run: its prompts as the peers' jobs are, with ``scores`` by step."""
     run = yaml.safe_load((path.with_suffix("") / "run.yaml").read_text())
-    found = {
+    records = {
         prompt["name"]: {
             "arm": TITLES[prompt["method"]],
             "task": prompt["task"],
@@ -108,9 +109,9 @@ def results(path: Path) -> list[dict[str, Any]]:
     for line in (path.with_suffix("") / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["prompt"] and "validation_loss" in row["metrics"]:
-            found[row["prompt"]]["scores"][str(row["step"])] = {
+            records[row["prompt"]]["scores"][str(row["step"])] = {
                 key.removeprefix("validation_"): value
                 for key, value in row["metrics"].items()
                 if key.startswith("validation_")
             }
-    return list(found.values())
+    return list(records.values())

@@ -161,16 +161,16 @@ def score(model: Any, data: Data, rows: EvalSet) -> dict[str, float]:
             nll[part] = row_losses(model, [flat[i] for i in part]).double()
         nll_RC, gold = nll.view(-1, width), torch.tensor(rows.gold)
         right_R = nll_RC.gather(1, gold[:, None])[:, 0]
-        found = {"loss": float(right_R.sum() / sum(rows.label_counts))}
+        scores = {"loss": float(right_R.sum() / sum(rows.label_counts))}
         if task.metric == "accuracy":
-            found["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
+            scores["accuracy"] = metrics.accuracy(nll_RC.argmin(1).tolist(), rows.gold)
         else:
             assert task.metric == "execution", f"no example task has the metric {task.metric}"
             texts = _continued(model, data.tokenizer, flat, task.max_new_tokens)
             values = [rows.rows[example.row][task.tests] for example in flat]
             passed = metrics.execution(texts, values)
-            found["execution"] = sum(passed) / len(passed)
-    return found
+            scores["execution"] = sum(passed) / len(passed)
+    return scores
 
 
 def _continued(

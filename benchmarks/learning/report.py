@@ -38,8 +38,8 @@ def best_rate(done: Sequence[dict[str, Any]], arm: str, task: str) -> float:
             rates.setdefault(training["rate"], []).append(scores[max(scores, key=int)])
 
     def order(rate: float) -> tuple[float, float]:
-        found = rates[rate]
-        return median(map(metric, found)), -median(scores["loss"] for scores in found)
+        trials = rates[rate]
+        return median(map(metric, trials)), -median(scores["loss"] for scores in trials)
 
     return max(rates, key=order)
 
@@ -49,7 +49,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     arms: dict[str, dict[str, Any]] = {}
     for task in report["budget"]["tasks"]:
         arms[task] = dict(_arms(report, task))
-    figures = {task: _figures(found) for task, found in arms.items()}
+    figures = {task: _figures(by_arm) for task, by_arm in arms.items()}
     return report | {"arms": arms, "figures": figures}
 
 
@@ -97,22 +97,22 @@ def spread(arm: dict[str, Any], step: int) -> float:
 
 def _figures(arms: dict[str, Any]) -> list[dict[str, Any]]:
     """Every arm of ours beside PEFT's best of the same kind."""
-    found = []
+    rows = []
     for name, arm in arms.items():
         if not name.startswith("ours"):
             continue
-        told = name.endswith(SIDES["ours, told"])
+        with_text = name.endswith(SIDES["ours, told"])
         peers = {
             peer: other
             for peer, other in arms.items()
-            if peer.startswith("PEFT") and LORA not in peer and (told or TOLD not in peer)
+            if peer.startswith("PEFT") and LORA not in peer and (with_text or TOLD not in peer)
         }
         if not peers:
             continue
         last = arm["last"]
         best = max(peers, key=lambda peer: (peers[peer]["median"][last], -peers[peer]["loss"]))
         other = peers[best]
-        found.append(
+        rows.append(
             {
                 "ours": name,
                 "peer": best,
@@ -125,7 +125,7 @@ def _figures(arms: dict[str, Any]) -> list[dict[str, Any]]:
                 ],
             }
         )
-    return found
+    return rows
 
 
 def _half(arm: dict[str, Any]) -> float:
@@ -240,8 +240,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     arms = report["arms"]
     figure, axes = pyplot.subplots(1, len(arms), figsize=(4.6 * len(arms), 3.6), squeeze=False)
-    for axis, (task, found) in zip(axes[0], arms.items(), strict=True):
-        for name, arm in found.items():
+    for axis, (task, by_arm) in zip(axes[0], arms.items(), strict=True):
+        for name, arm in by_arm.items():
             style = "-" if name.startswith("ours") else "--"
             steps = list(arm["median"])
             (line,) = axis.plot(steps, list(arm["median"].values()), style, label=name)

@@ -70,14 +70,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="promptshard-peers-") as temporary:
         base = Path(temporary) / "llama-110m"
         make_base(base, QUICK_SHAPE if arguments.quick else SHAPE)
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for name, (case, arms) in cases(str(base), arguments.timed).items():
             if _asked(name, arguments.only):
-                found[name] = compare(name, case, arms, Path(temporary))
+                results[name] = compare(name, case, arms, Path(temporary))
         losses = None
         if _asked("losses", arguments.only):
             losses = compare_losses(str(base), Path(temporary))
-    report = summary(found, losses)
+    report = summary(results, losses)
     print(table(report if arguments.quick else write(report)))
 
 
@@ -177,8 +177,8 @@ class Player:
     def losses(self) -> list[float]:
         for rank in self._ranks:
             rank.wait(timeout=120)
-        found: list[float] = json.loads((self._folder / "losses.json").read_text())
-        return found
+        losses: list[float] = json.loads((self._folder / "losses.json").read_text())
+        return losses
 
     def stop(self) -> None:
         for rank in self._ranks:

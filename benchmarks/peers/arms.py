@@ -62,8 +62,8 @@ class Case:
 
     @property
     def shape(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((Path(self.base) / "config.json").read_text())
-        return found
+        shape: dict[str, Any] = json.loads((Path(self.base) / "config.json").read_text())
+        return shape
 
     def rows(self) -> list[Row]:
         """Those of an epoch: every arm reads all of them, again and again."""

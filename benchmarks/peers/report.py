@@ -56,8 +56,8 @@ def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
     grouped = [arm for name, arm in peers.items() if "grouped" in name]
     random = [arm for name, arm in peers.items() if "grouped" not in name]
 
-    def best(found: list[dict[str, Any]], key: str, choose: Any) -> float:
-        return float(choose(arm[key] for arm in found))
+    def best(rounds: list[dict[str, Any]], key: str, choose: Any) -> float:
+        return float(choose(arm[key] for arm in rounds))
 
     ratios = {
         "speed, grouped": ours["tokens_per_second"] / best(grouped, "tokens_per_second", max),
@@ -70,10 +70,11 @@ def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
     return ratios
 
 
-def summary(found: dict[str, Any], losses: dict[str, list[float]] | None) -> dict[str, Any]:
+def summary(result: dict[str, Any], losses: dict[str, list[float]] | None) -> dict[str, Any]:
     """All that is written, as JSON."""
     cases = {
-        name: {arm: summarise(turns) for arm, turns in arms.items()} for name, arms in found.items()
+        name: {arm: summarise(turns) for arm, turns in arms.items()}
+        for name, arms in result.items()
     }
     return {
         "machine": machine(),

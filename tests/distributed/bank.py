@@ -75,8 +75,8 @@ class Told(LossInitScorer):
         super().__init__(*arguments)
         self.words: dict[str, list[int]] = {}
 
-    def say(self, i: int, found: SearchResult, text: str) -> None:
-        self.words[self._names[i]] = list(found.words)
+    def say(self, i: int, result: SearchResult, text: str) -> None:
+        self.words[self._names[i]] = list(result.words)
 
 
 def main() -> None:
@@ -93,9 +93,9 @@ def main() -> None:
     gathered_alone = 0
     for prompts in ALONE:
         config = make_config(folder, rows, prompts)
-        found, words, count = train(engine, base, files, tasks, config)
+        trained, words, count = train(engine, base, files, tasks, config)
         starts_alone |= words
-        alone |= {prompt["name"]: made for prompt, made in zip(prompts, found, strict=True)}
+        alone |= {prompt["name"]: made for prompt, made in zip(prompts, trained, strict=True)}
         gathered_alone += count
     result = {
         "errors": {

@@ -42,8 +42,8 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
             for process in processes:
                 process.kill()
                 process.wait()
-        said = "\n".join(f"{log.name}:\n{log.read_text()[-5000:]}" for log in logs)
-        assert codes == [0] * ranks, f"exit codes {codes}\n{said}"
+        output = "\n".join(f"{log.name}:\n{log.read_text()[-5000:]}" for log in logs)
+        assert codes == [0] * ranks, f"exit codes {codes}\n{output}"
         result: dict[str, Any] = json.loads(out.read_text())
         return result
 

@@ -35,9 +35,9 @@ ROWS = [7, 20, 33, 12, 5, 18, 40, 9]
 def main() -> None:
     out, folder, *cases = sys.argv[1:]
     engine = Engine(120)
-    found = {case: compare(engine, folder, *case.split(":")) for case in cases}
+    results = {case: compare(engine, folder, *case.split(":")) for case in cases}
     if engine.is_main:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
     engine.close()
 
 
@@ -113,7 +113,7 @@ def padded_peft(
     model: Any, pieces: list[PackedRow], prompts: list[torch.Tensor]
 ) -> list[tuple[float, torch.Tensor]]:
     """Loss and prompt gradient of PEFT's PeftModel on padded rows, one prompt after the other."""
-    found = []
+    expected = []
     for k, prompt in enumerate(prompts):
         rows = [piece.example for piece in pieces if piece.prompt == k]
         if not rows:
@@ -124,9 +124,9 @@ def padded_peft(
         weight.data.copy_(prompt.flatten(1))
         loss = padded_loss(peft, rows)
         loss.backward()
-        found.append((loss.item(), weight.grad.view(prompt.shape).clone()))
+        expected.append((loss.item(), weight.grad.view(prompt.shape).clone()))
         model = peft.get_base_model()
-    return found
+    return expected
 
 
 def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> bool:
@@ -135,19 +135,19 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
     equal = True
     for path, module in base.model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            whole = full_parameter(parameter)
+            full = full_parameter(parameter)
             wanted = stored[f"{path}.{name}"]
             if isinstance(module, FrozenLinear) and module.absmax is not None:
                 wanted, absmax = quantize_rows(wanted)
                 equal &= torch.equal(module.absmax, absmax)
-            equal &= torch.equal(whole, wanted.to(whole.dtype))
+            equal &= torch.equal(full, wanted.to(full.dtype))
         if isinstance(module, FrozenEmbedding):
             every_id = torch.arange(module.num_embeddings)
             equal &= torch.equal(module(every_id), stored[f"{path}.weight"].float())
         if isinstance(module, FrozenHead):
             wanted = stored.get(f"{path}.weight", stored["model.embed_tokens.weight"])
-            whole = module.whole(wanted.device).rows
-            equal &= torch.equal(whole, wanted.to(whole.dtype))
+            full = module.whole(wanted.device).rows
+            equal &= torch.equal(full, wanted.to(full.dtype))
     return equal
 
 

@@ -37,12 +37,12 @@ def main() -> None:
         save_family(Path(root) / case, case)
     engine = Engine(120)
     engine.any(False)  # all folders are written
-    found = {
+    results = {
         case: train_step(engine, Path(root) / case, quantization, checkpointing == "yes")
         for case in cases
     }
     mine = {
-        case: compare(Path(root) / case, quantization, *found[case])
+        case: compare(Path(root) / case, quantization, *results[case])
         for case in cases[engine.rank :: engine.world_size]
     }
     merged = {case: result for part in engine.all_gather(mine) for case, result in part.items()}
@@ -81,13 +81,13 @@ class Candidates(list[Any]):
 
 def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
     """Negative log-likelihood of candidates behind the first prompt and without one, [2, R, C]."""
-    found = SimpleNamespace(
+    candidates_of_rows = SimpleNamespace(
         task=SimpleNamespace(metric="loss", scored_by_likelihood=False),
         candidates=Candidates(rows(TARGETS, (EOS,))),
         gold=[0] * len(rows(TARGETS)),
         label_counts=[2] * len(rows(TARGETS)),
     )
-    requests: Any = [Request(found, 0), Request(found, None)]  # type: ignore[arg-type]
+    requests: Any = [Request(candidates_of_rows, 0), Request(candidates_of_rows, None)]  # type: ignore[arg-type]
     evaluator = Evaluator(engine, module, None, TokenBudget(40))  # type: ignore[arg-type]
     scored = evaluator.score(requests, prompts)
     return [one.nll_RC.tolist() for one in scored if one.nll_RC is not None]

@@ -44,11 +44,11 @@ WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 def main() -> None:
     out, folder = sys.argv[1:]
     engine = Engine(120)
-    found = {name: one_way(engine, folder, *way) for name, way in WAYS.items()}
-    gradients = {name: result.pop("gradients") for name, result in found.items()}
-    for name, result in found.items():
+    results = {name: one_way(engine, folder, *way) for name, way in WAYS.items()}
+    gradients = {name: result.pop("gradients") for name, result in results.items()}
+    for name, result in results.items():
         result["gradient_errors"] = errors(gradients[name], gradients["copies"])
-    every = engine.all_gather(found)
+    every = engine.all_gather(results)
     if engine.is_main:
         Path(out).write_text(json.dumps({"ranks": every}))
     engine.close()

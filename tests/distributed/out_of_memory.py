@@ -28,9 +28,9 @@ TOKENS = 10_000
 def main() -> None:
     out, folder, *groups = sys.argv[1:]
     engine = Engine(120)
-    found = {group: run_short(engine, folder, int(group)) for group in groups}
+    results = {group: run_short(engine, folder, int(group)) for group in groups}
     if engine.is_main:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
     engine.close()
 
 
@@ -52,12 +52,12 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
         limit = int(0.8 * mine) if engine.rank == 0 or shard_group > 1 else TOKENS
         try:
             with scarce(base, limit, backward):
-                found = step_gradients(engine, module, pieces, prompts, TOKENS)
+                gradients = step_gradients(engine, module, pieces, prompts, TOKENS)
             after = step_gradients(engine, module, pieces, prompts, TOKENS)
             ways[way] = {
-                "losses": [found.losses, expected.losses],
-                "splits": [found.splits, after.splits],
-                "errors": errors(found.gradients, expected.gradients)
+                "losses": [gradients.losses, expected.losses],
+                "splits": [gradients.splits, after.splits],
+                "errors": errors(gradients.gradients, expected.gradients)
                 + errors(after.gradients, expected.gradients),
             }
         except OutOfMemory as error:

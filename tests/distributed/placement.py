@@ -34,16 +34,16 @@ WAYS: dict[str, tuple[dict[str, Any], int | None]] = {
 def main() -> None:
     out, folder = sys.argv[1:]
     engine = Engine(120)
-    found = {name: step(engine, folder, *way) for name, way in WAYS.items()}
-    gradients = {name: result.pop("gradients") for name, result in found.items()}
-    for name, result in found.items():
+    results = {name: step(engine, folder, *way) for name, way in WAYS.items()}
+    gradients = {name: result.pop("gradients") for name, result in results.items()}
+    for name, result in results.items():
         result["gradient_errors"] = errors(gradients[name], gradients["world"])
     try:
         step(engine, folder, {"shard_group": 3}, None)
         refusal = ""
     except BadInput as error:
         refusal = str(error)
-    every = engine.all_gather(found)
+    every = engine.all_gather(results)
     if engine.is_main:
         Path(out).write_text(json.dumps({"ranks": every, "refusal": refusal}))
     engine.close()

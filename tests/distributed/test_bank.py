@@ -41,11 +41,11 @@ def one_and_two_ranks(
 def test_a_prompt_in_a_bank_of_nine_equals_the_same_alone(
     one_and_two_ranks: list[dict[str, Any]], ranks: int
 ) -> None:
-    found = one_and_two_ranks[ranks - 1]
-    assert found["errors"].keys() == {prompt["name"] for prompt in PROMPTS}
-    assert max(found["errors"].values()) < 1e-5, found["errors"]
+    result = one_and_two_ranks[ranks - 1]
+    assert result["errors"].keys() == {prompt["name"] for prompt in PROMPTS}
+    assert max(result["errors"].values()) < 1e-5, result["errors"]
     if ranks == 2:  # one step of all prompts gathers the base once per stream, not once per prompt
-        assert 0 < found["gathered"] < found["gathered_alone"]
+        assert 0 < result["gathered"] < result["gathered_alone"]
 
 
 def test_the_same_words_to_start_from_in_a_bank_alone_and_on_any_ranks(

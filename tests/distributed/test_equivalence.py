@@ -29,51 +29,51 @@ def result(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 class TestEquivalence:
     @pytest.fixture
-    def found(self, result: Callable[..., dict[str, Any]], case: tuple[int, str]) -> Any:
+    def measured(self, result: Callable[..., dict[str, Any]], case: tuple[int, str]) -> Any:
         return result(*case)
 
-    def test_packed_equals_peft_on_padded_rows(self, found: Any) -> None:
-        assert found["losses"] == pytest.approx(found["expected_losses"], abs=1e-5)
-        assert max(found["gradient_errors"]) < 1e-5
+    def test_packed_equals_peft_on_padded_rows(self, measured: Any) -> None:
+        assert measured["losses"] == pytest.approx(measured["expected_losses"], abs=1e-5)
+        assert max(measured["gradient_errors"]) < 1e-5
 
-    def test_any_split_into_streams_gives_the_same_gradient(self, found: Any) -> None:
-        assert max(found["split_errors"]) < 1e-5
+    def test_any_split_into_streams_gives_the_same_gradient(self, measured: Any) -> None:
+        assert max(measured["split_errors"]) < 1e-5
 
-    def test_fewer_rows_than_ranks(self, found: Any) -> None:
-        loss, skipped = found["alone"]
+    def test_fewer_rows_than_ranks(self, measured: Any) -> None:
+        loss, skipped = measured["alone"]
         assert loss > 0
         assert skipped == [False, False, False]
 
-    def test_a_rank_without_virtual_tokens_beside_one_with_them(self, found: Any) -> None:
-        losses, skipped = found["apart"]
-        assert [losses[0], losses[2]] == pytest.approx(found["wanted_apart"], abs=1e-5)
+    def test_a_rank_without_virtual_tokens_beside_one_with_them(self, measured: Any) -> None:
+        losses, skipped = measured["apart"]
+        assert [losses[0], losses[2]] == pytest.approx(measured["wanted_apart"], abs=1e-5)
         assert skipped == [False, False, False]
 
-    def test_base_is_the_checkpoint_s_and_never_changes(self, found: Any) -> None:
-        assert found["weights_equal"]
-        assert found["digest_kept"]
+    def test_base_is_the_checkpoint_s_and_never_changes(self, measured: Any) -> None:
+        assert measured["weights_equal"]
+        assert measured["digest_kept"]
 
-    def test_base_bytes_are_shared_out(self, found: Any) -> None:
+    def test_base_bytes_are_shared_out(self, measured: Any) -> None:
         # Scales and norms, a few per cent on this small model, are held by every rank.
-        share = found["full_bytes"] / found["world_size"]
-        assert max(found["base_bytes"]) <= 1.05 * share + 12_000
+        share = measured["full_bytes"] / measured["world_size"]
+        assert max(measured["base_bytes"]) <= 1.05 * share + 12_000
 
-    def test_ranks_fill_no_shared_memory(self, found: Any) -> None:
-        assert found["shared_files"] == [[]] * found["world_size"]
+    def test_ranks_fill_no_shared_memory(self, measured: Any) -> None:
+        assert measured["shared_files"] == [[]] * measured["world_size"]
 
-    def test_ranks_do_not_load_mlflow(self, found: Any) -> None:
-        assert found["mlflow_loaded"] == [False] * found["world_size"]
+    def test_ranks_do_not_load_mlflow(self, measured: Any) -> None:
+        assert measured["mlflow_loaded"] == [False] * measured["world_size"]
 
     def test_nan_on_one_rank_skips_that_prompt_on_all(
-        self, found: Any, case: tuple[int, str]
+        self, measured: Any, case: tuple[int, str]
     ) -> None:
         if case[0] == 1:
-            assert not any(found["nan_skipped"])  # the poison is for rank 1
+            assert not any(measured["nan_skipped"])  # the poison is for rank 1
             return
-        assert found["ranks_agree"]
-        assert found["nan_skipped"] == [False, True, False]
-        assert found["nan_gradients"] == [False, True, False]
-        assert found["nan_other_loss"] == pytest.approx(found["losses"][0], abs=1e-6)
+        assert measured["ranks_agree"]
+        assert measured["nan_skipped"] == [False, True, False]
+        assert measured["nan_gradients"] == [False, True, False]
+        assert measured["nan_other_loss"] == pytest.approx(measured["losses"][0], abs=1e-6)
 
 
 def test_two_ranks_equal_one(result: Callable[..., dict[str, Any]]) -> None:

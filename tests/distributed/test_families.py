@@ -23,12 +23,12 @@ def result(
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_equals_plain(result: dict[str, Any], case: str) -> None:
-    found = result[case]
-    assert found["loss_error"] < 1e-5
-    assert found["gradient_error"] < 1e-5
-    assert found["digest_kept"]
-    assert found["whole"] == []
-    assert found["float_stacks"] == []
+    measured = result[case]
+    assert measured["loss_error"] < 1e-5
+    assert measured["gradient_error"] < 1e-5
+    assert measured["digest_kept"]
+    assert measured["whole"] == []
+    assert measured["float_stacks"] == []
 
 
 @pytest.mark.parametrize("case", SCORED)

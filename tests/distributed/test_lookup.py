@@ -62,8 +62,8 @@ class TestLookup:
 
 def test_bytes_at_rest_and_read_are_shared_out(ranks: Any) -> None:
     for rank in ranks:
-        whole = rank["copies"]
+        full = rank["copies"]
         for way, size in (("world", len(ranks)), ("pairs", 2)):
             # Scales are held by all; the last row of a part may be read by two.
-            assert rank[way]["base_bytes"] < whole["base_bytes"] / size + 12_000
-            assert rank[way]["bytes_read"] <= 1.02 * whole["bytes_read"] / size
+            assert rank[way]["base_bytes"] < full["base_bytes"] / size + 12_000
+            assert rank[way]["bytes_read"] <= 1.02 * full["bytes_read"] / size

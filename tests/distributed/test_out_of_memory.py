@@ -21,10 +21,10 @@ def results(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> Any:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(results: Any, ranks: int) -> None:
-    found = results(ranks)["1"]
-    assert found["digest_kept"]
-    assert set(found["ways"]) == {"forward", "backward"}
-    for way in found["ways"].values():
+    result = results(ranks)["1"]
+    assert result["digest_kept"]
+    assert set(result["ways"]) == {"forward", "backward"}
+    for way in result["ways"].values():
         losses, expected = way["losses"]
         assert losses == pytest.approx(expected, abs=1e-6)
         assert max(way["errors"]) < 1e-5
@@ -35,5 +35,5 @@ def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(results: Any, ranks: i
 
 def test_ranks_that_share_a_copy_are_told_the_remedy(results: Any) -> None:
     """Others wait in this stream's gathers: nobody can go back alone."""
-    found = results(2)["2"]
-    assert "set training.micro_batch_tokens=" in found["ways"]["forward"]["refusal"]
+    result = results(2)["2"]
+    assert "set training.micro_batch_tokens=" in result["ways"]["forward"]["refusal"]

@@ -12,32 +12,32 @@ RANKS = 4
 
 
 @pytest.fixture(scope="module")
-def found(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> dict[str, Any]:
+def results(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> dict[str, Any]:
     return run_ranks("placement", RANKS, str(random_base))
 
 
-def test_every_way_gives_the_same_losses_and_gradients(found: dict[str, Any]) -> None:
-    for rank in found["ranks"]:
+def test_every_way_gives_the_same_losses_and_gradients(results: dict[str, Any]) -> None:
+    for rank in results["ranks"]:
         for way in rank.values():
             assert way["losses"] == pytest.approx(rank["world"]["losses"], abs=1e-6)
             assert max(way["gradient_errors"]) < 1e-6
             assert way["digest_kept"]
 
 
-def test_two_groups_of_two_hold_a_copy_each(found: dict[str, Any]) -> None:
-    groups = [rank["pairs"]["group"] for rank in found["ranks"]]
+def test_two_groups_of_two_hold_a_copy_each(results: dict[str, Any]) -> None:
+    groups = [rank["pairs"]["group"] for rank in results["ranks"]]
     assert groups == [[0, 1], [0, 1], [2, 3], [2, 3]]  # no weight goes from one to the other
-    for rank in found["ranks"]:
-        whole = rank["copies"]["layer_bytes"] + rank["copies"]["table_bytes"]
-        scales = rank["copies"]["base_bytes"] - whole
+    for rank in results["ranks"]:
+        full = rank["copies"]["layer_bytes"] + rank["copies"]["table_bytes"]
+        scales = rank["copies"]["base_bytes"] - full
         for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):
-            share = whole / size
+            share = full / size
             assert rank[way]["base_bytes"] - scales == pytest.approx(share, rel=1e-3)
             assert rank[way]["bytes_read"] <= 1.01 * rank["copies"]["bytes_read"] / size
 
 
-def test_kept_parameters_are_gathered_once_per_step(found: dict[str, Any]) -> None:
-    for rank in found["ranks"]:
+def test_kept_parameters_are_gathered_once_per_step(results: dict[str, Any]) -> None:
+    for rank in results["ranks"]:
         for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):
             from_others = rank[way]["layer_bytes"] * (size - 1) // size
             assert rank[way]["gathered"] == [from_others] * 3
@@ -47,5 +47,5 @@ def test_kept_parameters_are_gathered_once_per_step(found: dict[str, Any]) -> No
         assert min(rank["lean"]["gathered"]) > 1.9 * rank["world"]["gathered"][0]
 
 
-def test_a_group_that_does_not_divide_the_ranks_is_refused(found: dict[str, Any]) -> None:
-    assert "engine.shard_group: 3 does not divide the 4 ranks" in found["refusal"]
+def test_a_group_that_does_not_divide_the_ranks_is_refused(results: dict[str, Any]) -> None:
+    assert "engine.shard_group: 3 does not divide the 4 ranks" in results["refusal"]

@@ -36,8 +36,8 @@ def blocks(language: str) -> list[str]:
 
 def commands(program: str) -> list[str]:
     lines = "".join(blocks("bash")).splitlines()
-    found = [line.split("   #")[0].strip() for line in lines]
-    return [command for command in found if command.split(" ")[0] == program]
+    all_commands = [line.split("   #")[0].strip() for line in lines]
+    return [command for command in all_commands if command.split(" ")[0] == program]
 
 
 class Folder:
@@ -90,9 +90,9 @@ def test_quickstart_teaches_what_it_promises(folder: Folder) -> None:
 
 
 def test_quickstart_says_where_to_look_next(folder: Folder) -> None:
-    said: str = folder.output  # type: ignore[attr-defined]
+    output: str = folder.output  # type: ignore[attr-defined]
     for line in ("report.html", "mlflow ui", "promptshard generate"):
-        assert line in said
+        assert line in output
 
 
 @pytest.mark.parametrize("command", commands("promptshard") + commands("deepspeed"))
@@ -125,8 +125,8 @@ def test_mlflow_shows_the_run(folder: Folder, command: str) -> None:
     )
     try:
         url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name"
-        found = poll(f"{url}?experiment_name=quickstart")
-        assert found["experiment"]["name"] == "quickstart"
+        answer = poll(f"{url}?experiment_name=quickstart")
+        assert answer["experiment"]["name"] == "quickstart"
     finally:
         os.killpg(server.pid, 9)
         server.wait()

@@ -166,9 +166,9 @@ def test_a_prefix_learns_the_task(run_file: Path) -> None:
     path.write_text(yaml.safe_dump(run))
     done = one_process("trainer", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = summary(Path(run["output_dir"]))
-    assert found["prompts"]["prefix"]["validation_accuracy"] > 0.9
-    assert found["tasks"]["triage"]["no_prompt"]["validation_accuracy"] < 0.3
+    results = summary(Path(run["output_dir"]))
+    assert results["prompts"]["prefix"]["validation_accuracy"] > 0.9
+    assert results["tasks"]["triage"]["no_prompt"]["validation_accuracy"] < 0.3
     assert "Prompt prefix (" in done.stdout
     assert "beats the best baseline (always " in done.stdout, "the first line of the result"
 
@@ -180,18 +180,18 @@ def test_output_folder(two_ranks: Path) -> None:
         f"step-{STEPS // 2:08d}",
         f"step-{STEPS:08d}",
     ]
-    found = summary(two_ranks)
-    gathered, exchanged = found["communication"].values()
+    results = summary(two_ranks)
+    gathered, exchanged = results["communication"].values()
     assert gathered > exchanged > 0
-    assert found["throughput"]["useful_tokens_per_second"] > 0
-    whole = summary_of_one_base(two_ranks)
-    assert found["memory"]["base_bytes_per_rank"] < 0.6 * whole
+    assert results["throughput"]["useful_tokens_per_second"] > 0
+    expected = summary_of_one_base(two_ranks)
+    assert results["memory"]["base_bytes_per_rank"] < 0.6 * expected
 
 
 def test_predictions_are_those_of_the_scores(two_ranks: Path) -> None:
-    found = summary(two_ranks)
-    scored = dict(found["prompts"])
-    of_task = found["tasks"]["triage"]
+    results = summary(two_ranks)
+    scored = dict(results["prompts"])
+    of_task = results["tasks"]["triage"]
     for name in ("no_prompt", "majority"):
         scored[f"baselines/triage/{name}"] = of_task[name]
     assert of_task["rows"] == {"validation": 40}
@@ -291,12 +291,12 @@ def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
     policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
     done = one_process("trainer", str(run_file), f"output_dir={output}", policy)
     assert done.returncode == 0, done.stdout + done.stderr
-    found, expected = step_losses(output), step_losses(one_rank)
-    assert len(found) == 3 * STEPS  # three prompts
-    assert [line[:2] for line in found] == [line[:2] for line in expected]
+    losses, expected = step_losses(output), step_losses(one_rank)
+    assert len(losses) == 3 * STEPS  # three prompts
+    assert [line[:2] for line in losses] == [line[:2] for line in expected]
     # Free memory decides how long streams are, and so in which order rows are summed.
     near = pytest.approx([loss for *_, loss in expected], rel=1e-5)
-    assert [loss for *_, loss in found] == near
+    assert [loss for *_, loss in losses] == near
     # One rank alone has its shard at hand, and nothing to fetch; an offloaded one has.
     assert summary(one_rank)["memory"]["kept_bytes_per_rank"] == 0
     assert summary(output)["memory"]["kept_bytes_per_rank"] > 0
@@ -338,13 +338,13 @@ def test_metrics_of_what_the_base_writes(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(run))
     done = promptshard("train", str(path), "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = summary(tmp_path / "run")
+    results = summary(tmp_path / "run")
     for name, metric in (("codegen", "execution"), ("animals", "exact_match")):
         key = f"validation_{metric}"
-        base, (known,) = found["tasks"][name]["no_prompt"], found["tasks"][name]["hand_written"]
+        base, (known,) = results["tasks"][name]["no_prompt"], results["tasks"][name]["hand_written"]
         assert base[key] < 0.2
         assert known[key] > 0.5
-        score = found["prompts"][name][key]
+        score = results["prompts"][name][key]
         assert score == pytest.approx(round(score * 20) / 20), "a share of 20 rows"
 
 
@@ -374,16 +374,16 @@ def test_inspect_scores_as_validation_did(two_ranks: Path, tmp_path: Path) -> No
     """All 40 rows over the base as it was trained on: the run's own losses; none is close."""
     done = promptshard("inspect", str(two_ranks), "--base", "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((two_ranks / "base_inspection.json").read_text())
+    inspection = json.loads((two_ranks / "base_inspection.json").read_text())
     names = ["none", "int8/dequantize", "int8/int8"]
-    ways = [way for way in found["losses"]["settings"] if way["name"] in names]
+    ways = [way for way in inspection["losses"]["settings"] if way["name"] in names]
     assert [way["left_out"] for way in ways] == [None] * 3
 
     trained = summary(two_ranks)
     (baseline,) = trained["tasks"].values()
     expected = {None: baseline["no_prompt"], **trained["prompts"]}
     expected |= {scores["text"]: scores for scores in baseline["hand_written"]}
-    readers = {reader["name"]: reader for reader in found["losses"]["readers"]}
+    readers = {reader["name"]: reader for reader in inspection["losses"]["readers"]}
     assert readers.keys() == expected.keys()
     for name, reader in readers.items():
         assert reader["rows"] == 40
@@ -398,7 +398,7 @@ def test_inspect_scores_as_validation_did(two_ranks: Path, tmp_path: Path) -> No
     model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
     done = promptshard("inspect", model, "--base", "--json", str(alone))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(alone.read_text())["weights"] == found["weights"]
+    assert json.loads(alone.read_text())["weights"] == inspection["weights"]
 
 
 def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:
@@ -430,14 +430,14 @@ def test_a_diverged_prompt_is_stopped_alone(run_file: Path, two_ranks: Path) -> 
     assert "lower its learning_rate" in done.stderr
     assert "diverged and stopped early: mlp" in done.stderr
     assert "mlp: diverged and was stopped at step" in (output / "report.html").read_text()
-    found = summary(output)
-    assert found["status"] == "finished"
-    assert found["prompts"]["mlp"]["stopped"]["reason"] == "diverged"
-    assert found["selected"]["triage"]["prompt"] in ("soft", "prefix")
+    results = summary(output)
+    assert results["status"] == "finished"
+    assert results["prompts"]["mlp"]["stopped"]["reason"] == "diverged"
+    assert results["selected"]["triage"]["prompt"] in ("soft", "prefix")
     final = f"checkpoints/step-{STEPS:08d}/state.safetensors"
     before, after = load_file(two_ranks / final), load_file(output / final)
     for name in ("soft", "prefix"):
-        assert found["prompts"][name]["stopped"] == {"step": STEPS, "reason": "finished"}
+        assert results["prompts"][name]["stopped"] == {"step": STEPS, "reason": "finished"}
         assert torch.allclose(after[f"{name}/best"], before[f"{name}/best"], atol=1e-5)
 
 
@@ -470,9 +470,9 @@ def test_early_stop(run_file: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped early, best at step 2" in done.stdout
-    found = summary(output)
-    assert found["steps"] == 4
-    assert {prompt["best_step"] for prompt in found["prompts"].values()} == {2}
+    results = summary(output)
+    assert results["steps"] == 4
+    assert {prompt["best_step"] for prompt in results["prompts"].values()} == {2}
 
 
 def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
@@ -499,13 +499,13 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
         shown = [line for line in running("-o", "pid,args").splitlines() if secret in line]
         assert [int(line.split()[0]) for line in shown] == [process.pid]
         os.killpg(process.pid, signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        text, _ = process.communicate(timeout=60)
     finally:
         process.kill()  # whoever watches over it ends its ranks
-    assert process.returncode == 75, said
-    assert "Stopped. Rerun the command to resume from step-" in said
-    assert "error" not in said
-    assert secret not in said
+    assert process.returncode == 75, text
+    assert "Stopped. Rerun the command to resume from step-" in text
+    assert "error" not in text
+    assert secret not in text
     for log in (output / "logs").glob("*.log"):
         assert secret not in log.read_text(), log
         assert log.stat().st_mode & 0o077 == 0, log
@@ -517,8 +517,8 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
 
 def test_a_port_that_another_process_uses_has_an_exit_code_of_its_own(run_file: Path) -> None:
     """``promptshard`` then tries another port."""
-    with socket.create_server(("", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("", 0)) as used:
+        port = str(used.getsockname()[1])
         done = one_process(
             "trainer",
             str(run_file),

@@ -84,16 +84,16 @@ def weights(case: Case) -> None:
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
-    said = json.loads(path.read_text())
-    change(said)
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def tokenizer(case: Case) -> None:
     """Two words of the vocabulary change places."""
 
-    def swap(said: Any) -> None:
-        vocabulary = said["model"]["vocab"]
+    def swap(content: Any) -> None:
+        vocabulary = content["model"]["vocab"]
         first, second = list(vocabulary)[-2:]
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
 
@@ -105,7 +105,7 @@ def chat_template(case: Case) -> None:
 
 
 def config(case: Case) -> None:
-    edit(case.base / "config.json", lambda said: said.update(rope_theta=12345.0))
+    edit(case.base / "config.json", lambda content: content.update(rope_theta=12345.0))
 
 
 def dtype(case: Case) -> None:
@@ -147,11 +147,11 @@ def test_a_change_is_refused_by_its_name(
     case: Case, change: Callable[[Case], None], named: set[str]
 ) -> None:
     change(case)
-    found = set(case.problems())
-    assert named <= found
+    problems = set(case.problems())
+    assert named <= problems
     # A method brings settings of its own along.
-    assert all(text.startswith("prompts.soft.") for text in found - named)
-    assert found == named or change is method
+    assert all(text.startswith("prompts.soft.") for text in problems - named)
+    assert problems == named or change is method
 
 
 def test_what_may_change(case: Case) -> None:
@@ -167,14 +167,14 @@ def test_what_may_change(case: Case) -> None:
 
 
 def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
-    said = io.StringIO()
-    assert find_checkpoint(tmp_path, {}, Console(said, said)) is None
-    assert said.getvalue() == ""
+    output = io.StringIO()
+    assert find_checkpoint(tmp_path, {}, Console(output, output)) is None
+    assert output.getvalue() == ""
     (tmp_path / "metrics.jsonl").write_text(
         '{"time": 1.0, "step": 120, "useful_tokens": 3, "prompt": null, "metrics": {}}\n'
     )
-    assert find_checkpoint(tmp_path, {}, Console(said, said)) is None
-    assert "120 step(s) were logged, but no checkpoint was saved" in said.getvalue()
+    assert find_checkpoint(tmp_path, {}, Console(output, output)) is None
+    assert "120 step(s) were logged, but no checkpoint was saved" in output.getvalue()
 
 
 def test_digests_of_large_files_are_remembered_until_they_change(
@@ -186,9 +186,9 @@ def test_digests_of_large_files_are_remembered_until_they_change(
     path.write_bytes(torch.arange(100).numpy().tobytes())
     first = file_digest(path)
     (place,) = (tmp_path / "cache" / "digests").iterdir()
-    said = json.loads(place.read_text())
-    assert said["sha256"] == first
-    place.write_text(json.dumps(said | {"sha256": "remembered"}))
+    content = json.loads(place.read_text())
+    assert content["sha256"] == first
+    place.write_text(json.dumps(content | {"sha256": "remembered"}))
     assert file_digest(path) == "remembered"
     place.write_text("garbled")
     assert file_digest(path) == first

@@ -107,7 +107,7 @@ def no_tensor(base: Path) -> str:
 def test_a_broken_base_ends_all_ranks_with_the_file_s_name(
     run_file: Path, two_files: Path, tmp_path: Path, damage: Callable[[Path], str]
 ) -> None:
-    said = damage(two_files)
+    message = damage(two_files)
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     words = [str(run_file), f"output_dir={tmp_path / 'run'}", f"base.model={two_files}"]
     processes = [
@@ -122,7 +122,7 @@ def test_a_broken_base_ends_all_ranks_with_the_file_s_name(
             process.kill()
     words_of_main = logs[0].read_text()
     assert codes == [2, 2], words_of_main
-    assert said in words_of_main
+    assert message in words_of_main
     assert not (tmp_path / "run" / "run.yaml").exists(), "refused before anything was written"
 
 

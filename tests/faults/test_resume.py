@@ -174,10 +174,10 @@ def test_its_curves_are_one_run_without_gaps_or_doubles(runs: Runs, killed: Any)
 
 
 def test_checkpoints_hold_no_step_up(runs: Runs) -> None:
-    said = summary(runs.folder / "whole")["checkpoints"]
-    assert said["written"] + said["replaced_by_newer"] == STEPS // EVERY
-    assert said["failed"] == {}
-    assert 0 < said["share_of_step_time"] < 0.1  # of steps that take milliseconds
+    written = summary(runs.folder / "whole")["checkpoints"]
+    assert written["written"] + written["replaced_by_newer"] == STEPS // EVERY
+    assert written["failed"] == {}
+    assert 0 < written["share_of_step_time"] < 0.1  # of steps that take milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +218,11 @@ def check_same_course(runs: Runs, name: str, after: int) -> None:
     """The same rows in the same order, and losses that differ by rounding."""
     expected = {step: rows for step, rows in runs.rows("whole").items() if step > after}
     assert runs.rows(name) == expected
-    found, losses = runs.losses(name), runs.losses("whole")
-    assert found.keys() == losses.keys()
-    for key, loss in losses.items():
+    losses, expected_losses = runs.losses(name), runs.losses("whole")
+    assert losses.keys() == expected_losses.keys()
+    for key, loss in expected_losses.items():
         if key[2].endswith("_loss"):
-            assert found[key] == pytest.approx(loss, abs=1e-3), key
+            assert losses[key] == pytest.approx(loss, abs=1e-3), key
 
 
 @pytest.fixture
@@ -328,25 +328,25 @@ def test_a_run_whose_folder_was_moved_ends_and_resumes_with_nothing_lost(runs: R
         assert time.monotonic() < deadline
         time.sleep(0.05)
     output.rename(runs.folder / "elsewhere")
-    said, _ = process.communicate(timeout=150)
-    assert process.returncode == 1, said
-    assert f"output_dir {output} was moved or deleted while the run was writing to it" in said
-    assert "and all metrics were written to a new" in said
+    text, _ = process.communicate(timeout=150)
+    assert process.returncode == 1, text
+    assert f"output_dir {output} was moved or deleted while the run was writing to it" in text
+    assert "and all metrics were written to a new" in text
     again = runs.start("moved", *words)
     assert again.returncode == 0, again.stdout + again.stderr
-    found = Counter((line["step"], line["prompt"]) for line in lines(output) if line["step"])
-    assert {step for step, _ in found} == set(range(1, steps + 1))
-    assert all(count == 1 for (step, _), count in found.items() if step < steps)
+    counts = Counter((line["step"], line["prompt"]) for line in lines(output) if line["step"])
+    assert {step for step, _ in counts} == set(range(1, steps + 1))
+    assert all(count == 1 for (step, _), count in counts.items() if step < steps)
 
 
 def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:
     """A step's numbers are lost where there is no room for them; the run is not."""
-    said: list[str] = []
+    messages: list[str] = []
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    log = unless_full(MetricsLog(tmp_path), said.append)
+    log = unless_full(MetricsLog(tmp_path), messages.append)
     for step in (1, 2, 3):
         log(step, 10, {"train_loss": 1.0})
-    (warning,) = said
+    (warning,) = messages
     assert warning.startswith("step 1: ")
     assert warning.endswith("No space left on device; training continues")
 

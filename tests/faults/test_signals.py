@@ -51,17 +51,17 @@ class Run:
 
     def ranks(self) -> list[psutil.Process]:
         """In the order of their numbers."""
-        found = {}
+        ranks = {}
         for process in psutil.process_iter():
             try:
                 if process.cmdline()[1:3] != ["-u", bootstrap.FILE]:
                     continue
                 environ = process.environ()
                 if Path(environ[UNFINISHED]).is_relative_to(self.output):
-                    found[int(environ["RANK"])] = process
+                    ranks[int(environ["RANK"])] = process
             except (psutil.Error, KeyError):
                 continue
-        return [found[rank] for rank in sorted(found)]
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def steps(self) -> int:
         """How many are logged."""
@@ -73,16 +73,16 @@ class Run:
 
     def until(self, done: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + 150
-        while not (found := done()):
+        while not (result := done()):
             assert self.process.poll() is None, self.process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        return found
+        return result
 
     def end(self, seconds: float) -> str:
-        said, _ = self.process.communicate(timeout=seconds)
+        text, _ = self.process.communicate(timeout=seconds)
         assert self.ranks() == [], "no rank is left behind"
-        return str(said)
+        return str(text)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def test_a_signal_to_one_rank_while_the_base_is_loaded(run: Run) -> None:
     run.start()
     run.until(lambda: len(run.ranks()) == 2)
     run.ranks()[1].send_signal(signal.SIGTERM)
-    said = run.end(60)
-    assert run.process.returncode == 75, said
-    assert "Rerun the command to start over." in said
-    assert "error" not in said
+    output = run.end(60)
+    assert run.process.returncode == 75, output
+    assert "Rerun the command to start over." in output
+    assert "error" not in output
     assert not (run.output / "checkpoints").exists()
 
 
@@ -112,10 +112,10 @@ def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
     second = run.ranks()[1]
     for _ in range(2):
         second.send_signal(signal.SIGTERM)
-    said = run.end(90)
-    assert run.process.returncode == 75, said
+    output = run.end(90)
+    assert run.process.returncode == 75, output
     (saved,) = (run.output / "checkpoints").glob("step-*")
-    assert f"Rerun the command to resume from {saved.name}." in said
+    assert f"Rerun the command to resume from {saved.name}." in output
     assert 2 <= int(saved.name.removeprefix("step-")) < STEPS
 
 
@@ -132,22 +132,22 @@ def test_lost_ranks_are_named_and_a_restart_is_bounded(run: Run) -> None:
     began = run.steps()
     run.until(lambda: len(run.ranks()) == 2 and run.steps() > began)
     run.ranks()[0].suspend()
-    said = run.end(SILENCE + 75)
-    assert run.process.returncode == 1, said
-    assert "rank 1 (process " in said
-    assert "was killed by SIGKILL" in said
-    assert re.search(r"failed at step \d+; restart 1 of 1: the run resumes from step-\d+", said)
+    output = run.end(SILENCE + 75)
+    assert run.process.returncode == 1, output
+    assert "rank 1 (process " in output
+    assert "was killed by SIGKILL" in output
+    assert re.search(r"failed at step \d+; restart 1 of 1: the run resumes from step-\d+", output)
     hung = rf"rank 0( on \S+)? stopped responding {SILENCE} s ago"
     assert re.search(
-        hung + r".*; rank 1 is waiting for it at step \d+ in [^(]+\(collective \d+", said
+        hung + r".*; rank 1 is waiting for it at step \d+ in [^(]+\(collective \d+", output
     )
-    assert "still failing after 1 restarts" in said
+    assert "still failing after 1 restarts" in output
 
 
 def test_in_the_end_it_equals_a_run_that_was_left_alone(run: Run, tmp_path: Path) -> None:
     run.start()
-    said = run.end(200)
-    assert run.process.returncode == 0, said
+    output = run.end(200)
+    assert run.process.returncode == 0, output
     alone = tmp_path / "alone"
     done = one_process("trainer", run._words[1], f"output_dir={alone}", *WORDS)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -155,5 +155,5 @@ def test_in_the_end_it_equals_a_run_that_was_left_alone(run: Run, tmp_path: Path
     assert set(range(1, STEPS + 1)) <= set(steps)
     for adapter in sorted((alone / "prompts").glob("*/last/adapter_model.safetensors")):
         expected = load_file(adapter)["prompt_embeddings"]
-        found = load_file(run.output / adapter.relative_to(alone))["prompt_embeddings"]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        actual = load_file(run.output / adapter.relative_to(alone))["prompt_embeddings"]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)

@@ -32,8 +32,8 @@ def test_the_product_is_exact(t: int, k: int, n: int, column_major: bool) -> Non
         for shape in ((t, k), (k, n))
     )
     on_gpu = b.cuda().T.contiguous().T if column_major else b.cuda()
-    found = aligned_int_product(a.cuda(), on_gpu).cpu()
-    assert torch.equal(found, torch._int_mm(a, b))
+    product = aligned_int_product(a.cuda(), on_gpu).cpu()
+    assert torch.equal(product, torch._int_mm(a, b))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,8 +69,8 @@ def test_error_against_dequantize(
 
 
 def test_auto_measures() -> None:
-    found = measure([(4096, 4096)], torch.bfloat16, torch.device("cuda"))
-    assert " ms" in found.reason, found.reason
+    choice = measure([(4096, 4096)], torch.bfloat16, torch.device("cuda"))
+    assert " ms" in choice.reason, choice.reason
 
 
 @pytest.mark.parametrize("kind", ["auto", "dequantize", "int8", "int8_outliers"])

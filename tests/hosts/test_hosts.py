@@ -132,7 +132,7 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
             time.sleep(0.05)
         hosts.cable("down")
         cut = time.monotonic()
-        said = [process.communicate(timeout=8 * TIMEOUT_SECONDS)[0] for process in processes]
+        outputs = [process.communicate(timeout=8 * TIMEOUT_SECONDS)[0] for process in processes]
         seconds = time.monotonic() - cut
         codes = [process.returncode for process in processes]
     left = [pid for name in hosts.names for pid in inhabitants(name)]
@@ -155,14 +155,14 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
         check=False,
     )
     assert local.returncode == 0, local.stderr
-    return {"two": output, "one": one, "said": said, "codes": codes, "s": seconds, "left": left}
+    return {"two": output, "one": one, "said": outputs, "codes": codes, "s": seconds, "left": left}
 
 
 @pytest.mark.timeout(600)
 def test_a_cut_cable_ends_both_ends_and_each_names_the_other(results: Any) -> None:
-    for rank, (said, code) in enumerate(zip(results["said"], results["codes"], strict=True)):
-        assert code in (1, 75), said
-        assert f"lost: no answer from {ADDRESSES[1 - rank]}" in said, said
+    for rank, (output, code) in enumerate(zip(results["said"], results["codes"], strict=True)):
+        assert code in (1, 75), output
+        assert f"lost: no answer from {ADDRESSES[1 - rank]}" in output, output
     assert results["left"] == []
 
 

@@ -148,7 +148,7 @@ def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
     sync(folder)
 
     mlflow.set_tracking_uri(store)
-    found = mlflow.search_runs(
+    table = mlflow.search_runs(
         experiment_names=["support"],
         filter_string="tags.kind = 'prompt'",
         order_by=["attributes.run_name ASC"],
@@ -156,16 +156,16 @@ def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
     (parent,) = mlflow.search_runs(
         experiment_names=["support"], filter_string="tags.kind = 'run'", output_format="list"
     )
-    assert list(found["tags.mlflow.runName"]) == [f"sweep / {name}" for name in names]
-    assert list(found["tags.mlflow.parentRunId"]) == [parent.info.run_id] * len(names)
+    assert list(table["tags.mlflow.runName"]) == [f"sweep / {name}" for name in names]
+    assert list(table["tags.mlflow.parentRunId"]) == [parent.info.run_id] * len(names)
     for key in ("learning_rate", "num_virtual_tokens", "seed", "init"):
         values = [p["init"] if key == "init" else str(p[key]) for p in prompts]
-        assert list(found[f"params.{key}"]) == values
-    assert set(found["params.data_seed"]) == {"7"}
-    assert list(found["tags.stopped"]) == [ends[i % len(ends)] for i in range(len(names))]
+        assert list(table[f"params.{key}"]) == values
+    assert set(table["params.data_seed"]) == {"7"}
+    assert list(table["tags.stopped"]) == [ends[i % len(ends)] for i in range(len(names))]
     scores = [0.5 + i / 100 for i in range(len(names))]
-    assert list(found["metrics.validation_accuracy_best"]) == pytest.approx(scores)
-    assert list(found["metrics.train_loss"]) == [i + 2.0 for i in range(len(names))]
+    assert list(table["metrics.validation_accuracy_best"]) == pytest.approx(scores)
+    assert list(table["metrics.train_loss"]) == [i + 2.0 for i in range(len(names))]
 
 
 def expanded(folder: Path) -> list[dict[str, Any]]:
@@ -288,9 +288,9 @@ def test_a_training_ends_well_while_its_server_fails_hangs_and_is_gone(
         proxy.mode = mode
     wait_until(lambda: last_step(folder) >= 7, 60)
     proxy.close()
-    said, _ = training.communicate(timeout=120)
-    assert training.returncode == 0, said
-    assert "kept locally. Upload with: promptshard sync" in said
+    output, _ = training.communicate(timeout=120)
+    assert training.returncode == 0, output
+    assert "kept locally. Upload with: promptshard sync" in output
     assert losses(folder) == losses(tmp_path / "run")
     adapters = [
         place / "prompts/soft/adapter_model.safetensors" for place in (folder, tmp_path / "run")
@@ -311,7 +311,7 @@ def test_a_training_ends_well_while_its_server_fails_hangs_and_is_gone(
     assert_complete(folder, server.uri, "faults")
     files = client_of(server.uri).list_artifacts(prompts["soft"].info.run_id, "adapter")
     assert "adapter/adapter_model.safetensors" in {file.path for file in files}
-    assert SECRET not in said + answer.stdout + answer.stderr
+    assert SECRET not in output + answer.stdout + answer.stderr
     for file in folder.rglob("*"):
         assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
 
@@ -422,9 +422,9 @@ def client_of(uri: str) -> Any:
 def runs(uri: str, experiment: str = "support") -> tuple[Any, dict[str, Any]]:
     """The one parent run, and the prompts' runs, of an experiment."""
     client = client_of(uri)
-    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    prompts = [run for run in found if run.data.tags.get("mlflow.parentRunId")]
+    result = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    (parent,) = [run for run in result if "mlflow.parentRunId" not in run.data.tags]
+    prompts = [run for run in result if run.data.tags.get("mlflow.parentRunId")]
     assert {run.data.tags["mlflow.parentRunId"] for run in prompts} <= {parent.info.run_id}
     by_name = {run.data.tags["prompt"]: run for run in prompts}
     assert len(by_name) == len(prompts)

@@ -167,9 +167,9 @@ class Cluster:
             ended = [d.args for d in self._daemons if d.poll() is not None]
             if ended or time.monotonic() > deadline:
                 logs = sorted([*self.folder.glob("*.out"), *self.folder.glob("*.log")])
-                said = "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in logs)
+                text = "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in logs)
                 self.stop()
-                raise RuntimeError(f"no {what} after {START_SECONDS} s; ended: {ended}\n{said}")
+                raise RuntimeError(f"no {what} after {START_SECONDS} s; ended: {ended}\n{text}")
             time.sleep(0.1)
 
 

@@ -95,12 +95,12 @@ def read(path: Path) -> str:
 def alive_in(job: str) -> list[int]:
     """Processes that were started within a job, by what their environment says."""
     wanted = f"SLURM_JOB_ID={job}".encode()
-    found = []
+    pids = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             try:
                 if wanted in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
+                    pids.append(int(process.name))
             except OSError:
                 continue
-    return found
+    return pids

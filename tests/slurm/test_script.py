@@ -73,9 +73,9 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     plain = job(desk, "plain", words, fresh=True)
     array = job(desk, "array", ("r0", "code=0"), ("r1", "code=75"), ("r2", "code=3"))
     bounded = job(desk, "bounded", ("r", "always=75"), max_requeues=1)
-    told = job(desk, "told", ("r", "wait"), max_requeues=0)
+    refused = job(desk, "told", ("r", "wait"), max_requeues=0)
     until(lambda: (notes / "told-0-0-1").exists(), 30, lambda: str(list(notes.iterdir())))
-    desk.cluster.run("scancel", "--batch", "--signal=USR1", told)
+    desk.cluster.run("scancel", "--batch", "--signal=USR1", refused)
     cancelled = job(desk, "cancelled", ("r", "wait"))
     until(lambda: (notes / "cancelled-0-0-1").exists(), 30, lambda: str(list(notes.iterdir())))
     desk.cluster.run("scancel", cancelled)
@@ -95,11 +95,11 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     runs = sorted(path.name for path in notes.glob("array-*-0"))
     assert runs == ["array-0-0-0", "array-1-0-0", "array-1-1-0", "array-2-0-0"]
     assert (notes / "array-1-1-0").read_text().splitlines()[-4:-2] == ["r1", "code=75"]
-    said = [read(desk.path / f"array-{array}_{task}.out") for task in (0, 1, 2)]
-    assert "ended with exit code 0" in said[0]
-    assert "requeued as restart 1 of at most 20" in said[1]
-    assert "ended with exit code 0" in said[1]
-    assert "ended with exit code 3" in said[2]
+    texts = [read(desk.path / f"array-{array}_{task}.out") for task in (0, 1, 2)]
+    assert "ended with exit code 0" in texts[0]
+    assert "requeued as restart 1 of at most 20" in texts[1]
+    assert "ended with exit code 0" in texts[1]
+    assert "ended with exit code 3" in texts[2]
 
     # restarts are bounded, and come by another port
     assert sorted(p.name for p in notes.glob("bounded-*-0")) == ["bounded-0-0-0", "bounded-0-1-0"]
@@ -112,15 +112,15 @@ def test_jobs(desk: Desk, notes: Path) -> None:
         "told-0-0-0.signals",
         "told-0-0-1.signals",
     }
-    assert "the time limit is near" in read(desk.path / f"told-{told}.out")
-    assert "requeued 0 times already" in read(desk.path / f"told-{told}.out")
+    assert "the time limit is near" in read(desk.path / f"told-{refused}.out")
+    assert "requeued 0 times already" in read(desk.path / f"told-{refused}.out")
 
     # a job that a person cancels is not requeued
     assert "submit it again to resume" in read(desk.path / f"cancelled-{cancelled}.out")
     assert desk.cluster.job(cancelled)["JobState"] == "CANCELLED"
     assert "ended with exit code" not in read(desk.path / f"cancelled-{cancelled}.out")
     assert not list(notes.glob("cancelled-0-1-*"))
-    for number in (plain, bounded, told, cancelled):
+    for number in (plain, bounded, refused, cancelled):
         assert alive_in(number) == []
 
 
@@ -131,6 +131,6 @@ def test_status_asks_a_real_slurm(desk: Desk, notes: Path) -> None:
     record = desk.path / "out" / "logs" / "submitted" / "now" / "job.json"
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"job": number, "tasks": [str(desk.path / "out")]}))
-    found = json.loads(desk.promptshard("status", "out", "--json"))
-    assert (found["state"], found["job"]["nodes"]) == ("running", "127.0.0.[1-2]")
+    report = json.loads(desk.promptshard("status", "out", "--json"))
+    assert (report["state"], report["job"]["nodes"]) == ("running", "127.0.0.[1-2]")
     desk.cluster.run("scancel", number)

@@ -41,29 +41,29 @@ class Run:
         self.log = self.output / "logs" / f"slurm-{self.job}.out"
 
     def submit(self) -> str:
-        said = self.desk.promptshard(
+        stdout = self.desk.promptshard(
             *("submit", str(self.run_file), "--nodes", "2", "--time", "10"),
             *("--signal-seconds", "60", "--max-requeues", "5", f"output_dir={OUTPUT}"),
         )
-        return said.split("submitted job ")[1].split(":")[0]
+        return stdout.split("submitted job ")[1].split(":")[0]
 
     @property
     def saved(self) -> int:
         names = [path.name for path in (self.output / "checkpoints").glob("step-*")]
         return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
-    def said(self) -> str:
+    def logs(self) -> str:
         logs = [self.log, *(self.output / "logs").glob("*.log")]
         return "\n".join(f"{path.name}:\n{read(path)[-3000:]}" for path in logs)
 
     @contextmanager
     def held(self, restart: int) -> Iterator[list[psutil.Process]]:
         """Once this session has saved, one rank stands still inside: the run cannot end early."""
-        until(lambda: f"restart {restart}, port" in read(self.log), START_SECONDS, self.said)
+        until(lambda: f"restart {restart}, port" in read(self.log), START_SECONDS, self.logs)
         before = self.saved
-        until(lambda: self.saved > before, START_SECONDS, self.said)
-        found = map(psutil.Process, alive_in(self.job))
-        ranks = [rank for rank in found if rank.cmdline()[1:2] == ["-u"]]
+        until(lambda: self.saved > before, START_SECONDS, self.logs)
+        processes = map(psutil.Process, alive_in(self.job))
+        ranks = [rank for rank in processes if rank.cmdline()[1:2] == ["-u"]]
         assert len(ranks) == 2, [rank.cmdline() for rank in ranks]
         ranks[0].send_signal(signal.SIGSTOP)
         try:
@@ -73,9 +73,9 @@ class Run:
             psutil.wait_procs(ranks, timeout=60)
 
     def finish(self) -> None:
-        until(lambda: not self.desk.cluster.squeue(), START_SECONDS, self.said)
+        until(lambda: not self.desk.cluster.squeue(), START_SECONDS, self.logs)
         summary = self.output / "summary.json"
-        assert json.loads(summary.read_text())["status"] == "finished", self.said()
+        assert json.loads(summary.read_text())["status"] == "finished", self.logs()
 
     def status(self) -> Any:
         return json.loads(self.desk.promptshard("status", str(OUTPUT), "--json"))
@@ -99,28 +99,28 @@ def run(desk: Desk) -> Run:
         desk.sbatch(ROOT / "slurm" / "cpu-smoke-test.sbatch")
         limit = int(run_seconds(cluster.job(run.job)["RunTime"]) + 65) // 60 + 1
         cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
-        until(lambda: "the time limit is near" in read(run.log), 120, run.said)
+        until(lambda: "the time limit is near" in read(run.log), 120, run.logs)
         cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
-    until(lambda: "requeued as restart 1 of at most 5" in read(run.log), 60, run.said)
+    until(lambda: "requeued as restart 1 of at most 5" in read(run.log), 60, run.logs)
 
     with run.held(restart=1):
         down = f"NodeName={NODES[1]}"
         cluster.run("scontrol", "update", down, "State=DOWN", "Reason=test")
-    until(lambda: cluster.job(run.job)["Restarts"] == "2", 60, run.said)
+    until(lambda: cluster.job(run.job)["Restarts"] == "2", 60, run.logs)
     assert "requeued as restart 2" not in read(run.log)  # Slurm has done it itself
     cluster.run("scontrol", "update", down, "State=RESUME", check=False)
 
     with run.held(restart=2):
         cluster.run("scancel", "--signal=USR1", run.job)
-    until(lambda: "requeued as restart 3 of at most 5" in read(run.log), 60, run.said)
+    until(lambda: "requeued as restart 3 of at most 5" in read(run.log), 60, run.logs)
 
     with run.held(restart=3):
         cluster.run("scancel", run.job)
-    until(lambda: cluster.job(run.job)["JobState"] == "CANCELLED", 60, run.said)
-    until(lambda: run.job not in cluster.squeue(), 60, run.said)
-    found = run.status()
-    assert found["state"] == "not finished"
-    assert found["job"]["state"] in ("CANCELLED", "UNKNOWN")
+    until(lambda: cluster.job(run.job)["JobState"] == "CANCELLED", 60, run.logs)
+    until(lambda: run.job not in cluster.squeue(), 60, run.logs)
+    report = run.status()
+    assert report["state"] == "not finished"
+    assert report["job"]["state"] in ("CANCELLED", "UNKNOWN")
     assert 0 < run.saved < 30
     assert alive_in(run.job) == []
 
@@ -137,24 +137,24 @@ def run_seconds(text: str) -> int:
 
 
 def adapters(output: Path) -> dict[str, Any]:
-    found = {
+    tensors = {
         path.parent.relative_to(output).as_posix(): load_file(path)["prompt_embeddings"]
         for path in output.glob("prompts/**/adapter_model.safetensors")
     }
-    assert len(found) == 4, found.keys()  # two prompts, each the best and the last
-    return found
+    assert len(tensors) == 4, tensors.keys()  # two prompts, each the best and the last
+    return tensors
 
 
 def losses(output: Path) -> dict[tuple[int, str, str], float]:
     """Every loss and score of every step, each logged once."""
-    found: dict[tuple[int, str, str], float] = {}
+    by_step: dict[tuple[int, str, str], float] = {}
     for text in (output / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         for name, value in line["metrics"].items():
             if line["prompt"] is not None:
-                assert (line["step"], line["prompt"], name) not in found
-                found[line["step"], line["prompt"], name] = value
-    return found
+                assert (line["step"], line["prompt"], name) not in by_step
+                by_step[line["step"], line["prompt"], name] = value
+    return by_step
 
 
 def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> None:
@@ -182,18 +182,18 @@ def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
 
 
 def test_every_session_says_what_it_did(run: Run) -> None:
-    said = read(run.log)
+    text = read(run.log)
     for words in ("resuming from step", "stopped and saved; submit it again to resume"):
-        assert words in said
-    assert "not the one frozen" not in said
+        assert words in text
+    assert "not the one frozen" not in text
     assert "ended with exit code 0" in read(run.output / "logs" / f"slurm-{run.job}.out")
 
 
 def test_its_status_after_the_end(run: Run) -> None:
-    found = run.status()
-    assert (found["state"], found["step"], found["steps"]) == ("finished", 30, 30)
-    assert set(found["metrics"]) == {"triage", "animals"}
-    assert found["eta_seconds"] is None
+    report = run.status()
+    assert (report["state"], report["step"], report["steps"]) == ("finished", 30, 30)
+    assert set(report["metrics"]) == {"triage", "animals"}
+    assert report["eta_seconds"] is None
     assert "finished at step 30" in run.desk.promptshard("status", str(OUTPUT))
 
 

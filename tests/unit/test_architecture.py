@@ -55,12 +55,12 @@ FOLDERS = (
 
 def modules() -> dict[str, Path]:
     """Every module of the project by its dotted name."""
-    found = {}
+    paths = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 MODULES = modules()
@@ -73,16 +73,16 @@ def imports(name: str, *, top_level_only: bool = False) -> tuple[str, ...]:
     ``from a import b`` counts as ``a.b`` where that is a module of ours, else as ``a``.
     """
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    found: list[str] = []
+    names: list[str] = []
     for node in _walk(tree, top_level_only):
         if isinstance(node, ast.Import):
-            found += (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}:{node.lineno}: write absolute imports"
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.append(whole if whole in MODULES else str(node.module))
-    return tuple(found)
+                full_name = f"{node.module}.{alias.name}"
+                names.append(full_name if full_name in MODULES else str(node.module))
+    return tuple(names)
 
 
 def _walk(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
@@ -98,17 +98,17 @@ def _walk(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
 
 def reachable(name: str) -> dict[str, str]:
     """All that importing a module loads, each with the module of ours that asks for it."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     todo = [name]
     while todo:
         module = todo.pop()
         parents = [module.rsplit(".", n)[0] for n in range(1, module.count(".") + 1)]
         for wanted in [*imports(module, top_level_only=True), *parents]:
-            if wanted not in found:
-                found[wanted] = module
+            if wanted not in sources:
+                sources[wanted] = module
                 if wanted in MODULES:
                     todo.append(wanted)
-    return found
+    return sources
 
 
 def floor(name: str) -> int:

@@ -88,11 +88,11 @@ def test_dialogues_have_no_keys_of_other_rows(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"messages": texts}), tmp_path / "texts.parquet")
     expected = load(lines, messages="messages")
     assert list(expected) == DIALOGUES
-    hashes = [found.tolist() for found in expected.hashes()]
+    hashes = [row_hashes.tolist() for row_hashes in expected.hashes()]
     for name in ("d.parquet", "listed", "mixed", "mixed.parquet", "texts.parquet"):
         rows = load(tmp_path / name, messages="messages")
         assert list(rows) == DIALOGUES, name
-        assert [found.tolist() for found in rows.hashes()] == hashes, name
+        assert [row_hashes.tolist() for row_hashes in rows.hashes()] == hashes, name
 
 
 def test_a_null_inside_json_text_is_a_value(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_the_same_value_in_every_format(tmp_path: Path) -> None:
         {"text": pa.array([36.6, 1e-7], pa.float32()), "label": pa.array([2, 3], pa.uint8())}
     )
     parquet.write_table(table, tmp_path / "d.parquet")
-    found = [load(tmp_path / name) for name in ("d.jsonl", "d.csv", "d.parquet")]
-    texts = [[(str(row["text"]), str(row["label"])) for row in rows] for rows in found]
+    by_format = [load(tmp_path / name) for name in ("d.jsonl", "d.csv", "d.parquet")]
+    texts = [[(str(row["text"]), str(row["label"])) for row in rows] for rows in by_format]
     assert texts == [[("36.6", "2"), ("1e-07", "3")]] * 3
-    hashes = [[part.tolist() for part in rows.hashes()] for rows in found]
+    hashes = [[part.tolist() for part in rows.hashes()] for rows in by_format]
     assert hashes[0] == hashes[1] == hashes[2]
 
 

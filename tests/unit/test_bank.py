@@ -210,13 +210,13 @@ def test_a_share_trains_one_encoder() -> None:
 
 
 def test_a_share_is_updated_by_the_sum_of_its_losses() -> None:
-    bank, whole = make_bank(SHARES), make_bank(SHARES)
+    bank, reference = make_bank(SHARES), make_bank(SHARES)
     train(bank, 1)
-    parameters = {k: v for unit in whole._units for k, v in unit.parameters.items()}
-    loss = sum(((out := e()) - 0.3).square().sum() + out.sin().sum() for e in whole._encoders)
+    parameters = {k: v for unit in reference._units for k, v in unit.parameters.items()}
+    loss = sum(((out := e()) - 0.3).square().sum() + out.sin().sum() for e in reference._encoders)
     assert isinstance(loss, Tensor)
     loss.backward()
-    for unit in whole._units:
+    for unit in reference._units:
         torch.nn.utils.clip_grad_norm_(list(unit.parameters.values()), 1.0)
     tensors, _ = bank.state()
     for name, parameter in parameters.items():
@@ -248,11 +248,11 @@ def test_a_stopped_prompt_of_a_share_stays_while_the_others_go_on() -> None:
     train(bank, 2)
     train(resumed, 2)
     assert_same(bank, resumed)
-    for found in (bank, resumed):
+    for current in (bank, resumed):
         for i, before in zip((1, 2), still, strict=True):
-            assert torch.equal(found.snapshot(i), before)
-            assert torch.equal(found.virtual_tokens()[i], before)
-            assert torch.equal(found.best(i), before)
+            assert torch.equal(current.snapshot(i), before)
+            assert torch.equal(current.virtual_tokens()[i], before)
+            assert torch.equal(current.best(i), before)
     assert not torch.equal(bank.snapshot(3), moved)
 
 
@@ -266,9 +266,9 @@ def test_prompt_in_a_bank_equals_the_same_alone(i: int) -> None:
 
 def test_update_equals_plain_backpropagation() -> None:
     """Backward in two parts, through the virtual tokens, is the gradient of the whole."""
-    bank, whole = make_bank([PROMPTS[2]]), make_bank([PROMPTS[2]])
+    bank, reference = make_bank([PROMPTS[2]]), make_bank([PROMPTS[2]])
     train(bank, 1)
-    encoder = whole._encoders[0]
+    encoder = reference._encoders[0]
     optimizer = torch.optim.AdamW(
         encoder.parameters(), lr=0.0, betas=DEFAULT_BETAS, weight_decay=0.0
     )
@@ -488,7 +488,7 @@ class NearTo:
     """A screen that likes starts near to one word, and notes what it is asked and told."""
 
     def __init__(self, word: int) -> None:
-        self.word_H, self.rounds, self.said = TABLE_VH[word], [], {}  # type: ignore[var-annotated]
+        self.word_H, self.rounds, self.reported = TABLE_VH[word], [], {}  # type: ignore[var-annotated]
         self.asked: dict[int, int] = {}
 
     def working(self, asked: Mapping[int, int]) -> nullcontext[None]:
@@ -501,8 +501,8 @@ class NearTo:
         self.rounds.append([i for i, _ in starts])
         return [float((embed(words) - self.word_H).square().sum()) for _, words in starts]
 
-    def say(self, i: int, found: SearchResult, text: str) -> None:
-        self.said[i] = found, text
+    def say(self, i: int, result: SearchResult, text: str) -> None:
+        self.reported[i] = result, text
 
 
 def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
@@ -519,22 +519,22 @@ def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
     written = {"hand_written": ["w1 w2\n", "w3"]}
     screen = NearTo(9)
     bank = make_bank(open_ones, screen=screen, **written)
-    assert list(screen.said) == [0, 2, 3, 5, 4]
+    assert list(screen.reported) == [0, 2, 3, 5, 4]
     first, *later = screen.rounds
     assert first == [0] * 19 + [4] * 19, "what depends on the same is looked for once"
     assert later == [[0] * 8 + [4] * 8] * 6
     assert screen.asked == dict.fromkeys((0, 4), 19 + 6 * 8)
-    found = {i: list(of.words) for i, (of, _) in screen.said.items()}
-    assert found[0] == found[2] == found[3] == found[5] != found[4][:3]
-    assert all(of.loss < of.middle for of, _ in screen.said.values())
-    assert screen.said[0][1] == " ".join(f"w{i}" for i in found[0])
-    assert torch.equal(bank.snapshot(0), TABLE_VH[found[0]])
+    words_of = {i: list(of.words) for i, (of, _) in screen.reported.items()}
+    assert words_of[0] == words_of[2] == words_of[3] == words_of[5] != words_of[4][:3]
+    assert all(of.loss < of.middle for of, _ in screen.reported.values())
+    assert screen.reported[0][1] == " ".join(f"w{i}" for i in words_of[0])
+    assert torch.equal(bank.snapshot(0), TABLE_VH[words_of[0]])
     assert torch.equal(bank.snapshot(1), TABLE_VH[[9, 9, 9]])
-    torch.testing.assert_close(bank.snapshot(2), TABLE_VH[found[0]], rtol=1e-4, atol=1e-5)
-    assert torch.equal(bank.snapshot(3), PAST_VX[found[0]])
+    torch.testing.assert_close(bank.snapshot(2), TABLE_VH[words_of[0]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(bank.snapshot(3), PAST_VX[words_of[0]])
     gradient_3H = torch.ones_like(bank.snapshot(0))
     bank.update([gradient_3H, *[None] * 6])
-    assert torch.equal(bank.snapshot(5), TABLE_VH[found[0]]), "equal starts are not one tensor"
+    assert torch.equal(bank.snapshot(5), TABLE_VH[words_of[0]]), "equal starts are not one tensor"
     bank = make_bank(open_ones, screen=screen, **written)
     for i in (0, 3, 4):
         alone = NearTo(9)
@@ -554,7 +554,7 @@ def test_a_search_costs_at_most_its_share_of_the_training() -> None:
     screen = NearTo(9)
     bank = make_bank([prompt], screen=screen, hand_written=["w1 w2", "w3"], init_share=0.03)
     assert not screen.rounds, "6 candidates are too few for a search"
-    start, text = screen.said[0]
+    start, text = screen.reported[0]
     assert (start.what, start.budget, text) == ("the hand-written 'w1 w2'", 6, "w1 w2 w1")
     assert torch.equal(bank.snapshot(0), TABLE_VH[[1, 2, 1]])
     both = [{**prompt, "name": "long", "steps": 1000}, prompt]

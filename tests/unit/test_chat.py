@@ -77,10 +77,10 @@ def words(tokenizer, ids) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(list(ids)))
 
 
-def learnt(tokenizer, found: Tokenized) -> list[list[str]]:
+def learnt(tokenizer, tokenized: Tokenized) -> list[list[str]]:
     return [
         [words(tokenizer, e.input_ids[start:stop]) for start, stop in e.label_spans]
-        for e in found.examples
+        for e in tokenized.examples
     ]
 
 
@@ -137,14 +137,15 @@ def test_turns_that_the_tokenizer_merges_keep_their_own_tokens(tmp_path):
         "<assistant>'", "assistant'"
     )
     tokenizer, task = make_tokenizer(joined), make_task()
-    found = tokenize(load(tmp_path, [TURNS[1:3]], task), task, tokenizer, 100)
-    (example,) = found.examples
+    tokenized = tokenize(load(tmp_path, [TURNS[1:3]], task), task, tokenizer, 100)
+    (example,) = tokenized.examples
     ((start, stop),) = example.label_spans
     assert list(example.input_ids[:start]) == DialogueEncoder(tokenizer).opening(TURNS[1:2])
     assert words(tokenizer, example.input_ids[start:stop]) == "<unk> <end>"
-    assert found.warning is not None
+    assert tokenized.warning is not None
     assert (
-        "d.jsonl:1: the tokenizer merges the end of a turn with the beginning of" in found.warning
+        "d.jsonl:1: the tokenizer merges the end of a turn with the beginning of"
+        in tokenized.warning
     )
 
 
@@ -152,8 +153,8 @@ def test_rows_of_a_file(tmp_path):
     task, tokenizer = make_task(), make_tokenizer()
     rows = load(tmp_path, [TURNS, TURNS[1:3]], task)
     assert rows[0]["messages"] == TURNS
-    found = tokenize(rows, task, tokenizer, 100)
-    assert learnt(tokenizer, found) == [["c <end>", "e f g <end>"], ["c <end>"]]
+    tokenized = tokenize(rows, task, tokenizer, 100)
+    assert learnt(tokenizer, tokenized) == [["c <end>", "e f g <end>"], ["c <end>"]]
 
 
 def test_a_tokenizer_without_a_template(tmp_path):

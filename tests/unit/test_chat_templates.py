@@ -231,8 +231,8 @@ def test_a_generation_prompt_whose_end_merges_with_the_answer_keeps_its_tokens(
     """It ends with a line break, and the answer begins with one: together they are one token."""
     with_template(tokenizer, source)
     rows = [{"messages": TWO}, {"messages": TWO[:2]}]
-    found = tokenized(tmp_path, tokenizer, rows)
-    for messages, example in zip((TWO, TWO[:2]), found.examples, strict=True):
+    tokens = tokenized(tmp_path, tokenizer, rows)
+    for messages, example in zip((TWO, TWO[:2]), tokens.examples, strict=True):
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert "<think>\n\n</think>" in text
         assert tokenizer.decode(example.input_ids) == text
@@ -242,8 +242,8 @@ def test_a_generation_prompt_whose_end_merges_with_the_answer_keeps_its_tokens(
         assert learned(tokenizer, example) == [
             f"\n</think>\n\n{turn['content']}<|im_end|>\n" for turn in messages[1::2]
         ]
-    assert found.warning is not None
-    assert "(in 2 of 2 rows)" in found.warning
+    assert tokens.warning is not None
+    assert "(in 2 of 2 rows)" in tokens.warning
 
 
 def test_turns_of_weight_0_are_read_and_not_learned(tmp_path, tokenizer):

@@ -120,15 +120,15 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
     write(tmp_path, 100, 200)
     for file in FILES[:2]:
         path = tmp_path / "step-00000200" / file
-        whole = path.read_bytes()
-        for position in range(0, len(whole), 13):
-            broken = bytearray(whole)
+        content = path.read_bytes()
+        for position in range(0, len(content), 13):
+            broken = bytearray(content)
             broken[position] ^= 1 << (position % 8)
             path.write_bytes(broken)
             saved = newest(tmp_path)
             assert saved is not None, (file, position)
             assert saved.step == 100, (file, position)
-        path.write_bytes(whole)
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,9 @@ def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
 
     monkeypatch.setattr(checkpoint, "_read", stale)
     monkeypatch.setattr(checkpoint, "READ_PAUSE_SECONDS", 0)
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.step == 2
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 2
     failing.extend([True, True])
     with pytest.raises(BadInput, match="step-00000002: cannot be read: Stale file handle"):
         checkpoint.newest(tmp_path)
@@ -310,8 +310,8 @@ def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
 def test_a_symlink_loop_is_passed_over_and_removed(tmp_path: Path, name: str) -> None:
     write(tmp_path, 1)
     (tmp_path / name).symlink_to(tmp_path / name)
-    said: list[str] = []
-    saved = newest(tmp_path, said.append)
+    messages: list[str] = []
+    saved = newest(tmp_path, messages.append)
     assert saved is not None
     assert saved.step == 1
     write(tmp_path, 2)

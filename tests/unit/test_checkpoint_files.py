@@ -35,8 +35,8 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(base: Path, out: Path, file_bytes: int = 10**9, **settings: str) -> Path:
-    with (out.parent / "said").open("w") as said:
-        console = Console(said, said)
+    with (out.parent / "stdout").open("w") as stdout:
+        console = Console(stdout, stdout)
         prepare(Base.model_validate({"model": str(base), **settings}), out, console, file_bytes)
     return out
 
@@ -63,13 +63,13 @@ def refusal(folder: Path, **settings: str) -> str:
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_the_parts_of_all_ranks_are_the_whole(base: Path, ranks: int) -> None:
-    _, whole, stats = load_rank(base)
+    _, full, stats = load_rank(base)
     parts = [load_rank(base, rank, ranks) for rank in range(ranks)]
-    for i, tensor in enumerate(whole.shards):
+    for i, tensor in enumerate(full.shards):
         joined = torch.cat([part.shards[i] for _, part, _ in parts])
         assert torch.equal(joined[: len(tensor)], tensor)
         assert not joined[len(tensor) :].any()  # padding
-    for i, scales in enumerate(whole.scales):
+    for i, scales in enumerate(full.scales):
         together = torch.stack([part.scales[i] for _, part, _ in parts]).amax(0)
         assert torch.equal(together, scales)
     # Rows that two ranks share are read twice; rows of this model are large beside its tensors.
@@ -135,8 +135,8 @@ def test_a_folder_that_transformers_saved_in_8_bits_loads(untied: Path, tmp_path
         path = f"model.layers.0.{name}"
         assert torch.equal(layer.weight, saved[f"{path}.weight"])
         assert torch.equal(layer.absmax, saved[f"{path}.SCB"])
-        whole = dequantize_rows(layer.weight, layer.absmax)
-        assert (whole - original[f"{path}.weight"]).abs().max() <= layer.absmax.max() / 200
+        full = dequantize_rows(layer.weight, layer.absmax)
+        assert (full - original[f"{path}.weight"]).abs().max() <= layer.absmax.max() / 200
 
 
 def test_int8_embeddings_and_head_are_close_to_the_stored(untied: Path) -> None:
@@ -173,14 +173,14 @@ def test_a_failed_prepare_leaves_nothing(base: Path, tmp_path: Path) -> None:
     bad[-1, -1] = torch.inf
     with pytest.raises(BadInput, match=r"up_proj.weight' holds NaN or infinite"):
         prepared(edit(base, tmp_path / "bad", **{UP: bad}), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "said"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "stdout"]
 
 
 def test_missing_scales_are_refused(base: Path, tmp_path: Path) -> None:
     folder = prepared(base, tmp_path / "int8")
     scales = UP.replace("weight", "SCB")
-    said = refusal(edit(folder, tmp_path / "cut", **{scales: None}))
-    assert f"{UP!r} is stored in 8 bits, but its row scales {scales!r} are missing" in said
+    message = refusal(edit(folder, tmp_path / "cut", **{scales: None}))
+    assert f"{UP!r} is stored in 8 bits, but its row scales {scales!r} are missing" in message
     wrong = edit(folder, tmp_path / "wrong", **{scales: torch.ones(5)})
     assert f"{scales!r} has shape [5]" in refusal(wrong)
 
@@ -193,8 +193,8 @@ def test_a_layout_of_older_bitsandbytes_is_refused(base: Path, tmp_path: Path) -
         if name == "row":
             load_rank(edited)
         else:
-            said = refusal(edited)
-            assert f"{UP!r} is stored in a layout of older bitsandbytes" in said
+            message = refusal(edited)
+            assert f"{UP!r} is stored in a layout of older bitsandbytes" in message
 
 
 def test_a_config_of_wrong_types_is_refused(base: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "message"),
     [
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -224,14 +224,14 @@ def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> Non
     ],
 )
 def test_other_quantised_folders_are_refused(
-    base: Path, tmp_path: Path, method: dict[str, object], said: str
+    base: Path, tmp_path: Path, method: dict[str, object], message: str
 ) -> None:
     shutil.copytree(base, tmp_path / "q")
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "q" / "config.json").write_text(
         json.dumps(config | {"quantization_config": method})
     )
-    assert f"are stored in {said}" in refusal(tmp_path / "q")
+    assert f"are stored in {message}" in refusal(tmp_path / "q")
 
 
 def test_a_file_cut_short_is_named(base: Path, tmp_path: Path) -> None:
@@ -252,5 +252,5 @@ def test_transposed_and_stacked_weights_survive_8_bits(tmp_path: Path, case: str
     for a, b in zip(direct[0].buffers(), again[0].buffers(), strict=True):
         assert torch.equal(a, b)
     parts = [load_rank(folder, rank, 3)[1].shards for rank in range(3)]
-    for whole, *pieces in zip(again[1].shards, *parts, strict=True):
-        assert torch.equal(torch.cat(pieces)[: len(whole)], whole)
+    for full, *pieces in zip(again[1].shards, *parts, strict=True):
+        assert torch.equal(torch.cat(pieces)[: len(full)], full)

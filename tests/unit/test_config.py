@@ -623,28 +623,28 @@ def test_every_setting_but_plain_names_says_what_it_is():
     ],
 )
 def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
-    (found,) = problems_of(run_file(), *f"prompts.one.{setting}".split())
-    assert problem in found
+    (problems,) = problems_of(run_file(), *f"prompts.one.{setting}".split())
+    assert problem in problems
 
 
 def test_a_blank_hand_written_prompt(run_file):
-    (found,) = problems_of(run_file(), 'tasks.triage.hand_written=[Look, " "]')
-    assert "tasks[0].hand_written[1]" in found
-    (found,) = problems_of(run_file(), "tasks.triage.hand_written=[Look, Look]")
-    assert found.endswith("tasks[0].hand_written: 'Look' is listed more than once; remove one")
+    (problems,) = problems_of(run_file(), 'tasks.triage.hand_written=[Look, " "]')
+    assert "tasks[0].hand_written[1]" in problems
+    (problems,) = problems_of(run_file(), "tasks.triage.hand_written=[Look, Look]")
+    assert problems.endswith("tasks[0].hand_written: 'Look' is listed more than once; remove one")
 
 
 def test_one_learning_rate_of_the_two(run_file):
     both = ["prompts.one.learning_rate=0.1", "prompts.one.relative_learning_rate=0.1"]
-    (found,) = problems_of(run_file(), *both)
-    assert "prompts[0].relative_learning_rate: learning_rate is given too; remove one" in found
-    (found,) = problems_of(
+    (problems,) = problems_of(run_file(), *both)
+    assert "prompts[0].relative_learning_rate: learning_rate is given too; remove one" in problems
+    (problems,) = problems_of(
         run_file(), "prompts.one.optimizer=sgd", "prompts.one.relative_learning_rate=0.1"
     )
-    assert "relative_learning_rate: an update of sgd is as large as its gradient" in found
+    assert "relative_learning_rate: an update of sgd is as large as its gradient" in problems
     reader = ["method=p_tuning", "encoder=text", "relative_learning_rate=0.1", "init={text: a b}"]
-    (found,) = problems_of(run_file(), *(f"prompts.one.{setting}" for setting in reader))
-    assert "encoder text has no scale to be relative to; use learning_rate" in found
+    (problems,) = problems_of(run_file(), *(f"prompts.one.{setting}" for setting in reader))
+    assert "encoder text has no scale to be relative to; use learning_rate" in problems
 
 
 @pytest.mark.parametrize(
@@ -727,7 +727,7 @@ def test_mistakes_in_what_a_task_reads(run_file, override, problem):
         key, _, value = override.partition("=")
         task[key] = yaml.safe_load(value) if value else ""
     text = yaml.safe_dump({**yaml.safe_load(GOOD), "tasks": [task]})
-    assert any(problem in found for found in problems_of(run_file(text)))
+    assert any(problem in problems for problems in problems_of(run_file(text)))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_healthy_folder_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"head_dim": 2**31}, "config.json asks for tables of 8.6 GB"),
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers: 1000000 is more than any model"),
@@ -90,13 +90,13 @@ def test_the_healthy_folder_is_read(folder: Path) -> None:
         ({"transformers_weights": "other.safetensors"}, "transformers_weights names other"),
     ],
 )
-def test_config(folder: Path, values: dict[str, Any], said: str) -> None:
+def test_config(folder: Path, values: dict[str, Any], message: str) -> None:
     change(folder / "config.json", **values)
-    assert said in refusal(folder)
+    assert message in refusal(folder)
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("config.json", "[]", "must hold a JSON object"),
         ("config.json", "{", "is not valid JSON"),
@@ -109,9 +109,9 @@ def test_config(folder: Path, values: dict[str, Any], said: str) -> None:
         (SINGLE, "no header at all", "is damaged"),
     ],
 )
-def test_files(folder: Path, file: str, text: str, said: str) -> None:
+def test_files(folder: Path, file: str, text: str, message: str) -> None:
     (folder / file).write_text(text)
-    assert said in refusal(folder)
+    assert message in refusal(folder)
 
 
 @pytest.mark.parametrize("value", ["long", [1], True])
@@ -247,10 +247,10 @@ def mutated(value: Any, rng: random.Random) -> Any:
     """A JSON value in which one or two places hold something else, or nothing."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 2])):
-        found = list(places(value))
-        if not found:
+        positions = list(places(value))
+        if not positions:
             return rng.choice(ODD)
-        *way, last = min(rng.sample(found, min(2, len(found))), key=len)
+        *way, last = min(rng.sample(positions, min(2, len(positions))), key=len)
         box = value
         for key in way:
             box = box[key]

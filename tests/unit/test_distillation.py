@@ -46,8 +46,8 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     slice_by(monkeypatch, columns)
     layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
-    found = layer(ours, labels_N, TEACHER_DH, DISTILLED_D)
-    (found[0] * weight_N).sum().backward()
+    actual = layer(ours, labels_N, TEACHER_DH, DISTILLED_D)
+    (actual[0] * weight_N).sum().backward()
 
     student, teacher = whole_logits(layer, exact), whole_logits(layer, TEACHER_DH.double())
     rest = torch.ones(N).index_fill(0, DISTILLED_D, 0).nonzero()[:, 0]
@@ -59,13 +59,13 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     kl_D = kl_div(*logs, reduction="none", log_target=True).sum(1)
     wanted_N = wanted_N.index_copy(0, DISTILLED_D, kl_D)
     (wanted_N * weight_N).sum().backward()
-    torch.testing.assert_close(found[0].double(), wanted_N, rtol=5e-6, atol=3e-6)
+    torch.testing.assert_close(actual[0].double(), wanted_N, rtol=5e-6, atol=3e-6)
     assert ours.grad is not None
     assert exact.grad is not None
     assert (ours.grad - exact.grad).abs().max() / exact.grad.abs().max() < 1e-6
     same = (student[DISTILLED_D].argmax(1) == teacher.argmax(1)).float()
-    assert torch.equal(found[1, DISTILLED_D], same)
-    assert float(found[1, rest].detach().abs().sum()) == 0
+    assert torch.equal(actual[1, DISTILLED_D], same)
+    assert float(actual[1, rest].detach().abs().sum()) == 0
 
 
 def test_a_student_that_has_learnt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +73,9 @@ def test_a_student_that_has_learnt_is_left_alone(monkeypatch: pytest.MonkeyPatch
     slice_by(monkeypatch, 64)
     layer, teacher_DH = make_head(), TEACHER_DH.bfloat16()
     ours, every = teacher_DH.clone().requires_grad_(), torch.arange(5)
-    found = layer(ours, every, teacher_DH, every)
-    found[0].sum().backward()
-    assert found.detach().tolist() == [[0.0] * 5, [1.0] * 5]
+    actual = layer(ours, every, teacher_DH, every)
+    actual[0].sum().backward()
+    assert actual.detach().tolist() == [[0.0] * 5, [1.0] * 5]
     assert ours.grad is not None
     assert not ours.grad.any()
 
@@ -108,7 +108,7 @@ def test_a_shared_head_gives_the_same(
     """Hidden states travel to its blocks where they are few; ranks without any stay in step."""
     slice_by(monkeypatch, 100)
 
-    def found(layer: FrozenHead, rank: int) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(layer: FrozenHead, rank: int) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(rank)
         count, distilled = shares[rank]
         hidden_NH = torch.randn(count, H, generator=draw).requires_grad_()
@@ -120,11 +120,11 @@ def test_a_shared_head_gives_the_same(
         assert hidden_NH.grad is not None
         return losses.detach(), hidden_NH.grad
 
-    every, post = on_all_ranks(3, lambda rank: found(block(kind, rank), rank.rank))
+    every, post = on_all_ranks(3, lambda rank: loss_and_gradient(block(kind, rank), rank.rank))
     # One for labels, which are few; two for the teacher, unless the table is gathered instead.
     assert post.calls.count("maximum") == (3 if shares[0][0] < 10 else 1)
     for rank, (losses, grad_NH) in enumerate(every):
-        wanted, wanted_NH = found(make_head(**KINDS[kind]), rank)
+        wanted, wanted_NH = loss_and_gradient(make_head(**KINDS[kind]), rank)
         torch.testing.assert_close(losses, wanted, rtol=5e-6, atol=5e-6)
         torch.testing.assert_close(grad_NH, wanted_NH, rtol=1e-5, atol=1e-4)
 

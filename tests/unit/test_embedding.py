@@ -46,34 +46,34 @@ def layer(stored: str, exchange: Thread | None = None) -> FrozenEmbedding:
 
 
 def look_up(stored: str, asked: Sequence[Tensor]) -> list[Tensor]:
-    found, _ = on_all_ranks(RANKS, lambda rank: layer(stored, rank)(asked[rank.rank]))
-    return found
+    rows, _ = on_all_ranks(RANKS, lambda rank: layer(stored, rank)(asked[rank.rank]))
+    return rows
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 def test_blocks_give_what_the_table_gives(stored: str, asked: list[list[int]]) -> None:
     ids = [torch.tensor(one, dtype=torch.long) for one in asked]
-    whole = layer(stored)
-    for one, found in zip(ids, look_up(stored, ids), strict=True):
-        assert torch.equal(found, whole(one))
-        assert found.dtype == torch.float32
-        assert not found.requires_grad
+    table = layer(stored)
+    for one, rows in zip(ids, look_up(stored, ids), strict=True):
+        assert torch.equal(rows, table(one))
+        assert rows.dtype == torch.float32
+        assert not rows.requires_grad
 
 
 def test_ids_of_any_shape() -> None:
     ids = [torch.arange(12).view(2, 6) + rank for rank in range(RANKS)]
-    whole = layer("float32")
-    for one, found in zip(ids, look_up("float32", ids), strict=True):
-        assert found.shape == (2, 6, H)
-        assert torch.equal(found, whole(one))
+    table = layer("float32")
+    for one, rows in zip(ids, look_up("float32", ids), strict=True):
+        assert rows.shape == (2, 6, H)
+        assert torch.equal(rows, table(one))
 
 
 def test_a_rank_that_holds_all_rows_asks_nobody() -> None:
-    whole, alone = layer("int8"), layer("int8")
-    alone.hold(whole.weight.data, None)
+    complete, alone = layer("int8"), layer("int8")
+    alone.hold(complete.weight.data, None)
     ids = torch.tensor([[22, 0], [7, 7]])
-    assert torch.equal(alone(ids), whole(ids))
+    assert torch.equal(alone(ids), complete(ids))
     assert list(alone.parameters()) == []
 
 

@@ -68,12 +68,12 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
 def test_the_last_answer_of_a_dialogue(tmp_path, monkeypatch):
     rows = [{"messages": TURNS}, {"messages": TURNS[1:3]}]
     data = load(tmp_path, rows, messages="messages", metric="exact_match")
-    found, given = score(data, monkeypatch, [" e f g", "d"])
+    scores, given = score(data, monkeypatch, [" e f g", "d"])
     assert given == [
         "<s> <system> sys <end> <user> a b <end> <assistant> c <end> <user> d <end> <assistant>",
         "<s> <user> a b <end> <assistant>",
     ]
-    assert found == {"exact_match": 0.5}
+    assert scores == {"exact_match": 0.5}
     assert data.counts["validation"]["also_in_train"] == 2
     assert data.sources[1]["also_in_train"][0] == (f"{tmp_path}/rows.jsonl:1",) * 2
 
@@ -91,11 +91,11 @@ def test_sets_of_labels(tmp_path, monkeypatch, metric):
         label_separator=" , ",
         metric=metric,
     )
-    found, given = score(data, monkeypatch, [" d , c", "c , x"])
+    scores, given = score(data, monkeypatch, [" d , c", "c , x"])
     assert given == ["a b", "a"]
     expected = {"f1": pytest.approx(2 * 3 / (4 + 3)), "exact_match": 0.5}
     expected["f1_standard_error"] = pytest.approx(8 / 49)
-    assert found == (expected if metric == "f1" else {"exact_match": 0.5})
+    assert scores == (expected if metric == "f1" else {"exact_match": 0.5})
 
 
 def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_path):
@@ -123,11 +123,11 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     data = load(tmp_path, rows, tokenizer, **task)
     evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, TokenBudget(100))
     request, texts = Request(data.evaluation["validation"], None), []
-    (found,) = evaluator.score([request], [], texts.append)
+    (scores,) = evaluator.score([request], [], texts.append)
     assert sum(texts) == evaluator.num_texts([request]) == 4, "progress ends at the number of texts"
-    assert found.scores["accuracy"] == 3 / 4
-    assert found.predicted == [*likeliest, likeliest[0]]
-    assert found.nll_RC.shape == (4, 3)
+    assert scores.scores["accuracy"] == 3 / 4
+    assert scores.predicted == [*likeliest, likeliest[0]]
+    assert scores.nll_RC.shape == (4, 3)
 
 
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
@@ -152,10 +152,10 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
     prompt = torch.zeros(2, 4)
     for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
         sizes.clear()
-        found = generation.generate(
+        texts = generation.generate(
             Alone(), fake_base(), ending, inputs, prompt, 5, max_tokens=most
         )
-        assert found == [[n * (n + 1)] for n in range(8)]
+        assert texts == [[n * (n + 1)] for n in range(8)]
         assert sizes == expected
 
 
@@ -178,7 +178,7 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
         return evaluator.score([request], [embedded])[0]
 
     choices = ["metabolic", "cardiac", "other"]
-    found = scored(choices=choices)
+    scores = scored(choices=choices)
     nll_RC = []
     for row in rows:
         front = [*teacher.token_ids, *files.tokenizer(f"{row['text']}\nAnswer:")["input_ids"]]
@@ -189,11 +189,11 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
                 logits = plain(torch.tensor([[*front, *behind]])).logits[0, len(front) - 1 : -1]
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(behind), reduction="sum")
             nll_RC[-1].append(float(loss))
-    assert found.nll_RC is not None
-    assert torch.allclose(found.nll_RC, torch.tensor(nll_RC).double(), atol=1e-3)
-    assert found.predicted == [nll.index(min(nll)) for nll in nll_RC]
-    found = scored(metric="exact_match", max_new_tokens=5)
-    for row, written in zip(rows, found.texts_R or [], strict=True):
+    assert scores.nll_RC is not None
+    assert torch.allclose(scores.nll_RC, torch.tensor(nll_RC).double(), atol=1e-3)
+    assert scores.predicted == [nll.index(min(nll)) for nll in nll_RC]
+    scores = scored(metric="exact_match", max_new_tokens=5)
+    for row, written in zip(rows, scores.texts_R or [], strict=True):
         front = [*teacher.token_ids, *files.tokenizer(f"{row['text']}\nAnswer:")["input_ids"]]
         out = plain.generate(torch.tensor([front]), do_sample=False, max_new_tokens=5)
         expected = files.tokenizer.decode(out[0, len(front) :], skip_special_tokens=True)
@@ -205,5 +205,5 @@ def test_a_generated_choice_is_compared_with_the_row_s_own(tmp_path, monkeypatch
     rows = [{"text": "a b", "label": "d"}, {"text": "a", "label": "c"}]
     task = {"input": "{text}", "target": " {label}", "choices": ["c", "d"]}
     data = load(tmp_path, rows, **task, metric="exact_match")
-    found, _ = score(data, monkeypatch, ["d", "c"])
-    assert found == {"exact_match": 1.0}
+    scores, _ = score(data, monkeypatch, ["d", "c"])
+    assert scores == {"exact_match": 1.0}

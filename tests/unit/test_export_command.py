@@ -112,10 +112,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     return folder, bank
 
 
-def export(run_dir: Path, out: Path, encoder: str, text: str, said: str = "") -> torch.Tensor:
+def export(run_dir: Path, out: Path, encoder: str, text: str, output: str = "") -> torch.Tensor:
     console = Console(shown := io.StringIO(), io.StringIO())
     export_text(run_dir, out, encoder, text, console)
-    assert said in " ".join(shown.getvalue().split())
+    assert output in " ".join(shown.getvalue().split())
     return load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
 
 
@@ -155,8 +155,8 @@ def test_peft_reads_a_new_text(run: tuple[Path, Bank], tmp_path: Path) -> None:
         joined = torch.cat([made_PH[None], base.get_input_embeddings()(ids)], dim=1)
         expected = base(inputs_embeds=joined).logits
         model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
-        found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_mistakes_are_named(run: tuple[Path, Bank], tmp_path: Path) -> None:

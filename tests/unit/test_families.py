@@ -148,8 +148,8 @@ class TestPaddedFallback:
         monkeypatch.setitem(FAMILIES, model_type, replace(known, packed=False))
         base = load(family(case), "int8", checkpointing)
         assert not base.packed
-        found, wanted = packed(base)
-        assert found == pytest.approx(losses, rel=1e-6)
+        actual, wanted = packed(base)
+        assert actual == pytest.approx(losses, rel=1e-6)
         assert max(errors(gradients, wanted)) < 2e-6
 
     def test_the_head_reads_labels_alone(
@@ -291,8 +291,8 @@ class FlatFile:
 
 def whole_parameter(source: TensorLocation, tensors: dict[str, Tensor]) -> Tensor:
     """What ``RowReader`` reads in parts: the rows of all tensors, end to end."""
-    whole = torch.cat([tensors[name] for name in source.tensors])
-    return (whole.mT if source.transposed else whole).reshape(source.shape)
+    full = torch.cat([tensors[name] for name in source.tensors])
+    return (full.mT if source.transposed else full).reshape(source.shape)
 
 
 class TestRowReader:
@@ -304,8 +304,8 @@ class TestRowReader:
         sources = find_sources(model, files.parameters.tensors)
         flat = FlatFile(load_file(family(case) / "model.safetensors"))
         for source in sources.values():
-            whole = whole_parameter(source, flat.tensors)
-            tall = whole if whole.dim() == 1 else whole.flatten(0, -2)
+            full = whole_parameter(source, flat.tensors)
+            tall = full if full.dim() == 1 else full.flatten(0, -2)
             third = len(tall) // 3
             rows = RowReader(source, flat)
             for start, stop in ((0, third), (third, 2 * third + 1), (2 * third + 1, len(tall))):

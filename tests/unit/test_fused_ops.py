@@ -77,7 +77,9 @@ def test_not_further_off_in_bf16(kind: str) -> None:
     exact = run(pair(kind)[0], torch.float32)
     theirs, lean = (run(module, torch.bfloat16) for module in pair(kind, torch.bfloat16))
     for i in (0, 1):
-        off = [(found[i].float() - exact[i]).norm() / exact[i].norm() for found in (theirs, lean)]
+        off = [
+            (results[i].float() - exact[i]).norm() / exact[i].norm() for results in (theirs, lean)
+        ]
         assert off[1] <= 1.2 * off[0] + 1e-3, off
 
 
@@ -91,10 +93,10 @@ def test_a_gate_and_a_norm_save_less_in_bf16() -> None:
 def test_compiled_passes_give_the_same(kind: str) -> None:
     module, lean = pair(kind)
     compile_lean(lean)
-    for found, expected in zip(
+    for actual, expected in zip(
         run(lean, torch.float32)[:2], run(module, torch.float32)[:2], strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -108,15 +110,15 @@ def test_rotation(compiled: bool) -> None:
     if compiled:
         compile_lean(lean)
     angle = torch.rand(1, TOKENS, HIDDEN // HEADS)
-    found = []
+    results = []
     for module in (attention, lean):
         x = torch.randn(
             1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2), requires_grad=True
         )
         output, _ = module(x, position_embeddings=(angle.cos(), angle.sin()))
         output.square().sum().backward()
-        found.append((output.detach(), x.grad))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+        results.append((output.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
 def test_transformers_itself_is_left_alone() -> None:

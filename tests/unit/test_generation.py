@@ -191,20 +191,20 @@ def test_answers_of_dialogues_are_compared_as_the_template_writes_them(tmp_path,
     tokenizer.chat_template = TEMPLATES[name]
     rows = [{"messages": dialogue(i)} for i in range(len(ANSWERS))]
     task = {"messages": "messages", "metric": "exact_match", "max_new_tokens": 16}
-    found = scored(base, tokenizer, rows_of(tmp_path, rows, tokenizer, **task))
-    assert found.scores["exact_match"] == 1.0
-    assert found.correct_R == [True] * len(rows)
-    assert found.texts_R == found.targets_R
+    answers = scored(base, tokenizer, rows_of(tmp_path, rows, tokenizer, **task))
+    assert answers.scores["exact_match"] == 1.0
+    assert answers.correct_R == [True] * len(rows)
+    assert answers.texts_R == answers.targets_R
     special = {
         "gemma": "",
         "qwen3": "<think>\n\n</think>\n\n",
         "gpt-oss": "<channel>final<message>",
     }
-    assert found.texts_R == [special[name] + answer for answer in ANSWERS]
+    assert answers.texts_R == [special[name] + answer for answer in ANSWERS]
     # An answer of another row is wrong.
     rows = [{"messages": [dialogue(i)[0], dialogue(i - 1)[1]]} for i in range(len(ANSWERS))]
-    found = scored(base, tokenizer, rows_of(tmp_path, rows, tokenizer, **task))
-    assert found.scores["exact_match"] == 0.0
+    answers = scored(base, tokenizer, rows_of(tmp_path, rows, tokenizer, **task))
+    assert answers.scores["exact_match"] == 0.0
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -224,17 +224,18 @@ def test_a_text_that_runs_on_ends_at_a_stop_string(tmp_path, base):
     rows = [{"q": q, "a": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     task = {"input": "!\n{q}!?", "target": "{a}.", "metric": "exact_match", "max_new_tokens": 12}
     task["append_eos"] = False
-    found = scored(base, tokenizer, rows_of(tmp_path, rows, tokenizer, **task))
-    assert found.scores["exact_match"] == 0.0
+    answers = scored(base, tokenizer, rows_of(tmp_path, rows, tokenizer, **task))
+    assert answers.scores["exact_match"] == 0.0
     assert all(
-        text.startswith(a + ".\n\nQuestion") for text, a in zip(found.texts_R, ANSWERS, strict=True)
+        text.startswith(a + ".\n\nQuestion")
+        for text, a in zip(answers.texts_R, ANSWERS, strict=True)
     )
     for stop in (["\n\n"], ["Question", "\n"], [".\n\nQuestion", "\n\nQ"]):
         rows_to_score = rows_of(tmp_path, rows, tokenizer, stop=stop, **task)
-        found = scored(base, tokenizer, rows_to_score)
+        answers = scored(base, tokenizer, rows_to_score)
         expected = [f"{a}." if stop[0] != ".\n\nQuestion" else a for a in ANSWERS]
-        assert [text.strip() for text in found.texts_R] == expected
-        assert found.scores["exact_match"] == float(expected[0] == "billing.")
+        assert [text.strip() for text in answers.texts_R] == expected
+        assert answers.scores["exact_match"] == float(expected[0] == "billing.")
 
 
 def test_a_batch_ends_with_the_last_of_its_rows(base):
@@ -262,15 +263,15 @@ def test_a_plain_task_ends_at_eos_where_its_targets_do(tmp_path, base):
     files = open_base(Base(model=str(base)))
     rows = [{"q": q, "a": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     task = {"input": "?\n{q}\n:", "target": "{a}", "metric": "exact_match", "max_new_tokens": 8}
-    found = scored(base, files.tokenizer, rows_of(tmp_path, rows, files.tokenizer, **task))
-    assert found.scores["exact_match"] == 1.0
-    assert found.texts_R == ANSWERS
+    answers = scored(base, files.tokenizer, rows_of(tmp_path, rows, files.tokenizer, **task))
+    assert answers.scores["exact_match"] == 1.0
+    assert answers.texts_R == ANSWERS
 
     # The reference of a row with choices is its own label, not the first choice.
     rows_with_choices = rows_of(tmp_path, rows, files.tokenizer, **task, choices=ANSWERS)
-    found = scored(base, files.tokenizer, rows_with_choices)
-    assert found.scores["exact_match"] == 1.0
-    assert found.targets_R == ANSWERS
+    answers = scored(base, files.tokenizer, rows_with_choices)
+    assert answers.scores["exact_match"] == 1.0
+    assert answers.targets_R == ANSWERS
 
     def ends(**settings: Any) -> set[int]:
         rows_to_score = rows_of(tmp_path, rows, files.tokenizer, **{**task, **settings})
@@ -375,9 +376,9 @@ def test_targets_that_cannot_be_generated_are_refused(tmp_path):
     task = {"input": "{q}?", "target": "{a}", "metric": "exact_match"}
 
     def check(*ids: int, **settings: Any) -> str | None:
-        found = rows_of(tmp_path, rows, tokenizer, **task, **settings)
+        candidates = rows_of(tmp_path, rows, tokenizer, **task, **settings)
         config = GenerationConfig(eos_token_id=list(ids))
-        return check_targets(found, StopCriteria.of(config, tokenizer, found.task))
+        return check_targets(candidates, StopCriteria.of(config, tokenizer, candidates.task))
 
     with pytest.raises(BadInput) as refused:
         check(stop=["\n"])

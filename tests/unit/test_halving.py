@@ -39,10 +39,10 @@ def test_rungs_stand_before_the_last_step(eta, first, last, expected):
     ],
 )
 def test_all_but_one_of_eta_are_stopped(losses, eta, expected):
-    found = {k: (loss, 0.0) for k, loss in enumerate(losses)}
-    assert worst(found, eta) == expected
-    assert worst(dict(reversed(found.items())), eta) == expected
-    assert len(found) - len(expected) == math.ceil(len(found) / eta)
+    losses_by_prompt = {k: (loss, 0.0) for k, loss in enumerate(losses)}
+    assert worst(losses_by_prompt, eta) == expected
+    assert worst(dict(reversed(losses_by_prompt.items())), eta) == expected
+    assert len(losses_by_prompt) - len(expected) == math.ceil(len(losses_by_prompt) / eta)
 
 
 def entry(name: str, tokens: int, accuracy: float, loss: float = 1.0, **end: bool) -> Entry:
@@ -51,8 +51,8 @@ def entry(name: str, tokens: int, accuracy: float, loss: float = 1.0, **end: boo
 
 
 def selected(entries: list[Entry], metric: str = "accuracy", error: float = 0.02):
-    found = select(entries, metric, lambda _: error)
-    return None if found is None else tuple(e and e.name for e in found)
+    selection = select(entries, metric, lambda _: error)
+    return None if selection is None else tuple(e and e.name for e in selection)
 
 
 def test_the_best_is_selected_and_the_shortest_within_one_standard_error_is_advice():

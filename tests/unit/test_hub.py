@@ -127,9 +127,9 @@ def test_what_is_not_supported_is_refused_before_its_weights_come(
 
 def test_progress_is_told_in_bytes() -> None:
     """Through the library's own making of bars, which knows ours by their class."""
-    told: list[tuple[int, int]] = []
+    messages: list[tuple[int, int]] = []
     hub_tqdm = importlib.import_module("huggingface_hub.utils.tqdm")
-    bar_class = hub._bar(lambda done, total: told.append((done, total)))
+    bar_class = hub._bar(lambda done, total: messages.append((done, total)))
     for name in ("huggingface_hub.snapshot_download", "huggingface_hub.snapshot_download.transfer"):
         bar = hub_tqdm._create_progress_bar(
             cls=bar_class, log_level=0, name=name, total=0, initial=0, unit="B", unit_scale=True
@@ -142,7 +142,7 @@ def test_progress_is_told_in_bytes() -> None:
         bar.close()
     with bar_class(total=2, desc="Fetching 2 files") as files:
         files.update(1)
-    assert set(told) == {(0, 100), (30, 100), (100, 100)}
+    assert set(messages) == {(0, 100), (30, 100), (100, 100)}
 
 
 def test_a_person_sees_a_download_and_nothing_where_there_is_none() -> None:
@@ -173,9 +173,9 @@ class Ranks:
         def all_gather(value: Any) -> list[Any]:
             self.slots[rank] = value
             self.barrier.wait()
-            found = list(self.slots)
+            values = list(self.slots)
             self.barrier.wait()
-            return found
+            return values
 
         engine.all_gather = all_gather  # type: ignore[method-assign]
         engine.any = lambda flag: any(all_gather(flag))  # type: ignore[method-assign]
@@ -183,20 +183,20 @@ class Ranks:
 
     def run(self, program: Callable[[Any], Any]) -> list[Any]:
         """What every rank's program gives or raises."""
-        found: list[Any] = [None] * self.size
+        results: list[Any] = [None] * self.size
 
         def body(rank: int) -> None:
             try:
-                found[rank] = program(self.engines[rank])
+                results[rank] = program(self.engines[rank])
             except BadInput as error:
-                found[rank] = error.problems
+                results[rank] = error.problems
 
         threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-        return found
+        return results
 
 
 def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +212,9 @@ def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.Mon
         result = engine.on_each_node(work)
         return result, sorted(working)
 
-    found = Ranks([0, 1, 0, 1]).run(program)
-    assert [result for result, _ in found] == ["by 0", None, "by 2", None]
-    assert all(seen == [0, 2] for _, seen in found), "a rank went on before all had worked"
+    results = Ranks([0, 1, 0, 1]).run(program)
+    assert [result for result, _ in results] == ["by 0", None, "by 2", None]
+    assert all(seen == [0, 2] for _, seen in results), "a rank went on before all had worked"
 
 
 def test_a_node_that_fails_fails_all() -> None:

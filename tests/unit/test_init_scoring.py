@@ -39,10 +39,10 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     config = quickstart()
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size, splits=["train"])
-    base, said = load_whole(ROOT / "examples" / "tiny_base", "none"), io.StringIO()
+    base, output = load_whole(ROOT / "examples" / "tiny_base", "none"), io.StringIO()
     # So short that the rows of one start are in several streams.
     evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(150))  # type: ignore[arg-type]
-    screening = LossInitScorer(config, tasks, evaluator, Console(said, said))
+    screening = LossInitScorer(config, tasks, evaluator, Console(output, output))
     texts = ("an illness?", "medicine?", "test?", "broken")
     starts = [tuple(files.tokenizer(text)["input_ids"]) for text in texts]
     looked_up = []
@@ -52,7 +52,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         embedded_nH = base(torch.tensor(ids), []).detach()
         # Words of the last start are not finite, wherever they stand among others.
         broken = [ids[n : n + len(starts[-1])] == list(starts[-1]) for n in range(len(ids))]
-        embedded_nH[[n for n, found in enumerate(broken) if found]] = torch.nan
+        embedded_nH[[n for n, losses in enumerate(broken) if losses]] = torch.nan
         return embedded_nH
 
     asked = [(i, words) for words in starts for i in (1, 0)]  # of both prompts, in any order
@@ -65,7 +65,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(screening._console, "working", working)
     with screening.working({0: 4, 1: 4}):
-        found = screening.losses(asked, embed)
+        losses = screening.losses(asked, embed)
     assert totals == [sum(done)], "the bar ends where all rows are read"
     assert sum(done) == 4 * len(BatchSource(config, tasks).next_step([True, True]))
     assert [word for ids in looked_up for word in ids] == [w for _, words in asked for w in words]
@@ -81,18 +81,18 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
             loss, _ = stream_objective(base, stream, [start], [sum(r.num_labels for r in rows)])
         expected.append(float(loss))
     assert len(set(expected)) == 6
-    assert found[:-2] == pytest.approx(expected, rel=1e-4)
-    assert found[-2:] == [math.inf] * 2
+    assert losses[:-2] == pytest.approx(expected, rel=1e-4)
+    assert losses[-2:] == [math.inf] * 2
 
     evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(1200))  # type: ignore[arg-type]
-    wider = LossInitScorer(config, tasks, evaluator, Console(said, said))
+    wider = LossInitScorer(config, tasks, evaluator, Console(output, output))
     looked_up.clear()
     assert wider.losses(asked, embed)[:-2] == pytest.approx(expected, rel=1e-4)
     assert 1 < len(looked_up) < len(asked), "several starts in a stream"
 
     screening.say(0, SearchResult((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
     screening.say(1, Unsearched((1, 2), "the task's choices", 6), "plants meat")
-    cost, *words = said.getvalue().splitlines()
+    cost, *words = output.getvalue().splitlines()
     rows = sum(done)
     assert cost == (
         f"init: auto searches for an initial prompt: 8 candidates on {rows:,} rows, 3% of the "

@@ -41,15 +41,15 @@ def run(seeds: Sequence[int]) -> tuple[dict[int, SearchResult], list[tuple[int, 
 
 
 def test_the_best_of_all_that_was_tried() -> None:
-    found, seen = run(range(20))
-    for seed, of in found.items():
+    result, seen = run(range(20))
+    for seed, of in result.items():
         tried = [words for i, words in seen if i == seed]
         assert len(tried) == 16 + 6 * 8
         assert of.tried == len(set(tried)) >= len(tried) - 2, "hardly any is asked twice"
         assert of.loss == loss(of.words) == min(map(loss, tried))
         first = sorted(map(loss, tried[:16]))
         assert (of.first, of.middle) == (first[0], first[8])
-    better = [of.first - of.loss for of in found.values()]
+    better = [of.first - of.loss for of in result.values()]
     assert min(better) >= 0
     assert sum(better) / len(better) > 1, "crossing finds what no drawing had"
 
@@ -79,9 +79,9 @@ def test_what_is_best_from_the_start_stays() -> None:
     def judge(asked: Sequence[tuple[int, Words]]) -> list[float]:
         return [1.0 if words == BEGIN_WITH[1][1] else math.inf for _, words in asked]
 
-    found = search_together({0: one}, judge)[0]  # type: ignore[dict-item]
-    assert (found.words, found.what, found.loss) == (BEGIN_WITH[1][1], "another", 1.0)
-    assert found.middle == math.inf
+    result = search_together({0: one}, judge)[0]  # type: ignore[dict-item]
+    assert (result.words, result.what, result.loss) == (BEGIN_WITH[1][1], "another", 1.0)
+    assert result.middle == math.inf
 
 
 def test_which_parent_is_the_best_has_no_say_in_the_children() -> None:
@@ -117,6 +117,6 @@ def test_of_few_starts_and_few_words(number: int, length: int) -> None:
         asked.extend(words for _, words in tried)
         return [float(sum(words)) for _, words in tried]
 
-    found = search_together({0: search(starts, draw, generator)}, judge)
-    assert len(asked) == len(set(asked)) == found[0].tried == number + 48
-    assert found[0].loss == min(map(sum, asked))
+    result = search_together({0: search(starts, draw, generator)}, judge)
+    assert len(asked) == len(set(asked)) == result[0].tried == number + 48
+    assert result[0].loss == min(map(sum, asked))

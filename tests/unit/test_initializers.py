@@ -116,8 +116,8 @@ def test_only_frequent_words_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["added"])
     table = torch.arange(12.0)[:, None].expand(-1, HIDDEN)
-    found = Vocabulary(lambda ids: table[torch.tensor(ids)], tokenizer, len(table))
-    assert {int(v[0]) for v in vocab(found, 30, generator())} == {2, 3, 4}
+    vocabulary = Vocabulary(lambda ids: table[torch.tensor(ids)], tokenizer, len(table))
+    assert {int(v[0]) for v in vocab(vocabulary, 30, generator())} == {2, 3, 4}
 
 
 def test_bytes_and_added_tokens_are_no_words() -> None:
@@ -175,8 +175,8 @@ class TestFromATrainedPrompt:
         length: int,
     ) -> None:
         init = Init.model_validate({"from": str(tmp_path / folder)})
-        found = initialize(init, vocabulary, length, generator())
-        assert torch.equal(found, prompt_PH.repeat(2, 1)[:length])
+        prompt = initialize(init, vocabulary, length, generator())
+        assert torch.equal(prompt, prompt_PH.repeat(2, 1)[:length])
         assert ("has 4 virtual tokens; " in caplog.text) == (length != 4)
 
     def test_of_a_base_of_another_width_is_refused(
@@ -207,11 +207,11 @@ class TestKeysAndValues:
     @pytest.fixture
     def reader(self) -> Vocabulary:
         def past(ids: Sequence[int]) -> torch.Tensor:
-            told = torch.zeros(len(ids), 2, 2, 1, 3, dtype=torch.bfloat16)
-            told[..., 0] = torch.tensor(ids)[:, None, None, None]
-            told[..., 1] = torch.arange(len(ids))[:, None, None, None]
-            told[:, 1] *= 8
-            return told
+            keys_values = torch.zeros(len(ids), 2, 2, 1, 3, dtype=torch.bfloat16)
+            keys_values[..., 0] = torch.tensor(ids)[:, None, None, None]
+            keys_values[..., 1] = torch.arange(len(ids))[:, None, None, None]
+            keys_values[:, 1] *= 8
+            return keys_values
 
         return Vocabulary(lambda ids: TABLE_VH[torch.tensor(ids)], make_tokenizer(), 10, past)
 

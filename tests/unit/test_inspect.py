@@ -54,9 +54,9 @@ def measured(folder: Path, **settings: str) -> dict[str, WeightError]:
     files = open_base(base)
     weights = int8_weights(files, base)
     read: list[int] = []
-    found = measure_weights(files, weights, read.append)
+    errors = measure_weights(files, weights, read.append)
     assert sum(read) == stored_bytes(files, weights)
-    return {error.name: error for error in found}
+    return {error.name: error for error in errors}
 
 
 def split(folder: Path, to: Path) -> Path:
@@ -83,11 +83,11 @@ def test_errors_are_those_of_the_weights(
 ) -> None:
     tensors = load_file(bases[tied] / "model.safetensors")
     folder = split(bases[tied], tmp_path / "two") if sharded else bases[tied]
-    found = measured(folder, embeddings="int8", head="int8")
+    weights = measured(folder, embeddings="int8", head="int8")
     matrices = {name.removesuffix(".weight") for name, t in tensors.items() if t.dim() == 2}
-    assert set(found) == matrices
-    assert ("lm_head" in found) != tied
-    for name, error in found.items():
+    assert set(weights) == matrices
+    assert ("lm_head" in weights) != tied
+    for name, error in weights.items():
         weight = tensors[f"{name}.weight"].double()
         step = weight.abs().amax(1, keepdim=True) / 127
         difference = weight - (weight / step).round() * step
@@ -103,17 +103,17 @@ def test_errors_are_those_of_the_weights(
 def test_stacked_and_transposed_weights(tmp_path: Path, case: str) -> None:
     """Against what loading makes of the same files."""
     folder = save_family(tmp_path / "base", case)
-    found = measured(folder)
+    weights = measured(folder)
     exact = dict(load_rank(folder, quantization="none")[0].model.named_parameters())
     model = load_rank(folder)[0].model
     int8 = {name: p for name, p in model.named_parameters() if p.dtype == torch.int8}
-    assert set(found) == {name.removesuffix(".weight") for name in int8}
+    assert set(weights) == {name.removesuffix(".weight") for name in int8}
     assert case == "gpt2" or any(weight.dim() == 3 for weight in int8.values())
     for name, weight in int8.items():
         path, _, own = name.rpartition(".")
         scales = getattr(model.get_submodule(path), absmax_name(own))
         difference = exact[name] - dequantize_rows(weight, scales)
-        error = found[name.removesuffix(".weight")]
+        error = weights[name.removesuffix(".weight")]
         relative = difference.norm() / exact[name].norm()
         assert error.relative_error == pytest.approx(relative.item(), rel=1e-4)
         worst = (difference.norm(dim=-1) / exact[name].norm(dim=-1)).max()
@@ -134,25 +134,25 @@ def outlier(bases: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_an_outlier_is_found_and_warned_of(outlier: Path) -> None:
-    found = measured(outlier)
-    assert {name for name, error in found.items() if error.outlier_rows} == {DOWN}
-    error = found[DOWN]
+    errors = measured(outlier)
+    assert {name for name, error in errors.items() if error.outlier_rows} == {DOWN}
+    error = errors[DOWN]
     assert error.outlier_rows == 1
     assert 0.02 < error.relative_error < error.largest_row_error < 0.04
-    weights = weight_findings(list(found.values()))
+    weights = weight_findings(list(errors.values()))
     assert [group["name"] for group in weights["groups"]] == ["layer 0", "layer 1"]
     plain, bad = weights["groups"]
     assert plain["outlier_row_share"] == 0
     assert bad["outlier_row_share"] * sum(
-        e.rows for e in found.values() if e.group == "layer 1"
+        e.rows for e in errors.values() if e.group == "layer 1"
     ) == pytest.approx(1)
     assert (bad["worst_tensor"], bad["worst_tensor_error"]) == (DOWN, error.relative_error)
-    together = [e for e in found.values() if e.group == "layer 1"]
+    together = [e for e in errors.values() if e.group == "layer 1"]
     squared = sum(e.squared_error / sum(o.squared_norm for o in together) for e in together)
     assert bad["relative_error"] == pytest.approx(squared**0.5)
-    (said,) = warnings({"embeddings": "keep", "head": "keep"}, weights, None)
-    assert said.startswith(f"layer 1: relative error up to {bad['relative_error']:.4f} in int8")
-    assert "base.quantization=none" in said
+    (messages,) = warnings({"embeddings": "keep", "head": "keep"}, weights, None)
+    assert messages.startswith(f"layer 1: relative error up to {bad['relative_error']:.4f} in int8")
+    assert "base.quantization=none" in messages
 
 
 def test_an_int8_folder_has_no_errors_but_outliers(
@@ -160,40 +160,40 @@ def test_an_int8_folder_has_no_errors_but_outliers(
 ) -> None:
     silent = Console(io.StringIO(), io.StringIO())
     prepare(Base.model_validate({"model": str(outlier)}), tmp_path / "int8", silent)
-    out = tmp_path / "found.json"
+    out = tmp_path / "inspection.json"
     assert main([str(tmp_path / "int8"), "--model", f"--json={out}"]) == 0
-    found = json.loads(out.read_text())
-    assert found["base"]["stored_int8"] is True
-    assert found["weights"]["relative_error"] is None
-    assert {tensor["relative_error"] for tensor in found["weights"]["tensors"]} == {None}
-    assert found["weights"]["groups"][1]["outlier_row_share"] > 0
-    assert found["warnings"] == []
-    said = capsys.readouterr().out
-    assert "stored in int8: there is no original" in said
-    assert "relative error" not in said
+    inspection = json.loads(out.read_text())
+    assert inspection["base"]["stored_int8"] is True
+    assert inspection["weights"]["relative_error"] is None
+    assert {tensor["relative_error"] for tensor in inspection["weights"]["tensors"]} == {None}
+    assert inspection["weights"]["groups"][1]["outlier_row_share"] > 0
+    assert inspection["warnings"] == []
+    stderr = capsys.readouterr().out
+    assert "stored in int8: there is no original" in stderr
+    assert "relative error" not in stderr
 
 
 def test_a_base_alone(
     bases: dict[bool, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "found.json"
+    out = tmp_path / "inspection.json"
     ends = ["base.embeddings=int8", "base.head=int8"]
     assert main([str(bases[False]), *ends, "--model", f"--json={out}"]) == 0
-    found = json.loads(out.read_text())
-    names = [group["name"] for group in found["weights"]["groups"]]
+    inspection = json.loads(out.read_text())
+    names = [group["name"] for group in inspection["weights"]["groups"]]
     assert names == ["embeddings", "layer 0", "layer 1", "head"]
-    assert set(found) == {"schema", "base", "weights", "losses", "warnings"}
-    assert (found["schema"], found["losses"]) == (1, None)
+    assert set(inspection) == {"schema", "base", "weights", "losses", "warnings"}
+    assert (inspection["schema"], inspection["losses"]) == (1, None)
     errors = measured(bases[False], embeddings="int8", head="int8")
-    assert {tensor["name"]: tensor["relative_error"] for tensor in found["weights"]["tensors"]} == {
-        name: error.relative_error for name, error in errors.items()
-    }
-    said = capsys.readouterr().out
-    assert f"all numbers: {out}" in said
-    assert len([line for line in said.splitlines() if "layer" in line]) == 2
+    assert {
+        tensor["name"]: tensor["relative_error"] for tensor in inspection["weights"]["tensors"]
+    } == {name: error.relative_error for name, error in errors.items()}
+    stderr = capsys.readouterr().out
+    assert f"all numbers: {out}" in stderr
+    assert len([line for line in stderr.splitlines() if "layer" in line]) == 2
     assert main([str(bases[False]), *ends, "--model", "--json=-"]) == 0
     streams = capsys.readouterr()
-    assert json.loads(streams.out) == found
+    assert json.loads(streams.out) == inspection
     assert "weights of" in streams.err
 
 
@@ -221,15 +221,15 @@ def quickstart() -> Any:
 
 def test_all_prompts_of_a_task_read_the_same_rows(quickstart: Any) -> None:
     config, tasks = quickstart
-    found = readers(config, tasks, ["animals", "triage"], 16)
-    assert [(r.task, r.kind, r.prompt) for r in found] == [
+    groups = readers(config, tasks, ["animals", "triage"], 16)
+    assert [(r.task, r.kind, r.prompt) for r in groups] == [
         *[("triage", kind, None) for kind in ("no_prompt", *["hand_written"] * 3)],
         ("triage", "trained", 1),
         *[("animals", kind, None) for kind in ("no_prompt", *["hand_written"] * 3)],
         ("animals", "trained", 0),
     ]
-    chosen = {r.task: [c[0].row for c in r.rows.candidates] for r in found[::-1]}
-    for reader in found:
+    chosen = {r.task: [c[0].row for c in r.rows.candidates] for r in groups[::-1]}
+    for reader in groups:
         assert [c[0].row for c in reader.rows.candidates] == chosen[reader.task]
         assert len(reader.rows.gold) == 16
     again = readers(config, tasks, [], 16)
@@ -241,11 +241,14 @@ def test_all_prompts_of_a_task_read_the_same_rows(quickstart: Any) -> None:
 
 def test_the_right_answers_stay_with_their_rows(quickstart: Any) -> None:
     config, tasks = quickstart
-    whole, sample = tasks["triage"].evaluation["validation"], readers(config, tasks, [], 16)[0].rows
-    right = dict(zip([c[0].row for c in whole.candidates], whole.gold, strict=True))
+    eval_set, sample = (
+        tasks["triage"].evaluation["validation"],
+        readers(config, tasks, [], 16)[0].rows,
+    )
+    right = dict(zip([c[0].row for c in eval_set.candidates], eval_set.gold, strict=True))
     assert sample.gold == [right[c[0].row] for c in sample.candidates]
     every = readers(config, tasks, [], 10**6)[0].rows
-    assert (list(every.candidates), every.gold) == (list(whole.candidates), whole.gold)
+    assert (list(every.candidates), every.gold) == (list(eval_set.candidates), eval_set.gold)
 
 
 def test_nothing_is_generated(quickstart: Any) -> None:
@@ -296,7 +299,7 @@ def losses(before: float, exact: float | None, fast: float | None) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "differences"),
     [
         ((1.0, 1.009, 0.991), []),
         ((0.01, 0.0105, 0.0109), []),  # far in relative terms, nothing in nats
@@ -305,11 +308,11 @@ def losses(before: float, exact: float | None, fast: float | None) -> dict[str, 
         ((1.0, 1.0, None), ["int8/int8 differs by +inf% from none"]),
     ],
 )
-def test_losses_that_move(values: Any, said: list[str]) -> None:
+def test_losses_that_move(values: Any, differences: list[str]) -> None:
     base = {"embeddings": "keep", "head": "int8"}
-    found = warnings(base, {"groups": []}, losses(*values))
-    assert len(found) == len(said)
-    for text, expected in zip(found, said, strict=True):
+    warned = warnings(base, {"groups": []}, losses(*values))
+    assert len(warned) == len(differences)
+    for text, expected in zip(warned, differences, strict=True):
         assert text.startswith("task t, trained: p: ")
         assert expected in text
         exact = "dequantize differs" in expected
@@ -318,14 +321,19 @@ def test_losses_that_move(values: Any, said: list[str]) -> None:
 
 
 def test_a_setting_that_was_left_out_is_told_with_its_reason() -> None:
-    found = losses(1.0, 1.0, 1.0)
-    found["settings"][2]["left_out"] = "base.matmul: int8 is not supported here"
-    del found["readers"][0]["scores"]["int8/int8"]
+    measured_losses = losses(1.0, 1.0, 1.0)
+    measured_losses["settings"][2]["left_out"] = "base.matmul: int8 is not supported here"
+    del measured_losses["readers"][0]["scores"]["int8/int8"]
     weights = {"groups": [], "relative_error": 0.0, "outlier_ratio": 20.0}
     base = {"model": "m", "stored_int8": False, "embeddings": "keep", "head": "keep"}
     out, err = io.StringIO(), io.StringIO()
-    whole = {"base": base, "weights": weights, "losses": found, "warnings": ["look here"]}
-    show(whole, Console(out, err))
+    inspection = {
+        "base": base,
+        "weights": weights,
+        "losses": measured_losses,
+        "warnings": ["look here"],
+    }
+    show(inspection, Console(out, err))
     assert "int8/int8: left out: base.matmul: int8 is not supported here" in out.getvalue()
     assert "warning: look here" in err.getvalue()
-    assert warnings(base, weights, found) == []
+    assert warnings(base, weights, measured_losses) == []

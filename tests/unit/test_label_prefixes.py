@@ -83,10 +83,10 @@ def test_probabilities_are_exclusive() -> None:
     assert continuations(labels) == ((1, 3), (2,), (), (), ())
     rows = [[Example.with_target((9, *ids), 1, 0) for ids in labels]] * 2
     share = float64([0.6, 0.3, 0.1, 0.2, 0.25], [0.5, 0.5, 0.5, 1e-9, 0.2])
-    found = exclusive(-share.log(), rows).neg().exp()
+    probabilities = exclusive(-share.log(), rows).neg().exp()
     wanted = float64([0.1, 0.2, 0.1, 0.2, 0.25], [0.0, 0.0, 0.5, 1e-9, 0.2])
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-    assert found.isfinite().all()
+    torch.testing.assert_close(probabilities, wanted, rtol=1e-9, atol=1e-11)
+    assert probabilities.isfinite().all()
 
 
 def float64(*rows: list[float]) -> Tensor:

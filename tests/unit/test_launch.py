@@ -79,14 +79,14 @@ def parsed(command: list[str]) -> Any:
     launcher = [bootstrap.FILE, "--parent-death=SIGKILL", "deepspeed.launcher.launch"]
     assert command[:4] == [sys.executable, *launcher]
     with patch.object(sys, "argv", command[3:]):
-        found = parse_args()
-    found.world = json.loads(base64.urlsafe_b64decode(found.world_info))
-    assert not found.module
-    assert found.no_local_rank
+        namespace = parse_args()
+    namespace.world = json.loads(base64.urlsafe_b64decode(namespace.world_info))
+    assert not namespace.module
+    assert namespace.no_local_rank
     # by the path of a file: a rank started with -m would import from the working directory
     rank = [bootstrap.FILE, "--parent-death=SIGTERM", "--arguments-in-environment", "trainer"]
-    assert [found.training_script, *found.training_script_args] == rank
-    return found
+    assert [namespace.training_script, *namespace.training_script_args] == rank
+    return namespace
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,13 @@ def parsed(command: list[str]) -> Any:
     ],
 )
 def test_the_launcher_of_one_machine_gets_its_devices(devices, shown):
-    found = parsed(local.local_command("trainer", devices, 4711))
-    assert found.world == {"localhost": list(devices.ids)}
-    assert (found.node_rank, found.master_addr, found.master_port) == (0, "127.0.0.1", 4711)
+    namespace = parsed(local.local_command("trainer", devices, 4711))
+    assert namespace.world == {"localhost": list(devices.ids)}
+    assert (namespace.node_rank, namespace.master_addr, namespace.master_port) == (
+        0,
+        "127.0.0.1",
+        4711,
+    )
     assert local.by_hand("trainer", ["r.yaml", "a.b=[1, 2]"], devices, None) == shown
 
 
@@ -112,12 +116,16 @@ def test_arguments_for_several_hosts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = local.hostfile_command("trainer", ["r.yaml", "--fresh"], "hosts", 4, 4711)
     assert command[:3] == [sys.executable, bootstrap.FILE, "deepspeed.launcher.runner"]
-    found = parse_args(command[3:])
-    assert (found.hostfile, found.num_gpus) == (str(tmp_path / "hosts"), 4)
-    assert (found.force_multi, found.no_local_rank, found.master_port) == (True, True, 4711)
-    assert not found.module
-    assert found.user_script == bootstrap.FILE
-    assert found.user_args == [f"--chdir={tmp_path}", "trainer", "r.yaml", "--fresh"]
+    arguments = parse_args(command[3:])
+    assert (arguments.hostfile, arguments.num_gpus) == (str(tmp_path / "hosts"), 4)
+    assert (arguments.force_multi, arguments.no_local_rank, arguments.master_port) == (
+        True,
+        True,
+        4711,
+    )
+    assert not arguments.module
+    assert arguments.user_script == bootstrap.FILE
+    assert arguments.user_args == [f"--chdir={tmp_path}", "trainer", "r.yaml", "--fresh"]
     shown = local.by_hand("trainer", ["r.yaml", "uri=http://me:secret@host"], None, "hosts")
     assert shown == "deepspeed --hostfile hosts --module trainer r.yaml uri=http://***@host"
 
@@ -129,10 +137,10 @@ def test_arguments_for_one_host_of_several():
     """Slurm may give us GPUs 4 and 6 of a host."""
     for ids in ((0, 1), (4, 6)):
         place = Place(TWO_HOSTS, 1, "n1", 4711)
-        found = parsed(local.place_command("trainer", place, Devices("cuda", ids)))
-        assert found.world == {"n1": [0, 1], "n2": list(ids)}
-        assert list(found.world)[found.node_rank] == "n2"
-        assert (found.master_addr, found.master_port) == ("n1", 4711)
+        namespace = parsed(local.place_command("trainer", place, Devices("cuda", ids)))
+        assert namespace.world == {"n1": [0, 1], "n2": list(ids)}
+        assert list(namespace.world)[namespace.node_rank] == "n2"
+        assert (namespace.master_addr, namespace.master_port) == ("n1", 4711)
 
 
 def test_a_host_without_the_gpus_that_it_should_have(tmp_path, monkeypatch):
@@ -157,10 +165,10 @@ def test_environment_shares_the_cores_and_hides_nothing_else():
     own = {bootstrap.PARENT: str(os.getpid())}
 
     def environment(given, devices, cores, *arguments):
-        found = local.environment(given, devices, cores, arguments)
-        assert json.loads(found.pop(bootstrap.ARGUMENTS)) == list(arguments)
-        assert own.items() <= found.items()
-        return {name: value for name, value in found.items() if name not in own}
+        variables = local.environment(given, devices, cores, arguments)
+        assert json.loads(variables.pop(bootstrap.ARGUMENTS)) == list(arguments)
+        assert own.items() <= variables.items()
+        return {name: value for name, value in variables.items() if name not in own}
 
     two = Devices("cpu", (0, 1))
     cpu = environment({"A": "1", "CUDA_VISIBLE_DEVICES": ""}, two, 8, "r.yaml", "a=\u00fc")
@@ -353,8 +361,8 @@ def test_of_ranks_that_ended_the_one_that_was_killed_is_named(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", end]) for end in ends]
     for rank in ranks:
         os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
-    said = "".join(f"process {rank.pid} spawned with command: x\n" for rank in ranks)
-    log.write_text(said + f"Process {ranks[0].pid} exits successfully.\n")
+    started = "".join(f"process {rank.pid} spawned with command: x\n" for rank in ranks)
+    log.write_text(started + f"Process {ranks[0].pid} exits successfully.\n")
     losses = processes._Losses(log, 3, 4, lambda: None)
     losses.look()
     losses.look()
@@ -399,18 +407,18 @@ def test_exit_code_0_counts_only_if_rank_0_did_its_work(tmp_path):
 def test_another_port_is_tried_once(tmp_path, monkeypatch):
     from launch import starting
 
-    taken = endings.describe(69, [], tmp_path / "l.log", lost=True, resumable=True)
-    assert (taken.code, taken.port_taken) == (1, True)
+    port_taken = endings.describe(69, [], tmp_path / "l.log", lost=True, resumable=True)
+    assert (port_taken.code, port_taken.port_taken) == (1, True)
     ports = []
 
     def run(command, *_):
         ports.append(parsed(command).master_port)
-        return taken
+        return port_taken
 
     monkeypatch.setattr(processes, "run_local", run)
     monkeypatch.setattr(local, "list_gpus", list)
     ending = starting.start_ranks("trainer", ["r.yaml"], str(tmp_path), 1, None)
-    assert ending == taken
+    assert ending == port_taken
     assert len(set(ports)) == 2
 
 
@@ -469,8 +477,8 @@ def test_the_launcher_is_deaf_to_signals_that_its_ranks_hear():
     )
     with processes._blocked(processes.STOPPING):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    said, _ = child.communicate(timeout=30)
-    assert (child.returncode, said) == (0, "['TERM']\n")
+    output, _ = child.communicate(timeout=30)
+    assert (child.returncode, output) == (0, "['TERM']\n")
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
@@ -726,8 +734,8 @@ def test_wrong_use_is_exit_code_2(run_file, arguments):
 def test_a_port_in_use_and_missing_gpus_are_refused_before_ranks_start(run_file, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n")
-    with socket.create_server(("", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("", 0)) as used:
+        port = str(used.getsockname()[1])
         words = ["--no-ssh", "--hostfile", str(hosts), "--node-rank", "0", "--master-port", port]
         done = promptshard("train", run_file, *words)
     assert done.returncode == 2, done.stderr

@@ -33,7 +33,9 @@ BUDGET = benchmark.BUDGET | {"tasks": ["triage", "codegen"], "validation_rows": 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> peers.Data:
-    path, _ = ours.run_file(tmp_path_factory.mktemp("learning") / "run", BUDGET, [0, 1], told=True)
+    path, _ = ours.run_file(
+        tmp_path_factory.mktemp("learning") / "run", BUDGET, [0, 1], with_text=True
+    )
     return peers.Data(load(path))
 
 
@@ -67,8 +69,8 @@ def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
     theirs = peers.score(model, data, rows)
     base = load_whole(ROOT / data.folder, "none")
     evaluator = Evaluator(Alone(), base, data.tokenizer, TokenBudget(4000))
-    (found,) = evaluator.score([Request(rows, 0)], [prompt])
-    assert theirs == pytest.approx({key: found.scores[key] for key in theirs}, abs=1e-5)
+    (scores,) = evaluator.score([Request(rows, 0)], [prompt])
+    assert theirs == pytest.approx({key: scores.scores[key] for key in theirs}, abs=1e-5)
 
 
 def test_rows_are_those_of_our_prompt(data: peers.Data) -> None:
@@ -86,7 +88,7 @@ def training(arm: str, seed: int, rate: float | None, *values: float) -> dict[st
     return {"arm": arm, "task": "triage", "rate": rate, "seed": seed, "scores": scores}
 
 
-def found() -> dict[str, Any]:
+def example_results() -> dict[str, Any]:
     quick, vocab = "ours, prompt_tuning", "prompt tuning, vocab"
     return {
         "budget": BUDGET | {"tasks": ["triage"]},
@@ -100,8 +102,8 @@ def found() -> dict[str, Any]:
 
 
 def test_table_compares_with_the_best_rate(tmp_path: Path) -> None:
-    report = summary(found())
-    assert best_rate(found()["peers"], "prompt tuning, vocab", "triage") == 0.01
+    report = summary(example_results())
+    assert best_rate(example_results()["peers"], "prompt tuning, vocab", "triage") == 0.01
     (row,) = report["figures"]["triage"]
     assert row["peer"] == "PEFT, prompt tuning, vocab", "LoRA is shown, but is no prompt"
     assert row["scores"] == pytest.approx([0.91, 0.7])
@@ -152,14 +154,16 @@ def test_quick_runs_both_sides() -> None:
 def test_one_side_is_measured_and_the_other_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
-    before = found() | {"budget": benchmark.BUDGET if kept else benchmark.BUDGET | {"steps": 1}}
+    before = example_results() | {
+        "budget": benchmark.BUDGET if kept else benchmark.BUDGET | {"steps": 1}
+    }
     (tmp_path / "learning.json").write_text(json.dumps(before))
     new = [training("ours, prompt_tuning", 0, None, 0.1, 0.2)]
     done = SimpleNamespace(wait=lambda: 0)
     reported: dict[str, Any] = {}
     monkeypatch.setattr(sys, "argv", ["learning", "--only", "ours"])
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(ours, "run_file", lambda path, *_, told: (path, {}))
+    monkeypatch.setattr(ours, "run_file", lambda path, *_, with_text: (path, {}))
     monkeypatch.setattr(ours, "train", lambda *_: done)
     monkeypatch.setattr(ours, "results", lambda _: new)
     monkeypatch.setattr(benchmark, "summary", lambda report: reported.update(report) or report)

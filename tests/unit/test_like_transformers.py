@@ -89,7 +89,7 @@ def digest(tensor: Tensor) -> str:
 
 def digests_of_ours(model: Any) -> dict[str, str]:
     """Of every parameter that holds values, in the layout that transformers keeps it in."""
-    found = {}
+    digests = {}
     for part, root in (("base", model.base_model), ("head", model.get_output_embeddings())):
         for path, module in root.named_modules():
             turned = getattr(module, "transposed", ())
@@ -98,8 +98,8 @@ def digests_of_ours(model: Any) -> dict[str, str]:
                 values["weight"] = module.rows
             for name, value in values.items():
                 value = value.mT if name in turned else value
-                found[f"{part}.{path}.{name}"] = digest(value)
-    return found
+                digests[f"{part}.{path}.{name}"] = digest(value)
+    return digests
 
 
 def digests_of_theirs(modules: dict[str, Any]) -> dict[str, str]:
@@ -177,12 +177,16 @@ def assert_ids_alike(ours: Any, theirs: Any) -> None:
     texts, targets = zip(*BOUNDARIES, strict=True)
     inputs = encoder.inputs(texts)
     assert inputs == [theirs(text)["input_ids"] for text in texts]
-    found, merged = encoder.targets(texts, inputs, targets)
+    target_ids, merged = encoder.targets(texts, inputs, targets)
     for i, (text, target) in enumerate(BOUNDARIES):
-        whole = theirs(text + target)["input_ids"]
-        assert merged[i] or inputs[i] + found[i] == whole
+        full_ids = theirs(text + target)["input_ids"]
+        assert merged[i] or inputs[i] + target_ids[i] == full_ids
         # Only where generation cannot read the tokens of the whole text they may differ from it.
-        assert not merged[i] or whole[: len(inputs[i])] != inputs[i] or theirs.unk_token_id in whole
+        assert (
+            not merged[i]
+            or full_ids[: len(inputs[i])] != inputs[i]
+            or theirs.unk_token_id in full_ids
+        )
     if theirs.chat_template:
         dialogue = DialogueEncoder(ours)
         ids = theirs.apply_chat_template(TURNS, return_dict=True)["input_ids"]
@@ -358,8 +362,8 @@ class TestPrepared:
         set_flags(folder, flag)
         set_head(folder, head)
         settings = {"embeddings": ends, "head": ends}
-        with (tmp_path / "said").open("w") as said:
-            console = Console(said, said)
+        with (tmp_path / "said").open("w") as stdout:
+            console = Console(stdout, stdout)
             base = Base.model_validate({"model": str(folder), **settings})
             prepare(base, tmp_path / "int8", console)
         direct, again = load_rank(folder, **settings)[0], load_rank(tmp_path / "int8")[0]

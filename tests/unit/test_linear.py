@@ -52,8 +52,8 @@ def activations(outliers: float = 1.0) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), dy
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 def errors(kind: str, outliers: float) -> tuple[float, float]:
@@ -192,13 +192,13 @@ class TestAlignment:
         layer = make_layer(kind, 50, 30)
         monkeypatch.setattr(torch, "compile", lambda step, **_: step)
         monkeypatch.setattr(int8_matmul, "_steps", int8_matmul._Steps)
-        found = []
+        results = []
         for product in (aligned_int_product, PLAIN_INT_MM):
             monkeypatch.setattr(int8_matmul, "int_product", product)
             y = layer(x)
-            found.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
-        assert torch.equal(found[0][0], found[1][0])
-        assert torch.equal(found[0][1], found[1][1])
+            results.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
 
 
 class FakeGPU:
@@ -267,15 +267,15 @@ class TestMeasure:
         return measure(self.SHAPES, torch.float32, CPU)
 
     def test_the_faster_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
-        assert found == Measured("int8", "int8 1.00 ms, dequantize 2.00 ms")
-        found = self.measured(monkeypatch, {"dequantize": 0.001, "int8": 0.002})
-        assert found.kind == "dequantize"
+        choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
+        assert choice == Measured("int8", "int8 1.00 ms, dequantize 2.00 ms")
+        choice = self.measured(monkeypatch, {"dequantize": 0.001, "int8": 0.002})
+        assert choice.kind == "dequantize"
 
     def test_it_measures(self) -> None:
-        found = measure(self.SHAPES, torch.float32, CPU)
-        assert found.kind in ("int8", "dequantize")
-        assert "ms" in found.reason
+        choice = measure(self.SHAPES, torch.float32, CPU)
+        assert choice.kind in ("int8", "dequantize")
+        assert "ms" in choice.reason
 
     def test_a_kernel_that_is_wrong_or_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def wrong(a: Tensor, b: Tensor) -> Tensor:
@@ -285,12 +285,12 @@ class TestMeasure:
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
 
         monkeypatch.setattr(torch, "_int_mm", wrong)
-        found = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
-        assert found.kind == "dequantize"
-        assert "off by" in found.reason
+        choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
+        assert choice.kind == "dequantize"
+        assert "off by" in choice.reason
         monkeypatch.setattr(torch, "_int_mm", missing)
-        found = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
-        assert found == Measured("dequantize", "int8 cannot run: CUBLAS_STATUS_NOT_SUPPORTED")
+        choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
+        assert choice == Measured("dequantize", "int8 cannot run: CUBLAS_STATUS_NOT_SUPPORTED")
 
 
 def test_without_a_compiler_nothing_is_left_to_fail_at_the_first_step(monkeypatch):

@@ -64,7 +64,7 @@ def whole_logits(layer: FrozenHead, hidden_NH: Tensor) -> Tensor:
     return logits if layer.softcap is None else torch.tanh(logits / layer.softcap) * layer.softcap
 
 
-def whole(layer: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+def unsliced(layer: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
     """Cross-entropy over all logits at once, in the type of ``hidden_NH``."""
     return cross_entropy(whole_logits(layer, hidden_NH), labels_N, reduction="none")
 
@@ -97,7 +97,7 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     slice_by(monkeypatch, columns)
     layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
-    nll_N, wanted_N = layer(ours, labels_N), whole(layer, exact, labels_N)
+    nll_N, wanted_N = layer(ours, labels_N), unsliced(layer, exact, labels_N)
     (nll_N * weight_N).sum().backward()
     (wanted_N * weight_N).sum().backward()
     assert ours.grad is not None
@@ -115,7 +115,7 @@ def test_likely_labels_keep_their_digits_in_bf16(monkeypatch: pytest.MonkeyPatch
     layer.weight.data = layer.weight.data.bfloat16()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
     layer(ours, labels_N).sum().backward()
-    wanted_N = whole(layer, exact, labels_N)
+    wanted_N = unsliced(layer, exact, labels_N)
     wanted_N.sum().backward()
     assert ours.grad is not None
     assert exact.grad is not None
@@ -129,7 +129,7 @@ def test_in_integers_within_what_rounding_costs(monkeypatch: pytest.MonkeyPatch)
     layer, (hidden_NH, labels_N, _) = make_head(int8=True), problem()
     layer.product = int8_matmul
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.clone().requires_grad_()
-    nll_N, wanted_N = layer(ours, labels_N), whole(layer, exact, labels_N)
+    nll_N, wanted_N = layer(ours, labels_N), unsliced(layer, exact, labels_N)
     nll_N.sum().backward()
     wanted_N.sum().backward()
     assert ours.grad is not None

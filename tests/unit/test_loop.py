@@ -165,8 +165,8 @@ class Toy:
 
     @property
     def stopped(self) -> dict[str, tuple[int, str]]:
-        found = self.loop.progress.stopped
-        return {name: (end["step"], end["reason"]) for name, end in found.items()}
+        stopped = self.loop.progress.stopped
+        return {name: (end["step"], end["reason"]) for name, end in stopped.items()}
 
     def losses(self, step: int) -> dict[str, float]:
         return {
@@ -302,44 +302,45 @@ def test_tokens_are_counted_for_each_prompt(tmp_path):
 
 @pytest.mark.parametrize("step", [1, 2, 5, 6])
 def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
-    whole = Toy(tmp_path, MANY, **HALVING).run()
-    resumed = Toy(tmp_path, MANY, **HALVING).resume(whole.saved[step]).run()
-    assert resumed.stopped == whole.stopped
-    assert resumed.saved[9][0] == whole.saved[9][0]
-    after = [entry[:2] for entry in whole.logged if entry[0] > step]
+    uninterrupted = Toy(tmp_path, MANY, **HALVING).run()
+    resumed = Toy(tmp_path, MANY, **HALVING).resume(uninterrupted.saved[step]).run()
+    assert resumed.stopped == uninterrupted.stopped
+    assert resumed.saved[9][0] == uninterrupted.saved[9][0]
+    after = [entry[:2] for entry in uninterrupted.logged if entry[0] > step]
     assert [entry[:2] for entry in resumed.logged if entry[0] > 0] == after
-    assert resumed.losses(9) == whole.losses(9)
+    assert resumed.losses(9) == uninterrupted.losses(9)
     gap = "generalization_gap"
-    found, expected = (
-        [m[gap] for at, _, m in toy.logged if at > step and gap in m] for toy in (resumed, whole)
+    curves, expected = (
+        [m[gap] for at, _, m in toy.logged if at > step and gap in m]
+        for toy in (resumed, uninterrupted)
     )
-    assert found == expected
+    assert curves == expected
 
 
 @pytest.mark.parametrize("where", ["in a step", "in a validation", "in the first step"])
 def test_a_run_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, where):
     """Halving too: what a validation that was cut short would have decided is decided later."""
-    whole = Toy(tmp_path, MANY, **HALVING).run()
+    uninterrupted = Toy(tmp_path, MANY, **HALVING).run()
     toy = Toy(tmp_path, MANY, **HALVING, checkpoint={"every": 1000})
     step = 1 if where == "in the first step" else 2  # at step 2 there is a rung
     asked = 0
 
-    def told() -> bool:
+    def stop_requested() -> bool:
         nonlocal asked
         if toy.loop.progress.step == step and toy.loop.progress.unjudged:  # while validating
             asked += 1
             return where == "in a validation" and asked > 1
         return where != "in a validation" and toy.loop.progress.step == step - 1 and _training(toy)
 
-    monkeypatch.setattr("trainer.runtime.stop_signals.stop_requested", told)
+    monkeypatch.setattr("trainer.runtime.stop_signals.stop_requested", stop_requested)
     with pytest.raises(Stopped):
         toy.run()
     monkeypatch.undo()
     assert list(toy.saved) == [step]
     resumed = Toy(tmp_path, MANY, **HALVING).resume(toy.saved[step]).run()
-    assert resumed.stopped == whole.stopped
-    assert resumed.saved[9][0] == whole.saved[9][0]
-    assert resumed.losses(9) == whole.losses(9)
+    assert resumed.stopped == uninterrupted.stopped
+    assert resumed.saved[9][0] == uninterrupted.saved[9][0]
+    assert resumed.losses(9) == uninterrupted.losses(9)
 
 
 def _training(toy: Toy) -> bool:
@@ -403,8 +404,8 @@ def script(toy: Toy, scores: dict[int, list[tuple[float, float]]]) -> Toy:
         step = toy.loop.progress.step
         for k in {request.prompt for request in requests}:
             now[step, k] = (0.1, 9.0) if k is None else next(left[k])
-        found = [now[step, request.prompt] for request in requests]
-        return [Scored({"accuracy": accuracy, "loss": loss}) for accuracy, loss in found]
+        scores_now = [now[step, request.prompt] for request in requests]
+        return [Scored({"accuracy": accuracy, "loss": loss}) for accuracy, loss in scores_now]
 
     toy.loop.evaluator.score = score  # type: ignore[method-assign]
     return toy
@@ -463,18 +464,18 @@ def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, mo
     pairs = [(0.3, 1.0), (0.6, 1.0), (0.5, 1.0), (0.4, 1.0)]
 
     def toy(scores: list[tuple[float, float]]) -> Toy:
-        found = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: scores})
-        found.loop.predictions = Predictions(tmp_path, pytest.fail)
-        return found
+        resumed = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: scores})
+        resumed.loop.predictions = Predictions(tmp_path, pytest.fail)
+        return resumed
 
     path = path_of(tmp_path, "p")
-    whole = toy(pairs).run()
-    assert step_of(path) == whole.loop.stopping["p"].best_step == 4
+    uninterrupted = toy(pairs).run()
+    assert step_of(path) == uninterrupted.loop.stopping["p"].best_step == 4
     baseline = path_of(tmp_path, baseline_file("x", "no_prompt"))
     assert step_of(baseline) == 0, "not there before, so scored at the end"
 
     before = path.stat().st_ino
-    toy(pairs[3:]).resume(whole.saved[6]).run()
+    toy(pairs[3:]).resume(uninterrupted.saved[6]).run()
     assert path.stat().st_ino == before, "the best step was before the resume"
 
     for damage in (path.unlink, lambda: path.write_text('{"step": 6, "row": 1}')):
@@ -488,6 +489,6 @@ def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, mo
             return score(requests, tokens)
 
         monkeypatch.setattr(again.loop.evaluator, "score", scored)
-        again.resume(whole.saved[6]).run()
+        again.resume(uninterrupted.saved[6]).run()
         assert step_of(path) == 4
-        assert torch.equal(given[0], whole.bank.best(0)), "scored again as of the best step"
+        assert torch.equal(given[0], uninterrupted.bank.best(0)), "scored again as of the best step"

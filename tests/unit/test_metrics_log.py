@@ -114,8 +114,8 @@ def test_reading_goes_on_at_an_offset_and_passes_over_garbage(tmp_path: Path) ->
     with (tmp_path / METRICS_FILE).open("ab") as file:
         file.write(b'garbage\n{"step": 1}\n')
     log.log(2, 2, {"x": 2.0})
-    found = [line for line, _ in read_lines(tmp_path / METRICS_FILE, end)]
-    assert [line and line.step for line in found] == [None, None, 2]
+    lines = [line for line, _ in read_lines(tmp_path / METRICS_FILE, end)]
+    assert [line and line.step for line in lines] == [None, None, 2]
 
 
 @pytest.mark.parametrize(
@@ -327,8 +327,8 @@ def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
     predictions.mkdir()
     (predictions / "triage.jsonl").write_text("{}\n")
     (predictions / "leak.jsonl").symlink_to(private)
-    found = {a.key for a in [*folder.early_artifacts(), *folder.late_artifacts()]}
-    assert found == good | {"triage:predictions/triage.jsonl"}
+    keys = {a.key for a in [*folder.early_artifacts(), *folder.late_artifacts()]}
+    assert keys == good | {"triage:predictions/triage.jsonl"}
     (folder.path / "metrics.jsonl").rename(tmp_path / "m")
     (folder.path / "metrics.jsonl").symlink_to(tmp_path / "m")
     assert list(folder.lines("metrics.jsonl")) == []

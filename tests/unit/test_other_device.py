@@ -25,7 +25,7 @@ TRANSFORMERS_WAITS = {"falcon": 4, "falcon-grouped": 4, "phi3-longrope": 1}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """By a process of its own: torch cannot forget a device."""
     out = tmp_path_factory.mktemp("device") / "out.json"
     done = subprocess.run(
@@ -42,8 +42,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_family_takes_a_step_and_does_not_wait(found: Any, case: str) -> None:
-    step = found["families"][f"{case}-dequantize"]
+def test_every_family_takes_a_step_and_does_not_wait(results: Any, case: str) -> None:
+    step = results["families"][f"{case}-dequantize"]
     assert step["loss"] < 1e-5
     assert step["gradient"] < 1e-4
     # transformers makes masks of padded rows; a router's choice is what experts are called by.
@@ -52,28 +52,28 @@ def test_every_family_takes_a_step_and_does_not_wait(found: Any, case: str) -> N
 
 
 @pytest.mark.parametrize(("case", "kind"), PRODUCTS)
-def test_int8_products_take_a_step_and_do_not_wait(found: Any, case: str, kind: str) -> None:
-    step = found["families"][f"{case}-{kind}"]
+def test_int8_products_take_a_step_and_do_not_wait(results: Any, case: str, kind: str) -> None:
+    step = results["families"][f"{case}-{kind}"]
     assert step["loss"] < 1e-2
     assert step["gradient"] < 0.1, "but for what is rounded to the other side"
     # How many features have outliers is known when they have been found.
     assert (step["waits"] > 0) == (kind == "int8_outliers")
 
 
-def test_a_run_ends_as_on_the_cpu(found: Any) -> None:
+def test_a_run_ends_as_on_the_cpu(results: Any) -> None:
     """Starts are searched for, prompts trained, one from a teacher, scored and written with."""
-    run = found["run"]
+    run = results["run"]
     assert max(run["prompts"].values()) < 1e-5
     (expected,), (score,) = run["scores"]
     assert score == pytest.approx(expected, rel=1e-4)
     assert run["texts"][0] == run["texts"][1]
 
 
-def test_a_step_waits_once_and_once_per_prompt(found: Any) -> None:
+def test_a_step_waits_once_and_once_per_prompt(results: Any) -> None:
     """For what all its streams found, however many, and for the norm of each prompt's gradient.
 
     Ranks that share the head or the embeddings also tell each other what they will send.
     """
-    run = found["run"]
+    run = results["run"]
     assert run["streams"] > 1
     assert run["waits"] == [1 + len(run["prompts"])] * len(run["waits"])

@@ -84,9 +84,9 @@ def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
         steps.append(rows)
         pieces = [PackedRow(examples[row], 0, i) for i, row in enumerate(rows)]
         plan = plan_streams(pieces, [P], num_ranks, 512)
-        found = [p.example.row for s in plan for stream in s for p in stream if not p.filler]
-        assert sorted(found) == sorted(rows)
-        read.update(found)
+        packed = [p.example.row for s in plan for stream in s for p in stream if not p.filler]
+        assert sorted(packed) == sorted(rows)
+        read.update(packed)
     late = Counter(steps[-1][len(steps[-1]) - cursor.position :])
     assert read - late == Counter(range(700))
 

@@ -52,8 +52,8 @@ def test_peft_gives_the_same_logits(tmp_path: Path, base: LlamaForCausalLM) -> N
         expected = base(inputs_embeds=joined).logits
         plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")
         model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-        found = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        logits = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
 def test_a_base_in_a_folder_is_found_from_any_other(
@@ -66,11 +66,11 @@ def test_a_base_in_a_folder_is_found_from_any_other(
     export(Path("adapter"), torch.randn(P, H), portable_name(Base(model="base")))
     monkeypatch.chdir(tmp_path / "elsewhere")
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    found: dict[str, Any] = {}
-    exec((tmp_path / "adapter" / "README.md").read_text().split("```")[1][len("python") :], found)
+    paths: dict[str, Any] = {}
+    exec((tmp_path / "adapter" / "README.md").read_text().split("```")[1][len("python") :], paths)
     ids = torch.randint(0, V, (1, 4))
     with torch.no_grad():
-        logits = [m.eval()(input_ids=ids).logits for m in (model, found["model"])]
+        logits = [m.eval()(input_ids=ids).logits for m in (model, paths["model"])]
     assert torch.equal(*logits)
 
 

@@ -64,8 +64,8 @@ def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
     task = {"metric": "exact_match", "choices": None}
     rows = labelled(tmp_path, "cd", **task).evaluation["validation"]
     scored = Scored({}, None, [1.0, 2.0], ["c", "<b>x</b>"], ["c", "d"], [True, False])
-    found = keep(tmp_path, rows, scored_columns(rows, scored))
-    shown = [(r["target"], r["prediction"], r["correct"], r["loss"]) for r in found]
+    comparison = keep(tmp_path, rows, scored_columns(rows, scored))
+    shown = [(r["target"], r["prediction"], r["correct"], r["loss"]) for r in comparison]
     assert shown == [("c", "c", True, 1.0), ("d", "<b>x</b>", False, 2.0)]
 
     sets = {"target": " {labels}", "choices": ["c", "d"], "multi_label": True, "metric": "f1"}
@@ -75,12 +75,12 @@ def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
     )  # fmt: skip
     rows = data.evaluation["validation"]
     scored = Scored({}, None, None, ["c", "c, x"], ["c, d", "c"], [False, False])
-    found = keep(tmp_path, rows, scored_columns(rows, scored))
-    assert [(r["target"], r["prediction"]) for r in found] == [
+    comparison = keep(tmp_path, rows, scored_columns(rows, scored))
+    assert [(r["target"], r["prediction"]) for r in comparison] == [
         (["c", "d"], ["c"]),
         (["c"], ["c", "x"]),
     ]
-    of_f1 = outcomes(found, "f1")
+    of_f1 = outcomes(comparison, "f1")
     assert of_f1 is not None
     assert sum(of_f1.sums) / sum(of_f1.counts) == pytest.approx(2 * 2 / (3 + 3))
     majority = majority_scores(data)
@@ -88,14 +88,14 @@ def test_generated_texts_sets_of_labels_and_divergences(tmp_path):
     assert majority["validation_f1_standard_error"] > 0
     exact = replace(rows, task=rows.task.model_copy(update={"metric": "exact_match"}))
     assert score_answer(exact, "c") == {"exact_match": 0.5}, "only what prompts are scored by"
-    found = keep(tmp_path, rows, answer_columns(rows, "c"))
-    assert [r["f1_terms"] for r in found] == [[2.0, 3], [2.0, 2]]
+    comparison = keep(tmp_path, rows, answer_columns(rows, "c"))
+    assert [r["f1_terms"] for r in comparison] == [[2.0, 3], [2.0, 2]]
 
     rows = labelled(tmp_path, "cd", metric="loss", choices=None).evaluation["validation"]
     teacher_R2 = torch.tensor([[0.5, 1.0], [0.25, 0.0]])
-    found = keep(tmp_path, rows, scored_columns(rows, Scored({}, teacher_R2=teacher_R2)))
-    assert [(r["loss"], r["agreement"]) for r in found] == [(0.5, 1.0), (0.25, 0.0)]
-    of_loss = outcomes(found, "loss")
+    comparison = keep(tmp_path, rows, scored_columns(rows, Scored({}, teacher_R2=teacher_R2)))
+    assert [(r["loss"], r["agreement"]) for r in comparison] == [(0.5, 1.0), (0.25, 0.0)]
+    of_loss = outcomes(comparison, "loss")
     assert of_loss is not None
     assert (of_loss.sums, of_loss.counts) == ([0.5, 0.25], list(map(float, rows.label_counts)))
 
@@ -106,25 +106,25 @@ def test_dialogues_and_token_ids(tmp_path):
     turns += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 0}]
     data = load(tmp_path, [{"messages": turns}], messages="messages")
     rows = data.evaluation["validation"]
-    (found,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
-    assert (found["input"], found["target"], found["loss"]) == ("user: a", "b", 1.5)
+    (comparison,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
+    assert (comparison["input"], comparison["target"], comparison["loss"]) == ("user: a", "b", 1.5)
     data = load(tmp_path, [{"input_ids": [3, 4], "labels": [-100, 4]}], tokens={})
     rows = data.evaluation["validation"]
-    (found,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
-    assert (found["input"], found["tokens"]) == ("[3, 4]", 1)
+    (comparison,) = keep(tmp_path, rows, scored_columns(rows, Scored({}, nll_R=[1.5])))
+    assert (comparison["input"], comparison["tokens"]) == ("[3, 4]", 1)
 
 
 def test_rows_behind_the_bound_hold_no_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_records, "MOST_TEXTS", 2)
     monkeypatch.setattr(prediction_records, "MOST_CHARACTERS", 1)
     rows = labelled(tmp_path, "cdc").evaluation["validation"]
-    found = keep(tmp_path, rows, scored_columns(rows, Scored({}, torch.ones(3, 2), [1.0] * 3)))
-    assert found[1]["input"] == "a … [3 characters]"
-    assert found[2] == {
+    comparison = keep(tmp_path, rows, scored_columns(rows, Scored({}, torch.ones(3, 2), [1.0] * 3)))
+    assert comparison[1]["input"] == "a … [3 characters]"
+    assert comparison[2] == {
         "step": 3, "row": 3, "target": "c", "prediction": "c", "correct": True, "loss": 1.0,
         "tokens": rows.label_counts[2],
     }  # fmt: skip
-    assert outcomes(found, "accuracy") is not None
+    assert outcomes(comparison, "accuracy") is not None
 
 
 def test_files_that_are_missing_or_of_another_step_are_found(tmp_path):
@@ -161,8 +161,8 @@ def test_the_majority_class_is_that_of_the_train_rows(tmp_path):
     baselines: dict[str, Any] = {"t": {}}
     add_majority({"t": data}, baselines, Predictions(tmp_path, pytest.fail))
     assert baselines["t"]["majority"] == majority
-    found = list(read(path_of(tmp_path, baseline_file("t", "majority"))))
-    assert [r["correct"] for r in found] == [True, False, True]
+    predictions = list(read(path_of(tmp_path, baseline_file("t", "majority"))))
+    assert [r["correct"] for r in predictions] == [True, False, True]
 
 
 def compared(folder: Path, prompts: dict[str, str], baseline: str) -> tuple[Any, TaskTable]:
@@ -190,8 +190,8 @@ def compared(folder: Path, prompts: dict[str, str], baseline: str) -> tuple[Any,
 
 
 def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
-    found, table = compared(tmp_path, {"p": "1" * 41 + "0" * 19}, "0" * 16 + "1" * 44)
-    assert (found["better"], found["difference"]) == (False, pytest.approx(-3 / 60))
+    comparison, table = compared(tmp_path, {"p": "1" * 41 + "0" * 19}, "0" * 16 + "1" * 44)
+    assert (comparison["better"], comparison["difference"]) == (False, pytest.approx(-3 / 60))
     assert table.verdict == (
         "No prompt beats the best baseline (no prompt: 73.3%) significantly on 60 validation rows: "
         "best prompt p (68.3%), difference -5.0 points (95% interval -24.7 to +15.6; McNemar "
@@ -201,8 +201,8 @@ def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
 
 def test_a_prompt_that_beats_the_best_baseline_is_said_too(tmp_path):
     prompts = {"p": "1" * 50 + "0" * 10, "q": "1" * 20 + "0" * 40}
-    found, table = compared(tmp_path, prompts, "1" * 20 + "0" * 40)
-    assert found["better"]
+    comparison, table = compared(tmp_path, prompts, "1" * 20 + "0" * 40)
+    assert comparison["better"]
     assert table.verdict.startswith(
         "Prompt p (83.3%) beats the best baseline (no prompt: 33.3%) significantly on 60 "
         "validation rows: difference +50.0 points (95% interval "
@@ -213,13 +213,17 @@ def test_a_prompt_that_beats_the_best_baseline_is_said_too(tmp_path):
 def test_another_prompt_may_be_the_one_that_is_significantly_better(tmp_path):
     baseline = "1" * 30 + "0" * 30
     prompts = {"noisy": "0" * 12 + "1" * 18 + "1" * 20 + "0" * 10, "calm": "1" * 37 + "0" * 23}
-    found, table = compared(tmp_path, prompts, baseline)
-    assert (found["prompt"], found["better"], found["also_better"]) == ("noisy", False, ["calm"])
+    comparison, table = compared(tmp_path, prompts, baseline)
+    assert (comparison["prompt"], comparison["better"], comparison["also_better"]) == (
+        "noisy",
+        False,
+        ["calm"],
+    )
     assert table.verdict.startswith("The best prompt does not beat the best baseline")
     assert "Significantly better, each tested alone: calm." in table.verdict
 
 
 def test_rows_that_differ_are_not_compared(tmp_path):
-    found, table = compared(tmp_path, {"p": "110"}, "10")
-    assert found is None
+    comparison, table = compared(tmp_path, {"p": "110"}, "10")
+    assert comparison is None
     assert table.verdict.endswith("no paired test was possible.")

@@ -56,56 +56,56 @@ def rows(batch: Any) -> list[tuple[int | None, int]]:
 
 def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
     feed, plain = TwoPrompts(), TwoPrompts()
-    taken = prefetch(feed)
+    feed_ahead = prefetch(feed)
     for _ in range(12):
-        batch = taken.take(BOTH, VIRTUAL, 20)
+        batch = feed_ahead.take(BOTH, VIRTUAL, 20)
         assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(BOTH)]
-        assert taken.state_dict() == plain.state_dict(), "of what was handed out, not prepared"
+        assert feed_ahead.state_dict() == plain.state_dict(), "of what was handed out, not prepared"
         assert len(batch.streams) == len(batch.plan)
         assert all(stream.layout is not None for stream in batch.streams)
-    taken.close()
+    feed_ahead.close()
     assert feed.threads[0] == "MainThread"
     assert {name.split("_")[0] for name in feed.threads[1:]} == {"prefetch"}
 
 
 def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
     feed, plain = TwoPrompts(), TwoPrompts()
-    taken = prefetch(feed)
+    feed_ahead = prefetch(feed)
     for active, budget in [(BOTH, 20)] * 3 + [(FIRST, 20)] * 2 + [(FIRST, 12)] * 2:
-        batch = taken.take(active, VIRTUAL, budget)
+        batch = feed_ahead.take(active, VIRTUAL, budget)
         assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(active)]
-        assert taken.state_dict() == plain.state_dict()
-    taken.close()
+        assert feed_ahead.state_dict() == plain.state_dict()
+    feed_ahead.close()
 
 
 def test_resumed_from_what_was_handed_out():
-    whole = prefetch(TwoPrompts())
+    uninterrupted = prefetch(TwoPrompts())
     for _ in range(4):
-        whole.take(BOTH, VIRTUAL, 20)
-    saved = json.loads(json.dumps(whole.state_dict()))
-    expected = [rows(whole.take(BOTH, VIRTUAL, 20)) for _ in range(5)]
+        uninterrupted.take(BOTH, VIRTUAL, 20)
+    saved = json.loads(json.dumps(uninterrupted.state_dict()))
+    expected = [rows(uninterrupted.take(BOTH, VIRTUAL, 20)) for _ in range(5)]
     other = prefetch(TwoPrompts())
     other.take(BOTH, VIRTUAL, 20)  # and one more is on its way
     other.load_state_dict(saved)
     assert other.state_dict() == saved
     assert [rows(other.take(BOTH, VIRTUAL, 20)) for _ in range(5)] == expected
-    whole.close()
+    uninterrupted.close()
     other.close()
 
 
 def test_an_error_in_the_thread_reaches_the_one_who_asks():
     feed = TwoPrompts()
-    taken = prefetch(feed)
+    feed_ahead = prefetch(feed)
     feed.fails = True
     with pytest.raises(OSError, match="disk is gone"):
-        taken.take(BOTH, VIRTUAL, 20)
+        feed_ahead.take(BOTH, VIRTUAL, 20)
     feed.fails = False
-    taken.take(BOTH, VIRTUAL, 20)
+    feed_ahead.take(BOTH, VIRTUAL, 20)
     feed.fails = True
-    taken.take(BOTH, VIRTUAL, 20)
+    feed_ahead.take(BOTH, VIRTUAL, 20)
     with pytest.raises(OSError, match="disk is gone"):
-        taken.take(BOTH, VIRTUAL, 20)
-    taken.close()
+        feed_ahead.take(BOTH, VIRTUAL, 20)
+    feed_ahead.close()
 
 
 def test_ahead_keeps_the_order_and_makes_one_at_a_time():
@@ -119,13 +119,13 @@ def test_ahead_keeps_the_order_and_makes_one_at_a_time():
 
     assert list(ahead(make, range(5))) == [0, 1, 4, 9, 16]
     assert list(ahead(make, [])) == []
-    found = ahead(make, range(5, 9))
-    assert next(found) == 25
+    results = ahead(make, range(5, 9))
+    assert next(results) == 25
     with pytest.raises(ValueError, match="seven"):
-        list(found)
+        list(results)
     assert 8 not in made[5:-1]
     made.clear()
-    found = ahead(make, range(100, 200))
-    next(found)
-    found.close()
+    results = ahead(make, range(100, 200))
+    next(results)
+    results.close()
     assert len(made) <= 3

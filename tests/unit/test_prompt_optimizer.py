@@ -332,8 +332,8 @@ def test_muon_moves_all_directions_by_its_rate(shape: tuple[int, int]) -> None:
     prompt.grad = 100 * loud + torch.randn(shape, generator=generator)
     Muon([prompt], lr=0.05).step()
     assert float(prompt.detach().square().mean().sqrt()) == pytest.approx(0.05, rel=1e-5)
-    found = torch.linalg.svdvals(prompt.detach())
-    assert float(found[0] / found[-1]) < 2.5
+    singular_values = torch.linalg.svdvals(prompt.detach())
+    assert float(singular_values[0] / singular_values[-1]) < 2.5
 
 
 def test_muon_takes_keys_and_values_layer_by_layer() -> None:

@@ -109,11 +109,11 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
 def test_the_selected_prompt_and_why_prompts_stopped(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
-    found = summary["prompts"]
-    found["triage"] |= {"stopped": {"step": 120, "reason": "finished"}}
-    found["triage"] |= {"validation_accuracy_standard_error": 0.02}
-    found["triage-mlp"] |= {"stopped": {"step": 40, "reason": "halving"}}
-    found["animals"] |= {"stopped": {"step": 17, "reason": "diverged"}}
+    prompts = summary["prompts"]
+    prompts["triage"] |= {"stopped": {"step": 120, "reason": "finished"}}
+    prompts["triage"] |= {"validation_accuracy_standard_error": 0.02}
+    prompts["triage-mlp"] |= {"stopped": {"step": 40, "reason": "halving"}}
+    prompts["animals"] |= {"stopped": {"step": 17, "reason": "diverged"}}
     shorter = {"prompt": "triage-mlp", "score": 0.91, "num_virtual_tokens": 10}
     why = {"prompt": "triage", "why": "best of 2 prompts", "shorter": shorter}
     summary["selected"] = {"triage": why, "animals": {"prompt": "animals", "why": "the only one"}}

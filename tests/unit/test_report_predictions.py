@@ -40,26 +40,26 @@ def test_choices_have_a_confusion_matrix_recall_and_the_most_confident_mistakes(
     records = [choice("a", "a", 0.9)] * 3 + [choice("a", "b", 0.5 + i / 100) for i in range(12)]
     records += [choice("b", "b", 0.6), choice("b", "c", 0.99)]
     write(tmp_path, "p", records)
-    found = prediction_report(tmp_path, "p", ["a", "b", "c"], "accuracy")
-    assert found is not None
-    assert found.matrix == [[3, 12, 0], [0, 1, 1], [0, 0, 0]]
-    recalls = {c.label: (c.rows, c.recall_text, c.precision_text) for c in found.classes}
+    report = prediction_report(tmp_path, "p", ["a", "b", "c"], "accuracy")
+    assert report is not None
+    assert report.matrix == [[3, 12, 0], [0, 1, 1], [0, 0, 0]]
+    recalls = {c.label: (c.rows, c.recall_text, c.precision_text) for c in report.classes}
     assert recalls["a"] == (15, "20.0% (7.0–45.2)", "100.0%")
     assert recalls["b"] == (2, "50.0% (9.5–90.5)", "7.7%")
     assert recalls["c"] == (0, "–", "0.0%")
-    shown = [example.probability for example in found.examples]
+    shown = [example.probability for example in report.examples]
     assert shown == [0.99, *(0.5 + i / 100 for i in reversed(range(3, 12)))]
-    assert not any(example.correct for example in found.examples)
+    assert not any(example.correct for example in report.examples)
 
 
 def test_many_classes_have_their_most_frequent_confusions(tmp_path):
     labels = [f"c{i}" for i in range(MOST_CLASSES + 1)]
     write(tmp_path, "p", [choice("c1", "c2", 0.5)] * 2 + [choice(c, "c0", 0.5) for c in labels])
-    found = prediction_report(tmp_path, "p", labels, "accuracy")
-    assert found is not None
-    assert found.matrix == []
-    assert found.confusions[0] == ("c1", "c2", 2)
-    assert len(found.confusions) == MOST_CLASSES
+    report = prediction_report(tmp_path, "p", labels, "accuracy")
+    assert report is not None
+    assert report.matrix == []
+    assert report.confusions[0] == ("c1", "c2", 2)
+    assert len(report.confusions) == MOST_CLASSES
 
 
 def test_sets_of_labels_written_answers_and_losses(tmp_path):
@@ -69,33 +69,33 @@ def test_sets_of_labels_written_answers_and_losses(tmp_path):
         {"input": "z", "target": ["b"], "prediction": ["b"], "correct": True},
     ]
     write(tmp_path, "p", sets)
-    found = prediction_report(tmp_path, "p", ["a", "b"], "f1")
-    assert found is not None
-    assert [(c.label, c.rows, c.recall) for c in found.classes] == [("a", 1, 1), ("b", 3, 1 / 3)]
-    assert [e.input for e in found.examples] == ["y", "x"]
+    report = prediction_report(tmp_path, "p", ["a", "b"], "f1")
+    assert report is not None
+    assert [(c.label, c.rows, c.recall) for c in report.classes] == [("a", 1, 1), ("b", 3, 1 / 3)]
+    assert [e.input for e in report.examples] == ["y", "x"]
 
     write(
         tmp_path,
         "p",
         [{"input": f"{i}", "target": "t", "prediction": "w", "correct": False} for i in range(40)],
     )
-    found = prediction_report(tmp_path, "p", [], "exact_match")
-    assert found is not None
-    assert [e.input for e in found.examples] == [str(4 * i) for i in range(10)]
-    assert (found.examples[0].target, found.examples[0].prediction) == ("t", "w")
+    report = prediction_report(tmp_path, "p", [], "exact_match")
+    assert report is not None
+    assert [e.input for e in report.examples] == [str(4 * i) for i in range(10)]
+    assert (report.examples[0].target, report.examples[0].prediction) == ("t", "w")
 
     write(tmp_path, "p", [{"input": f"{i}", "loss": i, "tokens": 2} for i in range(40)])
-    found = prediction_report(tmp_path, "p", [], "loss")
-    assert found is not None
-    assert [e.loss for e in found.examples] == [i / 2 for i in range(39, 29, -1)]
+    report = prediction_report(tmp_path, "p", [], "loss")
+    assert report is not None
+    assert [e.loss for e in report.examples] == [i / 2 for i in range(39, 29, -1)]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]\n", '{"row": 1, "target": 2}\n', "\xff"])
 def test_a_damaged_file_is_left_out(tmp_path, content):
     write(tmp_path, "p", [])
     path_of(tmp_path, "p").write_text(content, encoding="latin-1")
-    found = prediction_report(tmp_path, "p", ["a", "b"], "accuracy")
-    assert found is None or not found.classes
+    report = prediction_report(tmp_path, "p", ["a", "b"], "accuracy")
+    assert report is None or not report.classes
 
 
 def test_the_page_shows_them_escaped_and_mlflow_gets_the_files(tmp_path):
@@ -109,12 +109,12 @@ def test_the_page_shows_them_escaped_and_mlflow_gets_the_files(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "Predictions of triage on 2 validation rows" in html
     assert "75.0%" in html
-    found = {
+    artifacts = {
         (artifact.prompt, artifact.folder, artifact.path.name)
         for artifact in RunMetadata(folder).late_artifacts()
         if artifact.folder.startswith("predictions")
     }
-    assert found == {
+    assert artifacts == {
         ("triage", "predictions", "triage.jsonl"),
         (None, "predictions/baselines/triage", "majority.jsonl"),
     }

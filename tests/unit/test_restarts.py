@@ -59,10 +59,10 @@ def test_without_restarts_a_failure_is_handed_on(attempts, capfd):
 def test_a_failure_goes_on_from_its_checkpoint_and_says_so(attempts, capfd):
     plan = attempts((5, 4, FAILED), (9, 8, FAILED), (12, None, Ending(0)))
     assert restarts.run(plan, plan.output, 3, fresh=False) == Ending(0)
-    said = capfd.readouterr().err
-    assert said.count(f"error: {FAILED.message}\n") == 2
-    assert "failed at step 5; restart 1 of 3: the run resumes from step-00000004" in said
-    assert "failed at step 9; restart 2 of 3: the run resumes from step-00000008" in said
+    stderr = capfd.readouterr().err
+    assert stderr.count(f"error: {FAILED.message}\n") == 2
+    assert "failed at step 5; restart 1 of 3: the run resumes from step-00000004" in stderr
+    assert "failed at step 9; restart 2 of 3: the run resumes from step-00000008" in stderr
 
 
 def test_restarts_are_bounded(attempts):
@@ -97,6 +97,6 @@ def test_an_earlier_run_is_put_aside_once_but_by_all_means(attempts, capfd):
 
     assert restarts.run(attempt, plan.output, 5, fresh=True) == Ending(0)
     assert plan.fresh == [True, True, False]
-    said = capfd.readouterr().err
-    assert "restart 1 of 5: the run starts over" in said
-    assert "restart 2 of 5: the run resumes from step-00000002" in said
+    stderr = capfd.readouterr().err
+    assert "restart 1 of 5: the run starts over" in stderr
+    assert "restart 2 of 5: the run resumes from step-00000002" in stderr

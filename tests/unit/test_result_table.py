@@ -33,8 +33,8 @@ def table(prompts: list[dict[str, Any]], metric: str = "accuracy", **results: An
         "tasks": {"t": {"rows": ROWS, **results}},
         "prompts": {p["name"]: {"task": "t", **p} for p in prompts},
     }
-    (found,) = task_tables(run, summary)
-    return found
+    (task_table,) = task_tables(run, summary)
+    return task_table
 
 
 def test_selected_and_best_are_one_and_the_shorter_prompt_is_advice():
@@ -45,10 +45,16 @@ def test_selected_and_best_are_one_and_the_shorter_prompt_is_advice():
         prompt("short", 0.88, 0.3, 5),
         prompt("diverged", 1.0, 0.1, 1, **stopped("diverged")),
     ]
-    found = table(prompts)
-    assert [row.name for row in found.prompts if row.best] == ["long"]
-    assert [row.name for row in found.prompts] == ["long", "tie", "short", "eliminated", "diverged"]
-    choice = _selected(found)
+    rendered = table(prompts)
+    assert [row.name for row in rendered.prompts if row.best] == ["long"]
+    assert [row.name for row in rendered.prompts] == [
+        "long",
+        "tie",
+        "short",
+        "eliminated",
+        "diverged",
+    ]
+    choice = _selected(rendered)
     assert choice == {
         "prompt": "long",
         "metric": "accuracy",
@@ -83,15 +89,15 @@ def test_divergences_from_teachers_are_not_compared_with_losses():
     assert best(taught, other) == ["no_prompt"]
     assert "different teachers" in table([taught, other], "loss", **baselines).verdict
     teachers = [{"text": "Say\n which.", "prompts": ["taught"], "validation_loss": 0.5}]
-    found = table([labels, taught], "loss", **baselines, teachers=teachers)
-    (teacher,) = [row for row in found.baselines if row.kind == TEACHER]
+    rendered = table([labels, taught], "loss", **baselines, teachers=teachers)
+    (teacher,) = [row for row in rendered.baselines if row.kind == TEACHER]
     assert teacher.label == "teacher of taught: “Say which.”"
-    assert found.cell(teacher, "validation_loss") == "0.5000"
+    assert rendered.cell(teacher, "validation_loss") == "0.5000"
     assert teacher.best
-    assert found.cell(teacher, "validation_KL_divergence") == "–"
-    found = table([taught], "loss", **baselines)
-    assert found.cell(found.prompts[0], "validation_KL_divergence") == "0.1000"
-    assert found.cell(found.prompts[0], "validation_loss") == "–"
+    assert rendered.cell(teacher, "validation_KL_divergence") == "–"
+    rendered = table([taught], "loss", **baselines)
+    assert rendered.cell(rendered.prompts[0], "validation_KL_divergence") == "0.1000"
+    assert rendered.cell(rendered.prompts[0], "validation_loss") == "–"
 
 
 @pytest.mark.parametrize(
@@ -110,8 +116,8 @@ def test_divergences_from_teachers_are_not_compared_with_losses():
     ],
 )
 def test_intervals(key, scores, expected):
-    found = score_interval(scores, key, ROWS)
-    assert found == (None if expected is None else pytest.approx(expected, abs=5e-5))
+    interval = score_interval(scores, key, ROWS)
+    assert interval == (None if expected is None else pytest.approx(expected, abs=5e-5))
 
 
 def test_numbers_and_columns_in_words():

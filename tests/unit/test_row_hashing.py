@@ -50,16 +50,16 @@ def test_a_split_takes_its_share_and_loses_nothing(share):
 @pytest.mark.parametrize("count", [1, 699, 700, 701, 4999, 5000])
 def test_the_first_by_hash_are_counted_exactly_also_among_equal_rows(count):
     values = hashes(5000) % np.uint64(50)  # many equal ones
-    found = first_by_hash(pieces(values), count)
-    assert len(set(found)) == count
-    assert sorted(found) == list(found)
+    chosen = first_by_hash(pieces(values), count)
+    assert len(set(chosen)) == count
+    assert sorted(chosen) == list(chosen)
     more = first_by_hash(pieces(values), min(5000, count + 100))
-    assert set(found) <= set(more)
-    whole = {v for v in set(values) if (values[found] == v).sum() == (values == v).sum()}
-    assert len(set(values[found]) - whole) <= 1  # only the last value is cut
-    for value in set(values[found]) - whole:
-        cut = (values[found] == value).sum()
-        assert list(found[values[found] == value]) == list(np.flatnonzero(values == value)[:cut])
+    assert set(chosen) <= set(more)
+    complete = {v for v in set(values) if (values[chosen] == v).sum() == (values == v).sum()}
+    assert len(set(values[chosen]) - complete) <= 1  # only the last value is cut
+    for value in set(values[chosen]) - complete:
+        cut = (values[chosen] == value).sum()
+        assert list(chosen[values[chosen] == value]) == list(np.flatnonzero(values == value)[:cut])
 
 
 def test_most_rows_and_validation_are_chosen_independently():
@@ -178,10 +178,10 @@ def test_rows_of_other_formats_are_the_same_rows(tmp_path):
 
 def test_leaks_of_many_rows_equal_a_plain_search():
     train, held = hashes(9000) % np.uint64(5000), hashes(3000, seed=1) % np.uint64(9000)
-    found = find_leaks(pieces(train)(), pieces(held)())
+    leaks = find_leaks(pieces(train)(), pieces(held)())
     first = {}
     for i, value in enumerate(train.tolist()):
         first.setdefault(value, i)
     expected = [(i, first[v]) for i, v in enumerate(held.tolist()) if v in first]
-    assert found.count == len(expected) > 1000
-    assert list(found.rows) == expected[: len(found.rows)]
+    assert leaks.count == len(expected) > 1000
+    assert list(leaks.rows) == expected[: len(leaks.rows)]

@@ -116,11 +116,11 @@ def test_values_are_not_guessed(tmp_path):
 
 def test_numbers_stay_exact(tmp_path):
     rows = [{"text": "x", "label": value} for value in (1, 2.5, 10**30)]
-    found = load_rows(write(tmp_path, "d.jsonl", rows), task())
-    assert [gold_target(row, task()) for row in found] == ["1", "2.5", str(10**30)]
+    loaded = load_rows(write(tmp_path, "d.jsonl", rows), task())
+    assert [gold_target(row, task()) for row in loaded] == ["1", "2.5", str(10**30)]
     flags = [{"text": "x", "label": value} for value in (True, False)]
-    found = load_rows(write(tmp_path, "b.jsonl", flags), task(choices=["True", "False"]))
-    assert [gold_target(row, task()) for row in found] == ["True", "False"]
+    loaded = load_rows(write(tmp_path, "b.jsonl", flags), task(choices=["True", "False"]))
+    assert [gold_target(row, task()) for row in loaded] == ["True", "False"]
 
 
 def test_byte_order_mark_and_unusual_line_ends_inside_text(tmp_path):
@@ -190,12 +190,17 @@ def test_names_of_formats(tmp_path):
 
 
 def test_damaged_gzip_files(tmp_path):
-    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD * 999).encode())
-    for content in (whole[:-20], whole[:40] + b"\0" * 40 + whole[80:], b"no gzip", whole[:-8]):
+    compressed = gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD * 999).encode())
+    for content in (
+        compressed[:-20],
+        compressed[:40] + b"\0" * 40 + compressed[80:],
+        b"no gzip",
+        compressed[:-8],
+    ):
         path = write(tmp_path, "d.jsonl.gz", content)
         assert "is not a whole gzip file" in problem(path)
-    assert "name it as data.jsonl.gz" in problem(write(tmp_path, "d.gz", whole))
-    assert "decompress it (zstd -d)" in problem(write(tmp_path, "d.jsonl.zst", whole))
+    assert "name it as data.jsonl.gz" in problem(write(tmp_path, "d.gz", compressed))
+    assert "decompress it (zstd -d)" in problem(write(tmp_path, "d.jsonl.zst", compressed))
 
 
 def test_a_compressed_file_is_read_as_a_stream(tmp_path):
@@ -238,14 +243,14 @@ def test_duplicate_keys(tmp_path):
     call = '{"args": [{"a": 1, "a": 2}], "result": 1}'
     line = f'{{"text": "a", "label": "b", "tests": [{call}]}}'
     for name, content in (("d.jsonl", line), ("d.json", f"[{line}]")):
-        found = problem(write(tmp_path, name, content), metric="execution")
-        assert "not valid JSON: duplicate key 'a'" in found
+        messages = problem(write(tmp_path, name, content), metric="execution")
+        assert "not valid JSON: duplicate key 'a'" in messages
 
 
 def test_deep_nesting_is_a_problem_of_its_row(tmp_path):
     deep = f'{{"text": "a", "label": "b", "tests": {"[" * 300}{"]" * 300}}}'
-    found = problem(write(tmp_path, "d.jsonl", deep), metric="execution")
-    assert found.startswith("d.jsonl:1: not readable JSON: nested deeper than 200 levels")
+    messages = problem(write(tmp_path, "d.jsonl", deep), metric="execution")
+    assert messages.startswith("d.jsonl:1: not readable JSON: nested deeper than 200 levels")
 
 
 # Templates
@@ -270,7 +275,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     write(tmp_path, "blank.jsonl", "\n \n")
     write(tmp_path, "head.csv", "text,label\n")
     write(tmp_path, "d.xlsx", "x")
-    found = {
+    messages = {
         name: problem(str(tmp_path / name))
         for name in (
             "trian.jsonl",
@@ -281,12 +286,12 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
             "d.xlsx",
         )
     }
-    assert "no such file (did you mean 'train.jsonl'?)" in found["trian.jsonl"]
-    assert "there is no folder" in found["no/train.jsonl"]
-    assert "is empty" in found["empty.jsonl"]
-    assert "has no rows" in found["blank.jsonl"]
-    assert "has no rows" in found["head.csv"]
-    assert "'.xlsx' is not known; save it as .csv" in found["d.xlsx"]
+    assert "no such file (did you mean 'train.jsonl'?)" in messages["trian.jsonl"]
+    assert "there is no folder" in messages["no/train.jsonl"]
+    assert "is empty" in messages["empty.jsonl"]
+    assert "has no rows" in messages["blank.jsonl"]
+    assert "has no rows" in messages["head.csv"]
+    assert "'.xlsx' is not known; save it as .csv" in messages["d.xlsx"]
     assert "is a folder; name data files" in problem(str(tmp_path))
     assert "train.jsonl" in problem(str(tmp_path))
     assert "hub" in problem("someone/some_dataset")
@@ -307,16 +312,16 @@ def test_bad_json_names_line_and_column(tmp_path):
         "null",
         '{"text": NaN}',
     ]
-    found = problems(write(tmp_path, "d.jsonl", "\n".join(lines)))
-    assert found[0].startswith(
+    messages = problems(write(tmp_path, "d.jsonl", "\n".join(lines)))
+    assert messages[0].startswith(
         "d.jsonl:2: not valid JSON at column 23: Expecting ':' delimiter: near "
     )
-    assert found[1].startswith("d.jsonl:3: not valid JSON at column 10: Unterminated string")
-    assert found[2].startswith("d.jsonl:4: is a list, [1]; a row is an object")
-    assert found[3].startswith("d.jsonl:5: is text, 'x'")
-    assert found[4].startswith("d.jsonl:6: is null")
-    assert found[5].startswith("d.jsonl:7: not valid JSON: NaN is not JSON")
-    assert len(found) == 6
+    assert messages[1].startswith("d.jsonl:3: not valid JSON at column 10: Unterminated string")
+    assert messages[2].startswith("d.jsonl:4: is a list, [1]; a row is an object")
+    assert messages[3].startswith("d.jsonl:5: is text, 'x'")
+    assert messages[4].startswith("d.jsonl:6: is null")
+    assert messages[5].startswith("d.jsonl:7: not valid JSON: NaN is not JSON")
+    assert len(messages) == 6
 
 
 def test_a_pretty_printed_object_is_one_problem(tmp_path):
@@ -325,15 +330,15 @@ def test_a_pretty_printed_object_is_one_problem(tmp_path):
 
 
 def test_bad_json_list_names_line(tmp_path):
-    found = problem(write(tmp_path, "d.json", '[\n {"text": "a",\n "label": }\n]'))
-    assert found.startswith("d.json:3: not valid JSON at column 11")
+    messages = problem(write(tmp_path, "d.json", '[\n {"text": "a",\n "label": }\n]'))
+    assert messages.startswith("d.json:3: not valid JSON at column 11")
 
 
 def test_bad_utf8_names_line_and_column(tmp_path):
     bad = b'{"text": "caf\xe9", "label": "x"}\n'
-    found = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD[0]).encode() + b"\n" + bad))
+    messages = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD[0]).encode() + b"\n" + bad))
     assert (
-        found
+        messages
         == 'd.jsonl:2: not UTF-8 at column 14: byte 0xe9 after \'{"text": "caf\'; save it as UTF-8'
     )
     assert problem(write(tmp_path, "d.csv", b"text,label\ncaf\xe9,x\n")).startswith(
@@ -344,8 +349,8 @@ def test_bad_utf8_names_line_and_column(tmp_path):
 
 
 def test_half_a_surrogate_pair(tmp_path):
-    found = problem(write(tmp_path, "d.jsonl", '{"text": "a \\ud83d", "label": "x"}\n'))
-    assert found.startswith('d.jsonl:1: text: holds half a character, "\\ud83d"')
+    messages = problem(write(tmp_path, "d.jsonl", '{"text": "a \\ud83d", "label": "x"}\n'))
+    assert messages.startswith('d.jsonl:1: text: holds half a character, "\\ud83d"')
 
 
 def test_missing_column_of_a_whole_file_is_said_once(tmp_path):
@@ -361,18 +366,18 @@ def test_missing_column_of_a_whole_file_is_said_once(tmp_path):
 
 
 def test_missing_column_of_some_rows(tmp_path):
-    found = problems(
+    messages = problems(
         write(tmp_path, "d.jsonl", [*GOOD, {"text": "x", "Label": "y"}, {"text": "z"}])
     )
-    assert found[0].startswith("d.jsonl:3: no column 'label'")
-    assert "did you mean 'Label'?" in found[0]
-    assert found[1].startswith("d.jsonl:4: no column 'label'")
+    assert messages[0].startswith("d.jsonl:3: no column 'label'")
+    assert "did you mean 'Label'?" in messages[0]
+    assert messages[1].startswith("d.jsonl:4: no column 'label'")
 
 
 def test_wrong_delimiter(tmp_path):
-    found = problems(write(tmp_path, "d.csv", "text;label\na;b\n"))
-    assert len(found) == 2
-    assert all("separate the fields with commas (.csv) or tabs (.tsv)" in text for text in found)
+    messages = problems(write(tmp_path, "d.csv", "text;label\na;b\n"))
+    assert len(messages) == 2
+    assert all("separate the fields with commas (.csv) or tabs (.tsv)" in text for text in messages)
 
 
 def test_null_empty_and_nested_values(tmp_path):
@@ -419,29 +424,29 @@ def test_other_columns_do_not_matter(tmp_path):
 def test_whole_numbers_are_choices_however_they_are_written(tmp_path):
     for values, choices in (([1.0, 2], ["1", "2"]), ([1, 2.0], ["1.0", "2.0"])):
         rows = [{"text": "x", "label": value} for value in values]
-        found = load_rows(write(tmp_path, "d.jsonl", rows), task(choices=choices))
-        assert [gold_target(row, task()) for row in found] == choices
+        loaded = load_rows(write(tmp_path, "d.jsonl", rows), task(choices=choices))
+        assert [gold_target(row, task()) for row in loaded] == choices
     csv = write(tmp_path, "d.csv", "text,label\nx,1.0\nx,-2.00\nx,1\n")
-    found = load_rows(csv, task(choices=["1", "-2"]))
-    assert [render(" {label}", row) for row in found] == [" 1", " -2", " 1"]
+    loaded = load_rows(csv, task(choices=["1", "-2"]))
+    assert [render(" {label}", row) for row in loaded] == [" 1", " -2", " 1"]
     parquet.write_table(pa.table({"text": ["x"], "label": [1.0]}), tmp_path / "d.parquet")
     assert load_rows(str(tmp_path / "d.parquet"), task(choices=["1", "2"]))[0]["label"] == "1"
     assert "'1.5' is not one of" in problem(
         write(tmp_path, "e.csv", "text,label\nx,1.5\n"), choices=["1", "2"]
     )
     flags = write(tmp_path, "f.jsonl", [{"text": "x", "label": value} for value in (True, False)])
-    found = load_rows(flags, task(choices=["true", "false"]))
-    assert [row["label"] for row in found] == ["true", "false"]
+    loaded = load_rows(flags, task(choices=["true", "false"]))
+    assert [row["label"] for row in loaded] == ["true", "false"]
 
 
 def test_choices_are_compared_as_text(tmp_path):
     rows = [{"text": "x", "label": label} for label in (1, 2, 3)]
-    found = problem(write(tmp_path, "d.jsonl", rows), choices=["1", "2"])
-    assert found == "d.jsonl:3: label: '3' is not one of tasks.animals.choices: '1', '2'"
+    messages = problem(write(tmp_path, "d.jsonl", rows), choices=["1", "2"])
+    assert messages == "d.jsonl:3: label: '3' is not one of tasks.animals.choices: '1', '2'"
     rows = [{"text": "x", "label": label} for label in ("meat", "plants ", "Plants")]
-    found = problems(write(tmp_path, "e.jsonl", rows), choices=["meat", "plants"])
-    assert found[0].startswith("e.jsonl:2: label: 'plants ' is not one of")
-    assert all(text.endswith("(did you mean 'plants'?)") for text in found)
+    messages = problems(write(tmp_path, "e.jsonl", rows), choices=["meat", "plants"])
+    assert messages[0].startswith("e.jsonl:2: label: 'plants ' is not one of")
+    assert all(text.endswith("(did you mean 'plants'?)") for text in messages)
 
 
 @pytest.mark.parametrize(
@@ -462,8 +467,8 @@ def test_malformed_test_calls(tmp_path, value, expected):
 def test_an_integer_of_too_many_digits(tmp_path):
     line = '{"text": 1' + "0" * 5000 + ', "label": "b"}\n'
     for name in ("d.jsonl", "d.json"):
-        found = problem(write(tmp_path, name, line))
-        assert found.endswith("an integer of 5,001 digits is too long; put it in quotes")
+        messages = problem(write(tmp_path, name, line))
+        assert messages.endswith("an integer of 5,001 digits is too long; put it in quotes")
 
 
 def test_csv_mistakes(tmp_path):
@@ -499,8 +504,8 @@ def test_equal_problems_of_rows_are_one_line(tmp_path):
     rows = (
         [{"text": "x", "label": "y"}] * 30 + [{"text": "x", "label": 1}] * 12 + [{"text": "x"}] * 2
     )
-    found = problems(write(tmp_path, "e.jsonl", rows))
-    assert found == [
+    messages = problems(write(tmp_path, "e.jsonl", rows))
+    assert messages == [
         "e.jsonl:31 and 11 more rows: label: 1 is a number, other rows have text; put it in quotes",
         "e.jsonl:43 and 1 more row: no column 'label', which tasks.animals.target uses; columns: "
         "text",
@@ -509,10 +514,10 @@ def test_equal_problems_of_rows_are_one_line(tmp_path):
 
 def test_ten_problems_and_how_many_more(tmp_path):
     rows = [{"text": "x", "label": f"wrong{i // 2}"} for i in range(50)]
-    found = problems(write(tmp_path, "d.jsonl", rows), choices=["a", "b"])
-    assert len(found) == 11
-    assert found[0].startswith("d.jsonl:1 and 1 more row: label: 'wrong0' is not one of")
-    assert found[-1] == "d.jsonl: and 30 more"
+    messages = problems(write(tmp_path, "d.jsonl", rows), choices=["a", "b"])
+    assert len(messages) == 11
+    assert messages[0].startswith("d.jsonl:1 and 1 more row: label: 'wrong0' is not one of")
+    assert messages[-1] == "d.jsonl: and 30 more"
 
 
 def test_a_column_that_no_row_has_comes_first(tmp_path):
@@ -520,9 +525,9 @@ def test_a_column_that_no_row_has_comes_first(tmp_path):
     for name in ("a", "b", "c"):
         rows = [{"txet": "x", "label": f"wrong{i}"} for i in range(60)]
         write(tmp_path, f"{name}.jsonl", rows)
-    found = problems(str(tmp_path / "a.jsonl"), choices=["a", "b"])
-    assert found[0].startswith("a.jsonl: no column 'text', which tasks.animals.input uses")
-    assert found[0].endswith("(did you mean 'txet'?)")
+    messages = problems(str(tmp_path / "a.jsonl"), choices=["a", "b"])
+    assert messages[0].startswith("a.jsonl: no column 'text', which tasks.animals.input uses")
+    assert messages[0].endswith("(did you mean 'txet'?)")
     with pytest.raises(BadInput) as caught:
         load_rows(str(tmp_path / "*.jsonl"), task(choices=["a", "b"]))
     first, *rest = caught.value.problems
@@ -562,10 +567,10 @@ def test_check_rows_reports_every_file(tmp_path):
                 },
             )
         )
-    found = caught.value.problems
-    assert found[0].startswith("tasks.b.shifted_validation: ")
-    assert any(text.startswith(f"{bad}:1 and 19 more rows: label: is empty") for text in found)
-    assert found[-1].startswith(f"{worse}:3: text: is null")
+    messages = caught.value.problems
+    assert messages[0].startswith("tasks.b.shifted_validation: ")
+    assert any(text.startswith(f"{bad}:1 and 19 more rows: label: is empty") for text in messages)
+    assert messages[-1].startswith(f"{worse}:3: text: is null")
 
 
 def test_check_rows_is_fast_and_imports_no_torch(tmp_path):
@@ -599,8 +604,8 @@ LABELS = {"choices": ["red", "green", "blue"], "multi_label": True, "metric": "f
 
 def test_labels_of_a_row_are_written_in_the_order_of_the_choices(tmp_path):
     rows = [{"text": "x", "label": label} for label in (["blue", "red", "blue"], ["green"])]
-    found = load_rows(write(tmp_path, "d.jsonl", rows), task(**LABELS))
-    assert [row["label"] for row in found] == ["red, blue", "green"]
+    loaded = load_rows(write(tmp_path, "d.jsonl", rows), task(**LABELS))
+    assert [row["label"] for row in loaded] == ["red, blue", "green"]
     csv = load_rows(
         write(tmp_path, "d.csv", 'text,label\nx,"[""blue"",""red""]"\n'), task(**LABELS)
     )
@@ -799,5 +804,5 @@ def _odd(origin, run):
 )
 def test_no_mistake_is_overlooked_in_columns(tmp_path, line):
     good = [json.dumps(GOOD[0])] * 50
-    found = problems(write(tmp_path, "d.jsonl", "\n".join([*good, line, *good])))
-    assert found[0].startswith("d.jsonl:51: ")
+    messages = problems(write(tmp_path, "d.jsonl", "\n".join([*good, line, *good])))
+    assert messages[0].startswith("d.jsonl:51: ")

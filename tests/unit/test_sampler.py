@@ -143,13 +143,13 @@ def test_weights_in_proportion_to_rows_read_every_row_once():
 
 def test_weighted_rows_resume():
     lengths = log_normal(60)
-    whole = TokenBudgetSampler(lengths, 500, 2, WEIGHTED)
-    take(whole, 9)
+    uninterrupted = TokenBudgetSampler(lengths, 500, 2, WEIGHTED)
+    take(uninterrupted, 9)
     other = TokenBudgetSampler(lengths, 500, 2, WEIGHTED)
-    other.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    assert take(other, 20) == take(whole, 20)
+    other.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
+    assert take(other, 20) == take(uninterrupted, 20)
     with pytest.raises(BadInput, match="order of the training data was swap-or-not 64, mixed"):
-        TokenBudgetSampler(lengths, 500, 2).load_state_dict(whole.state_dict())
+        TokenBudgetSampler(lengths, 500, 2).load_state_dict(uninterrupted.state_dict())
 
 
 def test_at_least_one_row_and_on_into_the_next_epoch():
@@ -161,8 +161,8 @@ def test_at_least_one_row_and_on_into_the_next_epoch():
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 13])
 def test_resumed_equals_uninterrupted(steps):
-    whole = TokenBudgetSampler(LENGTHS, 7, seed=2)
-    expected = take(whole, steps + 10)[steps:]
+    uninterrupted = TokenBudgetSampler(LENGTHS, 7, seed=2)
+    expected = take(uninterrupted, steps + 10)[steps:]
 
     first = TokenBudgetSampler(LENGTHS, 7, seed=2)
     take(first, steps)

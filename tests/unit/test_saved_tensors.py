@@ -75,6 +75,6 @@ def test_estimate_bounds_what_is_saved(
         dtype.itemsize,
         LOGITS_BYTES,
     )
-    found = saved_bytes(base, stream) / len(stream.token_ids_T)
+    bytes_per_token = saved_bytes(base, stream) / len(stream.token_ids_T)
     expected = memory.saved(checkpointing)
-    assert found <= expected <= 1.5 * found, (found, expected)
+    assert bytes_per_token <= expected <= 1.5 * bytes_per_token, (bytes_per_token, expected)

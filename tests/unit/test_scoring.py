@@ -35,11 +35,13 @@ PACKED = [case for case, (family, _) in CASES.items() if FAMILIES[family].packed
 def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[list[Example]]:
     """Candidates of rows that are shorter and longer than a window."""
     generator = torch.Generator().manual_seed(5)
-    found = []
+    scored_rows = []
     for number, length in enumerate((3, 2 * WINDOW, WINDOW, 1, 9)):
         text = tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
-        found.append([Example.with_target((*text, *t, *eos), length, number) for t in targets])
-    return found
+        scored_rows.append(
+            [Example.with_target((*text, *t, *eos), length, number) for t in targets]
+        )
+    return scored_rows
 
 
 def likelihoods(
@@ -80,10 +82,10 @@ def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
     base = load_whole(family(case), "int8")
     prompts = prompts_of(base, case)
     shared, alone = both_forms(rows(TARGETS, (EOS,)), len(prompts))
-    found = likelihoods(base, shared, prompts, len(alone))
+    actual = likelihoods(base, shared, prompts, len(alone))
     wanted = likelihoods(base, alone, prompts, len(alone))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert found.std() > 0.5, "the candidates differ"
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    assert actual.std() > 0.5, "the candidates differ"
 
 
 @pytest.mark.parametrize("budget", [1000, 24, 1])
@@ -115,8 +117,8 @@ def test_three_choices_cost_little_more_than_one() -> None:
     base = load_whole(scoring.ROOT / "examples" / "tiny_base", "int8")
     prompts = [torch.zeros(scoring.VIRTUAL, base.hidden_size)]
     rows = scoring.made_up_rows()[:12]
-    found, each = (
+    once, each = (
         scoring.count(base, form(rows, 0), prompts) for form in (scoring.once, scoring.for_each)
     )
-    assert found.total <= scoring.REACH * each.total
-    assert found.head == pytest.approx(each.head * 4 / 6)
+    assert once.total <= scoring.REACH * each.total
+    assert once.head == pytest.approx(each.head * 4 / 6)

@@ -43,9 +43,9 @@ def gradients(head: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Te
     return nll_N.detach(), x_NH.grad
 
 
-def check(kind: str, counts: Sequence[int], found: list[tuple[Tensor, Tensor]]) -> None:
+def check(kind: str, counts: Sequence[int], per_rank: list[tuple[Tensor, Tensor]]) -> None:
     alone = make_head(**KINDS[kind])
-    for rank, (nll_N, grad_NH) in enumerate(found):
+    for rank, (nll_N, grad_NH) in enumerate(per_rank):
         wanted_N, wanted_NH = gradients(alone, *rows_of(counts[rank], rank))
         torch.testing.assert_close(nll_N, wanted_N, rtol=2e-6, atol=4e-6)
         # The i-th row's gradient is i times that of a loss: rounding grows with it.
@@ -67,8 +67,8 @@ def test_hidden_states_go_to_blocks_where_labels_are_few(
     def work(rank: Thread) -> tuple[Tensor, Tensor]:
         return gradients(block(kind, rank), *rows_of(counts[rank.rank], rank.rank))
 
-    found, post = on_all_ranks(RANKS, work)
-    check(kind, counts, found)
+    per_rank, post = on_all_ranks(RANKS, work)
+    check(kind, counts, per_rank)
     assert not read_whole(post)
 
 
@@ -88,9 +88,9 @@ def test_labels_that_share_a_position_are_as_likely_as_behind_a_copy_of_it(
             own: Tensor = block(kind, rank)(states_UH, labels[rank.rank], place_N=places[rank.rank])
         return own
 
-    found, post = on_all_ranks(RANKS, work)
+    per_rank, post = on_all_ranks(RANKS, work)
     alone = make_head(**KINDS[kind])
-    for rank, nll_N in enumerate(found):
+    for rank, nll_N in enumerate(per_rank):
         states_UH, _ = rows_of(counts[rank], rank)
         with torch.no_grad():
             wanted_N = alone(states_UH[places[rank]], labels[rank])
@@ -107,8 +107,8 @@ def test_the_table_is_gathered_where_labels_are_many(kind: str) -> None:
     def work(rank: Thread) -> tuple[Tensor, Tensor]:
         return gradients(block(kind, rank), *rows_of(counts[rank.rank], rank.rank))
 
-    found, post = on_all_ranks(RANKS, work)
-    check(kind, counts, found)
+    per_rank, post = on_all_ranks(RANKS, work)
+    check(kind, counts, per_rank)
     assert read_whole(post)
 
 
@@ -126,9 +126,9 @@ def test_a_kept_table_is_gathered_once_until_it_is_released() -> None:
             head.release()
         return calls
 
-    found, _ = on_all_ranks(RANKS, work)
+    per_rank, _ = on_all_ranks(RANKS, work)
     # 80 labels to 3 blocks and back: 480 rows of 1,000; the third time would be more than all.
-    assert found[0] == [6, 6, 2, 0, 6, 6, 2, 0]
+    assert per_rank[0] == [6, 6, 2, 0, 6, 6, 2, 0]
 
 
 def test_a_rank_that_wants_no_gradient_beside_one_that_does() -> None:
@@ -140,10 +140,10 @@ def test_a_rank_that_wants_no_gradient_beside_one_that_does() -> None:
             return nll_N, torch.zeros(0)
         return gradients(head, hidden_NH, labels_N)
 
-    found, _ = on_all_ranks(RANKS, work)
+    per_rank, _ = on_all_ranks(RANKS, work)
     wanted = gradients(make_head(), *rows_of(5, 1))[0]
-    torch.testing.assert_close(found[1][0], wanted, rtol=2e-6, atol=4e-6)
-    check("plain", [5, 5, 5], [found[0], gradients(make_head(), *rows_of(5, 1)), found[2]])
+    torch.testing.assert_close(per_rank[1][0], wanted, rtol=2e-6, atol=4e-6)
+    check("plain", [5, 5, 5], [per_rank[0], gradients(make_head(), *rows_of(5, 1)), per_rank[2]])
 
 
 def test_nan_of_one_rank_stays_with_it() -> None:
@@ -153,12 +153,12 @@ def test_nan_of_one_rank_stays_with_it() -> None:
             hidden_NH[2] = torch.nan
         return gradients(block("plain", rank), hidden_NH, labels_N)
 
-    found, _ = on_all_ranks(RANKS, work)
-    assert found[1][0].isnan().tolist() == [False, False, True, False, False]
+    per_rank, _ = on_all_ranks(RANKS, work)
+    assert per_rank[1][0].isnan().tolist() == [False, False, True, False, False]
     for rank in (0, 2):
         wanted_N, wanted_NH = gradients(make_head(), *rows_of(5, rank))
-        torch.testing.assert_close(found[rank][0], wanted_N, rtol=2e-6, atol=4e-6)
-        torch.testing.assert_close(found[rank][1], wanted_NH, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(per_rank[rank][0], wanted_N, rtol=2e-6, atol=4e-6)
+        torch.testing.assert_close(per_rank[rank][1], wanted_NH, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "biased", "int8"])
@@ -176,9 +176,9 @@ def test_logits(kind: str, shape: tuple[int, ...], vocab_size: int) -> None:
         logits: Tensor = block(kind, rank, vocab_size)(inputs(rank.rank))
         return logits
 
-    found, _ = on_all_ranks(RANKS, work)
+    per_rank, _ = on_all_ranks(RANKS, work)
     alone = make_head(vocab_size, **KINDS[kind])
-    for rank, logits in enumerate(found):
+    for rank, logits in enumerate(per_rank):
         torch.testing.assert_close(logits, alone(inputs(rank)), rtol=1e-5, atol=1e-5)
 
 
@@ -189,9 +189,9 @@ def test_logits_with_a_gradient_read_the_whole_table() -> None:
         assert x.grad is not None
         return x.grad
 
-    found, _ = on_all_ranks(RANKS, work)
+    per_rank, _ = on_all_ranks(RANKS, work)
     x = torch.ones(2, H, requires_grad=True)
     (make_head()(x) * torch.arange(V)).sum().backward()
     assert x.grad is not None
-    for grad in found:
+    for grad in per_rank:
         torch.testing.assert_close(grad, x.grad, rtol=1e-5, atol=1e-3)

@@ -78,8 +78,8 @@ RESOURCES = {field.name for field in dataclasses.fields(Resources)}
     ],
 )
 def test_what_slurm_would_misread_is_refused(settings, problem):
-    found = list(slurm.problems(job(**settings)))
-    assert any(problem in text for text in found), found
+    problems = list(slurm.problems(job(**settings)))
+    assert any(problem in text for text in problems), problems
 
 
 @pytest.mark.parametrize("value", ["a\n#SBATCH --wrap=id", "a\rb", "a\x1b[2J", "a\u2028b", "a\tb"])
@@ -256,8 +256,8 @@ class Batch:
 
     def run(self, code: str, **environ: str) -> tuple[int, str]:
         process = self.start(code, **environ)
-        said, _ = process.communicate(timeout=30)
-        return process.returncode, said
+        text, _ = process.communicate(timeout=30)
+        return process.returncode, text
 
     @property
     def requeued(self) -> list[str]:
@@ -267,8 +267,8 @@ class Batch:
 
 def test_each_node_gets_its_own_rank_and_all_the_same_meeting_point(tmp_path):
     batch = Batch(tmp_path, processes_per_node=3)
-    code, said = batch.run("0")
-    assert code == 0, said
+    code, text = batch.run("0")
+    assert code == 0, text
     for rank in (0, 1):
         words = (tmp_path / f"node-{rank}").read_text().splitlines()
         assert words[words.index("--node-rank") + 1] == str(rank)
@@ -281,9 +281,9 @@ def test_each_node_gets_its_own_rank_and_all_the_same_meeting_point(tmp_path):
 
 
 def test_a_host_that_scontrol_does_not_name_is_no_reason_for_localhost(tmp_path):
-    code, said = Batch(tmp_path).run("0", SLURM_JOB_NUM_NODES="3")
+    code, text = Batch(tmp_path).run("0", SLURM_JOB_NUM_NODES="3")
     assert code == 2
-    assert "scontrol names 2 hosts, but the job has 3 nodes" in said
+    assert "scontrol names 2 hosts, but the job has 3 nodes" in text
     assert not (tmp_path / "node-0").exists()
 
 
@@ -302,8 +302,8 @@ def test_a_host_that_scontrol_does_not_name_is_no_reason_for_localhost(tmp_path)
 )
 def test_it_requeues_itself_when_the_ranks_have_saved(tmp_path, code, environ, requeued):
     batch = Batch(tmp_path, max_requeues=2)
-    ended, said = batch.run(code, **environ)
-    assert (ended, batch.requeued) == (int(code), requeued), said
+    ended, text = batch.run(code, **environ)
+    assert (ended, batch.requeued) == (int(code), requeued), text
 
 
 @pytest.mark.parametrize(
@@ -317,9 +317,9 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
-    assert (process.returncode, batch.requeued) == (75, requeued), said
-    assert said.count("asking the ranks to save and stop") == 1
+    text, _ = process.communicate(timeout=30)
+    assert (process.returncode, batch.requeued) == (75, requeued), text
+    assert text.count("asking the ranks to save and stop") == 1
 
 
 def test_every_session_of_a_fresh_job_is_told_so(tmp_path):
@@ -418,8 +418,8 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
     last = (folder / "run-3.yaml").read_text()
     assert f"output_dir: {run_file.parent}/out/seed-1-steps-7\n" in last
     assert "steps: 7" in last
-    found = status.look(run_file.parent / "out")
-    assert [Path(task.run_dir).name for task in found.tasks] == [
+    report = status.look(run_file.parent / "out")
+    assert [Path(task.run_dir).name for task in report.tasks] == [
         *("seed-0-steps-5", "seed-0-steps-7", "seed-1-steps-5", "seed-1-steps-7")
     ]
 
@@ -505,10 +505,10 @@ def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
     out = run_file.parent / "out"
     write_run(out, run_file.read_text(), 3)
     (out / "checkpoints" / "step-00000002").mkdir(parents=True)
-    found = status.look(out)
-    assert (found.state, found.step, found.steps, found.checkpoint) == ("not finished", 3, 5, 2)
-    assert found.eta_seconds is None
-    text = status_text.as_text(found, now=1016.0)
+    report = status.look(out)
+    assert (report.state, report.step, report.steps, report.checkpoint) == ("not finished", 3, 5, 2)
+    assert report.eta_seconds is None
+    text = status_text.as_text(report, now=1016.0)
     assert text.startswith(
         f"{out}: not finished and not running; rerun the command to resume from st"
     )
@@ -527,10 +527,10 @@ def test_status_of_a_run_that_runs_here(run_file, monkeypatch):  # noqa: F811
     (out / "summary.json").write_text('{"status": "failed", "error": "x"}')
     held = run_lock.acquire(out, print)
     try:
-        found = status.look(out)
-        assert (found.state, found.eta_seconds) == ("running", pytest.approx(4.0))
-        assert found.said.startswith(f"running: process {os.getpid()} on ")
-        assert "step: 3 of 5, about 4 s left" in status_text.as_text(found)
+        report = status.look(out)
+        assert (report.state, report.eta_seconds) == ("running", pytest.approx(4.0))
+        assert report.said.startswith(f"running: process {os.getpid()} on ")
+        assert "step: 3 of 5, about 4 s left" in status_text.as_text(report)
     finally:
         held.release()
     assert status.look(out).state == "failed"
@@ -590,12 +590,12 @@ def test_status_of_damaged_folders(run_file, monkeypatch):  # noqa: F811
             else:
                 path.write_text(content, encoding="utf-8", errors="surrogateescape")
             try:
-                found = status.look(out)
+                report = status.look(out)
             except BadInput:
                 continue
-            assert found.state in ("not finished", "finished", "failed", "array", "unknown")
-            status_text.as_text(found)
-            json.loads(status_text.as_json(found))
+            assert report.state in ("not finished", "finished", "failed", "array", "unknown")
+            status_text.as_text(report)
+            json.loads(status_text.as_json(report))
     for name in ("step-x", "step-", "step-00000001.tmp", "step-\u0663"):
         (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
     assert status.look(out).checkpoint is None
@@ -618,24 +618,24 @@ def test_status_prints_nothing_that_controls_a_terminal(run_file, monkeypatch): 
 
 
 @pytest.mark.parametrize(
-    ("summary", "state", "said"),
+    ("summary", "state", "text"),
     [
         ({"status": "finished", "steps": 5}, "finished", "finished at step 5"),
         ({"status": "failed", "error": "out of memory"}, "failed", "failed: out of memory"),
     ],
 )
-def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, said):  # noqa: F811
+def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, text):  # noqa: F811
     monkeypatch.setenv("PATH", "")
     out = run_file.parent / "out"
     write_run(out, run_file.read_text(), 5)
     (out / "summary.json").write_text(json.dumps(summary))
-    found = status.look(out)
-    assert (found.state, found.eta_seconds) == (state, None)
-    assert found.said.startswith(said)
+    report = status.look(out)
+    assert (report.state, report.eta_seconds) == (state, None)
+    assert report.said.startswith(text)
 
 
 @pytest.mark.parametrize(
-    ("squeue", "sacct", "state", "said"),
+    ("squeue", "sacct", "state", "text"),
     [
         ("RUNNING|None|n[1-2]|1:00:00", "", "running", "running on n[1-2]"),
         ("PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
@@ -644,7 +644,7 @@ def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, said)
         ("", "", "not finished", "not finished and not running; rerun the command to start over"),
     ],
 )
-def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, said):  # noqa: F811
+def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, text):  # noqa: F811
     for name, answer in (("squeue", squeue), ("sacct", sacct)):
         (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s\\n' '{answer}'\n")
         (tmp_path / name).chmod(0o755)
@@ -654,9 +654,9 @@ def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(run_file.read_text())  # before the run has saved its own
     (folder / "job.json").write_text(json.dumps({"job": "12", "tasks": [str(out)]}))
-    found = status.look(out)
-    assert (found.state, found.step, found.steps) == (state, 0, 5)
-    assert said in found.said
+    report = status.look(out)
+    assert (report.state, report.step, report.steps) == (state, 0, 5)
+    assert text in report.said
 
 
 def test_status_of_what_is_no_run(tmp_path):

@@ -77,23 +77,23 @@ def rows(both: int, won: int, lost: int, neither: int) -> tuple[list[bool], list
 )
 def test_rates_are_compared_by_the_exact_mcnemar_test(cells, p_value):
     _, won, lost, _ = cells
-    found = paired_rates(*rows(*cells))
-    assert found.p_value == pytest.approx(p_value)
-    assert found.difference == pytest.approx((won - lost) / sum(cells))
-    assert found.low < found.difference < found.high
-    assert found.significant == (p_value < 0.05)
+    comparison = paired_rates(*rows(*cells))
+    assert comparison.p_value == pytest.approx(p_value)
+    assert comparison.difference == pytest.approx((won - lost) / sum(cells))
+    assert comparison.low < comparison.difference < comparison.high
+    assert comparison.significant == (p_value < 0.05)
     swapped = paired_rates(*reversed(rows(*cells)))
-    assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
-    assert found.detectable >= 6 / sum(cells), "fewer rows that differ are never significant"
+    assert (swapped.low, swapped.high) == pytest.approx((-comparison.high, -comparison.low))
+    assert comparison.detectable >= 6 / sum(cells), "fewer rows that differ are never significant"
 
 
 def test_an_interval_excludes_zero_only_where_the_test_is_significant():
     for won in range(12):
         for lost in range(12):
             for neither in (0, 5, 300):
-                found = paired_rates(*rows(2, won, lost, neither))
-                excludes = found.low > 0 or found.high < 0
-                assert found.significant or not excludes, (won, lost, neither)
+                comparison = paired_rates(*rows(2, won, lost, neither))
+                excludes = comparison.low > 0 or comparison.high < 0
+                assert comparison.significant or not excludes, (won, lost, neither)
 
 
 @pytest.mark.parametrize("num_rows", [6, 10, 20, 60, 300])
@@ -113,10 +113,10 @@ def test_ratios_are_compared_row_by_row():
         counts = generator.integers(1, 9, 80)
         common = generator.gamma(2.0, 2.0, 80)  # what both find hard
         first, second = (counts * (common + generator.normal(0, 0.3, 80)) for _ in "ab")
-        found = paired_ratios((first, counts), (second, counts))
-        spread.append(found.difference)
-        errors.append((found.high - found.low) / (2 * 1.959964))
-        significant += found.significant
+        comparison = paired_ratios((first, counts), (second, counts))
+        spread.append(comparison.difference)
+        errors.append((comparison.high - comparison.low) / (2 * 1.959964))
+        significant += comparison.significant
     assert np.mean(errors) == pytest.approx(np.std(spread), rel=0.05)
     assert 0.03 < significant / 1000 < 0.08, "5% where there is no difference"
     few = [paired_ratios((generator.normal(0, 1, 8), [1] * 8), ([0] * 8, [1] * 8)) for _ in spread]

@@ -83,18 +83,18 @@ def test_names_in_the_order_of_numbers(run_file):
     ],
 )
 def test_names_say_what_differs(run_file, lists, expected):
-    found = names(load(run_file(), [f"prompts.one.sweep={{{lists}}}"]))[:-1]
-    assert found == expected
-    assert all(NAME.fullmatch(name) for name in found)
+    variant_names = names(load(run_file(), [f"prompts.one.sweep={{{lists}}}"]))[:-1]
+    assert variant_names == expected
+    assert all(NAME.fullmatch(name) for name in variant_names)
 
 
 def test_a_part_of_a_grid_is_drawn_by_the_seed_of_the_run(run_file):
     swept = "prompts.one.sweep={random: 6, seed: [0, 1, 2, 3, 4], learning_rate: [0.1, 0.2, 0.3]}"
-    whole = names(load(run_file(), [swept.replace("random: 6, ", "")]))
+    full_grid = names(load(run_file(), [swept.replace("random: 6, ", "")]))
     drawn = names(load(run_file(), [swept]))
     assert drawn == names(load(run_file(), [swept]))
     assert len(drawn) == 6 + 1
-    assert [name for name in whole if name in drawn] == drawn, "in the order of the grid"
+    assert [name for name in full_grid if name in drawn] == drawn, "in the order of the grid"
     others = [names(load(run_file(), [swept, f"training.seed={seed}"])) for seed in range(1, 4)]
     assert len({tuple(other) for other in [drawn, *others]}) == 4
 
@@ -173,8 +173,8 @@ def test_a_mistake_behind_a_sweep_keeps_its_place(run_file):
 
 
 def test_mistakes_of_sweeps_and_of_the_rest_are_reported_together(run_file):
-    found = problems_of(run_file(), "prompts.one.sweep={sede: [1]}", "training.steps=0")
-    assert len(found) == 2
+    problems = problems_of(run_file(), "prompts.one.sweep={sede: [1]}", "training.steps=0")
+    assert len(problems) == 2
 
 
 def test_two_prompts_with_one_name(run_file):
@@ -185,5 +185,5 @@ def test_two_prompts_with_one_name(run_file):
 
 def test_a_name_that_becomes_too_long(run_file):
     text = GOOD.replace("- name: one", f"- name: {'long' * 19}")
-    found = problems_of(run_file(text), "prompts[0].sweep.seed=[10, 11]")
-    assert any("of 83 characters; at most 80 fit" in problem for problem in found)
+    problems = problems_of(run_file(text), "prompts[0].sweep.seed=[10, 11]")
+    assert any("of 83 characters; at most 80 fit" in problem for problem in problems)

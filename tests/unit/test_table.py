@@ -28,13 +28,13 @@ from trainer.runtime.errors import BadInput
 
 @st.composite
 def examples(draw: st.DrawFn) -> list[Example]:
-    found = []
+    rows = []
     for row in draw(st.lists(st.integers(0, 2**40), max_size=12)):
         ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
         cuts = sorted(draw(st.sets(st.integers(0, len(ids)), min_size=2, max_size=6)))
         spans = tuple(zip(cuts[::2], cuts[1::2], strict=False))
-        found.append(Example(tuple(ids), spans, row))
-    return found
+        rows.append(Example(tuple(ids), spans, row))
+    return rows
 
 
 def split(items: list[Example], cut: int) -> list[TokenBlock]:
@@ -54,21 +54,21 @@ def test_a_table_gives_back_what_was_put_in(tmp_path_factory, items, cut):
         highest = max((max(e.input_ids) for e in items), default=0)
         assert table.first_beyond(highest + 1) is None
         if items:
-            found = table.first_beyond(highest)
-            assert found == next(e for e in items if max(e.input_ids) == highest)
+            row = table.first_beyond(highest)
+            assert row == next(e for e in items if max(e.input_ids) == highest)
             assert table[-1] == items[-1]
         with pytest.raises(IndexError):
             table[len(items)]
 
 
 def test_a_file_that_was_cut_short_is_no_table(tmp_path):
-    said = write(tmp_path, [TokenBlock.of([Example.with_target((1, 2, 3), 1, 0)] * 9)])
+    written = write(tmp_path, [TokenBlock.of([Example.with_target((1, 2, 3), 1, 0)] * 9)])
     with pytest.raises(ValueError, match="not"):
-        open_table(tmp_path, {**said, "format": 0})
+        open_table(tmp_path, {**written, "format": 0})
     ids = tmp_path / "ids.npy"
     ids.write_bytes(ids.read_bytes()[:-4])
     with pytest.raises(ValueError, match="mmap"):
-        open_table(tmp_path, said)
+        open_table(tmp_path, written)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def flip(file: Path, at: int) -> None:
 
 def test_a_damaged_table_is_made_again(folder):
     """A cut file, one flipped bit of an id, a changed count, and JSON that is none."""
-    whole = [Example.with_target((1, 2), 1, 0)]
+    rows = [Example.with_target((1, 2), 1, 0)]
     maker = Maker()
     maker.table()
     (place,) = (path for path in folder.iterdir() if path.is_dir())
@@ -129,8 +129,8 @@ def test_a_damaged_table_is_made_again(folder):
     for times, damage in enumerate(damages, start=2):
         damage()
         table, counts = cached({"of": "x"}, maker, lambda: {"skipped": 3, "truncated": 0})
-        assert (list(table), counts["skipped"], maker.made) == (whole, 3, times)
-    assert list(maker.table()) == whole
+        assert (list(table), counts["skipped"], maker.made) == (rows, 3, times)
+    assert list(maker.table()) == rows
     assert maker.made == 1 + len(damages)
 
 
@@ -243,9 +243,9 @@ def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
     assert shown == [1000, 1000, 500]
     again = tokenize.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
     assert shown == [1000, 1000, 500], "the second time it comes from the cache"
-    for found in (made, again):
-        assert list(found.examples) == list(here.examples)
-        assert (found.skipped, found.truncated) == (here.skipped, here.truncated) == (0, 1000)
+    for result in (made, again):
+        assert list(result.examples) == list(here.examples)
+        assert (result.skipped, result.truncated) == (here.skipped, here.truncated) == (0, 1000)
 
 
 def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
@@ -255,10 +255,10 @@ def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
 
     def ids(tokenizer: Any = None, length: int = 9, prefix: str = "", **settings: Any) -> Any:
         task = make_task(**{"too_long": "truncate", **settings})
-        found = tokenize.tokenize(rows, task, tokenizer or make_tokenizer(), length, prefix=prefix)
-        return tuple(example.input_ids for example in found.examples)
+        tables = tokenize.tokenize(rows, task, tokenizer or make_tokenizer(), length, prefix=prefix)
+        return tuple(example.input_ids for example in tables.examples)
 
-    found = [
+    tables = [
         ids(),
         ids(length=8),
         ids(prefix="c "),
@@ -266,24 +266,24 @@ def test_settings_that_change_tokens_change_the_table(tmp_path, monkeypatch):
         ids(input="{text}:"),
         ids(make_tokenizer("<s> <s> $A")),
     ]
-    assert len(set(found)) == len(found)
-    assert ids(metric="exact_match", hand_written=[], max_new_tokens=3) == found[0]
+    assert len(set(tables)) == len(tables)
+    assert ids(metric="exact_match", hand_written=[], max_new_tokens=3) == tables[0]
     places = [path for path in cache_dir("tokens").iterdir() if path.is_dir()]
-    assert len(places) == len(found), "and nothing else does"
+    assert len(places) == len(tables), "and nothing else does"
 
 
 def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
     texts = ["a b c d e a b c" if i % 200 == 7 else "a" for i in range(2500)]
     rows, task = many_rows(tmp_path, texts), make_task()
-    said = []
+    messages = []
     for many in (10**9, 1):
         monkeypatch.setattr(tokenize, "MANY_ROWS", many)
         monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
         with pytest.raises(BadInput) as caught:
             tokenize.tokenize(rows, task, make_tokenizer(), 8)
-        said.append(caught.value.problems)
-    assert said[0] == said[1]
-    (problem,) = said[0]
+        messages.append(caught.value.problems)
+    assert messages[0] == messages[1]
+    (problem,) = messages[0]
     start = f"{tmp_path}/many.jsonl:8 and 12 more rows: has 13 tokens, 8 fit (context minus"
     assert problem.startswith(start)
 

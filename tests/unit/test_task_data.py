@@ -54,7 +54,7 @@ def write(
 
 def rows_of(data: TaskData) -> list[list[int]]:
     sets = [data.evaluation["validation"], *data.hand_written["validation"]]
-    return [[candidates[0].row for candidates in found.candidates] for found in sets]
+    return [[candidates[0].row for candidates in eval_set.candidates] for eval_set in sets]
 
 
 def test_a_hard_prompt_stands_where_virtual_tokens_stood(tmp_path):

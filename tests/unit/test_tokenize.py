@@ -66,13 +66,13 @@ def ids(text: str) -> tuple[int, ...]:
 def test_a_row_is_input_target_and_eos(tmp_path):
     task = make_task()
     rows = make_rows(tmp_path, [("a b", "yes"), ("c", "no maybe")], task)
-    found = tokenize(rows, task, make_tokenizer(), 100)
-    assert list(found.examples) == [
+    tokenized = tokenize(rows, task, make_tokenizer(), 100)
+    assert list(tokenized.examples) == [
         Example.with_target(ids("<s> a b Answer : yes </s>"), 5, 0),
         Example.with_target(ids("<s> c Answer : no maybe </s>"), 4, 1),
     ]
-    assert [(e.num_tokens, e.num_labels) for e in found.examples] == [(7, 2), (7, 3)]
-    assert (found.skipped, found.truncated) == (0, 0)
+    assert [(e.num_tokens, e.num_labels) for e in tokenized.examples] == [(7, 2), (7, 3)]
+    assert (tokenized.skipped, tokenized.truncated) == (0, 0)
 
 
 def test_without_eos(tmp_path):
@@ -126,8 +126,12 @@ def test_too_long_refuse_names_rows(tmp_path):
 def test_too_long_skip_counts_and_keeps_row_numbers(tmp_path):
     task = make_task(too_long="skip", choices=["yes", "no"])
     rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no"), ("a b c", "yes")], task)
-    found = tokenize(rows, task, make_tokenizer(), 8)
-    assert ([e.row for e in found.examples], found.skipped, found.truncated) == ([1, 2], 1, 0)
+    tokenized = tokenize(rows, task, make_tokenizer(), 8)
+    assert ([e.row for e in tokenized.examples], tokenized.skipped, tokenized.truncated) == (
+        [1, 2],
+        1,
+        0,
+    )
     scored = tokenize_choices(rows, task, make_tokenizer(), 8)
     assert [e.row for e in scored.examples] == [1, 1, 2, 2]
     assert scored.skipped == 1
@@ -139,9 +143,9 @@ def test_too_long_skip_counts_and_keeps_row_numbers(tmp_path):
 def test_truncate_cuts_the_input_from_the_left_and_keeps_bos_and_prefix(tmp_path):
     task = make_task(too_long="truncate")
     rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no")], task)
-    found = tokenize(rows, task, make_tokenizer(), 8)
-    assert found.examples[0] == Example.with_target(ids("<s> c d e Answer : yes </s>"), 6, 0)
-    assert (found.skipped, found.truncated) == (0, 1)
+    tokenized = tokenize(rows, task, make_tokenizer(), 8)
+    assert tokenized.examples[0] == Example.with_target(ids("<s> c d e Answer : yes </s>"), 6, 0)
+    assert (tokenized.skipped, tokenized.truncated) == (0, 1)
     prefixed = tokenize(rows, task, make_tokenizer(), 8, prefix="maybe ")
     assert prefixed.examples[0] == Example.with_target(ids("<s> maybe d e Answer : yes </s>"), 6, 0)
 

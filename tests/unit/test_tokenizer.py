@@ -84,10 +84,10 @@ def tokenizers():
 @pytest.mark.parametrize("kind", ALL)
 def test_a_row_has_the_tokens_of_its_text(tmp_path, tokenizers, kind, source, target):
     tokenizer, task = tokenizers[kind], task_of(source, target, choices=list(ANSWERS))
-    found = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
+    scores = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
     scored = tokenize_choices(rows_of(tmp_path, task), task, tokenizer, 100).examples
-    assert found.warning is None
-    for i, (row, example) in enumerate(zip(ROWS, found.examples, strict=True)):
+    assert scores.warning is None
+    for i, (row, example) in enumerate(zip(ROWS, scores.examples, strict=True)):
         text = source.format(**row)
         assert list(example.input_ids) == [*tokenizer(text + target.format(**row)).input_ids, 2]
         own = list(example.input_ids[: example.target_start])
@@ -115,17 +115,17 @@ def test_what_merges_keeps_the_tokens_of_the_input(
     tmp_path, tokenizers, kind, source, target, remedy
 ):
     tokenizer, task = tokenizers[kind], task_of(source, target)
-    found = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
-    for row, example in zip(ROWS, found.examples, strict=True):
+    scores = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
+    for row, example in zip(ROWS, scores.examples, strict=True):
         text, own = source.format(**row), example.input_ids[: example.target_start]
         assert list(own) == encode_input(tokenizer, text)
         assert tokenizer.decode(example.input_ids, skip_special_tokens=True) == (
             text + target.format(**row)
         )
-    assert found.warning is not None
-    assert found.warning.startswith(f"{tmp_path}/rows.jsonl:1: the tokenizer merges the end of")
-    assert "(in 12 of 12 rows)" in found.warning
-    assert remedy in found.warning
+    assert scores.warning is not None
+    assert scores.warning.startswith(f"{tmp_path}/rows.jsonl:1: the tokenizer merges the end of")
+    assert "(in 12 of 12 rows)" in scores.warning
+    assert remedy in scores.warning
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -157,10 +157,10 @@ def test_rows_that_merge_are_counted_in_workers_and_in_the_cache(tmp_path, token
     rows = [{"q": f"Question {i}:", "a": " yes"} for i in range(5000)]
     rows[4321] = {"q": "Question: ", "a": "yes"}
     for _ in range(2):
-        found = tokenize(rows_of(tmp_path, task, rows), task, tokenizers["gpt2"], 100)
-        assert found.warning is not None
-        assert "rows.jsonl:4322: " in found.warning
-        assert "(in 1 of 5,000 rows)" in found.warning
+        scores = tokenize(rows_of(tmp_path, task, rows), task, tokenizers["gpt2"], 100)
+        assert scores.warning is not None
+        assert "rows.jsonl:4322: " in scores.warning
+        assert "(in 1 of 5,000 rows)" in scores.warning
 
 
 def test_tables_of_the_rules_before_are_not_read(tmp_path, monkeypatch):
@@ -244,14 +244,14 @@ def test_a_teacher_that_merges_with_the_rows_is_warned_of(tmp_path, tokenizers):
 def test_an_unknown_word_does_not_swallow_the_target(tmp_path):
     tokenizer, task = make_words(), task_of("{q}", "{a}")
     rows = [{"q": "a zz", "a": "yy"}, {"q": "a zz", "a": " yes"}, {"q": "a", "a": " zz"}]
-    found = tokenize(rows_of(tmp_path, task, rows), task, tokenizer, 100)
-    assert [list(e.input_ids[e.target_start :]) for e in found.examples] == [
+    scores = tokenize(rows_of(tmp_path, task, rows), task, tokenizer, 100)
+    assert [list(e.input_ids[e.target_start :]) for e in scores.examples] == [
         [tokenizer.unk_token_id, EOS],
         [IDS["yes"], EOS],
         [tokenizer.unk_token_id, EOS],
     ]
-    assert found.warning is not None
-    assert "(in 1 of 3 rows)" in found.warning
+    assert scores.warning is not None
+    assert "(in 1 of 3 rows)" in scores.warning
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +309,6 @@ def test_a_base_that_knows_every_answer_has_them_all_right(tmp_path, bases, kind
         choices = {"choices": list(ANSWERS)} if metric == "accuracy" else {"max_new_tokens": 16}
         data = load(tmp_path, tokenizer, source, target, metric=metric, **choices)
         evaluator = Evaluator(Alone(), base, tokenizer, TokenBudget(2000))
-        (found,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
-        assert found.scores[metric] == 1.0
-        assert found.scores["loss"] < 0.02
+        (scores,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
+        assert scores.scores[metric] == 1.0
+        assert scores.scores["loss"] < 0.02

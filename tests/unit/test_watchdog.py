@@ -42,7 +42,7 @@ class Ranks:
         self, count: int = 3, silence: float = 0.3, timeout: float = 60.0, quiet: float = 3 * BEAT
     ) -> None:
         self.store, self.pulses = Shared(), [CollectiveTracker() for _ in range(count)]
-        self.said: list[tuple[int, str]] = []
+        self.messages: list[tuple[int, str]] = []
         self.dogs = [
             Watchdog(
                 pulse,
@@ -61,7 +61,7 @@ class Ranks:
 
     def _hear(self, rank: int) -> Callable[[str], None]:
         def hear(words: str) -> None:
-            self.said.append((rank, words))
+            self.messages.append((rank, words))
 
         return hear
 
@@ -71,8 +71,8 @@ class Ranks:
 
     def until_told_by(self, rank: int) -> None:
         deadline = time.monotonic() + 10
-        while rank not in dict(self.said):
-            assert time.monotonic() < deadline, self.said
+        while rank not in dict(self.messages):
+            assert time.monotonic() < deadline, self.messages
             time.sleep(BEAT)
 
     def end(self) -> None:
@@ -101,7 +101,7 @@ def test_a_rank_without_beats_is_named_with_the_step_and_the_collective(ranks, s
     pulse = run.pulses[1 - stopped]
     with pulse.training_step(7), pulse.within("the sum of gradients"):
         run.until_told_by(1 - stopped)
-    words = dict(run.said)[1 - stopped]
+    words = dict(run.messages)[1 - stopped]
     assert words.startswith(f"rank {stopped} on host{stopped} stopped responding 0.3 s ago")
     assert "at step 7 in the sum of gradients (collective 1 of the step)" in words
 
@@ -111,7 +111,7 @@ def test_rank_0_that_holds_the_store_is_named_too(ranks):
     run.store.free.clear()
     run.start(1)
     run.until_told_by(1)
-    assert "rank 0 stopped responding" in run.said[0][1]
+    assert "rank 0 stopped responding" in run.messages[0][1]
 
 
 def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
@@ -121,7 +121,7 @@ def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
     run.store.gone = True
     with run.pulses[1].within("the sum of gradients"):
         run.until_told_by(1)
-    assert re.match(r"rank 0( on host0)? stopped responding 0.3 s", dict(run.said)[1])
+    assert re.match(r"rank 0( on host0)? stopped responding 0.3 s", dict(run.messages)[1])
 
 
 def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
@@ -132,8 +132,8 @@ def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
     run.start(0, 1, 2)
     with run.pulses[0].within("the sum of gradients"), run.pulses[2].within("the sum of gradients"):
         run.until_told_by(0)
-    assert "rank 1 on host1 hangs at step 3 after the gathering of a layer" in run.said[0][1]
-    assert 1 not in [rank for rank, _ in run.said], "it waits for nobody"
+    assert "rank 1 on host1 hangs at step 3 after the gathering of a layer" in run.messages[0][1]
+    assert 1 not in [rank for rank, _ in run.messages], "it waits for nobody"
 
 
 def test_where_nobody_is_behind_it_is_the_network(ranks):
@@ -141,7 +141,7 @@ def test_where_nobody_is_behind_it_is_the_network(ranks):
     run.start(0, 1)
     with run.pulses[0].within("the sum"), run.pulses[1].within("the sum"):
         run.until_told_by(0)
-    assert "neither did the others: the network" in run.said[0][1]
+    assert "neither did the others: the network" in run.messages[0][1]
 
 
 def test_whoever_hears_of_nobody_says_so(ranks):
@@ -150,7 +150,7 @@ def test_whoever_hears_of_nobody_says_so(ranks):
     run.start(1)
     with run.pulses[1].within("the sum"):
         run.until_told_by(1)
-    assert "no other rank responds: the network" in run.said[0][1]
+    assert "no other rank responds: the network" in run.messages[0][1]
 
 
 def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
@@ -161,7 +161,7 @@ def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
     while time.monotonic() < deadline:  # rank 0 comes slowly; rank 1 works on without the others
         with run.pulses[0].within("a question"):
             time.sleep(0.1)
-    assert run.said == []
+    assert run.messages == []
 
 
 def test_a_job_suspended_as_a_whole_has_nobody_who_hangs(ranks, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_job_suspended_as_a_whole_has_nobody_who_hangs(ranks, monkeypatch):
     run.start(0, 1)
     with run.pulses[0].within("a question"):
         threading.Event().wait(0.6)
-    assert run.said == []
+    assert run.messages == []
 
 
 def test_a_step_may_take_many_times_as_long_as_the_slowest_so_far(ranks):
@@ -216,6 +216,6 @@ def test_the_first_word_stays_and_the_process_ends(tmp_path: Path, monkeypatch, 
     end_process(tmp_path, "rank 0 hangs")
     assert codes == [1, 1]
     assert read_lost(tmp_path) == "rank 1 hangs"
-    said = capfd.readouterr().err
-    assert "error: rank 1 hangs" in said
-    assert "test_watchdog.py" in said, "where every thread stood"
+    stderr = capfd.readouterr().err
+    assert "error: rank 1 hangs" in stderr
+    assert "test_watchdog.py" in stderr, "where every thread stood"

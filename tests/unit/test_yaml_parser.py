@@ -47,9 +47,9 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
 )
 def test_values(text: str, value: Any) -> None:
-    found = parse(text).data
-    assert found == value
-    assert type(found) is type(value)
+    data = parse(text).data
+    assert data == value
+    assert type(data) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_values(text: str, value: Any) -> None:
 def test_what_is_refused(text: str, words: str) -> None:
     with pytest.raises(YamlError) as caught:
         parse(text)
-    said = "; ".join(
+    message = "; ".join(
         f"line {line}: {'.'.join(map(str, path))}: {text}".replace(": : ", ": ")
         for path, line, text in caught.value.problems
     )
-    assert re.search(words, said), said
+    assert re.search(words, message), message
 
 
 PLAIN = st.recursive(
@@ -175,7 +175,7 @@ def mutated(text: str, draw: random.Random) -> str:
         kind = draw.randrange(3)
         if kind == 0:
             spots = [
-                found.span(1) for found in re.finditer(r"(?:: |- |, |\[)([^\s,\[\]{}#]+)", text)
+                spans.span(1) for spans in re.finditer(r"(?:: |- |, |\[)([^\s,\[\]{}#]+)", text)
             ]
             start, stop = draw.choice(spots or [(0, 0)])
             text = text[:start] + draw.choice(ODD) + text[stop:]
