@@ -14,7 +14,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-ba
 	-c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test faults lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,9 @@ quickstart: $(VENV)/.installed ## Install, train two prompts on a tiny base, sho
 
 test: $(VENV)/.installed-test lint ## Install what tests need, check the code, run every test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+faults: $(VENV)/.installed-test ## List the failures that tests reproduce
+	@$(BIN)/python -m pytest --list-faults
 
 lint: $(VENV)/.installed-test ## Check format, lint and types
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""Fixtures of many files; marks tests with their folder: ``pytest -m unit`` runs tests/unit.
+"""Shared fixtures and collection hooks.
 
-With ``-n 2`` (pytest-xdist) tests run beside each other, but no two that start a cluster or hosts.
+Every test is marked with its folder: ``pytest -m unit`` runs tests/unit. With ``-n 2``
+(pytest-xdist), tests that start ranks, a Slurm cluster or network namespaces stay on one worker.
+``pytest --list-faults`` prints which test reproduces which failure (``@pytest.mark.fault``).
 """
 
 from __future__ import annotations
@@ -17,6 +19,35 @@ TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--list-faults",
+        action="store_true",
+        help="list the failures that tests reproduce, with their tests, and run nothing",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--list-faults"):
+        config.option.collectonly = True
+        config.option.markexpr = "fault"
+        config.option.verbose = min(config.option.verbose, -2)  # no tree of tests
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the list of ``--list-faults``: each failure once, with its tests."""
+    if not config.getoption("--list-faults"):
+        return
+    tests: dict[str, set[str]] = {}
+    for item in terminalreporter._session.items:
+        for mark in item.iter_markers("fault"):
+            tests.setdefault(mark.args[0], set()).add(item.nodeid.partition("[")[0])
+    for fault in sorted(tests):
+        terminalreporter.write_line(fault)
+        for test in sorted(tests[fault]):
+            terminalreporter.write_line(f"  {test}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.path.is_relative_to(TESTS):
@@ -28,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file of unit tests stays on one worker; so do tests of ranks, and all others together."""
+    """Keep each unit test file on one worker, all rank tests on one, and all others on one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -43,7 +74,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def threads_of_a_worker(request: pytest.FixtureRequest) -> None:
-    """Workers share the cores."""
+    """Divide the cores among the pytest-xdist workers."""
     workers = getattr(request.config, "workerinput", {}).get("workercount")
     if workers:
         import torch
@@ -53,7 +84,7 @@ def threads_of_a_worker(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
+    """Run a module's tests on one torch thread: tiny models are slower on several."""
     import torch  # here, so that tests without it start at once
 
     threads = torch.get_num_threads()
@@ -64,7 +95,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Gives the folder of a family's tiny model, written once; see ``save_family``."""
+    """Return a function that saves a family's tiny model once and returns its folder."""
     from tests.family_bases import save_family
 
     @functools.cache

@@ -39,6 +39,7 @@ class TestEquivalence:
     def test_any_split_into_streams_gives_the_same_gradient(self, measured: Any) -> None:
         assert max(measured["split_errors"]) < 1e-5
 
+    @pytest.mark.fault("ranks with unequal numbers of rows, or none")
     def test_fewer_rows_than_ranks(self, measured: Any) -> None:
         loss, skipped = measured["alone"]
         assert loss > 0
@@ -49,6 +50,7 @@ class TestEquivalence:
         assert [losses[0], losses[2]] == pytest.approx(measured["wanted_apart"], abs=1e-5)
         assert skipped == [False, False, False]
 
+    @pytest.mark.fault("base weights change or receive gradients")
     def test_base_is_the_checkpoint_s_and_never_changes(self, measured: Any) -> None:
         assert measured["weights_equal"]
         assert measured["digest_kept"]
@@ -64,6 +66,7 @@ class TestEquivalence:
     def test_ranks_do_not_load_mlflow(self, measured: Any) -> None:
         assert measured["mlflow_loaded"] == [False] * measured["world_size"]
 
+    @pytest.mark.fault("loss is NaN on one rank only")
     def test_nan_on_one_rank_skips_that_prompt_on_all(
         self, measured: Any, case: tuple[int, str]
     ) -> None:

@@ -142,6 +142,7 @@ CHANGES: list[tuple[Callable[[Case], None], set[str]]] = [
 ]
 
 
+@pytest.mark.fault("resume with another base, tokenizer, dtype, length, template or method")
 @pytest.mark.parametrize(("change", "named"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
 def test_a_change_is_refused_by_its_name(
     case: Case, change: Callable[[Case], None], named: set[str]
@@ -166,6 +167,7 @@ def test_what_may_change(case: Case) -> None:
     assert saved.step == 2
 
 
+@pytest.mark.fault("pointer to the newest checkpoint is missing or garbled")
 def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
     output = io.StringIO()
     assert find_checkpoint(tmp_path, {}, Console(output, output)) is None

@@ -46,6 +46,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.fault("output folder is read-only")
 @pytest.mark.parametrize("module", ["trainer", "launch"])
 def test_a_read_only_folder_fails_before_the_base_is_looked_for(
     run_file: Path, read_only: Path, tmp_path: Path, module: str
@@ -103,6 +104,7 @@ def no_tensor(base: Path) -> str:
     return f"no weight file of {str(base)!r} has the tensor {name!r}; the model is incomplete"
 
 
+@pytest.mark.fault("base file truncated, or tensor missing from its index")
 @pytest.mark.parametrize("damage", [cut_short, no_tensor])
 def test_a_broken_base_ends_all_ranks_with_the_file_s_name(
     run_file: Path, two_files: Path, tmp_path: Path, damage: Callable[[Path], str]
@@ -135,6 +137,7 @@ class Own(PretrainedConfig):
 """
 
 
+@pytest.mark.fault("base requires remote code")
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_a_base_that_needs_code_of_its_own_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str

@@ -112,6 +112,7 @@ def killed(runs: Runs) -> subprocess.CompletedProcess[str]:
     return runs.start("killed")
 
 
+@pytest.mark.fault("base weights change or receive gradients")
 def test_the_base_is_what_it_was_and_only_prompts_have_gradients(runs: Runs) -> None:
     seen = [note for note in runs.notes("whole") if "digest" in note]
     assert len(seen) == STEPS + 2
@@ -125,6 +126,7 @@ def test_the_base_is_what_it_was_and_only_prompts_have_gradients(runs: Runs) -> 
         assert any(not torch.equal(first[key], last[key]) for key in encoder), name
 
 
+@pytest.mark.fault("resume in mid-epoch and mid-accumulation")
 def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> None:
     """A bank of three, in mid-epoch and mid-accumulation: the same to the bit."""
     assert killed.returncode == 0, killed.stdout + killed.stderr
@@ -149,6 +151,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> 
         assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+@pytest.mark.fault("two jobs on one output folder")
 def test_its_lock_is_taken_over_at_once_and_given_back(runs: Runs, killed: Any) -> None:
     assert "was taken over from process" in killed.stdout
     assert "that process is gone" in killed.stdout
@@ -201,6 +204,9 @@ def two_ranks(runs: Runs) -> str:
     return logs[0].read_text()
 
 
+@pytest.mark.fault("newest checkpoint is truncated")
+@pytest.mark.fault("bit flipped in a checkpoint")
+@pytest.mark.fault("pointer to the newest checkpoint is missing or garbled")
 def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
     for step, why in ((STEPS, "state.safetensors: has"), (4, "its sha256 differs")):
         (line,) = [
@@ -210,6 +216,7 @@ def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
     assert f"resuming from step 2/{STEPS}" in two_ranks
 
 
+@pytest.mark.fault("resume on another number of ranks")
 def test_two_ranks_go_on_from_one(runs: Runs, two_ranks: str) -> None:
     check_same_course(runs, "two", after=2)
 
@@ -253,6 +260,8 @@ def fill(path: Path) -> None:
             return
 
 
+@pytest.mark.fault("disk full")
+@pytest.mark.fault("resume on another number of ranks")
 def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
     runs: Runs, small_disk: Path
 ) -> None:
@@ -339,6 +348,7 @@ def test_a_run_whose_folder_was_moved_ends_and_resumes_with_nothing_lost(runs: R
     assert all(count == 1 for (step, _), count in counts.items() if step < steps)
 
 
+@pytest.mark.fault("disk full")
 def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:
     """A step's numbers are lost where there is no room for them; the run is not."""
     messages: list[str] = []
@@ -351,6 +361,7 @@ def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:
     assert warning.endswith("No space left on device; training continues")
 
 
+@pytest.mark.fault("two jobs on one output folder")
 @pytest.mark.parametrize("command", ["promptshard", "a rank"])
 def test_a_second_job_on_the_folder_is_refused(runs: Runs, command: str) -> None:
     output = runs.folder / "whole"

@@ -94,6 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         os.killpg(run.process.pid, signal.SIGKILL)
 
 
+@pytest.mark.fault("stop signal while loading, in the first step or during validation")
 def test_a_signal_to_one_rank_while_the_base_is_loaded(run: Run) -> None:
     """The other loses its connection, which is no error then."""
     run.start()
@@ -106,6 +107,8 @@ def test_a_signal_to_one_rank_while_the_base_is_loaded(run: Run) -> None:
     assert not (run.output / "checkpoints").exists()
 
 
+@pytest.mark.fault("SIGTERM to one rank only")
+@pytest.mark.fault("second signal while the checkpoint is saved")
 def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
     run.start()
     run.until(lambda: run.steps() >= 2)
@@ -119,6 +122,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
     assert 2 <= int(saved.name.removeprefix("step-")) < STEPS
 
 
+@pytest.mark.fault("rank killed (SIGKILL) during a step")
+@pytest.mark.fault("rank suspended (SIGSTOP)")
 def test_lost_ranks_are_named_and_a_restart_is_bounded(run: Run) -> None:
     """One is killed, the run is started again; then one is stopped, which holds the store."""
     before = run.steps()
@@ -144,6 +149,7 @@ def test_lost_ranks_are_named_and_a_restart_is_bounded(run: Run) -> None:
     assert "still failing after 1 restarts" in output
 
 
+@pytest.mark.fault("rank killed (SIGKILL) during a step")
 def test_in_the_end_it_equals_a_run_that_was_left_alone(run: Run, tmp_path: Path) -> None:
     run.start()
     output = run.end(200)

@@ -188,6 +188,7 @@ def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert "is not a run directory (no run.yaml)" in answer.stderr
 
 
+@pytest.mark.fault("tracking server unreachable, killed, hanging or answering HTTP 500")
 def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Server) -> None:
     folder = write_inputs(tmp_path / "http", experiment="http")
     uri = server.uri.replace("http://", f"http://me:{SECRET}@")
@@ -219,6 +220,8 @@ def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Ser
                 assert SECRET.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.fault("tracking server unreachable, killed, hanging or answering HTTP 500")
+@pytest.mark.fault("secrets in the tracking URI")
 def test_a_broken_tracker_costs_the_trainer_nothing(
     tmp_path: Path, store: str, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +253,9 @@ def test_a_broken_tracker_costs_the_trainer_nothing(
     assert_complete(folder, store)
 
 
+@pytest.mark.fault("tracking server unreachable, killed, hanging or answering HTTP 500")
+@pytest.mark.fault("artifact upload fails")
+@pytest.mark.fault("secrets in the tracking URI")
 def test_a_training_ends_well_while_its_server_fails_hangs_and_is_gone(
     tmp_path: Path, server: Server
 ) -> None:
@@ -350,6 +356,7 @@ TRAINER = """
 """
 
 
+@pytest.mark.fault("two ranks requeued")
 def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path, store: str) -> None:
     folder = write_inputs(tmp_path / "run", system_metrics=True)
     first, _ = train(folder, 0, 50, pause=0.0)  # killed while the sidecar still starts

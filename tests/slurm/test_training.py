@@ -157,6 +157,7 @@ def losses(output: Path) -> dict[tuple[int, str, str], float]:
     return by_step
 
 
+@pytest.mark.fault("SIGUSR1 to the batch shell before the time limit")
 def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> None:
     smoke = run.desk.path / "runs" / "smoke"
     assert json.loads((smoke / "summary.json").read_text())["world_size"] == 2
@@ -168,6 +169,7 @@ def test_a_run_that_was_stopped_four_times_equals_one_that_was_not(run: Run) -> 
     assert mine == pytest.approx(undisturbed, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.fault("two ranks requeued")
 def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
     name = run.output.name
     mine = f"select * from runs where name = '{name}' or name like '{name} / %'"
@@ -181,6 +183,7 @@ def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
     assert set(parents.values()) == {parent}
 
 
+@pytest.mark.fault("SIGUSR1 to the batch shell before the time limit")
 def test_every_session_says_what_it_did(run: Run) -> None:
     text = read(run.log)
     for words in ("resuming from step", "stopped and saved; submit it again to resume"):

@@ -235,6 +235,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path):
     assert (second.input_ids, second.label_spans) == ((1, 2), ((1, 2),))
 
 
+@pytest.mark.fault("rows without labels")
 def test_token_ids_that_are_too_long(tmp_path):
     pairs = [([5, 6, 7, 8], [-100, 6, 7, 8]), ([1, 2], [-100, 2])]
     rows = load_ids(tmp_path, pairs, ids_task())
@@ -248,6 +249,7 @@ def test_token_ids_that_are_too_long(tmp_path):
         tokenize(rows, ids_task(too_long="truncate"), None, 3)
 
 
+@pytest.mark.fault("rows without labels")
 @pytest.mark.parametrize(
     ("ids", "labels", "expected"),
     [

@@ -99,6 +99,7 @@ FILES = ["state.safetensors", "state.json", "manifest.json"]
 DAMAGE = [truncate, flip_a_bit, garble, remove]
 
 
+@pytest.mark.fault("newest checkpoint is truncated")
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
 def test_broken_one_is_passed_over(
@@ -115,6 +116,7 @@ def test_broken_one_is_passed_over(
     assert file in caplog.text
 
 
+@pytest.mark.fault("bit flipped in a checkpoint")
 def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
     """safetensors accepts a flipped bit in a tensor; the manifest does not."""
     write(tmp_path, 100, 200)
@@ -131,6 +133,7 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.fault("pointer to the newest checkpoint is missing or garbled")
 @pytest.mark.parametrize(
     "manifest",
     [
@@ -161,6 +164,7 @@ class Payload:
         return os.mkdir, (os.environ["PAYLOAD"],)
 
 
+@pytest.mark.fault("checkpoint is a pickle with a payload")
 def test_pickle_is_refused_and_never_runs(tmp_path: Path, monkeypatch: Any) -> None:
     """Even with a manifest that vouches for it."""
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "payload"))
@@ -182,6 +186,7 @@ def test_pickle_is_refused_and_never_runs(tmp_path: Path, monkeypatch: Any) -> N
     assert "torch.load" not in source
 
 
+@pytest.mark.fault("process killed while writing a checkpoint")
 def test_leftovers_of_a_crash(tmp_path: Path) -> None:
     write(tmp_path, 100)
     for prefix in (checkpoint.WRITING, checkpoint.DELETING):
@@ -229,6 +234,7 @@ def save_and_die(folder: Path, step: int, keep: int, operation: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.fault("process killed while writing a checkpoint")
 @pytest.mark.parametrize("step", [100, 200])
 def test_killed_at_every_stage(tmp_path: Path, step: int) -> None:
     """A new step, and the same step again: afterwards the old one or the new one is whole."""
@@ -254,6 +260,7 @@ def test_killed_at_every_stage(tmp_path: Path, step: int) -> None:
     assert outcomes == sorted(outcomes, key=lambda at: at == "new"), "once there, it stays"
 
 
+@pytest.mark.fault("disk full")
 def test_disk_full_leaves_the_old_one(tmp_path: Path) -> None:
     write(tmp_path, 100)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

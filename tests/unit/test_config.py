@@ -455,6 +455,7 @@ def test_every_prompt_of_an_unknown_task_is_reported(run_file):
 # What a later version brings
 
 
+@pytest.mark.fault("base requires remote code")
 @pytest.mark.parametrize(
     ("override", "key"),
     [

@@ -85,6 +85,7 @@ def test_text_without_tokens_is_refused(vocabulary: Vocabulary) -> None:
         text("  ", vocabulary, 3)
 
 
+@pytest.mark.fault("tokenizer of another base")
 def test_tokenizer_of_another_base_is_refused(vocabulary: Vocabulary) -> None:
     small = Vocabulary(vocabulary.lookup, vocabulary.tokenizer, 4)
     with pytest.raises(BadInput, match="gives id 7, but the base has only 4"):

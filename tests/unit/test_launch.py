@@ -665,6 +665,7 @@ def output_is_a_file(folder: Path) -> None:
     (folder / "out").write_text("")
 
 
+@pytest.mark.fault("typo or invalid value in the run file, port in use, GPU missing")
 @pytest.mark.parametrize("command", ["train", "validate"])
 @pytest.mark.parametrize(
     ("spoil", "where", "words"),
@@ -731,6 +732,7 @@ def test_wrong_use_is_exit_code_2(run_file, arguments):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.fault("typo or invalid value in the run file, port in use, GPU missing")
 def test_a_port_in_use_and_missing_gpus_are_refused_before_ranks_start(run_file, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n")

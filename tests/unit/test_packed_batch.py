@@ -73,6 +73,7 @@ def test_streams_are_as_few_and_as_full_as_the_budget_says(num_ranks, tokens_per
         assert (load.max(0) / load.mean(0)).max() < 1.02
 
 
+@pytest.mark.fault("ranks with unequal numbers of rows, or none")
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
     draw = np.random.default_rng(1).lognormal(np.log(60), 0.8, 700)

@@ -302,6 +302,7 @@ def test_setting_is_named(tmp_path):
     assert problem(path, train="x", validation=path).startswith("tasks.animals.validation: ")
 
 
+@pytest.mark.fault("malformed rows")
 def test_bad_json_names_line_and_column(tmp_path):
     lines = [
         json.dumps(GOOD[0]),
@@ -334,6 +335,7 @@ def test_bad_json_list_names_line(tmp_path):
     assert messages.startswith("d.json:3: not valid JSON at column 11")
 
 
+@pytest.mark.fault("malformed rows")
 def test_bad_utf8_names_line_and_column(tmp_path):
     bad = b'{"text": "caf\xe9", "label": "x"}\n'
     messages = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD[0]).encode() + b"\n" + bad))
@@ -380,6 +382,7 @@ def test_wrong_delimiter(tmp_path):
     assert all("separate the fields with commas (.csv) or tabs (.tsv)" in text for text in messages)
 
 
+@pytest.mark.fault("malformed rows")
 def test_null_empty_and_nested_values(tmp_path):
     rows = [
         {"text": None, "label": "x"},
@@ -408,6 +411,7 @@ def test_an_optional_field_may_be_empty(tmp_path):
     assert "context and text: are empty" in problem(path, input="{context}\n{text}")
 
 
+@pytest.mark.fault("malformed rows")
 def test_mixed_kinds_name_the_odd_row(tmp_path):
     rows = [{"text": "x", "label": label} for label in ("a", "b", 3, True)]
     assert problems(write(tmp_path, "d.jsonl", rows)) == [
@@ -512,6 +516,7 @@ def test_equal_problems_of_rows_are_one_line(tmp_path):
     ]
 
 
+@pytest.mark.fault("malformed rows")
 def test_ten_problems_and_how_many_more(tmp_path):
     rows = [{"text": "x", "label": f"wrong{i // 2}"} for i in range(50)]
     messages = problems(write(tmp_path, "d.jsonl", rows), choices=["a", "b"])

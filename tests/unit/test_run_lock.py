@@ -99,6 +99,7 @@ def test_on_another_host_the_heartbeat_decides(tmp_path: Path, where: dict[str, 
     assert "no heartbeat for 15" in messages[0]
 
 
+@pytest.mark.fault("two jobs on one output folder")
 @pytest.mark.parametrize(
     ("job", "restarts", "free"), [("7", "1", True), ("7", "0", False), ("8", "1", False)]
 )
@@ -129,6 +130,7 @@ def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path, content: str) -> 
     assert "is damaged" in messages[0]
 
 
+@pytest.mark.fault("two jobs on one output folder")
 @pytest.mark.parametrize("stale", [False, True])
 def test_one_of_many_contenders_gets_it(tmp_path: Path, stale: bool) -> None:
     def contend(_: int) -> run_lock.Lock | None:
