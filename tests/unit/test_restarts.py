@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from launch import restarts
-from launch.processes import Ending
+from launch.endings import ExitReport
 
-FAILED = Ending(1, "rank 1 was killed by SIGKILL")
+FAILED = ExitReport(1, "rank 1 was killed by SIGKILL")
 
 
 class Attempts:
     """Each entry: the step it comes to, the checkpoint it leaves (or none), and how it ends."""
 
-    def __init__(self, output: Path, *plan: tuple[int, int | None, Ending]) -> None:
+    def __init__(self, output: Path, *plan: tuple[int, int | None, ExitReport]) -> None:
         self.output, self.plan, self.fresh = output, list(plan), list[bool]()
 
-    def __call__(self, fresh: bool) -> Ending:
+    def __call__(self, fresh: bool) -> ExitReport:
         self.fresh.append(fresh)
         step, saved, ending = self.plan[len(self.fresh) - 1]
         with (self.output / "metrics.jsonl").open("a") as file:
@@ -43,7 +43,7 @@ def attempts(tmp_path: Path) -> Callable[..., Attempts]:
     return lambda *plan: Attempts(tmp_path, *plan)
 
 
-@pytest.mark.parametrize("ending", [Ending(0), Ending(2), Ending(75, "stopped")])
+@pytest.mark.parametrize("ending", [ExitReport(0), ExitReport(2), ExitReport(75, "stopped")])
 def test_what_ended_well_has_bad_input_or_was_stopped_is_left_alone(attempts, ending):
     plan = attempts((5, None, ending))
     assert restarts.run(plan, plan.output, 3, fresh=False) == ending
@@ -57,8 +57,8 @@ def test_without_restarts_a_failure_is_handed_on(attempts, capfd):
 
 
 def test_a_failure_goes_on_from_its_checkpoint_and_says_so(attempts, capfd):
-    plan = attempts((5, 4, FAILED), (9, 8, FAILED), (12, None, Ending(0)))
-    assert restarts.run(plan, plan.output, 3, fresh=False) == Ending(0)
+    plan = attempts((5, 4, FAILED), (9, 8, FAILED), (12, None, ExitReport(0)))
+    assert restarts.run(plan, plan.output, 3, fresh=False) == ExitReport(0)
     stderr = capfd.readouterr().err
     assert stderr.count(f"error: {FAILED.message}\n") == 2
     assert "failed at step 5; restart 1 of 3: the run resumes from step-00000004" in stderr
@@ -73,9 +73,9 @@ def test_restarts_are_bounded(attempts):
 
 
 def test_twice_at_the_same_step_is_once_too_often(attempts):
-    plan = attempts((5, 4, FAILED), (5, None, Ending(1)))
+    plan = attempts((5, 4, FAILED), (5, None, ExitReport(1)))
     ending = restarts.run(plan, plan.output, 9, fresh=False)
-    assert ending == Ending(1, "failed twice at step 5 without progress: not restarted")
+    assert ending == ExitReport(1, "failed twice at step 5 without progress: not restarted")
 
 
 def test_the_same_step_with_a_new_checkpoint_is_progress(attempts):
@@ -86,16 +86,16 @@ def test_the_same_step_with_a_new_checkpoint_is_progress(attempts):
 
 def test_an_earlier_run_is_put_aside_once_but_by_all_means(attempts, capfd):
     """The first attempt fails before it has put the earlier run aside, the second after it."""
-    plan = attempts((0, None, FAILED), (3, 2, FAILED), (9, None, Ending(0)))
+    plan = attempts((0, None, FAILED), (3, 2, FAILED), (9, None, ExitReport(0)))
     earlier = leave_checkpoint(plan.output, 50)
     os.utime(earlier, (1.0, 1.0))
 
-    def attempt(fresh: bool) -> Ending:
+    def attempt(fresh: bool) -> ExitReport:
         if len(plan.fresh) == 1:
             earlier.rmdir()
         return plan(fresh)
 
-    assert restarts.run(attempt, plan.output, 5, fresh=True) == Ending(0)
+    assert restarts.run(attempt, plan.output, 5, fresh=True) == ExitReport(0)
     assert plan.fresh == [True, True, False]
     stderr = capfd.readouterr().err
     assert "restart 1 of 5: the run starts over" in stderr
