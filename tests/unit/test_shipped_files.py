@@ -28,6 +28,7 @@ COMMANDS = {
     ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make test": "this test suite",
+    "make faults": "pytest --list-faults, an option of tests/conftest.py",
     "make lint": "part of make test",
     "make format": "ruff, as in make lint",
     ".venv/bin/pre-commit install": "pre-commit's own",
