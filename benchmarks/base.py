@@ -343,7 +343,7 @@ def make(folder: str, head: str = "tied") -> None:
 
 
 def _ranks(folder: Path, arm: str, *arguments: str) -> dict[str, Any]:
-    from launch.local import Devices, environment, free_port, local_arguments
+    from launch.launcher_command import Devices, environment, free_port, local_arguments
 
     print(f"{arm} {' '.join(arguments)}: {RANKS} ranks ...", file=sys.stderr, flush=True)
     devices = Devices("cpu", tuple(range(RANKS)))

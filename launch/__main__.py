@@ -1,4 +1,4 @@
-"""The entry point of ``promptshard``: what must be in place before the commands are imported."""
+"""Entry point of ``promptshard``: sets up signals, import path and streams, then the commands."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Interrupted(BaseException):
 
 def main() -> None:
     """Run the command of the command line and end with its exit code."""
-    _listen()
+    _raise_on_stop_signals()
     try:
         try:
             _run()
         finally:
-            _ignore()
+            _ignore_stop_signals()
     except Interrupted:
-        _ignore()
+        _ignore_stop_signals()
         sys.stderr.write("Stopped. Rerun the command to start over.\n")
         sys.exit(os.EX_TEMPFAIL)  # trainer.runtime.errors.EXIT_RESUMABLE
 
@@ -47,7 +47,7 @@ def _run() -> None:
     from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
     try:
-        check_words(sys.argv)
+        check_arguments(sys.argv)
         app(prog_name="promptshard")
     except BadInput as error:
         messages.problems(error.problems)
@@ -55,15 +55,15 @@ def _run() -> None:
     sys.exit(EXIT_DONE)
 
 
-def check_words(words: Sequence[str]) -> None:
-    """Refuse bytes that are no text, which neither YAML nor JSON can hold, and a deleted folder."""
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are not UTF-8, and a working directory that was deleted."""
     from trainer.runtime.errors import BadInput
 
     try:
         os.getcwd()
     except OSError:
         raise BadInput("the working directory is deleted; change to another one") from None
-    if any("\ud800" <= letter <= "\udfff" for word in words for letter in word):
+    if any("\ud800" <= letter <= "\udfff" for word in arguments for letter in word):
         raise BadInput("an argument is not UTF-8; rename the file, or set LANG to a UTF-8 one")
 
 
@@ -78,7 +78,7 @@ def _bootstrap() -> ModuleType:
     return module
 
 
-def _listen() -> None:
+def _raise_on_stop_signals() -> None:
     """Raise ``Interrupted`` for stop signals, except for those that the caller ignores."""
 
     def stop(_: int, __: FrameType | None) -> NoReturn:
@@ -89,7 +89,7 @@ def _listen() -> None:
             signal.signal(number, stop)
 
 
-def _ignore() -> None:
+def _ignore_stop_signals() -> None:
     """Ignore stop signals once the exit code is decided: Python's exit would restore them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

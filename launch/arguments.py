@@ -16,7 +16,7 @@ EXIT_CODES = """\
 
 
 def as_path(value: str | None) -> str | None:
-    """Refuse what no file can be called; a callback of typer."""
+    """Check that a value can be the name of a file (typer callback)."""
     try:
         check_path(value or "")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The commands of ``promptshard``. No torch, so that they answer at once."""
+"""The commands of ``promptshard``. They import no torch, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from typing import Annotated
 
 import typer
 
-from launch import __version__, cluster, local, messages, node, preflight, restarts
+from launch import (
+    __version__,
+    launcher_command,
+    messages,
+    node,
+    preflight,
+    restarts,
+    slurm_commands,
+)
 from launch.arguments import EXIT_CODES, Fresh, Overrides, Processes, RunDir, RunFile, as_path
-from launch.endings import ExitReport
-from launch.starting import count, run_alone, start_ranks
+from launch.exit_report import ExitReport
+from launch.start import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import refuse_if_alive
 from trainer.config import RunConfig
-from trainer.runtime.errors import EXIT_RESUMABLE, BadInput
+from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED
 from trainer.tracking.process_client import URI_VARIABLE
 
@@ -30,8 +38,8 @@ app = typer.Typer(
 )
 
 
-class Stored(str, enum.Enum):
-    """How a part of the base is stored; as base.embeddings and base.head in the run file."""
+class Storage(str, enum.Enum):
+    """Values of base.embeddings and base.head in the run file."""
 
     KEEP = "keep"
     INT8 = "int8"
@@ -124,7 +132,11 @@ def train(
         place = _place(hostfile, node_rank, master_addr, master_port, processes)
     elif (node_rank, master_addr, master_port) != (None, None, None):
         raise BadInput("--node-rank, --master-addr and --master-port need --no-ssh; add it")
-    if max_restarts and hostfile and not local.is_local(local.read_hostfile(hostfile)):
+    if (
+        max_restarts
+        and hostfile
+        and not launcher_command.is_local(launcher_command.read_hostfile(hostfile))
+    ):
         raise BadInput(
             f"--max-restarts: works on a single machine only, but {hostfile} names others; on "
             "Slurm, a job of promptshard submit is requeued when it loses a node"
@@ -134,13 +146,13 @@ def train(
     refuse_if_alive(Path(config.output_dir))
 
     def attempt(fresh: bool) -> ExitReport:
-        """Start all ranks, at a port that is free now, and wait for them."""
+        """Start all ranks on a free port and wait for them."""
         arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
         if place is not None:
             return node.run("trainer", arguments, config.output_dir, place)
         return start_ranks("trainer", arguments, config.output_dir, processes, hostfile)
 
-    _end_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
+    _exit_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -187,11 +199,11 @@ def generate(
     **Example:** `promptshard generate runs/quickstart --prompt triage --input "Chest pain."`
     """
     preflight.check_result(run_dir, prompt)
-    # NAME=VALUE in one word: a text may start with a dash
+    # --name=VALUE as one argument: a text may start with a dash
     arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
     if max_new_tokens is not None:
         arguments.append(f"--max-new-tokens={max_new_tokens}")
-    _end_with(start_ranks("trainer.commands.generate", arguments, run_dir, processes, None))
+    _exit_with(start_ranks("trainer.commands.generate", arguments, run_dir, processes, None))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -204,9 +216,9 @@ def prepare(
         str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")
     ] = None,
     embeddings: Annotated[
-        Stored, typer.Option(help="Storage of the word embeddings: unchanged or int8.")
-    ] = Stored.KEEP,
-    head: Annotated[Stored, typer.Option(help="Storage of the LM head.")] = Stored.KEEP,
+        Storage, typer.Option(help="Storage of the word embeddings: unchanged or int8.")
+    ] = Storage.KEEP,
+    head: Annotated[Storage, typer.Option(help="Storage of the LM head.")] = Storage.KEEP,
 ) -> None:
     """Convert a base model to int8 once, so later runs load about half as many bytes.
 
@@ -220,7 +232,7 @@ def prepare(
     if revision is not None:
         options.append(f"--revision={revision}")
     arguments = [*options, "--", base, out]
-    _end(run_alone("trainer.commands.prepare", arguments))
+    _exit(run_alone("trainer.commands.prepare", arguments))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -243,10 +255,10 @@ def export(
     **Example:** `promptshard export runs/notes urgency --encoder reader --text "Is it urgent?"`
     """
     preflight.check_result(run_dir)
-    # NAME=VALUE in one word: a text may start with a dash
+    # --name=VALUE as one argument: a text may start with a dash
     options = [f"--encoder={encoder}", f"--text={text}"]
     arguments = [*options, "--", run_dir, out]
-    _end(run_alone("trainer.commands.export", arguments))
+    _exit(run_alone("trainer.commands.export", arguments))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -296,22 +308,22 @@ def inspect(
             "inspect: nothing selected; pass --base, which measures the error of int8 in weights "
             "and validation losses"
         )
-    found = preflight.check_target(target, overrides or [])
+    checked = preflight.check_target(target, overrides or [])
     if json_file is None and preflight.is_run_dir(target):
         json_file = str(Path(target) / "base_inspection.json")
-    # NAME=VALUE in one word, as a name may start with a dash
+    # --name=VALUE as one argument: a name may start with a dash
     options = []
     if json_file:
         new = json_file if json_file == "-" else preflight.check_new_file(Path(json_file))
         options = [f"--json={new}"]
     arguments = [target, *(overrides or []), *options]
-    if isinstance(found, RunConfig):
+    if isinstance(checked, RunConfig):
         arguments.append(f"--rows={rows}")
-        _end_with(
-            start_ranks("trainer.commands.inspect", arguments, found.output_dir, processes, None)
+        _exit_with(
+            start_ranks("trainer.commands.inspect", arguments, checked.output_dir, processes, None)
         )
     else:
-        _end(run_alone("trainer.commands.inspect", ["--model", *arguments]))
+        _exit(run_alone("trainer.commands.inspect", ["--model", *arguments]))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -341,11 +353,11 @@ def sync(
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    _end(run_alone("trainer.commands.sync", ["sync", run_dir], environment, imports="mlflow"))
+    _exit(run_alone("trainer.commands.sync", ["sync", run_dir], environment, imports="mlflow"))
 
 
-app.command(epilog=EXIT_CODES)(cluster.submit)
-app.command(epilog=EXIT_CODES)(cluster.status)
+app.command(epilog=EXIT_CODES)(slurm_commands.submit)
+app.command(epilog=EXIT_CODES)(slurm_commands.status)
 
 
 def _place(
@@ -354,7 +366,7 @@ def _place(
     address: str | None,
     port: int | None,
     count: int | None,
-) -> local.Place:
+) -> launcher_command.Place:
     if hostfile is None:
         raise BadInput("--no-ssh: list all hosts in a --hostfile, the same file on every host")
     if count is not None:
@@ -362,13 +374,10 @@ def _place(
     return node.place_of(hostfile, rank, address, port)
 
 
-def _end_with(ending: ExitReport) -> None:
-    if ending.message and ending.code == EXIT_RESUMABLE:
-        messages.note(ending.message)
-    elif ending.message:
-        messages.failure(ending.message)
-    _end(ending.code)
+def _exit_with(report: ExitReport) -> None:
+    messages.show(report)
+    _exit(report.code)
 
 
-def _end(code: int) -> None:
+def _exit(code: int) -> None:
     raise typer.Exit(code)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from launch.exit_report import ExitReport
+from trainer.runtime.errors import EXIT_RESUMABLE
 from trainer.runtime.redact import printable, redact
 
 
@@ -20,6 +22,12 @@ def problems(lines: Sequence[str]) -> None:
         _print("  ", "", line)
 
 
+def show(report: ExitReport) -> None:
+    """Print the message of a run that has ended, if any; an interrupted run is not an error."""
+    if report.message:
+        (note if report.code == EXIT_RESUMABLE else failure)(report.message)
+
+
 def failure(text: str) -> None:
     _print("error: ", "bold red", text)
 
@@ -29,6 +37,6 @@ def note(text: str) -> None:
 
 
 def _print(head: str, head_style: str, text: str, style: str = "") -> None:
-    # soft_wrap: a problem stays on one line, for grep; Text: brackets in it are no markup
+    # soft_wrap: a problem stays on one line, for grep; Text: brackets in it are not markup
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text(head, style=head_style) + Text(printable(redact(text)), style=style))

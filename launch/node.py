@@ -1,10 +1,10 @@
-"""One host's part of a run over several: started on each of them, without ssh.
+"""Start one host's ranks of a multi-host run, without ssh; run on every host.
 
     python trainer/runtime/bootstrap.py launch.node --hosts n1,n2 --slots 8 --node-rank 0 \
         --master-addr n1 --master-port 12345 RUN.yaml [key=value ...]
 
-Unlike ``promptshard train --no-ssh`` it reads no rows before it starts the ranks: ``promptshard
-submit`` has checked the run file, and every restart of a job calls this.
+Unlike ``promptshard train --no-ssh`` it does not check the data first: ``promptshard submit`` has
+done that, and every restart of a job runs this.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Sequence
 
 import psutil
 
-from launch import local, messages, preflight, processes
-from launch.endings import ExitReport
-from launch.local import Host, Place
+from launch import launcher_command, launcher_process, messages, preflight
+from launch.exit_report import ExitReport
+from launch.launcher_command import Host, Place
 from trainer.config import load
-from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, BadInput
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
-DEFAULT_PORT = 29500  # torch's and DeepSpeed's own; all hosts must have the same
-GRACE_SECONDS = 3600.0  # to save and end: Slurm's own time limit comes first
+DEFAULT_PORT = 29500  # default of torch and DeepSpeed; must be the same on all hosts
+GRACE_SECONDS = 3600.0  # to save and exit; Slurm's time limit comes first
 REACH_SECONDS = 3.0
 
 
@@ -34,14 +34,16 @@ def run(
     """Start this host's ranks and wait for them.
 
     Args:
-        need_gpus: refuse a host without GPUs, where a run would otherwise take CPUs.
+        need_gpus: refuse a host without GPUs instead of running on CPU.
 
     Raises:
-        BadInput: if this host is not what the hostfile says, does not know the first one, or is
-            the first one and somebody listens at its port.
+        BadInput: if this host has fewer GPUs than slots, cannot resolve the first host, or is the
+            first host and its port is in use.
     """
     name, slots = place.host.name, place.host.slots
-    gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpus = launcher_command.visible_gpus(
+        launcher_command.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
     if len(gpus) < slots and (gpus or need_gpus):
         raise BadInput(
             f"{name}: {len(gpus)} {'GPU' if len(gpus) == 1 else 'GPUs'} visible, but {slots} "
@@ -49,38 +51,38 @@ def run(
         )
     if place.rank == 0:
         refuse_taken(place.port)
-    devices = local.choose_devices(slots, gpus)
+    devices = launcher_command.choose_devices(slots, gpus)
     cores = len(os.sched_getaffinity(0))
-    environment = local.environment(os.environ, devices, cores, arguments)
+    environment = launcher_command.environment(os.environ, devices, cores, arguments)
     interface = _interface(place)
     if interface is not None:
-        # gloo would take the address of this host's name, which is 127.0.1.1 on Debian
+        # gloo would use the address of this host's name, which is 127.0.1.1 on Debian
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     log = preflight.open_log(output_dir, f"launcher-host{place.rank}.log")
     if place.rank == 0:
         total = sum(host.slots for host in place.hosts)
         where = f"on {len(place.hosts)} hosts, rendezvous at {place.address}:{place.port}"
         messages.note(f"starting {total} processes {where}; logs: {log.parent}")
-    command = local.place_command(module, place, devices)
-    ending = processes.run_local(
+    command = launcher_command.place_command(module, place, devices)
+    report = launcher_process.run_local(
         command, environment, log, module, slots, GRACE_SECONDS, place.rank * slots
     )
-    if ending.code in (EXIT_DONE, EXIT_BAD_INPUT):
-        return ending
-    reasons = [ending.message] if ending.message else []
-    if lost := [host.name for host in place.others if not reaches(host, place.port)]:
-        reasons.append(f"lost: no answer from {', '.join(lost)}")
-    return ExitReport(ending.code, f"{name}: {'; '.join(reasons)}" if reasons else "")
+    if report.code in (EXIT_DONE, EXIT_BAD_INPUT):
+        return report
+    reasons = [report.message] if report.message else []
+    if silent := [host.name for host in place.others if not reaches(host, place.port)]:
+        reasons.append(f"lost: no answer from {', '.join(silent)}")
+    return ExitReport(report.code, f"{name}: {'; '.join(reasons)}" if reasons else "")
 
 
 def refuse_taken(port: int) -> None:
-    """That somebody else listens would show in minutes, as ranks that do not find each other.
+    """Check the rendezvous port now; ranks would only notice a conflict after minutes.
 
     Raises:
         BadInput: if the port cannot be bound.
     """
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like torch's TCPStore
         try:
             probe.bind(("", port))
         except OSError as error:
@@ -91,7 +93,7 @@ def refuse_taken(port: int) -> None:
 
 
 def reaches(host: Host, port: int) -> bool:
-    """Whether a host answers at all; that nobody listens at the port is an answer."""
+    """Whether a host answers at all; a refused connection counts as an answer."""
     try:
         socket.create_connection((host.name, port), REACH_SECONDS).close()
     except ConnectionRefusedError:
@@ -102,10 +104,10 @@ def reaches(host: Host, port: int) -> bool:
 
 
 def _interface(place: Place) -> str | None:
-    """The network interface towards the other hosts, if there are any.
+    """Return the network interface that reaches the other hosts; None if there are none.
 
     Raises:
-        BadInput: if the address of the first host is not known here.
+        BadInput: if the address of the first host cannot be resolved.
     """
     for target in (place.address, *[host.name for host in place.others][:1]):
         try:
@@ -119,7 +121,7 @@ def _interface(place: Place) -> str | None:
             if target == place.address:
                 raise BadInput(
                     f"--master-addr: {target!r} cannot be reached from {place.host.name}: "
-                    f"{error.strerror}; give the name or address that all hosts know it by"
+                    f"{error.strerror}; give a name or address that all hosts can resolve"
                 ) from None
             continue
     if not place.others:
@@ -131,7 +133,7 @@ def _interface(place: Place) -> str | None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The entry point of a job's task; gives the exit code."""
+    """Entry point of a Slurm task; returns the exit code."""
     parser = argparse.ArgumentParser(prog="launch.node", description=__doc__)
     parser.add_argument("--hosts", required=True, type=lambda text: text.split(","))
     parser.add_argument("--slots", type=int, required=True, help="ranks of every host")
@@ -148,24 +150,21 @@ def main(words: Sequence[str] | None = None) -> int:
         place = Place(hosts, args.node_rank, args.master_addr, args.master_port)
         arguments = [args.run, *args.overrides, *(["--fresh"] if args.fresh else [])]
         output_dir = load(args.run, args.overrides).output_dir
-        ending = run("trainer", arguments, output_dir, place, need_gpus=args.need_gpus)
+        report = run("trainer", arguments, output_dir, place, need_gpus=args.need_gpus)
     except BadInput as error:
         messages.problems(error.problems)
         return EXIT_BAD_INPUT
-    if ending.message and ending.code == EXIT_RESUMABLE:
-        messages.note(ending.message)
-    elif ending.message:
-        messages.failure(ending.message)
-    return ending.code
+    messages.show(report)
+    return report.code
 
 
 def place_of(hostfile: str, rank: int | None, address: str | None, port: int | None) -> Place:
-    """This host's place among the hosts of a hostfile.
+    """Return this host's position among the hosts of a hostfile.
 
     Raises:
-        BadInput: if the hostfile or a number is none.
+        BadInput: if the hostfile or a number is invalid.
     """
-    hosts = tuple(local.read_hostfile(hostfile))
+    hosts = tuple(launcher_command.read_hostfile(hostfile))
     last = len(hosts) - 1
     problems = []
     if rank is None:

@@ -1,4 +1,4 @@
-"""Checks that run before any process is started, in seconds and without torch."""
+"""Checks before any process starts: they take seconds and import no torch."""
 
 from __future__ import annotations
 
@@ -29,28 +29,30 @@ from trainer.runtime.stdio import private
 def check_run(
     run_file: str, overrides: Sequence[str], printed: set[str] | None = None
 ) -> RunConfig:
-    """Load a run file and check all that it names: base, policy, rows, output folder.
+    """Load a run file and check what it names: base model, DeepSpeed policy, data, output folder.
 
     Args:
-        printed: notes about rows that are not printed again; new ones are added.
+        printed: notes about the data that were printed before; they are not repeated.
 
     Raises:
-        BadInput: with every problem found; those of the run file first, as they hide the others.
+        BadInput: with every problem; if the run file itself is invalid, only with its problems.
     """
     config = check_config(load(run_file, overrides), printed=printed)
-    for name, made in sweeps(run_file, overrides).items():
-        shown = ", ".join(made if len(made) < 6 else [*made[:3], "...", made[-1]])
-        messages.note(f"sweep of {name!r}: {len(made)} prompts: {shown}")
+    for name, prompts in sweeps(run_file, overrides).items():
+        shown = ", ".join(prompts if len(prompts) < 6 else [*prompts[:3], "...", prompts[-1]])
+        messages.note(f"sweep of {name!r}: {len(prompts)} prompts: {shown}")
     return config
 
 
 def check_config(
     config: RunConfig, *, trains: bool = True, printed: set[str] | None = None
 ) -> RunConfig:
-    """The same for a run file that is loaded; what prompts start from, only if they will train."""
+    """Check what a loaded run file names; initial prompts only if ``trains``."""
     printed = set() if printed is None else printed
     problems = [*_base(config), *_policy(config), *_output(config)]
-    if trains and not checkpoint_names(Path(config.output_dir)):  # one has all that a start gave
+    if trains and not checkpoint_names(
+        Path(config.output_dir)
+    ):  # a checkpoint replaces the initial prompts
         problems += source_problems(config)
     notes: list[str] = []
     try:
@@ -67,7 +69,7 @@ def check_config(
 
 
 def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
-    """Load the resolved run file of an output folder, and see that it holds ``prompt``."""
+    """Load the resolved run file of an output folder and check that ``prompt`` was trained."""
     check_folder(run_dir)
     saved = Path(run_dir) / "run.yaml"
     if not os.path.isfile(saved):
@@ -80,23 +82,21 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
             f"--prompt: {prompt!r} is not a prompt of {run_dir}{hint}; known: {', '.join(names)}"
         )
     if prompt is not None and not os.path.isdir(Path(run_dir) / "prompts" / prompt):
-        raise BadInput(
-            f"{run_dir}: prompt {prompt!r} is not saved yet; train the run to its end first"
-        )
+        raise BadInput(f"{run_dir}: prompt {prompt!r} is not saved yet; finish the run first")
     return config
 
 
 def check_folder(run_dir: str) -> None:
-    """Check that there is a folder of this name."""
+    """Check that a folder exists."""
     if not os.path.isdir(run_dir):
         raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
 
 
 def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
-    """What ``inspect`` is to look at: a run file, an output folder, or a base without either.
+    """Load the target of ``inspect``: a run file, an output folder, or a base model.
 
     Raises:
-        BadInput: if it is none of these, or with every problem found in it.
+        BadInput: if it is none of these, or with every problem in it.
     """
     path = Path(target)
     if is_run_dir(target):
@@ -123,7 +123,7 @@ def is_run_dir(target: str) -> bool:
 
 
 def check_new_file(path: Path) -> Path:
-    """The whole path of a file that can be written."""
+    """Return the absolute path of an output file after checking that it can be written."""
     try:
         path = Path(expand_path(str(path))).absolute()
     except ValueError as error:
@@ -131,12 +131,12 @@ def check_new_file(path: Path) -> Path:
     if path.is_dir():
         raise BadInput(f"--json: {path} is a folder; name a file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise BadInput(f"--json: cannot write into {path.parent}; name a folder that is there")
+        raise BadInput(f"--json: cannot write into {path.parent}; name an existing folder")
     return path
 
 
 def open_log(output_dir: str, name: str) -> Path:
-    """Make a log file under ``output_dir`` that only its owner may read; returns its path."""
+    """Create a log file in ``output_dir`` that only its owner may read; return its path."""
     folder = Path(output_dir) / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,20 +147,20 @@ def open_log(output_dir: str, name: str) -> Path:
 
 
 def _base(config: RunConfig) -> Iterator[str]:
-    """A base that must be a folder but is none. Anything else may be a hub id."""
+    """Problems of a base model that is a path. Anything else may be a hub id."""
     name = config.base.model
     folder = resolve_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             yield f"base.model: {name} is not a model folder (no config.json)"
     elif folder.exists():
-        yield f"base.model: {name} is a file; name the folder it is in"
+        yield f"base.model: {name} is a file; give its folder"
     elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name that is no folder was meant as one, and not as a hub id."""
+    """Whether a name that is not a folder was meant as a path, not as a hub id."""
     first = Path(os.path.expanduser(name)).parts[:1]
     shaped = name.startswith((".", "/", "~")) or name.count("/") > 1
     return shaped or bool(first and os.path.isdir(resolve_path(first[0])))
@@ -179,7 +179,7 @@ def _policy(config: RunConfig) -> Iterator[str]:
 
 
 def _output(config: RunConfig) -> Iterator[str]:
-    """The nearest folder that exists must take new files."""
+    """Problems of ``output_dir``: the nearest existing parent must be writable."""
     path = Path(config.output_dir).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():
@@ -189,7 +189,7 @@ def _output(config: RunConfig) -> Iterator[str]:
 
 
 def _rows(config: RunConfig) -> list[str]:
-    """Check every row; what is worth knowing about them."""
+    """Check every row; return notes about the data."""
     from trainer.data.splits import check_rows  # loads Arrow only where rows are read
 
     with Console(sys.stderr, sys.stderr).reading() as on_rows:

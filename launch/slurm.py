@@ -1,8 +1,8 @@
-"""sbatch text from typed settings: pure functions, and the checks of what goes into them.
+"""Render sbatch scripts from typed settings, and check the settings. Pure functions.
 
-A job has one task per node: ``srun`` starts ``launch/node.py`` there, and that the DeepSpeed
-launcher without ssh. The batch shell hands on Slurm's warning ahead of the time limit, and requeues
-the job when its ranks have saved and stopped. Needs Slurm 22.05 or newer.
+A job has one task per node: ``srun`` starts ``launch/node.py``, which starts the DeepSpeed launcher
+without ssh. The batch shell forwards Slurm's signal before the time limit to the ranks, and
+requeues the job once they have saved and stopped. Needs Slurm 22.05 or newer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from trainer.runtime.redact import printable
 
-#: How long srun lets the other nodes end by themselves once one has: rank 0 writes the report and
-#: waits for the tracker when the others are done.
+#: srun --wait: after one node has ended, the others may take this long. Rank 0 still writes the
+#: report and waits for the tracking process.
 WAIT_SECONDS = 300
-#: How often the warning is repeated: a task that is only starting does not hear it.
+#: The signal is repeated, because a task that is still starting ignores it.
 REPEAT_SECONDS = 10
-#: Ports for ranks to meet at, below those that Linux gives out by itself. A job and its restarts
-#: get different ones: a rank of a node that was lost may still hold the last.
+#: Rendezvous ports, below Linux's ephemeral range. Each restart uses another port: a rank on a lost
+#: node may still hold the previous one.
 FIRST_PORT, PORTS, RESTART_STRIDE = 10000, 20000, 1009
 MAX_SIGNAL_SECONDS = 65535  # sbatch(1)
 
@@ -29,7 +29,7 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _NAMES = r"[\w.+-]+"
 _JOBS = r"\d+(?:_(?:\d+|\*))?(?:\+\d+)?"
 _AFTER = rf"(?:singleton|after(?:any|ok|notok|corr|burstbuffer)?(?::{_JOBS})+)"
-#: Options of sbatch that a job sets itself; --sbatch may not.
+#: sbatch options that promptshard sets itself; --sbatch may not override them.
 OWN_OPTIONS = (
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem"),
     *("time", "partition", "account", "qos", "dependency", "array", "chdir", "output", "error"),
@@ -39,12 +39,12 @@ OWN_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What is asked of Slurm, as sbatch(1) calls it.
+    """Resources of a job, named as in sbatch(1).
 
     Attributes:
-        gpus_per_node: also the ranks of a node; None for a run on CPUs.
-        processes_per_node: ranks of a node without GPUs.
-        extra: further options of sbatch, each whole: ``--constraint=h100``.
+        gpus_per_node: also the number of ranks per node; None to run on CPUs.
+        processes_per_node: ranks per node without GPUs.
+        extra: further sbatch options, such as ``--constraint=h100``.
     """
 
     nodes: int
@@ -61,26 +61,26 @@ class Resources:
 
     @property
     def slots(self) -> int:
-        """Ranks of a node."""
+        """Ranks per node."""
         return self.gpus_per_node or self.processes_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job, all paths as its nodes find them.
+    """A job. Paths are as seen from its nodes.
 
     Attributes:
-        tasks: what each task of a job array trains, ``(RUN.yaml, key=value, ...)``; one: no array.
-        at_once: tasks of the array that run at a time; None for no limit.
+        tasks: ``(RUN.yaml, key=value, ...)`` of each task of a job array; a single one: no array.
+        at_once: maximum number of array tasks that run at once; None for no limit.
         code: the folder that holds trainer/ and launch/.
-        python: the interpreter that has their libraries.
-        chdir: where paths of the run file start; None for where sbatch is called.
-        log: pattern of the log's path, with sbatch's ``%j``.
-        signal_seconds: how long before the time limit the ranks are signalled to save and stop.
-        max_requeues: restarts up to which the job requeues itself.
+        python: the interpreter that has the installed libraries.
+        chdir: working directory of the job; None: the directory where sbatch is called.
+        log: path pattern of the log, with sbatch's ``%j``.
+        signal_seconds: time before the time limit at which ranks are signalled to save and stop.
+        max_requeues: maximum number of times the job requeues itself.
         modules: environment modules to load.
-        container: image for pyxis, if any, and ``SOURCE:TARGET`` of each mount.
-        command: what made this, for a person to read.
+        container, mounts: image for pyxis, and ``SOURCE:TARGET`` of each mount.
+        command: the command that made the script, written as a comment.
     """
 
     name: str
@@ -101,25 +101,25 @@ class Job:
 
 
 def problems(job: Job) -> Iterator[str]:
-    """What Slurm would refuse or read as something else, by the name of our option."""
-    asked = job.resources
+    """Problems of a job's options: what Slurm would refuse or misread."""
+    resources = job.resources
     for option, number in (
-        ("--nodes", asked.nodes),
-        ("--gpus-per-node", asked.gpus_per_node),
-        ("--processes-per-node", asked.processes_per_node),
-        ("--cpus-per-task", asked.cpus_per_task),
+        ("--nodes", resources.nodes),
+        ("--gpus-per-node", resources.gpus_per_node),
+        ("--processes-per-node", resources.processes_per_node),
+        ("--cpus-per-task", resources.cpus_per_task),
         ("--at-once", job.at_once),
     ):
         if number is not None and number < 1:
             yield f"{option}: {number} is too few; give 1 or more"
-    if asked.gpus_per_node is not None and asked.processes_per_node != 1:
+    if resources.gpus_per_node is not None and resources.processes_per_node != 1:
         yield "--processes-per-node: is for nodes without GPUs; remove it, or --gpus-per-node"
     for option, value, pattern, remedy in (
-        ("--partition", asked.partition, rf"{_NAMES}(,{_NAMES})*", "give a name of `sinfo`"),
-        ("--account", asked.account, r"[\w.@+-]+", "give a name without spaces"),
-        ("--qos", asked.qos, _NAMES, "give a name without spaces"),
-        ("--mem", asked.mem, r"\d+[KMGT]?", "give megabytes, or as 64G; 0 is all of a node"),
-        ("--dependency", asked.dependency, rf"{_AFTER}([,?]{_AFTER})*", "write afterok:JOB_ID"),
+        ("--partition", resources.partition, rf"{_NAMES}(,{_NAMES})*", "give a name of `sinfo`"),
+        ("--account", resources.account, r"[\w.@+-]+", "give a name without spaces"),
+        ("--qos", resources.qos, _NAMES, "give a name without spaces"),
+        ("--mem", resources.mem, r"\d+[KMGT]?", "give megabytes, or as 64G; 0 is all of a node"),
+        ("--dependency", resources.dependency, rf"{_AFTER}([,?]{_AFTER})*", "write afterok:JOB_ID"),
     ):
         if value is not None and not re.fullmatch(pattern, value, flags=re.ASCII):
             yield f"{option}: {value!r} is not valid; {remedy}"
@@ -131,19 +131,24 @@ def problems(job: Job) -> Iterator[str]:
             yield f"--container-mounts: {mount!r} is not valid; write SOURCE:TARGET, absolute paths"
     if job.mounts and job.container is None:
         yield "--container-mounts: needs --container-image"
-    for option in asked.extra:
+    for option in resources.extra:
         yield from _extra_problems(option)
     yield from _time_problems(job)
     if job.max_requeues < 0:
         yield f"--max-requeues: {job.max_requeues} is too few; give 0 for none"
     texts = [job.name, job.code, job.python, job.log, job.container or "", job.chdir or ""]
-    for text in [*texts, *job.mounts, *asked.extra, *(word for task in job.tasks for word in task)]:
+    for text in [
+        *texts,
+        *job.mounts,
+        *resources.extra,
+        *(word for task in job.tasks for word in task),
+    ]:
         if has_controls(text):
             yield f"{text!r}: has a line break or control character; rename it, or write another"
 
 
 def has_controls(text: str) -> bool:
-    """Return whether a text has characters that would end a line of a script, or hide one."""
+    """Whether a text has line breaks or control characters, which could change a script."""
     return "\n" in text or "\t" in text or printable(text) != text
 
 
@@ -173,7 +178,7 @@ def _time_problems(job: Job) -> Iterator[str]:
 
 
 def time_seconds(text: str) -> int | None:
-    """Seconds of a time limit as sbatch(1) reads it; None if it is none.
+    """Seconds of a time limit as sbatch(1) reads it; None if it is not valid.
 
     ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
     """
@@ -191,26 +196,26 @@ def time_seconds(text: str) -> int | None:
 
 
 def render(job: Job) -> str:
-    """The sbatch script of a job without problems."""
+    """Render the sbatch script of a job; ``problems`` must be empty."""
     command = printable(" ".join(job.command.split()))  # a comment is one line
     head = ["#!/bin/bash", *([f"# {command}"] if command else []), *_options(job)]
     return "\n".join([*head, "", "set -uo pipefail", *_setup(job), *_shell(job)]) + "\n"
 
 
 def _options(job: Job) -> Iterator[str]:
-    asked = job.resources
+    resources = job.resources
     options = {
         "job-name": job.name,
-        "nodes": asked.nodes,
+        "nodes": resources.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": asked.gpus_per_node,
-        "cpus-per-task": asked.cpus_per_task,
-        "mem": asked.mem,
-        "time": asked.time,
-        "partition": asked.partition,
-        "account": asked.account,
-        "qos": asked.qos,
-        "dependency": asked.dependency,
+        "gpus-per-node": resources.gpus_per_node,
+        "cpus-per-task": resources.cpus_per_task,
+        "mem": resources.mem,
+        "time": resources.time,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "dependency": resources.dependency,
     }
     if len(job.tasks) > 1:
         limit = f"%{job.at_once}" if job.at_once else ""
@@ -221,7 +226,7 @@ def _options(job: Job) -> Iterator[str]:
         if value is not None:
             yield f"#SBATCH --{option}={directive(str(value))}"
     yield f"#SBATCH --{'requeue' if job.max_requeues else 'no-requeue'}"
-    for option in asked.extra:
+    for option in resources.extra:
         name, equals, value = option.partition("=")
         yield f"#SBATCH {name}{equals}{directive(value) if equals else ''}"
 
@@ -240,13 +245,13 @@ def directive(value: str) -> str:
 
 
 def pattern(path: str) -> str:
-    """A path for sbatch's --output, where ``%`` stands for something else."""
+    """Escape a path for sbatch's --output, where ``%`` starts a placeholder."""
     return path.replace("%", "%%")
 
 
 def _setup(job: Job) -> Iterator[str]:
-    """Lines that find the run, its code and its hosts."""
-    yield 'say() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
+    """Lines that set up modules, arguments, hosts and port."""
+    yield 'log() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
     yield ""
     if job.modules:
         yield "if ! type module >/dev/null 2>&1; then set +u; source /etc/profile; set -u; fi"
@@ -260,25 +265,25 @@ def _setup(job: Job) -> Iterator[str]:
         yield "esac"
     yield "restarts=${SLURM_RESTART_COUNT:-0}"
     if job.fresh:
-        yield 'set -- --fresh "$@"'  # requeued, it knows what it has put aside
+        yield 'set -- --fresh "$@"'  # after a requeue, nothing is archived again
     yield f"""
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if [ "${{#hosts[@]}}" -ne "$SLURM_JOB_NUM_NODES" ]; then
-    say "scontrol names ${{#hosts[@]}} hosts, but the job has $SLURM_JOB_NUM_NODES nodes" >&2
+    log "scontrol names ${{#hosts[@]}} hosts, but the job has $SLURM_JOB_NUM_NODES nodes" >&2
     exit {EXIT_BAD_INPUT}
 fi
 port=$(({FIRST_PORT} + (SLURM_JOB_ID + {RESTART_STRIDE} * restarts) % {PORTS}))
-say "on ${{#hosts[@]}} nodes (${{hosts[*]}}), restart $restarts, port $port\""""
+log "on ${{#hosts[@]}} nodes (${{hosts[*]}}), restart $restarts, port $port\""""
 
 
 def _srun(job: Job) -> Iterator[str]:
-    """Words of the step, one line each. One task per node; its rank is known only there."""
-    asked = job.resources
-    # a node that has ended leaves the others time to save, whatever its exit code
-    yield f"srun --nodes={asked.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
+    """The srun command, one line per element. One task per node; SLURM_NODEID is its node rank."""
+    resources = job.resources
+    # when one node fails, the others still get time to save
+    yield f"srun --nodes={resources.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
     yield f"--wait={WAIT_SECONDS}"
-    if asked.cpus_per_task is not None:
-        yield f"--cpus-per-task={asked.cpus_per_task}"  # not inherited from sbatch since 22.05
+    if resources.cpus_per_task is not None:
+        yield f"--cpus-per-task={resources.cpus_per_task}"  # not inherited from sbatch since 22.05
     if job.container is not None:
         yield shlex.quote(f"--container-image={job.container}")
         mounts = [*job.mounts]
@@ -289,25 +294,25 @@ def _srun(job: Job) -> Iterator[str]:
             yield shlex.quote(f"--container-mounts={','.join(mounts)}")
         if job.chdir is not None:
             yield shlex.quote(f"--container-workdir={job.chdir}")
-    # signals that come before Python listens are not to kill it: they are repeated
+    # ignore signals until Python has handlers; the batch shell repeats them
     yield """bash -c 'trap "" USR1 TERM; exec "$@" --node-rank "$SLURM_NODEID"' -"""
-    # by path: -m would import from the working directory first
+    # by path, because -m would import from the working directory first
     bootstrap = f"{job.code}/trainer/runtime/bootstrap.py"
     yield f"{shlex.quote(job.python)} {shlex.quote(bootstrap)} launch.node"
-    if asked.gpus_per_node is not None:
+    if resources.gpus_per_node is not None:
         yield "--need-gpus"
-    yield f'--hosts "$(IFS=,; echo "${{hosts[*]}}")" --slots {asked.slots}'
+    yield f'--hosts "$(IFS=,; echo "${{hosts[*]}}")" --slots {resources.slots}'
     yield '--master-addr "${hosts[0]}" --master-port "$port" "$@" &'
 
 
 def _shell(job: Job) -> Iterator[str]:
-    """Lines that start the step, hand signals on to it and decide about a requeue."""
+    """Lines that start the job step, forward signals to it and requeue the job."""
     yield f"""
 step= notified= time_limit_near= cancelled=
 notify() {{
     if [ -n "$step" ] && [ -z "$notified" ]; then
         notified=yes
-        say "$1: asking the ranks to save and stop"
+        log "$1: signalling the ranks to save and stop"
         for ((second = 0; ; second++)); do
             kill -0 "$step" 2>/dev/null || break
             ((second % {REPEAT_SECONDS})) || kill -USR1 "$step"
@@ -329,13 +334,13 @@ code=$?
 job=$SLURM_JOB_ID
 [ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 if [ "$code" -ne {EXIT_RESUMABLE} ]; then
-    say "ended with exit code $code"
+    log "ended with exit code $code"
 elif [ -n "$cancelled" ]; then
-    say "stopped and saved; submit it again to resume"
+    log "stopped and saved; submit it again to resume"
 elif [ "$restarts" -ge {job.max_requeues} ]; then
-    say "stopped and saved, requeued {job.max_requeues} times already; submit it again to resume"
+    log "stopped and saved, requeued {job.max_requeues} times already; submit it again to resume"
 else
-    say "stopped and saved; requeued as restart $((restarts + 1)) of at most {job.max_requeues}"
-    scontrol requeue "$job" || say "could not be requeued; submit it again to resume" >&2
+    log "stopped and saved; requeued as restart $((restarts + 1)) of at most {job.max_requeues}"
+    scontrol requeue "$job" || log "could not be requeued; submit it again to resume" >&2
 fi
 exit "$code\""""

@@ -1,7 +1,7 @@
-"""Status of a run, from its output folder and, where there is one, from Slurm.
+"""Status of a run, from its output folder and from Slurm.
 
-Reads only: it may be called from any machine that sees the folder, during the run. Files of the
-folder may be damaged or somebody else's: each is parsed into a model, or counts as missing.
+Read-only: it can be called during the run, from any machine that sees the folder. The files may be
+damaged or untrusted: each is parsed into a model, or counts as missing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trainer.tracking.progress_file import missing_results
 from trainer.tracking.store_uri import sync_command
 
 SLURM_SECONDS = 30
-#: A step that took so many times the median was no step: the run was stopped in between.
+#: A gap of more than this many median step times is a pause: the run was stopped in between.
 PAUSE = 20
-#: Steps that the time left is reckoned from.
+#: The ETA is computed from this many latest steps.
 RECENT = 200
-#: States of a job that is over, of squeue(1) and sacct(1); the others may still train.
-OVER = (
+#: Final states of a job in squeue(1) and sacct(1).
+FINAL_STATES = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN"),
 )
@@ -44,11 +44,11 @@ OVER = (
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says about a job.
+    """State of a Slurm job.
 
     Attributes:
-        state: its own word; ``UNKNOWN`` where Slurm cannot be asked or has forgotten it.
-        reason: why it waits, or how it ended.
+        state: Slurm's name; ``UNKNOWN`` if Slurm is not installed or does not know the job.
+        reason: why it is pending, or how it ended.
     """
 
     id: str
@@ -58,28 +58,28 @@ class JobState:
     time_left: str = ""
 
     @property
-    def lives(self) -> bool:
-        return self.state not in OVER
+    def active(self) -> bool:
+        return self.state not in FINAL_STATES
 
 
 @dataclass
 class Status:
-    """One run.
+    """Status of one run.
 
     Attributes:
         state: ``waiting``, ``running``, ``finished``, ``failed`` or ``not finished``.
-        said: the same in a sentence.
+        description: the same as a sentence.
         steps: total number of steps; None if no run file is there.
-        eta_seconds: until the last step, at the pace of the last ones; None unless it is running.
-        written: when the folder's metrics were last written, unix seconds.
-        metrics: last value of every metric of every prompt, each with its step.
+        eta_seconds: until the last step, at the pace of the latest ones; None unless running.
+        written: time of the last metrics, unix seconds.
+        metrics: prompt -> metric -> (step, latest value).
         checkpoint: step of the newest checkpoint.
-        tasks: of a job array, the runs of its tasks.
+        tasks: status of each task of a job array.
     """
 
     run_dir: str
     state: str = ""
-    said: str = ""
+    description: str = ""
     job: JobState | None = None
     step: int = 0
     steps: int | None = None
@@ -91,33 +91,33 @@ class Status:
     tasks: list[Status] = field(default_factory=list)
 
 
-def look(run_dir: Path) -> Status:
-    """Read an output folder and ask Slurm about the job that was last submitted for it.
+def read_status(run_dir: Path) -> Status:
+    """Read an output folder and query Slurm for the job last submitted for it.
 
     Raises:
-        BadInput: if it is no output folder.
+        BadInput: if it is not an output folder.
     """
     preflight.check_folder(str(run_dir))
     record, folder = _record(run_dir)
     here = _resolved(run_dir)
     if len(record.tasks) > 1 and here not in map(_resolved, record.tasks):
-        said = f"job array {record.job}, {len(record.tasks)} tasks"
-        status = Status(str(run_dir), "array", said)
+        description = f"job array {record.job}, {len(record.tasks)} tasks"
+        status = Status(str(run_dir), "array", description)
         for i, task in enumerate(record.tasks):
-            status.tasks.append(_task(Path(task), ask(f"{record.job}_{i}")))
+            status.tasks.append(_task(Path(task), query_job(f"{record.job}_{i}")))
         return status
-    job = ask(record.job) if record.job else _array_job(run_dir)
+    job = query_job(record.job) if record.job else _array_job(run_dir)
     return _run(run_dir, job, folder / "run.yaml")
 
 
 def last_job(run_dir: Path) -> JobState | None:
-    """The job, or the first of a job array, that was last submitted for a folder."""
+    """The job (or first array task) last submitted for a folder."""
     record, _ = _record(run_dir)
-    return ask(record.job) if record.job else None
+    return query_job(record.job) if record.job else None
 
 
 def _task(run_dir: Path, job: JobState) -> Status:
-    """One task of a job array; a damaged folder does not hide the others."""
+    """Status of one array task; a damaged folder must not hide the others."""
     try:
         check_path(str(run_dir))
         return _run(run_dir, job, None)
@@ -135,24 +135,24 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     summary = _parsed(Summary, run_dir / "summary.json")
     for name, end in summary.prompts.items():
         status.stopped[name] = end.stopped.reason if end.stopped else "finished"
-    status.state, status.said = _judge(status, summary, running_process(run_dir))
+    status.state, status.description = _judge(status, summary, running_process(run_dir))
     if status.state == "finished" and (missing := missing_results(run_dir)):
-        status.said += f"; {missing} missing, run: {sync_command(run_dir)}"
+        status.description += f"; {missing} missing, run: {sync_command(run_dir)}"
     if status.state != "running":
         status.eta_seconds = None
     return status
 
 
 def _judge(status: Status, summary: Summary, process: str | None) -> tuple[str, str]:
-    """State and sentence; ``process`` is the one that holds the output folder's lock."""
+    """Return state and description; ``process`` holds the output folder's lock."""
     job = status.job
     rerun = "rerun the command to start over"
     if status.checkpoint is not None:
         rerun = f"rerun the command to resume from step {status.checkpoint}"
-    if job is not None and job.lives and job.state != "RUNNING":
+    if job is not None and job.active and job.state != "RUNNING":
         why = f" ({job.reason})" if job.reason not in ("", "None") else ""
         return "waiting", f"{job.state.lower()}{why}"
-    if job is not None and job.lives and summary.status != "finished":
+    if job is not None and job.active and summary.status != "finished":
         return "running", f"running on {job.nodes}"
     if process is not None:
         return "running", f"running: {process}"
@@ -168,8 +168,8 @@ def describe_job(job: JobState) -> str:
     return f"{job.state} ({job.reason})" if job.reason not in ("", "None") else job.state
 
 
-def ask(number: str) -> JobState:
-    """What squeue knows of a job, else sacct."""
+def query_job(number: str) -> JobState:
+    """Query squeue, then sacct, for a job."""
     shown = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%T|%r|%N|%L")
     if shown and shown[0].count("|") == 3:
         state, reason, nodes, left = (part.strip() for part in shown[0].split("|"))
@@ -181,11 +181,11 @@ def ask(number: str) -> JobState:
     if shown and shown[-1].count("|") == 2:
         state, code, nodes = shown[-1].split("|")
         return JobState(number, state.split(" ")[0], f"exit code {code}", nodes)
-    return JobState(number, "UNKNOWN", "Slurm is not here, or does not know the job")
+    return JobState(number, "UNKNOWN", "Slurm is not installed here, or does not know the job")
 
 
 def _slurm(*command: str) -> list[str]:
-    """Lines that a command of Slurm gives; none where it is not there or refuses."""
+    """Output lines of a Slurm command; none if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return []
     try:
@@ -213,7 +213,7 @@ class End(BaseModel):
 
 
 class Summary(BaseModel):
-    """What is needed of ``summary.json``."""
+    """The part of ``summary.json`` that status needs."""
 
     status: str = ""
     steps: int | None = None
@@ -225,7 +225,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def _parsed(model: type[T], path: Path) -> T:
-    """A JSON file as a model; its defaults where the file is missing or damaged."""
+    """Parse a JSON file; the model's defaults if it is missing or damaged."""
     try:
         return model.model_validate(read_json_object(path))
     except (BadInput, ValidationError):
@@ -233,7 +233,7 @@ def _parsed(model: type[T], path: Path) -> T:
 
 
 def _record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
-    """The newest submission and its folder; without one an empty record."""
+    """The newest submission and its folder; an empty record if there is none."""
     submitted = run_dir / SUBMITTED
     records = sorted(submitted.glob(f"*/{RECORD}"), key=_written, reverse=True)
     for path in records[:1]:
@@ -244,7 +244,7 @@ def _record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
 def _written(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # a link to nowhere
+    except OSError:  # a dangling symlink
         return 0.0
 
 
@@ -256,16 +256,16 @@ def _resolved(path: str | Path) -> str:
 
 
 def _array_job(run_dir: Path) -> JobState | None:
-    """The task of a job array that was submitted for the folder around this one."""
+    """The array task of this folder, if a job array was submitted for its parent."""
     around, _ = _record(run_dir.absolute().parent)
     for i, task in enumerate(around.tasks):
         if around.job and _resolved(task) == _resolved(run_dir):
-            return ask(f"{around.job}_{i}")
+            return query_job(f"{around.job}_{i}")
     return None
 
 
 def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig | None:
-    """The run file that the run saved, or, before it has begun, the one that was submitted."""
+    """The run file saved by the run or, before it has started, the submitted one."""
     for path in (run_dir / "run.yaml", frozen):
         if path is not None and path.is_file():
             return load(path)
@@ -299,9 +299,9 @@ def _remember(values: dict[str, tuple[int, float]], line: Line) -> None:
 
 
 def _pace(times: Sequence[float]) -> float | None:
-    """Seconds per step, validation included, pauses not."""
-    taken = [after - before for before, after in itertools.pairwise(times)]
-    if not taken:
+    """Seconds per step, including validation, excluding pauses."""
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    if not gaps:
         return None
-    most = PAUSE * statistics.median(taken)
-    return statistics.fmean([seconds for seconds in taken if seconds <= most] or taken)
+    limit = PAUSE * statistics.median(gaps)
+    return statistics.fmean([seconds for seconds in gaps if seconds <= limit] or gaps)

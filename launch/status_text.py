@@ -1,4 +1,4 @@
-"""A run's status as text for people and as JSON for programs."""
+"""Render a run's status as text or JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,15 @@ from trainer.runtime.redact import printable, redact
 
 
 def as_json(status: Status) -> str:
-    """One JSON object; numbers that JSON does not have are null."""
-    return json.dumps(_plain(asdict(status)), indent=2)
+    """One JSON object; numbers that are not finite become null."""
+    return json.dumps(_as_dict(status), indent=2)
+
+
+def _as_dict(status: Status) -> dict[str, Any]:
+    """The fields of a status; ``said`` is an older name of ``description``."""
+    tasks = [_as_dict(task) for task in status.tasks]
+    plain: dict[str, Any] = _plain(asdict(replace(status, tasks=[])))
+    return plain | {"said": status.description, "tasks": tasks}
 
 
 def _plain(value: Any) -> Any:
@@ -28,13 +35,13 @@ def _plain(value: Any) -> Any:
 
 
 def as_text(status: Status, now: float | None = None) -> str:
-    """A few lines for a person, without what would control a terminal."""
+    """A few lines of text, without terminal control characters."""
     return printable(redact(_text(status, now)))
 
 
 def _text(status: Status, now: float | None) -> str:
     now = time.time() if now is None else now
-    lines = [f"{status.run_dir}: {status.said}"]
+    lines = [f"{status.run_dir}: {status.description}"]
     if status.tasks:
         return "\n".join([*lines, *(_line(task, now) for task in status.tasks)])
     job = status.job
@@ -54,14 +61,14 @@ def _text(status: Status, now: float | None) -> str:
 
 
 def shown_metrics(values: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """Of all metrics of a prompt: those that a person asks for first."""
-    wanted = [n for n in values if n == "train_loss" or n.startswith("validation_")]
-    return {name: values[name][1] for name in wanted}
+    """The training loss and the validation metrics of a prompt."""
+    names = [n for n in values if n == "train_loss" or n.startswith("validation_")]
+    return {name: values[name][1] for name in names}
 
 
 def _line(status: Status, now: float) -> str:
     ago = "" if status.written is None else f", last metrics {duration(now - status.written)} ago"
-    return f"  {Path(status.run_dir).name}: {status.said}; step {_progress(status)}{ago}"
+    return f"  {Path(status.run_dir).name}: {status.description}; step {_progress(status)}{ago}"
 
 
 def _progress(status: Status) -> str:

@@ -1,12 +1,12 @@
-"""Hand a run to Slurm: freeze what it will run, write the script, call sbatch.
+"""Submit a run to Slurm: copy run file and code, write the script, call sbatch.
 
-What is submitted lies beside the logs, so that a job that is requeued days later runs it still:
+The copies are kept beside the logs, so that a job that is requeued days later runs the same code:
 
     OUTPUT_DIR/logs/submitted/20260131-235959/run.yaml      resolved; run-0.yaml ... of an array
                                               code/         trainer, launch, ds_configs, REVISION
                                               policy.json   DeepSpeed's
                                               job.sbatch
-                                              job.json      job id, command, tasks: for `status`
+                                              job.json      job id, command and tasks, for `status`
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ RECORD = "job.json"
 PACKAGES = ("trainer", "launch", "ds_configs")
 OLDEST = (22, 5)
 SBATCH_SECONDS = 120
-MOST_TASKS = 1000  # of an array; slurm.conf's MaxArraySize is 1001 by default
-#: Of the submitter's environment, what belongs to the job it may be in. The new one has its own.
+MAX_TASKS = 1000  # of a job array; slurm.conf's MaxArraySize is 1001 by default
+#: Environment variables of a job around the submitter, which the new job must not inherit.
 FOREIGN = re.compile(r"(SLURM_(?!CONF$|CLUSTERS$)|PMI|PMIX_|RANK$|LOCAL_RANK$|WORLD_SIZE$)")
 
 
 def check_slurm() -> None:
-    """See that sbatch is there, and not older than what the script needs."""
+    """Check that sbatch is installed and recent enough for the script."""
     if shutil.which("sbatch") is None:
         raise BadInput(
             "submit: sbatch is not on PATH; run this on a login node of a Slurm cluster, or use "
             "--dry-run to print the script"
         )
     done = _run(["sbatch", "--version"])
-    found = re.search(r"(\d+)\.(\d+)", done.stdout)
-    if found is not None and (int(found[1]), int(found[2])) < OLDEST:
+    version = re.search(r"(\d+)\.(\d+)", done.stdout)
+    if version is not None and (int(version[1]), int(version[2])) < OLDEST:
         raise BadInput(f"submit: {done.stdout.strip()} is too old; Slurm 22.05 or newer is needed")
 
 
 def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
     """Overrides of every task of a job array: all combinations of ``KEY=[VALUES]``.
 
-    Each trains into a folder of its own, which its values name.
+    Each task has its own output folder, named after its values.
 
     Raises:
-        BadInput: with every list that is none.
+        BadInput: with every invalid list.
     """
     problems: list[str] = []
     settings: list[list[tuple[str, str]]] = []
@@ -74,8 +74,8 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
             continue
         if not equals or not isinstance(values, list) or len(values) < 1:
             problems.append(f"--array: {text!r} must be a list; write KEY=[VALUE, VALUE]")
-        elif twice := _twice(values):
-            problems.append(f"--array: {key.strip()}: has {twice} more than once; remove one")
+        elif duplicate := _duplicate(values):
+            problems.append(f"--array: {key.strip()}: has {duplicate} more than once; remove one")
         elif key.strip() == "output_dir":
             problems.append(
                 "--array: output_dir: every task already has its own, inside output_dir"
@@ -83,8 +83,8 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
         else:
             settings.append([(key.strip(), _inline(value)) for value in values])
     combinations = list(itertools.product(*settings))
-    if len(combinations) > MOST_TASKS:
-        problems.append(f"--array: {len(combinations)} tasks; at most {MOST_TASKS} fit one job")
+    if len(combinations) > MAX_TASKS:
+        problems.append(f"--array: {len(combinations)} tasks; at most {MAX_TASKS} fit one job")
     if problems:
         raise BadInput(problems)
     names = ["-".join(_word(*pair) for pair in chosen) for chosen in combinations]
@@ -97,10 +97,10 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
 
 
 def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job, Path]:
-    """Copy what the job will run into a new folder; gives the job that runs it, and the folder.
+    """Copy run file and code into a new folder; return the job that runs them, and the folder.
 
     Raises:
-        BadInput: if nothing can be written there.
+        BadInput: if the folder cannot be written.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parent = Path(output_dir).absolute() / SUBMITTED
@@ -111,7 +111,7 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
         for name in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(PROJECT_ROOT / name, code / name, ignore=ignored)
-        if (PROJECT_ROOT / "examples").is_dir():  # a run file may name what lies there
+        if (PROJECT_ROOT / "examples").is_dir():  # run files may name files in it
             (code / "examples").symlink_to(PROJECT_ROOT / "examples")
         (code / REVISION_FILE).write_text(f"{git_revision(PROJECT_ROOT) or ''}\n")
         shutil.copy(resolve_path(configs[0].engine.deepspeed), folder / "policy.json")
@@ -119,7 +119,7 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
         if len(configs) > 1:
             runs = [folder / f"run-{i}.yaml" for i in range(len(configs))]
         for config, path in zip(configs, runs, strict=True):
-            path.touch(mode=0o600)  # an address in it may hold a password
+            path.touch(mode=0o600)  # tracking.uri may hold a password
             path.write_text(dump(_with_policy(config, folder / "policy.json")), encoding="utf-8")
     except OSError as error:
         raise BadInput(f"output_dir: cannot write to {output_dir}: {error.strerror}") from None
@@ -135,10 +135,10 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
 
 
 def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
-    """Write the script and the record, and hand the script to sbatch; gives the job's id.
+    """Write script and record, and submit the script; return the job id.
 
     Raises:
-        BadInput: in sbatch's own words, if it refuses; the folder is gone then.
+        BadInput: with sbatch's message if it refuses; the folder is removed.
     """
     script = folder / "job.sbatch"
     atomic_io.write(script, slurm.render(job))
@@ -159,7 +159,7 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment that sbatch passes to the job, without that of a job around us."""
+    """Return the environment for sbatch, without the variables of a surrounding job."""
     return {name: value for name, value in environ.items() if not FOREIGN.match(name)}
 
 
@@ -194,8 +194,8 @@ def _with_policy(config: RunConfig, policy: Path) -> RunConfig:
     return config.model_copy(update={"engine": engine})
 
 
-def _twice(values: Sequence[Any]) -> str | None:
-    """A value that equals an earlier one; 1 and 1.0 are equal, 1 and true are not."""
+def _duplicate(values: Sequence[Any]) -> str | None:
+    """Return a duplicate value, if any; 1 and 1.0 are equal, 1 and true are not."""
     seen: set[str] = set()
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -207,12 +207,12 @@ def _twice(values: Sequence[Any]) -> str | None:
 
 
 def _inline(value: Any) -> str:
-    """A value as an override has it, on one line."""
+    """A value as one line of YAML, as in an override."""
     return yaml_parser.dump(value, one_line=True)
 
 
 def _word(key: str, value: str) -> str:
-    """Return a setting as part of a folder's name."""
+    """Return a setting as a part of a folder name."""
     last = re.split(r"[.\[\]]+", key.rstrip("]"))[-1]
     text = re.sub(r"[^A-Za-z0-9._+-]+", "-", redact(value)).strip("-.") or "empty"
     return f"{last}-{text}"[:80]

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from launch.local import free_port
+from launch.launcher_command import free_port
 
 #: Of one connection only: lengths and encodings are those of what is passed on.
 HOP = {"connection", "content-encoding", "content-length", "host", "transfer-encoding"}

@@ -138,7 +138,7 @@ class Player:
 
     def start(self) -> None:
         """Start all ranks and wait until they are loaded."""
-        from launch.local import free_port
+        from launch.launcher_command import free_port
 
         self._conductor = Conductor(self._folder, self._case.ranks, self._check)
         self._case.write(self._folder / "case.json")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch.local import Devices, environment, free_port
+from launch.launcher_command import Devices, environment, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 400

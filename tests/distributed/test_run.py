@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from launch.local import free_port
+from launch.launcher_command import free_port
 from tests.hub_cache import TINY, fill_cache
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import EXIT_PORT_TAKEN

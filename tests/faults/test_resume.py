@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.local import free_port
+from launch.launcher_command import free_port
 from tests.distributed.conftest import environments, start, wait
 from tests.distributed.test_run import lines, promptshard, summary, write_run_file
 from tests.unit.test_checkpoint import flip_a_bit, truncate

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from launch.local import free_port
+from launch.launcher_command import free_port
 from tests.distributed.test_run import one_process, write_run_file
 from tests.mlflow_server import Proxy, Server, wait_until
 from tests.unit.run_folder import (

@@ -120,7 +120,7 @@ def floor(name: str) -> int:
 
 
 def test_the_walk_sees_the_project():
-    assert {"trainer.config", "launch.__main__", "launch.local"} <= set(MODULES)
+    assert {"trainer.config", "launch.__main__", "launch.launcher_command"} <= set(MODULES)
     assert "trainer.runtime.errors" in set(imports("launch.__main__"))
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from launch import endings, local, node, preflight, processes, remote
-from launch.local import Devices, Host, Place
+from launch import exit_report, launcher_command, launcher_process, node, preflight, ssh
+from launch.launcher_command import Devices, Host, Place
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 
@@ -100,21 +100,21 @@ def parsed(command: list[str]) -> Any:
     ],
 )
 def test_the_launcher_of_one_machine_gets_its_devices(devices, shown):
-    namespace = parsed(local.local_command("trainer", devices, 4711))
+    namespace = parsed(launcher_command.local_command("trainer", devices, 4711))
     assert namespace.world == {"localhost": list(devices.ids)}
     assert (namespace.node_rank, namespace.master_addr, namespace.master_port) == (
         0,
         "127.0.0.1",
         4711,
     )
-    assert local.by_hand("trainer", ["r.yaml", "a.b=[1, 2]"], devices, None) == shown
+    assert launcher_command.by_hand("trainer", ["r.yaml", "a.b=[1, 2]"], devices, None) == shown
 
 
 def test_arguments_for_several_hosts(tmp_path, monkeypatch):
     from deepspeed.launcher.runner import parse_args
 
     monkeypatch.chdir(tmp_path)
-    command = local.hostfile_command("trainer", ["r.yaml", "--fresh"], "hosts", 4, 4711)
+    command = launcher_command.hostfile_command("trainer", ["r.yaml", "--fresh"], "hosts", 4, 4711)
     assert command[:3] == [sys.executable, bootstrap.FILE, "deepspeed.launcher.runner"]
     arguments = parse_args(command[3:])
     assert (arguments.hostfile, arguments.num_gpus) == (str(tmp_path / "hosts"), 4)
@@ -126,7 +126,9 @@ def test_arguments_for_several_hosts(tmp_path, monkeypatch):
     assert not arguments.module
     assert arguments.user_script == bootstrap.FILE
     assert arguments.user_args == [f"--chdir={tmp_path}", "trainer", "r.yaml", "--fresh"]
-    shown = local.by_hand("trainer", ["r.yaml", "uri=http://me:secret@host"], None, "hosts")
+    shown = launcher_command.by_hand(
+        "trainer", ["r.yaml", "uri=http://me:secret@host"], None, "hosts"
+    )
     assert shown == "deepspeed --hostfile hosts --module trainer r.yaml uri=http://***@host"
 
 
@@ -137,25 +139,25 @@ def test_arguments_for_one_host_of_several():
     """Slurm may give us GPUs 4 and 6 of a host."""
     for ids in ((0, 1), (4, 6)):
         place = Place(TWO_HOSTS, 1, "n1", 4711)
-        namespace = parsed(local.place_command("trainer", place, Devices("cuda", ids)))
+        namespace = parsed(launcher_command.place_command("trainer", place, Devices("cuda", ids)))
         assert namespace.world == {"n1": [0, 1], "n2": list(ids)}
         assert list(namespace.world)[namespace.node_rank] == "n2"
         assert (namespace.master_addr, namespace.master_port) == ("n1", 4711)
 
 
 def test_a_host_without_the_gpus_that_it_should_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "list_gpus", lambda: GPUS[:1])
+    monkeypatch.setattr(launcher_command, "list_gpus", lambda: GPUS[:1])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     place = Place(TWO_HOSTS, 0, "127.0.0.1", 4711)
     with pytest.raises(BadInput, match="n1: 1 GPU visible, but 2 processes requested"):
         node.run("trainer", ["r.yaml"], str(tmp_path), place)
-    monkeypatch.setattr(local, "list_gpus", list)
+    monkeypatch.setattr(launcher_command, "list_gpus", list)
     with pytest.raises(BadInput, match="n1: 0 GPUs visible, but 2"):
         node.run("trainer", ["r.yaml"], str(tmp_path), place, need_gpus=True)
 
 
 def test_a_first_host_that_is_not_known_here(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "list_gpus", list)
+    monkeypatch.setattr(launcher_command, "list_gpus", list)
     place = Place(TWO_HOSTS, 0, "no-such-host.invalid", 4711)
     with pytest.raises(BadInput, match="--master-addr: 'no-such-host"):
         node.run("trainer", ["r.yaml"], str(tmp_path), place)
@@ -165,7 +167,7 @@ def test_environment_shares_the_cores_and_hides_nothing_else():
     own = {bootstrap.PARENT: str(os.getpid())}
 
     def environment(given, devices, cores, *arguments):
-        variables = local.environment(given, devices, cores, arguments)
+        variables = launcher_command.environment(given, devices, cores, arguments)
         assert json.loads(variables.pop(bootstrap.ARGUMENTS)) == list(arguments)
         assert own.items() <= variables.items()
         return {name: value for name, value in variables.items() if name not in own}
@@ -180,7 +182,7 @@ def test_environment_shares_the_cores_and_hides_nothing_else():
 
 
 def test_free_port_can_be_bound():
-    assert 1024 <= local.free_port() < 65536
+    assert 1024 <= launcher_command.free_port() < 65536
 
 
 # On which devices
@@ -203,28 +205,28 @@ def test_free_port_can_be_bound():
     ],
 )
 def test_visible_gpus(visible, expected):
-    assert local.visible_gpus(GPUS, visible) == expected
+    assert launcher_command.visible_gpus(GPUS, visible) == expected
 
 
 @pytest.mark.parametrize("visible", ["7", "GPU-zz", "GPU-a", "MIG-1"])
 def test_visible_gpus_that_are_not_there(visible):
     with pytest.raises(BadInput, match=f"CUDA_VISIBLE_DEVICES={visible}"):
-        local.visible_gpus(GPUS, visible)
+        launcher_command.visible_gpus(GPUS, visible)
 
 
 def test_devices_are_all_gpus_or_two_cpu_processes():
-    assert local.choose_devices(None, [2, 3]) == Devices("cuda", (2, 3))
-    assert local.choose_devices(1, [2, 3]) == Devices("cuda", (2,))
-    assert local.choose_devices(None, []) == Devices("cpu", (0, 1))
-    assert local.choose_devices(3, []) == Devices("cpu", (0, 1, 2))
+    assert launcher_command.choose_devices(None, [2, 3]) == Devices("cuda", (2, 3))
+    assert launcher_command.choose_devices(1, [2, 3]) == Devices("cuda", (2,))
+    assert launcher_command.choose_devices(None, []) == Devices("cpu", (0, 1))
+    assert launcher_command.choose_devices(3, []) == Devices("cpu", (0, 1, 2))
     with pytest.raises(BadInput, match="--processes: 99999999999 is more than 1024; give fewer"):
-        local.choose_devices(99999999999, [])
+        launcher_command.choose_devices(99999999999, [])
 
 
 @pytest.mark.parametrize("count", [0, -1, 3])
 def test_numbers_of_processes_that_cannot_be(count):
     with pytest.raises(BadInput, match=f"--processes: {count} "):
-        local.choose_devices(count, [0, 1])
+        launcher_command.choose_devices(count, [0, 1])
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
@@ -238,40 +240,40 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
-    assert local.list_gpus() == ["GPU-aa11", "GPU-ab22"]
+    assert launcher_command.list_gpus() == ["GPU-aa11", "GPU-ab22"]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
-    assert local.list_gpus() == []
+    assert launcher_command.list_gpus() == []
 
 
 def test_hostfiles(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# mine\nn1 slots=8\n\nn2   slots=4\n")
-    assert local.read_hostfile(str(path)) == [Host("n1", 8), Host("n2", 4)]
+    assert launcher_command.read_hostfile(str(path)) == [Host("n1", 8), Host("n2", 4)]
     path.write_text("n1\nn2 slots=x\nn3 slots=1\nn3 slots=1\n")
     with pytest.raises(BadInput) as caught:
-        local.read_hostfile(str(path))
+        launcher_command.read_hostfile(str(path))
     assert [problem.split(":")[1] for problem in caught.value.problems] == ["1", "2", "4"]
     for name in ("-oProxyCommand=touch", "n1;id", "$(id)", "a@-x", "n1,n2"):
         path.write_text(f"{name} slots=1\n")
         with pytest.raises(BadInput, match="is not a host name or address"):
-            local.read_hostfile(str(path))
+            launcher_command.read_hostfile(str(path))
     for name in ("me@n1.example.org", "10.0.0.1", "fe80::1%eth0", "a_b-c"):
         path.write_text(f"{name} slots=1\n")
-        assert local.read_hostfile(str(path)) == [Host(name, 1)]
-    path.write_text("#" * (local.MAX_HOSTFILE + 1))
+        assert launcher_command.read_hostfile(str(path)) == [Host(name, 1)]
+    path.write_text("#" * (launcher_command.MAX_HOSTFILE + 1))
     with pytest.raises(BadInput, match="has more than"):
-        local.read_hostfile(str(path))
+        launcher_command.read_hostfile(str(path))
     path.write_text("")
     with pytest.raises(BadInput, match="has no hosts"):
-        local.read_hostfile(str(path))
+        launcher_command.read_hostfile(str(path))
     with pytest.raises(BadInput, match="cannot read"):
-        local.read_hostfile(str(tmp_path / "none"))
+        launcher_command.read_hostfile(str(tmp_path / "none"))
 
 
 def test_a_hostfile_that_means_this_machine_needs_no_ssh():
-    assert local.is_local([Host("localhost", 2)])
-    assert not local.is_local([Host("elsewhere", 2)])
-    assert not local.is_local([Host("localhost", 2), Host("elsewhere", 2)])
+    assert launcher_command.is_local([Host("localhost", 2)])
+    assert not launcher_command.is_local([Host("elsewhere", 2)])
+    assert not launcher_command.is_local([Host("localhost", 2), Host("elsewhere", 2)])
 
 
 def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
@@ -279,13 +281,13 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
         (tmp_path / tool).write_text("#!/bin/sh\n")
         (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    local.check_remote(["run.yaml", "prompts[0].seed=1", "training.steps=5", "--fresh"])
+    launcher_command.check_remote(["run.yaml", "prompts[0].seed=1", "training.steps=5", "--fresh"])
     for text in ("a=$HOME", "a=`x`", "a=(b)", "a=b;c", "a='x'", "a=\nb", "a={x}"):
         with pytest.raises(BadInput, match="write it into the run file"):
-            local.check_remote([text])
+            launcher_command.check_remote([text])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BadInput, match="pdsh is not installed"):
-        local.check_remote([])
+        launcher_command.check_remote([])
 
 
 # How it ended
@@ -317,7 +319,7 @@ def test_what_remote_shells_would_change_is_refused(tmp_path, monkeypatch):
 )
 def test_exit_codes(returncode, stopped, lost, resumable, code, message):
     log = Path("logs/launcher.log")
-    ending = endings.describe(returncode, stopped, log, lost=lost, resumable=resumable)
+    ending = exit_report.describe(returncode, stopped, log, lost=lost, resumable=resumable)
     assert ending.code == code
     assert ending.message.startswith(message)
     assert bool(ending.message) == bool(message)
@@ -325,7 +327,7 @@ def test_exit_codes(returncode, stopped, lost, resumable, code, message):
 
 def test_a_rank_that_was_given_up_is_the_reason():
     """Not the one that noticed it, which ended first."""
-    ending = endings.describe(
+    ending = exit_report.describe(
         1,
         [],
         Path("logs/launcher.log"),
@@ -334,7 +336,7 @@ def test_a_rank_that_was_given_up_is_the_reason():
         first=("rank 0", 9),
         hung="rank 1 on n1 hangs",
     )
-    assert ending == endings.ExitReport(1, "rank 1 on n1 hangs; see the logs in logs")
+    assert ending == exit_report.ExitReport(1, "rank 1 on n1 hangs; see the logs in logs")
 
 
 #: A launcher that loses its first rank, asks the second to end and waits for it; that one is deaf.
@@ -363,21 +365,21 @@ def test_of_ranks_that_ended_the_one_that_was_killed_is_named(tmp_path):
         os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
     started = "".join(f"process {rank.pid} spawned with command: x\n" for rank in ranks)
     log.write_text(started + f"Process {ranks[0].pid} exits successfully.\n")
-    losses = processes._Losses(log, 3, 4, lambda: None)
-    losses.look()
-    losses.look()
+    losses = launcher_process._FailureWatch(log, 3, 4, lambda: None)
+    losses.poll()
+    losses.poll()
     who, number = losses.first
     assert (who, number) == (f"rank 6 (process {ranks[2].pid} on {platform.node()})", 9)
     assert [rank.wait() for rank in ranks] == [0, 1, -9]
-    ending = endings.describe(1, [], log, lost=True, resumable=True, first=losses.first)
+    ending = exit_report.describe(1, [], log, lost=True, resumable=True, first=losses.first)
     assert ending.message.startswith(f"{who} was killed by SIGKILL")
 
 
 def test_ranks_that_wait_for_a_lost_one_are_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "LOSS_SECONDS", 0.5)
+    monkeypatch.setattr(launcher_process, "LOSS_SECONDS", 0.5)
     (tmp_path / "lost.txt").write_text("of an earlier run")
     started = time.monotonic()
-    ending = processes.run_local(
+    ending = launcher_process.run_local(
         [sys.executable, "-c", FAILING], os.environ, tmp_path / "launcher.log", "timeit", 2, 5.0, 6
     )
     assert time.monotonic() - started < 25
@@ -397,17 +399,19 @@ def test_exit_code_0_counts_only_if_rank_0_did_its_work(tmp_path):
     marks = "from trainer.runtime.process import mark_finished; mark_finished()"
     for name, rank in {"other": "", "ours": marks}.items():
         command = [sys.executable, "-c", EMPTY + rank]
-        ended[name] = processes.run_local(command, os.environ, tmp_path / "l.log", "trainer", 1)
+        ended[name] = launcher_process.run_local(
+            command, os.environ, tmp_path / "l.log", "trainer", 1
+        )
         assert list(tmp_path.iterdir()) == [tmp_path / "l.log"]
-    assert ended["ours"] == endings.ExitReport(0)
+    assert ended["ours"] == exit_report.ExitReport(0)
     assert ended["other"].code == 1
     assert "rank 0 did not finish its work" in ended["other"].message
 
 
 def test_another_port_is_tried_once(tmp_path, monkeypatch):
-    from launch import starting
+    from launch import start
 
-    port_taken = endings.describe(69, [], tmp_path / "l.log", lost=True, resumable=True)
+    port_taken = exit_report.describe(69, [], tmp_path / "l.log", lost=True, resumable=True)
     assert (port_taken.code, port_taken.port_taken) == (1, True)
     ports = []
 
@@ -415,9 +419,9 @@ def test_another_port_is_tried_once(tmp_path, monkeypatch):
         ports.append(parsed(command).master_port)
         return port_taken
 
-    monkeypatch.setattr(processes, "run_local", run)
-    monkeypatch.setattr(local, "list_gpus", list)
-    ending = starting.start_ranks("trainer", ["r.yaml"], str(tmp_path), 1, None)
+    monkeypatch.setattr(launcher_process, "run_local", run)
+    monkeypatch.setattr(launcher_command, "list_gpus", list)
+    ending = start.start_ranks("trainer", ["r.yaml"], str(tmp_path), 1, None)
     assert ending == port_taken
     assert len(set(ports)) == 2
 
@@ -447,21 +451,21 @@ class _Clock:
     [([1], False), ([1, 1, 1], False), ([1, 2, 3], False), ([1, 8], True), ([1, 2, 8], True)],
 )
 def test_only_ctrl_c_of_who_has_waited_disturbs_ranks_that_save(monkeypatch, interrupts, killed):
-    stop = processes.StopSignals()
+    stop = launcher_process.StopSignals()
     clock = _Clock(stop, interrupts)
-    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(launcher_process, "time", clock)
     sent, forwarded = [], []
-    monkeypatch.setattr(processes, "signal_group", lambda _, number: sent.append(number))
-    processes.wait(clock, stop, forwarded.append, grace_seconds=600.0)
+    monkeypatch.setattr(launcher_process, "signal_group", lambda _, number: sent.append(number))
+    launcher_process.wait(clock, stop, forwarded.append, grace_seconds=600.0)
     assert forwarded == [signal.SIGINT]
     assert bool(sent) == killed
 
 
 def test_chatter_of_the_launcher_is_told_from_the_ranks_lines():
     chatter = "[2026-01-02 03:04:05,678] [INFO] [launch.py:152:main] WORLD INFO DICT: {}"
-    assert remote.CHATTER.match(chatter)
-    assert remote.CHATTER.match(f"n1: {chatter}")
-    assert not remote.CHATTER.match("n1: step 5/10  loss 1.2")
+    assert ssh.CHATTER.match(chatter)
+    assert ssh.CHATTER.match(f"n1: {chatter}")
+    assert not ssh.CHATTER.match("n1: step 5/10  loss 1.2")
 
 
 def test_the_launcher_is_deaf_to_signals_that_its_ranks_hear():
@@ -475,7 +479,7 @@ def test_the_launcher_is_deaf_to_signals_that_its_ranks_hear():
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})\n"
         "print(heard)\n"
     )
-    with processes._blocked(processes.STOPPING):
+    with launcher_process._blocked(launcher_process.STOPPING):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     output, _ = child.communicate(timeout=30)
     assert (child.returncode, output) == (0, "['TERM']\n")
@@ -489,8 +493,8 @@ def test_the_guard_ends_the_group_of_a_killed_parent():
         [
             sys.executable,
             "-c",
-            "import time\nfrom launch import processes\n"
-            f"with processes.guarded({group.pid}):\n    print('ready', flush=True)\n"
+            "import time\nfrom launch import launcher_process\n"
+            f"with launcher_process.guarded({group.pid}):\n    print('ready', flush=True)\n"
             "    time.sleep(60)",
         ],
         cwd=ROOT,
@@ -506,7 +510,7 @@ def test_the_guard_ends_the_group_of_a_killed_parent():
 
 def test_the_guard_leaves_a_group_alone_when_all_is_done():
     group = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    with processes.guarded(group.pid):
+    with launcher_process.guarded(group.pid):
         pass
     time.sleep(0.3)
     assert group.poll() is None
@@ -625,7 +629,7 @@ def test_paths_that_cannot_be(command, path):
     words = [command, path, *options.get(command, [])]
 
     def run() -> None:
-        program.check_words(words)
+        program.check_arguments(words)
         launch.commands.app(words)
 
     with pytest.raises((SystemExit, BadInput)) as ended:
@@ -743,7 +747,7 @@ def test_a_port_in_use_and_missing_gpus_are_refused_before_ranks_start(run_file,
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: --master-port: {port} cannot be used on this host: ")
     with pytest.raises(BadInput, match="--processes: 4 is more than the 3 visible GPUs"):
-        local.choose_devices(4, [0, 1, 2])
+        launcher_command.choose_devices(4, [0, 1, 2])
 
 
 def test_generate_names_the_prompts_it_knows(run_file, tmp_path):
@@ -842,16 +846,16 @@ def test_the_start_of_ranks_is_reported_until_rank_0_has_its_log(tmp_path, monke
     clock, log = [1000.0], tmp_path / "rank-0.log"
     log.touch()
     os.utime(log, (900, 900))  # of an earlier run
-    monkeypatch.setattr(processes.time, "time", lambda: clock[0])
-    notice = processes._StartNotice(log)
+    monkeypatch.setattr(launcher_process.time, "time", lambda: clock[0])
+    notice = launcher_process._StartNotice(log)
     for seconds in (1, 4, 5, 8, 9):
         clock[0] = 1000.0 + seconds
-        notice.look()
+        notice.poll()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"importing deepspeed and starting the ranks: {n} s" for n in (4, 8)]
     os.utime(log, (1010, 1010))
     clock[0] = 1020.0
-    notice.look()
+    notice.poll()
     clock[0] = 1040.0
-    notice.look()
+    notice.poll()
     assert capsys.readouterr().err == ""

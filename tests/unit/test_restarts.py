@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import restarts
-from launch.endings import ExitReport
+from launch.exit_report import ExitReport
 
 FAILED = ExitReport(1, "rank 1 was killed by SIGKILL")
 

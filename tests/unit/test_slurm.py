@@ -319,7 +319,7 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
     process.send_signal(number)
     text, _ = process.communicate(timeout=30)
     assert (process.returncode, batch.requeued) == (75, requeued), text
-    assert text.count("asking the ranks to save and stop") == 1
+    assert text.count("signalling the ranks to save and stop") == 1
 
 
 def test_every_session_of_a_fresh_job_is_told_so(tmp_path):
@@ -418,7 +418,7 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
     last = (folder / "run-3.yaml").read_text()
     assert f"output_dir: {run_file.parent}/out/seed-1-steps-7\n" in last
     assert "steps: 7" in last
-    report = status.look(run_file.parent / "out")
+    report = status.read_status(run_file.parent / "out")
     assert [Path(task.run_dir).name for task in report.tasks] == [
         *("seed-0-steps-5", "seed-0-steps-7", "seed-1-steps-5", "seed-1-steps-7")
     ]
@@ -505,7 +505,7 @@ def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
     out = run_file.parent / "out"
     write_run(out, run_file.read_text(), 3)
     (out / "checkpoints" / "step-00000002").mkdir(parents=True)
-    report = status.look(out)
+    report = status.read_status(out)
     assert (report.state, report.step, report.steps, report.checkpoint) == ("not finished", 3, 5, 2)
     assert report.eta_seconds is None
     text = status_text.as_text(report, now=1016.0)
@@ -527,13 +527,13 @@ def test_status_of_a_run_that_runs_here(run_file, monkeypatch):  # noqa: F811
     (out / "summary.json").write_text('{"status": "failed", "error": "x"}')
     held = run_lock.acquire(out, print)
     try:
-        report = status.look(out)
+        report = status.read_status(out)
         assert (report.state, report.eta_seconds) == ("running", pytest.approx(4.0))
-        assert report.said.startswith(f"running: process {os.getpid()} on ")
+        assert report.description.startswith(f"running: process {os.getpid()} on ")
         assert "step: 3 of 5, about 4 s left" in status_text.as_text(report)
     finally:
         held.release()
-    assert status.look(out).state == "failed"
+    assert status.read_status(out).state == "failed"
 
 
 JUNK = ["[]", "null", "7", '"x"', "{", "", "[" * 100_000, '{"a": "\\ud800"}', "\0\xff", "NaN"]
@@ -590,7 +590,7 @@ def test_status_of_damaged_folders(run_file, monkeypatch):  # noqa: F811
             else:
                 path.write_text(content, encoding="utf-8", errors="surrogateescape")
             try:
-                report = status.look(out)
+                report = status.read_status(out)
             except BadInput:
                 continue
             assert report.state in ("not finished", "finished", "failed", "array", "unknown")
@@ -598,7 +598,7 @@ def test_status_of_damaged_folders(run_file, monkeypatch):  # noqa: F811
             json.loads(status_text.as_json(report))
     for name in ("step-x", "step-", "step-00000001.tmp", "step-\u0663"):
         (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-    assert status.look(out).checkpoint is None
+    assert status.read_status(out).checkpoint is None
 
 
 def test_status_prints_nothing_that_controls_a_terminal(run_file, monkeypatch):  # noqa: F811
@@ -613,8 +613,8 @@ def test_status_prints_nothing_that_controls_a_terminal(run_file, monkeypatch): 
         done = run_promptshard("status", out, *words)
         assert done.returncode == 0, done.stderr
         assert not set("\x1b\x07\x9b\u202e") & set(done.stdout)
-    assert "\\x1b]0;title" in status_text.as_text(status.look(out))
-    assert "secret" not in status_text.as_text(status.look(out))
+    assert "\\x1b]0;title" in status_text.as_text(status.read_status(out))
+    assert "secret" not in status_text.as_text(status.read_status(out))
 
 
 @pytest.mark.parametrize(
@@ -629,9 +629,9 @@ def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, text)
     out = run_file.parent / "out"
     write_run(out, run_file.read_text(), 5)
     (out / "summary.json").write_text(json.dumps(summary))
-    report = status.look(out)
+    report = status.read_status(out)
     assert (report.state, report.eta_seconds) == (state, None)
-    assert report.said.startswith(text)
+    assert report.description.startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -654,9 +654,9 @@ def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(run_file.read_text())  # before the run has saved its own
     (folder / "job.json").write_text(json.dumps({"job": "12", "tasks": [str(out)]}))
-    report = status.look(out)
+    report = status.read_status(out)
     assert (report.state, report.step, report.steps) == (state, 0, 5)
-    assert text in report.said
+    assert text in report.description
 
 
 def test_status_of_what_is_no_run(tmp_path):

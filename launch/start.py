@@ -1,12 +1,12 @@
-"""Start what a command runs: ranks on devices, or one process."""
+"""Start the processes of a command: ranks on all devices, or a single process."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 
-from launch import local, messages, preflight, processes, remote
-from launch.endings import ExitReport
+from launch import launcher_command, launcher_process, messages, preflight, ssh
+from launch.exit_report import ExitReport
 from trainer.runtime import bootstrap
 
 
@@ -20,39 +20,43 @@ def start_ranks(
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
     Args:
-        arguments: of the module.
-        output_dir: where the logs go.
+        arguments: passed to the module.
+        output_dir: the folder of the logs.
         ranks_per_host: ranks per machine; None for one per GPU.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
-    hosts = local.read_hostfile(hostfile) if hostfile else []
-    if hostfile and not local.is_local(hosts):
-        command = local.hostfile_command(
-            module, arguments, hostfile, ranks_per_host, local.free_port()
+    hosts = launcher_command.read_hostfile(hostfile) if hostfile else []
+    if hostfile and not launcher_command.is_local(hosts):
+        command = launcher_command.hostfile_command(
+            module, arguments, hostfile, ranks_per_host, launcher_command.free_port()
         )
-        local.check_remote([*command[command.index(bootstrap.FILE, 2) :]])
+        launcher_command.check_remote([*command[command.index(bootstrap.FILE, 2) :]])
         log = preflight.open_log(output_dir, log_name)
         ranks = f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts"
         messages.note(f"starting {ranks}; logs: {log.parent}")
-        messages.note(local.by_hand(module, arguments, None, hostfile))
-        return remote.run(command, os.environ, log)
+        messages.note(launcher_command.by_hand(module, arguments, None, hostfile))
+        return ssh.run(command, os.environ, log)
     slots = hosts[0].slots if hosts else None
-    gpus = local.visible_gpus(local.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    devices = local.choose_devices(slots if ranks_per_host is None else ranks_per_host, gpus)
+    gpus = launcher_command.visible_gpus(
+        launcher_command.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+    devices = launcher_command.choose_devices(
+        slots if ranks_per_host is None else ranks_per_host, gpus
+    )
     log = preflight.open_log(output_dir, log_name)
     where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
     messages.note(f"starting {count(len(devices.ids), 'process')} on {where}; logs: {log.parent}")
-    messages.note(local.by_hand(module, arguments, devices, None))
+    messages.note(launcher_command.by_hand(module, arguments, devices, None))
     cores = len(os.sched_getaffinity(0))
-    environment = local.environment(os.environ, devices, cores, arguments)
+    environment = launcher_command.environment(os.environ, devices, cores, arguments)
 
     def start() -> ExitReport:
-        command = local.local_command(module, devices, local.free_port())
-        return processes.run_local(command, environment, log, module, len(devices.ids))
+        command = launcher_command.local_command(module, devices, launcher_command.free_port())
+        return launcher_process.run_local(command, environment, log, module, len(devices.ids))
 
-    ending = start()
+    report = start()
     # A port that was free may be taken before the ranks bind it, seconds later.
-    return start() if ending.port_taken else ending
+    return start() if report.port_taken else report
 
 
 def run_alone(
@@ -62,15 +66,17 @@ def run_alone(
     *,
     imports: str = "torch and transformers",
 ) -> int:
-    """Run a module in one process of its own and return its exit code.
+    """Run a module in a single process and return its exit code.
 
     Args:
-        imports: libraries that take seconds to import.
+        imports: libraries named in the progress message, which take seconds to import.
     """
     messages.note(f"importing {imports}")
     options = ("--parent-death=SIGTERM", "--arguments-in-environment")
     handed = bootstrap.handed(list(arguments)) | {bootstrap.PARENT: str(os.getpid())}
-    process = processes.start(bootstrap.command(module, *options), env={**environment, **handed})
+    process = launcher_process.start(
+        bootstrap.command(module, *options), env={**environment, **handed}
+    )
     try:
         return process.wait()
     except BaseException:  # a stop signal

@@ -1,4 +1,4 @@
-"""The commands for a cluster: ``promptshard submit`` and ``promptshard status``."""
+"""The commands ``promptshard submit`` and ``promptshard status``."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def submit(
         fresh=fresh,
         command=redact(shlex.join(["promptshard", *sys.argv[1:]])),
     )
-    if found := list(slurm.problems(job)):
-        raise BadInput(found)
+    if problems := list(slurm.problems(job)):
+        raise BadInput(problems)
     if not dry_run:
         submission.check_slurm()
     output_dir, tasks, configs = _checked(run_file, overrides, array or [])
     job = _named(job, job_name, output_dir, tasks)
-    if found := list(slurm.problems(job)):  # names of the run file are in it only now
-        raise BadInput(found)
+    if problems := list(slurm.problems(job)):  # again, now with the run file's names
+        raise BadInput(problems)
     if dry_run:
         _refuse_passwords(tasks)
         typer.echo(slurm.render(job), nl=False)
@@ -148,11 +148,11 @@ def submit(
             f"in {Path(output_dir) / submission.SUBMITTED}"
         )
         return
-    before = run_status.last_job(Path(output_dir))
-    if before is not None and before.lives and dependency is None:
+    last = run_status.last_job(Path(output_dir))
+    if last is not None and last.active and dependency is None:
         raise BadInput(
-            f"output_dir: job {before.id} for {output_dir} is {before.state.lower()}; scancel it, "
-            f"give another output_dir, or wait for it: --dependency afterany:{before.id}"
+            f"output_dir: job {last.id} for {output_dir} is {last.state.lower()}; scancel it, "
+            f"give another output_dir, or wait for it: --dependency afterany:{last.id}"
         )
     job, folder = submission.freeze(job, configs, output_dir)
     number = submission.submit(job, folder, configs)
@@ -173,14 +173,14 @@ def status(
 
     **Example:** `promptshard status runs/quickstart`
     """
-    found = run_status.look(Path(run_dir))
-    typer.echo(status_text.as_json(found) if as_json else status_text.as_text(found))
+    report = run_status.read_status(Path(run_dir))
+    typer.echo(status_text.as_json(report) if as_json else status_text.as_text(report))
 
 
 def _checked(
     run_file: str, overrides: Sequence[str], array: Sequence[str]
 ) -> tuple[str, list[tuple[str, ...]], list[RunConfig]]:
-    """The output folder, what each task trains, and the run file of each, checked."""
+    """Check the run file of every task; return output folder, arguments and config of each."""
     printed: set[str] = set()
     config = preflight.check_run(run_file, overrides, printed)
     if not array:
@@ -194,18 +194,18 @@ def _checked(
 
 
 def _refuse_passwords(tasks: Sequence[tuple[str, ...]]) -> None:
-    """A printed script shows overrides; one that is submitted names a copy of the run file."""
+    """Refuse overrides with passwords, which a printed script would show."""
     words = dict.fromkeys(word for task in tasks for word in task if redact(word) != word)
     if words:
         raise BadInput(
             f"override {redact(word)!r}: the script would show the password; write it into the run "
-            "file, or submit without --dry-run, which keeps it in a file of your own"
+            "file, or submit without --dry-run, which keeps it in a file that only you can read"
             for word in words
         )
 
 
 def _named(job: Job, name: str | None, output_dir: str, tasks: Sequence[tuple[str, ...]]) -> Job:
-    """The job with its tasks, a name, and the folders that a container has to see."""
+    """Add tasks, name, log and the mounts that a container needs."""
     folder = Path(output_dir).absolute()
     mounts = (*job.mounts, f"{folder}:{folder}") if job.container else job.mounts
     log = "slurm-%A_%a.out" if len(tasks) > 1 else "slurm-%j.out"

@@ -1,4 +1,4 @@
-"""Run ranks on several hosts over ssh, with the DeepSpeed launcher's own runner."""
+"""Run ranks on several hosts over ssh, with the DeepSpeed launcher's runner."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import messages
-from launch.endings import ExitReport, describe
-from launch.processes import GRACE_SECONDS, StopSignals, guarded, signal_group, start, wait
+from launch.exit_report import ExitReport, describe
+from launch.launcher_process import GRACE_SECONDS, StopSignals, guarded, signal_group, start, wait
 from trainer.runtime import bootstrap
 from trainer.runtime.redact import redact
 
-STOP_SECONDS = 30.0  # the launcher ends ranks on other hosts over ssh
+STOP_SECONDS = 30.0  # for the launcher to stop the ranks of other hosts over ssh
 CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> ExitReport:
-    """Run the launcher over several hosts and separate its own lines from those of rank 0."""
+    """Run the launcher on several hosts; its own lines go to ``log``, those of rank 0 to stdout."""
     stop = StopSignals()
     with (
         tempfile.TemporaryDirectory(prefix="promptshard-") as folder,
@@ -44,7 +44,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ex
         sorter = threading.Thread(target=_sort_lines, args=(process.stdout, chatter, sys.stdout))
         sorter.start()
         with guarded(process.pid):
-            # the runner's own handler ends the ranks of all hosts
+            # the runner's signal handler stops the ranks of all hosts
             wait(process, stop, lambda _: _signal_runner(process), STOP_SECONDS)
             if stop.signals:
                 signal_group(process.pid, signal.SIGKILL)
@@ -53,10 +53,10 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ex
 
 
 def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return the environment of the launcher that reaches other hosts over ssh.
+    """Return the launcher's environment, without what ssh would show to other users.
 
-    The launcher reads ``.deepspeed_env`` of its working directory, which is not the person's, and
-    puts variables of MLflow on command lines, where everyone can read a password.
+    The launcher reads ``.deepspeed_env`` in its own working directory, so the user's files are
+    merged into one. It puts MLflow variables on command lines, which every user of a host can read.
     """
     result = dict(environment)
     name = result.get("DS_ENV_FILE", ".deepspeed_env")
@@ -68,17 +68,17 @@ def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     merged = folder / "deepspeed_env"
     merged.write_text("".join(f"{text}\n" for text in texts if text))
     result["DS_ENV_FILE"] = str(merged)
-    secret = [
+    secrets = [
         name
         for name, value in result.items()
         if name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
         or (name.startswith("MLFLOW") and redact(value) != value)
     ]
-    for name in secret:
+    for name in secrets:
         del result[name]
-    if secret:
+    if secrets:
         messages.note(
-            f"not passed over ssh, where everyone could read it: {', '.join(secret)}; set it on "
+            f"not passed over ssh, where every user could read it: {', '.join(secrets)}; set it on "
             "the first host, or upload at the end with promptshard sync"
         )
     return result

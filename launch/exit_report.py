@@ -1,4 +1,4 @@
-"""How a run ended: our exit code, and a message where rank 0 has printed none."""
+"""Exit code and message of a run, from how its processes ended."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trainer.runtime.errors import (
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Our exit code, and a message if rank 0 has not printed one.
+    """Exit code of ``promptshard``, and a message if rank 0 has not printed one.
 
     Attributes:
-        port_taken: nothing was done, as another process listened at the port of the ranks.
+        port_taken: the ranks did not start, because another process listened on their port.
     """
 
     code: int
@@ -39,13 +39,13 @@ def describe(
     first: tuple[str, int] = ("", 0),
     hung: str = "",
 ) -> ExitReport:
-    """The exit code that the ranks meant, and a message where they cannot have given one.
+    """Derive the exit code, and a message if no rank can have printed one.
 
     Args:
-        lost: rank 0 did not finish its work.
-        first: the rank that was lost first, and the signal that ended it, if one has.
-        hung: why the ranks declared one of them lost.
-        resumable: the same command resumes what was stopped, or starts it over.
+        lost: rank 0 did not mark its work as finished.
+        first: the rank that failed first, and the signal that killed it (0: none).
+        hung: why the watchdog aborted the run; empty if it did not.
+        resumable: rerunning the command resumes the run, or starts it over.
     """
     if returncode == EXIT_DONE and not lost:
         return ExitReport(EXIT_DONE)
@@ -57,7 +57,7 @@ def describe(
             return ExitReport(EXIT_RESUMABLE, f"{message} Rerun the command to resume.")
         return ExitReport(EXIT_FAILURE, message)
     if returncode == EXIT_PORT_TAKEN:
-        return ExitReport(EXIT_FAILURE, "the port for the ranks is used by another process", True)
+        return ExitReport(EXIT_FAILURE, "the rendezvous port is used by another process", True)
     if hung:
         how = hung
     elif returncode == EXIT_DONE:
@@ -70,7 +70,7 @@ def describe(
 
 
 def _describe(returncode: int, who: str) -> str:
-    """``sys.exit(-9)`` of the launcher, its way to say "killed by signal 9", arrives as 247."""
+    """Describe an exit code; the launcher's ``sys.exit(-9)`` for signal 9 arrives as 247."""
     number = -returncode if returncode < 0 else 256 - returncode if returncode > 192 else 0
     try:
         name = signal.Signals(number).name

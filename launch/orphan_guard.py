@@ -1,8 +1,8 @@
-"""A small process that outlives ``promptshard`` by a moment: no orphans after ``kill -9``.
+"""Guard process: ends the ranks if ``promptshard`` dies, even by ``kill -9``.
 
-The launcher and its ranks are a process group of their own. This process waits at the other end of
-a pipe that only ``promptshard`` holds, so that it wakes whatever way ``promptshard`` ends, and ends
-the group unless it was told that all is done. Standard library only: it starts in milliseconds.
+The launcher and its ranks form one process group. The guard reads from a pipe that only
+``promptshard`` holds open, so it wakes up however ``promptshard`` ends. It then ends the group,
+unless it has read ``DONE``. Standard library only: it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GRACE_SECONDS = 10.0
 
 
 def alive(group: int) -> bool:
-    """Whether the process group has any process, be it a zombie."""
+    """Whether the process group has any process, zombies included."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

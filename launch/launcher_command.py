@@ -1,7 +1,6 @@
-"""What to start on this machine or on the hosts of a hostfile: devices, arguments, environment.
+"""Command lines of the DeepSpeed launcher (0.19.8): devices, hosts, arguments, environment.
 
-Only ``list_gpus`` and ``free_port`` look at the machine. The rules of the DeepSpeed launcher are
-given where they force a choice (0.19.8).
+Only ``list_gpus`` and ``free_port`` query the machine; everything else is a pure function.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import redact
 
-CPU_PROCESSES = 2  # default without a GPU: the smallest number that shards
-MAX_CPU_PROCESSES = 1024  # of one machine; each takes hundreds of megabytes
+CPU_PROCESSES = 2  # default without a GPU: the smallest number with sharding
+MAX_CPU_PROCESSES = 1024  # per machine; each uses hundreds of megabytes
 #: Entries of CUDA_VISIBLE_DEVICES that mean no GPU; Slurm writes NoDevFiles for a job without any.
 NO_GPU = ("-1", "none", "void", "nodevfiles")
 MAX_HOSTFILE = 1 << 20  # characters
-#: ``[USER@]HOST``; no dash in front, which ssh reads as an option.
+#: ``[USER@]HOST``; no leading dash, which ssh would read as an option.
 HOST_NAME = re.compile(r"(?:[A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_:\[][\w.:\[\]%-]*", re.ASCII)
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 
@@ -50,11 +49,11 @@ class Host:
 
 @dataclass(frozen=True)
 class Place:
-    """One host of a run that is started on each of its hosts, without ssh.
+    """Position of this host in a run that is started on every host without ssh.
 
     Attributes:
-        rank: of this host among ``hosts``.
-        address, port: where the ranks of all hosts meet: at the first host.
+        rank: index of this host in ``hosts``.
+        address, port: rendezvous of all ranks, on the first host.
     """
 
     hosts: tuple[Host, ...]
@@ -72,7 +71,7 @@ class Place:
 
 
 def list_gpus() -> list[str]:
-    """UUIDs of this machine's GPUs in PCI order, asked without torch; [] if torch has no CUDA."""
+    """UUIDs of this machine's GPUs in PCI order, without torch; [] if torch has no CUDA."""
     tool = shutil.which("nvidia-smi")
     try:
         if tool is None or importlib.metadata.version("torch").endswith("+cpu"):
@@ -159,16 +158,16 @@ def read_hostfile(path: str) -> list[Host]:
 
 
 def is_local(hosts: Sequence[Host]) -> bool:
-    """Whether a hostfile means this machine alone, so that no ssh is needed."""
+    """Whether a hostfile lists only this machine, so that ssh is not needed."""
     return len(hosts) == 1 and hosts[0].name in (*LOCAL_NAMES, socket.gethostname())
 
 
 def check_remote(arguments: Sequence[str]) -> None:
-    """Check what is passed over ssh: the launcher quotes arguments only in part, and logs them.
+    """Check arguments that the launcher passes over ssh: it quotes them only partly, and logs them.
 
     Raises:
-        BadInput: with every argument that would change on the way or show a password, and every
-            tool that is missing.
+        BadInput: with every argument that would be altered or show a password, and every missing
+            tool.
     """
     problems = []
     for text in arguments:
@@ -197,9 +196,9 @@ def local_command(module: str, devices: Devices, port: int) -> list[str]:
 
 
 def place_command(module: str, place: Place, devices: Devices) -> list[str]:
-    """Return the same for this host's ranks of a run that is started on every host.
+    """Return the command for this host's ranks of a run that is started on every host.
 
-    The launcher reads only the number of devices of the other hosts.
+    Of the other hosts, the launcher uses only the number of devices.
     """
     ids = {host.name: tuple(range(host.slots)) for host in place.hosts}
     ids |= {place.host.name: devices.ids}
@@ -215,8 +214,8 @@ def hostfile_command(
 ) -> list[str]:
     """Return the command that runs a module on all hosts of a hostfile, over ssh.
 
-    The launcher puts its own working directory in front of the import path of all hosts, so it runs
-    in the folder of this project, and the ranks change back.
+    The launcher prepends its working directory to the import path on all hosts, so it runs in this
+    project's folder, and the ranks change back to the user's.
 
     Args:
         processes: ranks per host; None for the hostfile's slots.
@@ -224,7 +223,7 @@ def hostfile_command(
     where = ["--hostfile", os.path.abspath(hostfile)]
     if processes is not None:
         where += ["--num_gpus", str(processes)]
-    where.append("--force_multi")  # else one remote host would count as this machine
+    where.append("--force_multi")  # otherwise a single remote host would count as this machine
     where += ["--master_port", str(port), "--no_local_rank"]
     rank = [bootstrap.FILE, f"--chdir={os.getcwd()}", module, *arguments]
     return [*bootstrap.command("deepspeed.launcher.runner"), *where, *rank]
@@ -233,7 +232,7 @@ def hostfile_command(
 def by_hand(
     module: str, arguments: Sequence[str], devices: Devices | None, hostfile: str | None
 ) -> str:
-    """Return the command that a person would type to start the same ranks, without passwords."""
+    """Return the ``deepspeed`` command that starts the same ranks by hand, without passwords."""
     if hostfile is not None:
         where = ["--hostfile", hostfile]
     elif devices is not None and devices.kind == "cuda":
@@ -250,16 +249,16 @@ def environment(
     result = dict(environ) | bootstrap.handed(list(arguments))
     result[bootstrap.PARENT] = str(os.getpid())
     result.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices.ids))))
-    result.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets it for the ranks
+    result.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets it per rank
     if devices.kind == "cuda":
-        result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order in which list_gpus counts
+        result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of list_gpus
     else:
         result.setdefault("DS_ACCELERATOR", "cpu")
     return result
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now, for the ranks to meet at."""
+    """A free TCP port for the rendezvous."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -272,12 +271,12 @@ def _per_node(
     address: str,
     port: int,
 ) -> list[str]:
-    """Return the command line of the launcher's part that starts the ranks of one host.
+    """Return the command of ``deepspeed.launcher.launch``, which starts the ranks of one host.
 
-    ``deepspeed`` itself would only start this one, with ``-m`` and so from the working directory.
+    ``deepspeed`` would start the same with ``-m``, and so import from the working directory first.
 
     Args:
-        ids: devices of every host.
+        ids: device ordinals of every host.
     """
     world = json.dumps({name: list(devices) for name, devices in ids.items()})
     return [

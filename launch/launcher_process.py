@@ -1,10 +1,10 @@
-"""Run the DeepSpeed launcher: its output to a log, signals to the ranks, no orphans.
+"""Run the DeepSpeed launcher: log its output, forward signals to the ranks, leave no orphans.
 
-Facts about the launcher (0.19.8) that this file relies on: its per-node part turns a signal into
-exit code 1 and hides the ranks' own codes, so signals go to the ranks and not to it; and as Slurm
-sends a signal to every process of a job's step, it is started with stop signals blocked, which the
-ranks unblock once they can handle them. Exit code 0 counts only if rank 0 has removed a file: some
-other program may have run in place of ours.
+What this relies on (DeepSpeed 0.19.8): the launcher turns a signal into exit code 1 and hides the
+ranks' exit codes, so signals go to the ranks, not to it. Slurm sends a signal to every process of a
+job step, so the launcher starts with stop signals blocked; the ranks unblock them once they have
+handlers. Exit code 0 counts only if rank 0 has removed a marker file, because another program may
+have run in place of ours.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 
 import psutil
 
-from launch import guard, messages
-from launch.endings import ExitReport, describe
+from launch import messages, orphan_guard
+from launch.exit_report import ExitReport, describe
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import (
@@ -36,48 +36,51 @@ from trainer.runtime.errors import (
 from trainer.runtime.process import UNFINISHED, ended_by, process_start
 from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
 
-GRACE_SECONDS = guard.GRACE_SECONDS  # between asking a rank to end and ending it
-STOP_SECONDS = 600.0  # the same where it may end its step first, and save
-LOSS_SECONDS = 15.0  # the same where another rank has failed: it may wait for that one
-HURRY_SECONDS = 10.0  # a second Ctrl-C before that is taken for the same
+GRACE_SECONDS = orphan_guard.GRACE_SECONDS  # from SIGTERM to SIGKILL
+STOP_SECONDS = 600.0  # the same for ranks that finish their step and save first
+LOSS_SECONDS = 15.0  # the same after another rank failed: they may be waiting for it
+HURRY_SECONDS = 10.0  # a second Ctrl-C within this time is ignored
 TRAINER = "trainer"  # the one module whose runs can be resumed
-NOTICE_SECONDS = 4.0  # between two lines that say that the ranks are starting
+NOTICE_SECONDS = 4.0  # between two progress lines while the ranks start
 POLL_SECONDS = 0.1
-REAL_STDOUT = 1  # as a descriptor, whatever sys.stdout has been replaced with
+REAL_STDOUT = 1  # file descriptor, even if sys.stdout was replaced
 SPAWNED = re.compile(r"process (\d+) spawned with command")
-ENDING_OTHERS = "Killing subprocess"  # the launcher says so once a rank has failed
+ENDING_OTHERS = "Killing subprocess"  # logged by the launcher once a rank has failed
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-class _Losses:
-    """Which rank of this machine was lost first, while the launcher does not look.
+class _FailureWatch:
+    """Finds the rank of this machine that failed first, and ends the others.
 
-    The launcher tells its processes in the order of their ranks, and one exit code alone. Of ranks
-    that ended at a time, one that a signal has ended took the others down.
-    When one has failed it asks the others to end and waits for each, up to half a minute: ranks
-    that hear nothing, as they are stopped or wait for the lost one, are ended before.
+    The launcher reports one exit code, not the rank it came from. Of ranks that ended at the same
+    time, one that was killed by a signal caused the others to fail. After a failure the launcher
+    sends SIGTERM to the other ranks and waits up to half a minute for each; ranks that do not
+    react, because they are suspended or wait for the failed one, are killed earlier here.
     """
 
     def __init__(self, log: Path, ranks: int, first_rank: int, end: Callable[[], None]) -> None:
         self._log, self._ranks, self._first_rank, self._end = log, ranks, first_rank, end
         self._pids: list[int] = []
         self._deadline: float | None = None
-        #: In the order in which they ended: process, how it is called, and what signal ended it.
+        #: PID -> (name of the rank, signal that ended it), in the order in which they ended.
         self._ended: dict[int, tuple[str, int]] = {}
 
     @property
     def first(self) -> tuple[str, int]:
-        """The first that did not end well, and the signal that ended it, or 0; "" if none did."""
+        """First rank that failed, and the signal that killed it or 0; ("", 0) if none failed."""
         log = self._log.read_text(errors="replace")
-        lost = [who for pid, who in self._ended.items() if f"Process {pid} exits succ" not in log]
-        return lost[0] if lost else ("", 0)
+        failed = [
+            rank for pid, rank in self._ended.items() if f"Process {pid} exits succ" not in log
+        ]
+        return failed[0] if failed else ("", 0)
 
-    def look(self) -> None:
+    def poll(self) -> None:
+        """Check which ranks have ended since the last call."""
         if self._ended:
             self._hasten()
         if len(self._pids) < self._ranks:
-            found = SPAWNED.findall(self._log.read_text(errors="replace"))
-            self._pids = [int(pid) for pid in found]
+            spawned = SPAWNED.findall(self._log.read_text(errors="replace"))
+            self._pids = [int(pid) for pid in spawned]
             return
         ended = [pid for pid in self._pids if pid not in self._ended and not process_start(pid)]
         signals = {pid: ended_by(pid) for pid in ended}
@@ -86,7 +89,7 @@ class _Losses:
             self._ended[pid] = (f"rank {rank} (process {pid} on {platform.node()})", signals[pid])
 
     def _hasten(self) -> None:
-        """End what is left once a rank has failed a while ago; one that is done is no failure."""
+        """Kill the remaining ranks some time after one has failed (not after one has finished)."""
         if self._deadline is None:
             if ENDING_OTHERS in self._log.read_text(errors="replace"):
                 self._deadline = time.monotonic() + LOSS_SECONDS
@@ -95,17 +98,17 @@ class _Losses:
 
 
 class _StartNotice:
-    """Tells a person every few seconds that the ranks are starting, until rank 0 can print.
+    """Prints every few seconds that the ranks are starting, until rank 0 can print.
 
     Args:
-        rank_log: rank 0's log; ``trainer.runtime.stdio.claim`` sets its time.
+        rank_log: rank 0's log; ``trainer.runtime.stdio.claim`` updates its modification time.
     """
 
     def __init__(self, rank_log: Path) -> None:
         self._log, self._started_at = rank_log, time.time()
         self._notices = 0
 
-    def look(self) -> None:
+    def poll(self) -> None:
         seconds = time.time() - self._started_at
         if seconds < NOTICE_SECONDS * (self._notices + 1):
             return
@@ -118,7 +121,7 @@ class _StartNotice:
 
 
 class StopSignals:
-    """Stop signals that this process received."""
+    """Collects the stop signals that this process receives."""
 
     def __init__(self) -> None:
         self.signals: list[signal.Signals] = []
@@ -128,7 +131,7 @@ class StopSignals:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Collect stop signals, but leave those ignored that nohup or a shell's & ignores."""
+        """Collect stop signals; those that nohup or a shell's ``&`` ignores stay ignored."""
         before: dict[signal.Signals, Any] = {}
         for number in STOPPING:
             ignored = signal.getsignal(number) is signal.SIG_IGN
@@ -150,14 +153,14 @@ def run_local(
     grace_seconds: float = STOP_SECONDS,
     first_rank: int = 0,
 ) -> ExitReport:
-    """Run the launcher on this machine and hand on how its ranks ended.
+    """Run the launcher on this machine and report how its ranks ended.
 
     Rank 0 gets our stdout as descriptor 0 (trainer/runtime/stdio.py); stderr is shared, for errors
     that come before a rank has opened its log.
 
     Args:
-        grace_seconds: between a stop signal and the end of ranks that do not stop.
-        first_rank: of this machine, among all of the run.
+        grace_seconds: from a stop signal until ranks that do not stop are killed.
+        first_rank: global index of this machine's first rank.
     """
     (log.parent / LOST).unlink(missing_ok=True)
     unfinished = log.absolute().with_suffix(".unfinished")
@@ -173,30 +176,30 @@ def run_local(
                 env=environment,
                 stdin=REAL_STDOUT,
                 stdout=chatter,
-                start_new_session=True,  # a group of its own: the terminal's Ctrl-C reaches only us
+                start_new_session=True,  # so that the terminal's Ctrl-C reaches only us
             )
         with guarded(process.pid):
             forward = functools.partial(_signal_ranks, process.pid)
             end = functools.partial(_kill_ranks, process.pid)
-            losses = _Losses(log, ranks, first_rank, end)
+            failures = _FailureWatch(log, ranks, first_rank, end)
             notice = _StartNotice(log.parent / "rank-0.log")
 
-            def look() -> None:
-                losses.look()
+            def poll() -> None:
+                failures.poll()
                 if first_rank == 0:
-                    notice.look()
+                    notice.poll()
 
-            wait(process, stop, forward, grace_seconds, look)
+            wait(process, stop, forward, grace_seconds, poll)
             _end_ranks(process.pid)
-    lost = first_rank == 0 and unfinished.exists()
+    rank_0_unfinished = first_rank == 0 and unfinished.exists()
     unfinished.unlink(missing_ok=True)
     return describe(
         process.returncode,
         stop.signals,
         log,
-        lost=lost,
+        lost=rank_0_unfinished,
         resumable=module == TRAINER,
-        first=losses.first,
+        first=failures.first,
         hung=read_lost(log.parent),
     )
 
@@ -209,10 +212,10 @@ def _touch(path: Path) -> None:
 
 
 def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
-    """``Popen``.
+    """Start a process.
 
     Raises:
-        BadInput: the arguments are longer than the system takes.
+        BadInput: the arguments are longer than the system allows.
     """
     try:
         return subprocess.Popen(command, **settings)
@@ -230,31 +233,32 @@ def wait(
     stop: StopSignals,
     forward: Callable[[signal.Signals], None],
     grace_seconds: float = GRACE_SECONDS,
-    look: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Wait for the launcher. A stop signal is forwarded; another Ctrl-C, or time, ends the group.
+    """Wait for the launcher and forward the first stop signal to the ranks.
 
-    That is one by a person who has waited: who types it twice at once wants what one does, and
-    ranks that save are not disturbed. Other signals may come twice: Slurm sends SIGTERM after
-    SIGUSR1.
+    The group is killed after ``grace_seconds``, or by another Ctrl-C at least ``HURRY_SECONDS``
+    after the first: an accidental double Ctrl-C must not interrupt ranks that save. Other signals
+    may repeat without effect (Slurm sends SIGTERM after SIGUSR1).
     """
-    deadline, patient, heard = None, float("inf"), 0
+    deadline, ignored_until, ignored = None, float("inf"), 0
     while process.poll() is None:
-        look()
+        poll()
         if stop.signals and deadline is None:
-            deadline, patient = time.monotonic() + grace_seconds, time.monotonic() + HURRY_SECONDS
+            now = time.monotonic()
+            deadline, ignored_until = now + grace_seconds, now + HURRY_SECONDS
             forward(stop.signals[0])
         interrupts = stop.signals.count(signal.SIGINT)
-        if time.monotonic() < patient:
-            heard = interrupts
-        hurried = interrupts > heard
+        if time.monotonic() < ignored_until:
+            ignored = interrupts
+        hurried = interrupts > ignored
         if deadline is not None and (hurried or time.monotonic() > deadline):
             signal_group(process.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
 def _signal_ranks(group: int, number: signal.Signals) -> None:
-    """Send SIGINT or SIGTERM to the ranks; without a rank there is nothing to save: kill all."""
+    """Send SIGINT or SIGTERM to the ranks; if none runs yet, kill the group: nothing to save."""
     ranks = _running(group)
     if not ranks:
         signal_group(group, signal.SIGKILL)
@@ -263,7 +267,7 @@ def _signal_ranks(group: int, number: signal.Signals) -> None:
 
 
 def _end_ranks(group: int) -> None:
-    """End ranks that outlived the launcher, but no other process that they left running."""
+    """End ranks that outlived the launcher, but not other processes that they started."""
     deadline = time.monotonic() + GRACE_SECONDS
     for process in _running(group):
         _try_signal(process, signal.SIGTERM)
@@ -281,16 +285,16 @@ def _kill_ranks(group: int) -> None:
 
 def _running(group: int) -> list[psutil.Process]:
     """Return the ranks in the process group, without their own worker processes."""
-    found = {}
+    ranks = {}
     for process in psutil.process_iter():
         try:
             if os.getpgid(process.pid) != group or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             if process.cmdline()[1:3] == ["-u", bootstrap.FILE]:  # as the launcher starts them
-                found[process.pid] = (process, process.ppid())
+                ranks[process.pid] = (process, process.ppid())
         except (psutil.Error, OSError):
             continue
-    return [process for process, parent in found.values() if parent not in found]
+    return [process for process, parent in ranks.values() if parent not in ranks]
 
 
 def signal_group(group: int, number: signal.Signals) -> None:
@@ -305,7 +309,7 @@ def _try_signal(process: psutil.Process, number: signal.Signals) -> None:
 
 @contextmanager
 def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Processes that are started in here begin with these signals blocked; one sent stays there."""
+    """Block signals for processes started inside; a blocked signal stays pending."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -315,9 +319,9 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def guarded(group: int) -> Iterator[None]:
-    """Have ``launch/guard.py`` end the group if this process dies in here."""
+    """Let ``launch/orphan_guard.py`` end the group if this process dies inside."""
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-E", guard.__file__, str(group)],
+        [sys.executable, "-S", "-E", orphan_guard.__file__, str(group)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -326,4 +330,4 @@ def guarded(group: int) -> Iterator[None]:
     try:
         yield
     finally:
-        watcher.communicate(guard.DONE)
+        watcher.communicate(orphan_guard.DONE)
