@@ -160,14 +160,14 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
         peak = _resident("VmHWM") - before
     rows = engine.world_size * MICRO_BATCHES * ROWS
     ids = torch.randint(3, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
-    pieces = [
+    packed_rows = [
         PackedRow(Example.with_target(tuple(row), LENGTH // 2, i), 0, i)
         for i, row in enumerate(ids.tolist())
     ]
     prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02
     for _ in range(2):  # the second is a step like all that follow
         start, before_step = gathered[0], exchanged[0]
-        step_gradients(engine, loaded.model, pieces, [prompt], VIRTUAL + ROWS * LENGTH)
+        step_gradients(engine, loaded.model, packed_rows, [prompt], VIRTUAL + ROWS * LENGTH)
     words = loaded.model.model.get_input_embeddings()
     head = loaded.model.model.get_output_embeddings()
     tables = [head.table_bytes] * (1 if words.tied else 2)

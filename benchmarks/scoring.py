@@ -26,11 +26,11 @@ from benchmarks.llama import LLAMA_110M, make_base
 from benchmarks.peers.counters import FlopCounter
 from tests.whole_base import load_whole
 from trainer.data.token_table import Example
-from trainer.distributed.prefetch import prepare_stream
+from trainer.distributed.prefetch import prepare_batch
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import CPU_TOKENS
 from trainer.packing.packed_batch import PackedRow, PromptLengths
-from trainer.packing.planning import plan_streams
+from trainer.packing.planning import plan_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.md"
@@ -42,18 +42,18 @@ Rows = Sequence[Sequence[Example]]
 
 
 class Counted:
-    """FLOPs of streams over a base, in all and of its head."""
+    """FLOPs of packed batches over a base, in all and of its head."""
 
     def __init__(self, base: PromptedBase) -> None:
         self.base = base
         self.total = self.head = 0
 
     def read(
-        self, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], train: bool = False
+        self, packed_rows: Sequence[PackedRow], prompts: Sequence[Tensor], train: bool = False
     ) -> None:
-        """Count one stream, with a backward pass where it trains."""
+        """Count one packed batch, with a backward pass where it trains."""
         lengths = PromptLengths.of(prompts)
-        stream = prepare_stream(pieces, lengths, torch.device("cpu"))
+        batch = prepare_batch(packed_rows, lengths, torch.device("cpu"))
         head = self.base.model.get_output_embeddings()
         counter, before = FlopCounter(), [0]
         hooks = [
@@ -62,7 +62,7 @@ class Counted:
         ]
         with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.set_grad_enabled(train):
             leaves = [torch.empty_like(prompt, requires_grad=train) for prompt in prompts]
-            nll_N = self.base(stream, leaves)
+            nll_N = self.base(batch, leaves)
             if train:
                 torch.autograd.grad(nll_N.sum(), leaves)
         for hook in hooks:
@@ -82,14 +82,17 @@ def for_each(rows: Rows, prompt: int | None) -> list[PackedRow]:
 
 
 def count(
-    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], train: bool = False
+    base: PromptedBase,
+    packed_rows: Sequence[PackedRow],
+    prompts: Sequence[Tensor],
+    train: bool = False,
 ) -> Counted:
-    """FLOPs of all streams of all ranks."""
+    """FLOPs of all packed batches of all ranks."""
     counted = Counted(base)
     lengths = PromptLengths.of(prompts).tokens
-    for rank in plan_streams(pieces, lengths, RANKS, CPU_TOKENS):
-        for stream in rank:
-            counted.read(stream, prompts, train)
+    for rank in plan_batches(packed_rows, lengths, RANKS, CPU_TOKENS):
+        for batch in rank:
+            counted.read(batch, prompts, train)
     return counted
 
 
@@ -150,11 +153,15 @@ def costs(path: str) -> list[str]:
         baselines = validation = 0
         for name, data in tasks.items():
             sets = [data.evaluation["validation"], *data.hand_written["validation"]]
-            pieces = [piece for rows in sets for piece in form(list(rows.candidates), None)]
-            baselines += count(base, pieces, []).total
+            packed_rows = [
+                packed_row for rows in sets for packed_row in form(list(rows.candidates), None)
+            ]
+            baselines += count(base, packed_rows, []).total
             readers = [k for k, prompt in enumerate(config.prompts) if prompt.task == name]
-            pieces = [piece for k in readers for piece in form(list(sets[0].candidates), k)]
-            validation += count(base, pieces, prompts).total
+            packed_rows = [
+                packed_row for k in readers for packed_row in form(list(sets[0].candidates), k)
+            ]
+            validation += count(base, packed_rows, prompts).total
         times = steps // config.evaluation.every
         return {"baselines": baselines, f"{times} validations": times * validation}
 

@@ -1,13 +1,13 @@
-"""Memory and speed from rows to streams, for files of growing length.
+"""Memory and speed from rows to packed batches, for files of growing length.
 
     python benchmarks/tokens.py --rows 50000 500000
     python benchmarks/tokens.py --rows 500000 5000000 --quick
 
 Rows are made up while they are read (log-normal lengths, median about 60 tokens, longest 512), so
-only tokenising, the order of rows and the streams are measured. Each length runs in a process and a
-cache of its own. Memory is what the process alone holds (RssAnon): mapped pages of the table belong
-to the page cache, which the kernel takes back when it needs to. ``--quick`` splits at spaces
-instead of tokenising: what is left of the time is ours.
+only tokenising, the order of rows and the packed batches are measured. Each length runs in a
+process and a cache of its own. Memory is what the process alone holds (RssAnon): mapped pages of
+the table belong to the page cache, which the kernel takes back when it needs to. ``--quick`` splits
+at spaces instead of tokenising: what is left of the time is ours.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     rank = RankPlace(0, 2, torch.device("cpu"))
     started, tokens = time.perf_counter(), 0
     for _ in range(STEPS):
-        pieces = [PackedRow(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
-        tokens += sum(piece.example.num_tokens for piece in pieces)
-        prepare(pieces, PromptLengths((20,), (0,)), rank, 4096)
+        packed_rows = [PackedRow(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
+        tokens += sum(packed_row.example.num_tokens for packed_row in packed_rows)
+        prepare(packed_rows, PromptLengths((20,), (0,)), rank, 4096)
     figures["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000
     return figures | {"fill": tokens / STEPS / 8192, "steps_mb": memory.since_last()}
 

@@ -24,7 +24,7 @@ from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
-from trainer.distributed.prefetch import RankPlace, prepare, prepare_stream
+from trainer.distributed.prefetch import RankPlace, prepare, prepare_batch
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import open_base
@@ -37,7 +37,7 @@ from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.run import embedder, make_bank
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer
-from trainer.training.step import batch_gradients, label_counts, stream_objective
+from trainer.training.step import batch_gradients, batch_objective, label_counts
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -67,19 +67,19 @@ def main() -> None:
 
 
 def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, float]:
-    """How far a stream's loss and gradients are from the CPU's, and how often there is a wait."""
+    """Distance of a packed batch's loss and gradients from the CPU's, and the number of waits."""
     with tempfile.TemporaryDirectory() as folder:
         base = load_whole(save_family(Path(folder), case), "int8", checkpointing)
     use_matmul(base, kind, OUTLIERS)
     rows, prompts = problem(base.hidden_size)
     if case not in WITHOUT and base.packed:
         prompts = [*prompts, *pasts(base)]
-    pieces = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
-    expected, wanted, _ = stream_step(base, pieces, prompts, CPU)
+    packed_rows = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
+    expected, wanted, _ = batch_step(base, packed_rows, prompts, CPU)
     moe = sum(isinstance(module, FrozenExperts) for module in base.modules())
     with other_device() as device:
         moved(base)
-        loss, gradients, waits = stream_step(base, pieces, prompts, device)
+        loss, gradients, waits = batch_step(base, packed_rows, prompts, device)
     error = max(errors(gradients, wanted))
     return {
         "loss": abs(loss / expected - 1),
@@ -90,15 +90,18 @@ def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, fl
     }
 
 
-def stream_step(
-    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], device: torch.device
+def batch_step(
+    base: PromptedBase,
+    packed_rows: Sequence[PackedRow],
+    prompts: Sequence[Tensor],
+    device: torch.device,
 ) -> tuple[float, list[Tensor], int]:
     """Loss, gradients, and how often host and device waited for each other in between."""
     leaves = [prompt.to(device, copy=True).requires_grad_() for prompt in prompts]
     lengths = PromptLengths.of(leaves)
-    stream = prepare_stream(pieces, lengths, CPU).to(device)
+    batch = prepare_batch(packed_rows, lengths, CPU).to(device)
     Waits.count = 0
-    objective, _ = stream_objective(base, stream, leaves, label_counts(pieces, len(leaves)))
+    objective, _ = batch_objective(base, batch, leaves, label_counts(packed_rows, len(leaves)))
     gradients = torch.autograd.grad(objective, leaves)
     waits = Waits.count
     return float(objective), [gradient.cpu() for gradient in gradients], waits
@@ -123,7 +126,7 @@ def compared_run() -> dict[str, Any]:
         "scores": [expected["scores"], result["scores"]],
         "texts": [expected["texts"], result["texts"]],
         "waits": result["waits"],
-        "streams": result["streams"],
+        "batches": result["batches"],
     }
 
 
@@ -144,17 +147,17 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         console = Console(nothing, nothing)
         screen = LossInitScorer(config, tasks, evaluator, console)
         bank = make_bank(config, engine, base, files, screen, console.warn)
-    feed, streams = BatchSource(config, tasks), 0
+    feed, batches = BatchSource(config, tasks), 0
     waits = []
     for _ in range(STEPS):
         Waits.count = 0
         prompts = bank.virtual_tokens()
-        batch = prepare(
+        step_batch = prepare(
             feed.next_step(bank.active), PromptLengths.of(prompts), RankPlace(0, 1, CPU), TOKENS
         )
-        bank.update(batch_gradients(engine, base, batch, prompts, teachers=teachers).gradients)
+        bank.update(batch_gradients(engine, base, step_batch, prompts, teachers=teachers).gradients)
         waits.append(Waits.count)
-        streams = len(batch.streams)
+        batches = len(step_batch.batches)
     judged = bank.judged()
     ending = StopCriteria.of(files.generation, files.tokenizer, config.tasks[0])
     requests = [Request(tasks["triage"].evaluation["validation"], 0)]
@@ -166,7 +169,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         "scores": [scored.scores for scored in evaluator.score(requests, judged)],
         "texts": [generate(engine, base, ending, inputs, prompt, 4) for prompt in judged],
         "waits": waits,
-        "streams": streams,
+        "batches": batches,
     }
 
 

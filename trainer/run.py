@@ -71,7 +71,7 @@ from trainer.training.prompt_optimizer import make_optimizer
 #: may be down.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
 
-#: Rows of each task whose lengths tell how much streams will take.
+#: Rows of each task whose lengths tell how much packed batches will take.
 SAMPLE = 1000
 
 

@@ -77,7 +77,7 @@ class Data:
         alone = self.config.model_copy(update={"prompts": [next(same)]})
         feed = BatchSource(alone, self.tasks)
         while True:
-            yield [piece.example for piece in feed.next_step([True])]
+            yield [packed_row.example for packed_row in feed.next_step([True])]
 
 
 def plain_base(folder: str) -> Any:

@@ -55,7 +55,7 @@ def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:
         "100 virtual tokens": (replace(usual, num_virtual_tokens=100), TWO_RANKS),
         "one process, 20 virtual tokens": (replace(usual, ranks=1), ONE_PROCESS),
         "rows of equal length": (replace(usual, equal=True), GAIN_LEAST),
-        "one row per stream": (single, GAIN_LEAST),
+        "one row per packed batch": (single, GAIN_LEAST),
     }
 
 

@@ -36,9 +36,10 @@ class Case:
     """What all arms of one comparison share.
 
     Attributes:
-        batch: rows of a rank's micro-batch; in ours only where ``single``, else streams are full.
+        batch: rows of a rank's micro-batch; in ours only where ``single``, else packed batches are
+            full.
         accumulation: micro-batches of a step.
-        single: one row per stream in ours.
+        single: one row per packed batch in ours.
         learning_rate: of Adam, for all.
     """
 
@@ -176,8 +177,8 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     budget = 1 if case.single else loaded.budget.tokens
     for step in range(case.steps):
         meter.before_step(step)
-        pieces = [PackedRow(next(rows), 0, i) for i in range(case.rows_per_step)]
-        result = step_gradients(engine, loaded.model, pieces, [prompt], budget)
+        packed_rows = [PackedRow(next(rows), 0, i) for i in range(case.rows_per_step)]
+        result = step_gradients(engine, loaded.model, packed_rows, [prompt], budget)
         prompt.grad = result.gradients[0]
         optimizer.step()
         # Ours knows the tokens of all ranks; each rank tells its share, as the peers do.
@@ -277,8 +278,8 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest of the batch."""
     length = max(len(row["input_ids"]) for row in rows)
 
-    def padded(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([r[key] + [filler] * (length - len(r[key])) for r in rows])
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([r[key] + [fill] * (length - len(r[key])) for r in rows])
 
     lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
     return {

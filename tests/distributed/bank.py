@@ -153,8 +153,8 @@ def train(
             if bank.active[k] and step == config.prompt_steps(prompt):
                 bank.stop(k)
         if any(bank.active):
-            pieces, prompts = feed.next_step(bank.active), bank.virtual_tokens()
-            bank.update(step_gradients(engine, base, pieces, prompts, MAX_TOKENS).gradients)
+            packed_rows, prompts = feed.next_step(bank.active), bank.virtual_tokens()
+            bank.update(step_gradients(engine, base, packed_rows, prompts, MAX_TOKENS).gradients)
     gathered = engine.gathered_bytes - before
     return [bank.snapshot(k) for k in range(len(bank))], screen.words, gathered
 

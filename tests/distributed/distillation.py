@@ -39,9 +39,9 @@ def main() -> None:
     loaded = shard_base(engine, config)
     module = engine.attach(loaded.model, loaded.policy)
 
-    pieces, prompts = problem()
-    pieces = [
-        PackedRow(p.example, p.prompt, p.slot, teacher=TEACHERS.get(p.prompt)) for p in pieces
+    packed_rows, prompts = problem()
+    packed_rows = [
+        PackedRow(p.example, p.prompt, p.slot, teacher=TEACHERS.get(p.prompt)) for p in packed_rows
     ]
     teachers = [
         module(torch.tensor(teacher.token_ids, device=engine.device), [])
@@ -52,18 +52,21 @@ def main() -> None:
     def step(of: list[PackedRow], max_tokens: int) -> Any:
         return step_gradients(engine, module, of, prompts, max_tokens, teachers)
 
-    ours, split = step(pieces, 10_000), step(pieces, 48)
-    # Two ranks: one row has a teacher, on the other rank none does, or there is a filler alone.
-    apart, alone = step([pieces[0], pieces[1]], 30), step(pieces[1:2], 10_000)
+    ours, split = step(packed_rows, 10_000), step(packed_rows, 48)
+    # Two ranks: one row has a teacher, on the other rank none does, or there is a padding row
+    # alone.
+    apart, alone = step([packed_rows[0], packed_rows[1]], 30), step(packed_rows[1:2], 10_000)
 
     reference = plain_model(Path(folder), quantization)
-    expected = [plain_losses(reference, pieces, k, prompt) for k, prompt in enumerate(prompts[:2])]
-    wanted_past = plain_past(reference, pieces, prompts[2])
+    expected = [
+        plain_losses(reference, packed_rows, k, prompt) for k, prompt in enumerate(prompts[:2])
+    ]
+    wanted_past = plain_past(reference, packed_rows, prompts[2])
     rows = SimpleNamespace(
         task=SimpleNamespace(metric="loss", scored_by_likelihood=False),
-        candidates=Candidates([[p.example] for p in pieces if p.prompt == 1]),
-        gold=[0] * sum(p.prompt == 1 for p in pieces),
-        label_counts=[p.example.num_labels for p in pieces if p.prompt == 1],
+        candidates=Candidates([[p.example] for p in packed_rows if p.prompt == 1]),
+        gold=[0] * sum(p.prompt == 1 for p in packed_rows),
+        label_counts=[p.example.num_labels for p in packed_rows if p.prompt == 1],
     )
     budget: Any = SimpleNamespace(tokens=60)
     evaluator = Evaluator(engine, module, None, budget, teachers)  # type: ignore[arg-type]
@@ -75,7 +78,7 @@ def main() -> None:
         "gradient_errors": errors(ours.gradients[:2], [gradient for _, gradient, _ in expected]),
         "split_errors": errors(split.gradients, ours.gradients),
         "apart": apart.losses[1],
-        "wanted_apart": plain_losses(reference, pieces[:2], 1, prompts[1])[0],
+        "wanted_apart": plain_losses(reference, packed_rows[:2], 1, prompts[1])[0],
         "alone": alone.losses[1],
         "scores": scores,
         "agreement": expected[1][2],
@@ -90,20 +93,20 @@ class Candidates(list[list[Example]]):
 
 
 def plain_losses(
-    model: Any, pieces: list[PackedRow], k: int, prompt_PH: Tensor
+    model: Any, packed_rows: list[PackedRow], k: int, prompt_PH: Tensor
 ) -> tuple[float, Tensor, float]:
     """Mean loss, its gradient, and agreement of one prompt, row by row, logits of all positions."""
     leaf = prompt_PH.clone().requires_grad_()
     words = model.get_input_embeddings()
     total, same, count = torch.zeros(()), 0, 0
-    for piece in (p for p in pieces if p.prompt == k):
-        row, start = torch.tensor(piece.example.input_ids), piece.example.target_start
+    for packed_row in (p for p in packed_rows if p.prompt == k):
+        row, start = torch.tensor(packed_row.example.input_ids), packed_row.example.target_start
         read = torch.cat([leaf, words(row)])[None]
         student = model(inputs_embeds=read).logits[0, len(leaf) + start - 1 : -1]
-        if piece.teacher is None:
+        if packed_row.teacher is None:
             total = total + cross_entropy(student, row[start:], reduction="sum")
         else:
-            target = plain_teacher(model, piece)
+            target = plain_teacher(model, packed_row)
             total = total + kl_div(
                 student.log_softmax(1), target.log_softmax(1), reduction="sum", log_target=True
             )
@@ -114,29 +117,29 @@ def plain_losses(
 
 
 @torch.no_grad()
-def plain_teacher(model: Any, piece: PackedRow) -> Tensor:
+def plain_teacher(model: Any, packed_row: PackedRow) -> Tensor:
     """Logits at a row's labels behind its teacher, read as one text of token ids."""
-    assert piece.teacher is not None
-    row, start = piece.example.input_ids, piece.example.target_start
-    ids = torch.tensor([[*piece.teacher.token_ids, *row[1:]]])
+    assert packed_row.teacher is not None
+    row, start = packed_row.example.input_ids, packed_row.example.target_start
+    ids = torch.tensor([[*packed_row.teacher.token_ids, *row[1:]]])
     logits: Tensor = model(input_ids=ids).logits[0, -(len(row) - start) - 1 : -1]
     return logits
 
 
 @torch.no_grad()
-def plain_past(model: Any, pieces: list[PackedRow], past: Tensor) -> float:
+def plain_past(model: Any, packed_rows: list[PackedRow], past: Tensor) -> float:
     """Mean divergence of a prompt of keys and values from its teacher, through a cache."""
     from transformers import DynamicCache
 
     total, count = 0.0, 0
-    for piece in (p for p in pieces if p.prompt == 2):
-        row, start = torch.tensor([piece.example.input_ids]), piece.example.target_start
+    for packed_row in (p for p in packed_rows if p.prompt == 2):
+        row, start = torch.tensor([packed_row.example.input_ids]), packed_row.example.target_start
         cache = DynamicCache()
         for layer in range(past.shape[1]):
             keys, values = past[:, layer].permute(1, 2, 0, 3)[:, None].unbind(0)
             cache.update(keys, values, layer)
         student = model(input_ids=row, past_key_values=cache).logits[0, start - 1 : -1]
-        target = plain_teacher(model, piece)
+        target = plain_teacher(model, packed_row)
         total += float(
             kl_div(student.log_softmax(1), target.log_softmax(1), reduction="sum", log_target=True)
         )

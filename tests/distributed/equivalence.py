@@ -49,22 +49,24 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
     module = engine.attach(base, loaded.policy)
     digest = base_digest(base)
 
-    pieces, prompts = problem()
-    ours = step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
-    split = step_gradients(engine, module, pieces, prompts, max_tokens=48)
-    alone = step_gradients(engine, module, pieces[:1], prompts, max_tokens=10_000)
+    packed_rows, prompts = problem()
+    ours = step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
+    split = step_gradients(engine, module, packed_rows, prompts, max_tokens=48)
+    alone = step_gradients(engine, module, packed_rows[:1], prompts, max_tokens=10_000)
     # Two ranks: on one all rows read virtual tokens, on the other only keys and values.
-    apart = step_gradients(engine, module, [pieces[6], pieces[2]], prompts, max_tokens=10_000)
+    apart = step_gradients(
+        engine, module, [packed_rows[6], packed_rows[2]], prompts, max_tokens=10_000
+    )
     gathered = engine.gathered_bytes
-    step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
+    step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
 
     poisoned = [p.clone() for p in prompts]
     if engine.rank == 1:
         poisoned[1][0, 0] = math.nan
-    nan = step_gradients(engine, module, pieces, poisoned, max_tokens=10_000)
+    nan = step_gradients(engine, module, packed_rows, poisoned, max_tokens=10_000)
 
     reference = plain_model(Path(folder), quantization)
-    expected = padded_peft(reference, pieces, prompts)
+    expected = padded_peft(reference, packed_rows, prompts)
     result: dict[str, Any] = {
         "losses": ours.losses,
         "expected_losses": [loss for loss, _ in expected],
@@ -73,7 +75,7 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
         "alone": [alone.losses[0], alone.skipped],
         "apart": [apart.losses, apart.skipped],
         "wanted_apart": [
-            loss for loss, _ in padded_peft(reference, [pieces[6], pieces[2]], prompts)
+            loss for loss, _ in padded_peft(reference, [packed_rows[6], packed_rows[2]], prompts)
         ],
         "nan_skipped": nan.skipped,
         "nan_gradients": [g is None for g in nan.gradients],
@@ -110,12 +112,12 @@ def problem() -> tuple[list[PackedRow], list[torch.Tensor]]:
 
 
 def padded_peft(
-    model: Any, pieces: list[PackedRow], prompts: list[torch.Tensor]
+    model: Any, packed_rows: list[PackedRow], prompts: list[torch.Tensor]
 ) -> list[tuple[float, torch.Tensor]]:
     """Loss and prompt gradient of PEFT's PeftModel on padded rows, one prompt after the other."""
     expected = []
     for k, prompt in enumerate(prompts):
-        rows = [piece.example for piece in pieces if piece.prompt == k]
+        rows = [packed_row.example for packed_row in packed_rows if packed_row.prompt == k]
         if not rows:
             continue
         kind = PromptTuningConfig if prompt.dim() == 2 else PrefixTuningConfig

@@ -60,8 +60,8 @@ def train_step(
     base = loaded.model
     module = engine.attach(base, loaded.policy)
     digest = base_digest(base)
-    pieces, prompts = problem(base.hidden_size)
-    step = step_gradients(engine, module, pieces, prompts, max_tokens=10_000)
+    packed_rows, prompts = problem(base.hidden_size)
+    step = step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
     nll = score(engine, module, prompts) if folder.name in SCORED else []
     matrices = [p for p in base.parameters() if p.ds_numel > 100]
     stored = {
@@ -115,8 +115,8 @@ def compare(
     folder: Path, quantization: str, losses: list[float], gradients: list[Any], stored: Any
 ) -> dict[str, Any]:
     model = plain_model(folder, quantization)
-    pieces, prompts = problem(model.get_input_embeddings().embedding_dim)
-    expected, wanted = row_by_row(model, pieces, prompts)
+    packed_rows, prompts = problem(model.get_input_embeddings().embedding_dim)
+    expected, wanted = row_by_row(model, packed_rows, prompts)
     if stored["nll"]:
         expected_nll = plain_likelihoods(model, prompts)
         apart = torch.tensor(stored.pop("nll")) - torch.tensor(expected_nll)

@@ -23,14 +23,14 @@ from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths, build_stream
-from trainer.packing.planning import plan_streams
+from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths, build_packed_batch
+from trainer.packing.planning import plan_batches
 from trainer.runtime.process import leave
 from trainer.training.step import step_gradients
 
 TABLE = "model.embed_tokens.weight"
 HIDDEN = 64
-MAX_TOKENS = 40  # several streams a rank
+MAX_TOKENS = 40  # several packed batches a rank
 #: name: settings of the base, of the engine
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "world": ({}, {}),
@@ -77,13 +77,15 @@ def one_way(
     ]
     lookups = engine.gathered_bytes - before
 
-    pieces, prompts = many()
+    packed_rows, prompts = many()
     before = engine.gathered_bytes
-    step = step_gradients(engine, base, pieces, prompts, MAX_TOKENS)
+    step = step_gradients(engine, base, packed_rows, prompts, MAX_TOKENS)
     gathered = engine.gathered_bytes - before
     rows = base.model.get_input_embeddings().rows
     ending = StopCriteria(open_base(settings).tokenizer, frozenset({1}))
-    inputs = [list(piece.example.input_ids[:5]) for piece in pieces[:5]]  # fewer than two each
+    inputs = [
+        list(packed_row.example.input_ids[:5]) for packed_row in packed_rows[:5]
+    ]  # fewer than two each
     return {
         "equal": equal,
         "lookup_bytes": lookups,
@@ -121,29 +123,29 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
 
 def many() -> tuple[list[PackedRow], list[Tensor]]:
     """So many labels in one step that, in the end, the head's table is fetched for them."""
-    pieces, prompts = problem()
-    return pieces * 6, prompts
+    packed_rows, prompts = problem()
+    return packed_rows * 6, prompts
 
 
-def streams(world_size: int) -> list[tuple[PackedBatch, ...]]:
-    """All ranks' streams of the step, those that they read together in one tuple."""
-    pieces, prompts = many()
+def batches(world_size: int) -> list[tuple[PackedBatch, ...]]:
+    """All ranks' packed batches of the step, those that they read together in one tuple."""
+    packed_rows, prompts = many()
     lengths = PromptLengths.of(prompts)
-    plan = plan_streams(pieces, lengths.tokens, world_size, MAX_TOKENS)
+    plan = plan_batches(packed_rows, lengths.tokens, world_size, MAX_TOKENS)
     return [
-        tuple(build_stream(stream, lengths.tokens, lengths.past) for stream in together)
+        tuple(build_packed_batch(batch, lengths.tokens, lengths.past) for batch in together)
         for together in zip(*plan, strict=True)
     ]
 
 
 def words(world_size: int) -> list[tuple[Tensor, ...]]:
     """Ids of each lookup."""
-    return [tuple(stream.token_ids_T for stream in together) for together in streams(world_size)]
+    return [tuple(batch.token_ids_T for batch in together) for together in batches(world_size)]
 
 
 def labels(world_size: int) -> list[tuple[int, ...]]:
-    """How many label positions each rank has in each stream."""
-    return [tuple(len(stream.labels_N) for stream in together) for together in streams(world_size)]
+    """How many label positions each rank has in each packed batch."""
+    return [tuple(len(batch.labels_N) for batch in together) for together in batches(world_size)]
 
 
 def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Tensor) -> int:
@@ -160,19 +162,19 @@ def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Te
 
 
 def fetches_table(
-    streams: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase
+    batches: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase
 ) -> bool:
-    """Whether a rank's labels of a whole step would move more than the table, but no stream's."""
+    """Whether the labels of a step exceed the table, but those of no packed batch do."""
     first = rank // ranks * ranks
-    moved = [2 * ranks * max(counts[first : first + ranks]) * HIDDEN * 4 for counts in streams]
+    moved = [2 * ranks * max(counts[first : first + ranks]) * HIDDEN * 4 for counts in batches]
     return max(moved) < base.model.get_output_embeddings().table_bytes < sum(moved)
 
 
-def head_bytes(streams: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase) -> int:
+def head_bytes(batches: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase) -> int:
     """What a rank receives for the losses: facts, hidden states and labels, sums; or the table."""
     head = base.model.get_output_embeddings()
     first, total, moved = rank // ranks * ranks, 0, 0
-    for counts in streams:
+    for counts in batches:
         most = max(counts[first : first + ranks])
         total += (ranks - 1) * 3 * 8
         moved += 2 * ranks * most * HIDDEN * 4

@@ -1,4 +1,4 @@
-"""Rank program: streams that do not fit, with an allocator that fails on demand.
+"""Rank program: packed batches that do not fit, with an allocator that fails on demand.
 
 python -m tests.distributed.out_of_memory OUT.json BASE SHARD_GROUP ...
 """
@@ -42,18 +42,18 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
     assert placement is not None
     module = engine.attach(base, loaded.policy, placement.kept_bytes)
     digest = base_digest(base)
-    pieces, prompts = problem()
+    rows, prompts = problem()
     for _ in range(2):  # DeepSpeed learns the order of layers
-        expected = step_gradients(engine, module, pieces, prompts, TOKENS)
-    mine = sum(len(piece.example.input_ids) for piece in pieces) // engine.world_size
+        expected = step_gradients(engine, module, rows, prompts, TOKENS)
+    mine = sum(len(row.example.input_ids) for row in rows) // engine.world_size
     ways: dict[str, Any] = {}
     for way, backward in (("forward", False), ("backward", True)):
         # Half of this rank's tokens fit; on other ranks than the first, everything does.
         limit = int(0.8 * mine) if engine.rank == 0 or shard_group > 1 else TOKENS
         try:
             with scarce(base, limit, backward):
-                gradients = step_gradients(engine, module, pieces, prompts, TOKENS)
-            after = step_gradients(engine, module, pieces, prompts, TOKENS)
+                gradients = step_gradients(engine, module, rows, prompts, TOKENS)
+            after = step_gradients(engine, module, rows, prompts, TOKENS)
             ways[way] = {
                 "losses": [gradients.losses, expected.losses],
                 "splits": [gradients.splits, after.splits],

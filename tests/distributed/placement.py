@@ -55,11 +55,11 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
     assert placement is not None
     module = engine.attach(base, loaded.policy, placement.kept_bytes if kept is None else kept)
     digest = base_digest(base)
-    pieces, prompts = problem()
+    packed_rows, prompts = problem()
     gathered, exchanged = [], []
-    for max_tokens in (10_000, 24, 24):  # 24: several streams a rank
+    for max_tokens in (10_000, 24, 24):  # 24: several packed batches a rank
         before, rows = engine.gathered_bytes, engine.exchanged_bytes
-        result = step_gradients(engine, module, pieces, prompts, max_tokens=max_tokens)
+        result = step_gradients(engine, module, packed_rows, prompts, max_tokens=max_tokens)
         exchanged.append(engine.exchanged_bytes - rows)
         gathered.append(engine.gathered_bytes - before - exchanged[-1])
     group = next(base.parameters()).ds_process_group  # type: ignore[attr-defined]

@@ -44,7 +44,9 @@ def test_a_prompt_in_a_bank_of_nine_equals_the_same_alone(
     result = one_and_two_ranks[ranks - 1]
     assert result["errors"].keys() == {prompt["name"] for prompt in PROMPTS}
     assert max(result["errors"].values()) < 1e-5, result["errors"]
-    if ranks == 2:  # one step of all prompts gathers the base once per stream, not once per prompt
+    if (
+        ranks == 2
+    ):  # one step of all prompts gathers the base once per packed batch, not once per prompt
         assert 0 < result["gathered"] < result["gathered_alone"]
 
 

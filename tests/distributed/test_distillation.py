@@ -25,7 +25,7 @@ def test_loss_and_gradient_are_those_of_two_plain_forwards(two: dict[str, Any]) 
     assert max(two["gradient_errors"]) < 1e-5
 
 
-def test_any_split_into_streams_gives_the_same_gradient(two: dict[str, Any]) -> None:
+def test_any_split_into_batches_gives_the_same_gradient(two: dict[str, Any]) -> None:
     assert max(two["split_errors"]) < 1e-5
 
 

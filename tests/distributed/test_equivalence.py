@@ -36,7 +36,7 @@ class TestEquivalence:
         assert measured["losses"] == pytest.approx(measured["expected_losses"], abs=1e-5)
         assert max(measured["gradient_errors"]) < 1e-5
 
-    def test_any_split_into_streams_gives_the_same_gradient(self, measured: Any) -> None:
+    def test_any_split_into_batches_gives_the_same_gradient(self, measured: Any) -> None:
         assert max(measured["split_errors"]) < 1e-5
 
     @pytest.mark.fault("ranks with unequal numbers of rows, or none")

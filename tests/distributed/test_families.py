@@ -33,5 +33,5 @@ def test_sharded_equals_plain(result: dict[str, Any], case: str) -> None:
 
 @pytest.mark.parametrize("case", SCORED)
 def test_candidates_are_scored_as_by_transformers(result: dict[str, Any], case: str) -> None:
-    """On 2 ranks, which read unequal numbers of rows in several streams."""
+    """On 2 ranks, which read unequal numbers of rows in several packed batches."""
     assert result[case]["nll_error"] < 2e-5

@@ -1,4 +1,4 @@
-"""A stream that does not fit is cut in two where that is sound, and told about where it is not."""
+"""A packed batch that does not fit is split in two where that is sound, else reported."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(results: Any, ranks: i
 
 
 def test_ranks_that_share_a_copy_are_told_the_remedy(results: Any) -> None:
-    """Others wait in this stream's gathers: nobody can go back alone."""
+    """Others wait in this packed batch's gathers: nobody can go back alone."""
     result = results(2)["2"]
     assert "set training.micro_batch_tokens=" in result["ways"]["forward"]["refusal"]

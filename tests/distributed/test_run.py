@@ -135,7 +135,7 @@ def test_one_rank_and_two_agree(two_ranks: Path, one_rank: Path) -> None:
         assert loss == pytest.approx(one["prompts"][name]["validation_loss"], abs=1e-3)
 
 
-def test_streams_are_as_long_as_a_step_needs(two_ranks: Path, one_rank: Path) -> None:
+def test_batches_are_as_long_as_a_step_needs(two_ranks: Path, one_rank: Path) -> None:
     given, automatic = summary(two_ranks)["memory"], summary(one_rank)["memory"]
     assert given["stream_tokens"] == 300
     assert 2 * 512 < automatic["stream_tokens"] < 4 * 512  # two prompts, one rank
@@ -296,7 +296,7 @@ def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
     losses, expected = step_losses(output), step_losses(one_rank)
     assert len(losses) == 3 * STEPS  # three prompts
     assert [line[:2] for line in losses] == [line[:2] for line in expected]
-    # Free memory decides how long streams are, and so in which order rows are summed.
+    # Free memory decides how long packed batches are, and so in which order rows are summed.
     near = pytest.approx([loss for *_, loss in expected], rel=1e-5)
     assert [loss for *_, loss in losses] == near
     # One rank alone has its shard at hand, and nothing to fetch; an offloaded one has.

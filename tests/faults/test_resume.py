@@ -105,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def killed(runs: Runs) -> subprocess.CompletedProcess[str]:
-    """kill -9 in the second stream of step 5, then the same command again, at once."""
+    """kill -9 in the second packed batch of step 5, then the same command again, at once."""
     killed = runs.start("killed", where="5:2")
     assert killed.returncode == -9, killed.stdout + killed.stderr
     assert (runs.folder / "killed" / LOCK).exists()
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> 
     assert killed.returncode == 0, killed.stdout + killed.stderr
     assert f"resuming from step 4/{STEPS}" in killed.stdout
     steps = [note for note in runs.notes("whole") if "step" in note]
-    assert all(note["streams"] > 2 for note in steps), "nothing is accumulated here"
+    assert all(note["batches"] > 2 for note in steps), "nothing is accumulated here"
     assert all(cursor["epoch"] == 0 for cursor in runs.end("whole")[1]["loop"]["feed"])
     assert runs.rows("killed") == runs.rows("whole")
     counts = Counter((step, *row) for step, rows in runs.rows("killed").items() for row in rows)

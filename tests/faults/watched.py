@@ -2,7 +2,7 @@
 
 Rank 0 writes down the rows of every step as all ranks read them, what the base is before and after
 each, and whether it has gradients. ``WHERE`` is where every rank kills itself, as kill -9 does:
-``STEP:STREAM``, or ``never``.
+``STEP:BATCH``, or ``never``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Watch:
         self.notes = notes
         self.die_at = None if where == "never" else tuple(map(int, where.split(":")))
         self.loop: Loop | None = None
-        self.streams = 0
+        self.batches = 0
 
     def note(self, **what: Any) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -52,8 +52,8 @@ class Watch:
 
         if not torch.is_grad_enabled() or self.loop is None:
             return
-        self.streams += 1
-        if self.die_at == (self.loop.progress.step + 1, self.streams):
+        self.batches += 1
+        if self.die_at == (self.loop.progress.step + 1, self.batches):
             # What this test is about is the checkpoint before, which a thread writes.
             every = self.loop.config.checkpoint.every
             last = self.loop.progress.step // every * every
@@ -75,11 +75,11 @@ def main(arguments: Sequence[str]) -> int:
         watch.note_base()
 
     def watched_batch(loop: Loop, lengths: Any) -> Any:
-        batch, waited = next_batch(loop, lengths)
-        rows = [(piece.prompt, int(piece.example.row)) for piece in batch.pieces]
-        watch.note(step=loop.progress.step + 1, rows=rows, streams=len(batch.plan))
-        watch.streams = 0
-        return batch, waited
+        step_batch, waited = next_batch(loop, lengths)
+        rows = [(packed_row.prompt, int(packed_row.example.row)) for packed_row in step_batch.rows]
+        watch.note(step=loop.progress.step + 1, rows=rows, batches=len(step_batch.plan))
+        watch.batches = 0
+        return step_batch, waited
 
     def watched_gradients(*given: Any) -> Any:
         result = gradients(*given)

@@ -1,4 +1,4 @@
-"""How long streams are follows from one memory model and what is free."""
+"""How long packed batches are follows from one memory model and what is free."""
 
 from __future__ import annotations
 
@@ -51,19 +51,23 @@ def test_rows_are_counted_with_their_prompt() -> None:
     assert row_sizes([], 100) == RowSizes()
 
 
-def test_a_stream_fills_the_room_and_no_more() -> None:
+def test_a_packed_batch_fills_the_room_and_no_more() -> None:
     for checkpointing in (False, True):
         tokens = MEMORY.tokens(40 * GB, checkpointing)
-        assert MEMORY.stream(tokens, checkpointing) <= 40 * GB
-        assert MEMORY.stream(tokens + 2, checkpointing) > 40 * GB
+        assert MEMORY.batch_bytes(tokens, checkpointing) <= 40 * GB
+        assert MEMORY.batch_bytes(tokens + 2, checkpointing) > 40 * GB
     assert MEMORY.tokens(0, False) == LEAST_TOKENS
 
 
 @pytest.mark.parametrize(
     ("room", "tokens", "checkpointing"),
     [
-        (200, 10_000, False),  # all of a step in one stream
-        (20, MEMORY.tokens(20 * GB, False), False),  # shorter streams, still worth their gathers
+        (200, 10_000, False),  # all of a step in one packed batch
+        (
+            20,
+            MEMORY.tokens(20 * GB, False),
+            False,
+        ),  # shorter packed batches, still worth their gathers
         (8, 10_000, True),  # 2,048 tokens do not fit unless layers are recomputed
         (1, MEMORY.tokens(1 * GB, True), True),
     ],

@@ -27,12 +27,12 @@ def rows_read(folder: Path, prompts: Sequence[dict[str, Any]], steps: int) -> li
         if step == steps // 2:
             saved, feed = json.loads(json.dumps(feed.state_dict())), BatchSource(config, tasks)
             feed.load_state_dict(saved)
-        pieces = feed.next_step([True] * len(prompts))
-        assert [piece.slot for piece in pieces] == list(range(len(pieces)))
+        packed_rows = feed.next_step([True] * len(prompts))
+        assert [packed_row.slot for packed_row in packed_rows] == list(range(len(packed_rows)))
         of: dict[str, list[Any]] = {prompt["name"]: [] for prompt in prompts}
-        for piece in pieces:
-            assert piece.prompt is not None
-            of[prompts[piece.prompt]["name"]].append(piece.example)
+        for packed_row in packed_rows:
+            assert packed_row.prompt is not None
+            of[prompts[packed_row.prompt]["name"]].append(packed_row.example)
         read.append(of)
     return read
 

@@ -379,13 +379,13 @@ def test_a_union_takes_each_of_its_values(run_file, value, expected):
 
 
 @pytest.mark.parametrize("value", ["auto", 4096])
-def test_tokens_of_a_stream(run_file, value):
+def test_tokens_of_a_packed_batch(run_file, value):
     run = load(run_file(), [f"training.micro_batch_tokens={value}"])
     assert run.training.micro_batch_tokens == value
 
 
 @pytest.mark.parametrize("value", ["0", "-2", "true", "many", "2.5", "null"])
-def test_other_tokens_of_a_stream_are_refused(run_file, value):
+def test_other_tokens_of_a_packed_batch_are_refused(run_file, value):
     (problem,) = problems_of(run_file(), f"training.micro_batch_tokens={value}")
     assert "training.micro_batch_tokens: " in problem
     assert "is not auto or a number of tokens" in problem

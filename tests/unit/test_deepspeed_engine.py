@@ -38,7 +38,7 @@ def test_a_rank_tries_again_alone_only_once_training_is_traced() -> None:
     engine._zero = SimpleNamespace(get_param_coordinator=lambda: coordinator, module="base")
     engine._traced = False
     assert not engine.recover()
-    engine.trained_stream()
+    engine.note_trained_batch()
     assert engine.recover()
     assert released == ["base"]
     engine._group_size = 2

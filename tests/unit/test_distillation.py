@@ -29,7 +29,7 @@ from trainer.config import load
 from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
 from trainer.model.layers.lm_head import FrozenHead, VocabBlock
-from trainer.packing.packed_batch import PackedRow, build_stream, build_teacher_stream
+from trainer.packing.packed_batch import PackedRow, build_packed_batch, build_teacher_batch
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,23 +132,23 @@ def test_a_shared_head_gives_the_same(
 def test_rows_behind_their_teacher() -> None:
     one, other = Teacher(0, (1, 20, 21, 22), 1), Teacher(1, (1, 30), 1)
     rows = [Example.with_target((1, *range(5 + i, 10 + i)), 4, i) for i in range(3)]
-    pieces = [
+    packed_rows = [
         PackedRow(rows[0], 0, 0, teacher=other),
         PackedRow(rows[1], 1, 1),
         PackedRow(rows[2], 0, 2),
     ]
-    pieces[2] = PackedRow(rows[2], 0, 2, teacher=one)
-    stream, taught = build_stream(pieces, [2, 3]), build_teacher_stream(pieces)
-    assert stream.distilled_D is not None
-    assert stream.distilled_D.tolist() == [0, 1, 4, 5]
+    packed_rows[2] = PackedRow(rows[2], 0, 2, teacher=one)
+    batch, distilled = build_packed_batch(packed_rows, [2, 3]), build_teacher_batch(packed_rows)
+    assert batch.distilled_D is not None
+    assert batch.distilled_D.tolist() == [0, 1, 4, 5]
     # Teachers stand in front once, in the order of their indices; rows lose their special token.
-    assert [segment.length for segment in taught.segments] == [4, 2, 5, 5]
-    assert taught.token_ids_T.tolist() == [0] * 6 + [5, 6, 7, 8, 9] + [7, 8, 9, 10, 11]
-    assert taught.labels_N.tolist() == stream.labels_N[stream.distilled_D].tolist()
-    assert taught.position_ids_T[6:].tolist() == [2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
-    alone = build_teacher_stream(pieces[1:2])
+    assert [segment.length for segment in distilled.segments] == [4, 2, 5, 5]
+    assert distilled.token_ids_T.tolist() == [0] * 6 + [5, 6, 7, 8, 9] + [7, 8, 9, 10, 11]
+    assert distilled.labels_N.tolist() == batch.labels_N[batch.distilled_D].tolist()
+    assert distilled.position_ids_T[6:].tolist() == [2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+    alone = build_teacher_batch(packed_rows[1:2])
     assert alone.label_slot_N.tolist() == [-1, -1]
-    none = build_stream(pieces[1:2], [2, 3]).distilled_D
+    none = build_packed_batch(packed_rows[1:2], [2, 3]).distilled_D
     assert none is not None
     assert none.tolist() == []
 

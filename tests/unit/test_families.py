@@ -38,7 +38,7 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_skeleton
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, find_sources
-from trainer.packing.packed_batch import Segment, build_stream
+from trainer.packing.packed_batch import Segment, build_packed_batch
 from trainer.runtime.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -54,12 +54,12 @@ def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
-    """Mean loss per label of each prompt and its gradient, from one stream."""
-    pieces, prompts = problem(base.hidden_size)
+    """Mean loss per label of each prompt and its gradient, from one packed batch."""
+    packed_rows, prompts = problem(base.hidden_size)
     leaves = [prompt.requires_grad_() for prompt in prompts]
-    stream = build_stream(pieces, [len(leaf) for leaf in leaves])
-    nll_N = base(stream, leaves)
-    losses = torch.stack([nll_N[stream.label_prompt_N == k].mean() for k in range(len(leaves))])
+    batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
+    nll_N = base(batch, leaves)
+    losses = torch.stack([nll_N[batch.label_prompt_N == k].mean() for k in range(len(leaves))])
     losses.sum().backward()
     return losses.tolist(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -76,21 +76,21 @@ class TestFamily:
     ) -> None:
         base = load(family(case), quantization, checkpointing)
         losses, gradients = packed(base)
-        pieces, prompts = problem(base.hidden_size)
-        expected, wanted = row_by_row(plain_model(family(case), quantization), pieces, prompts)
+        packed_rows, prompts = problem(base.hidden_size)
+        expected, wanted = row_by_row(plain_model(family(case), quantization), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         assert max(errors(gradients, wanted)) < 1e-5
 
     def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str) -> None:
         base = load(family(case), "int8")
-        pieces, prompts = problem(base.hidden_size)
+        packed_rows, prompts = problem(base.hidden_size)
         prompts[0].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
-        stream = build_stream(pieces, [len(leaf) for leaf in leaves])
-        nll_N = base(stream, leaves)
+        batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
+        nll_N = base(batch, leaves)
         nll_N.sum().backward()
-        assert nll_N[stream.label_prompt_N == 0].isnan().all()
-        assert nll_N[stream.label_prompt_N == 1].isfinite().all()
+        assert nll_N[batch.label_prompt_N == 0].isnan().all()
+        assert nll_N[batch.label_prompt_N == 1].isfinite().all()
         gradient = leaves[1].grad
         assert gradient is not None
         assert gradient.isfinite().all()
@@ -118,8 +118,8 @@ class TestFamily:
     def test_decoding_equals_plain(self, family: Any, case: str) -> None:
         """Two rows of different lengths behind a prompt, padded on the left, two steps."""
         base, model = load(family(case), "none", True), plain_model(family(case), "none")
-        pieces, prompts = problem(base.hidden_size)
-        rows = [list(piece.example.input_ids) for piece in pieces[:2]]
+        packed_rows, prompts = problem(base.hidden_size)
+        rows = [list(packed_row.example.input_ids) for packed_row in packed_rows[:2]]
         longest, prompt = max(map(len, rows)), prompts[1]
         pads = [longest - len(row) for row in rows]
         ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
@@ -165,9 +165,9 @@ class TestPaddedFallback:
             return forward(x, labels_N)
 
         monkeypatch.setattr(head, "forward", note)
-        pieces, _ = problem(base.hidden_size)
+        packed_rows, _ = problem(base.hidden_size)
         packed(base)
-        assert read == [sum(piece.example.num_labels for piece in pieces)]
+        assert read == [sum(packed_row.example.num_labels for packed_row in packed_rows)]
 
     def test_layout(self) -> None:
         """A prompt of 2; a row of 3 behind it; a row of 4 behind nothing."""
@@ -264,8 +264,8 @@ class TestCheckpointLayouts:
         make_tokenizer().save_pretrained(tmp_path)
         base = load(tmp_path, "none")
         losses, gradients = packed(base)
-        pieces, prompts = problem(base.hidden_size)
-        expected, wanted = row_by_row(model, pieces, prompts)
+        packed_rows, prompts = problem(base.hidden_size)
+        expected, wanted = row_by_row(model, packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         assert max(errors(gradients, wanted)) < 1e-5
 

@@ -29,7 +29,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
-def test_segments_cover_the_stream() -> None:
+def test_segments_cover_the_packed_batch() -> None:
     assert sum(segment.length for segment in SEGMENTS) == TOKENS
 
 
@@ -66,7 +66,7 @@ def test_a_diverged_prompt_harms_no_other(lost: int) -> None:
     wanted, wanted_gradients = attended(True, clean, SCORES["plain"])
     leaves = tensors(2)
     with torch.no_grad():
-        if lost == 0:  # the first prompt, which stands in the stream
+        if lost == 0:  # the first prompt, which stands in the packed batch
             leaves[1][:, :, 2] = torch.nan
             readers = [*range(5), *range(8, 15), *range(195, 201)]
         else:  # the second prefix
@@ -90,7 +90,7 @@ def compiled(function: Callable[..., Any], _: str) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "case", ["llama", "gemma2", "falcon-alibi", "gptj", "gpt_oss", "deepseek_v2"]
 )
-def test_models_read_a_stream_alike(
+def test_models_read_a_packed_batch_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Through whole models, recomputed in backward: two prompts of tokens, and two prefixes."""
@@ -101,10 +101,10 @@ def test_models_read_a_stream_alike(
     base = load_whole(save_family(tmp_path, case), "int8", checkpointing=True)
     rows, soft = problem(base.hidden_size)
     prompts = soft if case in WITHOUT else [*soft, *pasts(base)]
-    pieces = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
-    wanted, wanted_gradients = packed(base, pieces, prompts)
+    packed_rows = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]
+    wanted, wanted_gradients = packed(base, packed_rows, prompts)
     base.flex = True
-    losses, gradients = packed(base, pieces, prompts)
+    losses, gradients = packed(base, packed_rows, prompts)
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert max(errors(gradients, wanted_gradients)) < 1e-5
 

@@ -15,7 +15,7 @@ from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
-from trainer.distributed.prefetch import prepare_stream
+from trainer.distributed.prefetch import prepare_batch
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
@@ -25,7 +25,7 @@ from trainer.prompts.init_search import SearchResult
 from trainer.prompts.parameter_groups import Unsearched
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer
-from trainer.training.step import stream_objective
+from trainer.training.step import batch_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = ["prompts.triage.seed=3", "training.tokens_per_step=200", "base.quantization=none"]
@@ -40,7 +40,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size, splits=["train"])
     base, output = load_whole(ROOT / "examples" / "tiny_base", "none"), io.StringIO()
-    # So short that the rows of one start are in several streams.
+    # So short that the rows of one start are in several packed batches.
     evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(150))  # type: ignore[arg-type]
     screening = LossInitScorer(config, tasks, evaluator, Console(output, output))
     texts = ("an illness?", "medicine?", "test?", "broken")
@@ -69,16 +69,16 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     assert totals == [sum(done)], "the bar ends where all rows are read"
     assert sum(done) == 4 * len(BatchSource(config, tasks).next_step([True, True]))
     assert [word for ids in looked_up for word in ids] == [w for _, words in asked for w in words]
-    assert len(looked_up) == len(asked), "a portion has no more starts than fit into a stream"
+    assert len(looked_up) == len(asked), "a portion has no more starts than fit into a packed batch"
     expected = []
     for i, words in asked[:-2]:
         on = [n == i for n in range(2)]
-        rows = [piece.example for piece in BatchSource(config, tasks).next_step(on)]
-        pieces = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
+        rows = [packed_row.example for packed_row in BatchSource(config, tasks).next_step(on)]
+        packed_rows = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
         start = base(torch.tensor(words), []).detach()
-        stream = prepare_stream(pieces, PromptLengths.of([start]), Alone().device)
+        batch = prepare_batch(packed_rows, PromptLengths.of([start]), Alone().device)
         with torch.no_grad():
-            loss, _ = stream_objective(base, stream, [start], [sum(r.num_labels for r in rows)])
+            loss, _ = batch_objective(base, batch, [start], [sum(r.num_labels for r in rows)])
         expected.append(float(loss))
     assert len(set(expected)) == 6
     assert losses[:-2] == pytest.approx(expected, rel=1e-4)
@@ -88,7 +88,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     wider = LossInitScorer(config, tasks, evaluator, Console(output, output))
     looked_up.clear()
     assert wider.losses(asked, embed)[:-2] == pytest.approx(expected, rel=1e-4)
-    assert 1 < len(looked_up) < len(asked), "several starts in a stream"
+    assert 1 < len(looked_up) < len(asked), "several starts in a packed batch"
 
     screening.say(0, SearchResult((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
     screening.say(1, Unsearched((1, 2), "the task's choices", 6), "plants meat")

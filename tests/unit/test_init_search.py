@@ -85,7 +85,7 @@ def test_what_is_best_from_the_start_stays() -> None:
 
 
 def test_which_parent_is_the_best_has_no_say_in_the_children() -> None:
-    """Losses that differ in their last digits, as those of other streams do, lead to one end."""
+    """Losses that differ in their last digits give the same result."""
     good = [words for _, words in BEGIN_WITH]
 
     def asked_where(better: Words) -> list[Words]:

@@ -32,16 +32,16 @@ class Knows:
         self.packed = packed
         self._tokenizer = tokenizer
 
-    def __call__(self, stream: PackedBatch, _: Any) -> Tensor:
-        labels = zip(stream.label_positions_N.tolist(), stream.labels_N.tolist(), strict=True)
-        return torch.tensor([self._nll(stream, place, label) for place, label in labels])
+    def __call__(self, batch: PackedBatch, _: Any) -> Tensor:
+        labels = zip(batch.label_positions_N.tolist(), batch.labels_N.tolist(), strict=True)
+        return torch.tensor([self._nll(batch, place, label) for place, label in labels])
 
-    def _nll(self, stream: PackedBatch, place: int, label: int) -> float:
-        segment = next(s for s in stream.segments if 0 <= place - s.start < s.length)
+    def _nll(self, batch: PackedBatch, place: int, label: int) -> float:
+        segment = next(s for s in batch.segments if 0 <= place - s.start < s.length)
         ids: list[int] = []
         for prefix in segment.prefixes:
-            ids += stream.token_ids_T[prefix.start : prefix.start + prefix.length].tolist()
-        ids += stream.token_ids_T[segment.start : place + 1].tolist()
+            ids += batch.token_ids_T[prefix.start : prefix.start + prefix.length].tolist()
+        ids += batch.token_ids_T[segment.start : place + 1].tolist()
         text, *written = self._tokenizer.convert_ids_to_tokens(ids)
         answer = [*ANSWERS[text].split(), "hi", "hi", "hi"]
         likely = self._tokenizer.convert_tokens_to_ids(answer[len(written)])

@@ -20,12 +20,12 @@ from benchmarks.learning.report import best_rate, plot, reached, summary, table
 from tests.alone import Alone
 from tests.whole_base import load_whole
 from trainer.config import load
-from trainer.distributed.prefetch import prepare_stream
+from trainer.distributed.prefetch import prepare_batch
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths
-from trainer.training.step import stream_objective
+from trainer.training.step import batch_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = benchmark.BUDGET | {"tasks": ["triage", "codegen"], "validation_rows": 6}
@@ -50,15 +50,15 @@ def peer(data: peers.Data, arm: str, task: str) -> tuple[Any, torch.Tensor, peer
 
 @pytest.mark.parametrize("arm", ["prompt tuning, text", "p-tuning"])
 def test_both_sides_train_on_the_same_loss(data: peers.Data, arm: str) -> None:
-    """PEFT on padded rows and our packed stream, from one prompt, on the first update's rows."""
+    """PEFT on padded rows and our packed batch, from one prompt, on the first update's rows."""
     model, prompt, job = peer(data, arm, "triage")
     rows = next(data.updates(job.task, job.seed))
     assert len(rows) > 5
     theirs = peers.mean_loss(model, rows)
-    pieces = [PackedRow(row, 0, i) for i, row in enumerate(rows)]
-    stream = prepare_stream(pieces, PromptLengths.of([prompt]), torch.device("cpu"))
+    packed_rows = [PackedRow(row, 0, i) for i, row in enumerate(rows)]
+    batch = prepare_batch(packed_rows, PromptLengths.of([prompt]), torch.device("cpu"))
     base = load_whole(ROOT / data.folder, "none")
-    loss, _ = stream_objective(base, stream, [prompt], [sum(row.num_labels for row in rows)])
+    loss, _ = batch_objective(base, batch, [prompt], [sum(row.num_labels for row in rows)])
     assert float(loss) == pytest.approx(float(theirs.detach()), abs=1e-5)
 
 
@@ -78,7 +78,11 @@ def test_rows_are_those_of_our_prompt(data: peers.Data) -> None:
     feed = BatchSource(data.config, data.tasks)
     k = data.config.prompts.index(settings)
     for rows in itertools.islice(data.updates("triage", 1), 3):
-        ours = [piece.example.row for piece in feed.next_step([True] * 12) if piece.prompt == k]
+        ours = [
+            packed_row.example.row
+            for packed_row in feed.next_step([True] * 12)
+            if packed_row.prompt == k
+        ]
         assert [row.row for row in rows] == ours
 
 

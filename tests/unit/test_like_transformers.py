@@ -52,7 +52,7 @@ from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import PackedRow, build_stream
+from trainer.packing.packed_batch import PackedRow, build_packed_batch
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
@@ -113,7 +113,7 @@ def digests_of_theirs(modules: dict[str, Any]) -> dict[str, str]:
 
 def our_loss(base: PromptedBase, row: Example) -> float:
     with torch.no_grad():
-        return float(base(build_stream([PackedRow(row, None, 0)], []), []).mean())
+        return float(base(build_packed_batch([PackedRow(row, None, 0)], []), []).mean())
 
 
 def assert_alike(folder: Path, *, writes: bool = True) -> bool:

@@ -60,7 +60,7 @@ class OneRank:
 
     def end_step(self) -> None: ...
 
-    def trained_stream(self) -> None: ...
+    def note_trained_batch(self) -> None: ...
 
     def peak_bytes(self) -> int:
         return 0
@@ -70,7 +70,7 @@ class ToyBase(nn.Module):
     """A label's loss is how far its prompt's virtual tokens are from its word's embedding.
 
     Attributes:
-        read: (step, in training, prompts of the stream) of every forward.
+        read: (step, in training, prompts of the packed batch) of every forward.
     """
 
     packed = True
@@ -80,12 +80,12 @@ class ToyBase(nn.Module):
         self.read: list[tuple[int, bool, list[int]]] = []
         self.loop: Loop | None = None
 
-    def forward(self, stream: PackedBatch, virtual_tokens: list[Tensor]) -> Tensor:
+    def forward(self, batch: PackedBatch, virtual_tokens: list[Tensor]) -> Tensor:
         assert self.loop is not None
         step = self.loop.progress.step
-        self.read.append((step, torch.is_grad_enabled(), [k for k, _ in stream.prompts]))
+        self.read.append((step, torch.is_grad_enabled(), [k for k, _ in batch.prompts]))
         losses = []
-        for k, label in zip(stream.label_prompt_N.tolist(), stream.labels_N.tolist(), strict=True):
+        for k, label in zip(batch.label_prompt_N.tolist(), batch.labels_N.tolist(), strict=True):
             if k < 0:
                 losses.append(torch.tensor(1.0))
             else:
@@ -189,7 +189,7 @@ def test_a_prompt_ends_at_its_own_step_and_costs_nothing_further(tmp_path):
     assert toy.stopped == {"short": (3, "finished"), "long": (8, "finished")}
     train = [prompts for _, training, prompts in toy.base.read if training]
     assert train[:3] == [[0, 1]] * 3
-    assert train[3:] == [[1]] * 5, "rows and virtual tokens have left the streams"
+    assert train[3:] == [[1]] * 5, "rows and virtual tokens have left the packed batches"
     validated = {(step, k) for step, training, p in toy.base.read for k in p if not training}
     assert validated == {(3, 0), (4, 1), (8, 1)}
     # Losses, splits, stops, gradients.

@@ -70,10 +70,10 @@ def test_a_run_ends_as_on_the_cpu(results: Any) -> None:
 
 
 def test_a_step_waits_once_and_once_per_prompt(results: Any) -> None:
-    """For what all its streams found, however many, and for the norm of each prompt's gradient.
+    """Once for the sums of all packed batches, and once for the norm of each prompt's gradient.
 
     Ranks that share the head or the embeddings also tell each other what they will send.
     """
     run = results["run"]
-    assert run["streams"] > 1
+    assert run["batches"] > 1
     assert run["waits"] == [1 + len(run["prompts"])] * len(run["waits"])

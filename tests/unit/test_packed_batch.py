@@ -1,4 +1,4 @@
-"""Plans of a step: as few streams as there must be, full ones, alike on all ranks."""
+"""Plans of a step: as few packed batches as there must be, full ones, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from hypothesis import strategies as st
 
 from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.tokenization.tokenize import Example
-from trainer.packing.packed_batch import PackedRow, Segment, build_stream
-from trainer.packing.planning import SLACK, plan_streams
+from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
+from trainer.packing.planning import SLACK, plan_batches
 
 P = 20
 
 
-def pieces_of(lengths: list[int], prompts: list[int | None]) -> list[PackedRow]:
+def rows_of(lengths: list[int], prompts: list[int | None]) -> list[PackedRow]:
     examples = [Example.with_target((1,) * n, 0, i) for i, n in enumerate(lengths)]
     return [PackedRow(e, prompts[i % len(prompts)], i) for i, e in enumerate(examples)]
 
 
-def tokens(stream: list[PackedRow], lengths: list[int]) -> int:
-    prompts = {piece.prompt for piece in stream if piece.prompt is not None}
-    return sum(piece.example.num_tokens for piece in stream) + sum(lengths[k] for k in prompts)
+def tokens(batch: list[PackedRow], lengths: list[int]) -> int:
+    prompts = {packed_row.prompt for packed_row in batch if packed_row.prompt is not None}
+    return sum(packed_row.example.num_tokens for packed_row in batch) + sum(
+        lengths[k] for k in prompts
+    )
 
 
 @settings(deadline=None)
@@ -35,39 +37,39 @@ def tokens(stream: list[PackedRow], lengths: list[int]) -> int:
     st.integers(1, 300),
 )
 def test_no_row_is_lost_and_ranks_are_in_step(lengths, prompts, num_ranks, budget):
-    pieces, virtual = pieces_of(lengths, prompts), [7, 0, 3]
-    plan = plan_streams(pieces, virtual, num_ranks, budget)
-    assert len({len(streams) for streams in plan}) == 1
+    packed_rows, virtual = rows_of(lengths, prompts), [7, 0, 3]
+    plan = plan_batches(packed_rows, virtual, num_ranks, budget)
+    assert len({len(batches) for batches in plan}) == 1
     assert len(plan) == num_ranks
-    real = [p.slot for streams in plan for s in streams for p in s if not p.filler]
-    assert sorted(real) == list(range(len(pieces)))
-    for streams in plan:
-        for stream in streams:
-            assert len(stream) == 1 or tokens(stream, virtual) <= budget * (1 + SLACK)
-            assert len(stream) == 1 or not any(piece.filler for piece in stream)
-    fillers = [p for streams in plan for s in streams for p in s if p.filler]
-    assert len(fillers) < num_ranks
-    assert plan == plan_streams(pieces, virtual, num_ranks, budget)
+    real = [p.slot for batches in plan for s in batches for p in s if not p.is_padding]
+    assert sorted(real) == list(range(len(packed_rows)))
+    for batches in plan:
+        for batch in batches:
+            assert len(batch) == 1 or tokens(batch, virtual) <= budget * (1 + SLACK)
+            assert len(batch) == 1 or not any(packed_row.is_padding for packed_row in batch)
+    padding_rows = [p for batches in plan for s in batches for p in s if p.is_padding]
+    assert len(padding_rows) < num_ranks
+    assert plan == plan_batches(packed_rows, virtual, num_ranks, budget)
 
 
-@pytest.mark.parametrize(("lengths", "streams"), [([512] * 8, 8), ([512] + [8] * 7, 2)])
-def test_a_row_over_the_budget_takes_one_stream(lengths, streams):
-    (plan,) = plan_streams(pieces_of(lengths, [0]), [P], 1, 90)
-    assert len(plan) == streams
+@pytest.mark.parametrize(("lengths", "batches"), [([512] * 8, 8), ([512] + [8] * 7, 2)])
+def test_a_row_over_the_budget_takes_one_packed_batch(lengths, batches):
+    (plan,) = plan_batches(rows_of(lengths, [0]), [P], 1, 90)
+    assert len(plan) == batches
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize(("tokens_per_step", "per_rank"), [(8192, 1), (16384, 1), (16384, 2)])
-def test_streams_are_as_few_and_as_full_as_the_budget_says(num_ranks, tokens_per_step, per_rank):
+def test_batches_are_as_few_and_as_full_as_the_budget_allows(num_ranks, tokens_per_step, per_rank):
     """Lengths as real ones are; the step is a multiple of the budget, as people write it."""
     draw = np.random.default_rng(0).lognormal(np.log(60), 0.8, 4000)
     lengths = draw.clip(4, 512).astype(np.int32)
     cursor = TokenBudgetSampler(lengths, tokens_per_step, 0)
     budget = tokens_per_step // (num_ranks * per_rank)
     for _ in range(8):
-        pieces = pieces_of(lengths[cursor.next_rows()].tolist(), [0])
-        plan = plan_streams(pieces, [P], num_ranks, budget)
-        load = np.array([[tokens(s, [P]) for s in streams] for streams in plan])
+        packed_rows = rows_of(lengths[cursor.next_rows()].tolist(), [0])
+        plan = plan_batches(packed_rows, [P], num_ranks, budget)
+        load = np.array([[tokens(s, [P]) for s in batches] for batches in plan])
         assert load.shape == (num_ranks, per_rank)
         assert load.sum() >= 0.995 * budget * load.size
         assert (load.max(0) / load.mean(0)).max() < 1.02
@@ -83,9 +85,9 @@ def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
     while cursor.epoch == 0:
         rows = cursor.next_rows()
         steps.append(rows)
-        pieces = [PackedRow(examples[row], 0, i) for i, row in enumerate(rows)]
-        plan = plan_streams(pieces, [P], num_ranks, 512)
-        packed = [p.example.row for s in plan for stream in s for p in stream if not p.filler]
+        packed_rows = [PackedRow(examples[row], 0, i) for i, row in enumerate(rows)]
+        plan = plan_batches(packed_rows, [P], num_ranks, 512)
+        packed = [p.example.row for s in plan for batch in s for p in batch if not p.is_padding]
         assert sorted(packed) == sorted(rows)
         read.update(packed)
     late = Counter(steps[-1][len(steps[-1]) - cursor.position :])
@@ -95,21 +97,21 @@ def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
 def test_candidates_share_the_tokens_of_their_row():
     """The last token of each predicts nothing; a choice of one token needs no segment."""
     row = [Example.with_target((10, 11, *target), 2, 0) for target in ((7,), (8, 9, 5), (8, 6))]
-    piece = PackedRow(row[0], 0, 4, candidates=tuple(row))
-    assert (piece.shared_ids, piece.own_ids) == ((10, 11), ((), (8, 9), (8,)))
-    assert piece.num_tokens == 5
-    stream = build_stream([piece], [3])
+    packed_row = PackedRow(row[0], 0, 4, candidates=tuple(row))
+    assert (packed_row.shared_ids, packed_row.own_ids) == ((10, 11), ((), (8, 9), (8,)))
+    assert packed_row.num_tokens == 5
+    batch = build_packed_batch([packed_row], [3])
     prompt = Segment(0, 3)
     text = Segment(3, 2, prompt)
     own = [Segment(5, 2, text, candidate=True), Segment(7, 1, text, candidate=True)]
-    assert stream.segments == (prompt, text, *own)
-    assert stream.token_ids_T.tolist() == [0, 0, 0, 10, 11, 8, 9, 8]
-    assert stream.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 5]
-    assert stream.labels_N.tolist() == [7, 8, 9, 5, 8, 6]
-    assert stream.label_positions_N.tolist() == [4, 4, 5, 6, 4, 7]
-    assert stream.label_slot_N.tolist() == [4, 5, 5, 5, 6, 6]
-    assert stream.shared.position_U.tolist() == [4, 5, 6, 7]
-    assert stream.shared.place_N.tolist() == [0, 0, 1, 2, 0, 3]
+    assert batch.segments == (prompt, text, *own)
+    assert batch.token_ids_T.tolist() == [0, 0, 0, 10, 11, 8, 9, 8]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 5]
+    assert batch.labels_N.tolist() == [7, 8, 9, 5, 8, 6]
+    assert batch.label_positions_N.tolist() == [4, 4, 5, 6, 4, 7]
+    assert batch.label_slot_N.tolist() == [4, 5, 5, 5, 6, 6]
+    assert batch.shared.position_U.tolist() == [4, 5, 6, 7]
+    assert batch.shared.place_N.tolist() == [0, 0, 1, 2, 0, 3]
 
 
 def test_a_plan_counts_the_tokens_that_candidates_take():
@@ -117,11 +119,11 @@ def test_a_plan_counts_the_tokens_that_candidates_take():
     rows = [
         [Example.with_target((1,) * 30 + (2 + i, 9), 30, n) for i in range(3)] for n in range(10)
     ]
-    pieces = [PackedRow(row[0], 0, 3 * n, candidates=tuple(row)) for n, row in enumerate(rows)]
-    (plan,) = plan_streams(pieces, [P], 1, 10 * 33 + P)
-    assert [len(stream) for stream in plan] == [10]
-    assert len(build_stream(plan[0], [P]).token_ids_T) == 10 * 33 + P
-    two = plan_streams(pieces[:1], [P], 2, 100)
-    (filler,) = two[1][0]
-    assert filler.filler
-    assert build_stream([filler], [P]).label_slot_N.tolist() == [-1] * 6
+    packed_rows = [PackedRow(row[0], 0, 3 * n, candidates=tuple(row)) for n, row in enumerate(rows)]
+    (plan,) = plan_batches(packed_rows, [P], 1, 10 * 33 + P)
+    assert [len(batch) for batch in plan] == [10]
+    assert len(build_packed_batch(plan[0], [P]).token_ids_T) == 10 * 33 + P
+    two = plan_batches(packed_rows[:1], [P], 2, 100)
+    (padding_row,) = two[1][0]
+    assert padding_row.is_padding
+    assert build_packed_batch([padding_row], [P]).label_slot_N.tolist() == [-1] * 6

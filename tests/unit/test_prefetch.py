@@ -32,11 +32,13 @@ class TwoPrompts:
         if self.fails:
             raise OSError("the disk is gone")
         self.threads.append(threading.current_thread().name)
-        pieces: list[PackedRow] = []
+        packed_rows: list[PackedRow] = []
         for k, cursor in enumerate(self.cursors):
             rows = cursor.next_rows() if active[k] else []
-            pieces += [PackedRow(EXAMPLES[row], k, len(pieces) + i) for i, row in enumerate(rows)]
-        return pieces
+            packed_rows += [
+                PackedRow(EXAMPLES[row], k, len(packed_rows) + i) for i, row in enumerate(rows)
+            ]
+        return packed_rows
 
     def state_dict(self) -> Any:
         return [cursor.state_dict() for cursor in self.cursors]
@@ -50,19 +52,19 @@ def prefetch(feed: TwoPrompts) -> Prefetch:
     return Prefetch(feed, RankPlace(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
 
 
-def rows(batch: Any) -> list[tuple[int | None, int]]:
-    return [(piece.prompt, piece.example.row) for piece in batch.pieces]
+def rows(step_batch: Any) -> list[tuple[int | None, int]]:
+    return [(packed_row.prompt, packed_row.example.row) for packed_row in step_batch.rows]
 
 
 def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
     feed, plain = TwoPrompts(), TwoPrompts()
     feed_ahead = prefetch(feed)
     for _ in range(12):
-        batch = feed_ahead.take(BOTH, VIRTUAL, 20)
-        assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(BOTH)]
+        step_batch = feed_ahead.take(BOTH, VIRTUAL, 20)
+        assert rows(step_batch) == [(p.prompt, p.example.row) for p in plain.next_step(BOTH)]
         assert feed_ahead.state_dict() == plain.state_dict(), "of what was handed out, not prepared"
-        assert len(batch.streams) == len(batch.plan)
-        assert all(stream.layout is not None for stream in batch.streams)
+        assert len(step_batch.batches) == len(step_batch.plan)
+        assert all(batch.layout is not None for batch in step_batch.batches)
     feed_ahead.close()
     assert feed.threads[0] == "MainThread"
     assert {name.split("_")[0] for name in feed.threads[1:]} == {"prefetch"}
@@ -72,8 +74,8 @@ def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
     feed, plain = TwoPrompts(), TwoPrompts()
     feed_ahead = prefetch(feed)
     for active, budget in [(BOTH, 20)] * 3 + [(FIRST, 20)] * 2 + [(FIRST, 12)] * 2:
-        batch = feed_ahead.take(active, VIRTUAL, budget)
-        assert rows(batch) == [(p.prompt, p.example.row) for p in plain.next_step(active)]
+        step_batch = feed_ahead.take(active, VIRTUAL, budget)
+        assert rows(step_batch) == [(p.prompt, p.example.row) for p in plain.next_step(active)]
         assert feed_ahead.state_dict() == plain.state_dict()
     feed_ahead.close()
 

@@ -1,4 +1,4 @@
-"""Prefix tuning in the packed stream, against PEFT on padded rows; every family."""
+"""Prefix tuning in the packed batch, against PEFT on padded rows; every family."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.whole_base import load_whole
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import FAMILIES, check_past
 from trainer.model.prompted_model import DecodeStep, PromptedBase
-from trainer.packing.packed_batch import PackedRow, PromptLengths, build_stream
+from trainer.packing.packed_batch import PackedRow, PromptLengths, build_packed_batch
 from trainer.prompts.peft_adapter import load_peft, save_peft
 from trainer.runtime.errors import BadInput
 
@@ -51,27 +51,29 @@ def pasts(base: PromptedBase) -> list[Tensor]:
 
 
 def packed(
-    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor]
+    base: PromptedBase, packed_rows: Sequence[PackedRow], prompts: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
-    """Mean loss per label of each prompt that is read, and its gradient, from one stream."""
+    """Mean loss per label of each prompt that is read, and its gradient, from one packed batch."""
     leaves = [prompt.clone().requires_grad_() for prompt in prompts]
     lengths = PromptLengths.of(leaves)
-    stream = build_stream(pieces, lengths.tokens, lengths.past)
-    nll_N = base(stream, leaves)
-    read = sorted({piece.prompt for piece in pieces if piece.prompt is not None})
-    losses = torch.stack([nll_N[stream.label_prompt_N == k].mean() for k in read])
+    batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
+    nll_N = base(batch, leaves)
+    read = sorted(
+        {packed_row.prompt for packed_row in packed_rows if packed_row.prompt is not None}
+    )
+    losses = torch.stack([nll_N[batch.label_prompt_N == k].mean() for k in read])
     losses.sum().backward()
     return losses.tolist(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def padded_peft(
-    model: Any, adapter: Path, pieces: Sequence[PackedRow], past: Tensor
+    model: Any, adapter: Path, packed_rows: Sequence[PackedRow], past: Tensor
 ) -> tuple[float, Tensor]:
     """Loss and gradient of PEFT's PeftModel, loaded from what we export, on padded rows."""
     save_peft(adapter, past, "-", num_layers=0, num_attention_heads=0)
     peft = PeftModel.from_pretrained(model, adapter).eval()
     weight = peft.prompt_encoder["default"].embedding.weight.requires_grad_()
-    loss = padded_loss(peft, [piece.example for piece in pieces])
+    loss = padded_loss(peft, [packed_row.example for packed_row in packed_rows])
     loss.backward()
     assert weight.grad is not None
     return loss.item(), weight.grad.view(past.shape)
@@ -83,13 +85,13 @@ WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_pa
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])
 def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
     base = load_whole(family(case), "int8", checkpointing=True)
-    pieces, _ = problem(base.hidden_size)
+    packed_rows, _ = problem(base.hidden_size)
     if case == "falcon-alibi":
-        pieces = pieces[:2]
+        packed_rows = packed_rows[:2]
     prompts = pasts(base)
-    losses, gradients = packed(base, pieces, prompts)
+    losses, gradients = packed(base, packed_rows, prompts)
     for k, past in enumerate(prompts):
-        own = [piece for piece in pieces if piece.prompt == k]
+        own = [packed_row for packed_row in packed_rows if packed_row.prompt == k]
         model = plain_model(family(case), "int8")
         loss, gradient = padded_peft(model, tmp_path / str(k), own, past)
         assert losses[k] == pytest.approx(loss, rel=1e-5)
@@ -113,16 +115,16 @@ def test_padded_families_are_refused() -> None:
 
 @pytest.mark.parametrize("case", SOME)
 class TestBank:
-    def test_mixed_with_virtual_tokens_in_one_stream(self, family: Any, case: str) -> None:
-        """A stream of two virtual-token prompts, two prefixes and bare rows equals each alone."""
+    def test_mixed_with_virtual_tokens_in_one_packed_batch(self, family: Any, case: str) -> None:
+        """A packed batch of virtual tokens, prefixes and bare rows equals each alone."""
         base = load_whole(family(case), "int8", checkpointing=True)
         rows, soft = problem(base.hidden_size)
         prompts = [soft[0], pasts(base)[0], soft[1], pasts(base)[1]]
-        pieces = [PackedRow(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
+        packed_rows = [PackedRow(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
         bare = [PackedRow(rows[0].example, None, 12)]
-        losses, gradients = packed(base, pieces + bare, prompts)
+        losses, gradients = packed(base, packed_rows + bare, prompts)
         for k in range(4):
-            own = [piece for piece in pieces if piece.prompt == k]
+            own = [packed_row for packed_row in packed_rows if packed_row.prompt == k]
             (loss,), (gradient,) = packed(base, own, prompts)
             assert losses[k] == pytest.approx(loss, rel=1e-5)
             assert errors([gradients[k]], [gradient])[0] < 1e-5
@@ -130,16 +132,16 @@ class TestBank:
     @pytest.mark.parametrize("diverged", [0, 1])
     def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str, diverged: int) -> None:
         base = load_whole(family(case), "int8")
-        pieces, soft = problem(base.hidden_size)
+        packed_rows, soft = problem(base.hidden_size)
         prompts = [pasts(base)[0], soft[1]]
         prompts[diverged].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
         lengths = PromptLengths.of(leaves)
-        stream = build_stream(pieces, lengths.tokens, lengths.past)
-        nll_N = base(stream, leaves)
+        batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
+        nll_N = base(batch, leaves)
         nll_N.sum().backward()
-        assert nll_N[stream.label_prompt_N == diverged].isnan().all()
-        assert nll_N[stream.label_prompt_N != diverged].isfinite().all()
+        assert nll_N[batch.label_prompt_N == diverged].isnan().all()
+        assert nll_N[batch.label_prompt_N != diverged].isfinite().all()
         gradient = leaves[1 - diverged].grad
         assert gradient is not None
         assert gradient.isfinite().all()
@@ -147,9 +149,9 @@ class TestBank:
     def test_decoding_equals_peft(self, family: Any, tmp_path: Path, case: str) -> None:
         """Two rows of different lengths behind a prefix, padded on the left, two steps."""
         base = load_whole(family(case), "none", checkpointing=True)
-        pieces, _ = problem(base.hidden_size)
+        packed_rows, _ = problem(base.hidden_size)
         past = pasts(base)[1]
-        rows = [list(piece.example.input_ids) for piece in pieces[:2]]
+        rows = [list(packed_row.example.input_ids) for packed_row in packed_rows[:2]]
         longest = max(map(len, rows))
         pads = [longest - len(row) for row in rows]
         ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
@@ -169,21 +171,21 @@ class TestBank:
     def test_the_keys_and_values_of_a_text_stand_for_it(self, family: Any, case: str) -> None:
         """Where a model does no more than attend to what came before, both prompts are one."""
         base = load_whole(family(case), "none")
-        pieces, _ = problem(base.hidden_size)
+        packed_rows, _ = problem(base.hidden_size)
         ids = [17, 5, 44, 9, 120]
         words = base(torch.tensor(ids), [])
-        as_tokens, _ = packed(base, pieces, [words, words])
+        as_tokens, _ = packed(base, packed_rows, [words, words])
         past = text_past(base, ids)
-        as_past, _ = packed(base, pieces, [past, past])
+        as_past, _ = packed(base, packed_rows, [past, past])
         assert as_past == pytest.approx(as_tokens, rel=1e-5)
 
 
 def test_bf16(family: Any) -> None:
     base = load_whole(family("llama"), "int8", dtype=torch.bfloat16)
-    pieces, _ = problem(base.hidden_size)
+    packed_rows, _ = problem(base.hidden_size)
     exact = load_whole(family("llama"), "int8")
-    losses, gradients = packed(base, pieces, pasts(exact))
-    assert losses == pytest.approx(packed(exact, pieces, pasts(exact))[0], rel=0.05)
+    losses, gradients = packed(base, packed_rows, pasts(exact))
+    assert losses == pytest.approx(packed(exact, packed_rows, pasts(exact))[0], rel=0.05)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 

@@ -19,7 +19,7 @@ from trainer.model.meta_model import build_skeleton
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import load_base
 from trainer.packing.activation_memory import BatchMemory, row_sizes
-from trainer.packing.packed_batch import PackedBatch, PackedRow, build_stream
+from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
 from trainer.training.saved_tensors import SavedBytes
 
 LAYERS = 6  # so that the ends are not the most of it
@@ -40,16 +40,16 @@ def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
     return base
 
 
-def stream_of(lengths: list[int]) -> PackedBatch:
+def batch_of(lengths: list[int]) -> PackedBatch:
     rows = [Example.with_target(tuple(range(3, 3 + n)), n - 4, i) for i, n in enumerate(lengths)]
-    return build_stream([PackedRow(row, 0, i) for i, row in enumerate(rows)], [VIRTUAL])
+    return build_packed_batch([PackedRow(row, 0, i) for i, row in enumerate(rows)], [VIRTUAL])
 
 
-def saved_bytes(base: PromptedBase, stream: PackedBatch) -> int:
+def saved_bytes(base: PromptedBase, batch: PackedBatch) -> int:
     leaf = torch.randn(VIRTUAL, base.hidden_size, requires_grad=True)
     saved = SavedBytes()
     with saved:
-        base(stream, [leaf])
+        base(batch, [leaf])
     return saved.total
 
 
@@ -68,13 +68,13 @@ def test_estimate_bounds_what_is_saved(
     family: Callable[..., Path], case: str, checkpointing: bool, dtype: torch.dtype
 ) -> None:
     folder = family(case, LAYERS)
-    base, stream = load(folder, checkpointing, dtype), stream_of(ROWS)
+    base, batch = load(folder, checkpointing, dtype), batch_of(ROWS)
     memory = BatchMemory(
         layer_sizes(base.model.config),
         row_sizes(ROWS, VIRTUAL, base.packed, copied=False),
         dtype.itemsize,
         LOGITS_BYTES,
     )
-    bytes_per_token = saved_bytes(base, stream) / len(stream.token_ids_T)
+    bytes_per_token = saved_bytes(base, batch) / len(batch.token_ids_T)
     expected = memory.saved(checkpointing)
     assert bytes_per_token <= expected <= 1.5 * bytes_per_token, (bytes_per_token, expected)

@@ -22,7 +22,7 @@ from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.packed_batch import PackedRow, PromptLengths, build_stream
+from trainer.packing.packed_batch import PackedRow, PromptLengths, build_packed_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,15 +45,15 @@ def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[
 
 
 def likelihoods(
-    base: PromptedBase, pieces: Sequence[PackedRow], prompts: Sequence[Tensor], num_slots: int
+    base: PromptedBase, packed_rows: Sequence[PackedRow], prompts: Sequence[Tensor], num_slots: int
 ) -> Tensor:
-    """Negative log-likelihood of every slot, from one stream."""
+    """Negative log-likelihood of every slot, from one packed batch."""
     lengths = PromptLengths.of(prompts)
-    stream = build_stream(pieces, lengths.tokens, lengths.past)
-    assert len(stream.token_ids_T) == sum(segment.length for segment in stream.segments)
+    batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
+    assert len(batch.token_ids_T) == sum(segment.length for segment in batch.segments)
     with torch.no_grad():
-        nll_N = base(stream, prompts)
-    return torch.zeros(num_slots).index_add_(0, stream.label_slot_N, nll_N)
+        nll_N = base(batch, prompts)
+    return torch.zeros(num_slots).index_add_(0, batch.label_slot_N, nll_N)
 
 
 def both_forms(rows: Sequence[Sequence[Example]], num_prompts: int) -> list[list[PackedRow]]:
@@ -89,8 +89,8 @@ def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [1000, 24, 1])
-def test_a_row_with_more_candidates_than_a_stream_holds(tmp_path: Path, budget: int) -> None:
-    """Scores are the same, whatever the number of streams that a row's candidates take."""
+def test_a_row_with_more_candidates_than_a_packed_batch_holds(tmp_path: Path, budget: int) -> None:
+    """Scores are the same, whatever the number of packed batches that a row's candidates take."""
     tokenizer = make_tokenizer()
     choices = [f"w{i} w{i + 1}" for i in range(20, 50)]
     rows = [{"text": "w3 w4 w5 w6 w7", "label": choices[2]}, {"text": "w8", "label": choices[0]}]

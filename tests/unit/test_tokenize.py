@@ -22,7 +22,7 @@ from trainer.data.tokenization.tokenize import (
     tokenize,
     tokenize_choices,
 )
-from trainer.packing.packed_batch import PackedRow, build_stream
+from trainer.packing.packed_batch import PackedRow, build_packed_batch
 from trainer.runtime.errors import BadInput
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "Answer", ":", "yes", "no", "maybe"]
@@ -222,12 +222,12 @@ def test_long_texts_give_no_warning(tmp_path, capfd):
 
 def test_labels_may_stand_in_several_spans():
     two = Example((7, 8, 9, 10, 11), ((1, 2), (3, 5)), 0)
-    stream = build_stream(
+    batch = build_packed_batch(
         [PackedRow(Example.with_target((1, 2), 1, 0), None, 0), PackedRow(two, 0, 1)], [3]
     )
     assert two.num_labels == 3
     assert two.target_start == 1
     # [prompt 0..2 | row of two tokens 3..4 | row of five tokens 5..9]
-    assert stream.label_positions_N.tolist() == [3, 5, 7, 8]
-    assert stream.labels_N.tolist() == [2, 8, 10, 11]
-    assert stream.label_slot_N.tolist() == [0, 1, 1, 1]
+    assert batch.label_positions_N.tolist() == [3, 5, 7, 8]
+    assert batch.labels_N.tolist() == [2, 8, 10, 11]
+    assert batch.label_slot_N.tolist() == [0, 1, 1, 1]

@@ -43,7 +43,7 @@ class Training(Section):
     )
     micro_batch_tokens: Literal["auto"] | int = Field(
         "auto",
-        description="most tokens of one stream; auto: as many as memory holds and a step needs",
+        description="most tokens of one packed batch; auto: as memory and the step allow",
     )
     seed: NonNegativeInt = 0
     max_skipped_updates: PositiveInt = Field(

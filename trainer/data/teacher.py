@@ -1,8 +1,8 @@
 """What a distilled prompt learns from: a long hard prompt that the base reads in its place.
 
-The base reads it as it reads virtual tokens, once per stream: word embeddings of the teacher's text
-in front of all rows that it teaches (prompt compression, Wingate et al. 2022, arXiv 2210.03162).
-Imports no torch.
+The base reads it as it reads virtual tokens, once per packed batch: word embeddings of the
+teacher's text in front of all rows that it teaches (prompt compression, Wingate et al. 2022, arXiv
+2210.03162). Imports no torch.
 """
 
 from __future__ import annotations

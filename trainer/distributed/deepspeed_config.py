@@ -105,7 +105,8 @@ def resolve_policy(
     # The loader has already given every parameter its type; DeepSpeed would cast int8 to bf16.
     for key in ("bf16", "fp16", *OWNED_BY_RUN_FILE):
         policy.pop(key, None)
-    # Micro-batches are streams of tokens; DeepSpeed, which steps nothing here, need not know.
+    # Micro-batches are packed batches of tokens; DeepSpeed, which steps nothing here, need not
+    # know.
     policy |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return policy
 

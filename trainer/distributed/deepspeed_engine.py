@@ -205,7 +205,7 @@ class Engine(Ranks):
         for head in self._heads:
             head.release()
 
-    def trained_stream(self) -> None:
+    def note_trained_batch(self) -> None:
         """After a forward and backward: what DeepSpeed has seen of them is for the next."""
         self._traced = self._zero.get_param_coordinator().is_complete_trace()
 
@@ -213,8 +213,8 @@ class Engine(Ranks):
         """After a forward or backward that broke off: let go of what it held, for another try.
 
         Returns:
-            False where no rank may try again alone: others wait in a gather of this stream, or the
-            next forward will be compared between ranks.
+            False where no rank may try again alone: others wait in a gather of this packed batch,
+            or the next forward will be compared between ranks.
         """
         coordinator = self._zero.get_param_coordinator()
         traced = self.world_size == 1 or (self._traced and coordinator.is_complete_trace())

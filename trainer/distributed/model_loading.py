@@ -122,7 +122,7 @@ def load(
     )
     if not packed:
         console.say(
-            f"base.model: {files.config.model_type} cannot read packed rows; the rows of a stream "
+            f"base.model: {files.config.model_type} cannot read packed rows; the rows of a batch "
             "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
             "where it runs short)"
         )
@@ -131,7 +131,7 @@ def load(
     if kept_bytes is not None and kept_bytes < placement.kept_bytes:
         placement = replace(placement, kept_bytes=kept_bytes)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
-    memory, budget = _streams(engine, files.config, config, placement, dtype, lengths)
+    memory, budget = _batches(engine, files.config, config, placement, dtype, lengths)
     if lengths:
         console.say(budget.words)
     share = files.num_bytes // placement.group_size
@@ -150,7 +150,7 @@ def load(
     return LoadedBase(base, stats, dtype, placement, matmul, memory, budget)
 
 
-def _streams(
+def _batches(
     engine: Engine,
     model: PretrainedConfig,
     config: RunConfig,
@@ -158,7 +158,7 @@ def _streams(
     dtype: torch.dtype,
     lengths: Sequence[int],
 ) -> tuple[BatchMemory, TokenBudget]:
-    """How long streams may be; alike on all ranks, as what it follows from is."""
+    """How long packed batches may be; alike on all ranks, as what it follows from is."""
     on_cpu = engine.device.type == "cpu"
     virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
     # Rows are whole, so that a step is not shared out quite evenly.

@@ -1,4 +1,4 @@
-"""What the device reads next is prepared while it works, one step or stream ahead."""
+"""What the device reads next is prepared while it works, one step or packed batch ahead."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trainer.packing.packed_batch import (
     PackedBatch,
     PackedRow,
     PromptLengths,
-    build_stream,
-    build_teacher_stream,
+    build_packed_batch,
+    build_teacher_batch,
     changed,
 )
-from trainer.packing.planning import plan_streams
+from trainer.packing.planning import plan_batches
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,63 +30,66 @@ class StepBatch:
     """What one step reads.
 
     Attributes:
-        pieces: rows of all ranks.
-        plan: those of this rank, by stream.
-        streams: this rank's streams, on the host.
+        packed rows: rows of all ranks.
+        plan: those of this rank, by packed batch.
+        packed batches: this rank's packed batches, on the host.
     """
 
-    pieces: list[PackedRow]
+    rows: list[PackedRow]
     plan: list[list[PackedRow]]
-    streams: list[PackedBatch]
+    batches: list[PackedBatch]
 
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Whose streams are prepared."""
+    """Whose packed batches are prepared."""
 
     rank: int
     world_size: int
     device: torch.device
 
 
-def prepare_stream(
-    pieces: Sequence[PackedRow],
+def prepare_batch(
+    rows: Sequence[PackedRow],
     prompt_lengths: PromptLengths,
     device: torch.device,
     *,
-    taught: bool = False,
+    distilled: bool = False,
 ) -> PackedBatch:
-    """A stream with its layout, on the host; pinned where a GPU will read it.
+    """A packed batch with its layout, on the host; pinned where a GPU will read it.
 
     Args:
-        taught: with its teacher's stream, as all streams of a step have of which one has a teacher.
+        taught: with its teacher's packed batch, as all packed batches of a step have of which one
+            has a teacher.
     """
-    stream = _laid_out(build_stream(pieces, prompt_lengths.tokens, prompt_lengths.past))
-    if taught:
-        stream = replace(stream, teacher=_laid_out(build_teacher_stream(pieces)))
+    batch = _laid_out(build_packed_batch(rows, prompt_lengths.tokens, prompt_lengths.past))
+    if distilled:
+        batch = replace(batch, teacher=_laid_out(build_teacher_batch(rows)))
     if device.type != "cuda":
-        return stream
+        return batch
     with torch.cuda.device(device):  # a new thread stands on the first device, which is another's
-        return changed(stream, torch.Tensor.pin_memory)
+        return changed(batch, torch.Tensor.pin_memory)
 
 
-def _laid_out(stream: PackedBatch) -> PackedBatch:
-    return replace(stream, layout=make_layout(stream.segments, torch.device("cpu")))
+def _laid_out(batch: PackedBatch) -> PackedBatch:
+    return replace(batch, layout=make_layout(batch.segments, torch.device("cpu")))
 
 
-def is_taught(pieces: Sequence[PackedRow]) -> bool:
-    """Whether any of all ranks' rows has a teacher: then all ranks read one with every stream."""
-    return any(piece.teacher is not None for piece in pieces)
+def is_distilled(rows: Sequence[PackedRow]) -> bool:
+    """Whether any row of any rank has a teacher: all ranks then read one with every batch."""
+    return any(row.teacher is not None for row in rows)
 
 
 def prepare(
-    pieces: list[PackedRow], prompt_lengths: PromptLengths, rank: RankPlace, max_tokens: int
+    rows: list[PackedRow], prompt_lengths: PromptLengths, rank: RankPlace, max_tokens: int
 ) -> StepBatch:
-    """Plan a step and build this rank's streams."""
-    plan = plan_streams(pieces, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
-    taught = is_taught(pieces)
-    streams = [prepare_stream(mine, prompt_lengths, rank.device, taught=taught) for mine in plan]
-    return StepBatch(pieces, plan, streams)
+    """Plan a step and build this rank's packed batches."""
+    plan = plan_batches(rows, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
+    distilled = is_distilled(rows)
+    batches = [
+        prepare_batch(mine, prompt_lengths, rank.device, distilled=distilled) for mine in plan
+    ]
+    return StepBatch(rows, plan, batches)
 
 
 class Prefetch:
@@ -117,15 +120,15 @@ class Prefetch:
             if prepared_for != wanted:  # a prompt has stopped, or the budget has changed
                 self._feed.load_state_dict(self._handed_out)
                 made = None
-        batch, self._handed_out = made or self._make(*wanted)
+        step_batch, self._handed_out = made or self._make(*wanted)
         self._ahead = (wanted, self._thread.submit(self._make, *wanted))
-        return batch
+        return step_batch
 
     def _make(
         self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
     ) -> tuple[StepBatch, Any]:
-        pieces = self._feed.next_step(active)
-        return prepare(pieces, prompt_lengths, self._rank, max_tokens), self._feed.state_dict()
+        rows = self._feed.next_step(active)
+        return prepare(rows, prompt_lengths, self._rank, max_tokens), self._feed.state_dict()
 
     def state_dict(self) -> list[dict[str, Any]]:
         return self._handed_out

@@ -1,7 +1,7 @@
 """Scores of prompts on rows that are never trained on.
 
 All prompts are scored in one packed pass: slots number every (prompt, row, candidate), ranks fill
-in the losses of their own streams, and one all-reduce gives all ranks all of them.
+in the losses of their own packed batches, and one all-reduce gives all ranks all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.data.label_prefixes import exclusive
 from trainer.data.task_data import EvalSet
 from trainer.data.teacher import Teacher
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import ahead, prepare_stream
+from trainer.distributed.prefetch import ahead, prepare_batch
 from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.generation import StopCriteria, generate
@@ -26,13 +26,14 @@ from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_standa
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
-from trainer.packing.planning import plan_streams, portions
+from trainer.packing.planning import plan_batches, portions
 from trainer.runtime import stop_signals
 from trainer.runtime.stop_signals import Stopped
 
-#: Rows of so many streams of each rank are planned together, however many there are to score.
-WINDOW_STREAMS = 64
-#: Tokens of a batch of generation, in streams: it keeps nothing but keys and values.
+#: Rows of so many packed batches of each rank are planned together, however many there are to
+#: score.
+WINDOW_BATCHES = 64
+#: Tokens of a batch of generation, in packed batches: it keeps nothing but keys and values.
 WRITTEN_TOKENS = 4
 
 
@@ -132,8 +133,8 @@ class Evaluator:
             advance: called with the number of texts that were just read, of ``num_texts``.
 
         Raises:
-            Stopped: on all ranks, between two streams or two batches of generation, if one of
-                them received a stop signal.
+            Stopped: on all ranks, between two packed batches or two batches of generation, if one
+                of them received a stop signal.
         """
         self._advance = advance
         lengths = PromptLengths.of(virtual_tokens)
@@ -213,39 +214,39 @@ class Evaluator:
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target, on every rank."""
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
-        pieces = _pieces(requests, self.base.packed, self.budget.tokens)
-        for stream in self._streams(pieces, lengths):
-            nll_N = self.base(stream, virtual_tokens).double()
-            slot_N = stream.label_slot_N  # -1 in a filler, whose losses count nothing
+        packed_rows = _packed_rows(requests, self.base.packed, self.budget.tokens)
+        for batch in self._batches(packed_rows, lengths):
+            nll_N = self.base(batch, virtual_tokens).double()
+            slot_N = batch.label_slot_N  # -1 in a padding row, whose losses count nothing
             totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
         self.engine.all_reduce_sum([totals])
         return totals.cpu()
 
-    def _streams(
-        self, pieces: Iterable[PackedRow], lengths: PromptLengths, *, taught: bool = False
+    def _batches(
+        self, packed_rows: Iterable[PackedRow], lengths: PromptLengths, *, distilled: bool = False
     ) -> Iterator[PackedBatch]:
-        """This rank's streams of the pieces, on the device."""
+        """This rank's packed batches of the packed rows, on the device."""
         max_tokens = self.budget.tokens
 
         def planned() -> Iterator[tuple[list[PackedRow], float]]:
-            most = WINDOW_STREAMS * max_tokens * self.engine.world_size
-            for window in portions(pieces, lambda piece: piece.num_tokens, most):
-                plan = plan_streams(window, lengths.tokens, self.engine.world_size, max_tokens)
+            most = WINDOW_BATCHES * max_tokens * self.engine.world_size
+            for window in portions(packed_rows, lambda packed_row: packed_row.num_tokens, most):
+                plan = plan_batches(window, lengths.tokens, self.engine.world_size, max_tokens)
                 mine = plan[self.engine.rank]
-                yield from ((stream, len(window) / len(mine)) for stream in mine)
+                yield from ((batch, len(window) / len(mine)) for batch in mine)
 
         def make(planned: tuple[list[PackedRow], float]) -> tuple[PackedBatch, float]:
             mine, texts = planned
-            return prepare_stream(mine, lengths, self.engine.device, taught=taught), texts
+            return prepare_batch(mine, lengths, self.engine.device, distilled=distilled), texts
 
         texts = 0.0
         for prepared, share in ahead(make, planned()):
-            self._between_streams(texts)
+            self._between_batches(texts)
             yield prepared.to(self.engine.device)
             texts = share
         self._advance(texts)
 
-    def _between_streams(self, texts: float) -> None:
+    def _between_batches(self, texts: float) -> None:
         """Report texts that were read; raise ``Stopped`` on all ranks together if one must stop."""
         self._advance(texts)
         if self.engine.any(stop_signals.stop_requested()):
@@ -260,12 +261,12 @@ class Evaluator:
         """``Scored.teacher_R2`` of every request; None without a teacher."""
         rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
         sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
-        for stream in self._streams(_taught_pieces(requests), lengths, taught=True):
-            teacher_DH = read_teacher(self.base, stream, self.teachers)
-            found = self.base(stream, virtual_tokens, teacher_DH)
-            distilled_D = stream.distilled_D
+        for batch in self._batches(_distilled_rows(requests), lengths, distilled=True):
+            teacher_DH = read_teacher(self.base, batch, self.teachers)
+            found = self.base(batch, virtual_tokens, teacher_DH)
+            distilled_D = batch.distilled_D
             assert distilled_D is not None
-            slots = stream.label_slot_N[distilled_D]
+            slots = batch.label_slot_N[distilled_D]
             sums_R2.index_add_(0, slots, found[:, distilled_D].T.double())
         self.engine.all_reduce_sum([sums_R2])
         return [
@@ -313,7 +314,7 @@ class Evaluator:
             [e.input_ids[:start] for e, (start, _) in zip(examples, spans, strict=True)],
             prompt,
             task.max_new_tokens,
-            between_batches=self._between_streams,
+            between_batches=self._between_batches,
             max_tokens=WRITTEN_TOKENS * self.budget.tokens,
         )
         code = task.metric == "execution"
@@ -354,13 +355,14 @@ def _width(request: Request) -> int:
     return request.rows.candidates.width
 
 
-def _pieces(requests: Sequence[Request], packed: bool, max_tokens: int) -> Iterator[PackedRow]:
+def _packed_rows(requests: Sequence[Request], packed: bool, max_tokens: int) -> Iterator[PackedRow]:
     """All candidates of all rows of all requests; slots are numbered in this order.
 
     Args:
-        packed: the base reads a row's text once for all its candidates. All streams then have
-            ``PackedBatch.shared``, as ranks that share a head must agree on it.
-        max_tokens: of a stream; a row with more tokens in all its candidates is read several times.
+        packed: the base reads a row's text once for all its candidates. All packed batches then
+            have ``PackedBatch.shared``, as ranks that share a head must agree on it.
+        max_tokens: of a packed batch; a row with more tokens in all its candidates is read several
+            times.
     """
     slot = 0
     for request in requests:
@@ -378,7 +380,7 @@ def _pieces(requests: Sequence[Request], packed: bool, max_tokens: int) -> Itera
                         slot += 1
 
 
-def _taught_pieces(requests: Sequence[Request]) -> Iterator[PackedRow]:
+def _distilled_rows(requests: Sequence[Request]) -> Iterator[PackedRow]:
     """The right candidates of all rows that have a teacher; slots number them in this order."""
     slot = 0
     for request in requests:

@@ -21,7 +21,8 @@ class Family:
     """One row of the table.
 
     Attributes:
-        packed: its attention takes a stream of rows laid end to end; otherwise rows are padded.
+        packed: its attention takes a packed batch of rows laid end to end; otherwise rows are
+            padded.
         cached_attention: transformers' own attention for decoding and for padded rows; "eager"
             where its SDPA leaves out what the family needs (capped scores, sinks) or does not
             exist.
@@ -240,7 +241,7 @@ def embedding_size(config: PretrainedConfig) -> int:
 
 
 def layer_sizes(config: PretrainedConfig) -> LayerSizes:
-    """What of a model decides how much a stream through it saves.
+    """What of a model decides how much a packed batch through it saves.
 
     Names differ: an MLP's width is ``intermediate_size``, ``ffn_dim`` or ``n_inner``, and four
     times the hidden size where nothing is said.

@@ -1,7 +1,7 @@
 """The base with prompts in front of its rows.
 
-Shape letters: T tokens of a stream, N label positions, H hidden size, P virtual tokens, B rows,
-L longest row, V vocabulary. Keys and values of a prompt: [P, layers, 2, heads, head size].
+Shape letters: T tokens of a packed batch, N label positions, H hidden size, P virtual tokens, B
+rows, L longest row, V vocabulary. Keys and values of a prompt: [P, layers, 2, heads, head size].
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trainer.packing.packed_batch import PackedBatch
 
 @dataclass(frozen=True)
 class HiddenStatesRequest:
-    """A stream that is only read: what the last layer gives at its labels is wanted, no loss."""
+    """A packed batch of which the last hidden states at the labels are returned, not the losses."""
 
-    stream: PackedBatch
+    batch: PackedBatch
 
 
 @dataclass
@@ -47,8 +47,8 @@ class PromptedBase(nn.Module):
     """A frozen causal language model that reads virtual tokens in front of word embeddings.
 
     Attributes:
-        packed: rows of a stream are read end to end; otherwise padded, see ``Family.packed``.
-        flex: streams attend by FlexAttention instead of buckets.
+        packed: rows of a packed batch are read end to end; otherwise padded, see ``Family.packed``.
+        flex: packed batches attend by FlexAttention instead of buckets.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -75,21 +75,21 @@ class PromptedBase(nn.Module):
         """Everything goes through one forward, because ZeRO-3 counts steps by it.
 
         Args:
-            inputs: a stream (loss), a reading (hidden states), a decode step (generation), or token
-                ids (word embeddings).
+            inputs: a packed batch (loss), a reading (hidden states), a decode step (generation), or
+                token ids (word embeddings).
             virtual_tokens: [P, H] of every prompt in the bank, or its keys and values; in a decode
                 step, of the one prompt.
-            teacher_DH: hidden states that the stream's distilled positions learn from.
+            teacher_DH: hidden states that the packed batch's distilled positions learn from.
 
         Returns:
-            Stream: negative log-likelihood of each label, fp32 [N]; with a teacher [2, N], see
-            ``taught_losses``. Reading: [N, H]. Decode step: logits of the next token, fp32
+            Packed batch: negative log-likelihood of each label, fp32 [N]; with a teacher [2, N],
+            see ``taught_losses``. Reading: [N, H]. Decode step: logits of the next token, fp32
             [B, V]. Token ids [n]: word embeddings [n, H].
         """
         if isinstance(inputs, PackedBatch):
-            return self._stream_losses(inputs, virtual_tokens, teacher_DH)
+            return self._batch_losses(inputs, virtual_tokens, teacher_DH)
         if isinstance(inputs, HiddenStatesRequest):
-            return self._hidden(inputs.stream, virtual_tokens)
+            return self._hidden(inputs.batch, virtual_tokens)
         if isinstance(inputs, DecodeStep):
             return self._next_logits(inputs, virtual_tokens)
         return self._embed(inputs)
@@ -98,62 +98,63 @@ class PromptedBase(nn.Module):
         embedded: Tensor = self.model.get_input_embeddings()(token_ids)
         return embedded
 
-    def _stream_losses(
-        self, stream: PackedBatch, virtual_tokens: Sequence[Tensor], teacher_DH: Tensor | None
+    def _batch_losses(
+        self, batch: PackedBatch, virtual_tokens: Sequence[Tensor], teacher_DH: Tensor | None
     ) -> Tensor:
-        hidden_NH = self._hidden(stream, virtual_tokens)
+        hidden_NH = self._hidden(batch, virtual_tokens)
         # Logits only where there is a label: the head sees N positions instead of T.
         head = self.model.get_output_embeddings()
-        if stream.shared is not None:
+        if batch.shared is not None:
             assert teacher_DH is None, "rows with a teacher are read with one target"
-            losses: Tensor = head(hidden_NH, stream.labels_N, place_N=stream.shared.place_N)
+            losses: Tensor = head(hidden_NH, batch.labels_N, place_N=batch.shared.place_N)
         elif teacher_DH is None:
-            losses = head(hidden_NH, stream.labels_N)
+            losses = head(hidden_NH, batch.labels_N)
         else:
-            losses = head(hidden_NH, stream.labels_N, teacher_DH, stream.distilled_D)
+            losses = head(hidden_NH, batch.labels_N, teacher_DH, batch.distilled_D)
         return losses
 
-    def _hidden(self, stream: PackedBatch, virtual_tokens: Sequence[Tensor]) -> Tensor:
+    def _hidden(self, batch: PackedBatch, virtual_tokens: Sequence[Tensor]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
-        words_TH = self._embed(stream.token_ids_T)
-        prompts = [virtual_tokens[k].to(self.dtype) for k, _ in stream.prompts]
+        words_TH = self._embed(batch.token_ids_T)
+        prompts = [virtual_tokens[k].to(self.dtype) for k, _ in batch.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
-        past = [virtual_tokens[k].to(self.dtype) for k, _ in stream.past]
+        past = [virtual_tokens[k].to(self.dtype) for k, _ in batch.past]
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
-            # Backward then gathers the same layers as on a rank whose stream has virtual tokens.
+            # Backward then gathers the same layers as on a rank whose packed batch has virtual
+            # tokens.
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
         if self.packed:
-            return self._packed(stream, hidden_TH, past)
+            return self._packed(batch, hidden_TH, past)
         assert not past, "check_past refuses this"
-        return self._padded(stream, hidden_TH)
+        return self._padded(batch, hidden_TH)
 
-    def _packed(self, stream: PackedBatch, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+    def _packed(self, batch: PackedBatch, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
-        layout = with_past(stream.layout or make_layout(stream.segments, hidden_TH.device), past)
+        layout = with_past(batch.layout or make_layout(batch.segments, hidden_TH.device), past)
         if self.flex:
-            layout = with_flex(layout, stream.segments)
+            layout = with_flex(layout, batch.segments)
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[None],
-            position_ids=stream.position_ids_T[None],
+            position_ids=batch.position_ids_T[None],
             layout=layout,
             use_cache=False,
         )
-        shared = stream.shared
-        positions = stream.label_positions_N if shared is None else shared.position_U
+        shared = batch.shared
+        positions = batch.label_positions_N if shared is None else shared.position_U
         hidden_NH: Tensor = output.last_hidden_state[0, positions]
         return hidden_NH
 
-    def _padded(self, stream: PackedBatch, hidden_TH: Tensor) -> Tensor:
+    def _padded(self, batch: PackedBatch, hidden_TH: Tensor) -> Tensor:
         """The same for a family that cannot read packed rows."""
-        rows = pad_rows(stream.segments[len(stream.prompts) :], hidden_TH.device)
+        rows = pad_rows(batch.segments[len(batch.prompts) :], hidden_TH.device)
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[rows.token_BL],
             attention_mask=rows.mask_BL,
             position_ids=rows.position_BL,
             use_cache=False,
         )
-        place_N = rows.place_T[stream.label_positions_N]
+        place_N = rows.place_T[batch.label_positions_N]
         hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[place_N]
         return hidden_NH
 
@@ -197,20 +198,21 @@ class PromptedBase(nn.Module):
                 module.training = True
 
 
-def read_teacher(base: nn.Module, stream: PackedBatch, teachers: Sequence[Tensor]) -> Tensor | None:
-    """What the stream's distilled positions learn from, [D, H]; None if no rank has any.
+def read_teacher(base: nn.Module, batch: PackedBatch, teachers: Sequence[Tensor]) -> Tensor | None:
+    """What the packed batch's distilled positions learn from, [D, H]; None if no rank has any.
 
-    A forward without gradient, made by all ranks alike: a rank without such rows reads a filler.
+    A forward without gradient, made by all ranks alike: a rank without such rows reads a padding
+    row.
 
     Args:
         teachers: word embeddings of every teacher's text, [tokens, H].
     """
-    if stream.teacher is None:
+    if batch.teacher is None:
         return None
     with torch.no_grad():
-        hidden_DH: Tensor = base(HiddenStatesRequest(stream.teacher), teachers)
-    assert stream.distilled_D is not None
-    return hidden_DH[: len(stream.distilled_D)]  # none of a filler's
+        hidden_DH: Tensor = base(HiddenStatesRequest(batch.teacher), teachers)
+    assert batch.distilled_D is not None
+    return hidden_DH[: len(batch.distilled_D)]  # none of a padding row's
 
 
 class _Anchored(torch.autograd.Function):

@@ -1,9 +1,9 @@
-"""What a stream takes while it is trained on, and how long streams may therefore be. No torch.
+"""Activation memory of a packed batch, and the token budget that follows. Imports no torch.
 
 Frozen linear layers save no input, so what autograd keeps of a layer are the inputs of its norms
 and activations, and queries, keys and values. The constants were found by counting saved tensors of
 every family (``trainer.training.saved_tensors``); a test holds the estimate to what is counted.
-Bytes are per token of a stream where nothing else is said.
+Bytes are per token of a packed batch where nothing else is said.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-#: Where streams of this many tokens do not fit, layers are recomputed.
+#: Where packed batches of this many tokens do not fit, layers are recomputed.
 WORTHWHILE_TOKENS = 2048
-#: On CPU, where caches are small, streams are not made longer.
+#: On CPU, where caches are small, packed batches are not made longer.
 CPU_TOKENS = 1536
-#: Whatever memory says, streams are not made shorter; a longer row goes alone.
+#: Whatever memory says, packed batches are not made shorter; a longer row goes alone.
 LEAST_TOKENS = 256
 #: Share of the free memory that activations may take; the rest is for what no model foresees.
 USABLE_SHARE = 0.8
@@ -72,7 +72,8 @@ class RowSizes:
         keys_per_token: keys gathered for each token: its own, and its share of the row's prompt.
         keys_per_query: keys each query is compared with.
         copied: what buckets lay out is saved, not packed tensors alone.
-        padding: tokens that are computed for each token of a stream, where rows are not packed.
+        padding: tokens that are computed for each token of a packed batch, where rows are not
+            packed.
     """
 
     keys_per_token: float = 1.0
@@ -98,7 +99,7 @@ def row_sizes(
 
 @dataclass(frozen=True)
 class BatchMemory:
-    """What streams over one base take.
+    """What packed batches over one base take.
 
     Attributes:
         itemsize: bytes of the compute type.
@@ -149,24 +150,24 @@ class BatchMemory:
         again = self.layer() if checkpointing else 0
         return self.saved(checkpointing) + self.rows.padding * (again + max(at_work, losses))
 
-    def stream(self, tokens: int, checkpointing: bool) -> int:
-        """Bytes of a whole stream."""
+    def batch_bytes(self, tokens: int, checkpointing: bool) -> int:
+        """Bytes of a whole packed batch."""
         return int(tokens * self.peak(checkpointing)) + LOGITS_COPIES * self.logits_bytes
 
     def tokens(self, room: int, checkpointing: bool) -> int:
-        """The longest stream that ``room`` bytes hold, at least ``LEAST_TOKENS``."""
+        """The longest packed batch that ``room`` bytes hold, at least ``LEAST_TOKENS``."""
         fitting = (room - LOGITS_COPIES * self.logits_bytes) / self.peak(checkpointing)
         return max(LEAST_TOKENS, int(fitting))
 
 
 @dataclass
 class TokenBudget:
-    """Most tokens of one stream, the same on all ranks; shrinks when it turns out to be too much.
+    """Maximum tokens of one packed batch, equal on all ranks; shrinks when memory runs short.
 
     Attributes:
         tokens: what memory is taken to hold.
         checkpointing: layers are recomputed in backward.
-        expected_bytes: of activations in a stream of that length.
+        expected_bytes: of activations in a packed batch of that length.
         room: bytes that activations may take.
         ramp: shares of ``tokens`` that the next steps read.
     """
@@ -179,7 +180,7 @@ class TokenBudget:
 
     @property
     def now(self) -> int:
-        """Most tokens of a stream in the step that comes next."""
+        """Most tokens of a packed batch in the step that comes next."""
         if not self.ramp:
             return self.tokens
         return max(min(self.tokens, LEAST_TOKENS), int(self.tokens * self.ramp[0]))
@@ -189,7 +190,7 @@ class TokenBudget:
 
         Args:
             peak_bytes: of activations in that step, on the rank that took most of the room.
-            tokens: of that rank's longest stream.
+            tokens: of that rank's longest packed batch.
 
         Returns:
             Whether the budget shrank.
@@ -205,7 +206,7 @@ class TokenBudget:
         return shrinks
 
     def halve(self) -> None:
-        """A stream did not fit."""
+        """A packed batch did not fit."""
         self.tokens = max(1, self.now // 2)
         self.ramp = []
 
@@ -229,15 +230,15 @@ def choose_budget(
     most: int | None = None,
     ramp: Sequence[float] = (),
 ) -> TokenBudget:
-    """As few, as full streams as memory allows.
+    """As few, as full packed batches as memory allows.
 
     Args:
         room: bytes of a rank's device that activations may take.
-        wanted: tokens that a rank reads in a step: no stream needs more.
+        wanted: tokens that a rank reads in a step: no packed batch needs more.
         tokens: ``training.micro_batch_tokens``; None for auto.
-        checkpointing: ``engine.gradient_checkpointing``; None for auto: where a stream that is
+        checkpointing: ``engine.gradient_checkpointing``; None for auto: where a batch that is
             worth its gathers does not fit otherwise.
-        most: longer streams bring nothing.
+        most: longer packed batches bring nothing.
         ramp: shares of the budget that the first steps read, to confirm it; not of the user's own.
     """
     goal = tokens or min(wanted, most or wanted)
@@ -248,7 +249,7 @@ def choose_budget(
     return TokenBudget(
         chosen,
         checkpointing,
-        memory.stream(chosen, checkpointing),
+        memory.batch_bytes(chosen, checkpointing),
         room,
         [] if tokens else list(ramp),
     )

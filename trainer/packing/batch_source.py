@@ -38,7 +38,7 @@ class BatchSource:
 
     def next_step(self, active: Sequence[bool]) -> list[PackedRow]:
         """The rows of one step, for every prompt that still trains."""
-        pieces: list[PackedRow] = []
+        packed_rows: list[PackedRow] = []
         made: dict[tuple[int, int], Example] = {}
         for k, cursor in enumerate(self._cursors):
             if active[k]:
@@ -47,8 +47,10 @@ class BatchSource:
                     key = (id(table), row)
                     if key not in made:
                         made[key] = table[row]
-                    pieces.append(PackedRow(made[key], k, len(pieces), teacher=self._teachers[k]))
-        return pieces
+                    packed_rows.append(
+                        PackedRow(made[key], k, len(packed_rows), teacher=self._teachers[k])
+                    )
+        return packed_rows
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [cursor.state_dict() for cursor in self._cursors]

@@ -1,15 +1,16 @@
-"""Packed streams: ``[prompt segments | row segments]``, no padding.
+"""Packed batches: ``[prompt segments | row segments]``, no padding.
 
-A prompt is in a stream once, not once per row: in a causal model its states do not depend on the
-text behind it. Every row attends to its own prompt and to itself, and its positions continue those
-of the prompt. A prompt of keys and values per layer (prefix tuning) has no tokens in the stream:
-its segment follows the last token, where attention finds its keys.
+A prompt is in a packed batch once, not once per row: in a causal model its states do not depend on
+the text behind it. Every row attends to its own prompt and to itself, and its positions continue
+those of the prompt. A prompt of keys and values per layer (prefix tuning) has no tokens in the
+packed batch: its segment follows the last token, where attention finds its keys.
 
 A row that is scored with several candidate targets is read once for all of them: one segment of the
 tokens that all candidates share, and one short segment per candidate that attends to itself, to the
 shared segment and to the prompt. The last token of a candidate predicts nothing and is left out.
 
-Shape letters: T tokens of a stream, N labels, U positions that predict them, K prompts of the bank.
+Shape letters: T tokens of a packed batch, N labels, U positions that predict them, K prompts of the
+bank.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PackedRow:
     Attributes:
         prompt: index in the bank, or None for the base without a prompt.
         slot: the caller's own number for this row; losses come back by it.
-        filler: keeps ranks in lockstep where there is no row left; its labels count nothing.
+        is_padding: keeps ranks in lockstep where there is no row left; its labels count nothing.
         teacher: whose distributions the labels' positions learn, instead of the labels.
         candidates: the row with each of its candidate targets, ``example`` first, to be scored in
             one read of the row; candidate i has the slot ``slot + i``. Empty: ``example`` alone.
@@ -45,7 +46,7 @@ class PackedRow:
     example: Example
     prompt: int | None
     slot: int
-    filler: bool = False
+    is_padding: bool = False
     teacher: Teacher | None = None
     candidates: tuple[Example, ...] = ()
 
@@ -63,7 +64,7 @@ class PackedRow:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the piece takes in a stream, without its prompt."""
+        """Tokens that the packed row takes in a packed batch, without its prompt."""
         if not self.candidates:
             return self.example.num_tokens
         return len(self.shared_ids) + sum(map(len, self.own_ids))
@@ -104,7 +105,7 @@ class SharedPositions:
     """Positions that predict labels, each listed once, so that the head reads each once.
 
     Attributes:
-        position_U: distinct positions in the stream.
+        position_U: distinct positions in the packed batch.
         place_N: index among them of each label's position.
     """
 
@@ -119,19 +120,19 @@ class PackedBatch:
     Attributes:
         token_ids_T: word ids; 0 where virtual tokens stand.
         position_ids_T: positions, restarting for every segment behind its prompt.
-        prompts: (index in the bank, segment) of every prompt in the stream.
+        prompts: (index in the bank, segment) of every prompt in the packed batch.
         past: (index in the bank, segment) of every prompt of keys and values; its segment begins
-            behind the stream's tokens.
+            behind the packed batch's tokens.
         segments: all segments of tokens, prompts first. Candidates of one row are consecutive.
         label_positions_N: positions whose output predicts a label; several labels may have one.
         labels_N: the tokens to predict.
         label_prompt_N: index in the bank, -1 for none.
-        label_slot_N: ``PackedRow.slot`` of the row; -1 in a filler.
+        label_slot_N: ``PackedRow.slot`` of the row; -1 in a padding row.
         shared: which positions predict several labels; None if each predicts one.
         layout: how the segments attend, where that was prepared ahead.
         distilled_D: places among the N labels of those that learn from a teacher.
         teacher: the same rows behind their teachers, whose labels are the D in their order; a
-            filler where no row has one, but others of the step do; None if none of them does.
+            padding row where no row has one, but others of the step do; None if none of them does.
     """
 
     token_ids_T: Tensor
@@ -173,7 +174,7 @@ class PromptLengths:
     """Number of virtual tokens of every prompt in the bank, [K].
 
     Attributes:
-        tokens: those that stand in the stream; 0 for a prompt of keys and values.
+        tokens: those that stand in the packed batch; 0 for a prompt of keys and values.
         past: those that are keys and values only; 0 for others.
     """
 
@@ -190,36 +191,40 @@ class PromptLengths:
         )
 
 
-def build_stream(
-    pieces: Sequence[PackedRow], prompt_lengths: Sequence[int], past_lengths: Sequence[int] = ()
+def build_packed_batch(
+    packed_rows: Sequence[PackedRow],
+    prompt_lengths: Sequence[int],
+    past_lengths: Sequence[int] = (),
 ) -> PackedBatch:
-    """Lay the pieces end to end behind the prompts they read.
+    """Lay the packed rows end to end behind the prompts they read.
 
     Args:
-        prompt_lengths: virtual tokens in the stream of every prompt in the bank, [K].
+        prompt_lengths: virtual tokens in the packed batch of every prompt in the bank, [K].
         past_lengths: virtual tokens that are keys and values only, [K]; none by default.
     """
-    used = sorted({piece.prompt for piece in pieces if piece.prompt is not None})
+    used = sorted(
+        {packed_row.prompt for packed_row in packed_rows if packed_row.prompt is not None}
+    )
     past = [k for k in used if past_lengths and past_lengths[k]]
     parts = _Parts()
     prompt_segments = {k: parts.read([0] * prompt_lengths[k]) for k in used if k not in past}
     prompts = tuple(prompt_segments.items())
-    end = len(parts.token_ids) + sum(piece.num_tokens for piece in pieces)
+    end = len(parts.token_ids) + sum(packed_row.num_tokens for packed_row in packed_rows)
     for k in past:
         prompt_segments[k] = Segment(end, past_lengths[k])
         end += past_lengths[k]
-    for piece in pieces:
-        prompt = None if piece.prompt is None else prompt_segments[piece.prompt]
-        if piece.candidates:
-            parts.add_candidates(piece, prompt)
+    for packed_row in packed_rows:
+        prompt = None if packed_row.prompt is None else prompt_segments[packed_row.prompt]
+        if packed_row.candidates:
+            parts.add_candidates(packed_row, prompt)
         else:
-            parts.add_row(piece, prompt)
-    return parts.stream(prompts, tuple((k, prompt_segments[k]) for k in past))
+            parts.add_row(packed_row, prompt)
+    return parts.build(prompts, tuple((k, prompt_segments[k]) for k in past))
 
 
 @dataclass
 class _Parts:
-    """Lists that grow into a stream's tensors."""
+    """Lists that grow into a packed batch's tensors."""
 
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
@@ -242,25 +247,27 @@ class _Parts:
         self.position_ids += range(first, first + len(ids))
         return segment
 
-    def add_row(self, piece: PackedRow, prompt: Segment | None) -> None:
+    def add_row(self, packed_row: PackedRow, prompt: Segment | None) -> None:
         """Append a row with its one target."""
-        start = self.read(piece.example.input_ids, prompt).start
-        if piece.teacher is not None:
+        start = self.read(packed_row.example.input_ids, prompt).start
+        if packed_row.teacher is not None:
             first = len(self.labels)
-            self.distilled += range(first, first + piece.example.num_labels)
-        for first, stop in piece.example.label_spans:
+            self.distilled += range(first, first + packed_row.example.num_labels)
+        for first, stop in packed_row.example.label_spans:
             # The output at one position predicts the token at the next.
             self.label_positions += range(start + first - 1, start + stop - 1)
-        self._label(piece, piece.slot, piece.example)
+        self._label(packed_row, packed_row.slot, packed_row.example)
 
-    def add_candidates(self, piece: PackedRow, prompt: Segment | None) -> None:
+    def add_candidates(self, packed_row: PackedRow, prompt: Segment | None) -> None:
         """Append the tokens that a row's candidates share, and those of each."""
         self.any_candidates = True
-        row, shared = prompt, len(piece.shared_ids)
+        row, shared = prompt, len(packed_row.shared_ids)
         row_start = len(self.token_ids)
         if shared:
-            row = self.read(piece.shared_ids, prompt)
-        for i, (example, ids) in enumerate(zip(piece.candidates, piece.own_ids, strict=True)):
+            row = self.read(packed_row.shared_ids, prompt)
+        for i, (example, ids) in enumerate(
+            zip(packed_row.candidates, packed_row.own_ids, strict=True)
+        ):
             own_start = len(self.token_ids) - shared
             if ids:
                 self.read(ids, row, candidate=True)
@@ -269,16 +276,16 @@ class _Parts:
                 for first, stop in example.label_spans
                 for place in range(first - 1, stop - 1)
             )
-            self._label(piece, piece.slot + i, example)
+            self._label(packed_row, packed_row.slot + i, example)
 
-    def _label(self, piece: PackedRow, slot: int, example: Example) -> None:
+    def _label(self, packed_row: PackedRow, slot: int, example: Example) -> None:
         for first, stop in example.label_spans:
             self.labels += example.input_ids[first:stop]
         count = example.num_labels
-        self.label_prompt += [-1 if piece.prompt is None else piece.prompt] * count
-        self.label_slot += [-1 if piece.filler else slot] * count
+        self.label_prompt += [-1 if packed_row.prompt is None else packed_row.prompt] * count
+        self.label_slot += [-1 if packed_row.is_padding else slot] * count
 
-    def stream(
+    def build(
         self,
         prompts: tuple[tuple[int, Segment], ...],
         past: tuple[tuple[int, Segment], ...],
@@ -302,19 +309,23 @@ class _Parts:
         )
 
 
-def build_teacher_stream(pieces: Sequence[PackedRow]) -> PackedBatch:
-    """The rows among these pieces that learn from a teacher, behind it; or a filler.
+def build_teacher_batch(packed_rows: Sequence[PackedRow]) -> PackedBatch:
+    """The rows among these packed rows that learn from a teacher, behind it; or a padding row.
 
-    The stream's prompts are counted by ``Teacher.index``.
+    The packed batch's prompts are counted by ``Teacher.index``.
     """
     lengths: dict[int, int] = {}
-    taught = []
-    for piece in pieces:
-        if piece.teacher is not None:
-            teacher = piece.teacher
+    distilled = []
+    for packed_row in packed_rows:
+        if packed_row.teacher is not None:
+            teacher = packed_row.teacher
             lengths[teacher.index] = len(teacher.token_ids)
-            taught.append(PackedRow(teacher.behind(piece.example), teacher.index, piece.slot))
-    shortest = min(pieces, key=lambda piece: piece.example.num_tokens)
-    filler = PackedRow(shortest.example, None, shortest.slot, filler=True)
+            distilled.append(
+                PackedRow(teacher.behind(packed_row.example), teacher.index, packed_row.slot)
+            )
+    shortest = min(packed_rows, key=lambda packed_row: packed_row.example.num_tokens)
+    padding_row = PackedRow(shortest.example, None, shortest.slot, is_padding=True)
     up_to = range(max(lengths, default=-1) + 1)
-    return build_stream(taught or [filler], [lengths.get(index, 0) for index in up_to])
+    return build_packed_batch(
+        distilled or [padding_row], [lengths.get(index, 0) for index in up_to]
+    )

@@ -1,4 +1,4 @@
-"""Which rows every rank reads in which stream. A pure function of the rows: all ranks agree."""
+"""Assigns rows to ranks and packed batches; a pure function, so that all ranks agree."""
 
 from __future__ import annotations
 
@@ -11,74 +11,76 @@ from trainer.packing.packed_batch import PackedRow
 
 T = TypeVar("T")
 
-#: A stream may be over its budget by this share, rather than that the step takes one more forward:
-#: the virtual tokens, and that rows do not add up to the same number in every stream.
+#: A packed batch may be over its budget by this share, rather than that the step takes one more
+#: forward: the virtual tokens, and that rows do not add up to the same number in every packed
+#: batch.
 SLACK = 1 / 32
 
 
-def plan_streams(
-    pieces: Sequence[PackedRow], prompt_lengths: Sequence[int], num_ranks: int, max_tokens: int
+def plan_batches(
+    rows: Sequence[PackedRow], prompt_lengths: Sequence[int], num_ranks: int, max_tokens: int
 ) -> list[list[list[PackedRow]]]:
-    """Split pieces over ranks and streams: ``plan[rank][stream]`` is a list of pieces.
+    """Assign rows to ranks and packed batches: ``plan[rank][batch]`` is a list of rows.
 
-    Every rank gets the same number of streams, because an unequal number of forwards deadlocks
-    ZeRO-3; a stream that would be empty gets a filler. Longest rows are placed first, each into the
-    stream that holds the fewest tokens (longest-processing-time rule), so that ranks are nearly
-    equally loaded. A pure function of its arguments: all ranks make the same plan.
+    Every rank gets the same number of batches, because an unequal number of forwards deadlocks
+    ZeRO-3; an empty batch gets a padding row. The longest rows are placed first, each into the
+    batch with the fewest tokens (longest-processing-time rule), so that the load of ranks is nearly
+    equal.
 
     Args:
-        max_tokens: of a stream, virtual tokens included, within ``SLACK``; a longer row is alone.
+        max_tokens: of a packed batch, virtual tokens included, within ``SLACK``; a longer row gets
+            a batch of its own.
 
     Raises:
-        ValueError: if ``pieces`` is empty.
+        ValueError: if ``rows`` is empty.
     """
-    if not pieces:
+    if not rows:
         raise ValueError("no rows to plan")
-    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].num_tokens, i))
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i].num_tokens, i))
     most = int(max_tokens * (1 + SLACK))
-    # A longer row fills one stream, and no more: with a row in each there is nothing left to split.
-    total = sum(min(piece.num_tokens, most) for piece in pieces)
-    num_streams = -(-total // (most * num_ranks)) * num_ranks
-    enough = -(-len(pieces) // num_ranks) * num_ranks
+    # A row over the limit fills one batch; with one row per batch there is nothing left to split.
+    total = sum(min(row.num_tokens, most) for row in rows)
+    num_batches = -(-total // (most * num_ranks)) * num_ranks
+    enough = -(-len(rows) // num_ranks) * num_ranks
     while True:
-        streams = _fill(pieces, order, prompt_lengths, num_streams)
-        tokens = [_tokens(stream, prompt_lengths) for stream in streams]
-        full = any(t > most and len(s) > 1 for t, s in zip(tokens, streams, strict=True))
+        batches = _fill(rows, order, prompt_lengths, num_batches)
+        tokens = [_tokens(batch, prompt_lengths) for batch in batches]
+        full = any(t > most and len(s) > 1 for t, s in zip(tokens, batches, strict=True))
         if not full:
             break
-        more = num_ranks * max(1, num_streams // (20 * num_ranks))
-        num_streams = min(num_streams + more, enough)
-    shortest = pieces[order[-1]]
-    filler = replace(shortest, filler=True, teacher=None)
-    streams = [stream or [filler] for stream in streams]
-    return [streams[rank::num_ranks] for rank in range(num_ranks)]
+        more = num_ranks * max(1, num_batches // (20 * num_ranks))
+        num_batches = min(num_batches + more, enough)
+    shortest = rows[order[-1]]
+    padding_row = replace(shortest, is_padding=True, teacher=None)
+    batches = [batch or [padding_row] for batch in batches]
+    return [batches[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def _fill(
-    pieces: Sequence[PackedRow],
+    rows: Sequence[PackedRow],
     order: Sequence[int],
     prompt_lengths: Sequence[int],
-    num_streams: int,
+    num_batches: int,
 ) -> list[list[PackedRow]]:
-    streams: list[list[PackedRow]] = [[] for _ in range(num_streams)]
-    loads = [(0, stream) for stream in range(num_streams)]
-    seen: list[set[int]] = [set() for _ in range(num_streams)]
+    batches: list[list[PackedRow]] = [[] for _ in range(num_batches)]
+    loads = [(0, batch) for batch in range(num_batches)]
+    seen: list[set[int]] = [set() for _ in range(num_batches)]
     for i in order:
-        piece = pieces[i]
+        row = rows[i]
         load, lightest = loads[0]
-        streams[lightest].append(piece)
-        load += piece.num_tokens
-        if piece.prompt is not None and piece.prompt not in seen[lightest]:
-            seen[lightest].add(piece.prompt)
-            load += prompt_lengths[piece.prompt]
+        batches[lightest].append(row)
+        load += row.num_tokens
+        if row.prompt is not None and row.prompt not in seen[lightest]:
+            seen[lightest].add(row.prompt)
+            load += prompt_lengths[row.prompt]
         heapq.heapreplace(loads, (load, lightest))
-    return streams
+    return batches
 
 
-def _tokens(stream: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
-    prompts = {piece.prompt for piece in stream if piece.prompt is not None}
-    rows = sum(piece.num_tokens for piece in stream)
-    return rows + sum(prompt_lengths[k] for k in prompts)
+def _tokens(batch: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
+    prompts = {row.prompt for row in batch if row.prompt is not None}
+    text = sum(row.num_tokens for row in batch)
+    return text + sum(prompt_lengths[k] for k in prompts)
 
 
 def portions(items: Iterable[T], num_tokens: Callable[[T], int], most: float) -> Iterator[list[T]]:

@@ -21,9 +21,9 @@ from trainer.packing.planning import portions
 from trainer.prompts.init_search import FEWEST, SearchResult, Words
 from trainer.prompts.parameter_groups import Unsearched
 from trainer.runtime.console import Console
-from trainer.training.step import label_counts, stream_objective
+from trainer.training.step import batch_objective, label_counts
 
-#: Share of the room of streams that a portion of starts fills: rows do not divide evenly.
+#: Share of the room of packed batches that a portion of starts fills: rows do not divide evenly.
 FILLED = 0.95
 #: Starts, each beside the prompt whose rows it is judged by.
 Portion = list[tuple[int, Words]]
@@ -44,9 +44,10 @@ class LossInitScorer:
         console: Console,
     ) -> None:
         # A feed of its own: the run's begins at the same rows.
-        pieces = BatchSource(config, tasks).next_step([True] * len(config.prompts))
+        packed_rows = BatchSource(config, tasks).next_step([True] * len(config.prompts))
         self._rows = [
-            [piece for piece in pieces if piece.prompt == i] for i in range(len(config.prompts))
+            [packed_row for packed_row in packed_rows if packed_row.prompt == i]
+            for i in range(len(config.prompts))
         ]
         self._names = [prompt.name for prompt in config.prompts]
         self._steps = [config.prompt_steps(prompt) for prompt in config.prompts]
@@ -90,8 +91,8 @@ class LossInitScorer:
     ) -> list[float]:
         """Mean loss per label behind each start, as that of the prompt beside it; a collective.
 
-        Infinite where it is not finite. Starts are read in portions that fill a stream of every
-        rank, so that no more of them are held, and none stands in many streams.
+        Infinite where it is not finite. Starts are read in portions that fill a packed batch of
+        every rank, so that no more of them are held, and none stands in many packed batches.
 
         Args:
             embed: word embeddings [n, H] of token ids; may be a collective, too.
@@ -99,20 +100,20 @@ class LossInitScorer:
         engine = self._evaluator.engine
         totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
         counts: list[int] = []
-        for portion, pieces, batch in ahead(self._prepared, self._portions(starts)):
+        for portion, packed_rows, step_batch in ahead(self._prepared, self._portions(starts)):
             embedded = embed([word for _, words in portion for word in words])
             lengths = [len(words) for _, words in portion]
             done = slice(len(counts), len(counts) + len(portion))
-            counts += (own := label_counts(pieces, len(portion)))
-            totals[done] = self._totals(batch, embedded.split(lengths), own)
-            self._advance(len(pieces))
+            counts += (own := label_counts(packed_rows, len(portion)))
+            totals[done] = self._totals(step_batch, embedded.split(lengths), own)
+            self._advance(len(packed_rows))
         engine.all_reduce_sum([totals])
         engine.end_step()
         losses = [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
         return [loss if math.isfinite(loss) else math.inf for loss in losses]
 
     def _portions(self, starts: Sequence[tuple[int, Words]]) -> Iterator[Portion]:
-        """Whole starts, as many as fill the streams of all ranks, but one at least."""
+        """Whole starts, as many as fill the packed batches of all ranks, but one at least."""
         most = FILLED * self._evaluator.budget.tokens * self._evaluator.engine.world_size
 
         def num_tokens(start: tuple[int, Words]) -> int:
@@ -124,20 +125,24 @@ class LossInitScorer:
     def _prepared(self, portion: Portion) -> tuple[Portion, list[PackedRow], StepBatch]:
         engine = self._evaluator.engine
         of_starts = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
-        pieces = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
+        packed_rows = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
         lengths = PromptLengths(tuple(len(words) for _, words in portion), (0,) * len(portion))
         rank = RankPlace(engine.rank, engine.world_size, engine.device)
-        return portion, pieces, prepare(pieces, lengths, rank, self._evaluator.budget.tokens)
+        return (
+            portion,
+            packed_rows,
+            prepare(packed_rows, lengths, rank, self._evaluator.budget.tokens),
+        )
 
     def _totals(
-        self, batch: StepBatch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
+        self, step_batch: StepBatch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
     ) -> Tensor:
         """Summed loss of this rank's labels behind each start of a portion, in float64."""
         engine, base = self._evaluator.engine, self._evaluator.base
         on_device = [start.to(engine.device) for start in virtual_tokens]
         totals = torch.zeros(len(on_device), dtype=torch.float64, device=engine.device)
-        for host in batch.streams:
-            stream = host.to(engine.device)
-            teacher_DH = read_teacher(base, stream, self._evaluator.teachers)
-            totals += stream_objective(base, stream, on_device, counts, teacher_DH)[1]
+        for host in step_batch.batches:
+            batch = host.to(engine.device)
+            teacher_DH = read_teacher(base, batch, self._evaluator.teachers)
+            totals += batch_objective(base, batch, on_device, counts, teacher_DH)[1]
         return totals

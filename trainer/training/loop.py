@@ -93,7 +93,7 @@ class Loop:
     """A run that is ready to go.
 
     Attributes:
-        saved_bytes_per_token: of the first stream, between its forward and its backward.
+        saved_bytes_per_token: of the first packed batch, between its forward and its backward.
         log, save, between_steps: what is done with the numbers of a step, with the state of the run
             where a checkpoint is due, and after every step.
         predictions: where predictions are kept; None on other ranks than 0.
@@ -189,13 +189,13 @@ class Loop:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
         exchanged = self.engine.exchanged_bytes
         virtual_tokens = self.bank.virtual_tokens()
-        batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
+        step_batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
         saved = SavedBytes() if self.steps_here == 0 else None
         self.engine.watch_memory()
         result = batch_gradients(
             self.engine,
             self.evaluator.base,
-            batch,
+            step_batch,
             virtual_tokens,
             saved,
             self.evaluator.teachers,
@@ -254,25 +254,25 @@ class Loop:
     def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[StepBatch, float]:
         """What this step reads, and the seconds that were waited for it."""
         started = time.perf_counter()
-        batch = self.feed.take(self.bank.active, prompt_lengths, self.evaluator.budget.now)
+        step_batch = self.feed.take(self.bank.active, prompt_lengths, self.evaluator.budget.now)
         waited = time.perf_counter() - started
         self.progress.data_wait_seconds += waited
-        return batch, waited
+        return step_batch, waited
 
     def _confirm_budget(self, result: StepResult, saved: SavedBytes | None) -> None:
-        """Streams become shorter, on all ranks alike, where they took more than was foreseen."""
+        """Shorten packed batches, equally on all ranks, if they used more memory than estimated."""
         budget = self.evaluator.budget
         if saved is not None:
-            self.saved_bytes_per_token = saved.total / max(1, result.first_stream)
+            self.saved_bytes_per_token = saved.total / max(1, result.first_batch)
         if result.splits:
             budget.halve()
             self.console.warn(
-                f"step {self.progress.step + 1}: {result.splits} stream(s) did not fit and were "
-                f"split; streams have up to {budget.tokens:,} tokens from now on"
+                f"step {self.progress.step + 1}: {result.splits} packed batch(es) did not fit and "
+                f"were split; packed batches have up to {budget.tokens:,} tokens from now on"
             )
         elif budget.ramp:
             peak = max(self.engine.peak_bytes(), saved.total if saved else 0)
-            peaks = self.engine.all_gather((peak, max(1, result.longest_stream)))
+            peaks = self.engine.all_gather((peak, max(1, result.longest_batch)))
             if budget.confirm(*max(peaks, key=lambda found: found[0] / found[1])):
                 self.console.say(f"took more than foreseen: {budget.words}")
 

@@ -1,4 +1,4 @@
-"""From a stream to each prompt's share of the objective.
+"""From a packed batch to each prompt's share of the objective.
 
 Shape letters: N label positions, K prompts of the bank.
 """
@@ -15,67 +15,67 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import RankPlace, StepBatch, prepare, prepare_stream
+from trainer.distributed.prefetch import RankPlace, StepBatch, prepare, prepare_batch
 from trainer.model.prompted_model import read_teacher
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
 from trainer.runtime import stop_signals
 from trainer.training.saved_tensors import SavedBytes
 
 
-def label_counts(pieces: Sequence[PackedRow], num_prompts: int) -> list[int]:
-    """Label tokens of each prompt among these pieces, [K]: known to all ranks before a forward."""
+def label_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
+    """Label tokens of each prompt in these rows, [K]; all ranks compute them before a forward."""
     counts = [0] * num_prompts
-    for piece in pieces:
-        if piece.prompt is not None and not piece.filler:
-            counts[piece.prompt] += piece.example.num_labels
+    for row in rows:
+        if row.prompt is not None and not row.is_padding:
+            counts[row.prompt] += row.example.num_labels
     return counts
 
 
-def text_counts(pieces: Sequence[PackedRow], num_prompts: int) -> list[int]:
-    """Tokens of text that each prompt reads in these pieces, [K]."""
+def text_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
+    """Tokens of text that each prompt reads in these packed rows, [K]."""
     counts = [0] * num_prompts
-    for piece in pieces:
-        assert piece.prompt is not None
-        counts[piece.prompt] += piece.example.num_tokens
+    for row in rows:
+        assert row.prompt is not None
+        counts[row.prompt] += row.example.num_tokens
     return counts
 
 
-def stream_objective(
+def batch_objective(
     base: nn.Module,
-    stream: PackedBatch,
+    batch: PackedBatch,
     virtual_tokens: Sequence[Tensor],
     counts: Sequence[int],
     teacher_DH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """This stream's part of ``sum over k of (mean loss per label token of prompt k)``.
+    """This packed batch's part of ``sum over k of (mean loss per label token of prompt k)``.
 
     The loss is the cross-entropy or, where a teacher is read, the divergence from its distribution.
 
     Args:
-        counts: label tokens of each prompt in the whole step, over all ranks and streams, [K].
-            Dividing by them here makes every split of a step give the same gradient, and makes each
-            prompt's gradient independent of the others'.
+        counts: label tokens of each prompt in the whole step, over all ranks and packed batches,
+            [K]. Dividing by them here makes every split of a step give the same gradient, and makes
+            each prompt's gradient independent of the others'.
         teacher_DH: of ``read_teacher``.
 
     Returns:
         The scalar to differentiate, and the loss sums of each prompt, detached, fp32 [K].
     """
     if teacher_DH is None:
-        nll_N = base(stream, virtual_tokens)
+        nll_N = base(batch, virtual_tokens)
     else:
-        nll_N = base(stream, virtual_tokens, teacher_DH)[0]
-    weight_N = (stream.label_slot_N >= 0).to(nll_N.dtype)
+        nll_N = base(batch, virtual_tokens, teacher_DH)[0]
+    weight_N = (batch.label_slot_N >= 0).to(nll_N.dtype)
     inverse_K = torch.tensor([1.0 / count if count else 0.0 for count in counts])
     # Small, and sent without a wait for what the device has yet to do, as all that follows rows is.
-    inverse_N = inverse_K.to(nll_N.device, non_blocking=True)[stream.label_prompt_N]
+    inverse_N = inverse_K.to(nll_N.device, non_blocking=True)[batch.label_prompt_N]
     sums_K = torch.zeros(len(counts), device=nll_N.device)
-    sums_K.index_add_(0, stream.label_prompt_N, (nll_N * weight_N).detach())
+    sums_K.index_add_(0, batch.label_prompt_N, (nll_N * weight_N).detach())
     return (nll_N * weight_N * inverse_N).sum(), sums_K
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found, equal on all ranks but for the lengths of streams.
+    """What one step found, equal on all ranks but for the lengths of packed batches.
 
     Attributes:
         losses: mean loss per label token of each prompt, cross-entropy or divergence from its
@@ -84,8 +84,8 @@ class StepResult:
             read no rows, or where loss or gradient is not finite on any rank.
         skipped: prompts whose update is left out because something was not finite.
         tokens: of text, that the base read for each prompt, over all ranks.
-        longest_stream, first_stream: tokens of these streams of this rank.
-        splits: streams that did not fit on their rank and were cut in two, over all ranks.
+        longest_batch, first_batch: tokens of these packed batches of this rank.
+        splits: packed batches that did not fit on their rank and were cut in two, over all ranks.
         stopping: some rank received a stop signal.
     """
 
@@ -93,8 +93,8 @@ class StepResult:
     gradients: list[Tensor | None]
     skipped: list[bool]
     tokens: list[int]
-    longest_stream: int
-    first_stream: int
+    longest_batch: int
+    first_batch: int
     splits: int
     stopping: bool
 
@@ -104,13 +104,13 @@ class StepResult:
 
 
 class OutOfMemory(RuntimeError):
-    """A stream did not fit on a rank that cannot try again without the others."""
+    """A packed batch did not fit on a rank that cannot try again without the others."""
 
 
 def step_gradients(
     engine: Engine,
     base: nn.Module,
-    pieces: Sequence[PackedRow],
+    rows: Sequence[PackedRow],
     virtual_tokens: Sequence[Tensor],
     max_tokens: int,
     teachers: Sequence[Tensor] = (),
@@ -118,54 +118,54 @@ def step_gradients(
     """``batch_gradients`` of rows that were not prepared ahead."""
     lengths = PromptLengths.of(virtual_tokens)
     rank = RankPlace(engine.rank, engine.world_size, engine.device)
-    batch = prepare(list(pieces), lengths, rank, max_tokens)
-    return batch_gradients(engine, base, batch, virtual_tokens, teachers=teachers)
+    step_batch = prepare(list(rows), lengths, rank, max_tokens)
+    return batch_gradients(engine, base, step_batch, virtual_tokens, teachers=teachers)
 
 
 def batch_gradients(
     engine: Engine,
     base: nn.Module,
-    batch: StepBatch,
+    step_batch: StepBatch,
     virtual_tokens: Sequence[Tensor],
     saved: SavedBytes | None = None,
     teachers: Sequence[Tensor] = (),
 ) -> StepResult:
-    """Forward and backward over this rank's streams of a step, and the sum over ranks.
+    """Forward and backward over this rank's packed batches of a step, and the sum over ranks.
 
     Sums carry NaN from any rank to all, so all leave out the same updates without another word.
 
     Args:
-        saved: counts what the first stream's forward saves.
+        saved: counts what the first packed batch's forward saves.
         teachers: of ``read_teacher``.
 
     Raises:
-        OutOfMemory: if a stream does not fit, and other ranks take part in its gathers or it is one
-            row.
+        OutOfMemory: if a packed batch does not fit, and other ranks take part in its gathers or it
+            is one row.
     """
     leaves = [prompt.detach().requires_grad_() for prompt in virtual_tokens]
-    counts = label_counts(batch.pieces, len(leaves))
+    counts = label_counts(step_batch.rows, len(leaves))
     found = _Sums(engine, leaves, teachers)
-    todo = deque(zip(batch.plan, batch.streams, strict=True))
+    todo = deque(zip(step_batch.plan, step_batch.batches, strict=True))
     while todo:
-        pieces, stream = todo.popleft()
-        failure = found.add(base, stream.to(engine.device), counts, saved)
+        rows, batch = todo.popleft()
+        failure = found.add(base, batch.to(engine.device), counts, saved)
         saved = None
         if failure is None:
-            engine.trained_stream()
+            engine.note_trained_batch()
             continue
-        half, tokens = len(pieces) // 2, len(stream.token_ids_T)
+        half, tokens = len(rows) // 2, len(batch.token_ids_T)
         if not engine.recover() or not half:
             raise OutOfMemory(
-                f"rank {engine.rank}: a stream of {tokens} tokens does not fit ({failure}); "
+                f"rank {engine.rank}: a packed batch of {tokens} tokens does not fit ({failure}); "
                 f"set training.micro_batch_tokens={max(1, tokens // 2)}, "
                 "or engine.gradient_checkpointing=true"
             )
         found.splits += 1
         lengths = PromptLengths.of(leaves)
-        for part in (pieces[half:], pieces[:half]):
-            taught = stream.teacher is not None
-            half_stream = prepare_stream(part, lengths, engine.device, taught=taught)
-            todo.appendleft((part, half_stream))
+        for part in (rows[half:], rows[:half]):
+            distilled = batch.teacher is not None
+            half_batch = prepare_batch(part, lengths, engine.device, distilled=distilled)
+            todo.appendleft((part, half_batch))
     # A prompt without rows, as one that has stopped, has no gradient on any rank: none is sent.
     sent = [g for g, count in zip(found.gradients, counts, strict=True) if count]
     stops = torch.full_like(found.splits, float(stop_signals.stop_requested()))
@@ -186,21 +186,21 @@ def batch_gradients(
         losses=losses,
         gradients=[g if ok else None for g, ok in zip(found.gradients, finite, strict=True)],
         skipped=[count > 0 and not ok for count, ok in zip(counts, finite, strict=True)],
-        tokens=text_counts(batch.pieces, len(leaves)),
-        longest_stream=max(len(stream.token_ids_T) for stream in batch.streams),
-        first_stream=len(batch.streams[0].token_ids_T),
+        tokens=text_counts(step_batch.rows, len(leaves)),
+        longest_batch=max(len(batch.token_ids_T) for batch in step_batch.batches),
+        first_batch=len(step_batch.batches[0].token_ids_T),
         splits=int(splits),
         stopping=bool(stopping),
     )
 
 
 class _Sums:
-    """What the streams of a step add up to on this rank.
+    """What the packed batches of a step add up to on this rank.
 
     Attributes:
         sums_K: loss sums of each prompt.
         gradients: of each prompt, [P, H].
-        splits: streams that were cut in two, [1].
+        splits: packed batches that were cut in two, [1].
     """
 
     def __init__(
@@ -212,13 +212,13 @@ class _Sums:
         self.splits = torch.zeros(1, device=engine.device)
 
     def add(
-        self, base: nn.Module, stream: PackedBatch, counts: Sequence[int], saved: SavedBytes | None
+        self, base: nn.Module, batch: PackedBatch, counts: Sequence[int], saved: SavedBytes | None
     ) -> str | None:
-        """All of a stream or, where there is no memory for it, nothing and the reason."""
+        """All of a packed batch or, where there is no memory for it, nothing and the reason."""
         try:
-            teacher_DH = read_teacher(base, stream, self._teachers)
+            teacher_DH = read_teacher(base, batch, self._teachers)
             with saved or nullcontext():
-                objective, sums_K = stream_objective(base, stream, self._leaves, counts, teacher_DH)
+                objective, sums_K = batch_objective(base, batch, self._leaves, counts, teacher_DH)
             gradients = torch.autograd.grad(objective, self._leaves, allow_unused=True)
         except torch.OutOfMemoryError as error:
             return str(error).split(". ")[0]

@@ -1,7 +1,7 @@
-"""Attention over segments of a packed stream, laid side by side in buckets of similar length.
+"""Attention over segments of a packed batch, laid side by side in buckets of similar length.
 
-Shape letters: T tokens of a stream, U tokens and keys that come with the layout, S segments of a
-bucket, Q longest segment, P longest prefix, K = P + Q keys, A attention heads, D head size.
+Shape letters: T tokens of a packed batch, U tokens and keys that come with the layout, S segments
+of a bucket, Q longest segment, P longest prefix, K = P + Q keys, A attention heads, D head size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Bucket:
     """Segments of similar length, side by side.
 
     Attributes:
-        query_SQ: where in the stream each query stands; padding repeats the segment's last token.
+        query_SQ: where in the packed batch each query stands; padding repeats the segment's last
+            token.
         padding_SQ: True where it does.
         key_SK: where each key stands, prefix first.
         query_position_SQ: positions of the queries, counted from the start of their prefix.
@@ -108,7 +109,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Buckets:
-    """All segments of a stream.
+    """All segments of a packed batch.
 
     Attributes:
         each: longest segments first.
@@ -337,7 +338,7 @@ def _take(x_TAD: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
 class _Take(torch.autograd.Function):
     """Rows for all buckets, whose gradients are added up in one place.
 
-    Indexing would make a zero tensor of the whole stream for each bucket, and sum those.
+    Indexing would make a zero tensor of the whole packed batch for each bucket, and sum those.
     """
 
     @staticmethod

@@ -4,7 +4,7 @@ Some have attention of their own: their modules compute queries, keys and values
 what comes after is ours. Some hand nothing down to their layers but an attention mask, so the
 layout takes its place.
 
-Shape letters: T tokens of a stream, A attention heads, D head size.
+Shape letters: T tokens of a packed batch, A attention heads, D head size.
 """
 
 from __future__ import annotations

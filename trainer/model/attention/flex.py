@@ -1,10 +1,10 @@
-"""Attention over a packed stream in one FlexAttention kernel, for GPUs.
+"""Attention over a packed batch in one FlexAttention kernel, for GPUs.
 
-The stream is neither copied into buckets nor padded: a block mask, made once per stream, says which
-blocks of keys a block of queries sees at all, and a function says the rest within a block
-(arXiv 2412.05496). Sinks are left to the buckets of ``trainer.model.attention.bucketed``.
+The packed batch is neither copied into buckets nor padded: a block mask, made once per packed
+batch, says which blocks of keys a block of queries sees at all, and a function says the rest within
+a block (arXiv 2412.05496). Sinks are left to the buckets of ``trainer.model.attention.bucketed``.
 
-Shape letters: T tokens of a stream, K keys (T and those of prefixes behind them), A attention
+Shape letters: T tokens of a packed batch, K keys (T and those of prefixes behind them), A attention
 heads, D head size.
 """
 

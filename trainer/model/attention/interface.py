@@ -1,16 +1,16 @@
-"""Attention over a packed stream, plugged into transformers by name.
+"""Attention over a packed batch, plugged into transformers by name.
 
-Each segment of the stream attends causally to itself and to all tokens of its prefix segments,
-within the layer's window if it has one. The tokens stay packed in every linear layer; only here are
-segments laid side by side in buckets (``trainer.model.attention.bucketed``) or handed to one kernel
-(``trainer.model.attention.flex``).
+Each segment of the packed batch attends causally to itself and to all tokens of its prefix
+segments, within the layer's window if it has one. The tokens stay packed in every linear layer;
+only here are segments laid side by side in buckets (``trainer.model.attention.bucketed``) or handed
+to one kernel (``trainer.model.attention.flex``).
 
 A prefix may also be keys and values that come with the layout instead of from tokens (prefix
 tuning, arXiv 2101.00190). They are used as they are, behind any rotation, as those in a cache are;
-here they stand behind the stream's own.
+here they stand behind the packed batch's own.
 
-Shape letters: T tokens of a stream, U tokens and keys that come with the layout, P longest prefix,
-A attention heads, D head size, L layers.
+Shape letters: T tokens of a packed batch, U tokens and keys that come with the layout, P longest
+prefix, A attention heads, D head size, L layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKED = "promptshard_packed"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the segments of one stream attend; made once, used by every layer.
+    """How the segments of one packed batch attend; made once, used by every layer.
 
     Attributes:
         past: per layer, keys and values [P, 2, A, D] that stand behind those of the tokens; empty
@@ -69,7 +69,7 @@ def with_flex(layout: Layout, segments: Sequence[Segment]) -> Layout:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores, layer: int
 ) -> Tensor:
-    """Attention of one layer over a packed stream.
+    """Attention of one layer over a packed batch.
 
     Args:
         query: [1, A, T, D]; key and value may have fewer heads (grouped queries).

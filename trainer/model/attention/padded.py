@@ -1,9 +1,10 @@
 """The layout for families whose attention takes no packed rows: rows side by side, filled up.
 
-Each row of a stream is laid behind its own prompt and padded on the right to the longest, one batch
-for a stream: every rank then gathers every layer once per stream, however long its rows are.
+Each row of a packed batch is laid behind its own prompt and padded on the right to the longest, one
+batch for a packed batch: every rank then gathers every layer once per packed batch, however long
+its rows are.
 
-Shape letters: T tokens of a stream, B rows, L longest prompt and row together.
+Shape letters: T tokens of a packed batch, B rows, L longest prompt and row together.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from trainer.packing.packed_batch import Segment, changed
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """One batch of a stream's rows.
+    """One batch of a packed batch's rows.
 
     Attributes:
-        token_BL: where in the stream each token stands; padding repeats the row's last token.
+        token_BL: where in the packed batch each token stands; padding repeats the row's last token.
         mask_BL: 1 for tokens, 0 for padding.
         position_BL: positions, counted from the start of the prompt.
         place_T: for each token of a row, its place in the flattened batch.
@@ -35,7 +36,7 @@ class PaddedRows:
 
 
 def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
-    """Lay out the segments of a stream that are rows, not prompts; at least one."""
+    """Lay out the segments of a packed batch that are rows, not prompts; at least one."""
     assert all(len(row.prefixes) <= 1 for row in rows), "candidates are read as whole rows here"
     start, length, prefix_start, prefix_length = (
         torch.tensor(column)[:, None]

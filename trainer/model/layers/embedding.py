@@ -1,8 +1,8 @@
 """Word embeddings: a table of which a rank holds some rows and asks its neighbours for the others.
 
-A stream reads a few of the table's rows, so the table is not gathered. Each rank of a shard group
-holds a block of consecutive rows; a lookup sends ids to their owners and gets rows back. The head
-may be the same table, and reads the same block (``trainer.model.layers.lm_head``).
+A packed batch reads a few of the table's rows, so the table is not gathered. Each rank of a shard
+group holds a block of consecutive rows; a lookup sends ids to their owners and gets rows back. The
+head may be the same table, and reads the same block (``trainer.model.layers.lm_head``).
 
 Shape letters: V vocabulary, H hidden size, R rows of a block, N different ids of a lookup.
 """
