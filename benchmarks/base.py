@@ -136,7 +136,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.config import RunConfig
     from trainer.data.tokenization.tokenize import Example
     from trainer.distributed.deepspeed_engine import Engine, base_bytes
-    from trainer.distributed.model_loading import load
+    from trainer.distributed.model_loading import load_base
     from trainer.model.checkpoint_files import open_base
     from trainer.packing.packed_batch import PackedRow
     from trainer.runtime.console import Console
@@ -156,7 +156,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     files = open_base(config.base)
     with open(os.devnull, "w") as nothing:
         before = _start_peak()
-        loaded = load(engine, files, config, Console(nothing, nothing))
+        loaded = load_base(engine, files, config, Console(nothing, nothing))
         peak = _resident("VmHWM") - before
     rows = engine.world_size * MICRO_BATCHES * ROWS
     ids = torch.randint(3, 300, (rows, LENGTH), generator=torch.Generator().manual_seed(0))

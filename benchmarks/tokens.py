@@ -100,7 +100,7 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     from trainer.data.sampler import TokenBudgetSampler
     from trainer.data.tokenization import worker_pool
     from trainer.data.tokenization.tokenize import tokenize
-    from trainer.distributed.prefetch import RankPlace, prepare
+    from trainer.distributed.prefetch import RankInfo, prepare_step
     from trainer.packing.packed_batch import PackedRow, PromptLengths
 
     tokenizer: Any = Words()
@@ -127,12 +127,12 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     started = time.perf_counter()
     cursor = TokenBudgetSampler(again.lengths, 8192, 0)
     figures["cursor_seconds"] = time.perf_counter() - started
-    rank = RankPlace(0, 2, torch.device("cpu"))
+    rank = RankInfo(0, 2, torch.device("cpu"))
     started, tokens = time.perf_counter(), 0
     for _ in range(STEPS):
         packed_rows = [PackedRow(again[row], 0, i) for i, row in enumerate(cursor.next_rows())]
         tokens += sum(packed_row.example.num_tokens for packed_row in packed_rows)
-        prepare(packed_rows, PromptLengths((20,), (0,)), rank, 4096)
+        prepare_step(packed_rows, PromptLengths((20,), (0,)), rank, 4096)
     figures["ms_per_step"] = (time.perf_counter() - started) / STEPS * 1000
     return figures | {"fill": tokens / STEPS / 8192, "steps_mb": memory.since_last()}
 

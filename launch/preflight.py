@@ -14,8 +14,8 @@ from trainer.config import (
     RunConfig,
     expand_path,
     load,
-    load_base,
     load_output,
+    load_shards,
     resolve_path,
     sweeps,
 )
@@ -114,7 +114,7 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
             f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
             "folder or hub id"
         )
-    return load_base(target, overrides)
+    return load_shards(target, overrides)
 
 
 def is_run_dir(target: str) -> bool:

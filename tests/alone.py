@@ -23,7 +23,7 @@ class Alone:
 
     def note_trained_batch(self) -> None: ...
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         return flag
 
     def all_gather(self, value: T) -> list[T]:

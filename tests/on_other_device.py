@@ -24,7 +24,7 @@ from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
-from trainer.distributed.prefetch import RankPlace, prepare, prepare_batch
+from trainer.distributed.prefetch import RankInfo, prepare_batch, prepare_step
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import open_base
@@ -152,8 +152,8 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     for _ in range(STEPS):
         Waits.count = 0
         prompts = bank.virtual_tokens()
-        step_batch = prepare(
-            feed.next_step(bank.active), PromptLengths.of(prompts), RankPlace(0, 1, CPU), TOKENS
+        step_batch = prepare_step(
+            feed.next_step(bank.active), PromptLengths.of(prompts), RankInfo(0, 1, CPU), TOKENS
         )
         bank.update(batch_gradients(engine, base, step_batch, prompts, teachers=teachers).gradients)
         waits.append(Waits.count)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from trainer.config import Base
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.embedding import RowExchange
-from trainer.model.meta_model import build_skeleton
+from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.shard_loading import LoadStats, load_base
+from trainer.model.shard_loading import LoadStats, load_shards
 from trainer.runtime.errors import BadInput
 
 
@@ -61,8 +61,8 @@ def load_whole(
     settings = Base.model_validate({"model": str(folder), "quantization": quantization})
     files = open_base(settings)
     cpu = torch.device("cpu")
-    skeleton = build_skeleton(files, settings, dtype, cpu)
-    base, _ = load_base(
+    skeleton = build_meta_model(files, settings, dtype, cpu)
+    base, _ = load_shards(
         skeleton, files, dtype=dtype, device=cpu, shard=OneRank(), checkpointing=checkpointing
     )
     return base
@@ -73,11 +73,11 @@ def load_rank(
 ) -> tuple[PromptedBase, OneRank, LoadStats]:
     files = open_base(Base.model_validate({"model": str(folder), **settings}))
     cpu = torch.device("cpu")
-    skeleton = build_skeleton(
+    skeleton = build_meta_model(
         files, Base.model_validate({"model": str(folder), **settings}), torch.float32, cpu
     )
     one = OneRank(rank, ranks)
-    base, stats = load_base(
+    base, stats = load_shards(
         skeleton, files, dtype=torch.float32, device=cpu, shard=one, checkpointing=False
     )
     return base, one, stats

@@ -39,9 +39,13 @@ from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.tokenization.chat_date import keep_chat_date, read_chat_date
 from trainer.data.tokenization.chat_template import reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
-from trainer.distributed.model_loading import LoadedBase, load, open_files
-from trainer.distributed.model_loading import identity_of as base_identity
-from trainer.distributed.prefetch import Prefetch, RankPlace
+from trainer.distributed.model_loading import (
+    LoadedBase,
+    fingerprint_base_on_all,
+    load_base,
+    open_base_on_all,
+)
+from trainer.distributed.prefetch import RankInfo, StepPrefetcher
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.generation import StopCriteria, check_targets, keys_and_values
@@ -86,12 +90,12 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     times.add({"start": process.age()})
     with times("start"), console.phase("connecting ranks"):
         engine = Engine(config.engine.timeout_seconds)
-    engine.watch(Path(config.output_dir) / "logs", config.engine.silence_seconds)
+    engine.start_watchdog(Path(config.output_dir) / "logs", config.engine.silence_seconds)
     try:
         with _locked(engine, Path(config.output_dir), console) as lock:
             _train(engine, config, console, lock, times, fresh=fresh, command=command)
     except Stopped:
-        engine.any(False)  # the launcher ends all ranks once one has: rank 0 must have saved
+        engine.any_rank(False)  # the launcher ends all ranks once one has: rank 0 must have saved
         raise
     engine.close()
 
@@ -108,7 +112,7 @@ def _train(
 ) -> None:
     output = Path(config.output_dir)
     with times("load"), console.phase("reading config and tokenizer"):
-        files = open_files(engine, config.base, console)
+        files = open_base_on_all(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.run_on_all(lambda: check_past(files.config, files.name))
     # A requeued job has already moved the earlier run: what is in the folder is its own.
@@ -118,7 +122,9 @@ def _train(
         tasks = _read_tasks(engine, files, config, console, date)
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     with times("load"), console.phase("checking the base's files"):
-        identity = run_identity(config, base_identity(engine, files, console), dtype, tasks)
+        identity = run_identity(
+            config, fingerprint_base_on_all(engine, files, console), dtype, tasks
+        )
         identity |= {"date of the chat template": date.isoformat()} if date else {}
     saved = engine.run_on_main(
         lambda: None if fresh else find_checkpoint(output, identity, console)
@@ -152,8 +158,8 @@ def _train(
     begun = without_sources(config) if saved else config
     with times("initialization search"):
         bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
-    feed = Prefetch(
-        BatchSource(config, tasks), RankPlace(engine.rank, engine.world_size, engine.device)
+    feed = StepPrefetcher(
+        BatchSource(config, tasks), RankInfo(engine.rank, engine.world_size, engine.device)
     )
     loop = Loop(config, engine, evaluator, tasks, bank, feed, console, times=times)
     if saved is None:
@@ -329,8 +335,8 @@ def _load(
     sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
     chosen = None if saved is None else saved_choices(saved, where)
     if chosen is None:
-        return load(engine, files, config, console, lengths=sample), where
-    loaded = load(
+        return load_base(engine, files, config, console, lengths=sample), where
+    loaded = load_base(
         engine,
         files,
         apply_choices(config, chosen),

@@ -134,7 +134,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     from trainer.config import RunConfig
     from trainer.data.token_table import Example
     from trainer.distributed.deepspeed_engine import Engine
-    from trainer.distributed.model_loading import load
+    from trainer.distributed.model_loading import load_base
     from trainer.model.checkpoint_files import open_base
     from trainer.packing.packed_batch import PackedRow
     from trainer.runtime.console import Console
@@ -166,7 +166,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     lengths = [len(row.input_ids) for row in drawn]
     with open(os.devnull, "w") as nothing:
         console = Console(nothing, nothing)
-        loaded = load(engine, open_base(config.base), config, console, lengths=lengths)
+        loaded = load_base(engine, open_base(config.base), config, console, lengths=lengths)
     prompt = torch.nn.Parameter(case.prompt())
     optimizer = make_optimizer(config.prompts[0], {"p": prompt}, case.steps)
     meter = meter_of(loaded.model.parameters)

@@ -36,7 +36,7 @@ def main() -> None:
     for case in cases[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]:
         save_family(Path(root) / case, case)
     engine = Engine(120)
-    engine.any(False)  # all folders are written
+    engine.any_rank(False)  # all folders are written
     results = {
         case: train_step(engine, Path(root) / case, quantization, checkpointing == "yes")
         for case in cases

@@ -12,9 +12,9 @@ from trainer.distributed.deepspeed_config import resolve_policy
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.placement import Placement
 from trainer.model.checkpoint_files import open_base
-from trainer.model.meta_model import build_skeleton
+from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.shard_loading import LoadStats, load_base
+from trainer.model.shard_loading import LoadStats, load_shards
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def shard_base(
         keep_small: leave vectors whole on every rank, as a run does.
     """
     files = open_base(config.base)
-    skeleton = build_skeleton(files, config.base, torch.float32, engine.device)
+    skeleton = build_meta_model(files, config.base, torch.float32, engine.device)
     placement = engine.place(skeleton, config, torch.float32) if placed else None
     hidden_size = files.config.hidden_size if keep_small else 0
     policy = resolve_policy(config, torch.float32, hidden_size, placement)
-    model, stats = load_base(
+    model, stats = load_shards(
         skeleton,
         files,
         dtype=torch.float32,

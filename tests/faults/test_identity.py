@@ -19,7 +19,7 @@ from trainer.checkpointing.resume import find_checkpoint, run_identity
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.model.checkpoint_files import open_base
-from trainer.model.fingerprint import digests_of, file_digest, identity
+from trainer.model.fingerprint import digest_file, digest_weight_files, fingerprint_base
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
@@ -55,7 +55,7 @@ class Case:
         config = RunConfig.model_validate(self.run)
         files = open_base(config.base)
         tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
-        return run_identity(config, identity(files), self.dtype, tasks)
+        return run_identity(config, fingerprint_base(files), self.dtype, tasks)
 
     def problems(self) -> list[str]:
         """Names of what differs from the checkpoint, as a person reads them; its remedy is last."""
@@ -186,25 +186,25 @@ def test_digests_of_large_files_are_remembered_until_they_change(
     monkeypatch.setattr("trainer.model.fingerprint.REMEMBERED_BYTES", 10)
     path = tmp_path / "model.safetensors"
     path.write_bytes(torch.arange(100).numpy().tobytes())
-    first = file_digest(path)
+    first = digest_file(path)
     (place,) = (tmp_path / "cache" / "digests").iterdir()
     content = json.loads(place.read_text())
     assert content["sha256"] == first
     place.write_text(json.dumps(content | {"sha256": "remembered"}))
-    assert file_digest(path) == "remembered"
+    assert digest_file(path) == "remembered"
     place.write_text("garbled")
-    assert file_digest(path) == first
+    assert digest_file(path) == first
     path.write_bytes(torch.arange(1, 101).numpy().tobytes())  # as long as before
-    assert file_digest(path) not in (first, "remembered")
+    assert digest_file(path) not in (first, "remembered")
 
 
 def test_the_hub_s_cache_knows_the_digest(tmp_path: Path) -> None:
     """It keeps a weight file under its SHA-256."""
     content = (TINY / "model.safetensors").read_bytes()
-    name = file_digest(TINY / "model.safetensors")
+    name = digest_file(TINY / "model.safetensors")
     blob = tmp_path / "blobs" / name
     blob.parent.mkdir()
     blob.write_bytes(content[:10])  # nobody reads it
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
-    assert digests_of([link]) == {"model.safetensors": name}
+    assert digest_weight_files([link]) == {"model.safetensors": name}

@@ -22,8 +22,8 @@ from tests.random_base import llama_config, save_random
 from tests.unit.test_like_transformers import assert_alike
 from trainer.config import Base
 from trainer.model.checkpoint_files import open_base
-from trainer.model.fingerprint import small_parts
-from trainer.model.meta_model import build_skeleton
+from trainer.model.fingerprint import digest_small_files
+from trainer.model.meta_model import build_meta_model
 from trainer.runtime.errors import BadInput
 
 #: Values that no key of a model's JSON files expects.
@@ -50,8 +50,8 @@ def look(folder: Path) -> None:
     settings = Base(model=str(folder))
     files = open_base(settings)
     assert files.fingerprint
-    assert small_parts(files)
-    build_skeleton(files, settings, torch.float32, torch.device("cpu"))
+    assert digest_small_files(files)
+    build_meta_model(files, settings, torch.float32, torch.device("cpu"))
 
 
 def refusal(folder: Path) -> str:

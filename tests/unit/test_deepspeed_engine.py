@@ -37,9 +37,9 @@ def test_a_rank_tries_again_alone_only_once_training_is_traced() -> None:
     engine.device = torch.device("cpu")
     engine._zero = SimpleNamespace(get_param_coordinator=lambda: coordinator, module="base")
     engine._traced = False
-    assert not engine.recover()
+    assert not engine.recover_from_oom()
     engine.note_trained_batch()
-    assert engine.recover()
+    assert engine.recover_from_oom()
     assert released == ["base"]
     engine._group_size = 2
-    assert not engine.recover(), "others wait in a gather"
+    assert not engine.recover_from_oom(), "others wait in a gather"

@@ -21,8 +21,8 @@ from trainer.commands.prepare import prepare
 from trainer.config import Base, RunConfig
 from trainer.config.ranking import score_key
 from trainer.model.checkpoint_files import open_base
-from trainer.model.embedding_lookup import read_words
-from trainer.model.fingerprint import identity
+from trainer.model.embedding_lookup import read_token_embeddings
+from trainer.model.fingerprint import fingerprint_base
 from trainer.prompts.bank import Bank
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
@@ -58,7 +58,7 @@ def test_words_of_a_base_that_is_in_8_bits_already(tmp_path: Path) -> None:
 
 def check_words(folder: Path, expected_nH: torch.Tensor, **settings: str) -> None:
     base = Base.model_validate({"model": str(folder), **settings})
-    found_nH = read_words(open_base(base), base, torch.float32, [7, 3, 7, 20])
+    found_nH = read_token_embeddings(open_base(base), base, torch.float32, [7, 3, 7, 20])
     assert torch.equal(found_nH, expected_nH)
 
 
@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     # A prompt that has stopped counts with its last loss, 1.5.
     bank.keep_best_readers(5, {1: (1.1, 1.1)})
     tensors, meta = bank.state()
-    state = {"identity": identity(files), "bank": meta}
+    state = {"identity": fingerprint_base(files), "bank": meta}
     checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
     atomic_io.write(folder / "run.yaml", config.dump(settings))
     atomic_io.write_json(folder / "environment.json", {"dtype": "float32"})

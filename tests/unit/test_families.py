@@ -35,9 +35,9 @@ from trainer.model.families import FAMILIES, context_length, family_of, layer_si
 from trainer.model.layers import lm_head
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
-from trainer.model.meta_model import build_skeleton
+from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import DecodeStep, PromptedBase
-from trainer.model.tensor_locations import RowReader, TensorLocation, find_sources
+from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.packing.packed_batch import Segment, build_packed_batch
 from trainer.runtime.errors import BadInput
 
@@ -300,8 +300,8 @@ class TestRowReader:
     def test_rows_equal_rows_of_the_whole(self, family: Any, case: str) -> None:
         settings = Base(model=str(family(case)))
         files = open_base(settings)
-        model = build_skeleton(files, settings, torch.float32, CPU)
-        sources = find_sources(model, files.parameters.tensors)
+        model = build_meta_model(files, settings, torch.float32, CPU)
+        sources = locate_parameters(model, files.parameters.tensors)
         flat = FlatFile(load_file(family(case) / "model.safetensors"))
         for source in sources.values():
             full = whole_parameter(source, flat.tensors)

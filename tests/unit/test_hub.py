@@ -178,7 +178,7 @@ class Ranks:
             return values
 
         engine.all_gather = all_gather  # type: ignore[method-assign]
-        engine.any = lambda flag: any(all_gather(flag))  # type: ignore[method-assign]
+        engine.any_rank = lambda flag: any(all_gather(flag))  # type: ignore[method-assign]
         return engine
 
     def run(self, program: Callable[[Any], Any]) -> list[Any]:
@@ -209,7 +209,7 @@ def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.Mon
             working.append(engine.rank)
             return f"by {engine.rank}"
 
-        result = engine.on_each_node(work)
+        result = engine.run_on_each_node(work)
         return result, sorted(working)
 
     results = Ranks([0, 1, 0, 1]).run(program)
@@ -223,7 +223,7 @@ def test_a_node_that_fails_fails_all() -> None:
             if engine.rank == 2:
                 raise BadInput("base.model: 'org/tiny' is gated")
 
-        return engine.on_each_node(work)
+        return engine.run_on_each_node(work)
 
     assert Ranks([0, 1, 0, 1]).run(program) == [["base.model: 'org/tiny' is gated"]] * 4
 
@@ -236,6 +236,6 @@ def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.Monke
             threading.Event().wait(0.02 * engine.rank)
             return f"by {engine.rank}"
 
-        return engine.on_every_rank(work)
+        return engine.run_and_gather(work)
 
     assert Ranks([0, 1, 0]).run(program) == [["by 0", "by 1", "by 2"]] * 3

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.unit.test_chat import make_tokenizer
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
-from trainer.distributed.prefetch import Prefetch, RankPlace
+from trainer.distributed.prefetch import RankInfo, StepPrefetcher
 from trainer.evaluation.evaluator import Evaluator, Scored
 from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
 from trainer.evaluation.prediction_records import Predictions
@@ -50,19 +50,19 @@ class OneRank:
     def all_gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         return flag
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def watch_memory(self) -> None: ...
+    def reset_peak_memory(self) -> None: ...
 
     def end_step(self) -> None: ...
 
     def note_trained_batch(self) -> None: ...
 
-    def peak_bytes(self) -> int:
+    def peak_activation_bytes(self) -> int:
         return 0
 
 
@@ -141,7 +141,7 @@ class Toy:
             evaluator,
             data,
             self.bank,
-            Prefetch(BatchSource(self.config, data), RankPlace(0, 1, CPU)),
+            StepPrefetcher(BatchSource(self.config, data), RankInfo(0, 1, CPU)),
             Console(self.out, self.out),
             log=lambda step, _, metrics, name: self.logged.append((step, name, dict(metrics))),
             save=self.save,

@@ -11,7 +11,7 @@ import torch
 
 from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.tokenization.tokenize import Example
-from trainer.distributed.prefetch import Prefetch, RankPlace, ahead
+from trainer.distributed.prefetch import RankInfo, StepPrefetcher, prefetched
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 
 LENGTHS = [5, 9, 2, 7, 4, 12, 3]
@@ -48,8 +48,8 @@ class TwoPrompts:
             cursor.load_state_dict(saved)
 
 
-def prefetch(feed: TwoPrompts) -> Prefetch:
-    return Prefetch(feed, RankPlace(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
+def prefetch(feed: TwoPrompts) -> StepPrefetcher:
+    return StepPrefetcher(feed, RankInfo(0, 2, torch.device("cpu")))  # type: ignore[arg-type]
 
 
 def rows(step_batch: Any) -> list[tuple[int | None, int]]:
@@ -60,7 +60,7 @@ def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
     feed, plain = TwoPrompts(), TwoPrompts()
     feed_ahead = prefetch(feed)
     for _ in range(12):
-        step_batch = feed_ahead.take(BOTH, VIRTUAL, 20)
+        step_batch = feed_ahead.next_step(BOTH, VIRTUAL, 20)
         assert rows(step_batch) == [(p.prompt, p.example.row) for p in plain.next_step(BOTH)]
         assert feed_ahead.state_dict() == plain.state_dict(), "of what was handed out, not prepared"
         assert len(step_batch.batches) == len(step_batch.plan)
@@ -74,7 +74,7 @@ def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
     feed, plain = TwoPrompts(), TwoPrompts()
     feed_ahead = prefetch(feed)
     for active, budget in [(BOTH, 20)] * 3 + [(FIRST, 20)] * 2 + [(FIRST, 12)] * 2:
-        step_batch = feed_ahead.take(active, VIRTUAL, budget)
+        step_batch = feed_ahead.next_step(active, VIRTUAL, budget)
         assert rows(step_batch) == [(p.prompt, p.example.row) for p in plain.next_step(active)]
         assert feed_ahead.state_dict() == plain.state_dict()
     feed_ahead.close()
@@ -83,14 +83,14 @@ def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
 def test_resumed_from_what_was_handed_out():
     uninterrupted = prefetch(TwoPrompts())
     for _ in range(4):
-        uninterrupted.take(BOTH, VIRTUAL, 20)
+        uninterrupted.next_step(BOTH, VIRTUAL, 20)
     saved = json.loads(json.dumps(uninterrupted.state_dict()))
-    expected = [rows(uninterrupted.take(BOTH, VIRTUAL, 20)) for _ in range(5)]
+    expected = [rows(uninterrupted.next_step(BOTH, VIRTUAL, 20)) for _ in range(5)]
     other = prefetch(TwoPrompts())
-    other.take(BOTH, VIRTUAL, 20)  # and one more is on its way
+    other.next_step(BOTH, VIRTUAL, 20)  # and one more is on its way
     other.load_state_dict(saved)
     assert other.state_dict() == saved
-    assert [rows(other.take(BOTH, VIRTUAL, 20)) for _ in range(5)] == expected
+    assert [rows(other.next_step(BOTH, VIRTUAL, 20)) for _ in range(5)] == expected
     uninterrupted.close()
     other.close()
 
@@ -100,13 +100,13 @@ def test_an_error_in_the_thread_reaches_the_one_who_asks():
     feed_ahead = prefetch(feed)
     feed.fails = True
     with pytest.raises(OSError, match="disk is gone"):
-        feed_ahead.take(BOTH, VIRTUAL, 20)
+        feed_ahead.next_step(BOTH, VIRTUAL, 20)
     feed.fails = False
-    feed_ahead.take(BOTH, VIRTUAL, 20)
+    feed_ahead.next_step(BOTH, VIRTUAL, 20)
     feed.fails = True
-    feed_ahead.take(BOTH, VIRTUAL, 20)
+    feed_ahead.next_step(BOTH, VIRTUAL, 20)
     with pytest.raises(OSError, match="disk is gone"):
-        feed_ahead.take(BOTH, VIRTUAL, 20)
+        feed_ahead.next_step(BOTH, VIRTUAL, 20)
     feed_ahead.close()
 
 
@@ -119,15 +119,15 @@ def test_ahead_keeps_the_order_and_makes_one_at_a_time():
         made.append(item)
         return item * item
 
-    assert list(ahead(make, range(5))) == [0, 1, 4, 9, 16]
-    assert list(ahead(make, [])) == []
-    results = ahead(make, range(5, 9))
+    assert list(prefetched(make, range(5))) == [0, 1, 4, 9, 16]
+    assert list(prefetched(make, [])) == []
+    results = prefetched(make, range(5, 9))
     assert next(results) == 25
     with pytest.raises(ValueError, match="seven"):
         list(results)
     assert 8 not in made[5:-1]
     made.clear()
-    results = ahead(make, range(100, 200))
+    results = prefetched(make, range(100, 200))
     next(results)
     results.close()
     assert len(made) <= 3

@@ -15,9 +15,9 @@ from trainer.data.tokenization.tokenize import Example
 from trainer.model.checkpoint_files import open_base
 from trainer.model.families import layer_sizes
 from trainer.model.layers.lm_head import LOGITS_BYTES
-from trainer.model.meta_model import build_skeleton
+from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.shard_loading import load_base
+from trainer.model.shard_loading import load_shards
 from trainer.packing.activation_memory import BatchMemory, row_sizes
 from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
 from trainer.training.saved_tensors import SavedBytes
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
     settings = Base(model=str(folder))
     files = open_base(settings)
-    skeleton = build_skeleton(files, settings, dtype, CPU)
-    base, _ = load_base(
+    skeleton = build_meta_model(files, settings, dtype, CPU)
+    base, _ = load_shards(
         skeleton, files, dtype=dtype, device=CPU, shard=OneRank(), checkpointing=checkpointing
     )
     return base

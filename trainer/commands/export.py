@@ -19,9 +19,9 @@ from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of_encoders
 from trainer.config import Prompt, RunConfig, load_output
-from trainer.model import fingerprint as base_identity
 from trainer.model.checkpoint_files import BaseFiles, open_base, portable_name
-from trainer.model.embedding_lookup import read_words
+from trainer.model.embedding_lookup import read_token_embeddings
+from trainer.model.fingerprint import fingerprint_base
 from trainer.prompts.initializers import Vocabulary, words
 from trainer.prompts.multitask import TextReader
 from trainer.prompts.peft_adapter import save_peft
@@ -70,7 +70,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
     saved = checkpoint.newest(folder / CHECKPOINTS, problem_of=problem_of_encoders)
     if saved is None:
         raise BadInput(f"{folder}: has no checkpoint yet; train the run first")
-    parts = base_identity.identity(files)
+    parts = fingerprint_base(files)
     if any(saved.state["identity"].get(part) != digest for part, digest in parts.items()):
         raise BadInput(
             f"base.model: {config.base.model!r} is not the base that {folder} was trained over; "
@@ -80,7 +80,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
     reader = TextReader.of(weights)
     dtype = _dtype(folder / "environment.json")
     vocabulary = Vocabulary(
-        lambda ids: read_words(files, config.base, dtype, ids),
+        lambda ids: read_token_embeddings(files, config.base, dtype, ids),
         files.tokenizer,
         files.config.vocab_size,
     )

@@ -45,7 +45,7 @@ def _generate(
         from trainer.data.row_validation import render
         from trainer.data.tokenization.tokenize import encode_input
         from trainer.distributed.deepspeed_engine import Engine
-        from trainer.distributed.model_loading import load, open_files
+        from trainer.distributed.model_loading import load_base, open_base_on_all
         from trainer.evaluation.generation import StopCriteria, generate
         from trainer.prompts.peft_adapter import load_peft
 
@@ -59,7 +59,7 @@ def _generate(
         text = render(task.input, {fields[0]: text})
 
     engine = Engine(config.engine.timeout_seconds)
-    files = open_files(engine, config.base, console)
+    files = open_base_on_all(engine, config.base, console)
     input_ids = encode_input(
         files.tokenizer,
         text,
@@ -79,7 +79,7 @@ def _generate(
             "shorten it or lower --max-new-tokens"
         )
     virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
-    loaded = load(engine, files, config, console)
+    loaded = load_base(engine, files, config, console)
     ending = StopCriteria.of(files.generation, files.tokenizer, task)
     (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
     console.answer(ending.text(written, skip_special_tokens=True).strip())

@@ -23,7 +23,7 @@ from torch import Tensor
 from trainer.config import Base
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.layers.quantization import quantize_rows
-from trainer.model.meta_model import build_skeleton, int8_sources
+from trainer.model.meta_model import build_meta_model, locate_int8_parameters
 from trainer.model.model_folder import INDEX, SINGLE
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.shard_loading import row_blocks
@@ -95,9 +95,9 @@ def prepare(
 
 def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLocation]:
     """The checkpoint's tensors that loading would quantise, each as a source of its own."""
-    skeleton = build_skeleton(files, settings, torch.float32, torch.device("cpu"))
+    skeleton = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
     found = {}
-    for source in int8_sources(skeleton, files).values():
+    for source in locate_int8_parameters(skeleton, files).values():
         for tensor in source.tensors:
             shape = replace(source, transposed=False).stored_shape
             found[tensor] = TensorLocation((tensor,), shape, source.transposed)

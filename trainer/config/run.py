@@ -305,7 +305,7 @@ class _BaseAlone(Section):
     base: Base
 
 
-def load_base(model: str, overrides: Sequence[str] = ()) -> Base:
+def load_shards(model: str, overrides: Sequence[str] = ()) -> Base:
     """The settings of a base that no run file names: defaults, and overrides of ``base.*``.
 
     Raises:

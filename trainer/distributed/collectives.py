@@ -50,7 +50,7 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def watch(self, logs: Path, silence_seconds: float) -> None:
+    def start_watchdog(self, logs: Path, silence_seconds: float) -> None:
         """From now on a rank that hangs is named in ``logs``, and ends all; see the watchdog.
 
         Args:
@@ -76,7 +76,7 @@ class Ranks:
             timeout_seconds=WATCHED_SHARE * self._timeout,
             give_up=partial(end_process, logs),
         )
-        self.any(False)  # all have a beat now
+        self.any_rank(False)  # all have a beat now
         self._watchdog.start()
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class Ranks:
         for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         value = torch.tensor([int(flag)], device=self.device)
         with self.pulse.within("a question to all ranks"):
@@ -134,7 +134,7 @@ class Ranks:
         """
         return self.broadcast(self.run_on_all(lambda: work() if self.is_main else None))
 
-    def on_each_node(self, work: Callable[[], T]) -> T | None:
+    def run_on_each_node(self, work: Callable[[], T]) -> T | None:
         """Run slow work on one rank of every node while the others wait, however long it takes.
 
         Returns:
@@ -145,7 +145,7 @@ class Ranks:
         """
         return self.wait_for_slow_work(work if self.local_rank == 0 else None)
 
-    def on_every_rank(self, work: Callable[[], T]) -> list[T]:
+    def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         """Slow work of every rank, however long the slowest takes: what it gave, by rank.
 
         Raises:
@@ -169,7 +169,7 @@ class Ranks:
         else:
             outcome.set_result(None)
         # In short turns: one collective would give up after the engine's timeout.
-        while self.any(not wait([outcome], TURN_SECONDS).done):
+        while self.any_rank(not wait([outcome], TURN_SECONDS).done):
             pass
         return self.run_on_all(outcome.result)
 
@@ -179,7 +179,7 @@ class Ranks:
         Raises:
             BadInput: on all ranks together.
         """
-        found = self.on_each_node(load)
+        found = self.run_on_each_node(load)
         rest = self.run_on_all(lambda: load() if found is None else None)
         result = rest if found is None else found
         assert result is not None

@@ -209,7 +209,7 @@ class Engine(Ranks):
         """After a forward and backward: what DeepSpeed has seen of them is for the next."""
         self._traced = self._zero.get_param_coordinator().is_complete_trace()
 
-    def recover(self) -> bool:
+    def recover_from_oom(self) -> bool:
         """After a forward or backward that broke off: let go of what it held, for another try.
 
         Returns:
@@ -230,15 +230,15 @@ class Engine(Ranks):
             get_accelerator().empty_cache()
         return True
 
-    def watch_memory(self) -> None:
-        """Reset ``peak_bytes``."""
+    def reset_peak_memory(self) -> None:
+        """Reset ``peak_activation_bytes``."""
         if self.device.type != "cpu":
             self._peak = self.peak_gpu_bytes
             get_accelerator().reset_peak_memory_stats(self.local_rank)
             self._resident = get_accelerator().memory_allocated(self.local_rank)
 
-    def peak_bytes(self) -> int:
-        """The most that was taken of this rank's GPU at a time since ``watch_memory``.
+    def peak_activation_bytes(self) -> int:
+        """The most that was taken of this rank's GPU at a time since ``reset_peak_memory``.
 
         Beyond what was taken then and what stays gathered; 0 on CPU.
         """

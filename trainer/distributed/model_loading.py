@@ -15,7 +15,12 @@ from trainer.distributed.placement import Placement
 from trainer.model.attention.interface import resolve_attention
 from trainer.model.checkpoint_files import BaseFiles, local_folder, open_base
 from trainer.model.families import family_of, layer_sizes
-from trainer.model.fingerprint import digests_of, of_weights, small_parts, weight_files
+from trainer.model.fingerprint import (
+    combine_weight_digests,
+    digest_small_files,
+    digest_weight_files,
+    weight_files,
+)
 from trainer.model.layers.fused_ops import compile_lean
 from trainer.model.layers.lm_head import LOGITS_BYTES
 from trainer.model.layers.matmul_selection import (
@@ -25,9 +30,9 @@ from trainer.model.layers.matmul_selection import (
     resolve_matmul,
     use_matmul,
 )
-from trainer.model.meta_model import build_skeleton
+from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.shard_loading import LoadStats, load_base
+from trainer.model.shard_loading import LoadStats, load_shards
 from trainer.packing.activation_memory import (
     CPU_TOKENS,
     RAMP,
@@ -57,7 +62,7 @@ class LoadedBase:
     budget: TokenBudget
 
 
-def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
+def open_base_on_all(engine: Engine, settings: Base, console: Console) -> BaseFiles:
     """The base's files, on all ranks. One rank of each node downloads what its cache lacks.
 
     Raises:
@@ -70,7 +75,7 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
         with console.downloading(settings.model) as progress:
             return open_base(settings, progress=progress)
 
-    downloaded = engine.on_each_node(download)
+    downloaded = engine.run_on_each_node(download)
     files = engine.run_on_all(lambda: downloaded or open_base(settings, download=False))
     for warning in files.parameters.warnings:
         console.warn(warning)
@@ -82,17 +87,19 @@ def open_files(engine: Engine, settings: Base, console: Console) -> BaseFiles:
     return files
 
 
-def identity_of(engine: Engine, files: BaseFiles, console: Console) -> dict[str, str]:
+def fingerprint_base_on_all(engine: Engine, files: BaseFiles, console: Console) -> dict[str, str]:
     """Digests of the base's parts, on all ranks. The weight files are shared out among them."""
     if files.num_bytes >= SLOW_BYTES:
         size = f"{files.num_bytes / 1e9:,.0f} GB"
         console.say(f"digests of the base's files ({size}; remembered until they change)")
     mine = weight_files(files)[engine.rank :: engine.world_size]
-    found = engine.on_every_rank(lambda: digests_of(mine))
-    return small_parts(files) | of_weights({k: v for part in found for k, v in part.items()})
+    found = engine.run_and_gather(lambda: digest_weight_files(mine))
+    return digest_small_files(files) | combine_weight_digests(
+        {k: v for part in found for k, v in part.items()}
+    )
 
 
-def load(
+def load_base(
     engine: Engine,
     files: BaseFiles,
     config: RunConfig,
@@ -114,7 +121,7 @@ def load(
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.run_on_all(lambda: resolve_policy(config, dtype, files.config.hidden_size))
     # All that can be wrong without reading weights is found here, before minutes of reading.
-    skeleton = engine.run_on_all(lambda: build_skeleton(files, settings, dtype, engine.device))
+    skeleton = engine.run_on_all(lambda: build_meta_model(files, settings, dtype, engine.device))
     matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
     packed = family_of(files.config, files.name).packed
     flex = engine.run_on_all(
@@ -136,7 +143,7 @@ def load(
         console.say(budget.words)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:
-        base, stats = load_base(
+        base, stats = load_shards(
             skeleton,
             files,
             dtype=dtype,

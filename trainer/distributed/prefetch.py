@@ -1,4 +1,4 @@
-"""What the device reads next is prepared while it works, one step or packed batch ahead."""
+"""Build the packed batches of the next step in a thread while the device computes this one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one step reads.
+    """The input of one optimizer step.
 
     Attributes:
-        packed rows: rows of all ranks.
-        plan: those of this rank, by packed batch.
-        packed batches: this rank's packed batches, on the host.
+        rows: of all ranks.
+        plan: this rank's rows, by micro-batch.
+        batches: this rank's packed batches, in host memory.
     """
 
     rows: list[PackedRow]
@@ -41,8 +41,8 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class RankPlace:
-    """Whose packed batches are prepared."""
+class RankInfo:
+    """The rank for which batches are built, and its device."""
 
     rank: int
     world_size: int
@@ -56,102 +56,95 @@ def prepare_batch(
     *,
     distilled: bool = False,
 ) -> PackedBatch:
-    """A packed batch with its layout, on the host; pinned where a GPU will read it.
+    """Build a packed batch and its attention layout in host memory; pinned for a GPU.
 
     Args:
-        taught: with its teacher's packed batch, as all packed batches of a step have of which one
-            has a teacher.
+        distilled: also build the teacher's packed batch. All micro-batches of a step have one if
+            any row has a teacher, because all ranks take part in the teacher's forward pass.
     """
-    batch = _laid_out(build_packed_batch(rows, prompt_lengths.tokens, prompt_lengths.past))
+    batch = _with_layout(build_packed_batch(rows, prompt_lengths.tokens, prompt_lengths.past))
     if distilled:
-        batch = replace(batch, teacher=_laid_out(build_teacher_batch(rows)))
+        batch = replace(batch, teacher=_with_layout(build_teacher_batch(rows)))
     if device.type != "cuda":
         return batch
-    with torch.cuda.device(device):  # a new thread stands on the first device, which is another's
+    with torch.cuda.device(device):  # the current device of a new thread is cuda:0
         return changed(batch, torch.Tensor.pin_memory)
 
 
-def _laid_out(batch: PackedBatch) -> PackedBatch:
+def _with_layout(batch: PackedBatch) -> PackedBatch:
     return replace(batch, layout=make_layout(batch.segments, torch.device("cpu")))
 
 
-def is_distilled(rows: Sequence[PackedRow]) -> bool:
-    """Whether any row of any rank has a teacher: all ranks then read one with every batch."""
-    return any(row.teacher is not None for row in rows)
-
-
-def prepare(
-    rows: list[PackedRow], prompt_lengths: PromptLengths, rank: RankPlace, max_tokens: int
+def prepare_step(
+    rows: list[PackedRow], prompt_lengths: PromptLengths, rank: RankInfo, max_tokens: int
 ) -> StepBatch:
-    """Plan a step and build this rank's packed batches."""
+    """Distribute the rows of a step over ranks and micro-batches and build this rank's."""
     plan = plan_batches(rows, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
-    distilled = is_distilled(rows)
+    distilled = any(row.teacher is not None for row in rows)
     batches = [
         prepare_batch(mine, prompt_lengths, rank.device, distilled=distilled) for mine in plan
     ]
     return StepBatch(rows, plan, batches)
 
 
-class Prefetch:
-    """Hands out the steps of a feed, each made by a thread during the step before.
+class StepPrefetcher:
+    """Iterates over the steps of a batch source; a thread builds the next step during this one.
 
-    The rows and their order are those of the feed. The state is that after the steps which were
-    handed out: what is prepared ahead is made again from there if it is not what is wanted, or
-    after a resume.
-
-    Raises, from ``take``: what went wrong in the thread.
+    Rows and their order are those of the source. The state is the source's after the last step
+    that ``next_step`` returned. A step that was prefetched for other arguments is built again.
     """
 
-    def __init__(self, feed: BatchSource, rank: RankPlace) -> None:
-        self._feed, self._rank = feed, rank
-        self._handed_out = feed.state_dict()
-        self._ahead: tuple[Any, Future[tuple[StepBatch, Any]]] | None = None
+    def __init__(self, source: BatchSource, rank: RankInfo) -> None:
+        self._source, self._rank = source, rank
+        self._state = source.state_dict()
+        self._prefetched: tuple[Any, Future[tuple[StepBatch, Any]]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def take(
+    def next_step(
         self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
     ) -> StepBatch:
-        """The next step of all active prompts."""
-        wanted = (tuple(active), prompt_lengths, max_tokens)
-        made = None
-        if self._ahead is not None:
-            prepared_for, future = self._ahead
-            made = future.result()
-            if prepared_for != wanted:  # a prompt has stopped, or the budget has changed
-                self._feed.load_state_dict(self._handed_out)
-                made = None
-        step_batch, self._handed_out = made or self._make(*wanted)
-        self._ahead = (wanted, self._thread.submit(self._make, *wanted))
-        return step_batch
+        """Return the next step of all active prompts. Raises what the thread raised."""
+        arguments = (tuple(active), prompt_lengths, max_tokens)
+        built = None
+        if self._prefetched is not None:
+            prefetched_for, future = self._prefetched
+            built = future.result()
+            if prefetched_for != arguments:  # a prompt has stopped, or the budget has changed
+                self._source.load_state_dict(self._state)
+                built = None
+        batch, self._state = built or self._build(*arguments)
+        self._prefetched = (arguments, self._thread.submit(self._build, *arguments))
+        return batch
 
-    def _make(
+    def _build(
         self, active: Sequence[bool], prompt_lengths: PromptLengths, max_tokens: int
     ) -> tuple[StepBatch, Any]:
-        rows = self._feed.next_step(active)
-        return prepare(rows, prompt_lengths, self._rank, max_tokens), self._feed.state_dict()
+        rows = self._source.next_step(active)
+        batch = prepare_step(rows, prompt_lengths, self._rank, max_tokens)
+        return batch, self._source.state_dict()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return self._handed_out
+        return self._state
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        if self._ahead is not None:
-            self._ahead[1].result()
-            self._ahead = None
-        self._feed.load_state_dict(state)
-        self._handed_out = self._feed.state_dict()
+        if self._prefetched is not None:
+            self._prefetched[1].result()
+            self._prefetched = None
+        self._source.load_state_dict(state)
+        self._state = self._source.state_dict()
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
 
-def ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """``make(item)`` of every item, in order, the next by a thread while one is worked on."""
+def prefetched(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield ``make(item)`` for each item in order; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        under_way: Future[R] | None = None
+        pending: Future[R] | None = None
         for item in items:
-            done, under_way = under_way, thread.submit(make, item)
+            done, pending = pending, thread.submit(make, item)
             if done is not None:
                 yield done.result()
-        if under_way is not None:
-            yield under_way.result()
+        if pending is not None:
+            yield pending.result()

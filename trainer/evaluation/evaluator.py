@@ -18,7 +18,7 @@ from trainer.data.label_prefixes import exclusive
 from trainer.data.task_data import EvalSet
 from trainer.data.teacher import Teacher
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import ahead, prepare_batch
+from trainer.distributed.prefetch import prefetched, prepare_batch
 from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.generation import StopCriteria, generate
@@ -240,7 +240,7 @@ class Evaluator:
             return prepare_batch(mine, lengths, self.engine.device, distilled=distilled), texts
 
         texts = 0.0
-        for prepared, share in ahead(make, planned()):
+        for prepared, share in prefetched(make, planned()):
             self._between_batches(texts)
             yield prepared.to(self.engine.device)
             texts = share
@@ -249,7 +249,7 @@ class Evaluator:
     def _between_batches(self, texts: float) -> None:
         """Report texts that were read; raise ``Stopped`` on all ranks together if one must stop."""
         self._advance(texts)
-        if self.engine.any(stop_signals.stop_requested()):
+        if self.engine.any_rank(stop_signals.stop_requested()):
             raise Stopped
 
     def _comparisons(

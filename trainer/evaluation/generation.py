@@ -236,7 +236,7 @@ def _decode(
         for row in unfinished:
             written[row].append(tokens[row])
         unfinished = [row for row in unfinished if not ending.is_completed(written[row])]
-        if not engine.any(bool(unfinished)):
+        if not engine.any_rank(bool(unfinished)):
             break
         token_ids = next_B[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)

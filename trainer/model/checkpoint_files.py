@@ -30,7 +30,7 @@ from trainer.model.model_folder import (
     read_index,
 )
 from trainer.model.safetensors_reader import StoredTensor
-from trainer.model.weight_mapping import ReadParameters, library_errors, read_parameters
+from trainer.model.weight_mapping import WeightMapping, library_errors, map_weights
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
@@ -58,7 +58,7 @@ class BaseFiles:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     tensors: dict[str, StoredTensor]
-    parameters: ReadParameters
+    parameters: WeightMapping
     generation: GenerationConfig
 
     @property
@@ -116,7 +116,7 @@ def open_base(
         if not (folder / SINGLE).is_file() and (shards := sorted(set(read_index(folder)))):
             folder = hub.fetch(commit, shards, download=download, progress=progress)
     tensors = find_tensors(folder, name)
-    parameters = read_parameters(config, tensors, name)
+    parameters = map_weights(config, tensors, name)
     text.tie_word_embeddings = parameters.tied
     return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
 

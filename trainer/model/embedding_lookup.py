@@ -14,12 +14,12 @@ from trainer.config import Base
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.quantization import quantize_rows
-from trainer.model.meta_model import build_skeleton
+from trainer.model.meta_model import build_meta_model
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
-from trainer.model.tensor_locations import RowReader, find_sources
+from trainer.model.tensor_locations import RowReader, locate_parameters
 
 
-def read_words(
+def read_token_embeddings(
     files: BaseFiles, settings: Base, dtype: torch.dtype, token_ids: Sequence[int]
 ) -> Tensor:
     """Word embeddings [n, H] as the loaded base gives them, in ``dtype``.
@@ -30,11 +30,11 @@ def read_words(
     Raises:
         BadInput: if the base cannot be loaded.
     """
-    skeleton = build_skeleton(files, settings, dtype, torch.device("cpu"))
+    skeleton = build_meta_model(files, settings, dtype, torch.device("cpu"))
     table = skeleton.get_input_embeddings()
     assert isinstance(table, FrozenEmbedding), table
     path = next(name for name, module in skeleton.named_modules() if module is table)
-    sources = find_sources(skeleton, files.parameters.tensors)
+    sources = locate_parameters(skeleton, files.parameters.tensors)
     source = sources[f"{path}.weight"]
     (name,) = source.tensors
     with SafetensorsReader(files.tensors) as reader:

@@ -27,7 +27,7 @@ _NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
 _THREADS = 8
 
 
-def small_parts(files: BaseFiles) -> dict[str, str]:
+def digest_small_files(files: BaseFiles) -> dict[str, str]:
     """Digests of all but the weights, by the words that an error names them with."""
     paths = {path for pattern in SMALL_FILES for path in files.folder.glob(pattern)}
     tokenizer = sorted(path for path in paths if path.name not in _NOT_TOKENIZER)
@@ -47,24 +47,26 @@ def weight_files(files: BaseFiles) -> list[Path]:
     return files.weight_files
 
 
-def of_weights(digests: Mapping[str, str]) -> dict[str, str]:
+def combine_weight_digests(digests: Mapping[str, str]) -> dict[str, str]:
     """One digest of those of all weight files, by name."""
     return {"base.model, its weights": _joined(sorted(digests.items()))}
 
 
-def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+def digest_weight_files(paths: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of the content of weight files, by name."""
     paths = list(paths)
     with ThreadPoolExecutor(_THREADS) as threads:  # hashing leaves the other threads alone
-        return dict(zip([p.name for p in paths], threads.map(file_digest, paths), strict=True))
+        return dict(zip([p.name for p in paths], threads.map(digest_file, paths), strict=True))
 
 
-def identity(files: BaseFiles) -> dict[str, str]:
+def fingerprint_base(files: BaseFiles) -> dict[str, str]:
     """All parts, read by this process alone."""
-    return small_parts(files) | of_weights(digests_of(weight_files(files)))
+    return digest_small_files(files) | combine_weight_digests(
+        digest_weight_files(weight_files(files))
+    )
 
 
-def file_digest(path: Path) -> str:
+def digest_file(path: Path) -> str:
     """SHA-256 of a weight file's content."""
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):

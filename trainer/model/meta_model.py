@@ -23,15 +23,15 @@ from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts, is_experts
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
-from trainer.model.tensor_locations import TensorLocation, find_sources
-from trainer.model.weight_mapping import meta_model
+from trainer.model.tensor_locations import TensorLocation, locate_parameters
+from trainer.model.weight_mapping import build_transformers_model
 from trainer.runtime.errors import BadInput
 
 #: More than any model has in rotary frequencies, tables of sines and masks.
 MOST_BUFFER_BYTES = 1 << 30
 
 
-def build_skeleton(
+def build_meta_model(
     files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model with frozen layers, on ``meta``, its non-persistent buffers on ``device``.
@@ -44,7 +44,7 @@ def build_skeleton(
         BadInput: with every tensor that is of another shape or type; no weight is read.
     """
     family = family_of(files.config, files.name)
-    model = meta_model(_frozen_config(files.config), files.name, dtype=dtype)
+    model = build_transformers_model(_frozen_config(files.config), files.name, dtype=dtype)
     model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     model.generation_config = files.generation
     _rebuild_buffers(model, device)
@@ -56,7 +56,7 @@ def build_skeleton(
         if family.packed:
             replace_attention(model)
         make_lean(model)
-        sources = find_sources(model, stored)
+        sources = locate_parameters(model, stored)
         problems = [
             problem
             for name, parameter in model.named_parameters()
@@ -68,9 +68,11 @@ def build_skeleton(
     return model
 
 
-def int8_sources(skeleton: PreTrainedModel, files: BaseFiles) -> dict[str, TensorLocation]:
+def locate_int8_parameters(
+    skeleton: PreTrainedModel, files: BaseFiles
+) -> dict[str, TensorLocation]:
     """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
-    sources = find_sources(skeleton, files.parameters.tensors)
+    sources = locate_parameters(skeleton, files.parameters.tensors)
     int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
     return {name: sources[name] for name in int8}
 

@@ -27,7 +27,7 @@ from trainer.model.layers.quantization import quantize_rows
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
-from trainer.model.tensor_locations import RowReader, TensorLocation, find_sources
+from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.runtime.errors import BadInput
 
 Progress = Callable[[int], None]
@@ -71,7 +71,7 @@ class LoadStats:
     bytes_read: int
 
 
-def load_base(
+def load_shards(
     model: PreTrainedModel,
     files: BaseFiles,
     *,
@@ -91,7 +91,7 @@ def load_base(
         BadInput: on all ranks, with every tensor that any of them cannot read or that holds NaN.
     """
     started = time.perf_counter()
-    sources = find_sources(model, files.parameters.tensors)
+    sources = locate_parameters(model, files.parameters.tensors)
     with return_freed_memory(), SafetensorsReader(files.tensors) as reader:
         loader = _WeightLoader(reader, shard, dtype, device, progress)
         for path, module in model.named_modules():

@@ -103,13 +103,13 @@ class RowReader:
         return self._matrix[1][:, start:stop].T.contiguous()
 
 
-def find_sources(
+def locate_parameters(
     model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
 ) -> dict[str, TensorLocation]:
     """The source of every parameter, by each of its names; tied weights share one.
 
     Args:
-        tensors: of each parameter, see ``ReadParameters``.
+        tensors: of each parameter, see ``WeightMapping``.
     """
     return {
         name: TensorLocation(tensors[name], parameter.shape, _transposed(model, name))

@@ -44,7 +44,7 @@ PARAMETERS_PER_TENSOR, MORE_PARAMETERS = 4, 2_000
 
 
 @dataclass(frozen=True)
-class ReadParameters:
+class WeightMapping:
     """What transformers reads into each parameter of the text model.
 
     Attributes:
@@ -62,9 +62,9 @@ class ReadParameters:
     warnings: tuple[str, ...] = ()
 
 
-def read_parameters(
+def map_weights(
     config: PretrainedConfig, tensors: Mapping[str, StoredTensor], name: str
-) -> ReadParameters:
+) -> WeightMapping:
     """Match the stored tensors with the parameters of the text model.
 
     Args:
@@ -76,9 +76,9 @@ def read_parameters(
         BadInput: if config.json describes no model, or if a parameter has no tensor.
     """
     with _bounded(len(tensors), name):
-        loader = meta_model(config, name)
+        loader = build_transformers_model(config, name)
         inside = config.get_text_config() is not config
-        text = meta_model(config.get_text_config(), name) if inside else loader
+        text = build_transformers_model(config.get_text_config(), name) if inside else loader
     paths = _paths_in(loader, text, name) if inside else {"": ""}
     parameters = {
         parameter: _renamed(parameter, paths)
@@ -105,10 +105,12 @@ def read_parameters(
     if missing:
         raise BadInput(_incomplete(name, config, missing, unread, tensors, ends=pair))
     found = {parameter: stored[known] for parameter, known in parameters.items()}
-    return ReadParameters(found, tied, duplicate, separate, tuple(warnings))
+    return WeightMapping(found, tied, duplicate, separate, tuple(warnings))
 
 
-def meta_model(config: PretrainedConfig, name: str, **options: Any) -> PreTrainedModel:
+def build_transformers_model(
+    config: PretrainedConfig, name: str, **options: Any
+) -> PreTrainedModel:
     """Build transformers' own class for a config, on ``meta``.
 
     Args:

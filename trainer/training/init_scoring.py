@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData
-from trainer.distributed.prefetch import RankPlace, StepBatch, ahead, prepare
+from trainer.distributed.prefetch import RankInfo, StepBatch, prefetched, prepare_step
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.prompted_model import read_teacher
 from trainer.packing.batch_source import BatchSource
@@ -100,7 +100,7 @@ class LossInitScorer:
         engine = self._evaluator.engine
         totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
         counts: list[int] = []
-        for portion, packed_rows, step_batch in ahead(self._prepared, self._portions(starts)):
+        for portion, packed_rows, step_batch in prefetched(self._prepared, self._portions(starts)):
             embedded = embed([word for _, words in portion for word in words])
             lengths = [len(words) for _, words in portion]
             done = slice(len(counts), len(counts) + len(portion))
@@ -127,11 +127,11 @@ class LossInitScorer:
         of_starts = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
         packed_rows = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
         lengths = PromptLengths(tuple(len(words) for _, words in portion), (0,) * len(portion))
-        rank = RankPlace(engine.rank, engine.world_size, engine.device)
+        rank = RankInfo(engine.rank, engine.world_size, engine.device)
         return (
             portion,
             packed_rows,
-            prepare(packed_rows, lengths, rank, self._evaluator.budget.tokens),
+            prepare_step(packed_rows, lengths, rank, self._evaluator.budget.tokens),
         )
 
     def _totals(

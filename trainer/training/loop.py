@@ -22,7 +22,7 @@ from trainer.config import RunConfig
 from trainer.config.ranking import ScoreKey, score_key
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import Prefetch, StepBatch
+from trainer.distributed.prefetch import StepBatch, StepPrefetcher
 from trainer.evaluation.baselines import (
     VALIDATION,
     add_majority,
@@ -106,7 +106,7 @@ class Loop:
     evaluator: Evaluator
     tasks: Mapping[str, TaskData]
     bank: Bank
-    feed: Prefetch
+    feed: StepPrefetcher
     console: Console
     log: Callable[[int, int, Mapping[str, float], str | None], None] = _nothing
     save: Callable[[Loop], None] = _nothing
@@ -191,7 +191,7 @@ class Loop:
         virtual_tokens = self.bank.virtual_tokens()
         step_batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
         saved = SavedBytes() if self.steps_here == 0 else None
-        self.engine.watch_memory()
+        self.engine.reset_peak_memory()
         result = batch_gradients(
             self.engine,
             self.evaluator.base,
@@ -254,7 +254,9 @@ class Loop:
     def _next_batch(self, prompt_lengths: PromptLengths) -> tuple[StepBatch, float]:
         """What this step reads, and the seconds that were waited for it."""
         started = time.perf_counter()
-        step_batch = self.feed.take(self.bank.active, prompt_lengths, self.evaluator.budget.now)
+        step_batch = self.feed.next_step(
+            self.bank.active, prompt_lengths, self.evaluator.budget.now
+        )
         waited = time.perf_counter() - started
         self.progress.data_wait_seconds += waited
         return step_batch, waited
@@ -271,7 +273,7 @@ class Loop:
                 f"were split; packed batches have up to {budget.tokens:,} tokens from now on"
             )
         elif budget.ramp:
-            peak = max(self.engine.peak_bytes(), saved.total if saved else 0)
+            peak = max(self.engine.peak_activation_bytes(), saved.total if saved else 0)
             peaks = self.engine.all_gather((peak, max(1, result.longest_batch)))
             if budget.confirm(*max(peaks, key=lambda found: found[0] / found[1])):
                 self.console.say(f"took more than foreseen: {budget.words}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.prefetch import RankPlace, StepBatch, prepare, prepare_batch
+from trainer.distributed.prefetch import RankInfo, StepBatch, prepare_batch, prepare_step
 from trainer.model.prompted_model import read_teacher
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
 from trainer.runtime import stop_signals
@@ -117,8 +117,8 @@ def step_gradients(
 ) -> StepResult:
     """``batch_gradients`` of rows that were not prepared ahead."""
     lengths = PromptLengths.of(virtual_tokens)
-    rank = RankPlace(engine.rank, engine.world_size, engine.device)
-    step_batch = prepare(list(rows), lengths, rank, max_tokens)
+    rank = RankInfo(engine.rank, engine.world_size, engine.device)
+    step_batch = prepare_step(list(rows), lengths, rank, max_tokens)
     return batch_gradients(engine, base, step_batch, virtual_tokens, teachers=teachers)
 
 
@@ -154,7 +154,7 @@ def batch_gradients(
             engine.note_trained_batch()
             continue
         half, tokens = len(rows) // 2, len(batch.token_ids_T)
-        if not engine.recover() or not half:
+        if not engine.recover_from_oom() or not half:
             raise OutOfMemory(
                 f"rank {engine.rank}: a packed batch of {tokens} tokens does not fit ({failure}); "
                 f"set training.micro_batch_tokens={max(1, tokens // 2)}, "

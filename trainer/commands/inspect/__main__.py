@@ -54,7 +54,7 @@ def _base_alone(args: argparse.Namespace) -> int:
     out = sys.stderr if args.json == STDOUT else sys.stdout
     console = Console(out, sys.stderr, answer=sys.stdout)
     try:
-        settings = _in_int8(run_file.load_base(args.target, args.overrides))
+        settings = _in_int8(run_file.load_shards(args.target, args.overrides))
         with console.downloading(settings.model) as progress:
             files = open_base(settings, progress=progress)
         for warning in files.parameters.warnings:
@@ -81,11 +81,11 @@ def _inspect_run(
         from trainer.commands.inspect.losses import measure_losses, readers, trained_prompts
         from trainer.data.task_data import load_tasks
         from trainer.distributed.deepspeed_engine import Engine
-        from trainer.distributed.model_loading import open_files
+        from trainer.distributed.model_loading import open_base_on_all
         from trainer.reporting.summary import device_name, versions
 
     engine = Engine(config.engine.timeout_seconds)
-    files = open_files(engine, config.base, console)
+    files = open_base_on_all(engine, config.base, console)
     tasks = engine.load_once_per_node(
         lambda: load_tasks(
             config,

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.config import Base, RunConfig, Task
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.model_loading import load
+from trainer.distributed.model_loading import load_base
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.prompts.peft_adapter import load_peft
@@ -187,7 +187,7 @@ def _score(
     base = setting.base(config.base)
     changed = config.model_copy(update={"base": base})
     # A failure of memory would end the ranks and lose what is measured already.
-    loaded = load(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
+    loaded = load_base(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
     wrong = [p.shape[1] for p in virtual_tokens if p.dim() == 2 and p.shape[1] != hidden_size]
     if wrong:

@@ -18,7 +18,7 @@ import torch
 from trainer.config import Base
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
-from trainer.model.meta_model import build_skeleton, int8_sources
+from trainer.model.meta_model import build_meta_model, locate_int8_parameters
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.shard_loading import row_blocks
 from trainer.model.tensor_locations import RowReader, TensorLocation
@@ -88,14 +88,14 @@ def int8_weights(files: BaseFiles, settings: Base) -> list[Weight]:
     Raises:
         BadInput: with every tensor that is missing or of another shape; no weight is read.
     """
-    skeleton = build_skeleton(files, settings, torch.float32, torch.device("cpu"))
+    skeleton = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
     table = skeleton.get_input_embeddings().weight
     head = skeleton.get_output_embeddings().weight
     ends = {id(head): "head", id(table): "embeddings and head" if head is table else "embeddings"}
     parameters = dict(skeleton.named_parameters())
     return [
         Weight(name.removesuffix(".weight"), _group(name, ends.get(id(parameters[name]))), source)
-        for name, source in int8_sources(skeleton, files).items()
+        for name, source in locate_int8_parameters(skeleton, files).items()
     ]
 
 
