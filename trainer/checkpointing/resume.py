@@ -11,8 +11,8 @@ from trainer.checkpointing.checkpoint import SavedCheckpoint, Snapshot
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of
 from trainer.config import RunConfig
+from trainer.data.task_data import TaskData
 from trainer.distributed.model_loading import LoadedBase
-from trainer.packing.batch_source import TaskData
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
