@@ -198,7 +198,7 @@ def _train(
     def between_steps() -> None:
         saves.report_problems()
         lock.check()
-        if problem := sender.news():
+        if problem := sender.new_problem():
             console.warn(problem)
         folder.check(console.warn, lambda: loop.save(loop), saves.wait)
 
@@ -411,7 +411,7 @@ def _tracked(output: Path, sender: TrackingClient, console: Console) -> Iterator
 def _send_rest(sender: TrackingClient, console: Console) -> None:
     """Send what an earlier process of a finished run could not."""
     if sender.has_unsent():
-        sender.start(finished=True)
+        sender.start()
     _finish_sending(sender, console)
 
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.unit.run_folder import PROMPTS, finished_run, write_inputs
-from trainer.config import yaml_source
+from trainer import config
 from trainer.config.tracking import Tracking
 from trainer.reporting.mlflow_note import read_results
 from trainer.runtime.errors import BadInput
@@ -41,7 +41,7 @@ def steps(folder: Path) -> list[int]:
     return [line.step for line, _ in read_lines(folder / METRICS_FILE) if line is not None]
 
 
-def test_one_json_object_a_line_that_strict_readers_take(tmp_path: Path) -> None:
+def test_one_json_object_per_line_for_strict_readers(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.log(1, 2048, {"train_loss": 0.5, "skipped_updates": 2}, prompt="triage")
     log.log(1, 2048, {"a": math.nan, "b": math.inf, "c": -math.inf})
@@ -60,7 +60,7 @@ def test_one_json_object_a_line_that_strict_readers_take(tmp_path: Path) -> None
     assert lines[1].metrics["c"] == -math.inf
 
 
-def test_rewind_drops_later_steps_and_goes_on(tmp_path: Path) -> None:
+def test_rewind_drops_later_steps(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in range(1, 6):
         log.log(step, step, {"x": step})
@@ -95,7 +95,7 @@ def test_a_file_that_was_deleted_is_written_again(tmp_path: Path, moved: bool) -
     assert not log.restore()
 
 
-def test_half_a_line_of_a_crash_is_not_read_and_then_cut(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_not_read_and_then_cut(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.log(1, 1, {"x": 1.0})
     log.close()
@@ -107,7 +107,7 @@ def test_half_a_line_of_a_crash_is_not_read_and_then_cut(tmp_path: Path) -> None
     assert steps(tmp_path) == [1, 2]
 
 
-def test_reading_goes_on_at_an_offset_and_passes_over_garbage(tmp_path: Path) -> None:
+def test_reading_continues_at_an_offset_and_skips_damaged_lines(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.log(1, 1, {"x": 1.0})
     (_, end), *_ = read_lines(tmp_path / METRICS_FILE)
@@ -160,7 +160,7 @@ def test_addresses_that_mlflow_cannot_use_are_refused(uri: str) -> None:
         resolve(Path(), uri)
 
 
-def test_where_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "a b"
@@ -251,7 +251,7 @@ def test_a_common_word_as_password_is_hidden_in_addresses_only(secret: str) -> N
     assert secret not in redact(f"uri: {uri}", secrets_of(uri))
 
 
-def test_what_a_killed_end_has_left_undone(tmp_path: Path) -> None:
+def test_results_that_a_killed_run_did_not_write(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     assert missing_results(folder) == "report.html"
     state = ProgressFile(folder)
@@ -266,28 +266,28 @@ def test_what_a_killed_end_has_left_undone(tmp_path: Path) -> None:
     assert missing_results(folder) is None
 
 
-def test_a_problem_of_the_sender_is_told_once_and_early(
+def test_a_problem_of_the_sender_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.tracking.process_client.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.tracking.process_client.CHECK_SECONDS", 0.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     sender, state = TrackingClient(tmp_path), ProgressFile(tmp_path)
     alive = SimpleNamespace(poll=lambda: None)
     monkeypatch.setattr(sender, "_process", alive)
-    assert sender.news() is None
+    assert sender.new_problem() is None
     for problem in ("experiment 'x' is deleted", "another"):
         state.problem = problem
         state.save()
-        assert (sender.news() or "").startswith(f"MLflow: {problem}. Training continues")
-        assert sender.news() is None
+        assert (sender.new_problem() or "").startswith(f"MLflow: {problem}. Training continues")
+        assert sender.new_problem() is None
         state.save()
-        assert sender.news() is None
+        assert sender.new_problem() is None
     alive.poll = lambda: 1
-    assert "the sender has ended; reasons are in logs/tracking.log" in (sender.news() or "")
-    assert sender.news() is None
+    assert "the sender has ended; reasons are in logs/tracking.log" in (sender.new_problem() or "")
+    assert sender.new_problem() is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
-    assert "MLFLOW_TRACKING_URI: './mlruns' is a folder" in (sender.news() or "")
+    assert "MLFLOW_TRACKING_URI: './mlruns' is a folder" in (sender.new_problem() or "")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
     (folder.path / "metrics.jsonl").rename(tmp_path / "m")
     (folder.path / "metrics.jsonl").symlink_to(tmp_path / "m")
     assert list(folder.lines("metrics.jsonl")) == []
-    run = folder.run_file
+    run = folder.settings
     run["prompts"][0]["name"] = "../../prompts/triage"
     (folder.path / "run.yaml").write_text(json.dumps(run))
     folder = RunMetadata(folder.path)
@@ -343,7 +343,7 @@ def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["[]", "1", "null", '"x"', "{", "[" * 100_000, '{"prompts": []}']
 )
-def test_files_of_the_folder_may_hold_anything(tmp_path: Path, content: str) -> None:
+def test_files_of_the_folder_may_be_damaged(tmp_path: Path, content: str) -> None:
     folder = RunMetadata(write_inputs(tmp_path / "run"))
     for name in ("summary.json", "environment.json", "datasets.json", "tracking.json"):
         (folder.path / name).write_text(content)
@@ -380,7 +380,7 @@ def test_damaged_lines_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> 
     ]
 
 
-def test_what_mlflow_is_told(tmp_path: Path) -> None:
+def test_params_tags_and_results(tmp_path: Path) -> None:
     folder = RunMetadata(finished_run(tmp_path / "support"))
     params = folder.params()
     assert params["base.quantization"] == "int8"
@@ -389,7 +389,8 @@ def test_what_mlflow_is_told(tmp_path: Path) -> None:
     assert not any(key.startswith(("prompts", "tracking")) for key in params)
     prompt = folder.prompt_params(folder.prompts[1])
     assert prompt["encoder"] == "mlp"
-    assert prompt["seed"] == "0"
+    assert (prompt["seed"], prompt["data_seed"], prompt["steps"]) == ("0", "0", "120")
+    assert prompt["optimizer"] == "adamw"
     assert prompt["init"].startswith("text: Decide")
     assert folder.prompt_tags(folder.prompts[0])["task"] == "triage"
     results = read_results(folder.path)
@@ -403,25 +404,19 @@ def test_what_mlflow_is_told(tmp_path: Path) -> None:
     assert "| **triage** (20 virtual tokens), best prompt | 94.0% |" in results.note
 
 
-def test_long_values_are_cut_and_say_so() -> None:
+def test_long_values_are_cut_with_a_note() -> None:
     text = shorten("x" * 10000, 6000)
     assert len(text) == 6000
     assert "10000 characters" in text
 
 
-def test_the_summary_of_an_earlier_session_does_not_count(tmp_path: Path) -> None:
-    folder = RunMetadata(finished_run(tmp_path))
-    assert folder.summary()["status"] == "finished"
-    assert folder.summary((tmp_path / "summary.json").stat().st_mtime_ns) == {}
-
-
 def test_the_run_file_is_parsed_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every prompt asks for it, and parsing takes as long as it has prompts."""
+    """Every prompt reads it, and parsing takes longer with more prompts."""
     folder, parsed = RunMetadata(finished_run(tmp_path)), []
-    real = yaml_source.saved
-    monkeypatch.setattr(yaml_source, "saved", lambda path: parsed.append(path) or real(path))
+    real = config.load
+    monkeypatch.setattr(config, "load", lambda path: parsed.append(path) or real(path))
     for prompt in folder.prompts:
         folder.prompt_params(prompt)
         folder.prompt_tags(prompt)
@@ -431,3 +426,45 @@ def test_the_run_file_is_parsed_once_until_it_changes(
     assert folder.params()["base.model"] == "another"
     path.unlink()
     assert folder.params().keys().isdisjoint({"base.model"})
+
+
+def test_a_run_file_that_does_not_load_is_sent_as_written(tmp_path: Path) -> None:
+    folder = RunMetadata(write_inputs(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text(path.read_text().replace("training:", "older_setting: 1\ntraining:"))
+    assert {prompt["name"] for prompt in folder.prompts} == set(PROMPTS)
+    assert "older_setting: unknown setting" in (folder.problem or "")
+    params = folder.prompt_params(folder.prompts[0])
+    assert (params["learning_rate"], params["seed"]) == ("0.003", "null"), "no default is guessed"
+    assert folder.tracking.experiment == "support"
+    path.write_text(path.read_text().replace("system_metrics: false", "system_metrics: never"))
+    with pytest.raises(BadInput, match=r"run\.yaml: tracking\.system_metrics"):
+        _ = folder.tracking
+
+
+def test_a_run_file_without_init_has_the_default_of_the_run_file(tmp_path: Path) -> None:
+    folder = RunMetadata(write_inputs(tmp_path))
+    run = json.loads(json.dumps(folder.settings))
+    del run["prompts"][0]["init"]
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    assert folder.prompt_params(folder.prompts[0])["init"] == "auto"
+
+
+def test_a_dollar_in_the_store_s_path_is_not_expanded_again(tmp_path: Path) -> None:
+    run = json.loads(json.dumps(RunMetadata(write_inputs(tmp_path)).settings))
+    run["tracking"]["uri"] = "sqlite:///$$HOME/mlflow.db"
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    loaded = config.load(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(config.dump(loaded))
+    assert config.load(tmp_path / "run.yaml").tracking.uri == "sqlite:///$HOME/mlflow.db"
+    assert RunMetadata(tmp_path).tracking.uri == "sqlite:///$HOME/mlflow.db"
+
+
+@pytest.mark.parametrize("tags", ["[" * 100_000, "[]", "{", '{"a": 1, "team": "x"}'])
+def test_tags_of_the_environment_may_be_invalid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tags: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TAGS", tags)
+    sent = RunMetadata(write_inputs(tmp_path)).tags()
+    assert sent["kind"] == "run"
+    assert (sent.get("team") == "x") == ("team" in tags)

@@ -218,7 +218,7 @@ def test_run_files_of_finished_runs_may_be_damaged_too(tmp_path: Path, text: str
     with pytest.raises(BadInput, match=r"run\.yaml"):
         check_result(str(tmp_path))
     assert saved(path) == {}
-    assert RunMetadata(tmp_path).run_file == {}
+    assert RunMetadata(tmp_path).settings == {}
 
 
 @pytest.mark.parametrize("value", ["&a [*a]", "[1, 010]", "[" * 1000, "!!int x", BOMB])

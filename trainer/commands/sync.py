@@ -40,14 +40,14 @@ def _sync(run_dir: Path, uri: str | None) -> int:
     from trainer.reporting.html import write_missing_report
     from trainer.reporting.mlflow_note import read_results
     from trainer.tracking.pusher import sync
-    from trainer.tracking.run_files import FolderFiles, mapping
+    from trainer.tracking.run_files import RunFiles, mapping
     from trainer.tracking.sender_process import HTTP_LIMITS
 
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    if mapping(FolderFiles(run_dir).json("summary.json")).get("status") == "finished":
+    if mapping(RunFiles(run_dir).json("summary.json")).get("status") == "finished":
         write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
     try:
         result = sync(run_dir, read_results, uri)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import quote, urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_serializer, field_validator
 
 from trainer.config.types import Section, expand_path
 from trainer.runtime.redact import redact
@@ -17,6 +17,8 @@ _NEVER = re.compile(r"[\x00-\x1f\x7f]")
 #: What ends an address inside a text, for ``redact`` as well. Names of files and the options of a
 #: database may hold it, a server and its password may not.
 _NO_ADDRESS = re.compile(r"[\s'\"<>]")
+#: Addresses whose "$" is not a variable.
+_REMOTE = re.compile(r"https?://|databricks|\w+(\+\w+)?://[^/]")
 
 
 class Tracking(Section):
@@ -31,11 +33,16 @@ class Tracking(Section):
     @classmethod
     def _expand(cls, value: str | None) -> str | None:
         """A folder or database file may be given by ``$NAME``; a password may hold a ``$``."""
-        if value is None or re.match(r"https?://|databricks|\w+(\+\w+)?://[^/]", value):
+        if value is None or _REMOTE.match(value):
             return value
         match = re.match(r"(\w+:///)?(.*)", value, re.DOTALL)
         assert match is not None
         return f"{match[1] or ''}{expand_path(match[2])}"
+
+    @field_serializer("uri", when_used="json")
+    def _escape(self, value: str | None) -> str | None:
+        """Escape what ``_expand`` would replace when the written file is read again."""
+        return value if value is None or _REMOTE.match(value) else value.replace("$", "$$")
 
     @field_validator("uri")
     @classmethod

@@ -22,9 +22,14 @@ from trainer.evaluation.score_format import column_title
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
-from trainer.tracking.final_results import FinalResults, PromptResult
 from trainer.tracking.run_files import mapping, named
-from trainer.tracking.run_metadata import MAX_TAG, clean_tags, shorten
+from trainer.tracking.run_metadata import (
+    MAX_TAG,
+    FinalResults,
+    PromptResult,
+    clean_tags,
+    shorten,
+)
 
 
 def read_results(output_dir: Path) -> FinalResults:

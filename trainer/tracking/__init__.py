@@ -1,10 +1,20 @@
-"""Metrics to a file first, to MLflow from there, in a process of its own.
+"""Metrics go to a local file first; a background process sends them to MLflow.
 
-    loop -> MetricsLog -> OUTPUT_DIR/metrics.jsonl -> sidecar -> MLflow
+    training loop -> MetricsLog -> OUTPUT_DIR/metrics.jsonl -> sender process -> MLflow
 
-The trainer only ever appends to a local file. A sidecar process reads it and talks to the tracker,
-so a tracker that is down, slow or hanging cannot slow a step. What was not sent stays in the file;
-``sync`` sends it later. This package is the only importer of mlflow, and imports no torch.
+1. ``metrics_log``: the training process appends a ``Line`` to ``metrics.jsonl``.
+2. ``process_client``: ``TrackingClient`` starts the sender and shows its problems. Training never
+   waits for it, so a tracker that is down, slow or hanging cannot slow a step.
+3. ``sender_process``: sends in rounds and ends with the trainer.
+4. ``store_uri``: ``resolve`` chooses the store (``StoreAddress``) and hides its credentials;
+   ``sqlite_store`` creates the default one.
+5. ``run_files``, ``run_metadata``: read the output folder as params, tags, datasets and
+   ``Artifact`` files.
+6. ``pusher``: ``Pusher`` compares the folder with ``tracking.json`` (``progress_file``) and sends
+   the difference. ``sync`` does the same once, after the run.
+7. ``mlflow_store``: ``MlflowStore`` makes the calls. This package alone imports mlflow.
+
+Imports no torch.
 """
 
 from __future__ import annotations

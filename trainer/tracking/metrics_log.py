@@ -1,10 +1,10 @@
-"""``metrics.jsonl``: every number of a run, one JSON object a line, written before all else.
+"""``metrics.jsonl``: all metrics of a run, one JSON object per line.
 
     {"time": 1763.. s, "step": 50, "useful_tokens": 409600, "prompt": "triage",
      "metrics": {"train_loss": 0.71, "learning_rate": 0.003}}
 
-``prompt`` is null for numbers of the whole run. Numbers that JSON does not have are written as the
-strings "NaN", "Infinity" and "-Infinity", which ``float()`` reads back.
+``prompt`` is null for metrics of the run. JSON has no NaN or infinity, which are written as the
+strings "NaN", "Infinity" and "-Infinity"; ``float()`` reads them back.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import BinaryIO
 from trainer.runtime import atomic_io
 
 METRICS_FILE = "metrics.jsonl"
-#: How names of validation scores begin.
+#: Prefixes of the names of validation scores.
 VALIDATION = ("validation", "shifted_validation")
 SYSTEM_FILE = "logs/system_metrics.jsonl"
-#: Exact in JSON and in a database; larger numbers of steps or seconds are damage.
+#: The largest integer that JSON and databases hold exactly; larger counts are damage.
 MAX_COUNT = 2**53
 
 
@@ -46,9 +46,9 @@ class Line:
 
 
 class MetricsLog:
-    """Appends to ``OUTPUT_DIR/metrics.jsonl``; only the disk can make it fail (``OSError``).
+    """Appends to ``OUTPUT_DIR/metrics.jsonl``; fails only if the disk does (``OSError``).
 
-    Steps of one metric of one prompt must not decrease, but for ``rewind``.
+    The steps of a prompt's metric must not decrease, except after ``rewind``.
     """
 
     def __init__(self, output_dir: Path | str, name: str = METRICS_FILE) -> None:
@@ -64,7 +64,7 @@ class MetricsLog:
         metrics: Mapping[str, float],
         prompt: str | None = None,
     ) -> None:
-        """Append one line and hand it to the operating system (not to the disk: no fsync)."""
+        """Append one line and flush it to the operating system, without fsync."""
         line = {
             "time": round(time.time(), 3),
             "step": int(step),
@@ -76,13 +76,12 @@ class MetricsLog:
         self._file.flush()
 
     def rewind(self, step: int, *, validated: bool = True) -> None:
-        """Drop what was logged after ``step``: a resumed run repeats those steps.
+        """Drop lines after ``step``, which a resumed run repeats. Call it before the sender starts.
 
-        Call it before the sender starts. The file is replaced in one go, so a crash leaves the old
-        or the new one.
+        The file is replaced atomically.
 
         Args:
-            validated: False if the validation of ``step`` itself will be repeated too.
+            validated: False if the validation of ``step`` itself is repeated too.
         """
         self._file.close()
         with atomic_io.replacing(self.path, durable=True) as out:
@@ -96,10 +95,10 @@ class MetricsLog:
     def restore(self) -> bool:
         """Write the file again, with all its lines, if it was deleted or moved.
 
-        Its content is still there for as long as this process has it open.
+        Its content exists as long as this process has it open.
 
         Returns:
-            Whether that was needed.
+            Whether the file was missing.
         """
         ours = os.fstat(self._file.fileno())
         with contextlib.suppress(FileNotFoundError):
@@ -122,7 +121,7 @@ class MetricsLog:
 
 
 def unless_full(log: MetricsLog, warn: Callable[[str], None]) -> Callable[..., None]:
-    """``log.log`` that warns where the disk takes no more: a run is worth more than its curves."""
+    """Return ``log.log`` that warns if the disk is full, so that training continues."""
     full = False
 
     def write(
@@ -137,20 +136,20 @@ def unless_full(log: MetricsLog, warn: Callable[[str], None]) -> Callable[..., N
             full = False
         except OSError as error:
             if not full:
-                warn(f"step {step}: {log.path} misses numbers: {error}; training continues")
+                warn(f"step {step}: metrics not written to {log.path}: {error}; training continues")
             full = True
 
     return write
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
-    """Complete lines from byte ``offset`` on, each with the offset behind it; garbled: ``None``."""
+    """Yield the complete lines from byte ``offset``, each with its end; None if it is damaged."""
     for _, line, end in read_raw(path, offset):
         yield line, end
 
 
 def read_raw(path: Path, offset: int = 0) -> Iterator[tuple[bytes, Line | None, int]]:
-    """As ``read_lines``, with the bytes of the line in front. A missing file has no lines."""
+    """As ``read_lines``, with the bytes of each line first. A missing file has no lines."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -192,7 +191,7 @@ def _encode(value: float) -> float | int | str:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """A crash can leave half a line at the end; the next line must not be glued to it."""
+    """Cut an incomplete last line, which a crash can leave."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,4 +1,4 @@
-"""The trainer's hold on the sidecar. Nothing here waits for a tracker, and nothing here raises."""
+"""The training process's side of the sender. Nothing here waits for a tracker or raises."""
 
 from __future__ import annotations
 
@@ -17,33 +17,40 @@ from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import HIDDEN, redact
 from trainer.runtime.stdio import private
+from trainer.tracking.progress_file import FILE, ProgressFile
+from trainer.tracking.pusher import Pusher, where_to_look
+from trainer.tracking.store_uri import StoreAddress, resolve, sync_command
 
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
-#: Between two looks for problems of the sender.
-LOOK_SECONDS = 5.0
+#: Seconds between two checks for problems of the sender.
+CHECK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What ``TrackingClient.finish`` found."""
+    """Result of ``TrackingClient.finish``.
+
+    Attributes:
+        message: for the user: where the curves are, or what is missing and how to send it.
+    """
 
     complete: bool
-    message: str  #: for a person: where to look, or what is unsent and how to send it
+    message: str
 
 
 class TrackingClient:
-    """Starts ``python -m trainer.commands.sync follow``, which tails ``metrics.jsonl`` into MLflow.
+    """Starts ``python -m trainer.commands.sync follow``, which sends ``metrics.jsonl`` to MLflow.
 
-    Use it on one rank only. Before ``start``: ``run.yaml``, ``environment.json`` and
-    ``datasets.json`` are written and ``metrics.jsonl`` is rewound. Before ``finish``:
-    ``summary.json``, ``report.html`` and ``prompts/`` are.
+    Use it on one rank only. Before ``start``, write ``run.yaml``, ``environment.json`` and
+    ``datasets.json``, rewind ``metrics.jsonl`` and delete an earlier session's ``summary.json``.
+    Before ``finish``, write ``summary.json``, ``report.html`` and ``prompts/``.
 
     Args:
-        uri: ``tracking.uri`` as the person wrote it, with credentials: the copy in ``run.yaml``
-            has none. Handed on by environment, never by command line.
+        uri: ``tracking.uri`` as the user wrote it, with credentials, which the copy in ``run.yaml``
+            does not have. It is passed on by environment, never by command line.
         every: seconds between two rounds of sending.
-        grace: seconds the sidecar may continue sending when the trainer is gone.
+        grace: seconds that the sender may continue after the trainer's death.
     """
 
     def __init__(
@@ -56,178 +63,144 @@ class TrackingClient:
     ) -> None:
         self.output_dir = Path(output_dir).resolve()
         self.uri, self.every, self.grace = uri, every, grace
+        self._log = self.output_dir / "logs" / "tracking.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._shown: str | None = None
-        self._look_at = 0.0
-        self._read: int | None = None
-
-    @property
-    def _log(self) -> Path:
-        return self.output_dir / "logs" / "tracking.log"
+        self._reported: str | None = None
+        self._next_check = 0.0
+        self._state_version: int | None = None
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def start(self, *, finished: bool = False) -> None:
-        """Start the sidecar; if that cannot be, training continues and ``finish`` tells.
-
-        Args:
-            finished: ``summary.json`` is of this run; otherwise one that exists is of an earlier
-                session.
-        """
-        stale = None if finished else _mtime_ns(self.output_dir / "summary.json")
+    def start(self) -> None:
+        """Start the sender. If that fails, training continues and ``finish`` reports it."""
         options = {
             "output_dir": str(self.output_dir),
             "parent": os.getpid(),
-            "stale_summary_ns": stale,
             "every": self.every,
             "grace": self.grace,
         }
+        environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        if self.uri:  # other users can read command lines, but not the environment
+            environment[URI_VARIABLE] = self.uri
         try:
-            log = self.output_dir / "logs" / "tracking.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(private(log), "ab") as out:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(private(self._log), "ab") as out:
                 self._process = subprocess.Popen(
                     [*bootstrap.command("trainer.commands.sync"), "follow", json.dumps(options)],
                     stdin=subprocess.PIPE,
                     stdout=out,
                     stderr=out,
-                    env=self._environment(),
+                    env=environment,
                     start_new_session=True,  # a Ctrl-C is for the trainer
                 )
         except OSError as error:
             logger.warning("MLflow: the sender could not be started: %s", error)
 
     def finish(self, timeout_s: float = 20.0) -> Finished:
-        """Give the sidecar at most ``timeout_s`` to send the rest; it is gone afterwards."""
+        """Give the sender at most ``timeout_s`` to send the rest, then end it."""
         process, self._process = self._process, None
         code: int | None = None
         if process is not None:
-            try:
+            with contextlib.suppress(OSError):  # it has ended already
                 assert process.stdin is not None
                 process.stdin.write(f"finish {timeout_s}\n".encode())
                 process.stdin.close()
-            except OSError:
-                pass  # it is gone already; its exit code tells
             try:
                 code = process.wait(timeout_s + 1.0)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        return self._result(code == 0)
+        return self._result(is_complete=code == 0)
 
     def has_unsent(self) -> bool:
         """Whether the store lacks anything of a run that has ended, as far as the folder knows."""
-        from trainer.tracking.progress_file import ProgressFile
-        from trainer.tracking.pusher import Pusher
-        from trainer.tracking.store_uri import resolve
-
         try:
-            target = resolve(self.output_dir, self.uri)
-            state = ProgressFile(self.output_dir)
-            state.stale_summary_ns = None
-            return bool(Pusher(self.output_dir, target, state).unsent())
+            return bool(Pusher(self.output_dir, self._target()).unsent())
         except (BadInput, OSError):
             return True
 
     @property
     def is_local(self) -> bool:
-        """Whether the store is a file: slow at worst, never out of reach."""
-        from trainer.tracking.store_uri import resolve
-
+        """Whether the store is a file, which can be slow but not unreachable."""
         try:
-            return resolve(self.output_dir, self.uri).database is not None
+            return self._target().database is not None
         except BadInput:
             return True
 
-    def news(self) -> str | None:
-        """Return a new problem of the sender, or None; checks every few seconds at most."""
+    def new_problem(self) -> str | None:
+        """Return a problem of the sender that was not returned yet; checks every few seconds."""
         now = time.monotonic()
-        if now < self._look_at:
+        if now < self._next_check:
             return None
-        self._look_at = now + LOOK_SECONDS
+        self._next_check = now + CHECK_SECONDS
         problem = self._problem()
-        if problem in (None, self._shown):
+        if problem in (None, self._reported):
             return None
-        self._shown = problem
+        self._reported = problem
         return f"MLflow: {problem}. Training continues; all numbers are kept in metrics.jsonl"
 
     def _problem(self) -> str | None:
-        from trainer.tracking.progress_file import FILE, ProgressFile
-        from trainer.tracking.store_uri import resolve
-
         if self._process is None or self._process.poll() is not None:
             try:
-                resolve(self.output_dir, self.uri)
+                self._target()
             except BadInput as error:
                 return redact(str(error))
             return f"the sender has ended; reasons are in {_quoted(self._log)}"
-        written = _mtime_ns(self.output_dir / FILE)
-        if written is None or written == self._read:
-            return self._shown
-        self._read = written
+        try:
+            version = (self.output_dir / FILE).stat().st_mtime_ns
+        except OSError:
+            return None
+        if version == self._state_version:
+            return self._reported
+        self._state_version = version
         return ProgressFile(self.output_dir).problem
 
-    def _result(self, complete: bool) -> Finished:
-        # Late imports: the training process needs none of this while it trains.
-        from trainer.tracking.progress_file import ProgressFile
-        from trainer.tracking.pusher import Pusher, where_to_look
-        from trainer.tracking.run_metadata import RunMetadata
-        from trainer.tracking.store_uri import resolve
+    def _target(self) -> StoreAddress:
+        return resolve(self.output_dir, self.uri)
 
-        again = sync_later(self.output_dir, None)
+    def _result(self, *, is_complete: bool) -> Finished:
+        again = sync_command(self.output_dir)
         try:
-            target = resolve(self.output_dir, self.uri)
-            state = ProgressFile(self.output_dir)
-            pusher = Pusher(self.output_dir, target, state)
-            unsent = None if complete else pusher.unsent()
-            saved = RunMetadata(self.output_dir).tracking.get("uri")
-            again = sync_later(self.output_dir, target.name, saved)
+            target = self._target()
+            pusher = Pusher(self.output_dir, target)
+            unsent = "" if is_complete else pusher.unsent()
+            again = sync_later(self.output_dir, target.name, pusher.folder.tracking.uri)
         except (BadInput, OSError) as error:
             return Finished(False, f"MLflow: {redact(str(error))}; then: {again}")
         if not unsent:
             return Finished(True, where_to_look(target, pusher.progress.page))
-        why = f" ({state.problem})" if state.problem else ""
+        why = f" ({pusher.state.problem})" if pusher.state.problem else ""
         return Finished(
             False,
             f"MLflow ({target.name}) is missing {unsent}{why}, which are kept locally. Upload "
             f"with: {again} (reasons in {_quoted(self._log)})",
         )
 
-    def _environment(self) -> dict[str, str]:
-        """Return an environment with one thread, and the address where ``ps`` does not show it."""
-        environment = dict(os.environ)
-        environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
-        environment.pop(URI_VARIABLE, None)
-        if self.uri:
-            environment[URI_VARIABLE] = self.uri
-        return environment
 
+def sync_later(output_dir: Path, name: str, saved: str | None) -> str:
+    """Return the command that sends the rest later.
 
-def sync_later(output_dir: Path, name: str | None, saved: str | None = None) -> str:
-    """The command that sends the rest, with the address where the folder's own is not enough."""
-    from trainer.tracking.store_uri import resolve, sync_command
+    It names the store only if ``resolve`` would not choose it, or not trust it.
 
+    Args:
+        name: of the store.
+        saved: ``tracking.uri`` in ``run.yaml``.
+    """
     if saved and HIDDEN in saved and scheme_of(saved) not in HTTP:
-        return sync_command(output_dir)  # it asks for the whole address
+        return sync_command(output_dir)  # it requires the address with its password
     try:
         later = resolve(output_dir, saved=saved)
-        confirm = later.name != name or not later.trusted
+        is_chosen = later.name == name and later.trusted
     except BadInput:
-        confirm = True
-    return sync_command(output_dir, name if confirm else None)
-
-
-def _mtime_ns(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
+        is_chosen = False
+    return sync_command(output_dir, None if is_chosen else name)
 
 
 def _quoted(path: Path) -> str:
-    """Relative where that is shorter, ready to paste."""
+    """Return a path for a shell, relative if that is shorter."""
     with contextlib.suppress(ValueError, OSError):
         path = path.relative_to(Path.cwd())
     return shlex.quote(str(path))

@@ -1,4 +1,4 @@
-"""``tracking.json``: which runs an output folder has in which store, and what was sent so far."""
+"""``tracking.json``: an output folder's runs in each MLflow store, and what was sent so far."""
 
 from __future__ import annotations
 
@@ -17,61 +17,59 @@ FILE = "tracking.json"
 
 
 def forget_tracking(output_dir: Path) -> None:
-    """Detach an output folder from the runs that stores have of it."""
+    """Detach an output folder from its runs in all stores."""
     for name in (FILE, SYSTEM_FILE):
         (output_dir / name).unlink(missing_ok=True)
 
 
 @dataclass
 class StoreProgress:
-    """What one store has. Only a hint where to continue: the store itself is asked first."""
+    """What one store has received. A hint only: the store itself is queried first."""
 
     experiment_id: str | None = None
     run_id: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)  #: prompt -> run id
     offsets: dict[str, int] = field(default_factory=dict)  #: file -> bytes sent
-    tails: dict[str, str] = field(default_factory=dict)  #: file -> digest of the bytes before
     artifacts: dict[str, str] = field(default_factory=dict)  #: Artifact.key -> digest
     status: str | None = None  #: RUNNING, FINISHED, FAILED, KILLED
-    page: str | None = None  #: of MLflow's web pages, where the curves are
+    page: str | None = None  #: page of MLflow's web interface that shows the curves
 
 
 @dataclass
 class _Content:
     output_id: Annotated[str, Field(pattern="^[0-9a-f]+$")]
-    stale_summary_ns: int | None = None
     store: str | None = None
     problem: str | None = None
     stores: dict[str, StoreProgress] = field(default_factory=dict)
 
 
 class ProgressFile:
-    """``tracking.json``: the folder's identity and, per store, its progress.
+    """The content of ``tracking.json``.
 
     Attributes:
-        store: the name of the store that was used last; of SQLite, with its absolute path.
-        problem: why the sender cannot send now, for a person.
+        output_id: identifies the output folder's runs in every store.
+        store: name of the store that was used last; an SQLite store has an absolute path.
+        problem: why the sender cannot send at present; a message for the user.
+        stores: progress by name of the store.
     """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / FILE
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            found = TypeAdapter(_Content).validate_python(data)
-        except (OSError, ValueError, RecursionError):  # none yet, or damaged
-            found = _Content(uuid.uuid4().hex)
-        self.output_id, self.stale_summary_ns = found.output_id, found.stale_summary_ns
-        self.store, self.problem, self.stores = found.store, found.problem, found.stores
+            content = TypeAdapter(_Content).validate_python(data)
+        except (OSError, ValueError, RecursionError):  # missing or damaged
+            content = _Content(uuid.uuid4().hex)
+        self.output_id, self.store = content.output_id, content.store
+        self.problem, self.stores = content.problem, content.stores
 
     def save(self) -> None:
-        content = _Content(
-            self.output_id, self.stale_summary_ns, self.store, self.problem, self.stores
-        )
+        content = _Content(self.output_id, self.store, self.problem, self.stores)
         atomic_io.write_json(self.path, asdict(content))
 
 
 def missing_results(output_dir: Path) -> str | None:
-    """Name what a finished run was killed before writing or sending; None if that is complete."""
+    """Name the results that a finished run did not write or send; None if it is complete."""
     missing = [] if (output_dir / "report.html").exists() else ["report.html"]
     state = ProgressFile(output_dir)
     progress = state.stores.get(state.store or "")

@@ -1,33 +1,43 @@
-"""Reads the files that a run has written into its output folder, and no others."""
+"""Read the files that a run has written into its output folder.
+
+The folder may come from another machine or user: nothing is read through a symlink, so that no
+other file of this machine is uploaded, and damaged files count as empty.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config import yaml_source
+from pydantic import ValidationError
+
+from trainer import config
+from trainer.config import RunConfig, yaml_source
+from trainer.config.tracking import Tracking
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json
-from trainer.tracking.metrics_log import Line, read_lines
+from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 
-@dataclass
-class FolderFiles:
-    """Reads the files that a run has written into its output folder; a missing file is empty.
+class RunFiles:
+    """Reads a run's output folder.
 
-    The folder may come from elsewhere: nothing is read through a symlink, so that no other file of
-    this machine gets to a tracker.
+    Attributes:
+        problem: why ``run.yaml`` does not load, after ``settings`` was read; None if it does.
     """
 
-    path: Path
-    _run_file: tuple[Any, dict[str, Any]] = field(default=(None, {}), init=False, repr=False)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problem: str | None = None
+        self._version: Any = None
+        self._settings: dict[str, Any] = {}
 
     def file(self, name: str) -> Path | None:
-        """The regular file ``name`` ("a/b") of the folder, if it and its folders are no symlinks.
+        """Return the regular file ``name`` ("a/b"), unless it or one of its folders is a symlink.
 
-        ``name`` itself may come from a file of the folder.
+        Other files of the folder can name it.
         """
         path = self.path
         for part in name.split("/"):
@@ -37,42 +47,101 @@ class FolderFiles:
         return path if path.is_file() else None
 
     def lines(self, name: str, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
-        """``read_lines`` of a file of the folder."""
+        """As ``read_lines``, for a file of the folder."""
         path = self.file(name)
         return iter(()) if path is None else read_lines(path, offset)
 
-    @property
-    def run_file(self) -> dict[str, Any]:
-        """Parsed once: each of many prompts asks for it, and it holds them all."""
-        try:
-            path = self.file("run.yaml")
-            if path is None:
-                return {}
-            stat = path.stat()
-            version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if version != self._run_file[0]:
-                self._run_file = version, yaml_source.saved(path)
-        except OSError:
-            return {}
-        return self._run_file[1]
-
     def json(self, name: str) -> Any:
+        """Parse a JSON file of the folder; None if it is missing or damaged."""
         try:
             path = self.file(name)
             return None if path is None else read_json(path)
         except BadInput:
             return None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run file, with every default resolved; parsed again only if the file has changed.
+
+        A run file that does not load (edited, or of another version) is returned as it is written.
+        """
+        try:
+            path = self.file("run.yaml")
+            if path is None:
+                return {}
+            stat = path.stat()
+            version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if version != self._version:
+                self._settings, self.problem = _read_settings(path)
+                self._version = version
+        except OSError:
+            return {}
+        return self._settings
+
+    @property
+    def tracking(self) -> Tracking:
+        """The ``tracking`` section of the run file.
+
+        Raises:
+            BadInput: the section is invalid.
+        """
+        section = mapping(self.settings.get("tracking"))
+        try:
+            return Tracking.model_validate(section)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, ("tracking", *problem["loc"])))
+            raise BadInput(f"{self.path / 'run.yaml'}: {name}: {problem['msg']}") from None
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return named(self.settings.get("prompts"))
+
+    @property
+    def started(self) -> float | None:
+        """When the run first started, in Unix seconds; a resumed run writes run.yaml again."""
+        lines = (line for line, _ in self.lines(METRICS_FILE) if line is not None)
+        first = next(lines, None)
+        times = [first.time] if first is not None else []
+        with contextlib.suppress(OSError):
+            times.append((self.path / "run.yaml").stat().st_mtime)
+        return min(times, default=None)
+
+    def summary(self) -> dict[str, Any]:
+        return mapping(self.json("summary.json"))
+
+
+def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the settings of a run file, and why it does not load, if so."""
+    try:
+        return _resolved(config.load(path)), None
+    except BadInput as error:
+        return yaml_source.saved(path), error.problems[0]
+
+
+def _resolved(run: RunConfig) -> dict[str, Any]:
+    """Dump a run file; settings that a prompt inherits from the run have their values."""
+    settings = run.model_dump(mode="json")
+    for prompt, values in zip(run.prompts, settings["prompts"], strict=True):
+        values |= {
+            "encoder": prompt.encoder_name,
+            "seed": run.prompt_seed(prompt),
+            "data_seed": run.data_seed(prompt),
+            "steps": run.prompt_steps(prompt),
+        }
+    return settings
+
 
 def mapping(value: Any) -> dict[str, Any]:
-    """``value`` if it is a mapping, else an empty one: files of a folder may hold anything."""
+    """Return ``value`` if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def mappings(value: Any) -> list[dict[str, Any]]:
-    """The mappings of a list; others are left out."""
+    """Return the mappings of a list; other items are left out."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def named(value: Any) -> list[dict[str, Any]]:
+    """Return the mappings of a list that have a name."""
     return [item for item in mappings(value) if isinstance(item.get("name"), str)]

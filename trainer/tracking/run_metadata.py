@@ -1,173 +1,77 @@
-"""A run's output folder as MLflow's params, tags, metrics and artifacts."""
+"""A run's output folder as MLflow params, tags, datasets and artifacts."""
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.evaluation import prediction_files
+from trainer.runtime.json_file import parse_json
 from trainer.runtime.redact import redact
-from trainer.tracking.metrics_log import METRICS_FILE
-from trainer.tracking.run_files import FolderFiles, mapping, mappings, named
+from trainer.tracking.run_files import RunFiles, mapping, mappings, named
 
-#: MLflow's limits (mlflow.utils.validation); a longer value would be refused with the whole batch.
-#: Of a digest, its pages show all: as many letters as git does; the whole is in the profile.
+#: MLflow's limits (mlflow.utils.validation); it refuses a whole batch for one longer value. Its
+#: pages show a digest in full, so it is cut as git does; the dataset's profile has all of it.
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
-#: Settings that say where a run was written and not what it did.
+#: Settings that are not params of the parent run; tasks are listed by name, prompts have runs.
 NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
-#: What ``export.save_peft`` writes.
+#: Files that ``save_peft`` writes.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
-class RunMetadata(FolderFiles):
-    """A run's output folder as params, tags, metrics and artifacts."""
+@dataclass(frozen=True)
+class PromptResult:
+    """Final results of one prompt.
 
-    @property
-    def environment(self) -> dict[str, Any]:
-        return mapping(self.json("environment.json"))
+    Attributes:
+        step: training step of the saved adapter.
+        metrics: scores of the adapter and of its baselines, by metric name.
+        tags: how training ended and whether the prompt was selected.
+    """
 
-    def summary(self, stale_ns: int | None = None) -> dict[str, Any]:
-        """``summary.json``, unless it is the one that an earlier session left behind."""
-        try:
-            if (self.path / "summary.json").stat().st_mtime_ns == stale_ns:
-                return {}
-        except OSError:
-            return {}
-        return mapping(self.json("summary.json"))
+    step: int
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
 
-    @property
-    def tracking(self) -> dict[str, Any]:
-        return mapping(self.run_file.get("tracking"))
 
-    @property
-    def name(self) -> str:
-        return os.environ.get("MLFLOW_RUN_NAME") or self.path.resolve().name
+@dataclass(frozen=True)
+class FinalResults:
+    """Final results of a run; ``trainer.reporting.mlflow_note`` computes them.
 
-    @property
-    def prompts(self) -> list[dict[str, Any]]:
-        return named(self.run_file.get("prompts"))
+    Attributes:
+        note: description of the parent run (Markdown).
+        prompts: results by prompt name.
+    """
 
-    @property
-    def tasks(self) -> list[dict[str, Any]]:
-        return named(self.run_file.get("tasks"))
+    note: str
+    prompts: Mapping[str, PromptResult]
 
-    def params(self) -> dict[str, str]:
-        """Settings of the whole run, flat: ``base.model``, ``tasks.triage.metric``, ..."""
-        run = self.run_file
-        tree: dict[str, Any] = {k: v for k, v in run.items() if k not in NOT_PARAMS}
-        tree["tasks"] = {task["name"]: task for task in self.tasks}
-        environment = self.environment
-        for key in ("world_size", "device", "versions"):
-            if key in environment:
-                tree[key] = environment[key]
-        return dict(_flatten(tree))
 
-    def prompt_params(self, prompt: Mapping[str, Any]) -> dict[str, str]:
-        """Settings of one prompt, and those of the run that a comparison over runs needs."""
-        run = self.run_file
-        training, base = mapping(run.get("training")), mapping(run.get("base"))
-        settings: dict[str, Any] = {k: v for k, v in prompt.items() if k not in ("name", "init")}
-        if settings.get("seed") is None:
-            settings["seed"] = training.get("seed", 0)
-        if settings.get("data_seed") is None:
-            settings["data_seed"] = settings["seed"]
-        settings["steps"] = prompt.get("steps") or training.get("steps")
-        settings["encoder"] = prompt.get("encoder") or (
-            "mlp" if prompt.get("method") == "p_tuning" else "embedding"
-        )
-        settings["init"] = _init(prompt.get("init"))
-        for key in ("steps", "tokens_per_step"):
-            settings[f"training.{key}"] = training.get(key)
-        for key in ("model", "quantization"):
-            settings[f"base.{key}"] = base.get(key)
-        return dict(_flatten(settings))
-
-    def tags(self) -> dict[str, str]:
-        environment = self.environment
-        run = self.run_file
-        tags = {
-            "kind": "run",
-            "base_model": Path(str(mapping(run.get("base")).get("model") or "")).name,
-            "output_dir": str(self.path.resolve()),
-            "tasks": ", ".join(task["name"] for task in self.tasks),
-            "command": environment.get("command"),
-            "mlflow.user": _user(),
-            "mlflow.source.name": "promptshard",
-            "mlflow.source.type": "JOB" if os.environ.get("SLURM_JOB_ID") else "LOCAL",
-            "mlflow.source.git.commit": environment.get("git_revision"),
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            **_environment_tags(),
-        }
-        return clean_tags(tags)
-
-    @property
-    def started(self) -> float | None:
-        """When the run was first set up, unix seconds; a resumed run writes run.yaml again."""
-        lines = (line for line, _ in self.lines(METRICS_FILE) if line is not None)
-        first = next(lines, None)
-        times = [first.time] if first is not None else []
-        with contextlib.suppress(OSError):
-            times.append((self.path / "run.yaml").stat().st_mtime)
-        return min(times, default=None)
-
-    def prompt_tags(self, prompt: Mapping[str, Any]) -> dict[str, str]:
-        own = {
-            "kind": "prompt",
-            "prompt": prompt["name"],
-            "task": prompt.get("task"),
-            "method": prompt.get("method"),
-        }
-        common = {k: v for k, v in self.tags().items() if k not in ("kind", "tasks", "command")}
-        return common | clean_tags(own)
-
-    def datasets(self, task: str | None = None) -> list[dict[str, Any]]:
-        found = mappings(self.json("datasets.json"))
-        return [item for item in found if task is None or item.get("task") == task]
-
-    def early_artifacts(self) -> list[Artifact]:
-        return self._texts("run.yaml", "environment.json", "datasets.json")
-
-    def late_artifacts(self) -> list[Artifact]:
-        found = self._texts("summary.json", "report.html")
-        names = [prompt["name"] for prompt in self.prompts]
-        for name in names:
-            for inside in ("", "/last"):
-                for file in ADAPTER_FILES:
-                    if path := self.file(f"prompts/{name}{inside}/{file}"):
-                        found.append(Artifact(name, path, f"adapter{inside}"))
-        return found + self._predictions()
-
-    def _predictions(self) -> list[Artifact]:
-        """Predictions of every prompt for its own run, those of baselines for the parent."""
-        found = []
-        names = {str(prompt["name"]) for prompt in self.prompts}
-        for path in prediction_files.files_in(self.path):
-            inside = path.relative_to(self.path)
-            of_prompt = len(inside.parts) == 2
-            if self.file(inside.as_posix()) and (not of_prompt or path.stem in names):
-                prompt = path.stem if of_prompt else None
-                found.append(Artifact(prompt, path, inside.parent.as_posix(), text=True))
-        return found
-
-    def _texts(self, *names: str) -> list[Artifact]:
-        return [Artifact(None, p, "", text=True) for n in names if (p := self.file(n))]
+#: Reads the final results from an output folder. The commands pass it in, because reporting is a
+#: higher folder than tracking.
+ReadResults = Callable[[Path], FinalResults]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file for MLflow: the prompt whose run gets it (None: the parent), and the folder there."""
+    """A file to upload.
+
+    Attributes:
+        prompt: the prompt whose run gets it; None: the parent run.
+        folder: artifact folder in MLflow.
+        text: whether it is a text file, which is sent with credentials hidden.
+    """
 
     prompt: str | None
     path: Path
     folder: str
-    text: bool = False  #: sent with credentials hidden
+    text: bool = False
 
     @property
     def key(self) -> str:
@@ -177,28 +81,110 @@ class Artifact:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
+class RunMetadata(RunFiles):
+    """A run's output folder as MLflow params, tags, datasets and artifacts."""
+
+    @property
+    def name(self) -> str:
+        return os.environ.get("MLFLOW_RUN_NAME") or self.path.resolve().name
+
+    def params(self) -> dict[str, str]:
+        """Return the settings of the run, flat: ``base.model``, ``tasks.triage.metric``, ..."""
+        settings = self.settings
+        tree: dict[str, Any] = {k: v for k, v in settings.items() if k not in NOT_PARAMS}
+        tree["tasks"] = {task["name"]: task for task in named(settings.get("tasks"))}
+        environment = mapping(self.json("environment.json"))
+        for key in ("world_size", "device", "versions"):
+            if key in environment:
+                tree[key] = environment[key]
+        return dict(_flatten(tree))
+
+    def prompt_params(self, prompt: Mapping[str, Any]) -> dict[str, str]:
+        """Return the settings of one prompt, and those of the run to compare runs by."""
+        training, base = (mapping(self.settings.get(key)) for key in ("training", "base"))
+        tree: dict[str, Any] = {k: v for k, v in prompt.items() if k != "name"}
+        tree["init"] = _init_text(prompt.get("init"))
+        for key in ("steps", "tokens_per_step"):
+            tree[f"training.{key}"] = training.get(key)
+        for key in ("model", "quantization"):
+            tree[f"base.{key}"] = base.get(key)
+        return dict(_flatten(tree))
+
+    def tags(self) -> dict[str, str]:
+        """Return the tags of the parent run."""
+        settings, environment = self.settings, mapping(self.json("environment.json"))
+        job = os.environ.get("SLURM_JOB_ID")
+        tags = {
+            "kind": "run",
+            "base_model": Path(str(mapping(settings.get("base")).get("model") or "")).name,
+            "output_dir": str(self.path.resolve()),
+            "tasks": ", ".join(task["name"] for task in named(settings.get("tasks"))),
+            "command": environment.get("command"),
+            "mlflow.user": _user(),
+            "mlflow.source.name": "promptshard",
+            "mlflow.source.type": "JOB" if job else "LOCAL",
+            "mlflow.source.git.commit": environment.get("git_revision"),
+            "slurm_job_id": job,
+        }
+        return clean_tags(tags | _environment_tags())
+
+    def prompt_tags(self, prompt: Mapping[str, Any]) -> dict[str, str]:
+        """Return the tags of a prompt's run."""
+        own = {"kind": "prompt", "prompt": prompt["name"]}
+        own |= {key: prompt.get(key) for key in ("task", "method")}
+        common = {k: v for k, v in self.tags().items() if k not in ("kind", "tasks", "command")}
+        return common | clean_tags(own)
+
+    def datasets(self, task: str | None = None) -> list[dict[str, Any]]:
+        """Return the entries of ``datasets.json``, all or those of a task."""
+        entries = mappings(self.json("datasets.json"))
+        return [entry for entry in entries if task is None or entry.get("task") == task]
+
+    def early_artifacts(self) -> list[Artifact]:
+        """Return the files that exist when training starts."""
+        return self._texts("run.yaml", "environment.json", "datasets.json")
+
+    def late_artifacts(self) -> list[Artifact]:
+        """Return the files of the results: predictions of baselines go to the parent run."""
+        artifacts = self._texts("summary.json", "report.html")
+        names = [prompt["name"] for prompt in self.prompts]
+        for name in names:
+            for folder in ("", "/last"):
+                for file in ADAPTER_FILES:
+                    if path := self.file(f"prompts/{name}{folder}/{file}"):
+                        artifacts.append(Artifact(name, path, f"adapter{folder}"))
+        for path in prediction_files.files_in(self.path):
+            relative = path.relative_to(self.path)
+            prompt = path.stem if len(relative.parts) == 2 else None
+            if self.file(relative.as_posix()) and (prompt is None or prompt in names):
+                folder = relative.parent.as_posix()
+                artifacts.append(Artifact(prompt, path, folder, text=True))
+        return artifacts
+
+    def _texts(self, *names: str) -> list[Artifact]:
+        return [Artifact(None, p, "", text=True) for n in names if (p := self.file(n))]
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, name + ".")
-        elif key == "name":
-            continue  # already in the path
-        else:
+        elif key != "name":  # it is part of the path already
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield legal(name), shorten(redact(text), MAX_PARAM)
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most ``limit`` characters; names the full length and the file that has the full text."""
+    """Cut text to ``limit`` characters, with a note of its full length."""
     if len(text) <= limit:
         return text
-    note = f" … [{len(text)} characters, whole text in run.yaml]"
+    note = f" … [{len(text)} characters, full text in run.yaml]"
     return text[: limit - len(note)] + note
 
 
 def legal(name: str) -> str:
-    """MLflow takes letters, digits and ``_-. :/`` in names, at most 250 of them."""
+    """Replace characters that MLflow refuses in names, and cut to its limit."""
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)[:MAX_KEY]
 
 
@@ -208,21 +194,17 @@ def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _environment_tags() -> dict[str, str]:
+    """Return the tags of ``$MLFLOW_TAGS``, a JSON object; none if it is invalid."""
     try:
-        tags = json.loads(os.environ.get("MLFLOW_TAGS") or "{}")
-    except ValueError:
+        return {str(k): str(v) for k, v in mapping(parse_json(os.environ["MLFLOW_TAGS"])).items()}
+    except (KeyError, ValueError):
         return {}
-    return {str(k): str(v) for k, v in tags.items()} if isinstance(tags, dict) else {}
 
 
-def _init(init: Any) -> str:
-    """``{text: ..., vocab: false, random: false}`` as a person would say it."""
-    if not isinstance(init, Mapping):
-        return str(init or "vocab")
-    for key in ("text", "from_", "from"):
-        if init.get(key):
-            return f"{key.rstrip('_')}: {init[key]}"
-    return next((k for k, v in init.items() if v), "vocab")
+def _init_text(init: Any) -> str:
+    """Return ``{auto: false, text: ..., vocab: false}`` in short: ``text: ...``, ``vocab``."""
+    options = mapping(init).items()
+    return next((f"{k}: {v}" if isinstance(v, str) else k for k, v in options if v), str(init))
 
 
 def _user() -> str | None:

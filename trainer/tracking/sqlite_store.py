@@ -1,8 +1,7 @@
-"""New SQLite stores: made in a temporary folder, published whole.
+"""Create new SQLite stores atomically, in a temporary folder.
 
-MLflow creates the tables of a new SQLite store in about fifty migrations. A process that ends in
-the middle leaves a file that MLflow never opens again, and two that begin at once disturb each
-other.
+MLflow creates the tables of a new SQLite store in about fifty migrations. If a process is killed
+meanwhile, MLflow never opens the file again, and two processes that start at once corrupt it.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from pathlib import Path
 from trainer.runtime.errors import BadInput
 
 logger = logging.getLogger(__name__)
-#: How long a store that is incomplete may not have changed before it counts as abandoned.
+#: An incomplete store that has not changed for so long counts as abandoned.
 ABANDONED_SECONDS = 10.0
 BUSY_SECONDS = 20.0
 
 
 def sqlite_uri(path: Path) -> str:
-    """The address of an SQLite file: SQLAlchemy decodes its path, and a "?" begins its query."""
+    """Return the address of an SQLite file: SQLAlchemy decodes "%", and "?" starts a query."""
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def prepare(path: Path, artifacts: str) -> None:
-    """Make the SQLite file of a store if there is none that MLflow can open.
+    """Create the SQLite file of a store unless there is one that MLflow can open.
 
-    A file that MLflow has begun and not completed, and that has no runs, is renamed first.
+    A file that is incomplete and has no runs is renamed first.
 
     Args:
-        artifacts: address of the folder for files of experiments that name no other.
+        artifacts: address of the default artifact folder.
 
     Raises:
         BadInput: the file is not an MLflow store.
@@ -47,16 +46,17 @@ def prepare(path: Path, artifacts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         if path.exists() and path.stat().st_size and _is_abandoned(path):
-            _set_aside(path)
+            _rename_incomplete(path)
         if not path.exists() or not path.stat().st_size:
-            _make(path, artifacts)
+            _create(path, artifacts)
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether the making of a store was interrupted; waits for one that is still being made."""
-    from mlflow.store.db_migrations import __path__ as folders  # holds alembic's scripts
+    """Whether the creation of a store was interrupted; waits for one that is being created."""
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db_migrations import __path__ as folders
 
-    newest = _newest_schema(next(iter(folders)))
+    newest = ScriptDirectory(next(iter(folders))).get_current_head()
     while _is_incomplete(path, newest):
         left = path.stat().st_mtime + ABANDONED_SECONDS - time.time()
         if left <= 0:
@@ -65,17 +65,11 @@ def _is_abandoned(path: Path) -> bool:
     return False
 
 
-def _newest_schema(scripts: str) -> str | None:
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory(scripts).get_current_head()
-
-
 def _is_incomplete(path: Path, newest: str | None) -> bool:
-    """Whether a store has an older schema than MLflow's and nothing that could be lost.
+    """Whether a store has an older schema than MLflow's and no data that could be lost.
 
     Raises:
-        BadInput: if it is not an MLflow store.
+        BadInput: it is not an MLflow store.
     """
     remedy = "move it away, or give another file in tracking.uri (sqlite:///PATH/mlflow.db)"
     try:
@@ -99,30 +93,30 @@ def _is_incomplete(path: Path, newest: str | None) -> bool:
     return not used and schema != (newest,)
 
 
-def _set_aside(path: Path) -> None:
+def _rename_incomplete(path: Path) -> None:
     number = 1
-    while (aside := path.with_name(f"{path.name}.incomplete-{number}")).exists():
+    while (renamed := path.with_name(f"{path.name}.incomplete-{number}")).exists():
         number += 1
-    for ending in ("-journal", "-wal", "-shm", ""):  # a new store must not meet an old journal
+    for suffix in ("-journal", "-wal", "-shm", ""):  # SQLite would apply an old journal
         with contextlib.suppress(FileNotFoundError):
-            os.rename(f"{path}{ending}", f"{aside}{ending}")
-    logger.warning("%s was incomplete and had no runs; moved to %s", path, aside)
+            os.rename(f"{path}{suffix}", f"{renamed}{suffix}")
+    logger.warning("%s was incomplete and had no runs; moved to %s", path, renamed)
 
 
-def _make(path: Path, artifacts: str) -> None:
-    """Let MLflow make the store elsewhere, then give it its name unless another process was first.
+def _create(path: Path, artifacts: str) -> None:
+    """Create a store in a temporary folder, then publish it unless another process was first.
 
-    The temporary folder is also on a local disk, where the migrations are fast.
+    The migrations are also faster there, on a local disk.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory(prefix="promptshard-mlflow-") as folder:
-        made = Path(folder) / path.name
-        store = SqlAlchemyStore(sqlite_uri(made), artifacts)
+        temporary = Path(folder) / path.name
+        store = SqlAlchemyStore(sqlite_uri(temporary), artifacts)
         store.engine.dispose()
         ready = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with made.open("rb") as source, ready.open("xb") as copy:
+            with temporary.open("rb") as source, ready.open("xb") as copy:
                 shutil.copyfileobj(source, copy)
                 copy.flush()
                 os.fsync(copy.fileno())
@@ -133,21 +127,21 @@ def _make(path: Path, artifacts: str) -> None:
 
 def _publish(ready: Path, path: Path) -> None:
     if path.exists() and not path.stat().st_size:
-        path.unlink()  # touched by somebody: MLflow takes an empty file for a new store too
+        path.unlink()  # MLflow treats an empty file as a new store too
     try:
         os.link(ready, path)
     except FileExistsError:
         return
-    except OSError:  # a file system without hard links
+    except OSError:  # no hard links on this file system
         if not path.exists():
             os.rename(ready, path)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time look at and make stores here, where the file system has locks.
+    """Allow one process at a time to check and create stores in a folder.
 
-    Without locks two processes may both make a store; one of them is published.
+    On a file system without locks, two processes may both create a store; one is published.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,4 +1,4 @@
-"""Which MLflow store a run's numbers go to, and which credentials may be sent there."""
+"""Choose the MLflow store of a run, and the credentials that may be sent to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from trainer.tracking.progress_file import FILE as STATE_FILE
 from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.sqlite_store import sqlite_uri
 
-#: MLflow's own default, in the working directory.
-DATABASE = "mlflow.db"
-#: Where its artifacts go, beside it.
-ARTIFACTS = "mlruns"
+#: MLflow's own defaults, in the working directory: database and artifact folder.
+DATABASE, ARTIFACTS = "mlflow.db", "mlruns"
 _TOKEN_NAMES = ("token", "access_token")
 _PORTS = {"http": 80, "https": 443}
 #: Credentials that MLflow sends to any server it is configured for.
@@ -37,24 +35,33 @@ _CREDENTIALS = (
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """An MLflow store."""
+    """An MLflow store.
 
-    uri: str = field(repr=False)  #: what MLflow is given; of a server, without credentials
-    name: str  #: the same without any secret: may be shown and written
-    artifacts: str | None = None  #: where artifacts go; None: the store decides
-    credentials: dict[str, str] = field(default_factory=dict, repr=False)  #: environment to set
+    Attributes:
+        uri: address for MLflow; a server's has no credentials.
+        name: the address without any secret, to show and to write to files.
+        artifacts: address of the artifact folder; None: the store decides.
+        credentials: environment variables to set.
+        secrets: texts to hide in all output.
+        trusted: whether credentials of the environment and the home folder may be sent there.
+    """
+
+    uri: str = field(repr=False)
+    name: str
+    artifacts: str | None = None
+    credentials: dict[str, str] = field(default_factory=dict, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
-    trusted: bool = True  #: credentials of the environment and of the home folder may go there
+    trusted: bool = True
 
     @property
     def database(self) -> Path | None:
-        """The file of an SQLite store."""
+        """The file of an SQLite store, else None."""
         if scheme_of(self.name) != "sqlite":
             return None
         return Path(unquote(self.name.partition(":///")[2]))
 
     def apply(self, environment: MutableMapping[str, str]) -> None:
-        """Hand the credentials to MLflow by environment, or keep all from an untrusted server."""
+        """Set the environment for MLflow; hide all credentials from an untrusted server."""
         if not self.trusted:
             for name in _CREDENTIALS:
                 environment.pop(name, None)
@@ -64,7 +71,7 @@ class StoreAddress:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """``apply`` to this process, and take it back."""
+        """``apply`` to this process inside the block."""
         before = dict(os.environ)
         self.apply(os.environ)
         try:
@@ -85,16 +92,16 @@ def resolve(output_dir: Path, given: str | None = None, saved: str | None = None
     directory.
 
     An output folder may come from elsewhere, so an address that only the folder names is not
-    trusted. A server gets no credentials of the environment then, unless ``MLFLOW_TRACKING_URI``
-    names the same server; a database is not connected to, and no new file is made.
+    trusted: a server gets no credentials of the environment unless ``MLFLOW_TRACKING_URI`` names
+    the same server, and no database is connected to or created.
 
     Args:
-        given: what the person gave: ``tracking.uri`` of the run file that is trained, or an
-            address on the command line.
+        given: the user's address: ``tracking.uri`` of the run file that is trained, or an address
+            on the command line.
         saved: ``tracking.uri`` of ``run.yaml`` in the output folder; its credentials are hidden.
 
     Raises:
-        BadInput: the address cannot be used, its password is not known, or it must be confirmed.
+        BadInput: the address is not usable, its password is unknown, or it must be confirmed.
     """
     environment = os.environ.get("MLFLOW_TRACKING_URI") or None
     uri = given or saved or environment
@@ -109,7 +116,7 @@ def resolve(output_dir: Path, given: str | None = None, saved: str | None = None
 
 
 def _default(output_dir: Path) -> StoreAddress:
-    """The store that the run used before; else MLflow's default, unless the folder has its own."""
+    """Return the store that the run used before, the folder's own, or MLflow's default."""
     before = ProgressFile(output_dir).store
     if before and not problem_of_uri(before):
         return _unconfirmed(_target(before, str(output_dir / STATE_FILE)), output_dir)
@@ -118,12 +125,12 @@ def _default(output_dir: Path) -> StoreAddress:
 
 
 def _unconfirmed(target: StoreAddress, output_dir: Path) -> StoreAddress:
-    """Limit what is done with an address that only an output folder names."""
+    """Restrict a store that only an output folder names."""
     scheme, path = scheme_of(target.name), target.database
     if scheme in HTTP:
         return replace(target, trusted=False)
     if target.name in OTHERS or scheme in OTHERS:
-        return target  # the host is in the person's own settings
+        return target  # the host is in the user's own settings
     if path is not None and (path.is_file() or _is_default(path, output_dir)):
         return target
     raise BadInput(
@@ -133,13 +140,13 @@ def _unconfirmed(target: StoreAddress, output_dir: Path) -> StoreAddress:
 
 
 def _is_default(path: Path, output_dir: Path) -> bool:
-    """Whether a run could have this store by default: it began in a folder above its output."""
+    """Whether a run has this store by default, started in a folder above its output."""
     above = path.parent == Path.cwd() or output_dir.resolve().is_relative_to(path.parent)
     return path.name == DATABASE and path.parent.is_dir() and above
 
 
 def sync_command(output_dir: Path, uri: str | None = None) -> str:
-    """``promptshard sync`` for a folder, ready to paste; its path is relative where shorter."""
+    """Return the ``promptshard sync`` command for a folder, with a relative path if shorter."""
     with contextlib.suppress(ValueError, OSError):
         output_dir = output_dir.relative_to(Path.cwd())
     words = ["promptshard", "sync", str(output_dir), *(["--uri", uri] if uri else [])]
@@ -208,7 +215,7 @@ def _server_of(uri: str) -> tuple[str, str | None, int | None]:
 
 
 def _bare(uri: str) -> str:
-    """The address alone: what two spellings of one store have in common."""
+    """Normalize an address and remove its credentials."""
     parts = urlsplit(uri)
     host = parts.netloc.rpartition("@")[2]
     query = [(k, v) for k, v in parse_qsl(parts.query) if k.lower() not in _TOKEN_NAMES]
