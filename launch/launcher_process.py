@@ -33,7 +33,7 @@ from trainer.runtime import bootstrap
 from trainer.runtime.errors import (
     BadInput,
 )
-from trainer.runtime.process import UNFINISHED, ended_by, process_start
+from trainer.runtime.process import UNFINISHED, ending_signal, process_start
 from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
 
 GRACE_SECONDS = orphan_guard.GRACE_SECONDS  # from SIGTERM to SIGKILL
@@ -83,7 +83,7 @@ class _FailureWatch:
             self._pids = [int(pid) for pid in spawned]
             return
         ended = [pid for pid in self._pids if pid not in self._ended and not process_start(pid)]
-        signals = {pid: ended_by(pid) for pid in ended}
+        signals = {pid: ending_signal(pid) for pid in ended}
         for pid in sorted(ended, key=lambda pid: not signals[pid]):
             rank = self._first_rank + self._pids.index(pid)
             self._ended[pid] = (f"rank {rank} (process {pid} on {platform.node()})", signals[pid])

@@ -13,7 +13,7 @@ from trainer import config as run_file
 from trainer.checkpointing.checkpoint_names import newest_checkpoint
 from trainer.config import RunConfig
 from trainer.runtime.console import Console
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
 
@@ -52,4 +52,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    leave(main())
+    flush_and_exit(main())

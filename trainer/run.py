@@ -87,7 +87,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         Stopped: a rank received a stop signal, and the state of the last step is saved.
     """
     times = PhaseTimes()
-    times.add({"start": process.age()})
+    times.add({"start": process.process_age()})
     with times("start"), console.phase("connecting ranks"):
         engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(Path(config.output_dir) / "logs", config.engine.silence_seconds)
@@ -133,7 +133,7 @@ def _train(
         engine.run_on_all(lambda: check_sources(config, embedding_size(files.config)))
     done = None if fresh else engine.run_on_main(lambda: finished_summary(output))
     if done is not None:
-        console.say(f"{output} already holds this finished run; use --fresh to train again")
+        console.print(f"{output} already holds this finished run; use --fresh to train again")
         if lock is not None:
             write_missing_report(output, console.warn)
         show_results(done, config, console)
@@ -166,7 +166,7 @@ def _train(
         _begin_alike(engine, bank)
     else:
         _load_state(bank, loop, saved)
-        console.say(f"resuming from step {loop.progress.step}/{config.last_step}")
+        console.print(f"resuming from step {loop.progress.step}/{config.last_step}")
     if fresh:  # nothing can be refused any more
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     stop_signals.defer()
@@ -252,7 +252,7 @@ def _begin_alike(engine: Engine, bank: Bank) -> None:
 @contextmanager
 def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | None]:
     """Rank 0 holds the output folder's lock; the others have none."""
-    lock = engine.run_on_all(lambda: acquire(output, console.say) if engine.is_main else None)
+    lock = engine.run_on_all(lambda: acquire(output, console.print) if engine.is_main else None)
     try:
         yield lock
     finally:
@@ -290,14 +290,14 @@ def _read_tasks(
     )
     engine.run_on_all(lambda: _check_ends(tasks, files))
     if date:
-        console.say(f"the chat template reads the date: {date}, also when the run is resumed")
+        console.print(f"the chat template reads the date: {date}, also when the run is resumed")
     runs_code = any(task.metric == "execution" for task in config.tasks)
     if runs_code and (warning := engine.run_on_main(check_sandbox)):
         console.warn(warning)
     for data in tasks.values():
         if ROWS_CHECKED not in os.environ:
             for remark in data.remarks:
-                console.say(remark)
+                console.print(remark)
             for leak in data.leaks:
                 console.warn(leak.warning)
         for warning in data.warnings:
@@ -419,6 +419,6 @@ def _finish_sending(sender: TrackingClient, console: Console) -> None:
     with console.phase("sending metrics to MLflow"):
         finished = sender.finish(LOCAL_STORE_SECONDS if sender.is_local else SERVER_SECONDS)
     if finished.complete:
-        console.say(f"curves:  {finished.message}")
+        console.print(f"curves:  {finished.message}")
     else:
         console.warn(finished.message)

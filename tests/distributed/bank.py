@@ -25,7 +25,7 @@ from trainer.packing.batch_source import BatchSource
 from trainer.prompts.init_search import SearchResult
 from trainer.run import make_bank
 from trainer.runtime.console import Console
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.init_scoring import LossInitScorer
 from trainer.training.step import step_gradients
 
@@ -161,4 +161,4 @@ def train(
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    flush_and_exit(0)

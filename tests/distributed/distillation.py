@@ -22,7 +22,7 @@ from trainer.data.tokenization.tokenize import Example
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.packed_batch import PackedRow
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
 #: Of the second and third prompt; the first learns labels. The first token of a row is "special".
@@ -149,4 +149,4 @@ def plain_past(model: Any, packed_rows: list[PackedRow], past: Tensor) -> float:
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

@@ -24,7 +24,7 @@ from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import quantize_rows
 from trainer.packing.packed_batch import PackedRow
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
 LENGTHS = [5, 8]  # virtual tokens of the first two prompts
@@ -173,4 +173,4 @@ def full_bytes(model: Any, quantization: str) -> int:
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

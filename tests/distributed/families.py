@@ -22,7 +22,7 @@ from tests.unit.test_scoring import EOS, TARGETS, rows
 from trainer.distributed.deepspeed_engine import Engine, base_digest
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.activation_memory import TokenBudget
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
 #: Families whose candidates are scored too: full attention, windows, slopes, sinks, padded rows.
@@ -131,4 +131,4 @@ def compare(
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

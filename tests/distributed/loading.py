@@ -17,7 +17,7 @@ from tests.distributed.equivalence import weights_equal
 from tests.distributed.sharded_base import run_config, shard_base
 from trainer.distributed.deepspeed_engine import Engine, base_bytes
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 
 
 def main() -> None:
@@ -75,4 +75,4 @@ def resident_bytes(field: str) -> int:
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

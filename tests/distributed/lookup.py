@@ -25,7 +25,7 @@ from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths, build_packed_batch
 from trainer.packing.planning import plan_batches
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
 TABLE = "model.embed_tokens.weight"
@@ -197,4 +197,4 @@ def embeddings(base: PromptedBase) -> list[Any]:
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

@@ -19,7 +19,7 @@ from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine, base_digest
 from trainer.model.layers.linear import FrozenLinear
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.step import OutOfMemory, step_gradients
 
 TOKENS = 10_000
@@ -92,4 +92,4 @@ def scarce(base: torch.nn.Module, limit: int, backward: bool) -> Iterator[None]:
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

@@ -17,7 +17,7 @@ from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
 OFFLOAD = "ds_configs/zero3_offload_cpu.json"
@@ -79,4 +79,4 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
 
 if __name__ == "__main__":
     main()
-    leave(0)  # as the trainer does: threads of libraries abort in a usual end
+    flush_and_exit(0)  # as the trainer does: threads of libraries abort in a usual end

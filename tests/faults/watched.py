@@ -19,7 +19,7 @@ from typing import Any
 import trainer.__main__
 import trainer.training.loop
 from trainer.distributed.deepspeed_engine import base_digest
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.training.loop import Loop
 
 
@@ -92,4 +92,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    flush_and_exit(main(sys.argv[1:]))

@@ -40,7 +40,7 @@ def test_a_line_whenever_nothing_was_printed_for_five_seconds(watch: Clock) -> N
         with console.working("scoring", 400) as advance:
             advance(100)
             assert at(15.0) == "scoring: 100/400 rows, about 0:15 left\n"
-        console.say("a word")
+        console.print("a word")
         assert at(19.0) == ""
     assert at(60.0) == "", "no phase is running"
 
@@ -99,7 +99,7 @@ def test_other_ranks_start_no_thread() -> None:
 def test_an_answer_is_printed_as_it_is_and_alone() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console(err, err, answer=out)
-    console.say("loading")
+    console.print("loading")
     console.warn("careful")
     text = "[bold]:smile: " + "long " * 60
     console.answer(text)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from trainer.runtime.process import ended_by, process_start
+from trainer.runtime.process import ending_signal, process_start
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,6 @@ from trainer.runtime.process import ended_by, process_start
 def test_how_a_process_ended_that_nobody_has_waited_for(end: str, number: int) -> None:
     child = subprocess.Popen([sys.executable, "-c", f"import os; {end}"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert ended_by(child.pid) == number
+    assert ending_signal(child.pid) == number
     assert process_start(child.pid) == ""
     child.wait()

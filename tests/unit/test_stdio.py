@@ -82,7 +82,7 @@ def test_a_reader_that_is_gone_or_a_full_disk_ends_nothing(tmp_path, where):
         "from trainer.runtime.stdio import claim\n"
         "terminal = claim(0, Path(sys.argv[1]))\n"
         "console = Console(terminal.out, terminal.err)\n"
-        "for _ in range(3): console.say('x' * 5000)\n"
+        "for _ in range(3): console.print('x' * 5000)\n"
         "print('went on', flush=True)"
     )
     log = tmp_path / "rank.log"

@@ -76,7 +76,7 @@ def _move_to_archive(output: Path, entries: Sequence[Path], console: Console) ->
     for path in entries:
         shutil.move(str(path), archive / path.name)
     (archive / MOVING).unlink()
-    console.say(f"moved an earlier run to {archive}")
+    console.print(f"moved an earlier run to {archive}")
 
 
 class OutputFolder:

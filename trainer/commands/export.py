@@ -137,7 +137,7 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
         num_attention_heads=files.config.num_attention_heads,
         description=f"Made without training, of the text {text!r}, by the encoder of {step}.",
     )
-    console.say(
+    console.print(
         f"{out}: {len(virtual_tokens)} virtual tokens of {text!r}, by the encoder of {step}; "
         "PEFT loads it"
     )

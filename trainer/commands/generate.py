@@ -17,7 +17,7 @@ from trainer.config import RunConfig, template_fields
 from trainer.data.tokenization.chat_date import read_chat_date
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import die_with_parent, leave
+from trainer.runtime.process import die_with_parent, flush_and_exit
 from trainer.runtime.rank_program import guarded
 
 
@@ -99,4 +99,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    leave(main())
+    flush_and_exit(main())

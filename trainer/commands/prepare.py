@@ -252,7 +252,7 @@ def main() -> int:
     except OSError as error:
         console.error(f"{given.out}: cannot be written: {error.strerror}")
         return EXIT_BAD_INPUT
-    console.say(
+    console.print(
         f"{given.out}: {after / 1e6:,.1f} MB in 8 bits, from {before / 1e6:,.1f} MB; "
         f"use it as base.model: {given.out}"
     )

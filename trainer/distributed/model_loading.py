@@ -91,7 +91,7 @@ def fingerprint_base_on_all(engine: Engine, files: BaseFiles, console: Console) 
     """Digests of the base's parts, on all ranks. The weight files are shared out among them."""
     if files.num_bytes >= SLOW_BYTES:
         size = f"{files.num_bytes / 1e9:,.0f} GB"
-        console.say(f"digests of the base's files ({size}; remembered until they change)")
+        console.print(f"digests of the base's files ({size}; remembered until they change)")
     mine = weight_files(files)[engine.rank :: engine.world_size]
     found = engine.run_and_gather(lambda: digest_weight_files(mine))
     return digest_small_files(files) | combine_weight_digests(
@@ -128,7 +128,7 @@ def load_base(
         lambda: resolve_attention(config.engine.attention, engine.device, packed)
     )
     if not packed:
-        console.say(
+        console.print(
             f"base.model: {files.config.model_type} cannot read packed rows; the rows of a batch "
             "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
             "where it runs short)"
@@ -140,7 +140,7 @@ def load_base(
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
     memory, budget = _batches(engine, files.config, config, placement, dtype, lengths)
     if lengths:
-        console.say(budget.words)
+        console.print(budget.words)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:
         base, stats = load_shards(
@@ -212,12 +212,12 @@ def _choose_matmul(
         with console.phase("timing ways to multiply (base.matmul: auto)"):
             measured = engine.run_on_main(lambda: measure(shapes, dtype, engine.device))
         matmul = measured.kind
-        console.say(f"base.matmul: auto is {matmul} here ({measured.reason})")
+        console.print(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)
     if matmul != "dequantize":  # then there is a compiler
         compile_lean(skeleton)
     if exact:
-        console.say(
+        console.print(
             f"base.matmul: {len(exact)} layer(s) too wide for sums in 32 bits are dequantised "
             f"({exact[0]} and its like)"
         )

@@ -257,25 +257,25 @@ def show_results(summary: Mapping[str, Any], config: RunConfig, console: Console
     output = config.output_dir
     tables = task_tables(config.model_dump(mode="json"), summary)
     for table in tables:
-        console.say(f"{table.task}: {table.verdict}" if len(tables) > 1 else table.verdict)
+        console.print(f"{table.task}: {table.verdict}" if len(tables) > 1 else table.verdict)
     for table in tables:
         _show_table(table, (summary.get("selected") or {}).get(table.task), console)
     diverged = [row.name for table in tables for row in table.prompts if row.diverged]
     if diverged:
         console.warn(f"diverged and stopped early: {', '.join(diverged)}; lower learning_rate")
     speed = summary["throughput"]["useful_tokens_per_second"]
-    console.say(
+    console.print(
         f"{summary['steps']} steps, {speed:,.0f} useful tokens/s; adapters in {output}/prompts, "
         f"predictions in {output}/predictions"
     )
     if times := summary.get("time"):
-        console.say(f"time:    {breakdown(times)}")
-    console.say(f"report:  {output}/report.html")
+        console.print(f"time:    {breakdown(times)}")
+    console.print(f"report:  {output}/report.html")
     name = next(
         (found["prompt"] for found in (summary.get("selected") or {}).values()),
         next(iter(summary["prompts"])),
     )
-    console.say(
+    console.print(
         f'try it:  promptshard generate {quote(output)} --prompt {quote(name)} --input "..."'
     )
 
@@ -291,10 +291,10 @@ def _show_table(table: TaskTable, choice: Mapping[str, Any] | None, console: Con
     )
     if choice is None or len(table.prompts) == 1:
         return
-    console.say(f"best prompt for {table.task}: {choice['prompt']} ({choice['why']})")
+    console.print(f"best prompt for {table.task}: {choice['prompt']} ({choice['why']})")
     if shorter := choice.get("shorter"):
         key = table.column(table.prompts[0])
-        console.say(
+        console.print(
             f"a shorter prompt within one standard error: {shorter['prompt']}, "
             f"{shorter['num_virtual_tokens']} virtual tokens, "
             f"{format_score(key, shorter['score'])}"

@@ -1,7 +1,7 @@
-"""Rank 0's output: a live progress display on a terminal, plain lines elsewhere.
+"""Output of rank 0: a live progress display on a terminal, plain lines elsewhere.
 
-Everything that takes time is a ``Phase``. On a terminal each running phase has a line with a bar;
-elsewhere a thread prints the innermost phase whenever nothing was printed for ``PLAIN_INTERVAL``.
+Work that takes time is a ``Phase``. On a terminal each running phase has a progress bar; elsewhere
+a thread prints the innermost phase when nothing was printed for ``PLAIN_INTERVAL`` seconds.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from rich.table import Table
 from trainer.runtime.phase_times import clock
 from trainer.runtime.redact import printable, redact
 
-#: Seconds without output after which a plain line is printed where there is no terminal.
+#: Seconds without output before a plain line is printed, if there is no terminal.
 PLAIN_INTERVAL = 5.0
-#: Phases that take less are not shown.
+#: Shorter phases are not displayed.
 QUIET_SECONDS = 1.0
-#: Seconds between two looks at the running phases.
+#: Seconds between two updates of the display.
 TICK = 0.25
-#: Columns of a table where there is no terminal to ask.
+#: Width of a table, in columns, if there is no terminal.
 PLAIN_WIDTH = 110
 
 
 @dataclass
 class Phase:
-    """Work in progress. Its numbers may be set from any thread.
+    """Work in progress. Any thread may set its attributes.
 
     Attributes:
-        total: in ``unit``; None if it is not known.
+        total: in ``unit``; None if unknown.
         unit: ``bytes`` are shown as MB.
-        status: printed behind the numbers.
+        status: text after the numbers.
     """
 
     what: str
@@ -59,7 +59,7 @@ class Phase:
         return time.monotonic() - self.started
 
     def progress(self) -> str:
-        """``1,200/3,400 rows, about 0:20 left``; empty where nothing is counted."""
+        """Return ``1,200/3,400 rows, about 0:20 left``; empty if nothing is counted."""
         parts = []
         if self.total is not None:
             parts.append(f"{self._number(self.done)}/{self._number(self.total)} {self._unit}")
@@ -79,11 +79,12 @@ class Phase:
 
 
 class Console:
-    """Prints for people.
+    """Prints messages, tables and progress for the user.
 
     Args:
-        answer: stream of ``answer``, where ``out`` is not for results; default: ``out``.
-        shown: False on ranks other than 0, whose streams lead nowhere: no phase is displayed.
+        log: log file that error messages refer to.
+        answer: stream of ``answer``; default: ``out``.
+        shown: False on ranks other than 0, which display no phases.
     """
 
     def __init__(
@@ -102,26 +103,27 @@ class Console:
         self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
         self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
         self._phases: list[Phase] = []
-        self._lock = threading.Lock()  # a phase must not end while it is drawn
+        self._lock = threading.Lock()  # a phase must not end while it is displayed
         self._last_output = time.monotonic()
         self._ticker: threading.Thread | None = None
-        self._idle = threading.Event()
+        self._stop = threading.Event()
         self._bar: Progress | None = None
 
     @property
     def is_terminal(self) -> bool:
         return self._out.is_terminal
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
+        """Print a line on stdout."""
         self._last_output = time.monotonic()
         self._out.print(_safe(text), markup=False)
 
     def note(self, text: str) -> None:
-        """Print what is no result, and no error, on stderr."""
+        """Print a line on stderr that is neither a warning nor an error."""
         self._err.print(_safe(text), markup=False)
 
     def answer(self, text: str) -> None:
-        """Print the result of a command as it is: no wrapping, styles or emoji codes."""
+        """Print the result of a command verbatim: no wrapping, styles or emoji codes."""
         self._last_output = time.monotonic()
         if self._answer.isatty():
             text = printable(text)
@@ -136,11 +138,11 @@ class Console:
         self._err.print(f"error: {_safe(text)}", style="red", markup=False)
 
     def failure(self, error: BaseException) -> None:
-        """Print in one line, once, what ends the run."""
+        """Print the error that ends the run, once and in one line."""
         if error is not self._reported:
             self._reported = error
             first_line = str(error).strip().split("\n")[0]
-            where = f" (all of it: {self._log})" if self._log and self._log.exists() else ""
+            where = f" (full message in {self._log})" if self._log and self._log.exists() else ""
             self.error(f"{type(error).__name__}: {first_line}{where}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -161,18 +163,18 @@ class Console:
         *,
         announce: bool = False,
     ) -> Iterator[Phase]:
-        """Show work in progress for as long as the ``with`` block lasts.
+        """Display a phase while the block runs.
 
         Args:
-            announce: print a line at the beginning where there is no terminal.
+            announce: print a line at the start if there is no terminal.
         """
         phase = Phase(what, total, unit, done)
         if announce and not self._out.is_terminal:
-            self.say(what)
+            self.print(what)
         with self._lock:
             self._phases.append(phase)
         if self._shown and self._ticker is None:
-            self._idle.clear()
+            self._stop.clear()
             self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
             self._ticker.start()
         try:
@@ -180,9 +182,10 @@ class Console:
         finally:
             with self._lock:
                 self._phases.remove(phase)
-                self._hide(phase)
+                if phase.task is not None and self._bar is not None:
+                    self._bar.remove_task(phase.task)
             if not self._phases and self._ticker is not None:
-                self._idle.set()
+                self._stop.set()
                 self._ticker.join()
                 self._ticker = None
                 if self._bar is not None:
@@ -190,18 +193,18 @@ class Console:
                     self._bar = None
 
     def _tick(self) -> None:
-        while not self._idle.wait(TICK):
+        while not self._stop.wait(TICK):
             self.refresh()
 
     def refresh(self) -> None:
-        """Update the display; called several times per second by a thread."""
+        """Update the display; a thread calls this several times per second."""
         with self._lock:
             if self._out.is_terminal:
                 for phase in self._phases:
                     self._draw(phase)
             elif self._phases and time.monotonic() - self._last_output >= PLAIN_INTERVAL:
                 phase = self._phases[-1]
-                self.say(f"{phase.what}: {phase.progress() or clock(phase.seconds)}")
+                self.print(f"{phase.what}: {phase.progress() or clock(phase.seconds)}")
 
     def _draw(self, phase: Phase) -> None:
         if phase.task is None:
@@ -229,33 +232,29 @@ class Console:
             refresh=True,
         )
 
-    def _hide(self, phase: Phase) -> None:
-        if phase.task is not None and self._bar is not None:
-            self._bar.remove_task(phase.task)
-
     @contextmanager
     def loading(self, what: str, total_bytes: int) -> Iterator[Phase]:
-        """A phase that counts bytes while the base is read."""
+        """Display a phase that counts bytes."""
         if not self._out.is_terminal:
-            self.say(f"{what} ({total_bytes / 1e6:,.1f} MB)")
+            self.print(f"{what} ({total_bytes / 1e6:,.1f} MB)")
         with self.phase(what, total_bytes, "bytes") as phase:
             yield phase
 
     @contextmanager
     def downloading(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function of the bytes that are present and the bytes expected; both may grow."""
+        """Yield ``update(present, expected)``, in bytes; both may grow."""
         with self.phase(f"downloading {what}", unit="bytes") as phase:
 
             def update(done: int, total: int) -> None:
                 if phase.total is None and not self._out.is_terminal:
-                    self.say(f"{phase.what} ({total / 1e6:,.1f} MB)")
+                    self.print(f"{phase.what} ({total / 1e6:,.1f} MB)")
                 phase.done, phase.total = done, total
 
             yield update
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str, int], None]]:
-        """Yield a function of a file's name and the number of its rows read so far."""
+        """Yield ``update(file, rows)``, called with the number of rows read so far."""
         with self.phase("reading rows") as phase:
 
             def update(name: str, rows: int) -> None:
@@ -265,13 +264,13 @@ class Console:
 
     @contextmanager
     def working(self, what: str, total: int) -> Iterator[Callable[[float], None]]:
-        """Yield a function of the number of rows that were just done."""
+        """Yield ``advance(rows)``, called with the number of rows that are newly done."""
         with self.phase(what, total) as phase:
             yield phase.advance
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[StepLine]:
-        """The progress line of a run: step, loss, useful tokens per second, time left."""
+        """Display step, loss, useful tokens per second and ETA of the training loop."""
         with self.phase("training", steps, "steps", done) as phase:
             line = StepLine(self, phase)
             yield line
@@ -279,7 +278,7 @@ class Console:
 
 
 class StepLine:
-    """Shows the newest step: in place on a terminal, elsewhere every few seconds."""
+    """The newest step: updated in place on a terminal, printed every few seconds elsewhere."""
 
     def __init__(self, console: Console, phase: Phase) -> None:
         self._console, self._phase = console, phase
@@ -297,12 +296,12 @@ class StepLine:
             self.end()
 
     def end(self) -> None:
-        """Print the newest step unless it was printed."""
+        """Print the newest step unless it is printed already."""
         if self._unprinted:
-            self._console.say(self._unprinted)
+            self._console.print(self._unprinted)
             self._unprinted = ""
 
 
 def _safe(text: str) -> str:
-    """Text without passwords and without what would control a terminal."""
+    """Hide credentials and escape control characters."""
     return printable(redact(text))

@@ -1,4 +1,4 @@
-"""Process utilities: end with the parent, check whether a PID is alive.
+"""Process utilities: end with the parent, exit at once, look up a PID.
 
 Standard library only.
 """
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-#: Environment variable with the path of a file that rank 0 removes once its work is done. Without
-#: that, exit code 0 does not count: some other program may have run in place of ours.
+#: Environment variable with the path of a file that rank 0 deletes when its work is done. If the
+#: file remains, exit code 0 does not count: another program may have run instead.
 UNFINISHED = "PROMPTSHARD_UNFINISHED"
-#: Environment variable that is set where notes about the rows have been printed already.
+#: Environment variable that is set if the remarks about the rows are printed already.
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
-#: When a process started, where that is unknown.
+#: Start time of a process whose start time is unknown.
 UNKNOWN = "unknown"
 
 
 def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) -> None:
-    """Have Linux send this process a signal when its parent dies, however the parent dies.
+    """Have Linux send this process a signal when its parent dies for any reason.
 
     Args:
-        parent: PID of the parent, which may have died already; 0 for the present one.
+        parent: PID of the parent, which may be dead already; 0: the current parent.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -37,24 +37,24 @@ def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) ->
 
 
 def mark_finished() -> None:
-    """Tell the program that started the ranks that rank 0 has done its work."""
+    """Report to the program that started the ranks that rank 0 has done its work."""
     path = os.environ.pop(UNFINISHED, None)
     if path is not None:
         Path(path).unlink(missing_ok=True)
 
 
-def leave(code: int) -> NoReturn:
-    """End at once, with everything flushed: threads of libraries may not outlive the run."""
+def flush_and_exit(code: int) -> NoReturn:
+    """Flush the standard streams and exit without waiting for threads of libraries."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def process_start(pid: int) -> str:
-    """When a process of this host started; empty if it is gone, or is one no more (a zombie)."""
+    """Return when a process of this host started; empty if it is gone or a zombie."""
     stat = read_text(f"/proc/{pid}/stat")
     if stat:
-        # The name, in brackets, may hold anything; what follows is state (3rd) to start (22nd).
+        # The name, in parentheses, can contain anything; fields 3 (state) to 22 (start) follow it.
         fields = stat.rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     try:
@@ -62,12 +62,12 @@ def process_start(pid: int) -> str:
     except ProcessLookupError:
         return ""
     except OSError:
-        pass  # somebody else's
+        pass  # another user's
     return UNKNOWN
 
 
-def age() -> float:
-    """Seconds since this process started; 0 where that is unknown."""
+def process_age() -> float:
+    """Return the seconds since this process started; 0 if unknown."""
     try:
         started = int(process_start(os.getpid())) / os.sysconf("SC_CLK_TCK")
         return max(0.0, float(read_text("/proc/uptime").split()[0]) - started)
@@ -75,15 +75,15 @@ def age() -> float:
         return 0.0
 
 
-def ended_by(pid: int) -> int:
-    """The signal that has ended a process whose parent has not asked yet; 0 if none, or unknown."""
-    # The last field is what wait() will give: see proc(5).
+def ending_signal(pid: int) -> int:
+    """Return the signal that killed a zombie process; 0 if none or unknown."""
+    # The last field is the exit status as wait() returns it: see proc(5).
     fields = read_text(f"/proc/{pid}/stat").split()
     return int(fields[-1]) & 0x7F if fields else 0
 
 
 def read_text(path: str) -> str:
-    """Of a file of the kernel's; empty where there is none."""
+    """Read a file of /proc or /sys; empty if it does not exist."""
     try:
         return Path(path).read_text().strip()
     except OSError:

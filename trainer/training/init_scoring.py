@@ -63,7 +63,7 @@ class LossInitScorer:
         """
         num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
         number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
-        self._console.say(
+        self._console.print(
             f"init: auto searches for an initial prompt: {number} candidates on {num_rows:,} rows, "
             f"{number / (2 * steps):.0%} of the training FLOPs of {len(asked)} prompt(s)"
         )
@@ -74,13 +74,13 @@ class LossInitScorer:
         """Print the initial prompt of prompt ``i``."""
         head = f"{self._names[i]}: starts from {best.what}"
         if isinstance(best, Unsearched):
-            self._console.say(
+            self._console.print(
                 f"{head}: {text!r} (init: auto without a search, which {self._steps[i]} steps are "
                 f"too few for: search.init_share allows {best.budget} of at least {FEWEST} "
                 "candidates)"
             )
             return
-        self._console.say(
+        self._console.print(
             f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}; "
             f"before crossing: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
         )

@@ -276,7 +276,7 @@ class Loop:
             peak = max(self.engine.peak_activation_bytes(), saved.total if saved else 0)
             peaks = self.engine.all_gather((peak, max(1, result.longest_batch)))
             if budget.confirm(*max(peaks, key=lambda found: found[0] / found[1])):
-                self.console.say(f"took more than foreseen: {budget.words}")
+                self.console.print(f"took more than foreseen: {budget.words}")
 
     def _count_skipped(self, result: StepResult, norms: Sequence[float]) -> None:
         """Note skipped updates, and stop each prompt that has too many in a row.
@@ -416,10 +416,10 @@ class Loop:
             assert validation is not None, "a prompt is ranked by its validation rows"
             rows = self.tasks[self._task(k)].evaluation[VALIDATION]
             self._keep_predictions(name, step, rows, validation)
-        self.console.say(f"step {step}  {name}: {self._described(k, scores)}")
+        self.console.print(f"step {step}  {name}: {self._described(k, scores)}")
         if stopping.should_stop:
             self._stop(k, "early_stopping")
-            self.console.say(
+            self.console.print(
                 f"step {step}  {name}: stopped early, best at step {stopping.best_step}"
             )
 
@@ -448,7 +448,7 @@ class Loop:
                     for k in out
                 )
                 kept = f"{len(keys) - len(out)} of {len(keys)}"
-                self.console.say(
+                self.console.print(
                     f"step {step}  {task}: halving keeps {kept} prompts; stopped: {stopped}"
                 )
 
@@ -474,7 +474,7 @@ class Loop:
         def score(requests: Sequence[Request]) -> list[Scored]:
             found = self._score("scoring baselines", requests, self.evaluator.teachers)
             if self.evaluator.reused:
-                self.console.say(
+                self.console.print(
                     f"baselines: {self.evaluator.reused} of {len(requests)} read from the cache: "
                     "an earlier run scored the same rows with the same base"
                 )

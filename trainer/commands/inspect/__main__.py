@@ -18,7 +18,7 @@ from trainer.config import Base, RunConfig
 from trainer.data.tokenization.chat_date import read_chat_date
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
-from trainer.runtime.process import leave
+from trainer.runtime.process import flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
 #: ``--json -``: the numbers go to stdout, and all else to stderr.
@@ -99,7 +99,7 @@ def _inspect_run(
         )
     )
     if config.base.quantization == "none":
-        console.say("base.quantization is none in this run; this is what int8 would bring")
+        console.print("base.quantization is none in this run; this is what int8 would bring")
     settings = _in_int8(config.base)
     config = config.model_copy(update={"base": settings})
     errors = _share_weights(engine, files, settings, console)
@@ -117,7 +117,7 @@ def _inspect_run(
             "readers": scores,
         }
     else:
-        console.say("no task has validation rows, so there are no losses to compare")
+        console.print("no task has validation rows, so there are no losses to compare")
     if engine.is_main:
         found = _findings(settings, errors, losses)
         found |= {"world_size": engine.world_size, "device": device_name(engine.device)}
@@ -174,7 +174,7 @@ def _finish(found: dict[str, Any], out: Path | None, console: Console) -> None:
         console.answer(json.dumps(found, indent=2))
     elif out is not None:
         write(out, found)
-        console.say(f"all numbers: {out}")
+        console.print(f"all numbers: {out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,4 +192,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    leave(main())
+    flush_and_exit(main())

@@ -168,7 +168,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: Console) -> None:
     total = weights["relative_error"]
     if base["stored_int8"]:
-        console.say(
+        console.print(
             f"{base['model']} is stored in int8: there is no original to compare its weights with; "
             "inspect the base that it was made from for their error"
         )
@@ -189,7 +189,7 @@ def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: 
         columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     total_error = "" if total is None else f", relative error {total:.4f}"
     console.table(f"weights of {base['model']} in int8{total_error}", columns, rows)
-    console.say(
+    console.print(
         f"outlier rows: largest weight beyond {weights['outlier_ratio']:.0f} times the row's root "
         "mean square"
     )
@@ -226,7 +226,7 @@ def _show_losses(losses: Mapping[str, Any], console: Console) -> None:
         console.table(f"{task}: {readers[0]['rows']} validation rows", columns, rows)
     for setting in losses["settings"]:
         if setting["left_out"]:
-            console.say(f"{setting['name']}: left out: {setting['left_out']}")
+            console.print(f"{setting['name']}: left out: {setting['left_out']}")
 
 
 def _number(value: float | None) -> str:

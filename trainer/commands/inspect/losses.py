@@ -183,7 +183,7 @@ def _score(
     console: Console,
 ) -> list[dict[str, float]]:
     """Load the base as a setting says, score, and free its memory."""
-    console.say(f"scoring with quantization/matmul {setting.name}")
+    console.print(f"scoring with quantization/matmul {setting.name}")
     base = setting.base(config.base)
     changed = config.model_copy(update={"base": base})
     # A failure of memory would end the ranks and lose what is measured already.
