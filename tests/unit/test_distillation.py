@@ -28,7 +28,8 @@ from tests.unit.test_shared_head import block
 from trainer.config import load
 from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
-from trainer.model.layers.lm_head import FrozenHead, VocabBlock
+from trainer.model.layers.lm_head import FrozenHead, LabelLosses
+from trainer.model.layers.vocab_parallel import VocabBlock
 from trainer.packing.packed_batch import PackedRow, build_packed_batch, build_teacher_batch
 from trainer.runtime.errors import BadInput
 
@@ -46,8 +47,8 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     slice_by(monkeypatch, columns)
     layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
-    actual = layer(ours, labels_N, TEACHER_DH, DISTILLED_D)
-    (actual[0] * weight_N).sum().backward()
+    losses: LabelLosses = layer(ours, labels_N, TEACHER_DH, DISTILLED_D)
+    (losses.loss_N * weight_N).sum().backward()
 
     student, teacher = whole_logits(layer, exact), whole_logits(layer, TEACHER_DH.double())
     rest = torch.ones(N).index_fill(0, DISTILLED_D, 0).nonzero()[:, 0]
@@ -59,13 +60,14 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     kl_D = kl_div(*logs, reduction="none", log_target=True).sum(1)
     wanted_N = wanted_N.index_copy(0, DISTILLED_D, kl_D)
     (wanted_N * weight_N).sum().backward()
-    torch.testing.assert_close(actual[0].double(), wanted_N, rtol=5e-6, atol=3e-6)
+    torch.testing.assert_close(losses.loss_N.double(), wanted_N, rtol=5e-6, atol=3e-6)
     assert ours.grad is not None
     assert exact.grad is not None
     assert (ours.grad - exact.grad).abs().max() / exact.grad.abs().max() < 1e-6
     same = (student[DISTILLED_D].argmax(1) == teacher.argmax(1)).float()
-    assert torch.equal(actual[1, DISTILLED_D], same)
-    assert float(actual[1, rest].detach().abs().sum()) == 0
+    assert losses.agrees_N is not None
+    assert torch.equal(losses.agrees_N[DISTILLED_D], same)
+    assert not losses.agrees_N[rest].any()
 
 
 def test_a_student_that_has_learnt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +75,10 @@ def test_a_student_that_has_learnt_is_left_alone(monkeypatch: pytest.MonkeyPatch
     slice_by(monkeypatch, 64)
     layer, teacher_DH = make_head(), TEACHER_DH.bfloat16()
     ours, every = teacher_DH.clone().requires_grad_(), torch.arange(5)
-    actual = layer(ours, every, teacher_DH, every)
-    actual[0].sum().backward()
-    assert actual.detach().tolist() == [[0.0] * 5, [1.0] * 5]
+    losses = layer(ours, every, teacher_DH, every)
+    losses.loss_N.sum().backward()
+    assert losses.loss_N.tolist() == [0.0] * 5
+    assert losses.agrees_N.tolist() == [1.0] * 5
     assert ours.grad is not None
     assert not ours.grad.any()
 
@@ -116,9 +119,9 @@ def test_a_shared_head_gives_the_same(
         teacher_DH = torch.randn(distilled, H, generator=draw)
         places_D = torch.randperm(count, generator=draw)[:distilled]
         losses = layer(hidden_NH, labels_N, teacher_DH, places_D)
-        (losses[0] * torch.arange(1.0, count + 1)).sum().backward()
+        (losses.loss_N * torch.arange(1.0, count + 1)).sum().backward()
         assert hidden_NH.grad is not None
-        return losses.detach(), hidden_NH.grad
+        return torch.stack(losses).detach(), hidden_NH.grad
 
     every, post = on_all_ranks(3, lambda rank: loss_and_gradient(block(kind, rank), rank.rank))
     # One for labels, which are few; two for the teacher, unless the table is gathered instead.

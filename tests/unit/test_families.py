@@ -32,7 +32,7 @@ from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.checkpoint_files import open_base
 from trainer.model.families import FAMILIES, context_length, family_of, layer_sizes
-from trainer.model.layers import lm_head
+from trainer.model.layers import vocab_parallel
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_meta_model
@@ -49,8 +49,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head reads the 300 words in five slices."""
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(lm_head, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(vocab_parallel, "MIN_COLUMNS", 64)
 
 
 def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.model.layers import int8_matmul as int8_module
-from trainer.model.layers import lm_head as head_module
+from trainer.model.layers import vocab_parallel
 from trainer.model.layers.int8_matmul import Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
@@ -87,8 +87,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slice_by(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    monkeypatch.setattr(head_module, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(head_module, "MIN_COLUMNS", columns)
+    monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(vocab_parallel, "MIN_COLUMNS", columns)
 
 
 @pytest.mark.parametrize("columns", [40, 64, 333, V])
@@ -97,7 +97,7 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     slice_by(monkeypatch, columns)
     layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
-    nll_N, wanted_N = layer(ours, labels_N), unsliced(layer, exact, labels_N)
+    nll_N, wanted_N = layer(ours, labels_N).loss_N, unsliced(layer, exact, labels_N)
     (nll_N * weight_N).sum().backward()
     (wanted_N * weight_N).sum().backward()
     assert ours.grad is not None
@@ -114,7 +114,7 @@ def test_likely_labels_keep_their_digits_in_bf16(monkeypatch: pytest.MonkeyPatch
     hidden_NH = (layer.weight[labels_N] * 0.8).bfloat16()
     layer.weight.data = layer.weight.data.bfloat16()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
-    layer(ours, labels_N).sum().backward()
+    layer(ours, labels_N).loss_N.sum().backward()
     wanted_N = unsliced(layer, exact, labels_N)
     wanted_N.sum().backward()
     assert ours.grad is not None
@@ -129,7 +129,7 @@ def test_in_integers_within_what_rounding_costs(monkeypatch: pytest.MonkeyPatch)
     layer, (hidden_NH, labels_N, _) = make_head(int8=True), problem()
     layer.product = int8_matmul
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.clone().requires_grad_()
-    nll_N, wanted_N = layer(ours, labels_N), unsliced(layer, exact, labels_N)
+    nll_N, wanted_N = layer(ours, labels_N).loss_N, unsliced(layer, exact, labels_N)
     nll_N.sum().backward()
     wanted_N.sum().backward()
     assert ours.grad is not None
@@ -162,7 +162,7 @@ def test_peak_is_bounded_for_a_large_vocabulary(
     grad: bool, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """256k words: neither all logits nor a widened copy of the head ever exist."""
-    monkeypatch.setattr(head_module, "LOGITS_BYTES", 4 << 20)
+    monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 4 << 20)
     vocab_size, num_labels = 256_000, 256
     layer = make_head(vocab_size, 8)
     layer.weight.data = layer.weight.data.to(stored)
@@ -175,7 +175,7 @@ def test_peak_is_bounded_for_a_large_vocabulary(
         return tensor
 
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        nll_N = layer(hidden_NH, labels_N)
+        nll_N = layer(hidden_NH, labels_N).loss_N
         if grad:
             nll_N.sum().backward()
     assert nll_N.requires_grad == grad

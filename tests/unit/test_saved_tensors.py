@@ -14,7 +14,7 @@ from trainer.config import Base
 from trainer.data.tokenization.tokenize import Example
 from trainer.model.checkpoint_files import open_base
 from trainer.model.families import layer_sizes
-from trainer.model.layers.lm_head import LOGITS_BYTES
+from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import load_shards

@@ -37,7 +37,7 @@ def rows_of(count: int, seed: int, vocab_size: int = V) -> tuple[Tensor, Tensor]
 
 def gradients(head: FrozenHead, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     x_NH = hidden_NH.clone().requires_grad_()
-    nll_N = head(x_NH, labels_N)
+    nll_N = head(x_NH, labels_N).loss_N
     (nll_N * torch.arange(1.0, len(nll_N) + 1)).sum().backward()
     assert x_NH.grad is not None
     return nll_N.detach(), x_NH.grad
@@ -85,16 +85,18 @@ def test_labels_that_share_a_position_are_as_likely_as_behind_a_copy_of_it(
     def work(rank: Thread) -> Tensor:
         states_UH, _ = rows_of(counts[rank.rank], rank.rank)
         with torch.no_grad():
-            own: Tensor = block(kind, rank)(states_UH, labels[rank.rank], place_N=places[rank.rank])
-        return own
+            head = block(kind, rank)
+            losses = head(states_UH, labels[rank.rank], place_N=places[rank.rank])
+        own_N: Tensor = losses.loss_N
+        return own_N
 
     per_rank, post = on_all_ranks(RANKS, work)
     alone = make_head(**KINDS[kind])
     for rank, nll_N in enumerate(per_rank):
         states_UH, _ = rows_of(counts[rank], rank)
         with torch.no_grad():
-            wanted_N = alone(states_UH[places[rank]], labels[rank])
-            here_N = alone(states_UH, labels[rank], place_N=places[rank])
+            wanted_N = alone(states_UH[places[rank]], labels[rank]).loss_N
+            here_N = alone(states_UH, labels[rank], place_N=places[rank]).loss_N
         torch.testing.assert_close(nll_N, wanted_N, rtol=2e-6, atol=4e-6)
         torch.testing.assert_close(here_N, wanted_N, rtol=2e-6, atol=4e-6)
     assert read_whole(post) == (counts[0] == 400)
@@ -135,7 +137,7 @@ def test_a_rank_that_wants_no_gradient_beside_one_that_does() -> None:
     def work(rank: Thread) -> tuple[Tensor, Tensor]:
         head, (hidden_NH, labels_N) = block("plain", rank), rows_of(5, rank.rank)
         if rank.rank == 1:
-            nll_N = head(hidden_NH, labels_N)
+            nll_N = head(hidden_NH, labels_N).loss_N
             assert not nll_N.requires_grad
             return nll_N, torch.zeros(0)
         return gradients(head, hidden_NH, labels_N)

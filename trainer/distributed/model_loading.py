@@ -22,7 +22,6 @@ from trainer.model.fingerprint import (
     weight_files,
 )
 from trainer.model.layers.fused_ops import compile_lean
-from trainer.model.layers.lm_head import LOGITS_BYTES
 from trainer.model.layers.matmul_selection import (
     MEASURE,
     largest_shapes,
@@ -30,6 +29,7 @@ from trainer.model.layers.matmul_selection import (
     resolve_matmul,
     use_matmul,
 )
+from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import LoadStats, load_shards

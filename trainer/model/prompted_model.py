@@ -103,15 +103,15 @@ class PromptedBase(nn.Module):
     ) -> Tensor:
         hidden_NH = self._hidden(batch, virtual_tokens)
         # Logits only where there is a label: the head sees N positions instead of T.
-        head = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         if batch.shared is not None:
             assert teacher_DH is None, "rows with a teacher are read with one target"
-            losses: Tensor = head(hidden_NH, batch.labels_N, place_N=batch.shared.place_N)
+            losses = head(hidden_NH, batch.labels_N, place_N=batch.shared.place_N)
         elif teacher_DH is None:
             losses = head(hidden_NH, batch.labels_N)
         else:
             losses = head(hidden_NH, batch.labels_N, teacher_DH, batch.distilled_D)
-        return losses
+        return losses.loss_N if losses.agrees_N is None else torch.stack(losses)
 
     def _hidden(self, batch: PackedBatch, virtual_tokens: Sequence[Tensor]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
