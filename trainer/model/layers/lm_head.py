@@ -11,7 +11,7 @@ positions, H hidden size, V vocabulary, R rows of a block, C columns of the logi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -86,6 +86,19 @@ class FrozenHead(FrozenLinear):
         """Bytes of the full weight as stored."""
         stored = self.weight if self.rows is None else self.rows
         return self.out_features * self.in_features * stored.element_size()
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        labels_N: Tensor,
+        teacher_DH: Tensor | None = None,
+        distilled_D: Tensor | None = None,
+        place_N: Tensor | None = None,
+    ) -> LabelLosses: ...
 
     def forward(
         self,
