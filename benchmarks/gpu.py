@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from benchmarks.figures import machine
 from benchmarks.peers.rows import ANSWER, make_rows
-from tests.random_base import VOCAB_SIZE, llama_config, make_tokenizer
+from benchmarks.random_base import VOCAB_SIZE, llama_config, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

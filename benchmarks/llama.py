@@ -24,6 +24,6 @@ def make_base(folder: Path, shape: dict[str, Any]) -> None:
     Args:
         shape: settings of transformers' ``LlamaConfig``, ``dtype`` among them.
     """
-    from tests.random_base import llama_config, save_random
+    from benchmarks.random_base import llama_config, save_random
 
     save_random(folder, llama_config(**shape))

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.figures import figure, figure_rows
 from benchmarks.llama import LLAMA_110M, make_base
 from benchmarks.peers.counters import FlopCounter
-from tests.whole_base import load_whole
+from benchmarks.unsharded_base import load_unsharded
 from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_batch
 from trainer.model.prompted_model import PromptedBase
@@ -106,10 +106,10 @@ def made_up_rows() -> list[list[Example]]:
 
 
 def bases() -> Iterator[tuple[str, PromptedBase]]:
-    yield "tiny base (0.8M parameters)", load_whole(ROOT / "examples" / "tiny_base", "int8")
+    yield "tiny base (0.8M parameters)", load_unsharded(ROOT / "examples" / "tiny_base", "int8")
     with tempfile.TemporaryDirectory() as folder:
         make_base(Path(folder), LLAMA_110M | {"dtype": "bfloat16"})
-        yield "Llama (110M parameters)", load_whole(Path(folder), "int8")
+        yield "Llama (110M parameters)", load_unsharded(Path(folder), "int8")
 
 
 def compare() -> list[str]:
@@ -141,7 +141,7 @@ def costs(path: str) -> list[str]:
 
     config = load(path)
     files = open_base(config.base)
-    base = load_whole(Path(config.base.model), "int8")
+    base = load_unsharded(Path(config.base.model), "int8")
     tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
     prompts = [torch.zeros(p.num_virtual_tokens, base.hidden_size) for p in config.prompts]
     feed, steps = BatchSource(config, tasks), config.last_step

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from tests.random_base import VOCAB_SIZE, make_tokenizer
+from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
 from trainer.data.tokenization.tokenize import Example
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.packing.packed_batch import PackedRow

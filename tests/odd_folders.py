@@ -19,8 +19,8 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
+from benchmarks.random_base import make_tokenizer
 from tests.family_bases import family_config, randomize, save_family
-from tests.random_base import make_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Head = Literal["absent", "same", "different", "alone"]

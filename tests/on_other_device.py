@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.alone import Alone
+from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, errors, problem, save_family
+from tests.one_rank import OneRank
 from tests.other_device import Waits, moved, other_device
 from tests.unit.test_other_device import PRODUCTS
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
-from tests.whole_base import load_whole
 from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankInfo, prepare_batch, prepare_step
@@ -69,7 +69,7 @@ def main() -> None:
 def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, float]:
     """Distance of a packed batch's loss and gradients from the CPU's, and the number of waits."""
     with tempfile.TemporaryDirectory() as folder:
-        base = load_whole(save_family(Path(folder), case), "int8", checkpointing)
+        base = load_unsharded(save_family(Path(folder), case), "int8", checkpointing)
     use_matmul(base, kind, OUTLIERS)
     rows, prompts = problem(base.hidden_size)
     if case not in WITHOUT and base.packed:
@@ -109,8 +109,8 @@ def batch_step(
 
 def compared_run() -> dict[str, Any]:
     """A search for starts, steps, scores and texts, here and there."""
-    expected = run(load_whole(ROOT / "examples" / "tiny_base", "int8"), CPU)
-    base = load_whole(ROOT / "examples" / "tiny_base", "int8")
+    expected = run(load_unsharded(ROOT / "examples" / "tiny_base", "int8"), CPU)
+    base = load_unsharded(ROOT / "examples" / "tiny_base", "int8")
     with other_device() as device:
         moved(base)
         result = run(base, device)
@@ -138,7 +138,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     config = RunConfig.model_validate(quickstart)
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)
-    engine: Any = Alone(device)
+    engine: Any = OneRank(device)
     (teacher,) = tasks["triage"].teachers.values()
     teachers = [embedder(base, device)(teacher.token_ids)]
     evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(1024), teachers)

@@ -81,6 +81,6 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights with grouped queries and tied embeddings, and its tokenizer."""
-    from tests.random_base import save_random
+    from benchmarks.random_base import save_random
 
     return save_random(tmp_path_factory.mktemp("random_base"))

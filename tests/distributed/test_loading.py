@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.random_base import llama_config, save_random
+from benchmarks.random_base import llama_config, save_random
 
 SHAPE: dict[str, object] = {
     "vocab_size": 8000,

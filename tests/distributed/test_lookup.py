@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.random_base import llama_config, save_random
+from benchmarks.random_base import llama_config, save_random
 
 VOCAB_SIZE, HIDDEN = 301, 64  # blocks of the last ranks are not full
 GROUPS = {"world": None, "pairs": 2, "copies": 1, "offload": None, "int8": 2}

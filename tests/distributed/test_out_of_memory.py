@@ -33,7 +33,16 @@ def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(results: Any, ranks: i
         assert after == 0
 
 
+@pytest.mark.parametrize(("ranks", "expected"), [(1, [True, True]), (2, [False, True])])
+def test_a_rank_recovers_alone_only_once_training_is_traced(
+    results: Any, ranks: int, expected: list[bool]
+) -> None:
+    """Before and after the first training steps, behind a forward without gradients."""
+    assert results(ranks)["1"]["recovers"] == expected
+
+
 def test_ranks_that_share_a_copy_are_told_the_remedy(results: Any) -> None:
     """Others wait in this packed batch's gathers: nobody can go back alone."""
     result = results(2)["2"]
+    assert result["recovers"] == [False, False]
     assert "set training.micro_batch_tokens=" in result["ways"]["forward"]["refusal"]

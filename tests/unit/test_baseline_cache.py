@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.alone import Alone
+from tests.one_rank import OneRank
 from tests.unit.test_chat import make_tokenizer
 from tests.unit.test_evaluation import load
 from tests.unit.test_label_prefixes import CHOICES, Knows
@@ -47,7 +47,7 @@ def score(data: TaskData, cache: BaselineCache | None) -> tuple[list[Any], int, 
     """Results without a prompt, forward passes, and results that were read."""
     base: Any = Counts(make_tokenizer(), packed=True)
     evaluator = Evaluator(
-        Alone(),  # type: ignore[arg-type]
+        OneRank(),  # type: ignore[arg-type]
         base,
         make_tokenizer(),
         TokenBudget(64),

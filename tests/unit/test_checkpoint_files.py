@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.random_base import llama_config, save_random
+from benchmarks.unsharded_base import load_shard
 from tests.family_bases import save_family
-from tests.random_base import llama_config, save_random
-from tests.whole_base import load_rank
 from trainer.commands.prepare import prepare
 from trainer.config import Base
 from trainer.model.checkpoint_files import open_base
@@ -57,14 +57,14 @@ def edit(base: Path, to: Path, **changes: torch.Tensor | None) -> Path:
 
 def refusal(folder: Path, **settings: str) -> str:
     with pytest.raises(BadInput) as refused:
-        load_rank(folder, **settings)
+        load_shard(folder, **settings)
     return str(refused.value)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_the_parts_of_all_ranks_are_the_whole(base: Path, ranks: int) -> None:
-    _, full, stats = load_rank(base)
-    parts = [load_rank(base, rank, ranks) for rank in range(ranks)]
+    _, full, stats = load_shard(base)
+    parts = [load_shard(base, rank, ranks) for rank in range(ranks)]
     for i, tensor in enumerate(full.shards):
         joined = torch.cat([part.shards[i] for _, part, _ in parts])
         assert torch.equal(joined[: len(tensor)], tensor)
@@ -77,7 +77,7 @@ def test_the_parts_of_all_ranks_are_the_whole(base: Path, ranks: int) -> None:
 
 
 def test_int8_rows_are_bitsandbytes_rows(base: Path) -> None:
-    model = load_rank(base)[0].model
+    model = load_shard(base)[0].model
     stored = load_file(base / "model.safetensors")[UP]
     layer = model.model.layers[1].mlp.up_proj
     weight, absmax = quantize_rows(stored)
@@ -93,7 +93,7 @@ def test_a_prepared_folder_is_the_same_base(
     policy = {"embeddings": ends, "head": ends}
     folder = prepared(base, tmp_path / "int8", file_bytes, **policy)
     assert (folder / "model.safetensors.index.json").exists() == (file_bytes < 10**9)
-    direct, prepared_base = load_rank(base, **policy), load_rank(folder)
+    direct, prepared_base = load_shard(base, **policy), load_shard(folder)
     ids = torch.arange(20)
     with torch.no_grad():
         assert torch.equal(direct[0](ids, []), prepared_base[0](ids, []))
@@ -101,7 +101,7 @@ def test_a_prepared_folder_is_the_same_base(
         assert torch.equal(a, b)
     for a, b in zip(direct[0].buffers(), prepared_base[0].buffers(), strict=True):
         assert torch.equal(a, b)
-    halves = load_rank(folder, 1, 2)[2].bytes_read
+    halves = load_shard(folder, 1, 2)[2].bytes_read
     assert halves < 0.75 * prepared_base[2].bytes_read
 
 
@@ -111,7 +111,7 @@ def test_transformers_loads_a_prepared_folder(untied: Path, tmp_path: Path) -> N
 
     folder = prepared(untied, tmp_path / "int8")
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    ours = load_rank(folder)[0].model
+    ours = load_shard(folder)[0].model
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         layer = theirs.model.layers[0].get_submodule(name)
         own = ours.model.layers[0].get_submodule(name)
@@ -128,7 +128,7 @@ def test_a_folder_that_transformers_saved_in_8_bits_loads(untied: Path, tmp_path
     theirs.save_pretrained(tmp_path / "bnb")
     AutoTokenizer.from_pretrained(untied).save_pretrained(tmp_path / "bnb")
     saved = load_file(tmp_path / "bnb" / "model.safetensors")
-    ours = load_rank(tmp_path / "bnb")[0].model
+    ours = load_shard(tmp_path / "bnb")[0].model
     original = load_file(untied / "model.safetensors")
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         layer = ours.model.layers[0].get_submodule(name)
@@ -140,7 +140,7 @@ def test_a_folder_that_transformers_saved_in_8_bits_loads(untied: Path, tmp_path
 
 
 def test_int8_embeddings_and_head_are_close_to_the_stored(untied: Path) -> None:
-    model = load_rank(untied, embeddings="int8", head="int8")[0].model
+    model = load_shard(untied, embeddings="int8", head="int8")[0].model
     stored = load_file(untied / "model.safetensors")
     ids = torch.tensor([[5, 7, 299]])
     table = stored["model.embed_tokens.weight"]
@@ -153,7 +153,7 @@ def test_int8_embeddings_and_head_are_close_to_the_stored(untied: Path) -> None:
 
 
 def test_tied_ends_are_one(base: Path) -> None:
-    model = load_rank(base, embeddings="int8", head="int8")[0].model
+    model = load_shard(base, embeddings="int8", head="int8")[0].model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.absmax is model.model.embed_tokens.absmax
     assert "base.head: keep, but base.embeddings: int8" in refusal(base, embeddings="int8")
@@ -191,7 +191,7 @@ def test_a_layout_of_older_bitsandbytes_is_refused(base: Path, tmp_path: Path) -
         layout = torch.tensor(number, dtype=torch.uint8)
         edited = edit(folder, tmp_path / name, **{f"{UP}_format": layout})
         if name == "row":
-            load_rank(edited)
+            load_shard(edited)
         else:
             message = refusal(edited)
             assert f"{UP!r} is stored in a layout of older bitsandbytes" in message
@@ -246,11 +246,11 @@ def test_transposed_and_stacked_weights_survive_8_bits(tmp_path: Path, case: str
     """Conv1D matrices, one tensor per expert, and all experts in one transposed stack."""
     base = save_family(tmp_path / "base", case)
     folder = prepared(base, tmp_path / "int8")
-    direct, again = load_rank(base), load_rank(folder)
+    direct, again = load_shard(base), load_shard(folder)
     for a, b in zip(direct[1].shards, again[1].shards, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(direct[0].buffers(), again[0].buffers(), strict=True):
         assert torch.equal(a, b)
-    parts = [load_rank(folder, rank, 3)[1].shards for rank in range(3)]
+    parts = [load_shard(folder, rank, 3)[1].shards for rank in range(3)]
     for full, *pieces in zip(again[1].shards, *parts, strict=True):
         assert torch.equal(torch.cat(pieces)[: len(full)], full)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from benchmarks.random_base import llama_config, save_random
 from tests.family_bases import CASES
 from tests.odd_folders import INDEX, SINGLE, shard
-from tests.random_base import llama_config, save_random
 from tests.unit.test_like_transformers import assert_alike
 from trainer.config import Base
 from trainer.model.checkpoint_files import open_base

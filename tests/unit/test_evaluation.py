@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.alone import Alone
+from benchmarks.unsharded_base import load_unsharded
+from tests.one_rank import OneRank
 from tests.unit.test_chat import TURNS, make_tokenizer, words
-from tests.whole_base import load_whole
 from trainer.config import Base, RunConfig
 from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.teacher import Teacher
@@ -61,7 +61,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
 
     monkeypatch.setattr(evaluator_module, "generate", generate)
     base = fake_base(eos_token_id=[1, 6])  # </s> and <end>
-    evaluator = Evaluator(None, base, make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(OneRank(), base, make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
     return evaluator._generated(data.evaluation["validation"], None).scores, given
 
 
@@ -121,7 +121,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     rows.append({"text": texts[0], "label": choices[0]})
     task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
     data = load(tmp_path, rows, tokenizer, **task)
-    evaluator = Evaluator(Alone(), load_whole(tiny, "none"), tokenizer, TokenBudget(100))
+    evaluator = Evaluator(OneRank(), load_unsharded(tiny, "none"), tokenizer, TokenBudget(100))
     request, texts = Request(data.evaluation["validation"], None), []
     (scores,) = evaluator.score([request], [], texts.append)
     assert sum(texts) == evaluator.num_texts([request]) == 4, "progress ends at the number of texts"
@@ -133,7 +133,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
 def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
     monkeypatch.setattr(evaluator_module.stop_signals, "stop_requested", lambda: True)
-    evaluator = Evaluator(Alone(), fake_base(), make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(OneRank(), fake_base(), make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
     with pytest.raises(Stopped):
         evaluator._generated(data.evaluation["validation"], None)
 
@@ -153,7 +153,7 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
     for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
         sizes.clear()
         texts = generation.generate(
-            Alone(), fake_base(), ending, inputs, prompt, 5, max_tokens=most
+            OneRank(), fake_base(), ending, inputs, prompt, 5, max_tokens=most
         )
         assert texts == [[n * (n + 1)] for n in range(8)]
         assert sizes == expected
@@ -167,13 +167,13 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
     rows = [{"text": t, "label": "cardiac"} for t in ("He has angina.", "She takes insulin.")]
     task = {"input": "{text}\nAnswer:", "target": " {label}", "metric": "accuracy"}
     teacher = Teacher(0, tuple(files.tokenizer(text)["input_ids"]), 0)
-    base = load_whole(tiny, "none")
+    base = load_unsharded(tiny, "none")
     embedded = base(torch.tensor(teacher.token_ids), []).detach()
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
 
     def scored(**settings: Any) -> Scored:
         data = load(tmp_path, rows, files.tokenizer, **task | settings)
-        evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(200))
+        evaluator = Evaluator(OneRank(), base, files.tokenizer, TokenBudget(200))
         request = Request(data.evaluation["validation"].behind(teacher), 0)
         return evaluator.score([request], [embedded])[0]
 

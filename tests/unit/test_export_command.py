@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.unsharded_base import load_shard
 from tests.family_bases import save_family
-from tests.whole_base import load_rank
 from trainer import config
 from trainer.checkpointing import checkpoint
 from trainer.commands.export import export_text
@@ -45,14 +45,14 @@ TEXT, OTHER = "Is the patient in danger?", "What does the lion eat?"
 @pytest.mark.parametrize("stored", ["keep", "int8"])
 def test_words_are_those_of_the_loaded_base(tmp_path: Path, case: str, stored: str) -> None:
     folder, settings = save_family(tmp_path, case), {"embeddings": stored, "head": stored}
-    base, *_ = load_rank(folder, **settings)
+    base, *_ = load_shard(folder, **settings)
     check_words(folder, base(torch.tensor([7, 3, 7, 20]), []), **settings)
 
 
 def test_words_of_a_base_that_is_in_8_bits_already(tmp_path: Path) -> None:
     settings = Base.model_validate({"model": str(TINY), "embeddings": "int8", "head": "int8"})
     prepare(settings, tmp_path / "int8", Console(io.StringIO(), io.StringIO()))
-    base, *_ = load_rank(tmp_path / "int8")
+    base, *_ = load_shard(tmp_path / "int8")
     check_words(tmp_path / "int8", base(torch.tensor([7, 3, 7, 20]), []))
 
 
@@ -83,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
         }
     )
     files = open_base(settings.base)
-    base, *_ = load_rank(TINY)
+    base, *_ = load_shard(TINY)
     bank = Bank(
         settings,
         lambda ids: base(torch.tensor(ids), []),

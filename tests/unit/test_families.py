@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.random_base import make_tokenizer
+from benchmarks.unsharded_base import load_unsharded as load
 from tests.family_bases import (
     CASES,
     errors,
@@ -25,8 +27,6 @@ from tests.family_bases import (
     row_by_row,
     save_family,
 )
-from tests.random_base import make_tokenizer
-from tests.whole_base import load_whole as load
 from trainer.config import Base
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache

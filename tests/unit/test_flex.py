@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
+from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import errors, problem, save_family
 from tests.packed_attention import HEADS, SCORES, SEGMENTS, TOKENS, attended, tensors
 from tests.unit.test_prefix_tuning import WITHOUT, packed, pasts
-from tests.whole_base import load_whole
 from trainer.model.attention import flex
 from trainer.model.attention.bucketed import Scores
 from trainer.model.attention.interface import resolve_attention
@@ -98,7 +98,7 @@ def test_models_read_a_packed_batch_alike(
         # As on a GPU, but for the kernel: torch's eager form cannot recompute a capped score.
         monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
         monkeypatch.setattr(flex, "_compiled", functools.cache(compiled))
-    base = load_whole(save_family(tmp_path, case), "int8", checkpointing=True)
+    base = load_unsharded(save_family(tmp_path, case), "int8", checkpointing=True)
     rows, soft = problem(base.hidden_size)
     prompts = soft if case in WITHOUT else [*soft, *pasts(base)]
     packed_rows = [PackedRow(rows[i % len(rows)].example, i % len(prompts), i) for i in range(8)]

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.alone import Alone
-from tests.whole_base import load_whole
+from benchmarks.unsharded_base import load_unsharded
+from tests.one_rank import OneRank
 from trainer.config import Base, RunConfig, Task
 from trainer.data.task_data import EvalSet, load_tasks
 from trainer.evaluation.evaluator import Evaluator, Request, Scored
@@ -159,7 +159,7 @@ def rows_of(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **task: An
 
 
 def scored(base: Path, tokenizer: Any, rows: EvalSet) -> Scored:
-    evaluator = Evaluator(Alone(), load_whole(base, "none"), tokenizer, TokenBudget(512))
+    evaluator = Evaluator(OneRank(), load_unsharded(base, "none"), tokenizer, TokenBudget(512))
     return evaluator.score([Request(rows, None)], [])[0]
 
 
@@ -182,7 +182,7 @@ def openings(tokenizer: Any) -> list[Any]:
 
 
 def our_ids(base: Path, inputs: list[Any], ending: StopCriteria, most: int = 16) -> list[list[int]]:
-    return generate(Alone(), load_whole(base, "none"), ending, inputs, None, most)
+    return generate(OneRank(), load_unsharded(base, "none"), ending, inputs, None, most)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -242,7 +242,7 @@ def test_a_batch_ends_with_the_last_of_its_rows(base):
     """A row that has ended costs no further step, and rows do not disturb each other."""
     files = open_base(Base(model=str(base)))
     steps = 0
-    model = load_whole(base, "none")
+    model = load_unsharded(base, "none")
 
     def count(*_: Any) -> None:
         nonlocal steps
@@ -252,9 +252,9 @@ def test_a_batch_ends_with_the_last_of_its_rows(base):
     ending = StopCriteria(files.tokenizer, frozenset(), ("\n\n",))
     inputs = [files.tokenizer(f"!\n{q}!?")["input_ids"] for q in QUESTIONS]
     inputs[0] = [5, *inputs[0]]
-    together = generate(Alone(), model, ending, inputs, None, 30)
+    together = generate(OneRank(), model, ending, inputs, None, 30)
     assert steps == 3, "an answer, '.\\n' and '\\n'"
-    alone = [generate(Alone(), model, ending, [ids], None, 30)[0] for ids in inputs]
+    alone = [generate(OneRank(), model, ending, [ids], None, 30)[0] for ids in inputs]
     assert [ending.text(ids) for ids in together] == [ending.text(ids) for ids in alone]
     assert [ending.text(ids) for ids in together][1:] == [f"{a}." for a in ANSWERS[1:]]
 
@@ -416,4 +416,4 @@ def test_penalties_that_cannot_be_applied_are_refused_before_weights_are_read(
 ):
     folder = write_generation(base, tmp_path / "base", eos_token_id=2, **settings)
     with pytest.raises(BadInput, match=r"generation_config\.json"):
-        load_whole(folder, "none")
+        load_unsharded(folder, "none")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from tests.whole_base import load_whole
+from benchmarks.unsharded_base import load_unsharded
 from trainer.model.layers.linear import FrozenLinear
 
 
 def test_the_base_is_in_8_bits_and_of_the_shape_it_says(tmp_path: Path) -> None:
     gpu.make_int8_base(tmp_path / "base", gpu.QUICK_SHAPE)
-    base = load_whole(tmp_path / "base", "int8")
+    base = load_unsharded(tmp_path / "base", "int8")
     linear = [module for module in base.modules() if isinstance(module, FrozenLinear)]
     in_layers = [module for module in linear if module.absmax is not None]
     shapes = list(gpu.linear_shapes(gpu.QUICK_SHAPE).values())

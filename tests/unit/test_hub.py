@@ -6,8 +6,8 @@ import importlib
 import io
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +15,15 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from tests.hub_cache import COMMIT, TINY, fill_cache
+from tests.thread_ranks import on_thread_ranks
 from trainer.config import Base
-from trainer.distributed import collectives
 from trainer.model import hub
 from trainer.model.checkpoint_files import open_base
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+
+#: As much of an HTTP response as huggingface_hub's errors read.
+RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 
 
 @pytest.fixture
@@ -63,17 +66,29 @@ def test_a_name_that_is_no_hub_id(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (GatedRepoError, "gated on the hub: accept its terms on https://huggingface.co/org/tiny"),
-        (RepositoryNotFoundError, "the hub has no such model; check the name, or set HF_TOKEN"),
-        (RevisionNotFoundError, "base.revision: 'v2' is no branch, tag or commit of 'org/tiny'"),
-        (OSError, "was not got from the hub: OSError: No space left on device"),
+        (
+            GatedRepoError("403", response=RESPONSE),
+            "gated on the hub: accept its terms on https://huggingface.co/org/tiny",
+        ),
+        (
+            RepositoryNotFoundError("404", response=RESPONSE),
+            "the hub has no such model; check the name, or set HF_TOKEN",
+        ),
+        (
+            RevisionNotFoundError("404", response=RESPONSE),
+            "base.revision: 'v2' is no branch, tag or commit of 'org/tiny'",
+        ),
+        (
+            OSError("No space left on device\nand more"),
+            "was not got from the hub: OSError: No space left on device",
+        ),
     ],
 )
 def test_what_the_hub_refuses(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception], words: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> str:
-        raise error.__new__(error, "No space left on device\nand more")  # not made from a response
+        raise error
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     text = problem(revision="v2")
@@ -157,48 +172,6 @@ def test_a_person_sees_a_download_and_nothing_where_there_is_none() -> None:
     assert out.getvalue() == "downloading org/tiny (20.0 MB)\n"
 
 
-class Ranks:
-    """Engines in threads, with collectives that are a barrier and a list."""
-
-    def __init__(self, local_ranks: list[int]) -> None:
-        self.size = len(local_ranks)
-        self.barrier = threading.Barrier(self.size, timeout=20)
-        self.slots: list[Any] = [None] * self.size
-        self.engines = [self.engine(i, local_rank) for i, local_rank in enumerate(local_ranks)]
-
-    def engine(self, rank: int, local_rank: int) -> Any:
-        engine = collectives.Ranks.__new__(collectives.Ranks)
-        engine.rank, engine.local_rank, engine.world_size = rank, local_rank, self.size
-
-        def all_gather(value: Any) -> list[Any]:
-            self.slots[rank] = value
-            self.barrier.wait()
-            values = list(self.slots)
-            self.barrier.wait()
-            return values
-
-        engine.all_gather = all_gather  # type: ignore[method-assign]
-        engine.any_rank = lambda flag: any(all_gather(flag))  # type: ignore[method-assign]
-        return engine
-
-    def run(self, program: Callable[[Any], Any]) -> list[Any]:
-        """What every rank's program gives or raises."""
-        results: list[Any] = [None] * self.size
-
-        def body(rank: int) -> None:
-            try:
-                results[rank] = program(self.engines[rank])
-            except BadInput as error:
-                results[rank] = error.problems
-
-        threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        return results
-
-
 def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.distributed.collectives.TURN_SECONDS", 0.01)
     working: list[int] = []
@@ -212,7 +185,7 @@ def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.Mon
         result = engine.run_on_each_node(work)
         return result, sorted(working)
 
-    results = Ranks([0, 1, 0, 1]).run(program)
+    results = on_thread_ranks([0, 1, 0, 1], program)
     assert [result for result, _ in results] == ["by 0", None, "by 2", None]
     assert all(seen == [0, 2] for _, seen in results), "a rank went on before all had worked"
 
@@ -225,7 +198,7 @@ def test_a_node_that_fails_fails_all() -> None:
 
         return engine.run_on_each_node(work)
 
-    assert Ranks([0, 1, 0, 1]).run(program) == [["base.model: 'org/tiny' is gated"]] * 4
+    assert on_thread_ranks([0, 1, 0, 1], program) == [["base.model: 'org/tiny' is gated"]] * 4
 
 
 def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,4 +211,4 @@ def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.Monke
 
         return engine.run_and_gather(work)
 
-    assert Ranks([0, 1, 0]).run(program) == [["by 0", "by 1", "by 2"]] * 3
+    assert on_thread_ranks([0, 1, 0], program) == [["by 0", "by 1", "by 2"]] * 3

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.alone import Alone
-from tests.whole_base import load_whole
+from benchmarks.unsharded_base import load_unsharded
+from tests.one_rank import OneRank
 from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import prepare_batch
@@ -39,9 +39,9 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     config = quickstart()
     files = open_base(config.base)
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size, splits=["train"])
-    base, output = load_whole(ROOT / "examples" / "tiny_base", "none"), io.StringIO()
+    base, output = load_unsharded(ROOT / "examples" / "tiny_base", "none"), io.StringIO()
     # So short that the rows of one start are in several packed batches.
-    evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(150))  # type: ignore[arg-type]
+    evaluator = Evaluator(OneRank(), base, files.tokenizer, TokenBudget(150))  # type: ignore[arg-type]
     screening = LossInitScorer(config, tasks, evaluator, Console(output, output))
     texts = ("an illness?", "medicine?", "test?", "broken")
     starts = [tuple(files.tokenizer(text)["input_ids"]) for text in texts]
@@ -76,7 +76,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         rows = [packed_row.example for packed_row in BatchSource(config, tasks).next_step(on)]
         packed_rows = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
         start = base(torch.tensor(words), []).detach()
-        batch = prepare_batch(packed_rows, PromptLengths.of([start]), Alone().device)
+        batch = prepare_batch(packed_rows, PromptLengths.of([start]), OneRank().device)
         with torch.no_grad():
             loss, _ = batch_objective(base, batch, [start], [sum(r.num_labels for r in rows)])
         expected.append(float(loss))
@@ -84,7 +84,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     assert losses[:-2] == pytest.approx(expected, rel=1e-4)
     assert losses[-2:] == [math.inf] * 2
 
-    evaluator = Evaluator(Alone(), base, files.tokenizer, TokenBudget(1200))  # type: ignore[arg-type]
+    evaluator = Evaluator(OneRank(), base, files.tokenizer, TokenBudget(1200))  # type: ignore[arg-type]
     wider = LossInitScorer(config, tasks, evaluator, Console(output, output))
     looked_up.clear()
     assert wider.losses(asked, embed)[:-2] == pytest.approx(expected, rel=1e-4)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from benchmarks.random_base import llama_config, save_random
+from benchmarks.unsharded_base import load_shard
 from tests.family_bases import save_family
-from tests.random_base import llama_config, save_random
-from tests.whole_base import load_rank
 from trainer import config as run_file
 from trainer.commands.inspect.__main__ import main
 from trainer.commands.inspect.findings import show, warnings, weight_findings
@@ -104,8 +104,8 @@ def test_stacked_and_transposed_weights(tmp_path: Path, case: str) -> None:
     """Against what loading makes of the same files."""
     folder = save_family(tmp_path / "base", case)
     weights = measured(folder)
-    exact = dict(load_rank(folder, quantization="none")[0].model.named_parameters())
-    model = load_rank(folder)[0].model
+    exact = dict(load_shard(folder, quantization="none")[0].model.named_parameters())
+    model = load_shard(folder)[0].model
     int8 = {name: p for name, p in model.named_parameters() if p.dtype == torch.int8}
     assert set(weights) == {name.removesuffix(".weight") for name in int8}
     assert case == "gpt2" or any(weight.dim() == 3 for weight in int8.values())

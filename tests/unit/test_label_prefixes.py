@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.alone import Alone
+from tests.one_rank import OneRank
 from tests.unit.test_chat import make_tokenizer
 from tests.unit.test_evaluation import load
 from trainer.data.label_prefixes import continuations, exclusive
@@ -53,7 +53,7 @@ def score(folder: Path, packed: bool, **task: Any) -> tuple[Scored, list[str]]:
     rows = [{"text": text, "label": answer} for text, answer in ANSWERS.items()]
     data = load(folder, rows, tokenizer, **TASK, **task)
     base: Any = Knows(tokenizer, packed)
-    evaluator = Evaluator(Alone(), base, tokenizer, TokenBudget(64))  # type: ignore[arg-type]
+    evaluator = Evaluator(OneRank(), base, tokenizer, TokenBudget(64))  # type: ignore[arg-type]
     (scored,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
     return scored, data.remarks
 

@@ -17,8 +17,8 @@ import torch
 from benchmarks.learning import __main__ as benchmark
 from benchmarks.learning import ours, peers
 from benchmarks.learning.report import best_rate, plot, reached, summary, table
-from tests.alone import Alone
-from tests.whole_base import load_whole
+from benchmarks.unsharded_base import load_unsharded
+from tests.one_rank import OneRank
 from trainer.config import load
 from trainer.distributed.prefetch import prepare_batch
 from trainer.evaluation.evaluator import Evaluator, Request
@@ -57,7 +57,7 @@ def test_both_sides_train_on_the_same_loss(data: peers.Data, arm: str) -> None:
     theirs = peers.mean_loss(model, rows)
     packed_rows = [PackedRow(row, 0, i) for i, row in enumerate(rows)]
     batch = prepare_batch(packed_rows, PromptLengths.of([prompt]), torch.device("cpu"))
-    base = load_whole(ROOT / data.folder, "none")
+    base = load_unsharded(ROOT / data.folder, "none")
     loss, _ = batch_objective(base, batch, [prompt], [sum(row.num_labels for row in rows)])
     assert float(loss) == pytest.approx(float(theirs.detach()), abs=1e-5)
 
@@ -67,8 +67,8 @@ def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
     model, prompt, _ = peer(data, "prompt tuning, text", task)
     rows = data.tasks[task].evaluation["validation"]
     theirs = peers.score(model, data, rows)
-    base = load_whole(ROOT / data.folder, "none")
-    evaluator = Evaluator(Alone(), base, data.tokenizer, TokenBudget(4000))
+    base = load_unsharded(ROOT / data.folder, "none")
+    evaluator = Evaluator(OneRank(), base, data.tokenizer, TokenBudget(4000))
     (scores,) = evaluator.score([Request(rows, 0)], [prompt])
     assert theirs == pytest.approx({key: scores.scores[key] for key in theirs}, abs=1e-5)
 

@@ -24,7 +24,8 @@ from transformers import (
     GenerationConfig,
 )
 
-from tests.alone import Alone
+from benchmarks.random_base import VOCAB_SIZE, llama_config, save_random
+from benchmarks.unsharded_base import load_shard, load_unsharded
 from tests.family_bases import CASES
 from tests.odd_folders import (
     INDEX,
@@ -39,9 +40,8 @@ from tests.odd_folders import (
     set_head,
     shard,
 )
-from tests.random_base import VOCAB_SIZE, llama_config, save_random
+from tests.one_rank import OneRank
 from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
-from tests.whole_base import load_rank, load_whole
 from trainer.commands.inspect.weights import int8_weights
 from trainer.commands.prepare import prepare
 from trainer.config import Base, Task
@@ -124,7 +124,7 @@ def assert_alike(folder: Path, *, writes: bool = True) -> bool:
     """
     theirs, missing = load_theirs(folder)
     assert not missing, "transformers made weights up"
-    files, base = open_base(Base(model=str(folder))), load_whole(folder, "none")
+    files, base = open_base(Base(model=str(folder))), load_unsharded(folder, "none")
     ours = base.model
     table, head = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
     tied = table is head
@@ -146,7 +146,7 @@ def assert_alike(folder: Path, *, writes: bool = True) -> bool:
 def our_tokens(base: PromptedBase, files: BaseFiles, ids: list[int]) -> list[int]:
     task = Task(name="t", train="-", input="{text}", target="{label}", append_eos=False)
     ending = StopCriteria.of(files.generation, files.tokenizer, task)
-    return generate(Alone(), base, ending, [ids], None, NEW_TOKENS)[0]  # type: ignore[arg-type]
+    return generate(OneRank(), base, ending, [ids], None, NEW_TOKENS)[0]  # type: ignore[arg-type]
 
 
 def their_tokens(theirs: Any, ids: list[int]) -> list[int]:
@@ -199,7 +199,7 @@ def assert_ids_alike(ours: Any, theirs: Any) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(BadInput) as refused:
-        load_whole(folder, "none")
+        load_unsharded(folder, "none")
     return str(refused.value)
 
 
@@ -366,7 +366,7 @@ class TestPrepared:
             console = Console(stdout, stdout)
             base = Base.model_validate({"model": str(folder), **settings})
             prepare(base, tmp_path / "int8", console)
-        direct, again = load_rank(folder, **settings)[0], load_rank(tmp_path / "int8")[0]
+        direct, again = load_shard(folder, **settings)[0], load_shard(tmp_path / "int8")[0]
         assert again.model.get_input_embeddings().tied == (flag and head == "same")
         ids = torch.arange(3, 15).tolist()
         row = Example.with_target(tuple(ids), 5, 0)

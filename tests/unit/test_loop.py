@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from tests.one_rank import OneRank
 from tests.unit.test_chat import make_tokenizer
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
@@ -34,36 +34,6 @@ from trainer.training.prompt_optimizer import make_optimizer
 H, VOCAB = 4, 19
 TABLE_VH = torch.randn(VOCAB, H, generator=torch.Generator().manual_seed(5))
 CPU = torch.device("cpu")
-
-
-class OneRank:
-    """What the loop asks of an engine; counts the numbers that are summed over ranks."""
-
-    rank, world_size, device, gathered_bytes, exchanged_bytes = 0, 1, CPU, 0, 0
-
-    def __init__(self) -> None:
-        self.reduced: list[int] = []
-
-    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        self.reduced.append(sum(tensor.numel() for tensor in tensors))
-
-    def all_gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
-    def training_step(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def reset_peak_memory(self) -> None: ...
-
-    def end_step(self) -> None: ...
-
-    def note_trained_batch(self) -> None: ...
-
-    def peak_activation_bytes(self) -> int:
-        return 0
 
 
 class ToyBase(nn.Module):

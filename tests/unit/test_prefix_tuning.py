@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import Tensor
 
+from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import (
     CASES,
     PROMPT_LENGTHS,
@@ -21,7 +22,6 @@ from tests.family_bases import (
     plain_model,
     problem,
 )
-from tests.whole_base import load_whole
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import FAMILIES, check_past
 from trainer.model.prompted_model import DecodeStep, PromptedBase
@@ -84,7 +84,7 @@ WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_pa
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])
 def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
-    base = load_whole(family(case), "int8", checkpointing=True)
+    base = load_unsharded(family(case), "int8", checkpointing=True)
     packed_rows, _ = problem(base.hidden_size)
     if case == "falcon-alibi":
         packed_rows = packed_rows[:2]
@@ -117,7 +117,7 @@ def test_padded_families_are_refused() -> None:
 class TestBank:
     def test_mixed_with_virtual_tokens_in_one_packed_batch(self, family: Any, case: str) -> None:
         """A packed batch of virtual tokens, prefixes and bare rows equals each alone."""
-        base = load_whole(family(case), "int8", checkpointing=True)
+        base = load_unsharded(family(case), "int8", checkpointing=True)
         rows, soft = problem(base.hidden_size)
         prompts = [soft[0], pasts(base)[0], soft[1], pasts(base)[1]]
         packed_rows = [PackedRow(rows[i % len(rows)].example, i % 4, i) for i in range(12)]
@@ -131,7 +131,7 @@ class TestBank:
 
     @pytest.mark.parametrize("diverged", [0, 1])
     def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str, diverged: int) -> None:
-        base = load_whole(family(case), "int8")
+        base = load_unsharded(family(case), "int8")
         packed_rows, soft = problem(base.hidden_size)
         prompts = [pasts(base)[0], soft[1]]
         prompts[diverged].fill_(torch.nan)
@@ -148,7 +148,7 @@ class TestBank:
 
     def test_decoding_equals_peft(self, family: Any, tmp_path: Path, case: str) -> None:
         """Two rows of different lengths behind a prefix, padded on the left, two steps."""
-        base = load_whole(family(case), "none", checkpointing=True)
+        base = load_unsharded(family(case), "none", checkpointing=True)
         packed_rows, _ = problem(base.hidden_size)
         past = pasts(base)[1]
         rows = [list(packed_row.example.input_ids) for packed_row in packed_rows[:2]]
@@ -170,7 +170,7 @@ class TestBank:
 
     def test_the_keys_and_values_of_a_text_stand_for_it(self, family: Any, case: str) -> None:
         """Where a model does no more than attend to what came before, both prompts are one."""
-        base = load_whole(family(case), "none")
+        base = load_unsharded(family(case), "none")
         packed_rows, _ = problem(base.hidden_size)
         ids = [17, 5, 44, 9, 120]
         words = base(torch.tensor(ids), [])
@@ -181,9 +181,9 @@ class TestBank:
 
 
 def test_bf16(family: Any) -> None:
-    base = load_whole(family("llama"), "int8", dtype=torch.bfloat16)
+    base = load_unsharded(family("llama"), "int8", dtype=torch.bfloat16)
     packed_rows, _ = problem(base.hidden_size)
-    exact = load_whole(family("llama"), "int8")
+    exact = load_unsharded(family("llama"), "int8")
     losses, gradients = packed(base, packed_rows, pasts(exact))
     assert losses == pytest.approx(packed(exact, packed_rows, pasts(exact))[0], rel=0.05)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)

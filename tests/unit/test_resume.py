@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import pytest
 
+from tests.one_rank import OneRank
+from tests.thread_ranks import on_thread_ranks
 from tests.unit.run_folder import checkpoint_state
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import SavedCheckpoint
@@ -172,16 +174,27 @@ def test_a_resumed_run_does_not_need_initial_prompts() -> None:
     assert not list(source_problems(resumed))
 
 
-def test_ranks_that_solved_for_other_last_bits_begin_with_rank_0_s() -> None:
-    loaded: list[Any] = []
-    state = {"tensors": 1}, {"meta": 2}
-    bank = SimpleNamespace(
-        digest=lambda: "mine", state=lambda: state, load_state=lambda *given: loaded.append(given)
-    )
-    for digests, expected in ((["a", "a"], []), (["a", "b"], [state])):
-        engine = SimpleNamespace(all_gather=lambda _, d=digests: d, run_on_main=lambda work: work())
-        _begin_alike(engine, bank)  # type: ignore[arg-type]
-        assert loaded == expected
+class OneTensor:
+    """A bank of one number, as far as ``_begin_alike`` reads it."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def digest(self) -> str:
+        return self.value
+
+    def state(self) -> tuple[dict[str, str], dict[str, Any]]:
+        return {"value": self.value}, {}
+
+    def load_state(self, tensors: dict[str, str], _: Any) -> None:
+        self.value = tensors["value"]
+
+
+@pytest.mark.parametrize("values", [("a", "a"), ("a", "b")])
+def test_initializations_that_differ_between_ranks_become_rank_0_s(values: tuple[str, str]) -> None:
+    banks = [OneTensor(value) for value in values]
+    on_thread_ranks([0, 1], lambda rank: _begin_alike(rank, banks[rank.rank]))  # type: ignore[arg-type]
+    assert [bank.value for bank in banks] == ["a", "a"]
 
 
 def test_an_interrupted_move_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +243,12 @@ def test_notes_about_rows_are_not_printed_twice(
     data = SimpleNamespace(
         remarks=["a remark"], leaks=[SimpleNamespace(warning="a leak")], warnings=["of tokens"]
     )
-    engine: Any = SimpleNamespace(
-        load_once_per_node=lambda _: {"t": data}, run_on_all=lambda call: call()
-    )
+    monkeypatch.setattr("trainer.run.load_tasks", lambda *_, **__: {"t": data})
+    engine: Any = OneRank()
     out, err = io.StringIO(), io.StringIO()
-    files: Any = SimpleNamespace(tokenizer=None, context_length=0, config=None)
+    files: Any = SimpleNamespace(
+        tokenizer=None, context_length=0, config=SimpleNamespace(vocab_size=0)
+    )
     _read_tasks(engine, files, config(), Console(out, err), None)
     assert ("a remark" in out.getvalue()) == (not checked)
     assert ("a leak" in err.getvalue()) == (not checked)

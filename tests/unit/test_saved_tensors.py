@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.unsharded_base import LocalSharder
 from tests.family_bases import CASES
-from tests.whole_base import OneRank
 from trainer.config import Base
 from trainer.data.tokenization.tokenize import Example
 from trainer.model.checkpoint_files import open_base
@@ -35,7 +35,7 @@ def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
     files = open_base(settings)
     skeleton = build_meta_model(files, settings, dtype, CPU)
     base, _ = load_shards(
-        skeleton, files, dtype=dtype, device=CPU, shard=OneRank(), checkpointing=checkpointing
+        skeleton, files, dtype=dtype, device=CPU, shard=LocalSharder(), checkpointing=checkpointing
     )
     return base
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import scoring
-from tests.alone import Alone
+from benchmarks.random_base import make_tokenizer, save_random
+from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, VOCAB_SIZE, WINDOW
-from tests.random_base import make_tokenizer, save_random
+from tests.one_rank import OneRank
 from tests.unit.test_evaluation import load
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
-from tests.whole_base import load_whole
 from trainer.data.tokenization.tokenize import Example
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.model.families import FAMILIES
@@ -79,7 +79,7 @@ def prompts_of(base: PromptedBase, case: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", PACKED)
 def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
-    base = load_whole(family(case), "int8")
+    base = load_unsharded(family(case), "int8")
     prompts = prompts_of(base, case)
     shared, alone = both_forms(rows(TARGETS, (EOS,)), len(prompts))
     actual = likelihoods(base, shared, prompts, len(alone))
@@ -96,9 +96,9 @@ def test_a_row_with_more_candidates_than_a_packed_batch_holds(tmp_path: Path, bu
     rows = [{"text": "w3 w4 w5 w6 w7", "label": choices[2]}, {"text": "w8", "label": choices[0]}]
     task = {"input": "{text}", "target": " {label}", "choices": choices, "metric": "accuracy"}
     validation = load(tmp_path, rows, tokenizer, **task).evaluation["validation"]
-    base = load_whole(save_random(tmp_path / "base"), "none")
+    base = load_unsharded(save_random(tmp_path / "base"), "none")
     (scored,) = Evaluator(
-        Alone(),  # type: ignore[arg-type]
+        OneRank(),  # type: ignore[arg-type]
         base,
         tokenizer,
         TokenBudget(budget),
@@ -114,7 +114,7 @@ def test_a_row_with_more_candidates_than_a_packed_batch_holds(tmp_path: Path, bu
 
 def test_three_choices_cost_little_more_than_one() -> None:
     """FLOPs of rows of 60 tokens, against reading each row once for each choice."""
-    base = load_whole(scoring.ROOT / "examples" / "tiny_base", "int8")
+    base = load_unsharded(scoring.ROOT / "examples" / "tiny_base", "int8")
     prompts = [torch.zeros(scoring.VIRTUAL, base.hidden_size)]
     rows = scoring.made_up_rows()[:12]
     once, each = (

@@ -11,11 +11,11 @@ import torch
 from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.alone import Alone
+from benchmarks.unsharded_base import load_unsharded
+from tests.one_rank import OneRank
 from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
 from tests.unit.test_tokenize import EOS, IDS
 from tests.unit.test_tokenize import make_tokenizer as make_words
-from tests.whole_base import load_whole
 from trainer.config import RunConfig, Task
 from trainer.data.splits import load_rows
 from trainer.data.task_data import TaskData, load_tasks
@@ -304,11 +304,11 @@ def bases(tmp_path_factory):
 def test_a_base_that_knows_every_answer_has_them_all_right(tmp_path, bases, kind, source, target):
     folder = bases(kind, source, target)
     tokenizer = make_tokenizer(kind, TEXTS)
-    base = load_whole(folder, "none")
+    base = load_unsharded(folder, "none")
     for metric in ("accuracy", "exact_match"):
         choices = {"choices": list(ANSWERS)} if metric == "accuracy" else {"max_new_tokens": 16}
         data = load(tmp_path, tokenizer, source, target, metric=metric, **choices)
-        evaluator = Evaluator(Alone(), base, tokenizer, TokenBudget(2000))
+        evaluator = Evaluator(OneRank(), base, tokenizer, TokenBudget(2000))
         (scores,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
         assert scores.scores[metric] == 1.0
         assert scores.scores["loss"] < 0.02

@@ -39,9 +39,16 @@ class Ranks:
         pulse: which collective this rank is at.
     """
 
-    def __init__(self, local_rank: int, device: torch.device, timeout_seconds: int) -> None:
-        self.local_rank, self.device = local_rank, device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        device: torch.device,
+        timeout_seconds: int,
+    ) -> None:
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.device = device
         self.pulse = CollectiveTracker()
         self._timeout = timeout_seconds
         self._watchdog: Watchdog | None = None

@@ -96,7 +96,9 @@ class Engine(Ranks):
             raise PortTaken(
                 f"port {os.environ['MASTER_PORT']} is used by another process"
             ) from None
-        super().__init__(local_rank, device, timeout_seconds)
+        super().__init__(
+            dist.get_rank(), dist.get_world_size(), local_rank, device, timeout_seconds
+        )
         self.gathered_bytes, self.exchanged_bytes = 0, 0
         self.kept_bytes = 0
         self._kept: list[Any] = []

@@ -1,4 +1,4 @@
-"""Writes small causal language models of random weights: what tests of the mathematics need."""
+"""Write small causal language models with random weights, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB_SIZE = 300
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words ``w3`` to ``w299``."""
+    """Return a word-level tokenizer of the words ``w3`` to ``w299``."""
     special = ["<pad>", "<eos>", "<unk>"]
     words = special + [f"w{i}" for i in range(len(special), VOCAB_SIZE)]
     tokenizer = Tokenizer(

@@ -1,4 +1,4 @@
-"""Loading without other ranks: what a rank would hold, for tests of files and numbers."""
+"""Load a base, or one rank's shard of it, without a process group: for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trainer.runtime.errors import BadInput
 
 
 @dataclass
-class OneRank:
-    """A sharder for rank ``rank`` of ``ranks`` that speaks to nobody."""
+class LocalSharder:
+    """A ``Sharder`` without communication: allocates the shards of rank ``rank`` of ``ranks``."""
 
     rank: int = 0
     ranks: int = 1
@@ -51,32 +51,34 @@ class OneRank:
             raise BadInput(problems)
 
 
-def load_whole(
+def load_unsharded(
     folder: Path,
     quantization: str,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> PromptedBase:
-    """The whole base, unsharded."""
+    """Load the complete base on CPU."""
     settings = Base.model_validate({"model": str(folder), "quantization": quantization})
     files = open_base(settings)
     cpu = torch.device("cpu")
     skeleton = build_meta_model(files, settings, dtype, cpu)
     base, _ = load_shards(
-        skeleton, files, dtype=dtype, device=cpu, shard=OneRank(), checkpointing=checkpointing
+        skeleton, files, dtype=dtype, device=cpu, shard=LocalSharder(), checkpointing=checkpointing
     )
     return base
 
 
-def load_rank(
+def load_shard(
     folder: Path, rank: int = 0, ranks: int = 1, **settings: str
-) -> tuple[PromptedBase, OneRank, LoadStats]:
+) -> tuple[PromptedBase, LocalSharder, LoadStats]:
+    """Load what rank ``rank`` of ``ranks`` holds of a base."""
+    """Load what rank ``rank`` of ``ranks`` holds of a base."""
     files = open_base(Base.model_validate({"model": str(folder), **settings}))
     cpu = torch.device("cpu")
     skeleton = build_meta_model(
         files, Base.model_validate({"model": str(folder), **settings}), torch.float32, cpu
     )
-    one = OneRank(rank, ranks)
+    one = LocalSharder(rank, ranks)
     base, stats = load_shards(
         skeleton, files, dtype=torch.float32, device=cpu, shard=one, checkpointing=False
     )
