@@ -34,6 +34,7 @@ from trainer.checkpointing.resume import (
     snapshot,
 )
 from trainer.checkpointing.run_lock import Lock, LockLost, acquire
+from trainer.checkpointing.state_tensors import join_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.tokenization.chat_date import keep_chat_date, read_chat_date
@@ -232,8 +233,8 @@ def _load_state(bank: Bank, loop: Loop, saved: SavedCheckpoint) -> None:
         BadInput: it is of another run, or its state is damaged in a way that no check has found.
     """
     try:
-        bank.load_state(saved.tensors, saved.state["bank"])
-        loop.load_state(saved.state["loop"])
+        bank.load_state_dict(join_tensors(saved.tensors, saved.state["bank"]["prompts"]))
+        loop.load_state_dict(saved.state["loop"])
     except BadInput:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -246,7 +247,7 @@ def _load_state(bank: Bank, loop: Loop, saved: SavedCheckpoint) -> None:
 def _begin_alike(engine: Engine, bank: Bank) -> None:
     """Where CPUs of several kinds have drawn or solved for other last bits: all take rank 0's."""
     if len(set(engine.all_gather(bank.digest()))) > 1:
-        bank.load_state(*engine.run_on_main(bank.state))
+        bank.load_state_dict(engine.run_on_main(bank.state_dict))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
 from trainer.config.prompt import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
@@ -135,7 +136,9 @@ def train(bank: Bank, steps: int) -> list[list[float]]:
 
 
 def assert_same(one: Bank, other: Bank) -> None:
-    (tensors, meta), (tensors_2, meta_2) = one.state(), other.state()
+    (tensors, meta), (tensors_2, meta_2) = map(
+        split_tensors, (one.state_dict(), other.state_dict())
+    )
     assert meta == meta_2
     assert tensors.keys() == tensors_2.keys()
     for name, value in tensors.items():
@@ -194,7 +197,7 @@ def test_a_share_trains_one_encoder() -> None:
     start = bank.virtual_tokens()
     assert torch.equal(start[0], start[2]), "the tasks start at what they have in common"
     assert not torch.equal(start[1], start[3]), "each reads its own text"
-    tensors, _ = bank.state()
+    tensors, _ = split_tensors(bank.state_dict())
     assert [name for name in tensors if name.startswith("text-2/")] == []
     assert {name for name in tensors if "low-2" in name} == {
         "low-1/encoder/low-2/columns",
@@ -218,7 +221,7 @@ def test_a_share_is_updated_by_the_sum_of_its_losses() -> None:
     loss.backward()
     for unit in reference._units:
         torch.nn.utils.clip_grad_norm_(list(unit.parameters.values()), 1.0)
-    tensors, _ = bank.state()
+    tensors, _ = split_tensors(bank.state_dict())
     for name, parameter in parameters.items():
         first = "text-1" if name.split(".")[-1] in ("queries", "weight", "bias") else "low-1"
         assert parameter.grad is not None, name
@@ -244,7 +247,7 @@ def test_a_stopped_prompt_of_a_share_stays_while_the_others_go_on() -> None:
     moved = bank.snapshot(3)
     train(bank, 2)
     resumed = make_bank(SHARES)
-    resumed.load_state(*through_files(*bank.state()))
+    resumed.load_state_dict(through_files(bank.state_dict()))
     train(bank, 2)
     train(resumed, 2)
     assert_same(bank, resumed)
@@ -276,7 +279,7 @@ def test_update_equals_plain_backpropagation() -> None:
     (((out - 0.3) ** 2).sum() + out.sin().sum()).backward()
     torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
     optimizer.step()
-    tensors, _ = bank.state()
+    tensors, _ = split_tensors(bank.state_dict())
     for name, parameter in encoder.named_parameters():
         ours = tensors[f"mlp/optimizer/{name}/exp_avg"]
         torch.testing.assert_close(ours, optimizer.state[parameter]["exp_avg"])
@@ -366,12 +369,12 @@ def test_none_leaves_a_prompt_and_its_schedule() -> None:
 def test_non_finite_gradient_reaches_no_weight() -> None:
     bank = make_bank()
     train(bank, 2)
-    before = bank.state()[0]
+    before = split_tensors(bank.state_dict())[0]
     gradients = loss_gradients(bank)
     assert gradients[3] is not None
     gradients[3][0, 0] = math.nan
     norms = bank.update(gradients)
-    after = bank.state()[0]
+    after = split_tensors(bank.state_dict())[0]
     assert [math.isfinite(norm) for norm in norms] == [i != 3 for i in range(len(bank))]
     for key, value in after.items():
         of_it = key.startswith(f"{bank.names[3]}/")
@@ -424,10 +427,9 @@ def test_best_and_last() -> None:
     assert torch.equal(bank.best(0), kept), "a copy, not the bank's own"
 
 
-def through_files(
-    tensors: dict[str, Tensor], meta: dict[str, Any]
-) -> tuple[dict[str, Tensor], Any]:
-    return from_bytes(to_bytes(tensors)), json.loads(json.dumps(meta))
+def through_files(state: dict[str, Any]) -> dict[str, Any]:
+    tensors, rest = split_tensors(state)
+    return join_tensors(from_bytes(to_bytes(tensors)), json.loads(json.dumps(rest)))
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, SHARES], ids=["own", "shared"])
@@ -438,12 +440,12 @@ def test_resumed_equals_never_stopped(done: int, prompts: list[dict[str, Any]]) 
     straight.keep_best(2)
     if done == 7:
         straight.stop(0)
-    state = through_files(*straight.state())
+    state = through_files(straight.state_dict())
     resumed = make_bank(prompts)
     train(resumed, 3)  # what it held before must not matter
     resumed.keep_best(1)
     resumed.virtual_tokens()
-    resumed.load_state(*state)
+    resumed.load_state_dict(state)
     assert_same(straight, resumed)
     assert resumed.active == straight.active
     norms, norms_2 = train(straight, STEPS - done), train(resumed, STEPS - done)
@@ -456,7 +458,7 @@ def test_resumed_equals_never_stopped(done: int, prompts: list[dict[str, Any]]) 
 def test_state_is_a_copy() -> None:
     bank = make_bank()
     train(bank, 1)
-    tensors, _ = bank.state()
+    tensors, _ = split_tensors(bank.state_dict())
     kept = {k: v.clone() for k, v in tensors.items()}
     train(bank, 2)
     assert all(torch.equal(tensors[k], kept[k]) for k in kept)
@@ -465,7 +467,7 @@ def test_state_is_a_copy() -> None:
 def test_state_of_other_prompts_is_refused() -> None:
     bank = make_bank()
     train(bank, 1)
-    state = bank.state()
+    state = bank.state_dict()
     longer: list[dict[str, Any]] = [dict(p) for p in PROMPTS]
     longer[0]["num_virtual_tokens"] = 5
     longer[1]["method"] = "p_tuning"
@@ -473,7 +475,7 @@ def test_state_of_other_prompts_is_refused() -> None:
     other = make_bank(longer)
     before = other.digest()
     with pytest.raises(BadInput) as caught:
-        other.load_state(*state)
+        other.load_state_dict(state)
     problems = caught.value.problems
     assert any(
         "prompts.words.num_virtual_tokens: 5, but the checkpoint has 4" in p for p in problems
@@ -482,7 +484,7 @@ def test_state_of_other_prompts_is_refused() -> None:
     assert any("encoder_hidden_size" in p for p in problems)
     assert other.digest() == before
     with pytest.raises(BadInput, match="the run file has words, the checkpoint words, drawn"):
-        make_bank(PROMPTS[:1]).load_state(*state)
+        make_bank(PROMPTS[:1]).load_state_dict(state)
 
 
 class NearTo:

@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.prompts.encoder_snapshots import BestEncoder
 
 
@@ -27,20 +28,21 @@ def test_the_mean_metric_decides_then_the_mean_loss() -> None:
     ):
         weights.append(float(step))
         best.update(step, keys)
-    tensors, meta = best.state()
-    assert (tensors["w"], meta["step"]) == (4.0, 4)
+    state = best.state_dict()
+    assert (state["w"], state["step"]) == (4.0, 4)
     again = reader(weights)
-    again.load_state(tensors, json.loads(json.dumps(meta)))
-    assert again.state()[1] == meta
+    tensors, rest = split_tensors(state)
+    again.load_state_dict(join_tensors(tensors, json.loads(json.dumps(rest))))
+    assert again.state_dict() == state
 
 
 def test_a_state_of_a_version_that_ranked_by_loss_is_continued() -> None:
     old = {"step": 3, "loss": 1.5, "losses": {"a": 1.0, "b": 2.0}}
     by_loss = reader([7.0])
-    by_loss.load_state({"w": torch.tensor(3.0)}, old)
+    by_loss.load_state_dict({**old, "w": torch.tensor(3.0)})
     by_loss.update(4, {"a": (1.1, 1.1)})
-    assert by_loss.state()[0]["w"] == 3.0, "the mean loss is higher than before"
+    assert by_loss.state_dict()["w"] == 3.0, "the mean loss is higher than before"
     by_accuracy = reader([7.0])
-    by_accuracy.load_state({"w": torch.tensor(3.0)}, old)
+    by_accuracy.load_state_dict({**old, "w": torch.tensor(3.0)})
     by_accuracy.update(4, {"a": (-0.1, 9.0), "b": (-0.1, 9.0)})
-    assert by_accuracy.state()[0]["w"] == 7.0
+    assert by_accuracy.state_dict()["w"] == 7.0

@@ -16,6 +16,7 @@ from benchmarks.unsharded_base import load_shard
 from tests.family_bases import save_family
 from trainer import config
 from trainer.checkpointing import checkpoint
+from trainer.checkpointing.state_tensors import split_tensors
 from trainer.commands.export import export_text
 from trainer.commands.prepare import prepare
 from trainer.config import Base, RunConfig
@@ -100,12 +101,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
         if step == BEST:
             for i in (1, 2, 3):
                 bank.keep_best(i)
-    tensors, meta = bank.state()
-    bank.load_state(tensors, meta)  # the best is part of what a resumed run goes on with
+    bank.load_state_dict(bank.state_dict())  # the best is part of what a resumed run goes on with
     # A prompt that has stopped counts with its last loss, 1.5.
     bank.keep_best_readers(5, {1: (1.1, 1.1)})
-    tensors, meta = bank.state()
-    state = {"identity": fingerprint_base(files), "bank": meta}
+    tensors, prompts = split_tensors(bank.state_dict())
+    state = {"identity": fingerprint_base(files), "bank": {"prompts": prompts}}
     checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
     atomic_io.write(folder / "run.yaml", config.dump(settings))
     atomic_io.write_json(folder / "environment.json", {"dtype": "float32"})

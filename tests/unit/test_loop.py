@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.one_rank import OneRank
 from tests.unit.test_chat import make_tokenizer
+from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher
@@ -119,14 +120,14 @@ class Toy:
         self.base.loop = self.loop
 
     def save(self, loop: Loop) -> None:
-        tensors, bank = self.bank.state()
-        state = json.dumps({"bank": bank, "loop": loop.state()})
+        tensors, bank = split_tensors(self.bank.state_dict())
+        state = json.dumps({"bank": bank, "loop": loop.state_dict()})
         self.saved[loop.progress.step] = (to_bytes(tensors), state)
 
     def resume(self, saved: tuple[bytes, str]) -> Toy:
         state = json.loads(saved[1])
-        self.bank.load_state(from_bytes(saved[0]), state["bank"])
-        self.loop.load_state(state["loop"])
+        self.bank.load_state_dict(join_tensors(from_bytes(saved[0]), state["bank"]))
+        self.loop.load_state_dict(state["loop"])
         return self
 
     def run(self) -> Toy:

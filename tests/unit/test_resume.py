@@ -183,11 +183,11 @@ class OneTensor:
     def digest(self) -> str:
         return self.value
 
-    def state(self) -> tuple[dict[str, str], dict[str, Any]]:
-        return {"value": self.value}, {}
+    def state_dict(self) -> dict[str, str]:
+        return {"value": self.value}
 
-    def load_state(self, tensors: dict[str, str], _: Any) -> None:
-        self.value = tensors["value"]
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        self.value = state["value"]
 
 
 @pytest.mark.parametrize("values", [("a", "a"), ("a", "b")])

@@ -80,8 +80,8 @@ def snapshot(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any])
     """Take a run's state as it is now.
 
     Args:
-        tensors: nobody writes to them any more, as to those of ``Bank.state``; only a view, or one
-            on another device, is copied here.
+        tensors: must never change, like those of ``Bank.state_dict``; only views and tensors of
+            another device are copied here.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return Snapshot(step, plain, json.dumps(dict(state), indent=1).encode())

@@ -10,6 +10,7 @@ from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import SavedCheckpoint, Snapshot
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of
+from trainer.checkpointing.state_tensors import split_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData
 from trainer.distributed.model_loading import LoadedBase
@@ -122,7 +123,7 @@ def snapshot(
     Args:
         conditions: from ``choice_conditions``.
     """
-    tensors, bank = loop.bank.state()
+    tensors, prompts = split_tensors(loop.bank.state_dict())
     budget = loaded.budget
     choices = {
         "matmul": loaded.matmul,
@@ -134,8 +135,8 @@ def snapshot(
     }
     state = {
         "identity": identity,
-        "bank": bank,
-        "loop": loop.state(),
+        "bank": {"prompts": prompts},
+        "loop": loop.state_dict(),
         "chosen": {"where": conditions, **choices},
     }
     return checkpoint.snapshot(loop.progress.step, tensors, state)

@@ -57,9 +57,9 @@ class Optimizer(Protocol):
 
     def step(self) -> float: ...
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 #: (prompt, its parameters by name, number of its updates, scale of its encoder) -> optimizer.
@@ -281,73 +281,69 @@ class Bank:
                 digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that resuming needs, as copies on the CPU.
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that resuming needs, by the name of each prompt, copied to the CPU.
 
         Returns:
-            Tensors named ``PROMPT/encoder/PARAMETER``, ``PROMPT/optimizer/PARAMETER/MOMENT``,
-            ``PROMPT/best``, ``PROMPT/reader/PARAMETER`` (of a text encoder at its best) and
-            ``PROMPT/stopped``, and JSON. Those of a share stand under the first of its prompts.
+            For each prompt its identity, ``active``, the state of its ``optimizer`` and, of a text
+            encoder, of its ``reader``; the tensors ``encoder/PARAMETER``, ``best`` and ``stopped``.
+            The first prompt of a share holds the tensors of its encoder and optimizer.
         """
-        tensors: dict[str, Tensor] = {}
-        meta: dict[str, Any] = {}
+        state: dict[str, Any] = {}
         for unit in self._units:
-            first = self.names[unit.members[0]]
-            for key, parameter in unit.parameters.items():
-                tensors[f"{first}/encoder/{key}"] = parameter.detach().to("cpu", copy=True)
-            moments, counters = self._optimizers[unit.members[0]].state()
-            tensors |= {f"{first}/optimizer/{key}": value for key, value in moments.items()}
+            optimizer = self._optimizers[unit.members[0]].state_dict()
+            counters = {k: v for k, v in optimizer.items() if not isinstance(v, Tensor)}
             for i in unit.members:
-                kept = {"best": self._best[i], "stopped": self._stopped[i]}
-                for key, value_PH in kept.items():
-                    if value_PH is not None:
-                        tensors[f"{self.names[i]}/{key}"] = value_PH.to("cpu", copy=True)
-                identity = _identity(self._prompts[i])
-                meta[self.names[i]] = {
-                    **identity,
+                first = i == unit.members[0]
+                state[self.names[i]] = {
+                    **_identity(self._prompts[i]),
                     "active": self.active[i],
-                    "optimizer": counters,
+                    "optimizer": optimizer if first else counters,
+                }
+                tensors = {"best": self._best[i], "stopped": self._stopped[i]}
+                if first:
+                    tensors |= {f"encoder/{key}": value for key, value in unit.parameters.items()}
+                state[self.names[i]] |= {
+                    key: value.detach().to("cpu", copy=True)
+                    for key, value in tensors.items()
+                    if value is not None
                 }
         for i, reader in self._readers.items():
-            weights, meta[self.names[i]]["reader"] = reader.state()
-            tensors |= {f"{self.names[i]}/reader/{key}": value for key, value in weights.items()}
-        return tensors, {"prompts": meta}
+            state[self.names[i]]["reader"] = reader.state_dict()
+        return state
 
-    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Go on from ``state()``, to the bit.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``, bit for bit.
 
         Raises:
             BadInput: if the saved bank is of other prompts, with every difference; nothing has been
                 loaded then.
         """
-        saved: Mapping[str, Any] = meta["prompts"]
-        problems = self._differences(tensors, saved)
+        problems = self._differences(state)
         if problems:
             raise BadInput(problems)
         for unit in self._units:
-            first = self.names[unit.members[0]]
+            saved = state[self.names[unit.members[0]]]
             with torch.no_grad():
                 for key, parameter in unit.parameters.items():
-                    parameter.copy_(tensors[f"{first}/encoder/{key}"])
-            moments = _under(f"{first}/optimizer/", tensors)
-            self._optimizers[unit.members[0]].load_state(moments, saved[first]["optimizer"])
+                    parameter.copy_(saved[f"encoder/{key}"])
+            self._optimizers[unit.members[0]].load_state_dict(saved["optimizer"])
         for i, name in enumerate(self.names):
-            best_PH, stopped_PH = (tensors.get(f"{name}/{key}") for key in ("best", "stopped"))
+            best_PH, stopped_PH = state[name].get("best"), state[name].get("stopped")
             self._best[i] = None if best_PH is None else best_PH.clone()
             self._stopped[i] = (
                 None if stopped_PH is None else stopped_PH.to(self._device, copy=True)
             )
-            self.active[i] = bool(saved[name]["active"])
-            if i in self._readers and "reader" in saved[name]:
-                kept = _under(f"{name}/reader/", tensors)
-                self._readers[i].load_state(kept, saved[name]["reader"])
+            self.active[i] = bool(state[name]["active"])
+            if i in self._readers and "reader" in state[name]:
+                self._readers[i].load_state_dict(state[name]["reader"])
         self._outputs = [None] * len(self)
 
     def _own(self, i: int) -> Mapping[str, nn.Parameter]:
         """The parameters whose state stands under this prompt."""
         return next((unit.parameters for unit in self._units if unit.members[0] == i), {})
 
-    def _differences(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[str]:
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
         remedy = "continue with the settings of the checkpoint, or give another output_dir"
         problems = []
         missing = [name for name in self.names if name not in saved]
@@ -368,7 +364,11 @@ class Bank:
                     f"{saved[name].get(key)!r}; {remedy}"
                 )
             ours = {k: tuple(v.shape) for k, v in self._own(i).items()}
-            theirs = {k: tuple(v.shape) for k, v in _under(f"{name}/encoder/", tensors).items()}
+            theirs = {
+                k.removeprefix("encoder/"): tuple(v.shape)
+                for k, v in saved[name].items()
+                if k.startswith("encoder/")
+            }
             if not changed and ours != theirs:
                 problems.append(
                     f"prompts.{name}: its parameters are {ours}, but the checkpoint has {theirs}; "
@@ -386,7 +386,3 @@ def _identity(prompt: Prompt) -> dict[str, Any]:
         "share": prompt.share,
         "num_virtual_tokens": prompt.num_virtual_tokens,
     }
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

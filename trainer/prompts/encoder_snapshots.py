@@ -49,28 +49,29 @@ class BestEncoder:
                 name: value.detach().to("cpu", copy=True) for name, value in weights.items()
             }
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights by name, which are not changed any more, and JSON with their ``step``."""
-        return dict(self._weights), {
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights by name, which never change, and the scores that ranked them."""
+        return {
             "step": self._step,
             "best": list(self._best),
             "keys": {name: list(key) for name, key in self._keys.items()},
+            **self._weights,
         }
 
-    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Continue from ``state()``, or from that of an older version, which ranked by loss.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``, or from that of an older version, which ranked by loss.
 
         There a loss stands for the metric too: never better than a metric of which higher is
         better, so the next validation replaces it.
         """
-        self._weights = {name: value.clone() for name, value in tensors.items()}
-        self._step = int(meta["step"])
-        if "losses" in meta:
-            self._best = (float(meta["loss"]), float(meta["loss"]))
-            self._keys = {name: (loss, loss) for name, loss in meta["losses"].items()}
+        self._weights = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+        self._step = int(state["step"])
+        if "losses" in state:
+            self._best = (float(state["loss"]), float(state["loss"]))
+            self._keys = {name: (loss, loss) for name, loss in state["losses"].items()}
         else:
-            self._best = _pair(meta["best"])
-            self._keys = {name: _pair(key) for name, key in meta["keys"].items()}
+            self._best = _pair(state["best"])
+            self._keys = {name: _pair(key) for name, key in state["keys"].items()}
 
 
 def _pair(values: Sequence[float]) -> ScoreKey:

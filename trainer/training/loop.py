@@ -527,22 +527,22 @@ class Loop:
         with self.console.phase(what, self.evaluator.num_texts(requests), "texts") as phase:
             return self.evaluator.score(requests, virtual_tokens, phase.advance)
 
-    def state(self) -> dict[str, Any]:
-        """Return all that resuming needs, but for the bank's tensors, as JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that resuming needs except the state of the bank."""
         self.progress.phase_seconds = dict(self.times.seconds)
         return {
             "progress": vars(self.progress),
-            "stopping": {name: rule.state() for name, rule in self.stopping.items()},
+            "stopping": {name: rule.state_dict() for name, rule in self.stopping.items()},
             "feed": self.feed.state_dict(),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.progress = TrainingProgress(**state["progress"])
         self.times.add(self.progress.phase_seconds)
         for k, name in enumerate(self.bank.names):
-            best = self.progress.scores.get(name)
-            key = None if best is None else self._key(k, best)
-            self.stopping[name].load_state(state["stopping"][name], key)
+            self.stopping[name].load_state_dict(state["stopping"][name])
+            if (best := self.progress.scores.get(name)) is not None:
+                self.stopping[name].best = self._key(k, best)
         self.feed.load_state_dict(state["feed"])
 
 

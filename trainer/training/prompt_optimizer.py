@@ -276,14 +276,14 @@ class PromptOptimizer:
     def _copies(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._parameters.items()}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies on the CPU of all that the next update depends on, except the weights.
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next update depends on, except the weights.
 
         Returns:
-            Tensors named ``PARAMETER/MOMENT``, ``PARAMETER/average`` and ``PARAMETER/start``, and
-            JSON.
+            ``updates``, ``scale``, and copies on the CPU of the tensors ``PARAMETER/MOMENT``,
+            ``PARAMETER/average`` and ``PARAMETER/start``.
         """
-        tensors = {}
+        state: dict[str, Any] = {"updates": self.updates, "scale": self._scale}
         for name, parameter in self._parameters.items():
             kept: dict[str, Any] = dict(self._optimizer.state.get(parameter, {}))
             if self.averaged is not None:
@@ -292,24 +292,24 @@ class PromptOptimizer:
                 kept[START] = self._start[name]
             for key, value in kept.items():
                 if value is not None:  # SGD's momentum, before the first update
-                    tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
-        return tensors, {"updates": self.updates, "scale": self._scale}
+                    state[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
+        return state
 
-    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Go on from ``state()``; learning rate and schedule stay those of this run."""
-        state: dict[int, dict[str, Tensor]] = {}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()`` with the learning rate and schedule of this run."""
+        moments: dict[int, dict[str, Tensor]] = {}
         for i, (name, parameter) in enumerate(self._parameters.items()):
             prefix = f"{name}/"
-            kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            kept = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
             for key, copies in ((AVERAGE, self.averaged), (START, self._start)):
                 value = kept.pop(key, None)
                 if copies is not None and value is not None:
                     copies[name] = value.to(parameter.device, copy=True)
             if kept:
-                state[i] = {key: value.clone() for key, value in kept.items()}
+                moments[i] = {key: value.clone() for key, value in kept.items()}
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.updates, self._scale = int(meta["updates"]), float(meta["scale"])
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.updates, self._scale = int(state["updates"]), float(state["scale"])
 
 
 def _make(
@@ -396,17 +396,13 @@ class EarlyStopping:
             self._waited += 1
         return improved
 
-    def state(self) -> dict[str, Any]:
-        """JSON without ``best``, which follows from the scores at ``best_step``.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state without ``best``, which follows from the scores at ``best_step``.
 
         ``patience`` belongs to the run file and may change on resume.
         """
         return {"best_step": self.best_step, "waited": self._waited}
 
-    def load_state(self, state: Mapping[str, Any], best: ScoreKey | None) -> None:
-        """Continue from ``state()``.
-
-        Args:
-            best: key of the scores at ``best_step``.
-        """
-        self.best, self.best_step, self._waited = best, state["best_step"], state["waited"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``; the caller sets ``best``."""
+        self.best_step, self._waited = state["best_step"], state["waited"]
