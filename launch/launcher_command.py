@@ -246,7 +246,7 @@ def environment(
     environ: Mapping[str, str], devices: Devices, cores: int, arguments: Sequence[str] = ()
 ) -> dict[str, str]:
     """Return the launcher's environment: threads per rank, accelerator, arguments of the ranks."""
-    result = dict(environ) | bootstrap.handed(list(arguments))
+    result = dict(environ) | bootstrap.arguments_in_environment(list(arguments))
     result[bootstrap.PARENT] = str(os.getpid())
     result.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices.ids))))
     result.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets it per rank

@@ -23,7 +23,7 @@ from trainer.prompts.saved_prompts import source_problems
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput, did_you_mean
 from trainer.runtime.json_file import read_json_object
-from trainer.runtime.stdio import private
+from trainer.runtime.stdio import open_private
 
 
 def check_run(
@@ -140,7 +140,7 @@ def open_log(output_dir: str, name: str) -> Path:
     folder = Path(output_dir) / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        os.close(private(folder / name))
+        os.close(open_private(folder / name))
     except OSError as error:
         raise BadInput(f"output_dir: cannot write to {output_dir}: {error.strerror}") from None
     return folder / name

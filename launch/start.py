@@ -73,7 +73,9 @@ def run_alone(
     """
     messages.note(f"importing {imports}")
     options = ("--parent-death=SIGTERM", "--arguments-in-environment")
-    handed = bootstrap.handed(list(arguments)) | {bootstrap.PARENT: str(os.getpid())}
+    handed = bootstrap.arguments_in_environment(list(arguments)) | {
+        bootstrap.PARENT: str(os.getpid())
+    }
     process = launcher_process.start(
         bootstrap.command(module, *options), env={**environment, **handed}
     )

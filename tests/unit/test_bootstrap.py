@@ -69,7 +69,7 @@ def test_the_working_directory_replaces_no_module(decoys, linked, monkeypatch):
 
 
 def test_arguments_in_the_environment_and_another_folder(decoys):
-    given = bootstrap.handed(["r.yaml", "a=\u00fc '$x'"])
+    given = bootstrap.arguments_in_environment(["r.yaml", "a=\u00fc '$x'"])
     words = ["--arguments-in-environment", f"--chdir={decoys.parent}", "program"]
     done = start(decoys, *words, path=[str(decoys.parent)], **given)
     assert done.returncode == 0, done.stderr

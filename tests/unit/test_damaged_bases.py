@@ -98,12 +98,12 @@ def test_config(folder: Path, values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.json", "[]", "must hold a JSON object"),
+        ("config.json", "[]", "must be a JSON object"),
         ("config.json", "{", "is not valid JSON"),
         ("tokenizer.json", "{", "tokenizer.json: is not valid JSON"),
         ("tokenizer.json", '{"version": "1.0"}', "transformers cannot read it"),
         ("tokenizer.json", "[" * 1000, "tokenizer.json: "),
-        ("tokenizer_config.json", "3", "tokenizer_config.json: must hold a JSON object"),
+        ("tokenizer_config.json", "3", "tokenizer_config.json: must be a JSON object"),
         ("generation_config.json", "[]", "generation_config.json: "),
         (SINGLE, "", "is damaged"),
         (SINGLE, "no header at all", "is damaged"),

@@ -19,8 +19,8 @@ from trainer.runtime.json_file import MAX_DEPTH, read_json, read_json_object
         (b"[" * 100_000, "nested deeper than 200 levels"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested deeper than 200"),
         (b"9" * 5_000, "is not valid JSON"),
-        (b"[1]", "must hold a JSON object, not a list"),
-        (b"true", "must hold a JSON object, not a boolean"),
+        (b"[1]", "must be a JSON object, not a list"),
+        (b"true", "must be a JSON object, not a boolean"),
         (b" " * 101, "is larger than 100 bytes"),
     ],
 )

@@ -691,13 +691,13 @@ def test_mistakes_in_tables(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("dataset_dict.json", "[]", "dataset_dict.json: must hold a JSON object, not a list"),
+        ("dataset_dict.json", "[]", "dataset_dict.json: must be a JSON object, not a list"),
         ("dataset_dict.json", "{}", "dataset_dict.json: 'splits' must list names"),
         ("dataset_dict.json", '{"splits": "train"}', "'splits' must list names"),
         ("dataset_dict.json", "[" * 100_000, "dataset_dict.json: is not valid JSON"),
         ("dataset_dict.json", '{"splits": ["train", "..", 5]}', "'splits' must list names"),
         ("train/state.json", "", "state.json: is not valid JSON"),
-        ("train/state.json", "null", "state.json: must hold a JSON object, not null"),
+        ("train/state.json", "null", "state.json: must be a JSON object, not null"),
         ("train/state.json", '{"_data_files": []}', "'_data_files' must list names"),
         ("train/state.json", '{"_data_files": [{}]}', "'_data_files' must list names"),
         ("train/state.json", '{"_data_files": [{"filename": "../x"}]}', "must list names"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -132,7 +133,12 @@ def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path, content: str) -> 
 
 @pytest.mark.fault("two jobs on one output folder")
 @pytest.mark.parametrize("stale", [False, True])
-def test_one_of_many_contenders_gets_it(tmp_path: Path, stale: bool) -> None:
+def test_one_of_many_contenders_gets_it(
+    tmp_path: Path, stale: bool, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # threads interleave at every step
+
     def contend(_: int) -> run_lock.Lock | None:
         try:
             return acquire(tmp_path, lambda _: None)

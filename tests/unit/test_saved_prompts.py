@@ -113,7 +113,7 @@ def test_folders_without_a_prompt_are_refused(tmp_path: Path) -> None:
     weights.unlink()
     assert "has no adapter_model.safetensors; train it first" in problem_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(["no", "mapping"]))
-    assert "adapter_config.json: must hold a JSON object, not a list" in problem_of(tmp_path)
+    assert "adapter_config.json: must be a JSON object, not a list" in problem_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     assert "nested deeper than 200 levels; export the prompt again" in problem_of(tmp_path)
 

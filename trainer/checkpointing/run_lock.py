@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -221,20 +222,18 @@ def _acquire(path: Path, ours: Holder) -> str | None:
         file = _read(path)
         if file is None:
             continue
-        # Only one of several processes that see the same stale lock may take it over. The takeover
-        # is guarded by a second lock file, which can also become stale.
+        why = file.why_dead(ours, _file_system_time(path.parent))
+        if why is None:
+            break
+        # Only one of several processes that see the same stale lock may delete it. The takeover is
+        # guarded by a second lock file, which can also become stale.
         claim = path.with_name(f"{path.name}.{hashlib.sha256(file.content).hexdigest()[:32]}")
         _acquire(claim, ours)
         try:
             now = _read(path)
-            if now is None or now.content != file.content:
-                continue
-            # The file system's clock has stamped both files.
-            why = now.why_dead(ours, claim.stat().st_mtime)
-            if why is None:
-                break
-            path.unlink()
-            previous = f"{file.holder or 'an unknown process'}: {why}"
+            if now is not None and now.content == file.content:
+                path.unlink()
+                previous = f"{file.holder or 'an unknown process'}: {why}"
         finally:
             claim.unlink(missing_ok=True)
     raise BadInput(_in_use(path, file))
@@ -297,6 +296,12 @@ def _read(path: Path) -> _LockFile | None:
     except ValidationError:
         holder = None
     return _LockFile(content, touched, holder)
+
+
+def _file_system_time(folder: Path) -> float:
+    """Return the current time in Unix seconds by the clock that stamps the lock file."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _create(path: Path, holder: Holder) -> bool:

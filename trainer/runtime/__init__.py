@@ -1,1 +1,13 @@
-"""Errors, console, processes and files: what every other folder needs."""
+"""Errors, console, processes and files for every other folder. Imports no torch and no mlflow.
+
+In the order in which one process uses them:
+
+1. ``bootstrap``: start a module with a clean import path. ``process``: end with the parent process.
+2. ``rank_program``: run a rank and turn its exceptions (``errors.BadInput``, ``errors.PortTaken``)
+   into exit codes. ``stdio``: redirect library output to the rank's log. ``stop_signals``: stop
+   when loading, or after the current step.
+3. ``console``: messages, progress (``Phase``) and tables. ``phase_times``: seconds by phase.
+   ``redact``: hide credentials and escape control characters.
+4. ``atomic_io``, ``json_file``: write files atomically, read untrusted JSON. ``cache_dir``,
+   ``git_revision``: location of caches, revision of the code.
+"""

@@ -1,4 +1,4 @@
-"""Files that are replaced in one go: a reader finds the old one or the new one, whole.
+"""Replace files atomically: a reader sees the old content or the new one.
 
 Standard library only.
 """
@@ -15,16 +15,16 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` in the end, or is gone if that fails.
+    """Yield a temporary file that replaces ``path`` at the end, or is deleted after an error.
 
-    Only one process may write a path at a time.
+    Only one process at a time may write a path.
 
     Args:
-        durable: flushed to the disk first, so that a power cut leaves no empty file. The entry in
-            its folder is not: a caller that needs it flushes the folder.
+        durable: fsync the file first, so that a power failure leaves no empty file. The caller
+            syncs the folder, if its entry must survive as well.
 
     Raises:
-        OSError: if the disk is full or cannot be written; ``path`` is as it was then.
+        OSError: the disk is full or cannot be written; ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
@@ -44,10 +44,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: bytes | str, *, durable: bool = False) -> None:
-    """Replace a file by this content; text is written as UTF-8."""
+    """Replace the content of a file; text is written as UTF-8."""
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace the content of a file by ``value`` as JSON."""
     write(path, json.dumps(value, indent=2) + "\n")

@@ -3,10 +3,10 @@
     python trainer/runtime/bootstrap.py [OPTIONS] MODULE [ARGUMENT ...]
 
 ``python -m MODULE`` imports from the working directory first: a ``json.py`` or a folder ``trainer``
-there replaces the real one without a message. Python 3.11 has PYTHONSAFEPATH against that; Python
-3.10 does not, so every process of ours is started by the path of this file.
+there replaces the real one silently. Python 3.11 prevents that with PYTHONSAFEPATH. Python 3.10
+does not, so every process of this project is started by the path of this file.
 
-Until the import path is clean, only modules that the interpreter has already loaded are imported.
+Before the import path is clean, only modules that the interpreter has loaded already are imported.
 """
 
 import os
@@ -24,10 +24,10 @@ def command(module: str, *options: str, python: str | None = None) -> list[str]:
     return [python or sys.executable, FILE, *options, module]
 
 
-def handed(arguments: list[str]) -> dict[str, str]:
-    """Return the environment that hands arguments to a process with ``--arguments-in-environment``.
+def arguments_in_environment(arguments: list[str]) -> dict[str, str]:
+    """Return the environment that passes arguments to ``--arguments-in-environment``.
 
-    Everyone on the machine can read command lines, but only its owner a process's environment.
+    Every user can read command lines, but only its owner the environment of a process.
     """
     import json
 
@@ -49,7 +49,7 @@ def _working_directory() -> str:
 
 
 def _real(path: str) -> str:
-    """Return the real path of an entry; the entry itself where the working directory is deleted."""
+    """Return the real path; the path itself if the working directory is deleted."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -57,24 +57,24 @@ def _real(path: str) -> str:
 
 
 def foreign_package() -> str | None:
-    """Return a message if ``import trainer`` does not find the package that this file is in."""
+    """Return a message if ``import trainer`` finds another package than this file's."""
     import importlib.util
 
     spec = importlib.util.find_spec("trainer")
-    found = os.path.dirname(spec.origin) if spec and spec.origin else None
-    if found is not None and os.path.realpath(found) == os.path.realpath(PACKAGE):
+    folder = os.path.dirname(spec.origin) if spec and spec.origin else None
+    if folder is not None and os.path.realpath(folder) == os.path.realpath(PACKAGE):
         return None
     where = spec.origin if spec and spec.origin else "a folder without __init__.py"
     return (
         f"'import trainer' finds {where} instead of promptshard's package in "
-        f"{PACKAGE}; remove the other one's folder from PYTHONPATH, or rename it"
+        f"{PACKAGE}; remove the folder of the other package from PYTHONPATH, or rename it"
     )
 
 
 def hidden_modules() -> list[str]:
-    """Return the files and folders in the working directory that hide modules of Python.
+    """Return the files and folders in the working directory that hide standard modules.
 
-    Worker processes of Python 3.10 import from there first, whatever this process does.
+    Worker processes of Python 3.10 import from there first, even if this process does not.
     """
     names = {name.partition(".")[0]: name for name in os.listdir() if _importable(name)}
     return sorted(names[module] for module in sys.stdlib_module_names & names.keys())
@@ -106,7 +106,7 @@ def main() -> None:
     if not hasattr(sys.flags, "safe_path") and (hidden := hidden_modules()):  # Python 3.10
         sys.exit(
             refuse(
-                f"{', '.join(hidden)} in the working directory hides a module of Python; rename "
+                f"{', '.join(hidden)} in the working directory hides a standard module; rename "
                 "it, start from another folder, or use Python 3.11 or newer"
             )
         )
@@ -124,12 +124,12 @@ def main() -> None:
     sys.argv = [args.module, *arguments]
     try:
         runpy.run_module(args.module, run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:  # Ctrl-C is no error to be traced
+    except KeyboardInterrupt:  # no traceback for Ctrl-C
         sys.exit(128 + signal.SIGINT)
 
 
 def refuse(problem: str) -> int:
-    """Print a problem, once per host; returns the exit code."""
+    """Print a problem, once per host; return the exit code."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"error: {problem}\n")
     return 2  # trainer.runtime.errors.EXIT_BAD_INPUT

@@ -1,16 +1,16 @@
-"""Which version of the code runs. Standard library only."""
+"""Look up the git revision of the running code. Standard library only."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-#: In a copy of the code that a job was submitted with: the revision it was copied from.
+#: File with the revision, in the copy of the code that a job was submitted with.
 REVISION_FILE = "REVISION"
 
 
 def git_revision(root: Path) -> str | None:
-    """Commit of the code in ``root``, with ``+changed`` if files differ; None outside a clone."""
+    """Return the commit of ``root``, with ``+changed`` if files differ; None outside a clone."""
     frozen = root / REVISION_FILE
     if frozen.is_file():
         return frozen.read_text(encoding="utf-8").strip() or None

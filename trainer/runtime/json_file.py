@@ -1,4 +1,4 @@
-"""Read JSON that another program wrote. Damaged, too large or too deep: one ``BadInput``."""
+"""Read untrusted JSON; damaged, too large or too deeply nested files raise ``BadInput``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.runtime.errors import BadInput
 
-#: Deepest nesting that is read. Python's parser, and whatever walks its result, are recursive.
+#: Maximum nesting: Python's parser and the functions that walk its result are recursive.
 MAX_DEPTH = 200
 MAX_BYTES = 1 << 26
 
@@ -37,15 +37,15 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Parse a JSON file that holds one object; raises as ``read_json``, also for another value."""
+    """Parse a JSON file that contains an object; any other value raises ``BadInput`` too."""
     value = read_json(path, max_bytes=max_bytes)
     if not isinstance(value, dict):
-        raise BadInput(f"{path}: must hold a JSON object, not {kind_of_json(value)}")
+        raise BadInput(f"{path}: must be a JSON object, not {kind_of_json(value)}")
     return value
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, where every failure is a ``ValueError`` with one line of text.
+    """``json.loads`` that raises a one-line ``ValueError`` for every failure.
 
     Raises:
         ValueError: not UTF-8, not JSON, an integer of thousands of digits, or too deeply nested.
@@ -59,10 +59,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Refuse a parsed value that is nested deeper than ``MAX_DEPTH``.
+    """Check the nesting of a parsed value.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is deeper than ``MAX_DEPTH``.
     """
     level = [value]
     for _ in range(MAX_DEPTH):
@@ -79,7 +79,7 @@ def check_depth(value: Any) -> None:
 
 
 def kind_of_json(value: Any) -> str:
-    """The JSON type of a value as messages name it."""
+    """Return the JSON type of a value, for messages."""
     if isinstance(value, bool):
         return "a boolean"
     names = {type(None): "null", dict: "an object", list: "a list", str: "a string"}

@@ -1,4 +1,4 @@
-"""Seconds of a run by phase. Standard library only."""
+"""Measure the seconds of a run by phase. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from contextlib import contextmanager
 
 
 class PhaseTimes:
-    """Adds up the seconds of named phases.
+    """Sums up the seconds of named phases.
 
-    A phase inside another one is subtracted from it, so that no second is counted twice.
+    The time of a nested phase is subtracted from the outer one, so no second is counted twice.
 
     Attributes:
-        seconds: by name, in the order in which the phases first began.
+        seconds: by name, in the order in which the phases first started.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inside: list[float] = []
+        self._nested: list[float] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.seconds.setdefault(name, 0.0)
-        self._inside.append(0.0)
+        self._nested.append(0.0)
         started = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - started
-            self.seconds[name] += seconds - self._inside.pop()
-            if self._inside:
-                self._inside[-1] += seconds
+            self.seconds[name] += seconds - self._nested.pop()
+            if self._nested:
+                self._nested[-1] += seconds
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add the phases of an earlier process of the same run."""
@@ -39,12 +39,12 @@ class PhaseTimes:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     def summary(self) -> dict[str, float]:
-        """Seconds by phase, and their ``total``."""
+        """Return the seconds by phase and their ``total``."""
         return {**self.seconds, "total": sum(self.seconds.values())}
 
 
 def breakdown(seconds: Mapping[str, float]) -> str:
-    """``1:23 (start 0:10, load 0:03, ...)``; phases of less than half a second are left out."""
+    """Return ``1:23 (start 0:10, load 0:03, ...)``, without phases under half a second."""
     parts = [
         f"{name} {clock(value)}"
         for name, value in seconds.items()
@@ -54,7 +54,7 @@ def breakdown(seconds: Mapping[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``0:05``, ``1:02:03``."""
+    """Format seconds as ``0:05`` or ``1:02:03``."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

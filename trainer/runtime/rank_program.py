@@ -1,4 +1,4 @@
-"""One rank's program: its log, its stop signals, and an exit code for whatever it raises."""
+"""Run the program of one rank: log file, stop signals, and exit codes for exceptions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from trainer.runtime.process import die_with_parent, mark_finished
 from trainer.runtime.redact import printable, redact
 from trainer.runtime.stdio import claim
 
-#: Returns the newest checkpoint in an output folder, or None.
+#: Returns the name of the newest checkpoint in an output folder, or None.
 FindCheckpoint = Callable[[Path], str | None]
 
 
 class HasOutputDir(Protocol):
-    """A run file, as far as a rank's program needs it."""
+    """The part of a run file that ``run_rank`` requires."""
 
     @property
     def output_dir(self) -> str: ...
@@ -48,7 +48,7 @@ def run_rank(
     resumes_from: FindCheckpoint | None = None,
     answers: bool = False,
 ) -> int:
-    """Read the run file, then run this rank's program on it; gives the exit code.
+    """Read the run file and run this rank's program on it; return the exit code.
 
     Args:
         resumes_from, answers: as in ``guarded``.
@@ -70,11 +70,11 @@ def run_rank(
 
 
 def refused(rank: int, error: BadInput) -> int:
-    """Print what is wrong before there is a log; gives the exit code."""
-    # One rank of every node, as a file can be missing on one node alone.
+    """Print problems before there is a log file; return the exit code."""
+    # On one rank of each node, because a file can be missing on one node only.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         node = "" if rank == 0 else f"{platform.node()}: "
-        with suppress(OSError):  # nobody reads it
+        with suppress(OSError):  # stderr is closed
             for problem in error.problems:
                 print(f"error: {node}{printable(redact(problem))}", file=sys.stderr)
     return EXIT_BAD_INPUT
@@ -88,20 +88,20 @@ def guarded(
     resumes_from: FindCheckpoint | None = None,
     answers: bool = False,
 ) -> int:
-    """Run this rank's program with its chatter in a log; turn what it raises into an exit code.
+    """Run this rank's program with library output in a log file; return the exit code.
 
     Args:
-        resumes_from: finds the checkpoint from which a stopped program resumes; None: it does not
-            resume.
-        answers: stdout is for ``Console.answer`` alone; all other output goes to stderr.
+        resumes_from: finds the checkpoint from which a stopped program resumes; None if the program
+            cannot resume.
+        answers: reserve stdout for ``Console.answer``; all other output goes to stderr.
     """
     log = logs / f"rank-{rank}.log"
     terminal = claim(rank, log)
     out = terminal.err if answers else terminal.out
     console = Console(out, terminal.err, log, answer=terminal.out, shown=rank == 0)
-    began = time.time()
+    started = time.time()
     try:
-        stop_signals.install_handlers()  # launch/ starts us with stop signals blocked
+        stop_signals.install_handlers()  # launch/ starts ranks with stop signals blocked
         program(console)
         if rank == 0:
             mark_finished()
@@ -121,16 +121,15 @@ def guarded(
         return EXIT_PORT_TAKEN
     except Exception as error:
         traceback.print_exc()
-        if resumes_from is not None and stop_signals.stopped_since(
-            logs, began
-        ):  # the connection to that rank is lost
+        # A rank that a signal has stopped closes its connections, which fail on the others.
+        if resumes_from is not None and stop_signals.stopped_since(logs, started):
             return _stopped(resumes_from(logs.parent), console)
         console.failure(error)
         return EXIT_FAILURE
 
 
 def _stopped(checkpoint: str | None, console: Console) -> int:
-    """Print how to resume a run that was stopped; gives its exit code."""
+    """Print how to resume a stopped run; return the exit code."""
     if checkpoint is not None:
         console.note(f"Stopped. Rerun the command to resume from {checkpoint}.")
     else:
@@ -139,10 +138,10 @@ def _stopped(checkpoint: str | None, console: Console) -> int:
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if need be.
+    """Create the folder if it does not exist, and return it.
 
     Raises:
-        BadInput: if nothing can be written there.
+        BadInput: it is not writable.
     """
     probe = folder / f".writable-{os.getpid()}"
     try:

@@ -1,6 +1,4 @@
-"""Remove credentials from text before it reaches a file, a log or a tracker, and control
-characters before it reaches a terminal.
-"""
+"""Hide credentials in text for files and trackers; escape control characters for terminals."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
 
-# user:password@ in front of a host. The first form is RFC 3986; the second also catches a raw "/"
-# in a password, which SQLAlchemy accepts.
+# user:password@ before a host. The first form is RFC 3986; the second also matches a raw "/" in a
+# password, which SQLAlchemy accepts.
 _USER_INFO = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*://)"
     r"(?:[^\s'\"<>/?#]*@|[^\s'\"<>@/:]*:[^\s'\"<>]*@)",
@@ -31,44 +29,41 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def redact_value(text: str) -> str:
-    """``redact`` one value, as ``tracking.uri=...``: hide all from ``://`` to the last ``@``."""
+    """Redact one value, such as ``tracking.uri=...``: hide all from ``://`` to the last ``@``."""
     return redact(re.sub(r"://.*@", f"://{HIDDEN}@", text, flags=re.DOTALL))
 
 
-#: Control characters but tab and newline, surrogates, and marks that change the direction of text.
+#: Control characters except tab and newline, surrogates, and marks of text direction.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes such as ``\\x1b`` in place of what would control a terminal.
-
-    Names and messages of files, which may be somebody else's, are printed in this form.
-    """
+    """Escape control characters (``\\x1b``), so that text of files cannot control a terminal."""
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def secrets_of(uri: str) -> list[str]:
-    """The secret parts of ``uri`` to hide in any text, as written and percent-decoded.
+    """Return the secrets in ``uri``, as written and percent-decoded, the longest first.
 
-    Longest first, and only those that ``is_distinct`` accepts.
+    Only those that ``is_distinct`` accepts.
     """
-    found = set()
+    secrets = set()
     user_info = _USER_INFO.match(uri)
     if user_info:
         inside = user_info.group(0)[len(user_info["scheme"]) : -1]
-        found.add(inside.partition(":")[2] or inside)
+        secrets.add(inside.partition(":")[2] or inside)
     for match in _QUERY.finditer("?" + urlsplit(uri).query if "?" in uri else ""):
-        found.add(match.group(0)[len(match["name"]) :])
-    found |= {unquote(secret) for secret in found}
-    return sorted((s for s in found if is_distinct(s)), key=len, reverse=True)
+        secrets.add(match.group(0)[len(match["name"]) :])
+    secrets |= {unquote(secret) for secret in secrets}
+    return sorted((s for s in secrets if is_distinct(s)), key=len, reverse=True)
 
 
 def is_distinct(secret: str) -> bool:
     """Whether a secret can be hidden in any text without hiding common words or numbers.
 
-    Others, such as the password "test", are hidden in addresses only.
+    Other secrets, such as the password "test", are hidden in addresses only.
     """
     if len(secret) < 8 or secret == HIDDEN:
         return False

@@ -1,9 +1,9 @@
-"""Streams to the terminal: only rank 0 writes there. Imports only the standard library.
+"""Standard streams of a rank: only rank 0 writes to the terminal. Standard library only.
 
-``promptshard train`` sends the DeepSpeed launcher's stdout to a log file. The launcher hands file
-descriptor 0 to its ranks untouched, so the person's stdout travels there, and
-``PROMPTSHARD_STDOUT_FD`` says so: it stays the real terminal, pipe or file, and ``isatty`` holds.
-Started by hand with ``deepspeed --module trainer``, stdout is where it always is.
+``promptshard train`` redirects the stdout of the DeepSpeed launcher to a log file. The launcher
+passes file descriptor 0 to its ranks unchanged, so the user's stdout is passed as descriptor 0 and
+``PROMPTSHARD_STDOUT_FD`` is set; ``isatty`` still works on it. With ``deepspeed --module trainer``
+the user's stdout is descriptor 1 as usual.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ VARIABLE = "PROMPTSHARD_STDOUT_FD"
 
 
 class DroppingStream(io.TextIOWrapper):
-    """A stream that drops text, instead of raising, when its reader is gone or its disk is full.
+    """A stream that drops text instead of raising if its reader has ended or its disk is full.
 
-    A Ctrl-C also ends the ``tee`` behind a pipe, just when the run is to be saved.
+    Ctrl-C also ends a ``tee`` that reads the output, while the run still has to be saved.
     """
 
     def __init__(self, descriptor: int, *, close: bool = True) -> None:
@@ -40,11 +40,11 @@ class DroppingStream(io.TextIOWrapper):
 
 
 def keep_streams() -> None:
-    """Let this process continue when nobody reads its stdout or stderr, or their disk is full."""
+    """Make stdout and stderr drop text if their reader has ended or the disk is full."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file that is opened would be taken for it
+        except OSError:  # closed: the next file that is opened would get this number
             opened = os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
             os.set_inheritable(opened, True)
     sys.stdout, sys.stderr = DroppingStream(1, close=False), DroppingStream(2, close=False)
@@ -52,45 +52,41 @@ def keep_streams() -> None:
 
 @dataclass(frozen=True)
 class Terminal:
-    """Streams to the person; on ranks other than 0 they lead nowhere."""
+    """Streams to the user's terminal; on ranks other than 0, to /dev/null."""
 
     out: TextIO
     err: TextIO
 
 
-def private(log: Path) -> int:
-    """Return a descriptor that appends to a log which only its owner may read.
+def open_private(log: Path) -> int:
+    """Open a log for appending that only its owner can read; return the descriptor.
 
-    A message of a library may hold a password, of the tracker for example.
+    Messages of libraries may contain passwords, for example of the tracker.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with suppress(OSError):  # the log of an earlier run may be another user's
+    with suppress(OSError):  # the log may belong to another user
         os.fchmod(descriptor, 0o600)
     return descriptor
 
 
 def claim(rank: int, log: Path) -> Terminal:
-    """Take the terminal for rank 0 and send all other output of this process to ``log``.
+    """Return the terminal's streams and redirect descriptors 1 and 2 to ``log``.
 
-    Libraries, child processes and C code write to descriptors 1 and 2, which lead to ``log`` from
-    now on. Call it before anything that chatters is imported.
+    Libraries, child processes and C code then write to the log. Call it before they are imported.
     """
-    given = os.environ.pop(VARIABLE, None)
+    descriptor = os.environ.pop(VARIABLE, None)
     sys.stdout.flush()
     sys.stderr.flush()
     if rank == 0:
-        out, err = os.dup(int(given) if given else 1), os.dup(2)
+        out, err = os.dup(int(descriptor) if descriptor else 1), os.dup(2)
     else:
         out, err = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
     log.parent.mkdir(parents=True, exist_ok=True)
-    chatter = private(log)
-    os.utime(log)  # the command line sees that this rank has started
+    log_file = open_private(log)
+    os.utime(log)  # the command line checks that this rank has started
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (chatter, 1), (chatter, 2)):
+    for source, target in ((nothing, 0), (log_file, 1), (log_file, 2)):
         os.dup2(source, target)
-    os.close(chatter)
+    os.close(log_file)
     os.close(nothing)
-    return Terminal(
-        out=DroppingStream(out),
-        err=DroppingStream(err),
-    )
+    return Terminal(DroppingStream(out), DroppingStream(err))

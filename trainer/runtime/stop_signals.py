@@ -1,11 +1,11 @@
-"""Stop signals of this process: immediate while a run loads, between steps while it trains.
+"""Stop signals of a rank: immediate while a run loads, deferred to the next step while it trains.
 
-A run that trains must end on all ranks together, with its state saved, so a signal only sets a flag
-here. Ranks exchange the flags in the all-reduce at the end of a step: a signal to one of them is
-enough. Another signal while they save changes nothing.
+A run that trains has to stop on all ranks together, with its state saved. A signal therefore only
+sets a flag; the ranks exchange their flags in the all-reduce at the end of a step, so a signal to
+one of them is enough. Further signals while they save have no effect.
 
-While a run loads, the rank that gets the signal ends, and the others lose their connection to it:
-a file in ``logs`` tells them why.
+While a run loads, only the rank that receives the signal stops, and the others lose their
+connection to it. A file in ``logs`` informs them of the reason.
 """
 
 from __future__ import annotations
@@ -23,54 +23,48 @@ class Stopped(KeyboardInterrupt):
     """All ranks have stopped together, because one of them received a stop signal."""
 
 
-class _SignalState:
-    """Attributes:
-    left: a signal has come.
-    waits: signals only leave word; before that they interrupt whatever is being done.
-    """
-
-    left = False
-    waits = False
-
-
-_word = _SignalState()
+_received = False
+_deferred = False
 
 
 def install_handlers() -> None:
-    """From now on signals interrupt this process as Ctrl-C does; those blocked so far come now."""
-    _word.left = _word.waits = False
+    """Make stop signals interrupt this process as Ctrl-C does, and unblock them."""
+    global _received, _deferred
+    _received = _deferred = False
     for number in SIGNALS:
-        # A shell's & has its jobs ignore Ctrl-C.
+        # A background job of a shell ignores Ctrl-C.
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _take)
+            signal.signal(number, _handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def defer() -> None:
-    """From now on signals wait until somebody asks."""
-    _word.waits = True
+    """From now on, only record stop signals; ``stop_requested`` returns them."""
+    global _deferred
+    _deferred = True
 
 
 def stop_requested() -> bool:
-    """Whether this process received a stop signal."""
-    return _word.left
+    """Whether this process has received a stop signal."""
+    return _received
 
 
 def write_stop_file(logs: Path) -> None:
-    """Leave a file for ranks that lose their connection to this one."""
+    """Write a file for the ranks that lose their connection to this one."""
     with suppress(OSError):
         (logs / FILE).write_text("a rank was stopped by a signal\n")
 
 
 def stopped_since(logs: Path, since: float) -> bool:
-    """Return whether a rank was stopped by a signal after a time, in Unix seconds."""
+    """Whether a rank was stopped by a signal after a time in Unix seconds."""
     try:
         return (logs / FILE).stat().st_mtime >= since
     except OSError:
         return False
 
 
-def _take(_: int, __: FrameType | None) -> None:
-    _word.left = True
-    if not _word.waits:
+def _handle(_: int, __: FrameType | None) -> None:
+    global _received
+    _received = True
+    if not _deferred:
         raise KeyboardInterrupt

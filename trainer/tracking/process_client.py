@@ -16,7 +16,7 @@ from trainer.config.tracking import HTTP, scheme_of
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import HIDDEN, redact
-from trainer.runtime.stdio import private
+from trainer.runtime.stdio import open_private
 from trainer.tracking.progress_file import FILE, ProgressFile
 from trainer.tracking.pusher import Pusher, where_to_look
 from trainer.tracking.store_uri import StoreAddress, resolve, sync_command
@@ -87,7 +87,7 @@ class TrackingClient:
             environment[URI_VARIABLE] = self.uri
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(private(self._log), "ab") as out:
+            with os.fdopen(open_private(self._log), "ab") as out:
                 self._process = subprocess.Popen(
                     [*bootstrap.command("trainer.commands.sync"), "follow", json.dumps(options)],
                     stdin=subprocess.PIPE,
