@@ -8,7 +8,8 @@ import pytest
 
 from trainer.config.ranking import Entry
 from trainer.config.run import Halving
-from trainer.training.halving import rungs, select, worst
+from trainer.evaluation.selection import select
+from trainer.training.halving import rungs, worst
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,9 @@ from transformers.optimization import Adafactor as TheirAdafactor
 from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import Prompt
 from trainer.config.ranking import score_key
-from trainer.training.prompt_optimizer import (
-    Adafactor,
-    EarlyStopping,
-    Muon,
-    PromptOptimizer,
-    make_optimizer,
-    scheduled,
-)
+from trainer.training.early_stopping import EarlyStopping
+from trainer.training.optimizers import Adafactor, Muon, scheduled
+from trainer.training.prompt_optimizer import PromptOptimizer, make_optimizer
 
 
 def make_parameters() -> dict[str, nn.Parameter]:

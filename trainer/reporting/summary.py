@@ -19,6 +19,7 @@ from trainer.distributed.deepspeed_engine import Engine, base_bytes
 from trainer.distributed.model_loading import LoadedBase
 from trainer.evaluation.result_table import ResultRow, TaskTable, task_tables
 from trainer.evaluation.score_format import column_title, format_score, score_text, shown_scores
+from trainer.evaluation.selection import select
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.model.checkpoint_files import BaseFiles, portable_name
 from trainer.prompts.peft_adapter import save_peft
@@ -30,7 +31,6 @@ from trainer.runtime.git_revision import git_revision
 from trainer.runtime.phase_times import breakdown
 from trainer.runtime.redact import redact
 from trainer.tracking.progress_file import forget_tracking
-from trainer.training.halving import select
 from trainer.training.loop import Loop
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")

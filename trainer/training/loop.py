@@ -39,8 +39,8 @@ from trainer.prompts.bank import Bank
 from trainer.runtime.console import Console, StepLine
 from trainer.runtime.phase_times import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
+from trainer.training.early_stopping import EarlyStopping
 from trainer.training.halving import rungs, worst
-from trainer.training.prompt_optimizer import EarlyStopping
 from trainer.training.saved_tensors import SavedBytes
 from trainer.training.step import StepResult, batch_gradients
 
