@@ -21,7 +21,7 @@ from trainer.model.fingerprint import (
     digest_weight_files,
     weight_files,
 )
-from trainer.model.layers.fused_ops import compile_lean
+from trainer.model.layers.fused_ops import compile_fused_operations, fused_counts
 from trainer.model.layers.matmul_selection import (
     MEASURE,
     largest_shapes,
@@ -122,6 +122,9 @@ def load_base(
     policy = engine.run_on_all(lambda: resolve_policy(config, dtype, files.config.hidden_size))
     # All that can be wrong without reading weights is found here, before minutes of reading.
     skeleton = engine.run_on_all(lambda: build_meta_model(files, settings, dtype, engine.device))
+    if fused := fused_counts(skeleton):
+        counts = ", ".join(f"{count} {operation}" for operation, count in sorted(fused.items()))
+        console.print(f"fused operations: {counts}")
     matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
     packed = family_of(files.config, files.name).packed
     flex = engine.run_on_all(
@@ -215,7 +218,7 @@ def _choose_matmul(
         console.print(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)
     if matmul != "dequantize":  # then there is a compiler
-        compile_lean(skeleton)
+        compile_fused_operations(skeleton)
     if exact:
         console.print(
             f"base.matmul: {len(exact)} layer(s) too wide for sums in 32 bits are dequantised "

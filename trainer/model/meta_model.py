@@ -18,7 +18,7 @@ from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import family_of, logit_rule
 from trainer.model.generation_config import check_logits_processors
 from trainer.model.layers.embedding import FrozenEmbedding
-from trainer.model.layers.fused_ops import make_lean
+from trainer.model.layers.fused_ops import fuse_operations
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts, is_experts
@@ -55,7 +55,7 @@ def build_meta_model(
         _tie(model)
         if family.packed:
             replace_attention(model)
-        make_lean(model)
+        fuse_operations(model)
         sources = locate_parameters(model, stored)
         problems = [
             problem

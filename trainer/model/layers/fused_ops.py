@@ -1,23 +1,25 @@
-"""Norms, gates and rotations of a layer in one pass each, which save no more than backward needs.
+"""Fused norms, gated activations and rotary embeddings that save little for backward.
 
-transformers writes them as single operations, of which each makes a tensor and many save one. Here
-a gated activation saves its two inputs, a norm its input and one number per token, a rotation
-nothing; what lies in between is computed again from these, which costs no product. Where a compiler
-is at hand, every pass is one loop over memory.
+transformers computes each of these in several operations, most of which allocate and save a tensor.
+Here a gated activation saves its two inputs, a norm its input and one number per token, and a
+rotation nothing; backward recomputes the rest without a matrix product. With a compiler, each
+operation is one loop over memory.
 
-A module is recognised by what its code says, not by its name: families copy Llama's to the letter.
+A module is recognized by the bytecode of its methods: most families of transformers are copies of
+Llama's modules under other names. Unrecognized modules are left unchanged, which costs memory but
+never changes numbers. ``fused_counts`` gives the number of recognized modules.
 
 Shape letters: T tokens, A attention heads, D head size.
 """
 
 from __future__ import annotations
 
-import ast
+import dis
 import inspect
-import textwrap
 import types
+from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,8 +37,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-ROTATION = "apply_rotary_pos_emb"
-#: Activations with a derivative of their own, by the class that transformers makes them of.
+#: Activations with a hand-written derivative, by the class that transformers implements them with.
 ACTIVATIONS: dict[type[nn.Module], str] = {
     type(ACT2FN["silu"]): "silu",
     type(ACT2FN["gelu"]): "gelu",
@@ -44,21 +45,10 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
-class _Passes:
-    """The loops over memory, each compiled on first use if asked for."""
-
-    def __init__(self, compiled: bool) -> None:
-        def made(loop: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(loop, dynamic=True) if compiled else loop
-
-        self.gate, self.gate_backward = made(_gate), made(_gate_backward)
-        self.norm, self.norm_backward = made(_norm), made(_norm_backward)
-        self.rotate, self.rotate_back = made(_rotate), made(_rotate_back)
-
-
 @cache
-def _passes(compiled: bool) -> _Passes:
-    return _Passes(compiled)
+def _loop(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """A loop over memory, compiled on first use if ``compiled``."""
+    return torch.compile(function, dynamic=True) if compiled else function
 
 
 def _act(gate: Tensor, kind: str) -> Tensor:
@@ -85,7 +75,7 @@ def _gate_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[T
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
-    """The norm and each token's factor, fp32; rounded where Llama and Gemma round."""
+    """The norm and each token's factor, fp32; casts happen where Llama and Gemma cast."""
     x32 = x.float()
     factor = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
@@ -113,16 +103,16 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, compiled: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.kind, ctx.passes = kind, _passes(compiled)
-        # Detached, or every pass would be compiled twice, with and without a gradient to come.
-        y: Tensor = ctx.passes.gate(gate.detach(), up.detach(), kind)
+        ctx.kind, ctx.compiled = kind, compiled
+        # Detached: requires_grad is a compilation guard, so each loop would be compiled twice.
+        y: Tensor = _loop(_gate, compiled)(gate.detach(), up.detach(), kind)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        return *ctx.passes.gate_backward(grad, gate, up, ctx.kind), None, None
+        return *_loop(_gate_backward, ctx.compiled)(grad, gate, up, ctx.kind), None, None
 
 
 class _Normed(torch.autograd.Function):
@@ -130,10 +120,11 @@ class _Normed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Callable[[], Tensor], eps: float, offset: bool, compiled: bool
     ) -> Tensor:
-        ctx.weight, ctx.offset, ctx.passes = weight, offset, _passes(compiled)
-        # The weight is asked for again in backward, not kept: sharding takes it away in between.
+        # ZeRO-3 frees the weight after forward and gathers it again for backward, so the weight is
+        # not saved but read again.
+        ctx.weight, ctx.offset, ctx.compiled = weight, offset, compiled
         y: Tensor
-        y, factor = ctx.passes.norm(x.detach(), weight().detach(), eps, offset)
+        y, factor = _loop(_norm, compiled)(x.detach(), weight().detach(), eps, offset)
         ctx.save_for_backward(x, factor)
         return y
 
@@ -141,8 +132,9 @@ class _Normed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, factor = ctx.saved_tensors
-        weight = ctx.weight().detach()
-        return ctx.passes.norm_backward(grad, x, factor, weight, ctx.offset), None, None, None, None
+        backward = _loop(_norm_backward, ctx.compiled)
+        dx = backward(grad, x, factor, ctx.weight().detach(), ctx.offset)
+        return dx, None, None, None, None
 
 
 class _Rotated(torch.autograd.Function):
@@ -150,49 +142,47 @@ class _Rotated(torch.autograd.Function):
     def forward(
         ctx: Any, x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, compiled: bool
     ) -> Tensor:
-        ctx.save_for_backward(cos_T1D, sin_T1D)  # one pair for all layers
-        ctx.passes = _passes(compiled)
-        y_TAD: Tensor = ctx.passes.rotate(x_TAD.detach(), cos_T1D, sin_T1D)
+        ctx.save_for_backward(cos_T1D, sin_T1D)  # shared by all layers
+        ctx.compiled = compiled
+        y_TAD: Tensor = _loop(_rotate, compiled)(x_TAD.detach(), cos_T1D, sin_T1D)
         return y_TAD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.passes.rotate_back(grad_TAD, *ctx.saved_tensors), None, None, None
+        return _loop(_rotate_back, ctx.compiled)(grad_TAD, *ctx.saved_tensors), None, None, None
 
 
-def _lean_rotation(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What stands in for ``apply_rotary_pos_emb``."""
-
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        # Heads stand behind tokens in memory, though not in the shape.
-        heads = 2 if unsqueeze_dim == 1 else unsqueeze_dim
-        q, k = (x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k))
-        cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
-        q, k = (_Rotated.apply(x, cos, sin, compiled) for x in (q, k))
-        return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
-
-    return rotate
-
-
-_ROTATIONS = {compiled: _lean_rotation(compiled) for compiled in (False, True)}
+def _apply_rotation(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """Replacement of ``apply_rotary_pos_emb``."""
+    # With heads before tokens, q and k are transposed views; rotate them in memory order.
+    heads = 2 if unsqueeze_dim == 1 else unsqueeze_dim
+    q, k = (x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k))
+    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
+    q, k = (_Rotated.apply(x, cos, sin, compiled) for x in (q, k))
+    return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
 
 
 class FusedModule(nn.Module):
-    """What lean modules share; each is mixed into the class of the module that it stands for.
+    """Base of the fused modules; each becomes a base class of the module's own class.
 
     Attributes:
-        compiled: passes are compiled; otherwise they are torch's single operations.
+        compiled: the loops are compiled; otherwise they run as separate torch operations.
+        operation: name in ``fused_counts``.
+        original: class of the module that was replaced.
     """
 
     compiled = False
+    operation: str
+    original: Any
 
 
 class RecomputedGatedMLP(FusedModule):
     """``down(act(gate(x)) * up(x))``."""
 
+    operation = "gated MLP"
     act_fn: nn.Module
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -200,15 +190,15 @@ class RecomputedGatedMLP(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = ACTIVATIONS[type(self.act_fn)]
-        y: Tensor = self.down_proj(
-            _Gated.apply(self.gate_proj(x), self.up_proj(x), kind, self.compiled)
-        )
+        gated = _Gated.apply(self.gate_proj(x), self.up_proj(x), kind, self.compiled)
+        y: Tensor = self.down_proj(gated)
         return y
 
 
 class RecomputedPackedMLP(FusedModule):
-    """The same with gate and up in one matrix (Phi-3, GLM)."""
+    """A gated MLP with gate and up in one matrix (Phi-3, GLM)."""
 
+    operation = "gated MLP"
     activation_fn: nn.Module
     gate_up_proj: nn.Module
     down_proj: nn.Module
@@ -223,6 +213,7 @@ class RecomputedPackedMLP(FusedModule):
 class RecomputedRMSNorm(FusedModule):
     """Root-mean-square norm (arXiv 1910.07467)."""
 
+    operation = "RMSNorm"
     weight: Tensor
     variance_epsilon: float
 
@@ -235,7 +226,7 @@ class RecomputedRMSNorm(FusedModule):
 
 
 class RecomputedOffsetRMSNorm(RecomputedRMSNorm):
-    """The same whose weight counts from 1 (Gemma)."""
+    """Root-mean-square norm that multiplies by ``1 + weight`` (Gemma)."""
 
     eps: float
 
@@ -245,14 +236,16 @@ class RecomputedOffsetRMSNorm(RecomputedRMSNorm):
 
 
 class RecomputedRotaryAttention(FusedModule):
-    """Attention of any family that rotates queries and keys as Llama does (arXiv 2104.09864)."""
+    """Attention that rotates queries and keys as Llama does (arXiv 2104.09864)."""
+
+    operation = "rotary attention"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _rotating(_class(self), self.compiled)(self, *args, **kwargs)
+        return _with_fused_rotation(self.original, self.compiled)(self, *args, **kwargs)
 
 
-#: (Modules whose code is like this, the methods that count, what takes their place).
-KNOWN: tuple[tuple[Any, tuple[str, ...], type[FusedModule]], ...] = (
+#: (class of transformers, the methods to compare, the fused class).
+KNOWN: tuple[tuple[type[nn.Module], tuple[str, ...], type[FusedModule]], ...] = (
     (LlamaRMSNorm, ("forward",), RecomputedRMSNorm),
     (GemmaRMSNorm, ("forward", "_norm"), RecomputedOffsetRMSNorm),
     (LlamaMLP, ("forward",), RecomputedGatedMLP),
@@ -260,23 +253,24 @@ KNOWN: tuple[tuple[Any, tuple[str, ...], type[FusedModule]], ...] = (
 )
 
 
-def lean_class(module: nn.Module) -> type[FusedModule] | None:
-    """What does the same as this module and saves less; None if nothing is known to."""
-    for known, methods, lean in KNOWN:
-        if all(_code(_class(module), name) == _code(known, name) for name in methods):
+def fused_class(module: nn.Module) -> type[FusedModule] | None:
+    """The fused class that computes the same as this module; None if there is none."""
+    for known, methods, fused in KNOWN:
+        if all(_same_code(type(module), known, name) for name in methods):
             act = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-            return lean if act is None or type(act) in ACTIVATIONS else None
-    return RecomputedRotaryAttention if _rotates(module) else None
+            return fused if act is None or type(act) in ACTIVATIONS else None
+    return RecomputedRotaryAttention if _rotates_like_llama(type(module)) else None
 
 
-def lean_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The activation of stacked experts between their matrices; None if it is one of their own.
+def fused_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Fused activation of stacked experts, [T, 2 I] (gate, then up) to [T, I].
 
-    Takes gate and up side by side, [T, 2 I], and gives [T, I].
+    Returns:
+        None if the family has an activation that is not supported here.
     """
     act: Any = getattr(experts, "act_fn", None)
-    kind = ACTIVATIONS.get(type(act))
-    if kind is None or _code(_class(experts), "_apply_gate") != _code_of(_default_apply_gate):
+    kind, own_gate = ACTIVATIONS.get(type(act)), getattr(type(experts), "_apply_gate", None)
+    if kind is None or _code(own_gate) != _code(_default_apply_gate):
         return None
 
     def gate(gate_up: Tensor) -> Tensor:
@@ -286,68 +280,67 @@ def lean_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return gate
 
 
-def make_lean(model: nn.Module) -> None:
-    """Let every module that is known save less; others are left as they are."""
+def fuse_operations(model: nn.Module) -> None:
+    """Replace every recognized module of a model by its fused one."""
     for module in model.modules():
-        lean = lean_class(module)
-        if lean is not None:
-            mixed: Any = lean
-            module.__class__ = _mixed(mixed, _class(module))
+        fused: Any = fused_class(module)
+        if fused is not None:
+            module.__class__ = _mixed(fused, type(module))
 
 
-def compile_lean(model: nn.Module) -> None:
-    """From now on, every pass is one loop over memory."""
+def compile_fused_operations(model: nn.Module) -> None:
+    """Compile the loops of all fused modules on their next use."""
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.compiled = True
 
 
-@cache
-def _mixed(lean: Any, original: Any) -> Any:
-    return type(f"Lean{original.__name__}", (lean, original), {"original": original})
+def fused_counts(model: nn.Module) -> Counter[str]:
+    """Number of fused modules by operation."""
+    return Counter(m.operation for m in model.modules() if isinstance(m, FusedModule))
 
 
 @cache
-def _rotating(mixed: Any, compiled: bool) -> Callable[..., Any]:
-    """The forward of an attention class, in which one name means another function."""
-    forward = mixed.original.forward
-    names = {**forward.__globals__, ROTATION: _ROTATIONS[compiled]}
-    parts = forward.__name__, forward.__defaults__, forward.__closure__
-    made = types.FunctionType(forward.__code__, names, *parts)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+def _mixed(fused: Any, original: Any) -> Any:
+    return type(f"Fused{original.__name__}", (fused, original), {"original": original})
 
 
-def _rotates(module: nn.Module) -> bool:
-    forward: Any = getattr(type(module), "forward", None)
+@cache
+def _with_fused_rotation(original: Any, compiled: bool) -> Callable[..., Any]:
+    """The forward of an attention class with the global ``apply_rotary_pos_emb`` replaced."""
+    forward = original.forward
+    rotation = partial(_apply_rotation, compiled=compiled)
+    fused = types.FunctionType(
+        forward.__code__,
+        {**forward.__globals__, apply_rotary_pos_emb.__name__: rotation},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    return fused
+
+
+def _rotates_like_llama(attention: type[nn.Module]) -> bool:
+    forward = getattr(attention, "forward", None)
     names = getattr(forward, "__globals__", {})
-    return ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ()) and all(
-        _code_of(names.get(known.__name__)) == _code_of(known)
+    used = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return apply_rotary_pos_emb.__name__ in used and all(
+        _code(names.get(known.__name__)) == _code(known)
         for known in (apply_rotary_pos_emb, rotate_half)
     )
 
 
-def _class(module: nn.Module) -> Any:
-    return type(module)
-
-
-def _code(owner: Any, method: str) -> str:
-    return _code_of(getattr(owner, method, None))
+def _same_code(one: type[nn.Module], other: type[nn.Module], method: str) -> bool:
+    return _code(getattr(one, method, None)) == _code(getattr(other, method, None))
 
 
 @cache
-def _code_of(function: Any) -> str:
-    """What a function does, whatever its annotations and comments."""
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        return f"{function!r} has no source"
-    tree = ast.parse(source).body[0]
-    if not isinstance(tree, ast.FunctionDef):
-        return source
-    for argument in tree.args.args:
-        argument.annotation = None
-    tree.returns, tree.decorator_list = None, []
-    if ast.get_docstring(tree) is not None:
-        tree.body = tree.body[1:]
-    return ast.dump(tree)
+def _code(function: Any) -> object:
+    """Instructions and parameters of a function: equal if it is a copy, docstrings aside."""
+    function = inspect.unwrap(function) if callable(function) else function
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return function
+    instructions = tuple((step.opname, step.argval) for step in dis.get_instructions(code))
+    return instructions, function.__defaults__, function.__kwdefaults__

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.layers.fused_ops import lean_gate
+from trainer.model.layers.fused_ops import fused_gate
 from trainer.model.layers.int8_matmul import frozen_matmul
 from trainer.model.layers.linear import absmax_name
 from trainer.model.layers.quantization import INT8_MAX
@@ -44,7 +44,7 @@ class FrozenExperts(nn.Module):
     def __init__(self, experts: Any, quantized: bool) -> None:
         super().__init__()
         # The activation between the two matrices may be the family's own.
-        self._apply_gate: Callable[[Tensor], Tensor] = lean_gate(experts) or experts._apply_gate
+        self._apply_gate: Callable[[Tensor], Tensor] = fused_gate(experts) or experts._apply_gate
         self.num_experts: int = experts.gate_up_proj.shape[0]
         self.transposed = frozenset(MATRICES if experts.is_transposed else ())
         for name in MATRICES:
