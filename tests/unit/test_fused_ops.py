@@ -87,11 +87,11 @@ def test_error_is_not_larger_in_bf16(kind: str) -> None:
     exact = run(pair(kind)[0], torch.float32)
     original, fused = (run(module, torch.bfloat16) for module in pair(kind, torch.bfloat16))
     for i in (0, 1):
-        off = [
+        errors = [
             (results[i].float() - exact[i]).norm() / exact[i].norm()
             for results in (original, fused)
         ]
-        assert off[1] <= 1.2 * off[0] + 1e-3, off
+        assert errors[1] <= 1.2 * errors[0] + 1e-3, errors
 
 
 def test_gate_and_norm_save_less_in_bf16() -> None:

@@ -269,7 +269,8 @@ def fused_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
         None if the family has an activation that is not supported here.
     """
     act: Any = getattr(experts, "act_fn", None)
-    kind, own_gate = ACTIVATIONS.get(type(act)), getattr(type(experts), "_apply_gate", None)
+    kind: str | None = ACTIVATIONS.get(type(act))
+    own_gate = getattr(type(experts), "_apply_gate", None)
     if kind is None or _code(own_gate) != _code(_default_apply_gate):
         return None
 
@@ -283,9 +284,10 @@ def fused_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def fuse_operations(model: nn.Module) -> None:
     """Replace every recognized module of a model by its fused one."""
     for module in model.modules():
+        original: Any = type(module)
         fused: Any = fused_class(module)
         if fused is not None:
-            module.__class__ = _mixed(fused, type(module))
+            module.__class__ = _mixed(fused, original)
 
 
 def compile_fused_operations(model: nn.Module) -> None:
