@@ -25,7 +25,7 @@ from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import quantize_rows
 from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.process import flush_and_exit
-from trainer.training.step import step_gradients
+from trainer.training.step import StepResult, step_gradients
 
 LENGTHS = [5, 8]  # virtual tokens of the first two prompts
 PAST = (4, 3, 2, 2, 16)  # keys and values of the third: P, layers, 2, heads of keys, head size
@@ -66,17 +66,15 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
     nan = step_gradients(engine, module, packed_rows, poisoned, max_tokens=10_000)
 
     reference = plain_model(Path(folder), quantization)
-    expected = padded_peft(reference, packed_rows, prompts)
+    peft = padded_peft(reference, packed_rows, prompts)
+    peft_alone = padded_peft(reference, packed_rows[:1], prompts)
+    peft_apart = padded_peft(reference, [packed_rows[6], packed_rows[2]], prompts)
     result: dict[str, Any] = {
+        "all_rows": numbers(ours, peft),
+        "one_row": numbers(alone, peft_alone),
+        "apart": numbers(apart, peft_apart),
         "losses": ours.losses,
-        "expected_losses": [loss for loss, _ in expected],
-        "gradient_errors": errors(ours.gradients, [g for _, g in expected]),
         "split_errors": errors(split.gradients, ours.gradients),
-        "alone": [alone.losses[0], alone.skipped],
-        "apart": [apart.losses, apart.skipped],
-        "wanted_apart": [
-            loss for loss, _ in padded_peft(reference, [packed_rows[6], packed_rows[2]], prompts)
-        ],
         "nan_skipped": nan.skipped,
         "nan_gradients": [g is None for g in nan.gradients],
         "nan_other_loss": nan.losses[0],
@@ -95,6 +93,18 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
         r["losses"] == result["losses"] and r["nan_skipped"] == result["nan_skipped"] for r in every
     )
     return result
+
+
+def numbers(ours: StepResult, peft: list[tuple[float, torch.Tensor]]) -> dict[str, Any]:
+    """Losses and gradients of the prompts that read rows: ours, and PEFT's."""
+    read = [k for k, gradient in enumerate(ours.gradients) if gradient is not None]
+    return {
+        "losses": [ours.losses[k] for k in read],
+        "gradients": [gradient.tolist() for gradient in ours.gradients if gradient is not None],
+        "peft_losses": [loss for loss, _ in peft],
+        "peft_gradients": [gradient.tolist() for _, gradient in peft],
+        "skipped": ours.skipped,
+    }
 
 
 def problem() -> tuple[list[PackedRow], list[torch.Tensor]]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_run import ROOT, promptshard
-
-STEPS = 6
+from tests import golden
+from tests.distributed.test_run import promptshard
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +42,7 @@ def test_scores_are_divergence_and_agreement(two: dict[str, Any]) -> None:
 
 def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
     """A few steps bring the prompt closer to the instruction than the base is without one."""
-    done = promptshard(
-        "train",
-        str(ROOT / "examples" / "distill.yaml"),
-        f"output_dir={tmp_path / 'run'}",
-        f"training.steps={STEPS}",
-        f"evaluation.every={STEPS}",
-        "training.tokens_per_step=512",
-        "tasks.notes.max_validation_rows=40",
-        "tasks.notes.shifted_validation=null",
-        "--processes",
-        "2",
-    )
+    done = promptshard("train", *golden.RUNS["distill"], f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agreement" in done.stdout
     assert "KL divergence" in done.stdout
@@ -70,3 +58,4 @@ def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
     )
     assert "teacher of short" in done.stdout
     assert 0 < bare["validation_agreement"] < taught["validation_agreement"] < 1
+    golden.compare("distill", tmp_path / "run")

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import golden
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,6 +89,10 @@ def test_quickstart_teaches_what_it_promises(folder: Folder) -> None:
         assert baseline["no_prompt"]["validation_accuracy"] < 0.5
         assert trained >= 0.9
         assert trained > max(s["validation_accuracy"] for s in baseline["hand_written"])
+
+
+def test_quickstart_has_its_golden_losses(folder: Folder) -> None:
+    golden.compare("quickstart", folder.path / "runs" / "quickstart")
 
 
 def test_quickstart_says_where_to_look_next(folder: Folder) -> None:

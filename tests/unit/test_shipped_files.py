@@ -26,6 +26,7 @@ RUN_BY_TESTS = {"promptshard", "deepspeed", "mlflow"}
 COMMANDS = {
     "sbatch slurm/cpu-smoke-test.sbatch": "tests/slurm/test_training.py, on a real Slurm",
     ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
+    ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make test": "this test suite",
     "make faults": "pytest --list-faults, an option of tests/conftest.py",
