@@ -71,7 +71,7 @@ def measure(path: str, column_wise: bool) -> dict[str, Any]:
         def odd(*_: Any) -> Any:
             raise arrow_reader.NeedsRowwiseCheck
 
-        ingest.plain_batches = odd
+        ingest.read_columns = odd
     config = RunConfig.model_validate(
         {
             "output_dir": "out",

@@ -88,11 +88,11 @@ def test_dialogues_have_no_keys_of_other_rows(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"messages": texts}), tmp_path / "texts.parquet")
     expected = load(lines, messages="messages")
     assert list(expected) == DIALOGUES
-    hashes = [row_hashes.tolist() for row_hashes in expected.hashes()]
+    hashes = expected.hashes().tolist()
     for name in ("d.parquet", "listed", "mixed", "mixed.parquet", "texts.parquet"):
         rows = load(tmp_path / name, messages="messages")
         assert list(rows) == DIALOGUES, name
-        assert [row_hashes.tolist() for row_hashes in rows.hashes()] == hashes, name
+        assert rows.hashes().tolist() == hashes, name
 
 
 def test_a_null_inside_json_text_is_a_value(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_same_value_in_every_format(tmp_path: Path) -> None:
     by_format = [load(tmp_path / name) for name in ("d.jsonl", "d.csv", "d.parquet")]
     texts = [[(str(row["text"]), str(row["label"])) for row in rows] for rows in by_format]
     assert texts == [[("36.6", "2"), ("1e-07", "3")]] * 3
-    hashes = [[part.tolist() for part in rows.hashes()] for rows in by_format]
+    hashes = [rows.hashes().tolist() for rows in by_format]
     assert hashes[0] == hashes[1] == hashes[2]
 
 

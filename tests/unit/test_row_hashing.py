@@ -33,16 +33,12 @@ def hashes(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**64, count, np.uint64)
 
 
-def pieces(values: np.ndarray, size: int = 700):
-    return lambda: (values[i : i + size] for i in range(0, len(values), size))
-
-
 WORDS = [f"row {i}" for i in range(2000)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
 def test_a_split_takes_its_share_and_loses_nothing(share):
-    kept, held = split_by_hash(pieces(hashes(20_000)), share)
+    kept, held = split_by_hash(hashes(20_000), share)
     assert sorted([*kept, *held]) == list(range(20_000))
     assert len(held) == pytest.approx(20_000 * share, abs=300)
 
@@ -50,10 +46,10 @@ def test_a_split_takes_its_share_and_loses_nothing(share):
 @pytest.mark.parametrize("count", [1, 699, 700, 701, 4999, 5000])
 def test_the_first_by_hash_are_counted_exactly_also_among_equal_rows(count):
     values = hashes(5000) % np.uint64(50)  # many equal ones
-    chosen = first_by_hash(pieces(values), count)
+    chosen = first_by_hash(values, count)
     assert len(set(chosen)) == count
     assert sorted(chosen) == list(chosen)
-    more = first_by_hash(pieces(values), min(5000, count + 100))
+    more = first_by_hash(values, min(5000, count + 100))
     assert set(chosen) <= set(more)
     complete = {v for v in set(values) if (values[chosen] == v).sum() == (values == v).sum()}
     assert len(set(values[chosen]) - complete) <= 1  # only the last value is cut
@@ -64,8 +60,8 @@ def test_the_first_by_hash_are_counted_exactly_also_among_equal_rows(count):
 
 def test_most_rows_and_validation_are_chosen_independently():
     values = hashes(20_000)
-    first = set(first_by_hash(pieces(values), 2000).tolist())
-    held = set(split_by_hash(pieces(values), 0.1)[1].tolist())
+    first = set(first_by_hash(values, 2000).tolist())
+    held = set(split_by_hash(values, 0.1)[1].tolist())
     assert len(first & held) == pytest.approx(200, abs=60)
 
 
@@ -108,7 +104,7 @@ def test_most_rows_of_splits_and_sources(tmp_path):
     one, two = jsonl(tmp_path, "a.jsonl", WORDS), jsonl(tmp_path, "b.jsonl", ["b"] * 50)
     run = task([{"path": one, "max_rows": 300}, {"path": two, "max_rows": 20}], validation_share=0)
     rows = load_splits(run)["train"]
-    assert [(source.start, source.stop) for source in rows.sources] == [(0, 300), (300, 320)]
+    assert [(source.start, source.stop) for source in rows.components] == [(0, 300), (300, 320)]
     assert texts(rows)[300:] == ["b"] * 20
     assert rows.where(300) == f"{two}:1"
     fewer = load_splits(run.model_copy(update={"max_rows": 100}))["train"]
@@ -124,13 +120,13 @@ def test_sources_with_weights(tmp_path):
     one, two = jsonl(tmp_path, "a.jsonl", WORDS), jsonl(tmp_path, "b.jsonl", ["b"] * 50)
     train = [{"path": one, "weight": 3}, {"path": two, "weight": 1}]
     splits = load_splits(task(train))
-    first, second = splits["train"].sources
+    first, second = splits["train"].components
     assert (first.weight, second.weight) == (3, 1)
     assert (first.start, first.stop) == (0, second.start)
     assert second.stop == len(splits["train"])
     assert set(texts(splits["train"])[second.start :]) <= {"b"}
     plain = load_splits(task([one, two]))["train"]
-    assert [source.weight for source in plain.sources] == [None, None]
+    assert [source.weight for source in plain.components] == [None, None]
     others = [splits["train"].digest, plain.digest, load_splits(task(one))["train"].digest]
     assert len(set(others)) == 3
 
@@ -159,7 +155,7 @@ def test_leaks_are_counted_and_named(tmp_path):
     )
     run = task(train, validation=valid, shifted_validation=jsonl(tmp_path, "s.jsonl", ["none"]))
     (leak,) = leaks(run, load_splits(run))
-    assert (leak.split, leak.count, leak.of) == ("validation", 5, 7)
+    assert (leak.split, leak.count, leak.total) == ("validation", 5, 7)
     assert leak.rows == (
         (f"{valid}:2", f"{train}:8"),
         (f"{valid}:4", f"{train}:10"),
@@ -178,7 +174,7 @@ def test_rows_of_other_formats_are_the_same_rows(tmp_path):
 
 def test_leaks_of_many_rows_equal_a_plain_search():
     train, held = hashes(9000) % np.uint64(5000), hashes(3000, seed=1) % np.uint64(9000)
-    leaks = find_leaks(pieces(train)(), pieces(held)())
+    leaks = find_leaks(train, held)
     first = {}
     for i, value in enumerate(train.tolist()):
         first.setdefault(value, i)

@@ -392,9 +392,9 @@ def test_null_empty_and_nested_values(tmp_path):
     ]
     assert problems(write(tmp_path, "d.jsonl", rows)) == [
         "d.jsonl:1: text: is null; give it a value or remove the row",
-        "d.jsonl:2: text: is empty, so the input says nothing; fill it or remove the row",
+        "d.jsonl:2: text: is empty, so the input has no text; fill it or remove the row",
         "d.jsonl:3: text: is a list, ['a', 'b']; a template takes text or a number",
-        "d.jsonl:4: label: is empty, so the target says nothing; fill it or remove the row",
+        "d.jsonl:4: label: is empty, so the target has no text; fill it or remove the row",
     ]
     assert "d.csv: row 2 (line 3): label: is empty" in problem(
         write(tmp_path, "d.csv", "text,label\na,b\nc,\n")
@@ -724,7 +724,7 @@ def test_globs_and_lists(tmp_path):
     assert rows.where(3) == f"{tmp_path}/b.jsonl:2"
     assert rows.path == f"{tmp_path}/*.jsonl (3 files)"
     assert [rows[i]["text"] for i in (-1, 0, 2)] == ["c", "a", "b"]
-    assert len(rows.sources) == 1
+    assert len(rows.components) == 1
     listed = [DataSource(path=str(tmp_path / name)) for name in ("c.jsonl", "[ab].jsonl")]
     assert [row["text"] for row in load_rows(listed, task())] == list("ccaabb")
     assert "matches no file" in problem(str(tmp_path / "*.csv"))
@@ -778,11 +778,11 @@ def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
     path = write(tmp_path, "d.jsonl", "\ufeff" + "\n".join(lines))
     run = task(input="{n} {text}")
     fast = load_rows(path, run)
-    monkeypatch.setattr("trainer.data.ingest.plain_batches", _odd)
+    monkeypatch.setattr("trainer.data.ingest.read_columns", _odd)
     slow = load_rows(path, run)
     assert list(fast) == list(slow)
     assert [fast.where(i) for i in range(89)] == [slow.where(i) for i in range(89)]
-    assert [h.tolist() for h in fast.hashes()] == [h.tolist() for h in slow.hashes()]
+    assert fast.hashes().tolist() == slow.hashes().tolist()
     assert len(fast) == 89
 
 

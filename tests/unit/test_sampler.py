@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.dataset import MixtureComponent
-from trainer.data.epoch_permutation import EpochPermutation, permuted
-from trainer.data.sampler import WINDOW, TokenBudgetSampler
+from trainer.data.sampler import WINDOW, EpochPermutation, TokenBudgetSampler, permute
 from trainer.runtime.errors import BadInput
 
 LENGTHS = [3, 5, 2, 8, 4, 6, 1]
@@ -36,7 +35,7 @@ def test_the_order_is_that_of_all_versions():
     """A golden value: a change here breaks the resume of old runs."""
     assert take(TokenBudgetSampler([1] * 6, 6, seed=7), 2) == GOLDEN
     assert take(TokenBudgetSampler([1] * 6, 6, seed=8), 1) != GOLDEN[:1]
-    assert permuted(np.arange(6), 5_000_000, "7/0").tolist() == GOLDEN_OF_MANY
+    assert permute(np.arange(6), 5_000_000, "7/0").tolist() == GOLDEN_OF_MANY
 
 
 def log_normal(rows: int, seed: int = 0) -> np.ndarray:
@@ -97,8 +96,8 @@ def test_no_row_waits_for_more_than_one_update():
 @pytest.mark.parametrize("few_rows", [0, 1024], ids=["swapped", "sorted"])
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_every_order_of_few_rows_comes_equally_often(size, few_rows, monkeypatch):
-    monkeypatch.setattr("trainer.data.epoch_permutation.FEW_ROWS", few_rows)
-    orders = Counter(tuple(permuted(np.arange(size), size, f"{n}/0")) for n in range(600))
+    monkeypatch.setattr("trainer.data.sampler.FEW_ROWS", few_rows)
+    orders = Counter(tuple(permute(np.arange(size), size, f"{n}/0")) for n in range(600))
     expected = 600 / np.prod(range(1, size + 1))
     assert len(orders) == np.prod(range(1, size + 1))
     assert all(abs(count - expected) < 5 * expected**0.5 for count in orders.values())
@@ -107,10 +106,10 @@ def test_every_order_of_few_rows_comes_equally_often(size, few_rows, monkeypatch
 def test_an_order_of_many_rows_is_computed_place_by_place():
     size = 5_000_000
     places = np.arange(size - 4000, size)
-    rows = permuted(places, size, "0/0")
+    rows = permute(places, size, "0/0")
     assert len(set(rows.tolist())) == len(places)
     assert rows.min() < 0.01 * size < 0.99 * size < rows.max()
-    assert permuted(places[7:9], size, "0/0").tolist() == rows[7:9].tolist()
+    assert permute(places[7:9], size, "0/0").tolist() == rows[7:9].tolist()
     assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.05
 
 

@@ -1,8 +1,9 @@
-"""Rows whose used columns are plain text or whole numbers, read and checked in columns.
+"""Column-wise reading: rows whose used columns are text or integers, as Arrow record batches.
 
-Reading row by row (checks.py) explains every mistake, and takes tens of microseconds per row. Most
-files have no mistake: here they are parsed and checked by Arrow, in batches. Whatever is not
-certainly good raises ``NeedsRowwiseCheck``, and the file is read row by row. Both give the same.
+Reading row by row (``row_validation``) explains every mistake, at tens of microseconds per row.
+JSON Lines files and tables without a mistake are parsed and checked by Arrow instead, about ten
+times as fast. Wherever Arrow might read a value differently from Python, or a check fails,
+``NeedsRowwiseCheck`` is raised and the file is read row by row. Both ways give the same rows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,106 +22,97 @@ from trainer.data.column_parsers import has_nested
 from trainer.data.data_files import DataFile
 from trainer.data.json_reader import json_lines
 from trainer.data.row_validation import columns_used
-from trainer.data.text_readers import BOM, FileRecord, format_of, open_text
+from trainer.data.table_readers import Table
+from trainer.data.text_readers import BOM, format_of, open_text
 from trainer.runtime.errors import BadInput
 
-LINE = "line of the file"  #: a column of our own beside those of the file
+LINE = "line of the file"  #: column added for the line number of each row
 _BLOCK_BYTES = 1 << 22
-_BATCH = 1 << 13
 # Python's and Arrow's parsers disagree about these; inside a text they are harmless, but rare.
 _NOT_JSON = re.compile(rb"[:,\[]\s*-?(?:NaN|Infinity)")
 
 
 class NeedsRowwiseCheck(Exception):
-    """The rows need a closer look."""
+    """The file cannot be read column by column; it may contain a mistake."""
 
 
-def plain_batches(origin: DataFile, task: Task) -> Iterator[Any]:
-    """Record batches of the used columns, and of ``LINE`` where the format has lines.
+def read_columns(file: DataFile, task: Task) -> Iterator[Any]:
+    """Yield ``pyarrow.RecordBatch`` of the used columns, and of ``LINE`` for JSON Lines.
 
-    Every column is ``string`` or ``int64`` throughout.
+    Every column has type ``string`` or ``int64`` and no null.
 
     Raises:
-        Odd: something is not plain, perhaps wrong.
+        NeedsRowwiseCheck: a value has another type, or a check of ``RowValidator`` fails.
     """
     if has_nested(task):
         raise NeedsRowwiseCheck
     used = list(columns_used(task))
-    rows = 0
+    num_rows = 0
     try:
-        for batch in _read(origin, used):
-            _check(batch, task)
-            rows += batch.num_rows
+        if file.table is not None:
+            batches = _table_batches(file.table, used)
+        elif format_of(file.files[0]) == ".jsonl":
+            batches = _jsonl_batches(file.files[0], used)
+        else:
+            raise NeedsRowwiseCheck
+        for batch in batches:
+            if not _is_valid(batch, task):
+                raise NeedsRowwiseCheck
+            num_rows += batch.num_rows
             yield batch
     except BadInput as error:
         raise NeedsRowwiseCheck from error
-    if rows == 0:
+    if num_rows == 0:
         raise NeedsRowwiseCheck
 
 
-def _read(origin: DataFile, used: Sequence[str]) -> Iterator[Any]:
-    if origin.table is not None:
-        if not all(map(origin.table.is_plain, used)):
-            raise NeedsRowwiseCheck
-        yield from _of_table(origin.table.batches(used), used)
-    elif format_of(origin.files[0]) == ".jsonl":
-        yield from _of_jsonl(origin.files[0], used)
-    else:
-        records = iter(origin.records(used))
-        schema = None
-        while some := list(islice(records, _BATCH)):
-            schema = schema or _schema(some[0], used)
-            yield _of_records(some, schema)
-
-
-def _of_table(batches: Iterator[Any], used: Sequence[str]) -> Iterator[Any]:
-    """Columns of other types (floats, dates, lists) are read value by value."""
+def _table_batches(table: Table, used: Sequence[str]) -> Iterator[Any]:
+    """Text and integer columns of a table; columns of other types are read value by value."""
     import pyarrow as pa
     from pyarrow import types
 
-    for batch in batches:
+    if not all(map(table.is_plain, used)):
+        raise NeedsRowwiseCheck
+    for batch in table.batches(used):
         columns = []
         for name in used:
             if name not in batch.schema.names:
                 raise NeedsRowwiseCheck
             column = batch.column(name)
             kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-            text = types.is_string(kind) or types.is_large_string(kind)
-            if not text and not types.is_integer(kind):
+            is_text = types.is_string(kind) or types.is_large_string(kind)
+            if not is_text and not types.is_integer(kind):
                 raise NeedsRowwiseCheck
             try:
-                columns.append(column.cast(pa.string() if text else pa.int64()))
+                columns.append(column.cast(pa.string() if is_text else pa.int64()))
             except pa.ArrowInvalid:
                 raise NeedsRowwiseCheck from None
         yield pa.RecordBatch.from_arrays(columns, names=list(used))
 
 
-def _of_jsonl(file: Path, used: Sequence[str]) -> Iterator[Any]:
-    schema, rest, row, line = None, b"", 1, 1
+def _jsonl_batches(file: Path, used: Sequence[str]) -> Iterator[Any]:
+    schema, rest, line = None, b"", 1
     with open_text(file) as stream:
-        while read := stream.read(_BLOCK_BYTES):
-            block = (rest or b"") + read
-            cut = block.rfind(b"\n") + 1
-            block, rest = block[:cut], block[cut:]
-            if block:
-                schema = schema or _schema_of_block(block, used)
-                batch = _of_block(block, schema, row, line)
-                row, line = row + batch.num_rows, line + block.count(b"\n")
-                yield batch
+        while data := stream.read(_BLOCK_BYTES):
+            block, newline, rest = (rest + data).rpartition(b"\n")
+            if block.strip():
+                schema = schema or _schema(block, used)
+                yield _parse_block(block, schema, line)
+            line += block.count(b"\n") + len(newline)
     if rest.strip():
-        yield _of_block(rest + b"\n", schema or _schema_of_block(rest, used), row, line)
+        yield _parse_block(rest, schema or _schema(rest, used), line)
 
 
-def _of_block(block: bytes, schema: Any, row: int, line: int) -> Any:
-    """Whole lines of JSON as one batch; a block that Arrow may misread is read by Python."""
+def _parse_block(block: bytes, schema: Any, line: int) -> Any:
+    """Parse complete lines of JSON as one batch, if each holds exactly one object."""
     import pyarrow as pa
     from pyarrow import json
 
-    block = block.removeprefix(BOM) if line == 1 else block
+    block = (block.removeprefix(BOM) if line == 1 else block).rstrip() + b"\n"
+    if not _has_object_per_line(block) or _NOT_JSON.search(block):
+        raise NeedsRowwiseCheck
     try:
-        if not _is_one_object_per_line(block) or _NOT_JSON.search(block):
-            raise ValueError
-        block.decode("utf-8")  # Arrow looks at the used columns only
+        block.decode("utf-8")  # Arrow checks the used columns only
         table = json.read_json(
             io.BytesIO(block),
             read_options=json.ReadOptions(use_threads=False, block_size=len(block) + 1),
@@ -129,22 +121,18 @@ def _of_block(block: bytes, schema: Any, row: int, line: int) -> Any:
             ),
         ).combine_chunks()
         table.validate(full=True)
-        # Lines end with } and begin with {, which in JSON happens between objects only: as many
-        # objects as lines means one on each.
-        if table.num_rows != block.count(b"\n"):
-            raise ValueError
     except (pa.ArrowException, ValueError):
-        records = list(json_lines(io.BytesIO(block), row, line))
-        if not records:
-            raise NeedsRowwiseCheck from None
-        return _of_records(records, schema)
-    lines = pa.array(np.arange(line, line + table.num_rows))
-    columns = [table[name].combine_chunks() for name in schema.names]
-    columns = [c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in columns]
-    return pa.RecordBatch.from_arrays([*columns, lines], names=[*schema.names, LINE])
+        raise NeedsRowwiseCheck from None
+    # Lines end with } and begin with {, which in JSON happens between objects only: as many
+    # objects as lines means one per line.
+    if table.num_rows != block.count(b"\n"):
+        raise NeedsRowwiseCheck
+    (batch,) = table.select(schema.names).to_batches()
+    lines = pa.array(np.arange(line, line + batch.num_rows))
+    return pa.RecordBatch.from_arrays([*batch.columns, lines], names=[*schema.names, LINE])
 
 
-def _is_one_object_per_line(block: bytes) -> bool:
+def _has_object_per_line(block: bytes) -> bool:
     if not (block.startswith(b"{") and block.endswith(b"}\n")):
         return False
     data = np.frombuffer(block, np.uint8)
@@ -152,63 +140,32 @@ def _is_one_object_per_line(block: bytes) -> bool:
     return bool((data[ends - 1] == ord("}")).all() and (data[ends[:-1] + 1] == ord("{")).all())
 
 
-def _schema_of_block(block: bytes, used: Sequence[str]) -> Any:
-    first = next(json_lines(io.BytesIO(block)), None)
-    if first is None:
-        raise NeedsRowwiseCheck
-    return _schema(first, used)
-
-
-def _schema(record: FileRecord, used: Sequence[str]) -> Any:
+def _schema(block: bytes, used: Sequence[str]) -> Any:
+    """Arrow types of the used columns, from the first row."""
     import pyarrow as pa
 
-    kinds = {str: pa.string(), int: pa.int64()}
-    found = [(name, kinds.get(type(record.values.get(name)))) for name in used]
-    if any(kind is None for _, kind in found):
+    first = next(json_lines(io.BytesIO(block)))
+    types = {str: pa.string(), int: pa.int64()}
+    fields = [(name, types.get(type(first.values.get(name)))) for name in used]
+    if any(kind is None for _, kind in fields):
         raise NeedsRowwiseCheck
-    return pa.schema(found)
+    return pa.schema(fields)
 
 
-def _of_records(records: Sequence[FileRecord], schema: Any) -> Any:
-    import pyarrow as pa
-
-    columns = []
-    for name, kind in zip(schema.names, schema.types, strict=True):
-        wanted = str if kind == pa.string() else int
-        values = [record.values.get(name) for record in records]
-        if any(type(value) is not wanted for value in values):
-            raise NeedsRowwiseCheck
-        try:
-            columns.append(pa.array(values, kind))
-        except (OverflowError, pa.ArrowInvalid, UnicodeEncodeError):
-            raise NeedsRowwiseCheck from None
-    names = list(schema.names)
-    if records[0].line is not None:
-        columns.append(pa.array([record.line for record in records], pa.int64()))
-        names.append(LINE)
-    return pa.RecordBatch.from_arrays(columns, names=names)
-
-
-def _check(batch: Any, task: Task) -> None:
-    """What ``RowCheck`` asks of rows, by column."""
+def _is_valid(batch: Any, task: Task) -> bool:
+    """Make the checks of ``RowValidator`` by column."""
     import pyarrow as pa
     from pyarrow import compute
 
-    names = [name for name in batch.schema.names if name != LINE]
-    if any(batch.column(name).null_count for name in names):
-        raise NeedsRowwiseCheck
+    if any(column.null_count for column in batch.columns):
+        return False
     for template in (task.input, task.target):
-        blank = None
-        for name in template_fields(template):
-            column = batch.column(name)
-            if column.type != pa.string():
-                blank = None
-                break
-            empty = compute.equal(compute.utf8_trim_whitespace(column), "")
-            blank = empty if blank is None else compute.and_(blank, empty)
-        if blank is not None and compute.any(blank).as_py():
-            raise NeedsRowwiseCheck
+        columns = [batch.column(name) for name in template_fields(template)]
+        if columns and all(column.type == pa.string() for column in columns):
+            blank = [compute.equal(compute.utf8_trim_whitespace(c), "") for c in columns]
+            if compute.any(reduce(compute.and_, blank)).as_py():
+                return False
     if task.choices is not None:
         column = batch.column(template_fields(task.target)[0]).cast(pa.string())
-        if not compute.all(compute.is_in(column, pa.array(task.choices, pa.string()))).as_py():
-            raise NeedsRowwiseCheck
+        return bool(compute.all(compute.is_in(column, pa.array(task.choices, pa.string()))).as_py())
+    return True

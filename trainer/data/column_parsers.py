@@ -299,8 +299,8 @@ def split_labels(text: str, task: Task) -> list[str]:
 
 
 def content_text(row: Mapping[str, Any], columns: list[str]) -> str:
-    """What makes two rows the same: the values of the columns that are read and learnt."""
-    values = [row[name] for name in columns if row[name] is not None]
+    """Serialize the columns that define a row's content; equal rows give equal text."""
+    values = [row[name] for name in columns if row.get(name) is not None]
     return "\0".join(
         json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)
         for value in values

@@ -1,4 +1,4 @@
-"""What a setting such as ``train`` names -> the files and tables behind it. No torch."""
+"""Data files: a setting such as ``train`` -> the files and tables that it names. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.data.text_readers import (
 from trainer.runtime.errors import BadInput, did_you_mean
 
 FORMATS = (*TEXT_FORMATS, *TABLE_FORMATS)
-#: What to do with formats that are not read.
+#: Remedies for unsupported formats.
 _REMEDIES = {
     GZIP: f"only {', '.join(TEXT_FORMATS)} may be compressed: name it as data.jsonl.gz",
     ".zst": "decompress it (zstd -d)",
@@ -43,7 +43,7 @@ class DataFile:
     """One file or table.
 
     Attributes:
-        name: how messages name it.
+        name: its name in messages.
         files: what it is stored in.
         hub: the table, if it is a hub data set.
     """
@@ -54,7 +54,7 @@ class DataFile:
 
     @cached_property
     def table(self) -> Table | None:
-        """The table, unless rows stand in a text format.
+        """The table; None for text formats.
 
         Raises:
             BadInput: it is damaged.
@@ -64,33 +64,41 @@ class DataFile:
         file = self.files[0]
         return open_table(file) if format_of(file) in TABLE_FORMATS else None
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
-
     def header(self) -> list[str] | None:
-        """All columns, where the format names them apart from the rows."""
-        return header_of(self.files[0]) if self.table is None else self.table.names
+        """All columns; None for JSON, where every row has its own."""
+        if self.table is not None:
+            return self.table.names
+        kind = format_of(self.files[0])
+        if kind == ".txt":
+            return ["text"]
+        return csv_header(self.files[0])[0] if kind in (".csv", ".tsv") else None
 
     def class_names(self, column: str) -> list[str] | None:
-        """The names of the classes whose numbers a column of a table holds."""
+        """Names of the classes whose numbers a column of a table holds."""
         return None if self.table is None else self.table.class_names(column)
 
     def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[FileRecord]:
-        """Every row, in order; broken ones come with their problem.
+        """Yield every row, in order; a malformed row comes with its problem.
 
         Args:
-            columns: those that are needed; a table is read for no others.
+            columns: those that are needed. Of a table no others are read. In a JSON file they tell
+                whether an object is a row or holds the rows.
             keep: columns of a table whose outermost objects keep keys that are null.
 
         Raises:
-            BadInput: it cannot be read as a whole.
+            BadInput: the file, or the rest of it, cannot be read.
         """
-        if self.table is None:
-            yield from read_text(self.files[0], columns)
-            return
-        for row, values in enumerate(self.table.rows(columns, keep), start=1):
-            yield FileRecord(row, None, values)
+        file = self.files[0]
+        kind = format_of(file)
+        if self.table is not None:
+            for row, values in enumerate(self.table.rows(columns, keep), start=1):
+                yield FileRecord(row, None, values)
+        elif kind in (".csv", ".tsv"):
+            yield from read_csv(file)
+        elif kind == ".txt":
+            yield from read_txt(file)
+        else:
+            yield from read_jsonl(file) if kind == ".jsonl" else read_json_rows(file, columns)
 
     def digest(self) -> str:
         """SHA-256 of its bytes, in hex."""
@@ -102,46 +110,45 @@ class DataFile:
         return digest.hexdigest()
 
 
-def find(source: DataSource, setting: str, split: str) -> list[DataFile]:
-    """The files and tables of one source, in a fixed order.
+def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
+    """Find the files and tables of one source, in a fixed order.
 
     Args:
-        setting: which setting names it, for messages.
-        split: the split to take where the source has several and names none itself.
+        setting: name of the setting, for messages.
+        split: the split to read where the source has several and names none itself.
 
     Raises:
-        BadInput: nothing is there, or it cannot be read.
+        BadInput: nothing is found, or it cannot be read.
     """
     split = source.split or split
     try:
         if source.path is None:
             table, files = open_hub(source, split)
             return [DataFile(table.name, tuple(files), table)]
-        if any(mark in source.path for mark in _GLOB) and not resolve_path(source.path).exists():
-            return [_origin(file) for file in _matches(source.path)]
-        folder = resolve_path(source.path)
-        saved = saved_files(folder, split) if folder.is_dir() else None
+        path = resolve_path(source.path)
+        if any(mark in source.path for mark in _GLOB) and not path.exists():
+            return [_data_file(file) for file in _matches(source.path)]
+        saved = saved_files(path, split) if path.is_dir() else None
         if saved is not None:
-            return [_origin(file) for file in saved]
+            return [_data_file(file) for file in saved]
         if source.split is not None:
             raise BadInput(f"{source.path}: a file has no splits; remove split")
-        return [_origin(folder, source.path)]
+        return [_data_file(path, source.path)]
     except BadInput as error:
         raise BadInput([f"{setting}: {problem}" for problem in error.problems]) from None
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Files that a glob names, sorted; ``**`` reaches into folders."""
-    here = os.path.expanduser(pattern)
-    found = glob.glob(here, recursive=True)
-    found = found or glob.glob(str(PROJECT_ROOT / pattern), recursive=True)
-    files = sorted(Path(path) for path in found if os.path.isfile(path))
+    """Files that match a glob, sorted; ``**`` matches folders at any depth."""
+    paths = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = paths or glob.glob(str(PROJECT_ROOT / pattern), recursive=True)
+    files = sorted(Path(path) for path in paths if os.path.isfile(path))
     if not files:
         raise BadInput(f"{pattern}: matches no file; paths start at {os.getcwd()}")
     return files
 
 
-def _origin(file: Path, name: str | None = None) -> DataFile:
+def _data_file(file: Path, name: str | None = None) -> DataFile:
     problem = _problem_of_file(file)
     if problem:
         raise BadInput(f"{name or file}: {problem}")
@@ -165,30 +172,5 @@ def _problem_of_file(file: Path) -> str | None:
         remedy = _REMEDIES.get(file.suffix.lower(), f"use {', '.join(FORMATS)}")
         return f"format {kind or 'without a suffix'!r} is not known; {remedy}"
     if not os.access(file, os.R_OK):
-        return "may not be read; change its permissions"
+        return "is not readable; change its permissions"
     return "is empty; it has no rows" if file.stat().st_size == 0 else None
-
-
-def read_text(file: Path, columns: Collection[str]) -> Iterator[FileRecord]:
-    """Every row of a file of one of ``TEXT_FORMATS``, in its order. Broken rows have a problem.
-
-    Args:
-        columns: those that are needed; they show whether an object is a row or holds the rows.
-
-    Raises:
-        BadInput: the file as a whole cannot be read.
-    """
-    kind = format_of(file)
-    if kind in (".csv", ".tsv"):
-        return read_csv(file)
-    if kind == ".txt":
-        return read_txt(file)
-    return read_jsonl(file) if kind == ".jsonl" else read_json_rows(file, columns)
-
-
-def header_of(file: Path) -> list[str] | None:
-    """Columns as the file's head gives them; None for JSON, where every row has its own."""
-    kind = format_of(file)
-    if kind == ".txt":
-        return ["text"]
-    return csv_header(file)[0] if kind in (".csv", ".tsv") else None

@@ -1,4 +1,7 @@
-"""What a task asks of its rows, checked row by row. Imports no torch."""
+"""Row validation: the checks of a task on its rows, and the grouping of their problems.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from trainer.data.column_parsers import parsers, problem_of_tokens
 from trainer.data.text_readers import FileRecord, place, shorten
 from trainer.runtime.errors import did_you_mean
 
-MOST_PROBLEMS = 10
+MAX_PROBLEMS = 10
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "a truth value"),
     ((int, float), "a number"),
@@ -38,7 +41,7 @@ def render(template: str, row: Mapping[str, Any]) -> str:
 
 
 def label_texts(task: Task) -> list[str]:
-    """Every choice of a task as a target; none where it has no choices."""
+    """Render every choice of a task as a target; empty without choices."""
     if task.choices is None:
         return []
     column = template_fields(task.target)[0]
@@ -46,7 +49,7 @@ def label_texts(task: Task) -> list[str]:
 
 
 def columns_used(task: Task) -> dict[str, str]:
-    """Columns that a task reads, each with the setting that names it."""
+    """Columns that a task reads -> the setting that names each."""
     if task.messages is not None:
         return {task.messages: "messages"} | dict.fromkeys(optional_columns(task), "tools")
     if task.tokens is not None:
@@ -60,12 +63,12 @@ def columns_used(task: Task) -> dict[str, str]:
 
 
 def optional_columns(task: Task) -> list[str]:
-    """Those of ``columns_used`` that rows may lack, or hold null in."""
+    """Used columns that may be missing or null in a row."""
     return [task.tools] if task.messages is not None and task.tools is not None else []
 
 
 def content_columns(task: Task) -> list[str]:
-    """Columns that are read and learnt: rows that agree in them are the same row."""
+    """Columns that define a row's content: rows that agree in them are equal."""
     return [name for name, setting in columns_used(task).items() if setting != "tests"]
 
 
@@ -86,44 +89,45 @@ class _Group:
 
 @dataclass
 class Problems:
-    """Problems of one file: of the whole file, and of its rows, where equal ones are one group.
+    """Problems of one file, and of its rows. Equal problems of rows are one group.
 
     Attributes:
-        whole: problems of the file, as a column that it lacks, without its name.
-        unread: why it, or the rest of it, cannot be read, with the place.
-        rows: how many rows have a problem, by problem.
+        of_file: problems of the file, such as a missing column, without its name.
+        unread: why the file, or the rest of it, cannot be read, with the place.
+        rows: number of rows with a problem.
     """
 
     path: str
-    whole: list[str] = field(default_factory=list)
+    of_file: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     rows: int = 0
     _groups: dict[str, _Group] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.whole or self.unread or self.rows)
+        return bool(self.of_file or self.unread or self.rows)
 
     def add(self, row: int, where: str, text: str, rows: int = 1) -> None:
         """Count a problem of ``rows`` rows, the first of which is number ``row`` at ``where``."""
         self.rows += rows
-        # More groups than are shown are kept: they are sorted at the end.
-        if text in self._groups or len(self._groups) < 4 * MOST_PROBLEMS:
+        # Keep more groups than are shown: they are sorted by row at the end.
+        if text in self._groups or len(self._groups) < 4 * MAX_PROBLEMS:
             self._groups.setdefault(text, _Group(row, where, text)).rows += rows
 
-    def row_lines(self, most: int = MOST_PROBLEMS) -> list[str]:
-        """The first ``most`` groups in the order of the file, and how many rows are left."""
-        shown = sorted(self._groups.values(), key=lambda group: group.row)[:most]
+    def row_lines(self, limit: int = MAX_PROBLEMS) -> list[str]:
+        """Format the first ``limit`` groups in file order, and the number of other rows."""
+        shown = sorted(self._groups.values(), key=lambda group: group.row)[:limit]
         more = self.rows - sum(group.rows for group in shown)
         return [*map(str, shown), *([f"{self.path}: and {more} more"] if more else [])]
 
 
 @dataclass
 class _Column:
-    """What was seen of one column: rows without it, and rows by kind of value.
+    """Statistics of one column.
 
     Attributes:
-        without: by the columns that such rows have instead; the first row, and how many.
-        kinds: of each kind of value the first row, its value, and how many rows.
+        missing: rows without the column.
+        without: columns of such rows -> (the first row, number of rows).
+        kinds: kind of value -> (the first row, its value, number of rows).
     """
 
     missing: int = 0
@@ -132,46 +136,65 @@ class _Column:
 
 
 class RowValidator:
-    """Checks the rows of one file against one task; feed every record, then ``finish``.
+    """Checks the rows of one file against one task: ``check`` every record, then ``finish``.
 
-    A row is wrong if it is broken, or if a column that the task uses is missing, null, not a text
-    or number, or of another kind than in the other rows; if all fields of the input or of the
-    target are blank (the rendered text never is: templates hold words of their own); if its label
-    is none of ``choices``; if its test calls, dialogue, token ids or labels are malformed.
+    A row is invalid if it is malformed, or if a used column is missing, null, not a text or
+    number, or of another kind than in the other rows; if all fields of the input or of the target
+    are blank (the rendered text never is: templates contain fixed text); if its label is not one of
+    ``choices``; if its test calls, dialogue, token ids or labels are malformed.
     """
 
     def __init__(self, path: str, task: Task) -> None:
         self.task = task
         self.problems = Problems(path)
-        self.rows = 0
+        self.num_rows = 0
         self._used = columns_used(task)
         self._optional = optional_columns(task)
         self._columns = {name: _Column() for name in self._used}
-        self._names: dict[str, None] = {}  # a set that keeps the order
+        self._names: dict[str, None] = {}  # an ordered set
         self._parsers = parsers(task)
-        self._input, self._target = template_fields(task.input), template_fields(task.target)
+        self._templates = [
+            (setting, names)
+            for setting in ("input", "target")
+            if (names := template_fields(getattr(task, setting)))
+        ]
 
-    def feed(self, record: FileRecord) -> None:
-        self.rows += 1
+    @property
+    def names(self) -> list[str]:
+        """All columns of the rows, in the order of their first appearance."""
+        return list(self._names)
+
+    def check(self, record: FileRecord) -> dict[str, Any] | None:
+        """Check one row. Return the used columns that are not null, parsed; None if one is bad."""
+        self.num_rows += 1
         if record.problem:
             self._add(record, record.problem)
-            return
+            return None
         self._names.update(dict.fromkeys(record.values))
-        good = {name for name in self._used if self._value_is_good(record, name)}
-        for setting, names in (("input", self._input), ("target", self._target)):
-            if names and good.issuperset(names):
-                self._check_blank(record, setting, names)
-        if self.task.tokens is not None and good.issuperset(self._used):
-            ids, labels = (self._parsers[name](record.values[name]) for name in self._used)
-            problem = problem_of_tokens(ids, labels)
+        row: dict[str, Any] = {}
+        for name in self._used:
+            self._check_value(record, name, row)
+        for setting, names in self._templates:
+            if row.keys() >= set(names) and not any(str(row[name]).strip() for name in names):
+                verb = "is" if len(names) == 1 else "are"
+                self._add(
+                    record,
+                    f"{' and '.join(names)}: {verb} empty, so the {setting} has no text; fill it "
+                    "or remove the row",
+                )
+        if len(row) < len(self._used):
+            return None
+        if self.task.tokens is not None:
+            problem = problem_of_tokens(*(row[name] for name in self._used))
             if problem:
                 self._add(record, problem)
+        return {name: value for name, value in row.items() if value is not None}
 
     def finish(self, header: Sequence[str] | None = None) -> Problems:
-        """All problems found. ``header`` gives the columns where the format has them apart."""
-        if self.rows == 0:
-            self.problems.whole.append("has no rows")
-        names = list(header) if header is not None else list(self._names)
+        """Return all problems. ``header``: the columns, where the format names them separately."""
+        if self.num_rows == 0:
+            self.problems.of_file.append("has no rows")
+        names = list(header) if header is not None else self.names
         for name, column in self._columns.items():
             self._report_missing(name, column, names)
             self._report_mixed(name, column)
@@ -181,55 +204,41 @@ class RowValidator:
         where = place(self.problems.path, record.row, record.line)
         self.problems.add(record.row, where, text, rows)
 
-    def _value_is_good(self, record: FileRecord, name: str) -> bool:
+    def _check_value(self, record: FileRecord, name: str, row: dict[str, Any]) -> None:
+        """Check one value and, if it is good, put its parsed form into ``row``."""
         column = self._columns[name]
-        if name in self._optional and record.values.get(name) is None:
-            return True
-        if name not in record.values:
+        value = record.values.get(name)
+        if name in self._optional and value is None:
+            row[name] = None
+        elif name not in record.values:
             column.missing += 1
             has = tuple(record.values)
-            if has in column.without or len(column.without) < MOST_PROBLEMS:
+            if has in column.without or len(column.without) < MAX_PROBLEMS:
                 first, rows = column.without.get(has, (record, 0))
                 column.without[has] = (first, rows + 1)
-            return False
-        value = record.values[name]
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        elif value is None or (isinstance(value, float) and not math.isfinite(value)):
             what = "null" if value is None else "infinite"
             what = "NaN, a missing number" if isinstance(value, float) and value != value else what
             self._add(record, f"{name}: is {what}; give it a value or remove the row")
-            return False
-        if name in self._parsers:
+        elif name in self._parsers:
             try:
-                self._parsers[name](value)
+                row[name] = self._parsers[name](value)
             except ValueError as error:
                 self._add(record, f"{name}: {error}")
-                return False
-            return True
-        kind = kind_of(value)
-        if kind in ("a list", "an object", "binary data"):
+        elif (kind := _kind_of(value)) in ("a list", "an object", "binary data"):
             self._add(
                 record, f"{name}: is {kind}, {shorten(value)}; a template takes text or a number"
             )
-            return False
-        first, example, rows = column.kinds.get(kind, (record, value, 0))
-        column.kinds[kind] = (first, example, rows + 1)
-        return True
-
-    def _check_blank(self, record: FileRecord, setting: str, names: list[str]) -> None:
-        if any(str(record.values[name]).strip() for name in names):
-            return
-        what = " and ".join(names)
-        verb = "is" if len(names) == 1 else "are"
-        self._add(
-            record,
-            f"{what}: {verb} empty, so the {setting} says nothing; fill it or remove the row",
-        )
+        else:
+            first, example, rows = column.kinds.get(kind, (record, value, 0))
+            column.kinds[kind] = (first, example, rows + 1)
+            row[name] = value
 
     def _report_missing(self, name: str, column: _Column, names: list[str]) -> None:
-        if name in self._optional:  # the default name stands for "where rows have it"
+        if name in self._optional:  # the default name of the column is used where rows have it
             if name in names or name == DEFAULT_TOOLS:
                 return
-        elif not column.missing and (self.rows or name in names):
+        elif not column.missing and (self.num_rows or name in names):
             return
         setting = f"tasks.{self.task.name}.{self._used[name]}"
         if column.missing and name in self._names:  # other rows have it
@@ -239,7 +248,7 @@ class RowValidator:
                 counted += rows
             self.problems.rows += column.missing - counted
         elif names:
-            self.problems.whole.append(_no_column(name, setting, names))
+            self.problems.of_file.append(_no_column(name, setting, names))
 
     def _report_mixed(self, name: str, column: _Column) -> None:
         if len(column.kinds) < 2:
@@ -252,8 +261,8 @@ class RowValidator:
                 self._add(record, f"{name}: {what}", rows)
 
 
-def kind_of(value: Any) -> str:
-    """The kind of a value as messages name it."""
+def _kind_of(value: Any) -> str:
+    """Name the kind of a value for messages."""
     return next((name for kind, name in _KINDS if isinstance(value, kind)), type(value).__name__)
 
 
@@ -264,22 +273,22 @@ def _no_column(name: str, setting: str, names: Sequence[str]) -> str:
     return f"no column {name!r}, which {setting} uses; columns: {', '.join(names) or 'none'}{hint}"
 
 
-def merge(problems: Iterable[Problems]) -> list[str]:
-    """Problems of several files as lines.
+def merge_problems(problems: Iterable[Problems]) -> list[str]:
+    """Format the problems of several files.
 
-    Those of whole files come first, as they explain others; equal ones of several files are one
-    line. Each file keeps its share of the room for its rows.
+    Problems of files come first, because they explain others; equal ones of several files are one
+    line. The rows of each file get an equal share of ``MAX_PROBLEMS`` lines.
     """
-    broken = [found for found in problems if found]
-    files: dict[str, dict[str, None]] = {}
-    for found in broken:
-        for text in found.whole:
-            files.setdefault(text, {})[found.path] = None
+    by_file = [of_file for of_file in problems if of_file]
+    paths: dict[str, dict[str, None]] = {}
+    for file in by_file:
+        for text in file.of_file:
+            paths.setdefault(text, {})[file.path] = None
     lines = []
-    for text, paths in files.items():
-        more = len(paths) - 1
+    for text, names in paths.items():
+        more = len(names) - 1
         others = f" and {more} more file{'s' if more > 1 else ''}" if more else ""
-        lines.append(f"{next(iter(paths))}{others}: {text}")
-    most = max(2, MOST_PROBLEMS // max(1, len(broken)))
-    lines += [line for found in broken for line in found.unread]
-    return lines + [line for found in broken for line in found.row_lines(most)]
+        lines.append(f"{next(iter(names))}{others}: {text}")
+    limit = max(2, MAX_PROBLEMS // max(1, len(by_file)))
+    lines += [line for file in by_file for line in file.unread]
+    return lines + [line for file in by_file for line in file.row_lines(limit)]

@@ -17,7 +17,7 @@ from trainer.data.dataset import RowDataset
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
 from trainer.data.row_validation import render
-from trainer.data.splits import SPLITS, Leaked, leaks, load_splits, remarks
+from trainer.data.splits import SPLITS, LeakedRows, leaks, load_splits, remarks
 from trainer.data.teacher import Teacher, merge_warning, teachers_of
 from trainer.data.token_table import in_memory
 from trainer.data.tokenization.tokenize import (
@@ -133,7 +133,7 @@ class TaskData:
     evaluation: dict[str, EvalSet] = field(default_factory=dict)
     hand_written: dict[str, list[EvalSet]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    leaks: list[Leaked] = field(default_factory=list)
+    leaks: list[LeakedRows] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)

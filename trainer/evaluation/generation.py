@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from trainer.config import Task
-from trainer.data.row_validation import MOST_PROBLEMS
+from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.task_data import EvalSet
 from trainer.data.text_readers import shorten
 from trainer.distributed.deepspeed_engine import Engine
@@ -135,8 +135,8 @@ def check_targets(rows: EvalSet, ending: StopCriteria) -> str | None:
                 f"tasks.{task.name}.stop, so it cannot be generated; remove the row or the string"
             )
     if problems:
-        more = len(problems) - MOST_PROBLEMS
-        raise BadInput(problems[:MOST_PROBLEMS] + ([f"and {more} more rows"] if more > 0 else []))
+        more = len(problems) - MAX_PROBLEMS
+        raise BadInput(problems[:MAX_PROBLEMS] + ([f"and {more} more rows"] if more > 0 else []))
     if any(ending.is_reached(ids) for ids in targets):
         return None
     return (

@@ -31,7 +31,7 @@ class BatchSource:
                 examples.lengths,
                 config.training.tokens_per_step,
                 config.data_seed(prompt),
-                _sources(examples, tasks[prompt.task].train_rows),
+                _components(examples, tasks[prompt.task].train_rows),
             )
             for prompt, examples in zip(config.prompts, self._examples, strict=True)
         ]
@@ -60,12 +60,12 @@ class BatchSource:
             cursor.load_state_dict(saved)
 
 
-def _sources(examples: TokenTable, rows: RowDataset) -> list[MixtureComponent]:
-    """The sources of a file's rows as ranges of its examples: rows may have been skipped."""
-    bounds = [(source.start, source.stop) for source in rows.sources]
+def _components(examples: TokenTable, rows: RowDataset) -> list[MixtureComponent]:
+    """Mixture components as ranges of examples instead of rows: rows may have been skipped."""
+    bounds = [(component.start, component.stop) for component in rows.components]
     return [
-        replace(source, start=start, stop=stop)
-        for source, (start, stop) in zip(
-            rows.sources, np.searchsorted(examples.rows_R, bounds).tolist(), strict=True
+        replace(component, start=start, stop=stop)
+        for component, (start, stop) in zip(
+            rows.components, np.searchsorted(examples.rows_R, bounds).tolist(), strict=True
         )
     ]

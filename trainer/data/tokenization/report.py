@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trainer.config import Task
-from trainer.data.row_validation import MOST_PROBLEMS
+from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.token_table import TokenBlock
 
 #: ``RowTokenizer.limit`` where virtual tokens stand in front.
@@ -45,7 +45,7 @@ class TokenizationReport:
     def problem(self, row: int, text: str, rows: int = 1) -> None:
         """Count a problem of ``rows`` rows, the first of which is number ``row``."""
         self.count += rows
-        if text in self.problems or len(self.problems) < MOST_PROBLEMS:
+        if text in self.problems or len(self.problems) < MAX_PROBLEMS:
             first, before = self.problems.get(text, (row, 0))
             self.problems[text] = (first, before + rows)
 
