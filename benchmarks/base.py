@@ -134,7 +134,7 @@ def table(report: dict[str, Any]) -> str:
 
 def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.config import RunConfig
-    from trainer.data.tokenization.tokenize import Example
+    from trainer.data.token_table import Example
     from trainer.distributed.deepspeed_engine import Engine, base_bytes
     from trainer.distributed.model_loading import load_base
     from trainer.model.checkpoint_files import open_base

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.packing.packed_batch import PackedRow
 

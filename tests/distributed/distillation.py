@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from tests.distributed.equivalence import LENGTHS, errors, plain_model, problem
 from tests.distributed.sharded_base import run_config, shard_base
 from trainer.data.teacher import Teacher
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.packed_batch import PackedRow

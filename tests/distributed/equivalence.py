@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors, padded_loss, plain_model
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest, full_parameter
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.linear import FrozenLinear

@@ -110,14 +110,14 @@ def test_the_prompt_of_generation_is_that_of_training():
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     )
     assert encode_opening(tokenizer, "hi") == dialogue.ids[: dialogue.spans[0][0]]
-    with pytest.raises(BadInput, match=r"base\.model: .* refuses this dialogue: no answers here"):
+    with pytest.raises(BadInput, match=r"base\.model: .* rejects this dialogue: no answers here"):
         encode_opening(make_tokenizer("{{ raise_exception('no answers here') }}"), "hi")
 
 
 def test_templates_that_do_not_show_the_turns_are_refused():
     with pytest.raises(ValueError, match=r"\[2\]: the chat template writes this turn differently"):
         DialogueEncoder(make_tokenizer(FORGETS))(TURNS)
-    with pytest.raises(ValueError, match="refuses this dialogue: no system turns"):
+    with pytest.raises(ValueError, match="rejects this dialogue: no system turns"):
         DialogueEncoder(make_tokenizer(STRICT))(TURNS)
     thinks = PLAIN.replace("{{ '<assistant>' }}", "{{ '<assistant> hi' }}")
     with pytest.raises(ValueError, match=r"continues with 'hi' where the dialogue has other text"):

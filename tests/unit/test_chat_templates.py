@@ -408,7 +408,7 @@ def test_a_run_keeps_its_day(tmp_path):
     keep_chat_date(tmp_path, datetime.date(2024, 2, 9))
     assert read_chat_date(tmp_path) == datetime.date(2024, 2, 9)
     (tmp_path / CHAT_DATE).write_text("yesterday")
-    with pytest.raises(BadInput, match="write the day of the run's first start, as 2026-01-31"):
+    with pytest.raises(BadInput, match="write the date of the run's first start, as 2026-01-31"):
         read_chat_date(tmp_path)
 
 

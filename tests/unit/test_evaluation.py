@@ -174,7 +174,7 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
     def scored(**settings: Any) -> Scored:
         data = load(tmp_path, rows, files.tokenizer, **task | settings)
         evaluator = Evaluator(OneRank(), base, files.tokenizer, TokenBudget(200))
-        request = Request(data.evaluation["validation"].behind(teacher), 0)
+        request = Request(data.evaluation["validation"].with_teacher(teacher), 0)
         return evaluator.score([request], [embedded])[0]
 
     choices = ["metabolic", "cardiac", "other"]

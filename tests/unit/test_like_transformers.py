@@ -45,8 +45,8 @@ from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokeni
 from trainer.commands.inspect.weights import int8_weights
 from trainer.commands.prepare import prepare
 from trainer.config import Base, Task
+from trainer.data.token_table import Example
 from trainer.data.tokenization.chat import DialogueEncoder
-from trainer.data.tokenization.tokenize import Example
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import BaseFiles, open_base

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.sampler import TokenBudgetSampler
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
 from trainer.packing.planning import SLACK, plan_batches
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.data.sampler import TokenBudgetSampler
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher, prefetched
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.unsharded_base import LocalSharder
 from tests.family_bases import CASES
 from trainer.config import Base
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.model.checkpoint_files import open_base
 from trainer.model.families import layer_sizes
 from trainer.model.layers.vocab_parallel import LOGITS_BYTES

@@ -17,7 +17,7 @@ from tests.family_bases import CASES, VOCAB_SIZE, WINDOW
 from tests.one_rank import OneRank
 from tests.unit.test_evaluation import load
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
-from trainer.data.tokenization.tokenize import Example
+from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase

@@ -170,9 +170,9 @@ def test_old_tables_are_forgotten(folder):
 HOLDER = """
 import sys
 from trainer.data.token_cache import cached
-from trainer.data.token_table import Block, Example
+from trainer.data.token_table import Example, TokenBlock
 def make():
-    yield Block.of([Example.with_target((1, 2), 1, 0)])
+    yield TokenBlock.of([Example.with_target((1, 2), 1, 0)])
     print("writing", flush=True)
     sys.stdin.read()
 cached({"of": "x"}, make, dict)
@@ -236,7 +236,7 @@ def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
             pass
 
     def progress(what: str, total: int) -> Shown:
-        assert (what, total) == (f"tokenising {rows.path}", 2500)
+        assert (what, total) == (f"tokenizing {rows.path}", 2500)
         return Shown()
 
     made = tokenize.tokenize(rows, task, make_tokenizer(), 8, progress=progress)
@@ -291,7 +291,7 @@ def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
 def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
     monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
     here = os.getpid()
-    assert list(worker_pool.in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
+    assert list(worker_pool.map_in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
         (1, here),
         (2, here),
     ]
@@ -299,7 +299,7 @@ def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
 
 def test_a_workers_error_reaches_us_and_ends_the_others(monkeypatch):
     monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
-    made = worker_pool.in_order(np.zeros, [(1,), (-1,), *[(2,)] * 50])
+    made = worker_pool.map_in_order(np.zeros, [(1,), (-1,), *[(2,)] * 50])
     assert next(made).tolist() == [0.0]
     with pytest.raises(ValueError, match="negative"):
         list(made)

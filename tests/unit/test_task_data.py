@@ -70,7 +70,7 @@ def test_a_hard_prompt_that_makes_rows_too_long_is_named(tmp_path):
         load(tmp_path, ["a b c"], 10, hand_written=["d ", "d e d e d "])
     assert caught.value.problems == [
         f"{tmp_path}/validation.jsonl:1: has 11 tokens, 10 fit with tasks.t.hand_written "
-        "'d e d e d ' in front; shorten it, or set tasks.t.too_long to skip or truncate"
+        "'d e d e d ' before it; shorten it, or set tasks.t.too_long to skip or truncate"
     ]
 
 
@@ -92,7 +92,7 @@ def test_all_prompts_are_compared_on_the_same_rows(tmp_path, choices):
 
 
 def test_no_row_that_all_prompts_can_be_compared_on(tmp_path):
-    with pytest.raises(BadInput, match="hand_written 'd d d d d d d d ' in front: too_long: skip"):
+    with pytest.raises(BadInput, match="hand_written 'd d d d d d d d ' before it: too_long: skip"):
         load(tmp_path, ["a"], 11, too_long="skip", hand_written=["d d d d d d d d "])
 
 

@@ -11,14 +11,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Task
-from trainer.data.dataset import RowDataset
+from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.splits import load_rows
-from trainer.data.token_table import TokenBlock, in_memory
+from trainer.data.token_table import Example, TokenBlock, in_memory
 from trainer.data.tokenization.tokenize import (
-    Example,
     check_vocabulary,
     encode_input,
-    gold,
     tokenize,
     tokenize_choices,
 )
@@ -137,7 +135,7 @@ def test_too_long_skip_counts_and_keeps_row_numbers(tmp_path):
     scored = tokenize_choices(rows, task, make_tokenizer(), 8)
     assert [e.row for e in scored.examples] == [1, 1, 2, 2]
     assert scored.skipped == 1
-    assert gold(rows, task) == [0, 1, 0]
+    assert gold_choices(rows, task) == [0, 1, 0]
     with pytest.raises(BadInput, match="all 3 rows are longer than 4 tokens"):
         tokenize(rows, task, make_tokenizer(), 4)
 
@@ -174,7 +172,7 @@ def test_all_choices_of_a_row_follow_the_same_input(tmp_path):
         ids("<s> a Answer : no maybe </s>"),
     ]
     assert {e.target_start for e in long} == {5}
-    assert gold(rows, task) == [0, 1]
+    assert gold_choices(rows, task) == [0, 1]
 
 
 def test_choices_that_look_the_same_to_the_base(tmp_path):

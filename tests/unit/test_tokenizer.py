@@ -209,7 +209,7 @@ def test_choices_that_are_the_same_behind_an_input(tmp_path, tokenizers):
         task_of("{q}", "{a}", choices=task.choices),
         [{"q": "Which?", "a": "billing"}, {"q": "Which:", "a": "billing"}],
     )
-    with pytest.raises(BadInput, match=r"rows\.jsonl:2: behind its input 'billing' and ' billing'"):
+    with pytest.raises(BadInput, match=r"rows\.jsonl:2: after its input 'billing' and ' billing'"):
         tokenize_choices(rows, task_of("{q}", "{a}", choices=task.choices), tokenizer, 100)
 
 
@@ -221,7 +221,7 @@ def test_rows_behind_a_teacher_have_the_tokens_of_one_text(
 ):
     data = load(tmp_path, tokenizers[kind], source, " {a}", teacher=teacher)
     ids = data.teachers["p"].token_ids
-    behind = data.teachers["p"].behind(data.train[0])
+    behind = data.teachers["p"].continued_by(data.train[0])
     text = source.format(**ROWS[0])
     assert data.warnings == []
     assert [*ids, *behind.input_ids] == [
@@ -237,7 +237,7 @@ def test_a_teacher_that_merges_with_the_rows_is_warned_of(tmp_path, tokenizers):
         data = load(tmp_path, tokenizers[kind], "billing {q}", " {a}", teacher="Which topic? ")
         assert data.warnings == [
             "prompts.p.teacher: the tokenizer merges its end with the beginning of the rows; they "
-            "are tokenized apart: end it with a word or a line break, without a space"
+            "are tokenized separately: end it with a word or a line break, without a space"
         ]
 
 

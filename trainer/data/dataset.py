@@ -165,3 +165,10 @@ class RowDataset:
 def gold_target(row: dict[str, Any], task: Task) -> str:
     """Return the value of a row that ``task.choices`` lists: the target's one column, as text."""
     return str(row[template_fields(task.target)[0]])
+
+
+def gold_choices(rows: RowDataset, task: Task) -> list[int]:
+    """Return the index in ``task.choices`` of every row's target."""
+    assert task.choices is not None
+    index = {choice: i for i, choice in enumerate(task.choices)}
+    return [index[gold_target(row, task)] for row in rows]

@@ -1,8 +1,8 @@
-"""Choices of which one begins another: "net" and "network" without an end of the target.
+"""Choices that are a prefix of another choice, such as "net" and "network", without EOS after them.
 
 The text "network" begins with "net", so "net" is at least as likely as "network" whatever the base
-predicts. Likelihoods of text with any continuation cannot tell the two apart. They are made
-exclusive: a choice is as likely as text that begins with it and with no longer choice,
+predicts. The likelihoods are made exclusive: that of a choice is the probability of text that
+begins with it and with no longer choice,
 
     P(net, not network) = P(net) - P(network).
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.data.token_table import Example
 
-#: Smallest probability that a choice ends where a longer one would continue: rounding of fp32.
+#: Smallest probability that a choice ends where a longer one continues: rounding error of fp32.
 LEAST = 1e-12
 
 Labels = tuple[tuple[int, ...], ...]
@@ -32,9 +32,9 @@ def labels_of(candidates: Sequence[Example]) -> Labels:
 
 @lru_cache(maxsize=4096)
 def continuations(labels: Labels) -> tuple[tuple[int, ...], ...]:
-    """For each target, the longer ones that begin with it, by index.
+    """For each target, the indices of the longer ones that begin with it.
 
-    One that begins with another of them is left out: its probability is part of that one's.
+    One that begins with another of them is omitted: its probability is included in that one's.
     """
     number = {ids: i for i, ids in enumerate(labels)}
     longer: list[list[int]] = [[] for _ in labels]
@@ -47,10 +47,10 @@ def continuations(labels: Labels) -> tuple[tuple[int, ...], ...]:
 
 
 def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
-    """Negative log-likelihood of each candidate, without text that continues as a longer one.
+    """Negative log-likelihood [R, C] without text that continues as a longer candidate.
 
     Args:
-        nll_RC: of each candidate of each row, in nats, float64.
+        nll_RC: of each of C candidates of each of R rows, in nats, float64.
         rows: the candidates of each row.
     """
     by_labels: dict[Labels, list[int]] = {}
@@ -69,7 +69,7 @@ def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
 
 
 def overlapping(rows: Iterable[Sequence[Example]]) -> set[tuple[int, int]]:
-    """Pairs of choices, (shorter, longer) by index, of which one begins the other in some row."""
+    """Indices (shorter, longer) of choices of which one is a prefix of the other in some row."""
     return {
         (choice, other)
         for labels in {labels_of(candidates) for candidates in rows}

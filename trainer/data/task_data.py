@@ -1,48 +1,55 @@
-"""The data of a task: its splits as tokens, ready to train on and to score."""
+"""Data of a task: its splits as tokens, ready to be sampled for training and to be scored."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Prompt, RunConfig, Task
-from trainer.data.dataset import RowDataset
+from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
 from trainer.data.row_validation import render
 from trainer.data.splits import SPLITS, LeakedRows, leaks, load_splits, remarks
 from trainer.data.teacher import Teacher, merge_warning, teachers_of
-from trainer.data.token_table import in_memory
+from trainer.data.token_table import Example, TokenTable, in_memory
 from trainer.data.tokenization.tokenize import (
-    Example,
-    Progress,
+    RowProgress,
     Tokenized,
-    TokenTable,
     check_vocabulary,
     encode_input,
-    gold,
+    no_progress,
     tokenize,
     tokenize_choices,
-    unseen,
 )
 from trainer.runtime.errors import BadInput
 
-#: Shows that files are read: ``with reading() as on_rows: on_rows(file, rows read so far)``.
-Reading = Callable[[], AbstractContextManager[OnRows | None]]
+#: Shows the progress of reading: ``with progress() as on_rows: on_rows(file, rows read so far)``.
+ReadProgress = Callable[[], AbstractContextManager[OnRows | None]]
 
 
+@dataclass(frozen=True)
 class Candidates(Sequence[list[Example]]):
-    """``[row][choice]``: some rows of a table that holds ``width`` examples of each row."""
+    """``[row][choice]``: examples of selected rows of a table.
 
-    def __init__(self, table: TokenTable, width: int, kept: Sequence[int]) -> None:
-        self.table, self.width, self.kept = table, width, kept
+    Attributes:
+        width: examples of each row in the table.
+        kept: places of the selected rows in the table.
+        teacher: if given, the examples follow its tokens.
+    """
+
+    table: TokenTable
+    width: int
+    kept: Sequence[int]
+    teacher: Teacher | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -51,22 +58,8 @@ class Candidates(Sequence[list[Example]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         first = self.kept[index] * self.width
-        return self.table[first : first + self.width]
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        return (self[i] for i in range(len(self)))
-
-
-class CandidatesBehind(Candidates):
-    """The same candidates behind a teacher's tokens."""
-
-    def __init__(self, rows: Candidates, teacher: Teacher) -> None:
-        super().__init__(rows.table, rows.width, rows.kept)
-        self.teacher = teacher
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        return found if isinstance(index, slice) else [self.teacher.behind(e) for e in found]
+        examples = self.table[first : first + self.width]
+        return examples if self.teacher is None else list(map(self.teacher.continued_by, examples))
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,9 @@ class EvalSet:
     """Rows to score: each with one candidate target, or one per choice.
 
     Attributes:
-        candidates: ``[row][choice]``; a row that was skipped for its length has none here.
-        gold: index of the right candidate of each row.
-        rows: where the rows came from; ``candidates[i][0].row`` is an index into it.
+        candidates: ``[row][choice]``, without the rows that were skipped for their length.
+        gold: index of the correct candidate of each row.
+        rows: all rows; ``candidates[i][0].row`` is an index into it.
     """
 
     task: Task
@@ -86,45 +79,51 @@ class EvalSet:
     gold: list[int]
 
     def subset(self, indices: Sequence[int]) -> EvalSet:
-        """Some of the rows, by their places in this set."""
-        table, width, kept = self.candidates.table, self.candidates.width, self.candidates.kept
+        """Select rows by their places in this set."""
+        kept = [self.candidates.kept[i] for i in indices]
         return replace(
             self,
-            candidates=Candidates(table, width, [kept[i] for i in indices]),
+            candidates=replace(self.candidates, kept=kept),
             gold=[self.gold[i] for i in indices],
         )
 
-    def behind(self, teacher: Teacher) -> EvalSet:
-        """The rows behind a teacher, whose word embeddings are read as a prompt."""
-        return replace(self, candidates=CandidatesBehind(self.candidates, teacher))
+    def with_teacher(self, teacher: Teacher) -> EvalSet:
+        """The rows as they follow a teacher, whose embeddings are used as a prompt."""
+        return replace(self, candidates=replace(self.candidates, teacher=teacher))
 
     @cached_property
     def num_tokens(self) -> int:
         """Tokens of all rows, each with its first candidate."""
-        first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
-        return int(self.candidates.table.lengths[first].sum())
+        return int(self.candidates.table.lengths[self._first_examples].sum())
 
     @cached_property
     def label_counts(self) -> list[int]:
-        """Tokens of each row's right target."""
-        first = np.asarray(self.candidates.kept, np.int64) * self.candidates.width
-        counts: list[int] = self.candidates.table.num_labels[first + np.asarray(self.gold)].tolist()
+        """Tokens of each row's correct target."""
+        correct = self._first_examples + np.asarray(self.gold)
+        counts: list[int] = self.candidates.table.num_labels[correct].tolist()
         return counts
+
+    @property
+    def _first_examples(self) -> NDArray[np.int64]:
+        return np.asarray(self.candidates.kept, np.int64) * self.candidates.width
 
 
 @dataclass
 class TaskData:
-    """A task's rows, as tokens.
+    """All data of a task.
 
     Attributes:
-        train_rows: where ``train`` came from.
-        counts: of each split: its rows, how many of them were skipped and how many truncated. A
-            row of an evaluation is skipped if it is too long behind any of the hard prompts, so
-            that all are compared on the same rows.
+        train: tokenized rows of ``train_rows``.
+        evaluation: split -> its rows.
+        hand_written: split -> its rows after each hard prompt of the task.
+        counts: split -> its rows, and how many of them were skipped and truncated. A row of an
+            evaluation is skipped if it is too long after any of the hard prompts, so that all are
+            compared on the same rows.
         leaks: splits that share rows with train.
-        remarks: what to say about where the rows came from.
-        warnings: what to warn of about how the rows are tokenized.
-        teachers: of the prompts that are distilled, by the prompt's name.
+        remarks: notes about where the rows came from.
+        warnings: warnings about how the rows are tokenized.
+        sources: path, rows and digest of each split.
+        teachers: name of a distilled prompt -> its teacher.
     """
 
     task: Task
@@ -145,18 +144,18 @@ def load_tasks(
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     vocab_size: int,
-    progress: Progress = unseen,
-    reading: Reading = nullcontext,
+    progress: RowProgress = no_progress,
+    read_progress: ReadProgress = nullcontext,
     splits: Sequence[str] = SPLITS,
     date: datetime.date | None = None,
 ) -> dict[str, TaskData]:
-    """Read and tokenise the tasks of a run.
+    """Read and tokenize the tasks of a run.
 
     Args:
-        progress: shows how far tokenising has come.
-        reading: shows how far reading has come.
-        splits: those that are needed; of the others nothing is tokenised.
-        date: the day that chat templates read; None: today.
+        progress: shows the progress of tokenization.
+        read_progress: shows the progress of reading.
+        splits: those to tokenize; all are read and checked.
+        date: the date that chat templates read; None: today.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -165,28 +164,25 @@ def load_tasks(
     tasks: dict[str, TaskData] = {}
     teachers = teachers_of(config, tokenizer)
     for task in config.tasks:
-        of_task = [p for p in config.prompts if p.task == task.name]
-        taught = {p.name: teachers[p.name] for p in of_task if p.name in teachers}
-        lengths = [p.num_virtual_tokens for p in of_task]
-        longest = max((teacher.num_tokens for teacher in taught.values()), default=0)
-        room = context_length - max([longest, *lengths])
+        prompts = [prompt for prompt in config.prompts if prompt.task == task.name]
+        of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
+        longest_prompt = max(prompt.num_virtual_tokens for prompt in prompts)
+        longest_teacher = max((teacher.num_tokens for teacher in of_task.values()), default=0)
+        room = context_length - max(longest_prompt, longest_teacher)
         try:
             if room < 2:
-                if longest > max(lengths):
-                    raise BadInput(
-                        f"prompts of task {task.name!r}: a teacher of {longest} tokens leaves no "
-                        f"room in a context of {context_length}; shorten it"
-                    )
+                cause, remedy = f"{longest_prompt} virtual tokens leave", "lower num_virtual_tokens"
+                if longest_teacher > longest_prompt:
+                    cause, remedy = f"a teacher of {longest_teacher} tokens leaves", "shorten it"
                 raise BadInput(
-                    f"prompts of task {task.name!r}: {max(lengths)} virtual tokens leave no room "
-                    f"in a context of {context_length}; lower num_virtual_tokens"
+                    f"prompts of task {task.name!r}: {cause} no room in a context of "
+                    f"{context_length}; {remedy}"
                 )
-            loader = _TaskLoader(
-                task, tokenizer, room, context_length, vocab_size, progress, reading, date
-            )
-            tasks[task.name] = loader.load(splits)
-            tasks[task.name].teachers = taught
-            tasks[task.name].warnings += loader.teacher_warnings(tasks[task.name], of_task)
+            loader = _TaskLoader(task, tokenizer, room, context_length, vocab_size, progress, date)
+            data = loader.load(splits, read_progress)
+            data.teachers = of_task
+            data.warnings += loader.teacher_warnings(data, prompts)
+            tasks[task.name] = data
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -196,30 +192,36 @@ def load_tasks(
 
 @dataclass
 class _TaskLoader:
-    """One task on its way from files to tokens."""
+    """Loads one task: files -> rows -> tokens.
+
+    Attributes:
+        room: most tokens of a row, after the longest prompt.
+    """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     room: int
     context_length: int
     vocab_size: int
-    progress: Progress
-    reading: Reading
+    progress: RowProgress
     date: datetime.date | None
 
-    def load(self, wanted: Sequence[str]) -> TaskData:
-        with self.reading() as on_rows:
+    def load(self, needed: Sequence[str], read_progress: ReadProgress) -> TaskData:
+        with read_progress() as on_rows:
             splits = load_splits(self.task, on_rows=on_rows)
         data = TaskData(self.task, in_memory([]), splits["train"])
         for split, rows in splits.items():
-            if split not in wanted:
+            if split not in needed:
                 data.counts[split] = {"rows": len(rows)}
             elif split == "train":
-                self._train(data, rows)
+                tokenized = self._tokenize(rows, "", self.room, choices=False)
+                check_vocabulary(tokenized.examples, self.vocab_size)
+                data.train = tokenized.examples
+                self._record(data, "train", rows, tokenized, tokenized.skipped)
             else:
-                self._evaluation(data, split, rows)
+                self._load_evaluation(data, split, rows)
         data.leaks = leaks(self.task, splits)
-        data.remarks = [*remarks(self.task, splits), *self._overlaps(data)]
+        data.remarks = [*remarks(self.task, splits), *self._overlap_remarks(data)]
         for leak in data.leaks:
             data.counts[leak.split]["also_in_train"] = leak.count
             for source in data.sources:
@@ -228,75 +230,68 @@ class _TaskLoader:
         return data
 
     def teacher_warnings(self, data: TaskData, prompts: Sequence[Prompt]) -> list[str]:
-        """What to warn of about the teachers of the task's prompts."""
+        """Warn of teachers whose last token merges with the beginning of the rows."""
         row = render(self.task.input, data.train_rows[0])
-        found = [
+        warnings = [
             merge_warning(prompt.name, prompt.teacher, self.tokenizer, row)
             for prompt in prompts
             if prompt.teacher is not None
         ]
-        return [warning for warning in found if warning is not None]
+        return [warning for warning in warnings if warning is not None]
 
-    def _train(self, data: TaskData, rows: RowDataset) -> None:
-        train = tokenize(
-            rows, self.task, self.tokenizer, self.room, date=self.date, progress=self.progress
-        )
-        check_vocabulary(train.examples, self.vocab_size)
-        data.train = train.examples
-        self._note(data, "train", rows, train, train.skipped)
-
-    def _note(
+    def _record(
         self, data: TaskData, split: str, rows: RowDataset, tokenized: Tokenized, skipped: int
     ) -> None:
+        name, num_rows = self.task.name, len(rows)
         data.sources.append(
             {
-                "task": self.task.name,
+                "task": name,
                 "split": split,
                 "path": rows.path,
-                "rows": len(rows),
+                "rows": num_rows,
                 "digest": rows.digest,
             }
         )
         data.counts[split] = {
-            "rows": len(rows),
+            "rows": num_rows,
             "skipped": skipped,
             "truncated": tokenized.truncated,
         }
         if tokenized.warning is not None:
-            data.warnings.append(f"task {self.task.name}: {split}: {tokenized.warning}")
+            data.warnings.append(f"task {name}: {split}: {tokenized.warning}")
 
-    def _evaluation(self, data: TaskData, split: str, rows: RowDataset) -> None:
-        """The rows of a split without a prompt and behind every hard one; those that all have."""
+    def _load_evaluation(self, data: TaskData, split: str, rows: RowDataset) -> None:
+        """Tokenize a split without a prompt and after each hard prompt; keep common rows."""
         likelihood = self.task.scored_by_likelihood
         width = len(self.task.choices or []) if likelihood else 1
-        read = [self._read(rows, "", self.room)]
-        check_vocabulary(read[0].examples, self.vocab_size)
-        read += [self._read(rows, text, self._room_behind(text)) for text in self.task.hand_written]
-        numbers = [found.examples.rows_R[::width] for found in read]
-        common = numbers[0]
-        for found in numbers[1:]:
-            common = np.intersect1d(common, found, assume_unique=True)
+        tables = [self._tokenize(rows, "", self.room, choices=likelihood)]
+        check_vocabulary(tables[0].examples, self.vocab_size)
+        for text in self.task.hand_written:
+            room = self._room_with_prompt(text)
+            tables.append(self._tokenize(rows, text, room, choices=likelihood))
+        rows_of = [tokenized.examples.rows_R[::width] for tokenized in tables]
+        common = reduce(lambda a, b: np.intersect1d(a, b, assume_unique=True), rows_of)
         if not len(common):
             raise BadInput(
-                f"tasks.{self.task.name}.hand_written: no row of {rows.path} fits behind all of "
+                f"tasks.{self.task.name}.hand_written: no row of {rows.path} fits after all of "
                 f"them; shorten them, or set tasks.{self.task.name}.too_long to truncate"
             )
-        right = gold(rows, self.task) if likelihood else [0] * len(rows)
+        gold = gold_choices(rows, self.task) if likelihood else [0] * len(rows)
         sets = [
             EvalSet(
                 self.task,
                 split,
                 rows,
-                Candidates(found.examples, width, np.searchsorted(number, common).tolist()),
-                [right[row] for row in common.tolist()],
+                Candidates(tokenized.examples, width, np.searchsorted(own, common).tolist()),
+                [gold[row] for row in common.tolist()],
             )
-            for found, number in zip(read, numbers, strict=True)
+            for tokenized, own in zip(tables, rows_of, strict=True)
         ]
         data.evaluation[split], data.hand_written[split] = sets[0], sets[1:]
-        self._note(data, split, rows, read[0], len(rows) - len(common))
+        self._record(data, split, rows, tables[0], len(rows) - len(common))
 
-    def _overlaps(self, data: TaskData) -> list[str]:
-        """Remarks on choices of which one begins the other; with EOS behind them none does."""
+    def _overlap_remarks(self, data: TaskData) -> list[str]:
+        """Remarks on choices that begin with another choice; with EOS after them none does."""
         choices = self.task.choices or []
         if self.task.append_eos or not self.task.scored_by_likelihood:
             return []
@@ -308,20 +303,20 @@ class _TaskLoader:
             for short, long in sorted(pairs)
         ]
 
-    def _read(self, rows: RowDataset, prefix: str, room: int) -> Tokenized:
+    def _tokenize(self, rows: RowDataset, prefix: str, room: int, *, choices: bool) -> Tokenized:
         task, tokenizer, progress = self.task, self.tokenizer, self.progress
-        if task.scored_by_likelihood:
+        if choices:
             return tokenize_choices(rows, task, tokenizer, room, prefix=prefix, progress=progress)
         return tokenize(
             rows, task, tokenizer, room, prefix=prefix, date=self.date, progress=progress
         )
 
-    def _room_behind(self, prefix: str) -> int:
-        """Tokens of a row with a hard prompt, which stands where the virtual tokens stand.
+    def _room_with_prompt(self, prefix: str) -> int:
+        """Most tokens of a row including a hard prompt, which replaces the virtual tokens.
 
-        Where rows are cut, as much of their own text is left as behind the virtual tokens.
+        Rows that are cut keep as much of their own text as after the virtual tokens.
         """
         if self.task.too_long != "truncate":
             return self.context_length
-        words = len(encode_input(self.tokenizer, prefix)) - len(encode_input(self.tokenizer, ""))
-        return min(self.context_length, self.room + words)
+        tokens = len(encode_input(self.tokenizer, prefix)) - len(encode_input(self.tokenizer, ""))
+        return min(self.context_length, self.room + tokens)

@@ -1,7 +1,7 @@
-"""Tables of tokenised rows, kept by a digest of all that they follow from. Imports no torch.
+"""Cache of tokenized splits, keyed by a digest of everything that determines them.
 
-``$PROMPTSHARD_CACHE``, else ``$XDG_CACHE_HOME/promptshard``, else ``~/.cache/promptshard``. It is
-safe to delete at any time; what was not used for 30 days is deleted when something new is written.
+It is in the folder ``tokens`` of the cache directory and is safe to delete at any time. Entries
+unused for 30 days are deleted when a new one is written. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.token_table import FORMAT, TokenBlock, TokenTable, open_table,
 from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.json_file import read_json_object
 
-#: Another number where the same settings give other tokens: a change of how rows are tokenized.
+#: Version of the tokenization rules: incremented when the same settings give other tokens.
 RULES = 4
 KEPT_SECONDS = 30 * 24 * 3600
 _RECORD = "table.json"
@@ -37,42 +37,39 @@ def cached(
     make: Callable[[], Iterable[TokenBlock]],
     counts: Callable[[], dict[str, int]],
 ) -> tuple[TokenTable, dict[str, int]]:
-    """The table of this identity: mapped from the cache, or made and put there.
+    """Return the table of this identity: memory-mapped from the cache, or made and stored there.
 
-    Runs and ranks that want the same table at once wait for the one that makes it; if that one
-    dies, the next makes it. Where the cache cannot be written, the table is this process's own.
+    Of several processes that need the same table one makes it and the others wait; if that one
+    dies, the next one makes it. If the cache is not writable, the table is private to this process.
 
     Args:
-        identity: JSON values that the table is a pure function of.
-        make: its blocks; what it raises is raised.
-        counts: asked for once they are made; kept beside the table.
+        identity: JSON values that determine the table.
+        make: yields its blocks; its exceptions are raised.
+        counts: called after ``make``; stored with the table.
     """
     text = json.dumps([FORMAT, RULES, identity], sort_keys=True)
-    place = cache_dir("tokens") / hashlib.sha256(text.encode()).hexdigest()[:32]
-    found = _open(place)
-    if found is not None:
-        return found
+    folder = cache_dir("tokens") / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if (entry := _open(folder)) is not None:
+        return entry
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = place.with_suffix(".lock").open("a")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock").open("a")
     except OSError:
         return _private(make, counts)
     with lock:
-        locked = _wait_for(lock)
-        found = _open(place)  # made while this process waited
-        if found is not None:
-            return found
-        if locked:
-            _clear(place)
-        with contextlib.suppress(OSError):  # full; or made by another, where nothing can be locked
-            _publish(place, make, counts)
-    forget_old(place.parent)
-    found = _open(place)
-    return found if found is not None else _private(make, counts)
+        is_locked = _acquire(lock)
+        if (entry := _open(folder)) is not None:  # made while this process waited
+            return entry
+        if is_locked:
+            _clear(folder)
+        with contextlib.suppress(OSError):  # disk full; or made by another process without locks
+            _publish(folder, make, counts)
+    delete_unused(folder.parent)
+    return _open(folder) or _private(make, counts)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of all that makes the ids of a text: vocabulary, rules, special tokens, versions."""
+    """Hash everything that determines token ids: vocabulary, rules, special tokens, versions."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     settings = {
         k: v for k, v in getattr(tokenizer, "init_kwargs", {}).items() if k != "name_or_path"
@@ -89,38 +86,35 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _open(place: Path) -> tuple[TokenTable, dict[str, int]] | None:
-    """A whole table, or None; a damaged one counts as none."""
+def _open(folder: Path) -> tuple[TokenTable, dict[str, int]] | None:
+    """Open a complete table; None if it is missing or damaged."""
     try:
-        record = read_json_object(place / _RECORD)
-        if record != _record(record["table"], place):
+        record = read_json_object(folder / _RECORD)
+        if record != _record(record["table"], folder):
             return None
-        table = open_table(place, record["table"])
+        table = open_table(folder, record["table"])
         with contextlib.suppress(OSError):
-            os.utime(place)  # it is in use
+            os.utime(folder)  # mark as used
         return table, record["table"]
     except (OSError, ValueError, KeyError, EOFError, TypeError):
         return None
 
 
 def _publish(
-    place: Path, make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
+    folder: Path, make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> None:
-    """Write under another name, then rename: a table is there as a whole or not at all."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{place.name}.writing-", dir=place.parent))
+    """Write under another name, then rename, so that an entry is complete or missing."""
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
     try:
-        record = _record(_write(folder, make, counts), folder)
-        (folder / _RECORD).write_text(json.dumps(record))
-        os.rename(folder, place)
+        record = _record({**write(temporary, make()), **counts()}, temporary)
+        (temporary / _RECORD).write_text(json.dumps(record))
+        os.rename(temporary, folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _record(table: dict[str, int], folder: Path) -> dict[str, Any]:
-    """What is kept beside a table: its sizes and counts, and checksums of these and of its files.
-
-    The files are read as streams, at the speed of the disk.
-    """
+    """Sizes and counts of a table, and checksums of these and of its files."""
     checksums = {"table": xxhash.xxh3_64_hexdigest(json.dumps(table, sort_keys=True).encode())}
     for path in sorted(folder.glob("*.npy")):
         digest = xxhash.xxh3_64()
@@ -134,42 +128,36 @@ def _record(table: dict[str, int], folder: Path) -> dict[str, Any]:
 def _private(
     make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> tuple[TokenTable, dict[str, int]]:
-    """A table of this process alone: its files have no name once they are mapped."""
+    """Make a table for this process only: its files are unlinked once they are mapped."""
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
-        sizes = _write(Path(folder), make, counts)
-        return open_table(Path(folder), sizes), sizes
+        record = {**write(Path(folder), make()), **counts()}
+        return open_table(Path(folder), record), record
 
 
-def _write(
-    folder: Path, make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
-) -> dict[str, int]:
-    return {**write(folder, make()), **counts()}
-
-
-def _wait_for(lock: Any) -> bool:
-    """Whether we hold the lock now; False on a file system without locks: then all work."""
+def _acquire(lock: Any) -> bool:
+    """Wait for the lock; False on a file system without locks: every process does the work."""
     try:
         os.utime(lock.name)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder dies
         return True
     except OSError:
         return False
 
 
-def _clear(place: Path) -> None:
-    """Delete a damaged table, and what one that died while it wrote has left; we hold the lock."""
-    for left in [place, *place.parent.glob(f"{place.name}.writing-*")]:
-        shutil.rmtree(left, ignore_errors=True)
-    place.unlink(missing_ok=True)  # where it is no folder
+def _clear(folder: Path) -> None:
+    """Delete a damaged table and the files of a writer that died; the lock is held."""
+    for path in [folder, *folder.parent.glob(f"{folder.name}.writing-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    folder.unlink(missing_ok=True)  # if it is a file
 
 
-def forget_old(folder: Path) -> None:
-    """Delete what was not used for 30 days."""
-    for place in folder.iterdir():
+def delete_unused(folder: Path) -> None:
+    """Delete entries that were not used for 30 days."""
+    for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            if time.time() - place.stat().st_mtime < KEPT_SECONDS:
+            if time.time() - path.stat().st_mtime < KEPT_SECONDS:
                 continue
-            if place.is_dir():
-                shutil.rmtree(place)  # those who have it mapped keep it
+            if path.is_dir():
+                shutil.rmtree(path)  # processes that have it mapped keep the pages
             else:
-                place.unlink()
+                path.unlink()

@@ -1,8 +1,7 @@
-"""Tokenised rows as flat arrays, in memory or mapped from files. Imports no torch.
+"""Tokenized rows as flat arrays, in memory or memory-mapped. Imports no torch.
 
-A list of Python objects takes about 3 kB a row; five million rows would fill a node. Here a row is
-its int32 ids and a few offsets. Mapped from files, all ranks of a node share one copy in the page
-cache.
+As Python objects a row takes about 3 kB, and five million rows fill the memory of a node. Here a
+row is its int32 ids and a few offsets. Ranks of a node that map the same files share the pages.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-#: Names the layout of a table's folder; another number is another format.
+#: Version of the file format of a table's folder.
 FORMAT = 1
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the base reads it.
+    """One tokenized row.
 
     Attributes:
-        input_ids: the whole row: input, target, EOS; no virtual tokens.
-        label_spans: (start, stop) of the tokens that are labels, ascending and apart: one for a
+        input_ids: input, target, EOS; no virtual tokens.
+        label_spans: (start, stop) of the tokens that are labels, ascending and disjoint: one for a
             target, one per answer of a dialogue.
-        row: index in its ``Rows``.
+        row: index in its ``RowDataset``.
     """
 
     input_ids: tuple[int, ...]
@@ -39,7 +38,7 @@ class Example:
 
     @classmethod
     def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
-        """All tokens from ``target_start`` on are labels."""
+        """Make an example whose labels are all tokens from ``target_start`` on."""
         return cls(input_ids, ((target_start, len(input_ids)),), row)
 
     @property
@@ -58,14 +57,14 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Some examples in a row, end to end: R examples, T tokens, S label spans.
+    """R consecutive examples, concatenated: T tokens, S label spans.
 
     Attributes:
         ids_T: int32.
         lengths_R: tokens of each example.
         spans_S2: (start, stop) within the example.
         span_counts_R: spans of each example.
-        rows_R: index in the ``Rows`` of each example.
+        rows_R: index of each example in the ``RowDataset``.
     """
 
     ids_T: NDArray[np.int32]
@@ -87,19 +86,19 @@ class TokenBlock:
 
 
 class TokenTable(Sequence[Example]):
-    """Examples in order, made when they are asked for.
+    """A sequence of examples that are created on access.
 
     Args:
-        ids_T: token ids of all examples, end to end.
-        offsets: [R + 1], where each example starts and the last one stops.
-        spans_S2, span_offsets: likewise their label spans.
-        rows_R: index in the ``Rows`` of each example.
+        ids_T: token ids of all examples, concatenated.
+        offsets: [R + 1] start of each example, and the end of the last one.
+        spans_S2, span_offsets: their label spans, in the same way.
+        rows_R: index of each example in the ``RowDataset``.
     """
 
     def __init__(
         self, ids_T: Any, offsets: Any, spans_S2: Any, span_offsets: Any, rows_R: Any
     ) -> None:
-        # Plain views: slicing a memmap object costs several times as much.
+        # Plain views: slicing a memmap object takes several times as long.
         self._ids_T, self._offsets, self._spans_S2, self._span_offsets, self.rows_R = (
             np.asarray(array) for array in (ids_T, offsets, spans_S2, span_offsets, rows_R)
         )
@@ -130,11 +129,11 @@ class TokenTable(Sequence[Example]):
     @cached_property
     def num_labels(self) -> NDArray[np.int32]:
         """Labels of every example."""
-        upto = np.concatenate([[0], np.cumsum(self._spans_S2[:, 1] - self._spans_S2[:, 0])])
-        return np.diff(upto[self._span_offsets]).astype(np.int32)
+        totals = _offsets(self._spans_S2[:, 1] - self._spans_S2[:, 0])
+        return np.diff(totals[self._span_offsets]).astype(np.int32)
 
     def first_beyond(self, vocab_size: int) -> Example | None:
-        """The first example with an id that is not below ``vocab_size``."""
+        """Return the first example with an id of at least ``vocab_size``."""
         for start in range(0, len(self._ids_T), _CHUNK):
             beyond = np.flatnonzero(self._ids_T[start : start + _CHUNK] >= vocab_size)
             if len(beyond):
@@ -144,14 +143,14 @@ class TokenTable(Sequence[Example]):
 
 
 def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
-    """A table of few rows."""
-    found = list(blocks) or [TokenBlock.of([])]
+    """Concatenate blocks of few rows into a table."""
+    parts = list(blocks) or [TokenBlock.of([])]
     return TokenTable(
-        np.concatenate([block.ids_T for block in found]),
-        _offsets(np.concatenate([block.lengths_R for block in found])),
-        np.concatenate([block.spans_S2 for block in found]),
-        _offsets(np.concatenate([block.span_counts_R for block in found])),
-        np.concatenate([block.rows_R for block in found]),
+        np.concatenate([block.ids_T for block in parts]),
+        _offsets(np.concatenate([block.lengths_R for block in parts])),
+        np.concatenate([block.spans_S2 for block in parts]),
+        _offsets(np.concatenate([block.span_counts_R for block in parts])),
+        np.concatenate([block.rows_R for block in parts]),
     )
 
 
@@ -159,7 +158,7 @@ def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
     """Write a table's files, block by block, into an existing folder.
 
     Returns:
-        What ``open_table`` wants to know, as JSON values.
+        The record for ``open_table``, as JSON values.
     """
     ids, spans = _Growing(folder / "ids.npy", np.int32), _Growing(folder / "spans.npy", np.int32, 2)
     offsets = _Growing(folder / "offsets.npy", np.int64)
@@ -179,10 +178,10 @@ def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
 
 
 def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
-    """Map what ``write`` wrote.
+    """Memory-map a table that ``write`` wrote.
 
     Raises:
-        OSError, ValueError, EOFError: if files are missing, cut short, or not what was written.
+        OSError, ValueError, EOFError: files are missing, truncated or of another table.
     """
     arrays = [
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -196,7 +195,7 @@ def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
 
 
 class _Growing:
-    """An .npy file whose first axis grows; numpy leaves room for that in its header."""
+    """An .npy file whose first axis grows; numpy reserves space for that in the header."""
 
     def __init__(self, path: Path, dtype: Any, columns: int | None = None) -> None:
         self.size = 0
@@ -221,12 +220,13 @@ class _Growing:
         return self._stream.tell()
 
 
-def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Cumulative sums that start at 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def runs(inside: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of the runs of places that are true."""
+    """(start, stop) of each run of true values."""
     bounded = [False, *map(bool, inside), False]
     edges = [i for i in range(len(inside) + 1) if bounded[i] != bounded[i + 1]]
     return tuple(zip(edges[::2], edges[1::2], strict=True))

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.token_cache import forget_old
+from trainer.data.token_cache import delete_unused
 from trainer.data.token_table import Example
 from trainer.runtime import atomic_io
 from trainer.runtime.cache_dir import cache_dir
@@ -79,7 +79,7 @@ class BaselineCache:
             with atomic_io.replacing(self._path(rows)) as file:
                 values = nll_RC.tobytes()
                 file.write(xxhash.xxh3_64_digest(values) + values)
-            forget_old(self.folder)
+            delete_unused(self.folder)
 
     def _is_worthwhile(self, rows: Sequence[Sequence[Example]]) -> bool:
         return self._num_bytes * sum(row[0].num_tokens for row in rows) >= WORTHWHILE

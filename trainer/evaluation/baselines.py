@@ -66,7 +66,7 @@ def baselines_of(tasks: Mapping[str, TaskData]) -> list[Baseline]:
             name = f"{NO_PROMPT}-{prompt}"
             found.append(Baseline(task, name, data.evaluation, taught=prompt, teacher=teacher))
         for number, teacher in enumerate(teachers_of(data), 1):
-            rows = {split: sets.behind(teacher) for split, sets in data.evaluation.items()}
+            rows = {split: sets.with_teacher(teacher) for split, sets in data.evaluation.items()}
             if rows:
                 found.append(Baseline(task, f"{TEACHER}-{number}", rows, reads=teacher))
     return found

@@ -321,7 +321,7 @@ def build_teacher_batch(packed_rows: Sequence[PackedRow]) -> PackedBatch:
             teacher = packed_row.teacher
             lengths[teacher.index] = len(teacher.token_ids)
             distilled.append(
-                PackedRow(teacher.behind(packed_row.example), teacher.index, packed_row.slot)
+                PackedRow(teacher.continued_by(packed_row.example), teacher.index, packed_row.slot)
             )
     shortest = min(packed_rows, key=lambda packed_row: packed_row.example.num_tokens)
     padding_row = PackedRow(shortest.example, None, shortest.slot, is_padding=True)

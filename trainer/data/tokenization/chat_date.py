@@ -1,7 +1,7 @@
-"""The day that the chat template of a run reads, kept in its output folder.
+"""Date that the chat template of a run reads, stored in its output folder.
 
-Templates of some families write today's date into every dialogue. A run keeps the day of its first
-start, so that it reads the same tokens whenever it is resumed or asked to generate.
+Templates of some families write today's date into every dialogue. A run stores the date of its
+first start, so that resuming and generating use the same tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHAT_DATE = "chat-date.txt"
 
 
 def read_chat_date(output: Path) -> datetime.date | None:
-    """The day that a run keeps; None if it keeps none.
+    """Read the stored date of a run; None if there is none.
 
     Raises:
         BadInput: the file is damaged.
@@ -28,11 +28,11 @@ def read_chat_date(output: Path) -> datetime.date | None:
         return None
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"{path}: cannot be read ({error}); write the day of the run's first start, as "
+            f"{path}: cannot be read ({error}); write the date of the run's first start, as "
             "2026-01-31"
         ) from None
 
 
 def keep_chat_date(output: Path, date: datetime.date) -> None:
-    """Keep a day for later starts and for generation."""
+    """Store the date for later starts and for generation."""
     atomic_io.write(output / CHAT_DATE, f"{date.isoformat()}\n")

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: dialogue -> text, in bounded time and size, on a fixed day.
+"""Chat template of a tokenizer: dialogue -> text, with limits on time and size, on a fixed date.
 
 Needs a tokenizer, but no torch.
 """
@@ -19,17 +19,17 @@ from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
-#: CPU time that a template may take for one dialogue.
+#: Most CPU time of a template for one dialogue.
 CPU_SECONDS = 10.0
-#: Characters that a template may write: so many, or so many times those of the dialogue.
-MOST_CHARACTERS, MOST_TIMES = 1_000_000, 20
+#: Most characters that a template may write: a number, or a multiple of those of the dialogue.
+MAX_CHARACTERS, MAX_RATIO = 1_000_000, 20
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: Directives of strftime, and the flags that may stand before them.
+#: Directives of strftime, and their optional flags.
 _DIRECTIVES, _FLAGS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf", ("", "-", "_", "0", "^", "#")
 
 _DATE = "strftime_now"
-#: Takes the place of the function of this name that transformers gives to templates.
+#: Macro that replaces the function of this name that transformers passes to templates.
 _STRFTIME_NOW = (
     "{% macro strftime_now(format) -%}{% for text in format.split('%%') %}"
     "{% set filled = namespace(text=text) %}{% for name, value in VALUES %}"
@@ -39,26 +39,26 @@ _STRFTIME_NOW = (
 
 
 class TemplateLimitExceeded(Exception):
-    """A template takes too long, or writes too much: it would do so for every dialogue."""
+    """A template takes too long or writes too much, presumably for every dialogue."""
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """What a template marks, as (start, stop) of tokens and of characters."""
+    """A marked part of a dialogue, as (start, stop) of tokens and of characters."""
 
     tokens: tuple[int, int]
     characters: tuple[int, int]
 
 
 class ChatTemplate:
-    """Writes dialogues as transformers does, and gives their token ids.
+    """Writes dialogues exactly as transformers does, and tokenizes them.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        date: the day that templates read through ``strftime_now``; None: today.
+        date: the date that templates read through ``strftime_now``; None: today.
 
     Raises:
-        Endless: the template does not end.
+        TemplateLimitExceeded: it takes too long or writes too much.
     """
 
     def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
@@ -66,36 +66,40 @@ class ChatTemplate:
         self._reads_text, self._reads_parts = True, True
         self._reads_text, self._reads_parts = self._probe()
 
-    def text(self, messages: Messages, tools: Tools = None, *, ask: bool = False) -> str:
-        """A dialogue as text.
+    def text(
+        self, messages: Messages, tools: Tools = None, *, generation_prompt: bool = False
+    ) -> str:
+        """Write a dialogue as text.
 
         Args:
-            messages: turns in the form of ``nested.parse_messages``.
-            ask: with the words at its end that ask the assistant for its turn.
+            messages: turns in the form of ``column_parsers.parse_messages``.
+            generation_prompt: end with the beginning of a turn of the assistant.
 
         Raises:
-            ValueError: the template refuses the dialogue.
-            Endless: it takes too long.
+            ValueError: the template rejects the dialogue.
+            TemplateLimitExceeded: it takes too long or writes too much.
         """
-        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=ask)
-        if len(text) > MOST_CHARACTERS:
+        text: str = self._apply(
+            messages, tools, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        if len(text) > MAX_CHARACTERS:
             given = len(json.dumps([list(messages), tools], default=str))
-            if len(text) > MOST_TIMES * given:
+            if len(text) > MAX_RATIO * given:
                 raise TemplateLimitExceeded(
                     f"writes {len(text):,} characters for a dialogue of {given:,}"
                 )
         return text
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text that the template has written."""
+        """Tokenize text that the template has written."""
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
 
     def marked(self, messages: Messages, tools: Tools = None) -> list[TokenSpan] | None:
-        """What the template marks with ``{% generation %}``, in order; None if it marks nothing.
+        """Find what the template marks with ``{% generation %}``, in order; None without marks.
 
         Raises:
-            ValueError, Endless: as ``text``.
+            ValueError, TemplateLimitExceeded: as ``text``.
         """
         if not (self._tokenizer.is_fast and _GENERATION.search(self._source(tools))):
             return None
@@ -104,7 +108,7 @@ class ChatTemplate:
         )
         mask = list(encoded["assistant_masks"])
         for token in range(1, len(mask)):
-            # Of a character of several tokens transformers marks the first alone, at the end.
+            # At the end of a mark, transformers marks only the first token of a character.
             if mask[token - 1] and not mask[token]:
                 before, here = (encoded.token_to_chars(i) for i in (token - 1, token))
                 mask[token] = int(before is not None and before == here)
@@ -114,27 +118,27 @@ class ChatTemplate:
             marks.append(TokenSpan((start, stop), (first.start, last.end)))
         return marks
 
-    def _apply(self, messages: Messages, tools: Tools, **how: Any) -> Any:
+    def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]
         try:
             if _DATE in (source := self._source(tools)):
-                how["chat_template"] = _on(self._date or datetime.date.today(), source)
+                options["chat_template"] = _with_date(source, self._date or datetime.date.today())
             with cpu_limit(CPU_SECONDS):
-                return self._tokenizer.apply_chat_template(turns, tools=tools, **how)
+                return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
         except CpuLimitExceeded:
             raise TemplateLimitExceeded(f"takes more than {CPU_SECONDS:g} s of CPU time") from None
         except MemoryError:
             raise TemplateLimitExceeded("takes more memory than there is") from None
         except Exception as error:  # Jinja's, or what the template itself raises
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"the chat template refuses this dialogue: {reason}") from None
+            raise ValueError(f"the chat template rejects this dialogue: {reason}") from None
 
     def _source(self, tools: Tools) -> str:
         source: str = self._tokenizer.get_chat_template(tools=tools)
         return source
 
     def _turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """A turn with its content in a form that the template reads, without our own key."""
+        """Give the content the form that the template reads; remove the key ``weight``."""
         kept = {key: value for key, value in turn.items() if key != "weight"}
         content = kept.get("content")
         if isinstance(content, list) and not self._reads_parts:
@@ -144,7 +148,7 @@ class ChatTemplate:
         return kept
 
     def _probe(self) -> tuple[bool, bool]:
-        """Whether the template reads content that is text, and content that is a list of parts."""
+        """Test whether the template reads content that is text, and that is a list of parts."""
         probe = "one two three"
         as_text = self._try(probe)
         as_parts = self._try([{"type": "text", "text": probe}])
@@ -160,12 +164,12 @@ class ChatTemplate:
 
 
 def reads_date(tokenizer: Any) -> bool:
-    """Whether a chat template of the tokenizer reads the date, so that its text changes daily."""
+    """Whether a chat template of the tokenizer reads the date."""
     return _DATE in str(getattr(tokenizer, "chat_template", None))
 
 
-def _on(date: datetime.date, source: str) -> str:
-    """A template that finds itself on a given day, at midnight, whenever it is rendered."""
+def _with_date(source: str, date: datetime.date) -> str:
+    """Make a template read a given date, at midnight, whenever it is rendered."""
     time = datetime.datetime.combine(date, datetime.time())
     names = [f"%{flag}{directive}" for directive in _DIRECTIVES for flag in _FLAGS]
     values = [(name, time.strftime(name)) for name in names]

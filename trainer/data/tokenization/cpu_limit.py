@@ -1,4 +1,4 @@
-"""A limit on the CPU time of Python code that may never end."""
+"""CPU time limit for Python code that may not terminate."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TURN_SECONDS = 0.1
-#: Turns without work after which the watching thread ends.
-_IDLE_TURNS = 50
+_POLL_SECONDS = 0.1
+#: Idle polls after which the watching thread ends.
+_IDLE_POLLS = 50
 
 
 class CpuLimitExceeded(Exception):
-    """The code has used more CPU time than it may."""
+    """The code has exceeded its CPU time limit."""
 
 
 class _Watcher:
-    """One thread that looks after all limited blocks of this process, while there are any."""
+    """One thread that watches all limited blocks of this process, while there are any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._limits: dict[int, float] = {}  # thread -> its CPU time at which the block is ended
-        self._ended: set[int] = set()
+        self._limits: dict[int, float] = {}  # thread -> its CPU time at which the block is aborted
+        self._aborted: set[int] = set()
         self._is_running = False
 
     def begin(self, seconds: float) -> None:
@@ -38,20 +38,20 @@ class _Watcher:
         with self._lock:
             thread = threading.get_ident()
             del self._limits[thread]
-            if thread in self._ended:  # what has not arrived yet must not arrive after the block
-                self._ended.remove(thread)
+            if thread in self._aborted:  # the exception must not arrive after the block
+                self._aborted.remove(thread)
                 _raise_in(thread, None)
 
     def _watch(self) -> None:
         idle = 0
-        while idle < _IDLE_TURNS:
-            time.sleep(_TURN_SECONDS)
+        while idle < _IDLE_POLLS:
+            time.sleep(_POLL_SECONDS)
             with self._lock:
                 idle = 0 if self._limits else idle + 1
-                self._is_running = idle < _IDLE_TURNS
+                self._is_running = idle < _IDLE_POLLS
                 for thread, limit in self._limits.items():
-                    if thread not in self._ended and _cpu_seconds(thread) > limit:
-                        self._ended.add(thread)
+                    if thread not in self._aborted and _cpu_seconds(thread) > limit:
+                        self._aborted.add(thread)
                         _raise_in(thread, CpuLimitExceeded)
 
 
@@ -60,13 +60,13 @@ _watcher = _Watcher()
 
 @contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Run a block of Python code, for so many seconds of CPU time of this thread at most.
+    """Abort a block of Python code after ``seconds`` of CPU time of this thread.
 
-    CPU time, not time on the clock: a process that is suspended, or waits for a core, is not at
-    fault. It works in any thread, where a signal would reach the main thread only.
+    CPU time rather than wall time, because a process may be suspended or wait for a core. It works
+    in any thread; a signal would reach the main thread only.
 
     Raises:
-        TookTooLong: in the middle of the block.
+        CpuLimitExceeded: in the middle of the block.
     """
     _watcher.begin(seconds)
     try:
@@ -80,6 +80,6 @@ def _cpu_seconds(thread: int) -> float:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in a thread of this process; None: take back one that has not arrived."""
+    """Raise an exception in a thread of this process; None: cancel one that has not arrived."""
     value = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)

@@ -1,4 +1,4 @@
-"""What became of rows on their way to tokens."""
+"""Outcome of tokenizing rows, and the interface of row tokenizers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from trainer.config import Task
 from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.token_table import TokenBlock
 
-#: ``RowTokenizer.limit`` where virtual tokens stand in front.
-BEHIND_PROMPT = "(context minus virtual tokens)"
-
-
-#: Numbers of a ``TokenizationReport`` that are kept beside a table.
+#: ``RowTokenizer.limit`` of rows that follow virtual tokens.
+CONTEXT_LIMIT = "(context minus virtual tokens)"
+#: Numbers of a ``TokenizationReport`` that are kept beside a cached table.
 COUNTS = ("skipped", "truncated", "merged", "first_merged")
 
 
 @dataclass
 class TokenizationReport:
-    """What became of some rows, or of all.
+    """Outcome of tokenizing a batch of rows, or all rows.
 
     Attributes:
-        merged: rows whose input and target the tokenizer merges; ``first_merged`` is the first of
-            them, -1 if there is none.
-        count: rows with a problem.
-        problems: what is wrong with rows: the first such row, and how many; the first few.
+        skipped, truncated: rows that are too long, by ``task.too_long``.
+        merged: rows whose input and target the tokenizer merges.
+        first_merged: the first of them; -1 if there is none.
+        invalid: rows with a problem.
+        problems: problem -> the first such row, and how many; limited to the first few problems.
     """
 
     rows: int = 0
@@ -34,40 +33,40 @@ class TokenizationReport:
     truncated: int = 0
     merged: int = 0
     first_merged: int = -1
-    count: int = 0
+    invalid: int = 0
     problems: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def merge(self, row: int) -> None:
+    def add_merged(self, row: int) -> None:
         """Count a row whose input and target the tokenizer merges."""
         self.merged += 1
         self.first_merged = row if self.first_merged < 0 else self.first_merged
 
-    def problem(self, row: int, text: str, rows: int = 1) -> None:
+    def add_problem(self, row: int, text: str, rows: int = 1) -> None:
         """Count a problem of ``rows`` rows, the first of which is number ``row``."""
-        self.count += rows
+        self.invalid += rows
         if text in self.problems or len(self.problems) < MAX_PROBLEMS:
             first, before = self.problems.get(text, (row, 0))
             self.problems[text] = (first, before + rows)
 
     def add(self, other: TokenizationReport) -> None:
+        """Add the outcome of the rows that follow."""
         self.rows += other.rows
         self.skipped += other.skipped
         self.truncated += other.truncated
         self.merged += other.merged
         self.first_merged = other.first_merged if self.first_merged < 0 else self.first_merged
-        kept = 0
+        invalid = self.invalid + other.invalid
         for text, (row, rows) in other.problems.items():
-            self.problem(row, text, rows)
-            kept += rows
-        self.count += other.count - kept
+            self.add_problem(row, text, rows)
+        self.invalid = invalid
 
 
 class RowTokenizer(Protocol):
-    """Makes examples of rows. It goes to the workers, so it knows a batch of rows, not their file.
+    """Makes examples of a batch of rows; it is pickled and sent to worker processes.
 
     Attributes:
         max_length: most tokens of a row.
-        limit: what sets that limit, for messages.
+        limit: reason for that limit, for messages.
     """
 
     task: Task
@@ -77,13 +76,13 @@ class RowTokenizer(Protocol):
     def __call__(
         self, first: int, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[TokenBlock, TokenizationReport]:
-        """Examples of consecutive rows, the first of which has the number ``first``."""
+        """Tokenize consecutive rows, the first of which has the number ``first``."""
         ...
 
 
-def too_long(num_tokens: int, fitter: RowTokenizer) -> str:
-    """What is wrong with a row that the fitter does not take, and may not leave out or cut."""
+def too_long(num_tokens: int, tokenizer: RowTokenizer) -> str:
+    """Describe a row that is too long and may be neither skipped nor truncated."""
     return (
-        f"has {num_tokens} tokens, {fitter.max_length} fit {fitter.limit}; shorten it, or set "
-        f"tasks.{fitter.task.name}.too_long to skip or truncate"
+        f"has {num_tokens} tokens, {tokenizer.max_length} fit {tokenizer.limit}; shorten it, or "
+        f"set tasks.{tokenizer.task.name}.too_long to skip or truncate"
     )

@@ -1,4 +1,4 @@
-"""Rows of input and target -> token ids, within the context. Needs a tokenizer, but no torch."""
+"""Rows of input and target -> examples within the context. Needs a tokenizer, but no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 from trainer.config import Task
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example, TokenBlock
-from trainer.data.tokenization.report import BEHIND_PROMPT, TokenizationReport, too_long
+from trainer.data.tokenization.report import CONTEXT_LIMIT, TokenizationReport, too_long
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
 
 class TextRowTokenizer:
-    """Puts inputs and targets together, within ``max_length``, by the policy of the task.
+    """Joins inputs and targets within ``max_length`` tokens, by the policy of the task.
 
     Args:
-        choices: the targets that every row is tried with; None: each has its own.
+        prefix: a hard prompt before every input.
+        choices: the candidate targets of every row; None: each row has its own target.
     """
 
     def __init__(
@@ -32,13 +33,12 @@ class TextRowTokenizer:
         self.prefix, self.choices = prefix, choices
         self.encoder = TextTokenizer(tokenizer)
         self.eos = self._eos(tokenizer)
-        self.limit = BEHIND_PROMPT
-        if prefix:
-            self.limit = f"with tasks.{task.name}.hand_written {prefix!r} in front"
-        # What may stand in front of a row's own text, which is never cut: BOS and the hard prompt,
-        # whose last space often belongs to the token after it.
+        self.limit = CONTEXT_LIMIT
+        # Tokens before a row's own text, which are never cut: BOS and the hard prompt, whose last
+        # space often belongs to the following token.
         self.fronts = [self.encoder.front]
         if prefix:
+            self.limit = f"with tasks.{task.name}.hand_written {prefix!r} before it"
             self.fronts = self.encoder.inputs([prefix, prefix.rstrip()])
         if max_length < 2:
             raise BadInput(
@@ -55,15 +55,12 @@ class TextRowTokenizer:
         return [tokenizer.eos_token_id]
 
     def check_choices(self, row: Mapping[str, Any]) -> None:
-        """Refuse choices that the base cannot tell apart.
-
-        Args:
-            row: one whose input they continue.
+        """Refuse choices that have the same tokens, or none, after the input of a row.
 
         Raises:
-            BadInput: a choice gives no tokens, or two give the same.
+            BadInput: naming the choices.
         """
-        (_, targets, _), *_ = self._encoded([row])
+        (_, targets, _), *_ = self._encode([row])
         problem = _problem_of_choices(self.task, targets)
         if problem:
             raise BadInput(f"tasks.{self.task.name}.choices: {problem}; use other words")
@@ -71,87 +68,81 @@ class TextRowTokenizer:
     def __call__(
         self, first: int, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[TokenBlock, TokenizationReport]:
-        """Examples of consecutive rows, the first of which has the number ``first``."""
-        found, examples = TokenizationReport(len(rows)), list[Example]()
-        for row, (input_ids, targets, merged) in enumerate(self._encoded(rows), start=first):
-            fitted = self._fit(row, input_ids, targets, found)
+        report, examples = TokenizationReport(len(rows)), list[Example]()
+        for row, (input_ids, targets, merged) in enumerate(self._encode(rows), start=first):
+            fitted = self._fit(row, input_ids, targets, report)
             examples += fitted
             if merged and fitted:
-                found.merge(row)
-        return TokenBlock.of(examples), found
+                report.add_merged(row)
+        return TokenBlock.of(examples), report
 
-    def _encoded(
+    def _encode(
         self, rows: Sequence[Mapping[str, Any]]
     ) -> list[tuple[list[int], list[list[int]], bool]]:
-        """Of every row: ids of its input, ids of its targets, and whether any of them merges."""
+        """Per row: ids of its input, ids of its targets, and whether the two merge."""
         texts = [self.prefix + render(self.task.input, row) for row in rows]
         inputs = self.encoder.inputs(texts)
         if not self.task.target:
             return [(ids, [[]], False) for ids in inputs]
         if self.choices is None:
-            choices = [[render(self.task.target, row)] for row in rows]
+            targets = [render(self.task.target, row) for row in rows]
         else:
-            choices = [list(self.choices)] * len(rows)
-        width = len(choices[0])
-        targets, merged = self.encoder.targets(
+            targets = list(self.choices) * len(rows)
+        width = len(targets) // len(rows)
+        ids, merged = self.encoder.targets(
             [text for text in texts for _ in range(width)],
             [ids for ids in inputs for _ in range(width)],
-            [target for own in choices for target in own],
+            targets,
         )
         parts = [slice(i * width, (i + 1) * width) for i in range(len(rows))]
         return [
-            (ids, targets[part], any(merged[part])) for ids, part in zip(inputs, parts, strict=True)
+            (own, ids[part], any(merged[part])) for own, part in zip(inputs, parts, strict=True)
         ]
 
     def _fit(
-        self, row: int, input_ids: list[int], targets: list[list[int]], found: TokenizationReport
+        self, row: int, input_ids: list[int], targets: list[list[int]], report: TokenizationReport
     ) -> list[Example]:
-        """One example per target, all behind the same input; none if the row is left out."""
+        """Make one example per target, all with the same input; none if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
-        front = self._front(input_ids)
+        front = next((f for f in self.fronts if input_ids[: len(f)] == f), self.fronts[0])
         same = _problem_of_choices(self.task, targets) if self.choices is not None else None
         if self.task.target and not all(targets):
-            found.problem(row, "its target gives no tokens; the tokenizer drops this text")
+            report.add_problem(row, "its target gives no tokens; the tokenizer drops this text")
         elif same:
-            found.problem(row, f"behind its input {same}; change the input or use other words")
+            report.add_problem(row, f"after its input {same}; change the input or use other words")
         elif len(input_ids) <= len(self.encoder.front):
-            found.problem(row, "its input gives no tokens; the tokenizer drops this text")
+            report.add_problem(row, "its input gives no tokens; the tokenizer drops this text")
         elif not self.task.target and len(input_ids) + len(self.eos) < len(front) + 2:
-            found.problem(row, "has one token and no EOS: nothing to predict; leave the row out")
+            report.add_problem(row, "has one token and no EOS: nothing to predict; remove the row")
         elif len(input_ids) <= room:
             return self._examples(row, input_ids, targets, len(front))
         elif self.task.too_long == "skip":
-            found.skipped += 1
+            report.skipped += 1
         elif self.task.too_long == "refuse":
-            found.problem(row, too_long(len(input_ids) + self.max_length - room, self))
+            report.add_problem(row, too_long(len(input_ids) + self.max_length - room, self))
         elif room <= len(front):
-            found.problem(
+            report.add_problem(
                 row,
                 f"its target alone has {self.max_length - room} tokens; {self.max_length} fit, "
-                f"with what must stand before it; a target is never cut: shorten it, or set "
+                f"including what precedes it; a target is never cut: shorten it, or set "
                 f"tasks.{self.task.name}.too_long to skip",
             )
         else:
-            found.truncated += 1
+            report.truncated += 1
             own = room - len(front)
             return self._examples(row, front + input_ids[-own:], targets, len(front))
         return []
 
-    def _front(self, input_ids: list[int]) -> list[int]:
-        """The tokens of a row that are never cut."""
-        begins = (front for front in self.fronts if input_ids[: len(front)] == front)
-        return next(begins, self.fronts[0])
-
     def _examples(
         self, row: int, ids: list[int], targets: list[list[int]], num_front: int
     ) -> list[Example]:
-        # Without a target each token of the text is to be predicted by those before it.
+        # Without a target every token of the text is a label but the first.
         start = len(ids) if self.task.target else num_front + 1
         return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
 
 
 def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
-    """What keeps the base from telling the choices of a task apart by their tokens, or None."""
+    """Describe choices that the base cannot distinguish by their tokens; None if there are none."""
     assert task.choices is not None
     first: dict[tuple[int, ...], str] = {}
     for choice, target in zip(task.choices, targets, strict=True):

@@ -1,11 +1,11 @@
-"""Rows -> token ids with the place where the labels start. Needs a tokenizer, but no torch.
+"""Tokenization of a split: rows -> ``TokenTable``. Needs a tokenizer, but no torch.
 
 A row is ``tokenizer(input)`` with its special tokens, then the target's tokens as they continue
-that text (encoder.py), then EOS. The loss is on the target and EOS only; of a task without targets,
-whose prompts learn from a teacher, on all of the text but its first token. Dialogues are written by
-the tokenizer's chat template (chat.py), and rows may be token ids already (given.py).
+that text (``tokenizer``), then EOS. The labels are the target and EOS; in a task without targets,
+whose prompts learn from a teacher, all tokens of the text but the first. Dialogues are written by
+the tokenizer's chat template (``chat``), and rows may be token ids already (``token_ids``).
 
-Files of many rows are tokenised by worker processes, once: the table is kept in the cache.
+Large splits are tokenized by worker processes, and the table is kept in the cache.
 """
 
 from __future__ import annotations
@@ -17,52 +17,40 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import Task
-from trainer.data.dataset import RowDataset, gold_target
+from trainer.data.dataset import RowDataset
 from trainer.data.row_validation import Problems, label_texts, render
 from trainer.data.token_cache import cached, tokenizer_digest
-from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory
+from trainer.data.token_table import TokenBlock, TokenTable, in_memory
 from trainer.data.tokenization.chat import DialogueRowTokenizer, encode_opening
 from trainer.data.tokenization.chat_template import reads_date
 from trainer.data.tokenization.report import COUNTS, RowTokenizer, TokenizationReport
 from trainer.data.tokenization.text import TextRowTokenizer
 from trainer.data.tokenization.token_ids import TokenIdRowReader
 from trainer.data.tokenization.tokenizer import TextTokenizer
-from trainer.data.tokenization.worker_pool import in_order
+from trainer.data.tokenization.worker_pool import map_in_order
 from trainer.runtime.errors import BadInput
 
-__all__ = [
-    "Example",
-    "TokenTable",
-    "Tokenized",
-    "check_vocabulary",
-    "encode_input",
-    "gold",
-    "tokenize",
-    "tokenize_choices",
-]
-
-#: From this many rows on, or texts where rows have choices, workers and the cache cost less than
-#: they save.
+#: From this many rows on, or texts where rows have choices, workers and the cache save time.
 MANY_ROWS, MANY_TEXTS = 5000, 50_000
-#: Rows of a batch, or texts where rows have many choices: what a worker holds at a time.
+#: Rows of a batch for a worker, or texts where rows have many choices.
 _BATCH_ROWS, _BATCH_TEXTS = 1000, 20_000
 
-#: Shows that rows are read: ``with progress(what, rows) as advance: advance(number of rows)``.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+#: Shows the progress of rows: ``with progress(what, rows) as advance: advance(number of rows)``.
+RowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def unseen(what: str = "", total: int = 0) -> AbstractContextManager[Callable[[int], None]]:
-    """A ``Progress`` that shows nothing."""
+def no_progress(what: str = "", total: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+    """A ``RowProgress`` that shows nothing."""
     return nullcontext(lambda rows: None)
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples of a file, and what happened to its rows.
+    """Examples of a split, and the outcome of tokenizing its rows.
 
     Attributes:
         skipped, truncated: rows, by ``task.too_long``.
-        warning: rows whose input and target the tokenizer merges; None if there are none.
+        warning: warning about rows whose input and target the tokenizer merges; None without any.
     """
 
     examples: TokenTable
@@ -79,7 +67,7 @@ def tokenize(
     *,
     prefix: str = "",
     date: datetime.date | None = None,
-    progress: Progress = unseen,
+    progress: RowProgress = no_progress,
 ) -> Tokenized:
     """Tokenize every row with its own target.
 
@@ -88,21 +76,21 @@ def tokenize(
         task: templates, ``append_eos`` and ``too_long``.
         tokenizer: a transformers tokenizer, fast or slow.
         max_length: most tokens of a row: the context minus the virtual tokens.
-        prefix: a hard prompt, put in front of the input text; it is never cut.
-        date: the day that a chat template reads; None: today.
+        prefix: a hard prompt before the input text; it is never cut.
+        date: the date that a chat template reads; None: today.
 
     Raises:
         BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
             that give no tokens, a tokenizer without EOS, or no row left.
     """
-    fitter: RowTokenizer
+    row_tokenizer: RowTokenizer
     if task.messages is not None:
-        fitter = DialogueRowTokenizer(task, tokenizer, max_length, date)
+        row_tokenizer = DialogueRowTokenizer(task, tokenizer, max_length, date)
     elif task.tokens is not None:
-        fitter = TokenIdRowReader(task, max_length)
+        row_tokenizer = TokenIdRowReader(task, max_length)
     else:
-        fitter = TextRowTokenizer(task, tokenizer, max_length, prefix)
-    return _tokenized(rows, tokenizer, fitter, progress)
+        row_tokenizer = TextRowTokenizer(task, tokenizer, max_length, prefix)
+    return _tokenize_all(rows, tokenizer, row_tokenizer, progress)
 
 
 def tokenize_choices(
@@ -112,37 +100,30 @@ def tokenize_choices(
     max_length: int,
     *,
     prefix: str = "",
-    progress: Progress = unseen,
+    progress: RowProgress = no_progress,
 ) -> Tokenized:
     """Tokenize every row once per choice, in the order of ``task.choices``.
 
     All choices of a row follow the same input, cut so that the longest fits; a row whose longest
-    choice does not fit is skipped whole (its number is missing from ``Example.row``).
+    choice does not fit is skipped with all its choices.
 
     Raises:
         BadInput: as ``tokenize``; or two choices give the same tokens.
     """
     assert task.choices is not None, "a task without choices is not scored by likelihood"
-    fitter = TextRowTokenizer(task, tokenizer, max_length, prefix, label_texts(task))
-    fitter.check_choices(rows[0])
-    return _tokenized(rows, tokenizer, fitter, progress)
-
-
-def gold(rows: RowDataset, task: Task) -> list[int]:
-    """Index in ``task.choices`` of every row's own target."""
-    assert task.choices is not None
-    index = {choice: i for i, choice in enumerate(task.choices)}
-    return [index[gold_target(row, task)] for row in rows]
+    row_tokenizer = TextRowTokenizer(task, tokenizer, max_length, prefix, label_texts(task))
+    row_tokenizer.check_choices(rows[0])
+    return _tokenize_all(rows, tokenizer, row_tokenizer, progress)
 
 
 def encode_input(
     tokenizer: Any, text: str, *, dialogue: bool = False, date: datetime.date | None = None
 ) -> list[int]:
-    """Token ids of one input as rows have them, for generating from text that is in no file.
+    """Tokenize one input like those of rows, to generate from text that is in no file.
 
     Args:
         dialogue: the text is a user's turn, for the chat template.
-        date: the day that a chat template reads; None: today.
+        date: the date that a chat template reads; None: today.
     """
     if dialogue:
         return encode_opening(tokenizer, text, date)
@@ -150,10 +131,10 @@ def encode_input(
 
 
 def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
-    """Refuse a tokenizer that is not the base's: an id without an embedding.
+    """Check that every id has an embedding; otherwise the tokenizer is not that of the base.
 
     Raises:
-        BadInput: naming the first such id.
+        BadInput: naming the first id without one.
     """
     example = examples.first_beyond(vocab_size)
     if example is not None:
@@ -164,62 +145,72 @@ def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
         )
 
 
-def _tokenized(
-    rows: RowDataset, tokenizer: Any, fitter: RowTokenizer, progress: Progress
+def _tokenize_all(
+    rows: RowDataset, tokenizer: Any, row_tokenizer: RowTokenizer, progress: RowProgress
 ) -> Tokenized:
-    """All rows through the fitter: here if they are few, else by workers, or from the cache."""
-    found = TokenizationReport()
-    many = len(rows) >= MANY_ROWS or len(rows) * _width(fitter) >= MANY_TEXTS
+    """Tokenize all rows: a few in this process, many by workers or from the cache."""
+    report = TokenizationReport()
+    choices = getattr(row_tokenizer, "choices", None)
+    width = len(choices or [""])
+    many = len(rows) >= MANY_ROWS or len(rows) * width >= MANY_TEXTS
+    batch_rows = min(_BATCH_ROWS, max(1, _BATCH_TEXTS // width))
 
     def make() -> Iterator[TokenBlock]:
-        nonlocal found
-        found = TokenizationReport()
-        with progress(f"tokenising {rows.path}", len(rows)) if many else unseen() as advance:
-            for block, part in in_order(fitter, _batches(rows, fitter), here=not many):
-                found.add(part)
-                advance(part.rows)
+        nonlocal report
+        report = TokenizationReport()
+        show = progress if many else no_progress
+        with show(f"tokenizing {rows.path}", len(rows)) as advance:
+            batches = _batches(rows, batch_rows)
+            for block, outcome in map_in_order(row_tokenizer, batches, in_process=not many):
+                report.add(outcome)
+                advance(outcome.rows)
                 yield block
-        _check_found(rows, fitter, found)
+        _raise_problems(rows, row_tokenizer, report)
 
     def counts() -> dict[str, int]:
-        return {name: getattr(found, name) for name in COUNTS}
+        return {name: getattr(report, name) for name in COUNTS}
 
     if many:
-        table, count = cached(_identity(rows, tokenizer, fitter), make, counts)
+        # Everything that determines the table.
+        identity = {
+            "rows": [rows.digest, len(rows)],
+            "tokenizer": tokenizer_digest(tokenizer),
+            "task": row_tokenizer.task.model_dump(mode="json", exclude=_NO_EFFECT_ON_TOKENS),
+            "choices": choices,
+            "prefix": getattr(row_tokenizer, "prefix", ""),
+            "max_length": row_tokenizer.max_length,
+            "date": _template_date(tokenizer, row_tokenizer),
+        }
+        table, count = cached(identity, make, counts)
     else:
         table, count = in_memory(make()), counts()
-    warning = _merge_warning(rows, fitter.task, count["merged"], count["first_merged"])
+    warning = _merge_warning(rows, row_tokenizer.task, count["merged"], count["first_merged"])
     return Tokenized(table, count["skipped"], count["truncated"], warning)
-
-
-def _width(fitter: RowTokenizer) -> int:
-    """Targets of every row."""
-    return len(getattr(fitter, "choices", None) or [""])
 
 
 def _merge_warning(rows: RowDataset, task: Task, merged: int, first: int) -> str | None:
     if not merged:
         return None
+    where, share = rows.where(first), f"(in {merged:,} of {len(rows):,} rows)"
     if task.messages is not None:
         return (
-            f"{rows.where(first)}: the tokenizer merges the end of a turn with the beginning of "
-            f"the next (in {merged:,} of {len(rows):,} rows); generation reads the turns before "
-            "alone, so they are tokenized apart; strip white space around the content of turns, "
-            "unless the chat template itself writes it there"
+            f"{where}: the tokenizer merges the end of a turn with the beginning of the next "
+            f"{share}; generation reads the turns before alone, so they are tokenized separately; "
+            "strip white space around the content of turns, unless the chat template itself writes "
+            "it there"
         )
     between = f"between tasks.{task.name}.input and target"
     remedy = f"put a space or a line break {between}"
     if render(task.input, rows[first])[-1:].isspace():
         remedy = f"move the white space {between} to the beginning of target"
     return (
-        f"{rows.where(first)}: the tokenizer merges the end of the input with the beginning of the "
-        f"target (in {merged:,} of {len(rows):,} rows); generation reads the input alone, so they "
-        f"are tokenized apart; {remedy}"
+        f"{where}: the tokenizer merges the end of the input with the beginning of the target "
+        f"{share}; generation reads the input alone, so they are tokenized separately; {remedy}"
     )
 
 
-def _batches(rows: RowDataset, fitter: RowTokenizer) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    size = min(_BATCH_ROWS, max(1, _BATCH_TEXTS // _width(fitter)))
+def _batches(rows: RowDataset, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield (number of the first row, rows)."""
     batch: list[dict[str, Any]] = []
     first = 0
     for row in rows:
@@ -231,23 +222,25 @@ def _batches(rows: RowDataset, fitter: RowTokenizer) -> Iterator[tuple[int, list
         yield first, batch
 
 
-def _check_found(rows: RowDataset, fitter: RowTokenizer, found: TokenizationReport) -> None:
+def _raise_problems(
+    rows: RowDataset, row_tokenizer: RowTokenizer, report: TokenizationReport
+) -> None:
     grouped = Problems(rows.path)
-    for text, (row, count) in found.problems.items():
+    for text, (row, count) in report.problems.items():
         grouped.add(row, rows.where(row), text, count)
-    grouped.rows = found.count
+    grouped.rows = report.invalid
     problems = grouped.row_lines()
-    if found.skipped == len(rows) and not problems:
+    if report.skipped == len(rows) and not problems:
         problems.append(
-            f"{rows.path}: all {found.skipped} rows are longer than {fitter.max_length} "
-            f"tokens {fitter.limit}: too_long: skip leaves none; use truncate"
+            f"{rows.path}: all {report.skipped} rows are longer than {row_tokenizer.max_length} "
+            f"tokens {row_tokenizer.limit}: too_long: skip leaves none; use truncate"
         )
     if problems:
         raise BadInput(problems)
 
 
-#: Settings of a task that say nothing about its tokens.
-_NOT_TOKENS = {
+#: Settings of a task that do not affect its tokens.
+_NO_EFFECT_ON_TOKENS = {
     "name",
     "train",
     "validation",
@@ -263,21 +256,8 @@ _NOT_TOKENS = {
 }
 
 
-def _identity(rows: RowDataset, tokenizer: Any, fitter: RowTokenizer) -> dict[str, Any]:
-    """All that a table follows from."""
-    return {
-        "rows": [rows.digest, len(rows)],
-        "tokenizer": tokenizer_digest(tokenizer),
-        "task": fitter.task.model_dump(mode="json", exclude=_NOT_TOKENS),
-        "choices": getattr(fitter, "choices", None),
-        "prefix": getattr(fitter, "prefix", ""),
-        "max_length": fitter.max_length,
-        "date": _date(tokenizer, fitter),
-    }
-
-
-def _date(tokenizer: Any, fitter: RowTokenizer) -> str | None:
-    """The day that the chat template of dialogues reads, if it reads one."""
-    if not isinstance(fitter, DialogueRowTokenizer) or not reads_date(tokenizer):
+def _template_date(tokenizer: Any, row_tokenizer: RowTokenizer) -> str | None:
+    """The date that the chat template reads, if it reads one."""
+    if not isinstance(row_tokenizer, DialogueRowTokenizer) or not reads_date(tokenizer):
         return None
-    return (fitter.date or datetime.date.today()).isoformat()
+    return (row_tokenizer.date or datetime.date.today()).isoformat()

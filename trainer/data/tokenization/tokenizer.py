@@ -1,10 +1,10 @@
-"""Text -> token ids, as the base model reads it in generation. Needs a tokenizer, but no torch.
+"""Text -> token ids, the same as in generation. Needs a tokenizer, but no torch.
 
 A target continues its input: its tokens are those that the text ``input + target`` has after the
-tokens of the input. Tokenized alone, it would begin like a text of its own: SentencePiece
-tokenizers put ``▁`` in front of every text. Where the tokenizer merges the end of the input with
-the beginning of the target, the joined text has tokens that generation never reads: the input keeps
-its own tokens there, and the target is tokenized as the continuation of another text.
+tokens of the input. Tokenized alone, it would begin like a separate text: SentencePiece tokenizers
+put ``▁`` before every text. Where the tokenizer merges the end of the input with the beginning of
+the target, the joined text has tokens that never occur in generation: the input then keeps its own
+tokens, and the target is tokenized as the continuation of another text.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-#: Texts that a target is put behind where it merges with its own input; the first that it does not
-#: merge with is used.
+#: Texts before a target that merges with its own input; the first that it does not merge with is
+#: used.
 _CONTEXTS = ("\n", ".", "(", "a", "0")
 
 
 class TextTokenizer:
-    """Encodes inputs and targets, with the special tokens that belong in front of a text.
+    """Encodes inputs and targets, with the special tokens at the beginning of a text.
 
-    Some tokenizers also close every text with EOS or a separator. That is removed: between input
-    and target it would end the document before its answer.
+    Some tokenizers also end every text with EOS or a separator. It is removed: between input and
+    target it would end the document before its answer.
 
     Attributes:
-        front: special tokens in front of every text.
+        front: special tokens at the beginning of every text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -38,7 +38,7 @@ class TextTokenizer:
         self._back = full[start + len(bare) :] if start is not None else []
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, special tokens in front."""
+        """Tokenize texts, with special tokens at the beginning."""
         encoded = self._encode(texts, special=True)
         if not self._back:
             return encoded
@@ -48,36 +48,36 @@ class TextTokenizer:
     def targets(
         self, texts: Sequence[str], inputs: Sequence[list[int]], targets: Sequence[str]
     ) -> tuple[list[list[int]], list[bool]]:
-        """Token ids of every target as the continuation of its input.
+        """Tokenize every target as the continuation of its input.
 
         Args:
             texts: the inputs.
-            inputs: their token ids, of ``inputs``.
+            inputs: their token ids, from ``inputs``.
 
         Returns:
-            the ids of the targets; whether input and target merge, so that ``input + target`` as
-            one text has other tokens.
+            the ids of the targets; whether input and target merge: ``input + target`` as one text
+            has other tokens.
         """
         joined = self.inputs([text + target for text, target in zip(texts, targets, strict=True)])
-        found = [ids[len(own) :] for ids, own in zip(joined, inputs, strict=True)]
+        continued = [ids[len(own) :] for ids, own in zip(joined, inputs, strict=True)]
         merged = [ids[: len(own)] != own for ids, own in zip(joined, inputs, strict=True)]
-        # An unknown word at the end of the input may have swallowed the beginning of the target.
+        # An unknown word at the end of the input may include the beginning of the target.
         unsure = [i for i, own in enumerate(inputs) if merged[i] or own[-1:] == self._unknown]
         alone = self._continuations([targets[i] for i in unsure])
         for i, ids in zip(unsure, alone, strict=True):
-            merged[i] = merged[i] or found[i] != ids
-            found[i] = ids
-        return found, merged
+            merged[i] = merged[i] or continued[i] != ids
+            continued[i] = ids
+        return continued, merged
 
     def merges(self, text: str, following: str) -> bool:
-        """Whether the tokenizer merges the end of a text with the beginning of the following."""
+        """Whether the tokenizer merges the end of a text with the beginning of the next."""
         return self.targets([text], self.inputs([text]), [following])[1][0]
 
     def beginnings(self) -> dict[int, tuple[int, ...]]:
-        """Tokens that begin a text, each as it is where its text continues another one.
+        """Map each token that begins a text to the tokens of the same text as a continuation.
 
-        Empty for most tokenizers. Others put a space in front of every text: where ``▁Hello``
-        begins one, ``Hello`` or ``H``, ``ello`` continues one.
+        Empty for most tokenizers. Others put a space before every text: ``▁Hello`` at the beginning
+        is ``Hello`` or ``H``, ``ello`` in a continuation.
         """
         if self._encode(["a"], special=False) == self._continuations(["a"]):
             return {}
@@ -87,13 +87,13 @@ class TextTokenizer:
         return dict(zip(ids, map(tuple, self._continuations(texts)), strict=True))
 
     def pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], bool]:
-        """Token ids of the pieces of one text, without special tokens of the encoder's own.
+        """Tokenize consecutive pieces of one text, without adding special tokens.
 
         Returns:
-            the ids of each piece as the continuation of those before it; whether any merges with
-            what stands before it.
+            the ids of each piece as the continuation of the previous ones; whether any piece merges
+            with the previous one.
         """
-        ids, found, merged = list[int](), list[list[int]](), False
+        ids, pieces, merged = list[int](), list[list[int]](), False
         for until, text in zip(accumulate(texts), texts, strict=True):
             joined = self._encode([until], special=False)[0]
             piece = joined[len(ids) :]
@@ -101,26 +101,26 @@ class TextTokenizer:
                 alone = self._continuations([text])[0] if text else []
                 merged = merged or joined != ids + alone
                 piece = alone
-            found.append(piece)
+            pieces.append(piece)
             ids += piece
-        return found, merged
+        return pieces, merged
 
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts behind a text that they do not merge with."""
-        found: dict[str, list[int]] = {}
+        """Tokenize texts as the continuation of a text with which they do not merge."""
+        by_text: dict[str, list[int]] = {}
         for context in _CONTEXTS:
-            left = [text for text in dict.fromkeys(texts) if text not in found]
+            left = [text for text in dict.fromkeys(texts) if text not in by_text]
             own = self._encode([context], special=False)[0] if left else []
-            # White space that the tokenizer drops, or an unknown word, tells nothing.
+            # Skip white space that the tokenizer drops, and unknown words.
             if not own or self._unknown[0] in own:
                 continue
             joined = self._encode([context + text for text in left], special=False)
             for text, ids in zip(left, joined, strict=True):
                 if ids[: len(own)] == own and len(ids) > len(own):
-                    found[text] = ids[len(own) :]
-        left = [text for text in dict.fromkeys(texts) if text not in found]
-        found |= zip(left, self._encode(left, special=False), strict=True)
-        return [found[text] for text in texts]
+                    by_text[text] = ids[len(own) :]
+        left = [text for text in dict.fromkeys(texts) if text not in by_text]
+        by_text |= zip(left, self._encode(left, special=False), strict=True)
+        return [by_text[text] for text in texts]
 
     def _encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -133,22 +133,22 @@ class TextTokenizer:
                 padding=False,
                 truncation=False,
                 return_attention_mask=False,
-                verbose=False,  # no warning about long texts: the fitters report them
+                verbose=False,  # no warning about long texts: row tokenizers report them
             )
             return [list(ids) for ids in encoded["input_ids"]]
 
         if not _is_plain(self._tokenizer):
             return encode(texts)
-        # What transformers does for the first text sets the backend up; for the others the backend
-        # need not find the places of tokens in the text, which takes a third of the time.
+        # The first call through transformers configures the backend. The others go to the backend
+        # directly, without offsets into the text, which take a third of the time.
+        first = encode(texts[:1])
         backend = self._tokenizer.backend_tokenizer
-        found = encode(texts[:1])
         others = backend.encode_batch_fast(list(texts[1:]), add_special_tokens=special)
-        return found + [encoding.ids for encoding in others]
+        return first + [encoding.ids for encoding in others]
 
 
 def _is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer gives the ids of its backend, as most classes of transformers do."""
+    """Whether a tokenizer returns the ids of its backend unchanged, as most classes do."""
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     return isinstance(tokenizer, TokenizersBackend) and all(
