@@ -31,7 +31,7 @@ from trainer.checkpointing.resume import (
     finished_summary,
     run_identity,
     saved_choices,
-    snapshot,
+    take_run_snapshot,
 )
 from trainer.checkpointing.run_lock import Lock, LockLost, acquire
 from trainer.checkpointing.state_tensors import join_tensors
@@ -192,7 +192,7 @@ def _train(
     loop.predictions = Predictions(output, console.warn)
     if saved is None:
         loop.predictions.clear()
-    loop.save = lambda loop: saves.save(lambda: snapshot(loop, loaded, identity, where))
+    loop.save = lambda loop: saves.save(lambda: take_run_snapshot(loop, loaded, identity, where))
     sender = TrackingClient(output, config.tracking.uri)
     folder = OutputFolder(output, log, lock, describe)
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from tests.hub_cache import TINY
-from tests.unit.run_folder import checkpoint_state
-from trainer.checkpointing import checkpoint
+from tests.unit.run_folder import checkpoint_state, save_checkpoint
 from trainer.checkpointing.resume import find_checkpoint, run_identity
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
@@ -71,7 +70,7 @@ class Case:
 def case(tmp_path: Path) -> Case:
     case = Case(tmp_path)
     state = checkpoint_state(2, case.identity())
-    checkpoint.save(Path(case.run["output_dir"]) / "checkpoints", 2, {}, state, 1)
+    save_checkpoint(Path(case.run["output_dir"]) / "checkpoints", 2, {}, state, 1)
     return case
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from launch.launcher_command import free_port
 from tests.distributed.conftest import environments, start, wait
 from tests.distributed.test_run import lines, promptshard, summary, write_run_file
+from tests.unit.run_folder import save_checkpoint
 from tests.unit.test_checkpoint import flip_a_bit, truncate
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.run_lock import LOCK, acquire
@@ -212,7 +213,7 @@ def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
         (line,) = [
             text for text in two_ranks.splitlines() if f"step-{step:08d}: " in text and why in text
         ]
-        assert line.startswith("warning: checkpoint passed over")
+        assert line.startswith("warning: checkpoint skipped")
     assert f"resuming from step 2/{STEPS}" in two_ranks
 
 
@@ -278,7 +279,7 @@ def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
     assert saved is not None
     assert saved.step == 4, "the one before is whole"
     (folder / "filler").unlink()
-    checkpoint.save(folder, STEPS, saved.tensors, saved.state, 3)  # there is room again
+    save_checkpoint(folder, STEPS, saved.tensors, saved.state, 3)  # there is room again
     saved = checkpoint.newest(folder)
     assert saved is not None
     assert saved.step == STEPS
@@ -309,7 +310,7 @@ def test_a_validation_that_is_repeated_is_logged_once(runs: Runs) -> None:
     saved.state["loop"]["progress"] |= {"unjudged": True, "stopped": {}}
     for prompt in saved.state["bank"]["prompts"].values():
         prompt["active"] = True
-    checkpoint.save(folder, saved.step, tensors, saved.state, 9)
+    save_checkpoint(folder, saved.step, tensors, saved.state, 9)
     done = runs.start("repeated")
     assert done.returncode == 0, done.stdout + done.stderr
     points = Counter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,15 @@ def checkpoint_state(step: int, identity: dict[str, Any], *prompts: str) -> dict
             "gradient_checkpointing": True,
         },
     }
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write one checkpoint of these tensors and this state."""
+    from trainer.checkpointing import checkpoint
+
+    return checkpoint.write(folder, checkpoint.take_snapshot(step, tensors, state), keep)
 
 
 def finished_run(output_dir: Path, **tracking: Any) -> Path:

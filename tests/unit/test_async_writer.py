@@ -14,14 +14,14 @@ import torch
 
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.async_writer import AsyncCheckpointWriter
-from trainer.checkpointing.checkpoint import Snapshot, newest, snapshot
+from trainer.checkpointing.checkpoint import Snapshot, newest, take_snapshot
 from trainer.checkpointing.run_lock import LockLost
 
 GO = 20.0
 
 
 def at(step: int) -> Callable[[], Snapshot]:
-    return lambda: snapshot(step, {"x": torch.full((3,), float(step))}, {"at": step})
+    return lambda: take_snapshot(step, {"x": torch.full((3,), float(step))}, {"at": step})
 
 
 class Disk:
@@ -70,7 +70,7 @@ def test_a_slow_disk_makes_checkpoints_rarer_and_steps_no_longer(
 def test_a_snapshot_does_not_change_later(tmp_path: Path, disk: Disk) -> None:
     state = {"progress": {"step": 1}}
     with AsyncCheckpointWriter(tmp_path, 1, print) as saves:
-        saves.save(lambda: snapshot(1, {}, state))
+        saves.save(lambda: take_snapshot(1, {}, state))
         state["progress"]["step"] = 2
         disk.go.set()
     saved = newest(tmp_path)

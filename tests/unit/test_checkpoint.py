@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.run_folder import save_checkpoint
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.checkpoint import newest, save
+from trainer.checkpointing.checkpoint import newest
 from trainer.runtime.errors import BadInput
 
 TENSORS = {
@@ -31,7 +32,7 @@ STATE: dict[str, Any] = {"loss": 0.1 + 0.2, "cursor": {"epoch": 1}, "nothing": N
 
 def write(folder: Path, *steps: int, keep: int = 10) -> None:
     for step in steps:
-        save(folder, step, TENSORS, {**STATE, "at": step}, keep)
+        save_checkpoint(folder, step, TENSORS, {**STATE, "at": step}, keep)
 
 
 def names(folder: Path) -> list[str]:
@@ -40,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    path = save(folder, 300, TENSORS, STATE, keep=3)
+    path = save_checkpoint(folder, 300, TENSORS, STATE, keep=3)
     assert path == folder / "step-00000300"
     assert names(path) == ["manifest.json", "state.json", "state.safetensors"]
     saved = newest(folder)
@@ -54,7 +55,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 def test_tensors_that_safetensors_would_refuse(tmp_path: Path) -> None:
     weight = torch.randn(3, 4, requires_grad=True)
-    save(tmp_path, 1, {"transposed": weight.T, "empty": torch.zeros(0, 4)}, {}, keep=1)
+    save_checkpoint(tmp_path, 1, {"transposed": weight.T, "empty": torch.zeros(0, 4)}, {}, keep=1)
     saved = newest(tmp_path)
     assert saved is not None
     assert torch.equal(saved.tensors["transposed"], weight.detach().T)
@@ -148,14 +149,14 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
 def test_never_a_silent_fresh_start(tmp_path: Path, manifest: Any) -> None:
     write(tmp_path, 100)
     (tmp_path / "step-00000100" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BadInput, match=r"manifest\.json(.|\n)*no checkpoint can be used"):
+    with pytest.raises(BadInput, match=r"manifest\.json(.|\n)*no checkpoint is usable"):
         newest(tmp_path)
 
 
 def test_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 100)
     (tmp_path / "step-00000100").rename(tmp_path / "step-00000900")
-    with pytest.raises(BadInput, match="is of step 100"):
+    with pytest.raises(BadInput, match="step is 100"):
         newest(tmp_path)
 
 
@@ -228,7 +229,7 @@ def save_and_die(folder: Path, step: int, keep: int, operation: int) -> bool:
 
         try:
             sys.addaudithook(hook)
-            save(folder, step, TENSORS, {**STATE, "at": "new"}, keep)
+            save_checkpoint(folder, step, TENSORS, {**STATE, "at": "new"}, keep)
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -285,7 +286,7 @@ def test_later_ones_that_were_passed_over_go(
     assert newest(tmp_path) is not None
     write(tmp_path, 200, keep=1)
     assert names(tmp_path) == ["step-00000200"]
-    assert "later step removed" in caplog.text
+    assert "later step deleted" in caplog.text
 
 
 def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
@@ -293,7 +294,7 @@ def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
 ) -> None:
     """One that goes on failing ends the run: what cannot be read may be whole."""
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
+        save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
     read, failing = checkpoint._read, [True]
 
     def stale(path: Path) -> Any:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.unsharded_base import load_shard
 from tests.family_bases import save_family
+from tests.unit.run_folder import save_checkpoint
 from trainer import config
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.state_tensors import split_tensors
@@ -106,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     bank.keep_best_readers(5, {1: (1.1, 1.1)})
     tensors, prompts = split_tensors(bank.state_dict())
     state = {"identity": fingerprint_base(files), "bank": {"prompts": prompts}}
-    checkpoint.save(folder / "checkpoints", 3, tensors, state, 1)
+    save_checkpoint(folder / "checkpoints", 3, tensors, state, 1)
     atomic_io.write(folder / "run.yaml", config.dump(settings))
     atomic_io.write_json(folder / "environment.json", {"dtype": "float32"})
     return folder, bank
@@ -137,7 +138,7 @@ def test_before_any_validation_it_is_the_newest(run: tuple[Path, Bank], tmp_path
     saved = checkpoint.newest(folder / "checkpoints")
     assert saved is not None
     tensors = {k: v for k, v in saved.tensors.items() if "/reader/" not in k}
-    checkpoint.save(tmp_path / "checkpoints", 4, tensors, saved.state, 1)
+    save_checkpoint(tmp_path / "checkpoints", 4, tensors, saved.state, 1)
     for name in ("run.yaml", "environment.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     for encoder, prompt in (("reader", 1), ("own", 3)):

@@ -15,7 +15,7 @@ import pytest
 
 from tests.one_rank import OneRank
 from tests.thread_ranks import on_thread_ranks
-from tests.unit.run_folder import checkpoint_state
+from tests.unit.run_folder import checkpoint_state, save_checkpoint
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.output_folder import (
@@ -275,7 +275,7 @@ def test_a_lost_folder_is_written_again_with_the_current_state(tmp_path: Path, h
     messages: list[str] = []
 
     def save() -> None:
-        checkpoint.save(output / "checkpoints", 7, {}, checkpoint_state(7, {}), 1)
+        save_checkpoint(output / "checkpoints", 7, {}, checkpoint_state(7, {}), 1)
 
     folder.check(messages.append, save, lambda: None, now=True)
     if how == "moved":
@@ -378,8 +378,8 @@ def test_a_changed_state_is_skipped_for_an_older_one(tmp_path: Path, path: str, 
     if path == "chosen.matmul" and isinstance(value, str):
         value = 1
     older = checkpoint_state(4, {"a": 1}, "p", "q")
-    checkpoint.save(tmp_path, 4, {}, older, 9)
-    checkpoint.save(tmp_path, 5, {}, changed(path, value), 9)
+    save_checkpoint(tmp_path, 4, {}, older, 9)
+    save_checkpoint(tmp_path, 5, {}, changed(path, value), 9)
     messages: list[str] = []
     saved = checkpoint.newest(tmp_path, messages.append, problem_of)
     assert saved is not None

@@ -4,9 +4,9 @@
                          state.json          everything else
                          manifest.json       size and sha256 of the two
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so one that has its
-name is whole; the manifest finds what breaks later. safetensors and JSON only: reading one runs no
-code.
+A checkpoint is written under a temporary name, flushed to disk and renamed, so a folder with the
+final name is complete; the checksums detect later damage. It contains only safetensors and JSON:
+loading never executes code.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from trainer.runtime.json_file import parse_json
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-#: Where the file system fails, not the checkpoint.
+#: Retries if the file system fails, for example a network file system.
 READ_ATTEMPTS, READ_PAUSE_SECONDS = 4, 1.0
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-# Being written; put aside while another takes its name; being deleted.
+# Prefixes of folders: being written; moved away while its successor is renamed; being deleted.
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 
 
@@ -48,8 +48,7 @@ class SavedCheckpoint:
     """A checkpoint that passed its checksums.
 
     Attributes:
-        state: as it was given to ``save``, after a round through JSON: tuples are lists, and keys
-            of mappings are strings.
+        state: the saved state as JSON has it: tuples are lists, and keys of mappings are strings.
     """
 
     step: int
@@ -60,7 +59,7 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold, independent of what training changes later.
+    """The content of a checkpoint; later training steps do not change it.
 
     Attributes:
         tensors: on the CPU.
@@ -72,12 +71,12 @@ class Snapshot:
     state: bytes
 
 
-class _Broken(Exception):
-    """Why a checkpoint cannot be used."""
+class _Damaged(Exception):
+    """The reason why a checkpoint is not usable."""
 
 
-def snapshot(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Snapshot:
-    """Take a run's state as it is now.
+def take_snapshot(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Snapshot:
+    """Copy a run's current state.
 
     Args:
         tensors: must never change, like those of ``Bank.state_dict``; only views and tensors of
@@ -87,42 +86,35 @@ def snapshot(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any])
     return Snapshot(step, plain, json.dumps(dict(state), indent=1).encode())
 
 
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
-) -> Path:
-    """``write`` of a ``snapshot``."""
-    return write(folder, snapshot(step, tensors, state), keep)
-
-
 def write(
-    folder: Path, taken: Snapshot, keep: int, warn: Callable[[str], None] = logger.warning
+    folder: Path, snapshot: Snapshot, keep: int, warn: Callable[[str], None] = logger.warning
 ) -> Path:
-    """Write one checkpoint, then remove all but the newest ``keep``.
+    """Write one checkpoint, then delete all but the newest ``keep``.
 
-    Only one thread of one process may write to a folder. Whenever it is killed, ``newest`` finds
-    this checkpoint or the one before. Checkpoints of later steps go too: they are broken ones that
-    a resume has passed over, or of a course that this run has left.
+    Only one thread of one process may write to a folder. If it is killed at any point, ``newest``
+    finds this checkpoint or the previous one. Checkpoints of later steps are deleted too: they are
+    damaged ones that a resume has skipped.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: if the disk is full or cannot be written; earlier checkpoints are intact then.
+        OSError: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     assert keep >= 1, keep
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _flush(folder.parent)
-    _sweep(folder)
-    final = folder / _name(taken.step)
+    _clean_up(folder)
+    final = folder / f"step-{snapshot.step:08d}"
     writing = folder / (WRITING + final.name)
     try:
-        _write_all(writing, taken)
+        _write_files(writing, snapshot)
         _publish(writing, final)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    _retire(folder, taken.step, keep, warn)
+    _delete_others(folder, snapshot.step, keep, warn)
     return final
 
 
@@ -131,38 +123,34 @@ def newest(
     warn: Callable[[str], None] = logger.warning,
     problem_of: Callable[[int, Mapping[str, Any]], str | None] = lambda step, state: None,
 ) -> SavedCheckpoint | None:
-    """Read the newest checkpoint that is whole; None if there has never been one.
+    """Read the newest intact checkpoint; None if there are no checkpoints.
 
-    No file points to it: the folders' names and checksums decide. One that fails its checksums is
-    passed over with a warning.
+    No file points to it: names and checksums of the folders decide. A damaged checkpoint is
+    skipped with a warning.
 
     Args:
-        problem_of: says why a state cannot be used, given the step and the state; such a
-            checkpoint is passed over too.
+        problem_of: given the step and the state, returns why the state is not usable, or None; an
+            unusable checkpoint is skipped too.
 
     Raises:
-        BadInput: if there are checkpoints but none can be used: starting afresh would throw work
-            away without a word. So would resuming from an older one, where the file system does
-            not give out what may be whole.
+        BadInput: there are checkpoints, but none is usable, or the file system does not return a
+            newer one that may be intact. Starting over, or from an older one, would silently
+            discard work.
     """
     problems = []
     for path in _candidates(folder):
         try:
-            saved = _patiently(path)
+            saved = _read_with_retries(path)
             if problem := problem_of(saved.step, saved.state):
-                raise _Broken(f"{STATE}: {problem}")
+                raise _Damaged(f"{STATE}: {problem}")
             return saved
-        except _Broken as error:
+        except _Damaged as error:
             problems.append(f"{path}: {error}")
-            warn(f"checkpoint passed over: {path}: {error}")
+            warn(f"checkpoint skipped: {path}: {error}")
     if problems:
-        remedy = "restore one from a copy, or give another output_dir to start afresh"
-        raise BadInput([*problems, f"{folder}: no checkpoint can be used; {remedy}"])
+        remedy = "restore one from a copy, or give another output_dir to start over"
+        raise BadInput([*problems, f"{folder}: no checkpoint is usable; {remedy}"])
     return None
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _step(path: Path) -> int:
@@ -170,7 +158,7 @@ def _step(path: Path) -> int:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Newest first. One put aside counts: its successor may not have got the name."""
+    """Return the checkpoints, newest first, with those whose successor was not renamed yet."""
     if not folder.is_dir():
         return []
     pattern = re.compile(rf"({re.escape(REPLACED)})?step-\d{{8,}}")
@@ -178,11 +166,11 @@ def _candidates(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda p: (_step(p), not p.name.startswith(REPLACED)), reverse=True)
 
 
-def _write_all(folder: Path, taken: Snapshot) -> None:
-    files = {TENSORS: to_bytes(taken.tensors), STATE: taken.state}
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    files = {TENSORS: to_bytes(snapshot.tensors), STATE: snapshot.state}
     manifest = {
         "format": FORMAT,
-        "step": taken.step,
+        "step": snapshot.step,
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
@@ -196,7 +184,7 @@ def _write_all(folder: Path, taken: Snapshot) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Make the folder's entries survive a power cut."""
+    """Flush the folder's entries to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -205,7 +193,7 @@ def _flush(folder: Path) -> None:
 
 
 def _publish(writing: Path, final: Path) -> None:
-    """Give a checkpoint its name. A folder cannot be renamed over another: put that aside first."""
+    """Rename a checkpoint to its final name, after moving away one that has it already."""
     folder = final.parent
     replaced = folder / (REPLACED + final.name)
     if os.path.lexists(final):
@@ -216,18 +204,18 @@ def _publish(writing: Path, final: Path) -> None:
     _delete(replaced)
 
 
-def _retire(folder: Path, step: int, keep: int, warn: Callable[[str], None]) -> None:
+def _delete_others(folder: Path, step: int, keep: int, warn: Callable[[str], None]) -> None:
     checkpoints = _candidates(folder)
     later = [path for path in checkpoints if _step(path) > step]
     for path in later:
-        warn(f"checkpoint of a later step removed after saving step {step}: {path}")
+        warn(f"checkpoint of a later step deleted after saving step {step}: {path}")
         _delete(path)
     for path in [p for p in checkpoints if p not in later][keep:]:
         _delete(path)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an interrupted ``save`` left behind."""
+def _clean_up(folder: Path) -> None:
+    """Delete what an interrupted ``write`` has left."""
     for path in folder.iterdir():
         if path.name.startswith((WRITING, DELETING)):
             _remove(path)
@@ -238,7 +226,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Take the name away first: a half-deleted checkpoint must not look like a broken one."""
+    """Rename, then delete: a half-deleted checkpoint must not look like a damaged one."""
     if os.path.lexists(path):
         deleting = path.with_name(DELETING + path.name)
         _remove(deleting)
@@ -247,43 +235,46 @@ def _delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder with what is in it, or a file or symlink."""
+    """Delete a folder with its content, or a file or symlink."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _patiently(path: Path) -> SavedCheckpoint:
-    """``_read``, tried again where the file system fails for a moment."""
+def _read_with_retries(path: Path) -> SavedCheckpoint:
+    """Read a checkpoint, with retries if the file system fails temporarily."""
     for left in reversed(range(READ_ATTEMPTS)):
         try:
             return _read(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise _Broken(str(error)) from None
+            raise _Damaged(str(error)) from None
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise _Broken("is a symlink that leads back to itself") from None
+                raise _Damaged("is a symlink to itself") from None
             if not left:
                 raise BadInput(
-                    f"{path}: cannot be read: {error.strerror or error}; try again once it can be"
+                    f"{path}: cannot be read: {error.strerror or error}; retry when it is readable"
                 ) from None
         time.sleep(READ_PAUSE_SECONDS)
     raise AssertionError("the last attempt returns or raises")
 
 
 def _read(path: Path) -> SavedCheckpoint:
+    """Read a checkpoint and verify its checksums."""
     manifest = _json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise _Broken(f"{MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+        raise _Damaged(
+            f"{MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}"
+        )
     if manifest.get("step") != _step(path):
-        raise _Broken(f"{MANIFEST}: is of step {manifest.get('step')!r}")
+        raise _Damaged(f"{MANIFEST}: step is {manifest.get('step')!r}")
     for name in (TENSORS, STATE):
         _verify(path / name, manifest)
     try:
         tensors = load_file(path / TENSORS)
     except SafetensorError as error:
-        raise _Broken(f"{TENSORS}: not a safetensors file: {error}") from None
+        raise _Damaged(f"{TENSORS}: not a safetensors file: {error}") from None
     return SavedCheckpoint(_step(path), tensors, _json(path / STATE), path)
 
 
@@ -291,11 +282,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(path.read_bytes())
     except FileNotFoundError:
-        raise _Broken(f"{path.name}: is missing") from None
+        raise _Damaged(f"{path.name}: is missing") from None
     except ValueError as error:
-        raise _Broken(f"{path.name}: not JSON: {error}") from None
+        raise _Damaged(f"{path.name}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _Broken(f"{path.name}: not a JSON object")
+        raise _Damaged(f"{path.name}: not a JSON object")
     return value
 
 
@@ -304,14 +295,14 @@ def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
         expected = manifest["files"][path.name]
         size, sha256 = expected["bytes"], expected["sha256"]
     except (KeyError, TypeError):
-        raise _Broken(f"{MANIFEST}: does not name {path.name}") from None
+        raise _Damaged(f"{MANIFEST}: does not name {path.name}") from None
     if not path.is_file():
-        raise _Broken(f"{path.name}: is missing")
+        raise _Damaged(f"{path.name}: is missing")
     if path.stat().st_size != size:
-        raise _Broken(f"{path.name}: has {path.stat().st_size} bytes, should have {size}")
+        raise _Damaged(f"{path.name}: has {path.stat().st_size} bytes, should have {size}")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != sha256:
-        raise _Broken(f"{path.name}: its sha256 differs from the manifest's")
+        raise _Damaged(f"{path.name}: its sha256 differs from the manifest's")

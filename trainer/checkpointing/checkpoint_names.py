@@ -1,4 +1,4 @@
-"""Names of a run's checkpoints. Imports no torch."""
+"""List a run's checkpoints by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ CHECKPOINTS = "checkpoints"
 
 
 def checkpoint_names(output_dir: Path) -> list[str]:
-    """Return the complete checkpoints, the oldest first."""
+    """Return the names of the complete checkpoints, oldest first."""
     names = (path.name for path in (output_dir / CHECKPOINTS).glob("step-*"))
     return sorted(name for name in names if re.fullmatch(r"step-\d{1,18}", name, re.ASCII))
 
 
 def newest_checkpoint(output_dir: Path) -> str | None:
-    """Return the newest complete checkpoint; None if there is none."""
+    """Return the name of the newest complete checkpoint, or None."""
     return next(reversed(checkpoint_names(output_dir)), None)

@@ -115,7 +115,7 @@ def finished_summary(output: Path) -> dict[str, Any] | None:
     return summary if is_complete else None
 
 
-def snapshot(
+def take_run_snapshot(
     loop: Loop, loaded: LoadedBase, identity: Mapping[str, Any], conditions: Mapping[str, Any]
 ) -> Snapshot:
     """Copy everything that a checkpoint holds.
@@ -139,7 +139,7 @@ def snapshot(
         "loop": loop.state_dict(),
         "chosen": {"where": conditions, **choices},
     }
-    return checkpoint.snapshot(loop.progress.step, tensors, state)
+    return checkpoint.take_snapshot(loop.progress.step, tensors, state)
 
 
 def choice_conditions(config: RunConfig, device: str, world_size: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The JSON part of a checkpoint as types, checked before anything is built on it.
+"""Validate the JSON of a checkpoint against the types that a run writes.
 
-Checksums find files that changed; they do not find JSON that is whole and means something else.
+Checksums detect damaged files, but not intact files of another meaning.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from trainer.training.loop import TrainingProgress
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
-    """Keys that are not named here belong to a newer version, or are compared elsewhere."""
+class _Section(BaseModel):
+    """Additional keys are allowed: of a newer version, or checked elsewhere."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _Optimizer(_Part):
+class _Optimizer(_Section):
     updates: Count
     scale: float
 
 
-class _Reader(_Part):
+class _Reader(_Section):
     step: Count
 
 
-class _Prompt(_Part):
+class _Prompt(_Section):
     active: bool
     optimizer: _Optimizer
     reader: _Reader | None = None
 
 
-class _Bank(_Part):
+class _Bank(_Section):
     prompts: dict[str, _Prompt]
 
 
-class _Stopping(_Part):
+class _Stopping(_Section):
     best_step: Count | None
     waited: Count
 
 
-class _Cursor(_Part):
+class _Cursor(_Section):
     epoch: Count
     position: Count
     ahead: list[Count]
 
 
-class _Stopped(_Part):
+class _Stopped(_Section):
     step: Count
     reason: str
 
 
-class _Loop(_Part):
+class _Loop(_Section):
     progress: dict[str, Any]
     stopping: dict[str, _Stopping]
     feed: list[_Cursor]
 
 
-class _Chosen(_Part):
+class _Chosen(_Section):
     where: dict[str, Any]
     matmul: str
     shard_group: Count
@@ -74,7 +74,7 @@ class _Chosen(_Part):
     gradient_checkpointing: bool
 
 
-class _Encoders(_Part):
+class _Encoders(_Section):
     identity: dict[str, Any]
     bank: _Bank
 
@@ -90,7 +90,7 @@ _STOPPED = TypeAdapter(dict[str, _Stopped])
 
 
 def problem_of_encoders(step: int, state: Mapping[str, Any]) -> str | None:
-    """As ``problem_of``, of the part that making prompts with a trained encoder needs."""
+    """As ``problem_of``, for the sections that ``promptshard export`` reads."""
     try:
         _Encoders.model_validate(state)
     except ValidationError as error:
@@ -99,16 +99,16 @@ def problem_of_encoders(step: int, state: Mapping[str, Any]) -> str | None:
 
 
 def problem_of(step: int, state: Mapping[str, Any]) -> str | None:
-    """Say what in the state of a checkpoint is not as ``resume.snapshot`` writes it; else None.
+    """Return how a state differs from what ``resume.take_run_snapshot`` writes; None if valid.
 
     Args:
         step: of the checkpoint.
-        state: after a round through JSON.
+        state: as read from JSON.
     """
     try:
-        found = _State.model_validate(state)
-        saved = found.loop.progress
-        # Strict JSON, not Python: there a tuple may not be a list.
+        valid = _State.model_validate(state)
+        saved = valid.loop.progress
+        # As JSON: strict validation of Python values would refuse a list for a tuple.
         progress = _PROGRESS.validate_json(json.dumps(saved), strict=True)
         _BASELINES.validate_python(progress.baselines)
         _STOPPED.validate_python(progress.stopped)
@@ -118,10 +118,10 @@ def problem_of(step: int, state: Mapping[str, Any]) -> str | None:
         return f"loop.progress: unknown {', '.join(sorted(unknown))}"
     if progress.step != step:
         return f"loop.progress.step: is {progress.step}"
-    if len(found.loop.feed) != len(found.bank.prompts):
-        return f"loop.feed: {len(found.loop.feed)} for {len(found.bank.prompts)} prompts"
-    if missing := found.bank.prompts.keys() - found.loop.stopping.keys():
-        return f"loop.stopping: has no {', '.join(sorted(missing))}"
+    if len(valid.loop.feed) != len(valid.bank.prompts):
+        return f"loop.feed: {len(valid.loop.feed)} for {len(valid.bank.prompts)} prompts"
+    if missing := valid.bank.prompts.keys() - valid.loop.stopping.keys():
+        return f"loop.stopping: missing {', '.join(sorted(missing))}"
     counts = [progress.useful_tokens, *progress.prompt_tokens.values(), progress.validations]
     return "loop.progress: a count is negative" if min(counts) < 0 else None
 

@@ -1,4 +1,4 @@
-"""Separates the tensors of a ``state_dict`` from its JSON, and joins them again."""
+"""Separate the tensors of a ``state_dict`` from its JSON, and join them again."""
 
 from __future__ import annotations
 
