@@ -135,8 +135,9 @@ def table(report: dict[str, Any]) -> str:
 def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.config import RunConfig
     from trainer.data.token_table import Example
-    from trainer.distributed.deepspeed_engine import Engine, base_bytes
+    from trainer.distributed.deepspeed_engine import Engine
     from trainer.distributed.model_loading import load_base
+    from trainer.distributed.zero3_sharder import base_bytes
     from trainer.model.checkpoint_files import open_base
     from trainer.packing.packed_batch import PackedRow
     from trainer.runtime.console import Console
@@ -261,19 +262,19 @@ def _count_exchanged() -> list[int]:
 
     A rank's own part included, as in gathered buffers; a sum goes round twice.
     """
-    from trainer.distributed.deepspeed_engine import GroupRows
+    from trainer.distributed.zero3_sharder import ShardGroup
 
     total = [0]
 
     def count(name: str, weigh: Any) -> None:
-        collective = getattr(GroupRows, name)
+        collective = getattr(ShardGroup, name)
 
         def counted(self: Any, sent: torch.Tensor, *arguments: Any) -> torch.Tensor:
             received: torch.Tensor = collective(self, sent, *arguments)
             total[0] += weigh(sent, received)
             return received
 
-        setattr(GroupRows, name, counted)
+        setattr(ShardGroup, name, counted)
 
     count("swap", lambda sent, received: received.nbytes)
     count("gather", lambda sent, received: received.nbytes)

@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 
+from tests.base_digest import base_digest
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors, padded_loss, plain_model
 from trainer.data.token_table import Example
-from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest, full_parameter
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.zero3_sharder import base_bytes
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
@@ -139,6 +142,14 @@ def padded_peft(
         expected.append((loss.item(), weight.grad.view(prompt.shape).clone()))
         model = peft.get_base_model()
     return expected
+
+
+def full_parameter(parameter: Any) -> torch.Tensor:
+    """A copy of a sharded parameter in full; every rank must call it."""
+    parameter.ds_active_sub_modules.clear()  # so that it can be partitioned again
+    with deepspeed.zero.GatheredParameters([parameter]):
+        copy: torch.Tensor = parameter.detach().clone()
+    return copy
 
 
 def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> bool:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tests.base_digest import base_digest
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
 from tests.unit.test_scoring import EOS, TARGETS, rows
-from trainer.distributed.deepspeed_engine import Engine, base_digest
+from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator, Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.runtime.process import flush_and_exit

@@ -15,7 +15,8 @@ import torch
 
 from tests.distributed.equivalence import weights_equal
 from tests.distributed.sharded_base import run_config, shard_base
-from trainer.distributed.deepspeed_engine import Engine, base_bytes
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.zero3_sharder import base_bytes
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import flush_and_exit
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from tests.base_digest import base_digest
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.zero3_sharder import base_bytes
 from trainer.evaluation.generation import StopCriteria, generate
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from tests.base_digest import base_digest
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.distributed.deepspeed_engine import Engine, base_digest
+from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import prepare_batch
 from trainer.model.layers.linear import FrozenLinear
 from trainer.packing.packed_batch import PromptLengths

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.base_digest import base_digest
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
-from trainer.distributed.deepspeed_engine import Engine, base_bytes, base_digest
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.zero3_sharder import base_bytes
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients

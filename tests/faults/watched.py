@@ -18,7 +18,7 @@ from typing import Any
 
 import trainer.__main__
 import trainer.training.loop
-from trainer.distributed.deepspeed_engine import base_digest
+from tests.base_digest import base_digest
 from trainer.runtime.process import flush_and_exit
 from trainer.training.loop import Loop
 

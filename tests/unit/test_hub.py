@@ -173,7 +173,7 @@ def test_a_person_sees_a_download_and_nothing_where_there_is_none() -> None:
 
 
 def test_one_rank_of_each_node_works_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.distributed.collectives.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("trainer.distributed.collectives.POLL_SECONDS", 0.01)
     working: list[int] = []
 
     def program(engine: Any) -> Any:
@@ -202,7 +202,7 @@ def test_a_node_that_fails_fails_all() -> None:
 
 
 def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.distributed.collectives.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("trainer.distributed.collectives.POLL_SECONDS", 0.01)
 
     def program(engine: Any) -> Any:
         def work() -> str:

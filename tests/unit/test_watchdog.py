@@ -41,22 +41,22 @@ class Ranks:
     def __init__(
         self, count: int = 3, silence: float = 0.3, timeout: float = 60.0, quiet: float = 3 * BEAT
     ) -> None:
-        self.store, self.pulses = Shared(), [CollectiveTracker() for _ in range(count)]
+        self.store, self.trackers = Shared(), [CollectiveTracker() for _ in range(count)]
         self.messages: list[tuple[int, str]] = []
         self.dogs = [
             Watchdog(
-                pulse,
+                tracker,
                 self.store,
                 rank,
                 count,
                 f"host{rank}",
                 silence_seconds=silence,
                 timeout_seconds=timeout,
-                give_up=self._hear(rank),
-                beat_seconds=BEAT,
-                quiet_seconds=quiet,
+                abort=self._hear(rank),
+                heartbeat_seconds=BEAT,
+                idle_seconds=quiet,
             )
-            for rank, pulse in enumerate(self.pulses)
+            for rank, tracker in enumerate(self.trackers)
         ]
 
     def _hear(self, rank: int) -> Callable[[str], None]:
@@ -99,12 +99,12 @@ def ranks():
 def test_a_rank_without_beats_is_named_with_the_step_and_the_collective(ranks, stopped):
     run = ranks()
     run.start(1 - stopped, 2)  # the third has left one beat: as if it had been stopped then
-    pulse = run.pulses[1 - stopped]
-    with pulse.training_step(7), pulse.within("the sum of gradients"):
+    tracker = run.trackers[1 - stopped]
+    with tracker.training_step(7), tracker.during("all_reduce of sums"):
         run.until_told_by(1 - stopped)
     words = dict(run.messages)[1 - stopped]
     assert words.startswith(f"rank {stopped} on host{stopped} stopped responding 0.3 s ago")
-    assert "at step 7 in the sum of gradients (collective 1 of the step)" in words
+    assert "is waiting in all_reduce of sums (step 7, collective 1 of the step)" in words
 
 
 def test_rank_0_that_holds_the_store_is_named_too(ranks):
@@ -120,7 +120,7 @@ def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
     run = ranks()
     run.start(1, 2)
     run.store.gone = True
-    with run.pulses[1].within("the sum of gradients"):
+    with run.trackers[1].during("all_reduce of sums"):
         run.until_told_by(1)
     assert re.match(r"rank 0( on host0)? stopped responding 0.3 s", dict(run.messages)[1])
 
@@ -128,20 +128,20 @@ def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
 @pytest.mark.fault("rank suspended (SIGSTOP)")
 def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
     run = ranks(timeout=0.3, silence=60.0)
-    for pulse in run.pulses:
-        pulse.step = 3
-        pulse.at("the gathering of a layer")
+    for tracker in run.trackers:
+        tracker.step = 3
+        tracker.begin("all_gather of base weights")
     run.start(0, 1, 2)
-    with run.pulses[0].within("the sum of gradients"), run.pulses[2].within("the sum of gradients"):
+    with run.trackers[0].during("all_reduce of sums"), run.trackers[2].during("all_reduce of sums"):
         run.until_told_by(0)
-    assert "rank 1 on host1 hangs at step 3 after the gathering of a layer" in run.messages[0][1]
+    assert "rank 1 on host1 hangs after all_gather of base weights (step 3, " in run.messages[0][1]
     assert 1 not in [rank for rank, _ in run.messages], "it waits for nobody"
 
 
 def test_where_nobody_is_behind_it_is_the_network(ranks):
     run = ranks(count=2, timeout=0.3, silence=60.0)
     run.start(0, 1)
-    with run.pulses[0].within("the sum"), run.pulses[1].within("the sum"):
+    with run.trackers[0].during("all_reduce of sums"), run.trackers[1].during("all_reduce of sums"):
         run.until_told_by(0)
     assert "neither did the others: the network" in run.messages[0][1]
 
@@ -150,7 +150,7 @@ def test_whoever_hears_of_nobody_says_so(ranks):
     run = ranks(count=2, timeout=0.3, silence=60.0)
     run.store.free.clear()
     run.start(1)
-    with run.pulses[1].within("the sum"):
+    with run.trackers[1].during("all_reduce of sums"):
         run.until_told_by(1)
     assert "no other rank responds: the network" in run.messages[0][1]
 
@@ -161,7 +161,7 @@ def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
     run.start(0, 1)
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:  # rank 0 comes slowly; rank 1 works on without the others
-        with run.pulses[0].within("a question"):
+        with run.trackers[0].during("all_reduce of status flags"):
             time.sleep(0.1)
     assert run.messages == []
 
@@ -172,26 +172,26 @@ def test_a_job_suspended_as_a_whole_has_nobody_who_hangs(ranks, monkeypatch):
     leap = iter(range(0, 10**9, 10**4))
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: float(next(leap)))
     run.start(0, 1)
-    with run.pulses[0].within("a question"):
+    with run.trackers[0].during("all_reduce of status flags"):
         threading.Event().wait(0.6)
     assert run.messages == []
 
 
 def test_a_step_may_take_many_times_as_long_as_the_slowest_so_far(ranks):
     run = ranks(count=2, silence=0.01, timeout=60.0)
-    pulse, dog = run.pulses[0], run.dogs[0]
-    with pulse.training_step(1):  # the first compiles
-        assert dog._patience() == 60.0
-    assert dog._patience() == float("inf"), "between steps, without a collective"
-    with pulse.training_step(2):
+    tracker, dog = run.trackers[0], run.dogs[0]
+    with tracker.training_step(1):  # the first compiles
+        assert dog._max_idle_seconds() == 60.0
+    assert dog._max_idle_seconds() == float("inf"), "between steps, without a collective"
+    with tracker.training_step(2):
         time.sleep(0.05)
-    assert pulse.slowest is not None
-    assert pulse.slowest >= 0.05
-    with pulse.training_step(3):
-        assert dog._patience() == pytest.approx(watchdog.SLOWER * pulse.slowest)
-    pulse.slowest = 1000.0
-    with pulse.training_step(4):
-        assert dog._patience() == 60.0, "never more than the timeout"
+    assert tracker.slowest is not None
+    assert tracker.slowest >= 0.05
+    with tracker.training_step(3):
+        assert dog._max_idle_seconds() == pytest.approx(watchdog.MAX_SLOWDOWN * tracker.slowest)
+    tracker.slowest = 1000.0
+    with tracker.training_step(4):
+        assert dog._max_idle_seconds() == 60.0, "never more than the timeout"
 
 
 def test_it_looks_at_others_only_while_its_own_rank_stands_still(ranks):
@@ -202,12 +202,12 @@ def test_it_looks_at_others_only_while_its_own_rank_stands_still(ranks):
     run.start(0)
     deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline:
-        run.pulses[0].at("the gathering of a layer")
+        run.trackers[0].begin("all_gather of base weights")
         time.sleep(0.01)
     assert not asked
     time.sleep(0.4)
     assert asked
-    assert json.loads(run.store["promptshard/beat/0"])["turn"] > 10, "but it beats all the time"
+    assert json.loads(run.store["promptshard/beat/0"])["number"] > 10, "but it beats all the time"
 
 
 def test_the_first_word_stays_and_the_process_ends(tmp_path: Path, monkeypatch, capfd):

@@ -1,7 +1,7 @@
-"""What ranks say to each other: sums, questions, values, and slow work that the others wait for.
+"""Collectives over all ranks, and slow work that some ranks do while the others wait.
 
-Uses only torch.distributed. Each collective records itself in a ``CollectiveTracker``, so that
-the watchdog can say which one waits for whom.
+Uses only torch.distributed. Each collective is recorded in a ``CollectiveTracker``, from which the
+watchdog reads where a rank is waiting.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from trainer.runtime.errors import BadInput
 
 T = TypeVar("T")
 
-#: How often ranks that wait for slow work hear from each other.
-TURN_SECONDS = 1.0
-#: Of ``timeout_seconds``: the watchdog speaks before a collective gives up, which names no rank.
-WATCHED_SHARE = 0.9
+#: Seconds between two collectives of ranks that wait for slow work.
+POLL_SECONDS = 1.0
+#: The watchdog's timeout as a share of the collectives' own, whose error names no rank.
+WATCHDOG_SHARE = 0.9
 
 
 class Ranks:
-    """This rank among the others, once torch.distributed is up.
+    """This rank and its collectives with the others; torch.distributed must be initialized.
 
     Attributes:
-        pulse: which collective this rank is at.
+        tracker: the collective that this rank is in.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Ranks:
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.device = device
-        self.pulse = CollectiveTracker()
+        self.tracker = CollectiveTracker()
         self._timeout = timeout_seconds
         self._watchdog: Watchdog | None = None
 
@@ -58,14 +58,14 @@ class Ranks:
         return self.rank == 0
 
     def start_watchdog(self, logs: Path, silence_seconds: float) -> None:
-        """From now on a rank that hangs is named in ``logs``, and ends all; see the watchdog.
+        """From now on, end all processes if a rank hangs, and write its number to ``logs``.
 
         Args:
-            silence_seconds: how long a rank may not respond.
+            silence_seconds: maximum time without a heartbeat from a rank.
         """
         if self.world_size == 1:
             return
-        # A connection of its own: one that is stuck must not hold up the main thread's.
+        # A separate connection: requests of the watchdog must not delay the main thread's.
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -74,67 +74,71 @@ class Ranks:
             wait_for_workers=False,
         )
         self._watchdog = Watchdog(
-            self.pulse,
+            self.tracker,
             store,
             self.rank,
             self.world_size,
             socket.gethostname(),
             silence_seconds=silence_seconds,
-            timeout_seconds=WATCHED_SHARE * self._timeout,
-            give_up=partial(end_process, logs),
+            timeout_seconds=WATCHDOG_SHARE * self._timeout,
+            abort=partial(end_process, logs),
         )
-        self.any_rank(False)  # all have a beat now
+        self.any_rank(False)  # a barrier: every rank has sent its first heartbeat
         self._watchdog.start()
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
-        """A step of the loop, which takes about as long as the ones before."""
-        return self.pulse.training_step(step)
+        """Context of one training step, whose duration the watchdog compares with earlier steps."""
+        return self.tracker.training_step(step)
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all ranks, in place, in one collective."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self.pulse.within("the sum of gradients"):
+        with self.tracker.during("all_reduce of sums"):
             dist.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+        """Whether the flag is set on any rank."""
         value = torch.tensor([int(flag)], device=self.device)
-        with self.pulse.within("a question to all ranks"):
+        with self.tracker.during("all_reduce of status flags"):
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
             return bool(value.item())
 
     def all_gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank. For small plain data."""
+        """Return every rank's value on every rank. For small plain data."""
         values: list[Any] = [None] * self.world_size
-        with self.pulse.within("an exchange of values"):
+        with self.tracker.during("all_gather of values"):
             dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: T | None) -> T:
-        """Rank 0's value, on every rank. For small plain data and small CPU tensors."""
+        """Return rank 0's value on every rank. For small plain data and small CPU tensors."""
         values: list[Any] = [value]
-        with self.pulse.within("a word from rank 0"):
+        with self.tracker.during("broadcast from rank 0"):
             dist.broadcast_object_list(values, 0)
         result: T = values[0]
         return result
 
-    def run_on_all(self, check: Callable[[], T]) -> T:
-        """Run a check on every rank; where any finds bad input, all raise it, in the same words."""
+    def run_on_all(self, work: Callable[[], T]) -> T:
+        """Run quick work on every rank and return its own result.
+
+        Raises:
+            BadInput: on all ranks, with the problems of the first rank that raised it.
+        """
         result: T | None = None
         problems: list[str] = []
         try:
-            result = check()
+            result = work()
         except BadInput as error:
             problems = error.problems
-        found = next((p for p in self.all_gather(problems) if p), None)
-        if found is not None:
-            raise BadInput(found)
+        first = next((p for p in self.all_gather(problems) if p), None)
+        if first is not None:
+            raise BadInput(first)
         return result  # type: ignore[return-value]
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """What rank 0 finds, on every rank. For small plain data and small CPU tensors.
+        """Run quick work on rank 0 and broadcast its result: plain data, small CPU tensors.
 
         Raises:
             BadInput: rank 0's, on all ranks.
@@ -142,27 +146,38 @@ class Ranks:
         return self.broadcast(self.run_on_all(lambda: work() if self.is_main else None))
 
     def run_on_each_node(self, work: Callable[[], T]) -> T | None:
-        """Run slow work on one rank of every node while the others wait, however long it takes.
+        """Run slow work on the first rank of every node while the other ranks wait.
 
         Returns:
-            What the work gave on the first rank of a node, None on the others.
+            The result on the first rank of a node, None on the others.
 
         Raises:
             BadInput: any node's, on all ranks.
         """
-        return self.wait_for_slow_work(work if self.local_rank == 0 else None)
+        return self._wait_for_all(work if self.local_rank == 0 else None)
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """Slow work of every rank, however long the slowest takes: what it gave, by rank.
+        """Run slow work on every rank and return all results by rank.
 
         Raises:
-            BadInput: any rank's, on all.
+            BadInput: any rank's, on all ranks.
         """
-        return [
-            found for found in self.all_gather(self.wait_for_slow_work(work)) if found is not None
-        ]
+        results = self.all_gather(self._wait_for_all(work))
+        return [result for result in results if result is not None]
 
-    def wait_for_slow_work(self, work: Callable[[], T] | None) -> T | None:
+    def load_once_per_node(self, load: Callable[[], T]) -> T:
+        """Load on the first rank of each node, then on the others, which map the files it wrote.
+
+        Raises:
+            BadInput: on all ranks together.
+        """
+        loaded = self.run_on_each_node(load)
+        result = self.run_on_all(lambda: load() if loaded is None else loaded)
+        assert result is not None
+        return result
+
+    def _wait_for_all(self, work: Callable[[], T] | None) -> T | None:
+        """Run work in a thread until all ranks are done; None: only wait for the others."""
         outcome: Future[T | None] = Future()
 
         def run(work: Callable[[], T]) -> None:
@@ -175,22 +190,10 @@ class Ranks:
             threading.Thread(target=run, args=(work,), daemon=True).start()
         else:
             outcome.set_result(None)
-        # In short turns: one collective would give up after the engine's timeout.
-        while self.any_rank(not wait([outcome], TURN_SECONDS).done):
+        # Polled: a single collective would exceed its timeout.
+        while self.any_rank(not wait([outcome], POLL_SECONDS).done):
             pass
         return self.run_on_all(outcome.result)
-
-    def load_once_per_node(self, load: Callable[[], T]) -> T:
-        """What every rank loads, first by one rank of each node: the others map what it made.
-
-        Raises:
-            BadInput: on all ranks together.
-        """
-        found = self.run_on_each_node(load)
-        rest = self.run_on_all(lambda: load() if found is None else None)
-        result = rest if found is None else found
-        assert result is not None
-        return result
 
     def close(self) -> None:
         if self._watchdog is not None:

@@ -1,12 +1,13 @@
-"""Detect ranks that hang: which one, at which step and in which collective. Imports no library.
+"""Detect ranks that hang: which rank, at which step, in which collective. Standard library only.
 
 A collective waits for every rank, so one suspended rank stops all of them without a message. Each
-rank has two threads against that: one writes heartbeats of this rank to the store and, once the
-main thread has made no progress for a while, reads those of the others; the other thread judges.
-They are separate because rank 0 holds the store: if it hangs, every read hangs too.
+rank therefore runs two threads. One writes this rank's heartbeats to a store and, if the main
+thread has made no progress for a while, reads those of the other ranks. The other thread decides
+whether a rank hangs. They are separate because rank 0 holds the store: if it hangs, so does every
+read.
 
-Time is counted in iterations of the judging thread, not by a clock: in a job that is suspended as a
-whole, and resumed later, no rank hangs.
+Time is counted in iterations of the deciding thread, not by a clock: no rank hangs in a job that
+was suspended and resumed as a whole.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from typing import NoReturn, Protocol
 
 from trainer.runtime.errors import EXIT_FAILURE
 
-#: Seconds between two beats of a rank, and between two looks at those of others.
-BEAT_SECONDS = 1.0
-#: How long the main thread must stand still before anybody looks.
-QUIET_SECONDS = 5.0
-#: How many times the slowest step so far one may take.
-SLOWER = 20
-#: In ``logs``: which rank was declared lost, and why. The program that started the ranks prints it.
+#: Seconds between two heartbeats of a rank, and between two reads of the others'.
+HEARTBEAT_SECONDS = 1.0
+#: Seconds without progress of the main thread after which other ranks' heartbeats are read.
+IDLE_SECONDS = 5.0
+#: A step may take this many times as long as the slowest step before it.
+MAX_SLOWDOWN = 20
+#: File in ``logs`` with the reason for aborting. The program that started the ranks prints it.
 LOST = "lost.txt"
-#: Ranks that a message names one by one.
-MOST_NAMED = 4
+#: Number of ranks that a message lists.
+MAX_NAMED_RANKS = 4
 
 
 class KeyValueStore(Protocol):
-    """What all ranks can read and write."""
+    """A store that all ranks read and write."""
 
     def set(self, key: str, value: str) -> object: ...
 
@@ -47,221 +48,229 @@ class KeyValueStore(Protocol):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A heartbeat.
+    """The state of a rank when it sent the heartbeat.
 
     Attributes:
-        turn: grows with every beat.
-        step, count, doing: as in ``CollectiveTracker``.
-        left: this rank needs no other any more.
+        number: of the heartbeat; increases by one.
+        step, count, collective: as in ``CollectiveTracker``.
+        left: the rank has stopped its watchdog and takes part in no further collective.
     """
 
     host: str
-    turn: int
+    number: int
     step: int
     count: int
-    doing: str
+    collective: str
     left: bool = False
 
 
 class CollectiveTracker:
-    """What the main thread of this rank is at.
+    """Progress of this rank's main thread.
 
     Attributes:
-        count, doing: collectives begun in this step, or after it until the next, and the last.
-        moves: grows with everything that begins or ends.
-        slowest: seconds of the slowest step so far but the first, which also compiles.
-        waiting: it is within a collective.
+        step: the current or last training step.
+        count: number of collectives begun since that step began.
+        collective: the last of these.
+        events: number of beginnings and ends of collectives and steps.
+        slowest: seconds of the slowest step, without the first step, which also compiles.
+        waiting: whether the main thread is in a collective.
     """
 
     def __init__(self) -> None:
-        self.step = self.count = self.moves = 0
-        self.doing = "the start"
+        self.step = self.count = self.events = 0
+        self.collective = "startup"
         self.in_step = self.waiting = False
         self.slowest: float | None = None
         self._steps = 0
 
-    def at(self, what: str) -> None:
-        """A collective begins whose end is not seen."""
-        self.doing = what
+    def begin(self, collective: str) -> None:
+        """Record the beginning of a collective whose end is not observed."""
+        self.collective = collective
         self.count += 1
-        self.moves += 1
+        self.events += 1
 
     @contextmanager
-    def within(self, what: str) -> Iterator[None]:
-        """A collective, from its begin to its end."""
-        self.at(what)
+    def during(self, collective: str) -> Iterator[None]:
+        """Record the beginning and the end of a collective."""
+        self.begin(collective)
         self.waiting = True
         try:
             yield
         finally:
             self.waiting = False
-            self.moves += 1
+            self.events += 1
 
     @contextmanager
     def training_step(self, step: int) -> Iterator[None]:
+        """Record the beginning, the end and the duration of a training step."""
         self.step, self.count, self.in_step = step, 0, True
-        self.moves += 1
+        self.events += 1
         started = time.monotonic()
         try:
             yield
         finally:
             self.in_step = False
-            self.moves += 1
+            self.events += 1
         self._steps += 1
         if self._steps > 1:
             self.slowest = max(self.slowest or 0.0, time.monotonic() - started)
 
 
 class Watchdog:
-    """Watches over the other ranks while this one stands still.
+    """Checks whether other ranks hang while this rank makes no progress.
 
     Args:
-        silence_seconds: how long a rank may be without a beat.
-        timeout_seconds: how long this rank waits in a collective outside of steps.
-        give_up: is called, in a thread, with what is wrong; it ends this process.
+        silence_seconds: maximum time without a heartbeat from a rank.
+        timeout_seconds: maximum time in a collective outside of training steps.
+        abort: called in a thread with a description of the problem; must end this process.
     """
 
     def __init__(
         self,
-        pulse: CollectiveTracker,
+        tracker: CollectiveTracker,
         store: KeyValueStore,
         rank: int,
-        ranks: int,
+        world_size: int,
         host: str,
         *,
         silence_seconds: float,
         timeout_seconds: float,
-        give_up: Callable[[str], object],
-        beat_seconds: float = BEAT_SECONDS,
-        quiet_seconds: float = QUIET_SECONDS,
+        abort: Callable[[str], object],
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        self._pulse, self._store, self._host = pulse, store, host
-        self._rank, self._keys = rank, [f"promptshard/beat/{r}" for r in range(ranks)]
+        self._tracker, self._store, self._host = tracker, store, host
+        self._rank, self._keys = rank, [f"promptshard/beat/{r}" for r in range(world_size)]
         self._silence, self._timeout = silence_seconds, timeout_seconds
-        self._give_up, self._beat, self._look_after = give_up, beat_seconds, quiet_seconds
-        self._over, self._curious = threading.Event(), False
-        self._turn = self._answers = 0
-        self._seen: list[Heartbeat] = []
+        self._abort, self._interval, self._idle = abort, heartbeat_seconds, idle_seconds
+        self._stopped = threading.Event()
+        self._reads_others = False
+        self._sent = self._reads = 0
+        self._heartbeats: list[Heartbeat] = []
         self._send()
 
     def start(self) -> None:
-        """Every rank must have made its watchdog: there is a beat of each from then on."""
-        for work in (self._carry, self._judge):
+        """Start the threads. Every rank must have created its watchdog before."""
+        for work in (self._exchange_heartbeats, self._detect_hangs):
             threading.Thread(target=work, daemon=True, name="watchdog").start()
 
     def stop(self) -> None:
-        """This rank waits for no other any more; the others need not wait for its beats."""
-        self._over.set()
+        """Stop the threads and tell the other ranks not to expect further heartbeats."""
+        self._stopped.set()
         with suppress(Exception):  # rank 0 may have left already
             self._send()
 
     def _send(self) -> None:
-        self._turn += 1
-        pulse = self._pulse
-        beat = Heartbeat(
-            self._host, self._turn, pulse.step, pulse.count, pulse.doing, self._over.is_set()
+        self._sent += 1
+        tracker = self._tracker
+        heartbeat = Heartbeat(
+            self._host,
+            self._sent,
+            tracker.step,
+            tracker.count,
+            tracker.collective,
+            self._stopped.is_set(),
         )
-        self._store.set(self._keys[self._rank], json.dumps(asdict(beat)))
+        self._store.set(self._keys[self._rank], json.dumps(asdict(heartbeat)))
 
-    def _carry(self) -> None:
-        while not self._over.wait(self._beat):
+    def _exchange_heartbeats(self) -> None:
+        while not self._stopped.wait(self._interval):
             try:
                 self._send()
-                if self._curious:
-                    self._seen = [
-                        Heartbeat(**json.loads(b)) for b in self._store.multi_get(self._keys)
-                    ]
-                    self._answers += 1
-            except Exception:  # rank 0 has ended, or its host is cut off: nobody answers
+                if self._reads_others:
+                    values = self._store.multi_get(self._keys)
+                    self._heartbeats = [Heartbeat(**json.loads(value)) for value in values]
+                    self._reads += 1
+            except Exception:  # rank 0 has ended, or its host is unreachable
                 continue
 
-    def _judge(self) -> None:
-        before = -1
-        turns: dict[int, int] = {}
+    def _detect_hangs(self) -> None:
+        events_before = -1
+        numbers: dict[int, int] = {}
         silent: dict[int, float] = {}
-        quiet, unanswered, answers = 0.0, 0.0, 0
-        while not self._over.wait(self._beat):
-            moves = self._pulse.moves
-            if moves != before:
-                before, quiet, turns, silent = moves, 0.0, {}, {}
-                self._curious = False
+        idle, unanswered, reads = 0.0, 0.0, 0
+        while not self._stopped.wait(self._interval):
+            events = self._tracker.events
+            if events != events_before:
+                events_before, idle, numbers, silent = events, 0.0, {}, {}
+                self._reads_others = False
                 continue
-            quiet += self._beat
-            self._curious = quiet >= self._look_after
-            if not self._curious:
-                unanswered, answers = 0.0, self._answers
+            idle += self._interval
+            self._reads_others = idle >= self._idle
+            if not self._reads_others:
+                unanswered, reads = 0.0, self._reads
                 continue
-            if self._answers == answers:
-                unanswered += self._beat
+            if self._reads == reads:
+                unanswered += self._interval
             else:
-                unanswered, answers = 0.0, self._answers
-                for rank, beat in enumerate(self._seen):
-                    fresh = beat.left or turns.get(rank) != beat.turn
-                    silent[rank] = 0.0 if fresh else silent.get(rank, 0.0) + self._beat
-                    turns[rank] = beat.turn
-            gone = [r for r, seconds in silent.items() if seconds >= self._silence]
-            if unanswered >= self._silence:  # by rank 0, which holds the beats of all
-                gone = [0]
-            if gone and gone != [self._rank]:
-                self._give_up(self._about_silent(gone))
+                unanswered, reads = 0.0, self._reads
+                for rank, heartbeat in enumerate(self._heartbeats):
+                    alive = heartbeat.left or numbers.get(rank) != heartbeat.number
+                    silent[rank] = 0.0 if alive else silent.get(rank, 0.0) + self._interval
+                    numbers[rank] = heartbeat.number
+            lost = [r for r, seconds in silent.items() if seconds >= self._silence]
+            if unanswered >= self._silence:  # the store, which rank 0 holds, does not answer
+                lost = [0]
+            if lost and lost != [self._rank]:
+                self._abort(self._describe_lost(lost))
                 return
-            if quiet >= self._patience():
-                self._give_up(self._about_behind(quiet))
+            if idle >= self._max_idle_seconds():
+                self._abort(self._describe_stuck(idle))
                 return
 
-    def _patience(self) -> float:
-        """How long the main thread may stand still."""
-        if self._pulse.in_step and self._pulse.slowest is not None:
-            return min(self._timeout, max(2 * self._silence, SLOWER * self._pulse.slowest))
-        return self._timeout if self._pulse.waiting or self._pulse.in_step else float("inf")
+    def _max_idle_seconds(self) -> float:
+        """How long the main thread may make no progress."""
+        if self._tracker.in_step and self._tracker.slowest is not None:
+            slowest = MAX_SLOWDOWN * self._tracker.slowest
+            return min(self._timeout, max(2 * self._silence, slowest))
+        return self._timeout if self._tracker.waiting or self._tracker.in_step else float("inf")
 
-    def _about_silent(self, gone: Sequence[int]) -> str:
-        beats = dict(enumerate(self._seen))
+    def _describe_lost(self, lost: Sequence[int]) -> str:
+        heartbeats = dict(enumerate(self._heartbeats))
         return (
-            f"{_named(gone, beats)} stopped responding {self._silence:g} s ago (process suspended, "
-            f"or host lost); rank {self._rank} is waiting for it {self._where()}; aborting"
+            f"{_names(lost, heartbeats)} stopped responding {self._silence:g} s ago (process "
+            f"suspended, or host lost); rank {self._rank} is waiting in {_place(self._tracker)}; "
+            "aborting"
         )
 
-    def _about_behind(self, seconds: float) -> str:
-        """Who has not come as far as others, if anybody has not."""
-        beats = {rank: beat for rank, beat in enumerate(self._seen) if not beat.left}
-        places = {rank: (beat.step, beat.count) for rank, beat in beats.items()}
+    def _describe_stuck(self, seconds: float) -> str:
+        """Name the ranks that have begun the fewest collectives, if not all are at the same one."""
+        heartbeats = {rank: beat for rank, beat in enumerate(self._heartbeats) if not beat.left}
+        places = {rank: (beat.step, beat.count) for rank, beat in heartbeats.items()}
         last = [rank for rank, place in places.items() if place == min(places.values())]
-        where = f"rank {self._rank} made no progress for {seconds:g} s {self._where()}"
+        problem = f"rank {self._rank} made no progress for {seconds:g} s in {_place(self._tracker)}"
         if not places:
-            return f"{where}, and no other rank responds: the network may be down"
+            return f"{problem}, and no other rank responds: the network may be down"
         if len(last) == len(places):
-            return f"{where}, and neither did the others: the network between them may be down"
-        at = beats[last[0]]
-        return (
-            f"{_named(last, beats)} hangs at step {at.step} after {at.doing} (collective "
-            f"{at.count} of the step); {where}"
-        )
-
-    def _where(self) -> str:
-        pulse = self._pulse
-        return f"at step {pulse.step} in {pulse.doing} (collective {pulse.count} of the step)"
+            return f"{problem}, and neither did the others: the network between them may be down"
+        return f"{_names(last, heartbeats)} hangs after {_place(heartbeats[last[0]])}; {problem}"
 
 
-def _named(ranks: Sequence[int], beats: Mapping[int, Heartbeat]) -> str:
+def _place(state: CollectiveTracker | Heartbeat) -> str:
+    """The last collective that a rank has begun."""
+    return f"{state.collective} (step {state.step}, collective {state.count} of the step)"
+
+
+def _names(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]) -> str:
     names = [
-        f"rank {r}" + (f" on {beats[r].host}" if r in beats else "") for r in ranks[:MOST_NAMED]
+        f"rank {r}" + (f" on {heartbeats[r].host}" if r in heartbeats else "")
+        for r in ranks[:MAX_NAMED_RANKS]
     ]
-    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
     return ", ".join(names) + more
 
 
-def end_process(logs: Path, words: str) -> NoReturn:
-    """Leave word of who was lost, and where every thread stands in this rank's log; then end."""
-    print(f"error: {words}", file=sys.stderr, flush=True)
+def end_process(logs: Path, reason: str) -> NoReturn:
+    """Write the reason to ``LOST`` and all threads' stack traces to stderr, then exit."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.stderr)
     with suppress(OSError), (logs / LOST).open("x") as file:  # the first rank to notice
-        file.write(words)
+        file.write(reason)
     os._exit(EXIT_FAILURE)
 
 
 def read_lost(logs: Path) -> str:
-    """What ``end_process`` left; empty if it was not called."""
+    """Return the reason that ``end_process`` wrote; empty if it was not called."""
     try:
         return (logs / LOST).read_text()
     except OSError:

@@ -15,8 +15,9 @@ import torch
 
 from trainer.config import PROJECT_ROOT, RunConfig, dump
 from trainer.data.task_data import TaskData
-from trainer.distributed.deepspeed_engine import Engine, base_bytes
+from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import LoadedBase
+from trainer.distributed.zero3_sharder import base_bytes
 from trainer.evaluation.result_table import ResultRow, TaskTable, task_tables
 from trainer.evaluation.score_format import column_title, format_score, score_text, shown_scores
 from trainer.evaluation.selection import select

@@ -1,0 +1,180 @@
+"""This rank's shards of the base: built from what the rank reads itself, in ZeRO-3's bookkeeping.
+
+DeepSpeed itself is imported by ``deepspeed_engine`` alone, which passes its ``zero.Init`` in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.distributed.placement import BaseSize
+from trainer.model.layers.embedding import FrozenEmbedding
+from trainer.model.layers.lm_head import FrozenHead
+from trainer.model.layers.row_exchange import RowExchange
+from trainer.runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    from trainer.distributed.deepspeed_engine import Engine
+
+#: Problems that one error lists.
+MAX_PROBLEMS = 10
+
+
+class ShardGroup:
+    """The ``RowExchange`` of a shard group. Received bytes are added to the engine's counters."""
+
+    def __init__(self, engine: Engine, group: Any) -> None:
+        self._engine, self._group = engine, group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        output = rows.new_empty(sum(received), *rows.shape[1:])
+        with self._engine.tracker.during("all_to_all of rows"):
+            dist.all_to_all_single(output, rows, list(received), list(sent), group=self._group)
+        self._count(output.nbytes - output[: received[self.rank]].nbytes)
+        return output
+
+    def gather(self, rows: Tensor) -> Tensor:
+        output = rows.new_empty(self.ranks * len(rows), *rows.shape[1:])
+        with self._engine.tracker.during("all_gather of rows"):
+            dist.all_gather_into_tensor(output, rows.contiguous(), group=self._group)
+        self._count(output.nbytes - rows.nbytes)
+        return output
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        output = rows.new_empty(len(rows) // self.ranks, *rows.shape[1:])
+        with self._engine.tracker.during("reduce_scatter of rows"):
+            dist.reduce_scatter_tensor(output, rows.contiguous(), group=self._group)
+        self._count(rows.nbytes - output.nbytes)
+        return output
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        reduced = values.clone()
+        with self._engine.tracker.during("all_reduce over vocabulary shards"):
+            dist.all_reduce(reduced, op=operation, group=self._group)
+        # A ring all_reduce is a reduce_scatter and an all_gather.
+        self._count(2 * values.nbytes * (self.ranks - 1) // self.ranks)
+        return reduced
+
+    def _count(self, received_bytes: int) -> None:
+        self._engine.gathered_bytes += received_bytes
+        self._engine.exchanged_bytes += received_bytes
+
+
+class Zero3Sharder:
+    """The ``WeightSharder`` of a rank: allocates its shards and registers them with ZeRO-3.
+
+    ``deepspeed.zero.Init`` would take complete tensors and broadcast rank 0's. Here only its
+    conversion of a parameter is used; the shard is set directly.
+
+    Args:
+        zero_init: the group's ``deepspeed.zero.Init``.
+
+    Attributes:
+        exchange: exchanges rows within the shard group; None in a group of one.
+    """
+
+    def __init__(self, engine: Engine, zero_init: Any) -> None:
+        self._engine, self._init = engine, zero_init
+        self._group = zero_init.ds_process_group
+        self._rank, self._ranks = zero_init.rank, zero_init.dp_world_size
+        self.exchange: RowExchange | None = None
+        if self._ranks > 1:
+            self.exchange = ShardGroup(engine, self._group)
+
+    def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
+        """Start and stop of this rank's shard of a flat tensor; the last shards may be smaller.
+
+        Args:
+            unit: number of consecutive elements that are never split.
+        """
+        size = self._shard_size(num_elements, unit)
+        start = min(self._rank * size, num_elements)
+        return start, min(start + size, num_elements)
+
+    def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
+        """Allocate this rank's shard of a flat tensor: zeros, padded to the size on all ranks."""
+        device = str(self._init.remote_device)
+        shard = torch.zeros(self._shard_size(num_elements, unit), dtype=dtype, device=device)
+        return self._engine.pin_memory(shard) if self._init.pin_memory else shard
+
+    def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
+        """Turn a parameter on ``meta`` into a ZeRO-3 parameter with this shard."""
+        device = self._init.local_device
+        # A tensor of the parameter's shape without memory. ``.data`` cannot leave meta; swapping
+        # keeps the parameter's identity, so that tied weights stay tied.
+        expanded = torch.empty((), dtype=shard.dtype, device=device).expand(parameter.shape)
+        torch.utils.swap_tensors(parameter, nn.Parameter(expanded, requires_grad=False))
+        self._init._convert_to_deepspeed_param(parameter)
+        self._engine.set_shard(parameter, shard)
+        zero: Any = parameter  # has DeepSpeed's attributes from now on
+        zero.ds_numel_aligned = shard.numel() * self._ranks
+        zero.data = torch.empty(0, dtype=shard.dtype, device=device)
+
+    def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
+        """Raise the problems of all ranks on every rank, then complete the row scales.
+
+        Args:
+            scales: of each tensor, zero for rows that this rank has not read; changed in place.
+        """
+        all_problems = [p for rank in self._engine.all_gather(list(problems)) for p in rank]
+        if all_problems:
+            raise BadInput(list(dict.fromkeys(all_problems))[:MAX_PROBLEMS])
+        if scales:
+            flat = torch.cat(list(scales))
+            with self._engine.tracker.during("all_reduce of row scales"):
+                dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._group)
+            for tensor, complete in zip(scales, flat.split([len(s) for s in scales]), strict=True):
+                tensor.copy_(complete)
+
+    def _shard_size(self, num_elements: int, unit: int) -> int:
+        return -(-num_elements // (self._ranks * unit)) * unit
+
+
+def resident_tensors(base: nn.Module) -> Iterator[Tensor]:
+    """The tensors of the base that stay on this rank: its shards, scales and other buffers."""
+    for parameter in base.parameters():
+        yield getattr(parameter, "ds_tensor", parameter)
+    yield from base.buffers()
+
+
+def base_bytes(base: nn.Module) -> int:
+    """Bytes of the base that stay on this rank."""
+    return sum(tensor.nbytes for tensor in resident_tensors(base))
+
+
+def base_size(model: nn.Module, dtype: torch.dtype) -> BaseSize:
+    """Sizes of a model on ``meta``, whose floating-point weights are stored in ``dtype``."""
+
+    def num_bytes(parameter: nn.Parameter) -> int:
+        return parameter.numel() * min(parameter.element_size(), dtype.itemsize)
+
+    parameters = list(model.parameters())
+    tables = {
+        type(module): module.weight
+        for module in model.modules()
+        if isinstance(module, FrozenEmbedding | FrozenHead)
+    }
+    embedding, head = tables[FrozenEmbedding], tables[FrozenHead]
+    units = [[p] for p in parameters if p is not embedding and p is not head]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            units += [list(layer.parameters()) for layer in module]
+    gathered = [*units, [head]]  # the head is gathered if there are many labels
+    return BaseSize(
+        total_bytes=sum(map(num_bytes, parameters)),
+        looked_up_bytes=0 if embedding is head else num_bytes(embedding),
+        layer_bytes=max(sum(map(num_bytes, unit)) for unit in gathered),
+        layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
+    )
