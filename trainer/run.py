@@ -53,7 +53,7 @@ from trainer.evaluation.generation import StopCriteria, check_targets, keys_and_
 from trainer.evaluation.metrics import check_sandbox
 from trainer.evaluation.prediction_records import Predictions
 from trainer.model.checkpoint_files import BaseFiles
-from trainer.model.families import check_past, embedding_size
+from trainer.model.families import check_prefix_tuning, embedding_size
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.batch_source import BatchSource
 from trainer.prompts.bank import Bank
@@ -115,7 +115,7 @@ def _train(
     with times("load"), console.phase("reading config and tokenizer"):
         files = open_base_on_all(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
-        engine.run_on_all(lambda: check_past(files.config, files.name))
+        engine.run_on_all(lambda: check_prefix_tuning(files.config, files.name))
     # A requeued job has already moved the earlier run: what is in the folder is its own.
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))

@@ -23,7 +23,7 @@ from tests.family_bases import (
     problem,
 )
 from trainer.model.attention.prefix_cache import PastCache
-from trainer.model.families import FAMILIES, check_past
+from trainer.model.families import FAMILIES, check_prefix_tuning
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.packing.packed_batch import PackedRow, PromptLengths, build_packed_batch
 from trainer.prompts.peft_adapter import load_peft, save_peft
@@ -79,7 +79,7 @@ def padded_peft(
     return loss.item(), weight.grad.view(past.shape)
 
 
-WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_past]
+WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_prefix_tuning]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])
@@ -102,15 +102,15 @@ def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("case", WITHOUT)
 def test_other_families_are_refused_with_the_reason(case: str) -> None:
     config = family_config(case)
-    reason = re.escape(FAMILIES[config.model_type].no_past)
+    reason = re.escape(FAMILIES[config.model_type].no_prefix_tuning)
     with pytest.raises(BadInput, match=f"prefix_tuning cannot train .*{reason}.*use prompt_tuning"):
-        check_past(config, "m")
+        check_prefix_tuning(config, "m")
 
 
 def test_padded_families_are_refused() -> None:
     assert {"mpt", "xglm", "doge", "deepseek_v2", "diffllama"} == set(WITHOUT)
-    assert all(family.no_past for family in FAMILIES.values() if not family.packed)
-    check_past(family_config("llama"), "m")
+    assert all(family.no_prefix_tuning for family in FAMILIES.values() if not family.packed)
+    check_prefix_tuning(family_config("llama"), "m")
 
 
 @pytest.mark.parametrize("case", SOME)

@@ -1,8 +1,8 @@
-"""What differs between model families. Nothing elsewhere asks for a model's name.
+"""The table of supported model families. No other module depends on a model's name.
 
-A family stands here when tests compare it with plain transformers: loss and prompt gradient, packed
-and sharded. What a model's own modules tell (transposed weights, stacked experts, scaled
-embeddings, buffers to rebuild) is read from them and needs no line here.
+A family is added here once tests compare it with transformers: loss and prompt gradient, packed and
+sharded. Properties that a model's own modules show (transposed weights, stacked experts, scaled
+embeddings, buffers to rebuild) are read from these and need no entry.
 """
 
 from __future__ import annotations
@@ -18,28 +18,23 @@ from trainer.runtime.errors import BadInput
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One entry of the table.
 
     Attributes:
-        packed: its attention takes a packed batch of rows laid end to end; otherwise rows are
-            padded.
-        cached_attention: transformers' own attention for decoding and for padded rows; "eager"
-            where its SDPA leaves out what the family needs (capped scores, sinks) or does not
-            exist.
-        refused: settings of the config that cannot be trained, each with the reason.
-        no_past: why prefix tuning cannot train it; empty if it can.
+        packed: attention runs on packed rows; otherwise rows are padded.
+        cached_attention: transformers' attention for decoding and for padded rows: "eager" if its
+            SDPA omits a part of this family's attention (capped scores, sinks) or does not exist.
+        refused: settings in config.json that cannot be trained, each with the reason.
+        no_prefix_tuning: why prefix tuning is not supported; empty if it is.
+        mlp_tensors, norm_inputs, wide_norms, layer_norm, keeps_scores: activations that a layer
+            saves for backward, see ``trainer.packing.activation_memory.LayerSizes``. The defaults
+            describe a gated MLP and two norms; see ``trainer.model.layers.fused_ops``.
     """
 
     packed: bool = True
     cached_attention: str = "sdpa"
     refused: dict[str, str] = field(default_factory=dict)
-    no_past: str = ""
-
-
-@dataclass(frozen=True)
-class ActivationProfile:
-    """What a layer keeps for backward; see ``trainer.packing.activation_memory.LayerSizes``."""
-
+    no_prefix_tuning: str = ""
     mlp_tensors: int = 2
     norm_inputs: int = 2
     wide_norms: bool = False
@@ -47,123 +42,108 @@ class ActivationProfile:
     keeps_scores: bool = False
 
 
+_PLAIN = Family()
+_UNGATED = Family(mlp_tensors=1, layer_norm=True)
+_SQUARED = Family(mlp_tensors=1)
+_WIDE = Family(wide_norms=True)
 _EAGER = Family(cached_attention="eager")
-_NO_PADDED_PAST = "its rows are padded, and keys and values are given to packed rows alone"
-_PADDED = Family(packed=False, cached_attention="eager", no_past=_NO_PADDED_PAST)
-_BOTH_WAYS = "tokens look at what follows them: not a causal model"
+_PADDED_ROWS = "its rows are padded, and keys and values can only precede packed rows"
+_BIDIRECTIONAL = "tokens attend to later tokens: not a causal model"
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": Family(),
-    "arcee": Family(),
-    "biogpt": Family(),
-    "bloom": _EAGER,
-    "codegen": _EAGER,
-    "cohere": Family(),
-    "cohere2": Family(),
-    "cwm": Family(),
-    "deepseek_v2": Family(no_past="its keys and values are of different sizes"),
-    "diffllama": Family(no_past="it pairs the heads of its values up behind the cache"),
-    "doge": Family(packed=False, no_past=_NO_PADDED_PAST),
-    "ernie4_5": Family(),
-    "exaone4": Family(),
-    "falcon": Family(),
-    "flex_olmo": Family(),
-    "gemma": Family(refused={"use_bidirectional_attention": _BOTH_WAYS}),
-    "gemma2": Family(cached_attention="eager", refused={"use_bidirectional_attention": _BOTH_WAYS}),
-    "gemma3_text": Family(refused={"use_bidirectional_attention": _BOTH_WAYS}),
-    "glm": Family(),
-    "glm4": Family(),
-    "gpt2": Family(refused={"add_cross_attention": "it is the decoder of an encoder-decoder"}),
-    "gpt_bigcode": Family(),
-    "gpt_neo": _EAGER,
-    "gpt_neox": Family(),
-    "gpt_oss": _EAGER,
-    "gptj": _EAGER,
-    "granite": Family(),
-    "granitemoe": Family(),
-    "granitemoeshared": Family(),
-    "helium": Family(),
-    "hunyuan_v1_dense": Family(),
-    "hunyuan_v1_moe": Family(),
-    "jais2": Family(),
-    "llama": Family(),
-    "mellum": Family(),
-    "ministral": Family(),
-    "ministral3": Family(),
-    "mistral": Family(),
-    "mixtral": Family(),
-    "mpt": _PADDED,
-    "nanochat": Family(),
-    "nemotron": Family(),
-    "olmo": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(),
-    "olmoe": Family(),
-    "opt": Family(),
-    "persimmon": Family(),
-    "phi": Family(),
-    "phi3": Family(),
-    "qwen2": Family(),
-    "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
-    "qwen3": Family(),
-    "qwen3_moe": Family(),
-    "seed_oss": Family(),
-    "smollm3": Family(),
-    "stablelm": Family(),
-    "starcoder2": Family(),
-    "vaultgemma": _EAGER,
-    "xglm": _PADDED,
-}
-
-_UNGATED = ActivationProfile(mlp_tensors=1, layer_norm=True)
-_SQUARED = ActivationProfile(mlp_tensors=1)
-_WIDE = ActivationProfile(wide_norms=True)
-
-#: Families whose layers save something else than a gated MLP and two norms, see ``base.lean``.
-SAVES: dict[str, ActivationProfile] = {
+    "afmoe": Family(norm_inputs=4, wide_norms=True),
     "arcee": _SQUARED,
     "biogpt": _UNGATED,
-    "bloom": ActivationProfile(mlp_tensors=1),
-    "afmoe": ActivationProfile(norm_inputs=4, wide_norms=True),
-    "cohere": ActivationProfile(norm_inputs=4, wide_norms=True),
-    "cohere2": ActivationProfile(wide_norms=True),
-    "diffllama": ActivationProfile(norm_inputs=7),
-    "doge": ActivationProfile(norm_inputs=6),
+    "bloom": Family(cached_attention="eager", mlp_tensors=1),
+    "codegen": _EAGER,
+    "cohere": Family(norm_inputs=4, wide_norms=True),
+    "cohere2": _WIDE,
+    "cwm": _PLAIN,
+    "deepseek_v2": Family(no_prefix_tuning="its keys and values are of different sizes"),
+    "diffllama": Family(
+        no_prefix_tuning="it pairs the heads of its values after the cache", norm_inputs=7
+    ),
+    "doge": Family(packed=False, no_prefix_tuning=_PADDED_ROWS, norm_inputs=6),
+    "ernie4_5": _PLAIN,
+    "exaone4": _PLAIN,
     "falcon": _UNGATED,
-    "gemma2": ActivationProfile(norm_inputs=4, keeps_scores=True),
-    "gemma3_text": ActivationProfile(norm_inputs=4),
-    "glm4": ActivationProfile(norm_inputs=4),
     "flex_olmo": _WIDE,
-    "gpt2": _UNGATED,
+    "gemma": Family(refused={"use_bidirectional_attention": _BIDIRECTIONAL}),
+    "gemma2": Family(
+        cached_attention="eager",
+        refused={"use_bidirectional_attention": _BIDIRECTIONAL},
+        norm_inputs=4,
+        keeps_scores=True,
+    ),
+    "gemma3_text": Family(refused={"use_bidirectional_attention": _BIDIRECTIONAL}, norm_inputs=4),
+    "glm": _PLAIN,
+    "glm4": Family(norm_inputs=4),
+    "gpt2": Family(
+        refused={"add_cross_attention": "it is the decoder of an encoder-decoder"},
+        mlp_tensors=1,
+        layer_norm=True,
+    ),
     "gpt_bigcode": _UNGATED,
+    "gpt_neo": _EAGER,
     "gpt_neox": _UNGATED,
-    "gpt_oss": ActivationProfile(mlp_tensors=6, wide_norms=True, keeps_scores=True),
+    "gpt_oss": Family(cached_attention="eager", mlp_tensors=6, wide_norms=True, keeps_scores=True),
+    "gptj": Family(cached_attention="eager", mlp_tensors=1),
+    "granite": _PLAIN,
+    "granitemoe": _PLAIN,
+    "granitemoeshared": _PLAIN,
     "helium": _WIDE,
-    "gptj": ActivationProfile(mlp_tensors=1),
-    "hunyuan_v1_moe": ActivationProfile(mlp_tensors=4, norm_inputs=3),
+    "hunyuan_v1_dense": _PLAIN,
+    "hunyuan_v1_moe": Family(mlp_tensors=4, norm_inputs=3),
     "jais2": _SQUARED,
-    "mpt": ActivationProfile(mlp_tensors=1, norm_inputs=4),
+    "llama": _PLAIN,
+    "mellum": _PLAIN,
+    "ministral": _PLAIN,
+    "ministral3": _PLAIN,
+    "mistral": _PLAIN,
+    "mixtral": _PLAIN,
+    "mpt": Family(
+        packed=False,
+        cached_attention="eager",
+        no_prefix_tuning=_PADDED_ROWS,
+        mlp_tensors=1,
+        norm_inputs=4,
+    ),
     "nanochat": _WIDE,
     "nemotron": _SQUARED,
     "olmo": _WIDE,
     "olmo2": _WIDE,
     "olmo3": _WIDE,
+    "olmoe": _PLAIN,
     "opt": _UNGATED,
-    "persimmon": ActivationProfile(norm_inputs=3),
+    "persimmon": Family(norm_inputs=3),
     "phi": _UNGATED,
+    "phi3": _PLAIN,
+    "qwen2": _PLAIN,
+    "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
+    "qwen3": _PLAIN,
+    "qwen3_moe": _PLAIN,
+    "seed_oss": _PLAIN,
+    "smollm3": _PLAIN,
+    "stablelm": _PLAIN,
     "starcoder2": _UNGATED,
-    "vaultgemma": ActivationProfile(keeps_scores=True),
-    "xglm": ActivationProfile(mlp_tensors=1, keeps_scores=True),
+    "vaultgemma": Family(cached_attention="eager", keeps_scores=True),
+    "xglm": Family(
+        packed=False,
+        cached_attention="eager",
+        no_prefix_tuning=_PADDED_ROWS,
+        mlp_tensors=1,
+        keeps_scores=True,
+    ),
 }
 
-#: Activations that transformers writes out step by step, each of which saves what it reads.
+#: Activation functions that transformers computes in several operations that each save an input.
 SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
 
-#: Families that people may well ask for, and why they are not in the table.
+#: Families that users are likely to try, and why they are not in the table.
 UNSUPPORTED: dict[str, str] = {
     "deepseek_v3": "its router keeps state that is not a weight",
-    "t5": "an encoder-decoder has no virtual tokens in front of its text",
-    "bart": "an encoder-decoder has no virtual tokens in front of its text",
+    "t5": "an encoder-decoder does not take virtual tokens before its text",
+    "bart": "an encoder-decoder does not take virtual tokens before its text",
     "bert": "it is not a causal language model",
     "mamba": "a state-space model cannot read packed rows: state would leak from row to row",
     "mamba2": "a state-space model cannot read packed rows: state would leak from row to row",
@@ -171,15 +151,15 @@ UNSUPPORTED: dict[str, str] = {
     "jamba": "its state-space layers cannot read packed rows: state would leak from row to row",
 }
 
-#: ALiBi has no longest position; without a word in the config, what such models were trained with.
-UNSTATED_CONTEXT = 2048
+#: Used for ALiBi models whose config sets no maximum length: the length they were trained with.
+DEFAULT_CONTEXT_LENGTH = 2048
 
 
 def family_of(config: PretrainedConfig, name: str) -> Family:
-    """The table's row for a model.
+    """Return the table's entry for a model.
 
     Raises:
-        BadInput: if the family, or this variant of it, cannot be trained; says why.
+        BadInput: if the family, or this variant of it, is not supported; with the reason.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -197,13 +177,13 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
     return family
 
 
-def check_past(config: PretrainedConfig, name: str) -> None:
-    """Whether prompts of keys and values can be trained.
+def check_prefix_tuning(config: PretrainedConfig, name: str) -> None:
+    """Refuse a model on which prefix tuning is not supported.
 
     Raises:
-        BadInput: if not; says why.
+        BadInput: with the reason.
     """
-    reason = family_of(config, name).no_past
+    reason = family_of(config, name).no_prefix_tuning
     if reason:
         raise BadInput(
             f"prompts.method: prefix_tuning cannot train base.model {name!r} of family "
@@ -212,10 +192,10 @@ def check_past(config: PretrainedConfig, name: str) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Longest prompt and row together.
+    """Maximum number of tokens of prompt and row together.
 
-    Where frequencies change with the longest row read at once ("longrope"), it ends where they
-    would: a row's loss must not depend on its neighbours.
+    "longrope" changes its frequencies if any row of a batch exceeds the original length. That
+    length is the limit, so that a row's loss does not depend on other rows.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):
@@ -224,11 +204,11 @@ def context_length(config: PretrainedConfig) -> int:
         length = getattr(config, setting, None)
         if length is not None:
             return int(length)
-    return UNSTATED_CONTEXT
+    return DEFAULT_CONTEXT_LENGTH
 
 
-def logit_rule(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What a model does to its logits: the factor, then the cap (Gemma 2, nanochat) or None."""
+def logit_scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """Return the factor on the logits, and the soft cap (Gemma 2, nanochat) or None."""
     scale = getattr(model, "logit_scale", None)  # Cohere
     divisor = getattr(model.config, "logits_scaling", None)  # Granite
     factor = float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
@@ -236,19 +216,19 @@ def logit_rule(model: PreTrainedModel) -> tuple[float, float | None]:
 
 
 def embedding_size(config: PretrainedConfig) -> int:
-    """Of word embeddings and virtual tokens; OPT-350M projects them up behind."""
+    """Dimension of token embeddings and virtual tokens; OPT-350M projects these to hidden size."""
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 def layer_sizes(config: PretrainedConfig) -> LayerSizes:
-    """What of a model decides how much a packed batch through it saves.
+    """Return the sizes of a model's layers that determine its activation memory.
 
-    Names differ: an MLP's width is ``intermediate_size``, ``ffn_dim`` or ``n_inner``, and four
-    times the hidden size where nothing is said.
+    Names differ between families: an MLP's width is ``intermediate_size``, ``ffn_dim`` or
+    ``n_inner``, and by default four times the hidden size.
     """
-    saves = SAVES.get(config.model_type, ActivationProfile())
+    family = FAMILIES.get(config.model_type, Family())
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    head = int(_first(config, "head_dim") or hidden // heads)
+    head_size = int(_first(config, "head_dim") or hidden // heads)
     key_heads = int(_first(config, "num_key_value_heads", "num_kv_heads") or heads)
     experts = int(_first(config, "num_experts_per_tok") or 0)
     if not getattr(config, "is_moe", True):
@@ -256,29 +236,28 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     widths: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     widths = ("moe_intermediate_size", *widths) if experts else widths
     width = int(_first(config, *widths) or (_first(config, "expansion_ratio") or 4) * hidden)
-    # Experts that all tokens share stand beside those that are chosen.
+    # Experts shared by all tokens are added to the selected ones.
     shared = -(-int(_first(config, "shared_expert_intermediate_size") or 0) // width)
-    several = _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
-    shared += several
+    shared += _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
     slow = _first(config, "hidden_act", "activation_function", "hidden_activation") in SLOW_GELUS
     return LayerSizes(
         layers=int(config.num_hidden_layers),
         hidden=hidden,
         heads=heads,
-        query_width=heads * head,
-        key_width=key_heads * head,
+        query_width=heads * head_size,
+        key_width=key_heads * head_size,
         mlp_width=width,
-        mlp_tensors=saves.mlp_tensors + (3 if slow else 0),
-        norm_inputs=saves.norm_inputs,
-        wide_norms=saves.wide_norms,
-        layer_norm=saves.layer_norm,
+        mlp_tensors=family.mlp_tensors + (3 if slow else 0),
+        norm_inputs=family.norm_inputs,
+        wide_norms=family.wide_norms,
+        layer_norm=family.layer_norm,
         experts_per_token=experts + shared,
-        keeps_scores=saves.keeps_scores,
+        keeps_scores=family.keeps_scores,
     )
 
 
 def _first(config: PretrainedConfig, *names: str) -> Any:
-    """The first of these settings that the config gives a value; the most of one for each layer."""
+    """The first of these settings that is not None; the maximum if it is a list over layers."""
     values = (getattr(config, name, None) for name in names)
-    found = next((value for value in values if value is not None), None)
-    return max(found) if isinstance(found, list | tuple) else found
+    value = next((value for value in values if value is not None), None)
+    return max(value) if isinstance(value, list | tuple) else value

@@ -15,7 +15,7 @@ from trainer.config import Base
 from trainer.model.attention.family_overrides import replace_attention
 from trainer.model.attention.interface import PACKED
 from trainer.model.checkpoint_files import BaseFiles
-from trainer.model.families import family_of, logit_rule
+from trainer.model.families import family_of, logit_scale_and_cap
 from trainer.model.generation_config import check_logits_processors
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.fused_ops import fuse_operations
@@ -168,7 +168,7 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
                 bias = child.bias is not None
                 if child is head:
                     layer = FrozenHead(k, n, bias, quantized=False, transposed=transposed)
-                    layer.scale, layer.softcap = logit_rule(model)
+                    layer.scale, layer.softcap = logit_scale_and_cap(model)
                 else:
                     layer = FrozenLinear(k, n, bias, quantized, transposed)
             else:

@@ -126,7 +126,7 @@ class PromptedBase(nn.Module):
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
         if self.packed:
             return self._packed(batch, hidden_TH, past)
-        assert not past, "check_past refuses this"
+        assert not past, "check_prefix_tuning refuses this"
         return self._padded(batch, hidden_TH)
 
     def _packed(self, batch: PackedBatch, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from trainer.model.families import logit_rule
+from trainer.model.families import logit_scale_and_cap
 from trainer.model.safetensors_reader import SafetensorsReader, StoredTensor, scales_name
 from trainer.runtime.errors import BadInput
 
@@ -191,7 +191,7 @@ def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict
     inner = next((p for p, m in modules.items() if type(m) is type(text.base_model)), None)
     head = loader.get_output_embeddings()
     own_head = text.get_output_embeddings()
-    if inner is not None and logit_rule(text) != (1.0, None):
+    if inner is not None and logit_scale_and_cap(text) != (1.0, None):
         raise BadInput(
             f"base.model: {name!r} is a {type(loader).__name__}, which puts a head of its own on "
             f"its text model, without what {type(text).__name__} does to its logits (logit_scale, "
