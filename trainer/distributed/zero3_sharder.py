@@ -6,29 +6,43 @@ DeepSpeed itself is imported by ``deepspeed_engine`` alone, which passes its ``z
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.distributed.placement import BaseSize
+from trainer.distributed.watchdog import CollectiveTracker
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.runtime.errors import BadInput
 
-if TYPE_CHECKING:
-    from trainer.distributed.deepspeed_engine import Engine
+T = TypeVar("T")
 
 #: Problems that one error lists.
 MAX_PROBLEMS = 10
 
 
+class ZeroEngine(Protocol):
+    """The part of ``deepspeed_engine.Engine`` that sharding uses."""
+
+    tracker: CollectiveTracker
+    gathered_bytes: int
+    exchanged_bytes: int
+
+    def all_gather(self, value: T) -> list[T]: ...
+
+    def pin_memory(self, tensor: Tensor) -> Tensor: ...
+
+    def set_shard(self, parameter: Any, shard: Tensor) -> None: ...
+
+
 class ShardGroup:
     """The ``RowExchange`` of a shard group. Received bytes are added to the engine's counters."""
 
-    def __init__(self, engine: Engine, group: Any) -> None:
+    def __init__(self, engine: ZeroEngine, group: Any) -> None:
         self._engine, self._group = engine, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
@@ -85,7 +99,7 @@ class Zero3Sharder:
         exchange: exchanges rows within the shard group; None in a group of one.
     """
 
-    def __init__(self, engine: Engine, zero_init: Any) -> None:
+    def __init__(self, engine: ZeroEngine, zero_init: Any) -> None:
         self._engine, self._init = engine, zero_init
         self._group = zero_init.ds_process_group
         self._rank, self._ranks = zero_init.rank, zero_init.dp_world_size
