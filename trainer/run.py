@@ -28,7 +28,6 @@ from trainer.checkpointing.resume import (
     apply_choices,
     choice_conditions,
     find_checkpoint,
-    finished_summary,
     run_identity,
     saved_choices,
     take_run_snapshot,
@@ -59,8 +58,11 @@ from trainer.packing.batch_source import BatchSource
 from trainer.prompts.bank import Bank
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.reporting.html import write_missing_report
-from trainer.reporting.summary import describe_run, device_name, finish, measure, show_results
-from trainer.runtime import atomic_io, process, stop_signals
+from trainer.reporting.run_description import describe_run, device_name, measure
+from trainer.reporting.run_results import write_results
+from trainer.reporting.summary import SUMMARY_FILE, RunSummary, finished_summary, save_summary
+from trainer.reporting.terminal_table import show_results
+from trainer.runtime import process, stop_signals
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.phase_times import PhaseTimes
@@ -204,7 +206,7 @@ def _train(
         folder.check(console.warn, lambda: loop.save(loop), saves.wait)
 
     loop.between_steps = between_steps
-    with _tracked(output, sender, console) as ended:
+    with _tracked(output, sender, console):
         before = loop.progress.train_seconds
         with times("saving"), saves:  # leaving it waits for the checkpoints that are being written
             loop.run()
@@ -213,8 +215,8 @@ def _train(
         measured["checkpoints"] = saves.report(loop.progress.train_seconds - before)
         with results_can_be_written_later(output):
             lock.confirm()
-            ended |= finish(output, loop, loaded, files, measured, console)
-        show_results(ended, config, console)
+            summary = write_results(output, loop, files, measured, console)
+        show_results(summary, config, console)
 
 
 def _baseline_cache(
@@ -385,18 +387,17 @@ def embedder(base: nn.Module, device: torch.device) -> Any:
 
 
 @contextmanager
-def _tracked(output: Path, sender: TrackingClient, console: Console) -> Iterator[dict[str, Any]]:
-    """Run the sender beside the run; write into the summary how the run ended."""
-    (output / "summary.json").unlink(missing_ok=True)
+def _tracked(output: Path, sender: TrackingClient, console: Console) -> Iterator[None]:
+    """Run the sender beside the run; write a summary if the run fails."""
+    (output / SUMMARY_FILE).unlink(missing_ok=True)
     sender.start()
-    ended: dict[str, Any] = {}
     try:
-        yield ended
+        yield
     except Exception as error:
-        summary = {"status": "failed", "error": redact(str(error))}
+        summary = RunSummary(status="failed", error=redact(str(error)))
         if not isinstance(error, LockLost):  # the folder is another's
             with suppress(OSError):  # full, perhaps: what counts is why the run ends
-                atomic_io.write_json(output / "summary.json", summary)
+                save_summary(output, summary)
         # The launcher ends this rank a second after another has failed: say why before the tracker
         # is waited for.
         console.failure(error)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config import RunConfig
 from trainer.tracking import MetricsLog
 
 STEPS = 120
@@ -81,6 +82,20 @@ def run_file(output_dir: Path, **tracking: Any) -> dict[str, Any]:
         "checkpoint": {"every": 20, "keep": 3},
         "tracking": {"experiment": "support", "uri": None, "system_metrics": False, **tracking},
     }
+
+
+def small_config(metric: str, prompts: list[dict[str, Any]]) -> RunConfig:
+    """A run with one task ``t`` and prompts with these settings."""
+    task = {"name": "t", "metric": metric, "train": "t.jsonl", "input": "{text}"}
+    return RunConfig.model_validate(
+        {
+            "output_dir": "run",
+            "base": {"model": "tiny"},
+            "tasks": [task | {"target": "{label}", "choices": ["yes", "no"]}],
+            "prompts": [{"task": "t", **prompt} for prompt in prompts],
+            "training": {"steps": 1},
+        }
+    )
 
 
 def write_inputs(output_dir: Path, **tracking: Any) -> Path:

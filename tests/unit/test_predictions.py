@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.run_folder import small_config
 from tests.unit.test_evaluation import load
 from trainer.evaluation import prediction_records
 from trainer.evaluation.baselines import add_majority
@@ -18,8 +19,9 @@ from trainer.evaluation.evaluator import Scored
 from trainer.evaluation.majority_baseline import majority_scores, score_answer
 from trainer.evaluation.prediction_files import baseline_file, outcomes, path_of, read
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
-from trainer.evaluation.result_table import TaskTable, task_tables
 from trainer.reporting.comparison import compare
+from trainer.reporting.result_table import TaskTable, task_tables
+from trainer.reporting.summary import Comparison, RunSummary
 
 LABELLED = {"input": "{text}", "target": " {label}", "choices": ["c", "d"], "metric": "accuracy"}
 
@@ -165,7 +167,9 @@ def test_the_majority_class_is_that_of_the_train_rows(tmp_path):
     assert [r["correct"] for r in predictions] == [True, False, True]
 
 
-def compared(folder: Path, prompts: dict[str, str], baseline: str) -> tuple[Any, TaskTable]:
+def compared(
+    folder: Path, prompts: dict[str, str], baseline: str
+) -> tuple[Comparison | None, TaskTable]:
     """The comparison of prompts with a baseline; texts say which rows are right, ``1`` or ``0``."""
     arms = {**prompts, baseline_file("t", "no_prompt"): baseline}
     for name, right in arms.items():
@@ -177,21 +181,24 @@ def compared(folder: Path, prompts: dict[str, str], baseline: str) -> tuple[Any,
     def scores(right: str) -> dict[str, float]:
         return {"validation_accuracy": right.count("1") / len(right)}
 
-    run = {
-        "tasks": [{"name": "t", "metric": "accuracy"}],
-        "prompts": [{"name": name, "task": "t", "num_virtual_tokens": 1} for name in prompts],
-    }
-    task: dict[str, Any] = {"no_prompt": scores(baseline), "rows": {"validation": len(baseline)}}
-    summary = {"tasks": {"t": task}, "prompts": {n: scores(right) for n, right in prompts.items()}}
-    (table,) = task_tables(run, summary)
-    task["comparison"] = compare(folder, table)
-    (table,) = task_tables(run, summary)
-    return task["comparison"], table
+    config = small_config("accuracy", [{"name": name, "num_virtual_tokens": 1} for name in prompts])
+    task = {"no_prompt": scores(baseline), "rows": {"validation": len(baseline)}}
+    summary = RunSummary.model_validate(
+        {
+            "status": "finished",
+            "tasks": {"t": task},
+            "prompts": {name: scores(right) for name, right in prompts.items()},
+        }
+    )
+    (table,) = task_tables(config, summary)
+    comparison = compare(folder, table)
+    return comparison, replace(table, comparison=comparison)
 
 
 def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
     comparison, table = compared(tmp_path, {"p": "1" * 41 + "0" * 19}, "0" * 16 + "1" * 44)
-    assert (comparison["better"], comparison["difference"]) == (False, pytest.approx(-3 / 60))
+    assert comparison
+    assert (comparison.better, comparison.difference) == (False, pytest.approx(-3 / 60))
     assert table.verdict == (
         "No prompt beats the best baseline (no prompt: 73.3%) significantly on 60 validation rows: "
         "best prompt p (68.3%), difference -5.0 points (95% interval -24.7 to +15.6; McNemar "
@@ -202,7 +209,8 @@ def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
 def test_a_prompt_that_beats_the_best_baseline_is_said_too(tmp_path):
     prompts = {"p": "1" * 50 + "0" * 10, "q": "1" * 20 + "0" * 40}
     comparison, table = compared(tmp_path, prompts, "1" * 20 + "0" * 40)
-    assert comparison["better"]
+    assert comparison
+    assert comparison.better
     assert table.verdict.startswith(
         "Prompt p (83.3%) beats the best baseline (no prompt: 33.3%) significantly on 60 "
         "validation rows: difference +50.0 points (95% interval "
@@ -214,7 +222,8 @@ def test_another_prompt_may_be_the_one_that_is_significantly_better(tmp_path):
     baseline = "1" * 30 + "0" * 30
     prompts = {"noisy": "0" * 12 + "1" * 18 + "1" * 20 + "0" * 10, "calm": "1" * 37 + "0" * 23}
     comparison, table = compared(tmp_path, prompts, baseline)
-    assert (comparison["prompt"], comparison["better"], comparison["also_better"]) == (
+    assert comparison
+    assert (comparison.prompt, comparison.better, comparison.also_better) == (
         "noisy",
         False,
         ["calm"],

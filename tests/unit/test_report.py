@@ -120,12 +120,12 @@ def test_the_selected_prompt_and_why_prompts_stopped(tmp_path: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
     report = collect(folder)
     triage, animals = report.tasks
-    assert triage.selected == (
+    assert triage.table.advice == (
         "Best prompt: triage (best of 2 prompts). A shorter prompt within one standard error: "
         "triage-mlp, 10 virtual tokens, 91.0%."
     )
     assert [row.label for row in triage.table.rows if row.tag == "best prompt"] == ["triage"]
-    assert animals.selected == "", "one prompt leaves nothing to select"
+    assert animals.table.advice == "", "one prompt leaves nothing to select"
     details = triage.details | animals.details
     assert details["triage-mlp"].endswith("eliminated by halving at step 40")
     assert details["animals"].endswith("diverged at step 17")
@@ -145,7 +145,8 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     taught = {"validation_loss": 0.777, "validation_agreement": 0.25}
     for name in ("triage", "animals"):
         summary["prompts"][name] |= {"objective": "distill", "validation_loss": 0.123}
-        next(p for p in run["prompts"] if p["name"] == name)["objective"] = "distill"
+        prompt = next(p for p in run["prompts"] if p["name"] == name)
+        prompt |= {"objective": "distill", "teacher": f"Teacher of {name}."}
         summary["tasks"][name]["untaught"] = {name: taught}
     for task in run["tasks"]:
         task["metric"] = "loss"

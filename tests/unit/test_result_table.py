@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from trainer.evaluation.result_table import TEACHER, task_tables
+from tests.unit.run_folder import small_config
+from trainer.evaluation.prediction_files import TEACHER
 from trainer.evaluation.score_format import column_title, format_score, score_interval
-from trainer.reporting.summary import _selected
+from trainer.reporting.result_table import task_tables
+from trainer.reporting.run_results import selection
+from trainer.reporting.summary import RunSummary
 
 ROWS = {"validation": 60}
 
@@ -25,15 +28,15 @@ def stopped(reason: str, step: int = 10) -> dict[str, Any]:
 def table(prompts: list[dict[str, Any]], metric: str = "accuracy", **results: Any) -> Any:
     """The table of one task with these prompts, each with settings and results in one mapping."""
     settings = ("name", "num_virtual_tokens", "objective", "teacher")
-    run = {
-        "tasks": [{"name": "t", "metric": metric}],
-        "prompts": [{"task": "t", **{k: p[k] for k in settings if k in p}} for p in prompts],
-    }
-    summary = {
-        "tasks": {"t": {"rows": ROWS, **results}},
-        "prompts": {p["name"]: {"task": "t", **p} for p in prompts},
-    }
-    (task_table,) = task_tables(run, summary)
+    config = small_config(metric, [{k: p[k] for k in settings if k in p} for p in prompts])
+    summary = RunSummary.model_validate(
+        {
+            "status": "finished",
+            "tasks": {"t": {"rows": ROWS, **results}},
+            "prompts": {p["name"]: p for p in prompts},
+        }
+    )
+    (task_table,) = task_tables(config, summary)
     return task_table
 
 
@@ -54,8 +57,9 @@ def test_selected_and_best_are_one_and_the_shorter_prompt_is_advice():
         "eliminated",
         "diverged",
     ]
-    choice = _selected(rendered)
-    assert choice == {
+    choice = selection(rendered)
+    assert choice is not None
+    assert choice.model_dump() == {
         "prompt": "long",
         "metric": "accuracy",
         "score": 0.9,
@@ -65,11 +69,11 @@ def test_selected_and_best_are_one_and_the_shorter_prompt_is_advice():
         "shorter": {"prompt": "short", "score": 0.88, "num_virtual_tokens": 5},
     }
     out = [p | stopped("halving") for p in prompts[:3]]
-    choice = _selected(table(out))
+    choice = selection(table(out))
     assert choice is not None
-    assert choice["prompt"] == "eliminated"
-    assert "halving eliminated it, but no other prompt is left" in choice["why"]
-    assert _selected(table([prompt("p", float("nan"), 1.0, 5)])) is None
+    assert choice.prompt == "eliminated"
+    assert "halving eliminated it, but no other prompt is left" in choice.why
+    assert selection(table([prompt("p", float("nan"), 1.0, 5)])) is None
 
 
 def test_divergences_from_teachers_are_not_compared_with_losses():

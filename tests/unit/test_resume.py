@@ -29,14 +29,14 @@ from trainer.checkpointing.output_folder import (
 from trainer.checkpointing.resume import (
     apply_choices,
     choice_conditions,
-    finished_summary,
     saved_choices,
 )
 from trainer.checkpointing.run_lock import Lock, LockLost, acquire
 from trainer.checkpointing.saved_state import problem_of, problem_of_encoders
 from trainer.config import RunConfig, dump
 from trainer.prompts.saved_prompts import source_problems, without_sources
-from trainer.reporting.summary import forget_if_other
+from trainer.reporting.run_description import forget_if_other
+from trainer.reporting.summary import finished_summary
 from trainer.run import _begin_alike, _read_tasks, _tracked
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
@@ -113,7 +113,11 @@ def test_a_run_that_lost_its_lock_writes_no_summary(tmp_path: Path, error: Excep
     if isinstance(error, LockLost):
         assert not summary.exists()
     else:
-        assert json.loads(summary.read_text()) == {"status": "failed", "error": "broken"}
+        assert json.loads(summary.read_text()) == {
+            "schema_version": 1,
+            "status": "failed",
+            "error": "broken",
+        }
 
 
 def earlier_run(output: Path) -> None:

@@ -16,7 +16,6 @@ from trainer.data.task_data import TaskData
 from trainer.distributed.model_loading import LoadedBase
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
-from trainer.runtime.json_file import read_json_object
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 from trainer.training.loop import Loop
 
@@ -94,25 +93,6 @@ def find_checkpoint(
         remedy = f"{output}: give another output_dir, or use --fresh to archive that run"
         raise BadInput([*problems, remedy])
     return saved
-
-
-def finished_summary(output: Path) -> dict[str, Any] | None:
-    """Read ``summary.json`` of a finished run; None if the run did not finish or it is damaged.
-
-    A run with a damaged summary resumes from its last checkpoint and writes the summary again.
-    """
-    try:
-        summary = read_json_object(output / "summary.json")
-    except BadInput:
-        return None
-    sections = [summary.get(key) for key in ("prompts", "tasks", "throughput")]
-    is_complete = (
-        summary.get("status") == "finished"
-        and isinstance(summary.get("steps"), int)
-        and all(isinstance(section, dict) for section in sections)
-        and bool(summary["prompts"])
-    )
-    return summary if is_complete else None
 
 
 def take_run_snapshot(

@@ -39,17 +39,17 @@ def main(arguments: list[str]) -> int:
 def _sync(run_dir: Path, uri: str | None) -> int:
     from trainer.reporting.html import write_missing_report
     from trainer.reporting.mlflow_note import read_results
+    from trainer.reporting.summary import finished_summary
     from trainer.tracking.pusher import sync
-    from trainer.tracking.run_files import RunFiles, mapping
     from trainer.tracking.sender_process import HTTP_LIMITS
 
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    if mapping(RunFiles(run_dir).json("summary.json")).get("status") == "finished":
-        write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
     try:
+        if finished_summary(run_dir) is not None:
+            write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
         result = sync(run_dir, read_results, uri)
     except BadInput as error:
         print(printable(redact(str(error))), file=sys.stderr)

@@ -11,9 +11,14 @@ from trainer.data.task_data import EvalSet, TaskData
 from trainer.data.teacher import Teacher
 from trainer.evaluation.evaluator import Request, Scored
 from trainer.evaluation.majority_baseline import majority_scores
-from trainer.evaluation.prediction_files import baseline_file
+from trainer.evaluation.prediction_files import (
+    HAND_WRITTEN,
+    MAJORITY,
+    NO_PROMPT,
+    TEACHER,
+    baseline_file,
+)
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
-from trainer.evaluation.result_table import HAND_WRITTEN, MAJORITY, NO_PROMPT, TEACHER
 
 #: The split whose rows prompts are ranked by.
 VALIDATION = "validation"
@@ -24,7 +29,7 @@ class Baseline:
     """The base model with a fixed text in front of the rows, or none.
 
     Attributes:
-        name: as ``result_table`` names its row, and predictions their file.
+        name: of its row in the result table and of its file of predictions.
         rows: what is read, by split.
         text: hand-written prompt; None: no prompt.
         taught: distilled prompt whose teacher this one is compared with.

@@ -21,6 +21,9 @@ from trainer.runtime import atomic_io
 from trainer.runtime.json_file import parse_json
 
 FOLDER, BASELINES = "predictions", "baselines"
+#: Kinds of baselines: always the most frequent answer; the base model alone; with a hand-written
+#: prompt; with the text that a distilled prompt learns from. Several of a kind are numbered from 1.
+MAJORITY, NO_PROMPT, HAND_WRITTEN, TEACHER = "majority", "no_prompt", "hand_written", "teacher"
 #: Rows of a file that hold texts and scores, and the most characters of each text.
 MOST_TEXTS, MOST_CHARACTERS = 10_000, 4_000
 #: Fields of every row, however many there are. Target and prediction only where they are choices.

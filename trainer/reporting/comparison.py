@@ -1,52 +1,51 @@
-"""Paired comparison of a task's prompts with its best baseline, from the files of predictions."""
+"""Paired comparison of a task's prompts with its best baseline, by row of their predictions."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.evaluation.prediction_files import Outcomes, baseline_file, outcomes, path_of, read
-from trainer.evaluation.result_table import ResultRow, TaskTable
 from trainer.evaluation.statistics import RATES, Difference, paired_rates, paired_ratios
+from trainer.reporting.result_table import ResultRow, TaskTable
+from trainer.reporting.summary import Comparison
 
 
-def compare(output_dir: Path, table: TaskTable) -> dict[str, Any] | None:
+def compare(output_dir: Path, table: TaskTable) -> Comparison | None:
     """Compare every ranked prompt of a task with the best baseline, paired by row.
 
     Returns:
-        For the summary: ``baseline`` and ``prompt`` (the best ones), ``rows``, ``test``,
-        ``difference`` (prompt minus baseline) with ``low``, ``high`` and ``p_value``,
-        ``detectable_difference``, ``better`` (whether the best prompt is significantly better) and
-        ``also_better`` (other prompts that are); None where there is nothing to compare.
+        None if there is no ranked prompt or baseline, or if their predictions are missing.
     """
-    prompt = next((row for row in table.prompts if row.best), None)
-    baseline = next((row for row in table.baselines if row.best), None)
+    prompt, baseline = table.best_prompt, table.best_baseline
     if prompt is None or baseline is None:
         return None
     of_baseline = _outcomes(output_dir, baseline_file(table.task, baseline.name), table.metric)
     if of_baseline is None:
         return None
-    found = {}
+    differences = {}
     for row in table.prompts:
         if row.ranked:
             difference = _difference(output_dir, row, of_baseline, table.metric)
             if difference is not None:
-                found[row.name] = difference
-    if prompt.name not in found:
+                differences[row.name] = difference
+    if prompt.name not in differences:
         return None
-    best = asdict(found[prompt.name])
-    best["detectable_difference"] = best.pop("detectable")
-    better = [name for name, d in found.items() if _is_better(d, table.metric)]
-    return {
-        "baseline": baseline.name,
-        "prompt": prompt.name,
-        "rows": len(of_baseline.rows),
-        **best,
-        "better": prompt.name in better,
-        "also_better": [name for name in better if name != prompt.name],
-    }
+    best = differences[prompt.name]
+    better = [name for name, d in differences.items() if _is_better(d, table.metric)]
+    return Comparison(
+        baseline=baseline.name,
+        prompt=prompt.name,
+        rows=len(of_baseline.rows),
+        difference=best.difference,
+        low=best.low,
+        high=best.high,
+        p_value=best.p_value,
+        test=best.test,
+        detectable_difference=best.detectable,
+        better=prompt.name in better,
+        also_better=[name for name in better if name != prompt.name],
+    )
 
 
 def _difference(
@@ -63,7 +62,7 @@ def _difference(
 def _outcomes(output_dir: Path, name: str, metric: str) -> Outcomes | None:
     try:
         return outcomes(read(path_of(output_dir, name)), metric)
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: reported as not compared
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: not compared
         return None
 
 

@@ -5,126 +5,99 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from trainer.config import yaml_source
+from trainer.config import RunConfig, load_output
 from trainer.config.ranking import rank
-from trainer.evaluation.result_table import (
-    HAND_WRITTEN,
-    MAJORITY,
-    NO_PROMPT,
-    PROMPT,
-    TEACHER,
-    comparable_baselines,
-    task_tables,
-)
-from trainer.evaluation.score_format import column_title
+from trainer.evaluation.prediction_files import HAND_WRITTEN, MAJORITY, NO_PROMPT, TEACHER
+from trainer.evaluation.score_format import PREFIXES
 from trainer.evaluation.statistics import STANDARD_ERROR
+from trainer.reporting.result_table import PROMPT, ResultRow, TaskTable, task_tables
+from trainer.reporting.summary import PromptResult, RunSummary, load_summary
 from trainer.runtime.errors import BadInput
-from trainer.runtime.json_file import read_json_object
-from trainer.tracking.run_files import mapping, named
-from trainer.tracking.run_metadata import (
-    MAX_TAG,
-    FinalResults,
-    PromptResult,
-    clean_tags,
-    shorten,
-)
+from trainer.tracking import run_metadata
+from trainer.tracking.run_metadata import MAX_TAG, FinalResults, clean_tags, shorten
 
 
 def read_results(output_dir: Path) -> FinalResults:
-    """Read the final results of a run from ``run.yaml`` and ``summary.json``.
+    """Read the final results of a run; none if ``run.yaml`` is damaged.
 
-    A missing or damaged file counts as empty.
+    Raises:
+        BadInput: a newer version wrote ``summary.json``.
     """
-    run = yaml_source.saved(output_dir / "run.yaml")
+    summary = load_summary(output_dir)
     try:
-        summary = read_json_object(output_dir / "summary.json")
+        config = load_output(output_dir)
     except BadInput:
-        summary = {}
-    return final_results(run, summary)
+        return FinalResults("", {})
+    return compute_results(config, summary)
 
 
-def final_results(run: Mapping[str, Any], summary: Mapping[str, Any]) -> FinalResults:
-    """Compute the final results.
+def compute_results(config: RunConfig, summary: RunSummary | None) -> FinalResults:
+    """Compute the note, and the metrics and tags of every prompt.
 
     Args:
-        run: the run file, with every default written out.
-        summary: content of ``summary.json``.
+        summary: None if it is damaged.
     """
+    summary = summary or RunSummary(status="failed")
+    tables = task_tables(config, summary)
     prompts = {}
-    for prompt in named(run.get("prompts")):
-        step, metrics = final_metrics(prompt, run, summary)
-        prompts[str(prompt["name"])] = PromptResult(step, metrics, final_tags(prompt, summary))
-    return FinalResults(note(run, summary), prompts)
+    for table in tables:
+        for row in table.prompts:
+            result = summary.prompts.get(row.name, PromptResult())
+            stopped = result.stopped and result.stopped.reason
+            selected = table.selection is not None and table.selection.prompt == row.name
+            prompts[row.name] = run_metadata.PromptResult(
+                result.best_step or summary.steps or 0,
+                final_metrics(table, row),
+                clean_tags({"stopped": stopped, "selected": "yes" if selected else None}),
+            )
+    return FinalResults(note(tables), prompts)
 
 
-def final_metrics(
-    prompt: Mapping[str, Any], run: Mapping[str, Any], summary: Mapping[str, Any]
-) -> tuple[int, dict[str, float]]:
-    """Return the step and scores of the saved adapter, and the scores of its baselines.
+def final_metrics(table: TaskTable, prompt: ResultRow) -> dict[str, float]:
+    """Return the scores of a saved adapter, and those of its baselines in the task's metric.
 
-    Names: ``validation_accuracy_best``, and for the task's own metric also
-    ``validation_accuracy_no_prompt``, ``validation_accuracy_hand_written`` (the best hand-written
-    prompt), ``..._teacher`` and ``validation_accuracy_majority``. A suffix sorts them next to their
-    curve in MLflow; a prefix with a slash would create a section of single points before all
-    curves. The loss of a distilled prompt is a divergence from its teacher, and so is the baseline
-    it is compared with.
+    Names: ``validation_accuracy_best``, ``validation_accuracy_no_prompt``,
+    ``validation_accuracy_hand_written`` (the best hand-written prompt), ``..._teacher``,
+    ``..._majority``. MLflow sorts a name with a suffix next to its curve; a prefix with a slash
+    would create a section of single points before all curves. The loss of a distilled prompt is the
+    divergence from its teacher, and so is that of the baseline beside it.
     """
-    result = mapping(mapping(summary.get("prompts")).get(prompt["name"]))
-    metrics = {task["name"]: task.get("metric") for task in named(run.get("tasks"))}
-    metric = metrics.get(str(prompt.get("task"))) or "loss"
-    step = int(result.get("best_step") or summary.get("steps") or 0)
-    scores = {f"{key}_best": value for key, value in _scores(result)}
-    baselines = comparable_baselines(prompt, metric, run, summary)
+    metrics = {f"{key}_best": value for key, value in _finite_scores(prompt.scores)}
+    baselines = table.comparable_baselines(prompt)
     for kind in (NO_PROMPT, HAND_WRITTEN, TEACHER, MAJORITY):
-        for best in rank([row for row in baselines if row.kind == kind], metric)[:1]:
-            scores |= {
+        for best in rank([row for row in baselines if row.kind == kind], table.metric)[:1]:
+            metrics |= {
                 f"{key}_{kind}": value
-                for key, value in _scores(best.scores)
-                if key.endswith(f"validation_{metric}")
+                for key, value in _finite_scores(best.scores)
+                if key.endswith(f"validation_{table.metric}")
             }
-    return step, scores
+    return metrics
 
 
-def final_tags(prompt: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return filterable tags: why training stopped, and whether the prompt was selected."""
-    name = prompt["name"]
-    end = mapping(mapping(mapping(summary.get("prompts")).get(name)).get("stopped"))
-    chosen = mapping(mapping(summary.get("selected")).get(str(prompt.get("task"))))
-    is_selected = name == chosen.get("prompt")
-    return clean_tags({"stopped": end.get("reason"), "selected": "yes" if is_selected else None})
-
-
-def note(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def note(tables: list[TaskTable]) -> str:
     """Return the parent run's description (Markdown): verdict and result table of every task."""
     lines = []
-    tables = task_tables(run, summary)
     for table in tables:
         subject = f"**{table.task}**: " if len(tables) > 1 else ""
         lines += [_cell(subject + table.verdict, 600), ""]
     for table in tables:
-        titles = " | ".join(map(column_title, table.columns))
-        lines += [f"#### Task {table.task}", "", f"| prompt | {titles} |"]
+        lines += [f"#### Task {table.task}", "", f"| {' | '.join(['prompt', *table.titles])} |"]
         lines += ["|---|" + "---:|" * len(table.columns)]
         for row in table.rows:
             label = f"**{row.label}** ({row.detail})" if row.kind == PROMPT else row.label
             label += f", {row.tag}" if row.tag else ""
-            cells = " | ".join(table.cell(row, column) for column in table.columns)
-            lines.append(f"| {_cell(label)} | {cells} |")
+            lines.append(f"| {' | '.join([_cell(label), *table.cells(row)])} |")
         lines.append("")
     return "\n".join(lines)[:MAX_TAG]
 
 
-def _scores(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return the finite validation scores of a result, without their standard errors."""
+def _finite_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Validation scores without their standard errors."""
     return [
         (key, float(value))
-        for key, value in row.items()
-        if key.startswith(("validation_", "shifted_validation_"))
-        and not key.endswith(STANDARD_ERROR)
-        and isinstance(value, int | float)
-        and math.isfinite(value)
+        for key, value in scores.items()
+        if key.startswith(PREFIXES) and not key.endswith(STANDARD_ERROR) and math.isfinite(value)
     ]
 
 

@@ -82,7 +82,7 @@ def _inspect_run(
         from trainer.data.task_data import load_tasks
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import open_base_on_all
-        from trainer.reporting.summary import device_name, versions
+        from trainer.reporting.run_description import device_name, versions
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_base_on_all(engine, config.base, console)

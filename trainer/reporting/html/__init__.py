@@ -1,4 +1,9 @@
-"""``report.html``: what a person looks at when a run has ended. One file, no network."""
+"""``report.html``: one page about a run, in one file, readable without a network.
+
+1. ``collect`` reads the output folder -> ``Report`` with a ``TaskReport`` per task; uses
+   ``run_warnings`` (warnings), ``plots`` (SVG) and ``prediction_views`` (confusions, examples)
+2. ``write_report`` renders ``template.html.j2`` with it -> ``OUTPUT_DIR/report.html``
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,9 @@ from pathlib import Path
 
 import jinja2
 
-from trainer.evaluation.score_format import column_title, is_loss
+from trainer.evaluation.score_format import is_loss
 from trainer.reporting.html.collect import collect
+from trainer.reporting.summary import SUMMARY_FILE
 from trainer.runtime import atomic_io
 from trainer.runtime.redact import redact
 
@@ -16,10 +22,13 @@ __all__ = ["write_missing_report", "write_report"]
 
 
 def write_report(output_dir: Path | str) -> Path:
-    """Write ``OUTPUT_DIR/report.html`` from the files of ``output_dir`` alone.
+    """Write ``OUTPUT_DIR/report.html``.
 
-    It reads ``summary.json``, ``metrics.jsonl``, ``run.yaml``, ``environment.json`` and
-    ``datasets.json``; a part whose file is missing is left out.
+    Reads ``summary.json``, ``metrics.jsonl``, ``run.yaml``, ``environment.json``,
+    ``datasets.json`` and ``predictions/`` there; sections of missing files are left out.
+
+    Raises:
+        BadInput: a newer version wrote ``summary.json``.
     """
     output_dir = Path(output_dir)
     environment = jinja2.Environment(
@@ -30,22 +39,19 @@ def write_report(output_dir: Path | str) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("template.html.j2")
-    html = template.render(report=collect(output_dir), is_loss=is_loss, column_title=column_title)
+    html = template.render(report=collect(output_dir), is_loss=is_loss)
     path = output_dir / "report.html"
     atomic_io.write(path, redact(html))
     return path
 
 
 def write_missing_report(output_dir: Path, warn: Callable[[str], None]) -> None:
-    """Write the report of a finished run that was killed before it had done so."""
+    """Write the report of a finished run if it is missing or older than the summary."""
     report = output_dir / "report.html"
     try:
-        if report.is_file() and report.stat().st_mtime >= _written(output_dir):
+        summary = output_dir / SUMMARY_FILE
+        if report.is_file() and report.stat().st_mtime >= summary.stat().st_mtime:
             return
         write_report(output_dir)
     except Exception as error:  # the results themselves are in summary.json
         warn(f"no report written: {type(error).__name__}: {error}")
-
-
-def _written(output_dir: Path) -> float:
-    return (output_dir / "summary.json").stat().st_mtime

@@ -1,47 +1,40 @@
-"""From an output folder to what the page shows. No HTML and no plotting in here."""
+"""Read an output folder and compute the content of its report. No HTML."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from trainer.config import yaml_parser, yaml_source
-from trainer.evaluation.result_table import (
-    HAND_WRITTEN,
-    NO_PROMPT,
-    STOPPED,
-    ResultRow,
-    TaskTable,
-    task_tables,
-)
-from trainer.evaluation.score_format import format_score
+from trainer.config import Prompt, RunConfig, Task, load_output
+from trainer.evaluation.prediction_files import HAND_WRITTEN, NO_PROMPT
 from trainer.reporting.html.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.reporting.html.prediction_views import PredictionReport, prediction_report
+from trainer.reporting.html.run_warnings import DataSplit, data_splits, run_warnings
+from trainer.reporting.result_table import TaskTable, stopped_early, task_tables
+from trainer.reporting.summary import PromptResult, RunSummary, load_summary
 from trainer.runtime.errors import BadInput
-from trainer.runtime.json_file import read_json
+from trainer.runtime.json_file import read_json_object
 from trainer.runtime.phase_times import breakdown
 from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.progress_file import ProgressFile
 
-MOST_CURVES = len(COLORS)
-WIDE_GAP = 0.10  #: a drop from validation to OOD validation that is worth a warning
+Lines = Mapping[str | None, Sequence[Line]]
 
 
 @dataclass
 class TaskReport:
-    """What the page shows of a task.
+    """Content of a task's section.
 
     Attributes:
-        colors: of the prompts whose curves are drawn, by name.
+        colors: color of every prompt whose curves are drawn, by name.
         details: settings of every prompt, by name.
         plots: SVG by x axis.
-        left_out: prompts without a curve.
-        selected: the best prompt and why, where there are several.
+        left_out: number of prompts without a curve.
         predictions: of the best prompt on the validation rows.
     """
 
@@ -51,73 +44,92 @@ class TaskReport:
     details: dict[str, str]
     plots: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
-    selected: str = ""
     predictions: PredictionReport | None = None
-
-    @property
-    def metric(self) -> str:
-        return self.table.metric
 
 
 @dataclass
 class Report:
+    """Content of the page.
+
+    Attributes:
+        facts: name and value of every tile.
+        time: seconds of the run by phase, as text.
+        throughput: SVG of useful tokens per second.
+        commands: title and command of every suggested next step.
+    """
+
     title: str
     status: str
     ended: str
     lead: str
     facts: list[tuple[str, str]]
-    time: str  #: of the run, by phase
+    time: str
     warnings: list[str]
     tasks: list[TaskReport]
     throughput: str
-    data: list[dict[str, Any]]
+    data: list[DataSplit]
     environment: list[tuple[str, str]]
     settings: str
     commands: list[tuple[str, str]]
 
 
 def collect(output_dir: Path) -> Report:
-    summary, environment = _json(output_dir, "summary.json"), _json(output_dir, "environment.json")
-    run = yaml_source.saved(output_dir / "run.yaml")
-    lines = [line for line, _ in read_lines(output_dir / METRICS_FILE) if line is not None]
-    of_prompt: dict[str | None, list[Line]] = defaultdict(list)
-    for line in lines:
-        of_prompt[line.prompt].append(line)
-    data = _data(output_dir, summary)
-    tasks = [
-        _task(output_dir, table, run, summary, of_prompt) for table in task_tables(run, summary)
-    ]
-    base = Path(str((run.get("base") or {}).get("model", "the base"))).name
-    ended = max((line.time for line in lines), default=None)
+    """Read a run's files; a missing or damaged one counts as empty.
+
+    Raises:
+        BadInput: a newer version wrote ``summary.json``.
+    """
+    summary = load_summary(output_dir)
+    config, settings = _settings(output_dir)
+    all_lines = [line for line, _ in read_lines(output_dir / METRICS_FILE) if line is not None]
+    lines: dict[str | None, list[Line]] = defaultdict(list)
+    for line in all_lines:
+        lines[line.prompt].append(line)
+    data = data_splits(output_dir, summary)
+    tables = task_tables(config, summary) if config else []
+    tasks = [_task_report(output_dir, table, config, summary, lines) for table in tables if config]
+    ended = max((line.time for line in all_lines), default=None)
     return Report(
         title=output_dir.resolve().name,
-        status=str(summary.get("status", "unfinished")),
+        status=summary.status if summary else "unfinished",
         ended="" if ended is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(ended)),
-        lead=_lead(base, run, summary),
-        facts=_facts(summary, lines),
-        time=breakdown(times) if (times := summary.get("time")) else "",
-        warnings=_warnings(summary, data, tasks),
+        lead=_lead(config, summary) if config else "",
+        facts=_facts(summary, lines[None]),
+        time=breakdown(summary.time) if summary and summary.time else "",
+        warnings=run_warnings(summary, data, tables),
         tasks=tasks,
-        throughput=_throughput(of_prompt[None]),
+        throughput=_throughput(lines[None]),
         data=data,
-        environment=_environment(environment, summary),
-        settings=redact(yaml_parser.dump(run)) if run else "",
-        commands=_commands(output_dir, run),
+        environment=_environment(output_dir, summary),
+        settings=settings,
+        commands=_commands(output_dir, config, summary) if config else [],
     )
 
 
-def _task(
+def _settings(output_dir: Path) -> tuple[RunConfig | None, str]:
+    """The run file, parsed and as text without credentials."""
+    try:
+        config = load_output(output_dir)
+        return config, redact((output_dir / "run.yaml").read_text(encoding="utf-8"))
+    except (BadInput, OSError):
+        return None, ""
+
+
+def _task_report(
     output_dir: Path,
     table: TaskTable,
-    run: dict[str, Any],
-    summary: dict[str, Any],
-    of_prompt: dict[str | None, list[Line]],
+    config: RunConfig,
+    summary: RunSummary | None,
+    lines: Lines,
 ) -> TaskReport:
-    results = summary.get("prompts") or {}
-    settings = [p for p in run.get("prompts") or [] if p.get("task") == table.task]
-    details = {str(p["name"]): _detail(p, results.get(p["name"]) or {}) for p in settings}
+    results = summary.prompts if summary else {}
+    details = {
+        prompt.name: _detail(prompt, results.get(prompt.name, PromptResult()))
+        for prompt in config.prompts
+        if prompt.task == table.task
+    }
     colors = {row.name: color for row, color in zip(table.prompts, COLORS, strict=False)}
-    curves = [Curve(name, color, of_prompt[name]) for name, color in colors.items()]
+    curves = [Curve(name, color, lines.get(name, ())) for name, color in colors.items()]
     distilled = [row.teacher is not None for row in table.prompts]
     plots = {}
     if any(curve.lines for curve in curves):
@@ -135,154 +147,72 @@ def _task(
         details,
         plots,
         len(table.prompts) - len(colors),
-        _selected(table, (summary.get("selected") or {}).get(table.task)),
-        _predictions(output_dir, table, run),
+        _predictions(output_dir, table, config.task(table.task)),
     )
 
 
-def _predictions(
-    output_dir: Path, table: TaskTable, run: dict[str, Any]
-) -> PredictionReport | None:
-    best = next((row for row in table.prompts if row.best), None)
+def _predictions(output_dir: Path, table: TaskTable, task: Task) -> PredictionReport | None:
+    best = table.best_prompt
     if best is None:
         return None
-    task = next(task for task in run["tasks"] if task["name"] == table.task)
-    choices = list(map(str, task.get("choices") or []))
-    return prediction_report(output_dir, best.name, choices, table.metric)
-
-
-def _selected(table: TaskTable, choice: dict[str, Any] | None) -> str:
-    if choice is None or len(table.prompts) == 1:
-        return ""
-    text = f"Best prompt: {choice['prompt']} ({choice['why']})."
-    if shorter := choice.get("shorter"):
-        score = format_score(table.column(table.prompts[0]), shorter["score"])
-        text += (
-            f" A shorter prompt within one standard error: {shorter['prompt']}, "
-            f"{shorter['num_virtual_tokens']} virtual tokens, {score}."
-        )
-    return text
+    return prediction_report(output_dir, best.name, task.choices or [], task.metric)
 
 
 def _levels(table: TaskTable) -> dict[str, float]:
-    """Level lines of the plot: the score without a prompt, and that of the best baseline."""
-    levels = {}
-    column = f"validation_{table.metric}"
-    if any(row.teacher is not None for row in table.prompts):
-        column = table.column(next(row for row in table.prompts if row.teacher is not None))
-    for row in table.baselines:
-        if column in row.shown and (row.best or row.name == NO_PROMPT):
-            levels[row.label if row.kind != HAND_WRITTEN else "best hand-written"] = row.shown[
-                column
-            ]
-    return levels
+    """Level lines of the plot: the scores without a prompt and of the best baseline."""
+    distilled = next((row for row in table.prompts if row.teacher is not None), None)
+    column = table.column(distilled) if distilled else f"validation_{table.metric}"
+    return {
+        "best hand-written" if row.kind == HAND_WRITTEN else row.label: row.shown[column]
+        for row in table.baselines
+        if column in row.shown and (row.best or row.name == NO_PROMPT)
+    }
 
 
-def _warnings(
-    summary: dict[str, Any], data: list[dict[str, Any]], tasks: list[TaskReport]
-) -> list[str]:
-    found = []
-    if summary.get("status") == "failed":
-        found.append(f"The run failed: {summary.get('error') or 'see logs/ in the output folder'}.")
-    elif not summary:
-        found.append("The run did not finish (no summary.json).")
-    for item in data:
-        if item["also_in_train"]:
-            rows = [f"{here} is {there}" for here, there in item["leaked_rows"]]
-            rows += ["..."] if item["also_in_train"] > len(rows) else []
-            found.append(
-                f"{item['task']}: {item['also_in_train']} of {item['rows']} {item['split']} rows "
-                f"also appear in the training data ({'; '.join(rows)}); scores may be inflated."
-            )
-        for what, remedy in (
-            ("skipped", "too long for the context (tasks.too_long: skip)"),
-            ("truncated", "cut from the left (tasks.too_long: truncate)"),
-        ):
-            if item[what]:
-                of = f" of {item['rows']}" if item["rows"] else ""
-                found.append(
-                    f"{item['task']} {item['split']}: {item[what]}{of} rows were {what}, {remedy}."
-                )
-    for name, result in (summary.get("prompts") or {}).items():
-        if (end := result.get("stopped") or {}).get("reason") == "diverged":
-            found.append(
-                f"{name}: diverged and was stopped at step {end['step']}; other prompts "
-                "continued. A lower learning_rate may help."
-            )
-        if result.get("skipped_updates"):
-            found.append(f"{name}: {result['skipped_updates']} non-finite updates were skipped.")
-    for task in tasks:
-        found += [warning for row in task.table.prompts for warning in _gap(task, row)]
-    return found
+def _facts(summary: RunSummary | None, lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """Tiles at the top of the page.
 
-
-def _gap(task: TaskReport, row: ResultRow) -> list[str]:
-    inside = row.scores.get(f"validation_{task.metric}")
-    outside = row.scores.get(f"shifted_validation_{task.metric}")
-    if task.metric == "loss" or inside is None or outside is None or inside - outside < WIDE_GAP:
-        return []
-    return [
-        f"{row.label}: {outside:.1%} on OOD validation rows but {inside:.1%} on validation rows; "
-        "it may have overfitted to the training context. Fewer virtual tokens, fewer steps or more "
-        "varied training rows may help."
-    ]
-
-
-def _facts(summary: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
-    memory, load = summary.get("memory") or {}, summary.get("load") or {}
-    throughput = summary.get("throughput") or {}
-    speed, waited = (throughput.get(k) for k in ("useful_tokens_per_second", "data_wait_share"))
-    gathered = (summary.get("communication") or {}).get("gathered_bytes_per_step")
-    tokens = max((l_.useful_tokens or 0 for l_ in lines if l_.prompt is None), default=0)
+    Args:
+        lines: of the whole run, not of one prompt.
+    """
+    summary = summary or RunSummary(status="failed")
+    throughput, memory = summary.throughput, summary.memory
+    speed, waited = throughput.useful_tokens_per_second, throughput.data_wait_share
+    tokens = max((line.useful_tokens or 0 for line in lines), default=0)
     facts = [
-        ("steps", summary.get("steps")),
+        ("steps", summary.steps),
         ("useful tokens", f"{tokens:,}" if tokens else None),
         ("useful tokens/s", f"{speed:,.0f}" if speed else None),
         ("data-loading wait", f"{waited:.1%}" if waited is not None else None),
-        ("ranks", summary.get("world_size")),
-        ("base per rank", size(memory.get("base_bytes_per_rank"))),
-        ("peak memory (RSS)", size(memory.get("peak_rss_bytes"))),
-        ("peak GPU memory", size(memory.get("peak_gpu_bytes"))),
-        ("all-gather volume / step", size(gathered)),
-        ("base load time", f"{load['seconds']:.1f} s" if load.get("seconds") else None),
+        ("ranks", summary.world_size),
+        ("base per rank", _size(memory.base_bytes_per_rank)),
+        ("peak memory (RSS)", _size(memory.peak_rss_bytes)),
+        ("peak GPU memory", _size(memory.peak_gpu_bytes)),
+        ("all-gather volume / step", _size(summary.communication.gathered_bytes_per_step)),
+        ("base load time", f"{summary.load.seconds:.1f} s" if summary.load.seconds else None),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
 
 
-def _data(output_dir: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    counts = summary.get("data") or {}
-    rows = []
-    for item in _json(output_dir, "datasets.json", list):
-        count = (counts.get(item.get("task")) or {}).get(item.get("split")) or {}
-        rows.append(
-            {
-                "task": item.get("task"),
-                "split": str(item.get("split", "")).replace("_", " "),
-                "path": item.get("path"),
-                "rows": item.get("rows"),
-                "digest": str(item.get("digest", "")),
-                "skipped": count.get("skipped", 0),
-                "truncated": count.get("truncated", 0),
-                "also_in_train": count.get("also_in_train", 0),
-                "leaked_rows": item.get("also_in_train", []),
-            }
-        )
-    return rows
+def _environment(output_dir: Path, summary: RunSummary | None) -> list[tuple[str, str]]:
+    try:
+        environment = read_json_object(output_dir / "environment.json")
+    except BadInput:
+        environment = {}
+    versions = environment.pop("versions", None)
+    if not isinstance(versions, dict):
+        versions = summary.versions if summary else {}
+    pairs = [*environment.items(), *versions.items()]
+    return [(key.replace("_", " "), str(value)) for key, value in pairs if value]
 
 
-def _environment(environment: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = [(k, v) for k, v in environment.items() if k != "versions" and v]
-    versions = environment.get("versions") or summary.get("versions") or {}
-    return [(k.replace("_", " "), str(v)) for k, v in [*pairs, *versions.items()]]
-
-
-def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
-    folder = shlex.quote(str(run.get("output_dir") or output_dir))
-    selected = (_json(output_dir, "summary.json").get("selected") or {}).values()
-    names = [p["name"] for p in run.get("prompts") or []]
-    prompt = str(next(iter([*(found["prompt"] for found in selected), *names]), "NAME"))
-    try_it = f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."'
-    commands = [("Try a prompt", try_it)]
+def _commands(
+    output_dir: Path, config: RunConfig, summary: RunSummary | None
+) -> list[tuple[str, str]]:
+    """Suggested commands; uploading is one of them only if MLflow could not be reached."""
+    folder = shlex.quote(config.output_dir)
+    selected = [best.prompt for best in summary.selected.values()] if summary else []
+    prompt = (selected or [config.prompts[0].name])[0]
     state = ProgressFile(output_dir)
     store = state.store or f"sqlite:///{output_dir.resolve()}/mlflow.db"
     page = state.stores[store].page if store in state.stores else None
@@ -291,19 +221,24 @@ def _commands(output_dir: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
         where = f"{store}/{page or ''}"
     elif page:
         where += f"\n# then open http://127.0.0.1:5000/{page}"
-    commands.append(("Compare runs and curves in MLflow", where))
-    commands.append(("Upload metrics that MLflow is missing", f"promptshard sync {folder}"))
-    model = (run.get("base") or {}).get("model", "BASE")
-    adapter = f"{run.get('output_dir') or output_dir}/prompts/{prompt}"
+    commands = [
+        (
+            "Try a prompt",
+            f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."',
+        ),
+        ("Compare runs and curves in MLflow", where),
+    ]
+    if state.problem:
+        commands.append(("Upload missing metrics", f"promptshard sync {folder}"))
     load = (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{model}")\n'
-        f'model = PeftModel.from_pretrained(base, "{adapter}")'
+        f'base = AutoModelForCausalLM.from_pretrained("{config.base.model}")\n'
+        f'model = PeftModel.from_pretrained(base, "{config.output_dir}/prompts/{prompt}")'
     )
     return [*commands, ("Use it in Python, with PEFT", load)]
 
 
-def _throughput(lines: list[Line]) -> str:
+def _throughput(lines: Sequence[Line]) -> str:
     points = [
         (line.step, line.metrics["useful_tokens_per_second"])
         for line in lines
@@ -312,34 +247,31 @@ def _throughput(lines: list[Line]) -> str:
     return sparkline_svg(points) if len(points) > 1 else ""
 
 
-def _lead(base: str, run: dict[str, Any], summary: dict[str, Any]) -> str:
-    prompts, tasks = len(run.get("prompts") or []), len(run.get("tasks") or [])
-    ranks = summary.get("world_size")
-    stored = (run.get("base") or {}).get("quantization")
-    text = (
-        f"{_count(prompts, 'prompt')} for {_count(tasks, 'task')}, trained over one frozen {base}"
-    )
-    text += " in 8 bits" if stored == "int8" else ""
+def _lead(config: RunConfig, summary: RunSummary | None) -> str:
+    prompts, tasks = _count(len(config.prompts), "prompt"), _count(len(config.tasks), "task")
+    text = f"{prompts} for {tasks}, trained on one frozen {Path(config.base.model).name}"
+    text += " in 8 bits" if config.base.quantization == "int8" else ""
+    ranks = summary.world_size if summary else None
     return text + (f" on {_count(ranks, 'rank')}" if ranks else "")
 
 
-def _detail(prompt: dict[str, Any], result: dict[str, Any]) -> str:
-    tokens = result.get("num_virtual_tokens") or prompt.get("num_virtual_tokens")
-    method = str(prompt.get("method", "")).replace("_", " ").replace("p tuning", "p-tuning")
-    relative, rate = prompt.get("relative_learning_rate"), prompt.get("learning_rate")
-    words = f"relative lr {relative:g}" if relative is not None else f"lr {rate:g}"
-    parts = [f"{tokens} virtual tokens", method, words]
-    if prompt.get("objective") == "distill":
-        parts.append("distilled")
-    if result.get("best_step") is not None:
-        parts.append(f"best at step {result['best_step']}")
-    end = result.get("stopped") or {}
-    if end.get("reason") in STOPPED:
-        parts.append(f"{STOPPED[end['reason']]} at step {end['step']}")
-    return " · ".join(parts)
+def _detail(prompt: Prompt, result: PromptResult) -> str:
+    """Settings of a prompt, and how its training ended, in one line."""
+    relative = prompt.relative_learning_rate
+    rate = f"lr {prompt.learning_rate or 0:g}" if relative is None else f"relative lr {relative:g}"
+    details = [
+        f"{result.num_virtual_tokens or prompt.num_virtual_tokens} virtual tokens",
+        prompt.method.replace("_", " ").replace("p tuning", "p-tuning"),
+        rate,
+        "distilled" if prompt.objective == "distill" else "",
+        "" if result.best_step is None else f"best at step {result.best_step}",
+        stopped_early(result),
+    ]
+    return " · ".join(filter(None, details))
 
 
-def size(count: float | None) -> str | None:
+def _size(count: float | None) -> str | None:
+    """``3.41 MB``."""
     if count is None:
         return None
     for unit in ("B", "kB", "MB", "GB"):
@@ -351,12 +283,3 @@ def size(count: float | None) -> str | None:
 
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def _json(output_dir: Path, name: str, kind: type[Any] = dict) -> Any:
-    """An object or list of a file; an empty one where the file is missing or damaged."""
-    try:
-        value = read_json(output_dir / name)
-    except BadInput:
-        return kind()
-    return value if isinstance(value, kind) else kind()

@@ -1,0 +1,110 @@
+"""Data splits of a run and the warnings at the top of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from trainer.reporting.result_table import ResultRow, TaskTable
+from trainer.reporting.summary import RunSummary
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json
+
+#: Drop from validation to OOD validation scores that causes a warning.
+WIDE_GAP = 0.10
+
+
+class DataSplit(BaseModel):
+    """One entry of ``datasets.json``, and the row counts of its split.
+
+    Attributes:
+        digest: SHA-256 of the file.
+        also_in_train: (validation row, train row) of some rows that are in both, as FILE:LINE.
+        counts: ``skipped``, ``truncated`` and ``also_in_train`` rows.
+    """
+
+    task: str
+    split: str
+    path: str | None = None
+    rows: int | None = None
+    digest: str = ""
+    also_in_train: list[tuple[str, str]] = []
+    counts: dict[str, int] = {}
+
+    def count(self, name: str) -> int:
+        return self.counts.get(name, 0)
+
+    @property
+    def title(self) -> str:
+        return self.split.replace("_", " ")
+
+
+def data_splits(output_dir: Path, summary: RunSummary | None) -> list[DataSplit]:
+    """Read ``datasets.json``; a missing or damaged file counts as empty."""
+    try:
+        values = read_json(output_dir / "datasets.json")
+        splits = TypeAdapter(list[DataSplit]).validate_python(values)
+    except (BadInput, ValidationError):
+        return []
+    data = summary.data if summary else {}
+    return [
+        split.model_copy(update={"counts": data.get(split.task, {}).get(split.split, {})})
+        for split in splits
+    ]
+
+
+def run_warnings(
+    summary: RunSummary | None, data: Sequence[DataSplit], tables: Sequence[TaskTable]
+) -> list[str]:
+    """Return what may be wrong with a run or its data, one sentence each."""
+    warnings = []
+    if summary is None:
+        warnings.append("The run did not finish (no summary.json).")
+    elif summary.status == "failed":
+        warnings.append(f"The run failed: {summary.error or 'see logs/ in the output folder'}.")
+    for split in data:
+        warnings += _data_warnings(split)
+    for name, result in (summary.prompts if summary else {}).items():
+        if result.stopped and result.stopped.reason == "diverged":
+            warnings.append(
+                f"{name}: diverged and was stopped at step {result.stopped.step}; other prompts "
+                "continued. A lower learning_rate may help."
+            )
+        if result.skipped_updates:
+            warnings.append(f"{name}: {result.skipped_updates} non-finite updates were skipped.")
+    for table in tables:
+        warnings += [warning for row in table.prompts for warning in _gap_warnings(table, row)]
+    return warnings
+
+
+def _data_warnings(split: DataSplit) -> list[str]:
+    warnings = []
+    if leaked := split.count("also_in_train"):
+        rows = [f"{row} is {train_row}" for row, train_row in split.also_in_train]
+        rows += ["..."] if leaked > len(rows) else []
+        warnings.append(
+            f"{split.task}: {leaked} of {split.rows} {split.title} rows also appear in the "
+            f"training data ({'; '.join(rows)}); scores may be inflated."
+        )
+    for name, reason in (
+        ("skipped", "too long for the context (tasks.too_long: skip)"),
+        ("truncated", "cut from the left (tasks.too_long: truncate)"),
+    ):
+        if count := split.count(name):
+            of = f" of {split.rows}" if split.rows else ""
+            warnings.append(f"{split.task} {split.title}: {count}{of} rows were {name}, {reason}.")
+    return warnings
+
+
+def _gap_warnings(table: TaskTable, row: ResultRow) -> list[str]:
+    inside = row.scores.get(f"validation_{table.metric}")
+    outside = row.scores.get(f"shifted_validation_{table.metric}")
+    if table.metric == "loss" or inside is None or outside is None or inside - outside < WIDE_GAP:
+        return []
+    return [
+        f"{row.label}: {outside:.1%} on OOD validation rows but {inside:.1%} on validation rows; "
+        "it may have overfitted to the training context. Fewer virtual tokens, fewer steps or more "
+        "varied training rows may help."
+    ]

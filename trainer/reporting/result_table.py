@@ -1,0 +1,340 @@
+"""Results of a run as tables: one row per baseline and prompt of a task. Imports no torch.
+
+The terminal, the HTML report and the MLflow note render ``TaskTable.titles`` and
+``TaskTable.cells``, so their columns, order of rows and numbers are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from textwrap import shorten
+
+from trainer.config import LOWER_IS_BETTER, Prompt, RunConfig, Task
+from trainer.config.ranking import Entry, rank
+from trainer.evaluation.prediction_files import HAND_WRITTEN, MAJORITY, NO_PROMPT, TEACHER
+from trainer.evaluation.score_format import (
+    DIVERGENCE,
+    column_title,
+    format_difference,
+    format_score,
+    is_loss,
+    score_text,
+    shown_scores,
+)
+from trainer.evaluation.statistics import RATES, STANDARD_ERROR, rate_standard_error
+from trainer.reporting.summary import Comparison, PromptResult, RunSummary, Selection, TaskResult
+
+#: Kind of the rows of trained prompts; the other kinds are those of baselines.
+PROMPT = "prompt"
+#: Characters of a label in one line.
+WIDEST_LABEL = 60
+#: Why a prompt stopped before its last step, in words.
+STOPPED = {
+    "early_stopping": "stopped early",
+    "halving": "eliminated by halving",
+    "diverged": "diverged",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow(Entry):
+    """One row of a task's table.
+
+    Attributes:
+        kind: one of ``MAJORITY``, ``NO_PROMPT``, ``HAND_WRITTEN``, ``TEACHER``, ``PROMPT``.
+        label: displayed name.
+        detail: number of virtual tokens, and why the prompt was stopped early.
+        ranked: whether the prompt's score is comparable with the other prompts' scores.
+        best: whether the row is the best prompt, or the best baseline, of the task.
+    """
+
+    kind: str
+    label: str
+    detail: str = ""
+    ranked: bool = True
+    best: bool = False
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """Scores by column; the loss of a distilled prompt is named a divergence."""
+        return shown_scores(self.scores, self.teacher is not None)
+
+    @property
+    def short_label(self) -> str:
+        """The label, cut to ``WIDEST_LABEL`` characters."""
+        if len(self.label) <= WIDEST_LABEL:
+            return self.label
+        end = "…”" if self.label.endswith("”") else "…"
+        return self.label[: WIDEST_LABEL - len(end)] + end
+
+    @property
+    def tag(self) -> str:
+        """``best prompt``, ``best baseline`` or an empty string."""
+        if not self.best:
+            return ""
+        return "best prompt" if self.kind == PROMPT else "best baseline"
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Results of one task.
+
+    Attributes:
+        columns: score names, as in ``ResultRow.shown``.
+        rows: baselines, then prompts from best to worst, then prompts without a rank.
+        num_rows: scored rows of each split.
+        comparison: paired comparison of the best prompt with the best baseline.
+        selection: the best prompt, if the run selected one.
+    """
+
+    task: str
+    metric: str
+    columns: tuple[str, ...]
+    rows: tuple[ResultRow, ...]
+    num_rows: Mapping[str, int]
+    comparison: Comparison | None = None
+    selection: Selection | None = None
+
+    @property
+    def counts(self) -> str:
+        """``60 validation rows, 40 OOD validation rows``; empty if they are unknown."""
+        return ", ".join(
+            f"{count:,} {split.replace('shifted_validation', 'OOD validation')} rows"
+            for split, count in self.num_rows.items()
+        )
+
+    @property
+    def baselines(self) -> list[ResultRow]:
+        return [row for row in self.rows if row.kind != PROMPT]
+
+    @property
+    def prompts(self) -> list[ResultRow]:
+        return [row for row in self.rows if row.kind == PROMPT]
+
+    @property
+    def best_prompt(self) -> ResultRow | None:
+        return next((row for row in self.prompts if row.best), None)
+
+    @property
+    def best_baseline(self) -> ResultRow | None:
+        return next((row for row in self.baselines if row.best), None)
+
+    @property
+    def titles(self) -> list[str]:
+        """Titles of the columns."""
+        return [column_title(column) for column in self.columns]
+
+    def cells(self, row: ResultRow) -> list[str]:
+        """Every score of a row with its 95% interval, in the order of ``columns``."""
+        return [self.cell(row, column) for column in self.columns]
+
+    def comparable_baselines(self, prompt: ResultRow) -> list[ResultRow]:
+        """Return the baselines that a prompt is compared with.
+
+        If the task's metric is the loss, a distilled prompt is compared with the base model without
+        a prompt, measured against the same teacher.
+        """
+        return _comparable(self.baselines, prompt, self.metric)
+
+    def column(self, row: ResultRow) -> str:
+        """The column of the task's metric; a distilled prompt's loss is a divergence."""
+        key = f"validation_{self.metric}"
+        return next(iter(shown_scores({key: 0.0}, row.teacher is not None)))
+
+    def cell(self, row: ResultRow, column: str) -> str:
+        """A score with its 95% interval, or a dash."""
+        return score_text(row.shown, column, self.num_rows)
+
+    @property
+    def verdict(self) -> str:
+        """Whether a prompt beats the best baseline significantly, in one or two sentences."""
+        prompt, baseline = self.best_prompt, self.best_baseline
+        if prompt is None:
+            if len({row.teacher for row in self.prompts}) > 1 and self.metric in LOWER_IS_BETTER:
+                return "Divergences from different teachers are not compared; see the table."
+            return "No prompt has a finite validation score to compare with a baseline."
+        column = self.column(prompt)
+        score = f"{prompt.name} ({format_score(column, prompt.shown[column])})"
+        if baseline is None:
+            return f"There is no baseline to compare with; best prompt: {score}."
+        against = f"{baseline.short_label}: {format_score(column, baseline.shown.get(column))}"
+        if self.comparison is None:
+            return f"Best prompt: {score}; best baseline ({against}); no paired test was possible."
+        return _compared(self.comparison, column, score, against, len(self.prompts))
+
+    @property
+    def advice(self) -> str:
+        """The best of several prompts, and a shorter one that is nearly as good; may be empty."""
+        best = self.selection
+        if best is None or len(self.prompts) == 1:
+            return ""
+        text = f"Best prompt: {best.prompt} ({best.why})."
+        if shorter := best.shorter:
+            score = format_score(self.column(self.prompts[0]), shorter.score)
+            text += (
+                f" A shorter prompt within one standard error: {shorter.prompt}, "
+                f"{shorter.num_virtual_tokens} virtual tokens, {score}."
+            )
+        return text
+
+    def standard_error(self, row: Entry) -> float:
+        """Standard error of an entry's score in the task's metric; NaN if it is unknown."""
+        key = f"validation_{self.metric}"
+        if self.metric in RATES and self.num_rows.get("validation"):
+            return rate_standard_error(row.scores[key], self.num_rows["validation"])
+        return float(row.scores.get(key + STANDARD_ERROR, math.nan))
+
+
+def task_tables(config: RunConfig, summary: RunSummary | None) -> list[TaskTable]:
+    """Make the result table of every task of a run.
+
+    Args:
+        summary: None if the run has not finished.
+    """
+    return [_task_table(task, config, summary) for task in config.tasks]
+
+
+def _task_table(task: Task, config: RunConfig, summary: RunSummary | None) -> TaskTable:
+    metric = task.metric
+    result = (summary and summary.tasks.get(task.name)) or TaskResult()
+    settings = [prompt for prompt in config.prompts if prompt.task == task.name]
+    scored = summary.prompts if summary else {}
+    prompts = [_prompt_row(prompt, scored.get(prompt.name)) for prompt in settings]
+    baselines = _baseline_rows(result, {prompt.name: prompt.teacher for prompt in settings})
+    ranked = [replace(row, best=i == 0) for i, row in enumerate(rank(prompts, metric))]
+    places = {row.name for row in ranked}
+    unranked = [replace(row, ranked=False) for row in prompts if row.name not in places]
+    comparable = _comparable(baselines, ranked[0] if ranked else None, metric)
+    best = rank(comparable, metric)[:1]
+    baselines = [replace(row, best=True) if row in best else row for row in baselines]
+    rows = (*baselines, *ranked, *unranked)
+    columns = _columns({column for row in rows for column in row.shown}, metric)
+    selection = summary.selected.get(task.name) if summary else None
+    return TaskTable(task.name, metric, columns, rows, result.rows, result.comparison, selection)
+
+
+def _comparable(
+    baselines: list[ResultRow], prompt: ResultRow | None, metric: str
+) -> list[ResultRow]:
+    teacher = prompt.teacher if prompt and metric in LOWER_IS_BETTER else None
+    return [row for row in baselines if row.teacher == teacher]
+
+
+def _baseline_rows(result: TaskResult, teachers: Mapping[str, str | None]) -> list[ResultRow]:
+    rows = []
+    if majority := result.majority:
+        label = f'always "{majority.answer}"'
+        rows.append(ResultRow(name=MAJORITY, kind=MAJORITY, label=label, scores=majority.scores))
+    if (no_prompt := result.no_prompt) and no_prompt.scores:
+        rows.append(
+            ResultRow(name=NO_PROMPT, kind=NO_PROMPT, label="no prompt", scores=no_prompt.scores)
+        )
+    for number, hand_written in enumerate(result.hand_written, 1):
+        rows.append(
+            ResultRow(
+                name=f"{HAND_WRITTEN}-{number}",
+                kind=HAND_WRITTEN,
+                label=f"“{' '.join((hand_written.text or '').split())}”",
+                scores=hand_written.scores,
+            )
+        )
+    for number, teacher in enumerate(result.teachers, 1):
+        text = shorten(teacher.text or "", 60, placeholder=" …")
+        rows.append(
+            ResultRow(
+                name=f"{TEACHER}-{number}",
+                kind=TEACHER,
+                label=f"teacher of {', '.join(teacher.prompts)}: “{text}”",
+                scores=teacher.scores,
+            )
+        )
+    for prompt, compared in result.untaught.items():
+        rows.append(
+            ResultRow(
+                name=f"{NO_PROMPT}-{prompt}",
+                kind=NO_PROMPT,
+                label=f"no prompt, compared with the teacher of {prompt}",
+                scores=compared.scores,
+                teacher=teachers.get(prompt) or prompt,
+            )
+        )
+    return rows
+
+
+def _prompt_row(prompt: Prompt, result: PromptResult | None) -> ResultRow:
+    result = result or PromptResult()
+    reason = result.stopped.reason if result.stopped else ""
+    tokens = result.num_virtual_tokens or prompt.num_virtual_tokens
+    detail = [f"{tokens} virtual tokens", stopped_early(result)]
+    distilled = prompt.objective == "distill"
+    return ResultRow(
+        name=prompt.name,
+        kind=PROMPT,
+        label=prompt.name,
+        scores=result.scores,
+        num_virtual_tokens=tokens,
+        teacher=(prompt.teacher or prompt.name) if distilled else None,
+        eliminated=reason == "halving",
+        diverged=reason == "diverged",
+        detail=", ".join(filter(None, detail)),
+    )
+
+
+def stopped_early(result: PromptResult | None) -> str:
+    """``eliminated by halving at step 20``, or an empty string if all steps were trained."""
+    stop = result.stopped if result else None
+    return f"{STOPPED[stop.reason]} at step {stop.step}" if stop and stop.reason in STOPPED else ""
+
+
+def _compared(
+    comparison: Comparison, column: str, score: str, against: str, num_prompts: int
+) -> str:
+    """The sentences of ``TaskTable.verdict`` with a paired test."""
+    rows, p_value = f"{comparison.rows:,}", comparison.p_value
+    unit = "" if is_loss(column) else " points"
+    difference, low, high = (
+        format_difference(column, value)
+        for value in (comparison.difference, comparison.low, comparison.high)
+    )
+    numbers = (
+        f"difference {difference}{unit} (95% interval {low} to {high}; {comparison.test}, "
+        f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})"
+    )
+    if comparison.better:
+        text = (
+            f"Prompt {score} beats the best baseline ({against}) significantly on {rows} "
+            f"validation rows: {numbers}."
+        )
+        if num_prompts > 1:
+            text += f" It is the best of {num_prompts} prompts on these rows, so it is optimistic."
+        return text
+    also = ", ".join(comparison.also_better)
+    subject = "The best prompt does not beat" if also else "No prompt beats"
+    text = (
+        f"{subject} the best baseline ({against}) significantly on {rows} validation rows: best "
+        f"prompt {score}, {numbers}."
+    )
+    if also:
+        text += f" Significantly better, each tested alone: {also}."
+    if not is_loss(column) and comparison.detectable_difference > 1:
+        return f"{text} {rows} rows are too few for any significant difference."
+    detectable = format_difference(column, comparison.detectable_difference).lstrip("+")
+    return f"{text} {rows} rows can show a difference of about {detectable}{unit} or more."
+
+
+def _columns(present: set[str], metric: str) -> tuple[str, ...]:
+    """Order the columns: the task's metric with its OOD score, other rates, losses."""
+    own = {f"shifted_validation_{metric}", f"shifted_validation{DIVERGENCE}"}
+
+    def order(key: str) -> tuple[bool, bool, str, bool]:
+        plain = key.removeprefix("shifted_")
+        return plain != f"validation_{metric}", is_loss(plain), plain, plain != key
+
+    columns = [
+        key
+        for key in present
+        if not key.endswith(STANDARD_ERROR) and (key in own or not key.startswith("shifted_"))
+    ]
+    return tuple(sorted(columns, key=order))

@@ -1,0 +1,145 @@
+"""Files that describe a run: settings, environment, data sets; and what a run measures."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import resource
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import PROJECT_ROOT, RunConfig, dump
+from trainer.data.task_data import TaskData
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.model_loading import LoadedBase
+from trainer.distributed.zero3_sharder import base_bytes
+from trainer.model.checkpoint_files import portable_name
+from trainer.runtime import atomic_io
+from trainer.runtime.git_revision import git_revision
+from trainer.runtime.redact import redact
+from trainer.tracking.progress_file import forget_tracking
+from trainer.training.loop import Loop
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
+
+
+def describe_run(
+    output: Path,
+    config: RunConfig,
+    engine: Engine,
+    loaded: LoadedBase,
+    tasks: Mapping[str, TaskData],
+    command: str,
+    *,
+    begins: bool,
+) -> None:
+    """Write ``run.yaml``, ``environment.json`` and ``datasets.json``.
+
+    Args:
+        begins: the run does not resume. If a run with other settings started in this folder, its
+            MLflow run is not continued.
+    """
+    settings = redact(dump(_with_full_model_path(config)))
+    if begins:
+        forget_if_other(output, settings)
+    atomic_io.write(output / "run.yaml", settings)
+    environment = {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "world_size": engine.world_size,
+        "device": device_name(engine.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "matmul": loaded.matmul,
+        "host": platform.node(),
+        "git_revision": git_revision(PROJECT_ROOT),
+        "command": redact(command),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    atomic_io.write_json(output / "environment.json", environment)
+    atomic_io.write_json(
+        output / "datasets.json", [s for data in tasks.values() for s in data.sources]
+    )
+
+
+def forget_if_other(output: Path, settings: str) -> None:
+    """Forget the folder's MLflow run if ``run.yaml`` there differs from these settings."""
+    path = output / "run.yaml"
+    if path.exists() and path.read_text() != settings:
+        forget_tracking(output)
+
+
+def _with_full_model_path(config: RunConfig) -> RunConfig:
+    """Replace the base model's folder by its full path, valid from any working directory."""
+    base = config.base.model_copy(update={"model": portable_name(config.base)})
+    return config.model_copy(update={"base": base})
+
+
+def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
+    """Measure throughput, memory, traffic and load time over all ranks; a collective.
+
+    Returns:
+        Fields of ``RunSummary``: ``throughput``, ``memory``, ``communication``, ``load``, ``time``,
+        ``versions`` and ``world_size``.
+    """
+    on_gpu = engine.device.type == "cuda"
+    mine = [
+        base_bytes(loaded.model),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        engine.peak_gpu_bytes,
+        loaded.stats.seconds,
+        loaded.stats.bytes_read,
+        loop.train_gathered_bytes,
+        loop.train_exchanged_bytes,
+        loop.saved_bytes_per_token,
+    ]
+    base, rss, gpu, seconds, read, gathered, exchanged, saved = zip(
+        *engine.all_gather(mine), strict=True
+    )
+    steps = max(1, loop.steps_here)
+    progress = loop.progress
+    return {
+        "throughput": {
+            "useful_tokens_per_second": progress.useful_tokens / max(progress.train_seconds, 1e-9),
+            "useful_tokens": progress.useful_tokens,
+            "train_seconds": progress.train_seconds,
+            "data_wait_share": progress.data_wait_seconds / max(progress.train_seconds, 1e-9),
+        },
+        "memory": {
+            "base_bytes_per_rank": max(base),
+            "kept_bytes_per_rank": engine.kept_bytes,
+            "ranks_per_copy": loaded.placement.group_size,
+            "peak_rss_bytes": max(rss),
+            "peak_gpu_bytes": max(gpu) if on_gpu else None,
+            "saved_bytes_per_token": max(saved),
+            "saved_bytes_per_token_and_layer": max(saved) / loaded.memory.sizes.layers,
+            "stream_tokens": loaded.budget.tokens,
+            "gradient_checkpointing": loaded.budget.checkpointing,
+        },
+        "communication": {
+            "gathered_bytes_per_step": max(gathered) / steps,
+            "exchanged_bytes_per_step": max(exchanged) / steps,
+        },
+        "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},
+        "time": loop.times.summary(),
+        "versions": versions(),
+        "world_size": engine.world_size,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages of ``PACKAGES``."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return installed
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,166 @@
+"""Results of a finished run: adapters, comparison with baselines, selection, summary and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.data.task_data import TaskData
+from trainer.evaluation.score_format import column_title, score_text, shown_scores
+from trainer.evaluation.selection import select
+from trainer.evaluation.statistics import STANDARD_ERROR
+from trainer.model.checkpoint_files import BaseFiles, portable_name
+from trainer.prompts.peft_adapter import save_peft
+from trainer.reporting.comparison import compare
+from trainer.reporting.html import write_report
+from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
+from trainer.reporting.summary import (
+    SCHEMA_VERSION,
+    PromptResult,
+    RunSummary,
+    Selection,
+    ShorterPrompt,
+    TaskResult,
+    save_summary,
+)
+from trainer.runtime.console import Console
+from trainer.training.loop import Loop
+
+
+def write_results(
+    output: Path, loop: Loop, files: BaseFiles, measured: Mapping[str, Any], console: Console
+) -> RunSummary:
+    """Write adapters, summary and report of a finished run.
+
+    Args:
+        measured: fields of ``RunSummary`` that ``measure`` and the checkpoint writer return.
+    """
+    _save_adapters(output, loop, files, console)
+    config, progress = loop.config, loop.progress
+    tasks = {
+        name: TaskResult(**{**progress.baselines.get(name, {}), "rows": _num_rows(data)})
+        for name, data in loop.tasks.items()
+    }
+    summary = RunSummary(
+        schema_version=SCHEMA_VERSION,
+        status="finished",
+        steps=progress.step,
+        prompts=_prompt_results(loop),
+        tasks=tasks,
+        data={name: data.counts for name, data in loop.tasks.items()},
+        **measured,
+    )
+    with console.phase("comparing prompts with baselines"):
+        for table in task_tables(config, summary):
+            comparison = compare(output, table)
+            tasks[table.task] = tasks[table.task].model_copy(update={"comparison": comparison})
+    summary = summary.model_copy(update={"tasks": tasks})
+    selected = {table.task: selection(table) for table in task_tables(config, summary)}
+    summary = summary.model_copy(
+        update={"selected": {task: best for task, best in selected.items() if best}}
+    )
+    save_summary(output, summary)
+    try:
+        with console.phase("writing the report"):
+            write_report(output)
+    except Exception as error:  # the results are saved; a failing plot must not fail the run
+        console.warn(f"no report written: {type(error).__name__}: {error}")
+    return summary
+
+
+def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console) -> None:
+    """Save every prompt at its best and at its last step, in PEFT's format."""
+    for k, prompt in enumerate(loop.config.prompts):
+        scores = loop.progress.scores.get(prompt.name, {})
+        shown = shown_scores(scores, prompt.objective == "distill")
+        num_rows = _num_rows(loop.tasks[prompt.task])
+        described = ", ".join(
+            f"{key.replace('_', ' ')} {score_text(shown, key, num_rows)}"
+            for key in shown
+            if not key.endswith(STANDARD_ERROR)
+        )
+        folder = output / "prompts" / prompt.name
+        for path, title, virtual_tokens in (
+            (folder, prompt.name, loop.bank.best(k)),
+            (folder / "last", f"{prompt.name} (last step)", loop.bank.snapshot(k)),
+        ):
+            if not virtual_tokens.isfinite().all():
+                console.warn(f"prompt {title!r}: its virtual tokens are not finite; not saved")
+                continue
+            save_peft(
+                path,
+                virtual_tokens,
+                portable_name(loop.config.base),
+                loop.config.base.revision,
+                title=title,
+                description=f"Task {prompt.task}. {described}".strip(),
+                num_layers=files.config.num_hidden_layers,
+                num_attention_heads=files.config.num_attention_heads,
+            )
+
+
+def _prompt_results(loop: Loop) -> dict[str, PromptResult]:
+    progress = loop.progress
+    results = {}
+    for prompt in loop.config.prompts:
+        stopped = progress.stopped.get(prompt.name)
+        last_step = (stopped or {}).get("step", progress.step)
+        results[prompt.name] = PromptResult.model_validate(
+            {
+                "task": prompt.task,
+                "method": prompt.method,
+                "objective": prompt.objective,
+                "num_virtual_tokens": prompt.num_virtual_tokens,
+                "best_step": loop.stopping[prompt.name].best_step or last_step,
+                "skipped_updates": progress.skipped.get(prompt.name, 0),
+                "stopped": stopped,
+                **progress.scores.get(prompt.name, {}),
+            }
+        )
+    return results
+
+
+def _num_rows(data: TaskData) -> dict[str, int]:
+    """Number of scored rows of each split."""
+    return {split: len(rows.candidates) for split, rows in data.evaluation.items()}
+
+
+def selection(table: TaskTable) -> Selection | None:
+    """Select the best prompt of a task, and a shorter one that is nearly as good, as advice.
+
+    Returns:
+        None if no prompt of the task has a score to rank.
+    """
+    selected = select(table.prompts, table.metric, table.standard_error)
+    if selected is None:
+        return None
+    best, shorter = selected
+    key = f"validation_{table.metric}"
+    return Selection(
+        prompt=best.name,
+        metric=table.metric,
+        score=best.scores[key],
+        num_virtual_tokens=best.num_virtual_tokens,
+        why=_why(table, best),
+        shorter=shorter
+        and ShorterPrompt(
+            prompt=shorter.name,
+            score=shorter.scores[key],
+            num_virtual_tokens=shorter.num_virtual_tokens,
+        ),
+    )
+
+
+def _why(table: TaskTable, best: ResultRow) -> str:
+    column = table.column(best)
+    score = f"validation {column_title(column)} {table.cell(best, column)}"
+    if len(table.prompts) == 1:
+        return f"the only prompt: {score}"
+    text = f"best of {len(table.prompts)} prompts: {score}"
+    if best.eliminated:
+        text += "; halving eliminated it, but no other prompt is left"
+    second = next((row for row in table.prompts if row.name != best.name and row.ranked), None)
+    if second is None or second.shown.get(column) != best.shown.get(column):
+        return text
+    return f"{text}; {second.name} has the same {column_title(column)}"
