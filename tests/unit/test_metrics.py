@@ -321,7 +321,7 @@ def test_root_that_cannot_become_another_user_is_refused():
     probe = ["unshare", "--user", "--map-root-user"]
     if subprocess.run([*probe, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("user namespaces are not permitted here")
-    request = '{"function": "f", "jobs": []}'
+    request = '{"function": "f", "seccomp": true, "jobs": []}'
     done = subprocess.run(
         [*probe, sys.executable, "-I", "-S", code_sandbox.__file__],
         input=request,
@@ -393,7 +393,7 @@ def test_a_sandbox_that_is_brought_down_is_started_again(monkeypatch):
 
 
 def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch):
-    with pytest.raises(RuntimeError, match="a function that is right fails under the limits"):
+    with pytest.raises(RuntimeError, match="a correct function fails under the limits"):
         score(GOOD, function="no name")
     assert metrics.check_sandbox() is None
     real = metrics._run_sandbox
