@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 
 from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
+from trainer.config import load_output
 from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
 from trainer.reporting.mlflow_note import read_results
+from trainer.reporting.summary import load_summary
+from trainer.reporting.terminal_table import show_results
+from trainer.runtime.console import Console
+from trainer.tracking.progress_file import ProgressFile
 
 
 def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:
@@ -180,6 +188,15 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     assert "validation_loss_hand_written" not in scores
 
 
+def test_uploading_is_suggested_only_if_mlflow_could_not_be_reached(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    assert "promptshard sync" not in write_report(folder).read_text()
+    state = ProgressFile(folder)
+    state.problem = "connection refused"
+    state.save()
+    assert "Upload missing metrics" in write_report(folder).read_text()
+
+
 def test_commands_are_those_of_the_selected_prompt(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "support")
     summary = json.loads((folder / "summary.json").read_text())
@@ -197,3 +214,58 @@ def test_damaged_files_count_as_missing(tmp_path: Path, content: str) -> None:
         (folder / name).write_text(content)
     (folder / "run.yaml").write_text("a: &a [*a]")
     assert collect(folder).warnings
+
+
+class _Cells(HTMLParser):
+    """Rows of the result tables of a page: label and scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = tag
+        elif dict(attrs).get("class") in ("detail", "tag"):
+            self.inside = None
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_terminal_page_and_mlflow_note_show_the_same_table(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    html = write_report(folder).read_text()
+    page = _Cells()
+    for table in re.findall(r'<section class="task">.*?</table>', html, re.DOTALL):
+        page.feed(table[table.index("<table>") :])
+
+    class Recorder(Console):
+        rows: ClassVar[list[list[str]]] = []
+
+        def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+            self.rows.extend([list(columns), *map(list, rows)])
+
+    summary = load_summary(folder)
+    assert summary is not None
+    show_results(summary, load_output(folder), Recorder(io.StringIO(), io.StringIO()))
+    note = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in read_results(folder).note.splitlines()
+        if line.startswith("| ")
+    ]
+    assert len(page.rows) == len(Recorder.rows) == len(note) == 5 + 7 - 1 + 2
+    for on_page, on_terminal, in_note in zip(page.rows, Recorder.rows, note, strict=True):
+        assert on_page[1:] == on_terminal[1:] == in_note[1:]
+        label = on_page[0][:50] if on_page[0] != "prompt" else ""
+        assert on_terminal[0].startswith(label)
+        assert in_note[0].strip("*").startswith(label)

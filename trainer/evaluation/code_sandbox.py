@@ -38,7 +38,8 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 MAX_OUTPUT = 4 << 20  # bytes of values of one program
 NOBODY = 65534
@@ -53,7 +54,7 @@ SYSTEM_CALLS = """
     nanosleep getpid exit uname gettimeofday sysinfo getuid getgid geteuid getegid sigaltstack
     gettid time futex clock_gettime clock_getres clock_nanosleep exit_group set_robust_list
     getrandom membarrier rseq
-""".split()
+""".split()  # noqa: SIM905
 #: Imported before files become inaccessible; a program can import nothing else.
 MODULES = """
     _strptime abc array ast base64 binascii bisect calendar cmath collections collections.abc
@@ -64,7 +65,7 @@ MODULES = """
     keyword locale math numbers operator pprint queue random re reprlib secrets statistics string
     stringprep struct textwrap threading time timeit traceback types typing unicodedata urllib.parse
     uuid warnings weakref zlib
-""".split()
+""".split()  # noqa: SIM905
 #: Limits of a program besides CPU time and memory, all zero.
 FORBIDDEN = ("NOFILE", "NPROC", "FSIZE", "CORE", "MEMLOCK", "MSGQUEUE")
 
@@ -129,7 +130,8 @@ def isolate(libc: Any) -> bool:
     return isolated
 
 
-class RunningProgram(NamedTuple):
+@dataclass
+class RunningProgram:
     index: int
     pid: int
     output: bytearray
