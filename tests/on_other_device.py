@@ -25,8 +25,10 @@ from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankInfo, prepare_batch, prepare_step
-from trainer.evaluation.evaluator import Evaluator, Request
-from trainer.evaluation.generation import StopCriteria, generate
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.generation import generate
+from trainer.evaluation.scoring import Request
+from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts

@@ -48,9 +48,10 @@ from trainer.distributed.model_loading import (
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.evaluator import Evaluator
-from trainer.evaluation.generation import StopCriteria, check_targets, keys_and_values
+from trainer.evaluation.generation import keys_and_values
 from trainer.evaluation.metrics import check_sandbox
 from trainer.evaluation.prediction_records import Predictions
+from trainer.evaluation.stop_criteria import StopCriteria, check_targets
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import check_prefix_tuning, embedding_size
 from trainer.model.prompted_model import PromptedBase

@@ -20,7 +20,8 @@ from tests.distributed.sharded_base import run_config, shard_base
 from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request
 from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients

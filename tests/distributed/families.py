@@ -21,7 +21,8 @@ from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
 from tests.unit.test_scoring import EOS, TARGETS, rows
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients

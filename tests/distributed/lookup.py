@@ -21,7 +21,8 @@ from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.zero3_sharder import base_bytes
-from trainer.evaluation.generation import StopCriteria, generate
+from trainer.evaluation.generation import generate
+from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.prompted_model import PromptedBase

@@ -15,7 +15,8 @@ from tests.unit.test_evaluation import load
 from tests.unit.test_label_prefixes import CHOICES, Knows
 from trainer.data.task_data import TaskData
 from trainer.evaluation.baseline_cache import WORTHWHILE, BaselineCache
-from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request
 from trainer.packing.activation_memory import TokenBudget
 
 LARGE = int(WORTHWHILE)

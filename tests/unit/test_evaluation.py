@@ -20,8 +20,9 @@ from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.teacher import Teacher
 from trainer.evaluation import evaluator as evaluator_module
 from trainer.evaluation import generation
-from trainer.evaluation.evaluator import Evaluator, Request, Scored
-from trainer.evaluation.generation import StopCriteria
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request, Scored
+from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
 from trainer.runtime.stop_signals import Stopped

@@ -23,8 +23,10 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
 from trainer.config import Base, RunConfig, Task
 from trainer.data.task_data import EvalSet, load_tasks
-from trainer.evaluation.evaluator import Evaluator, Request, Scored
-from trainer.evaluation.generation import StopCriteria, before_stop, check_targets, generate
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.generation import generate
+from trainer.evaluation.scoring import Request, Scored
+from trainer.evaluation.stop_criteria import StopCriteria, before_stop, check_targets
 from trainer.model.checkpoint_files import open_base
 from trainer.model.generation_config import read_generation_config
 from trainer.packing.activation_memory import TokenBudget

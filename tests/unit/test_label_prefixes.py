@@ -15,7 +15,8 @@ from tests.unit.test_chat import make_tokenizer
 from tests.unit.test_evaluation import load
 from trainer.data.label_prefixes import continuations, exclusive
 from trainer.data.token_table import Example
-from trainer.evaluation.evaluator import Evaluator, Request, Scored
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request, Scored
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch
 

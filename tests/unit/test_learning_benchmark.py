@@ -21,7 +21,8 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
 from trainer.config import load
 from trainer.distributed.prefetch import prepare_batch
-from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths

@@ -48,7 +48,8 @@ from trainer.config import Base, Task
 from trainer.data.token_table import Example
 from trainer.data.tokenization.chat import DialogueEncoder
 from trainer.data.tokenization.tokenizer import TextTokenizer
-from trainer.evaluation.generation import StopCriteria, generate
+from trainer.evaluation.generation import generate
+from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase

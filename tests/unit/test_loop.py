@@ -20,9 +20,10 @@ from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher
-from trainer.evaluation.evaluator import Evaluator, Scored
+from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
 from trainer.evaluation.prediction_records import Predictions
+from trainer.evaluation.scoring import Scored
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedBatch

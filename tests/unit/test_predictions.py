@@ -15,10 +15,10 @@ from tests.unit.run_folder import small_config
 from tests.unit.test_evaluation import load
 from trainer.evaluation import prediction_records
 from trainer.evaluation.baselines import add_majority
-from trainer.evaluation.evaluator import Scored
 from trainer.evaluation.majority_baseline import majority_scores, score_answer
 from trainer.evaluation.prediction_files import baseline_file, outcomes, path_of, read
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
+from trainer.evaluation.scoring import Scored
 from trainer.reporting.comparison import compare
 from trainer.reporting.result_table import TaskTable, task_tables
 from trainer.reporting.summary import Comparison, RunSummary

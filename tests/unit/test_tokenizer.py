@@ -22,7 +22,8 @@ from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.token_cache import cached
 from trainer.data.tokenization.tokenize import encode_input, tokenize, tokenize_choices
 from trainer.data.tokenization.tokenizer import TextTokenizer
-from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.runtime.errors import BadInput
 

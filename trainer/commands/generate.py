@@ -46,7 +46,8 @@ def _generate(
         from trainer.data.tokenization.tokenize import encode_input
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import load_base, open_base_on_all
-        from trainer.evaluation.generation import StopCriteria, generate
+        from trainer.evaluation.generation import generate
+        from trainer.evaluation.stop_criteria import StopCriteria
         from trainer.prompts.peft_adapter import load_peft
 
     prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)

@@ -9,7 +9,6 @@ from typing import Any
 
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.data.teacher import Teacher
-from trainer.evaluation.evaluator import Request, Scored
 from trainer.evaluation.majority_baseline import majority_scores
 from trainer.evaluation.prediction_files import (
     HAND_WRITTEN,
@@ -19,6 +18,7 @@ from trainer.evaluation.prediction_files import (
     baseline_file,
 )
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
+from trainer.evaluation.scoring import Request, Scored
 
 #: The split whose rows prompts are ranked by.
 VALIDATION = "validation"

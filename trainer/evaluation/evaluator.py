@@ -1,7 +1,7 @@
-"""Scores of prompts on rows that are never trained on.
+"""Score prompts on rows that are not trained on.
 
-All prompts are scored in one packed pass: slots number every (prompt, row, candidate), ranks fill
-in the losses of their own packed batches, and one all-reduce gives all ranks all of them.
+All prompts are scored in one packed pass: slots number every (prompt, row, candidate), each rank
+fills in the losses of its own packed batches, and one all-reduce gives all losses to all ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.column_parsers import split_labels
 from trainer.data.label_prefixes import exclusive
 from trainer.data.task_data import EvalSet
-from trainer.data.teacher import Teacher
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import prefetched, prepare_batch
 from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
-from trainer.evaluation.generation import StopCriteria, generate
+from trainer.evaluation.generation import generate
+from trainer.evaluation.scoring import Request, Scored, candidate_rows, distilled_rows
 from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
+from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
@@ -30,80 +31,20 @@ from trainer.packing.planning import plan_batches, portions
 from trainer.runtime import stop_signals
 from trainer.runtime.stop_signals import Stopped
 
-#: Rows of so many packed batches of each rank are planned together, however many there are to
-#: score.
+#: Packed batches of each rank that are planned together.
 WINDOW_BATCHES = 64
-#: Tokens of a batch of generation, in packed batches: it keeps nothing but keys and values.
-WRITTEN_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """Score one set of rows as one prompt reads them; ``prompt=None``: the base alone.
-
-    Attributes:
-        teacher: whose distributions the prompt is compared with.
-    """
-
-    rows: EvalSet
-    prompt: int | None
-    teacher: Teacher | None = None
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether labels are scored without a trained prompt: the result follows from the rows."""
-        return self.by_labels and self.prompt is None
-
-    @property
-    def by_labels(self) -> bool:
-        """Whether the likelihood of labels is asked for; it says nothing that a teacher learns."""
-        return self.teacher is None or self.rows.task.metric != "loss"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Result of one request, the same on every rank.
-
-    Attributes:
-        scores: metrics by name.
-        nll_RC: negative log-likelihood of every candidate of every row, in nats, float64, on the
-            CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
-            the candidate with the lowest value. A choice that begins another one counts without
-            text that continues as the longer one (``trainer.data.label_prefixes``); the loss counts
-            all of it. None where labels are not scored.
-        nll_R: negative log-likelihood of every row's right target, as the loss sums it.
-        texts_R: generated text of every row; None where nothing is generated.
-        targets_R: text of every row's target, decoded as the generated text is.
-        correct_R: whether the generated text of a row is right by the task's metric; of sets of
-            labels, whether the whole set is.
-        teacher_R2: divergence from the teacher in nats and number of positions with the same most
-            likely token, both summed over the labels of every row; None without a teacher.
-    """
-
-    scores: dict[str, float]
-    nll_RC: Tensor | None = None
-    nll_R: list[float] | None = None
-    texts_R: list[str] | None = None
-    targets_R: list[str] | None = None
-    correct_R: list[bool] | None = None
-    teacher_R2: Tensor | None = None
-
-    @property
-    def predicted(self) -> list[int]:
-        """Index of the most likely candidate of each row."""
-        assert self.nll_RC is not None, "labels are not scored"
-        predicted: list[int] = self.nll_RC.argmin(1).tolist()
-        return predicted
+#: Tokens of a batch of generation, in multiples of a packed batch: only keys and values are kept.
+GENERATION_BATCHES = 4
 
 
 @dataclass
 class Evaluator:
-    """What scoring needs; the prompts come with each call.
+    """Scores requests; the prompts are passed with each call.
 
     Attributes:
-        teachers: word embeddings of the teachers' texts, by ``Teacher.index``.
-        baselines: likelihoods under the base alone that earlier runs have computed.
-        reused: requests whose likelihoods were found there.
+        teachers: token embeddings of the teachers' texts, by ``Teacher.index``.
+        baselines: cached likelihoods under the base model alone.
+        reused: number of requests that the cache answered.
     """
 
     engine: Engine
@@ -124,13 +65,15 @@ class Evaluator:
         virtual_tokens: Sequence[Tensor],
         advance: Callable[[float], None] = lambda texts: None,
     ) -> list[Scored]:
-        """Score every request: ``loss``, its standard error and the task's metric by its name.
+        """Score every request: ``loss``, its standard error and the task's metric; a collective.
 
-        With a teacher the loss is the mean divergence from it, in nats a position, and
+        With a teacher, the loss is the mean divergence from it, in nats per position, and
         ``agreement`` is the share of positions where both have the same most likely token.
 
         Args:
-            advance: called with the number of texts that were just read, of ``num_texts``.
+            virtual_tokens: [P, H], or keys and values, of every prompt.
+            advance: called with the number of texts read since the last call; ``num_texts`` is the
+                total.
 
         Raises:
             Stopped: on all ranks, between two packed batches or two batches of generation, if one
@@ -138,35 +81,31 @@ class Evaluator:
         """
         self._advance = advance
         lengths = PromptLengths.of(virtual_tokens)
-        known = self._known(requests)
-        asked = [r for r, found in zip(requests, known, strict=True) if found is None]
-        slots = [_num_slots(request) for request in asked]
-        scored = iter(self._row_losses(asked, sum(slots), lengths, virtual_tokens).split(slots))
-        nll = [next(scored) if found is None else found for found in known]
-        for request, part, found in zip(requests, nll, known, strict=True):
-            if found is None and request.is_baseline:
-                self._keep(request, part)
-        results = [
-            self._result(request, part, virtual_tokens)
-            for request, part in zip(requests, nll, strict=True)
+        cached = self._read_cache(requests)
+        missing = [r for r, nll in zip(requests, cached, strict=True) if nll is None]
+        slots = [request.num_slots for request in missing]
+        computed = iter(self._candidate_nll(missing, lengths, virtual_tokens).split(slots))
+        nll_of = []
+        for request, cached_nll in zip(requests, cached, strict=True):
+            nll = next(computed) if cached_nll is None else cached_nll
+            if cached_nll is None and request.is_baseline:
+                self._write_cache(request, nll)
+            nll_of.append(nll)
+        scored = [
+            self._result(request, nll, virtual_tokens)
+            for request, nll in zip(requests, nll_of, strict=True)
         ]
         if any(request.teacher is not None for request in requests):
-            compared = self._comparisons(requests, lengths, virtual_tokens)
-            results = [
-                result
-                if teacher_R2 is None
-                else replace(
-                    result,
-                    scores=result.scores | _compared(teacher_R2, request.rows.label_counts),
-                    teacher_R2=teacher_R2,
-                )
-                for request, result, teacher_R2 in zip(requests, results, compared, strict=True)
-            ]
+            sums = self._compare_with_teachers(requests, lengths, virtual_tokens)
+            for i, (request, teacher_R2) in enumerate(zip(requests, sums, strict=True)):
+                if teacher_R2 is not None:
+                    scores = scored[i].scores | _teacher_scores(teacher_R2, request.rows)
+                    scored[i] = replace(scored[i], scores=scores, teacher_R2=teacher_R2)
         self.engine.end_step()
-        return results
+        return scored
 
     def num_texts(self, requests: Sequence[Request]) -> int:
-        """Texts that ``score`` reads: rows (candidates where rows are padded) and generations."""
+        """Number of texts that ``score`` reads: rows (candidates if padded) and generations."""
         texts = 0
         for request in requests:
             rows = len(request.rows.candidates)
@@ -178,46 +117,43 @@ class Evaluator:
         return texts
 
     def _num_read(self, request: Request) -> int:
-        """Texts that scoring by labels reads."""
+        """Number of texts that scoring by labels reads."""
         rows = len(request.rows.candidates)
-        return rows if self.base.packed else rows * _width(request)
+        return rows if self.base.packed else rows * request.num_candidates
 
-    def _known(self, requests: Sequence[Request]) -> list[Tensor | None]:
-        """Likelihoods that an earlier run has computed, on every rank; None for the others."""
+    def _read_cache(self, requests: Sequence[Request]) -> list[Tensor | None]:
+        """Cached likelihoods, on every rank; None for requests that are not cached."""
         if self.baselines is None or not any(request.is_baseline for request in requests):
             return [None] * len(requests)
-        found = None
+        arrays = None
         if self.engine.is_main:
-            found = [
+            arrays = [
                 self.baselines.read(request.rows.candidates) if request.is_baseline else None
                 for request in requests
             ]
-        known = self.engine.broadcast(found)
-        assert known is not None
-        for request, nll in zip(requests, known, strict=True):
-            if nll is not None:
+        arrays = self.engine.broadcast(arrays)
+        assert arrays is not None
+        for request, array in zip(requests, arrays, strict=True):
+            if array is not None:
                 self.reused += 1
                 self._advance(self._num_read(request))
-        return [None if nll is None else torch.from_numpy(nll).flatten() for nll in known]
+        return [None if array is None else torch.from_numpy(array).flatten() for array in arrays]
 
-    def _keep(self, request: Request, nll: Tensor) -> None:
+    def _write_cache(self, request: Request, nll: Tensor) -> None:
         if self.baselines is not None and self.engine.is_main:
-            nll_RC = nll.view(-1, _width(request)).numpy()
+            nll_RC = nll.view(-1, request.num_candidates).numpy()
             self.baselines.write(request.rows.candidates, nll_RC)
 
-    def _row_losses(
-        self,
-        requests: Sequence[Request],
-        num_slots: int,
-        lengths: PromptLengths,
-        virtual_tokens: Sequence[Tensor],
+    def _candidate_nll(
+        self, requests: Sequence[Request], lengths: PromptLengths, virtual_tokens: Sequence[Tensor]
     ) -> Tensor:
-        """Summed negative log-likelihood of each slot's target, on every rank."""
+        """Summed negative log-likelihood of each slot's target [slots], on every rank."""
+        num_slots = sum(request.num_slots for request in requests)
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
-        packed_rows = _packed_rows(requests, self.base.packed, self.budget.tokens)
+        packed_rows = candidate_rows(requests, self.base.packed, self.budget.tokens)
         for batch in self._batches(packed_rows, lengths):
             nll_N = self.base(batch, virtual_tokens).double()
-            slot_N = batch.label_slot_N  # -1 in a padding row, whose losses count nothing
+            slot_N = batch.label_slot_N  # -1 in a padding row, which does not count
             totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
         self.engine.all_reduce_sum([totals])
         return totals.cpu()
@@ -225,12 +161,12 @@ class Evaluator:
     def _batches(
         self, packed_rows: Iterable[PackedRow], lengths: PromptLengths, *, distilled: bool = False
     ) -> Iterator[PackedBatch]:
-        """This rank's packed batches of the packed rows, on the device."""
+        """Yield this rank's packed batches of the packed rows, on the device."""
         max_tokens = self.budget.tokens
 
         def planned() -> Iterator[tuple[list[PackedRow], float]]:
-            most = WINDOW_BATCHES * max_tokens * self.engine.world_size
-            for window in portions(packed_rows, lambda packed_row: packed_row.num_tokens, most):
+            window_tokens = WINDOW_BATCHES * max_tokens * self.engine.world_size
+            for window in portions(packed_rows, lambda row: row.num_tokens, window_tokens):
                 plan = plan_batches(window, lengths.tokens, self.engine.world_size, max_tokens)
                 mine = plan[self.engine.rank]
                 yield from ((batch, len(window) / len(mine)) for batch in mine)
@@ -247,38 +183,35 @@ class Evaluator:
         self._advance(texts)
 
     def _between_batches(self, texts: float) -> None:
-        """Report texts that were read; raise ``Stopped`` on all ranks together if one must stop."""
+        """Report texts that were read; raise ``Stopped`` on all ranks if one got a stop signal."""
         self._advance(texts)
         if self.engine.any_rank(stop_signals.stop_requested()):
             raise Stopped
 
-    def _comparisons(
-        self,
-        requests: Sequence[Request],
-        lengths: PromptLengths,
-        virtual_tokens: Sequence[Tensor],
+    def _compare_with_teachers(
+        self, requests: Sequence[Request], lengths: PromptLengths, virtual_tokens: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """``Scored.teacher_R2`` of every request; None without a teacher."""
         rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
         sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
-        for batch in self._batches(_distilled_rows(requests), lengths, distilled=True):
+        for batch in self._batches(distilled_rows(requests), lengths, distilled=True):
             teacher_DH = read_teacher(self.base, batch, self.teachers)
-            found = self.base(batch, virtual_tokens, teacher_DH)
+            compared_2N = self.base(batch, virtual_tokens, teacher_DH)
             distilled_D = batch.distilled_D
             assert distilled_D is not None
             slots = batch.label_slot_N[distilled_D]
-            sums_R2.index_add_(0, slots, found[:, distilled_D].T.double())
+            sums_R2.index_add_(0, slots, compared_2N[:, distilled_D].T.double())
         self.engine.all_reduce_sum([sums_R2])
         return [
-            None if request.teacher is None else part
-            for request, part in zip(requests, sums_R2.cpu().split(rows), strict=True)
+            None if request.teacher is None else of_request_R2
+            for request, of_request_R2 in zip(requests, sums_R2.cpu().split(rows), strict=True)
         ]
 
     def _result(self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]) -> Scored:
         rows, task = request.rows, request.rows.task
         if not request.by_labels:
             return Scored({})
-        nll_RC = nll.view(-1, _width(request))
+        nll_RC = nll.view(-1, request.num_candidates)
         right = torch.tensor(rows.gold)[:, None]
         nll_R, counts_R = nll_RC.gather(1, right)[:, 0].tolist(), rows.label_counts
         result = {
@@ -298,30 +231,30 @@ class Evaluator:
         return replace(generated, scores=result | generated.scores, nll_RC=nll_RC, nll_R=nll_R)
 
     def _generated(self, rows: EvalSet, prompt: Tensor | None) -> Scored:
-        """Generate the target of every row and score it; of a dialogue, the last answer.
+        """Generate the target of every row (of a dialogue: the last answer) and score it.
 
-        Generated text and target are both decoded from token ids, with their ends cut, so what the
-        chat template or the tokenizer adds to an answer is in both or in neither.
+        Generated text and target are decoded from token ids and cut at their ends in the same way,
+        so additions of the chat template or the tokenizer are in both or in neither.
         """
         task = rows.task
-        ending = StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
+        stop = StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
         examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
         spans = [example.label_spans[-1] for example in examples]
-        written = generate(
+        generated = generate(
             self.engine,
             self.base,
-            ending,
+            stop,
             [e.input_ids[:start] for e, (start, _) in zip(examples, spans, strict=True)],
             prompt,
             task.max_new_tokens,
             between_batches=self._between_batches,
-            max_tokens=WRITTEN_TOKENS * self.budget.tokens,
+            max_tokens=GENERATION_BATCHES * self.budget.tokens,
         )
         code = task.metric == "execution"
-        texts = [ending.text(ids, skip_special_tokens=code) for ids in written]
+        texts = [stop.text(ids, skip_special_tokens=code) for ids in generated]
         targets = [
-            ending.target(example.input_ids[start:stop])
-            for example, (start, stop) in zip(examples, spans, strict=True)
+            stop.target(example.input_ids[slice(*span)])
+            for example, span in zip(examples, spans, strict=True)
         ]
         scores, correct = self._text_scores(rows, texts, targets)
         return Scored(scores, texts_R=texts, targets_R=targets, correct_R=correct)
@@ -329,7 +262,7 @@ class Evaluator:
     def _text_scores(
         self, rows: EvalSet, texts: Sequence[str], targets: Sequence[str]
     ) -> tuple[dict[str, float], list[bool]]:
-        """Metrics of generated texts, and which are right. Only rank 0 runs generated code."""
+        """Metrics of generated texts, and which are correct. Only rank 0 runs generated code."""
         task = rows.task
         if task.metric == "execution":
             passed: list[float] = []
@@ -339,60 +272,18 @@ class Evaluator:
             passed = self.engine.broadcast(passed)
             return {"execution": sum(passed) / len(passed)}, [score == 1.0 for score in passed]
         if task.multi_label:
-            written, right = ([split_labels(t, task) for t in found] for found in (texts, targets))
-            scores = metrics.label_set_scores(written, right, task)
-            return scores, [set(a) == set(b) for a, b in zip(written, right, strict=True)]
+            predicted = [split_labels(text, task) for text in texts]
+            gold = [split_labels(text, task) for text in targets]
+            scores = metrics.label_set_scores(predicted, gold, task)
+            return scores, [set(a) == set(b) for a, b in zip(predicted, gold, strict=True)]
         matches = metrics.matches(texts, targets)
         return {"exact_match": sum(matches) / len(matches)}, matches
 
 
-def _num_slots(request: Request) -> int:
-    return len(request.rows.candidates) * _width(request) if request.by_labels else 0
-
-
-def _width(request: Request) -> int:
-    """Candidates of each row."""
-    return request.rows.candidates.width
-
-
-def _packed_rows(requests: Sequence[Request], packed: bool, max_tokens: int) -> Iterator[PackedRow]:
-    """All candidates of all rows of all requests; slots are numbered in this order.
-
-    Args:
-        packed: the base reads a row's text once for all its candidates. All packed batches then
-            have ``PackedBatch.shared``, as ranks that share a head must agree on it.
-        max_tokens: of a packed batch; a row with more tokens in all its candidates is read several
-            times.
-    """
-    slot = 0
-    for request in requests:
-        if request.by_labels:
-            for row in request.rows.candidates:
-                if packed:
-                    room = max(1, max_tokens - row[0].target_start)
-                    parts = portions(row, lambda example: example.num_labels, room)
-                    for part in parts:
-                        yield PackedRow(part[0], request.prompt, slot, candidates=tuple(part))
-                        slot += len(part)
-                else:
-                    for example in row:
-                        yield PackedRow(example, request.prompt, slot)
-                        slot += 1
-
-
-def _distilled_rows(requests: Sequence[Request]) -> Iterator[PackedRow]:
-    """The right candidates of all rows that have a teacher; slots number them in this order."""
-    slot = 0
-    for request in requests:
-        if request.teacher is not None:
-            for right, candidates in zip(request.rows.gold, request.rows.candidates, strict=True):
-                yield PackedRow(candidates[right], request.prompt, slot, teacher=request.teacher)
-                slot += 1
-
-
-def _compared(teacher_R2: Tensor, counts_R: Sequence[int]) -> dict[str, float]:
-    """Scores of rows from the divergence and the agreement summed over each one's labels."""
+def _teacher_scores(teacher_R2: Tensor, rows: EvalSet) -> dict[str, float]:
+    """Divergence and agreement per label position, with standard errors."""
     kl_R, same_R = teacher_R2.T.tolist()
+    counts_R = rows.label_counts
     return {
         "loss": sum(kl_R) / sum(counts_R),
         f"loss{STANDARD_ERROR}": ratio_standard_error(kl_R, counts_R),

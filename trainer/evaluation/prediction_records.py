@@ -15,7 +15,6 @@ from trainer.config import Task
 from trainer.data.column_parsers import content_of, is_learned, split_labels
 from trainer.data.row_validation import render
 from trainer.data.task_data import EvalSet
-from trainer.evaluation.evaluator import Scored
 from trainer.evaluation.majority_baseline import answer_labels, answers, row_numbers
 from trainer.evaluation.metrics import f1_terms
 from trainer.evaluation.prediction_files import (
@@ -27,6 +26,7 @@ from trainer.evaluation.prediction_files import (
     step_of,
     write,
 )
+from trainer.evaluation.scoring import Scored
 
 #: Values of the rows by field; of long ones only those of the first rows.
 Columns = dict[str, Sequence[Any]]

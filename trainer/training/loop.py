@@ -30,9 +30,10 @@ from trainer.evaluation.baselines import (
     merge_scores,
     score_baselines,
 )
-from trainer.evaluation.evaluator import Evaluator, Request, Scored
+from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.prediction_records import Predictions, scored_columns
 from trainer.evaluation.score_format import describe, format_score, shown_scores
+from trainer.evaluation.scoring import Request, Scored
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.packing.packed_batch import PromptLengths
 from trainer.prompts.bank import Bank

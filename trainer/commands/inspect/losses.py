@@ -20,7 +20,8 @@ from trainer.config import Base, RunConfig, Task
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import load_base
-from trainer.evaluation.evaluator import Evaluator, Request
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.scoring import Request
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.prompts.peft_adapter import load_peft
 from trainer.prompts.saved_prompts import WEIGHTS

@@ -1,0 +1,123 @@
+"""Requests to score rows, their results, and the packed rows that a request is read as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trainer.data.task_data import EvalSet
+from trainer.data.teacher import Teacher
+from trainer.packing.packed_batch import PackedRow
+from trainer.packing.planning import portions
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score one set of rows with one prompt.
+
+    Attributes:
+        prompt: index of the prompt; None: the base model alone.
+        teacher: compare the prompt's distributions with this teacher's.
+    """
+
+    rows: EvalSet
+    prompt: int | None
+    teacher: Teacher | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the result depends on the base model and the rows alone."""
+        return self.by_labels and self.prompt is None
+
+    @property
+    def by_labels(self) -> bool:
+        """Whether the likelihood of labels is scored.
+
+        It is not if the task's metric is the divergence from a teacher.
+        """
+        return self.teacher is None or self.rows.task.metric != "loss"
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of each row."""
+        return self.rows.candidates.width
+
+    @property
+    def num_slots(self) -> int:
+        """Candidates of all rows; 0 if labels are not scored."""
+        return len(self.rows.candidates) * self.num_candidates if self.by_labels else 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Result of one request, equal on all ranks.
+
+    Attributes:
+        scores: metrics by name.
+        nll_RC: negative log-likelihood of every candidate of every row, in nats, float64, on the
+            CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
+            the candidate with the lowest value. A choice that is the prefix of another one counts
+            without text that continues as the longer one (``trainer.data.label_prefixes``); the
+            loss counts all of it. None if labels are not scored.
+        nll_R: negative log-likelihood of every row's correct target, as the loss sums it.
+        texts_R: generated text of every row; None if nothing is generated.
+        targets_R: text of every row's target, decoded in the same way as the generated text.
+        correct_R: whether the generated text of a row is correct by the task's metric; for sets of
+            labels, whether the set is equal.
+        teacher_R2: divergence from the teacher in nats and number of positions with the same most
+            likely token, both summed over the labels of every row; None without a teacher.
+    """
+
+    scores: dict[str, float]
+    nll_RC: Tensor | None = None
+    nll_R: list[float] | None = None
+    texts_R: list[str] | None = None
+    targets_R: list[str] | None = None
+    correct_R: list[bool] | None = None
+    teacher_R2: Tensor | None = None
+
+    @property
+    def predicted(self) -> list[int]:
+        """Index of the most likely candidate of each row."""
+        assert self.nll_RC is not None, "labels are not scored"
+        predicted: list[int] = self.nll_RC.argmin(1).tolist()
+        return predicted
+
+
+def candidate_rows(
+    requests: Sequence[Request], packed: bool, max_tokens: int
+) -> Iterator[PackedRow]:
+    """Yield all candidates of all rows of all requests; slots number them in this order.
+
+    Args:
+        packed: the base model reads a row's text once for all its candidates. All packed batches
+            then have ``PackedBatch.shared``, because ranks that share a head must agree on it.
+        max_tokens: of a packed batch; a row with more tokens in all its candidates is read several
+            times.
+    """
+    slot = 0
+    for request in requests:
+        for row in request.rows.candidates if request.by_labels else ():
+            if packed:
+                room = max(1, max_tokens - row[0].target_start)
+                for candidates in portions(row, lambda example: example.num_labels, room):
+                    yield PackedRow(
+                        candidates[0], request.prompt, slot, candidates=tuple(candidates)
+                    )
+                    slot += len(candidates)
+            else:
+                for example in row:
+                    yield PackedRow(example, request.prompt, slot)
+                    slot += 1
+
+
+def distilled_rows(requests: Sequence[Request]) -> Iterator[PackedRow]:
+    """Yield the correct candidate of all rows with a teacher; slots number them in this order."""
+    slot = 0
+    for request in requests:
+        if request.teacher is not None:
+            for right, candidates in zip(request.rows.gold, request.rows.candidates, strict=True):
+                yield PackedRow(candidates[right], request.prompt, slot, teacher=request.teacher)
+                slot += 1
