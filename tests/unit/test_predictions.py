@@ -14,8 +14,7 @@ import torch
 from tests.unit.run_folder import small_config
 from tests.unit.test_evaluation import load
 from trainer.evaluation import prediction_records
-from trainer.evaluation.baselines import add_majority
-from trainer.evaluation.majority_baseline import majority_scores, score_answer
+from trainer.evaluation.baselines import add_majority, majority_scores, score_answer
 from trainer.evaluation.prediction_files import baseline_file, outcomes, path_of, read
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
 from trainer.evaluation.scoring import Scored
@@ -117,8 +116,8 @@ def test_dialogues_and_token_ids(tmp_path):
 
 
 def test_rows_behind_the_bound_hold_no_texts(tmp_path, monkeypatch):
-    monkeypatch.setattr(prediction_records, "MOST_TEXTS", 2)
-    monkeypatch.setattr(prediction_records, "MOST_CHARACTERS", 1)
+    monkeypatch.setattr(prediction_records, "MAX_TEXTS", 2)
+    monkeypatch.setattr(prediction_records, "MAX_CHARACTERS", 1)
     rows = labelled(tmp_path, "cdc").evaluation["validation"]
     comparison = keep(tmp_path, rows, scored_columns(rows, Scored({}, torch.ones(3, 2), [1.0] * 3)))
     assert comparison[1]["input"] == "a … [3 characters]"

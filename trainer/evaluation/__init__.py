@@ -1,1 +1,12 @@
-"""Scores of prompts and baselines on validation rows."""
+"""Score prompts and baselines on validation rows.
+
+1. ``scoring``: a ``Request`` (rows, prompt, teacher) becomes packed rows; its result is ``Scored``
+2. ``evaluator``: ``Evaluator.score`` runs the packed rows through the base model -> ``Scored``; for
+   metrics on generated text it uses ``generation`` with ``stop_criteria``
+3. ``metrics``: scores of predictions; ``execution`` runs generated code in ``code_sandbox``
+4. ``statistics``: standard errors, intervals and paired tests; ``score_format``: numbers as text
+5. ``baselines``: all baselines of a run -> scores by task; ``baseline_cache`` keeps likelihoods
+   under the base model alone between runs
+6. ``prediction_records``: ``Scored`` -> one record per row; ``prediction_files``: reads and writes
+   the records in ``predictions/``
+"""

@@ -1,15 +1,22 @@
-"""Baselines of every task: the base model without a prompt and with hand-written ones, and the
-majority class. Scored once, before the first step."""
+"""Baselines of every task, scored once before the first step.
+
+The base model without a prompt, with hand-written prompts and with the texts of teachers; and the
+majority class, which always gives the most frequent answer of the train rows. A prompt that scores
+no better than the majority class has learned nothing from the inputs.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config import Task
+from trainer.data.dataset import RowDataset, gold_target
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.data.teacher import Teacher
-from trainer.evaluation.majority_baseline import majority_scores
+from trainer.evaluation.metrics import accuracy, label_set_scores
 from trainer.evaluation.prediction_files import (
     HAND_WRITTEN,
     MAJORITY,
@@ -17,8 +24,15 @@ from trainer.evaluation.prediction_files import (
     TEACHER,
     baseline_file,
 )
-from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
+from trainer.evaluation.prediction_records import (
+    Predictions,
+    answer_columns,
+    answer_labels,
+    gold_answers,
+    scored_columns,
+)
 from trainer.evaluation.scoring import Request, Scored
+from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1
 
 #: The split whose rows prompts are ranked by.
 VALIDATION = "validation"
@@ -26,63 +40,65 @@ VALIDATION = "validation"
 
 @dataclass(frozen=True)
 class Baseline:
-    """The base model with a fixed text in front of the rows, or none.
+    """The base model with a fixed text before the rows, or without one.
 
     Attributes:
         name: of its row in the result table and of its file of predictions.
-        rows: what is read, by split.
+        rows: rows to score, by split.
         text: hand-written prompt; None: no prompt.
-        taught: distilled prompt whose teacher this one is compared with.
-        teacher: that teacher.
-        reads: teacher whose text is read in front of the rows, as prompts are.
+        distilled: name of the distilled prompt whose teacher this baseline is compared with.
+        compared_with: that teacher.
+        prefix: teacher whose text is the prompt.
     """
 
     task: str
     name: str
     rows: Mapping[str, EvalSet]
     text: str | None = None
-    taught: str | None = None
-    teacher: Teacher | None = None
-    reads: Teacher | None = None
+    distilled: str | None = None
+    compared_with: Teacher | None = None
+    prefix: Teacher | None = None
 
     @property
     def file(self) -> str:
         return baseline_file(self.task, self.name)
 
     def request(self, split: str, first: int = 0) -> Request:
-        """How to score it.
+        """Return the request that scores the rows of a split.
 
         Args:
-            first: number of prompts among the virtual tokens before those of the teachers.
+            first: index of the first teacher among the virtual tokens.
         """
-        prompt = None if self.reads is None else first + self.reads.index
-        return Request(self.rows[split], prompt, self.teacher)
+        prompt = None if self.prefix is None else first + self.prefix.index
+        return Request(self.rows[split], prompt, self.compared_with)
 
 
 def baselines_of(tasks: Mapping[str, TaskData]) -> list[Baseline]:
-    """All baselines of a run that the base model has to be run for."""
-    found = []
+    """Return all baselines that the base model has to be run for."""
+    baselines = []
     for task, data in tasks.items():
-        found.append(Baseline(task, NO_PROMPT, data.evaluation))
+        baselines.append(Baseline(task, NO_PROMPT, data.evaluation))
         for i, text in enumerate(data.task.hand_written):
             rows = {split: sets[i] for split, sets in data.hand_written.items()}
-            found.append(Baseline(task, f"{HAND_WRITTEN}-{i + 1}", rows, text))
+            baselines.append(Baseline(task, f"{HAND_WRITTEN}-{i + 1}", rows, text))
         for prompt, teacher in data.teachers.items():
             name = f"{NO_PROMPT}-{prompt}"
-            found.append(Baseline(task, name, data.evaluation, taught=prompt, teacher=teacher))
+            baselines.append(
+                Baseline(task, name, data.evaluation, distilled=prompt, compared_with=teacher)
+            )
         for number, teacher in enumerate(teachers_of(data), 1):
             rows = {split: sets.with_teacher(teacher) for split, sets in data.evaluation.items()}
             if rows:
-                found.append(Baseline(task, f"{TEACHER}-{number}", rows, reads=teacher))
-    return found
+                baselines.append(Baseline(task, f"{TEACHER}-{number}", rows, prefix=teacher))
+    return baselines
 
 
 def teachers_of(data: TaskData) -> dict[Teacher, list[str]]:
-    """The different teachers of a task, each with the prompts that learn from it."""
-    found: dict[Teacher, list[str]] = {}
+    """Return the distinct teachers of a task, each with the prompts that learn from it."""
+    prompts: dict[Teacher, list[str]] = {}
     for prompt, teacher in data.teachers.items():
-        found.setdefault(teacher, []).append(prompt)
-    return found
+        prompts.setdefault(teacher, []).append(prompt)
+    return prompts
 
 
 def score_baselines(
@@ -95,26 +111,27 @@ def score_baselines(
 
     Args:
         texts: the teacher's text of every distilled prompt, by its name.
-        score: scores requests, with the word embeddings of the teachers as virtual tokens.
-        predictions: what keeps those of the validation rows, on rank 0.
+        score: scores requests, with the token embeddings of the teachers as virtual tokens.
+        predictions: writes predictions of the validation rows, on rank 0.
 
     Returns:
-        For each task ``no_prompt``, ``hand_written`` and, with distilled prompts, ``untaught`` (no
-        prompt, compared with the teacher of each) and ``teachers`` (their texts as prompts).
+        For each task fields of ``TaskResult``: ``no_prompt``, ``hand_written`` and, with distilled
+        prompts, ``untaught`` (no prompt, compared with the teacher of each) and ``teachers`` (their
+        texts as prompts).
     """
     baselines = baselines_of(tasks)
     results = iter(score([b.request(split) for b in baselines for split in b.rows]))
-    found: dict[str, Any] = {task: {NO_PROMPT: {}, HAND_WRITTEN: []} for task in tasks}
+    scores_by_task: dict[str, Any] = {task: {NO_PROMPT: {}, HAND_WRITTEN: []} for task in tasks}
     for baseline in baselines:
         scored = {split: next(results) for split in baseline.rows}
         scores = merge_scores((split, result.scores) for split, result in scored.items())
-        of_task = found[baseline.task]
-        if baseline.taught is not None:
-            of_task.setdefault("untaught", {})[baseline.taught] = scores
-        elif baseline.reads is not None:
-            prompts = teachers_of(tasks[baseline.task])[baseline.reads]
-            about = {"text": texts.get(prompts[0]), "prompts": prompts}
-            of_task.setdefault("teachers", []).append(about | scores)
+        of_task = scores_by_task[baseline.task]
+        if baseline.distilled is not None:
+            of_task.setdefault("untaught", {})[baseline.distilled] = scores
+        elif baseline.prefix is not None:
+            prompts = teachers_of(tasks[baseline.task])[baseline.prefix]
+            teacher = {"text": texts.get(prompts[0]), "prompts": prompts}
+            of_task.setdefault("teachers", []).append(teacher | scores)
         elif baseline.text is not None:
             of_task[HAND_WRITTEN].append({"text": baseline.text, **scores})
         else:
@@ -122,13 +139,13 @@ def score_baselines(
         if predictions is not None and VALIDATION in scored:
             rows = baseline.rows[VALIDATION]
             predictions.keep(baseline.file, 0, rows, scored_columns(rows, scored[VALIDATION]))
-    return found
+    return scores_by_task
 
 
 def add_majority(
     tasks: Mapping[str, TaskData], baselines: dict[str, Any], predictions: Predictions | None
 ) -> None:
-    """Add the majority class to the baselines of the tasks with choices that do not have it."""
+    """Add the majority class to the baselines of every task with choices that lacks it."""
     for name, data in tasks.items():
         if data.task.choices is None or VALIDATION not in data.evaluation:
             continue
@@ -141,8 +158,47 @@ def add_majority(
             predictions.keep(file, 0, rows, answer_columns(rows, answer))
 
 
-def merge_scores(parts: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+def majority_scores(data: TaskData) -> dict[str, Any]:
+    """Score the most frequent answer of the train rows on the rows of every evaluation.
+
+    Returns:
+        ``answer``, its ``train_share``, and scores such as ``validation_accuracy``.
+    """
+    answer, share = most_frequent(data.train_rows, data.task)
+    scores = merge_scores(
+        (split, score_answer(rows, answer)) for split, rows in data.evaluation.items()
+    )
+    return {"answer": answer, "train_share": share, **scores}
+
+
+def most_frequent(rows: RowDataset, task: Task) -> tuple[str, float]:
+    """Return the most frequent answer of the rows and its share; the first choice of equal ones.
+
+    For multi-label tasks an answer is a set of labels, as text.
+    """
+    counts = Counter(gold_target(row, task) for row in rows)
+    order = {choice: place for place, choice in enumerate(task.choices or [])}
+    answer, count = min(counts.items(), key=lambda item: (-item[1], order.get(item[0], 0), item[0]))
+    return answer, count / counts.total()
+
+
+def score_answer(rows: EvalSet, answer: str) -> dict[str, float]:
+    """Scores of one answer to all rows, by the name of the metric."""
+    task, choices = rows.task, rows.task.choices
+    assert choices is not None, "a task without choices has no majority class"
+    if task.multi_label:
+        predicted_labels = [answer_labels(answer, task)] * len(rows.candidates)
+        gold_labels = [answer_labels(target, task) for target in gold_answers(rows)]
+        return label_set_scores(predicted_labels, gold_labels, task)
+    predicted = [choices.index(answer)] * len(rows.gold)
+    rate = accuracy(predicted, rows.gold)
+    f1, error = macro_f1(predicted, rows.gold)
+    scores = {"accuracy": rate, "macro_f1": f1, f"macro_f1{STANDARD_ERROR}": error}
+    return scores | ({"exact_match": rate} if task.metric == "exact_match" else {})
+
+
+def merge_scores(by_split: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
     """``{"validation_loss": ..., "validation_accuracy": ..., "shifted_validation_loss": ...}``."""
     return {
-        f"{split}_{metric}": value for split, scores in parts for metric, value in scores.items()
+        f"{split}_{metric}": value for split, scores in by_split for metric, value in scores.items()
     }

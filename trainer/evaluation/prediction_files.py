@@ -1,10 +1,10 @@
-"""Files of predictions: what every prompt and baseline gave for every validation row.
+"""Files of predictions: one record per validation row for every prompt and baseline.
 
     OUTPUT_DIR/predictions/PROMPT.jsonl                    a prompt at its best step
     OUTPUT_DIR/predictions/baselines/TASK/BASELINE.jsonl   no_prompt, hand_written-1, majority, ...
 
-One JSON object per row. The first ``MOST_TEXTS`` rows hold texts and scores, each text up to
-``MOST_CHARACTERS``; further rows hold only the fields of ``SHORT``. Imports no torch.
+One JSON object per line. The first ``MAX_TEXTS`` records have texts (at most ``MAX_CHARACTERS``
+each) and scores of the choices; the others have only the fields in ``SHORT``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ FOLDER, BASELINES = "predictions", "baselines"
 #: Kinds of baselines: always the most frequent answer; the base model alone; with a hand-written
 #: prompt; with the text that a distilled prompt learns from. Several of a kind are numbered from 1.
 MAJORITY, NO_PROMPT, HAND_WRITTEN, TEACHER = "majority", "no_prompt", "hand_written", "teacher"
-#: Rows of a file that hold texts and scores, and the most characters of each text.
-MOST_TEXTS, MOST_CHARACTERS = 10_000, 4_000
-#: Fields of every row, however many there are. Target and prediction only where they are choices.
+#: Records with texts and scores in a file, and characters of each text.
+MAX_TEXTS, MAX_CHARACTERS = 10_000, 4_000
+#: Fields of every record. Target and prediction only if they are choices.
 SHORT = frozenset({"step", "row", "target", "prediction", "correct", "loss", "tokens", "f1_terms"})
 
 
 def baseline_file(task: str, baseline: str) -> str:
-    """Name of a baseline's file, in the place of a prompt's name."""
+    """Name of a baseline's file; ``path_of`` accepts it like the name of a prompt."""
     return f"{BASELINES}/{task}/{baseline}"
 
 
 def path_of(output_dir: Path, name: str) -> Path:
-    """Path of the predictions of a prompt, or of what ``baseline_file`` names."""
+    """Path of the predictions of a prompt, or of the baseline that ``baseline_file`` names."""
     return output_dir / FOLDER / f"{name}.jsonl"
 
 
@@ -46,10 +46,10 @@ def files_in(output_dir: Path) -> list[Path]:
 
 
 def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file of predictions; a reader finds the old or the new one, never a part.
+    """Replace a file of predictions atomically.
 
     Raises:
-        OSError: the disk is full or cannot be written; an earlier file is left as it was.
+        OSError: the disk is full or cannot be written; an earlier file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_io.replacing(path) as file:
@@ -59,7 +59,7 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file of predictions; nothing if it is missing.
+    """Yield the records of a file; none if it is missing.
 
     Raises:
         OSError: the file cannot be read.
@@ -78,7 +78,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def step_of(path: Path) -> int | None:
-    """Step that the predictions of a file are of; None if the file is missing or damaged."""
+    """Training step of a file's predictions; None if the file is missing or damaged."""
     try:
         first = next(read(path), {})
     except (OSError, ValueError):
@@ -89,10 +89,10 @@ def step_of(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What every row adds to a metric that is a ratio of sums over rows.
+    """Contribution of every row to a metric that is a ratio of sums over rows.
 
     Attributes:
-        rows: numbers of the rows.
+        rows: row numbers.
         sums, counts: numerator and denominator of every row.
     """
 
@@ -102,7 +102,7 @@ class Outcomes:
 
 
 def outcomes(records: Iterable[Mapping[str, Any]], metric: str) -> Outcomes | None:
-    """Return what rows add to the task's metric; None if a row does not tell."""
+    """Return the contribution of every row to the task's metric; None if a field is missing."""
     rows, sums, counts = [], [], []
     for record in records:
         if metric in RATES:
