@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trainer.config import Task
 from trainer.evaluation import code_sandbox, metrics
 from trainer.evaluation.metrics import accuracy, execution, matches
 from trainer.runtime.errors import BadInput
@@ -33,13 +35,41 @@ def seccomp(request) -> bool:
 
 
 def test_sets_of_labels():
-    right = [["a", "b"], ["c"], ["a"]]
-    perfect = metrics.multi_label([["b", "a"], ["c"], ["a"]], right, "abc")
-    assert perfect == {"f1": 1.0, "exact_match": 1.0}
-    # 2 right of 5 written (one unknown) and 4 due: precision 2/5, recall 2/4
-    some = metrics.multi_label([["a", "c", "x"], ["c"], ["b"]], right, "abc")
-    assert some == {"f1": pytest.approx(2 * 2 / (5 + 4)), "exact_match": pytest.approx(1 / 3)}
-    assert metrics.multi_label([[], [], []], right, "abc") == {"f1": 0.0, "exact_match": 0.0}
+    task = Task(
+        name="t", train=["t"], input="{a}", target="{b}", choices=["a", "b", "c"],
+        multi_label=True, metric="f1",
+    )  # fmt: skip
+    gold = [["a", "b"], ["c"], ["a"]]
+    perfect = metrics.label_set_scores([["b", "a"], ["c"], ["a"]], gold, task)
+    assert (perfect["f1"], perfect["exact_match"]) == (1.0, 1.0)
+    # 2 correct of 5 predicted (one unknown) and 4 gold labels: precision 2/5, recall 2/4
+    some = metrics.label_set_scores([["a", "c", "x"], ["c"], ["b"]], gold, task)
+    assert some["f1"] == pytest.approx(2 * 2 / (5 + 4))
+    assert some["exact_match"] == pytest.approx(1 / 3)
+    nothing = metrics.label_set_scores([[], [], []], gold, task)
+    assert (nothing["f1"], nothing["exact_match"]) == (0.0, 0.0)
+    exact = task.model_copy(update={"metric": "exact_match"})
+    assert metrics.label_set_scores(gold, gold, exact) == {"exact_match": 1.0}
+
+
+def test_f1_of_sets_is_that_of_scikit_learn():
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    draw = random.Random(0)
+    task = Task(
+        name="t", train=["t"], input="{a}", target="{b}", choices=list("abcde"),
+        multi_label=True, metric="f1",
+    )  # fmt: skip
+    for _ in range(50):
+        gold = [draw.sample("abcde", draw.randint(0, 4)) for _ in range(9)]
+        predicted = [draw.sample("abcdexy", draw.randint(0, 4)) for _ in range(9)]
+        binarizer = MultiLabelBinarizer(classes=list("abcdexy"))
+        gold_RC, predicted_RC = binarizer.fit_transform(gold), binarizer.transform(predicted)
+        scores = metrics.label_set_scores(predicted, gold, task)
+        expected = f1_score(gold_RC, predicted_RC, average="micro", zero_division=0.0)
+        assert scores["f1"] == expected
+        assert scores["exact_match"] == accuracy_score(gold_RC, predicted_RC)
 
 
 def test_accuracy_and_matches():

@@ -1,6 +1,6 @@
 """Metrics of tasks as pure functions. Higher is better, and 1 is perfect.
 
-``execution`` runs generated Python, never in this process: see ``sandbox`` for what holds it.
+``execution`` runs generated Python in other processes; ``code_sandbox`` documents their isolation.
 """
 
 from __future__ import annotations
@@ -23,66 +23,48 @@ from trainer.evaluation.statistics import STANDARD_ERROR, ratio_standard_error
 from trainer.runtime.errors import BadInput
 
 _SANDBOX = Path(__file__).with_name("code_sandbox.py")
-_MOST_PROCESSES = 4
+_MAX_PROCESSES = 4
 
 
 def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
-    """Share of rows whose predicted choice is the gold one."""
+    """Share of rows whose predicted choice is the correct one."""
     return _mean([float(p == g) for p, g in zip(predicted, gold, strict=True)])
 
 
 def matches(texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
-    """Whether each generated text equals its target, white space around them aside."""
+    """Whether each generated text equals its target, ignoring white space around both."""
     return [a.strip() == b.strip() for a, b in zip(texts, targets, strict=True)]
 
 
-def multi_label(
-    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]], choices: Sequence[str]
-) -> dict[str, float]:
-    """Scores of sets of labels; their order does not matter.
-
-    Args:
-        written: labels of each row that the base wrote; what is none of ``choices`` is wrong.
-        right: those it should have written.
-
-    Returns:
-        ``f1``, of all labels of all rows together (micro average), and ``exact_match``, the share
-        of rows whose whole set is right (subset accuracy).
-    """
-    from sklearn.metrics import accuracy_score, f1_score
-    from sklearn.preprocessing import MultiLabelBinarizer
-
-    unknown = {label for labels in written for label in labels} - set(choices)
-    binarizer = MultiLabelBinarizer(classes=[*choices, *sorted(unknown)])
-    right_RC, written_RC = binarizer.fit_transform(right), binarizer.transform(written)
-    return {
-        "f1": float(f1_score(right_RC, written_RC, average="micro", zero_division=0.0)),
-        "exact_match": float(accuracy_score(right_RC, written_RC)),
-    }
-
-
 def f1_terms(
-    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]]
+    predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]
 ) -> tuple[list[float], list[int]]:
-    """Numerator and denominator of micro-averaged F1 in every row: 2 TP and 2 TP + FP + FN."""
-    sets = [(set(a), set(b)) for a, b in zip(written, right, strict=True)]
+    """Numerator and denominator of micro-averaged F1 of every row: 2 TP and 2 TP + FP + FN."""
+    sets = [(set(a), set(b)) for a, b in zip(predicted, gold, strict=True)]
     return [2.0 * len(a & b) for a, b in sets], [len(a) + len(b) for a, b in sets]
 
 
 def label_set_scores(
-    written: Sequence[Sequence[str]], right: Sequence[Sequence[str]], task: Task
+    predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]], task: Task
 ) -> dict[str, float]:
-    """Scores of sets of labels that a task reports: F1 only where it is the metric.
+    """Scores of sets of labels; their order does not matter.
 
     Args:
-        written, right: as for ``multi_label``.
+        predicted: labels that the base model generated; any other text counts as a wrong label.
+        gold: the correct labels.
+
+    Returns:
+        ``exact_match``, the share of rows whose set is equal (subset accuracy), and, if it is the
+        task's metric, ``f1`` over all labels of all rows (micro average) with its standard error.
     """
-    scores = multi_label(written, right, task.choices or [])
-    if task.metric == "f1":
-        scores[f"f1{STANDARD_ERROR}"] = ratio_standard_error(*f1_terms(written, right))
-    else:
-        del scores["f1"]
-    return scores
+    equal = [float(set(a) == set(b)) for a, b in zip(predicted, gold, strict=True)]
+    scores = {"exact_match": _mean(equal)}
+    if task.metric != "f1":
+        return scores
+    sums, counts = f1_terms(predicted, gold)
+    f1 = sum(sums) / sum(counts) if sum(counts) else 0.0
+    error = ratio_standard_error(sums, counts)
+    return {"f1": f1, **scores, f"f1{STANDARD_ERROR}": error}
 
 
 def execution(
@@ -96,27 +78,27 @@ def execution(
     processes: int | None = None,
     seccomp: bool = True,
 ) -> list[float]:
-    """Run generated Python functions on test calls, in a subprocess with limits.
+    """Run generated Python functions on test calls, in sandboxed processes with limits.
 
-    A value counts if it equals the expected one as JSON: a tuple is a list, ``True`` is not 1,
-    floats may differ in the last digits. Code that fails, hangs, prints, forks, opens files or
-    takes too much memory scores 0 and disturbs no other.
+    A value is correct if it equals the expected one as JSON: a tuple is a list, ``True`` is not 1,
+    floats may differ in the last digits. Code that raises, hangs, forks, opens files or uses too
+    much memory scores 0 and does not affect other programs.
 
     Args:
-        texts: Python source, each defining ``function``; white space around it is dropped.
+        texts: Python source, each defining ``function``; surrounding white space is removed.
         tests: for each text its calls, ``{"args": [...], "result": ...}``; at least one. Only the
-            arguments are handed to the subprocess.
-        cpu_seconds: limit of one text, over all its calls.
-        wall_seconds: the same by the clock, for code that waits.
-        memory_mb: limit of one text, the interpreter included.
-        processes: texts that run at the same time; default: the cores, at most 4.
-        seccomp: use the kernel's system call filter where there is one.
+            arguments are passed to the sandbox.
+        cpu_seconds: CPU time limit of one text, over all its calls.
+        wall_seconds: wall time limit of one text.
+        memory_mb: memory limit of one text, including the interpreter.
+        processes: texts that run at the same time; default: the number of cores, at most 4.
+        seccomp: filter system calls if libseccomp is installed.
 
     Returns:
         1.0 for each text that passes all its tests, else 0.0.
 
     Raises:
-        RuntimeError: the sandbox does not start or fails a right function: no score would count.
+        RuntimeError: the sandbox does not start, or a correct function fails in it.
     """
     request = _request(
         function=function,
@@ -127,22 +109,22 @@ def execution(
         **({} if processes is None else {"processes": processes}),
     )
     jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
-    found: dict[int, str] = {}
-    while pending := [job for job in jobs if job["index"] not in found]:
+    outputs: dict[int, str] = {}
+    while pending := [job for job in jobs if job["index"] not in outputs]:
         _, part = _run_sandbox({**request, "jobs": pending}, wall_seconds)
-        # A program that brought down the whole sandbox: it fails, the others get a fresh one.
-        found |= part or {pending[0]["index"]: ""}
-    return [_score(found[i], calls) for i, calls in enumerate(tests)]
+        # The first program ended the sandbox: it fails, the others get a new sandbox.
+        outputs |= part or {pending[0]["index"]: ""}
+    return [_score(outputs[i], calls) for i, calls in enumerate(tests)]
 
 
 def check_sandbox() -> str | None:
-    """Check that generated code can be run here, before a run depends on it.
+    """Check that generated code can run on this system.
 
     Returns:
-        A warning where this system lacks the layers that keep code from other processes.
+        A warning if the system lacks the layers that isolate code from other processes.
 
     Raises:
-        BadInput: it cannot, and why.
+        BadInput: the sandbox does not work.
     """
     try:
         layers, _ = _run_sandbox(_request(), 0.0)
@@ -151,20 +133,20 @@ def check_sandbox() -> str | None:
     if layers:
         return None
     return (
-        "metric: execution: this system has neither namespaces nor seccomp for generated code, so "
-        "that it could signal processes of this user and delete files; see "
+        "metric: execution: this system has neither namespaces nor seccomp (libseccomp.so.2) for "
+        "generated code, so it could signal processes of this user and delete files; see "
         "trainer/evaluation/code_sandbox.py"
     )
 
 
 def _request(**settings: Any) -> dict[str, Any]:
-    """What the sandbox is asked for, but for the programs."""
+    """Input of the sandbox without programs; settings replace its defaults."""
     defaults = {
         "function": "f",
         "cpu_seconds": 0.5,
         "wall_seconds": 5.0,
         "memory_bytes": 256 << 20,
-        "processes": min(_MOST_PROCESSES, os.cpu_count() or 1),
+        "processes": min(_MAX_PROCESSES, os.cpu_count() or 1),
         "seccomp": True,
         "jobs": [],
     }
@@ -188,7 +170,7 @@ def _score(output: str, calls: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _same(got: Any, expected: Any) -> bool:
-    """Whether JSON values are equal: a truth value is no number, floats may differ slightly."""
+    """Whether JSON values are equal: a boolean is not a number, floats may differ slightly."""
     if isinstance(expected, bool) or isinstance(got, bool):
         return got is expected
     if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
@@ -209,9 +191,9 @@ def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> tuple[list[str
     """Start the sandbox once.
 
     Returns:
-        (layers that are at work there, what each program wrote before the sandbox ended)
+        Active layers, and the output of each program that ended before the sandbox did.
     """
-    # Some interpreters find their own library by it. Nothing else of the environment goes in.
+    # Some interpreters need these to load their library. Nothing else of the environment is passed.
     keep = {k: v for k, v in os.environ.items() if k in ("LD_LIBRARY_PATH", "SYSTEMROOT")}
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
         process = subprocess.Popen(
@@ -225,8 +207,8 @@ def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> tuple[list[str
             env=keep,
             start_new_session=True,
         )
-        longest = 30 + wall_seconds * len(request["jobs"])
-        alarm = threading.Timer(longest, _kill_group, [process.pid])
+        timeout = 30 + wall_seconds * len(request["jobs"])
+        alarm = threading.Timer(timeout, _kill_group, [process.pid])
         alarm.start()
         try:
             output, errors = process.communicate(json.dumps(request))
@@ -249,5 +231,5 @@ def _kill_group(pid: int) -> None:
 
 def _mean(scores: Sequence[float]) -> float:
     if not scores:
-        raise ValueError("a metric of no rows")
+        raise ValueError("a metric over no rows")
     return sum(scores) / len(scores)
