@@ -35,7 +35,7 @@ SIZES = {  # tokens, type and (N, K) of the layers
         {"attention": (4096, 4096), "up": (14336, 4096), "down": (4096, 14336)},
     ),
 }
-KINDS = ("dequantize", "int8", "int8_outliers")
+KINDS = ("dequantize", "int8", "int8_outliers", "bitsandbytes")
 THRESHOLD = 6.0
 OUTLIER_FEATURES = 6
 REACH = 0.5
@@ -95,15 +95,16 @@ def table(rows: list[dict[str, Any]], where: str, tokens: int) -> str:
         cells = [*(f"{1e3 * seconds[kind]:.2f}" for kind in KINDS), *(f"{s:.2f}" for s in shares)]
         return f"| {' | '.join([label, *cells])} |"
 
+    milliseconds = [f"{kind}, ms" for kind in KINDS]
+    ratios = [f"{kind} / dequantize" for kind in KINDS[1:]]
     total = {kind: sum(row["seconds"][kind] for row in rows) for kind in KINDS}
     lines = [
         f"# Frozen linear layer, {tokens:,} tokens, {where}",
         "",
         "`python -m benchmarks.matmul`: forward and input-gradient, median of interleaved rounds.",
         "",
-        "| layer (N, K) | dequantise, ms | int8, ms | int8_outliers, ms | int8 / dequantise "
-        "| int8_outliers / dequantise |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(['layer (N, K)', *milliseconds, *ratios])} |",
+        "|---" * (1 + len(milliseconds) + len(ratios)) + "|",
         *(line(f"{row['shape']} {row['size']}", row["seconds"]) for row in rows),
         line("all", total),
         "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
+from trainer.model.layers import bitsandbytes_matmul as bitsandbytes_module
 from trainer.model.layers import int8_matmul, matmul_selection
+from trainer.model.layers.bitsandbytes_matmul import bitsandbytes_matmul, missing_library
 from trainer.model.layers.int8_matmul import MAX_INNER, aligned_int_product
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.matmul_selection import (
     MEASURE,
     Measured,
+    candidates,
     largest_shapes,
     measure,
     resolve_matmul,
@@ -26,7 +31,10 @@ from trainer.runtime.errors import BadInput
 TOKENS, IN, OUT = 96, 256, 192
 THRESHOLD = 6.0
 CPU = torch.device("cpu")
-KINDS = ["dequantize", "int8", "int8_outliers"]
+HAS_LIBRARY = missing_library() is None
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs bitsandbytes")
+BITSANDBYTES = pytest.param("bitsandbytes", marks=needs_library)
+KINDS = ["dequantize", "int8", "int8_outliers", BITSANDBYTES]
 
 
 def make_layer(kind: str, in_features: int = IN, out_features: int = OUT) -> FrozenLinear:
@@ -85,6 +93,8 @@ class TestErrors:
             ("int8", 20.0, 0.06, 0.06),
             ("int8_outliers", 1.0, 0.015, 0.015),
             ("int8_outliers", 20.0, 0.008, 0.06),
+            pytest.param("bitsandbytes", 1.0, 0.015, 1e-6, marks=needs_library),
+            pytest.param("bitsandbytes", 20.0, 0.008, 1e-6, marks=needs_library),
         ],
     )
     def test_bounds(self, kind: str, outliers: float, forward: float, backward: float) -> None:
@@ -190,8 +200,7 @@ class TestAlignment:
         x = (torch.randn(5, 50, generator=generator) * 3).requires_grad_()
         dy = torch.randn(5, 30, generator=generator)
         layer = make_layer(kind, 50, 30)
-        monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-        monkeypatch.setattr(int8_matmul, "_steps", int8_matmul._Steps)
+        monkeypatch.setattr(int8_matmul, "compiled", lambda function: function)
         results = []
         for product in (aligned_int_product, PLAIN_INT_MM):
             monkeypatch.setattr(int8_matmul, "int_product", product)
@@ -217,14 +226,14 @@ class TestChoice:
         assert resolve_matmul("auto", "int8", CPU, 128) == "dequantize"
         assert resolve_matmul("auto", "none", CPU, 4096) == "dequantize"
 
-    @pytest.mark.parametrize("kind", ["int8", "int8_outliers"])
+    @pytest.mark.parametrize("kind", ["int8", "int8_outliers", BITSANDBYTES])
     def test_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         gpu = FakeGPU(monkeypatch, (8, 0)).device
         assert resolve_matmul("auto", "int8", gpu, 128) == MEASURE
         assert resolve_matmul("auto", "none", gpu, 128) == "dequantize"
         assert resolve_matmul(kind, "int8", gpu, 128) == kind
 
-    @pytest.mark.parametrize("kind", ["int8", "int8_outliers"])
+    @pytest.mark.parametrize("kind", ["int8", "int8_outliers", BITSANDBYTES])
     def test_refusals(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         with pytest.raises(BadInput, match=rf"base\.matmul: {kind} needs int8 weights"):
             resolve_matmul(kind, "none", CPU, 4096)
@@ -254,6 +263,13 @@ class TestChoice:
         assert largest_shapes(model) == [(8, MAX_INNER), (8, 24)]
 
 
+KIND_OF = {
+    int8_matmul.frozen_matmul: "dequantize",
+    int8_matmul.int8_matmul: "int8",
+    bitsandbytes_matmul: "bitsandbytes",
+}
+
+
 class TestMeasure:
     """On CPU, with the clock or the kernel replaced."""
 
@@ -261,10 +277,11 @@ class TestMeasure:
 
     def measured(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> Measured:
         def clock(_: Any, product: Any) -> float:
-            return seconds["dequantize" if product is int8_matmul.frozen_matmul else "int8"]
+            function = getattr(product, "func", product)
+            return seconds[KIND_OF[function]]
 
         monkeypatch.setattr(matmul_selection._Problem, "seconds", clock)
-        return measure(self.SHAPES, torch.float32, CPU)
+        return measure([*seconds], self.SHAPES, torch.float32, CPU, THRESHOLD)
 
     def test_the_faster_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
@@ -273,7 +290,7 @@ class TestMeasure:
         assert choice.kind == "dequantize"
 
     def test_it_measures(self) -> None:
-        choice = measure(self.SHAPES, torch.float32, CPU)
+        choice = measure(["dequantize", "int8"], self.SHAPES, torch.float32, CPU, THRESHOLD)
         assert choice.kind in ("int8", "dequantize")
         assert "ms" in choice.reason
 
@@ -291,6 +308,64 @@ class TestMeasure:
         monkeypatch.setattr(torch, "_int_mm", missing)
         choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
         assert choice == Measured("dequantize", "int8 cannot run: CUBLAS_STATUS_NOT_SUPPORTED")
+
+    @needs_library
+    def test_bitsandbytes_takes_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seconds = {"dequantize": 0.003, "int8": 0.002, "bitsandbytes": 0.001}
+        assert self.measured(monkeypatch, seconds) == Measured(
+            "bitsandbytes", "bitsandbytes 1.00 ms, int8 2.00 ms, dequantize 3.00 ms"
+        )
+        seconds["int8"] = 0.0005
+        assert self.measured(monkeypatch, seconds).kind == "int8"
+
+    @needs_library
+    def test_a_failing_product_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(*_: Any) -> Tensor:
+            raise RuntimeError("no kernel image is available")
+
+        monkeypatch.setattr(bitsandbytes_module._functional(), "int8_linear_matmul", missing)
+        seconds = {"dequantize": 0.003, "int8": 0.002, "bitsandbytes": 0.001}
+        assert self.measured(monkeypatch, seconds) == Measured(
+            "int8",
+            "int8 2.00 ms, dequantize 3.00 ms; "
+            "bitsandbytes cannot run: no kernel image is available",
+        )
+
+
+def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    bitsandbytes_module._functional.cache_clear()
+    assert candidates() == ["dequantize", "int8"]
+    with pytest.raises(
+        BadInput, match=r"bitsandbytes cannot be imported .*install it, or use auto"
+    ):
+        resolve_matmul("bitsandbytes", "int8", CPU, 4096)
+
+
+@needs_library
+class TestBitsandbytes:
+    @pytest.mark.parametrize(("kind", "outliers"), [("int8", 1.0), ("int8_outliers", 20.0)])
+    def test_equals_ours_within_rounding(self, kind: str, outliers: float) -> None:
+        """Their activations are rounded to float16 first; ours are not."""
+        x, _ = activations(outliers)
+        assert relative(make_layer("bitsandbytes")(x), make_layer(kind)(x)) < 2e-3
+
+    def test_activations_beyond_float16_are_outliers(self) -> None:
+        x = activations()[0].detach()
+        x[0, 0, 3] = 1e5
+        exact = make_layer("dequantize")(x)
+        assert relative(make_layer("bitsandbytes")(x), exact) < 1e-4
+
+    def test_no_tokens(self) -> None:
+        assert make_layer("bitsandbytes")(torch.zeros(0, IN)).shape == (0, OUT)
+
+    def test_the_library_is_imported_on_first_use_only(self) -> None:
+        code = (
+            "import sys, trainer.model.layers.matmul_selection\n"
+            "assert 'bitsandbytes' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_a_compiler_nothing_is_left_to_fail_at_the_first_step(monkeypatch):

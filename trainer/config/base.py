@@ -28,13 +28,16 @@ class Base(Section):
     head: Literal["keep", "int8"] = Field(
         "keep", description="the same for the head; where it is the embedding table, both are one"
     )
-    matmul: Literal["auto", "int8", "int8_outliers", "dequantize"] = Field(
+    matmul: Literal["auto", "int8", "int8_outliers", "bitsandbytes", "dequantize"] = Field(
         "auto",
-        description="int8: activations are quantised too; int8_outliers: all but the largest; "
-        "dequantize: exact to the stored weights; auto: int8 where that was measured to be faster",
+        description="int8: activations are quantized too; int8_outliers: all but the largest; "
+        "bitsandbytes: LLM.int8() by bitsandbytes' kernels; dequantize: exact to the stored "
+        "weights; auto: the fastest (by timing on a GPU, by hidden size and CPU otherwise)",
     )
     outlier_threshold: PositiveFloat = Field(
-        6.0, description="matmul int8_outliers: activations beyond this are not quantised"
+        6.0,
+        description="matmul int8_outliers: activations beyond this are not quantized; "
+        "bitsandbytes: nor are their features",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -54,10 +57,10 @@ class Base(Section):
     @model_validator(mode="after")
     def _check(self) -> Base:
         problems = []
-        if self.outlier_threshold != 6.0 and self.matmul != "int8_outliers":
+        if self.outlier_threshold != 6.0 and self.matmul not in ("int8_outliers", "bitsandbytes"):
             problems.append(
-                f"outlier_threshold: matmul {self.matmul} knows no outliers; use matmul: "
-                "int8_outliers, or remove it"
+                f"outlier_threshold: has no effect on matmul {self.matmul}; use matmul: "
+                "int8_outliers or bitsandbytes, or remove it"
             )
         return checked(self, problems)
 

@@ -24,6 +24,7 @@ from trainer.model.fingerprint import (
 from trainer.model.layers.fused_ops import compile_fused_operations, fused_counts
 from trainer.model.layers.matmul_selection import (
     MEASURE,
+    candidates,
     largest_shapes,
     measure,
     resolve_matmul,
@@ -213,7 +214,11 @@ def _choose_matmul(
     if matmul == MEASURE:
         shapes = largest_shapes(skeleton)
         with console.phase("timing ways to multiply (base.matmul: auto)"):
-            measured = engine.run_on_main(lambda: measure(shapes, dtype, engine.device))
+            every_rank = engine.all_gather(candidates())
+            shared = [kind for kind in every_rank[0] if all(kind in rank for rank in every_rank)]
+            measured = engine.run_on_main(
+                lambda: measure(shared, shapes, dtype, engine.device, settings.outlier_threshold)
+            )
         matmul = measured.kind
         console.print(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(skeleton, matmul, settings.outlier_threshold)

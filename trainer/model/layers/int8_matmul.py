@@ -58,12 +58,17 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        weight_NK, scale_N = ctx.matrix()
-        if scale_N is not None:
-            dy = (dy * scale_N).to(dy.dtype)
-        return dy @ weight_NK.to(dy.dtype), None
+        return exact_input_gradient(ctx, dy), None
+
+
+def exact_input_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+    """``dy @ W`` for the weight that ``ctx.matrix`` returns; None if x needs no gradient."""
+    if not ctx.needs_input_grad[0]:
+        return None
+    weight_NK, scale_N = ctx.matrix()
+    if scale_N is not None:
+        dy = (dy * scale_N).to(dy.dtype)
+    return dy @ weight_NK.to(dy.dtype)
 
 
 def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Tensor:
@@ -97,15 +102,14 @@ class _Int8Matmul(torch.autograd.Function):
         ctx.matrix = matrix
         weight_NK, scale_N = matrix()
         assert scale_N is not None
-        steps = _steps()
-        # Detached, or every step would be compiled twice, with and without a gradient to come.
+        # Detached: requires_grad is a compilation guard, so each function would be compiled twice.
         rows_TK = x_TK.detach()
         if threshold is None:
-            int8_TK, scale_T1 = steps.quantize(rows_TK)
+            int8_TK, scale_T1 = compiled(_quantize)(rows_TK)
         else:
-            int8_TK, scale_T1, is_outlier_K = steps.quantize_inliers(rows_TK, threshold)
+            int8_TK, scale_T1, is_outlier_K = compiled(_quantize_inliers)(rows_TK, threshold)
         product_TN = int_product(int8_TK, weight_NK.T)
-        y_TN = steps.scale_both(product_TN, scale_T1, scale_N, rows_TK)
+        y_TN = compiled(scale_rows_and_columns)(product_TN, scale_T1, scale_N, x_TK.dtype)
         if threshold is not None:
             features_C = is_outlier_K.nonzero().flatten()
             if len(features_C) > 0:
@@ -120,10 +124,9 @@ class _Int8Matmul(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         weight_NK, scale_N = ctx.matrix()
-        steps = _steps()
-        int8_TN, scale_T1 = steps.quantize_scaled(dy_TN, scale_N)
+        int8_TN, scale_T1 = compiled(_quantize_scaled)(dy_TN, scale_N)
         product_TK = int_product(int8_TN, weight_NK)
-        return steps.scale_rows(product_TK, scale_T1, dy_TN), None, None
+        return compiled(_scale_rows)(product_TK, scale_T1, dy_TN.dtype), None, None
 
 
 def int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
@@ -155,22 +158,13 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 
 
-class _Steps:
-    """What stands around an integer product, each fused into one pass over its operand."""
-
-    def __init__(self) -> None:
-        # One shape-agnostic graph each, compiled on first use; unfused they take as long as the
-        # integer product itself.
-        self.quantize = torch.compile(_quantize, dynamic=True)
-        self.quantize_inliers = torch.compile(_quantize_inliers, dynamic=True)
-        self.quantize_scaled = torch.compile(_quantize_scaled, dynamic=True)
-        self.scale_both = torch.compile(_scale_both, dynamic=True)
-        self.scale_rows = torch.compile(_scale_rows, dynamic=True)
-
-
 @cache
-def _steps() -> _Steps:
-    return _Steps()
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function on its first use, once for all shapes.
+
+    Without fusion, quantizing the operands takes as long as the integer product itself.
+    """
+    return torch.compile(function, dynamic=True)
 
 
 def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,9 +188,12 @@ def _quantize_scaled(dy_TN: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize(dy_TN.float() * scale_N)
 
 
-def _scale_both(product_TN: Tensor, scale_T1: Tensor, scale_N: Tensor, like: Tensor) -> Tensor:
-    return (product_TN.float() * scale_T1 * scale_N).to(like.dtype)
+def scale_rows_and_columns(
+    product_TN: Tensor, scale_T1: Tensor, scale_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Turn an integer product into floats."""
+    return (product_TN.float() * scale_T1 * scale_N).to(dtype)
 
 
-def _scale_rows(product_TK: Tensor, scale_T1: Tensor, like: Tensor) -> Tensor:
-    return (product_TK.float() * scale_T1).to(like.dtype)
+def _scale_rows(product_TK: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
+    return (product_TK.float() * scale_T1).to(dtype)

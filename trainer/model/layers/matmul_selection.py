@@ -1,4 +1,4 @@
-"""Which product the frozen linear layers use: the run file's, or the one that is faster here.
+"""Selection of the product of frozen linear layers: by the run file, or the fastest by timing.
 
 Shape letters: T tokens, K input features, N output features.
 """
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.model.layers.bitsandbytes_matmul import bitsandbytes_matmul, missing_library
 from trainer.model.layers.int8_matmul import MAX_INNER, Matrix, Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
 from trainer.runtime.errors import BadInput
 
-#: ``auto`` where measuring must decide.
+#: Result of ``resolve_matmul`` if ``measure`` is to decide.
 MEASURE = "auto"
-#: On CPU: below this hidden size an integer product saves less than quantising its operands costs.
+#: On CPU: below this hidden size an integer product saves less than quantizing its operands costs.
 INT8_MATMUL_MIN_HIDDEN = 512
 #: Compute capability of the first GPUs whose matrix units multiply int8 (Turing).
 INT8_CAPABILITY = (7, 5)
@@ -31,30 +32,33 @@ INT8_CAPABILITY = (7, 5)
 ACCEPTABLE_ERROR = 0.03
 MEASURED_TOKENS = 2048
 MEASURED_ROUNDS = 5
-#: At most so many of the model's shapes, the largest ones.
+#: Number of the model's largest shapes that are timed.
 MEASURED_SHAPES = 2
+#: Outlier features of the timed activations, as LLM.int8() observed in models of 6.7B parameters
+#: (arXiv 2208.07339, section 4), and their factor. They change the time of bitsandbytes only.
+OUTLIER_FEATURES, OUTLIER_FACTOR = 6, 60.0
 
 
 def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden_size: int) -> str:
-    """``base.matmul`` with ``auto`` resolved as far as it can be without measuring.
+    """Resolve ``base.matmul: auto`` as far as possible without measuring.
 
     Returns:
-        dequantize, int8 or int8_outliers; ``MEASURE`` where ``measure`` is to decide.
+        dequantize, int8, int8_outliers or bitsandbytes; ``MEASURE`` if ``measure`` is to decide.
 
     Raises:
-        BadInput: if int8 is asked for where there are no int8 weights, or on a device that does
-            not multiply them.
+        BadInput: if an int8 product is requested, but the weights are not int8, the device does
+            not multiply int8 matrices, or bitsandbytes cannot be imported.
     """
     if setting == "dequantize":
         return setting
-    missing = _why_no_int8(device)
+    unsupported = _unsupported_device(device)
     if setting == "auto":
-        if quantization != "int8" or missing:
+        if quantization != "int8" or unsupported:
             return "dequantize"
         if device.type != "cpu":
             return MEASURE
-        # Measured on CPU too, but compiling what surrounds a product takes longer there than the
-        # answer is worth: it follows from the width.
+        # Not measured on CPU, where compiling the functions around a product takes longer than
+        # measuring is worth.
         fast = torch.cpu._is_vnni_supported() and hidden_size >= INT8_MATMUL_MIN_HIDDEN
         return "int8" if fast else "dequantize"
     if quantization != "int8":
@@ -62,17 +66,22 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
             f"base.matmul: {setting} needs int8 weights, but base.quantization is {quantization}; "
             "use base.quantization=int8 or base.matmul=dequantize"
         )
-    if missing:
+    if unsupported:
         raise BadInput(
-            f"base.matmul: {setting} is not supported on {missing}; use auto or dequantize"
+            f"base.matmul: {setting} is not supported on {unsupported}; use auto or dequantize"
+        )
+    if setting == "bitsandbytes" and (reason := missing_library()):
+        raise BadInput(
+            f"base.matmul: bitsandbytes cannot be imported ({reason}); install it, or use auto, "
+            "int8 or dequantize"
         )
     return setting
 
 
-def _why_no_int8(device: torch.device) -> str | None:
-    """The device, if it does not multiply int8 matrices, or what it lacks."""
+def _unsupported_device(device: torch.device) -> str | None:
+    """Description of a device that does not multiply int8 matrices; None if it does."""
     if device.type == "cpu":
-        # What surrounds the products is compiled at the first step, minutes after the load began.
+        # Checked at load, because the first compilation happens only at the first step.
         return None if _has_compiler() else "a CPU without a C++ compiler (install g++)"
     if device.type != "cuda":
         return device.type
@@ -95,13 +104,13 @@ def _has_compiler() -> bool:
 
 
 def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[str]:
-    """Let every quantised linear layer multiply in this way; stacked experts stay exact.
+    """Set the product of every quantized linear layer; stacked experts remain exact.
 
     Args:
-        kind: dequantize, int8 or int8_outliers.
+        kind: dequantize, int8, int8_outliers or bitsandbytes.
 
     Returns:
-        Names of the layers that stay exact because sums over their width may leave int32.
+        Names of the layers that remain exact because sums over their width may exceed int32.
     """
     if kind == "dequantize":
         return []
@@ -119,6 +128,8 @@ def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[st
 def _product(kind: str, outlier_threshold: float) -> Product:
     if kind == "dequantize":
         return frozen_matmul
+    if kind == "bitsandbytes":
+        return partial(bitsandbytes_matmul, threshold=outlier_threshold)
     return partial(int8_matmul, threshold=outlier_threshold if kind == "int8_outliers" else None)
 
 
@@ -135,45 +146,69 @@ def largest_shapes(model: nn.Module) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What ``auto`` found, and the words for the log."""
+    """Result of timing the products.
+
+    Attributes:
+        kind: the fastest.
+        reason: times and failures, for the log.
+    """
 
     kind: str
     reason: str
 
 
-def measure(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
-) -> Measured:
-    """Take the faster of ``int8`` and ``dequantize`` on random matrices of these shapes.
+def candidates() -> list[str]:
+    """Kinds that ``measure`` can time in this process."""
+    return ["dequantize", "int8", *([] if missing_library() else ["bitsandbytes"])]
 
-    Forward and input-gradient, quantisation included, in turns; medians. A device whose int8
-    product fails, or is further off than rounding explains, gets ``dequantize``.
+
+def measure(
+    kinds: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    outlier_threshold: float,
+) -> Measured:
+    """Time the products on random matrices of these shapes and select the fastest.
+
+    Forward and input-gradient, quantization included, in turns; sum of the medians. A product that
+    fails, or whose error is larger than rounding explains, is left out.
+
+    Args:
+        kinds: of ``candidates``, dequantize first.
     """
-    exact, rounded = _product("dequantize", 0.0), _product("int8", 0.0)
-    seconds = [0.0, 0.0]
+    kinds = list(kinds)
+    products = {kind: _product(kind, outlier_threshold) for kind in kinds}
+    seconds, failures = dict.fromkeys(kinds, 0.0), []
     try:
         for shape in shapes:
             problem = _Problem(shape, dtype, device)
-            error = problem.error(rounded, exact)
-            if not error <= ACCEPTABLE_ERROR:
-                return Measured("dequantize", f"int8 is off by {error:.1%} at {shape}")
-            rounds = [
-                (problem.seconds(exact), problem.seconds(rounded)) for _ in range(MEASURED_ROUNDS)
-            ]
-            for i, times in enumerate(zip(*rounds, strict=True)):
-                seconds[i] += statistics.median(times)
-    except RuntimeError as error:  # of the kernel, of the compiler, or no memory for a trial
-        return Measured("dequantize", f"int8 cannot run: {str(error).strip().splitlines()[0]}")
+            for kind in kinds[1:]:
+                if failure := problem.failure(products[kind], products["dequantize"]):
+                    failures.append(f"{kind} {failure}")
+                    kinds.remove(kind)
+            if len(kinds) == 1:
+                break
+            problem.add_outliers()
+            rounds = [[problem.seconds(products[k]) for k in kinds] for _ in range(MEASURED_ROUNDS)]
+            for kind, times in zip(kinds, zip(*rounds, strict=True), strict=True):
+                seconds[kind] += statistics.median(times)
+    except RuntimeError as error:  # most likely out of memory
+        return Measured("dequantize", f"timing failed: {_first_line(error)}")
     finally:
-        if device.type == "cuda":  # what is free is asked for next
+        if device.type == "cuda":  # free memory is measured next
             torch.cuda.empty_cache()
-    kind = "int8" if seconds[1] < seconds[0] else "dequantize"
-    milliseconds = [1e3 * s for s in seconds]
-    return Measured(kind, "int8 {1:.2f} ms, dequantize {0:.2f} ms".format(*milliseconds))
+    if len(kinds) > 1:
+        failures.insert(0, ", ".join(f"{k} {1e3 * seconds[k]:.2f} ms" for k in reversed(kinds)))
+    return Measured(min(kinds, key=lambda kind: seconds[kind]), "; ".join(failures))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class _Problem:
-    """One matrix, input and output gradient to try products on."""
+    """A random matrix, input and output gradient to try products on."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         n, k = shape
@@ -191,10 +226,25 @@ class _Problem:
         (dx_TK,) = torch.autograd.grad(y_TN, self.x_TK, self.dy_TN)
         return y_TN.detach(), dx_TK
 
-    def error(self, found: Product, expected: Product) -> float:
-        """The larger relative error of the two directions; also warms both products up."""
-        pairs = zip(self.run(found), self.run(expected), strict=True)
-        return max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
+    def failure(self, product: Product, exact: Product) -> str | None:
+        """Compare the products in both directions, which also warms them up.
+
+        Returns:
+            Why the product is unusable; None if it is not.
+        """
+        try:
+            actual = self.run(product)
+        except RuntimeError as error:  # of the kernel, the compiler or the allocator
+            return f"cannot run: {_first_line(error)}"
+        pairs = zip(actual, self.run(exact), strict=True)
+        largest = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
+        if largest <= ACCEPTABLE_ERROR:  # false for NaN
+            return None
+        return f"is off by {largest:.1%} at {tuple(self.weight_NK.shape)}"
+
+    def add_outliers(self) -> None:
+        with torch.no_grad():
+            self.x_TK[:, :OUTLIER_FEATURES] *= OUTLIER_FACTOR
 
     def seconds(self, product: Product) -> float:
         self._synchronize()
