@@ -201,7 +201,7 @@ def test_long_dialogues(tmp_path):
         ),
         ([{"role": "user", "content": " "}], "[0].content: is empty"),
         (TURNS[:2], "the last turn is of the user; end with the assistant's answer"),
-        (TURNS[2:3], "[0] is of the assistant; begin with what it answers"),
+        (TURNS[2:3], "[0] is of the assistant; begin with the turn that it answers"),
     ],
 )
 def test_malformed_dialogues(tmp_path, dialogue, expected):
@@ -254,12 +254,12 @@ def test_token_ids_that_are_too_long(tmp_path):
     ("ids", "labels", "expected"),
     [
         ([1, 2], [-100], "has 2 input_ids but 1 labels"),
-        ([1, 2], [1, 2], "labels[0] is 1, but nothing stands in front"),
+        ([1, 2], [1, 2], "labels[0] is 1, but no token precedes it"),
         ([1, 2, 3], [-100, 3, -100], "labels[1] is 3, but input_ids[1] is 2; a label is the id"),
         ([1, 2], [-100, -100], "has no label"),
-        ([1, "x"], [-100, 2], "input_ids: [1] is 'x', no token id"),
-        ([1, -2], [-100, -2], "input_ids: [1] is -2, no token id"),
-        ([1, True], [-100, 1], "input_ids: [1] is True, no token id"),
+        ([1, "x"], [-100, 2], "input_ids: [1] is 'x', not a token id"),
+        ([1, -2], [-100, -2], "input_ids: [1] is -2, not a token id"),
+        ([1, True], [-100, 1], "input_ids: [1] is True, not a token id"),
         ([], [], "input_ids: [] is not a list of token ids"),
     ],
 )

@@ -341,7 +341,7 @@ def test_dialogues_of_sharegpt(tmp_path, tokenizer):
         ({"content": []}, "[0].content: is empty"),
         ({"content": {"text": "Hi"}}, "[0].content: {'text': 'Hi'} must be a string or a list of"),
         ({"weight": 1}, "[0].weight: is 1, but only turns of the assistant are learned"),
-        ({"weight": 0.5}, "[0].weight: is 0.5; 0 keeps the turn from being learned"),
+        ({"weight": 0.5}, "[0].weight: is 0.5; it must be 1"),
         ({"content": None}, "[0] is {'role': 'user'}; a turn has role and content"),
     ],
 )

@@ -198,7 +198,7 @@ def test_damaged_gzip_files(tmp_path):
         compressed[:-8],
     ):
         path = write(tmp_path, "d.jsonl.gz", content)
-        assert "is not a whole gzip file" in problem(path)
+        assert "is not a complete gzip file" in problem(path)
     assert "name it as data.jsonl.gz" in problem(write(tmp_path, "d.gz", compressed))
     assert "decompress it (zstd -d)" in problem(write(tmp_path, "d.jsonl.zst", compressed))
 
@@ -327,7 +327,7 @@ def test_bad_json_names_line_and_column(tmp_path):
 
 def test_a_pretty_printed_object_is_one_problem(tmp_path):
     text = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD, indent=2)))
-    assert "JSON Lines file has one whole object per line (a list: name it .json)" in text
+    assert "JSON Lines file has one complete object per line (a list: name it .json)" in text
 
 
 def test_bad_json_list_names_line(tmp_path):
@@ -480,7 +480,7 @@ def test_csv_mistakes(tmp_path):
     assert ragged[0].startswith("r.csv: row 2 (line 3): has 3 fields where the header has 2")
     assert ragged[1].startswith("r.csv: row 3 (line 4): has 1 fields")
     open_quote = problem(write(tmp_path, "q.csv", 'text,label\na,b\n"never,closed\nx,y\n'))
-    assert open_quote.startswith('q.csv:3: not valid csv: a quote (") is opened and never closed')
+    assert open_quote.startswith('q.csv:3: not valid csv: a quote (") is opened but not closed')
     returns = problem(write(tmp_path, "cr.csv", "text,label\ra,b\r"))
     assert returns.endswith("carriage return alone; save it with newlines at line ends")
     assert "duplicate column 'text'" in problem(
@@ -491,7 +491,7 @@ def test_csv_mistakes(tmp_path):
 
 
 def test_damaged_parquet(tmp_path):
-    assert "is not a whole parquet file" in problem(write(tmp_path, "d.parquet", b"PAR1 no"))
+    assert "is not a complete parquet file" in problem(write(tmp_path, "d.parquet", b"PAR1 no"))
     parquet.write_table(
         pa.table({"text": ["abc"] * 5000, "label": list(map(str, range(5000)))}),
         tmp_path / "e.parquet",
@@ -682,7 +682,7 @@ def test_mistakes_in_tables(tmp_path):
     named = DataSource(path=str(tmp_path / "x"), split="test")
     assert list(load_rows([named], task())) == GOOD
     write(tmp_path, "d.arrow", b"not arrow")
-    assert "is not a whole arrow file" in problem(str(tmp_path / "d.arrow"))
+    assert "is not a complete arrow file" in problem(str(tmp_path / "d.arrow"))
     path = save_arrow(tmp_path / "e.arrow", pa.Table.from_pylist(GOOD * 9000), pa.ipc.new_stream)
     Path(path).write_bytes(Path(path).read_bytes()[:-150_000])
     assert "write it again" in problem(path)
@@ -704,7 +704,7 @@ def test_mistakes_in_tables(tmp_path):
         ("train/state.json", '{"_data_files": [{"filename": "x.arrow"}]}', "x.arrow: no such file"),
         ("train/state.json", None, "split 'train' has no state.json; save the data set again"),
         ("train/data-00000-of-00001.arrow", None, "no such file"),
-        ("train/data-00000-of-00001.arrow", "x", "is not a whole arrow file"),
+        ("train/data-00000-of-00001.arrow", "x", "is not a complete arrow file"),
     ],
 )
 def test_damaged_saved_folders(tmp_path, file, content, words):

@@ -1,0 +1,25 @@
+"""Files -> rows -> token ids. Nothing here imports torch, except ``label_prefixes``.
+
+The way of a row from a file to a packed batch, with the type passed at each step:
+
+1. ``data_files``: a setting such as ``train`` (``DataSource``) -> ``DataFile``: a text file, or a
+   ``Table`` (``table_readers``: parquet, arrow, saved folder, hub data set).
+2. Readers: ``DataFile`` -> ``FileRecord`` per row, or its problem (``text_readers``,
+   ``json_reader``; tables through ``arrow_values``). JSON Lines and tables of text and integers
+   take a faster path: Arrow record batches (``arrow_reader``).
+3. ``row_validation``: ``FileRecord`` -> the used columns in their parsed form (``column_parsers``),
+   or ``Problems``, each with ``FILE:LINE`` and remedy.
+4. ``ingest``: all rows of a file -> ``IngestedFile``: memory-mapped Arrow, with a hash per row.
+5. ``splits``: ``IngestedFile`` -> ``RowDataset`` (``dataset``) per split. Sources are mixed
+   (``MixtureComponent``), validation rows are held out and ``max_rows`` selected by content hash
+   (``row_hashing``), and rows shared with train are reported (``LeakedRows``).
+6. ``tokenization``: ``RowDataset`` -> ``TokenBlock`` per batch -> ``TokenTable`` of ``Example``
+   (``token_table``), kept in ``token_cache``.
+7. ``task_data``: the splits of a task -> ``TaskData``: a ``TokenTable`` to train on and an
+   ``EvalSet`` per validation split, without a prompt and after each hard prompt; with the
+   ``Teacher`` of each distilled prompt (``teacher``).
+8. ``sampler``: ``TokenTable`` -> ``TokenBudgetSampler``: row numbers of each update.
+9. ``packing.batch_source``: row numbers -> ``PackedRow`` of each prompt.
+10. ``packing.planning`` and ``packing.packed_batch``: ``PackedRow`` -> ``PackedBatch``, one
+    micro-batch ``[prompt segments | row segments]`` without padding.
+"""

@@ -1,6 +1,6 @@
-"""Columns whose values are neither text nor numbers: test calls, dialogues, token ids, labels.
+"""Parsers of columns that are neither text nor numbers: test calls, dialogues, token ids, labels.
 
-Each has one function that gives the value in its plain form, or says what is wrong with it.
+Each parser returns the value in one normal form, or raises ValueError with the mistake.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     **{role: role for role in ROLES},
 }
-NO_LABEL = -100  #: a position without a label, as in transformers
+NO_LABEL = -100  #: label that is ignored, as in transformers
 _INT32 = range(2**31)
 
 Parser = Callable[[Any], Any]
 
 
 def parsers(task: Task) -> dict[str, Parser]:
-    """For each such column of a task: value -> plain form; raises ValueError, worded for people."""
+    """Return the parser of each such column of a task. Parsers raise ValueError with a remedy."""
     if task.messages is not None:
-        found: dict[str, Parser] = {task.messages: parse_messages}
-        return found if task.tools is None else found | {task.tools: parse_tools}
+        dialogue: dict[str, Parser] = {task.messages: parse_messages}
+        return dialogue if task.tools is None else dialogue | {task.tools: parse_tools}
     if task.tokens is not None:
         return {task.tokens.input_ids: parse_ids, task.tokens.labels: parse_labels}
-    found = {}
+    by_column: dict[str, Parser] = {}
     if task.choices is not None:
         parse = join_labels if task.multi_label else parse_choice
-        found[template_fields(task.target)[0]] = lambda value: parse(value, task)
+        by_column[template_fields(task.target)[0]] = lambda value: parse(value, task)
     if task.metric == "execution":
-        found[task.tests] = parse_tests
-    return found
+        by_column[task.tests] = parse_tests
+    return by_column
 
 
 def has_nested(task: Task) -> bool:
@@ -55,9 +55,9 @@ def has_nested(task: Task) -> bool:
 def kept_nulls(task: Task) -> set[str]:
     """Columns of a table whose outermost objects keep keys that are null.
 
-    In Arrow an object has the keys of all rows, null where its own row has none. Such keys are
-    dropped at every depth. But a test call may expect null as its result, and a turn may have null
-    as its content: of those ``parse_tests`` and ``parse_messages`` know the keys.
+    In Arrow an object has the keys of all rows, null where its row has none. Such keys are dropped
+    at every depth. But the result of a test call and the content of a turn may be null: their keys
+    are kept and handled by ``parse_tests`` and ``parse_messages``.
     """
     if task.messages is not None:
         return {task.messages}
@@ -65,7 +65,7 @@ def kept_nulls(task: Task) -> set[str]:
 
 
 def _from_text(value: Any, example: str) -> Any:
-    """A list, or that list as JSON text: csv has nothing else."""
+    """Parse a list that is JSON text, which is the only form in csv."""
     if not isinstance(value, str):
         return value
     try:
@@ -75,7 +75,7 @@ def _from_text(value: Any, example: str) -> Any:
 
 
 def parse_tests(value: Any) -> list[dict[str, Any]]:
-    """Test calls: a list of ``{"args": [...], "result": ...}``, not empty."""
+    """Parse test calls: a list of ``{"args": [...], "result": ...}``, not empty."""
     example = '[{"args": [1, 2], "result": 3}]'
     calls = _from_text(value, example)
     if not isinstance(calls, list) or not calls:
@@ -96,24 +96,24 @@ _TURNS = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "
 
 
 def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """A dialogue that ends with the assistant: ``{"role": ..., "content": ...}`` per turn.
+    """Parse a dialogue that ends with the assistant: ``{"role": ..., "content": ...}`` per turn.
 
-    Content is text or a list of parts of text. It may be missing where the turn has
-    ``tool_calls``. ``weight`` may be 0, of turns of the assistant also 1 (the default): 0 keeps the
-    turn from being learned. Other keys of a turn (``name``, ``tool_calls``) are kept for the chat
-    template; keys that are null are dropped, as in transformers. Turns of ShareGPT, ``{"from": ...,
-    "value": ...}``, are given in the same form.
+    Content is text or a list of text parts. It may be missing in a turn with ``tool_calls``.
+    ``weight`` may be 0 (the turn is not learned) or, in turns of the assistant, 1 (the default).
+    Other keys of a turn (``name``, ``tool_calls``) are kept for the chat template; keys that are
+    null are dropped, as in transformers. Turns of ShareGPT, ``{"from": ..., "value": ...}``, are
+    converted to this form.
     """
     turns = _from_text(value, _TURNS)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{shorten(turns)} is not a list of turns; write {_TURNS}")
     turns = [_turn(number, turn) for number, turn in enumerate(turns)]
     if turns[0]["role"] == "assistant":
-        raise ValueError("[0] is of the assistant; begin with what it answers")
+        raise ValueError("[0] is of the assistant; begin with the turn that it answers")
     if turns[-1]["role"] != "assistant":
         raise ValueError(
             f"the last turn is of the {turns[-1]['role']}; end with the assistant's answer, "
-            "which is what is learned"
+            "which is learned"
         )
     if not any(map(is_learned, turns)):
         raise ValueError("weight: is 0 in all turns of the assistant; remove the row")
@@ -121,12 +121,12 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn of a dialogue is to be learned."""
+    """Whether the tokens of a turn are labels."""
     return turn["role"] == "assistant" and turn.get("weight") != 0
 
 
 def _turn(number: int, value: Any) -> dict[str, Any]:
-    """A turn in its plain form."""
+    """Parse one turn."""
     turn = _from_text(value, _TURNS)  # tables may hold each turn as JSON
     if isinstance(turn, dict):
         turn = {key: item for key, item in turn.items() if item is not None}
@@ -160,7 +160,7 @@ def _of_sharegpt(number: int, turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(number: int, content: Any) -> str | list[dict[str, str]]:
-    """Text, or a list of parts of text: ``{"type": "text", "text": ...}``."""
+    """Parse text, or a list of text parts: ``{"type": "text", "text": ...}``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -180,7 +180,7 @@ def _content(number: int, content: Any) -> str | list[dict[str, str]]:
 
 
 def content_of(turn: Mapping[str, Any]) -> str:
-    """The text of a turn, its parts joined; empty where it has none."""
+    """Return the text of a turn with its parts joined; empty without content."""
     content = turn.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -189,8 +189,7 @@ def _check_weight(number: int, turn: Mapping[str, Any]) -> None:
     weight = turn.get("weight", 0)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise ValueError(
-            f"[{number}].weight: is {shorten(weight)}; 0 keeps the turn from being learned, 1 "
-            "learns it, and nothing else is possible"
+            f"[{number}].weight: is {shorten(weight)}; it must be 1 (learn the turn) or 0 (do not)"
         )
     if weight and turn["role"] != "assistant":
         raise ValueError(
@@ -199,7 +198,7 @@ def _check_weight(number: int, turn: Mapping[str, Any]) -> None:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tools that a dialogue may call: a list of their JSON schemas, or None."""
+    """Parse the tools that a dialogue may call: a list of their JSON schemas, or None."""
     example = '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -221,34 +220,31 @@ def _parse_ints(value: Any, lowest: int) -> list[int]:
         raise ValueError(f"{shorten(ids)} is not a list of token ids; write [1, 2, 3]")
     for number, item in enumerate(ids):
         if type(item) is not int or not (item in _INT32 or item == lowest):
-            raise ValueError(f"[{number}] is {shorten(item)}, no token id")
+            raise ValueError(f"[{number}] is {shorten(item)}, not a token id")
     return ids
 
 
 def parse_ids(value: Any) -> list[int]:
-    """Token ids, not negative, at least one."""
+    """Parse token ids: not negative, at least one."""
     return _parse_ints(value, 0)
 
 
 def parse_labels(value: Any) -> list[int]:
-    """Labels: a token id, or -100 where there is none."""
+    """Parse labels: token ids, or -100 to ignore a position."""
     return _parse_ints(value, NO_LABEL)
 
 
 def problem_of_tokens(input_ids: list[int], labels: list[int]) -> str | None:
-    """What is wrong between a row's ids and its labels, or None."""
+    """Describe a mismatch between a row's ids and its labels; None if there is none."""
     if len(input_ids) != len(labels):
         return f"has {len(input_ids)} input_ids but {len(labels)} labels; make one label per id"
     if labels[0] != NO_LABEL:
-        return (
-            f"labels[0] is {labels[0]}, but nothing stands in front of the first token to "
-            "predict it from; make it -100"
-        )
+        return f"labels[0] is {labels[0]}, but no token precedes it to predict it; make it -100"
     for number, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
         if label not in (NO_LABEL, token):
             return (
                 f"labels[{number}] is {label}, but input_ids[{number}] is {token}; a label is the "
-                "id at its own place (not shifted), or -100"
+                "id at the same place (not shifted), or -100"
             )
     if all(label == NO_LABEL for label in labels):
         return "has no label: all are -100; remove the row"
@@ -256,29 +252,29 @@ def problem_of_tokens(input_ids: list[int], labels: list[int]) -> str | None:
 
 
 def join_labels(value: Any, task: Task) -> str:
-    """The labels of a row as the text to write: each once, in the order of ``task.choices``."""
+    """Join the labels of a row to the target text: each once, in the order of ``task.choices``."""
     example = json.dumps((task.choices or [])[:2])
     if isinstance(value, str) and not value.lstrip().startswith("["):
         raise ValueError(f"{shorten(value)} is text; a multi-label row has a list: {example}")
     labels = _from_text(value, example)
     if not isinstance(labels, list) or not labels:
         raise ValueError(
-            f"{shorten(labels)} is not a list of labels; write {example}; for none of them, "
-            "add a choice that says so"
+            f"{shorten(labels)} is not a list of labels; write {example}; if none applies, "
+            "add a choice for that"
         )
     named = {parse_choice(label, task) for label in labels}
     return task.label_separator.join(choice for choice in task.choices or [] if choice in named)
 
 
 def parse_choice(value: Any, task: Task) -> str:
-    """The choice of a task that a value means: ``"1"`` for 1, and for 1.0 where there is no "1.0".
+    """Return the choice that a value means: ``"1"`` for 1, and for 1.0 if "1.0" is not a choice.
 
-    CSV files, and columns with missing numbers, write whole numbers as 1.0; JSON writes booleans as
-    true and Python as True.
+    CSV files, and columns with missing numbers, have integers as 1.0; booleans are true in JSON and
+    True in Python.
     """
     choices, text = task.choices or [], str(value)
-    whole = re.fullmatch(r"(-?\d+)(\.0+)?", text)
-    others = [whole[1], f"{whole[1]}.0"] if whole else []
+    integer = re.fullmatch(r"(-?\d+)(\.0+)?", text)
+    others = [integer[1], f"{integer[1]}.0"] if integer else []
     others += [text.lower()] if isinstance(value, bool) else []
     for spelling in (text, *others):
         if spelling in choices:
@@ -290,7 +286,7 @@ def parse_choice(value: Any, task: Task) -> str:
 
 
 def split_labels(text: str, task: Task) -> list[str]:
-    """The labels that a text written by the base names; the template's own words are left out."""
+    """Split text generated by the base into labels, without the template's fixed text."""
     (name,) = template_fields(task.target)
     before, _, after = task.target.partition("{" + name + "}")
     text = text.strip().removeprefix(before.strip()).removesuffix(after.strip())

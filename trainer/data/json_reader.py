@@ -1,4 +1,4 @@
-"""JSON files -> records: objects by line, in a list, or in an object that holds the list."""
+"""JSON files -> records: an object per line, a list of objects, or an object that holds one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.runtime.json_file import check_depth
 
 
 def read_jsonl(file: Path) -> Iterator[FileRecord]:
-    """Rows of a file of JSON Lines."""
+    """Read a JSON Lines file."""
     with open_text(file) as lines:
         yield from json_lines(lines)
 
@@ -21,7 +21,7 @@ def read_jsonl(file: Path) -> Iterator[FileRecord]:
 def json_lines(
     lines: Iterable[bytes], first_row: int = 1, first_line: int = 1
 ) -> Iterator[FileRecord]:
-    """Rows of JSON Lines; blank lines count as lines only."""
+    """Parse JSON Lines; blank lines are skipped."""
     row = first_row - 1
     for number, raw in enumerate(lines, start=first_line):
         raw = raw.removeprefix(BOM) if number == 1 else raw
@@ -30,9 +30,11 @@ def json_lines(
         row += 1
         values, problem = _json_line(raw)
         if problem and row == 1 and raw.strip() in (b"{", b"["):
-            problem += "; a JSON Lines file has one whole object per line (a list: name it .json)"
+            problem += (
+                "; a JSON Lines file has one complete object per line (a list: name it .json)"
+            )
             yield FileRecord(row, number, {}, problem)
-            return  # every other line would only repeat it
+            return  # every other line would repeat it
         yield FileRecord(row, number, values, problem)
 
 
@@ -42,7 +44,7 @@ def _json_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
     except UnicodeDecodeError as error:
         return {}, bad_utf8(raw, error)
     try:
-        value = _loads(text)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         return (
             {},
@@ -52,46 +54,46 @@ def _json_line(raw: bytes) -> tuple[dict[str, Any], str | None]:
         return {}, "not readable JSON: nested too deeply"
     except ValueError as error:
         return {}, f"not valid JSON: {error}"
-    return _as_row(value, suspicious="\\ud" in text.lower())
-
-
-def _loads(text: str) -> Any:
-    """JSON without NaN and Infinity, and without two values for one key, of which one is lost."""
-    return json.loads(
-        text, parse_constant=_no_constant, parse_int=_integer, object_pairs_hook=_object
-    )
+    return _as_row(value, surrogates="\\ud" in text.lower())
 
 
 def _integer(text: str) -> int:
     try:
         return int(text)
-    except ValueError:  # Python's own limit, against slow conversions
+    except ValueError:  # Python's limit on the digits of an integer
         raise ValueError(
             f"an integer of {len(text):,} digits is too long; put it in quotes"
         ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
-    return found
+    return values
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON; write null or a number")
 
 
+#: Rejects NaN and Infinity, and two values for one key, of which ``json.loads`` drops one.
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, parse_int=_integer, object_pairs_hook=_object
+)
+
+
 def _around(text: str, position: int) -> str:
-    """The spot of a JSON error with a few characters on either side."""
+    """Quote the place of a JSON error with a few characters on either side."""
     start, end = max(0, position - 20), min(len(text), position + 20)
     if position >= len(text):
         return f"the line ends with {text[start:]!r}"
     return f"near {text[start:end]!r}"
 
 
-def _as_row(value: Any, suspicious: bool) -> tuple[dict[str, Any], str | None]:
+def _as_row(value: Any, surrogates: bool) -> tuple[dict[str, Any], str | None]:
+    """Check that a value is a row: (row, problem). ``surrogates``: the text has escaped ones."""
     if not isinstance(value, dict):
         kind = {list: "a list", str: "text", type(None): "null"}.get(type(value), "a number")
         return {}, f'is {kind}, {shorten(value)}; a row is an object: {{"column": value, ...}}'
@@ -99,7 +101,7 @@ def _as_row(value: Any, suspicious: bool) -> tuple[dict[str, Any], str | None]:
         check_depth(value)
     except ValueError as error:
         return {}, f"not readable JSON: {error}"
-    if suspicious:  # half of a surrogate pair is legal JSON but no text that can be stored
+    if surrogates:  # half a surrogate pair is legal JSON, but cannot be stored as text
         for column, item in value.items():
             try:
                 json.dumps([column, item], ensure_ascii=False).encode("utf-8")
@@ -114,7 +116,7 @@ def _as_row(value: Any, suspicious: bool) -> tuple[dict[str, Any], str | None]:
 
 
 def _text_of(file: Path) -> str:
-    """The whole file as text; a bad byte is reported with its line."""
+    """Read a file as text; a bad byte is reported with its line."""
     problems = []
     with open_text(file) as lines:
         for number, raw in enumerate(lines, start=1):
@@ -129,22 +131,22 @@ def _text_of(file: Path) -> str:
 
 
 def read_json_rows(file: Path, columns: Collection[str]) -> Iterator[FileRecord]:
-    """A list of rows, an object that holds one list of rows, or an object per line."""
+    """Read a list of rows, an object that holds one list of rows, or an object per line."""
     first, more = _first_line(file)
     if not first.startswith(b"["):
-        whole = not _json_line(first)[1]  # the first line is an object
-        if more and (whole or first.endswith(b"}")):
+        is_object = not _json_line(first)[1]
+        if more and (is_object or first.endswith(b"}")):
             yield from read_jsonl(file)
             return
     text = _text_of(file)
-    suspicious = "\\ud" in text.lower()
+    surrogates = "\\ud" in text.lower()
     for row, value in enumerate(_rows_of(file, _json_value(file, text), columns), start=1):
-        content, problem = _as_row(value, suspicious)
+        content, problem = _as_row(value, surrogates)
         yield FileRecord(row, None, content, problem)
 
 
 def _first_line(file: Path) -> tuple[bytes, bool]:
-    """The first line that is not blank, stripped, and whether another one follows."""
+    """Return the first line that is not blank, stripped, and whether another one follows."""
     with open_text(file) as stream:
         lines = (raw.removeprefix(BOM).strip() for raw in stream)
         filled = (line for line in lines if line)
@@ -155,10 +157,10 @@ def _json_value(file: Path, text: str) -> Any:
     if not text.strip():
         return []
     try:
-        return _loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        spot = f"{file}:{error.lineno}: not valid JSON at column {error.colno}"
-        raise BadInput(f"{spot}: {error.msg}: {_around(text, error.pos)}") from None
+        where = f"{file}:{error.lineno}: not valid JSON at column {error.colno}"
+        raise BadInput(f"{where}: {error.msg}: {_around(text, error.pos)}") from None
     except RecursionError:
         raise BadInput(f"{file}: not readable JSON: nested too deeply") from None
     except ValueError as error:
@@ -166,7 +168,7 @@ def _json_value(file: Path, text: str) -> Any:
 
 
 def _rows_of(file: Path, value: Any, columns: Collection[str]) -> Sequence[Any]:
-    """The rows of a whole JSON file: ``[...]``, ``{"data": [...]}`` or one row."""
+    """Return the rows of a JSON document: ``[...]``, ``{"data": [...]}`` or one row."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     if value and all(map(_is_column, value.values())):
@@ -179,15 +181,15 @@ def _rows_of(file: Path, value: Any, columns: Collection[str]) -> Sequence[Any]:
     lists = [key for key, item in value.items() if _is_list_of_rows(item)]
     if len(lists) > 1:
         raise BadInput(
-            f"{file}: holds several lists of rows ({', '.join(lists)}); write each into a file of "
-            "its own"
+            f"{file}: holds several lists of rows ({', '.join(lists)}); write each into a "
+            "separate file"
         )
     rows: Sequence[Any] = value[lists[0]] if lists else [value]
     return rows
 
 
 def _is_column(value: Any) -> bool:
-    """Whether a value is a column: a list of plain values, or ``{"0": value, "1": ...}``."""
+    """Whether a value is a column: a list of scalars, or ``{"0": value, "1": ...}``."""
     if isinstance(value, list):
         return bool(value) and not any(isinstance(item, dict | list) for item in value)
     return isinstance(value, dict) and bool(value) and "".join(value).isdigit()

@@ -1,8 +1,8 @@
 """Choices that are a prefix of another choice, such as "net" and "network", without EOS after them.
 
-The text "network" begins with "net", so "net" is at least as likely as "network" whatever the base
-predicts. The likelihoods are made exclusive: that of a choice is the probability of text that
-begins with it and with no longer choice,
+The text "network" begins with "net", so every base predicts "net" at least as likely as "network".
+The likelihoods are made exclusive: that of a choice is the probability of text that begins with it
+and with no longer choice,
 
     P(net, not network) = P(net) - P(network).
 

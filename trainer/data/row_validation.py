@@ -17,14 +17,14 @@ from trainer.data.text_readers import FileRecord, place, shorten
 from trainer.runtime.errors import did_you_mean
 
 MAX_PROBLEMS = 10
-_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (bool, "a truth value"),
-    ((int, float), "a number"),
-    (str, "text"),
-    ((list, tuple), "a list"),
-    (dict, "an object"),
-    ((bytes, bytearray), "binary data"),
-)
+_KINDS = {
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
@@ -170,7 +170,8 @@ class RowValidator:
         if record.problem:
             self._add(record, record.problem)
             return None
-        self._names.update(dict.fromkeys(record.values))
+        if not record.values.keys() <= self._names.keys():
+            self._names.update(dict.fromkeys(record.values))
         row: dict[str, Any] = {}
         for name in self._used:
             self._check_value(record, name, row)
@@ -225,7 +226,7 @@ class RowValidator:
                 row[name] = self._parsers[name](value)
             except ValueError as error:
                 self._add(record, f"{name}: {error}")
-        elif (kind := _kind_of(value)) in ("a list", "an object", "binary data"):
+        elif (kind := _KINDS[type(value)]) in ("a list", "an object"):
             self._add(
                 record, f"{name}: is {kind}, {shorten(value)}; a template takes text or a number"
             )
@@ -259,11 +260,6 @@ class RowValidator:
             if kind != usual:
                 what = f"{shorten(value)} is {kind}, other rows have {usual}; {remedy}"
                 self._add(record, f"{name}: {what}", rows)
-
-
-def _kind_of(value: Any) -> str:
-    """Name the kind of a value for messages."""
-    return next((name for kind, name in _KINDS if isinstance(value, kind)), type(value).__name__)
 
 
 def _no_column(name: str, setting: str, names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Training order: which rows the next update reads, by token budget. Imports no torch.
 
 The position of the sampler is trainer state: it is saved in checkpoints and restored on resume.
-The order of an epoch is computed place by place, so nothing is stored whatever the number of rows.
+The order of an epoch is computed place by place, so memory does not grow with the number of rows.
 It uses integer arithmetic of our own, modulo 2^64: the same on every version of Python and numpy.
 """
 
@@ -24,7 +24,7 @@ Integers = NDArray[np.int64]
 #: Number of following rows among which an update searches for rows that fill its budget.
 WINDOW = 64
 _BLOCK = 1024
-#: Rounds of swap-or-not. The paper's bound asks for a multiple of log2(rows); with this many,
+#: Rounds of swap-or-not. The paper's bound is a multiple of log2(rows); with this many,
 #: neighbors of five million rows are uncorrelated (tested).
 ROUNDS = 64
 #: Up to this many rows are sorted by a hash instead, which is cheaper.

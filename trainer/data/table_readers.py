@@ -1,4 +1,4 @@
-"""Data that is a table already: parquet and arrow files, saved folders, hub data sets. No torch."""
+"""Tables: parquet and arrow files, saved folders, hub data sets. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from trainer.runtime.json_file import parse_json, read_json_object
 
 TABLE_FORMATS = (".parquet", ".arrow")
 _BATCH = 1 << 14
-#: Builders of `datasets` that only parse a table. Others run archives, pickles or media decoders.
+#: Builders of ``datasets`` that only parse a table. Others unpack archives, pickles or media.
 _PLAIN_BUILDERS = ("parquet", "json", "csv", "text", "arrow")
 
 
 class Table:
-    """Record batches of a file or of a hub data set, read as they are asked for.
+    """A file or hub data set whose record batches are read on demand.
 
     Attributes:
+        name: its name in messages.
         names: all its columns.
     """
 
@@ -37,22 +38,22 @@ class Table:
         self._file, self._features, self._dataset = file, features, dataset
 
     def is_plain(self, column: str) -> bool:
-        """Whether a column means what its Arrow type says: no class numbers, no JSON text."""
+        """Whether the values of a column need no conversion: no class numbers, no JSON text."""
         return is_plain(self._features.get(column))
 
     def class_names(self, column: str) -> list[str] | None:
-        """The names of the classes whose numbers a column holds; None where it holds none."""
+        """Names of the classes whose numbers a column holds; None if it holds none."""
         return class_names(self._features.get(column))
 
     def rows(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-        """Every row, with the values that a JSON file would hold (``arrow_values``).
+        """Yield every row with the values of a JSON file (``arrow_values``).
 
         Args:
             columns: those that are read.
             keep: columns whose outermost objects keep keys that are null.
 
         Raises:
-            BadInput: the file is damaged, or a column has a type that no template can write.
+            BadInput: the file is damaged, or a column has a type that a template cannot write.
         """
         for batch in self.batches(columns):
             names = [name for name in self.names if name in columns]
@@ -69,17 +70,17 @@ class Table:
             yield from (dict(zip(names, row, strict=True)) for row in rows)
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
-        """``pyarrow.RecordBatch`` of the wanted columns that there are, in the table's order.
+        """Yield ``pyarrow.RecordBatch`` of those columns that exist, in the table's order.
 
         Raises:
             BadInput: the file is damaged.
         """
         import pyarrow
 
-        wanted = [name for name in self.names if name in columns]
+        selected = [name for name in self.names if name in columns]
         row = 0
         try:
-            for batch in self._read(wanted):
+            for batch in self._read(selected):
                 for start in range(0, batch.num_rows, _BATCH):
                     part = batch.slice(start, _BATCH)
                     part.validate(full=True)
@@ -87,26 +88,30 @@ class Table:
                     row += part.num_rows
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise BadInput(
-                f"{self.name}: cannot be read behind row {row}: {_reason(error)}; write it again"
+                f"{self.name}: cannot be read after row {row}: {_reason(error)}; write it again"
             ) from None
 
-    def _read(self, wanted: list[str]) -> Iterator[Any]:
+    def _read(self, selected: list[str]) -> Iterator[Any]:
         from pyarrow import parquet
 
-        if self._dataset is not None:
-            yield from self._dataset.data.table.select(wanted).to_batches()
-        elif self._file is not None and self._file.suffix.lower() == ".parquet":
-            yield from parquet.ParquetFile(self._file).iter_batches(_BATCH, columns=wanted)
+        if self._file is None:
+            yield from self._dataset.data.table.select(selected).to_batches()
+        elif self._file.suffix.lower() == ".parquet":
+            yield from parquet.ParquetFile(self._file).iter_batches(_BATCH, columns=selected)
         else:
-            for batch in _open_arrow(self._file):
-                yield batch.select(wanted)
+            reader, is_stream = _arrow_reader(self._file)
+            batches = (
+                reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+            )
+            for batch in batches:
+                yield batch.select(selected)
 
 
 def open_table(file: Path) -> Table:
-    """A parquet file, or an arrow file: an IPC stream, as `datasets` writes it, or an IPC file.
+    """Open a parquet file or an arrow file (IPC stream, as written by ``datasets``, or IPC file).
 
     Raises:
-        BadInput: it is neither, or cut short.
+        BadInput: it is neither, or truncated.
     """
     import pyarrow
     from pyarrow import parquet
@@ -119,7 +124,7 @@ def open_table(file: Path) -> Table:
             schema = _arrow_reader(file)[0].schema
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(
-            f"{file}: is not a whole {kind} file: {_reason(error)}; write it again"
+            f"{file}: is not a complete {kind} file: {_reason(error)}; write it again"
         ) from None
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
@@ -132,7 +137,7 @@ def _reason(error: Exception) -> str:
 
 
 def _features(file: Path, metadata: Mapping[bytes, bytes] | None) -> Mapping[str, Any]:
-    """The features that ``datasets`` wrote beside the schema, in their JSON form."""
+    """Return the features that ``datasets`` wrote into the schema's metadata, in JSON form."""
     written = (metadata or {}).get(b"huggingface")
     if written is None:
         return {}
@@ -146,7 +151,7 @@ def _features(file: Path, metadata: Mapping[bytes, bytes] | None) -> Mapping[str
 
 
 def _arrow_reader(file: Path) -> tuple[Any, bool]:
-    """(reader, whether it is a stream)."""
+    """Return (reader, whether it is an IPC stream)."""
     import pyarrow
 
     source = pyarrow.memory_map(str(file))
@@ -157,21 +162,11 @@ def _arrow_reader(file: Path) -> tuple[Any, bool]:
         return pyarrow.ipc.open_file(source), False
 
 
-def _open_arrow(file: Path | None) -> Iterator[Any]:
-    assert file is not None
-    reader, stream = _arrow_reader(file)
-    if stream:
-        yield from reader
-    else:
-        for number in range(reader.num_record_batches):
-            yield reader.get_batch(number)
-
-
 def saved_files(folder: Path, split: str) -> list[Path] | None:
-    """Arrow files of a folder written by ``save_to_disk``; None if it is no such folder.
+    """List the arrow files of a folder written by ``save_to_disk``; None for another folder.
 
     Raises:
-        BadInput: the folder holds several splits and none of this name.
+        BadInput: the folder has several splits, but not this one.
     """
     splits = folder / "dataset_dict.json"
     if splits.is_file():
@@ -193,23 +188,23 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
     return [folder / name for name in _strings(state, files, "_data_files")]
 
 
-def _strings(file: Path, found: Any, key: str) -> list[str]:
-    """A list of plain names in a file of ``save_to_disk``."""
-    if isinstance(found, list) and found and all(_is_name(name) for name in found):
-        return found
+def _strings(file: Path, value: Any, key: str) -> list[str]:
+    """Check a list of names in a file of ``save_to_disk``."""
+    if isinstance(value, list) and value and all(map(_is_name, value)):
+        return value
     raise BadInput(f"{file}: {key!r} must list names; save the data set again")
 
 
 def _is_name(name: Any) -> bool:
-    """Whether a text names something inside its folder."""
+    """Whether a text is the name of a file inside its folder."""
     plain = isinstance(name, str) and name.isprintable()
     return plain and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
 def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
-    """A data set of the hub, or of its cache where HF_HUB_OFFLINE says so, and the files behind it.
+    """Load a data set from the hub, or from its cache if HF_HUB_OFFLINE is set: (table, its files).
 
-    Only data sets that are plain tables are read; none runs code of its own.
+    Only data sets that are plain tables are read; code in the repository is never run.
 
     Raises:
         BadInput: it cannot be found or loaded, or is of another kind.
@@ -231,7 +226,7 @@ def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
         )
     except BadInput:
         raise
-    except Exception as error:  # what can go wrong on the way to a server has no common class
+    except Exception as error:  # network errors have no common class
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{label}: cannot be loaded: {type(error).__name__}: {reason}") from None
     name = f"{label}[{split}]"

@@ -1,9 +1,9 @@
-"""Text files -> records, with a diagnosis for whatever is wrong. Imports no torch.
+"""Text files -> records, with the line of every mistake. Imports no torch.
 
-``datasets`` and Arrow say *that* a file is broken, seldom where, and they repair silently: a column
-of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is filled up. So the
-files are read here and in json_rows.py, value by value as they are written, and every problem gets
-its line or row. Formats that are tables already (parquet, arrow) are read in tables.py.
+``datasets`` and Arrow report that a file is malformed, but seldom where, and they convert values
+silently: a column of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is
+padded. So text files are read here and in ``json_reader``, with every value as it is written.
+Tables (parquet, arrow) are read in ``table_readers``.
 """
 
 from __future__ import annotations
@@ -14,27 +14,25 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from trainer.runtime.errors import BadInput
 
-#: By the end of a file's name; each may be compressed, as .jsonl.gz.
+#: Suffixes; each format may be compressed, as .jsonl.gz.
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 GZIP = ".gz"
 BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """One row as the file has it, or what is wrong with it.
+class FileRecord(NamedTuple):
+    """One row with the values of the file, or its problem.
 
     Attributes:
-        row: number of the row, from 1; lines that are broken count.
-        line: number of its line, from 1, where the format has lines.
+        row: number of the row, from 1, including malformed rows.
+        line: number of its line, from 1; None in formats without lines.
         values: column -> value; empty if ``problem`` is given.
-        problem: what is wrong and the remedy, without the place.
+        problem: the mistake and the remedy, without the place.
     """
 
     row: int
@@ -44,7 +42,7 @@ class FileRecord:
 
 
 def format_of(file: str | Path) -> str:
-    """The format that a file's name ends in; ``.jsonl`` also for ``.ndjson`` and ``.jsonl.gz``."""
+    """Return the format by the suffix; ``.jsonl`` also for ``.ndjson`` and ``.jsonl.gz``."""
     file = Path(file)
     suffix = file.suffix.lower()
     if suffix == GZIP:
@@ -55,7 +53,7 @@ def format_of(file: str | Path) -> str:
 
 @contextmanager
 def open_text(file: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a text file as a stream, decompressed where its name ends in ``.gz``.
+    """Open a text file as a stream of bytes; files named ``.gz`` are decompressed.
 
     Raises:
         BadInput: it cannot be read, or is damaged.
@@ -65,13 +63,13 @@ def open_text(file: Path) -> Iterator[IO[bytes]]:
         with gzip.open(file, "rb") if compressed else file.open("rb") as stream:
             yield stream  # type: ignore[misc]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{file}: is not a whole gzip file: {error}; compress it again") from None
+        raise BadInput(f"{file}: is not a complete gzip file: {error}; compress it again") from None
     except OSError as error:
         raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def place(path: str, row: int, line: int | None) -> str:
-    """How a row is named in messages: ``FILE:LINE`` in jsonl and txt, else ``FILE: row N``."""
+    """Name a row in messages: ``FILE:LINE`` in jsonl and txt, else ``FILE: row N``."""
     if line is None:
         return f"{path}: row {row}"
     one_per_line = format_of(path) in (".jsonl", ".txt")
@@ -79,13 +77,13 @@ def place(path: str, row: int, line: int | None) -> str:
 
 
 def shorten(value: Any, length: int = 60) -> str:
-    """``repr`` of a value, cut for a message."""
+    """``repr`` of a value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 4] + "..." + text[-1]
 
 
 def read_txt(file: Path) -> Iterator[FileRecord]:
-    """One row per line that is not blank, in a column ``text``."""
+    """Read a text file: one row per line that is not blank, in a column ``text``."""
     row = 0
     with open_text(file) as lines:
         for number, raw in enumerate(lines, start=1):
@@ -100,6 +98,7 @@ def read_txt(file: Path) -> Iterator[FileRecord]:
 
 
 def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
+    """Describe a line that is not UTF-8."""
     column = len(raw[: error.start].decode("utf-8", "replace")) + 1
     hint = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
     before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
@@ -110,8 +109,8 @@ def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
 
 
 def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Column names of a csv file, and an iterator of (line, fields) over the rows behind them."""
-    csv.field_size_limit(sys.maxsize)  # the default refuses a text of 128 kB
+    """Read the header of a csv file: (column names, iterator of (line, fields) of the rows)."""
+    csv.field_size_limit(sys.maxsize)  # the default limit is 128 kB
     delimiter = "\t" if format_of(file) == ".tsv" else ","
     rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
     _, names = next(rows, (0, []))
@@ -124,7 +123,7 @@ def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Lines at newlines only: ``str.splitlines`` would also cut at characters inside a field."""
+    """Split lines at newlines only: ``str.splitlines`` also splits at characters inside a field."""
     with open_text(file) as lines:
         for number, raw in enumerate(lines, start=1):
             raw = raw.removeprefix(BOM) if number == 1 else raw
@@ -135,7 +134,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of every csv row that is not blank."""
+    """Yield (first line, fields) of every csv row that is not blank."""
     line = 1
     try:
         for fields in reader:
@@ -145,14 +144,14 @@ def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         what = f'{error}; write "" for a quote'
         if "end of data" in str(error):
-            what = 'a quote (") is opened and never closed; write "" for a quote'
+            what = 'a quote (") is opened but not closed; write "" for a quote'
         elif "new-line" in str(error):
             what = "a line ends with a carriage return alone; save it with newlines at line ends"
         raise BadInput(f"{file}:{line}: not valid csv: {what}") from None
 
 
 def read_csv(file: Path) -> Iterator[FileRecord]:
-    """Rows of a file with a header, separated by commas, or by tabs where it is ``.tsv``."""
+    """Read a file with a header, separated by commas, or by tabs if it is ``.tsv``."""
     names, rows = csv_header(file)
     for row, (line, fields) in enumerate(rows, start=1):
         problem = None
