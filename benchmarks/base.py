@@ -140,6 +140,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.distributed.zero3_sharder import base_bytes
     from trainer.model.checkpoint_files import open_base
     from trainer.packing.packed_batch import PackedRow
+    from trainer.prompts.soft_prompt import VirtualTokens
     from trainer.runtime.console import Console
     from trainer.training.step import step_gradients
 
@@ -165,7 +166,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
         PackedRow(Example.with_target(tuple(row), LENGTH // 2, i), 0, i)
         for i, row in enumerate(ids.tolist())
     ]
-    prompt = torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02
+    prompt = VirtualTokens(torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02)
     for _ in range(2):  # the second is a step like all that follow
         start, before_step = gathered[0], exchanged[0]
         step_gradients(engine, loaded.model, packed_rows, [prompt], VIRTUAL + ROWS * LENGTH)

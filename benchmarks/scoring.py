@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.figures import figure, figure_rows
@@ -29,8 +28,9 @@ from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_batch
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import CPU_TOKENS
-from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.packing.packed_batch import PackedRow
 from trainer.packing.planning import plan_batches
+from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, prompt_lengths
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.md"
@@ -49,10 +49,10 @@ class Counted:
         self.total = self.head = 0
 
     def read(
-        self, packed_rows: Sequence[PackedRow], prompts: Sequence[Tensor], train: bool = False
+        self, packed_rows: Sequence[PackedRow], prompts: Sequence[SoftPrompt], train: bool = False
     ) -> None:
         """Count one packed batch, with a backward pass where it trains."""
-        lengths = PromptLengths.of(prompts)
+        lengths = prompt_lengths(prompts)
         batch = prepare_batch(packed_rows, lengths, torch.device("cpu"))
         head = self.base.model.get_output_embeddings()
         counter, before = FlopCounter(), [0]
@@ -61,8 +61,10 @@ class Counted:
             head.register_forward_hook(lambda *_: before.append(counter.total)),
         ]
         with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.set_grad_enabled(train):
-            leaves = [torch.empty_like(prompt, requires_grad=train) for prompt in prompts]
-            nll_N = self.base(batch, leaves)
+            leaves = [torch.empty_like(p.tensor, requires_grad=train) for p in prompts]
+            nll_N = self.base(
+                batch, [type(p)(leaf) for p, leaf in zip(prompts, leaves, strict=True)]
+            )
             if train:
                 torch.autograd.grad(nll_N.sum(), leaves)
         for hook in hooks:
@@ -84,12 +86,12 @@ def for_each(rows: Rows, prompt: int | None) -> list[PackedRow]:
 def count(
     base: PromptedBase,
     packed_rows: Sequence[PackedRow],
-    prompts: Sequence[Tensor],
+    prompts: Sequence[SoftPrompt],
     train: bool = False,
 ) -> Counted:
     """FLOPs of all packed batches of all ranks."""
     counted = Counted(base)
-    lengths = PromptLengths.of(prompts).tokens
+    lengths = prompt_lengths(prompts).tokens
     for rank in plan_batches(packed_rows, lengths, RANKS, CPU_TOKENS):
         for batch in rank:
             counted.read(batch, prompts, train)
@@ -116,7 +118,7 @@ def compare() -> list[str]:
     """Markdown: the two forms on made-up rows."""
     figures, lines = [], []
     for name, base in bases():
-        prompts = [torch.zeros(VIRTUAL, base.hidden_size)]
+        prompts = [VirtualTokens(torch.zeros(VIRTUAL, base.hidden_size))]
         new, old = (count(base, form(made_up_rows(), 0), prompts) for form in (once, for_each))
         figures.append(figure(f"{name}: once / for each choice", new.total / old.total, REACH))
         lines += [
@@ -143,7 +145,9 @@ def costs(path: str) -> list[str]:
     files = open_base(config.base)
     base = load_unsharded(Path(config.base.model), "int8")
     tasks = load_tasks(config, files.tokenizer, files.context_length, files.config.vocab_size)
-    prompts = [torch.zeros(p.num_virtual_tokens, base.hidden_size) for p in config.prompts]
+    prompts = [
+        VirtualTokens(torch.zeros(p.num_virtual_tokens, base.hidden_size)) for p in config.prompts
+    ]
     feed, steps = BatchSource(config, tasks), config.last_step
     active = [True] * len(prompts)
     trained = [count(base, feed.next_step(active), prompts, train=True) for _ in range(steps)]

@@ -20,6 +20,7 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, errors, problem, save_family
 from tests.one_rank import OneRank
 from tests.other_device import Waits, moved, other_device
+from tests.soft_prompts import soft_prompts
 from tests.unit.test_other_device import PRODUCTS
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from trainer.config import RunConfig, load
@@ -35,7 +36,8 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.packing.packed_batch import PackedRow
+from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.run import embedder, make_bank
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer
@@ -100,10 +102,11 @@ def batch_step(
 ) -> tuple[float, list[Tensor], int]:
     """Loss, gradients, and how often host and device waited for each other in between."""
     leaves = [prompt.to(device, copy=True).requires_grad_() for prompt in prompts]
-    lengths = PromptLengths.of(leaves)
+    soft = soft_prompts(leaves)
+    lengths = prompt_lengths(soft)
     batch = prepare_batch(packed_rows, lengths, CPU).to(device)
     Waits.count = 0
-    objective, _ = batch_objective(base, batch, leaves, label_counts(packed_rows, len(leaves)))
+    objective, _ = batch_objective(base, batch, soft, label_counts(packed_rows, len(leaves)))
     gradients = torch.autograd.grad(objective, leaves)
     waits = Waits.count
     return float(objective), [gradient.cpu() for gradient in gradients], waits
@@ -142,7 +145,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)
     engine: Any = OneRank(device)
     (teacher,) = tasks["triage"].teachers.values()
-    teachers = [embedder(base, device)(teacher.token_ids)]
+    teachers = [VirtualTokens(embedder(base, device)(teacher.token_ids))]
     evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(1024), teachers)
 
     with open(os.devnull, "w") as nothing:
@@ -155,7 +158,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         Waits.count = 0
         prompts = bank.virtual_tokens()
         step_batch = prepare_step(
-            feed.next_step(bank.active), PromptLengths.of(prompts), RankInfo(0, 1, CPU), TOKENS
+            feed.next_step(bank.active), prompt_lengths(prompts), RankInfo(0, 1, CPU), TOKENS
         )
         bank.update(batch_gradients(engine, base, step_batch, prompts, teachers=teachers).gradients)
         waits.append(Waits.count)
@@ -167,7 +170,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         files.tokenizer(text)["input_ids"] for text in ("A cough.\nAnswer:", "A deer.\nAnswer:")
     ]
     return {
-        "prompts": [prompt.cpu() for prompt in judged],
+        "prompts": [prompt.tensor.cpu() for prompt in judged],
         "scores": [scored.scores for scored in evaluator.score(requests, judged)],
         "texts": [generate(engine, base, ending, inputs, prompt, 4) for prompt in judged],
         "waits": waits,

@@ -58,6 +58,7 @@ from trainer.model.prompted_model import PromptedBase
 from trainer.packing.batch_source import BatchSource
 from trainer.prompts.bank import Bank
 from trainer.prompts.saved_prompts import check_sources, without_sources
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.reporting.html import write_missing_report
 from trainer.reporting.run_description import describe_run, device_name, measure
 from trainer.reporting.run_results import write_results
@@ -154,7 +155,7 @@ def _train(
         loaded.model,
         files.tokenizer,
         loaded.budget,
-        [embed(ids) for _, ids in sorted(teachers.items())],
+        [VirtualTokens(embed(ids)) for _, ids in sorted(teachers.items())],
         _baseline_cache(engine, files, identity, loaded),
     )
     # A resumed bank loads its state over any initial value.

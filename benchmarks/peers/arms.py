@@ -137,6 +137,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     from trainer.distributed.model_loading import load_base
     from trainer.model.checkpoint_files import open_base
     from trainer.packing.packed_batch import PackedRow
+    from trainer.prompts.soft_prompt import VirtualTokens
     from trainer.runtime.console import Console
     from trainer.training.prompt_optimizer import make_optimizer
     from trainer.training.step import step_gradients
@@ -178,7 +179,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     for step in range(case.steps):
         meter.before_step(step)
         packed_rows = [PackedRow(next(rows), 0, i) for i in range(case.rows_per_step)]
-        result = step_gradients(engine, loaded.model, packed_rows, [prompt], budget)
+        result = step_gradients(engine, loaded.model, packed_rows, [VirtualTokens(prompt)], budget)
         prompt.grad = result.gradients[0]
         optimizer.step()
         # Ours knows the tokens of all ranks; each rank tells its share, as the peers do.

@@ -156,7 +156,7 @@ def train(
             packed_rows, prompts = feed.next_step(bank.active), bank.virtual_tokens()
             bank.update(step_gradients(engine, base, packed_rows, prompts, MAX_TOKENS).gradients)
     gathered = engine.gathered_bytes - before
-    return [bank.snapshot(k) for k in range(len(bank))], screen.words, gathered
+    return [bank.snapshot(k).tensor for k in range(len(bank))], screen.words, gathered
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
 from trainer.packing.packed_batch import PackedRow
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
@@ -45,7 +46,7 @@ def main() -> None:
         PackedRow(p.example, p.prompt, p.slot, teacher=TEACHERS.get(p.prompt)) for p in packed_rows
     ]
     teachers = [
-        module(torch.tensor(teacher.token_ids, device=engine.device), [])
+        VirtualTokens(module(torch.tensor(teacher.token_ids, device=engine.device), []))
         for teacher in TEACHERS.values()
     ]
     engine.end_step()
@@ -59,10 +60,8 @@ def main() -> None:
     apart, alone = step([packed_rows[0], packed_rows[1]], 30), step(packed_rows[1:2], 10_000)
 
     reference = plain_model(Path(folder), quantization)
-    expected = [
-        plain_losses(reference, packed_rows, k, prompt) for k, prompt in enumerate(prompts[:2])
-    ]
-    wanted_past = plain_past(reference, packed_rows, prompts[2])
+    expected = [plain_losses(reference, packed_rows, k, prompts[k].tensor) for k in range(2)]
+    wanted_past = plain_past(reference, packed_rows, prompts[2].tensor)
     rows = SimpleNamespace(
         task=SimpleNamespace(metric="loss", scored_by_likelihood=False),
         candidates=Candidates([[p.example] for p in packed_rows if p.prompt == 1]),
@@ -79,7 +78,7 @@ def main() -> None:
         "gradient_errors": errors(ours.gradients[:2], [gradient for _, gradient, _ in expected]),
         "split_errors": errors(split.gradients, ours.gradients),
         "apart": apart.losses[1],
-        "wanted_apart": plain_losses(reference, packed_rows[:2], 1, prompts[1])[0],
+        "wanted_apart": plain_losses(reference, packed_rows[:2], 1, prompts[1].tensor)[0],
         "alone": alone.losses[1],
         "scores": scores,
         "agreement": expected[1][2],

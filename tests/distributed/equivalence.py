@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.base_digest import base_digest
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors, padded_loss, plain_model
+from tests.soft_prompts import soft_prompts
 from trainer.data.token_table import Example
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.zero3_sharder import base_bytes
@@ -27,6 +28,7 @@ from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import quantize_rows
 from trainer.packing.packed_batch import PackedRow
+from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import StepResult, step_gradients
 
@@ -63,9 +65,9 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
     gathered = engine.gathered_bytes
     step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
 
-    poisoned = [p.clone() for p in prompts]
+    poisoned = [type(p)(p.tensor.clone()) for p in prompts]
     if engine.rank == 1:
-        poisoned[1][0, 0] = math.nan
+        poisoned[1].tensor[0, 0] = math.nan
     nan = step_gradients(engine, module, packed_rows, poisoned, max_tokens=10_000)
 
     reference = plain_model(Path(folder), quantization)
@@ -110,7 +112,7 @@ def numbers(ours: StepResult, peft: list[tuple[float, torch.Tensor]]) -> dict[st
     }
 
 
-def problem() -> tuple[list[PackedRow], list[torch.Tensor]]:
+def problem() -> tuple[list[PackedRow], list[SoftPrompt]]:
     """Rows of several lengths; they take turns with two prompts of virtual tokens and a prefix."""
     generator = torch.Generator().manual_seed(1)
     rows = [
@@ -121,11 +123,11 @@ def problem() -> tuple[list[PackedRow], list[torch.Tensor]]:
     ]
     prompts = [torch.randn(p, 64, generator=generator) * 0.3 for p in LENGTHS]
     prompts.append(torch.randn(*PAST, generator=generator) * 0.5)
-    return [PackedRow(row, i % 3, i) for i, row in enumerate(rows)], prompts
+    return [PackedRow(row, i % 3, i) for i, row in enumerate(rows)], soft_prompts(prompts)
 
 
 def padded_peft(
-    model: Any, packed_rows: list[PackedRow], prompts: list[torch.Tensor]
+    model: Any, packed_rows: list[PackedRow], prompts: list[SoftPrompt]
 ) -> list[tuple[float, torch.Tensor]]:
     """Loss and prompt gradient of PEFT's PeftModel on padded rows, one prompt after the other."""
     expected = []
@@ -133,13 +135,15 @@ def padded_peft(
         rows = [packed_row.example for packed_row in packed_rows if packed_row.prompt == k]
         if not rows:
             continue
-        kind = PromptTuningConfig if prompt.dim() == 2 else PrefixTuningConfig
-        peft = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt)))
+        kind = PrefixTuningConfig if isinstance(prompt, PrefixKeyValues) else PromptTuningConfig
+        peft = get_peft_model(
+            model, kind(task_type="CAUSAL_LM", num_virtual_tokens=prompt.num_virtual_tokens)
+        )
         weight = peft.prompt_encoder["default"].embedding.weight
-        weight.data.copy_(prompt.flatten(1))
+        weight.data.copy_(prompt.tensor.flatten(1))
         loss = padded_loss(peft, rows)
         loss.backward()
-        expected.append((loss.item(), weight.grad.view(prompt.shape).clone()))
+        expected.append((loss.item(), weight.grad.view(prompt.tensor.shape).clone()))
         model = peft.get_base_model()
     return expected
 

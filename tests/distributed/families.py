@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from tests.base_digest import base_digest
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
+from tests.soft_prompts import soft_prompts
 from tests.unit.test_scoring import EOS, TARGETS, rows
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator
@@ -62,7 +63,8 @@ def train_step(
     base = loaded.model
     module = engine.attach(base, loaded.policy)
     digest = base_digest(base)
-    packed_rows, prompts = problem(base.hidden_size)
+    packed_rows, tensors = problem(base.hidden_size)
+    prompts = soft_prompts(tensors)
     step = step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
     nll = score(engine, module, prompts) if folder.name in SCORED else []
     matrices = [p for p in base.parameters() if p.ds_numel > 100]

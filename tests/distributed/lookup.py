@@ -26,8 +26,9 @@ from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths, build_packed_batch
+from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
 from trainer.packing.planning import plan_batches
+from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
@@ -124,7 +125,7 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
     ]
 
 
-def many() -> tuple[list[PackedRow], list[Tensor]]:
+def many() -> tuple[list[PackedRow], list[SoftPrompt]]:
     """So many labels in one step that, in the end, the head's table is fetched for them."""
     packed_rows, prompts = problem()
     return packed_rows * 6, prompts
@@ -133,7 +134,7 @@ def many() -> tuple[list[PackedRow], list[Tensor]]:
 def batches(world_size: int) -> list[tuple[PackedBatch, ...]]:
     """All ranks' packed batches of the step, those that they read together in one tuple."""
     packed_rows, prompts = many()
-    lengths = PromptLengths.of(prompts)
+    lengths = prompt_lengths(prompts)
     plan = plan_batches(packed_rows, lengths.tokens, world_size, MAX_TOKENS)
     return [
         tuple(build_packed_batch(batch, lengths.tokens, lengths.past) for batch in together)

@@ -21,7 +21,7 @@ from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import prepare_batch
 from trainer.model.layers.linear import FrozenLinear
-from trainer.packing.packed_batch import PromptLengths
+from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import OutOfMemory, step_gradients
 
@@ -47,7 +47,7 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
     digest = base_digest(base)
     rows, prompts = problem()
     # As in a validation: what DeepSpeed traces of it is no trace of training.
-    batch = prepare_batch(rows, PromptLengths.of(prompts), engine.device)
+    batch = prepare_batch(rows, prompt_lengths(prompts), engine.device)
     with torch.no_grad():
         module(batch, prompts)
     recovers = [engine.recover_from_oom()]

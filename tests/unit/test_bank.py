@@ -23,6 +23,7 @@ from trainer.config import RunConfig
 from trainer.config.prompt import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
 from trainer.prompts.init_search import SearchResult, Words
+from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime.errors import BadInput
 from trainer.training.prompt_optimizer import make_optimizer
 
@@ -122,9 +123,13 @@ def make_bank(prompts: list[dict[str, Any]] = PROMPTS, **changes: Any) -> Bank:
     )
 
 
+def values_of(prompts: Sequence[SoftPrompt]) -> list[Tensor]:
+    return [prompt.tensor for prompt in prompts]
+
+
 def loss_gradients(bank: Bank) -> list[Tensor | None]:
     """d loss / d virtual tokens, as the loop makes it, of a loss of each prompt alone."""
-    leaves = [tokens.detach().requires_grad_() for tokens in bank.virtual_tokens()]
+    leaves = [prompt.leaf().tensor for prompt in bank.virtual_tokens()]
     loss = sum(((leaf - 0.3) ** 2).sum() + leaf.sin().sum() for leaf in leaves)
     assert isinstance(loss, Tensor)
     loss.backward()
@@ -152,7 +157,7 @@ def test_what_it_holds() -> None:
     assert bank.lengths == [4, 6, 3, 5, 4, 3, 2, 2, 4, 3, 3]
     assert bank.active == [True] * 11
     assert len(bank) == 11
-    tokens = bank.virtual_tokens()
+    tokens = values_of(bank.virtual_tokens())
     for i, length in enumerate(bank.lengths):
         assert tokens[i].shape == (length, *(PAST_SHAPE if i in PREFIX else (H,)))
     assert all(t.dtype == torch.float32 and t.requires_grad for t in tokens)
@@ -186,7 +191,7 @@ def test_share_in_a_bank_equals_the_same_alone(first: int) -> None:
     together = [[norms[i] for i in members] for norms in train(bank, STEPS)]
     assert together == train(alone, STEPS)
     for i, k in zip(members, range(2), strict=True):
-        assert torch.equal(bank.snapshot(i), alone.snapshot(k))
+        assert torch.equal(bank.snapshot(i).tensor, alone.snapshot(k).tensor)
 
 
 def test_a_share_trains_one_encoder() -> None:
@@ -194,7 +199,7 @@ def test_a_share_trains_one_encoder() -> None:
     low_1, text_1, low_2, text_2 = bank._encoders
     assert low_1.shared is low_2.shared
     assert text_1.shared is text_2.shared
-    start = bank.virtual_tokens()
+    start = values_of(bank.virtual_tokens())
     assert torch.equal(start[0], start[2]), "the tasks start at what they have in common"
     assert not torch.equal(start[1], start[3]), "each reads its own text"
     tensors, _ = split_tensors(bank.state_dict())
@@ -243,8 +248,8 @@ def test_a_stopped_prompt_of_a_share_stays_while_the_others_go_on() -> None:
     train(bank, 3)
     for i in (1, 2):
         bank.stop(i)
-    still = [bank.snapshot(i) for i in (1, 2)]
-    moved = bank.snapshot(3)
+    still = [bank.snapshot(i).tensor for i in (1, 2)]
+    moved = bank.snapshot(3).tensor
     train(bank, 2)
     resumed = make_bank(SHARES)
     resumed.load_state_dict(through_files(bank.state_dict()))
@@ -253,10 +258,10 @@ def test_a_stopped_prompt_of_a_share_stays_while_the_others_go_on() -> None:
     assert_same(bank, resumed)
     for current in (bank, resumed):
         for i, before in zip((1, 2), still, strict=True):
-            assert torch.equal(current.snapshot(i), before)
-            assert torch.equal(current.virtual_tokens()[i], before)
-            assert torch.equal(current.best(i), before)
-    assert not torch.equal(bank.snapshot(3), moved)
+            assert torch.equal(current.snapshot(i).tensor, before)
+            assert torch.equal(current.virtual_tokens()[i].tensor, before)
+            assert torch.equal(current.best(i).tensor, before)
+    assert not torch.equal(bank.snapshot(3).tensor, moved)
 
 
 @pytest.mark.parametrize("i", range(len(PROMPTS)))
@@ -264,7 +269,7 @@ def test_prompt_in_a_bank_equals_the_same_alone(i: int) -> None:
     bank, alone = make_bank(), make_bank([PROMPTS[i]])
     together = [norms[i] for norms in train(bank, STEPS)]
     assert together == [norms[0] for norms in train(alone, STEPS)]
-    assert torch.equal(bank.snapshot(i), alone.snapshot(0))
+    assert torch.equal(bank.snapshot(i).tensor, alone.snapshot(0).tensor)
 
 
 def test_update_equals_plain_backpropagation() -> None:
@@ -287,11 +292,11 @@ def test_update_equals_plain_backpropagation() -> None:
 
 def test_training_lowers_the_loss() -> None:
     bank = make_bank()
-    start = [bank.snapshot(i) for i in range(len(bank))]
+    start = [bank.snapshot(i).tensor for i in range(len(bank))]
     train(bank, STEPS)
     for i in range(len(bank)):
         before, after = (
-            ((t - 0.3) ** 2).sum() + t.sin().sum() for t in (start[i], bank.snapshot(i))
+            ((t - 0.3) ** 2).sum() + t.sin().sum() for t in (start[i], bank.snapshot(i).tensor)
         )
         assert after < before, bank.names[i]
 
@@ -304,22 +309,26 @@ def test_encoder_runs_once_per_update() -> None:
     first = bank.virtual_tokens()
     assert all(a is b for a, b in zip(first, bank.virtual_tokens(), strict=True))
     with torch.no_grad():
-        assert not any(t.requires_grad for t in bank.virtual_tokens()), "evaluation needs no graph"
+        assert not any(t.tensor.requires_grad for t in bank.virtual_tokens()), (
+            "evaluation needs no graph"
+        )
     assert len(runs) == 2
-    bank.update([torch.ones_like(t) for t in first])
+    bank.update([torch.ones_like(t.tensor) for t in first])
     assert len(runs) == 2
-    assert not torch.equal(bank.virtual_tokens()[2], first[2]), "still the outputs of old weights"
+    assert not torch.equal(bank.virtual_tokens()[2].tensor, first[2].tensor), (
+        "still the outputs of old weights"
+    )
 
 
 def test_the_average_is_judged_and_kept_the_weights_are_trained() -> None:
     bank = make_bank([prompt for prompt in PROMPTS if prompt["name"] == "averaged"])
     train(bank, 6)
-    (judged,) = bank.judged()  # where gradients are enabled, as the loop asks for it
+    (judged,) = values_of(bank.judged())  # where gradients are enabled, as the loop asks for it
     assert not judged.requires_grad
-    assert not torch.equal(judged, bank.virtual_tokens()[0])
+    assert not torch.equal(judged, bank.virtual_tokens()[0].tensor)
     bank.keep_best(0)
-    assert torch.equal(judged, bank.snapshot(0))
-    assert torch.equal(judged, bank.best(0))
+    assert torch.equal(judged, bank.snapshot(0).tensor)
+    assert torch.equal(judged, bank.best(0).tensor)
     averaged = bank._optimizers[0].averaged
     assert averaged is not None
     with torch.no_grad():
@@ -333,13 +342,13 @@ def test_a_prompt_is_perturbed_in_training_alone() -> None:
     plain = {"optimizer": "sgd", "schedule": "constant", "warmup_ratio": 0, "learning_rate": 1}
     prompt = {"name": "p", "num_virtual_tokens": 4, "init": {"text": "w3 w5"}, "dropout": 0.5}
     bank = make_bank([prompt | plain])
-    read = bank.virtual_tokens()[0]
+    read = bank.virtual_tokens()[0].tensor
     with torch.no_grad():
-        judged = bank.virtual_tokens()[0]
+        judged = bank.virtual_tokens()[0].tensor
     assert torch.equal(judged, TABLE_VH[[3, 5, 3, 5]])
     torch.testing.assert_close(read, torch.where(read == 0, 0.0, 2 * judged))
     bank.update([torch.ones_like(read)])
-    moved = bank.snapshot(0) != judged
+    moved = bank.snapshot(0).tensor != judged
     assert torch.equal(moved, read != 0), "what was dropped had no part in the loss"
     assert 0 < int(moved.sum()) < moved.numel()
 
@@ -347,7 +356,7 @@ def test_a_prompt_is_perturbed_in_training_alone() -> None:
 def test_virtual_tokens_given_out_do_not_change() -> None:
     bank = make_bank()
     train(bank, 1)
-    given = bank.virtual_tokens()
+    given = values_of(bank.virtual_tokens())
     copies = [t.detach().clone() for t in given]
     train(bank, 1)
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
@@ -361,7 +370,7 @@ def test_none_leaves_a_prompt_and_its_schedule() -> None:
     norms = other.update([None, *gradients[1:]])
     assert norms[0] == 0
     assert all(norm > 0 for norm in norms[1:])
-    assert torch.equal(other.snapshot(0), bank.snapshot(0))
+    assert torch.equal(other.snapshot(0).tensor, bank.snapshot(0).tensor)
     assert other.learning_rates[0] == bank.learning_rates[0]
     assert other.learning_rates[1] != bank.learning_rates[1]
 
@@ -386,14 +395,14 @@ def test_non_finite_gradient_reaches_no_weight() -> None:
 def test_overflow_inside_an_encoder_skips_that_prompt_alone() -> None:
     bank = make_bank()
     train(bank, 2)
-    still, rates = bank.snapshot(2), bank.learning_rates
+    still, rates = bank.snapshot(2).tensor, bank.learning_rates
     gradients = loss_gradients(bank)
     assert gradients[2] is not None
     gradients[2].fill_(3e38)
     norms = bank.update(gradients)
     assert not math.isfinite(norms[2])
     assert math.isfinite(norms[1])
-    assert torch.equal(bank.snapshot(2), still)
+    assert torch.equal(bank.snapshot(2).tensor, still)
     assert bank.learning_rates[2] == rates[2]
     assert bank.learning_rates[1] != rates[1]
 
@@ -404,27 +413,29 @@ def test_stopped_prompt_stays() -> None:
     bank.virtual_tokens()
     bank.stop(1)
     assert bank.active == [i != 1 for i in range(len(PROMPTS))]
-    still = bank.snapshot(1)
-    tokens = bank.virtual_tokens()
+    still = bank.snapshot(1).tensor
+    tokens = values_of(bank.virtual_tokens())
     assert not tokens[1].requires_grad
     assert torch.equal(tokens[1], still)
     with pytest.raises(AssertionError, match=r"drawn\.v2.*stopped"):
         bank.update([torch.ones_like(t) for t in tokens])
     train(bank, 3)
-    assert torch.equal(bank.snapshot(1), still)
+    assert torch.equal(bank.snapshot(1).tensor, still)
 
 
 def test_best_and_last() -> None:
     bank = make_bank()
-    assert torch.equal(bank.best(0), bank.snapshot(0)), "nothing kept yet: the current"
+    assert torch.equal(bank.best(0).tensor, bank.snapshot(0).tensor), (
+        "nothing kept yet: the current"
+    )
     train(bank, 2)
     bank.keep_best(0)
-    kept = bank.snapshot(0)
+    kept = bank.snapshot(0).tensor
     train(bank, 2)
-    assert torch.equal(bank.best(0), kept)
-    assert not torch.equal(bank.snapshot(0), kept)
-    bank.best(0).zero_()
-    assert torch.equal(bank.best(0), kept), "a copy, not the bank's own"
+    assert torch.equal(bank.best(0).tensor, kept)
+    assert not torch.equal(bank.snapshot(0).tensor, kept)
+    bank.best(0).tensor.zero_()
+    assert torch.equal(bank.best(0).tensor, kept), "a copy, not the bank's own"
 
 
 def through_files(state: dict[str, Any]) -> dict[str, Any]:
@@ -451,8 +462,10 @@ def test_resumed_equals_never_stopped(done: int, prompts: list[dict[str, Any]]) 
     norms, norms_2 = train(straight, STEPS - done), train(resumed, STEPS - done)
     assert norms == norms_2
     assert_same(straight, resumed)
-    assert torch.equal(straight.best(2), resumed.best(2))
-    assert torch.equal(resumed.best(1), resumed.snapshot(1)), "a best that was not saved is left"
+    assert torch.equal(straight.best(2).tensor, resumed.best(2).tensor)
+    assert torch.equal(resumed.best(1).tensor, resumed.snapshot(1).tensor), (
+        "a best that was not saved is left"
+    )
 
 
 def test_state_is_a_copy() -> None:
@@ -531,20 +544,25 @@ def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
     assert words_of[0] == words_of[2] == words_of[3] == words_of[5] != words_of[4][:3]
     assert all(of.loss < of.middle for of, _ in screen.reported.values())
     assert screen.reported[0][1] == " ".join(f"w{i}" for i in words_of[0])
-    assert torch.equal(bank.snapshot(0), TABLE_VH[words_of[0]])
-    assert torch.equal(bank.snapshot(1), TABLE_VH[[9, 9, 9]])
-    torch.testing.assert_close(bank.snapshot(2), TABLE_VH[words_of[0]], rtol=1e-4, atol=1e-5)
-    assert torch.equal(bank.snapshot(3), PAST_VX[words_of[0]])
-    gradient_3H = torch.ones_like(bank.snapshot(0))
+    assert torch.equal(bank.snapshot(0).tensor, TABLE_VH[words_of[0]])
+    assert torch.equal(bank.snapshot(1).tensor, TABLE_VH[[9, 9, 9]])
+    torch.testing.assert_close(bank.snapshot(2).tensor, TABLE_VH[words_of[0]], rtol=1e-4, atol=1e-5)
+    assert torch.equal(bank.snapshot(3).tensor, PAST_VX[words_of[0]])
+    gradient_3H = torch.ones_like(bank.snapshot(0).tensor)
     bank.update([gradient_3H, *[None] * 6])
-    assert torch.equal(bank.snapshot(5), TABLE_VH[words_of[0]]), "equal starts are not one tensor"
+    assert torch.equal(bank.snapshot(5).tensor, TABLE_VH[words_of[0]]), (
+        "equal starts are not one tensor"
+    )
     bank = make_bank(open_ones, screen=screen, **written)
     for i in (0, 3, 4):
         alone = NearTo(9)
         assert torch.equal(
-            make_bank([open_ones[i]], screen=alone, **written).snapshot(0), bank.snapshot(i)
+            make_bank([open_ones[i]], screen=alone, **written).snapshot(0).tensor,
+            bank.snapshot(i).tensor,
         )
-    assert make_bank(open_ones, **written).snapshot(0).shape == (3, H), "to load a state over"
+    assert make_bank(open_ones, **written).snapshot(0).tensor.shape == (3, H), (
+        "to load a state over"
+    )
 
 
 def test_a_search_costs_at_most_its_share_of_the_training() -> None:
@@ -559,7 +577,7 @@ def test_a_search_costs_at_most_its_share_of_the_training() -> None:
     assert not screen.rounds, "6 candidates are too few for a search"
     start, text = screen.reported[0]
     assert (start.what, start.budget, text) == ("the hand-written 'w1 w2'", 6, "w1 w2 w1")
-    assert torch.equal(bank.snapshot(0), TABLE_VH[[1, 2, 1]])
+    assert torch.equal(bank.snapshot(0).tensor, TABLE_VH[[1, 2, 1]])
     both = [{**prompt, "name": "long", "steps": 1000}, prompt]
     screen = NearTo(9)
     bank = make_bank(both, screen=screen, init_share=0.03)

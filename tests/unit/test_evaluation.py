@@ -25,6 +25,7 @@ from trainer.evaluation.scoring import Request, Scored
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.stop_signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +151,7 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
     monkeypatch.setattr(generation, "_decode", decode)
     ending = StopCriteria(make_tokenizer(), frozenset())
     inputs = [[n] * (n + 1) for n in range(8)]
-    prompt = torch.zeros(2, 4)
+    prompt = VirtualTokens(torch.zeros(2, 4))
     for most, expected in ((None, [8]), (45, [3, 3, 2]), (1, [1] * 8)):
         sizes.clear()
         texts = generation.generate(
@@ -169,7 +170,7 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
     task = {"input": "{text}\nAnswer:", "target": " {label}", "metric": "accuracy"}
     teacher = Teacher(0, tuple(files.tokenizer(text)["input_ids"]), 0)
     base = load_unsharded(tiny, "none")
-    embedded = base(torch.tensor(teacher.token_ids), []).detach()
+    embedded = VirtualTokens(base(torch.tensor(teacher.token_ids), []).detach())
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
 
     def scored(**settings: Any) -> Scored:

@@ -97,7 +97,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     )
     for step, losses in enumerate(LOSSES, 1):
         keys = {k: score_key({"validation_loss": loss}, "loss") for k, loss in losses.items()}
-        bank.update([made.detach().cos() for made in bank.virtual_tokens()])
+        bank.update([made.tensor.detach().cos() for made in bank.virtual_tokens()])
         bank.keep_best_readers(step, keys)
         if step == BEST:
             for i in (1, 2, 3):
@@ -129,8 +129,8 @@ def test_a_text_of_the_run_gives_its_prompt_as_of_the_best_validation(
 ) -> None:
     folder, bank = run
     made_PH = export(folder, tmp_path / "out", encoder, text, "the encoder of step 2, its best")
-    assert torch.equal(made_PH, bank.best(prompt))
-    assert not torch.equal(made_PH, bank.snapshot(prompt)), "the newest is another"
+    assert torch.equal(made_PH, bank.best(prompt).tensor)
+    assert not torch.equal(made_PH, bank.snapshot(prompt).tensor), "the newest is another"
 
 
 def test_before_any_validation_it_is_the_newest(run: tuple[Path, Bank], tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_before_any_validation_it_is_the_newest(run: tuple[Path, Bank], tmp_path
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     for encoder, prompt in (("reader", 1), ("own", 3)):
         made_PH = export(tmp_path, tmp_path / encoder, encoder, TEXT, "step 4, the newest")
-        assert torch.equal(made_PH, bank.snapshot(prompt))
+        assert torch.equal(made_PH, bank.snapshot(prompt).tensor)
 
 
 def test_peft_reads_a_new_text(run: tuple[Path, Bank], tmp_path: Path) -> None:
     folder, bank = run
     made_PH = export(folder, tmp_path / "out", "reader", "-- What now?")
-    assert not any(torch.equal(made_PH, bank.snapshot(i)) for i in (1, 2))
+    assert not any(torch.equal(made_PH, bank.snapshot(i).tensor) for i in (1, 2))
     base = AutoModelForCausalLM.from_pretrained(TINY)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

@@ -27,6 +27,7 @@ from tests.family_bases import (
     row_by_row,
     save_family,
 )
+from tests.soft_prompts import soft_prompts
 from trainer.config import Base
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
@@ -39,6 +40,7 @@ from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.packing.packed_batch import Segment, build_packed_batch
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -58,7 +60,7 @@ def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
     packed_rows, prompts = problem(base.hidden_size)
     leaves = [prompt.requires_grad_() for prompt in prompts]
     batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
-    nll_N = base(batch, leaves)
+    nll_N = base(batch, soft_prompts(leaves))
     losses = torch.stack([nll_N[batch.label_prompt_N == k].mean() for k in range(len(leaves))])
     losses.sum().backward()
     return losses.tolist(), [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -87,7 +89,7 @@ class TestFamily:
         prompts[0].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
         batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
-        nll_N = base(batch, leaves)
+        nll_N = base(batch, soft_prompts(leaves))
         nll_N.sum().backward()
         assert nll_N[batch.label_prompt_N == 0].isnan().all()
         assert nll_N[batch.label_prompt_N == 1].isfinite().all()
@@ -126,9 +128,9 @@ class TestFamily:
         mask = torch.tensor([[0] * pad + [1] * (longest + len(prompt) - pad) for pad in pads])
         cache = PastCache()
         with torch.no_grad(), base.unpacked():
-            first = base(DecodeStep(ids, mask, cache), [prompt])
+            first = base(DecodeStep(ids, mask, cache), [VirtualTokens(prompt)])
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [prompt])
+            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [VirtualTokens(prompt)])
             for i, row in enumerate(rows):
                 words = model.get_input_embeddings()(torch.tensor([[*row, 7]]))
                 embeds = torch.cat([prompt[None], words], dim=1)

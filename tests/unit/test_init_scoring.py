@@ -20,9 +20,10 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.packing.packed_batch import PackedRow
 from trainer.prompts.init_search import SearchResult
 from trainer.prompts.parameter_groups import Unsearched
+from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer
 from trainer.training.step import batch_objective
@@ -75,8 +76,8 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         on = [n == i for n in range(2)]
         rows = [packed_row.example for packed_row in BatchSource(config, tasks).next_step(on)]
         packed_rows = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
-        start = base(torch.tensor(words), []).detach()
-        batch = prepare_batch(packed_rows, PromptLengths.of([start]), OneRank().device)
+        start = VirtualTokens(base(torch.tensor(words), []).detach())
+        batch = prepare_batch(packed_rows, prompt_lengths([start]), OneRank().device)
         with torch.no_grad():
             loss, _ = batch_objective(base, batch, [start], [sum(r.num_labels for r in rows)])
         expected.append(float(loss))

@@ -18,6 +18,7 @@ from trainer.config import Init
 from trainer.prompts import initializers
 from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values, random
 from trainer.prompts.peft_adapter import save_peft
+from trainer.prompts.soft_prompt import PrefixKeyValues, VirtualTokens
 from trainer.runtime.errors import BadInput
 
 WORDS = ["[BOS]", "[EOS]", "a", "b", "c", "d", "e", "f"]
@@ -161,7 +162,7 @@ class TestFromATrainedPrompt:
     def prompt_PH(self, tmp_path: Path) -> torch.Tensor:
         prompt_PH = torch.randn(4, HIDDEN)
         folder = tmp_path / "run" / "prompts" / "one"
-        save_peft(folder, prompt_PH, "base", num_layers=2, num_attention_heads=1)
+        save_peft(folder, VirtualTokens(prompt_PH), "base", num_layers=2, num_attention_heads=1)
         return prompt_PH
 
     @pytest.mark.parametrize("folder", ["run", "run/prompts/one"])
@@ -183,12 +184,20 @@ class TestFromATrainedPrompt:
     def test_of_a_base_of_another_width_is_refused(
         self, vocabulary: Vocabulary, tmp_path: Path
     ) -> None:
-        save_peft(tmp_path, torch.ones(2, 9), "base", num_layers=2, num_attention_heads=1)
+        save_peft(
+            tmp_path, VirtualTokens(torch.ones(2, 9)), "base", num_layers=2, num_attention_heads=1
+        )
         with pytest.raises(BadInput, match=r"has the shape \(9,\), but this base needs \(6,\)"):
             initialize(Init.model_validate({"from": str(tmp_path)}), vocabulary, 2, generator())
 
     def test_that_diverged_is_refused(self, vocabulary: Vocabulary, tmp_path: Path) -> None:
-        save_peft(tmp_path, torch.ones(2, HIDDEN), "base", num_layers=2, num_attention_heads=1)
+        save_peft(
+            tmp_path,
+            VirtualTokens(torch.ones(2, HIDDEN)),
+            "base",
+            num_layers=2,
+            num_attention_heads=1,
+        )
         weights = {"prompt_embeddings": torch.full((2, HIDDEN), float("nan"))}
         save_file(weights, tmp_path / "adapter_model.safetensors")
         with pytest.raises(BadInput, match="is not finite; name another"):
@@ -239,10 +248,12 @@ class TestKeysAndValues:
 
     def test_of_a_trained_prefix(self, reader: Vocabulary, tmp_path: Path) -> None:
         trained = torch.randn(3, 2, 2, 1, 3)
-        save_peft(tmp_path, trained, "base", num_layers=0, num_attention_heads=0)
+        save_peft(tmp_path, PrefixKeyValues(trained), "base", num_layers=0, num_attention_heads=0)
         init = Init.model_validate({"from": str(tmp_path)})
         assert torch.equal(keys_and_values(init, reader, 2, generator()), trained[:2])
-        save_peft(tmp_path, trained[:, :1], "base", num_layers=0, num_attention_heads=0)
+        save_peft(
+            tmp_path, PrefixKeyValues(trained[:, :1]), "base", num_layers=0, num_attention_heads=0
+        )
         with pytest.raises(BadInput, match=r"\(1, 2, 1, 3\), but this base needs \(2, 2, 1, 3\)"):
             keys_and_values(init, reader, 2, generator())
 

@@ -25,7 +25,8 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.packing.packed_batch import PackedRow
+from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.training.step import batch_objective
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def peer(data: peers.Data, arm: str, task: str) -> tuple[Any, torch.Tensor, peer
     job = peers.Job(arm, task, 0.01, 0, text, (1,))
     model = peers.peft_model(peers.plain_base(data.folder), job, 20)
     with torch.no_grad():
-        return model, model.get_prompt(batch_size=1)[0], job
+        return model, VirtualTokens(model.get_prompt(batch_size=1)[0]), job
 
 
 @pytest.mark.parametrize("arm", ["prompt tuning, text", "p-tuning"])
@@ -57,7 +58,7 @@ def test_both_sides_train_on_the_same_loss(data: peers.Data, arm: str) -> None:
     assert len(rows) > 5
     theirs = peers.mean_loss(model, rows)
     packed_rows = [PackedRow(row, 0, i) for i, row in enumerate(rows)]
-    batch = prepare_batch(packed_rows, PromptLengths.of([prompt]), torch.device("cpu"))
+    batch = prepare_batch(packed_rows, prompt_lengths([prompt]), torch.device("cpu"))
     base = load_unsharded(ROOT / data.folder, "none")
     loss, _ = batch_objective(base, batch, [prompt], [sum(row.num_labels for row in rows)])
     assert float(loss) == pytest.approx(float(theirs.detach()), abs=1e-5)

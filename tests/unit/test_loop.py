@@ -28,6 +28,7 @@ from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.bank import Bank
+from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime.console import Console
 from trainer.runtime.stop_signals import Stopped
 from trainer.training.loop import Diverged, Loop, gaps
@@ -61,7 +62,7 @@ class ToyBase(nn.Module):
             if k < 0:
                 losses.append(torch.tensor(1.0))
             else:
-                losses.append(((virtual_tokens[k] - TABLE_VH[label]) ** 2).mean())
+                losses.append(((virtual_tokens[k].tensor - TABLE_VH[label]) ** 2).mean())
         return torch.stack(losses)
 
 
@@ -149,7 +150,7 @@ class Toy:
 
 
 def tokens(toy: Toy, name: str) -> Tensor:
-    return toy.bank.snapshot(toy.bank.names.index(name))
+    return toy.bank.snapshot(toy.bank.names.index(name)).tensor
 
 
 def test_a_prompt_ends_at_its_own_step_and_costs_nothing_further(tmp_path):
@@ -456,7 +457,7 @@ def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, mo
     for damage in (path.unlink, lambda: path.write_text('{"step": 6, "row": 1}')):
         damage()
         again = toy([pairs[3], pairs[1]])
-        given: list[Tensor] = []
+        given: list[SoftPrompt] = []
         score = again.loop.evaluator.score
 
         def scored(requests: Any, tokens: Any, *_: Any, score=score, given=given) -> list[Scored]:
@@ -466,4 +467,6 @@ def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, mo
         monkeypatch.setattr(again.loop.evaluator, "score", scored)
         again.resume(uninterrupted.saved[6]).run()
         assert step_of(path) == 4
-        assert torch.equal(given[0], uninterrupted.bank.best(0)), "scored again as of the best step"
+        assert torch.equal(given[0].tensor, uninterrupted.bank.best(0).tensor), (
+            "scored again as of the best step"
+        )

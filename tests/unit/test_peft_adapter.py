@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainer.config import Base
 from trainer.model.checkpoint_files import portable_name
 from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
 
 P, H, V, L, HEADS = 5, 16, 30, 2, 4
@@ -38,7 +39,9 @@ def base() -> LlamaForCausalLM:
 
 
 def export(folder: Path, prompt_PH: torch.Tensor, name: str, **more: Any) -> None:
-    save_peft(folder, prompt_PH, name, num_layers=L, num_attention_heads=HEADS, **more)
+    save_peft(
+        folder, VirtualTokens(prompt_PH), name, num_layers=L, num_attention_heads=HEADS, **more
+    )
 
 
 def test_peft_gives_the_same_logits(tmp_path: Path, base: LlamaForCausalLM) -> None:

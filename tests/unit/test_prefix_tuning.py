@@ -22,11 +22,13 @@ from tests.family_bases import (
     plain_model,
     problem,
 )
+from tests.soft_prompts import soft_prompts
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import FAMILIES, check_prefix_tuning
 from trainer.model.prompted_model import DecodeStep, PromptedBase
-from trainer.packing.packed_batch import PackedRow, PromptLengths, build_packed_batch
+from trainer.packing.packed_batch import PackedRow, build_packed_batch
 from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.prompts.soft_prompt import PrefixKeyValues, prompt_lengths
 from trainer.runtime.errors import BadInput
 
 SOME = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "bloom", "gpt_oss"]
@@ -51,13 +53,14 @@ def pasts(base: PromptedBase) -> list[Tensor]:
 
 
 def packed(
-    base: PromptedBase, packed_rows: Sequence[PackedRow], prompts: Sequence[Tensor]
+    base: PromptedBase, packed_rows: Sequence[PackedRow], values: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
     """Mean loss per label of each prompt that is read, and its gradient, from one packed batch."""
-    leaves = [prompt.clone().requires_grad_() for prompt in prompts]
-    lengths = PromptLengths.of(leaves)
+    leaves = [value.clone().requires_grad_() for value in values]
+    prompts = soft_prompts(leaves)
+    lengths = prompt_lengths(prompts)
     batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
-    nll_N = base(batch, leaves)
+    nll_N = base(batch, prompts)
     read = sorted(
         {packed_row.prompt for packed_row in packed_rows if packed_row.prompt is not None}
     )
@@ -70,7 +73,7 @@ def padded_peft(
     model: Any, adapter: Path, packed_rows: Sequence[PackedRow], past: Tensor
 ) -> tuple[float, Tensor]:
     """Loss and gradient of PEFT's PeftModel, loaded from what we export, on padded rows."""
-    save_peft(adapter, past, "-", num_layers=0, num_attention_heads=0)
+    save_peft(adapter, PrefixKeyValues(past), "-", num_layers=0, num_attention_heads=0)
     peft = PeftModel.from_pretrained(model, adapter).eval()
     weight = peft.prompt_encoder["default"].embedding.weight.requires_grad_()
     loss = padded_loss(peft, [packed_row.example for packed_row in packed_rows])
@@ -96,7 +99,7 @@ def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
         loss, gradient = padded_peft(model, tmp_path / str(k), own, past)
         assert losses[k] == pytest.approx(loss, rel=1e-5)
         assert errors([gradients[k]], [gradient])[0] < 1e-5
-        assert torch.equal(load_peft(tmp_path / str(k)), past)
+        assert torch.equal(load_peft(tmp_path / str(k)).tensor, past)
 
 
 @pytest.mark.parametrize("case", WITHOUT)
@@ -136,9 +139,9 @@ class TestBank:
         prompts = [pasts(base)[0], soft[1]]
         prompts[diverged].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
-        lengths = PromptLengths.of(leaves)
+        lengths = prompt_lengths(soft_prompts(leaves))
         batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
-        nll_N = base(batch, leaves)
+        nll_N = base(batch, soft_prompts(leaves))
         nll_N.sum().backward()
         assert nll_N[batch.label_prompt_N == diverged].isnan().all()
         assert nll_N[batch.label_prompt_N != diverged].isfinite().all()
@@ -157,12 +160,12 @@ class TestBank:
         ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest + len(past) - pad) for pad in pads])
         cache = PastCache()
-        save_peft(tmp_path, past, "-", num_layers=0, num_attention_heads=0)
+        save_peft(tmp_path, PrefixKeyValues(past), "-", num_layers=0, num_attention_heads=0)
         peft = PeftModel.from_pretrained(plain_model(family(case), "none"), tmp_path).eval()
         with torch.no_grad(), base.unpacked():
-            first = base(DecodeStep(ids, mask, cache), [past])
+            first = base(DecodeStep(ids, mask, cache), [PrefixKeyValues(past)])
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [past])
+            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [PrefixKeyValues(past)])
             for i, row in enumerate(rows):
                 wanted = peft(input_ids=torch.tensor([[*row, 7]])).logits[0]
                 torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
@@ -191,7 +194,7 @@ def test_bf16(family: Any) -> None:
 
 def test_what_the_export_holds(tmp_path: Path) -> None:
     past = torch.randn(5, 3, 2, 2, 8)
-    save_peft(tmp_path, past, "base", num_layers=3, num_attention_heads=4)
+    save_peft(tmp_path, PrefixKeyValues(past), "base", num_layers=3, num_attention_heads=4)
     config = PrefixTuningConfig.from_pretrained(tmp_path)
     assert config.peft_type == "PREFIX_TUNING"
     # Of the cache: two heads of keys, though the base has four of queries.

@@ -18,6 +18,7 @@ from transformers.optimization import Adafactor as TheirAdafactor
 from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import Prompt
 from trainer.config.ranking import score_key
+from trainer.prompts.soft_prompt import PrefixKeyValues
 from trainer.training.early_stopping import EarlyStopping
 from trainer.training.optimizers import Adafactor, Muon, scheduled
 from trainer.training.prompt_optimizer import PromptOptimizer, make_optimizer
@@ -222,8 +223,8 @@ def test_resumed_equals_never_stopped(
     kind: dict[str, float | str | bool | None], done: int
 ) -> None:
     straight = make_parameters()
-    if kind.get("optimizer") == "muon":  # trains virtual tokens, or keys and values
-        straight["b"] = nn.Parameter(torch.randn(3, 2, 2, 1, 4))
+    if kind.get("optimizer") == "muon":  # trains matrices
+        straight["b"] = nn.Parameter(torch.randn(3, 16))
     optimizer = make(straight, **kind)
     for step in range(done):
         set_gradients(straight, step)
@@ -342,7 +343,7 @@ def test_muon_takes_keys_and_values_layer_by_layer() -> None:
     gradient[:, 1, 0] = 0  # nothing to learn from
     gradient[:, 2] *= 1e-6
     prompt.grad = gradient
-    Muon([prompt], lr=0.1).step()
+    Muon([prompt], lr=0.1, kind=PrefixKeyValues).step()
     for layer in range(3):
         for kind in range(2):
             alone = nn.Parameter(torch.zeros(5, 32))

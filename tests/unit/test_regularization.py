@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from trainer.prompts.regularization import perturbed
+from tests.soft_prompts import soft_prompts
+from trainer.prompts import regularization
 
 PROMPT_PH = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+def perturbed(values: Tensor, seed: int, update: int, **settings: float) -> Tensor:
+    return regularization.perturbed(soft_prompts([values])[0], seed, update, **settings).tensor
 
 
 def test_nothing_asked_nothing_changed() -> None:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.soft_prompts import soft_prompts
 from trainer.config import RunConfig
 from trainer.prompts.peft_adapter import load_peft, save_peft
 from trainer.prompts.saved_prompts import check_sources, find_source, source_problems
@@ -22,7 +23,7 @@ P, H = 3, 8
 
 def save(folder: Path, prompt: torch.Tensor | None = None) -> Path:
     prompt = torch.ones(P, H) if prompt is None else prompt
-    save_peft(folder, prompt, "base", num_layers=2, num_attention_heads=2)
+    save_peft(folder, soft_prompts([prompt])[0], "base", num_layers=2, num_attention_heads=2)
     return folder
 
 
@@ -74,7 +75,7 @@ def test_what_peft_itself_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     source = find_source(str(tmp_path))
     assert (source.prefix, source.num_virtual_tokens, source.width) == (False, P, H)
-    torch.testing.assert_close(load_peft(tmp_path), model.get_prompt(1)[0].detach())
+    torch.testing.assert_close(load_peft(tmp_path).tensor, model.get_prompt(1)[0].detach())
 
 
 def test_a_run_of_several_prompts_is_asked_for_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import load_shards
 from trainer.packing.activation_memory import BatchMemory, row_sizes
 from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.training.saved_tensors import SavedBytes
 
 LAYERS = 6  # so that the ends are not the most of it
@@ -49,7 +50,7 @@ def saved_bytes(base: PromptedBase, batch: PackedBatch) -> int:
     leaf = torch.randn(VIRTUAL, base.hidden_size, requires_grad=True)
     saved = SavedBytes()
     with saved:
-        base(batch, [leaf])
+        base(batch, [VirtualTokens(leaf)])
     return saved.total
 
 

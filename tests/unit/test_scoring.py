@@ -15,6 +15,7 @@ from benchmarks.random_base import make_tokenizer, save_random
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, VOCAB_SIZE, WINDOW
 from tests.one_rank import OneRank
+from tests.soft_prompts import soft_prompts
 from tests.unit.test_evaluation import load
 from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from trainer.data.token_table import Example
@@ -23,7 +24,8 @@ from trainer.evaluation.scoring import Request
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.packed_batch import PackedRow, PromptLengths, build_packed_batch
+from trainer.packing.packed_batch import PackedRow, build_packed_batch
+from trainer.prompts.soft_prompt import prompt_lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,10 +48,11 @@ def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[
 
 
 def likelihoods(
-    base: PromptedBase, packed_rows: Sequence[PackedRow], prompts: Sequence[Tensor], num_slots: int
+    base: PromptedBase, packed_rows: Sequence[PackedRow], values: Sequence[Tensor], num_slots: int
 ) -> Tensor:
     """Negative log-likelihood of every slot, from one packed batch."""
-    lengths = PromptLengths.of(prompts)
+    prompts = soft_prompts(values)
+    lengths = prompt_lengths(prompts)
     batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
     assert len(batch.token_ids_T) == sum(segment.length for segment in batch.segments)
     with torch.no_grad():
@@ -116,7 +119,7 @@ def test_a_row_with_more_candidates_than_a_packed_batch_holds(tmp_path: Path, bu
 def test_three_choices_cost_little_more_than_one() -> None:
     """FLOPs of rows of 60 tokens, against reading each row once for each choice."""
     base = load_unsharded(scoring.ROOT / "examples" / "tiny_base", "int8")
-    prompts = [torch.zeros(scoring.VIRTUAL, base.hidden_size)]
+    prompts = soft_prompts([torch.zeros(scoring.VIRTUAL, base.hidden_size)])
     rows = scoring.made_up_rows()[:12]
     once, each = (
         scoring.count(base, form(rows, 0), prompts) for form in (scoring.once, scoring.for_each)

@@ -25,6 +25,7 @@ from trainer.model.fingerprint import fingerprint_base
 from trainer.prompts.initializers import Vocabulary, words
 from trainer.prompts.multitask import TextReader
 from trainer.prompts.peft_adapter import save_peft
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
 from trainer.runtime.json_file import read_json_object
@@ -55,7 +56,9 @@ def find_encoder(config: RunConfig, name: str) -> Prompt:
 
 
 @torch.no_grad()
-def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tuple[Tensor, str]:
+def encode(
+    config: RunConfig, prompt: Prompt, text: str, files: BaseFiles
+) -> tuple[VirtualTokens, str]:
     """Virtual tokens [P, H] that a run's encoder makes of a text, and of which step it is.
 
     It is that of the best validation so far, or the newest where none was yet.
@@ -84,8 +87,7 @@ def encode(config: RunConfig, prompt: Prompt, text: str, files: BaseFiles) -> tu
         files.tokenizer,
         files.config.vocab_size,
     )
-    made_PH: Tensor = reader(words(text, vocabulary))
-    return made_PH, step
+    return VirtualTokens(reader(words(text, vocabulary))), step
 
 
 def _dtype(path: Path) -> torch.dtype:
@@ -138,8 +140,8 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
         description=f"Made without training, of the text {text!r}, by the encoder of {step}.",
     )
     console.print(
-        f"{out}: {len(virtual_tokens)} virtual tokens of {text!r}, by the encoder of {step}; "
-        "PEFT loads it"
+        f"{out}: {virtual_tokens.num_virtual_tokens} virtual tokens of {text!r}, by the encoder of "
+        f"{step}; PEFT loads it"
     )
 
 

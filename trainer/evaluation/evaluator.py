@@ -28,6 +28,7 @@ from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
 from trainer.packing.planning import plan_batches, portions
+from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime import stop_signals
 from trainer.runtime.stop_signals import Stopped
 
@@ -51,7 +52,7 @@ class Evaluator:
     base: PromptedBase
     tokenizer: PreTrainedTokenizerBase
     budget: TokenBudget
-    teachers: Sequence[Tensor] = ()
+    teachers: Sequence[SoftPrompt] = ()
     baselines: BaselineCache | None = None
     reused: int = 0
 
@@ -62,7 +63,7 @@ class Evaluator:
     def score(
         self,
         requests: Sequence[Request],
-        virtual_tokens: Sequence[Tensor],
+        virtual_tokens: Sequence[SoftPrompt],
         advance: Callable[[float], None] = lambda texts: None,
     ) -> list[Scored]:
         """Score every request: ``loss``, its standard error and the task's metric; a collective.
@@ -80,7 +81,7 @@ class Evaluator:
                 of them received a stop signal.
         """
         self._advance = advance
-        lengths = PromptLengths.of(virtual_tokens)
+        lengths = prompt_lengths(virtual_tokens)
         cached = self._read_cache(requests)
         missing = [r for r, nll in zip(requests, cached, strict=True) if nll is None]
         slots = [request.num_slots for request in missing]
@@ -145,7 +146,10 @@ class Evaluator:
             self.baselines.write(request.rows.candidates, nll_RC)
 
     def _candidate_nll(
-        self, requests: Sequence[Request], lengths: PromptLengths, virtual_tokens: Sequence[Tensor]
+        self,
+        requests: Sequence[Request],
+        lengths: PromptLengths,
+        virtual_tokens: Sequence[SoftPrompt],
     ) -> Tensor:
         """Summed negative log-likelihood of each slot's target [slots], on every rank."""
         num_slots = sum(request.num_slots for request in requests)
@@ -189,7 +193,10 @@ class Evaluator:
             raise Stopped
 
     def _compare_with_teachers(
-        self, requests: Sequence[Request], lengths: PromptLengths, virtual_tokens: Sequence[Tensor]
+        self,
+        requests: Sequence[Request],
+        lengths: PromptLengths,
+        virtual_tokens: Sequence[SoftPrompt],
     ) -> list[Tensor | None]:
         """``Scored.teacher_R2`` of every request; None without a teacher."""
         rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
@@ -207,7 +214,9 @@ class Evaluator:
             for request, of_request_R2 in zip(requests, sums_R2.cpu().split(rows), strict=True)
         ]
 
-    def _result(self, request: Request, nll: Tensor, virtual_tokens: Sequence[Tensor]) -> Scored:
+    def _result(
+        self, request: Request, nll: Tensor, virtual_tokens: Sequence[SoftPrompt]
+    ) -> Scored:
         rows, task = request.rows, request.rows.task
         if not request.by_labels:
             return Scored({})
@@ -230,7 +239,7 @@ class Evaluator:
         generated = self._generated(rows, prompt)
         return replace(generated, scores=result | generated.scores, nll_RC=nll_RC, nll_R=nll_R)
 
-    def _generated(self, rows: EvalSet, prompt: Tensor | None) -> Scored:
+    def _generated(self, rows: EvalSet, prompt: SoftPrompt | None) -> Scored:
         """Generate the target of every row (of a dialogue: the last answer) and score it.
 
         Generated text and target are decoded from token ids and cut at their ends in the same way,

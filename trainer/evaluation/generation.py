@@ -20,6 +20,7 @@ from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.generation_config import logits_processors
 from trainer.model.prompted_model import DecodeStep, PromptedBase
+from trainer.prompts.soft_prompt import SoftPrompt
 
 BATCH_ROWS = 64
 
@@ -30,7 +31,7 @@ def generate(
     base: PromptedBase,
     stop: StopCriteria,
     inputs: Sequence[Sequence[int]],
-    virtual_tokens: Tensor | None,
+    virtual_tokens: SoftPrompt | None,
     max_new_tokens: int,
     between_batches: Callable[[int], object] = lambda rows: None,
     max_tokens: int | None = None,
@@ -42,7 +43,7 @@ def generate(
 
     Args:
         inputs: token ids of each row.
-        virtual_tokens: the prompt [P, H], its keys and values [P, L, 2, A, D], or None.
+        virtual_tokens: the prompt, or None.
         between_batches: called on all ranks with the number of rows done since the last call; an
             exception from it ends the generation.
         max_tokens: most tokens of a batch: prompt, input and generated text of all its rows. A
@@ -55,7 +56,7 @@ def generate(
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
     batch_size = min(BATCH_ROWS, -(-len(inputs) // engine.world_size))
     if max_tokens is not None:
-        num_virtual = 0 if virtual_tokens is None else len(virtual_tokens)
+        num_virtual = 0 if virtual_tokens is None else virtual_tokens.num_virtual_tokens
         row = max(map(len, inputs), default=0) + num_virtual + max_new_tokens
         batch_size = min(batch_size, max(1, max_tokens // row))
     generated: dict[int, list[int]] = {}
@@ -88,13 +89,13 @@ def _decode(
     base: PromptedBase,
     stop: StopCriteria,
     rows: Sequence[Sequence[int]],
-    virtual_tokens: Tensor | None,
+    virtual_tokens: SoftPrompt | None,
     max_new_tokens: int,
 ) -> list[list[int]]:
     longest = max(map(len, rows))
     pads = [longest - len(row) for row in rows]
     token_ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
-    num_virtual = 0 if virtual_tokens is None else virtual_tokens.shape[0]
+    num_virtual = 0 if virtual_tokens is None else virtual_tokens.num_virtual_tokens
     mask = torch.tensor([[0] * pad + [1] * (longest + num_virtual - pad) for pad in pads])
     token_ids, mask = token_ids.to(engine.device), mask.to(engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]

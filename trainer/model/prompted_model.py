@@ -20,6 +20,7 @@ from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import family_of
 from trainer.packing.packed_batch import PackedBatch
+from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class PromptedBase(nn.Module):
     def forward(
         self,
         inputs: PackedBatch | HiddenStatesRequest | DecodeStep | Tensor,
-        virtual_tokens: Sequence[Tensor],
+        virtual_tokens: Sequence[SoftPrompt],
         teacher_DH: Tensor | None = None,
     ) -> Tensor:
         """Everything goes through one forward, because ZeRO-3 counts steps by it.
@@ -99,7 +100,7 @@ class PromptedBase(nn.Module):
         return embedded
 
     def _batch_losses(
-        self, batch: PackedBatch, virtual_tokens: Sequence[Tensor], teacher_DH: Tensor | None
+        self, batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt], teacher_DH: Tensor | None
     ) -> Tensor:
         hidden_NH = self._hidden(batch, virtual_tokens)
         # Logits only where there is a label: the head sees N positions instead of T.
@@ -113,13 +114,13 @@ class PromptedBase(nn.Module):
             losses = head(hidden_NH, batch.labels_N, teacher_DH, batch.distilled_D)
         return losses.loss_N if losses.agrees_N is None else torch.stack(losses)
 
-    def _hidden(self, batch: PackedBatch, virtual_tokens: Sequence[Tensor]) -> Tensor:
+    def _hidden(self, batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         words_TH = self._embed(batch.token_ids_T)
-        prompts = [virtual_tokens[k].to(self.dtype) for k, _ in batch.prompts]
+        prompts = [virtual_tokens[k].tensor.to(self.dtype) for k, _ in batch.prompts]
         num_virtual = sum(prompt.shape[0] for prompt in prompts)
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
-        past = [virtual_tokens[k].to(self.dtype) for k, _ in batch.past]
+        past = [virtual_tokens[k].tensor.to(self.dtype) for k, _ in batch.past]
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
             # Backward then gathers the same layers as on a rank whose packed batch has virtual
             # tokens.
@@ -158,12 +159,13 @@ class PromptedBase(nn.Module):
         hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[place_N]
         return hidden_NH
 
-    def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[Tensor]) -> Tensor:
+    def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
         words_BLH = self._embed(step.token_ids_BL)
         first = step.cache.get_seq_length() == 0
         if first and virtual_tokens:
-            prompt = virtual_tokens[0]
-            if prompt.dim() > 2:
+            soft_prompt = virtual_tokens[0]
+            prompt = soft_prompt.tensor
+            if isinstance(soft_prompt, PrefixKeyValues):
                 pads_B = (step.attention_mask_BT == 0).sum(1)
                 step.cache.place(prompt.to(self.dtype), pads_B)
                 prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
@@ -198,7 +200,9 @@ class PromptedBase(nn.Module):
                 module.training = True
 
 
-def read_teacher(base: nn.Module, batch: PackedBatch, teachers: Sequence[Tensor]) -> Tensor | None:
+def read_teacher(
+    base: nn.Module, batch: PackedBatch, teachers: Sequence[SoftPrompt]
+) -> Tensor | None:
     """What the packed batch's distilled positions learn from, [D, H]; None if no rank has any.
 
     A forward without gradient, made by all ranks alike: a rank without such rows reads a padding

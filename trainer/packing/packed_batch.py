@@ -181,15 +181,6 @@ class PromptLengths:
     tokens: tuple[int, ...]
     past: tuple[int, ...]
 
-    @classmethod
-    def of(cls, prompts: Sequence[Tensor]) -> PromptLengths:
-        """Of virtual tokens [P, H], or keys and values [P, L, 2, A, D], of every prompt."""
-        is_past = [prompt.dim() > 2 for prompt in prompts]
-        return cls(
-            tuple(0 if past else len(p) for p, past in zip(prompts, is_past, strict=True)),
-            tuple(len(p) if past else 0 for p, past in zip(prompts, is_past, strict=True)),
-        )
-
 
 def build_packed_batch(
     packed_rows: Sequence[PackedRow],

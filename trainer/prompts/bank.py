@@ -35,6 +35,7 @@ from trainer.prompts.parameter_groups import (
     units_of,
 )
 from trainer.prompts.regularization import perturbed
+from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
 from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -130,9 +131,10 @@ class Bank:
         #: What a stopped prompt of a share stays at, while the others train on.
         self._stopped: list[Tensor | None] = [None] * len(self.names)
         self._best: list[Tensor | None] = [None] * len(self.names)
-        self._outputs: list[Tensor | None] = [None] * len(self.names)
-        for encoder in self._encoders:
-            assert len(encoder.shape) > 2 or encoder.shape[1] == hidden_size, encoder.shape
+        self._outputs: list[SoftPrompt | None] = [None] * len(self.names)
+        self._kinds = [kind_of(prompt.method) for prompt in config.prompts]
+        for kind, encoder in zip(self._kinds, self._encoders, strict=True):
+            assert kind is not VirtualTokens or encoder.shape[1] == hidden_size, encoder.shape
 
     def __len__(self) -> int:
         return len(self.names)
@@ -142,8 +144,8 @@ class Bank:
         """Learning rate of each prompt's next update."""
         return [optimizer.learning_rate for optimizer in self._optimizers]
 
-    def virtual_tokens(self) -> list[Tensor]:
-        """fp32 [P, H] of every prompt, on the device.
+    def virtual_tokens(self) -> list[SoftPrompt]:
+        """fp32 values of every prompt, on the device.
 
         Without gradients, or of a stopped prompt: as it is to be judged and used, an average where
         one is kept. With gradients enabled: as a training step reads it, with its noise and
@@ -154,29 +156,29 @@ class Bank:
         """
         return [self._output(i) for i in range(len(self))]
 
-    def judged(self) -> list[Tensor]:
+    def judged(self) -> list[SoftPrompt]:
         """Every prompt as it is validated, kept and exported: unperturbed, averaged where asked."""
         with torch.no_grad():
             return self.virtual_tokens()
 
-    def _output(self, i: int) -> Tensor:
-        output_PH = self._outputs[i]
+    def _output(self, i: int) -> SoftPrompt:
+        output = self._outputs[i]
         if not self.active[i]:  # has stopped: its encoder runs once more for good
-            if output_PH is None:
-                output_PH = self._outputs[i] = self._folded(i)
-            return output_PH
+            if output is None:
+                output = self._outputs[i] = self._kinds[i](self._folded(i))
+            return output
         if not torch.is_grad_enabled():
-            return self._folded(i)
-        if output_PH is None:
+            return self._kinds[i](self._folded(i))
+        if output is None:
             prompt, update = self._prompts[i], self._optimizers[i].updates
-            output_PH = self._outputs[i] = perturbed(
-                self._encoders[i](),
+            output = self._outputs[i] = perturbed(
+                self._kinds[i](self._encoders[i]()),
                 self._seeds[i],
                 update,
                 noise=prompt.noise,
                 dropout=prompt.dropout,
             )
-        return output_PH
+        return output
 
     @torch.no_grad()
     def _folded(self, i: int) -> Tensor:
@@ -232,7 +234,7 @@ class Bank:
     def _update(self, unit: ParameterGroup, gradients: Mapping[int, Tensor]) -> float:
         parameters = list(unit.parameters.values())
         with torch.enable_grad():
-            outputs = [self._output(i) for i in gradients]
+            outputs = [self._output(i).tensor for i in gradients]
         given = [g.to(output) for g, output in zip(gradients.values(), outputs, strict=True)]
         # Unused: what is the own of a prompt of a share that read nothing.
         found = torch.autograd.grad(outputs, parameters, given, allow_unused=True)
@@ -247,13 +249,13 @@ class Bank:
         self.active[i] = False
         self._outputs[i] = None
 
-    def snapshot(self, i: int) -> Tensor:
-        """The current virtual tokens, folded: fp32 [P, H] on the CPU, a copy."""
-        return self._folded(i).to("cpu", copy=True)
+    def snapshot(self, i: int) -> SoftPrompt:
+        """The current virtual tokens, folded: fp32 on the CPU, a copy."""
+        return self._kinds[i](self._folded(i).to("cpu", copy=True))
 
     def keep_best(self, i: int) -> None:
         """Remember the current virtual tokens as the best so far: what will be exported."""
-        self._best[i] = self.snapshot(i)
+        self._best[i] = self.snapshot(i).tensor
 
     def keep_best_readers(self, step: int, keys: Mapping[int, ScoreKey | None]) -> None:
         """Remember text encoders that are better than before: what new texts will be read with.
@@ -267,10 +269,10 @@ class Bank:
             if read and unit.members[0] in self._readers:
                 self._readers[unit.members[0]].update(step, read)
 
-    def best(self, i: int) -> Tensor:
-        """The virtual tokens kept as best, fp32 [P, H] on the CPU; the current if none were."""
+    def best(self, i: int) -> SoftPrompt:
+        """The virtual tokens kept as best, fp32 on the CPU; the current if none were."""
         best_PH = self._best[i]
-        return self.snapshot(i) if best_PH is None else best_PH.clone()
+        return self.snapshot(i) if best_PH is None else self._kinds[i](best_PH.clone())
 
     def digest(self) -> str:
         """sha256 over all trainable bytes: differs between ranks if replicas have drifted."""

@@ -162,7 +162,7 @@ def trained(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tenso
         BadInput: if there is none, or one that is not finite.
     """
     source = find_source(path)
-    prompt = load_peft(source.folder).float()
+    prompt = load_peft(source.folder).tensor.float()
     if not prompt.isfinite().all():
         raise BadInput(f"prompts.init.from: {source.folder} is not finite; name another prompt")
     what = f"init from {path} has {len(prompt)} virtual tokens"

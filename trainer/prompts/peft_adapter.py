@@ -20,6 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trainer.prompts.saved_prompts import SETTINGS, TENSOR, WEIGHTS
+from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
@@ -29,7 +30,7 @@ CARD = "README.md"
 
 def save_peft(
     folder: Path,
-    virtual_tokens: Tensor,
+    prompt: SoftPrompt,
     base_model_name: str,
     revision: str | None = None,
     *,
@@ -41,8 +42,7 @@ def save_peft(
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
     Args:
-        virtual_tokens: folded, [P, H] or, of prefix tuning, keys and values [P, L, 2, A, D]; saved
-            in fp32.
+        prompt: the encoder's output; saved in fp32.
         base_model_name: what PEFT loads the base from: a folder's absolute path, or a hub id.
         title: of the model card; default: the folder's name.
         description: a line for the model card: task, score.
@@ -50,14 +50,14 @@ def save_peft(
     Raises:
         ValueError: if the virtual tokens are not finite.
     """
-    if not virtual_tokens.isfinite().all():
+    if not prompt.is_finite():
         raise ValueError(f"{folder}: the virtual tokens are not finite; there is nothing to export")
-    prompt = virtual_tokens.detach().to("cpu", torch.float32).contiguous()
+    values = prompt.tensor.detach().to("cpu", torch.float32).contiguous()
     method: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
-    token_dim = prompt.shape[1]
-    if prompt.dim() > 2:
+    token_dim = values.shape[1]
+    if isinstance(prompt, PrefixKeyValues):
         # PEFT counts the heads that a cache holds: fewer where queries are grouped.
-        _, num_layers, _, num_attention_heads, head_size = prompt.shape
+        _, num_layers, _, num_attention_heads, head_size = values.shape
         token_dim = num_attention_heads * head_size
         method = {
             "peft_type": "PREFIX_TUNING",
@@ -70,31 +70,32 @@ def save_peft(
         "num_attention_heads": num_attention_heads,
         "num_layers": num_layers,
         "num_transformer_submodules": 1,
-        "num_virtual_tokens": len(prompt),
+        "num_virtual_tokens": prompt.num_virtual_tokens,
         **method,
         "revision": revision,
         "task_type": "CAUSAL_LM",
         "token_dim": token_dim,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {TENSOR: prompt.flatten(1)}
+    weights = {TENSOR: values.flatten(1)}
     atomic_io.write(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     atomic_io.write_json(folder / SETTINGS, config)
     atomic_io.write(folder / CARD, _card(title or folder.name, config, description, folder))
 
 
-def load_peft(folder: Path) -> Tensor:
-    """Read what ``save_peft`` or PEFT wrote: [P, H], or keys and values [P, L, 2, A, D].
+def load_peft(folder: Path) -> SoftPrompt:
+    """Read the prompt of an adapter that ``save_peft`` or PEFT wrote.
 
     Raises:
         BadInput: the folder is not an adapter with one prompt, or is damaged.
     """
     try:
-        prompt: Tensor = load_file(folder / WEIGHTS)[TENSOR]
+        values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
         config = read_json_object(folder / SETTINGS)
         if config["peft_type"] != "PREFIX_TUNING":
-            return prompt
-        return prompt.unflatten(1, (config["num_layers"], 2, config["num_attention_heads"], -1))
+            return VirtualTokens(values)
+        shape = (config["num_layers"], 2, config["num_attention_heads"], -1)
+        return PrefixKeyValues(values.unflatten(1, shape))
     except BadInput:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -13,34 +13,34 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+
+from trainer.prompts.soft_prompt import SoftPrompt
 
 
 def perturbed(
-    virtual_tokens: Tensor, seed: int, update: int, *, noise: float = 0.0, dropout: float = 0.0
-) -> Tensor:
-    """The prompt as one training step reads it, differentiable.
+    prompt: SoftPrompt, seed: int, update: int, *, noise: float = 0.0, dropout: float = 0.0
+) -> SoftPrompt:
+    """Add noise and dropout for one training step; differentiable.
 
     Args:
-        virtual_tokens: [P, H], or keys and values.
+        prompt: the output of the encoder.
         update: updates made before this one.
         noise: standard deviation over the root mean square of the prompt, or, of keys and values,
             of the keys or the values of a layer.
         dropout: share of the elements set to zero; the others grow by ``1 / (1 - dropout)``.
     """
     if not noise and not dropout:
-        return virtual_tokens
+        return prompt
     generator = torch.Generator().manual_seed(_mixed(seed, update))
-    shape = virtual_tokens.shape
+    values = prompt.tensor
     if noise:
-        alike = (0, 1) if virtual_tokens.dim() == 2 else (0, 3, 4)
-        rms = virtual_tokens.detach().square().mean(alike, keepdim=True).sqrt()
-        drawn = torch.randn(shape, generator=generator)
-        virtual_tokens = virtual_tokens + noise * rms * drawn.to(virtual_tokens, non_blocking=True)
+        rms = values.detach().square().mean(prompt.rms_dims, keepdim=True).sqrt()
+        drawn = torch.randn(values.shape, generator=generator)
+        values = values + noise * rms * drawn.to(values, non_blocking=True)
     if dropout:
-        kept = (torch.rand(shape, generator=generator) >= dropout) / (1 - dropout)
-        virtual_tokens = virtual_tokens * kept.to(virtual_tokens, non_blocking=True)
-    return virtual_tokens
+        kept = (torch.rand(values.shape, generator=generator) >= dropout) / (1 - dropout)
+        values = values * kept.to(values, non_blocking=True)
+    return type(prompt)(values)
 
 
 def _mixed(seed: int, update: int) -> int:

@@ -85,7 +85,7 @@ def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console)
             (folder, prompt.name, loop.bank.best(k)),
             (folder / "last", f"{prompt.name} (last step)", loop.bank.snapshot(k)),
         ):
-            if not virtual_tokens.isfinite().all():
+            if not virtual_tokens.is_finite():
                 console.warn(f"prompt {title!r}: its virtual tokens are not finite; not saved")
                 continue
             save_peft(

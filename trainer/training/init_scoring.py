@@ -20,6 +20,7 @@ from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.packing.planning import portions
 from trainer.prompts.init_search import FEWEST, SearchResult, Words
 from trainer.prompts.parameter_groups import Unsearched
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.training.step import batch_objective, label_counts
 
@@ -105,7 +106,9 @@ class LossInitScorer:
             lengths = [len(words) for _, words in portion]
             done = slice(len(counts), len(counts) + len(portion))
             counts += (own := label_counts(packed_rows, len(portion)))
-            totals[done] = self._totals(step_batch, embedded.split(lengths), own)
+            totals[done] = self._totals(
+                step_batch, [VirtualTokens(start) for start in embedded.split(lengths)], own
+            )
             self._advance(len(packed_rows))
         engine.all_reduce_sum([totals])
         engine.end_step()
@@ -135,7 +138,7 @@ class LossInitScorer:
         )
 
     def _totals(
-        self, step_batch: StepBatch, virtual_tokens: Sequence[Tensor], counts: Sequence[int]
+        self, step_batch: StepBatch, virtual_tokens: Sequence[VirtualTokens], counts: Sequence[int]
     ) -> Tensor:
         """Summed loss of this rank's labels behind each start of a portion, in float64."""
         engine, base = self._evaluator.engine, self._evaluator.base

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from trainer.config import RunConfig
 from trainer.config.ranking import ScoreKey, score_key
 from trainer.data.task_data import EvalSet, TaskData
@@ -37,6 +35,7 @@ from trainer.evaluation.scoring import Request, Scored
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.packing.packed_batch import PromptLengths
 from trainer.prompts.bank import Bank
+from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime.console import Console, StepLine
 from trainer.runtime.phase_times import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
@@ -190,7 +189,7 @@ class Loop:
         started, gathered = time.perf_counter(), self.engine.gathered_bytes
         exchanged = self.engine.exchanged_bytes
         virtual_tokens = self.bank.virtual_tokens()
-        step_batch, waited = self._next_batch(PromptLengths.of(virtual_tokens))
+        step_batch, waited = self._next_batch(prompt_lengths(virtual_tokens))
         saved = SavedBytes() if self.steps_here == 0 else None
         self.engine.reset_peak_memory()
         result = batch_gradients(
@@ -520,7 +519,7 @@ class Loop:
         return Request(data.evaluation[split], k, data.teachers.get(self.bank.names[k]))
 
     def _score(
-        self, what: str, requests: Sequence[Request], virtual_tokens: Sequence[Tensor]
+        self, what: str, requests: Sequence[Request], virtual_tokens: Sequence[SoftPrompt]
     ) -> list[Scored]:
         """Score requests with these prompts, with progress."""
         if not requests:

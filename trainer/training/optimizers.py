@@ -9,6 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens
+
 
 def cosine_decay(progress: float) -> float:
     """Half a cosine from 1 to 0; as in transformers' ``get_cosine_schedule_with_warmup``."""
@@ -123,9 +125,14 @@ class Muon(_Directed):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.0,
+        kind: type[SoftPrompt] = VirtualTokens,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self._kind = kind
 
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         assert parameter.grad is not None
@@ -133,21 +140,16 @@ class Muon(_Directed):
         if not state:
             state["mean"] = torch.zeros_like(parameter)
         state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
-        return _orthogonal(state["mean"])
-
-
-def _orthogonal(prompt: Tensor) -> Tensor:
-    """Of its matrices the nearest orthogonal ones, about, with a root mean square of 1."""
-    if prompt.dim() == 2:
-        return _newton_schulz(prompt.double()).to(prompt)
-    assert prompt.dim() == 5, prompt.shape
-    by_layer = prompt.permute(1, 2, 0, 3, 4)  # [L, 2, P, A, D]
-    made = _newton_schulz(by_layer.flatten(3).double())
-    return made.view(by_layer.shape).permute(2, 0, 1, 3, 4).to(prompt)
+        orthogonal = _newton_schulz(self._kind.to_matrices(state["mean"]).double())
+        return self._kind.from_matrices(orthogonal, parameter.shape).to(parameter)
 
 
 def _newton_schulz(matrices: Tensor) -> Tensor:
-    """``[..., rows, columns]``; what is zero stays zero."""
+    """Approximate the nearest orthogonal matrices, each with a root mean square of 1.
+
+    Args:
+        matrices: [..., rows, columns]; a matrix of zeros stays zero.
+    """
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     tiny = torch.finfo(wide.dtype).tiny
     x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny)
@@ -165,13 +167,14 @@ def make_update_rule(
     learning_rate: float,
     momentum: float,
     betas: tuple[float, float] | None,
+    kind: type[SoftPrompt],
 ) -> torch.optim.Optimizer:
     """One formula on every device: the fused and foreach kernels round differently, and replicas on
     all ranks must stay equal to the bit. Weight decay is ours."""
     if name == "adafactor":
         return Adafactor(parameters, lr=learning_rate)
     if name == "muon":
-        return Muon(parameters, lr=learning_rate, momentum=momentum)
+        return Muon(parameters, lr=learning_rate, momentum=momentum, kind=kind)
     if name == "sgd":
         return torch.optim.SGD(
             parameters, lr=learning_rate, momentum=momentum, foreach=False, fused=False

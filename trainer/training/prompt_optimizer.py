@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import Prompt
 from trainer.config.prompt import DEFAULT_BETAS
+from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
 from trainer.training.optimizers import make_update_rule, scheduled
 
 #: What a checkpoint calls the average and the start of a parameter, beside its moments.
@@ -56,6 +57,7 @@ class PromptOptimizer:
         num_warmup_updates: int = 0,
         max_grad_norm: float | None = None,
         ema_decay: float | None = None,
+        kind: type[SoftPrompt] = VirtualTokens,
     ) -> None:
         self.updates = 0
         self._parameters = dict(parameters)
@@ -65,7 +67,7 @@ class PromptOptimizer:
         self._num_warmup, self._max_grad_norm = num_warmup_updates, max_grad_norm
         self._weight_decay, self._ema_decay = weight_decay, ema_decay
         self._optimizer = make_update_rule(
-            optimizer, list(self._parameters.values()), learning_rate, momentum, betas
+            optimizer, list(self._parameters.values()), learning_rate, momentum, betas, kind
         )
         self._start = self._copies() if decay_to_start and weight_decay else None
         self.averaged = None if ema_decay is None else self._copies()
@@ -189,4 +191,5 @@ def make_optimizer(
         num_warmup_updates=math.ceil(prompt.warmup_ratio * num_updates),
         max_grad_norm=prompt.max_grad_norm,
         ema_decay=prompt.ema,
+        kind=kind_of(prompt.method),
     )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import RankInfo, StepBatch, prepare_batch, prepare_step
 from trainer.model.prompted_model import read_teacher
-from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
+from trainer.packing.packed_batch import PackedBatch, PackedRow
+from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime import stop_signals
 from trainer.training.saved_tensors import SavedBytes
 
@@ -43,7 +44,7 @@ def text_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
 def batch_objective(
     base: nn.Module,
     batch: PackedBatch,
-    virtual_tokens: Sequence[Tensor],
+    virtual_tokens: Sequence[SoftPrompt],
     counts: Sequence[int],
     teacher_DH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -111,12 +112,12 @@ def step_gradients(
     engine: Engine,
     base: nn.Module,
     rows: Sequence[PackedRow],
-    virtual_tokens: Sequence[Tensor],
+    virtual_tokens: Sequence[SoftPrompt],
     max_tokens: int,
-    teachers: Sequence[Tensor] = (),
+    teachers: Sequence[SoftPrompt] = (),
 ) -> StepResult:
     """``batch_gradients`` of rows that were not prepared ahead."""
-    lengths = PromptLengths.of(virtual_tokens)
+    lengths = prompt_lengths(virtual_tokens)
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
     step_batch = prepare_step(list(rows), lengths, rank, max_tokens)
     return batch_gradients(engine, base, step_batch, virtual_tokens, teachers=teachers)
@@ -126,9 +127,9 @@ def batch_gradients(
     engine: Engine,
     base: nn.Module,
     step_batch: StepBatch,
-    virtual_tokens: Sequence[Tensor],
+    virtual_tokens: Sequence[SoftPrompt],
     saved: SavedBytes | None = None,
-    teachers: Sequence[Tensor] = (),
+    teachers: Sequence[SoftPrompt] = (),
 ) -> StepResult:
     """Forward and backward over this rank's packed batches of a step, and the sum over ranks.
 
@@ -142,7 +143,7 @@ def batch_gradients(
         OutOfMemory: if a packed batch does not fit, and other ranks take part in its gathers or it
             is one row.
     """
-    leaves = [prompt.detach().requires_grad_() for prompt in virtual_tokens]
+    leaves = [prompt.leaf() for prompt in virtual_tokens]
     counts = label_counts(step_batch.rows, len(leaves))
     found = _Sums(engine, leaves, teachers)
     todo = deque(zip(step_batch.plan, step_batch.batches, strict=True))
@@ -161,7 +162,7 @@ def batch_gradients(
                 "or engine.gradient_checkpointing=true"
             )
         found.splits += 1
-        lengths = PromptLengths.of(leaves)
+        lengths = prompt_lengths(leaves)
         for part in (rows[half:], rows[:half]):
             distilled = batch.teacher is not None
             half_batch = prepare_batch(part, lengths, engine.device, distilled=distilled)
@@ -204,11 +205,12 @@ class _Sums:
     """
 
     def __init__(
-        self, engine: Engine, leaves: Sequence[Tensor], teachers: Sequence[Tensor]
+        self, engine: Engine, leaves: Sequence[SoftPrompt], teachers: Sequence[SoftPrompt]
     ) -> None:
         self._leaves, self._teachers = leaves, teachers
+        self._tensors = [leaf.tensor for leaf in leaves]
         self.sums_K = torch.zeros(len(leaves), device=engine.device)
-        self.gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        self.gradients = [torch.zeros_like(tensor) for tensor in self._tensors]
         self.splits = torch.zeros(1, device=engine.device)
 
     def add(
@@ -219,7 +221,7 @@ class _Sums:
             teacher_DH = read_teacher(base, batch, self._teachers)
             with saved or nullcontext():
                 objective, sums_K = batch_objective(base, batch, self._leaves, counts, teacher_DH)
-            gradients = torch.autograd.grad(objective, self._leaves, allow_unused=True)
+            gradients = torch.autograd.grad(objective, self._tensors, allow_unused=True)
         except torch.OutOfMemoryError as error:
             return str(error).split(". ")[0]
         self.sums_K += sums_K

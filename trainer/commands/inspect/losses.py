@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from trainer.config import Base, RunConfig, Task
 from trainer.data.task_data import EvalSet, TaskData
@@ -25,6 +24,7 @@ from trainer.evaluation.scoring import Request
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.prompts.peft_adapter import load_peft
 from trainer.prompts.saved_prompts import WEIGHTS
+from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
@@ -74,7 +74,7 @@ def settings() -> list[Setting]:
     return [Setting("none", EXACT), *(Setting("int8", matmul) for matmul in (EXACT, *others))]
 
 
-def trained_prompts(folder: Path, config: RunConfig) -> dict[str, Tensor]:
+def trained_prompts(folder: Path, config: RunConfig) -> dict[str, SoftPrompt]:
     """Virtual tokens, or keys and values, of every prompt that a run has saved, by name."""
     found = {}
     for prompt in config.prompts:
@@ -126,7 +126,7 @@ def measure_losses(
     files: BaseFiles,
     config: RunConfig,
     readers: Sequence[Reader],
-    virtual_tokens: Sequence[Tensor],
+    virtual_tokens: Sequence[SoftPrompt],
     console: Console,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Score all readers under each setting; a collective.
@@ -180,7 +180,7 @@ def _score(
     config: RunConfig,
     setting: Setting,
     readers: Sequence[Reader],
-    virtual_tokens: Sequence[Tensor],
+    virtual_tokens: Sequence[SoftPrompt],
     console: Console,
 ) -> list[dict[str, float]]:
     """Load the base as a setting says, score, and free its memory."""
@@ -190,7 +190,8 @@ def _score(
     # A failure of memory would end the ranks and lose what is measured already.
     loaded = load_base(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
-    wrong = [p.shape[1] for p in virtual_tokens if p.dim() == 2 and p.shape[1] != hidden_size]
+    widths = [p.tensor.shape[1] for p in virtual_tokens if isinstance(p, VirtualTokens)]
+    wrong = [width for width in widths if width != hidden_size]
     if wrong:
         raise BadInput(
             f"base.model: {base.model!r} has hidden size {hidden_size}, but the run's prompts were "
