@@ -7,9 +7,9 @@ checkpoints less frequent, never a step longer.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,30 +46,23 @@ class AsyncCheckpointWriter:
         self.seconds = self.write_seconds = 0.0
         self.written = self.replaced = 0
         self.failed: dict[int, str] = {}
-        self._problems: list[str] = []
-        self._queued: Snapshot | None = None
-        self._lock = threading.Condition()
-        self._writing = False
+        self._problems: list[str] = []  # list methods are atomic
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._newest_write: Future[None] | None = None
 
     def save(self, copy: Callable[[], Snapshot]) -> None:
         """Copy the state now and queue it for writing."""
         started = time.perf_counter()
         snapshot = copy()
-        with self._lock:
-            self.replaced += self._queued is not None
-            self._queued = snapshot
-            if not self._writing:
-                self._writing = True
-                # The thread ends when the queue is empty, so none is left to be stopped.
-                threading.Thread(target=self._write, name="checkpoint", daemon=True).start()
+        if self._newest_write is not None and self._newest_write.cancel():  # it was still queued
+            self.replaced += 1
+        self._newest_write = self._executor.submit(self._write, snapshot)
         self.seconds += time.perf_counter() - started
 
     def report_problems(self) -> None:
         """Pass problems since the last call to ``warn``; called between steps."""
-        with self._lock:
-            problems, self._problems = self._problems, []
-        for text in problems:
-            self._warn(text)
+        while self._problems:
+            self._warn(self._problems.pop(0))
 
     def wait(self) -> None:
         """Wait until every queued checkpoint is written or has failed.
@@ -77,11 +70,10 @@ class AsyncCheckpointWriter:
         A Ctrl-C during the wait is raised only afterwards.
         """
         interrupted: KeyboardInterrupt | None = None
-        while True:
+        while self._newest_write is not None:
             try:
-                with self._lock:
-                    self._lock.wait_for(lambda: not self._writing)
-                break
+                self._newest_write.result()
+                self._newest_write = None
             except KeyboardInterrupt as error:
                 interrupted = error
         self.report_problems()
@@ -114,38 +106,17 @@ class AsyncCheckpointWriter:
             "write_seconds": self.write_seconds,
         }
 
-    def _write(self) -> None:
-        """Write queued snapshots until there is none; the thread's function."""
-        while True:
-            with self._lock:
-                snapshot, self._queued = self._queued, None
-                if snapshot is None:
-                    self._writing = False
-                    self._lock.notify_all()
-                    return
-            started = time.perf_counter()
-            path, why = self._try(snapshot)
-            with self._lock:
-                self.write_seconds += time.perf_counter() - started
-                if path is not None:
-                    self.newest = path
-                    self.written += 1
-                else:
-                    self.failed[snapshot.step] = why
-                    self._add_problem(
-                        f"step {snapshot.step}: no checkpoint written: {why}; training continues"
-                    )
-
-    def _try(self, snapshot: Snapshot) -> tuple[Path | None, str]:
-        """Return the written checkpoint, or None and the reason."""
+    def _write(self, snapshot: Snapshot) -> None:
+        """Write a snapshot; runs in the thread of the executor."""
+        started = time.perf_counter()
         try:
             self._check()
-            return checkpoint.write(self.folder, snapshot, self._keep, self._add_problem), ""
-        except OSError as error:
-            return None, str(error)
-        except Exception as error:  # an exception would end the thread without a message
-            return None, f"{type(error).__name__}: {error}"
-
-    def _add_problem(self, text: str) -> None:
-        with self._lock:
-            self._problems.append(text)
+            self.newest = checkpoint.write(self.folder, snapshot, self._keep, self._problems.append)
+            self.written += 1
+        except Exception as error:
+            why = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            self.failed[snapshot.step] = why
+            self._problems.append(
+                f"step {snapshot.step}: no checkpoint written: {why}; training continues"
+            )
+        self.write_seconds += time.perf_counter() - started

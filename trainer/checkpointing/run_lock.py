@@ -184,7 +184,7 @@ class Lock:
         elif time.time() - self._touched > DEAD_SECONDS:
             # Another process may have taken it over meanwhile, and may have ended since.
             self._lost = f"{self.path}: deleted while this process sent no heartbeat for too long"
-        elif not _create(self.path, self.holder):  # deleted, and nobody has created it since
+        elif not _create(self.path, self.holder):  # not deleted, or created again
             holder = getattr(_read(self.path), "holder", None) or "another process"
             self._lost = f"{self.path}: {holder} has taken this run over"
 
@@ -253,7 +253,7 @@ def running_process(folder: Path) -> str | None:
 def refuse_if_alive(folder: Path) -> None:
     """Check, without writing, whether a process of this host holds the lock.
 
-    For holders on other hosts ``acquire`` decides: it knows the file system's clock.
+    ``acquire`` judges holders on other hosts, by the clock of the file system.
 
     Raises:
         BadInput: such a process is alive.

@@ -26,6 +26,8 @@ METRICS_FILE = "metrics.jsonl"
 #: Prefixes of the names of validation scores.
 VALIDATION = ("validation", "shifted_validation")
 SYSTEM_FILE = "logs/system_metrics.jsonl"
+#: Longer lines do not occur, in bytes.
+MAX_LINE = 1 << 20
 #: The largest integer that JSON and databases hold exactly; larger counts are damage.
 MAX_COUNT = 2**53
 
@@ -196,14 +198,6 @@ def _cut_torn_line(path: Path) -> None:
         return
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
-        position = end
-        while position > 0:
-            start = max(0, position - 65536)
-            file.seek(start)
-            newline = file.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                position = start + newline + 1
-                break
-            position = start
-        if position < end:
-            file.truncate(position)
+        start = max(0, end - MAX_LINE)
+        file.seek(start)
+        file.truncate(start + file.read().rfind(b"\n") + 1)

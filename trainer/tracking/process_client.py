@@ -116,7 +116,7 @@ class TrackingClient:
         return self._result(is_complete=code == 0)
 
     def has_unsent(self) -> bool:
-        """Whether the store lacks anything of a run that has ended, as far as the folder knows."""
+        """Whether the store lacks anything of a run that has ended, according to tracking.json."""
         try:
             return bool(Pusher(self.output_dir, self._target()).unsent())
         except (BadInput, OSError):

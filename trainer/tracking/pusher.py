@@ -98,7 +98,7 @@ class Pusher:
             raise errors[0]
 
     def unsent(self) -> str:
-        """Describe what the store lacks, as far as the folder knows; empty if nothing."""
+        """Describe what the store lacks, according to tracking.json; empty if nothing."""
         offsets, digests = self.progress.offsets, self.progress.artifacts
         lines = sum(1 for name in SENT_FILES for _ in self.folder.lines(name, offsets.get(name, 0)))
         artifacts = [*self.folder.early_artifacts(), *self.folder.late_artifacts()]

@@ -7,6 +7,7 @@ other file of this machine is uploaded, and damaged files count as empty.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,6 @@ class RunFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problem: str | None = None
-        self._version: Any = None
-        self._settings: dict[str, Any] = {}
 
     def file(self, name: str) -> Path | None:
         """Return the regular file ``name`` ("a/b"), unless it or one of its folders is a symlink.
@@ -70,13 +69,11 @@ class RunFiles:
             if path is None:
                 return {}
             stat = path.stat()
-            version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if version != self._version:
-                self._settings, self.problem = _read_settings(path)
-                self._version = version
         except OSError:
             return {}
-        return self._settings
+        version = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        settings, self.problem = _read_settings(path, version)
+        return settings
 
     @property
     def tracking(self) -> Tracking:
@@ -111,8 +108,13 @@ class RunFiles:
         return mapping(self.json("summary.json"))
 
 
-def _read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the settings of a run file, and why it does not load, if so."""
+@functools.lru_cache(maxsize=4)
+def _read_settings(path: Path, version: object) -> tuple[dict[str, Any], str | None]:
+    """Return the settings of a run file, and why it does not load, if so.
+
+    Args:
+        version: changes with the content of the file.
+    """
     try:
         return _resolved(config.load(path)), None
     except BadInput as error:

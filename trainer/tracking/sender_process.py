@@ -187,7 +187,7 @@ def _start_monitor(output_dir: Path, stop: threading.Event) -> threading.Thread 
 
 
 def _gauges() -> list[Any]:
-    """Return MLflow's own gauges, whose metric names its pages know.
+    """Return MLflow's own gauges, because its pages recognize their metric names.
 
     Not its ``SystemMetricsMonitor``, which sends by itself and stops at the first failing call.
     """
