@@ -38,9 +38,9 @@ from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
-from trainer.run import embedder, make_bank
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer
+from trainer.training.initial_bank import embedding_function, make_bank
 from trainer.training.step import batch_gradients, batch_objective, label_counts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     tasks = load_tasks(config, files.tokenizer, 512, files.config.vocab_size)
     engine: Any = OneRank(device)
     (teacher,) = tasks["triage"].teachers.values()
-    teachers = [VirtualTokens(embedder(base, device)(teacher.token_ids))]
+    teachers = [VirtualTokens(embedding_function(base, device)(teacher.token_ids))]
     evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(1024), teachers)
 
     with open(os.devnull, "w") as nothing:

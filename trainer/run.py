@@ -6,17 +6,14 @@ run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapt
 from __future__ import annotations
 
 import datetime
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from trainer.checkpointing.async_writer import AsyncCheckpointWriter
 from trainer.checkpointing.checkpoint import SavedCheckpoint
+from trainer.checkpointing.checkpoint_callback import CheckpointCallback
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.output_folder import (
     OutputFolder,
@@ -32,10 +29,10 @@ from trainer.checkpointing.resume import (
     saved_choices,
     take_run_snapshot,
 )
-from trainer.checkpointing.run_lock import Lock, LockLost, acquire
+from trainer.checkpointing.run_lock import Lock, acquire
 from trainer.checkpointing.state_tensors import join_tensors
 from trainer.config import RunConfig
-from trainer.data.task_data import TaskData, load_tasks
+from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_date import keep_chat_date, read_chat_date
 from trainer.data.tokenization.chat_template import reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
@@ -48,37 +45,31 @@ from trainer.distributed.model_loading import (
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.evaluator import Evaluator
-from trainer.evaluation.generation import keys_and_values
-from trainer.evaluation.metrics import check_sandbox
 from trainer.evaluation.prediction_records import Predictions
-from trainer.evaluation.stop_criteria import StopCriteria, check_targets
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import check_prefix_tuning, embedding_size
-from trainer.model.prompted_model import PromptedBase
 from trainer.packing.batch_source import BatchSource
 from trainer.prompts.bank import Bank
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.reporting.html import write_missing_report
 from trainer.reporting.run_description import describe_run, device_name, measure
+from trainer.reporting.run_end import finish_sending, tracked_run
 from trainer.reporting.run_results import write_results
-from trainer.reporting.summary import SUMMARY_FILE, RunSummary, finished_summary, save_summary
+from trainer.reporting.summary import RunSummary, finished_summary
 from trainer.reporting.terminal_table import show_results
 from trainer.runtime import process, stop_signals
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.phase_times import PhaseTimes
-from trainer.runtime.process import ROWS_CHECKED
-from trainer.runtime.redact import redact
 from trainer.runtime.stop_signals import Stopped
-from trainer.tracking import MetricsLog, TrackingClient, unless_full
+from trainer.tracking import MetricsLog, TrackingClient
+from trainer.tracking.metrics_callback import MetricsCallback
+from trainer.training.callbacks import ConsoleProgress
 from trainer.training.init_scoring import LossInitScorer
+from trainer.training.initial_bank import copy_rank_0, embedding_function, make_bank
 from trainer.training.loop import Loop
-from trainer.training.prompt_optimizer import make_optimizer
-
-#: How long the end of a run waits for the tracker: a file on a busy machine is only slow, a server
-#: may be down.
-LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
+from trainer.training.task_loading import read_tasks
 
 #: Rows of each task whose lengths tell how much packed batches will take.
 SAMPLE = 1000
@@ -124,31 +115,114 @@ def _train(
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
     with times("load"), console.phase("reading rows"):
-        tasks = _read_tasks(engine, files, config, console, date)
-    dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
+        tasks = read_tasks(engine, files, config, console, date)
     with times("load"), console.phase("checking the base's files"):
-        identity = run_identity(
-            config, fingerprint_base_on_all(engine, files, console), dtype, tasks
-        )
-        identity |= {"date of the chat template": date.isoformat()} if date else {}
+        identity = _identity(engine, files, config, console, tasks, date)
     saved = engine.run_on_main(
         lambda: None if fresh else find_checkpoint(output, identity, console)
     )
     if saved is None:
         engine.run_on_all(lambda: check_sources(config, embedding_size(files.config)))
-    done = None if fresh else engine.run_on_main(lambda: finished_summary(output))
-    if done is not None:
-        console.print(f"{output} already holds this finished run; use --fresh to train again")
-        if lock is not None:
-            write_missing_report(output, console.warn)
-        show_results(done, config, console)
-        if lock is not None:
-            _send_rest(TrackingClient(output, config.tracking.uri), console)
+    finished = None if fresh else engine.run_on_main(lambda: finished_summary(output))
+    if finished is not None:
+        _show_finished_run(finished, config, console, is_main=lock is not None)
         return
 
     with times("load"), console.phase("loading the base"):
-        loaded, where = _load(engine, files, config, console, tasks, saved)
-    embed = embedder(loaded.model, engine.device)
+        loaded, conditions = _load(engine, files, config, console, tasks, saved)
+    loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times)
+    if fresh:  # nothing can be refused any more
+        engine.run_on_main(lambda: archive_earlier_run(output, console))
+    if saved is None and loop.predictions is not None:
+        loop.predictions.clear()
+    stop_signals.defer()
+    if lock is None:
+        loop.run()
+        measure(engine, loop, loaded)
+        return
+
+    def describe(*, begins: bool = False) -> None:
+        describe_run(output, config, engine, loaded, tasks, command, begins=begins)
+        if date:
+            keep_chat_date(output, date)
+
+    log = MetricsLog(output)
+    log.rewind(loop.progress.step, validated=not loop.progress.unjudged)
+    describe(begins=saved is None)
+    writer = AsyncCheckpointWriter(
+        output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm
+    )
+    client = TrackingClient(output, config.tracking.uri)
+    checkpoints = CheckpointCallback(
+        writer,
+        lock,
+        OutputFolder(output, log, lock, describe),
+        lambda: take_run_snapshot(loop, loaded, identity, conditions),
+        console.warn,
+    )
+    loop.callbacks = [
+        *loop.callbacks,
+        MetricsCallback(log, client, console.warn),
+        checkpoints,
+    ]
+    with tracked_run(output, client, console):
+        seconds_before = loop.progress.train_seconds
+        with times("saving"), writer:  # waits at its end for checkpoints that are being written
+            loop.run()
+        checkpoints.check_folder(now=True)
+        measured = measure(engine, loop, loaded)
+        measured["checkpoints"] = writer.report(loop.progress.train_seconds - seconds_before)
+        with results_can_be_written_later(output):
+            lock.confirm()
+            summary = write_results(output, loop, files, measured, console)
+        show_results(summary, config, console)
+
+
+def _identity(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    tasks: Mapping[str, TaskData],
+    date: datetime.date | None,
+) -> dict[str, Any]:
+    """Return what a checkpoint must share with the run that resumes from it; a collective."""
+    dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
+    fingerprint = fingerprint_base_on_all(engine, files, console)
+    identity = run_identity(config, fingerprint, dtype, tasks)
+    return identity | ({"date of the chat template": date.isoformat()} if date else {})
+
+
+def _show_finished_run(
+    summary: RunSummary, config: RunConfig, console: Console, *, is_main: bool
+) -> None:
+    """Print the results of a run that is complete, and write or send what it lacks."""
+    output = Path(config.output_dir)
+    console.print(f"{output} already holds this finished run; use --fresh to train again")
+    if is_main:
+        write_missing_report(output, console.warn)
+    show_results(summary, config, console)
+    if is_main:
+        client = TrackingClient(output, config.tracking.uri)
+        if client.has_unsent():
+            client.start()
+        finish_sending(client, console)
+
+
+def _make_loop(
+    engine: Engine,
+    config: RunConfig,
+    console: Console,
+    files: BaseFiles,
+    loaded: LoadedBase,
+    tasks: Mapping[str, TaskData],
+    identity: Mapping[str, Any],
+    saved: SavedCheckpoint | None,
+    times: PhaseTimes,
+) -> Loop:
+    """Build the evaluator, the bank and the loop, and load the state of a checkpoint."""
+    output = Path(config.output_dir)
+    embed = embedding_function(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
     evaluator = Evaluator(
         engine,
@@ -158,67 +232,30 @@ def _train(
         [VirtualTokens(embed(ids)) for _, ids in sorted(teachers.items())],
         _baseline_cache(engine, files, identity, loaded),
     )
-    # A resumed bank loads its state over any initial value.
-    screen = None if saved else LossInitScorer(config, tasks, evaluator, console)
-    begun = without_sources(config) if saved else config
     with times("initialization search"):
-        bank = make_bank(begun, engine, loaded.model, files, screen, console.warn)
-    feed = StepPrefetcher(
-        BatchSource(config, tasks), RankInfo(engine.rank, engine.world_size, engine.device)
+        # A resumed bank loads its state over any initial value.
+        scorer = None if saved else LossInitScorer(config, tasks, evaluator, console)
+        initial = without_sources(config) if saved else config
+        bank = make_bank(initial, engine, loaded.model, files, scorer, console.warn)
+    rank = RankInfo(engine.rank, engine.world_size, engine.device)
+    loop = Loop(
+        config,
+        engine,
+        evaluator,
+        tasks,
+        bank,
+        StepPrefetcher(BatchSource(config, tasks), rank),
+        console,
+        [ConsoleProgress(console, config.last_step)],
+        Predictions(output, console.warn) if engine.is_main else None,
+        times=times,
     )
-    loop = Loop(config, engine, evaluator, tasks, bank, feed, console, times=times)
     if saved is None:
-        _begin_alike(engine, bank)
+        copy_rank_0(engine, bank)
     else:
         _load_state(bank, loop, saved)
         console.print(f"resuming from step {loop.progress.step}/{config.last_step}")
-    if fresh:  # nothing can be refused any more
-        engine.run_on_main(lambda: archive_earlier_run(output, console))
-    stop_signals.defer()
-    if lock is None:
-        loop.run()
-        measure(engine, loop, loaded)
-        return
-
-    log = MetricsLog(output)
-    log.rewind(loop.progress.step, validated=not loop.progress.unjudged)
-
-    def describe(*, begins: bool = False) -> None:
-        describe_run(output, config, engine, loaded, tasks, command, begins=begins)
-        if date:
-            keep_chat_date(output, date)
-
-    describe(begins=saved is None)
-    saves = AsyncCheckpointWriter(
-        output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm
-    )
-    loop.log = unless_full(log, console.warn)
-    loop.predictions = Predictions(output, console.warn)
-    if saved is None:
-        loop.predictions.clear()
-    loop.save = lambda loop: saves.save(lambda: take_run_snapshot(loop, loaded, identity, where))
-    sender = TrackingClient(output, config.tracking.uri)
-    folder = OutputFolder(output, log, lock, describe)
-
-    def between_steps() -> None:
-        saves.report_problems()
-        lock.check()
-        if problem := sender.new_problem():
-            console.warn(problem)
-        folder.check(console.warn, lambda: loop.save(loop), saves.wait)
-
-    loop.between_steps = between_steps
-    with _tracked(output, sender, console):
-        before = loop.progress.train_seconds
-        with times("saving"), saves:  # leaving it waits for the checkpoints that are being written
-            loop.run()
-        folder.check(console.warn, lambda: loop.save(loop), saves.wait, now=True)
-        measured = measure(engine, loop, loaded)
-        measured["checkpoints"] = saves.report(loop.progress.train_seconds - before)
-        with results_can_be_written_later(output):
-            lock.confirm()
-            summary = write_results(output, loop, files, measured, console)
-        show_results(summary, config, console)
+    return loop
 
 
 def _baseline_cache(
@@ -248,12 +285,6 @@ def _load_state(bank: Bank, loop: Loop, saved: SavedCheckpoint) -> None:
         ) from error
 
 
-def _begin_alike(engine: Engine, bank: Bank) -> None:
-    """Where CPUs of several kinds have drawn or solved for other last bits: all take rank 0's."""
-    if len(set(engine.all_gather(bank.digest()))) > 1:
-        bank.load_state_dict(engine.run_on_main(bank.state_dict))
-
-
 @contextmanager
 def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | None]:
     """Rank 0 holds the output folder's lock; the others have none."""
@@ -273,58 +304,6 @@ def _chat_date(
         return None
     kept = None if fresh else read_chat_date(output)
     return kept or datetime.date.today()
-
-
-def _read_tasks(
-    engine: Engine,
-    files: BaseFiles,
-    config: RunConfig,
-    console: Console,
-    date: datetime.date | None,
-) -> dict[str, TaskData]:
-    tasks = engine.load_once_per_node(
-        lambda: load_tasks(
-            config,
-            files.tokenizer,
-            files.context_length,
-            files.config.vocab_size,
-            console.working,
-            console.reading,
-            date=date,
-        ),
-    )
-    engine.run_on_all(lambda: _check_ends(tasks, files))
-    if date:
-        console.print(f"the chat template reads the date: {date}, also when the run is resumed")
-    runs_code = any(task.metric == "execution" for task in config.tasks)
-    if runs_code and (warning := engine.run_on_main(check_sandbox)):
-        console.warn(warning)
-    for data in tasks.values():
-        if ROWS_CHECKED not in os.environ:
-            for remark in data.remarks:
-                console.print(remark)
-            for leak in data.leaks:
-                console.warn(leak.warning)
-        for warning in data.warnings:
-            console.warn(warning)
-    return tasks
-
-
-def _check_ends(tasks: Mapping[str, TaskData], files: BaseFiles) -> None:
-    """Check that targets that are compared with generated texts can be generated."""
-    problems: list[str] = []
-    for data in tasks.values():
-        ending = StopCriteria.of(files.generation, files.tokenizer, data.task)
-        for rows in data.evaluation.values():
-            try:
-                warning = check_targets(rows, ending)
-            except BadInput as error:
-                problems += error.problems
-                continue
-            if warning is not None and warning not in data.warnings:
-                data.warnings.append(warning)
-    if problems:
-        raise BadInput(problems)
 
 
 def _load(
@@ -351,78 +330,3 @@ def _load(
     )
     loaded.budget.ramp = list(chosen["ramp"])
     return loaded, where
-
-
-def make_bank(
-    config: RunConfig,
-    engine: Engine,
-    base: PromptedBase,
-    files: BaseFiles,
-    screen: LossInitScorer | None,
-    warn: Callable[[str], None],
-) -> Bank:
-    """The prompts of a run, over a base that all ranks call alike."""
-    return Bank(
-        config,
-        embedder(base, engine.device),
-        files.tokenizer,
-        files.config.vocab_size,
-        base.hidden_size,
-        engine.device,
-        make_optimizer=make_optimizer,
-        past=lambda ids: keys_and_values(engine, base, ids),
-        screen=screen,
-        warn=warn,
-    )
-
-
-def embedder(base: nn.Module, device: torch.device) -> Any:
-    """Word embeddings [n, H] of token ids; the table is shared out: all ranks call it alike."""
-
-    def embed(token_ids: Any) -> torch.Tensor:
-        with torch.no_grad():
-            ids = torch.as_tensor(token_ids, device=device)
-            embedded: torch.Tensor = base(ids, []).float()
-            return embedded
-
-    return embed
-
-
-@contextmanager
-def _tracked(output: Path, sender: TrackingClient, console: Console) -> Iterator[None]:
-    """Run the sender beside the run; write a summary if the run fails."""
-    (output / SUMMARY_FILE).unlink(missing_ok=True)
-    sender.start()
-    try:
-        yield
-    except Exception as error:
-        summary = RunSummary(status="failed", error=redact(str(error)))
-        if not isinstance(error, LockLost):  # the folder is another's
-            with suppress(OSError):  # full, perhaps: what counts is why the run ends
-                save_summary(output, summary)
-        # The launcher ends this rank a second after another has failed: say why before the tracker
-        # is waited for.
-        console.failure(error)
-        sender.finish(FAILED_SECONDS)
-        raise
-    except KeyboardInterrupt:  # not the end: the same command resumes
-        sender.finish(FAILED_SECONDS)
-        raise
-    else:
-        _finish_sending(sender, console)
-
-
-def _send_rest(sender: TrackingClient, console: Console) -> None:
-    """Send what an earlier process of a finished run could not."""
-    if sender.has_unsent():
-        sender.start()
-    _finish_sending(sender, console)
-
-
-def _finish_sending(sender: TrackingClient, console: Console) -> None:
-    with console.phase("sending metrics to MLflow"):
-        finished = sender.finish(LOCAL_STORE_SECONDS if sender.is_local else SERVER_SECONDS)
-    if finished.complete:
-        console.print(f"curves:  {finished.message}")
-    else:
-        console.warn(finished.message)

@@ -23,10 +23,10 @@ from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.prompts.init_search import SearchResult
-from trainer.run import make_bank
 from trainer.runtime.console import Console
 from trainer.runtime.process import flush_and_exit
 from trainer.training.init_scoring import LossInitScorer
+from trainer.training.initial_bank import make_bank
 from trainer.training.step import step_gradients
 
 STEPS, MAX_TOKENS, SEARCH_TOKENS = 4, 48, 400

@@ -75,11 +75,11 @@ def main(arguments: Sequence[str]) -> int:
         watch.note_base()
 
     def watched_batch(loop: Loop, lengths: Any) -> Any:
-        step_batch, waited = next_batch(loop, lengths)
+        step_batch = next_batch(loop, lengths)
         rows = [(packed_row.prompt, int(packed_row.example.row)) for packed_row in step_batch.rows]
         watch.note(step=loop.progress.step + 1, rows=rows, batches=len(step_batch.plan))
         watch.batches = 0
-        return step_batch, waited
+        return step_batch
 
     def watched_gradients(*given: Any) -> Any:
         result = gradients(*given)

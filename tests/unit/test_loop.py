@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from trainer.prompts.bank import Bank
 from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime.console import Console
 from trainer.runtime.stop_signals import Stopped
-from trainer.training.loop import Diverged, Loop, gaps
+from trainer.training.callbacks import Callback, ConsoleProgress, Metrics, StepReport
+from trainer.training.loop import Loop
 from trainer.training.prompt_optimizer import make_optimizer
+from trainer.training.skipped_updates import Diverged
+from trainer.training.validation import gaps
 
 H, VOCAB = 4, 19
 TABLE_VH = torch.randn(VOCAB, H, generator=torch.Generator().manual_seed(5))
@@ -66,10 +70,36 @@ class ToyBase(nn.Module):
         return torch.stack(losses)
 
 
+class Recorder(Callback):
+    """Records the metrics of a toy run, and its state as a checkpoint holds it."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+
+    def on_step_end(self, report: StepReport) -> None:
+        self._record(report.metrics)
+
+    def on_validation_end(self, metrics: Sequence[Metrics]) -> None:
+        self._record(metrics)
+
+    def on_checkpoint(self) -> None:
+        self.toy.save()
+
+    def _record(self, metrics: Sequence[Metrics]) -> None:
+        self.toy.logged += [(m.step, m.prompt, dict(m.values)) for m in metrics]
+        self.toy.tokens += [(m.prompt, m.useful_tokens) for m in metrics]
+
+
 class Toy:
     """A run over two tasks; ``saved`` holds a checkpoint of every step, as files hold it."""
 
-    def __init__(self, folder: Path, prompts: list[dict[str, Any]], **sections: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prompts: list[dict[str, Any]],
+        predictions: Predictions | None = None,
+        **sections: Any,
+    ) -> None:
         tasks = []
         for name, words in (("x", "abcd"), ("y", "efg")):
             path = folder / f"{name}.jsonl"
@@ -106,8 +136,10 @@ class Toy:
             make_optimizer=make_optimizer,
         )
         self.logged: list[tuple[int, str | None, dict[str, float]]] = []
+        self.tokens: list[tuple[str | None, int]] = []
         self.saved: dict[int, tuple[bytes, str]] = {}
         evaluator = Evaluator(engine, self.base, tokenizer, TokenBudget(200))  # type: ignore[arg-type]
+        console = Console(self.out, self.out)
         self.loop = Loop(
             self.config,
             engine,
@@ -115,16 +147,16 @@ class Toy:
             data,
             self.bank,
             StepPrefetcher(BatchSource(self.config, data), RankInfo(0, 1, CPU)),
-            Console(self.out, self.out),
-            log=lambda step, _, metrics, name: self.logged.append((step, name, dict(metrics))),
-            save=self.save,
+            console,
+            [Recorder(self), ConsoleProgress(console, self.config.last_step)],
+            predictions,
         )
         self.base.loop = self.loop
 
-    def save(self, loop: Loop) -> None:
+    def save(self) -> None:
         tensors, bank = split_tensors(self.bank.state_dict())
-        state = json.dumps({"bank": bank, "loop": loop.state_dict()})
-        self.saved[loop.progress.step] = (to_bytes(tensors), state)
+        state = json.dumps({"bank": bank, "loop": self.loop.state_dict()})
+        self.saved[self.loop.progress.step] = (to_bytes(tensors), state)
 
     def resume(self, saved: tuple[bytes, str]) -> Toy:
         state = json.loads(saved[1])
@@ -259,17 +291,20 @@ def test_halving_compares_no_losses_of_different_teachers(tmp_path):
         prompt.model_copy(update={"teacher": teacher})
         for prompt, teacher in zip(toy.config.prompts, teachers, strict=True)
     ]
-    toy.loop.config = toy.config.model_copy(update={"prompts": prompts})
+    toy.loop.validator.config = toy.config.model_copy(update={"prompts": prompts})
     toy.loop.progress.step = 2
-    toy.loop._halve({k: {"validation_loss": loss} for k, loss in enumerate([1.5, 1.4, 0.1, 0.2])})
+    toy.loop.validator.halve(
+        {k: {"validation_loss": loss} for k, loss in enumerate([1.5, 1.4, 0.1, 0.2])}
+    )
     assert list(toy.stopped) == ["a"]
 
 
 def test_tokens_are_counted_for_each_prompt(tmp_path):
     toy = Toy(tmp_path, [{"name": "long"}, {"name": "short", "steps": 2}])
-    read: dict[str | None, list[int]] = {}
-    toy.loop.log = lambda step, tokens, metrics, name: read.setdefault(name, []).append(tokens)
     toy.run()
+    read: dict[str | None, list[int]] = {}
+    for name, count in toy.tokens:
+        read.setdefault(name, []).append(count)
     assert read["long"][-1] + read["short"][-1] == read[None][-1] == toy.loop.progress.useful_tokens
     assert 0 < read["short"][-1] < read["long"][-1]
     assert read["long"] == sorted(read["long"])
@@ -359,13 +394,13 @@ def test_time_left_counts_validations(tmp_path: Path) -> None:
     loop.progress.useful_tokens = 50
     tokens = 2 * sum(rows.num_tokens for rows in loop.tasks["x"].evaluation.values())
     assert tokens == 2 * 2 * 8 * 4, "two words, the label and EOS"
-    assert loop._seconds_left() == pytest.approx(16 + 5 * 4.0 * tokens / 50 / 2)
+    assert loop.accounting.seconds_left() == pytest.approx(16 + 5 * 4.0 * tokens / 50 / 2)
     loop.times.add({"baselines": 10.0})
     # 8 steps of 2 s; validations at 3, 4, 6, 9 and 10 of 2 prompts, where two baselines took 10 s
-    assert loop._seconds_left() == pytest.approx(16 + 5 * 10)
+    assert loop.accounting.seconds_left() == pytest.approx(16 + 5 * 10)
     loop.progress.validations = 2
     loop.times.add({"validation": 1.0})
-    assert loop._seconds_left() == pytest.approx(16 + 5 * 0.5)
+    assert loop.accounting.seconds_left() == pytest.approx(16 + 5 * 0.5)
 
 
 def script(toy: Toy, scores: dict[int, list[tuple[float, float]]]) -> Toy:
@@ -396,7 +431,7 @@ def test_the_best_step_is_the_one_with_the_best_metric_then_the_lowest_loss(tmp_
     monkeypatch.setattr(toy.bank, "keep_best", lambda k: kept.append(toy.loop.progress.step))
     toy.run()
     assert kept == [2, 4, 6], "an adapter is kept where the metric has improved, or else the loss"
-    assert toy.loop.stopping["p"].best_step == 6
+    assert toy.loop.validator.stopping["p"].best_step == 6
     scores = toy.loop.progress.scores["p"]
     assert (scores["validation_accuracy"], scores["validation_loss"]) == (0.6, 1.0)
 
@@ -407,7 +442,7 @@ def test_early_stopping_waits_for_the_metric(tmp_path):
     pairs = [(0.6, 2.0), (0.5, 1.0), (0.55, 0.5)]
     toy = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: pairs}).run()
     assert toy.stopped == {"p": (6, "early_stopping")}
-    assert toy.loop.stopping["p"].best_step == 2
+    assert toy.loop.validator.stopping["p"].best_step == 2
 
 
 def test_halving_keeps_the_most_accurate_then_the_lowest_loss_then_the_shortest(tmp_path):
@@ -430,9 +465,9 @@ def test_a_checkpoint_of_a_version_that_ranked_by_loss_is_resumed(tmp_path):
     old["loop"]["stopping"]["p"]["best"] = 0.1
     toy = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: pairs[1:]})
     toy.resume((tensors, json.dumps(old)))
-    assert toy.loop.stopping["p"].best == (-0.3, 0.1)
+    assert toy.loop.validator.stopping["p"].best == (-0.3, 0.1)
     toy.run()
-    assert toy.loop.stopping["p"].best_step == 4
+    assert toy.loop.validator.stopping["p"].best_step == 4
 
 
 def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, monkeypatch):
@@ -440,13 +475,12 @@ def test_predictions_are_those_of_the_best_step_also_after_a_resume(tmp_path, mo
     pairs = [(0.3, 1.0), (0.6, 1.0), (0.5, 1.0), (0.4, 1.0)]
 
     def toy(scores: list[tuple[float, float]]) -> Toy:
-        resumed = script(Toy(tmp_path, [{"name": "p"}], **sections), {0: scores})
-        resumed.loop.predictions = Predictions(tmp_path, pytest.fail)
-        return resumed
+        predictions = Predictions(tmp_path, pytest.fail)
+        return script(Toy(tmp_path, [{"name": "p"}], predictions, **sections), {0: scores})
 
     path = path_of(tmp_path, "p")
     uninterrupted = toy(pairs).run()
-    assert step_of(path) == uninterrupted.loop.stopping["p"].best_step == 4
+    assert step_of(path) == uninterrupted.loop.validator.stopping["p"].best_step == 4
     baseline = path_of(tmp_path, baseline_file("x", "no_prompt"))
     assert step_of(baseline) == 0, "not there before, so scored at the end"
 

@@ -36,13 +36,15 @@ from trainer.checkpointing.saved_state import problem_of, problem_of_encoders
 from trainer.config import RunConfig, dump
 from trainer.prompts.saved_prompts import source_problems, without_sources
 from trainer.reporting.run_description import forget_if_other
+from trainer.reporting.run_end import tracked_run
 from trainer.reporting.summary import finished_summary
-from trainer.run import _begin_alike, _read_tasks, _tracked
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.process import ROWS_CHECKED
 from trainer.tracking import MetricsLog, TrackingClient
-from trainer.training.loop import TrainingProgress
+from trainer.training.initial_bank import copy_rank_0
+from trainer.training.progress import TrainingProgress
+from trainer.training.task_loading import read_tasks
 
 CHOSEN = {
     "matmul": "int8",
@@ -106,7 +108,7 @@ class NoSender:
 @pytest.mark.parametrize("error", [RuntimeError("broken"), LockLost("another has it")])
 def test_a_run_that_lost_its_lock_writes_no_summary(tmp_path: Path, error: Exception) -> None:
     text, sender = io.StringIO(), cast(TrackingClient, NoSender())
-    with pytest.raises(type(error)), _tracked(tmp_path, sender, Console(text, text)):
+    with pytest.raises(type(error)), tracked_run(tmp_path, sender, Console(text, text)):
         raise error
     summary = tmp_path / "summary.json"
     assert str(error) in text.getvalue()
@@ -179,7 +181,7 @@ def test_a_resumed_run_does_not_need_initial_prompts() -> None:
 
 
 class OneTensor:
-    """A bank of one number, as far as ``_begin_alike`` reads it."""
+    """A bank of one number, as far as ``copy_rank_0`` reads it."""
 
     def __init__(self, value: str) -> None:
         self.value = value
@@ -197,7 +199,7 @@ class OneTensor:
 @pytest.mark.parametrize("values", [("a", "a"), ("a", "b")])
 def test_initializations_that_differ_between_ranks_become_rank_0_s(values: tuple[str, str]) -> None:
     banks = [OneTensor(value) for value in values]
-    on_thread_ranks([0, 1], lambda rank: _begin_alike(rank, banks[rank.rank]))  # type: ignore[arg-type]
+    on_thread_ranks([0, 1], lambda rank: copy_rank_0(rank, banks[rank.rank]))  # type: ignore[arg-type]
     assert [bank.value for bank in banks] == ["a", "a"]
 
 
@@ -240,20 +242,20 @@ def test_notes_about_rows_are_not_printed_twice(
     monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     """``promptshard`` prints them before it starts the ranks."""
-    monkeypatch.setattr("trainer.run._check_ends", lambda *_: None)
+    monkeypatch.setattr("trainer.training.task_loading._check_targets", lambda *_: None)
     monkeypatch.delenv(ROWS_CHECKED, raising=False)
     if checked:
         monkeypatch.setenv(ROWS_CHECKED, "1")
     data = SimpleNamespace(
         remarks=["a remark"], leaks=[SimpleNamespace(warning="a leak")], warnings=["of tokens"]
     )
-    monkeypatch.setattr("trainer.run.load_tasks", lambda *_, **__: {"t": data})
+    monkeypatch.setattr("trainer.training.task_loading.load_tasks", lambda *_, **__: {"t": data})
     engine: Any = OneRank()
     out, err = io.StringIO(), io.StringIO()
     files: Any = SimpleNamespace(
         tokenizer=None, context_length=0, config=SimpleNamespace(vocab_size=0)
     )
-    _read_tasks(engine, files, config(), Console(out, err), None)
+    read_tasks(engine, files, config(), Console(out, err), None)
     assert ("a remark" in out.getvalue()) == (not checked)
     assert ("a leak" in err.getvalue()) == (not checked)
     assert "of tokens" in err.getvalue()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from trainer.training.loop import TrainingProgress
+from trainer.training.progress import TrainingProgress
 
 Count = Annotated[int, Field(ge=0)]
 

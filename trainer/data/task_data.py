@@ -166,7 +166,7 @@ def load_tasks(
     for task in config.tasks:
         prompts = [prompt for prompt in config.prompts if prompt.task == task.name]
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
-        longest_prompt = max(prompt.num_virtual_tokens for prompt in prompts)
+        longest_prompt = max((prompt.num_virtual_tokens for prompt in prompts), default=0)
         longest_teacher = max((teacher.num_tokens for teacher in of_task.values()), default=0)
         room = context_length - max(longest_prompt, longest_teacher)
         try:

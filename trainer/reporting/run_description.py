@@ -92,14 +92,14 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
         engine.peak_gpu_bytes,
         loaded.stats.seconds,
         loaded.stats.bytes_read,
-        loop.train_gathered_bytes,
-        loop.train_exchanged_bytes,
-        loop.saved_bytes_per_token,
+        loop.accounting.gathered_bytes,
+        loop.accounting.exchanged_bytes,
+        loop.memory.saved_bytes_per_token,
     ]
     base, rss, gpu, seconds, read, gathered, exchanged, saved = zip(
         *engine.all_gather(mine), strict=True
     )
-    steps = max(1, loop.steps_here)
+    steps = max(1, loop.accounting.steps)
     progress = loop.progress
     return {
         "throughput": {

@@ -112,7 +112,7 @@ def _prompt_results(loop: Loop) -> dict[str, PromptResult]:
                 "method": prompt.method,
                 "objective": prompt.objective,
                 "num_virtual_tokens": prompt.num_virtual_tokens,
-                "best_step": loop.stopping[prompt.name].best_step or last_step,
+                "best_step": loop.validator.stopping[prompt.name].best_step or last_step,
                 "skipped_updates": progress.skipped.get(prompt.name, 0),
                 "stopped": stopped,
                 **progress.scores.get(prompt.name, {}),

@@ -1,10 +1,15 @@
-"""Halving of a run's prompts and selection of the best one: pure functions of their scores."""
+"""Successive halving: the steps at which prompts are compared, and the prompts that it stops.
+
+Source: Algorithm 1 of arXiv 1810.05934, which keeps floor(n / eta) of n instead of the ceiling.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 
+from trainer.config import RunConfig
+from trainer.config.ranking import ScoreKey
 from trainer.config.run import Halving
 
 #: Sort key of a prompt at a rung; smaller is better.
@@ -12,7 +17,7 @@ RungKey = tuple[float, ...]
 
 
 def rungs(halving: Halving | None, last_step: int) -> frozenset[int]:
-    """Steps before the last one at which prompts are compared: first, first * eta, ..."""
+    """Return the steps before the last one at which prompts are compared: first, first * eta ..."""
 
     def steps() -> Iterator[int]:
         step = halving.first if halving else last_step
@@ -26,8 +31,7 @@ def rungs(halving: Halving | None, last_step: int) -> frozenset[int]:
 def worst(keys: Mapping[int, RungKey], eta: int) -> list[int]:
     """Return the prompts that a rung eliminates: all but the best ceil(n / eta) of n, in order.
 
-    Of equal ones the first stays. Source: successive halving, Algorithm 1 of arXiv 1810.05934
-    (which keeps floor(n / eta)).
+    Of equal ones the first stays.
 
     Args:
         keys: sort key of each prompt, smaller is better; see ``ranking.score_key``.
@@ -35,3 +39,28 @@ def worst(keys: Mapping[int, RungKey], eta: int) -> list[int]:
     stay = math.ceil(len(keys) / eta)
     ranked = sorted(keys, key=lambda k: (keys[k], k))
     return sorted(ranked[stay:])
+
+
+def eliminated(
+    config: RunConfig, keys: Mapping[int, ScoreKey]
+) -> Iterator[tuple[str, int, list[int]]]:
+    """Compare prompts at a rung.
+
+    Prompts that learn labels are compared with each other, and so are those of one teacher: the
+    losses of others are not comparable. Of prompts with equal scores the shorter one is better.
+
+    Args:
+        keys: ``ranking.score_key`` of the prompts that still train.
+
+    Yields:
+        For each group that loses prompts its task, its size, and the prompts to stop.
+    """
+    assert config.search.halving is not None
+    groups: dict[tuple[str, str | None], dict[int, RungKey]] = {}
+    for k, key in keys.items():
+        prompt = config.prompts[k]
+        group = groups.setdefault((prompt.task, prompt.teacher), {})
+        group[k] = (*key, prompt.num_virtual_tokens)
+    for (task, _), rivals in groups.items():
+        if stopped := worst(rivals, config.search.halving.eta):
+            yield task, len(rivals), stopped

@@ -1,0 +1,51 @@
+"""The end of a run: the rest of the metrics is sent, and ``summary.json`` tells how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainer.checkpointing.run_lock import LockLost
+from trainer.reporting.summary import SUMMARY_FILE, RunSummary, save_summary
+from trainer.runtime.console import Console
+from trainer.runtime.redact import redact
+from trainer.tracking import TrackingClient
+
+#: How long the end of a run waits for a local store, which can be slow, for a server, which can be
+#: down, and after a failure.
+LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
+
+
+@contextmanager
+def tracked_run(output: Path, client: TrackingClient, console: Console) -> Iterator[None]:
+    """Send metrics during the ``with`` block; write a summary with the error if it fails."""
+    (output / SUMMARY_FILE).unlink(missing_ok=True)
+    client.start()
+    try:
+        yield
+    except Exception as error:
+        summary = RunSummary(status="failed", error=redact(str(error)))
+        if not isinstance(error, LockLost):  # another process owns the folder
+            with suppress(OSError):  # a full disk must not hide the error
+                save_summary(output, summary)
+        # Print the error before waiting for the tracker: the launcher ends this rank a second after
+        # another rank has failed.
+        console.failure(error)
+        client.finish(FAILED_SECONDS)
+        raise
+    except KeyboardInterrupt:  # the same command resumes the run
+        client.finish(FAILED_SECONDS)
+        raise
+    else:
+        finish_sending(client, console)
+
+
+def finish_sending(client: TrackingClient, console: Console) -> None:
+    """Wait until the rest of the metrics is sent, within limits, and print the result."""
+    with console.phase("sending metrics to MLflow"):
+        finished = client.finish(LOCAL_STORE_SECONDS if client.is_local else SERVER_SECONDS)
+    if finished.complete:
+        console.print(f"curves:  {finished.message}")
+    else:
+        console.warn(finished.message)

@@ -1,0 +1,77 @@
+"""The rows of all tasks of a run, read once per node and checked."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+
+from trainer.config import RunConfig
+from trainer.data.task_data import TaskData, load_tasks
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.evaluation.metrics import check_sandbox
+from trainer.evaluation.stop_criteria import StopCriteria, check_targets
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+from trainer.runtime.process import ROWS_CHECKED
+
+
+def read_tasks(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    date: datetime.date | None,
+) -> dict[str, TaskData]:
+    """Read and tokenize the rows of all tasks, and print what was noticed; a collective.
+
+    Args:
+        date: that chat templates read; None if none does.
+
+    Raises:
+        BadInput: with the problems of all tasks.
+    """
+    tasks = engine.load_once_per_node(
+        lambda: load_tasks(
+            config,
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            console.working,
+            console.reading,
+            date=date,
+        ),
+    )
+    engine.run_on_all(lambda: _check_targets(tasks, files))
+    if date:
+        console.print(f"the chat template reads the date: {date}, also when the run is resumed")
+    runs_code = any(task.metric == "execution" for task in config.tasks)
+    if runs_code and (warning := engine.run_on_main(check_sandbox)):
+        console.warn(warning)
+    for data in tasks.values():
+        if ROWS_CHECKED not in os.environ:
+            for remark in data.remarks:
+                console.print(remark)
+            for leak in data.leaks:
+                console.warn(leak.warning)
+        for warning in data.warnings:
+            console.warn(warning)
+    return tasks
+
+
+def _check_targets(tasks: Mapping[str, TaskData], files: BaseFiles) -> None:
+    """Check that targets that are compared with generated texts can be generated."""
+    problems: list[str] = []
+    for data in tasks.values():
+        ending = StopCriteria.of(files.generation, files.tokenizer, data.task)
+        for rows in data.evaluation.values():
+            try:
+                warning = check_targets(rows, ending)
+            except BadInput as error:
+                problems += error.problems
+                continue
+            if warning is not None and warning not in data.warnings:
+                data.warnings.append(warning)
+    if problems:
+        raise BadInput(problems)

@@ -1,0 +1,196 @@
+"""Validation: scores the prompts that are due, keeps the best, and stops prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.config import RunConfig
+from trainer.config.ranking import ScoreKey, score_key
+from trainer.data.task_data import EvalSet, TaskData
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.evaluation.baselines import VALIDATION, merge_scores
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.prediction_records import Predictions, scored_columns
+from trainer.evaluation.score_format import describe, format_score, shown_scores
+from trainer.evaluation.scoring import Request, Scored
+from trainer.evaluation.statistics import STANDARD_ERROR
+from trainer.prompts.bank import Bank
+from trainer.prompts.soft_prompt import SoftPrompt
+from trainer.runtime.console import Console
+from trainer.training.callbacks import Metrics
+from trainer.training.early_stopping import EarlyStopping
+from trainer.training.halving import eliminated, rungs
+from trainer.training.progress import Scores, TrainingProgress
+
+
+@dataclass
+class Validator:
+    """Validates the prompts of a run.
+
+    Attributes:
+        stopping: early stopping of each prompt, by name.
+        predictions: keeps the predictions of the best steps; None on ranks other than 0.
+    """
+
+    config: RunConfig
+    engine: Engine
+    evaluator: Evaluator
+    tasks: Mapping[str, TaskData]
+    bank: Bank
+    progress: TrainingProgress
+    console: Console
+    predictions: Predictions | None = None
+
+    def __post_init__(self) -> None:
+        rule = self.config.evaluation.early_stopping
+        patience = rule.patience if rule else None
+        self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
+        self._last_steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
+        self._latest: dict[int, Scores] = {}
+        self._rungs = rungs(self.config.search.halving, self.config.last_step)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps after which prompts are validated, ascending."""
+        every = range(0, self.config.last_step + 1, self.config.evaluation.every)
+        return sorted({*every, *self._rungs, *self._last_steps})
+
+    def due(self) -> list[int]:
+        """Prompts to validate now: all at intervals and rungs, each at its own last step."""
+        step = self.progress.step
+        everyone = step % self.config.evaluation.every == 0 or step in self._rungs
+        active = [k for k, active in enumerate(self.bank.active) if active]
+        return [k for k in active if everyone or step == self._last_steps[k]]
+
+    def validate(self, due: Sequence[int]) -> list[Metrics]:
+        """Score prompts on the rows of all their splits, keep the best, and stop early; collective.
+
+        Raises:
+            Stopped: a rank received a stop signal; nothing has changed.
+        """
+        self._check_replicas()
+        step = self.progress.step
+        requests = [self.request(k, split) for k in due for split in self._data(k).evaluation]
+        results = self.score(f"validation at step {step}", requests, self.bank.judged())
+        self.progress.validations += 1
+        self._latest = {}
+        validation: dict[int, Scored | None] = {}
+        for k in due:
+            own = [
+                (r.rows.split, s) for r, s in zip(requests, results, strict=True) if r.prompt == k
+            ]
+            self._latest[k] = merge_scores((split, scored.scores) for split, scored in own)
+            validation[k] = next((scored for split, scored in own if split == VALIDATION), None)
+        keys = {k: self.key(k, scores) if scores else None for k, scores in self._latest.items()}
+        self.bank.keep_best_readers(step, keys)
+        return [
+            metrics
+            for k in due
+            if (metrics := self._judge(k, self._latest[k], validation[k])) is not None
+        ]
+
+    def stop_finished(self, due: Sequence[int]) -> None:
+        """Apply successive halving at a rung, and stop the prompts whose steps are done."""
+        if self.progress.step in self._rungs:
+            self.halve(self._latest)
+        for k in due:
+            if self.bank.active[k] and self.progress.step == self._last_steps[k]:
+                self._stop(k, "finished")
+
+    def halve(self, scores: Mapping[int, Scores]) -> None:
+        """Stop the worst of each task's prompts that still train, ranked by these scores."""
+        step = self.progress.step
+        keys = {
+            k: self.key(k, scores[k])
+            for k in scores
+            if self.bank.active[k] and self._last_steps[k] > step
+        }
+        for task, size, stopped in eliminated(self.config, keys):
+            metric = f"validation_{self.tasks[task].task.metric}"
+            shown = []
+            for k in stopped:
+                self._stop(k, "halving")
+                shown.append(
+                    f"{self.bank.names[k]} ({format_score(metric, scores[k].get(metric))})"
+                )
+            self.console.print(
+                f"step {step}  {task}: halving keeps {size - len(stopped)} of {size} prompts; "
+                f"stopped: {', '.join(shown)}"
+            )
+
+    def request(self, k: int, split: str) -> Request:
+        """Return the request to score prompt ``k`` on a split of its task."""
+        data = self._data(k)
+        return Request(data.evaluation[split], k, data.teachers.get(self.bank.names[k]))
+
+    def score(
+        self, what: str, requests: Sequence[Request], prompts: Sequence[SoftPrompt]
+    ) -> list[Scored]:
+        """Score requests with these prompts, with a progress display; a collective."""
+        if not requests:
+            return []
+        with self.console.phase(what, self.evaluator.num_texts(requests), "texts") as phase:
+            return self.evaluator.score(requests, prompts, phase.advance)
+
+    def keep_predictions(self, name: str, step: int, rows: EvalSet, scored: Scored) -> None:
+        """Write the predictions of a prompt or baseline, on rank 0."""
+        if self.predictions is not None:
+            self.predictions.keep(name, step, rows, scored_columns(rows, scored))
+
+    def key(self, k: int, scores: Mapping[str, float]) -> ScoreKey:
+        """Return the sort key of prompt ``k`` with these scores; smaller is better."""
+        return score_key(scores, self._data(k).task.metric)
+
+    def _judge(self, k: int, scores: Scores, validation: Scored | None) -> Metrics | None:
+        name, step = self.bank.names[k], self.progress.step
+        if not scores:  # a task without validation: the last prompt is the best we know
+            self.bank.keep_best(k)
+            return None
+        scores = scores | gaps(scores, *self.progress.train_losses.pop(name, (0.0, 0)))
+        if self.stopping[name].update(step, self.key(k, scores)):
+            self.bank.keep_best(k)
+            self.progress.scores[name] = scores
+            assert validation is not None, "a prompt is ranked by its validation rows"
+            self.keep_predictions(name, step, self._data(k).evaluation[VALIDATION], validation)
+        self.console.print(f"step {step}  {name}: {self._described(k, scores)}")
+        if self.stopping[name].should_stop:
+            self._stop(k, "early_stopping")
+            best = self.stopping[name].best_step
+            self.console.print(f"step {step}  {name}: stopped early, best at step {best}")
+        shown = {key: x for key, x in scores.items() if not key.endswith(STANDARD_ERROR)}
+        return Metrics(step, self.progress.prompt_tokens.get(name, 0), shown, name)
+
+    def _check_replicas(self) -> None:
+        if len(set(self.engine.all_gather(self.bank.digest()))) > 1:
+            raise RuntimeError(
+                "the prompts of this run differ between ranks; all devices must be of one kind"
+            )
+
+    def _stop(self, k: int, reason: str) -> None:
+        self.bank.stop(k)
+        self.progress.mark_stopped(self.bank.names[k], reason)
+
+    def _data(self, k: int) -> TaskData:
+        return self.tasks[self.config.prompts[k].task]
+
+    def _described(self, k: int, scores: Scores) -> str:
+        data, prompt = self._data(k), self.config.prompts[k]
+        num_rows = {split: len(rows.candidates) for split, rows in data.evaluation.items()}
+        shown = shown_scores(scores, prompt.objective == "distill")
+        return describe(shown, data.task.metric, num_rows)
+
+
+def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
+    """Return signs of overfitting: validation over train loss, and shifted over validation loss.
+
+    Args:
+        train_sum, train_steps: sum and number of the train losses since the last validation.
+    """
+    differences = {}
+    if train_steps:
+        differences["generalization_gap"] = scores["validation_loss"] - train_sum / train_steps
+    if "shifted_validation_loss" in scores:
+        shifted = scores["shifted_validation_loss"]
+        differences["shift_gap"] = shifted - scores["validation_loss"]
+    return differences
