@@ -5,8 +5,9 @@ comparison is skipped. ``python -m tests.golden`` writes the file of this machin
 only for a change that is meant to change numbers, and say so in the commit.
 
 Kernels round differently on other processors, with other thread counts and in other versions of
-torch. Each run records its environment: in the same environment the numbers must be equal, in any
-other they must agree within ``LOSS_TOLERANCE`` and ``SCORE_TOLERANCE``.
+torch. Each run records its environment: in the same environment the numbers must be equal to the
+last bit, in any other they must agree within ``TOLERANCE``, or ``RANKS_TOLERANCE`` if the number of
+ranks differs too.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ RUNS = {
         *("--processes", "2"),
     ],
 }
-#: Absolute, in another environment; see ``compare``.
-LOSS_TOLERANCE, SCORE_TOLERANCE = 0.05, 0.02
+#: Absolute. The quickstart without vector instructions (ATEN_CPU_CAPABILITY=default) differs by less
+#: than 1e-6 at every step; on one rank instead of two by 0.021 at one step, 1e-4 at the end.
+TOLERANCE, RANKS_TOLERANCE = 1e-3, 0.05
 
 
 def device_name() -> str:
@@ -88,8 +90,10 @@ def compare(name: str, output: Path) -> None:
     if actual["environment"] == expected["environment"]:
         assert actual == expected, remedy
         return
+    same_ranks = actual["environment"]["ranks"] == expected["environment"]["ranks"]
+    tolerance = TOLERANCE if same_ranks else RANKS_TOLERANCE
     assert actual["losses"].keys() == expected["losses"].keys()
     for prompt, losses in expected["losses"].items():
-        assert actual["losses"][prompt] == pytest.approx(losses, abs=LOSS_TOLERANCE), remedy
-        scores = pytest.approx(expected["scores"][prompt], abs=SCORE_TOLERANCE)
+        assert actual["losses"][prompt] == pytest.approx(losses, abs=tolerance), remedy
+        scores = pytest.approx(expected["scores"][prompt], abs=tolerance)
         assert actual["scores"][prompt] == scores, remedy
