@@ -24,6 +24,7 @@ from launch.submit import RECORD, SUBMITTED
 from trainer.checkpointing.checkpoint_names import checkpoint_names
 from trainer.checkpointing.run_lock import running_process
 from trainer.config import RunConfig, check_path, load
+from trainer.reporting.summary import RunSummary, load_summary
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
@@ -132,9 +133,9 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     _read_metrics(status, run_dir / METRICS_FILE)
     steps = (int(name.rpartition("-")[2]) for name in checkpoint_names(run_dir))
     status.checkpoint = max(steps, default=None)
-    summary = _parsed(Summary, run_dir / "summary.json")
-    for name, end in summary.prompts.items():
-        status.stopped[name] = end.stopped.reason if end.stopped else "finished"
+    summary = load_summary(run_dir)
+    for name, result in summary.prompts.items() if summary else ():
+        status.stopped[name] = result.stopped.reason if result.stopped else "finished"
     status.state, status.description = _judge(status, summary, running_process(run_dir))
     if status.state == "finished" and (missing := missing_results(run_dir)):
         status.description += f"; {missing} missing, run: {sync_command(run_dir)}"
@@ -143,23 +144,24 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
     return status
 
 
-def _judge(status: Status, summary: Summary, process: str | None) -> tuple[str, str]:
+def _judge(status: Status, summary: RunSummary | None, process: str | None) -> tuple[str, str]:
     """Return state and description; ``process`` holds the output folder's lock."""
     job = status.job
+    ending = summary.status if summary else "unfinished"
     rerun = "rerun the command to start over"
     if status.checkpoint is not None:
         rerun = f"rerun the command to resume from step {status.checkpoint}"
     if job is not None and job.active and job.state != "RUNNING":
         why = f" ({job.reason})" if job.reason not in ("", "None") else ""
         return "waiting", f"{job.state.lower()}{why}"
-    if job is not None and job.active and summary.status != "finished":
+    if job is not None and job.active and ending != "finished":
         return "running", f"running on {job.nodes}"
     if process is not None:
         return "running", f"running: {process}"
-    if summary.status == "finished":
+    if summary and ending == "finished":
         return "finished", f"finished at step {summary.steps or status.step}"
     ended = f"; job {job.id} ended: {describe_job(job)}" if job and job.state != "UNKNOWN" else ""
-    if summary.status == "failed":
+    if summary and ending == "failed":
         return "failed", f"failed: {summary.error}{ended}; {rerun}"
     return "not finished", f"not finished and not running{ended}; {rerun}"
 
@@ -202,23 +204,6 @@ class SubmissionRecord(BaseModel):
 
     job: str = ""
     tasks: list[str] = []
-
-
-class PromptStop(BaseModel):
-    reason: str = "finished"
-
-
-class End(BaseModel):
-    stopped: PromptStop | None = None
-
-
-class Summary(BaseModel):
-    """The part of ``summary.json`` that status needs."""
-
-    status: str = ""
-    steps: int | None = None
-    error: str | None = None
-    prompts: dict[str, End] = {}
 
 
 T = TypeVar("T", bound=BaseModel)
