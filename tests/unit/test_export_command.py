@@ -166,7 +166,7 @@ def test_mistakes_are_named(run: tuple[Path, Bank], tmp_path: Path) -> None:
         export(folder, tmp_path / "out", "plain", TEXT)
     with pytest.raises(BadInput, match="'' has no tokens; write some words"):
         export(folder, tmp_path / "out", "own", "")
-    with pytest.raises(BadInput, match="is there already; give a new folder"):
+    with pytest.raises(BadInput, match="already exists; give a new folder"):
         export(folder, tmp_path, "own", TEXT)
     assert not (tmp_path / "out").exists()
 
@@ -178,7 +178,7 @@ def test_another_base_is_refused(run: tuple[Path, Bank], tmp_path: Path) -> None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text(config.dump(settings))
     (tmp_path / "run" / "checkpoints").symlink_to(folder / "checkpoints")
-    with pytest.raises(BadInput, match=r"is not the base that .* was trained over"):
+    with pytest.raises(BadInput, match=r"is not the base model of the run in"):
         export(tmp_path / "run", tmp_path / "out", "own", TEXT)
     (tmp_path / "run" / "checkpoints").unlink()
     with pytest.raises(BadInput, match="has no checkpoint yet; train the run first"):

@@ -18,7 +18,7 @@ from tests.family_bases import save_family
 from trainer import config as run_file
 from trainer.commands.inspect.__main__ import main
 from trainer.commands.inspect.findings import show, warnings, weight_findings
-from trainer.commands.inspect.losses import readers, settings
+from trainer.commands.inspect.losses import all_arms, settings
 from trainer.commands.inspect.weights import (
     WeightError,
     int8_weights,
@@ -169,7 +169,7 @@ def test_an_int8_folder_has_no_errors_but_outliers(
     assert inspection["weights"]["groups"][1]["outlier_row_share"] > 0
     assert inspection["warnings"] == []
     stderr = capsys.readouterr().out
-    assert "stored in int8: there is no original" in stderr
+    assert "stored in int8, so there are no original weights" in stderr
     assert "relative error" not in stderr
 
 
@@ -221,7 +221,7 @@ def quickstart() -> Any:
 
 def test_all_prompts_of_a_task_read_the_same_rows(quickstart: Any) -> None:
     config, tasks = quickstart
-    groups = readers(config, tasks, ["animals", "triage"], 16)
+    groups = all_arms(config, tasks, ["animals", "triage"], 16)
     assert [(r.task, r.kind, r.prompt) for r in groups] == [
         *[("triage", kind, None) for kind in ("no_prompt", *["hand_written"] * 3)],
         ("triage", "trained", 1),
@@ -232,10 +232,10 @@ def test_all_prompts_of_a_task_read_the_same_rows(quickstart: Any) -> None:
     for reader in groups:
         assert [c[0].row for c in reader.rows.candidates] == chosen[reader.task]
         assert len(reader.rows.gold) == 16
-    again = readers(config, tasks, [], 16)
+    again = all_arms(config, tasks, [], 16)
     assert [c[0].row for c in again[0].rows.candidates] == chosen["triage"]
     training = config.training.model_copy(update={"seed": 1})
-    other = readers(config.model_copy(update={"training": training}), tasks, [], 16)
+    other = all_arms(config.model_copy(update={"training": training}), tasks, [], 16)
     assert [c[0].row for c in other[0].rows.candidates] != chosen["triage"]
 
 
@@ -243,17 +243,17 @@ def test_the_right_answers_stay_with_their_rows(quickstart: Any) -> None:
     config, tasks = quickstart
     eval_set, sample = (
         tasks["triage"].evaluation["validation"],
-        readers(config, tasks, [], 16)[0].rows,
+        all_arms(config, tasks, [], 16)[0].rows,
     )
     right = dict(zip([c[0].row for c in eval_set.candidates], eval_set.gold, strict=True))
     assert sample.gold == [right[c[0].row] for c in sample.candidates]
-    every = readers(config, tasks, [], 10**6)[0].rows
+    every = all_arms(config, tasks, [], 10**6)[0].rows
     assert (list(every.candidates), every.gold) == (list(eval_set.candidates), eval_set.gold)
 
 
 def test_nothing_is_generated(quickstart: Any) -> None:
     config, tasks = quickstart
-    assert {r.rows.task.metric for r in readers(config, tasks, [], 4)} == {"accuracy"}
+    assert {r.rows.task.metric for r in all_arms(config, tasks, [], 4)} == {"accuracy"}
     data = tasks["triage"]
     free = data.task.model_copy(update={"metric": "execution", "choices": None})
     rows = data.evaluation["validation"]
@@ -261,7 +261,7 @@ def test_nothing_is_generated(quickstart: Any) -> None:
         data.evaluation["validation"] = type(rows)(
             free, "validation", rows.rows, rows.candidates, rows.gold
         )
-        assert readers(config, tasks, [], 4)[0].rows.task.metric == "loss"
+        assert all_arms(config, tasks, [], 4)[0].rows.task.metric == "loss"
     finally:
         data.evaluation["validation"] = rows
 

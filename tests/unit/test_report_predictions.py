@@ -11,7 +11,7 @@ import pytest
 from tests.unit.run_folder import finished_run
 from trainer.evaluation.prediction_files import path_of
 from trainer.reporting.html import write_report
-from trainer.reporting.html.prediction_views import MOST_CLASSES, prediction_report
+from trainer.reporting.html.prediction_views import MAX_CLASSES, prediction_report
 from trainer.tracking.run_metadata import RunMetadata
 
 
@@ -53,13 +53,13 @@ def test_choices_have_a_confusion_matrix_recall_and_the_most_confident_mistakes(
 
 
 def test_many_classes_have_their_most_frequent_confusions(tmp_path):
-    labels = [f"c{i}" for i in range(MOST_CLASSES + 1)]
+    labels = [f"c{i}" for i in range(MAX_CLASSES + 1)]
     write(tmp_path, "p", [choice("c1", "c2", 0.5)] * 2 + [choice(c, "c0", 0.5) for c in labels])
     report = prediction_report(tmp_path, "p", labels, "accuracy")
     assert report is not None
     assert report.matrix == []
     assert report.confusions[0] == ("c1", "c2", 2)
-    assert len(report.confusions) == MOST_CLASSES
+    assert len(report.confusions) == MAX_CLASSES
 
 
 def test_sets_of_labels_written_answers_and_losses(tmp_path):

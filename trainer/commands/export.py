@@ -1,7 +1,7 @@
-"""Makes virtual tokens of a new text with a trained encoder: ``promptshard export RUN_DIR OUT
---encoder NAME --text TEXT`` runs ``python -m trainer.commands.export``.
+"""``python -m trainer.commands.export RUN_DIR OUT --encoder NAME --text TEXT``.
 
-Nothing is trained, and of the base only the embeddings of the text's tokens are read.
+Encodes a new text into virtual tokens with a trained text encoder. Nothing is trained, and only the
+embeddings of the text's tokens are read from the base model.
 """
 
 from __future__ import annotations
@@ -33,41 +33,44 @@ from trainer.training.prompt_optimizer import AVERAGE
 
 
 def find_encoder(config: RunConfig, name: str) -> Prompt:
-    """The prompt under which the state of an encoder stands: the first of a share, or itself.
+    """Return the prompt whose name the encoder's state has in checkpoints.
+
+    This is the first prompt of a shared encoder, or the prompt itself.
 
     Args:
-        name: of a share, or of a prompt with ``encoder: text``.
+        name: of a shared encoder, or of a prompt with ``encoder: text``.
 
     Raises:
-        BadInput: if the run has no such encoder.
+        BadInput: the run has no such encoder.
     """
-    readers = [prompt for prompt in config.prompts if prompt.encoder_name == "text"]
-    found = next((prompt for prompt in readers if name in (prompt.share, prompt.name)), None)
-    if found is None:
-        known = list(dict.fromkeys(prompt.share or prompt.name for prompt in readers))
-        what = f"known: {', '.join(known)}" if known else "none of its prompts has encoder: text"
+    prompts = [prompt for prompt in config.prompts if prompt.encoder_name == "text"]
+    named = next((prompt for prompt in prompts if name in (prompt.share, prompt.name)), None)
+    if named is None:
+        known = list(dict.fromkeys(prompt.share or prompt.name for prompt in prompts))
+        hint = f"known: {', '.join(known)}" if known else "none of its prompts has encoder: text"
         raise BadInput(
             f"--encoder: {config.output_dir} has no text encoder {name!r}"
-            f"{did_you_mean(name, known)}; {what}"
+            f"{did_you_mean(name, known)}; {hint}"
         )
-    if found.share is None:
-        return found
-    return next(prompt for prompt in readers if prompt.share == found.share)
+    if named.share is None:
+        return named
+    return next(prompt for prompt in prompts if prompt.share == named.share)
 
 
 @torch.no_grad()
 def encode(
     config: RunConfig, prompt: Prompt, text: str, files: BaseFiles
 ) -> tuple[VirtualTokens, str]:
-    """Virtual tokens [P, H] that a run's encoder makes of a text, and of which step it is.
-
-    It is that of the best validation so far, or the newest where none was yet.
+    """Encode a text with the encoder of the best validation step, or of the newest checkpoint.
 
     Args:
         prompt: from ``find_encoder``.
 
+    Returns:
+        Virtual tokens [P, H], and a description of the encoder's step.
+
     Raises:
-        BadInput: if the run has no checkpoint, the base is not the run's, or the text is empty.
+        BadInput: the run has no checkpoint, the base model is not the run's, or the text is empty.
     """
     folder = Path(config.output_dir)
     saved = checkpoint.newest(folder / CHECKPOINTS, problem_of=problem_of_encoders)
@@ -76,8 +79,8 @@ def encode(
     parts = fingerprint_base(files)
     if any(saved.state["identity"].get(part) != digest for part, digest in parts.items()):
         raise BadInput(
-            f"base.model: {config.base.model!r} is not the base that {folder} was trained over; "
-            "give the run its own base"
+            f"base.model: {config.base.model!r} is not the base model of the run in {folder}; "
+            "restore that model"
         )
     weights, step = _reader(saved, prompt.name)
     reader = TextReader.of(weights)
@@ -91,15 +94,15 @@ def encode(
 
 
 def _dtype(path: Path) -> torch.dtype:
-    """The compute type that a run wrote into its ``environment.json``."""
+    """Read the compute type of a run from ``environment.json``."""
     dtype = getattr(torch, str(read_json_object(path).get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
-        raise BadInput(f"{path}: dtype: names no compute type; restore it, or train the run again")
+        raise BadInput(f"{path}: dtype is not a compute type; restore the file, or train again")
     return dtype
 
 
 def _reader(saved: SavedCheckpoint, name: str) -> tuple[dict[str, Tensor], str]:
-    """The weights to read with, by their own names, and of which step they are."""
+    """Return the weights of an encoder by name, and a description of their step."""
     best = _under(f"{name}/reader/shared.", saved.tensors)
     if best:
         step = saved.state["bank"]["prompts"][name]["reader"]["step"]
@@ -107,7 +110,7 @@ def _reader(saved: SavedCheckpoint, name: str) -> tuple[dict[str, Tensor], str]:
     weights = _under(f"{name}/encoder/shared.", saved.tensors)
     if not weights:
         raise BadInput(f"{saved.path}: has no encoder of {name!r}; train the run again")
-    for key in weights:  # what is judged, where an average is kept
+    for key in weights:  # validation uses the average, if the optimizer keeps one
         average = f"{name}/optimizer/shared.{key}/{AVERAGE}"
         weights[key] = saved.tensors.get(average, weights[key])
     return weights, f"step {saved.step}, the newest checkpoint: there was no validation yet"
@@ -118,13 +121,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Console) -> None:
-    """Write the PEFT adapter of a new text into ``out``, which must be new.
+    """Encode a text and write the virtual tokens to ``out`` in PEFT's format.
 
     Raises:
-        BadInput: as ``find_encoder`` and ``encode``, or if ``out`` exists.
+        BadInput: ``out`` exists, or as ``find_encoder`` and ``encode``.
     """
     if out.exists():
-        raise BadInput(f"{out}: is there already; give a new folder")
+        raise BadInput(f"{out}: already exists; give a new folder")
     config = load_output(run_dir)
     prompt = find_encoder(config, encoder)
     with console.downloading(config.base.model) as progress:
@@ -137,11 +140,11 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
         config.base.revision,
         num_layers=files.config.num_hidden_layers,
         num_attention_heads=files.config.num_attention_heads,
-        description=f"Made without training, of the text {text!r}, by the encoder of {step}.",
+        description=f"Encoded from the text {text!r}, without training, by the encoder of {step}.",
     )
     console.print(
-        f"{out}: {virtual_tokens.num_virtual_tokens} virtual tokens of {text!r}, by the encoder of "
-        f"{step}; PEFT loads it"
+        f"{out}: {virtual_tokens.num_virtual_tokens} virtual tokens for {text!r}, from the encoder "
+        f"of {step}, in PEFT's format"
     )
 
 

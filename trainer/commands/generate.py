@@ -1,8 +1,7 @@
 """``python -m trainer.commands.generate RUN_DIR --prompt NAME --input TEXT``: generate one text.
 
-The text is all that stdout gets; progress and warnings go to stderr.
-
-Started on every device like training, because the base is sharded the same way.
+Only the text goes to stdout; progress and warnings go to stderr. The program is started on every
+device, like training, because the base model is sharded in the same way.
 """
 
 from __future__ import annotations
@@ -71,19 +70,19 @@ def _generate(
     room = files.context_length - prompt.num_virtual_tokens - limit
     if room < 1:
         raise BadInput(
-            f"--max-new-tokens: {limit} leaves no room for an input in a context of "
-            f"{files.context_length}; lower it"
+            f"--max-new-tokens: {limit} leaves no room for an input in the context of "
+            f"{files.context_length} tokens; lower it"
         )
     if not 0 < len(input_ids) <= room:
         raise BadInput(
-            f"--input: has {len(input_ids)} tokens, but 1 to {room} fit beside {limit} new ones; "
-            "shorten it or lower --max-new-tokens"
+            f"--input: has {len(input_ids)} tokens, but must have 1 to {room}, because {limit} new "
+            "ones follow; shorten it or lower --max-new-tokens"
         )
     virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
     loaded = load_base(engine, files, config, console)
-    ending = StopCriteria.of(files.generation, files.tokenizer, task)
-    (written,) = generate(engine, loaded.model, ending, [input_ids], virtual_tokens, limit)
-    console.answer(ending.text(written, skip_special_tokens=True).strip())
+    stop = StopCriteria.of(files.generation, files.tokenizer, task)
+    (generated,) = generate(engine, loaded.model, stop, [input_ids], virtual_tokens, limit)
+    console.answer(stop.text(generated, skip_special_tokens=True).strip())
     engine.close()
 
 
@@ -92,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--prompt", required=True, metavar="NAME")
     parser.add_argument(
-        "--input", required=True, metavar="TEXT", help="fills the template if it has one field"
+        "--input",
+        required=True,
+        metavar="TEXT",
+        help="fills the template if that has one column",
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")

@@ -1,6 +1,7 @@
-"""``python -m trainer.commands.sync``: ``sync RUN_DIR`` for people, ``follow`` for the trainer.
+"""``python -m trainer.commands.sync``: upload to MLflow, once (``sync``) or during training.
 
-The store's address comes in ``PROMPTSHARD_TRACKING_URI``, as it may hold a password.
+The trainer starts ``follow`` in the background. The store's address is in the environment variable
+``PROMPTSHARD_TRACKING_URI`` and not in an argument, because it may contain a password.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from trainer.tracking.process_client import URI_VARIABLE
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.commands.sync")
     commands = parser.add_subparsers(dest="command", required=True)
-    sync = commands.add_parser("sync", help="send to MLflow what was not sent during the run")
-    sync.add_argument("run_dir", type=Path, help="the run's output folder")
+    sync = commands.add_parser("sync", help="upload what MLflow has not received yet")
+    sync.add_argument("run_dir", type=Path, help="output folder of the run")
     follow = commands.add_parser("follow", help="started by the trainer")
     follow.add_argument("options")
     chosen = parser.parse_args(arguments)

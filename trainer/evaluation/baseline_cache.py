@@ -1,9 +1,8 @@
-"""Likelihoods of rows under the base without a trained prompt, kept between runs. No torch.
+"""Cache of the likelihoods of rows under the base model without a trained prompt. No torch.
 
-They depend on nothing that a run trains, so that the second run over the same base and rows need
-not compute them again. They are kept where tokenized rows are kept, by a digest of all that they
-follow from: the base's files, how its weights are stored and multiplied, versions, and the token
-ids of the rows, hand-written prompts included.
+They do not depend on training, so a second run on the same base model and rows reuses them. The key
+is a digest of everything that they depend on: the base model's files, how its weights are stored
+and multiplied, library versions, and the token ids of the rows, including hand-written prompts.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from trainer.data.token_table import Example
 from trainer.runtime import atomic_io
 from trainer.runtime.cache_dir import cache_dir
 
-#: Another number where the same base and rows give other likelihoods: a change of the forward pass.
+#: Increases when the forward pass changes and the same inputs give other likelihoods.
 RULES = 1
-#: Bytes of weights times tokens of rows from which likelihoods are kept: seconds on a CPU.
+#: Cost (bytes of weights times tokens of rows) from which caching is worthwhile: seconds on a CPU.
 WORTHWHILE = 1e12
-#: Length of the checksum in front of the values of a file.
+#: Length of the checksum at the start of a file.
 CHECKSUM_BYTES = 8
 
 
@@ -38,8 +37,8 @@ class BaselineCache:
     """Reads and writes likelihoods of rows; for rank 0.
 
     Args:
-        identity: JSON values that the base's predictions are a pure function of.
-        num_bytes: of the base's weight files.
+        identity: JSON values that determine the base model's predictions.
+        num_bytes: size of the base model's weight files.
     """
 
     def __init__(self, identity: Mapping[str, Any], num_bytes: int) -> None:
@@ -49,9 +48,10 @@ class BaselineCache:
         self.folder = cache_dir("baselines")
 
     def read(self, rows: Sequence[Sequence[Example]]) -> NDArray[np.float64] | None:
-        """Negative log-likelihoods [rows, candidates] that ``write`` has kept, or None.
+        """Return cached negative log-likelihoods [rows, candidates].
 
-        A damaged file counts as none: its checksum is compared.
+        Returns:
+            None if the file is missing or its checksum is wrong.
         """
         if not self._is_worthwhile(rows):
             return None
@@ -64,13 +64,13 @@ class BaselineCache:
         if len(values) != 8 * shape[0] * shape[1] or checksum != xxhash.xxh3_64_digest(values):
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # it is in use
+            os.utime(path)  # the oldest files are removed first
         return np.frombuffer(bytearray(values), np.float64).reshape(shape)
 
     def write(self, rows: Sequence[Sequence[Example]], nll_RC: NDArray[np.float64]) -> None:
-        """Keep what ``read`` gives next time; nothing where the cache cannot be written.
+        """Cache negative log-likelihoods; does nothing if the cache cannot be written.
 
-        Values that are not finite are not kept: they may come from a fault that does not repeat.
+        Values that are not finite are not cached, because they may come from a transient fault.
         """
         if not self._is_worthwhile(rows) or not np.isfinite(nll_RC).all():
             return

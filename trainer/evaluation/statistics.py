@@ -28,9 +28,9 @@ DISCORDANT_80 = 7.9
 
 
 def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> float:
-    """Standard error of ``sum(sums) / sum(counts)`` over R rows drawn alike; NaN for one row.
+    """Standard error of ``sum(sums) / sum(counts)`` over R independent rows; NaN for one row.
 
-    Source: linearised variance of a ratio, W. G. Cochran, Sampling Techniques (1977), 6.3.
+    Source: linearized variance of a ratio, W. G. Cochran, Sampling Techniques (1977), 6.3.
     """
     return _error_of_mean(_influence(sums_R, counts_R))
 
@@ -38,8 +38,8 @@ def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> fl
 def rate_standard_error(rate: float, rows: int) -> float:
     """Binomial standard error of a rate over ``rows`` rows.
 
-    Computed from (hits + 1) / (rows + 2), Laplace's rule of succession: for 40 rows that are all
-    correct it is about one row, not zero.
+    Computed from (hits + 1) / (rows + 2), Laplace's rule of succession, so it is not zero if all
+    rows are correct: for 40 rows it is about one row.
     """
     smoothed = (rate * rows + 1) / (rows + 2)
     return math.sqrt(smoothed * (1 - smoothed) / rows)
@@ -48,7 +48,7 @@ def rate_standard_error(rate: float, rows: int) -> float:
 def macro_f1(predicted_R: Sequence[int], gold_R: Sequence[int]) -> tuple[float, float]:
     """Mean F1 of the classes that occur among predictions or gold labels, and its standard error.
 
-    As scikit-learn's ``f1_score(average="macro")``. The standard error is linearised, as that of
+    As scikit-learn's ``f1_score(average="macro")``. The standard error is linearized, as that of
     one ratio; NaN for one row.
     """
     predicted, gold = np.asarray(predicted_R), np.asarray(gold_R)
@@ -84,8 +84,8 @@ class Difference:
     Attributes:
         low, high: 95% interval.
         p_value: two-sided, for no difference.
-        detectable: difference that the test detects with about 80% power on as many rows, estimated
-            from these rows; above 1 if fewer rows than any significant result of rates needs.
+        detectable: difference that the test detects with about 80% power on this number of rows,
+            estimated from these rows; above 1 if there are too few rows for a significant result.
         test: name of the test.
     """
 
@@ -137,7 +137,7 @@ def paired_ratios(
 ) -> Difference:
     """Compare two ratios of sums over the same rows, such as losses per token or F1.
 
-    A paired t-test on the rows' linearised contributions to the difference.
+    A paired t-test on the rows' linearized contributions to the difference.
 
     Args:
         first_R, second_R: numerators and denominators of every row.
@@ -157,7 +157,7 @@ def paired_ratios(
 
 
 def _influence(sums_R: ArrayLike, counts_R: ArrayLike) -> NDArray[np.float64]:
-    """What every row adds to a ratio of sums, linearised; its mean is 0."""
+    """Linearized contribution of every row to a ratio of sums; the mean is 0."""
     sums, counts = np.asarray(sums_R, float), np.asarray(counts_R, float)
     with np.errstate(invalid="ignore"):  # losses that are not finite
         influence: NDArray[np.float64] = (sums - sums.sum() / counts.sum() * counts) / counts.mean()

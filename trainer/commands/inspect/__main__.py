@@ -1,7 +1,7 @@
-"""``python -m trainer.commands.inspect``: what ``promptshard inspect`` runs.
+"""``python -m trainer.commands.inspect``: the program of ``promptshard inspect``.
 
-Of a run, on every rank: each reads its share of the weights, then all score validation rows
-together over the sharded base. Of a base alone, in one process.
+For a run it is started on every rank: each measures some of the weights, then all score validation
+rows together on the sharded base model. For a model alone it is one process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from trainer import config as run_file
 from trainer.config import Base, RunConfig
 from trainer.data.tokenization.chat_date import read_chat_date
+from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
 from trainer.runtime.process import flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
-#: ``--json -``: the numbers go to stdout, and all else to stderr.
+#: ``--json -``: JSON goes to stdout, everything else to stderr.
 STDOUT = Path("-")
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _base_alone(args: argparse.Namespace) -> int:
-    """The weights of a base that no run file names; no process group."""
+    """Measure the weights of a model, in this process alone."""
     from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
     from trainer.model.checkpoint_files import open_base
 
@@ -76,9 +77,15 @@ def _base_alone(args: argparse.Namespace) -> int:
 def _inspect_run(
     config: RunConfig, saved: Path | None, num_rows: int, out: Path | None, console: Console
 ) -> None:
-    """Weights and losses of a run's base; ``saved``: the output folder, for trained prompts."""
+    """Measure weights and losses of a run's base model.
+
+    Args:
+        saved: output folder of the run, for its trained prompts.
+        num_rows: sampled validation rows of each task.
+        out: file for the findings as JSON.
+    """
     with console.phase("importing torch, transformers and deepspeed", announce=True):
-        from trainer.commands.inspect.losses import measure_losses, readers, trained_prompts
+        from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
         from trainer.data.task_data import load_tasks
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import open_base_on_all
@@ -99,36 +106,31 @@ def _inspect_run(
         )
     )
     if config.base.quantization == "none":
-        console.print("base.quantization is none in this run; this is what int8 would bring")
+        console.print("this run has base.quantization: none; these are the errors of int8")
     settings = _in_int8(config.base)
     config = config.model_copy(update={"base": settings})
     errors = _share_weights(engine, files, settings, console)
     trained = trained_prompts(saved, config) if saved else {}
-    reading = readers(config, tasks, list(trained), num_rows)
+    arms = all_arms(config, tasks, list(trained), num_rows)
     losses = None
-    if reading:
-        ways, scores = measure_losses(
-            engine, files, config, reading, list(trained.values()), console
-        )
-        losses = {
-            "seed": config.training.seed,
-            "reference": next(way["name"] for way in ways if not way["left_out"]),
-            "settings": ways,
-            "readers": scores,
-        }
+    if arms:
+        losses = measure_losses(engine, files, config, arms, list(trained.values()), console)
     else:
         console.print("no task has validation rows, so there are no losses to compare")
     if engine.is_main:
-        found = _findings(settings, errors, losses)
-        found |= {"world_size": engine.world_size, "device": device_name(engine.device)}
-        _finish(found | {"versions": versions()}, out, console)
+        run = {
+            "world_size": engine.world_size,
+            "device": device_name(engine.device),
+            "versions": versions(),
+        }
+        _finish(_findings(settings, errors, losses) | run, out, console)
     engine.close()
 
 
 def _share_weights(
     engine: Any, files: BaseFiles, settings: Base, console: Console
 ) -> list[WeightError]:
-    """Each rank measures some of the weights; all get all, in the order of the model."""
+    """Measure all weights, some on each rank; returns all of them, in the order of the model."""
     from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
 
     weights = engine.run_on_all(lambda: int8_weights(files, settings))
@@ -136,8 +138,8 @@ def _share_weights(
     mine = by_size[engine.rank :: engine.world_size]
     with console.loading(f"reading {settings.model}", stored_bytes(files, mine)) as bar:
         measured = engine.run_on_all(lambda: measure_weights(files, mine, bar.advance))
-    found = {error.name: error for part in engine.all_gather(measured) for error in part}
-    return [found[weight.name] for weight in weights]
+    errors = {error.name: error for of_rank in engine.all_gather(measured) for error in of_rank}
+    return [errors[weight.name] for weight in weights]
 
 
 def _in_int8(base: Base) -> Base:
@@ -166,27 +168,35 @@ def _findings(
     }
 
 
-def _finish(found: dict[str, Any], out: Path | None, console: Console) -> None:
-    from trainer.commands.inspect.findings import show, write
+def _finish(findings: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Print the tables; write JSON if a file is given.
 
-    show(found, console)
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    from trainer.commands.inspect.findings import show
+
+    show(findings, console)
     if out == STDOUT:
-        console.answer(json.dumps(found, indent=2))
+        console.answer(json.dumps(findings, indent=2))
     elif out is not None:
-        write(out, found)
+        try:
+            atomic_io.write_json(out, findings)
+        except OSError as error:
+            raise BadInput(f"--json: cannot write {out}: {error.strerror}") from None
         console.print(f"all numbers: {out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed --module trainer.commands.inspect",
-        description="Measure what int8 costs. `promptshard inspect --base` starts this everywhere.",
+        description="Measure the errors of int8. `promptshard inspect --base` starts this program.",
     )
     parser.add_argument("target", metavar="RUN.yaml|RUN_DIR|MODEL")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--model", action="store_true", help="the target is a model: one process")
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="of each task")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where all numbers go; -: stdout")
+    parser.add_argument("--model", action="store_true", help="the target is a model")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="rows of each task")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all numbers; -: stdout")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
     return parser
 

@@ -1,37 +1,34 @@
-"""What was measured on a base: as plain data for a file, in words, and as tables."""
+"""Measurements of ``inspect`` as JSON, as warnings and as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from trainer.commands.inspect.weights import OUTLIER_RATIO, WeightError, relative_error
-from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
-from trainer.runtime.errors import BadInput
 
-#: Of base_inspection.json; grows when a key changes its meaning or goes.
+#: Version of the JSON; increases when a key is removed or changes its meaning.
 SCHEMA = 1
-#: A relative error of a layer's weights, and of a loss, that is worth a warning.
+#: Relative error of a layer's weights, and relative change of a loss, above which to warn.
 WEIGHT_LIMIT, LOSS_LIMIT = 0.02, 0.01
-#: Differences of losses below this (nats per token) are no matter, however small the loss is.
+#: Smaller changes of a loss, in nats per token, cause no warning.
 LOSS_FLOOR = 1e-3
 
 REMEDIES = {
-    "embeddings": "base.embeddings=keep leaves them as they are",
-    "head": "base.head=keep leaves it as it is",
-    "embeddings and head": "base.embeddings=keep base.head=keep leave them as they are",
+    "embeddings": "base.embeddings=keep leaves them unquantized",
+    "head": "base.head=keep leaves it unquantized",
+    "embeddings and head": "base.embeddings=keep base.head=keep leave them unquantized",
 }
-#: The setting that is exact to the stored weights: what differs in it comes from them alone.
+#: Computes exactly with the int8 weights; its error comes from the rounded weights alone.
 EXACT_INT8 = "int8/dequantize"
 
 
 def weight_findings(errors: Sequence[WeightError]) -> dict[str, Any]:
-    """All weights, and all groups of them (layers, embeddings, head), in the order of the model.
+    """Errors of all weights and groups of weights (layers, embeddings, head), in model order.
 
-    An error is None where the checkpoint itself is int8: there is no original to compare with.
+    An error is None if the checkpoint itself is int8, because there is no original to compare with.
     """
     groups: dict[str, list[WeightError]] = {}
     for error in errors:
@@ -71,15 +68,14 @@ def _tensor(error: WeightError) -> dict[str, Any]:
 def warnings(
     base: Mapping[str, Any], weights: Mapping[str, Any], losses: Mapping[str, Any] | None
 ) -> list[str]:
-    """What a person should look at, each with the remedy."""
+    """Return a warning with its remedy for every error that is too large."""
     ends = [f"base.{end}=keep" for end in ("embeddings", "head") if base[end] == "int8"]
     remedy = " or ".join([*([" ".join(ends)] if ends else []), "base.quantization=none"])
-    found = list(_weight_warnings(weights, remedy))
-    return [*found, *_loss_warnings(losses, remedy)] if losses else found
+    return [*_weight_warnings(weights), *_loss_warnings(losses, remedy)]
 
 
-def _weight_warnings(weights: Mapping[str, Any], remedy: str) -> Iterator[str]:
-    """One for each end of the model, and one for all layers together."""
+def _weight_warnings(weights: Mapping[str, Any]) -> Iterator[str]:
+    """One warning each for embeddings and head, and one for all layers together."""
     beyond = [g for g in weights["groups"] if (g["relative_error"] or 0.0) > WEIGHT_LIMIT]
     layers = [group for group in beyond if group["name"] not in REMEDIES]
     for group in beyond:
@@ -93,13 +89,15 @@ def _weight_warnings(weights: Mapping[str, Any], remedy: str) -> Iterator[str]:
         others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
         yield (
             f"{worst['name']}{others}: relative error up to {worst['relative_error']:.4f} in int8, "
-            f"more than {WEIGHT_LIMIT} (worst: {worst['worst_tensor']}); where losses suffer too, "
-            "base.quantization=none keeps all layers as they are"
+            f"more than {WEIGHT_LIMIT} (worst: {worst['worst_tensor']}); if losses change too, "
+            "base.quantization=none keeps all layers unquantized"
         )
 
 
-def _loss_warnings(losses: Mapping[str, Any], remedy: str) -> Iterator[str]:
-    """One for each setting and task whose loss moves, naming the prompt that it moves most."""
+def _loss_warnings(losses: Mapping[str, Any] | None, remedy: str) -> Iterator[str]:
+    """One warning for each setting and task, for the prompt whose loss changes most."""
+    if losses is None:
+        return
     reference = losses["reference"]
     for setting in losses["settings"]:
         name = setting["name"]
@@ -125,7 +123,7 @@ def _loss_warnings(losses: Mapping[str, Any], remedy: str) -> Iterator[str]:
 
 
 def loss_change(reader: Mapping[str, Any], setting: str, reference: str) -> float | None:
-    """Relative change of a loss against the reference; infinite where it is no longer finite."""
+    """Relative change of a loss against the reference; infinite if the loss is not finite."""
     scores = reader["scores"]
     if setting not in scores or reference not in scores or scores[reference]["loss"] is None:
         return None
@@ -144,24 +142,12 @@ def reader_name(reader: Mapping[str, Any]) -> str:
     return f"{reader['kind'].replace('_', '-')}: {reader['name'].strip()}"
 
 
-def write(path: Path, found: Mapping[str, Any]) -> None:
-    """All that was found, as JSON.
-
-    Raises:
-        BadInput: if the file cannot be written.
-    """
-    try:
-        atomic_io.write_json(path, found)
-    except OSError as error:
-        raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
-
-
-def show(found: Mapping[str, Any], console: Console) -> None:
-    """Tables of all that was found, and its warnings."""
-    _show_weights(found["base"], found["weights"], console)
-    if found["losses"]:
-        _show_losses(found["losses"], console)
-    for text in found["warnings"]:
+def show(findings: Mapping[str, Any], console: Console) -> None:
+    """Print the tables and the warnings."""
+    _show_weights(findings["base"], findings["weights"], console)
+    if findings["losses"]:
+        _show_losses(findings["losses"], console)
+    for text in findings["warnings"]:
         console.warn(text)
 
 
@@ -169,8 +155,8 @@ def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: 
     total = weights["relative_error"]
     if base["stored_int8"]:
         console.print(
-            f"{base['model']} is stored in int8: there is no original to compare its weights with; "
-            "inspect the base that it was made from for their error"
+            f"{base['model']} is stored in int8, so there are no original weights to compare with; "
+            "inspect the model that it was made from"
         )
     columns = ["", "relative error", "worst tensor", "its error", "worst row", "outlier rows"]
     rows = [
@@ -184,19 +170,19 @@ def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: 
         ]
         for group in weights["groups"]
     ]
-    if total is None:  # all or some of it was int8 before
+    if total is None:  # some weights have no original
         kept = [i for i in range(len(columns)) if i in (0, 5) or any(row[i] for row in rows)]
         columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     total_error = "" if total is None else f", relative error {total:.4f}"
     console.table(f"weights of {base['model']} in int8{total_error}", columns, rows)
     console.print(
-        f"outlier rows: largest weight beyond {weights['outlier_ratio']:.0f} times the row's root "
+        f"outlier rows: largest weight above {weights['outlier_ratio']:.0f} times the row's root "
         "mean square"
     )
 
 
 def _inside(name: str | None) -> str:
-    """The part of a parameter's name that tells it from others of its layer."""
+    """The part of a parameter's name after its layer."""
     path = (name or "").split(".")
     numbers = [i for i, part in enumerate(path) if part.isdigit()]
     return ".".join(path[numbers[0] + 1 :] if numbers else path[-1:])

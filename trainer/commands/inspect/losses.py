@@ -1,7 +1,7 @@
-"""What storing the base in int8, and multiplying in it, does to the validation loss of prompts.
+"""Validation losses of prompts with the original base model and with int8.
 
-The same sample of rows is scored over the base as it was published and as int8 with each product,
-one after the other on the same ranks, by what also validates a training run.
+The same sample of rows is scored with the base model as published and with every int8 product, one
+after the other on the same ranks, by the evaluator of training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from trainer.config import Base, RunConfig, Task
+from trainer.config import Base, RunConfig
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import load_base
@@ -33,7 +33,7 @@ ORIGINAL, EXACT = "none", "dequantize"
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to store and multiply the base's weights, in the words of the run file."""
+    """How to store and multiply the base model's weights: settings of the run file."""
 
     quantization: str
     matmul: str
@@ -43,7 +43,7 @@ class Setting:
         return ORIGINAL if self.quantization == "none" else f"int8/{self.matmul}"
 
     def base(self, base: Base) -> Base:
-        """The run's base with this setting."""
+        """Return the run's base model with this setting."""
         changes = {"quantization": self.quantization, "matmul": self.matmul}
         if self.quantization == "none":
             changes |= {"embeddings": "keep", "head": "keep"}
@@ -51,12 +51,12 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What stands in front of the sampled rows of a task.
+class Arm:
+    """A prompt and the sampled rows to score with it.
 
     Attributes:
         kind: ``no_prompt``, ``hand_written`` or ``trained``.
-        name: the hand-written text, or the trained prompt's name.
+        name: text of the hand-written prompt, or name of the trained one.
         prompt: index among the trained prompts.
     """
 
@@ -68,110 +68,117 @@ class Reader:
 
 
 def settings() -> list[Setting]:
-    """Not quantised; int8 exact to the stored weights; and every other product of int8."""
+    """Not quantized; int8 with exact products; then int8 with every other product."""
     products = get_args(Base.model_fields["matmul"].annotation)
     others = [value for value in products if value not in ("auto", EXACT)]
     return [Setting("none", EXACT), *(Setting("int8", matmul) for matmul in (EXACT, *others))]
 
 
 def trained_prompts(folder: Path, config: RunConfig) -> dict[str, SoftPrompt]:
-    """Virtual tokens, or keys and values, of every prompt that a run has saved, by name."""
-    found = {}
-    for prompt in config.prompts:
-        adapter = folder / "prompts" / prompt.name
-        if (adapter / WEIGHTS).is_file():
-            found[prompt.name] = load_peft(adapter)
-    return found
+    """Load virtual tokens, or keys and values, of every saved prompt of a run, by name."""
+    adapters = {prompt.name: folder / "prompts" / prompt.name for prompt in config.prompts}
+    return {
+        name: load_peft(adapter)
+        for name, adapter in adapters.items()
+        if (adapter / WEIGHTS).is_file()
+    }
 
 
-def readers(
+def all_arms(
     config: RunConfig, tasks: Mapping[str, TaskData], trained: Sequence[str], num_rows: int
-) -> list[Reader]:
-    """Who reads which rows: for each task with validation, no prompt and all of its prompts.
+) -> list[Arm]:
+    """Return for each task with validation rows: no prompt, hand-written and trained prompts.
 
     Args:
         trained: names of the trained prompts, in the order of their indices.
-        num_rows: of each task, drawn with ``training.seed``; all if it has fewer.
+        num_rows: rows of each task, drawn with ``training.seed``; all if it has fewer.
     """
-    found = []
+    task_of = {prompt.name: prompt.task for prompt in config.prompts}
+    arms = []
     for name, data in tasks.items():
         if "validation" not in data.evaluation:
             continue
         plain, task = data.evaluation["validation"], config.task(name)
-        known = sorted({candidates[0].row for candidates in plain.candidates})
+        numbers = sorted({candidates[0].row for candidates in plain.candidates})
         draw = random.Random(f"{config.training.seed} {name}")
-        chosen = set(draw.sample(known, min(num_rows, len(known))))
-        found.append(Reader(name, "no_prompt", None, _sample(plain, chosen)))
+        sample = set(draw.sample(numbers, min(num_rows, len(numbers))))
+        arms.append(Arm(name, "no_prompt", None, _sample(plain, sample)))
         for text, rows in zip(task.hand_written, data.hand_written["validation"], strict=True):
-            found.append(Reader(name, "hand_written", text, _sample(rows, chosen)))
+            arms.append(Arm(name, "hand_written", text, _sample(rows, sample)))
         for k, prompt in enumerate(trained):
-            if next(p.task for p in config.prompts if p.name == prompt) == name:
-                found.append(Reader(name, "trained", prompt, _sample(plain, chosen), k))
-    return [reader for reader in found if reader.rows.candidates]
+            if task_of[prompt] == name:
+                arms.append(Arm(name, "trained", prompt, _sample(plain, sample), k))
+    return [arm for arm in arms if arm.rows.candidates]
 
 
-def _sample(rows: EvalSet, chosen: set[int]) -> EvalSet:
-    """The chosen rows of a set, scored by loss and, where there are choices, accuracy alone."""
-    kept = [i for i, candidates in enumerate(rows.candidates) if candidates[0].row in chosen]
-    return replace(rows.subset(kept), task=_scored_by_likelihood(rows.task))
+def _sample(rows: EvalSet, sample: set[int]) -> EvalSet:
+    """The rows of a sample, scored by loss and, for a task with choices, by accuracy.
 
-
-def _scored_by_likelihood(task: Task) -> Task:
-    """Nothing is generated, and nothing that was generated is run."""
-    return task.model_copy(update={"metric": "accuracy" if task.scored_by_likelihood else "loss"})
+    Nothing is generated, so no generated code runs.
+    """
+    kept = [i for i, candidates in enumerate(rows.candidates) if candidates[0].row in sample]
+    metric = "accuracy" if rows.task.scored_by_likelihood else "loss"
+    return replace(rows.subset(kept), task=rows.task.model_copy(update={"metric": metric}))
 
 
 def measure_losses(
     engine: Engine,
     files: BaseFiles,
     config: RunConfig,
-    readers: Sequence[Reader],
+    arms: Sequence[Arm],
     virtual_tokens: Sequence[SoftPrompt],
     console: Console,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Score all readers under each setting; a collective.
+) -> dict[str, Any]:
+    """Score all arms under each setting; a collective.
 
     Args:
         virtual_tokens: [P, H] of the trained prompts.
 
     Returns:
-        The settings, each with why it was ``left_out`` (None: it was not), and the readers, each
-        with ``scores`` by the setting's name.
+        ``seed`` of the sample; ``settings``, each with the reason why it was ``left_out`` or None;
+        ``reference``, the first setting that was not; and ``readers``, the arms, each with
+        ``scores`` by the name of the setting.
 
     Raises:
-        BadInput: if the base cannot be loaded in int8.
+        BadInput: the base model cannot be loaded in int8.
     """
     results = []
-    scores: list[dict[str, dict[str, float | None]]] = [{} for _ in readers]
+    scores: list[dict[str, dict[str, float | None]]] = [{} for _ in arms]
     for setting in settings():
         left_out = None
         try:
-            found = _score(engine, files, config, setting, readers, virtual_tokens, console)
-            for kept, score in zip(scores, found, strict=True):
-                kept[setting.name] = {k: v if math.isfinite(v) else None for k, v in score.items()}
+            scored = _score(engine, files, config, setting, arms, virtual_tokens, console)
+            for of_arm, score in zip(scores, scored, strict=True):
+                of_arm[setting.name] = {
+                    k: v if math.isfinite(v) else None for k, v in score.items()
+                }
         except BadInput as error:
             if setting == Setting("int8", EXACT):
                 raise
             left_out = error.problems[0]
-        matmul = None if setting.name == ORIGINAL else setting.matmul
         results.append(
             {
                 "name": setting.name,
                 "quantization": setting.quantization,
-                "matmul": matmul,
+                "matmul": None if setting.name == ORIGINAL else setting.matmul,
                 "left_out": left_out,
             }
         )
-    return results, [
-        {
-            "task": reader.task,
-            "kind": reader.kind,
-            "name": reader.name,
-            "rows": len(reader.rows.candidates),
-            "scores": score,
-        }
-        for reader, score in zip(readers, scores, strict=True)
-    ]
+    return {
+        "seed": config.training.seed,
+        "reference": next(result["name"] for result in results if not result["left_out"]),
+        "settings": results,
+        "readers": [
+            {
+                "task": arm.task,
+                "kind": arm.kind,
+                "name": arm.name,
+                "rows": len(arm.rows.candidates),
+                "scores": of_arm,
+            }
+            for arm, of_arm in zip(arms, scores, strict=True)
+        ],
+    }
 
 
 def _score(
@@ -179,15 +186,16 @@ def _score(
     files: BaseFiles,
     config: RunConfig,
     setting: Setting,
-    readers: Sequence[Reader],
+    arms: Sequence[Arm],
     virtual_tokens: Sequence[SoftPrompt],
     console: Console,
 ) -> list[dict[str, float]]:
-    """Load the base as a setting says, score, and free its memory."""
-    console.print(f"scoring with quantization/matmul {setting.name}")
+    """Load the base model with a setting, score the arms, and free its memory."""
+    title = f"scoring with quantization/matmul {setting.name}"
+    console.print(title)
     base = setting.base(config.base)
     changed = config.model_copy(update={"base": base})
-    # A failure of memory would end the ranks and lose what is measured already.
+    # Running out of memory would end the ranks and lose the results so far.
     loaded = load_base(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
     widths = [p.tensor.shape[1] for p in virtual_tokens if isinstance(p, VirtualTokens)]
@@ -195,13 +203,12 @@ def _score(
     if wrong:
         raise BadInput(
             f"base.model: {base.model!r} has hidden size {hidden_size}, but the run's prompts were "
-            f"trained with {wrong[0]}; give the base of the run"
+            f"trained with {wrong[0]}; use the base model of the run"
         )
     prompts = [prompt.to(engine.device, torch.float32) for prompt in virtual_tokens]
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
-    requests = [Request(reader.rows, reader.prompt) for reader in readers]
-    what = f"scoring with quantization/matmul {setting.name}"
-    with console.phase(what, evaluator.num_texts(requests), "texts") as phase:
+    requests = [Request(arm.rows, arm.prompt) for arm in arms]
+    with console.phase(title, evaluator.num_texts(requests), "texts") as phase:
         scores = evaluator.score(requests, prompts, phase.advance)
     engine.release(loaded.model)
     return [scored.scores for scored in scores]

@@ -1,4 +1,4 @@
-"""Curves as inline SVG. Text and axes take the page's colour, so that dark pages work too."""
+"""Curves as inline SVG. Text and axes use the page's color, so dark mode works."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from trainer.tracking.metrics_log import Line
 
-#: One per prompt, in order of rank; told apart also by people who see few colours.
+#: One color per prompt, in order of rank; distinguishable with color blindness.
 COLORS = (
     "#2f6fde", "#e0791b", "#1e9e77", "#c2418c", "#8a6fd1", "#b08a00", "#3aa6c9", "#7a7a7a",
 )  # fmt: skip
-INK = "#010203"  # stands for the page's text colour, put in below
+INK = "#010203"  # placeholder for the page's text color
 MOST_POINTS = 400
 STYLE = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "promptshard",  # the same picture, the same bytes
+    "svg.hashsalt": "promptshard",  # equal plots have equal bytes
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
@@ -40,7 +40,7 @@ STYLE = {
 
 @dataclass
 class Curve:
-    """The lines of one prompt, and the colour it has all over the page."""
+    """Metric lines of one prompt, and its color on the page."""
 
     label: str
     color: str
@@ -55,19 +55,19 @@ class Curve:
             and (at := getattr(line, x)) is not None
         ]
         stride = max(1, math.ceil(len(pairs) / MOST_POINTS))
-        pairs = pairs[::-stride][::-1]  # thinned from the end: the last point is always there
+        pairs = pairs[::-stride][::-1]  # thinned from the end, to keep the last point
         return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def curves_svg(
     curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str, title: str
 ) -> str:
-    """Loss on the left, the task's metric on the right (but for metric ``loss``).
+    """Plot the loss and, in a second panel, the task's metric unless it is the loss.
 
     Args:
-        levels: name -> score to draw as a level line, of ``validation_<metric>``.
+        levels: scores in ``validation_<metric>`` to draw as level lines, by name.
         x: ``step`` or ``useful_tokens``.
-        title: what the losses are.
+        title: of the loss panel.
     """
     with rc_context(STYLE):
         panels = 1 if metric == "loss" else 2
@@ -87,7 +87,7 @@ def curves_svg(
 
 
 def sparkline_svg(points: Sequence[tuple[int, float]]) -> str:
-    """Useful tokens per second over the steps."""
+    """Plot useful tokens per second by step."""
     stride = max(1, math.ceil(len(points) / MOST_POINTS))
     points = points[::stride]
     with rc_context(STYLE):
@@ -130,7 +130,7 @@ def _metric_panel(
 
 
 def _draw_levels(ax: Axes, levels: dict[str, float]) -> None:
-    """Level lines, named at their right end above the line."""
+    """Draw level lines with their names above the right end."""
     for name, value in levels.items():
         ax.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), alpha=0.7)
         ax.annotate(

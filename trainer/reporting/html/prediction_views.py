@@ -1,4 +1,4 @@
-"""What the page shows of the best prompt's predictions: confusions, mistakes and samples."""
+"""Predictions of the best prompt for the page: confusions, mistakes and samples."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from trainer.evaluation.prediction_files import path_of, read
 from trainer.evaluation.score_format import format_score, format_with_interval
 from trainer.evaluation.statistics import wilson_interval
 
-#: Classes of a confusion matrix, and rows of any list.
-MOST_CLASSES, MOST_ROWS = 20, 10
-#: Characters of a text in a list: its beginning and its end.
-MOST_CHARACTERS = 600
+#: Classes of a confusion matrix, and rows of a list.
+MAX_CLASSES, MAX_ROWS = 20, 10
+#: Characters of a text in a list; the middle of longer ones is left out.
+MAX_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How often a class, or a label of a set, was found where it was right.
+    """Recall and precision of a class, or of one label of label sets.
 
     Attributes:
         low, high: 95% interval of the recall.
-        precision: None where the class was never predicted.
+        precision: None if the class was never predicted.
     """
 
     label: str
@@ -47,10 +47,11 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class PredictionExample:
-    """One row beside what the prompt gave for it.
+    """One row and its prediction.
 
     Attributes:
-        probability: of the predicted choice, normalised over the choices.
+        place: FILE:LINE of the row.
+        probability: of the predicted choice, normalized over the choices.
         loss: in nats per token of the target.
     """
 
@@ -68,11 +69,11 @@ class PredictionReport:
     """Predictions of one prompt.
 
     Attributes:
+        matrix: number of rows of class ``labels[i]`` that were predicted as ``labels[j]``; empty
+            with more than ``MAX_CLASSES`` classes.
+        confusions: most frequent mistakes (target, prediction, rows), if there is no matrix.
+        title: of ``examples``.
         labels: classes of ``matrix``, in the order of the run file.
-        matrix: rows with the class ``labels[i]`` that were predicted as ``labels[j]``; empty with
-            more than ``MOST_CLASSES``.
-        confusions: most frequent (target, prediction, rows) of mistakes, where there is no matrix.
-        title: what ``examples`` are.
     """
 
     prompt: str
@@ -88,10 +89,10 @@ class PredictionReport:
 def prediction_report(
     output_dir: Path, prompt: str, choices: Sequence[str], metric: str
 ) -> PredictionReport | None:
-    """Read the predictions of a prompt; None if there are none or the file is damaged.
+    """Read the predictions of a prompt; None if the file is missing or damaged.
 
     Args:
-        choices: of the task, in the order of the run file; empty if it has none.
+        choices: of the task, in the order of the run file; may be empty.
     """
     try:
         records = list(read(path_of(output_dir, prompt)))
@@ -109,7 +110,7 @@ def _report(
     elif choices and "scores" in records[0] and metric != "exact_match":
         _choices(report, records, choices)
     elif "prediction" in records[0]:
-        _written(report, records)
+        _generated(report, records)
     else:
         _losses(report, records)
     return report
@@ -124,14 +125,14 @@ def _choices(
         choices,
         rows=Counter(r["target"] for r in records),
         predicted=Counter(r["prediction"] for r in records),
-        found=Counter(r["target"] for r in records if r["correct"]),
+        correct=Counter(r["target"] for r in records if r["correct"]),
     )
-    if len(choices) <= MOST_CLASSES:
+    if len(choices) <= MAX_CLASSES:
         report.labels = list(choices)
         report.matrix = [[counts[target, predicted] for predicted in choices] for target in choices]
     else:
         wrong = ((a, b, n) for (a, b), n in counts.most_common() if a != b)
-        report.confusions = list(wrong)[:MOST_CLASSES]
+        report.confusions = list(wrong)[:MAX_CLASSES]
     mistakes = [r for r in records if not r["correct"] and _probability(r) is not None]
     mistakes.sort(key=lambda record: -(_probability(record) or 0.0))
     report.title = "Most confident mistakes"
@@ -146,7 +147,7 @@ def _multi_label(
         choices,
         rows=Counter(label for r in records for label in r["target"]),
         predicted=Counter(label for r in records for label in set(r["prediction"])),
-        found=Counter(x for r in records for x in set(r["target"]) & set(r["prediction"])),
+        correct=Counter(x for r in records for x in set(r["target"]) & set(r["prediction"])),
     )
     missed = [r for r in records if not r["correct"] and "input" in r]
     missed.sort(key=lambda r: -len(set(r["target"]) ^ set(r["prediction"])))
@@ -154,11 +155,11 @@ def _multi_label(
     report.examples = _examples(missed)
 
 
-def _written(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
-    """Samples at equal distances, so that they are the same for every prompt."""
+def _generated(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
+    """Samples at equal distances: the same rows for every prompt."""
     shown = [record for record in records if "input" in record]
-    picked = sorted({i * len(shown) // MOST_ROWS for i in range(MOST_ROWS)}) if shown else []
-    report.title = "Generated answers beside their references"
+    picked = sorted({i * len(shown) // MAX_ROWS for i in range(MAX_ROWS)}) if shown else []
+    report.title = "Generated answers and references"
     report.examples = _examples([shown[i] for i in picked])
 
 
@@ -175,22 +176,22 @@ def _classes(
     *,
     rows: Counter[str],
     predicted: Counter[str],
-    found: Counter[str],
+    correct: Counter[str],
 ) -> None:
     shown = [choice for choice in choices if rows[choice] or predicted[choice]]
-    if len(choices) > MOST_CLASSES:
+    if len(choices) > MAX_CLASSES:
         shown.sort(key=lambda choice: -rows[choice])
     for label in shown:
         count = rows[label]
-        recall = found[label] / count if count else float("nan")
+        recall = correct[label] / count if count else float("nan")
         low, high = wilson_interval(recall, count) if count else (0.0, 1.0)
-        precision = found[label] / predicted[label] if predicted[label] else None
+        precision = correct[label] / predicted[label] if predicted[label] else None
         report.classes.append(ClassResult(label, count, recall, low, high, precision))
 
 
 def _probability(record: dict[str, Any]) -> float | None:
-    found: float | None = (record.get("probabilities") or {}).get(record.get("prediction"))
-    return found
+    probability: float | None = (record.get("probabilities") or {}).get(record.get("prediction"))
+    return probability
 
 
 def _examples(records: Iterable[dict[str, Any]]) -> list[PredictionExample]:
@@ -204,14 +205,14 @@ def _examples(records: Iterable[dict[str, Any]]) -> list[PredictionExample]:
             probability=_probability(record) if isinstance(record.get("prediction"), str) else None,
             loss=record["loss"] / record["tokens"] if record.get("loss") is not None else None,
         )
-        for record in list(records)[:MOST_ROWS]
+        for record in list(records)[:MAX_ROWS]
     ]
 
 
 def _text(value: Any) -> str:
-    """A text of a row, or the labels of a set, shortened in the middle."""
+    """A text, or the labels of a set, shortened in the middle."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
-    if len(text) <= MOST_CHARACTERS:
+    if len(text) <= MAX_CHARACTERS:
         return text
-    half = MOST_CHARACTERS // 2
+    half = MAX_CHARACTERS // 2
     return f"{text[:half]} […] {text[-half:]}"
