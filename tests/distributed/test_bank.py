@@ -50,7 +50,7 @@ def test_a_prompt_in_a_bank_of_nine_equals_the_same_alone(
         assert 0 < result["gathered"] < result["gathered_alone"]
 
 
-def test_the_same_words_to_start_from_in_a_bank_alone_and_on_any_ranks(
+def test_searched_initializations_do_not_depend_on_bank_or_ranks(
     one_and_two_ranks: list[dict[str, Any]],
 ) -> None:
     one, two = one_and_two_ranks

@@ -28,7 +28,7 @@ def test_any_split_into_batches_gives_the_same_gradient(two: dict[str, Any]) -> 
     assert max(two["split_errors"]) < 1e-5
 
 
-def test_ranks_without_a_teacher_s_rows_stay_in_step(two: dict[str, Any]) -> None:
+def test_ranks_without_distilled_rows_stay_in_step(two: dict[str, Any]) -> None:
     assert two["apart"] == two["alone"] == pytest.approx(two["wanted_apart"], abs=1e-5)
 
 

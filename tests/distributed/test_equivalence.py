@@ -59,7 +59,7 @@ class TestEquivalence:
         assert measured["weights_equal"]
         assert measured["digest_kept"]
 
-    def test_base_bytes_are_shared_out(self, measured: Any) -> None:
+    def test_base_bytes_are_divided_among_ranks(self, measured: Any) -> None:
         # Scales and norms, a few per cent on this small model, are held by every rank.
         share = measured["full_bytes"] / measured["world_size"]
         assert max(measured["base_bytes"]) <= 1.05 * share + 12_000

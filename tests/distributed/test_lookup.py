@@ -27,7 +27,7 @@ def ranks(
 
 @pytest.mark.parametrize("way", GROUPS)
 class TestLookup:
-    def test_rows_are_the_table_s_to_the_bit(self, ranks: Any, way: str) -> None:
+    def test_looked_up_rows_equal_the_table_exactly(self, ranks: Any, way: str) -> None:
         assert all(all(rank[way]["equal"]) for rank in ranks)
 
     def test_each_rank_holds_a_block_and_zero3_none(self, ranks: Any, way: str) -> None:
@@ -49,7 +49,9 @@ class TestLookup:
             # Else nothing here would show that a fetched table stays until the step ends.
             assert rank[way]["table_fetched"] or GROUPS[way] == 1
 
-    def test_training_and_generation_do_not_see_it(self, ranks: Any, way: str) -> None:
+    def test_training_and_generation_are_unchanged_by_row_exchange(
+        self, ranks: Any, way: str
+    ) -> None:
         expected = ranks[0]["copies"]  # where each rank has the whole table
         near = 0.03 if way == "int8" else 1e-6
         for rank in ranks:
@@ -60,7 +62,7 @@ class TestLookup:
             assert any(rank[way]["texts"])
 
 
-def test_bytes_at_rest_and_read_are_shared_out(ranks: Any) -> None:
+def test_stored_and_read_bytes_are_divided_among_ranks(ranks: Any) -> None:
     for rank in ranks:
         full = rank["copies"]
         for way, size in (("world", len(ranks)), ("pairs", 2)):

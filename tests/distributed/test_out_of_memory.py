@@ -20,7 +20,7 @@ def results(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rank_with_a_copy_of_its_own_splits_and_goes_on(results: Any, ranks: int) -> None:
+def test_a_rank_with_its_own_copy_splits_the_batch_and_continues(results: Any, ranks: int) -> None:
     result = results(ranks)["1"]
     assert result["digest_kept"]
     assert set(result["ways"]) == {"forward", "backward"}
@@ -41,7 +41,7 @@ def test_a_rank_recovers_alone_only_once_training_is_traced(
     assert results(ranks)["1"]["recovers"] == expected
 
 
-def test_ranks_that_share_a_copy_are_told_the_remedy(results: Any) -> None:
+def test_ranks_that_share_a_copy_report_the_remedy(results: Any) -> None:
     """Others wait in this packed batch's gathers: nobody can go back alone."""
     result = results(2)["2"]
     assert result["recovers"] == [False, False]

@@ -16,7 +16,7 @@ def results(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> dict
     return run_ranks("placement", RANKS, str(random_base))
 
 
-def test_every_way_gives_the_same_losses_and_gradients(results: dict[str, Any]) -> None:
+def test_every_placement_gives_the_same_losses_and_gradients(results: dict[str, Any]) -> None:
     for rank in results["ranks"]:
         for way in rank.values():
             assert way["losses"] == pytest.approx(rank["world"]["losses"], abs=1e-6)

@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 @pytest.mark.timeout(1000)
-def test_quickstart_teaches_what_it_promises(folder: Folder) -> None:
+def test_quickstart_reaches_the_accuracy_the_readme_states(folder: Folder) -> None:
     summary = folder.summary("runs/quickstart")
     for task in ("triage", "animals"):
         trained = summary["prompts"][task]["validation_accuracy"]
@@ -95,7 +95,7 @@ def test_quickstart_has_its_golden_losses(folder: Folder) -> None:
     golden.compare("quickstart", folder.path / "runs" / "quickstart")
 
 
-def test_quickstart_says_where_to_look_next(folder: Folder) -> None:
+def test_quickstart_prints_the_next_commands(folder: Folder) -> None:
     output: str = folder.output  # type: ignore[attr-defined]
     for line in ("report.html", "mlflow ui", "promptshard generate"):
         assert line in output

@@ -231,7 +231,7 @@ def test_resumed_equals_uninterrupted(run_file: Path, two_ranks: Path) -> None:
 
 
 @pytest.mark.fault("resume with another base, tokenizer, dtype, length, template or method")
-def test_other_settings_are_not_mixed_into_a_run(run_file: Path, two_ranks: Path) -> None:
+def test_a_run_with_other_settings_is_refused(run_file: Path, two_ranks: Path) -> None:
     done = one_process("trainer", str(run_file), "prompts.soft.learning_rate=0.5")
     assert done.returncode == 2
     assert "prompts.soft.learning_rate: is 0.5, but" in done.stderr
@@ -287,7 +287,7 @@ def test_generate(two_ranks: Path, name: str) -> None:
     assert done.stdout == one.stdout.splitlines()[-1] + "\n"
 
 
-def test_offload_trains_as_without(run_file: Path, one_rank: Path) -> None:
+def test_cpu_offload_gives_equal_losses(run_file: Path, one_rank: Path) -> None:
     """Shards in CPU memory are the same shards; here that is the rank's memory too."""
     output = run_file.parent / "offload"
     policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
@@ -319,7 +319,7 @@ KNOWN = {
 }
 
 
-def test_metrics_of_what_the_base_writes(tmp_path: Path) -> None:
+def test_metrics_of_generated_texts(tmp_path: Path) -> None:
     """Programs that are run and answers that must be exact, from files of rows to the summary."""
     run = yaml.safe_load((ROOT / "examples" / "codegen.yaml").read_text())
     animals = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())["tasks"][1]
@@ -372,7 +372,7 @@ def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) ->
     assert done.stderr.count("org/gone") <= 4, "said by one rank alone"
 
 
-def test_inspect_scores_as_validation_did(two_ranks: Path, tmp_path: Path) -> None:
+def test_inspect_and_validation_scores_agree(two_ranks: Path, tmp_path: Path) -> None:
     """All 40 rows over the base as it was trained on: the run's own losses; none is close."""
     done = promptshard("inspect", str(two_ranks), "--base", "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -403,7 +403,7 @@ def test_inspect_scores_as_validation_did(two_ranks: Path, tmp_path: Path) -> No
     assert json.loads(alone.read_text())["weights"] == inspection["weights"]
 
 
-def test_int8_products_learn_as_exact_ones_do(run_file: Path, two_ranks: Path) -> None:
+def test_int8_matmul_reaches_the_loss_of_exact_matmul(run_file: Path, two_ranks: Path) -> None:
     output = run_file.parent / "int8"
     done = promptshard("train", str(run_file), f"output_dir={output}", "base.matmul=int8")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -478,7 +478,7 @@ def test_early_stop(run_file: Path) -> None:
     assert {prompt["best_step"] for prompt in results["prompts"].values()} == {2}
 
 
-def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
+def test_ctrl_c_ends_all_ranks_and_the_run_can_be_resumed(run_file: Path) -> None:
     """And only the command line that a person typed shows a password."""
     output, secret = run_file.parent / "stopped", "hunter22"
     words = ["train", str(run_file), f"output_dir={output}", "checkpoint.every=1"]
@@ -518,7 +518,7 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(run_file: Path) -> None:
         time.sleep(0.5)
 
 
-def test_a_port_that_another_process_uses_has_an_exit_code_of_its_own(run_file: Path) -> None:
+def test_a_port_in_use_has_its_own_exit_code(run_file: Path) -> None:
     """``promptshard`` then tries another port."""
     with socket.create_server(("", 0)) as used:
         port = str(used.getsockname()[1])

@@ -28,7 +28,7 @@ def adapter(folder: Path) -> torch.Tensor:
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
 
 
-def test_one_rank_and_two_agree_and_a_text_is_read_again(tmp_path: Path) -> None:
+def test_shared_encoders_agree_on_one_and_two_ranks_and_export_new_texts(tmp_path: Path) -> None:
     path = write_run_file(tmp_path)
     run = yaml.safe_load(path.read_text())
     run["prompts"] = [{"task": run["tasks"][0]["name"], **prompt} for prompt in PROMPTS]

@@ -143,7 +143,7 @@ CHANGES: list[tuple[Callable[[Case], None], set[str]]] = [
 
 @pytest.mark.fault("resume with another base, tokenizer, dtype, length, template or method")
 @pytest.mark.parametrize(("change", "named"), CHANGES, ids=[c.__name__ for c, _ in CHANGES])
-def test_a_change_is_refused_by_its_name(
+def test_every_incompatible_change_is_named(
     case: Case, change: Callable[[Case], None], named: set[str]
 ) -> None:
     change(case)
@@ -154,7 +154,7 @@ def test_a_change_is_refused_by_its_name(
     assert problems == named or change is method
 
 
-def test_what_may_change(case: Case) -> None:
+def test_compatible_changes_are_accepted(case: Case) -> None:
     """Where files lie, how a step is split, and what is watched."""
     moved = case.base.with_name("moved")
     case.base.rename(moved)
@@ -167,7 +167,7 @@ def test_what_may_change(case: Case) -> None:
 
 
 @pytest.mark.fault("pointer to the newest checkpoint is missing or garbled")
-def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
+def test_missing_checkpoints_of_a_started_run_are_reported(tmp_path: Path) -> None:
     output = io.StringIO()
     assert find_checkpoint(tmp_path, {}, Console(output, output)) is None
     assert output.getvalue() == ""
@@ -178,7 +178,7 @@ def test_a_run_whose_checkpoints_are_gone_says_so(tmp_path: Path) -> None:
     assert "120 step(s) were logged, but no checkpoint was saved" in output.getvalue()
 
 
-def test_digests_of_large_files_are_remembered_until_they_change(
+def test_digests_of_large_files_are_cached_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
@@ -197,7 +197,7 @@ def test_digests_of_large_files_are_remembered_until_they_change(
     assert digest_file(path) not in (first, "remembered")
 
 
-def test_the_hub_s_cache_knows_the_digest(tmp_path: Path) -> None:
+def test_digests_are_read_from_the_hub_cache(tmp_path: Path) -> None:
     """It keeps a weight file under its SHA-256."""
     content = (TINY / "model.safetensors").read_bytes()
     name = digest_file(TINY / "model.safetensors")

@@ -48,7 +48,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.fault("output folder is read-only")
 @pytest.mark.parametrize("module", ["trainer", "launch"])
-def test_a_read_only_folder_fails_before_the_base_is_looked_for(
+def test_a_read_only_folder_is_refused_before_the_base_is_opened(
     run_file: Path, read_only: Path, tmp_path: Path, module: str
 ) -> None:
     """By a rank, which loads no torch for it, and by the command line."""
@@ -106,7 +106,7 @@ def no_tensor(base: Path) -> str:
 
 @pytest.mark.fault("base file truncated, or tensor missing from its index")
 @pytest.mark.parametrize("damage", [cut_short, no_tensor])
-def test_a_broken_base_ends_all_ranks_with_the_file_s_name(
+def test_a_damaged_base_ends_all_ranks_and_names_the_file(
     run_file: Path, two_files: Path, tmp_path: Path, damage: Callable[[Path], str]
 ) -> None:
     message = damage(two_files)
@@ -139,7 +139,7 @@ class Own(PretrainedConfig):
 
 @pytest.mark.fault("base requires remote code")
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_a_base_that_needs_code_of_its_own_is_refused(
+def test_a_base_that_requires_remote_code_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "payload"))

@@ -114,7 +114,7 @@ def killed(runs: Runs) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.fault("base weights change or receive gradients")
-def test_the_base_is_what_it_was_and_only_prompts_have_gradients(runs: Runs) -> None:
+def test_the_base_is_unchanged_and_only_prompts_have_gradients(runs: Runs) -> None:
     seen = [note for note in runs.notes("whole") if "digest" in note]
     assert len(seen) == STEPS + 2
     assert len({note["digest"] for note in seen}) == 1
@@ -128,7 +128,7 @@ def test_the_base_is_what_it_was_and_only_prompts_have_gradients(runs: Runs) -> 
 
 
 @pytest.mark.fault("resume in mid-epoch and mid-accumulation")
-def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> None:
+def test_a_killed_run_resumes_equal_to_an_uninterrupted_one(runs: Runs, killed: Any) -> None:
     """A bank of three, in mid-epoch and mid-accumulation: the same to the bit."""
     assert killed.returncode == 0, killed.stdout + killed.stderr
     assert f"resuming from step 4/{STEPS}" in killed.stdout
@@ -153,13 +153,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, killed: Any) -> 
 
 
 @pytest.mark.fault("two jobs on one output folder")
-def test_its_lock_is_taken_over_at_once_and_given_back(runs: Runs, killed: Any) -> None:
+def test_the_lock_of_the_killed_run_is_taken_over_and_released(runs: Runs, killed: Any) -> None:
     assert "was taken over from process" in killed.stdout
     assert "that process is gone" in killed.stdout
     assert not (runs.folder / "killed" / LOCK).exists()
 
 
-def test_its_curves_are_one_run_without_gaps_or_doubles(runs: Runs, killed: Any) -> None:
+def test_curves_of_the_killed_run_have_no_gaps_or_duplicates(runs: Runs, killed: Any) -> None:
     mine = "select * from runs where name = 'killed' or name like 'killed / %'"
     with sqlite3.connect(runs.folder / "mlflow.db") as store:
         (parents,) = store.execute(
@@ -177,7 +177,7 @@ def test_its_curves_are_one_run_without_gaps_or_doubles(runs: Runs, killed: Any)
     assert set(steps.values()) == {1}
 
 
-def test_checkpoints_hold_no_step_up(runs: Runs) -> None:
+def test_checkpoints_do_not_delay_steps(runs: Runs) -> None:
     written = summary(runs.folder / "whole")["checkpoints"]
     assert written["written"] + written["replaced_by_newer"] == STEPS // EVERY
     assert written["failed"] == {}
@@ -208,7 +208,7 @@ def two_ranks(runs: Runs) -> str:
 @pytest.mark.fault("newest checkpoint is truncated")
 @pytest.mark.fault("bit flipped in a checkpoint")
 @pytest.mark.fault("pointer to the newest checkpoint is missing or garbled")
-def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
+def test_damaged_checkpoints_are_skipped_with_a_warning(two_ranks: str) -> None:
     for step, why in ((STEPS, "state.safetensors: has"), (4, "its sha256 differs")):
         (line,) = [
             text for text in two_ranks.splitlines() if f"step-{step:08d}: " in text and why in text
@@ -218,7 +218,7 @@ def test_broken_checkpoints_are_passed_over_aloud(two_ranks: str) -> None:
 
 
 @pytest.mark.fault("resume on another number of ranks")
-def test_two_ranks_go_on_from_one(runs: Runs, two_ranks: str) -> None:
+def test_a_run_on_one_rank_resumes_on_two(runs: Runs, two_ranks: str) -> None:
     check_same_course(runs, "two", after=2)
 
 
@@ -263,9 +263,7 @@ def fill(path: Path) -> None:
 
 @pytest.mark.fault("disk full")
 @pytest.mark.fault("resume on another number of ranks")
-def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
-    runs: Runs, small_disk: Path
-) -> None:
+def test_a_run_on_two_ranks_resumes_on_one_with_a_full_disk(runs: Runs, small_disk: Path) -> None:
     done = runs.start("one", "training.micro_batch_tokens=450")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming from step 4/{STEPS}" in done.stdout
@@ -285,7 +283,7 @@ def test_one_rank_goes_on_from_two_and_a_full_disk_is_no_reason_to_stop(
     assert saved.step == STEPS
 
 
-def test_a_finished_run_that_was_killed_before_its_report_is_completed(runs: Runs) -> None:
+def test_a_run_killed_before_its_report_is_completed_on_rerun(runs: Runs) -> None:
     output = runs.folder / "late"
     shutil.copytree(runs.folder / "whole", output)
     for name in ("report.html", "tracking.json"):
@@ -300,7 +298,7 @@ def test_a_finished_run_that_was_killed_before_its_report_is_completed(runs: Run
     assert ends == [("FINISHED",)] * 4
 
 
-def test_a_validation_that_is_repeated_is_logged_once(runs: Runs) -> None:
+def test_a_repeated_validation_is_logged_once(runs: Runs) -> None:
     """The run was stopped in it, resumed, and killed once it was logged."""
     output = runs.copy("whole", "repeated")
     folder = output / "checkpoints"
@@ -320,7 +318,7 @@ def test_a_validation_that_is_repeated_is_logged_once(runs: Runs) -> None:
     assert set(points.values()) == {1}
 
 
-def test_a_run_whose_folder_was_moved_ends_and_resumes_with_nothing_lost(runs: Runs) -> None:
+def test_a_run_whose_folder_was_moved_stops_and_resumes_completely(runs: Runs) -> None:
     output, steps = runs.folder / "moved", 60
     words = [f"training.steps={steps}", "evaluation.every=1000", "checkpoint.every=1000"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
@@ -350,7 +348,7 @@ def test_a_run_whose_folder_was_moved_ends_and_resumes_with_nothing_lost(runs: R
 
 
 @pytest.mark.fault("disk full")
-def test_a_full_disk_under_the_curves_is_said_once(tmp_path: Path) -> None:
+def test_a_full_disk_under_the_metrics_log_is_reported_once(tmp_path: Path) -> None:
     """A step's numbers are lost where there is no room for them; the run is not."""
     messages: list[str] = []
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")

@@ -124,7 +124,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
 
 @pytest.mark.fault("rank killed (SIGKILL) during a step")
 @pytest.mark.fault("rank suspended (SIGSTOP)")
-def test_lost_ranks_are_named_and_a_restart_is_bounded(run: Run) -> None:
+def test_lost_ranks_are_named_and_restarts_are_bounded(run: Run) -> None:
     """One is killed, the run is started again; then one is stopped, which holds the store."""
     before = run.steps()
     run.start("checkpoint.every=1", f"engine.silence_seconds={SILENCE}", "--max-restarts=1")
@@ -150,7 +150,7 @@ def test_lost_ranks_are_named_and_a_restart_is_bounded(run: Run) -> None:
 
 
 @pytest.mark.fault("rank killed (SIGKILL) during a step")
-def test_in_the_end_it_equals_a_run_that_was_left_alone(run: Run, tmp_path: Path) -> None:
+def test_the_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path) -> None:
     run.start()
     output = run.end(200)
     assert run.process.returncode == 0, output

@@ -159,7 +159,7 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.timeout(600)
-def test_a_cut_cable_ends_both_ends_and_each_names_the_other(results: Any) -> None:
+def test_a_cut_connection_ends_both_hosts_and_each_names_the_other(results: Any) -> None:
     for rank, (output, code) in enumerate(zip(results["said"], results["codes"], strict=True)):
         assert code in (1, 75), output
         assert f"lost: no answer from {ADDRESSES[1 - rank]}" in output, output

@@ -222,7 +222,7 @@ def test_over_http_with_the_server_killed_in_between(tmp_path: Path, server: Ser
 
 @pytest.mark.fault("tracking server unreachable, killed, hanging or answering HTTP 500")
 @pytest.mark.fault("secrets in the tracking URI")
-def test_a_broken_tracker_costs_the_trainer_nothing(
+def test_a_broken_tracker_does_not_delay_the_trainer(
     tmp_path: Path, store: str, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_inputs(tmp_path / "run")
@@ -256,7 +256,7 @@ def test_a_broken_tracker_costs_the_trainer_nothing(
 @pytest.mark.fault("tracking server unreachable, killed, hanging or answering HTTP 500")
 @pytest.mark.fault("artifact upload fails")
 @pytest.mark.fault("secrets in the tracking URI")
-def test_a_training_ends_well_while_its_server_fails_hangs_and_is_gone(
+def test_training_succeeds_while_the_tracking_server_fails_hangs_and_dies(
     tmp_path: Path, server: Server
 ) -> None:
     """What it measured is what it measures alone, and is in MLflow once, as soon as there is one.
@@ -357,7 +357,9 @@ TRAINER = """
 
 
 @pytest.mark.fault("two ranks requeued")
-def test_killed_twice_then_finished_is_one_run_without_doubles(tmp_path: Path, store: str) -> None:
+def test_a_run_killed_twice_is_one_mlflow_run_without_duplicates(
+    tmp_path: Path, store: str
+) -> None:
     folder = write_inputs(tmp_path / "run", system_metrics=True)
     first, _ = train(folder, 0, 50, pause=0.0)  # killed while the sidecar still starts
     wait_until(lambda: not psutil.pid_exists(first), 30)

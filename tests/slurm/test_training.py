@@ -184,7 +184,7 @@ def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
 
 
 @pytest.mark.fault("SIGUSR1 to the batch shell before the time limit")
-def test_every_session_says_what_it_did(run: Run) -> None:
+def test_every_session_reports_what_it_did(run: Run) -> None:
     text = read(run.log)
     for words in ("resuming from step", "stopped and saved; submit it again to resume"):
         assert words in text

@@ -30,7 +30,7 @@ def test_recomputing_saves_one_hidden_state_per_layer() -> None:
     assert MEMORY.peak(True) > again + MEMORY.layer()
 
 
-def test_more_of_anything_takes_more() -> None:
+def test_memory_grows_with_every_size() -> None:
     for changes in (
         {"mlp_width": 20_000},
         {"hidden": 5000},
@@ -51,7 +51,7 @@ def test_rows_are_counted_with_their_prompt() -> None:
     assert row_sizes([], 100) == RowSizes()
 
 
-def test_a_packed_batch_fills_the_room_and_no_more() -> None:
+def test_a_packed_batch_fills_the_budget_and_never_exceeds_it() -> None:
     for checkpointing in (False, True):
         tokens = MEMORY.tokens(40 * GB, checkpointing)
         assert MEMORY.batch_bytes(tokens, checkpointing) <= 40 * GB
@@ -80,14 +80,14 @@ def test_auto(room: int, tokens: int, checkpointing: bool) -> None:
     assert budget.words.endswith("on" if checkpointing else "off")
 
 
-def test_the_user_s_numbers_stand() -> None:
+def test_explicit_budgets_are_kept() -> None:
     budget = choose_budget(MEMORY, GB, 10_000, tokens=7000, checkpointing=False, ramp=RAMP)
     assert (budget.tokens, budget.checkpointing, budget.now) == (7000, False, 7000)
     assert choose_budget(MEMORY, GB, 10_000, tokens=7000).checkpointing
     assert choose_budget(MEMORY, 200 * GB, 10_000, most=4096).tokens == 4096
 
 
-def test_the_first_steps_confirm() -> None:
+def test_the_first_steps_confirm_the_estimate() -> None:
     budget = choose_budget(MEMORY, 200 * GB, 10_000, ramp=RAMP)
     assert budget.now == 2500
     assert not budget.confirm(10 * GB, 2500)  # 40 GB for 10,000

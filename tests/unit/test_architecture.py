@@ -119,7 +119,7 @@ def floor(name: str) -> int:
     raise AssertionError(f"{name} is in no folder of FOLDERS in {Path(__file__).name}")
 
 
-def test_the_walk_sees_the_project():
+def test_the_import_graph_covers_the_project():
     assert {"trainer.config", "launch.__main__", "launch.launcher_command"} <= set(MODULES)
     assert "trainer.runtime.errors" in set(imports("launch.__main__"))
 
@@ -157,7 +157,7 @@ def test_imports_go_one_way(name):
     assert upward == []
 
 
-def test_trainer_does_not_know_launch():
+def test_trainer_does_not_import_launch():
     for name in MODULES:
         if name.split(".")[0] == "trainer":
             assert not any(wanted.split(".")[0] == "launch" for wanted in imports(name)), name
@@ -175,7 +175,7 @@ def test_no_import_cycles():
                 todo += [i for i in imports(module) if i in MODULES]
 
 
-def test_the_loop_knows_no_library():
+def test_the_loop_imports_no_library():
     """DESIGN: the loop is the order of events. It may hold tensors, but calls no library."""
     allowed = set(sys.stdlib_module_names) | {"trainer", "torch"}
     assert {wanted.split(".")[0] for wanted in imports("trainer.training.loop")} <= allowed

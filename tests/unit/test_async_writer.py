@@ -48,9 +48,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def test_a_slow_disk_makes_checkpoints_rarer_and_steps_no_longer(
-    tmp_path: Path, disk: Disk
-) -> None:
+def test_a_slow_disk_skips_checkpoints_without_delaying_steps(tmp_path: Path, disk: Disk) -> None:
     with AsyncCheckpointWriter(tmp_path, 5, print) as saves:
         for step in (1, 2, 3, 4):
             saves.save(at(step))
@@ -102,7 +100,7 @@ def test_a_failure_is_reported_at_the_next_step_and_in_the_summary(
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
-def test_a_stop_and_a_failure_wait_for_the_write(
+def test_stop_and_failure_wait_for_the_pending_write(
     tmp_path: Path, disk: Disk, end: type[BaseException]
 ) -> None:
     def run() -> None:

@@ -10,7 +10,7 @@ import pytest
 from trainer.runtime import atomic_io
 
 
-def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     atomic_io.write(path, "old")
     with atomic_io.replacing(path) as file:
@@ -28,7 +28,7 @@ def half_written(path: Path) -> None:
         raise OSError("disk full")
 
 
-def test_what_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     atomic_io.write(path, b"old")
     with pytest.raises(OSError, match="disk full"):
@@ -40,7 +40,7 @@ def test_what_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_durable_is_flushed_before_it_gets_its_name(
+def test_a_durable_write_is_flushed_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
     path, flushed = tmp_path / "state", []

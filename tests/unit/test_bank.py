@@ -151,7 +151,7 @@ def assert_same(one: Bank, other: Bank) -> None:
     assert one.digest() == other.digest()
 
 
-def test_what_it_holds() -> None:
+def test_a_bank_holds_the_prompts_of_the_run_file() -> None:
     bank = make_bank()
     assert bank.names == [prompt["name"] for prompt in PROMPTS]
     assert bank.lengths == [4, 6, 3, 5, 4, 3, 2, 2, 4, 3, 3]
@@ -234,7 +234,7 @@ def test_a_share_is_updated_by_the_sum_of_its_losses() -> None:
         torch.testing.assert_close(ours, (1 - DEFAULT_BETAS[0]) * parameter.grad, msg=name)
 
 
-def test_a_prompt_of_a_share_that_reads_nothing_keeps_its_own_part() -> None:
+def test_a_shared_prompt_without_rows_keeps_its_own_parameters() -> None:
     bank = make_bank(SHARES)
     train(bank, 2)
     own = bank._encoders[2].columns.detach().clone()
@@ -243,7 +243,7 @@ def test_a_prompt_of_a_share_that_reads_nothing_keeps_its_own_part() -> None:
     assert torch.equal(bank._encoders[0].shared.embedding, bank._encoders[2].shared.embedding)
 
 
-def test_a_stopped_prompt_of_a_share_stays_while_the_others_go_on() -> None:
+def test_a_stopped_prompt_keeps_its_values_while_its_shared_encoder_trains() -> None:
     bank = make_bank(SHARES)
     train(bank, 3)
     for i in (1, 2):
@@ -320,7 +320,7 @@ def test_encoder_runs_once_per_update() -> None:
     )
 
 
-def test_the_average_is_judged_and_kept_the_weights_are_trained() -> None:
+def test_validation_and_export_use_the_average_of_the_weights() -> None:
     bank = make_bank([prompt for prompt in PROMPTS if prompt["name"] == "averaged"])
     train(bank, 6)
     (judged,) = values_of(bank.judged())  # where gradients are enabled, as the loop asks for it
@@ -353,7 +353,7 @@ def test_a_prompt_is_perturbed_in_training_alone() -> None:
     assert 0 < int(moved.sum()) < moved.numel()
 
 
-def test_virtual_tokens_given_out_do_not_change() -> None:
+def test_returned_virtual_tokens_do_not_change_later() -> None:
     bank = make_bank()
     train(bank, 1)
     given = values_of(bank.virtual_tokens())
@@ -362,7 +362,7 @@ def test_virtual_tokens_given_out_do_not_change() -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
 
 
-def test_none_leaves_a_prompt_and_its_schedule() -> None:
+def test_a_gradient_of_none_changes_neither_prompt_nor_schedule() -> None:
     bank, other = make_bank(), make_bank()
     train(bank, 2)
     train(other, 2)
@@ -521,7 +521,7 @@ class NearTo:
         self.reported[i] = result, text
 
 
-def test_a_start_is_looked_for_where_the_run_file_leaves_it_open() -> None:
+def test_an_initialization_is_searched_where_the_run_file_gives_none() -> None:
     """All prompts side by side, each as alone; keys and values of the same words as embeddings."""
     open_ones = [
         {"name": "open", "num_virtual_tokens": 3, "init": "auto"},

@@ -69,7 +69,7 @@ def test_the_second_run_computes_nothing_and_has_the_same_scores(data: TaskData)
 
 
 @pytest.mark.parametrize("other", ["base", "size", "rows", "cut short", "damaged"])
-def test_nothing_is_read_where_something_differs(
+def test_the_cache_misses_when_any_input_differs(
     data: TaskData, tmp_path: Path, other: str
 ) -> None:
     score(data, BaselineCache({"base": 1}, LARGE))
@@ -92,7 +92,7 @@ def test_only_the_base_without_a_trained_prompt_is_kept(data: TaskData) -> None:
     assert not Request(validation, 0).is_baseline
 
 
-def test_what_is_not_finite_is_not_kept(data: TaskData, tmp_path: Path) -> None:
+def test_non_finite_results_are_not_cached(data: TaskData, tmp_path: Path) -> None:
     rows = data.evaluation["validation"].candidates
     cache = BaselineCache({}, LARGE)
     cache.write(rows, np.full((len(rows), len(CHOICES)), np.nan))

@@ -50,7 +50,7 @@ def start(
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_the_working_directory_replaces_no_module(decoys, linked, monkeypatch):
+def test_files_in_the_working_directory_shadow_no_module(decoys, linked, monkeypatch):
     """Nor as an empty entry of PYTHONPATH, as ``PYTHONPATH=$PYTHONPATH:/x`` makes one."""
     if linked:  # as /home may be a link
         (decoys.parent / "link").symlink_to(bootstrap.ROOT)
@@ -78,7 +78,7 @@ def test_arguments_in_the_environment_and_another_folder(decoys):
 
 
 @pytest.mark.parametrize("kind", ["file", "package"])
-def test_another_package_of_our_name_is_refused_and_does_not_run(tmp_path, kind):
+def test_another_package_named_trainer_is_refused(tmp_path, kind):
     ran = tmp_path / "ran"
     path = tmp_path / ("trainer.py" if kind == "file" else "trainer/__init__.py")
     path.parent.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def test_another_package_of_our_name_is_refused_and_does_not_run(tmp_path, kind)
     assert not ran.exists()
 
 
-def test_modules_of_python_that_a_folder_hides(tmp_path, monkeypatch):
+def test_standard_modules_shadowed_by_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "queue.py").write_text("")
     (tmp_path / "email").mkdir()
@@ -126,7 +126,7 @@ child.wait()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux sends the signal")
 @pytest.mark.parametrize("when", ["soon", "late"])
-def test_no_process_outlives_the_one_that_started_it(tmp_path, when):
+def test_child_processes_end_with_their_parent(tmp_path, when):
     """However that one ends, and also if it has ended before."""
     reading, writing = os.pipe()
     (tmp_path / "sleeper.py").write_text(

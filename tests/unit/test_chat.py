@@ -131,7 +131,7 @@ def test_the_remedy_for_templates_that_rewrite_earlier_turns(tmp_path):
     assert learnt(tokenizer, tokenize(rows, task, tokenizer, 100)) == [["e f g <end>"], ["c <end>"]]
 
 
-def test_turns_that_the_tokenizer_merges_keep_their_own_tokens(tmp_path):
+def test_merged_turns_keep_their_own_tokens(tmp_path):
     """``assistant`` and the content run together into one word, which generation never sees."""
     joined = PLAIN.replace("'<' + m.role + '> '", "m.role + '-'").replace(
         "<assistant>'", "assistant'"
@@ -225,7 +225,7 @@ def load_ids(folder: Path, pairs: list, task: Task) -> RowDataset:
     return load_rows(str(path), task)
 
 
-def test_token_ids_are_taken_as_they_are(tmp_path):
+def test_token_id_rows_are_used_unchanged(tmp_path):
     task = ids_task()
     pairs = [([5, 6, 7, 8], [-100, 6, -100, 8]), ([1, 2], [-100, 2])]
     rows = load_ids(tmp_path, pairs, task)

@@ -174,7 +174,7 @@ def test_labels_begin_where_the_generation_prompt_ends(
     )
 
 
-def test_a_mark_that_ends_with_a_character_of_several_tokens_has_them_all(tmp_path, tokenizer):
+def test_a_multi_token_character_at_the_end_of_the_marker_is_complete(tmp_path, tokenizer):
     """transformers leaves all but the first of these tokens out of its mask."""
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -386,7 +386,7 @@ def test_a_fixed_day_is_what_transformers_writes_on_that_day(tokenizer, monkeypa
     assert opening == of_transformers(tokenizer, [USER], add_generation_prompt=True)
 
 
-def test_the_cache_knows_the_day(tmp_path, tokenizer, monkeypatch):
+def test_the_cache_key_includes_the_date(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("trainer.data.tokenization.tokenize.MANY_ROWS", 1)
     monkeypatch.setattr("trainer.data.tokenization.worker_pool.num_cores", lambda: 1)
@@ -403,7 +403,7 @@ def test_the_cache_knows_the_day(tmp_path, tokenizer, monkeypatch):
         assert len([p for p in cache_dir("tokens").iterdir() if p.is_dir()]) == tables
 
 
-def test_a_run_keeps_its_day(tmp_path):
+def test_a_run_keeps_its_chat_date(tmp_path):
     assert read_chat_date(tmp_path) is None
     keep_chat_date(tmp_path, datetime.date(2024, 2, 9))
     assert read_chat_date(tmp_path) == datetime.date(2024, 2, 9)
@@ -412,7 +412,7 @@ def test_a_run_keeps_its_day(tmp_path):
         read_chat_date(tmp_path)
 
 
-def test_the_first_start_sets_the_day(tmp_path, tokenizer):
+def test_the_first_start_sets_the_chat_date(tmp_path, tokenizer):
     config = SimpleNamespace(tasks=[make_task()])
     for source, first in ((DATED, datetime.date.today()), (CHATML, None)):
         files: Any = SimpleNamespace(tokenizer=with_template(tokenizer, source))
@@ -459,7 +459,7 @@ def test_a_template_that_does_not_end_is_refused(
     assert problem.startswith("tasks.t.messages: row 1: the chat template of base.model ")
 
 
-def test_what_ends_in_time_is_left_alone():
+def test_a_template_that_ends_in_time_is_accepted():
     for _ in range(3):
         with cpu_limit(5.0):
             assert sum(range(1000)) == 499500

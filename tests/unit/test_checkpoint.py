@@ -61,7 +61,7 @@ def test_tensors_that_safetensors_would_refuse(tmp_path: Path) -> None:
     assert torch.equal(saved.tensors["transposed"], weight.detach().T)
 
 
-def test_nothing_yet(tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     assert newest(tmp_path / "missing") is None
     (tmp_path / "notes.txt").write_text("not a checkpoint")
@@ -103,7 +103,7 @@ DAMAGE = [truncate, flip_a_bit, garble, remove]
 @pytest.mark.fault("newest checkpoint is truncated")
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_broken_one_is_passed_over(
+def test_damaged_checkpoints_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Any
 ) -> None:
     write(tmp_path, 100, 200)
@@ -118,7 +118,7 @@ def test_broken_one_is_passed_over(
 
 
 @pytest.mark.fault("bit flipped in a checkpoint")
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     """safetensors accepts a flipped bit in a tensor; the manifest does not."""
     write(tmp_path, 100, 200)
     for file in FILES[:2]:
@@ -188,7 +188,7 @@ def test_pickle_is_refused_and_never_runs(tmp_path: Path, monkeypatch: Any) -> N
 
 
 @pytest.mark.fault("process killed while writing a checkpoint")
-def test_leftovers_of_a_crash(tmp_path: Path) -> None:
+def test_files_left_by_a_crash_are_ignored(tmp_path: Path) -> None:
     write(tmp_path, 100)
     for prefix in (checkpoint.WRITING, checkpoint.DELETING):
         shutil.copytree(tmp_path / "step-00000100", tmp_path / f"{prefix}step-00000200")
@@ -204,7 +204,7 @@ def test_first_save_that_crashed_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
 
 
-def test_one_put_aside_counts(tmp_path: Path) -> None:
+def test_an_archived_checkpoint_counts(tmp_path: Path) -> None:
     write(tmp_path, 100)
     (tmp_path / "step-00000100").rename(tmp_path / f"{checkpoint.REPLACED}step-00000100")
     saved = newest(tmp_path)
@@ -262,7 +262,7 @@ def test_killed_at_every_stage(tmp_path: Path, step: int) -> None:
 
 
 @pytest.mark.fault("disk full")
-def test_disk_full_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 100)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -277,7 +277,7 @@ def test_disk_full_leaves_the_old_one(tmp_path: Path) -> None:
     assert saved.step == 100
 
 
-def test_later_ones_that_were_passed_over_go(
+def test_later_damaged_checkpoints_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With keep=1 the broken later one must not push out the good one just written."""
@@ -289,7 +289,7 @@ def test_later_ones_that_were_passed_over_go(
     assert "later step deleted" in caplog.text
 
 
-def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
+def test_a_transient_read_error_skips_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that goes on failing ends the run: what cannot be read may be whole."""
@@ -315,7 +315,7 @@ def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["step-00000009", ".replaced-step-00000009", ".deleting-x"])
-def test_a_symlink_loop_is_passed_over_and_removed(tmp_path: Path, name: str) -> None:
+def test_a_symlink_loop_is_skipped_and_removed(tmp_path: Path, name: str) -> None:
     write(tmp_path, 1)
     (tmp_path / name).symlink_to(tmp_path / name)
     messages: list[str] = []
@@ -326,7 +326,7 @@ def test_a_symlink_loop_is_passed_over_and_removed(tmp_path: Path, name: str) ->
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_a_symlink_of_the_same_name_gives_way(tmp_path: Path) -> None:
+def test_a_symlink_with_the_checkpoints_name_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "step-00000002").symlink_to(tmp_path / "step-00000002")
     write(tmp_path, 2)
     saved = newest(tmp_path)

@@ -62,7 +62,7 @@ def refusal(folder: Path, **settings: str) -> str:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
-def test_the_parts_of_all_ranks_are_the_whole(base: Path, ranks: int) -> None:
+def test_shards_of_all_ranks_add_up_to_the_base(base: Path, ranks: int) -> None:
     _, full, stats = load_shard(base)
     parts = [load_shard(base, rank, ranks) for rank in range(ranks)]
     for i, tensor in enumerate(full.shards):
@@ -152,7 +152,7 @@ def test_int8_embeddings_and_head_are_close_to_the_stored(untied: Path) -> None:
     assert (model.lm_head(x) - wanted).norm() <= 0.01 * wanted.norm()
 
 
-def test_tied_ends_are_one(base: Path) -> None:
+def test_tied_embeddings_and_head_share_one_tensor(base: Path) -> None:
     model = load_shard(base, embeddings="int8", head="int8")[0].model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.absmax is model.model.embed_tokens.absmax

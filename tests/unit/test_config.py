@@ -79,7 +79,7 @@ def test_dump_of_the_resolved_file_loads_to_the_same(run_file):
     assert yaml.safe_load(config.dump(run))["checkpoint"] == {"every": 50, "keep": 3}
 
 
-def test_sections_do_not_change_after_loading(run_file):
+def test_sections_are_immutable(run_file):
     run = load(run_file())
     with pytest.raises(ValueError, match="frozen"):
         run.training.steps = 5  # type: ignore[misc]
@@ -192,7 +192,7 @@ def test_a_name_made_of_digits_is_found_before_an_index(run_file):
         ("training.steps=[1", "the value is not valid YAML; quote it"),
     ],
 )
-def test_overrides_that_lead_nowhere(run_file, override, expected):
+def test_overrides_of_unknown_settings_are_refused(run_file, override, expected):
     assert problems_of(run_file(), override) == [f"{override!r}: {expected}"]
 
 
@@ -330,7 +330,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
         ),
     ],
 )
-def test_one_mistake_one_problem_with_its_line(run_file, old, new, line, expected):
+def test_each_mistake_is_one_problem_with_its_line(run_file, old, new, line, expected):
     problems = problems_of(run_file(replaced(old, new)))
     assert len(problems) == 1, problems
     where = f"FILE:{line}: " if line else "FILE: "
@@ -494,7 +494,7 @@ def test_encoders_of_p_tuning(run_file, encoder):
     assert "use method: p_tuning" in problem
 
 
-def test_what_prompts_of_a_share_must_have_alike(run_file):
+def test_prompts_that_share_an_encoder_need_equal_settings(run_file):
     text = ["prompts.two.encoder=text", "prompts.two.init={text: Sort it.}"]
     assert load(run_file(), [*text, "prompts.two.share=s"]).prompts[1].share == "s"
     (problem,) = problems_of(run_file(), text[0])
@@ -509,7 +509,7 @@ def test_what_prompts_of_a_share_must_have_alike(run_file):
     assert [prompt.init.text for prompt in run.prompts] == ["Read.", "Sort it."]
 
 
-def test_what_low_rank_and_share_need(run_file):
+def test_low_rank_and_share_require_their_settings(run_file):
     low = ["prompts.one.encoder=low_rank", "prompts.one.share=s", "prompts.one.rank=2"]
     assert load(run_file(), low).prompts[0].rank == 2
     (problem,) = problems_of(run_file(), low[0])
@@ -547,7 +547,7 @@ def test_short_forms_of_init(run_file, name):
 # The file itself
 
 
-def test_no_file_a_folder_and_bad_encoding(tmp_path):
+def test_missing_files_folders_and_bad_encodings_are_refused(tmp_path):
     assert "no such run file" in problems_of(tmp_path / "none.yaml")[0]
     os.mkfifo(tmp_path / "pipe.yaml")
     assert "FILE: is a pipe or device" in problems_of(tmp_path / "pipe.yaml")[0]
@@ -569,7 +569,7 @@ def test_no_file_a_folder_and_bad_encoding(tmp_path):
         ("a: 1\n? [b]\n: 2\n", "FILE:2: a key must be text, not a list or mapping"),
     ],
 )
-def test_what_is_no_run_file(run_file, text, expected):
+def test_files_that_are_not_run_files_are_refused(run_file, text, expected):
     (problem,) = problems_of(run_file(text))
     assert problem.startswith(expected)
 
@@ -623,7 +623,7 @@ def test_every_setting_but_plain_names_says_what_it_is():
         ("optimizer=sgd", "prompts[0].learning_rate: optimizer sgd has no default; give one"),
     ],
 )
-def test_settings_of_an_optimizer_that_mean_nothing(run_file, setting, problem):
+def test_optimizer_settings_without_effect_are_refused(run_file, setting, problem):
     (problems,) = problems_of(run_file(), *f"prompts.one.{setting}".split())
     assert problem in problems
 
@@ -635,7 +635,7 @@ def test_a_blank_hand_written_prompt(run_file):
     assert problems.endswith("tasks[0].hand_written: 'Look' is listed more than once; remove one")
 
 
-def test_one_learning_rate_of_the_two(run_file):
+def test_learning_rate_and_relative_learning_rate_are_exclusive(run_file):
     both = ["prompts.one.learning_rate=0.1", "prompts.one.relative_learning_rate=0.1"]
     (problems,) = problems_of(run_file(), *both)
     assert "prompts[0].relative_learning_rate: learning_rate is given too; remove one" in problems
@@ -656,7 +656,7 @@ def test_one_learning_rate_of_the_two(run_file):
         ("evaluation.early_stopping.patience=2", "has no validation to stop by"),
     ],
 )
-def test_what_needs_validation_takes_a_share_of_train_too(run_file, setting, problem):
+def test_settings_that_need_validation_accept_a_share_of_train(run_file, setting, problem):
     load(run_file(), [setting])
     with pytest.raises(BadInput, match=re.escape(problem)):
         load(run_file(), [setting, "tasks.triage.validation_share=0"])
@@ -720,7 +720,7 @@ def test_sources_have_short_forms_and_dump_in_full(run_file):
         ),
     ],
 )
-def test_mistakes_in_what_a_task_reads(run_file, override, problem):
+def test_mistakes_in_the_data_settings_of_a_task(run_file, override, problem):
     task = yaml.safe_load(GOOD)["tasks"][0]
     if override.startswith("{"):
         task |= yaml.safe_load(override)
@@ -791,7 +791,7 @@ def test_variables_and_home_are_expanded_in_every_path(run_file, monkeypatch):
         ('"a\\nb"', "'a\\nb' holds '\\n', which no path may; remove it"),
     ],
 )
-def test_paths_that_cannot_be_are_refused(run_file, setting, value, words):
+def test_impossible_paths_are_refused(run_file, setting, value, words):
     (problem,) = problems_of(run_file(), f"{setting}={value}")
     assert words in problem
     assert setting.split(".")[-1] in problem

@@ -23,7 +23,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def test_a_line_whenever_nothing_was_printed_for_five_seconds(watch: Clock) -> None:
+def test_a_progress_line_is_printed_after_five_silent_seconds(watch: Clock) -> None:
     out = io.StringIO()
     console = Console(out, io.StringIO())
 
@@ -96,7 +96,7 @@ def test_other_ranks_start_no_thread() -> None:
         assert console._ticker is None
 
 
-def test_an_answer_is_printed_as_it_is_and_alone() -> None:
+def test_an_answer_is_printed_verbatim_without_other_output() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console(err, err, answer=out)
     console.print("loading")
@@ -106,7 +106,7 @@ def test_an_answer_is_printed_as_it_is_and_alone() -> None:
     assert out.getvalue() == text + "\n"
 
 
-def test_a_phase_does_not_end_while_it_is_drawn(
+def test_a_phase_waits_for_the_running_redraw(
     watch: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawing, ended, errors = threading.Event(), threading.Event(), []

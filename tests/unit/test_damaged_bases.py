@@ -115,7 +115,7 @@ def test_files(folder: Path, file: str, text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["long", [1], True])
-def test_a_length_that_is_no_number(folder: Path, value: Any) -> None:
+def test_a_tensor_length_that_is_not_a_number_is_refused(folder: Path, value: Any) -> None:
     change(folder / "tokenizer_config.json", model_max_length=value)
     assert "tokenizer" in refusal(folder)
 
@@ -131,7 +131,7 @@ def test_index(folder: Path, weight_map: Any) -> None:
 
 @pytest.mark.parametrize("file", [SINGLE, "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("kind", ["a link", "not a file"])
-def test_what_is_no_file(folder: Path, file: str, kind: str) -> None:
+def test_paths_that_are_not_regular_files_are_refused(folder: Path, file: str, kind: str) -> None:
     (folder / file).unlink()
     if kind == "a link":
         (folder / file).symlink_to("/nowhere/else")

@@ -8,7 +8,7 @@ import torch
 from trainer.distributed.deepspeed_engine import compute_dtype
 
 
-def test_bf16_is_taken_where_it_is_no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_chosen_where_the_gpu_supports_it_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     for real, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(
             torch.cuda,

@@ -70,7 +70,7 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
     assert not losses.agrees_N[rest].any()
 
 
-def test_a_student_that_has_learnt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_equal_to_its_teacher_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, where the difference of two sums over probabilities would be rounding."""
     slice_by(monkeypatch, 64)
     layer, teacher_DH = make_head(), TEACHER_DH.bfloat16()
@@ -132,7 +132,7 @@ def test_a_shared_head_gives_the_same(
         torch.testing.assert_close(grad_NH, wanted_NH, rtol=1e-5, atol=1e-4)
 
 
-def test_rows_behind_their_teacher() -> None:
+def test_rows_follow_their_teachers_text() -> None:
     one, other = Teacher(0, (1, 20, 21, 22), 1), Teacher(1, (1, 30), 1)
     rows = [Example.with_target((1, *range(5 + i, 10 + i)), 4, i) for i in range(3)]
     packed_rows = [
@@ -180,7 +180,7 @@ def example_with(tmp_path: Path, **prompt: Any) -> Path:
         ),
     ],
 )
-def test_what_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> None:
+def test_invalid_input_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> None:
     with pytest.raises(BadInput, match=re.escape(problem)):
         load(example_with(tmp_path), overrides)
 

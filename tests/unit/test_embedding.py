@@ -52,7 +52,7 @@ def look_up(stored: str, asked: Sequence[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
-def test_blocks_give_what_the_table_gives(stored: str, asked: list[list[int]]) -> None:
+def test_row_blocks_look_up_what_the_full_table_does(stored: str, asked: list[list[int]]) -> None:
     ids = [torch.tensor(one, dtype=torch.long) for one in asked]
     table = layer(stored)
     for one, rows in zip(ids, look_up(stored, ids), strict=True):
@@ -69,7 +69,7 @@ def test_ids_of_any_shape() -> None:
         assert torch.equal(rows, table(one))
 
 
-def test_a_rank_that_holds_all_rows_asks_nobody() -> None:
+def test_a_rank_with_all_rows_exchanges_nothing() -> None:
     complete, alone = layer("int8"), layer("int8")
     alone.hold(complete.weight.data, None)
     ids = torch.tensor([[22, 0], [7, 7]])

@@ -193,7 +193,7 @@ def test_run_file_chooses() -> None:
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm", "residual"])
-def test_an_encoder_starts_by_making_what_init_says(encoder: str) -> None:
+def test_an_encoder_initially_produces_its_init(encoder: str) -> None:
     def made(**settings: Any) -> torch.Tensor:
         prompt = p_tuning(encoder, **settings)
         return make_encoder(prompt, make_init(), torch.Generator().manual_seed(0), H)()
@@ -273,7 +273,7 @@ def test_prefix_mlp_is_peft_s() -> None:
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-def test_prefix_mlp_starts_where_it_is_told() -> None:
+def test_prefix_mlp_initially_produces_its_init() -> None:
     def started(size: int, past: torch.Tensor) -> torch.Tensor:
         return PrefixMLPEncoder(past, size, torch.Generator().manual_seed(0))()
 

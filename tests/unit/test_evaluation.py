@@ -100,7 +100,7 @@ def test_sets_of_labels(tmp_path, monkeypatch, metric):
     assert scores == (expected if metric == "f1" else {"exact_match": 0.5})
 
 
-def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_path):
+def test_choices_with_a_common_first_token_are_scored_by_all_tokens(tmp_path):
     """The likeliest as a whole, its end included, as transformers has it."""
     tiny = ROOT / "examples" / "tiny_base"
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -132,7 +132,7 @@ def test_choices_that_begin_with_the_same_token_are_told_apart_by_all_of_it(tmp_
     assert scores.nll_RC.shape == (4, 3)
 
 
-def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monkeypatch):
+def test_stop_signals_are_handled_between_generation_batches(tmp_path, monkeypatch):
     data = load(tmp_path, [{"messages": TURNS}], messages="messages", metric="exact_match")
     monkeypatch.setattr(evaluator_module.stop_signals, "stop_requested", lambda: True)
     evaluator = Evaluator(OneRank(), fake_base(), make_tokenizer(), TokenBudget(64))  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_a_stop_is_heard_between_batches_of_what_the_base_writes(tmp_path, monke
         evaluator._generated(data.evaluation["validation"], None)
 
 
-def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
+def test_generation_batches_stay_within_the_token_budget(monkeypatch):
     """One at least; how many makes no difference to what is written."""
     sizes: list[int] = []
 
@@ -161,7 +161,7 @@ def test_rows_that_are_written_on_together_fit_into_so_many_tokens(monkeypatch):
         assert sizes == expected
 
 
-def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
+def test_a_teacher_is_scored_like_its_text_prepended_to_the_rows(tmp_path):
     """Loss, predicted choices and generated texts are those of plain transformers."""
     tiny = ROOT / "examples" / "tiny_base"
     files = open_base(Base(model=str(tiny)))
@@ -202,7 +202,7 @@ def test_a_teacher_is_scored_as_its_text_in_front_of_the_rows(tmp_path):
         assert written == expected
 
 
-def test_a_generated_choice_is_compared_with_the_row_s_own(tmp_path, monkeypatch):
+def test_a_generated_choice_is_compared_with_the_rows_label(tmp_path, monkeypatch):
     """Not with the first choice, whose tokens stand first among the row's candidates."""
     rows = [{"text": "a b", "label": "d"}, {"text": "a", "label": "c"}]
     task = {"input": "{text}", "target": " {label}", "choices": ["c", "d"]}

@@ -45,13 +45,13 @@ TEXT, OTHER = "Is the patient in danger?", "What does the lion eat?"
 
 @pytest.mark.parametrize("case", ["llama", "gemma", "gpt2", "opt-projected"])
 @pytest.mark.parametrize("stored", ["keep", "int8"])
-def test_words_are_those_of_the_loaded_base(tmp_path: Path, case: str, stored: str) -> None:
+def test_embeddings_are_those_of_the_loaded_base(tmp_path: Path, case: str, stored: str) -> None:
     folder, settings = save_family(tmp_path, case), {"embeddings": stored, "head": stored}
     base, *_ = load_shard(folder, **settings)
     check_words(folder, base(torch.tensor([7, 3, 7, 20]), []), **settings)
 
 
-def test_words_of_a_base_that_is_in_8_bits_already(tmp_path: Path) -> None:
+def test_embeddings_of_a_prepared_int8_base(tmp_path: Path) -> None:
     settings = Base.model_validate({"model": str(TINY), "embeddings": "int8", "head": "int8"})
     prepare(settings, tmp_path / "int8", Console(io.StringIO(), io.StringIO()))
     base, *_ = load_shard(tmp_path / "int8")
@@ -124,7 +124,7 @@ def export(run_dir: Path, out: Path, encoder: str, text: str, output: str = "") 
     ("encoder", "text", "prompt"),
     [("reader", TEXT, 1), ("reader", OTHER, 2), ("two", TEXT, 1), ("own", TEXT, 3)],
 )
-def test_a_text_of_the_run_gives_its_prompt_as_of_the_best_validation(
+def test_exporting_a_text_of_the_run_gives_its_best_prompt(
     run: tuple[Path, Bank], tmp_path: Path, encoder: str, text: str, prompt: int
 ) -> None:
     folder, bank = run
@@ -133,7 +133,9 @@ def test_a_text_of_the_run_gives_its_prompt_as_of_the_best_validation(
     assert not torch.equal(made_PH, bank.snapshot(prompt).tensor), "the newest is another"
 
 
-def test_before_any_validation_it_is_the_newest(run: tuple[Path, Bank], tmp_path: Path) -> None:
+def test_before_a_validation_the_newest_prompt_is_exported(
+    run: tuple[Path, Bank], tmp_path: Path
+) -> None:
     folder, bank = run
     saved = checkpoint.newest(folder / "checkpoints")
     assert saved is not None
@@ -160,7 +162,7 @@ def test_peft_reads_a_new_text(run: tuple[Path, Bank], tmp_path: Path) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_mistakes_are_named(run: tuple[Path, Bank], tmp_path: Path) -> None:
+def test_mistakes_are_reported_with_their_remedy(run: tuple[Path, Bank], tmp_path: Path) -> None:
     folder, _ = run
     with pytest.raises(BadInput, match=r"no text encoder 'plain'; known: reader, own"):
         export(folder, tmp_path / "out", "plain", TEXT)

@@ -83,7 +83,7 @@ class TestFamily:
         assert losses == pytest.approx(expected, rel=1e-5)
         assert max(errors(gradients, wanted)) < 1e-5
 
-    def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str) -> None:
+    def test_a_diverged_prompt_does_not_change_the_others(self, family: Any, case: str) -> None:
         base = load(family(case), "int8")
         packed_rows, prompts = problem(base.hidden_size)
         prompts[0].fill_(torch.nan)
@@ -243,7 +243,7 @@ class TestCheckpointLayouts:
         (other / "config.json").write_text(json.dumps(config))
         self.same(family("gemma3"), other)
 
-    def test_gemma3_with_eyes_reads_text_alike(self, tmp_path: Path) -> None:
+    def test_gemma3_with_a_vision_tower_reads_text_equally(self, tmp_path: Path) -> None:
         """transformers' own multimodal class, saved as it saves itself."""
         vision = {
             "hidden_size": 16,

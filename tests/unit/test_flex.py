@@ -53,14 +53,14 @@ def test_values_of_another_size_than_keys() -> None:
     torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_sinks_stay_with_the_buckets() -> None:
+def test_attention_sinks_use_bucketed_attention() -> None:
     leaves = tensors(2)
     scores = Scores(0.3, sinks_A=torch.randn(HEADS))
     assert torch.equal(attended(True, leaves, scores)[0], attended(False, leaves, scores)[0])
 
 
 @pytest.mark.parametrize("lost", [0, 4], ids=["tokens", "prefix"])
-def test_a_diverged_prompt_harms_no_other(lost: int) -> None:
+def test_a_diverged_prompt_does_not_change_the_others(lost: int) -> None:
     """NaN in one prompt: its readers are NaN, all else is as it was, gradients too."""
     clean = tensors(2)
     wanted, wanted_gradients = attended(True, clean, SCORES["plain"])
@@ -90,7 +90,7 @@ def compiled(function: Callable[..., Any], _: str) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "case", ["llama", "gemma2", "falcon-alibi", "gptj", "gpt_oss", "deepseek_v2"]
 )
-def test_models_read_a_packed_batch_alike(
+def test_flex_and_bucketed_attention_agree_in_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """Through whole models, recomputed in backward: two prompts of tokens, and two prefixes."""

@@ -220,7 +220,7 @@ def test_text_is_that_of_transformers(base, name):
     assert written == plain_texts(base, tokenizer, inputs)
 
 
-def test_a_text_that_runs_on_ends_at_a_stop_string(tmp_path, base):
+def test_generation_ends_at_a_stop_string(tmp_path, base):
     """``\\n\\n`` begins inside the token ``.\\n`` and ends in the next one."""
     tokenizer = open_base(Base(model=str(base))).tokenizer
     rows = [{"q": q, "a": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
@@ -240,7 +240,7 @@ def test_a_text_that_runs_on_ends_at_a_stop_string(tmp_path, base):
         assert answers.scores["exact_match"] == float(expected[0] == "billing.")
 
 
-def test_a_batch_ends_with_the_last_of_its_rows(base):
+def test_a_batch_ends_when_all_rows_have_ended(base):
     """A row that has ended costs no further step, and rows do not disturb each other."""
     files = open_base(Base(model=str(base)))
     steps = 0
@@ -287,7 +287,7 @@ def test_a_plain_task_ends_at_eos_where_its_targets_do(tmp_path, base):
     assert StopCriteria.of(files.generation, files.tokenizer, task).strings == ("y", "x")
 
 
-def test_special_tokens_that_are_labels_tell_texts_apart():
+def test_special_tokens_in_labels_are_compared():
     tokenizer = make_tokenizer()
     yes, no, eos = tokenizer.convert_tokens_to_ids(["<yes>", "<no>", "<eos>"])
     ending = StopCriteria(tokenizer, frozenset({eos}), ("<no>",))
@@ -323,7 +323,7 @@ def write_generation(base: Path, to: Path, **settings: Any) -> Path:
     ],
     ids=["penalty", "ngrams", "suppressed", "of-input", "no-end", "no-file"],
 )
-def test_penalties_of_the_folder_change_texts_as_in_transformers(tmp_path, base, settings):
+def test_generation_penalties_equal_those_of_transformers(tmp_path, base, settings):
     folder = write_generation(base, tmp_path / "base", **settings)
     files = open_base(Base(model=str(folder)))
     tokenizer = files.tokenizer

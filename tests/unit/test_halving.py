@@ -21,7 +21,7 @@ from trainer.training.halving import rungs, worst
         (3, 50, 150, {50}),
     ],
 )
-def test_rungs_stand_before_the_last_step(eta, first, last, expected):
+def test_rungs_are_before_the_last_step(eta, first, last, expected):
     assert rungs(Halving(eta=eta, first=first), last) == expected
     assert rungs(None, last) == set()
 
@@ -69,7 +69,7 @@ def test_the_best_is_selected_and_the_shortest_within_one_standard_error_is_advi
     assert selected(entries[1:2]) == ("short", None)
 
 
-def test_of_losses_the_low_ones_are_good():
+def test_lower_losses_survive_halving():
     entries = [entry("a", 20, 0, 0.30), entry("b", 5, 0, 0.31), entry("c", 2, 0, 0.35)]
     assert selected(entries, "loss") == ("a", "b")
 

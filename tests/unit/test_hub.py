@@ -84,7 +84,7 @@ def test_a_name_that_is_no_hub_id(cache: Path) -> None:
         ),
     ],
 )
-def test_what_the_hub_refuses(
+def test_hub_errors_are_reported_with_their_remedy(
     monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> str:
@@ -140,7 +140,7 @@ def test_what_is_not_supported_is_refused_before_its_weights_come(
     assert len(asked) == 1
 
 
-def test_progress_is_told_in_bytes() -> None:
+def test_download_progress_is_counted_in_bytes() -> None:
     """Through the library's own making of bars, which knows ours by their class."""
     messages: list[tuple[int, int]] = []
     hub_tqdm = importlib.import_module("huggingface_hub.utils.tqdm")
@@ -201,7 +201,7 @@ def test_a_node_that_fails_fails_all() -> None:
     assert on_thread_ranks([0, 1, 0, 1], program) == [["base.model: 'org/tiny' is gated"]] * 4
 
 
-def test_every_rank_works_and_all_know_what_each_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_all_ranks_reach_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.distributed.collectives.POLL_SECONDS", 0.01)
 
     def program(engine: Any) -> Any:

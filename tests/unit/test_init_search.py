@@ -40,7 +40,7 @@ def run(seeds: Sequence[int]) -> tuple[dict[int, SearchResult], list[tuple[int, 
     return search_together({seed: begin(seed)[0] for seed in seeds}, judge), seen  # type: ignore[misc]
 
 
-def test_the_best_of_all_that_was_tried() -> None:
+def test_the_best_candidate_is_returned() -> None:
     result, seen = run(range(20))
     for seed, of in result.items():
         tried = [words for i, words in seen if i == seed]
@@ -67,13 +67,13 @@ def test_children_are_of_the_best_and_a_few_drawn_words() -> None:
     assert LENGTH * 0.85 < sum(inherited) / len(inherited) < LENGTH
 
 
-def test_side_by_side_is_as_alone() -> None:
+def test_a_search_beside_others_equals_one_alone() -> None:
     many, _ = run([4, 2, 9])
     for seed, of in many.items():
         assert run([seed])[0] == {seed: of}
 
 
-def test_what_is_best_from_the_start_stays() -> None:
+def test_a_best_initial_candidate_is_kept() -> None:
     one, _ = begin(0)
 
     def judge(asked: Sequence[tuple[int, Words]]) -> list[float]:
@@ -84,7 +84,7 @@ def test_what_is_best_from_the_start_stays() -> None:
     assert result.middle == math.inf
 
 
-def test_which_parent_is_the_best_has_no_say_in_the_children() -> None:
+def test_children_do_not_depend_on_which_parent_is_best() -> None:
     """Losses that differ in their last digits give the same result."""
     good = [words for _, words in BEGIN_WITH]
 
@@ -104,7 +104,7 @@ def test_which_parent_is_the_best_has_no_say_in_the_children() -> None:
 
 
 @pytest.mark.parametrize(("number", "length"), [(1, 10), (2, 10), (2, 1)])
-def test_of_few_starts_and_few_words(number: int, length: int) -> None:
+def test_searches_with_few_candidates_and_few_tokens(number: int, length: int) -> None:
     """What was tried is not asked again."""
     generator = torch.Generator().manual_seed(0)
     starts = [(what, words[:length]) for what, words in BEGIN_WITH[:number]]

@@ -61,7 +61,7 @@ def row_of(vector_H: torch.Tensor) -> int:
     return int((TABLE_VH.to(torch.bfloat16).float() - vector_H).abs().sum(1).argmin())
 
 
-def test_text_is_repeated_then_cut(
+def test_a_text_is_repeated_and_cut_to_the_prompt_length(
     vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -190,7 +190,9 @@ class TestFromATrainedPrompt:
         with pytest.raises(BadInput, match=r"has the shape \(9,\), but this base needs \(6,\)"):
             initialize(Init.model_validate({"from": str(tmp_path)}), vocabulary, 2, generator())
 
-    def test_that_diverged_is_refused(self, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    def test_a_diverged_prompt_is_refused_as_init(
+        self, vocabulary: Vocabulary, tmp_path: Path
+    ) -> None:
         save_peft(
             tmp_path,
             VirtualTokens(torch.ones(2, HIDDEN)),

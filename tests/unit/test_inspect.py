@@ -133,7 +133,7 @@ def outlier(bases: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_an_outlier_is_found_and_warned_of(outlier: Path) -> None:
+def test_an_outlier_row_is_reported_with_a_warning(outlier: Path) -> None:
     errors = measured(outlier)
     assert {name for name, error in errors.items() if error.outlier_rows} == {DOWN}
     error = errors[DOWN]
@@ -308,7 +308,7 @@ def losses(before: float, exact: float | None, fast: float | None) -> dict[str, 
         ((1.0, 1.0, None), ["int8/int8 differs by +inf% from none"]),
     ],
 )
-def test_losses_that_move(values: Any, differences: list[str]) -> None:
+def test_changed_losses_are_warned_of(values: Any, differences: list[str]) -> None:
     base = {"embeddings": "keep", "head": "int8"}
     warned = warnings(base, {"groups": []}, losses(*values))
     assert len(warned) == len(differences)
@@ -320,7 +320,7 @@ def test_losses_that_move(values: Any, differences: list[str]) -> None:
         assert text.endswith(f"remedy: {remedy}")
 
 
-def test_a_setting_that_was_left_out_is_told_with_its_reason() -> None:
+def test_a_skipped_setting_is_reported_with_its_reason() -> None:
     measured_losses = losses(1.0, 1.0, 1.0)
     measured_losses["settings"][2]["left_out"] = "base.matmul: int8 is not supported here"
     del measured_losses["readers"][0]["scores"]["int8/int8"]

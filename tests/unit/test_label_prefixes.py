@@ -60,7 +60,7 @@ def score(folder: Path, packed: bool, **task: Any) -> tuple[Scored, list[str]]:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_base_that_knows_all_answers_has_accuracy_1(tmp_path: Path, packed: bool) -> None:
+def test_a_base_that_memorized_all_answers_has_accuracy_1(tmp_path: Path, packed: bool) -> None:
     scored, remarks = score(tmp_path, packed, append_eos=False)
     assert scored.scores["accuracy"] == 1.0
     assert scored.predicted == [0, 1, 2, 3]
@@ -94,7 +94,7 @@ def float64(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_targets_of_equal_length_are_left_alone() -> None:
+def test_targets_of_equal_length_are_unchanged() -> None:
     rows = [[Example.with_target((9, *ids), 1, 0) for ids in ((1, 2), (1, 3))]]
     nll_RC = torch.tensor([[0.3, 0.2]], dtype=torch.float64)
     assert torch.equal(exclusive(nll_RC, rows), nll_RC)

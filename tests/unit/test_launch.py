@@ -224,7 +224,7 @@ def test_devices_are_all_gpus_or_two_cpu_processes():
 
 
 @pytest.mark.parametrize("count", [0, -1, 3])
-def test_numbers_of_processes_that_cannot_be(count):
+def test_impossible_process_counts_are_refused(count):
     with pytest.raises(BadInput, match=f"--processes: {count} "):
         launcher_command.choose_devices(count, [0, 1])
 
@@ -325,7 +325,7 @@ def test_exit_codes(returncode, stopped, lost, resumable, code, message):
     assert bool(ending.message) == bool(message)
 
 
-def test_a_rank_that_was_given_up_is_the_reason():
+def test_a_rank_ended_by_the_watchdog_is_the_reported_cause():
     """Not the one that noticed it, which ended first."""
     ending = exit_report.describe(
         1,
@@ -356,7 +356,7 @@ sys.exit(256 - 9)
 """
 
 
-def test_of_ranks_that_ended_the_one_that_was_killed_is_named(tmp_path):
+def test_the_killed_rank_is_named_among_ended_ranks(tmp_path):
     """One that is done is no loss; peers of a killed one fail at the same moment."""
     log = tmp_path / "launcher.log"
     ends = ("pass", "raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)")
@@ -450,7 +450,7 @@ class _Clock:
     ("interrupts", "killed"),
     [([1], False), ([1, 1, 1], False), ([1, 2, 3], False), ([1, 8], True), ([1, 2, 8], True)],
 )
-def test_only_ctrl_c_of_who_has_waited_disturbs_ranks_that_save(monkeypatch, interrupts, killed):
+def test_only_a_repeated_ctrl_c_interrupts_a_save(monkeypatch, interrupts, killed):
     stop = launcher_process.StopSignals()
     clock = _Clock(stop, interrupts)
     monkeypatch.setattr(launcher_process, "time", clock)
@@ -461,14 +461,14 @@ def test_only_ctrl_c_of_who_has_waited_disturbs_ranks_that_save(monkeypatch, int
     assert bool(sent) == killed
 
 
-def test_chatter_of_the_launcher_is_told_from_the_ranks_lines():
+def test_launcher_messages_are_separated_from_rank_output():
     chatter = "[2026-01-02 03:04:05,678] [INFO] [launch.py:152:main] WORLD INFO DICT: {}"
     assert ssh.CHATTER.match(chatter)
     assert ssh.CHATTER.match(f"n1: {chatter}")
     assert not ssh.CHATTER.match("n1: step 5/10  loss 1.2")
 
 
-def test_the_launcher_is_deaf_to_signals_that_its_ranks_hear():
+def test_the_launcher_ignores_signals_that_its_ranks_handle():
     """Slurm signals every process of a step: the launcher would die and orphan its ranks."""
     code = (
         "import os, signal, subprocess, sys, time\n"
@@ -508,7 +508,7 @@ def test_the_guard_ends_the_group_of_a_killed_parent():
     parent.wait()
 
 
-def test_the_guard_leaves_a_group_alone_when_all_is_done():
+def test_the_guard_spares_a_process_group_that_finished():
     group = subprocess.Popen(["sleep", "60"], start_new_session=True)
     with launcher_process.guarded(group.pid):
         pass
@@ -526,20 +526,20 @@ COMMANDS += ["export", "sync"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
-def test_help_teaches(command):
+def test_help_texts_explain_with_examples(command):
     done = promptshard(*command, "--help")
     assert done.returncode == 0
     assert "75 interrupted" in done.stdout
     assert not command or "Example" in done.stdout
 
 
-def test_validate_says_what_it_read(run_file):
+def test_validate_reports_the_rows_it_read(run_file):
     done = promptshard("validate", run_file, "training.steps=7")
     assert (done.returncode, done.stderr) == (0, "")
     assert "OK (1 prompt, 1 task, 7 steps; base " in done.stdout
 
 
-def test_validate_shows_what_a_sweep_makes(run_file):
+def test_validate_lists_the_prompts_of_a_sweep(run_file):
     done = promptshard("validate", run_file, "prompts.triage.sweep.seed=[0, 1, 2]")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "sweep of 'triage': 3 prompts: triage-seed0, triage-seed1, triage-seed2\n"
@@ -548,7 +548,7 @@ def test_validate_shows_what_a_sweep_makes(run_file):
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("where", ["pipe", "/dev/full", "closed"])
-def test_output_that_nobody_takes_ends_no_command(run_file, stream, where):
+def test_closed_output_streams_fail_no_command(run_file, stream, where):
     """As with ``promptshard train ... 2>&1 | head -1``, or a log on a full disk."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -621,7 +621,7 @@ def test_messages_show_no_password_and_control_no_terminal(run_file):
 @pytest.mark.parametrize(
     "path", ["x" * 5000, "a/" * 2500, "~nosuchuser/x", "a\nb", os.fsdecode(b"\xff")]
 )
-def test_paths_that_cannot_be(command, path):
+def test_impossible_paths_are_refused(command, path):
     import launch.commands
     from launch import __main__ as program
 
@@ -750,7 +750,7 @@ def test_a_port_in_use_and_missing_gpus_are_refused_before_ranks_start(run_file,
         launcher_command.choose_devices(4, [0, 1, 2])
 
 
-def test_generate_names_the_prompts_it_knows(run_file, tmp_path):
+def test_generate_lists_the_available_prompts(run_file, tmp_path):
     saved = tmp_path / "out"
     (saved / "prompts" / "triage").mkdir(parents=True)
     (saved / "run.yaml").write_text(run_file.read_text())
@@ -787,13 +787,13 @@ def test_inspect_takes_a_run_its_folder_or_a_base(run_file, tmp_path, monkeypatc
         ("RUN", ["base.head=int4"], "base.head: 'int4' is not one of keep, int8"),
     ],
 )
-def test_inspect_says_what_it_takes(run_file, monkeypatch, target, overrides, problem):
+def test_inspect_reports_its_arguments(run_file, monkeypatch, target, overrides, problem):
     monkeypatch.chdir(ROOT)
     with pytest.raises(BadInput, match=problem):
         preflight.check_target(str(run_file) if target == "RUN" else target, overrides)
 
 
-def test_inspect_without_an_option_says_what_it_looks_at(run_file):
+def test_inspect_without_an_option_lists_its_options(run_file):
     done = promptshard("inspect", run_file)
     assert done.returncode == 2
     assert "nothing selected; pass --base" in done.stderr
@@ -821,7 +821,7 @@ def test_a_base_that_looks_like_a_folder_must_be_one(run_file, monkeypatch, mode
 @pytest.mark.parametrize(
     ("text", "problem"), [(None, "no such file"), ("{", "not valid JSON"), ("[]", "JSON object")]
 )
-def test_policies_that_are_none(run_file, tmp_path, text, problem):
+def test_files_that_are_no_deepspeed_policy_are_refused(run_file, tmp_path, text, problem):
     policy = tmp_path / "policy.json"
     if text is not None:
         policy.write_text(text)
@@ -832,7 +832,7 @@ def test_policies_that_are_none(run_file, tmp_path, text, problem):
 @pytest.mark.parametrize(
     "path", ["x" * 5000, "a/" * 3000, "~nosuchuser/x", "a\0b", "\udcff", "a\nb"]
 )
-def test_paths_that_cannot_be_are_bad_input(path):
+def test_impossible_paths_are_bad_input(path):
     for check in (
         preflight.check_result,
         lambda path: preflight.check_target(path, []),

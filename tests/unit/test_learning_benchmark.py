@@ -65,7 +65,7 @@ def test_both_sides_train_on_the_same_loss(data: peers.Data, arm: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["triage", "codegen"])
-def test_both_sides_are_scored_alike(data: peers.Data, task: str) -> None:
+def test_both_sides_are_scored_equally(data: peers.Data, task: str) -> None:
     model, prompt, _ = peer(data, "prompt tuning, text", task)
     rows = data.tasks[task].evaluation["validation"]
     theirs = peers.score(model, data, rows)

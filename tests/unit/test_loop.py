@@ -185,7 +185,7 @@ def tokens(toy: Toy, name: str) -> Tensor:
     return toy.bank.snapshot(toy.bank.names.index(name)).tensor
 
 
-def test_a_prompt_ends_at_its_own_step_and_costs_nothing_further(tmp_path):
+def test_a_prompt_stops_at_its_own_step_and_costs_nothing_afterwards(tmp_path):
     short = {"name": "short", "steps": 3, "method": "p_tuning"}
     toy = Toy(tmp_path, [short, {"name": "long", "num_virtual_tokens": 5}])
     calls: list[int] = []
@@ -240,7 +240,7 @@ def test_a_diverged_prompt_is_stopped_alone(tmp_path):
 
 
 @pytest.mark.fault("loss is NaN on one rank only")
-def test_a_run_fails_once_every_prompt_has_diverged(tmp_path):
+def test_a_run_fails_when_every_prompt_has_diverged(tmp_path):
     toy = Toy(tmp_path, [BAD, {**BAD, "name": "worse"}], training=LIMIT)
     with pytest.raises(Diverged, match=r"'bad', 'worse': 2 updates in a row .* no prompt is left"):
         toy.run()
@@ -329,7 +329,9 @@ def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
 
 @pytest.mark.fault("stop signal while loading, in the first step or during validation")
 @pytest.mark.parametrize("where", ["in a step", "in a validation", "in the first step"])
-def test_a_run_told_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, where):
+def test_a_stopped_run_saves_and_resumes_equal_to_an_uninterrupted_one(
+    tmp_path, monkeypatch, where
+):
     """Halving too: what a validation that was cut short would have decided is decided later."""
     uninterrupted = Toy(tmp_path, MANY, **HALVING).run()
     toy = Toy(tmp_path, MANY, **HALVING, checkpoint={"every": 1000})

@@ -136,7 +136,7 @@ def test_credentials_are_hidden(text: str, hidden: str) -> None:
 
 
 @pytest.mark.fault("secrets in the tracking URI")
-def test_secrets_are_known_decoded_too() -> None:
+def test_decoded_secrets_are_redacted() -> None:
     uri = "http://me:a%2Fbcdef9@host/?token=wxyz12345"
     assert secrets_of(uri) == ["a%2Fbcdef9", "wxyz12345", "a/bcdef9"]
 

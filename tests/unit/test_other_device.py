@@ -42,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_family_takes_a_step_and_does_not_wait(results: Any, case: str) -> None:
+def test_every_family_takes_a_step_without_device_waits(results: Any, case: str) -> None:
     step = results["families"][f"{case}-dequantize"]
     assert step["loss"] < 1e-5
     assert step["gradient"] < 1e-4
@@ -52,7 +52,7 @@ def test_every_family_takes_a_step_and_does_not_wait(results: Any, case: str) ->
 
 
 @pytest.mark.parametrize(("case", "kind"), PRODUCTS)
-def test_int8_products_take_a_step_and_do_not_wait(results: Any, case: str, kind: str) -> None:
+def test_int8_matmuls_take_a_step_without_device_waits(results: Any, case: str, kind: str) -> None:
     step = results["families"][f"{case}-{kind}"]
     assert step["loss"] < 1e-2
     assert step["gradient"] < 0.1, "but for what is rounded to the other side"

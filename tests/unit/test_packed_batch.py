@@ -77,7 +77,7 @@ def test_batches_are_as_few_and_as_full_as_the_budget_allows(num_ranks, tokens_p
 
 @pytest.mark.fault("ranks with unequal numbers of rows, or none")
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_no_row_of_an_epoch_is_lost_or_repeated_whatever_the_ranks(num_ranks):
+def test_every_rank_count_reads_each_row_of_an_epoch_once(num_ranks):
     draw = np.random.default_rng(1).lognormal(np.log(60), 0.8, 700)
     lengths = draw.clip(4, 512).astype(np.int32)
     examples = [Example.with_target((1,) * int(n), 0, i) for i, n in enumerate(lengths)]

@@ -194,7 +194,7 @@ def compared(
     return comparison, replace(table, comparison=comparison)
 
 
-def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
+def test_the_verdict_states_that_no_prompt_beats_the_best_baseline(tmp_path):
     comparison, table = compared(tmp_path, {"p": "1" * 41 + "0" * 19}, "0" * 16 + "1" * 44)
     assert comparison
     assert (comparison.better, comparison.difference) == (False, pytest.approx(-3 / 60))
@@ -205,7 +205,7 @@ def test_no_prompt_that_beats_the_best_baseline_is_said_first(tmp_path):
     )
 
 
-def test_a_prompt_that_beats_the_best_baseline_is_said_too(tmp_path):
+def test_the_verdict_states_that_a_prompt_beats_the_best_baseline(tmp_path):
     prompts = {"p": "1" * 50 + "0" * 10, "q": "1" * 20 + "0" * 40}
     comparison, table = compared(tmp_path, prompts, "1" * 20 + "0" * 40)
     assert comparison

@@ -56,7 +56,7 @@ def rows(step_batch: Any) -> list[tuple[int | None, int]]:
     return [(packed_row.prompt, packed_row.example.row) for packed_row in step_batch.rows]
 
 
-def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
+def test_prefetched_steps_equal_the_sources_and_one_is_prepared_in_advance():
     feed, plain = TwoPrompts(), TwoPrompts()
     feed_ahead = prefetch(feed)
     for _ in range(12):
@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_feed_and_one_is_made_ahead():
     assert {name.split("_")[0] for name in feed.threads[1:]} == {"prefetch"}
 
 
-def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
+def test_a_stopped_prompt_does_not_change_the_rows_of_others():
     feed, plain = TwoPrompts(), TwoPrompts()
     feed_ahead = prefetch(feed)
     for active, budget in [(BOTH, 20)] * 3 + [(FIRST, 20)] * 2 + [(FIRST, 12)] * 2:
@@ -80,7 +80,7 @@ def test_a_prompt_that_stops_leaves_the_rows_of_the_others_as_they_are():
     feed_ahead.close()
 
 
-def test_resumed_from_what_was_handed_out():
+def test_resume_continues_from_the_last_consumed_step():
     uninterrupted = prefetch(TwoPrompts())
     for _ in range(4):
         uninterrupted.next_step(BOTH, VIRTUAL, 20)
@@ -95,7 +95,7 @@ def test_resumed_from_what_was_handed_out():
     other.close()
 
 
-def test_an_error_in_the_thread_reaches_the_one_who_asks():
+def test_an_error_in_the_prefetch_thread_reaches_the_consumer():
     feed = TwoPrompts()
     feed_ahead = prefetch(feed)
     feed.fails = True
@@ -110,7 +110,7 @@ def test_an_error_in_the_thread_reaches_the_one_who_asks():
     feed_ahead.close()
 
 
-def test_ahead_keeps_the_order_and_makes_one_at_a_time():
+def test_prefetching_keeps_the_order_and_prepares_one_item_at_a_time():
     made: list[int] = []
 
     def make(item: int) -> int:

@@ -133,7 +133,9 @@ class TestBank:
             assert errors([gradients[k]], [gradient])[0] < 1e-5
 
     @pytest.mark.parametrize("diverged", [0, 1])
-    def test_a_diverged_prompt_harms_no_other(self, family: Any, case: str, diverged: int) -> None:
+    def test_a_diverged_prompt_does_not_change_the_others(
+        self, family: Any, case: str, diverged: int
+    ) -> None:
         base = load_unsharded(family(case), "int8")
         packed_rows, soft = problem(base.hidden_size)
         prompts = [pasts(base)[0], soft[1]]
@@ -171,7 +173,7 @@ class TestBank:
                 torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(second[i], wanted[-1], rtol=1e-4, atol=1e-4)
 
-    def test_the_keys_and_values_of_a_text_stand_for_it(self, family: Any, case: str) -> None:
+    def test_keys_and_values_of_a_text_equal_the_text(self, family: Any, case: str) -> None:
         """Where a model does no more than attend to what came before, both prompts are one."""
         base = load_unsharded(family(case), "none")
         packed_rows, _ = problem(base.hidden_size)

@@ -89,7 +89,7 @@ def test_step_is_clipped_adamw() -> None:
         assert ours[name].grad is None
 
 
-def test_no_clipping_where_none_is_asked() -> None:
+def test_gradients_are_not_clipped_by_default() -> None:
     """SGD would show it directly; Adam's first moment shows it too."""
     parameters = make_parameters()
     optimizer = make(parameters, max_grad_norm=None)
@@ -154,7 +154,7 @@ def test_sgd_is_torch_s_with_decoupled_decay() -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-7)
 
 
-def test_decay_to_start_pulls_there() -> None:
+def test_decay_to_start_pulls_to_the_initialization() -> None:
     """With no gradient, each update goes a share of ``rate * decay`` of the way back."""
     parameters = make_parameters()
     start = {name: value.detach().clone() for name, value in parameters.items()}
@@ -169,7 +169,7 @@ def test_decay_to_start_pulls_there() -> None:
         torch.testing.assert_close(value - start[name], torch.full_like(value, 1 - 0.05 * 0.1))
 
 
-def test_relative_rate_learns_alike_at_any_scale() -> None:
+def test_a_relative_rate_is_scale_invariant() -> None:
     """The same problem in other units, as the same base with larger embeddings gives: Adam with a
     rate relative to the start goes the same way, with an absolute one it does not."""
 
@@ -372,7 +372,7 @@ def test_the_default_is_muon_where_the_prompt_itself_is_trained() -> None:
     assert optimizer._optimizer.param_groups[0]["momentum"] == 0.5
 
 
-def test_preset_is_lesters_recipe_where_nothing_else_is_said() -> None:
+def test_the_preset_is_lesters_recipe_unless_overridden() -> None:
     lester = Prompt(name="a", task="t", preset="lester")
     optimizer = make_optimizer(lester, make_parameters(), 50)
     assert isinstance(optimizer._optimizer, Adafactor)

@@ -16,7 +16,7 @@ def perturbed(values: Tensor, seed: int, update: int, **settings: float) -> Tens
     return regularization.perturbed(soft_prompts([values])[0], seed, update, **settings).tensor
 
 
-def test_nothing_asked_nothing_changed() -> None:
+def test_without_regularization_nothing_changes() -> None:
     assert perturbed(PROMPT_PH, 1, 2) is PROMPT_PH
 
 

@@ -22,7 +22,7 @@ from trainer.runtime.console import Console
 from trainer.tracking.progress_file import ProgressFile
 
 
-def test_everything_a_person_asks_for_is_on_the_page(tmp_path: Path) -> None:
+def test_the_page_shows_every_result(tmp_path: Path) -> None:
     html = write_report(finished_run(tmp_path / "support")).read_text()
     for text in [*PROMPTS, *(t for hard in HAND_WRITTEN.values() for t, *_ in hard)]:
         assert text in html
@@ -58,7 +58,7 @@ def test_the_page_needs_no_network_and_is_well_formed(tmp_path: Path) -> None:
     assert not open_tags
 
 
-def test_warnings_say_what_went_wrong(tmp_path: Path) -> None:
+def test_warnings_describe_the_problem(tmp_path: Path) -> None:
     report = collect(finished_run(tmp_path))
     assert any("3 of 600 rows were truncated" in text for text in report.warnings)
     assert any(text.startswith("animals: 65.0% on OOD validation rows") for text in report.warnings)
@@ -80,7 +80,7 @@ def test_rows_that_are_also_in_train_are_counted_and_named(tmp_path: Path) -> No
     ) in collect(folder).warnings
 
 
-def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
+def test_a_worse_prompt_is_not_called_better(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     summary["prompts"]["animals"]["validation_accuracy"] = 0.5
@@ -93,7 +93,7 @@ def test_a_prompt_that_lost_is_not_called_better(tmp_path: Path) -> None:
     assert [row.tag for row in task.table.rows if row.best] == ["best baseline", "best prompt"]
 
 
-def test_a_run_that_broke_off_has_a_page_too(tmp_path: Path) -> None:
+def test_an_interrupted_run_has_a_page(tmp_path: Path) -> None:
     html = write_report(write_inputs(tmp_path)).read_text()
     assert "unfinished" in html
     assert "The run did not finish (no summary.json)." in html

@@ -44,19 +44,19 @@ def attempts(tmp_path: Path) -> Callable[..., Attempts]:
 
 
 @pytest.mark.parametrize("ending", [ExitReport(0), ExitReport(2), ExitReport(75, "stopped")])
-def test_what_ended_well_has_bad_input_or_was_stopped_is_left_alone(attempts, ending):
+def test_success_bad_input_and_stop_are_not_restarted(attempts, ending):
     plan = attempts((5, None, ending))
     assert restarts.run(plan, plan.output, 3, fresh=False) == ending
     assert len(plan.fresh) == 1
 
 
-def test_without_restarts_a_failure_is_handed_on(attempts, capfd):
+def test_without_restarts_a_failure_is_passed_on(attempts, capfd):
     plan = attempts((5, 4, FAILED))
     assert restarts.run(plan, plan.output, 0, fresh=False) == FAILED
     assert capfd.readouterr().err == ""
 
 
-def test_a_failure_goes_on_from_its_checkpoint_and_says_so(attempts, capfd):
+def test_a_failed_run_restarts_from_its_checkpoint_with_a_message(attempts, capfd):
     plan = attempts((5, 4, FAILED), (9, 8, FAILED), (12, None, ExitReport(0)))
     assert restarts.run(plan, plan.output, 3, fresh=False) == ExitReport(0)
     stderr = capfd.readouterr().err
@@ -72,7 +72,7 @@ def test_restarts_are_bounded(attempts):
     assert ending.message == f"{FAILED.message}; still failing after 2 restarts (--max-restarts=2)"
 
 
-def test_twice_at_the_same_step_is_once_too_often(attempts):
+def test_a_second_failure_at_the_same_step_is_not_restarted(attempts):
     plan = attempts((5, 4, FAILED), (5, None, ExitReport(1)))
     ending = restarts.run(plan, plan.output, 9, fresh=False)
     assert ending == ExitReport(1, "failed twice at step 5 without progress: not restarted")
@@ -84,7 +84,7 @@ def test_the_same_step_with_a_new_checkpoint_is_progress(attempts):
     assert len(plan.fresh) == 3
 
 
-def test_an_earlier_run_is_put_aside_once_but_by_all_means(attempts, capfd):
+def test_an_earlier_run_is_archived_exactly_once(attempts, capfd):
     """The first attempt fails before it has put the earlier run aside, the second after it."""
     plan = attempts((0, None, FAILED), (3, 2, FAILED), (9, None, ExitReport(0)))
     earlier = leave_checkpoint(plan.output, 50)

@@ -78,7 +78,7 @@ def test_rows_for_validation_where_none_are_named(tmp_path):
     assert list(load_splits(task(path, validation_share=0))) == ["train"]
 
 
-def test_new_rows_and_another_order_move_no_row(tmp_path):
+def test_new_rows_and_another_order_keep_the_split_of_old_rows(tmp_path):
     before = load_splits(task(jsonl(tmp_path, "a.jsonl", WORDS)))
     more = [*reversed(WORDS), *(f"new {i}" for i in range(500))]
     after = load_splits(task(jsonl(tmp_path, "b.jsonl", more)))
@@ -131,7 +131,7 @@ def test_sources_with_weights(tmp_path):
     assert len(set(others)) == 3
 
 
-def test_the_digest_tells_which_rows_were_taken(tmp_path):
+def test_the_digest_identifies_the_selected_rows(tmp_path):
     path = jsonl(tmp_path, "a.jsonl", WORDS)
     runs = [
         task(path, validation_share=0),

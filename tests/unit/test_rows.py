@@ -355,7 +355,7 @@ def test_half_a_surrogate_pair(tmp_path):
     assert messages.startswith('d.jsonl:1: text: holds half a character, "\\ud83d"')
 
 
-def test_missing_column_of_a_whole_file_is_said_once(tmp_path):
+def test_a_column_missing_from_a_file_is_reported_once(tmp_path):
     rows = [{"text": "x", "lable": "y"}] * 30
     expected = (
         "no column 'label', which tasks.animals.target uses; columns: text, lable "
@@ -383,7 +383,7 @@ def test_wrong_delimiter(tmp_path):
 
 
 @pytest.mark.fault("malformed rows")
-def test_null_empty_and_nested_values(tmp_path):
+def test_null_empty_and_nested_values_are_refused(tmp_path):
     rows = [
         {"text": None, "label": "x"},
         {"text": " \n", "label": "x"},
@@ -412,7 +412,7 @@ def test_an_optional_field_may_be_empty(tmp_path):
 
 
 @pytest.mark.fault("malformed rows")
-def test_mixed_kinds_name_the_odd_row(tmp_path):
+def test_mixed_types_name_the_deviating_row(tmp_path):
     rows = [{"text": "x", "label": label} for label in ("a", "b", 3, True)]
     assert problems(write(tmp_path, "d.jsonl", rows)) == [
         "d.jsonl:3: label: 3 is a number, other rows have text; put it in quotes",
@@ -768,7 +768,7 @@ def test_hub_data_sets_are_tables_only(hub):
 # Reading in columns and row by row
 
 
-def test_both_ways_of_reading_agree(tmp_path, monkeypatch):
+def test_arrow_and_python_readers_agree(tmp_path, monkeypatch):
     """Texts at the borders of blocks, blank and spaced lines, escapes: the same rows and places."""
     monkeypatch.setattr(arrow_reader, "_BLOCK_BYTES", 300)
     strings = ["é" * 40, 'a"b', "tab\t", "\u2028", "x" * 700, "NaN, [NaN", "null", "1"]
@@ -807,7 +807,7 @@ def _odd(origin, run):
         '{"text": "a",\n"label": "b"}',
     ],
 )
-def test_no_mistake_is_overlooked_in_columns(tmp_path, line):
+def test_column_checks_find_every_mistake(tmp_path, line):
     good = [json.dumps(GOOD[0])] * 50
     messages = problems(write(tmp_path, "d.jsonl", "\n".join([*good, line, *good])))
     assert messages[0].startswith("d.jsonl:51: ")

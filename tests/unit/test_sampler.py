@@ -61,7 +61,7 @@ def test_a_step_is_never_over_and_no_row_of_the_epoch_is_lost_or_repeated(length
     assert len(read) >= 2 * len(lengths)
 
 
-def test_steps_are_full():
+def test_steps_use_the_token_budget():
     lengths = log_normal(20_000)
     for tokens in (2048, 8192, 16384):
         steps = take(TokenBudgetSampler(lengths, tokens, seed=0), 60)
@@ -70,7 +70,7 @@ def test_steps_are_full():
         assert np.mean(fill) > 0.998, "in order alone it would be 0.97 for 2048 tokens"
 
 
-def test_rows_are_read_near_their_place_in_an_order_that_knows_no_tokens():
+def test_rows_are_read_close_to_their_permuted_position():
     lengths = log_normal(3000)
     order = EpochPermutation([MixtureComponent(0, 3000)], 5).rows(0, np.arange(3000)).tolist()
     place = {row: i for i, row in enumerate(order)}
@@ -151,7 +151,7 @@ def test_weighted_rows_resume():
         TokenBudgetSampler(lengths, 500, 2).load_state_dict(uninterrupted.state_dict())
 
 
-def test_at_least_one_row_and_on_into_the_next_epoch():
+def test_a_step_reads_at_least_one_row_and_continues_into_the_next_epoch():
     assert [len(rows) for rows in take(TokenBudgetSampler([100, 100], 1, seed=0), 4)] == [1] * 4
     cursor = TokenBudgetSampler([1, 1, 1], 10, seed=0)
     assert len(cursor.next_rows()) == 10
@@ -182,7 +182,7 @@ def test_resume_refuses_another_order():
         TokenBudgetSampler(LENGTHS[::-1], 7, seed=2).load_state_dict(state)
 
 
-def test_nothing_to_read():
+def test_an_empty_dataset_gives_no_rows():
     for lengths in ([], [1, 0]):
         with pytest.raises(ValueError, match="at least one token"):
             TokenBudgetSampler(lengths, 1, 0)

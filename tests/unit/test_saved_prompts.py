@@ -48,7 +48,7 @@ def problem_of(folder: Path, hidden_size: int | None = None, **prompt: Any) -> s
     return problem.removeprefix(start)
 
 
-def test_what_is_found(tmp_path: Path) -> None:
+def test_trained_prompts_are_located_in_run_folders(tmp_path: Path) -> None:
     source = find_source(str(save(tmp_path / "a")))
     assert (source.prefix, source.num_virtual_tokens, source.width) == (False, P, H)
     source = find_source(str(save(tmp_path / "b", torch.ones(P, 2, 2, 1, 4))))
@@ -58,7 +58,7 @@ def test_what_is_found(tmp_path: Path) -> None:
     assert list(source_problems(run_of(tmp_path / "b", method="prefix_tuning"), H)) == []
 
 
-def test_what_peft_itself_saved(tmp_path: Path) -> None:
+def test_adapters_saved_by_peft_are_read(tmp_path: Path) -> None:
     base = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=16,

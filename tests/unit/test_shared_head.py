@@ -74,7 +74,7 @@ def test_hidden_states_go_to_blocks_where_labels_are_few(
 
 @pytest.mark.parametrize("counts", [[9, 4, 1], [400, 2, 1]], ids=["blocks", "table"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_that_share_a_position_are_as_likely_as_behind_a_copy_of_it(
+def test_labels_at_a_shared_position_equal_labels_at_copies_of_it(
     kind: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slice_by(monkeypatch, 100)
@@ -133,7 +133,7 @@ def test_a_kept_table_is_gathered_once_until_it_is_released() -> None:
     assert per_rank[0] == [6, 6, 2, 0, 6, 6, 2, 0]
 
 
-def test_a_rank_that_wants_no_gradient_beside_one_that_does() -> None:
+def test_ranks_with_and_without_a_gradient_stay_in_step() -> None:
     def work(rank: Thread) -> tuple[Tensor, Tensor]:
         head, (hidden_NH, labels_N) = block("plain", rank), rows_of(5, rank.rank)
         if rank.rank == 1:

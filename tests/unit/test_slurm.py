@@ -77,7 +77,7 @@ RESOURCES = {field.name for field in dataclasses.fields(Resources)}
         ({"tasks": (("run.yaml", "a=\n"),)}, "line break"),
     ],
 )
-def test_what_slurm_would_misread_is_refused(settings, problem):
+def test_values_that_slurm_would_misread_are_refused(settings, problem):
     problems = list(slurm.problems(job(**settings)))
     assert any(problem in text for text in problems), problems
 
@@ -322,7 +322,7 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
     assert text.count("signalling the ranks to save and stop") == 1
 
 
-def test_every_session_of_a_fresh_job_is_told_so(tmp_path):
+def test_every_session_of_a_fresh_job_receives_the_fresh_flag(tmp_path):
     """It may be requeued before it has put the earlier run aside; it knows whether it has."""
     batch = Batch(tmp_path, fresh=True)
     for restart in "01":
@@ -385,7 +385,7 @@ def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # n
     assert not {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"} & set(given)
 
 
-def test_a_password_stands_in_no_script(run_file, fake_slurm):  # noqa: F811
+def test_scripts_contain_no_password(run_file, fake_slurm):  # noqa: F811
     """Slurm keeps a copy that others may read; the run file is for its owner's eyes."""
     address = "tracking.uri=http://me:hunter2-secret@localhost:5000"
     done = run_promptshard("submit", run_file, address, "--nodes", "1")
@@ -446,7 +446,7 @@ def test_bad_input_is_refused_before_sbatch(run_file, fake_slurm, words, problem
     assert not (run_file.parent / "out").exists()
 
 
-def test_what_sbatch_refuses_leaves_nothing_behind(run_file, fake_slurm, monkeypatch):  # noqa: F811
+def test_a_refused_submission_leaves_no_files(run_file, fake_slurm, monkeypatch):  # noqa: F811
     monkeypatch.setenv("REFUSES", "yes")
     done = run_promptshard("submit", run_file, "--nodes", "1")
     assert done.returncode == 2
@@ -659,14 +659,14 @@ def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state
     assert text in report.description
 
 
-def test_status_of_what_is_no_run(tmp_path):
+def test_status_of_a_folder_without_a_run(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         done = run_promptshard("status", folder)
         assert done.returncode == 2
         assert str(folder) in done.stderr
 
 
-def test_a_pause_is_no_step():
+def test_pauses_do_not_count_as_step_time():
     assert status._pace([0.0, 1.0, 2.0, 3.0, 500.0, 501.0]) == 1.0
     assert status._pace([1.0]) is None
 

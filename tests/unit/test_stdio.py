@@ -36,7 +36,7 @@ def start(rank: int, log: Path, **streams) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_by_hand_stdout_is_where_it_always_is(tmp_path, rank):
+def test_without_a_launcher_stdout_is_unchanged(tmp_path, rank):
     log = tmp_path / "logs" / "rank.log"
     done = start(rank, log, capture_output=True)
     assert done.stdout == ("own words, tty False\n" if rank == 0 else "")

@@ -43,7 +43,7 @@ sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"
         ("generate", ["step-00000007"], 1, "Stopped."),
     ],
 )
-def test_only_training_says_that_it_can_be_resumed(
+def test_only_training_reports_that_it_can_be_resumed(
     tmp_path, command, checkpoints, code, words, signal_name
 ):
     run = RUN.format(folder=tmp_path)

@@ -82,7 +82,7 @@ def test_names_in_the_order_of_numbers(run_file):
         ("steps: [5, 10], seed: [3]", ["one-steps05", "one-steps10"]),
     ],
 )
-def test_names_say_what_differs(run_file, lists, expected):
+def test_names_contain_the_settings_that_differ(run_file, lists, expected):
     variant_names = names(load(run_file(), [f"prompts.one.sweep={{{lists}}}"]))[:-1]
     assert variant_names == expected
     assert all(NAME.fullmatch(name) for name in variant_names)
@@ -155,7 +155,7 @@ def test_bad_sweeps(run_file, sweep, expected):
     assert f": prompts[0].{expected}" in problem
 
 
-def test_a_bad_value_is_named_once_where_it_stands(run_file):
+def test_a_bad_value_is_reported_once_at_its_line(run_file):
     text = GOOD.replace(
         "    num_virtual_tokens: 5\n",
         "    sweep:\n      seed: [0, 1, 2]\n      learning_rate: [0.1, -0.1]\n",
@@ -165,7 +165,7 @@ def test_a_bad_value_is_named_once_where_it_stands(run_file):
     ]
 
 
-def test_a_mistake_behind_a_sweep_keeps_its_place(run_file):
+def test_a_mistake_after_a_sweep_keeps_its_line(run_file):
     text = GOOD.replace("num_virtual_tokens: 5", "sweep: {seed: [0, 1, 2]}")
     text = text.replace("method: p_tuning", "method: p_tunning")
     (problem,) = problems_of(run_file(text))

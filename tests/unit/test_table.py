@@ -43,7 +43,7 @@ def split(items: list[Example], cut: int) -> list[TokenBlock]:
 
 @settings(deadline=None, max_examples=40)
 @given(examples(), st.integers(0, 12))
-def test_a_table_gives_back_what_was_put_in(tmp_path_factory, items, cut):
+def test_a_token_table_round_trips(tmp_path_factory, items, cut):
     folder = tmp_path_factory.mktemp("table")
     mapped = open_table(folder, write(folder, split(items, cut)))
     for table in (in_memory(split(items, cut)), mapped):
@@ -134,7 +134,7 @@ def test_a_damaged_table_is_made_again(folder):
     assert maker.made == 1 + len(damages)
 
 
-def test_what_fails_leaves_nothing(folder):
+def test_a_failed_tokenization_leaves_no_file(folder):
     def make() -> Any:
         yield TokenBlock.of([Example.with_target((1, 2), 1, 0)])
         raise BadInput("a row is wrong")
@@ -145,7 +145,7 @@ def test_what_fails_leaves_nothing(folder):
 
 
 @pytest.mark.parametrize("place", ["file", "~nosuchuser/x"])
-def test_without_a_folder_to_write_to_the_table_is_ones_own(tmp_path, monkeypatch, place):
+def test_without_a_writable_cache_the_table_is_private(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setenv("PROMPTSHARD_CACHE", place)
@@ -154,7 +154,7 @@ def test_without_a_folder_to_write_to_the_table_is_ones_own(tmp_path, monkeypatc
     assert maker.made == 1
 
 
-def test_old_tables_are_forgotten(folder):
+def test_old_tables_are_deleted(folder):
     maker = Maker()
     maker.table("old")
     maker.table("used")
@@ -179,7 +179,7 @@ cached({"of": "x"}, make, dict)
 """
 
 
-def test_one_that_dies_while_it_writes_holds_up_nobody(folder):
+def test_a_writer_that_dies_blocks_no_other_process(folder):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -194,7 +194,7 @@ def test_one_that_dies_while_it_writes_holds_up_nobody(folder):
     assert not [path for path in folder.iterdir() if "writing" in path.name]
 
 
-def test_one_that_waits_gets_what_the_other_made(folder):
+def test_a_waiting_process_reads_the_other_process_table(folder):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -288,7 +288,7 @@ def test_problems_of_many_rows_read_as_those_of_few(tmp_path, monkeypatch):
     assert problem.startswith(start)
 
 
-def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
+def test_work_that_cannot_be_pickled_runs_in_this_process(monkeypatch):
     monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
     here = os.getpid()
     assert list(worker_pool.map_in_order(lambda n: (n, os.getpid()), [(1,), (2,)])) == [
@@ -297,7 +297,7 @@ def test_work_that_cannot_be_sent_is_done_here(monkeypatch):
     ]
 
 
-def test_a_workers_error_reaches_us_and_ends_the_others(monkeypatch):
+def test_an_error_of_a_worker_is_raised_and_ends_the_others(monkeypatch):
     monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
     made = worker_pool.map_in_order(np.zeros, [(1,), (-1,), *[(2,)] * 50])
     assert next(made).tolist() == [0.0]

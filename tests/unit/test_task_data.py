@@ -57,7 +57,7 @@ def rows_of(data: TaskData) -> list[list[int]]:
     return [[candidates[0].row for candidates in eval_set.candidates] for eval_set in sets]
 
 
-def test_a_hard_prompt_stands_where_virtual_tokens_stood(tmp_path):
+def test_a_hard_prompt_replaces_the_virtual_tokens(tmp_path):
     """10 tokens of context less 4 virtual ones: rows of 6 fit, with 4 hard ones in front too."""
     data = load(tmp_path, ["a b c"], 10, hand_written=["d e d e "])
     (hard,) = data.hand_written["validation"]

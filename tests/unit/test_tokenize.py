@@ -86,7 +86,7 @@ def test_without_eos(tmp_path):
     ("template", "front"),
     [("<s> $A </s>", "<s>"), ("$A </s>", ""), (None, ""), ("<s> <s> $A", "<s> <s>")],
 )
-def test_special_tokens_stay_in_front_and_never_part_input_from_target(tmp_path, template, front):
+def test_special_tokens_stay_first_and_never_separate_input_and_target(tmp_path, template, front):
     task = make_task()
     rows = make_rows(tmp_path, [("a </s>", "yes")], task)
     tokenizer = make_tokenizer(template)
@@ -175,7 +175,7 @@ def test_all_choices_of_a_row_follow_the_same_input(tmp_path):
     assert gold_choices(rows, task) == [0, 1]
 
 
-def test_choices_that_look_the_same_to_the_base(tmp_path):
+def test_choices_with_equal_tokens_are_refused(tmp_path):
     task = make_task(choices=["yes", "metabolic", "cardiac"])
     rows = make_rows(tmp_path, [("a", "yes")], task)
     with pytest.raises(BadInput, match="'metabolic' and 'cardiac' give the same tokens"):
@@ -218,7 +218,7 @@ def test_long_texts_give_no_warning(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_labels_may_stand_in_several_spans():
+def test_labels_may_form_several_spans():
     two = Example((7, 8, 9, 10, 11), ((1, 2), (3, 5)), 0)
     batch = build_packed_batch(
         [PackedRow(Example.with_target((1, 2), 1, 0), None, 0), PackedRow(two, 0, 1)], [3]

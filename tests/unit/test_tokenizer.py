@@ -164,7 +164,7 @@ def test_rows_that_merge_are_counted_in_workers_and_in_the_cache(tmp_path, token
         assert "(in 1 of 5,000 rows)" in scores.warning
 
 
-def test_tables_of_the_rules_before_are_not_read(tmp_path, monkeypatch):
+def test_token_tables_of_older_rules_are_not_read(tmp_path, monkeypatch):
     """Of rules that tokenized input and target apart."""
     from trainer.data import token_cache
 
@@ -217,7 +217,7 @@ def test_choices_that_are_the_same_behind_an_input(tmp_path, tokenizers):
 @pytest.mark.parametrize("source", ["{q}\nTopic:", "billing {q}", "1 {q}", "é {q}"])
 @pytest.mark.parametrize("teacher", ["Which topic?\n", "Topic ("])
 @pytest.mark.parametrize("kind", ALL)
-def test_rows_behind_a_teacher_have_the_tokens_of_one_text(
+def test_rows_after_a_teacher_have_the_tokens_of_one_text(
     tmp_path, tokenizers, kind, teacher, source
 ):
     data = load(tmp_path, tokenizers[kind], source, " {a}", teacher=teacher)
@@ -302,7 +302,7 @@ def bases(tmp_path_factory):
         ("gpt2", "{q}\nTopic:", " {a}"),
     ],
 )
-def test_a_base_that_knows_every_answer_has_them_all_right(tmp_path, bases, kind, source, target):
+def test_a_base_that_memorized_every_answer_scores_1(tmp_path, bases, kind, source, target):
     folder = bases(kind, source, target)
     tokenizer = make_tokenizer(kind, TEXTS)
     base = load_unsharded(folder, "none")

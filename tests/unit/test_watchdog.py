@@ -96,7 +96,7 @@ def ranks():
 
 @pytest.mark.fault("rank suspended (SIGSTOP)")
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_without_beats_is_named_with_the_step_and_the_collective(ranks, stopped):
+def test_a_rank_without_heartbeats_is_named_with_step_and_collective(ranks, stopped):
     run = ranks()
     run.start(1 - stopped, 2)  # the third has left one beat: as if it had been stopped then
     tracker = run.trackers[1 - stopped]
@@ -107,7 +107,7 @@ def test_a_rank_without_beats_is_named_with_the_step_and_the_collective(ranks, s
     assert "is waiting in all_reduce of sums (step 7, collective 1 of the step)" in words
 
 
-def test_rank_0_that_holds_the_store_is_named_too(ranks):
+def test_a_suspended_rank_0_is_named(ranks):
     run = ranks(count=2)
     run.store.free.clear()
     run.start(1)
@@ -126,7 +126,7 @@ def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
 
 
 @pytest.mark.fault("rank suspended (SIGSTOP)")
-def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
+def test_a_responding_rank_that_misses_the_collective_is_named(ranks):
     run = ranks(timeout=0.3, silence=60.0)
     for tracker in run.trackers:
         tracker.step = 3
@@ -138,7 +138,7 @@ def test_a_rank_that_beats_but_does_not_come_is_named_as_behind(ranks):
     assert 1 not in [rank for rank, _ in run.messages], "it waits for nobody"
 
 
-def test_where_nobody_is_behind_it_is_the_network(ranks):
+def test_if_no_rank_is_late_the_network_is_blamed(ranks):
     run = ranks(count=2, timeout=0.3, silence=60.0)
     run.start(0, 1)
     with run.trackers[0].during("all_reduce of sums"), run.trackers[1].during("all_reduce of sums"):
@@ -146,7 +146,7 @@ def test_where_nobody_is_behind_it_is_the_network(ranks):
     assert "neither did the others: the network" in run.messages[0][1]
 
 
-def test_whoever_hears_of_nobody_says_so(ranks):
+def test_a_rank_without_news_of_others_blames_the_network(ranks):
     run = ranks(count=2, timeout=0.3, silence=60.0)
     run.store.free.clear()
     run.start(1)
@@ -155,7 +155,7 @@ def test_whoever_hears_of_nobody_says_so(ranks):
     assert "no other rank responds: the network" in run.messages[0][1]
 
 
-def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
+def test_slow_busy_and_finished_ranks_are_not_ended(ranks):
     run = ranks(silence=0.3, timeout=0.3)
     run.dogs[2].stop()
     run.start(0, 1)
@@ -166,7 +166,7 @@ def test_nobody_is_given_up_who_comes_slowly_works_alone_or_has_left(ranks):
     assert run.messages == []
 
 
-def test_a_job_suspended_as_a_whole_has_nobody_who_hangs(ranks, monkeypatch):
+def test_a_job_suspended_together_reports_no_hanging_rank(ranks, monkeypatch):
     """A clock that leaps while nobody beats makes no difference: turns are counted."""
     run = ranks(count=2)
     leap = iter(range(0, 10**9, 10**4))
@@ -194,7 +194,7 @@ def test_a_step_may_take_many_times_as_long_as_the_slowest_so_far(ranks):
         assert dog._max_idle_seconds() == 60.0, "never more than the timeout"
 
 
-def test_it_looks_at_others_only_while_its_own_rank_stands_still(ranks):
+def test_other_ranks_are_checked_only_while_this_rank_waits(ranks):
     run = ranks(count=2, quiet=0.2)
     asked: list[int] = []
     fetch = run.store.multi_get
@@ -210,7 +210,7 @@ def test_it_looks_at_others_only_while_its_own_rank_stands_still(ranks):
     assert json.loads(run.store["promptshard/beat/0"])["number"] > 10, "but it beats all the time"
 
 
-def test_the_first_word_stays_and_the_process_ends(tmp_path: Path, monkeypatch, capfd):
+def test_the_first_message_is_kept_and_the_process_ends(tmp_path: Path, monkeypatch, capfd):
     codes: list[int] = []
     monkeypatch.setattr(watchdog.os, "_exit", codes.append)
     assert read_lost(tmp_path) == ""

@@ -77,7 +77,7 @@ def test_values(text: str, value: Any) -> None:
         ("[a]: 1", "a key must be text"),
     ],
 )
-def test_what_is_refused(text: str, words: str) -> None:
+def test_invalid_input_is_refused(text: str, words: str) -> None:
     with pytest.raises(YamlError) as caught:
         parse(text)
     message = "; ".join(
@@ -103,7 +103,7 @@ PLAIN = st.recursive(
 
 @settings(deadline=None, max_examples=150)
 @given(PLAIN, st.booleans())
-def test_what_is_written_is_read_here_and_by_yaml_1_1(value: Any, one_line: bool) -> None:
+def test_written_files_are_read_by_yaml_1_1_as_well(value: Any, one_line: bool) -> None:
     text = yaml_parser.dump(value, one_line=one_line)
     assert parse(text).data == value
     assert yaml.safe_load(text) == value
@@ -212,7 +212,7 @@ def test_damaged_run_files_are_read_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", [BOMB, "a: &a [*a]", "[" * 1000, "a: 2001-99-99\na: 1", "a: !!int x"]
 )
-def test_run_files_of_finished_runs_may_be_damaged_too(tmp_path: Path, text: str) -> None:
+def test_damaged_run_files_of_finished_runs_are_refused(tmp_path: Path, text: str) -> None:
     """``status``, ``sync`` and ``generate`` read them, and so does the report."""
     path = write(tmp_path, text)
     with pytest.raises(BadInput, match=r"run\.yaml"):
@@ -222,6 +222,6 @@ def test_run_files_of_finished_runs_may_be_damaged_too(tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("value", ["&a [*a]", "[1, 010]", "[" * 1000, "!!int x", BOMB])
-def test_lists_of_a_job_array_may_be_damaged_too(value: str) -> None:
+def test_damaged_lists_of_a_job_array_are_refused(value: str) -> None:
     with pytest.raises(BadInput, match="--array"):
         array_tasks([f"training.seed={value}"], "runs/x")
