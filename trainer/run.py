@@ -33,8 +33,7 @@ from trainer.checkpointing.run_lock import Lock, acquire
 from trainer.checkpointing.state_tensors import join_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData
-from trainer.data.tokenization.chat_date import keep_chat_date, read_chat_date
-from trainer.data.tokenization.chat_template import reads_date
+from trainer.data.tokenization.chat_template import keep_chat_date, read_chat_date, reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import (
     LoadedBase,

@@ -168,7 +168,7 @@ def test_a_tokenizer_without_a_template(tmp_path):
 def test_long_dialogues(tmp_path):
     tokenizer = make_tokenizer()
     rows = load(tmp_path, [TURNS, TURNS[1:3]], make_task())
-    with pytest.raises(BadInput, match=r"d\.jsonl:1: messages: has 19 tokens, 14 fit"):
+    with pytest.raises(BadInput, match=r"d\.jsonl:1: has 19 tokens, 14 fit"):
         tokenize(rows, make_task(), tokenizer, 14)
     skipped = tokenize(rows, make_task(too_long="skip"), tokenizer, 14)
     assert ([e.row for e in skipped.examples], skipped.skipped) == ([1], 1)

@@ -19,7 +19,7 @@ from trainer.data.splits import load_rows
 from trainer.data.token_table import Example
 from trainer.data.tokenization import chat_template
 from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
-from trainer.data.tokenization.chat_date import CHAT_DATE, keep_chat_date, read_chat_date
+from trainer.data.tokenization.chat_template import CHAT_DATE, keep_chat_date, read_chat_date
 from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
 from trainer.data.tokenization.tokenize import Tokenized, tokenize
 from trainer.runtime.cache_dir import cache_dir

@@ -18,7 +18,6 @@ from trainer.data.tokenization.tokenize import (
     check_vocabulary,
     encode_input,
     tokenize,
-    tokenize_choices,
 )
 from trainer.packing.packed_batch import PackedRow, build_packed_batch
 from trainer.runtime.errors import BadInput
@@ -132,7 +131,7 @@ def test_too_long_skip_counts_and_keeps_row_numbers(tmp_path):
         1,
         0,
     )
-    scored = tokenize_choices(rows, task, make_tokenizer(), 8)
+    scored = tokenize(rows, task, make_tokenizer(), 8, per_choice=True)
     assert [e.row for e in scored.examples] == [1, 1, 2, 2]
     assert scored.skipped == 1
     assert gold_choices(rows, task) == [0, 1, 0]
@@ -161,7 +160,7 @@ def test_a_target_is_never_cut(tmp_path):
 def test_all_choices_of_a_row_follow_the_same_input(tmp_path):
     task = make_task(too_long="truncate", choices=["yes", "no maybe"])
     rows = make_rows(tmp_path, [("a b c d e", "yes"), ("a", "no maybe")], task)
-    examples = tokenize_choices(rows, task, make_tokenizer(), 8).examples
+    examples = tokenize(rows, task, make_tokenizer(), 8, per_choice=True).examples
     long, short = examples[:2], examples[2:]
     assert [e.input_ids for e in long] == [
         ids("<s> d e Answer : yes </s>"),
@@ -179,7 +178,7 @@ def test_choices_with_equal_tokens_are_refused(tmp_path):
     task = make_task(choices=["yes", "metabolic", "cardiac"])
     rows = make_rows(tmp_path, [("a", "yes")], task)
     with pytest.raises(BadInput, match="'metabolic' and 'cardiac' give the same tokens"):
-        tokenize_choices(rows, task, make_tokenizer(), 100)
+        tokenize(rows, task, make_tokenizer(), 100, per_choice=True)
 
 
 def test_texts_without_tokens(tmp_path):

@@ -20,7 +20,7 @@ from trainer.config import RunConfig, Task
 from trainer.data.splits import load_rows
 from trainer.data.task_data import TaskData, load_tasks
 from trainer.data.token_cache import cached
-from trainer.data.tokenization.tokenize import encode_input, tokenize, tokenize_choices
+from trainer.data.tokenization.tokenize import encode_input, tokenize
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
@@ -86,7 +86,7 @@ def tokenizers():
 def test_a_row_has_the_tokens_of_its_text(tmp_path, tokenizers, kind, source, target):
     tokenizer, task = tokenizers[kind], task_of(source, target, choices=list(ANSWERS))
     scores = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
-    scored = tokenize_choices(rows_of(tmp_path, task), task, tokenizer, 100).examples
+    scored = tokenize(rows_of(tmp_path, task), task, tokenizer, 100, per_choice=True).examples
     assert scores.warning is None
     for i, (row, example) in enumerate(zip(ROWS, scores.examples, strict=True)):
         text = source.format(**row)
@@ -204,14 +204,14 @@ def test_choices_that_are_the_same_behind_an_input(tmp_path, tokenizers):
     )
     rows = rows_of(tmp_path, task, [{"q": "Which?", "a": "billing"}])
     with pytest.raises(BadInput, match="'billing' and ' billing' give the same tokens: this base"):
-        tokenize_choices(rows, task, tokenizer, 100)
+        tokenize(rows, task, tokenizer, 100, per_choice=True)
     rows = rows_of(
         tmp_path,
         task_of("{q}", "{a}", choices=task.choices),
         [{"q": "Which?", "a": "billing"}, {"q": "Which:", "a": "billing"}],
     )
     with pytest.raises(BadInput, match=r"rows\.jsonl:2: after its input 'billing' and ' billing'"):
-        tokenize_choices(rows, task_of("{q}", "{a}", choices=task.choices), tokenizer, 100)
+        tokenize(rows, task_of("{q}", "{a}", choices=task.choices), tokenizer, 100, per_choice=True)
 
 
 @pytest.mark.parametrize("source", ["{q}\nTopic:", "billing {q}", "1 {q}", "é {q}"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trainer import config as run_file
 from trainer.config import RunConfig, template_fields
-from trainer.data.tokenization.chat_date import read_chat_date
+from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import die_with_parent, flush_and_exit

@@ -6,8 +6,6 @@ on a seed. So equal rows are selected together, and rows that are added later mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,24 +53,14 @@ def first_by_hash(hashes: Hashes, count: int) -> Index:
     return np.flatnonzero(selected)
 
 
-@dataclass(frozen=True)
-class Leak:
-    """Rows of a validation split that are also train rows.
-
-    Attributes:
-        count: how many.
-        rows: the first few as (row of the split, the first equal row of train).
-    """
-
-    count: int
-    rows: tuple[tuple[int, int], ...]
-
-
-def find_leaks(train: Hashes, validation: Hashes) -> Leak:
+def find_leaks(train: Hashes, validation: Hashes) -> tuple[int, list[tuple[int, int]]]:
     """Find validation rows whose content is in train, by their hashes.
 
     Two different rows have the same hash with probability n_train * n_validation / 2^64.
+
+    Returns:
+        how many; the first few as (row of validation, the first equal row of train).
     """
     leaked = np.flatnonzero(np.isin(validation, train)).tolist()
-    named = [(row, int(np.argmax(train == validation[row]))) for row in leaked[:MAX_NAMED_LEAKS]]
-    return Leak(len(leaked), tuple(named))
+    first = [(row, int(np.argmax(train == validation[row]))) for row in leaked[:MAX_NAMED_LEAKS]]
+    return len(leaked), first

@@ -126,10 +126,12 @@ def leaks(task: Task, splits: Mapping[str, RowDataset]) -> list[LeakedRows]:
     leaked = []
     train = splits["train"]
     for name, rows in splits.items():
-        leak = find_leaks(train.hashes(), rows.hashes()) if name != "train" else None
-        if leak is not None and leak.count:
-            places = tuple((rows.where(i), train.where(j)) for i, j in leak.rows)
-            leaked.append(LeakedRows(task.name, name, leak.count, len(rows), places))
+        if name == "train":
+            continue
+        count, first = find_leaks(train.hashes(), rows.hashes())
+        if count:
+            places = tuple((rows.where(i), train.where(j)) for i, j in first)
+            leaked.append(LeakedRows(task.name, name, count, len(rows), places))
     return leaked
 
 

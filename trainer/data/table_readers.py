@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,31 @@ _BATCH = 1 << 14
 _PLAIN_BUILDERS = ("parquet", "json", "csv", "text", "arrow")
 
 
+@dataclass(frozen=True)
 class Table:
     """A file or hub data set whose record batches are read on demand.
 
     Attributes:
         name: its name in messages.
         names: all its columns.
+        file: None for a hub data set.
+        features: column -> its feature of ``datasets``, if there are any.
+        dataset: the hub data set.
     """
 
-    def __init__(
-        self,
-        name: str,
-        names: list[str],
-        file: Path | None,
-        features: Mapping[str, Any],
-        dataset: Any = None,
-    ) -> None:
-        self.name = name
-        self.names = names
-        self._file, self._features, self._dataset = file, features, dataset
+    name: str
+    names: list[str]
+    file: Path | None
+    features: Mapping[str, Any]
+    dataset: Any = None
 
     def is_plain(self, column: str) -> bool:
         """Whether the values of a column need no conversion: no class numbers, no JSON text."""
-        return is_plain(self._features.get(column))
+        return is_plain(self.features.get(column))
 
     def class_names(self, column: str) -> list[str] | None:
         """Names of the classes whose numbers a column holds; None if it holds none."""
-        return class_names(self._features.get(column))
+        return class_names(self.features.get(column))
 
     def rows(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[dict[str, Any]]:
         """Yield every row with the values of a JSON file (``arrow_values``).
@@ -60,7 +59,7 @@ class Table:
             try:
                 values = [
                     column_values(
-                        batch.column(name), name, self._features.get(name), keep=name in keep
+                        batch.column(name), name, self.features.get(name), keep=name in keep
                     )
                     for name in names
                 ]
@@ -94,12 +93,12 @@ class Table:
     def _read(self, selected: list[str]) -> Iterator[Any]:
         from pyarrow import parquet
 
-        if self._file is None:
-            yield from self._dataset.data.table.select(selected).to_batches()
-        elif self._file.suffix.lower() == ".parquet":
-            yield from parquet.ParquetFile(self._file).iter_batches(_BATCH, columns=selected)
+        if self.file is None:
+            yield from self.dataset.data.table.select(selected).to_batches()
+        elif self.file.suffix.lower() == ".parquet":
+            yield from parquet.ParquetFile(self.file).iter_batches(_BATCH, columns=selected)
         else:
-            reader, is_stream = _arrow_reader(self._file)
+            reader, is_stream = _arrow_reader(self.file)
             batches = (
                 reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
             )

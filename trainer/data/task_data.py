@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import Prompt, RunConfig, Task
+from trainer.config import RunConfig, Task
 from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
 from trainer.data.row_validation import render
 from trainer.data.splits import SPLITS, LeakedRows, leaks, load_splits, remarks
-from trainer.data.teacher import Teacher, merge_warning, teachers_of
+from trainer.data.teacher import Teacher, merge_warnings, teachers_of
 from trainer.data.token_table import Example, TokenTable, in_memory
 from trainer.data.tokenization.tokenize import (
     RowProgress,
@@ -28,7 +28,6 @@ from trainer.data.tokenization.tokenize import (
     encode_input,
     no_progress,
     tokenize,
-    tokenize_choices,
 )
 from trainer.runtime.errors import BadInput
 
@@ -181,7 +180,8 @@ def load_tasks(
             loader = _TaskLoader(task, tokenizer, room, context_length, vocab_size, progress, date)
             data = loader.load(splits, read_progress)
             data.teachers = of_task
-            data.warnings += loader.teacher_warnings(data, prompts)
+            row = render(task.input, data.train_rows[0])
+            data.warnings += merge_warnings(prompts, tokenizer, row)
             tasks[task.name] = data
         except BadInput as error:
             problems += error.problems
@@ -214,7 +214,7 @@ class _TaskLoader:
             if split not in needed:
                 data.counts[split] = {"rows": len(rows)}
             elif split == "train":
-                tokenized = self._tokenize(rows, "", self.room, choices=False)
+                tokenized = self._tokenize(rows, self.room)
                 check_vocabulary(tokenized.examples, self.vocab_size)
                 data.train = tokenized.examples
                 self._record(data, "train", rows, tokenized, tokenized.skipped)
@@ -228,16 +228,6 @@ class _TaskLoader:
                 if source["split"] == leak.split:
                     source["also_in_train"] = leak.rows
         return data
-
-    def teacher_warnings(self, data: TaskData, prompts: Sequence[Prompt]) -> list[str]:
-        """Warn of teachers whose last token merges with the beginning of the rows."""
-        row = render(self.task.input, data.train_rows[0])
-        warnings = [
-            merge_warning(prompt.name, prompt.teacher, self.tokenizer, row)
-            for prompt in prompts
-            if prompt.teacher is not None
-        ]
-        return [warning for warning in warnings if warning is not None]
 
     def _record(
         self, data: TaskData, split: str, rows: RowDataset, tokenized: Tokenized, skipped: int
@@ -264,11 +254,11 @@ class _TaskLoader:
         """Tokenize a split without a prompt and after each hard prompt; keep common rows."""
         likelihood = self.task.scored_by_likelihood
         width = len(self.task.choices or []) if likelihood else 1
-        tables = [self._tokenize(rows, "", self.room, choices=likelihood)]
+        tables = [self._tokenize(rows, self.room, per_choice=likelihood)]
         check_vocabulary(tables[0].examples, self.vocab_size)
         for text in self.task.hand_written:
             room = self._room_with_prompt(text)
-            tables.append(self._tokenize(rows, text, room, choices=likelihood))
+            tables.append(self._tokenize(rows, room, prefix=text, per_choice=likelihood))
         rows_of = [tokenized.examples.rows_R[::width] for tokenized in tables]
         common = reduce(lambda a, b: np.intersect1d(a, b, assume_unique=True), rows_of)
         if not len(common):
@@ -303,12 +293,15 @@ class _TaskLoader:
             for short, long in sorted(pairs)
         ]
 
-    def _tokenize(self, rows: RowDataset, prefix: str, room: int, *, choices: bool) -> Tokenized:
-        task, tokenizer, progress = self.task, self.tokenizer, self.progress
-        if choices:
-            return tokenize_choices(rows, task, tokenizer, room, prefix=prefix, progress=progress)
+    def _tokenize(self, rows: RowDataset, room: int, **options: Any) -> Tokenized:
         return tokenize(
-            rows, task, tokenizer, room, prefix=prefix, date=self.date, progress=progress
+            rows,
+            self.task,
+            self.tokenizer,
+            room,
+            date=self.date,
+            progress=self.progress,
+            **options,
         )
 
     def _room_with_prompt(self, prefix: str) -> int:

@@ -7,11 +7,11 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import Prompt, RunConfig
 from trainer.data.token_table import Example
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
@@ -75,16 +75,11 @@ def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
     return teachers
 
 
-def merge_warning(name: str, text: str, tokenizer: Any, row: str) -> str | None:
-    """Warn of a teacher whose text merges with the input of a row; None if it does not.
-
-    Args:
-        name: of the prompt.
-        row: the input of one row.
-    """
-    if not TextTokenizer(tokenizer).merges(text, row):
-        return None
-    return (
-        f"prompts.{name}.teacher: the tokenizer merges its end with the beginning of the rows; "
-        "they are tokenized separately: end it with a word or a line break, without a space"
-    )
+def merge_warnings(prompts: Sequence[Prompt], tokenizer: Any, row: str) -> list[str]:
+    """Warn of teachers whose text merges with the input of a row."""
+    return [
+        f"prompts.{prompt.name}.teacher: the tokenizer merges its end with the beginning of the "
+        "rows; they are tokenized separately: end it with a word or a line break, without a space"
+        for prompt in prompts
+        if prompt.teacher is not None and TextTokenizer(tokenizer).merges(prompt.teacher, row)
+    ]

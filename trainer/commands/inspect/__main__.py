@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import config as run_file
 from trainer.config import Base, RunConfig
-from trainer.data.tokenization.chat_date import read_chat_date
+from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput

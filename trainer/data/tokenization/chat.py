@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config import Task
 from trainer.data.column_parsers import is_learned
-from trainer.data.token_table import Example, TokenBlock
+from trainer.data.token_table import Example
 from trainer.data.tokenization.chat_template import (
     ChatTemplate,
     Messages,
@@ -21,7 +21,7 @@ from trainer.data.tokenization.chat_template import (
     TokenSpan,
     Tools,
 )
-from trainer.data.tokenization.report import CONTEXT_LIMIT, TokenizationReport, too_long
+from trainer.data.tokenization.row_tokenizer import RowTokenizer, TokenizationReport
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
@@ -190,15 +190,13 @@ def _limit_problem(error: TemplateLimitExceeded) -> str:
     return f"the chat template of base.model {error}; repair the template"
 
 
-class DialogueRowTokenizer:
-    """Dialogues within ``max_length`` tokens, by the policy of the task.
+class DialogueRowTokenizer(RowTokenizer):
+    """Rows with a dialogue.
 
     Truncation removes the oldest turns, except those of the system. The rest begins with a user's
     turn and keeps the last exchange.
 
     Args:
-        task: ``messages``, ``tools`` and ``too_long``.
-        max_length: most tokens of a row: the context minus the virtual tokens.
         date: the date that the chat template reads; None: today.
 
     Raises:
@@ -208,56 +206,45 @@ class DialogueRowTokenizer:
     def __init__(
         self, task: Task, tokenizer: Any, max_length: int, date: datetime.date | None = None
     ) -> None:
-        self.task, self.max_length, self.date = task, max_length, date
+        super().__init__(task, max_length)
+        self.date = date
         self.encode = _encoder(tokenizer, task, date)
-        self.limit = CONTEXT_LIMIT
 
-    def __call__(
-        self, first: int, rows: Sequence[Mapping[str, Any]]
-    ) -> tuple[TokenBlock, TokenizationReport]:
-        report, examples = TokenizationReport(len(rows)), list[Example]()
-        for row, values in enumerate(rows, start=first):
-            tools = None if self.task.tools is None else values.get(self.task.tools)
-            try:
-                fitted = self._fit(values[str(self.task.messages)], tools, report)
-            except ValueError as error:
-                report.add_problem(row, f"{self.task.messages}: {error}")
-                continue
-            except TemplateLimitExceeded as error:  # every row would exceed them
-                raise BadInput(
-                    f"tasks.{self.task.name}.messages: row {row + 1}: {_limit_problem(error)}"
-                ) from None
-            if fitted is not None:
-                examples.append(Example(tuple(fitted.ids), tuple(fitted.spans), row))
-                if fitted.merged:
-                    report.add_merged(row)
-        return TokenBlock.of(examples), report
+    def examples(
+        self, row: int, values: Mapping[str, Any], report: TokenizationReport
+    ) -> list[Example]:
+        messages = values[str(self.task.messages)]
+        tools = None if self.task.tools is None else values.get(self.task.tools)
+        try:
+            dialogue = self.encode(messages, tools)
+            if len(dialogue.ids) > self.max_length:
+                if not self.may_truncate(row, len(dialogue.ids), report):
+                    return []
+                dialogue = self._truncate(messages, tools, dialogue)
+                report.truncated += 1
+            if not dialogue.spans:
+                raise ValueError("the chat template shows no turn of the assistant")
+        except ValueError as error:
+            report.add_problem(row, f"{self.task.messages}: {error}")
+            return []
+        except TemplateLimitExceeded as error:  # every row would exceed them
+            raise BadInput(
+                f"tasks.{self.task.name}.messages: row {row + 1}: {_limit_problem(error)}"
+            ) from None
+        if dialogue.merged:
+            report.add_merged(row)
+        return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row)]
 
-    def _fit(self, messages: Messages, tools: Tools, report: TokenizationReport) -> Dialogue | None:
-        """Encode a dialogue and truncate it; None if the row is skipped. Raises ValueError."""
-        dialogue = self.encode(messages, tools)
-        if len(dialogue.ids) <= self.max_length:
-            return _with_labels(dialogue)
-        setting = f"tasks.{self.task.name}.too_long"
-        if self.task.too_long == "skip":
-            report.skipped += 1
-            return None
-        if self.task.too_long == "refuse":
-            raise ValueError(too_long(len(dialogue.ids), self))
+    def _truncate(self, messages: Messages, tools: Tools, dialogue: Dialogue) -> Dialogue:
+        """Remove the fewest turns so that the dialogue fits; raises ValueError."""
         system = next(i for i, turn in enumerate(messages) if turn["role"] != "system")
         for start in range(system + 1, len(messages)):
             if messages[start]["role"] == "user" and any(map(is_learned, messages[start:])):
                 dialogue = self.encode([*messages[:system], *messages[start:]], tools)
                 if len(dialogue.ids) <= self.max_length:
-                    report.truncated += 1
-                    return _with_labels(dialogue)
+                    return dialogue
         raise ValueError(
             f"its last exchange that is learned has {len(dialogue.ids)} tokens; {self.max_length} "
-            f"fit {self.limit}, and a turn is never cut: shorten it, or set {setting} to skip"
+            f"fit {self.limit}, and a turn is never cut: shorten it, or set "
+            f"tasks.{self.task.name}.too_long to skip"
         )
-
-
-def _with_labels(dialogue: Dialogue) -> Dialogue:
-    if not dialogue.spans:
-        raise ValueError("the chat template shows no turn of the assistant")
-    return dialogue

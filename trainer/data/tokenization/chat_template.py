@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trainer.data.column_parsers import content_of
 from trainer.data.token_table import runs
 from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
+from trainer.runtime import atomic_io
+from trainer.runtime.errors import BadInput
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -27,6 +30,9 @@ MAX_CHARACTERS, MAX_RATIO = 1_000_000, 20
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: Directives of strftime, and their optional flags.
 _DIRECTIVES, _FLAGS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf", ("", "-", "_", "0", "^", "#")
+
+#: File in the output folder of a run with the date of its first start, which its templates read.
+CHAT_DATE = "chat-date.txt"
 
 _DATE = "strftime_now"
 #: Macro that replaces the function of this name that transformers passes to templates.
@@ -174,3 +180,26 @@ def _with_date(source: str, date: datetime.date) -> str:
     names = [f"%{flag}{directive}" for directive in _DIRECTIVES for flag in _FLAGS]
     values = [(name, time.strftime(name)) for name in names]
     return _STRFTIME_NOW.replace("VALUES", repr(values)) + source
+
+
+def read_chat_date(output: Path) -> datetime.date | None:
+    """Read the stored date of a run; None if there is none.
+
+    Raises:
+        BadInput: the file is damaged.
+    """
+    path = output / CHAT_DATE
+    try:
+        return datetime.date.fromisoformat(path.read_text().strip())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{path}: cannot be read ({error}); write the date of the run's first start, as "
+            "2026-01-31"
+        ) from None
+
+
+def keep_chat_date(output: Path, date: datetime.date) -> None:
+    """Store the date for later starts and for generation."""
+    atomic_io.write(output / CHAT_DATE, f"{date.isoformat()}\n")

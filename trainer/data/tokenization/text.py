@@ -7,14 +7,14 @@ from typing import Any
 
 from trainer.config import Task
 from trainer.data.row_validation import render
-from trainer.data.token_table import Example, TokenBlock
-from trainer.data.tokenization.report import CONTEXT_LIMIT, TokenizationReport, too_long
+from trainer.data.token_table import Example
+from trainer.data.tokenization.row_tokenizer import RowTokenizer, TokenizationReport
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
 
-class TextRowTokenizer:
-    """Joins inputs and targets within ``max_length`` tokens, by the policy of the task.
+class TextRowTokenizer(RowTokenizer):
+    """Rows of input and target, joined; truncation cuts the input on the left.
 
     Args:
         prefix: a hard prompt before every input.
@@ -29,11 +29,10 @@ class TextRowTokenizer:
         prefix: str,
         choices: Sequence[str] | None = None,
     ) -> None:
-        self.task, self.max_length = task, max_length
+        super().__init__(task, max_length)
         self.prefix, self.choices = prefix, choices
         self.encoder = TextTokenizer(tokenizer)
         self.eos = self._eos(tokenizer)
-        self.limit = CONTEXT_LIMIT
         # Tokens before a row's own text, which are never cut: BOS and the hard prompt, whose last
         # space often belongs to the following token.
         self.fronts = [self.encoder.front]
@@ -60,26 +59,15 @@ class TextRowTokenizer:
         Raises:
             BadInput: naming the choices.
         """
-        (_, targets, _), *_ = self._encode([row])
+        (_, targets, _), *_ = self.prepare([row])
         problem = _problem_of_choices(self.task, targets)
         if problem:
             raise BadInput(f"tasks.{self.task.name}.choices: {problem}; use other words")
 
-    def __call__(
-        self, first: int, rows: Sequence[Mapping[str, Any]]
-    ) -> tuple[TokenBlock, TokenizationReport]:
-        report, examples = TokenizationReport(len(rows)), list[Example]()
-        for row, (input_ids, targets, merged) in enumerate(self._encode(rows), start=first):
-            fitted = self._fit(row, input_ids, targets, report)
-            examples += fitted
-            if merged and fitted:
-                report.add_merged(row)
-        return TokenBlock.of(examples), report
-
-    def _encode(
+    def prepare(
         self, rows: Sequence[Mapping[str, Any]]
     ) -> list[tuple[list[int], list[list[int]], bool]]:
-        """Per row: ids of its input, ids of its targets, and whether the two merge."""
+        """Encode rows. Per row: ids of its input, ids of its targets, and whether the two merge."""
         texts = [self.prefix + render(self.task.input, row) for row in rows]
         inputs = self.encoder.inputs(texts)
         if not self.task.target:
@@ -99,12 +87,29 @@ class TextRowTokenizer:
             (own, ids[part], any(merged[part])) for own, part in zip(inputs, parts, strict=True)
         ]
 
+    def examples(
+        self,
+        row: int,
+        values: tuple[list[int], list[list[int]], bool],
+        report: TokenizationReport,
+    ) -> list[Example]:
+        """Make one example per target, all with the same input."""
+        input_ids, targets, merged = values
+        ids = self._fit(row, input_ids, targets, report)
+        if ids is None:
+            return []
+        if merged:
+            report.add_merged(row)
+        # Without a target every token of the text is a label but the first.
+        start = len(ids) if self.task.target else len(self._front(input_ids)) + 1
+        return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
+
     def _fit(
         self, row: int, input_ids: list[int], targets: list[list[int]], report: TokenizationReport
-    ) -> list[Example]:
-        """Make one example per target, all with the same input; none if the row is left out."""
+    ) -> list[int] | None:
+        """Return the ids of the input, truncated if needed; None if the row is left out."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
-        front = next((f for f in self.fronts if input_ids[: len(f)] == f), self.fronts[0])
+        front = self._front(input_ids)
         same = _problem_of_choices(self.task, targets) if self.choices is not None else None
         if self.task.target and not all(targets):
             report.add_problem(row, "its target gives no tokens; the tokenizer drops this text")
@@ -115,11 +120,9 @@ class TextRowTokenizer:
         elif not self.task.target and len(input_ids) + len(self.eos) < len(front) + 2:
             report.add_problem(row, "has one token and no EOS: nothing to predict; remove the row")
         elif len(input_ids) <= room:
-            return self._examples(row, input_ids, targets, len(front))
-        elif self.task.too_long == "skip":
-            report.skipped += 1
-        elif self.task.too_long == "refuse":
-            report.add_problem(row, too_long(len(input_ids) + self.max_length - room, self))
+            return input_ids
+        elif not self.may_truncate(row, len(input_ids) + self.max_length - room, report):
+            pass
         elif room <= len(front):
             report.add_problem(
                 row,
@@ -129,16 +132,12 @@ class TextRowTokenizer:
             )
         else:
             report.truncated += 1
-            own = room - len(front)
-            return self._examples(row, front + input_ids[-own:], targets, len(front))
-        return []
+            return front + input_ids[len(front) - room :]
+        return None
 
-    def _examples(
-        self, row: int, ids: list[int], targets: list[list[int]], num_front: int
-    ) -> list[Example]:
-        # Without a target every token of the text is a label but the first.
-        start = len(ids) if self.task.target else num_front + 1
-        return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
+    def _front(self, ids: list[int]) -> list[int]:
+        """Tokens of a row that are never cut."""
+        return next((front for front in self.fronts if ids[: len(front)] == front), self.fronts[0])
 
 
 def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:

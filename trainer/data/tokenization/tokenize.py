@@ -23,7 +23,7 @@ from trainer.data.token_cache import cached, tokenizer_digest
 from trainer.data.token_table import TokenBlock, TokenTable, in_memory
 from trainer.data.tokenization.chat import DialogueRowTokenizer, encode_opening
 from trainer.data.tokenization.chat_template import reads_date
-from trainer.data.tokenization.report import COUNTS, RowTokenizer, TokenizationReport
+from trainer.data.tokenization.row_tokenizer import COUNTS, RowTokenizer, TokenizationReport
 from trainer.data.tokenization.text import TextRowTokenizer
 from trainer.data.tokenization.token_ids import TokenIdRowReader
 from trainer.data.tokenization.tokenizer import TextTokenizer
@@ -66,10 +66,15 @@ def tokenize(
     max_length: int,
     *,
     prefix: str = "",
+    per_choice: bool = False,
     date: datetime.date | None = None,
     progress: RowProgress = no_progress,
 ) -> Tokenized:
-    """Tokenize every row with its own target.
+    """Tokenize every row.
+
+    With ``per_choice`` a row has one example per choice, in the order of ``task.choices``. All
+    follow the same input, cut so that the longest choice fits; a row whose longest choice does not
+    fit is skipped with all its choices.
 
     Args:
         rows: checked rows.
@@ -77,11 +82,13 @@ def tokenize(
         tokenizer: a transformers tokenizer, fast or slow.
         max_length: most tokens of a row: the context minus the virtual tokens.
         prefix: a hard prompt before the input text; it is never cut.
+        per_choice: use every choice of the task as a target in place of the row's own.
         date: the date that a chat template reads; None: today.
 
     Raises:
         BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
-            that give no tokens, a tokenizer without EOS, or no row left.
+            that give no tokens, choices with the same tokens, a tokenizer without EOS, or no row
+            left.
     """
     row_tokenizer: RowTokenizer
     if task.messages is not None:
@@ -89,30 +96,12 @@ def tokenize(
     elif task.tokens is not None:
         row_tokenizer = TokenIdRowReader(task, max_length)
     else:
-        row_tokenizer = TextRowTokenizer(task, tokenizer, max_length, prefix)
-    return _tokenize_all(rows, tokenizer, row_tokenizer, progress)
-
-
-def tokenize_choices(
-    rows: RowDataset,
-    task: Task,
-    tokenizer: Any,
-    max_length: int,
-    *,
-    prefix: str = "",
-    progress: RowProgress = no_progress,
-) -> Tokenized:
-    """Tokenize every row once per choice, in the order of ``task.choices``.
-
-    All choices of a row follow the same input, cut so that the longest fits; a row whose longest
-    choice does not fit is skipped with all its choices.
-
-    Raises:
-        BadInput: as ``tokenize``; or two choices give the same tokens.
-    """
-    assert task.choices is not None, "a task without choices is not scored by likelihood"
-    row_tokenizer = TextRowTokenizer(task, tokenizer, max_length, prefix, label_texts(task))
-    row_tokenizer.check_choices(rows[0])
+        choices = label_texts(task) if per_choice else None
+        row_tokenizer = text_tokenizer = TextRowTokenizer(
+            task, tokenizer, max_length, prefix, choices
+        )
+        if per_choice:
+            text_tokenizer.check_choices(rows[0])
     return _tokenize_all(rows, tokenizer, row_tokenizer, progress)
 
 
@@ -150,8 +139,7 @@ def _tokenize_all(
 ) -> Tokenized:
     """Tokenize all rows: a few in this process, many by workers or from the cache."""
     report = TokenizationReport()
-    choices = getattr(row_tokenizer, "choices", None)
-    width = len(choices or [""])
+    width = len(row_tokenizer.choices or [""])
     many = len(rows) >= MANY_ROWS or len(rows) * width >= MANY_TEXTS
     batch_rows = min(_BATCH_ROWS, max(1, _BATCH_TEXTS // width))
 
@@ -176,8 +164,8 @@ def _tokenize_all(
             "rows": [rows.digest, len(rows)],
             "tokenizer": tokenizer_digest(tokenizer),
             "task": row_tokenizer.task.model_dump(mode="json", exclude=_NO_EFFECT_ON_TOKENS),
-            "choices": choices,
-            "prefix": getattr(row_tokenizer, "prefix", ""),
+            "choices": row_tokenizer.choices,
+            "prefix": row_tokenizer.prefix,
             "max_length": row_tokenizer.max_length,
             "date": _template_date(tokenizer, row_tokenizer),
         }

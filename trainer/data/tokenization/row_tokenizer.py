@@ -1,17 +1,16 @@
-"""Outcome of tokenizing rows, and the interface of row tokenizers."""
+"""Base class of row tokenizers, and the outcome of tokenizing rows."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from trainer.config import Task
 from trainer.data.row_validation import MAX_PROBLEMS
-from trainer.data.token_table import TokenBlock
+from trainer.data.token_table import Example, TokenBlock
 
-#: ``RowTokenizer.limit`` of rows that follow virtual tokens.
-CONTEXT_LIMIT = "(context minus virtual tokens)"
 #: Numbers of a ``TokenizationReport`` that are kept beside a cached table.
 COUNTS = ("skipped", "truncated", "merged", "first_merged")
 
@@ -61,28 +60,50 @@ class TokenizationReport:
         self.invalid = invalid
 
 
-class RowTokenizer(Protocol):
-    """Makes examples of a batch of rows; it is pickled and sent to worker processes.
+class RowTokenizer(ABC):
+    """Makes examples of rows, at most ``max_length`` tokens each; pickled and sent to workers.
+
+    Args:
+        task: its templates and ``too_long``.
+        max_length: most tokens of a row: the context minus the virtual tokens.
 
     Attributes:
-        max_length: most tokens of a row.
-        limit: reason for that limit, for messages.
+        limit: reason for ``max_length``, for messages.
+        prefix, choices: hard prompt before every input; candidate targets of every row.
     """
 
-    task: Task
-    max_length: int
-    limit: str
+    limit = "(context minus virtual tokens)"
+    prefix = ""
+    choices: Sequence[str] | None = None
+
+    def __init__(self, task: Task, max_length: int) -> None:
+        self.task, self.max_length = task, max_length
 
     def __call__(
         self, first: int, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[TokenBlock, TokenizationReport]:
         """Tokenize consecutive rows, the first of which has the number ``first``."""
-        ...
+        report, examples = TokenizationReport(len(rows)), list[Example]()
+        for row, values in enumerate(self.prepare(rows), start=first):
+            examples += self.examples(row, values, report)
+        return TokenBlock.of(examples), report
 
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+        """Process a batch of rows at once, before ``examples``."""
+        return rows
 
-def too_long(num_tokens: int, tokenizer: RowTokenizer) -> str:
-    """Describe a row that is too long and may be neither skipped nor truncated."""
-    return (
-        f"has {num_tokens} tokens, {tokenizer.max_length} fit {tokenizer.limit}; shorten it, or "
-        f"set tasks.{tokenizer.task.name}.too_long to skip or truncate"
-    )
+    @abstractmethod
+    def examples(self, row: int, values: Any, report: TokenizationReport) -> list[Example]:
+        """Make the examples of one prepared row; empty if it is skipped or has a problem."""
+
+    def may_truncate(self, row: int, num_tokens: int, report: TokenizationReport) -> bool:
+        """Apply the policies ``skip`` and ``refuse`` to a row that is too long."""
+        if self.task.too_long == "skip":
+            report.skipped += 1
+        elif self.task.too_long == "refuse":
+            report.add_problem(
+                row,
+                f"has {num_tokens} tokens, {self.max_length} fit {self.limit}; shorten it, or set "
+                f"tasks.{self.task.name}.too_long to skip or truncate",
+            )
+        return self.task.too_long == "truncate"
