@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.model.attention.bucketed import Scores
+from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.family_overrides import alibi_slopes
 from trainer.model.attention.interface import Layout, attend, make_layout, with_flex, with_past
 from trainer.packing.packed_batch import Segment

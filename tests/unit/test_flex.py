@@ -16,7 +16,7 @@ from tests.family_bases import errors, problem, save_family
 from tests.packed_attention import HEADS, SCORES, SEGMENTS, TOKENS, attended, tensors
 from tests.unit.test_prefix_tuning import WITHOUT, packed, pasts
 from trainer.model.attention import flex
-from trainer.model.attention.bucketed import Scores
+from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import resolve_attention
 from trainer.packing.packed_batch import PackedRow
 from trainer.runtime.errors import BadInput

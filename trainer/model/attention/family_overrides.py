@@ -1,8 +1,8 @@
-"""Packed attention for families that need more than a function plugged in by name.
+"""Packed attention for families that do not use transformers' attention interface.
 
-Some have attention of their own: their modules compute queries, keys and values as ever, and only
-what comes after is ours. Some hand nothing down to their layers but an attention mask, so the
-layout takes its place.
+Some families implement attention in their own modules: the projections stay theirs, and the part
+between them is replaced. Some pass nothing but an attention mask to their layers, so the layout is
+passed in place of the mask.
 
 Shape letters: T tokens of a packed batch, A attention heads, D head size.
 """
@@ -24,7 +24,7 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.nemotron.modeling_nemotron import NemotronAttention
 from transformers.models.stablelm.modeling_stablelm import StableLmAttention
 
-from trainer.model.attention.bucketed import Scores
+from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import Layout, attend
 
 
@@ -48,7 +48,7 @@ class PackedBloomAttention(BloomAttention):
 
 
 class PackedFalconAttention(FalconAttention):
-    """Falcon: rotary positions or ALiBi, by config; heads fused in three different ways."""
+    """Falcon: rotary positions or ALiBi, by config; three layouts of the fused QKV projection."""
 
     def forward(
         self, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Any, **more: Any
@@ -62,7 +62,7 @@ class PackedFalconAttention(FalconAttention):
             query, key = apply_rotary_pos_emb(query, key, *more["position_embeddings"])
             scores = Scores(scaling)
         else:
-            # The model was trained with slopes and their products rounded to bfloat16.
+            # Falcon was trained with slopes and their products rounded to bfloat16.
             slopes = alibi_slopes(self.num_heads)
             scores = Scores(
                 scaling, slopes=slopes, slope_dtype=torch.bfloat16, slope_scaling=scaling
@@ -72,7 +72,7 @@ class PackedFalconAttention(FalconAttention):
 
 
 class _PackedScores(nn.Module):
-    """In front of an attention whose method ``_attn`` does what is between projections."""
+    """Mixin for attention with a method ``_attn`` between its projections."""
 
     head_dim: int
     layer_idx: int
@@ -81,20 +81,20 @@ class _PackedScores(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
     ) -> tuple[Tensor, Any]:
         if not isinstance(attention_mask, Layout):
-            theirs: Any = super()
-            found: tuple[Tensor, Any] = theirs._attn(query, key, value, attention_mask)
-            return found
+            original: Any = super()
+            output: tuple[Tensor, Any] = original._attn(query, key, value, attention_mask)
+            return output
         scores = Scores(1 / math.sqrt(self.head_dim))
         output_1TAD = _attend_fp32(query, key, value, attention_mask, scores, self.layer_idx)
         return output_1TAD.transpose(1, 2), None
 
 
 class PackedGPTJAttention(_PackedScores, GPTJAttention):
-    """GPT-J: all but the scores is its own."""
+    """GPT-J: rotation and projections are its own."""
 
 
 class PackedCodeGenAttention(_PackedScores, CodeGenAttention):
-    """CodeGen: likewise."""
+    """CodeGen: rotation and projections are its own."""
 
 
 class PackedGPTNeoAttention(GPTNeoAttention):
@@ -123,12 +123,12 @@ class PackedGPTNeoAttention(GPTNeoAttention):
 def _attend_fp32(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores, layer: int
 ) -> Tensor:
-    """Scores in fp32, where the family has them so: in half precision they overflow."""
+    """Attention with scores in fp32, as the family computes them: half precision overflows."""
     output_1TAD = attend(query.float(), key.float(), value.float(), layout, scores, layer)
     return output_1TAD.to(value.dtype)
 
 
-#: Attention whose layers get the layout in place of the mask -> what takes its place.
+#: Attention class that gets the layout in place of the mask -> its replacement.
 PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     BloomAttention: PackedBloomAttention,
     CodeGenAttention: PackedCodeGenAttention,
@@ -141,7 +141,7 @@ PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def replace_attention(model: PreTrainedModel) -> None:
-    """Make the attention of these families take a layout; others are left as they are."""
+    """Make the attention of these families accept a layout; others are not changed."""
     blocks = []
     for parent in model.modules():
         for child in parent.children():
@@ -158,7 +158,7 @@ def replace_attention(model: PreTrainedModel) -> None:
         return args, kwargs
 
     def hand_down(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        # A hook stands outside of checkpointing, so a layer is recomputed with its own layout.
+        # Hooks run outside of activation checkpointing: a recomputed layer gets its own layout.
         return args, kwargs if current[0] is None else kwargs | {"attention_mask": current[0]}
 
     model.base_model.register_forward_pre_hook(take, with_kwargs=True)
@@ -168,7 +168,7 @@ def replace_attention(model: PreTrainedModel) -> None:
 
 @functools.cache
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """One per head (arXiv 2108.12409, section 3; its authors' code where A is no power of two)."""
+    """One per head (arXiv 2108.12409, section 3; its authors' code if A is not a power of two)."""
     closest = 2 ** math.floor(math.log2(num_heads))
     more = range(1, 1 + 2 * (num_heads - closest), 2)
     return (*_powers(closest, range(1, 1 + closest)), *_powers(2 * closest, more))

@@ -1,11 +1,11 @@
 """Attention over a packed batch in one FlexAttention kernel, for GPUs.
 
-The packed batch is neither copied into buckets nor padded: a block mask, made once per packed
-batch, says which blocks of keys a block of queries sees at all, and a function says the rest within
-a block (arXiv 2412.05496). Sinks are left to the buckets of ``trainer.model.attention.bucketed``.
+The packed batch is neither copied into buckets nor padded. A block mask, computed once per packed
+batch, lists the blocks of keys that each block of queries attends to, and a function masks single
+keys within a block (arXiv 2412.05496). Layers with sinks use ``trainer.model.attention.bucketed``.
 
-Shape letters: T tokens of a packed batch, K keys (T and those of prefixes behind them), A attention
-heads, D head size.
+Shape letters: T tokens of a packed batch, K keys (T tokens, then those of prefix tuning), A
+attention heads, D head size.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from trainer.model.attention.bucketed import Scores
+from trainer.model.attention.bucket_layout import Scores
 from trainer.packing.packed_batch import Segment, changed
 
-#: In ``prefixes`` where there is no prefix to see.
+#: In ``prefixes``: no prefix.
 NONE = -1
 
 
 @dataclass(frozen=True)
 class FlexLayout:
-    """Who sees whom, per token; a segment's number is where it starts.
+    """Which keys each token attends to; a segment is identified by the index of its first token.
 
     Attributes:
-        segment_K: the segment of each key; of queries, which come first, too.
-        prefixes: [T] each: segments that each query sees the whole of, or NONE; at least one.
-        position_K: counted from the start of the segment's first prefix.
+        segment_K: segment of each key; the first T are also those of the queries.
+        prefixes: [T] each, at least one: a segment that each query attends to in full, or NONE.
+        position_K: positions, counted from the start of the segment's first prefix.
     """
 
     segment_K: Tensor
@@ -51,17 +51,17 @@ class FlexLayout:
         segment_K, prefixes, position_K = self.segment_K, self.prefixes, self.position_K
 
         def mask_mod(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen = (segment_K[key] == segment_K[query]) & (key <= query)
+            attends = (segment_K[key] == segment_K[query]) & (key <= query)
             for prefix_T in prefixes:
-                seen = seen | (segment_K[key] == prefix_T[query])
+                attends = attends | (segment_K[key] == prefix_T[query])
             if window is not None:
-                seen = seen & (position_K[query] - position_K[key] < window)
-            return seen
+                attends = attends & (position_K[query] - position_K[key] < window)
+            return attends
 
         return mask_mod
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Made by the first layer of a kind, used by all."""
+        """Block mask of all layers with this window, computed on first use."""
         if window not in self._masks:
             num_queries, num_keys = self.num_queries, len(self.segment_K)
             device = self.segment_K.device
@@ -72,7 +72,7 @@ class FlexLayout:
         return self._masks[window]
 
     def score_mod(self, scores: Scores, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-        """What becomes of a scaled product: capped, or raised by its key's position."""
+        """FlexAttention's ``score_mod``: softcap, or the gain of ALiBi by position of the key."""
         softcap = scores.softcap
         if softcap is not None:
             return lambda score, *_: torch.tanh(score / softcap) * softcap
@@ -90,9 +90,10 @@ class FlexLayout:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Attention of one layer.
 
-        A kernel multiplies what a query does not see by zero, and zero times NaN is NaN: a prompt
-        that has diverged would spread to every other in its blocks. So it works on finite numbers,
-        and rows that read others get their NaN afterwards, which stops gradients there.
+        The kernel multiplies masked values by zero, and zero times NaN is NaN: a diverged prompt
+        would spread to all others in its blocks. Therefore the kernel gets finite numbers only, and
+        the tokens that attend to non-finite ones are set to NaN afterwards, which also stops their
+        gradients.
 
         Args:
             query: [1, A, T, D].
@@ -101,7 +102,7 @@ class FlexLayout:
         Returns:
             [1, T, A, D].
         """
-        lost_T = self._lost(query, key, value)
+        is_bad_T = self._attends_to_non_finite(query, key, value)
         query, key, value = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (query, key, value))
         output_1ATD = _compiled(flex_attention, query.device.type)(
             query,
@@ -112,12 +113,12 @@ class FlexLayout:
             scale=scores.scaling,
             enable_gqa=query.shape[1] > key.shape[1],
         )
-        return torch.where(lost_T[:, None, None], torch.nan, output_1ATD.transpose(1, 2))
+        return torch.where(is_bad_T[:, None, None], torch.nan, output_1ATD.transpose(1, 2))
 
-    def _lost(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """True where a segment, or its prefix, holds a number that is not finite: [T]."""
+    def _attends_to_non_finite(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """True if the token's segment or its prefix contains a non-finite number: [T]."""
         num_queries = self.num_queries
-        # One by one: values may have another head size than keys.
+        # Separately: the head size of values may differ from that of keys.
         bad_T, bad_key_K, bad_value_K = (
             ~x.isfinite().all(3).all(1)[0] for x in (query, key, value)
         )
@@ -125,14 +126,14 @@ class FlexLayout:
         bad_K = torch.cat([bad_K[:num_queries] | bad_T, bad_K[num_queries:]])
         segment_is_bad = bad_K.new_zeros(len(bad_K) + 1, dtype=torch.int32)  # the last: NONE
         segment_is_bad.index_add_(0, self.segment_K, bad_K.int())
-        found_T = segment_is_bad[self.segment_K[:num_queries]]
+        num_bad_T = segment_is_bad[self.segment_K[:num_queries]]
         for prefix_T in self.prefixes:
-            found_T = found_T + segment_is_bad[prefix_T]
-        return found_T > 0
+            num_bad_T = num_bad_T + segment_is_bad[prefix_T]
+        return num_bad_T > 0
 
 
 def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexLayout:
-    """Per-token form of segments."""
+    """Compute the segment, prefixes and position of every token."""
     num_tokens = sum(segment.length for segment in segments)
     prefixes = {(prefix.start, prefix.length) for s in segments for prefix in s.prefixes}
     past = [(start, length) for start, length in prefixes if start >= num_tokens]
@@ -157,5 +158,5 @@ def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexL
 
 @functools.cache
 def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """Compiled for GPUs, where it is a kernel; elsewhere as it is, for tests of the numbers."""
+    """The function, compiled to a kernel on CUDA; uncompiled elsewhere, for tests."""
     return torch.compile(function) if device_type == "cuda" else function

@@ -1,15 +1,15 @@
-"""Attention over a packed batch, plugged into transformers by name.
+"""Attention over a packed batch, registered with transformers by name.
 
 Each segment of the packed batch attends causally to itself and to all tokens of its prefix
-segments, within the layer's window if it has one. The tokens stay packed in every linear layer;
-only here are segments laid side by side in buckets (``trainer.model.attention.bucketed``) or handed
-to one kernel (``trainer.model.attention.flex``).
+segments, within the layer's window if it has one. Tokens remain packed in every linear layer; only
+attention lays segments side by side in buckets (``trainer.model.attention.bucketed``) or passes
+them to one kernel (``trainer.model.attention.flex``).
 
-A prefix may also be keys and values that come with the layout instead of from tokens (prefix
-tuning, arXiv 2101.00190). They are used as they are, behind any rotation, as those in a cache are;
-here they stand behind the packed batch's own.
+A prefix may also consist of given keys and values per layer instead of tokens (prefix tuning,
+arXiv 2101.00190). Like those in a cache, they are already rotated. They follow the keys and values
+of the packed batch's tokens.
 
-Shape letters: T tokens of a packed batch, U tokens and keys that come with the layout, P longest
+Shape letters: T tokens of a packed batch, U keys (T tokens and those of prefix tuning), P longest
 prefix, A attention heads, D head size, L layers.
 """
 
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from trainer.model.attention.bucketed import Buckets, Scores, make_buckets
+from trainer.model.attention.bucket_layout import Buckets, Scores, make_buckets
+from trainer.model.attention.bucketed import attend_in_buckets
 from trainer.model.attention.flex import FlexLayout, make_flex_layout
 from trainer.packing.packed_batch import Segment
 from trainer.runtime.errors import BadInput
@@ -33,12 +34,11 @@ PACKED = "promptshard_packed"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the segments of one packed batch attend; made once, used by every layer.
+    """How the segments of one packed batch attend; computed once, used by every layer.
 
     Attributes:
-        past: per layer, keys and values [P, 2, A, D] that stand behind those of the tokens; empty
-            if there are none.
-        flex: the same for one kernel instead of buckets; None where these are wanted.
+        past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
+        flex: layout for FlexAttention; None: use the buckets.
     """
 
     buckets: Buckets
@@ -51,18 +51,17 @@ def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
 
 
 def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
-    """The layout with keys and values behind those of the tokens.
+    """Add keys and values of prompts to a layout.
 
     Args:
-        past: [P, L, 2, A, D] of prompts, in the order of their segments.
+        past: [P, L, 2, A, D] of every prompt, in the order of their segments.
     """
-    # One slice per layer, made here once: a slice taken in every layer would send back a gradient
-    # of the whole from each of them.
+    # Unbound once: slicing in every layer would return a gradient of the full tensor from each.
     return replace(layout, past=torch.cat(list(past)).unbind(1)) if past else layout
 
 
 def with_flex(layout: Layout, segments: Sequence[Segment]) -> Layout:
-    """The layout for one kernel, except where a layer has sinks."""
+    """Add the layout for FlexAttention, which layers without sinks then use."""
     return replace(layout, flex=make_flex_layout(segments, layout.buckets.restore_T.device))
 
 
@@ -73,7 +72,7 @@ def attend(
 
     Args:
         query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
-        layer: its number, from 0.
+        layer: index of the layer.
 
     Returns:
         [1, T, A, D].
@@ -85,7 +84,7 @@ def attend(
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return layout.buckets.attend(query_TAD, key_UAD, value_UAD, scores)[None]
+    return attend_in_buckets(query_TAD, key_UAD, value_UAD, layout.buckets, scores)[None]
 
 
 def packed_attention(
@@ -106,10 +105,10 @@ def packed_attention(
 
     Args:
         query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
-        layout: handed down through the model's keyword arguments, or in place of the mask.
+        layout: passed through the model's keyword arguments, or in place of the mask.
 
     Returns:
-        [1, T, A, D], and no attention weights.
+        [1, T, A, D], and None for the attention weights.
     """
     layout = layout or attention_mask  # type: ignore[assignment]
     assert isinstance(layout, Layout)
@@ -119,10 +118,10 @@ def packed_attention(
 
 
 def resolve_attention(setting: str, device: torch.device, packed: bool) -> bool:
-    """Whether ``engine.attention`` asks for FlexAttention.
+    """Whether to use FlexAttention, by ``engine.attention``.
 
     Raises:
-        BadInput: where it cannot run backward, or no rows are packed.
+        BadInput: if FlexAttention has no backward on this device, or rows are not packed.
     """
     if setting == "flex" and not packed:
         raise BadInput(
@@ -136,6 +135,6 @@ def resolve_attention(setting: str, device: torch.device, packed: bool) -> bool:
     return setting == "flex"
 
 
-# Of an attention that is in no list of masks transformers takes none to be needed: the layout says
-# who sees whom.
+# transformers builds no mask for an attention without a registered mask function; the layout
+# replaces the mask.
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,4 +1,4 @@
-"""Keys and values of a prompt in the cache of a decoder.
+"""Keys and values of a prompt in the key-value cache of a decoder.
 
 Shape letters: B rows, P virtual tokens, L layers, A heads of keys, D head size.
 """
@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 
 class PastCache(DynamicCache):
-    """A cache in which given keys and values may stand where a prompt's own would.
+    """A key-value cache that can hold given keys and values for the positions of a prompt.
 
-    Rows are padded on the left, so a prompt that simply came first in the cache would have padding
-    between itself and the text, which shifts every window. Instead, P positions right in front of
-    each row's text are read as if they held virtual tokens, and what each layer finds there is
-    replaced before anything looks at it.
+    Rows are padded on the left. If the prompt came first in the cache, padding would separate it
+    from the text and shift every attention window. Instead, the P positions directly before each
+    row's text are processed like virtual tokens, and their keys and values are replaced in every
+    layer before attention reads them.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class PastCache(DynamicCache):
         self._places_BP: Tensor | None = None
 
     def place(self, past_PL2AD: Tensor, pads_B: Tensor) -> None:
-        """Have the next forward, of whole rows, find these keys and values behind each row's pads.
+        """Insert keys and values after each row's padding, in the next forward of full rows.
 
         Args:
-            past_PL2AD: as a layer hands them to its cache: behind any rotation.
-            pads_B: number of pads of each row.
+            past_PL2AD: keys and values as a layer passes them to its cache: after rotation.
+            pads_B: padding tokens of each row.
         """
-        assert self.get_seq_length() == 0, "a prompt stands in front of the first tokens"
+        assert self.get_seq_length() == 0, "a prompt precedes the first tokens"
         places_P = torch.arange(len(past_PL2AD), device=pads_B.device)
         self._past, self._places_BP = past_PL2AD, pads_B[:, None] + places_P
 
@@ -42,19 +42,19 @@ class PastCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         if self._past is not None and self.get_seq_length(layer_idx) == 0:
             past_P2AD = self._past[:, layer_idx].to(key_states.dtype)
-            key_states = self._put(key_states, past_P2AD[:, 0])
-            value_states = self._put(value_states, past_P2AD[:, 1])
+            key_states = self._replaced(key_states, past_P2AD[:, 0])
+            value_states = self._replaced(value_states, past_P2AD[:, 1])
         updated: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
         return updated
 
     def read(self) -> Tensor:
-        """What the only row has left in the cache, [T, L, 2, A, D]."""
+        """Keys and values of the only row, [T, L, 2, A, D]."""
         layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in self.layers]
         return torch.stack(layers).permute(3, 0, 1, 2, 4)
 
-    def _put(self, states_BATD: Tensor, past_PAD: Tensor) -> Tensor:
+    def _replaced(self, states_BATD: Tensor, past_PAD: Tensor) -> Tensor:
         rows_B1 = torch.arange(len(states_BATD), device=states_BATD.device)[:, None]
         states_BTAD = states_BATD.transpose(1, 2).clone()
         states_BTAD[rows_B1, self._places_BP] = past_PAD

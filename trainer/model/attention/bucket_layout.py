@@ -1,0 +1,215 @@
+"""Layout of the segments of a packed batch in buckets of similar length.
+
+Shape letters: T tokens of a packed batch, S segments of a bucket, Q longest segment, P longest
+prefix, K = P + Q keys, A attention heads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.packing.packed_batch import Segment, changed
+
+#: Shortest segment of a bucket relative to its longest: less padding against fewer kernel calls.
+BUCKET_RATIO = 0.7
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer turns queries and keys into attention scores.
+
+    Attributes:
+        scaling: factor of the products.
+        window: number of positions a token attends to, including its own; None: all.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: uncapped.
+        sinks_A: one score per head without a key, which takes part in the softmax (gpt-oss).
+        slopes: per head, what a score gains per position of the key (ALiBi, arXiv 2108.12409).
+        slope_dtype: the gain is rounded to this type,
+        slope_scaling: and then multiplied by this factor.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks_A: Tensor | None = None
+    slopes: tuple[float, ...] | None = None
+    slope_dtype: torch.dtype = torch.float32
+    slope_scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments of similar length, side by side; padding repeats the last element of each.
+
+    Attributes:
+        query_SQ: index of each query in the packed batch.
+        padding_SQ: True for padding.
+        key_SK: index of each key, prefixes first.
+        query_position_SQ: positions of the queries, counted from the start of their prefix.
+        key_position_SK: positions of the keys.
+        mask: True where a query attends to a key, without window: [S, 1, Q, K].
+    """
+
+    query_SQ: Tensor
+    padding_SQ: Tensor
+    key_SK: Tensor
+    query_position_SQ: Tensor
+    key_position_SK: Tensor
+    mask: Tensor
+    # Not copied with the bucket: a copy on another device computes its own.
+    _masks: dict[object, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def mask_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
+        """Mask or bias of the scores, computed once for all layers that share it.
+
+        Returns:
+            bool [S, 1, Q, K], True where a query attends; with slopes ``dtype`` [S, A, Q, K], the
+            gain of each score and minus infinity where a query does not attend.
+        """
+        window, slopes = scores.window, scores.slopes
+        if window is not None and window >= self.key_position_SK.shape[1]:
+            window = None
+        if window is None and slopes is None:
+            return self.mask
+
+        def make() -> Tensor:
+            mask = self.mask
+            if window is not None:
+                distance_SQK = self.query_position_SQ[:, :, None] - self.key_position_SK[:, None]
+                mask = mask & (distance_SQK < window)[:, None]
+            if slopes is None:
+                return mask
+            slopes_A = torch.tensor(slopes, dtype=scores.slope_dtype)
+            slopes_A = slopes_A.to(mask.device, non_blocking=True)
+            gain_SAK = slopes_A[:, None] * self.key_position_SK[:, None, :]
+            gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
+            return torch.where(mask, gain_SAK[:, :, None, :], -torch.inf)
+
+        return self._cached((window, slopes, scores.slope_dtype, scores.slope_scaling, dtype), make)
+
+    def bias_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
+        """``mask_for`` as a bias of type ``dtype``: 0 or minus infinity in place of a bool."""
+        mask = self.mask_for(scores, dtype)
+        if mask.dtype != torch.bool:
+            return mask
+        zeros = torch.zeros_like(mask, dtype=dtype)
+        return self._cached((scores.window, dtype), lambda: zeros.masked_fill(~mask, -torch.inf))
+
+    def _cached(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._masks:
+            self._masks[key] = make()
+        return self._masks[key]
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """All segments of a packed batch.
+
+    Attributes:
+        each: longest segments first.
+        restore_T: index of each token in the concatenated outputs of all buckets.
+    """
+
+    each: tuple[Bucket, ...]
+    restore_T: Tensor
+
+    def restore(self, of_buckets: Sequence[Tensor]) -> Tensor:
+        """Reorder values [S, A, Q, ...] of every bucket by token: [T, A, ...]."""
+        return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in of_buckets])[self.restore_T]
+
+
+def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
+    """Group segments of similar length."""
+    alone = [[segment] for segment in segments if not segment.candidate]
+    groups = _grouped(alone, _run_length)
+    groups += _grouped(_candidate_runs(segments), lambda r: r[0].prefix_length + _run_length(r))
+    buckets = tuple(_bucket(group) for group in groups)
+
+    restore_T = torch.empty(sum(segment.length for segment in segments), dtype=torch.long)
+    offset = 0
+    for bucket in buckets:
+        places = torch.arange(bucket.query_SQ.numel()).view_as(bucket.query_SQ) + offset
+        restore_T[bucket.query_SQ[~bucket.padding_SQ]] = places[~bucket.padding_SQ]
+        offset += bucket.query_SQ.numel()
+    return changed(Buckets(buckets, restore_T), lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _candidate_runs(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Candidates of each row; attended to as one run, so that their prefix is laid out once."""
+    candidates = [segment for segment in segments if segment.candidate]
+    runs = [list(run) for _, run in itertools.groupby(candidates, key=lambda s: s.prefix)]
+    for run in runs:
+        assert run[-1].start + run[-1].length == run[0].start + _run_length(run), "not consecutive"
+    return runs
+
+
+def _run_length(run: Sequence[Segment]) -> int:
+    return sum(segment.length for segment in run)
+
+
+def _grouped(
+    runs: Sequence[list[Segment]], size: Callable[[list[Segment]], int]
+) -> list[list[list[Segment]]]:
+    """Group runs of similar size, the largest first."""
+    groups: list[list[list[Segment]]] = []
+    for run in sorted(runs, key=lambda run: (-size(run), run[0].start)):
+        if groups and size(run) >= BUCKET_RATIO * size(groups[-1][0]):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def _bucket(group: Sequence[Sequence[Segment]]) -> Bucket:
+    """Lay out runs of segments side by side; the segments of a run do not attend to each other."""
+    length = torch.tensor([_run_length(run) for run in group])[:, None]
+    prefix_length = torch.tensor([run[0].prefix_length for run in group])[:, None]
+    column = torch.arange(int(length.max()))[None]
+    prefix = torch.arange(int(prefix_length.max()))[None]
+    query_SQ = torch.tensor([run[0].start for run in group])[:, None]
+    query_SQ = query_SQ + torch.minimum(column, length - 1)
+    # Padding stays within the segment's own prompt: even a masked key receives 0 * NaN in backward,
+    # so keys of another prompt, which may have diverged, must not be here.
+    prefix_SP = stack_padded([prefix_indices(run[0]) for run in group])[:, : prefix.shape[1]]
+    causal = column[:, :, None] >= column[:, None, :]  # [1, Q, Q]
+    own_SQ = column  # index within the segment
+    if any(len(run) > 1 for run in group):
+        first_SQ = stack_padded([_segment_starts(run) for run in group])
+        causal = causal & (first_SQ[:, :, None] == first_SQ[:, None, :])
+        own_SQ = column - first_SQ
+    sees_prefix = (prefix < prefix_length)[:, None, :].expand(-1, column.shape[1], -1)  # [S, Q, P]
+    query_position_SQ = prefix_length + own_SQ
+    return Bucket(
+        query_SQ=query_SQ,
+        padding_SQ=column >= length,
+        key_SK=torch.cat([prefix_SP, query_SQ], dim=1),
+        query_position_SQ=query_position_SQ,
+        key_position_SK=torch.cat([prefix.expand(len(group), -1), query_position_SQ], dim=1),
+        mask=torch.cat([sees_prefix, causal.expand(len(group), -1, -1)], dim=2)[:, None],
+    )
+
+
+def stack_padded(rows: Sequence[Tensor]) -> Tensor:
+    """Stack vectors of different lengths; each is padded with its last element."""
+    longest = max(map(len, rows))
+    return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows])
+
+
+def prefix_indices(segment: Segment) -> Tensor:
+    """Indices of the tokens of a segment's prefixes; without any, that of its own first token."""
+    if not segment.prefix_length:
+        return torch.tensor([segment.start])
+    return torch.cat([torch.arange(p.start, p.start + p.length) for p in segment.prefixes])
+
+
+def _segment_starts(run: Sequence[Segment]) -> Tensor:
+    """For each token of a run, the offset in the run at which its segment starts."""
+    lengths = torch.tensor([segment.length for segment in run])
+    return (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
