@@ -63,7 +63,12 @@ def load_unsharded(
     cpu = torch.device("cpu")
     skeleton = build_meta_model(files, settings, dtype, cpu)
     base, _ = load_shards(
-        skeleton, files, dtype=dtype, device=cpu, shard=LocalSharder(), checkpointing=checkpointing
+        skeleton,
+        files,
+        dtype=dtype,
+        device=cpu,
+        sharder=LocalSharder(),
+        checkpointing=checkpointing,
     )
     return base
 
@@ -80,6 +85,6 @@ def load_shard(
     )
     one = LocalSharder(rank, ranks)
     base, stats = load_shards(
-        skeleton, files, dtype=torch.float32, device=cpu, shard=one, checkpointing=False
+        skeleton, files, dtype=torch.float32, device=cpu, sharder=one, checkpointing=False
     )
     return base, one, stats

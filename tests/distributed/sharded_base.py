@@ -71,7 +71,7 @@ def shard_base(
         files,
         dtype=torch.float32,
         device=engine.device,
-        shard=engine.sharder(policy, placement.group_size if placement else None),
+        sharder=engine.sharder(policy, placement.group_size if placement else None),
         checkpointing=checkpointing,
     )
     return ShardedBase(model, policy, stats, placement)

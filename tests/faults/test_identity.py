@@ -182,7 +182,7 @@ def test_digests_of_large_files_are_cached_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMPTSHARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("trainer.model.fingerprint.REMEMBERED_BYTES", 10)
+    monkeypatch.setattr("trainer.model.fingerprint.MIN_CACHED_BYTES", 10)
     path = tmp_path / "model.safetensors"
     path.write_bytes(torch.arange(100).numpy().tobytes())
     first = digest_file(path)

@@ -155,6 +155,6 @@ def test_a_base_that_requires_remote_code_is_refused(
     }[part]
     settings: dict[str, Any] = json.loads((base / file).read_text())
     (base / file).write_text(json.dumps(settings | change))
-    with pytest.raises(BadInput, match="needs code of its own, which is never run"):
+    with pytest.raises(BadInput, match="needs custom code, which is never executed"):
         open_base(Base(model=str(base)))
     assert not (tmp_path / "payload").exists()

@@ -164,7 +164,7 @@ def test_quantising_twice_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="in 8 bits already"):
         prepared(folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    with pytest.raises(BadInput, match="is there already"):
+    with pytest.raises(BadInput, match="already exists"):
         prepared(base, folder)
 
 
@@ -207,8 +207,10 @@ def test_a_config_of_wrong_types_is_refused(base: Path, tmp_path: Path) -> None:
 
 def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> None:
     folder = prepared(base, tmp_path / "int8")
-    assert "is stored in 8 bits, but would be kept" in refusal(folder, quantization="none")
-    assert "asks for int8" in refusal(base, quantization="none", embeddings="int8", head="int8")
+    assert "is stored in 8 bits, but would be loaded" in refusal(folder, quantization="none")
+    assert "base.embeddings or base.head is int8" in refusal(
+        base, quantization="none", embeddings="int8", head="int8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,11 +218,11 @@ def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> Non
     [
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "bitsandbytes (4 bits); give a release of the model in 16 bits, or write it in 16 bits",
+            "bitsandbytes (4 bits); use a release of the model in 16 bits, or convert it to",
         ),
-        ({"quant_method": "gptq", "bits": 4}, "gptq; give a release of the model in 16 bits"),
-        ({"quant_method": "mxfp4"}, "mxfp4; write it in 16 bits once"),
-        ({"quant_method": "fp8"}, "fp8; write it in 16 bits once"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq; use a release of the model in 16 bits"),
+        ({"quant_method": "mxfp4"}, "mxfp4; convert it to 16 bits once"),
+        ({"quant_method": "fp8"}, "fp8; convert it to 16 bits once"),
     ],
 )
 def test_other_quantised_folders_are_refused(

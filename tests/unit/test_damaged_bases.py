@@ -72,12 +72,12 @@ def test_the_healthy_folder_is_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"head_dim": 2**31}, "config.json asks for tables of 8.6 GB"),
+        ({"head_dim": 2**31}, "config.json requires tables of 8.6 GB"),
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers: 1000000 is more than any model"),
-        ({"num_hidden_layers": 90_000}, "asks for more than"),
+        ({"num_hidden_layers": 90_000}, "requires more than"),
         ({"num_hidden_layers": 2}, "'model.layers.1.self_attn.q_proj.weight' (nor 8 more)"),
-        ({"vocab_size": 2**31}, "config.json asks for [2147483648, 64]"),
-        ({"vocab_size": 2**40}, "config.json asks for [1099511627776, 64]"),
+        ({"vocab_size": 2**31}, "config.json requires [2147483648, 64]"),
+        ({"vocab_size": 2**40}, "config.json requires [1099511627776, 64]"),
         ({"intermediate_size": -1}, "transformers cannot read it"),
         ({"hidden_act": "none"}, "transformers cannot read it"),
         ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, "cannot read it: 'odd'"),
@@ -126,7 +126,7 @@ def test_a_tensor_length_that_is_not_a_number_is_refused(folder: Path, value: An
 def test_index(folder: Path, weight_map: Any) -> None:
     (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert f"{folder / INDEX}: weight_map must give the file of each tensor" in refusal(folder)
+    assert f"{folder / INDEX}: weight_map must map each tensor" in refusal(folder)
 
 
 @pytest.mark.parametrize("file", [SINGLE, "tokenizer_config.json", "generation_config.json"])
@@ -163,7 +163,7 @@ class TestTrueRemedies:
         folder = save_random(tmp_path / "m", config)
         LlamaForSequenceClassification(config).save_pretrained(folder)
         text = refusal(folder)
-        assert "it is a LlamaForSequenceClassification, which has no head that writes" in text
+        assert "it is a LlamaForSequenceClassification, which has no language model head" in text
 
     def test_weights_of_another_model(self, folder: Path, tmp_path: Path) -> None:
         from tests.family_bases import save_family
@@ -196,7 +196,7 @@ class TestOtherFormats:
     @staticmethod
     def follow(folder: Path, new: Path) -> None:
         text = refusal(folder)
-        assert "write it in 16 bits once, in transformers: " in text
+        assert "convert it to 16 bits once with transformers: " in text
         lines = text.split("in transformers: ")[1]
         exec(f"from transformers import *\n({lines})", {"NEW_FOLDER": new})
         assert_alike(new, writes=False)

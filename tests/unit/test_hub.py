@@ -76,11 +76,11 @@ def test_a_name_that_is_no_hub_id(cache: Path) -> None:
         ),
         (
             RevisionNotFoundError("404", response=RESPONSE),
-            "base.revision: 'v2' is no branch, tag or commit of 'org/tiny'",
+            "base.revision: 'v2' is not a branch, tag or commit of 'org/tiny'",
         ),
         (
             OSError("No space left on device\nand more"),
-            "was not got from the hub: OSError: No space left on device",
+            "could not be downloaded from the hub: OSError: No space left on device",
         ),
     ],
 )

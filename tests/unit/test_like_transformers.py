@@ -255,7 +255,7 @@ class TestTies:
 
     def test_a_container_that_leaves_out_what_its_text_model_does(self, root: Path) -> None:
         """Cohere 2 scales its logits; Aya Vision does not."""
-        assert "give a release of the text model alone" in refusal(container(root, "aya_vision"))
+        assert "use a release of the text model alone" in refusal(container(root, "aya_vision"))
 
     def test_a_container_of_sounds(self, root: Path) -> None:
         assert_alike(container(root, "qwen2_audio"))
@@ -309,7 +309,7 @@ class TestFiles:
         (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
         (folder / "model-00001-of-00002.safetensors").unlink()
         text = refusal(folder)
-        assert f"{folder / INDEX}: names files that are not there" in text
+        assert f"{folder / INDEX}: lists missing files" in text
         assert "copy or download the index that belongs to it" in text
 
 

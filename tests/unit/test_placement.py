@@ -36,7 +36,7 @@ def test_auto_keeps_groups_inside_nodes() -> None:
 def test_node_and_world() -> None:
     assert group("node", 80, TWO_NODES).group_size == 8
     assert group("world", 80, TWO_NODES).group_size == 16
-    with pytest.raises(BadInput, match=r"shard_group: node needs as many ranks .* 4, 8"):
+    with pytest.raises(BadInput, match=r"node requires the same number of ranks .* 4, 8"):
         group("node", 80, [4, 8])
 
 

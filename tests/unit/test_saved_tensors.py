@@ -36,7 +36,12 @@ def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
     files = open_base(settings)
     skeleton = build_meta_model(files, settings, dtype, CPU)
     base, _ = load_shards(
-        skeleton, files, dtype=dtype, device=CPU, shard=LocalSharder(), checkpointing=checkpointing
+        skeleton,
+        files,
+        dtype=dtype,
+        device=CPU,
+        sharder=LocalSharder(),
+        checkpointing=checkpointing,
     )
     return base
 

@@ -1,7 +1,7 @@
-"""``promptshard prepare BASE OUT``: write a base in 8 bits.
+"""``promptshard prepare BASE OUT``: convert a base to int8.
 
-The folder is what transformers and bitsandbytes save: each quantised weight as int8 rows and its
-row scales beside it. Tensors go from file to file in blocks of rows; none is ever held whole.
+The output has the format of transformers and bitsandbytes: int8 weights and their row scales.
+Tensors are converted in blocks of rows, so that a model may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,14 +32,14 @@ from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.runtime.json_file import read_json_object
 
-#: A file of the folder is closed when it has this many bytes; hubs and file systems like them so.
+#: Maximum size of a weight file, as on the hub.
 FILE_BYTES = 5 * 10**9
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the new folder: its place in a header, and what writes its bytes."""
+    """A tensor of the new folder: its header entry, and the function that writes its data."""
 
     name: str
     type: str
@@ -49,20 +49,20 @@ class _Entry:
 
     @property
     def alignment(self) -> int:
-        """Bytes of one element."""
+        """Bytes of an element."""
         return self.num_bytes // max(1, torch.Size(self.shape).numel())
 
 
 def prepare(
     settings: Base, out: Path, console: Console, file_bytes: int = FILE_BYTES
 ) -> tuple[int, int]:
-    """Write ``out``, which must be new; gives the bytes of the weights before and after.
+    """Write ``out`` and return the bytes of the weights before and after.
 
     Raises:
         BadInput: if the base cannot be loaded, is in 8 bits already, or ``out`` exists.
     """
     if out.exists():
-        raise BadInput(f"{out}: is there already; give a new folder")
+        raise BadInput(f"{out}: already exists; use a new folder")
     with console.downloading(settings.model) as progress:
         files = open_base(settings, progress=progress)
     for warning in files.parameters.warnings:
@@ -71,7 +71,7 @@ def prepare(
     if stored_int8:
         raise BadInput(
             f"base.model: {settings.model!r} is in 8 bits already ({stored_int8[0]!r} has scales); "
-            "quantising twice would only lose precision: train on it as it is"
+            "it can be used as base.model directly"
         )
     quantized = _quantized_tensors(files, settings)
     writing = out.with_name(f".{out.name}.writing")
@@ -80,12 +80,12 @@ def prepare(
     try:
         with (
             SafetensorsReader(files.tensors) as reader,
-            console.loading(f"quantising {settings.model}", files.num_bytes) as bar,
+            console.loading(f"quantizing {settings.model}", files.num_bytes) as bar,
         ):
             kept = sorted(files.tensors.keys() - {files.parameters.duplicate})
             entries = list(_entries(reader, kept, quantized, bar.advance))
             size = _write_weights(writing, entries, file_bytes)
-        _write_the_rest(files, settings, writing)
+        _write_other_files(files, settings, writing)
         os.replace(writing, out)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
@@ -94,14 +94,13 @@ def prepare(
 
 
 def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLocation]:
-    """The checkpoint's tensors that loading would quantise, each as a source of its own."""
-    skeleton = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
-    found = {}
-    for source in locate_int8_parameters(skeleton, files).values():
-        for tensor in source.tensors:
-            shape = replace(source, transposed=False).stored_shape
-            found[tensor] = TensorLocation((tensor,), shape, source.transposed)
-    return found
+    """The stored tensors that a run would quantize, each with its own location."""
+    model = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
+    return {
+        tensor: TensorLocation((tensor,), location.as_int8().stored_shape, location.transposed)
+        for location in locate_int8_parameters(model, files).values()
+        for tensor in location.tensors
+    }
 
 
 def _entries(
@@ -120,21 +119,21 @@ def _entries(
 
 
 def _quantized_entries(
-    reader: SafetensorsReader, name: str, source: TensorLocation, progress: Progress
+    reader: SafetensorsReader, name: str, location: TensorLocation, progress: Progress
 ) -> Iterator[_Entry]:
-    """Weight, scales and layout (0: rows) of one tensor, as bitsandbytes names them."""
-    absmax = torch.zeros(source.shape[:-1].numel())
+    """Weight, row scales and layout (0: by rows) of a tensor, named as in bitsandbytes."""
+    absmax = torch.zeros(location.shape[:-1].numel())
 
     def write_weight(file: BinaryIO) -> None:
-        rows = RowReader(source, reader)
-        for first, last in row_blocks(0, len(absmax), source.shape[-1]):
+        rows = RowReader(location, reader)
+        for first, last in row_blocks(0, len(absmax), location.shape[-1]):
             before = reader.bytes_read
             weight, absmax[first:last] = quantize_rows(rows.read(first, last))
             _write(file, weight)
             progress(reader.bytes_read - before)
 
-    rows, layout = tuple(source.shape[:-1]), torch.zeros(1, dtype=torch.uint8)
-    yield _Entry(name, "I8", tuple(source.shape), source.shape.numel(), write_weight)
+    rows, layout = tuple(location.shape[:-1]), torch.zeros(1, dtype=torch.uint8)
+    yield _Entry(name, "I8", tuple(location.shape), location.shape.numel(), write_weight)
     yield _Entry(scales_name(name), "F32", rows, absmax.nbytes, lambda file: _write(file, absmax))
     if name.endswith(".weight"):
         yield _Entry(f"{name}_format", "U8", (), 1, lambda file: _write(file, layout))
@@ -152,7 +151,7 @@ def _copier(
 
 
 def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
-    """All tensors in one file, or in several with an index; gives the bytes of all files."""
+    """Write one file, or several with an index, and return the bytes of all files."""
     parts: list[list[_Entry]] = [[]]
     for entry in entries:
         filled = sum(other.num_bytes for other in parts[-1])
@@ -175,12 +174,12 @@ def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
 
 
 def _write_file(path: Path, entries: list[_Entry]) -> None:
-    """A safetensors file (https://github.com/huggingface/safetensors#format), streamed."""
+    """Write a safetensors file (https://github.com/huggingface/safetensors#format) in blocks."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
-    # Widest types first, so that every tensor is aligned. Written in their own order: scales are
-    # known only after their weight.
+    # Placed by decreasing element size, so that every tensor is aligned, but written in the given
+    # order: row scales are computed while their weight is written.
     for entry in sorted(entries, key=lambda entry: -entry.alignment):
         begins[entry.name], end = end, end + entry.num_bytes
         header[entry.name] = {
@@ -205,8 +204,8 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
     file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _write_the_rest(files: BaseFiles, settings: Base, out: Path) -> None:
-    """Config with the method's name, tokenizer, and all other small files of the model."""
+def _write_other_files(files: BaseFiles, settings: Base, out: Path) -> None:
+    """Write the config with the quantization method, and copy all other small files."""
     for path in sorted(files.folder.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".h5") or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith("."):
@@ -219,7 +218,7 @@ def _write_the_rest(files: BaseFiles, settings: Base, out: Path) -> None:
         "llm_int8_threshold": 0.0,
         "llm_int8_skip_modules": None if settings.head == "int8" else ["lm_head", "embed_out"],
     }
-    if files.parameters.separate:  # the head differs from the embeddings: say so to all readers
+    if files.parameters.separate:  # the head differs from the embeddings
         for section in (config, config.get("text_config")):
             if isinstance(section, dict):
                 section["tie_word_embeddings"] = False

@@ -1,4 +1,4 @@
-"""The DeepSpeed policy of a run: its JSON, with what follows from the run filled in."""
+"""The DeepSpeed configuration of a run: its JSON file with every ``"auto"`` filled in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.distributed.placement import Placement
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
-#: Settings whose meaning here is given by the run file: key of the JSON -> the run file's setting.
+#: Keys of the JSON that the run file decides, each with the run file's setting and value.
 OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
     "optimizer": lambda run: (
         f"prompts[].learning_rate={_each(run, 'rate_in_words')} with {_each(run, 'optimizer')}"
@@ -33,8 +33,8 @@ OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
         f"engine.gradient_checkpointing={run.engine.gradient_checkpointing}"
     ),
 }
-#: What of zero_optimization has a meaning for a frozen base.
-KNOWN_ZERO = {
+#: Keys of zero_optimization that apply to a frozen base.
+ZERO_KEYS = {
     "stage",
     "offload_param",
     "overlap_comm",
@@ -54,21 +54,21 @@ def _each(run: RunConfig, setting: str) -> str:
 def resolve_policy(
     config: RunConfig, dtype: torch.dtype, hidden_size: int, placement: Placement | None = None
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON with every ``"auto"`` filled in from the run.
+    """Return the DeepSpeed JSON with every ``"auto"`` filled in from the run.
 
     Args:
-        placement: what the memory allows; without it DeepSpeed's defaults.
+        placement: sets the memory limits; None: DeepSpeed's defaults.
 
     Raises:
-        BadInput: with every contradiction between the JSON and the run file, both values named.
+        BadInput: with every contradiction between the JSON and the run file, and both values.
     """
     file = config.engine.deepspeed
     path = resolve_path(file)
     if not path.is_file():
-        raise BadInput(f"engine.deepspeed: {file!r} is not there; try ds_configs/zero3.json")
+        raise BadInput(f"engine.deepspeed: {file!r} does not exist; try ds_configs/zero3.json")
     policy = read_json_object(path)
     problems = [
-        f"{file}: {key} is {json.dumps(policy[key])}, but the run file decides: {setting(config)}; "
+        f"{file}: {key} is {json.dumps(policy[key])}, but the run file sets it: {setting(config)}; "
         'set it to "auto"'
         for key, setting in OWNED_BY_RUN_FILE.items()
         if policy.get(key, "auto") != "auto"
@@ -87,7 +87,7 @@ def resolve_policy(
         )
     problems += [
         f"{file}: zero_optimization.{key} is not supported for a frozen base; remove it"
-        for key in sorted(zero.keys() - KNOWN_ZERO)
+        for key in sorted(zero.keys() - ZERO_KEYS)
     ]
     if problems:
         raise BadInput(problems)
@@ -100,22 +100,21 @@ def resolve_policy(
     _fill(zero, "stage3_max_reuse_distance", 1_000_000_000)
     unfilled = [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto"]
     if unfilled:
-        raise BadInput(f'{file}: "auto" has no meaning for {", ".join(unfilled)}; give a number')
+        raise BadInput(f'{file}: "auto" is not supported for {", ".join(unfilled)}; set a number')
     policy["zero_optimization"] = zero
-    # The loader has already given every parameter its type; DeepSpeed would cast int8 to bf16.
+    # Parameters already have their types; DeepSpeed would cast int8 to bf16.
     for key in ("bf16", "fp16", *OWNED_BY_RUN_FILE):
         policy.pop(key, None)
-    # Micro-batches are packed batches of tokens; DeepSpeed, which steps nothing here, need not
-    # know.
+    # Required by DeepSpeed, which performs no optimizer step here.
     policy |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return policy
 
 
 def _precision_problems(policy: dict[str, Any], dtype: torch.dtype, file: str) -> list[str]:
     problems = []
-    for key, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for key, enabled_for in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         enabled = policy.get(key, {}).get("enabled", "auto")
-        if enabled != "auto" and enabled != (dtype == wanted):
+        if enabled != "auto" and enabled != (dtype == enabled_for):
             problems.append(
                 f"{file}: {key}.enabled is {str(enabled).lower()}, but the run computes in "
                 f'{str(dtype).removeprefix("torch.")} (base.dtype); set it to "auto"'

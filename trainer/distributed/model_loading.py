@@ -1,4 +1,4 @@
-"""The base on all ranks: read, quantised, sharded, attached; used by training and generation."""
+"""Open, fingerprint and load the base on all ranks: quantized, sharded, attached to ZeRO-3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from trainer.model.fingerprint import (
     combine_weight_digests,
     digest_small_files,
     digest_weight_files,
-    weight_files,
 )
 from trainer.model.layers.fused_ops import compile_fused_operations, fused_counts
 from trainer.model.layers.matmul_selection import (
@@ -46,13 +45,13 @@ from trainer.packing.activation_memory import (
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
-#: A base whose digest takes seconds to compute.
-SLOW_BYTES = 5_000_000_000
+#: Size of a base whose digests take several seconds.
+SLOW_DIGEST_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The base on this rank's device, sharded and attached."""
+    """The base on this rank, sharded and attached, with everything chosen while loading it."""
 
     model: PromptedBase
     stats: LoadStats
@@ -64,10 +63,10 @@ class LoadedBase:
 
 
 def open_base_on_all(engine: Engine, settings: Base, console: Console) -> BaseFiles:
-    """The base's files, on all ranks. One rank of each node downloads what its cache lacks.
+    """Open the base's files on all ranks; one rank of each node downloads missing files.
 
     Raises:
-        BadInput: on all ranks, if the files are not there, not supported, or not the same on all.
+        BadInput: on all ranks, if the files are missing, not supported, or differ between nodes.
     """
 
     def download() -> BaseFiles | None:
@@ -82,22 +81,22 @@ def open_base_on_all(engine: Engine, settings: Base, console: Console) -> BaseFi
         console.warn(warning)
     if len(set(engine.all_gather(files.fingerprint))) > 1:
         raise BadInput(
-            f"base.model: {settings.model!r} is not the same on all nodes; name a commit in "
-            "base.revision, or copy one folder to all"
+            f"base.model: {settings.model!r} is not the same on all nodes; set "
+            "base.revision to a commit, or copy one folder to all nodes"
         )
     return files
 
 
 def fingerprint_base_on_all(engine: Engine, files: BaseFiles, console: Console) -> dict[str, str]:
-    """Digests of the base's parts, on all ranks. The weight files are shared out among them."""
-    if files.num_bytes >= SLOW_BYTES:
+    """Compute the digests of the base's files; the weight files are divided among the ranks."""
+    if files.num_bytes >= SLOW_DIGEST_BYTES:
         size = f"{files.num_bytes / 1e9:,.0f} GB"
-        console.print(f"digests of the base's files ({size}; remembered until they change)")
-    mine = weight_files(files)[engine.rank :: engine.world_size]
-    found = engine.run_and_gather(lambda: digest_weight_files(mine))
-    return digest_small_files(files) | combine_weight_digests(
-        {k: v for part in found for k, v in part.items()}
-    )
+        console.print(f"hashing the base's files ({size}; cached until they change)")
+    mine = files.weight_files[engine.rank :: engine.world_size]
+    digests: dict[str, str] = {}
+    for part in engine.run_and_gather(lambda: digest_weight_files(mine)):
+        digests |= part
+    return digest_small_files(files) | combine_weight_digests(digests)
 
 
 def load_base(
@@ -110,49 +109,49 @@ def load_base(
     lengths: Sequence[int] = (),
     kept_bytes: int | None = None,
 ) -> LoadedBase:
-    """Read, quantise, shard and attach the base, with a progress bar.
+    """Read, quantize, shard and attach the base, with a progress bar.
 
     Args:
-        must_fit: refuse a base that does not fit into the memory that is free, instead of trying.
-        lengths: tokens of the rows to train on, or of a sample; none where nothing is trained.
-        kept_bytes: of gathered parameters that stay until a step ends, where there is memory for
-            them; None: as many as there is memory for.
+        must_fit: refuse a base that does not fit into the free memory instead of trying.
+        lengths: number of tokens of each training row, or of a sample; empty without training.
+        kept_bytes: maximum bytes of parameters that stay gathered until a step ends; None: as many
+            as fit.
     """
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.run_on_all(lambda: resolve_policy(config, dtype, files.config.hidden_size))
-    # All that can be wrong without reading weights is found here, before minutes of reading.
-    skeleton = engine.run_on_all(lambda: build_meta_model(files, settings, dtype, engine.device))
-    if fused := fused_counts(skeleton):
+    # Finds every problem that needs no weights, before minutes of reading.
+    model = engine.run_on_all(lambda: build_meta_model(files, settings, dtype, engine.device))
+    if fused := fused_counts(model):
         counts = ", ".join(f"{count} {operation}" for operation, count in sorted(fused.items()))
         console.print(f"fused operations: {counts}")
-    matmul = _choose_matmul(engine, settings, skeleton, dtype, console)
+    matmul = _choose_matmul(engine, settings, model, dtype, console)
     packed = family_of(files.config, files.name).packed
     flex = engine.run_on_all(
         lambda: resolve_attention(config.engine.attention, engine.device, packed)
     )
     if not packed:
         console.print(
-            f"base.model: {files.config.model_type} cannot read packed rows; the rows of a batch "
-            "are padded to its longest (slower, and more memory: lower training.micro_batch_tokens "
-            "where it runs short)"
+            f"base.model: {files.config.model_type} does not support packed rows; the rows of a "
+            "batch are padded to the longest (slower, and needs more memory; if it runs out, lower "
+            "training.micro_batch_tokens)"
         )
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
-    placement = engine.place(skeleton, config, dtype, offload=offload, must_fit=must_fit)
+    placement = engine.place(model, config, dtype, offload=offload, must_fit=must_fit)
     if kept_bytes is not None and kept_bytes < placement.kept_bytes:
         placement = replace(placement, kept_bytes=kept_bytes)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
-    memory, budget = _batches(engine, files.config, config, placement, dtype, lengths)
+    memory, budget = _choose_token_budget(engine, files.config, config, placement, dtype, lengths)
     if lengths:
         console.print(budget.words)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:
         base, stats = load_shards(
-            skeleton,
+            model,
             files,
             dtype=dtype,
             device=engine.device,
-            shard=engine.sharder(policy, placement.group_size),
+            sharder=engine.sharder(policy, placement.group_size),
             checkpointing=budget.checkpointing,
             progress=bar.advance,
         )
@@ -161,37 +160,37 @@ def load_base(
     return LoadedBase(base, stats, dtype, placement, matmul, memory, budget)
 
 
-def _batches(
+def _choose_token_budget(
     engine: Engine,
-    model: PretrainedConfig,
+    base: PretrainedConfig,
     config: RunConfig,
     placement: Placement,
     dtype: torch.dtype,
     lengths: Sequence[int],
 ) -> tuple[BatchMemory, TokenBudget]:
-    """How long packed batches may be; alike on all ranks, as what it follows from is."""
+    """Choose the maximum tokens of a packed batch; the same on all ranks, as the arguments are."""
     on_cpu = engine.device.type == "cpu"
     virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
-    # Rows are whole, so that a step is not shared out quite evenly.
+    # Rows are not split, so ranks do not get exactly the same number of tokens.
     rows = 1.05 * config.training.tokens_per_step * len(virtual) / engine.world_size
-    wanted = int(rows) + sum(virtual) + max(lengths, default=0)
+    needed = int(rows) + sum(virtual) + max(lengths, default=0)
     memory = BatchMemory(
-        layer_sizes(model),
+        layer_sizes(base),
         row_sizes(
             lengths,
             max(virtual),
-            family_of(model, model.model_type).packed,
+            family_of(base, base.model_type).packed,
             copied=not on_cpu,
         ),
         dtype.itemsize,
-        min(LOGITS_BYTES, 4 * model.vocab_size * wanted),
+        min(LOGITS_BYTES, 4 * base.vocab_size * needed),
     )
     tokens = config.training.micro_batch_tokens
     checkpointing = config.engine.gradient_checkpointing
     budget = choose_budget(
         memory,
         int(USABLE_SHARE * placement.left_bytes),
-        wanted,
+        needed,
         tokens=None if tokens == "auto" else tokens,
         checkpointing=None if checkpointing == "auto" else checkpointing,
         most=CPU_TOKENS if on_cpu else None,
@@ -201,19 +200,19 @@ def _batches(
 
 
 def _choose_matmul(
-    engine: Engine, settings: Base, skeleton: PreTrainedModel, dtype: torch.dtype, console: Console
+    engine: Engine, settings: Base, model: PreTrainedModel, dtype: torch.dtype, console: Console
 ) -> str:
-    """Set how the layers multiply, alike on all ranks: ``base.matmul``, or what rank 0 measured."""
-    found = engine.run_on_all(
+    """Set the int8 product of all layers: ``base.matmul``, or the fastest as measured on rank 0."""
+    resolved = engine.run_on_all(
         lambda: resolve_matmul(
-            settings.matmul, settings.quantization, engine.device, skeleton.config.hidden_size
+            settings.matmul, settings.quantization, engine.device, model.config.hidden_size
         )
     )
-    kinds = set(engine.all_gather(found))
-    matmul = found if len(kinds) == 1 else "dequantize"  # auto, on devices that are not alike
+    kinds = set(engine.all_gather(resolved))
+    matmul = resolved if len(kinds) == 1 else "dequantize"  # auto, on different devices
     if matmul == MEASURE:
-        shapes = largest_shapes(skeleton)
-        with console.phase("timing ways to multiply (base.matmul: auto)"):
+        shapes = largest_shapes(model)
+        with console.phase("measuring int8 products (base.matmul: auto)"):
             every_rank = engine.all_gather(candidates())
             shared = [kind for kind in every_rank[0] if all(kind in rank for rank in every_rank)]
             measured = engine.run_on_main(
@@ -221,12 +220,12 @@ def _choose_matmul(
             )
         matmul = measured.kind
         console.print(f"base.matmul: auto is {matmul} here ({measured.reason})")
-    exact = use_matmul(skeleton, matmul, settings.outlier_threshold)
-    if matmul != "dequantize":  # then there is a compiler
-        compile_fused_operations(skeleton)
+    exact = use_matmul(model, matmul, settings.outlier_threshold)
+    if matmul != "dequantize":  # the others require a compiler
+        compile_fused_operations(model)
     if exact:
         console.print(
-            f"base.matmul: {len(exact)} layer(s) too wide for sums in 32 bits are dequantised "
-            f"({exact[0]} and its like)"
+            f"base.matmul: {len(exact)} layer(s) too wide for 32-bit sums are dequantized "
+            f"(such as {exact[0]})"
         )
     return matmul

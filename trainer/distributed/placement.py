@@ -1,8 +1,8 @@
-"""How many ranks share one copy of the base, and how much of it may stay gathered. No torch.
+"""Choose the shard group and how many bytes of the base stay gathered. Imports no torch.
 
-Both follow from sizes and from one memory budget. A rank needs its shard, and room for the layer
-at work and the one that is fetched at that time. What the budget has left keeps gathered parameters
-until the step ends, so that they are fetched once per step and not twice per micro-batch.
+Both follow from the sizes of the base and one memory budget. A rank needs memory for its shard, the
+layer being computed and the layer being prefetched. With the rest, parameters stay gathered until
+the step ends, so that they are gathered once per step instead of twice per micro-batch.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from dataclasses import dataclass
 
 from trainer.runtime.errors import BadInput
 
-#: Share of the free memory that ``engine.base_memory: auto`` takes; the rest is for activations.
+#: Share of the free memory for the base if ``engine.base_memory`` is auto; the rest is for
+#: activations.
 AUTO_SHARE = 0.5
-#: Layers that are whole on a rank at the same time: one at work, one being fetched.
-LAYERS_AT_WORK = 2
+#: Layers that are gathered on a rank at the same time: one computed, one prefetched.
+LIVE_LAYERS = 2
 
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Of the base as it will be stored.
+    """Sizes of the base as it will be stored.
 
     Attributes:
-        total_bytes: of all that is shared out over the ranks.
+        total_bytes: of all sharded parameters.
         layer_bytes: of the largest unit that is gathered: a layer, the head, or another parameter.
-        layer_elements: the same, of what ZeRO-3 gathers: all but the head.
-        looked_up_bytes: of the total, what is read by the row and never gathered.
+        layer_elements: of the largest unit that ZeRO-3 gathers, which excludes the head.
+        looked_up_bytes: of the embedding table, whose rows are looked up; included in the total.
     """
 
     total_bytes: int
@@ -37,12 +38,12 @@ class BaseSize:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the base lies.
+    """How the base is distributed over the ranks.
 
     Attributes:
-        group_size: ranks that hold one copy together; groups are of consecutive ranks.
+        group_size: number of consecutive ranks that hold one copy.
         kept_bytes: of gathered parameters that may stay on a rank until the step ends.
-        left_bytes: of a rank's device that the base will leave free.
+        left_bytes: of a rank's device that the base leaves free.
     """
 
     group_size: int
@@ -52,15 +53,14 @@ class Placement:
 
     @property
     def policy(self) -> dict[str, int]:
-        """DeepSpeed's own limits, in elements, for all that is not kept.
+        """DeepSpeed's limits, in elements, for parameters that are not kept.
 
-        The reuse distance spans a layer twice: recomputed in backward, it is not fetched again.
+        The reuse distance covers a layer twice: when recomputed in backward, it is still gathered.
         """
         return {
             "stage3_prefetch_bucket_size": self.layer_elements,
             "stage3_max_reuse_distance": 2 * self.layer_elements,
-            "stage3_max_live_parameters": self.kept_bytes
-            + 2 * LAYERS_AT_WORK * self.layer_elements,
+            "stage3_max_live_parameters": self.kept_bytes + 2 * LIVE_LAYERS * self.layer_elements,
         }
 
 
@@ -74,15 +74,15 @@ def place(
     offload: bool = False,
     exact: bool = False,
 ) -> Placement:
-    """Choose the shard group and what is kept.
+    """Choose the shard group and the bytes that stay gathered.
 
     Args:
         shard_group: ``engine.shard_group``.
-        memory: bytes of a rank's device that the base may take.
+        memory: bytes of a rank's device that the base may use.
         node_sizes: ranks on each node, in rank order.
-        free: bytes of that device that are free, the base not yet there; None: ``memory``.
-        offload: shards lie in host memory and do not count.
-        exact: the memory is the user's own number, so what does not fit is refused.
+        free: free bytes of the device before the base is loaded; None: ``memory``.
+        offload: shards are in host memory and do not count.
+        exact: refuse a base that does not fit; ``memory`` was set by the user.
 
     Raises:
         BadInput: if the group does not divide the ranks, or the base does not fit.
@@ -93,8 +93,8 @@ def place(
     if exact and needed > memory:
         raise BadInput(
             f"engine.base_memory: {memory / 1e9:.2f} GB is too little: with {group_size} of "
-            f"{world} ranks to a copy, the shard and {LAYERS_AT_WORK} layers take "
-            f"{needed / 1e9:.2f} GB; give more, use more ranks or ds_configs/zero3_offload_cpu.json"
+            f"{world} ranks per copy, the shard and {LIVE_LAYERS} layers need "
+            f"{needed / 1e9:.2f} GB; raise it, use more ranks or ds_configs/zero3_offload_cpu.json"
         )
     kept = 0 if group_size == 1 and not offload else max(0, memory - needed)
     kept = min(kept, size.total_bytes - size.looked_up_bytes)
@@ -112,12 +112,12 @@ def _group_size(
     if setting == "node":
         if not even:
             raise BadInput(
-                "engine.shard_group: node needs as many ranks on every node, but there are "
+                "engine.shard_group: node requires the same number of ranks on every node, not "
                 f"{', '.join(map(str, node_sizes))}; use world or auto"
             )
         return node
     if setting == "auto":
-        # Shards on the host are one copy for all, whose size no device limits.
+        # Offloaded shards do not use device memory, so one copy is divided among all ranks.
         fitting = [g for g in _groups(world, node, even) if _needed(size, g, offload) <= memory]
         return world if offload or not fitting else fitting[0]
     group_size = int(setting)
@@ -131,13 +131,13 @@ def _group_size(
 
 
 def _groups(world: int, node: int, even: bool) -> list[int]:
-    """Group sizes, smallest first, that lie inside a node or are made of whole nodes."""
+    """Group sizes in ascending order that divide a node or consist of full nodes."""
     if not even:
         return [1, world]
     return [g for g in range(1, world + 1) if world % g == 0 and (node % g == 0 or g % node == 0)]
 
 
 def _needed(size: BaseSize, group_size: int, offload: bool) -> int:
-    """Bytes without which a rank cannot run."""
+    """Minimum bytes of a rank's device."""
     shard = 0 if offload else -(-size.total_bytes // group_size)
-    return shard + (0 if group_size == 1 and not offload else LAYERS_AT_WORK * size.layer_bytes)
+    return shard + (0 if group_size == 1 and not offload else LIVE_LAYERS * size.layer_bytes)

@@ -1,4 +1,4 @@
-"""The files of a pretrained model: found, checked and opened before a weight is read."""
+"""Find, check and open the files of a pretrained model before any weight is read."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from trainer.model.model_folder import (
     read_index,
 )
 from trainer.model.safetensors_reader import StoredTensor
-from trainer.model.weight_mapping import WeightMapping, library_errors, map_weights
+from trainer.model.transformers_model import library_errors
+from trainer.model.weight_mapping import WeightMapping, map_weights
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
-#: Enough of a weight file for its header and the first tensors.
+#: Bytes at the start of a weight file that contain the header and the first tensors.
 HEADER_BYTES = 1 << 20
-#: JSON files of a tokenizer, and more bytes than they have.
+#: JSON files of a tokenizer, and a size that they do not exceed.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 TOKENIZER_BYTES = 1 << 28
 
@@ -46,11 +47,11 @@ class BaseFiles:
     """A model folder that can be loaded.
 
     Attributes:
-        name: what the run file calls the model.
-        config: of the text model; ``tie_word_embeddings`` is what holds for the stored weights.
+        name: ``base.model``.
+        config: of the text model; ``tie_word_embeddings`` is corrected to the stored weights.
         tensors: all tensors of the weight files that transformers reads, by name.
-        parameters: which of them are read into which parameters.
-        generation: settings of the folder for generated text, its end tokens among them.
+        parameters: the stored tensors of each parameter.
+        generation: the folder's generation config, with the end tokens.
     """
 
     name: str
@@ -75,9 +76,9 @@ class BaseFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config, tokenizer and the headers and sizes of the weight files.
+        """SHA-256 over config, tokenizer, and the headers and sizes of the weight files.
 
-        Computed in a moment; ``trainer.model.fingerprint`` has digests of all their content.
+        Fast; ``trainer.model.fingerprint`` hashes the complete content.
         """
         digest = hashlib.sha256()
         for path in sorted({*self.weight_files, *self.folder.glob("*.json")}):
@@ -90,16 +91,16 @@ class BaseFiles:
 def open_base(
     settings: Base, *, download: bool = True, progress: hub.Progress | None = None
 ) -> BaseFiles:
-    """Find the model and read everything but its weights.
+    """Find the model and read everything except its weights.
 
-    Of a model of the hub, the weights are downloaded last: what is not supported is refused before.
+    Weights of a hub model are downloaded last, after its other files were checked.
 
     Args:
-        download: get what the hub's cache lacks; False uses only what is there.
-        progress: called with the bytes of the download.
+        download: download files that the hub's cache lacks; False uses only the cache.
+        progress: called with the downloaded and the total bytes.
 
     Raises:
-        BadInput: if it is not there, not supported, not in safetensors, damaged or incomplete.
+        BadInput: if it is missing, not supported, not in safetensors, damaged or incomplete.
     """
     name, folder, from_hub = settings.model, local_folder(settings), False
     if folder is None:
@@ -122,38 +123,38 @@ def open_base(
 
 
 def local_folder(settings: Base) -> Path | None:
-    """The folder that ``base.model`` names; None where it may be a hub id.
+    """The folder that ``base.model`` names; None if it may be a hub id.
 
     Raises:
-        BadInput: if it can be neither.
+        BadInput: if it is neither.
     """
     folder = resolve_path(settings.model)
     if folder.is_dir():
         return folder
     if folder.exists() or settings.model.startswith((".", "/", "~")):
-        raise BadInput(_no_folder(folder, settings.model))
+        raise BadInput(_not_a_folder(folder, settings.model))
     return None
 
 
 def portable_name(settings: Base) -> str:
-    """What loads the base from any working folder: the folder's absolute path, or the hub id."""
+    """The folder's absolute path or the hub id: valid in any working directory."""
     folder = local_folder(settings)
     return settings.model if folder is None else str(folder.resolve())
 
 
-def _no_folder(path: Path, name: str) -> str:
+def _not_a_folder(path: Path, name: str) -> str:
     if path.suffix == ".gguf":
         return f"base.model: {name!r} is a GGUF file, {gguf_remedy(path)}"
     if path.suffix in (".safetensors", ".json"):
-        return f"base.model: {name!r} is a file; name its folder, {str(path.parent)!r}"
-    return f"base.model: {name!r} is not a folder; name a folder or a hub id"
+        return f"base.model: {name!r} is a file; use its folder, {str(path.parent)!r}"
+    return f"base.model: {name!r} is not a folder; use a folder or a hub id"
 
 
 def _read_config(folder: Path, name: str) -> PretrainedConfig:
-    """The config of the folder: of a text model, or of a container of one.
+    """Read the config of a text model or of its multimodal container.
 
     Raises:
-        BadInput: if it is damaged, or of weights in a format that cannot be read.
+        BadInput: if it is damaged, or the weights are in an unsupported format.
     """
     check_config(folder / "config.json")
     with library_errors(f"base.model: config.json of {name!r}"):
@@ -167,27 +168,27 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
 
 
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, which gives ids for a text.
+    """Load the tokenizer and try it on a text.
 
     Raises:
-        BadInput: if its files are damaged, or it needs code of its own.
+        BadInput: if its files are damaged, or it needs custom code.
     """
     try:
         with library_errors(f"base.model: the tokenizer of {name!r}"):
-            # False, not unset: transformers would ask on the terminal and wait.
+            # If this is not set, transformers prompts on the terminal and waits.
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False
             )
             tokenizer("A text.")
     except BadInput:
-        for file in TOKENIZER_FILES:  # a file that is damaged says more
+        for file in TOKENIZER_FILES:  # the error of a damaged file is more specific
             if (folder / file).is_file():
                 read_json_object(folder / file, max_bytes=TOKENIZER_BYTES)
         raise
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or isinstance(longest, bool):
         raise BadInput(
-            f"{folder / 'tokenizer_config.json'}: model_max_length: {longest!r} is no number; "
-            "give the most tokens that the model reads, or remove the line"
+            f"{folder / 'tokenizer_config.json'}: model_max_length: {longest!r} is not a number; "
+            "set the maximum number of tokens of the model, or remove the line"
         )
     return tokenizer

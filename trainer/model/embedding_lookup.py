@@ -1,4 +1,4 @@
-"""Word embeddings of a few tokens, read from a base's files without loading it.
+"""Read the embeddings of some tokens from a base's files without loading the base.
 
 Shape letters: H hidden size, n tokens.
 """
@@ -15,14 +15,14 @@ from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.quantization import quantize_rows
 from trainer.model.meta_model import build_meta_model
-from trainer.model.safetensors_reader import SafetensorsReader, scales_name
+from trainer.model.safetensors_reader import SafetensorsReader
 from trainer.model.tensor_locations import RowReader, locate_parameters
 
 
 def read_token_embeddings(
     files: BaseFiles, settings: Base, dtype: torch.dtype, token_ids: Sequence[int]
 ) -> Tensor:
-    """Word embeddings [n, H] as the loaded base gives them, in ``dtype``.
+    """Return token embeddings [n, H] as the loaded base computes them, in ``dtype``.
 
     Args:
         dtype: type of activations in the run.
@@ -30,21 +30,19 @@ def read_token_embeddings(
     Raises:
         BadInput: if the base cannot be loaded.
     """
-    skeleton = build_meta_model(files, settings, dtype, torch.device("cpu"))
-    table = skeleton.get_input_embeddings()
+    model = build_meta_model(files, settings, dtype, torch.device("cpu"))
+    table = model.get_input_embeddings()
     assert isinstance(table, FrozenEmbedding), table
-    path = next(name for name, module in skeleton.named_modules() if module is table)
-    sources = locate_parameters(skeleton, files.parameters.tensors)
-    source = sources[f"{path}.weight"]
-    (name,) = source.tensors
+    path = next(name for name, module in model.named_modules() if module is table)
+    location = locate_parameters(model, files.parameters.tensors)[f"{path}.weight"]
     with SafetensorsReader(files.tensors) as reader:
-        rows = RowReader(source, reader)
-        words_nH = torch.cat([rows.read(i, i + 1) for i in token_ids])
+        rows = RowReader(location, reader)
+        rows_nH = torch.cat([rows.read(i, i + 1) for i in token_ids])
         if table.weight.dtype == torch.int8:
-            if reader.is_int8(name):
-                table.absmax = reader.read(scales_name(name)).flatten()[list(token_ids)].float()
+            if reader.is_int8(location.tensors[0]):
+                table.absmax = reader.read_row_scales(location.tensors)[list(token_ids)]
             else:
-                words_nH, table.absmax = quantize_rows(words_nH)
-    table.hold(words_nH, None)
+                rows_nH, table.absmax = quantize_rows(rows_nH)
+    table.hold(rows_nH, None)
     embedded_nH: Tensor = table(torch.arange(len(token_ids)))
     return embedded_nH

@@ -1,7 +1,7 @@
-"""Digests of the parts of a base: a run resumes only over the same bytes.
+"""SHA-256 digests of a base's files: a run resumes only if they are unchanged.
 
-The weights are read once for it. The hub's cache names them by their SHA-256 already, and that of
-other large files is remembered by size, times and inode, so that not every run reads them again.
+The hub's cache already names weight files by their SHA-256. Digests of other large files are cached
+by path, size, times and inode, so that they are not read in every run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from trainer.runtime import atomic_io
 from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.json_file import read_json_object
 
-#: Smaller files are read again faster than they are looked up.
-REMEMBERED_BYTES = 256 << 20
-#: Files of a model's folder that say nothing about the text or the weights.
+#: Digests of smaller files are not cached.
+MIN_CACHED_BYTES = 256 << 20
+#: Small files of a model's folder that do not belong to the tokenizer.
 _NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
 _THREADS = 8
 
 
 def digest_small_files(files: BaseFiles) -> dict[str, str]:
-    """Digests of all but the weights, by the words that an error names them with."""
+    """Digests of all files except weights, by the name that an error uses."""
     paths = {path for pattern in SMALL_FILES for path in files.folder.glob(pattern)}
     tokenizer = sorted(path for path in paths if path.name not in _NOT_TOKENIZER)
     template = json.dumps(getattr(files.tokenizer, "chat_template", None), sort_keys=True)
@@ -36,33 +36,28 @@ def digest_small_files(files: BaseFiles) -> dict[str, str]:
     settings.pop("transformers_version", None)
     generation = json.dumps(settings, sort_keys=True, default=str)
     return {
-        "base.model, its config": _of_file(files.folder / "config.json"),
-        "base.model, its tokenizer": _joined((path.name, _of_file(path)) for path in tokenizer),
+        "base.model, its config": _digest(files.folder / "config.json"),
+        "base.model, its tokenizer": _combine((path.name, _digest(path)) for path in tokenizer),
         "base.model, its chat template": hashlib.sha256(template.encode()).hexdigest(),
         "base.model, its generation config": hashlib.sha256(generation.encode()).hexdigest(),
     }
 
 
-def weight_files(files: BaseFiles) -> list[Path]:
-    return files.weight_files
-
-
 def combine_weight_digests(digests: Mapping[str, str]) -> dict[str, str]:
-    """One digest of those of all weight files, by name."""
-    return {"base.model, its weights": _joined(sorted(digests.items()))}
+    """Combine the digests of all weight files, by file name, into one."""
+    return {"base.model, its weights": _combine(sorted(digests.items()))}
 
 
-def digest_weight_files(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of the content of weight files, by name."""
-    paths = list(paths)
-    with ThreadPoolExecutor(_THREADS) as threads:  # hashing leaves the other threads alone
+def digest_weight_files(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of the content of weight files, by file name."""
+    with ThreadPoolExecutor(_THREADS) as threads:  # hashing releases the GIL
         return dict(zip([p.name for p in paths], threads.map(digest_file, paths), strict=True))
 
 
 def fingerprint_base(files: BaseFiles) -> dict[str, str]:
-    """All parts, read by this process alone."""
+    """Digests of all parts of a base, computed by this process alone."""
     return digest_small_files(files) | combine_weight_digests(
-        digest_weight_files(weight_files(files))
+        digest_weight_files(files.weight_files)
     )
 
 
@@ -70,25 +65,25 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a weight file's content."""
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-        return real.name  # huggingface_hub has checked it
+        return real.name  # huggingface_hub has verified it
     stat = real.stat()
-    if stat.st_size < REMEMBERED_BYTES:
-        return _of_file(real)
+    if stat.st_size < MIN_CACHED_BYTES:
+        return _digest(real)
     key = hashlib.sha256(str(real).encode()).hexdigest()[:32]
-    place = cache_dir("digests") / f"{key}.json"
-    now = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    with contextlib.suppress(ValueError, KeyError):  # missing or damaged: digested again
-        remembered = read_json_object(place)
-        if remembered["file"] == now:
-            return str(remembered["sha256"])
-    digest = _of_file(real)
-    with contextlib.suppress(OSError):  # full, or not ours: it is read again next time
-        place.parent.mkdir(parents=True, exist_ok=True)
-        atomic_io.write_json(place, {"file": now, "sha256": digest})
+    record = cache_dir("digests") / f"{key}.json"
+    file = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    with contextlib.suppress(ValueError, KeyError):  # missing or damaged
+        cached = read_json_object(record)
+        if cached["file"] == file:
+            return str(cached["sha256"])
+    digest = _digest(real)
+    with contextlib.suppress(OSError):  # disk full, or not writable
+        record.parent.mkdir(parents=True, exist_ok=True)
+        atomic_io.write_json(record, {"file": file, "sha256": digest})
     return digest
 
 
-def _of_file(path: Path) -> str:
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(4 << 20):
@@ -96,6 +91,6 @@ def _of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _joined(parts: Iterable[tuple[str, str]]) -> str:
+def _combine(parts: Iterable[tuple[str, str]]) -> str:
     text = "".join(f"{name} {digest}\n" for name, digest in parts)
     return hashlib.sha256(text.encode()).hexdigest()

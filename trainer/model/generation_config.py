@@ -1,4 +1,4 @@
-"""A model folder's generation settings, read as transformers' ``generate`` reads them."""
+"""A model folder's generation config, read and applied as by transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FILE_NAME, MODEL_FILE_NAME = "generation_config.json", "config.json"
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """Read ``generation_config.json``; without one, the settings that ``config.json`` holds.
+    """Read ``generation_config.json``, else the generation settings in ``config.json``.
 
-    That is what ``from_pretrained`` does, but a damaged file is refused instead of ignored.
+    As ``from_pretrained`` does, except that a damaged file is refused instead of ignored.
 
     Raises:
         BadInput: the file is damaged, or its ``eos_token_id`` is not a token id or a list of them.
@@ -44,8 +44,8 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     wrong = [i for i in listed if not isinstance(i, int) or isinstance(i, bool) or i < 0]
     if wrong:
         raise BadInput(
-            f"{path}: eos_token_id: {wrong[0]!r} is not a token id; give the id of the token that "
-            "ends what is generated, or a list of ids"
+            f"{path}: eos_token_id: {wrong[0]!r} is not a token id; set the id of the token that "
+            "ends a generated text, or a list of ids"
         )
     return config
 
@@ -53,11 +53,11 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 def logits_processors(
     model: PreTrainedModel, token_ids: Sequence[int], max_new_tokens: int, device: torch.device
 ) -> LogitsProcessorList:
-    """What transformers' greedy ``generate`` does to the logits of one row; mostly nothing.
+    """Return the logits processors of transformers' greedy ``generate`` for one row.
 
     Args:
-        model: its ``generation_config`` names the penalties.
-        token_ids: of the row's input; virtual tokens have none and are not counted, as in PEFT.
+        model: its ``generation_config`` sets the penalties.
+        token_ids: of the row's input, without virtual tokens, as in PEFT.
     """
     config = copy.deepcopy(model.generation_config)
     num_tokens = len(token_ids)
@@ -66,24 +66,24 @@ def logits_processors(
     if config.min_new_tokens is not None:
         config.min_length = num_tokens + config.min_new_tokens
     model._prepare_special_tokens(config, device=device)
-    found: LogitsProcessorList = model._get_logits_processor(
+    processors: LogitsProcessorList = model._get_logits_processor(
         config,
         input_ids_seq_length=num_tokens,
         encoder_input_ids=torch.tensor([list(token_ids)], device=device),
         device=device,
     )
-    return found
+    return processors
 
 
 def check_logits_processors(model: PreTrainedModel, name: str) -> None:
-    """Refuse a generation config whose penalties cannot be applied.
+    """Refuse a generation config whose settings cannot be applied.
 
     Args:
-        model: may be without weights.
-        name: what the run file calls the model.
+        model: may be on ``meta``.
+        name: ``base.model``, for messages.
 
     Raises:
-        BadInput: with what transformers says about them.
+        BadInput: with transformers' reason.
     """
     if model.generation_config.guidance_scale not in (None, 1):
         raise BadInput(
@@ -93,8 +93,8 @@ def check_logits_processors(model: PreTrainedModel, name: str) -> None:
         )
     cpu = torch.device("cpu")
     try:
-        found = logits_processors(model, [0], 1, cpu)
-        found(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.vocab_size))
+        processors = logits_processors(model, [0], 1, cpu)
+        processors(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.vocab_size))
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(

@@ -1,6 +1,6 @@
-"""A base from the hub: its files in huggingface_hub's own cache, downloaded where they are missing.
+"""Download files of a base from the hub into huggingface_hub's cache, unless they are there.
 
-Honours that library's variables: HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT.
+The library's environment variables apply: HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from huggingface_hub.utils import tqdm
 from trainer.config import Base
 from trainer.runtime.errors import BadInput
 
-#: Called with the bytes that are here and those known to come in all.
+#: Called with the bytes downloaded so far and the total known so far.
 Progress = Callable[[int, int], None]
 
 
@@ -35,15 +35,15 @@ def fetch(
     download: bool,
     progress: Progress | None = None,
 ) -> Path:
-    """The cached folder of one commit, with these files of the model.
+    """Return the cached folder of one commit that contains the given files.
 
     Args:
-        names: files, or patterns, of the model's top folder: what lies deeper is kept in other
-            formats, or for other programs.
-        download: what is missing; False looks into the cache only.
+        names: files or patterns in the model's top folder. Subfolders hold other formats or files
+            of other programs.
+        download: download missing files; False uses only the cache.
 
     Raises:
-        BadInput: naming the model, and why it cannot be had.
+        BadInput: with the model and the reason why it is not available.
     """
     try:
         return Path(
@@ -69,26 +69,26 @@ def _problem(settings: Base, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"{head}, and the hub has no such model; check the name, or set HF_TOKEN if private"
     if isinstance(error, RevisionNotFoundError):
-        return f"base.revision: {settings.revision!r} is no branch, tag or commit of {name!r}"
+        return f"base.revision: {settings.revision!r} is not a branch, tag or commit of {name!r}"
     if isinstance(error, HFValidationError):
-        return f"{head}, nor can it be a hub id; name a folder or an id such as org/name"
+        return f"{head}, nor is it a valid hub id; use a folder or an id such as org/name"
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         at = f"{name} --revision {settings.revision}" if settings.revision else name
         return (
-            f"{head}, not whole in the hub's cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE "
-            f"is set; where there is a network: hf download {at}"
+            f"{head}, not complete in the hub's cache ({constants.HF_HUB_CACHE}), and "
+            f"HF_HUB_OFFLINE is set; on a machine with network access, run: hf download {at}"
         )
     reason = str(error).strip().split("\n")[0]
-    return f"{head}, and was not got from the hub: {type(error).__name__}: {reason}"
+    return f"{head}, and could not be downloaded from the hub: {type(error).__name__}: {reason}"
 
 
 def _bar(progress: Progress | None) -> type[tqdm]:
-    """A bar of the library's that draws nothing and tells ``progress`` what it would have drawn."""
+    """A progress bar class for the library that calls ``progress`` instead of printing."""
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Others of its bars count files, or what came over the wire compressed.
-            self._shown = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            # The library's other bars count files or compressed bytes.
+            self._counts_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"
             self._done = 0
             super().__init__(*args, **kwargs | {"disable": True})
 
@@ -97,7 +97,7 @@ def _bar(progress: Progress | None) -> type[tqdm]:
             self.refresh()
 
         def refresh(self, *args: Any, **kwargs: Any) -> None:
-            if self._shown and progress is not None and self.total:
+            if self._counts_bytes and progress is not None and self.total:
                 progress(self._done, int(self.total))
 
     return Bar

@@ -1,10 +1,9 @@
-"""The model's structure on ``meta``: frozen layers in place of trainable ones, no weights."""
+"""Build the model on ``meta``: frozen layers instead of trainable ones, no weights."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,24 +23,23 @@ from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts, is_experts
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.tensor_locations import TensorLocation, locate_parameters
-from trainer.model.weight_mapping import build_transformers_model
+from trainer.model.transformers_model import build_transformers_model
 from trainer.runtime.errors import BadInput
 
-#: More than any model has in rotary frequencies, tables of sines and masks.
-MOST_BUFFER_BYTES = 1 << 30
+#: More bytes than the non-persistent buffers of any model: rotary frequencies, masks.
+MAX_BUFFER_BYTES = 1 << 30
 
 
 def build_meta_model(
     files: BaseFiles, settings: Base, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model with frozen layers, on ``meta``, its non-persistent buffers on ``device``.
+    """Build the model with frozen layers on ``meta`` and its non-persistent buffers on ``device``.
 
     Args:
-        dtype: type of activations; also of weights that are not quantised, where the checkpoint's
-            own type is not narrower.
+        dtype: type of activations, and of unquantized weights unless their stored type is narrower.
 
     Raises:
-        BadInput: with every tensor that is of another shape or type; no weight is read.
+        BadInput: with every tensor of an unexpected shape or type; no weight is read.
     """
     family = family_of(files.config, files.name)
     model = build_transformers_model(_frozen_config(files.config), files.name, dtype=dtype)
@@ -56,53 +54,50 @@ def build_meta_model(
         if family.packed:
             replace_attention(model)
         fuse_operations(model)
-        sources = locate_parameters(model, stored)
+        locations = locate_parameters(model, stored)
         problems = [
             problem
             for name, parameter in model.named_parameters()
-            for problem in _problems(reader, sources[name], parameter.dtype == torch.int8)
+            for problem in _problems(reader, locations[name], parameter.dtype == torch.int8)
         ]
     if problems:
         raise BadInput(problems[:10])
-    check_logits_processors(model, files.name)  # last: it needs memory for the whole vocabulary
+    check_logits_processors(model, files.name)  # last: it allocates logits of the full vocabulary
     return model
 
 
-def locate_int8_parameters(
-    skeleton: PreTrainedModel, files: BaseFiles
-) -> dict[str, TensorLocation]:
-    """Where the weights that a skeleton keeps in int8 stand in the checkpoint, by parameter."""
-    sources = locate_parameters(skeleton, files.parameters.tensors)
-    int8 = [name for name, p in skeleton.named_parameters() if p.dtype == torch.int8]
-    return {name: sources[name] for name in int8}
+def locate_int8_parameters(model: PreTrainedModel, files: BaseFiles) -> dict[str, TensorLocation]:
+    """Return the locations of the weights that a model on ``meta`` stores in int8, by parameter."""
+    locations = locate_parameters(model, files.parameters.tensors)
+    int8 = [name for name, p in model.named_parameters() if p.dtype == torch.int8]
+    return {name: locations[name] for name in int8}
 
 
-def _problems(reader: SafetensorsReader, source: TensorLocation, quantized: bool) -> list[str]:
-    """What is wrong with the tensors of a parameter, and with the scales of 8-bit ones."""
-    if not reader.is_int8(source.tensors[0]):
-        return source.problems(reader)
+def _problems(reader: SafetensorsReader, location: TensorLocation, quantized: bool) -> list[str]:
+    """Problems of a parameter's tensors, and of the row scales of int8 tensors."""
+    if not reader.is_int8(location.tensors[0]):
+        return location.problems(reader)
     if not quantized:
         return [
-            f"base.model: {source.tensors[0]!r} is stored in 8 bits, but would be kept in a float "
-            "type; use base.quantization: int8, or the model that the folder was made from"
+            f"base.model: {location.tensors[0]!r} is stored in 8 bits, but would be loaded as a "
+            "float type; use base.quantization: int8, or the original model"
         ]
-    # Rows that were quantised are stored as rows, whatever the layout of the original.
-    source = replace(source, transposed=False)
-    problems = source.problems(reader)
-    for name in source.tensors:
+    location = location.as_int8()
+    problems = location.problems(reader)
+    for name in location.tensors:
         layout = f"{name}_format"
-        if reader.find(layout) is not None and bool(reader.read(layout).any()):
+        if reader.tensors.get(layout) is not None and bool(reader.read(layout).any()):
             problems.append(
                 f"{reader.tensors[name].path}: {name!r} is stored in a layout of older "
                 "bitsandbytes; save the model again with a newer one"
             )
         scales = scales_name(name)
-        if reader.find(scales) is None:
+        if reader.tensors.get(scales) is None:
             problems.append(
                 f"{reader.tensors[name].path}: {name!r} is stored in 8 bits, but its row scales "
                 f"{scales!r} are missing; write the folder again (promptshard prepare)"
             )
-        elif problem := reader.problem(scales, source.stored_shape[:-1]):
+        elif problem := reader.problem(scales, location.stored_shape[:-1]):
             problems.append(problem)
     return problems
 
@@ -110,7 +105,7 @@ def _problems(reader: SafetensorsReader, source: TensorLocation, quantized: bool
 def _quantize_ends(
     model: PreTrainedModel, settings: Base, is_stored_int8: Callable[[str], bool]
 ) -> None:
-    """Store word embeddings and head in int8 where the run file says so or the checkpoint does."""
+    """Make embeddings and head int8 if the run file sets it or the checkpoint stores them so."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {module: path for path, module in model.named_modules()}
     tied = model.config.tie_word_embeddings
@@ -122,8 +117,8 @@ def _quantize_ends(
     for layer, setting in ((embedding, settings.embeddings), (head, settings.head)):
         if setting == "int8" and settings.quantization != "int8":
             raise BadInput(
-                f"base.quantization: {settings.quantization}, but base.embeddings or base.head "
-                "asks for int8; use quantization: int8"
+                f"base.quantization: {settings.quantization}, but base.embeddings or base.head is "
+                "int8; use quantization: int8"
             )
         stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
         if setting == "int8" or (stored and settings.quantization == "int8"):
@@ -131,7 +126,7 @@ def _quantize_ends(
 
 
 def _store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
-    """Make the weight of a layer on ``meta`` an int8 one."""
+    """Replace the weight of a layer on ``meta`` by an int8 one."""
     shape = layer.weight.shape
     weight = torch.empty(shape, dtype=torch.int8, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -139,7 +134,7 @@ def _store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
 
 
 def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of a model that never drops anything out, even in layers that are recomputed."""
+    """Copy a config without dropout, even in layers that are recomputed in training mode."""
     config = copy.deepcopy(config)
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("drop" in name or name.endswith("jitter_noise")):
@@ -151,7 +146,7 @@ def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype) -> None:
-    """Put frozen layers where the model has trainable ones. The head stays in its float type."""
+    """Replace trainable layers by frozen ones. The head keeps its float type."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -185,31 +180,31 @@ def _tie(model: PreTrainedModel) -> None:
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute what no checkpoint holds (rotary frequencies, tables of sines).
+    """Compute non-persistent buffers (rotary frequencies, tables of sines).
 
-    Done as transformers does it after loading: every family's ``_init_weights`` fills such buffers
-    in, and leaves parameters on ``meta`` as they are.
+    As transformers does after loading: each family's ``_init_weights`` fills these buffers and
+    leaves parameters on ``meta`` unchanged.
 
     Raises:
-        BadInput: if config.json asks for buffers of no model's size, or they cannot be computed.
+        BadInput: if the buffers would be unreasonably large, or cannot be computed.
     """
     sizes = {path: buffer.nbytes for path, buffer in model.named_buffers() if buffer.is_meta}
-    if sum(sizes.values()) > MOST_BUFFER_BYTES:
+    if sum(sizes.values()) > MAX_BUFFER_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         raise BadInput(
-            f"base.model: config.json asks for tables of {sum(sizes.values()) / 1e9:,.1f} GB "
-            f"beside the weights ({largest}), more than any model has; give the config.json of "
-            "these weights"
+            f"base.model: config.json requires tables of {sum(sizes.values()) / 1e9:,.1f} GB "
+            f"besides the weights ({largest}), more than any model has; use the config.json that "
+            "belongs to these weights"
         )
     for path, module in model.named_modules():
         buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
         if not buffers or module is model.get_input_embeddings():
             continue
-        kept = sorted(set(buffers) - module._non_persistent_buffers_set)
-        if kept:
+        persistent = sorted(set(buffers) - module._non_persistent_buffers_set)
+        if persistent:
             raise BadInput(
-                f"base.model: {path} ({type(module).__name__}) keeps {', '.join(kept)} beside its "
-                "weights, which is not supported"
+                f"base.model: {path} ({type(module).__name__}) has persistent buffers ("
+                f"{', '.join(persistent)}), which are not supported"
             )
         for name, buffer in buffers.items():
             nan = torch.full(buffer.shape, torch.nan, device=device)
@@ -219,5 +214,5 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
         if any(not module._buffers[name].isfinite().all() for name in buffers):
             raise BadInput(
                 f"base.model: cannot rebuild the buffers of {path} ({type(module).__name__}); "
-                "this model needs support of its own"
+                "this model is not supported"
             )

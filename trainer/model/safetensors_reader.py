@@ -1,4 +1,4 @@
-"""Tensors of safetensors files: headers, rows, row scales of 8-bit weights."""
+"""Read tensors of safetensors files: headers, rows, and row scales of int8 weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.runtime.errors import BadInput
 
-#: Types of weights that can be loaded, by their name in a safetensors header.
+#: Types of weights that can be loaded, by name in a safetensors header.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,11 +28,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in its file.
+    """Position and type of a tensor in its file.
 
     Attributes:
-        type: as the header names it, for example ``BF16``.
-        begin: of its first byte, from the start of the file.
+        type: as in the header, for example ``BF16``.
+        begin: offset of the first byte from the start of the file.
     """
 
     path: Path
@@ -43,21 +43,21 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None where weights of this type cannot be loaded."""
+        """None if weights of this type cannot be loaded."""
         return DTYPES.get(self.type)
 
 
 def scales_name(name: str) -> str:
-    """Where an 8-bit folder keeps the row scales of a tensor: bitsandbytes' ``SCB``."""
+    """Name of the row scales of an int8 tensor: bitsandbytes' ``SCB``."""
     module, _, own = name.rpartition(".")
     return f"{module}.SCB" if own == "weight" else f"{name}_SCB"
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a safetensors file.
+    """Read the header of a safetensors file and return its tensors by name.
 
     Raises:
-        BadInput: if the file is cut short or no safetensors file.
+        BadInput: if the file is truncated or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt"):  # the library checks header and size
@@ -82,10 +82,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class SafetensorsReader:
-    """Reads tensors, or rows of them, and counts bytes.
+    """Reads tensors or parts of them, and counts the bytes.
 
-    Reads with ``pread`` into memory of its own: of a mapped file every page that was touched would
-    stay resident until the file is closed, and network file systems read maps page by page.
+    Uses ``pread``, not mmap: touched pages of a mapped file stay resident until it is closed, and
+    network file systems read mapped files page by page.
     """
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -101,23 +101,19 @@ class SafetensorsReader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def find(self, name: str) -> StoredTensor | None:
-        """The entry of a tensor in the header of its file; None if no file has it."""
-        return self.tensors.get(name)
-
     def dtype(self, name: str) -> torch.dtype:
-        """The type that a tensor is stored in, which ``problem`` has checked."""
+        """The stored type of a tensor that ``problem`` has accepted."""
         dtype = self.tensors[name].dtype
         assert dtype is not None, name
         return dtype
 
     def is_int8(self, name: str) -> bool:
-        stored = self.find(name)
+        stored = self.tensors.get(name)
         return stored is not None and stored.dtype == torch.int8
 
     def problem(self, name: str, shape: Sequence[int]) -> str | None:
-        """What is wrong with a tensor, from the file's header alone; None if nothing is."""
-        stored = self.find(name)
+        """Check a tensor's type and shape in the header; None if there is no problem."""
+        stored = self.tensors.get(name)
         if stored is None:
             return f"no weight file has the tensor {name!r}"
         if stored.dtype is None:
@@ -127,13 +123,13 @@ class SafetensorsReader:
             )
         if stored.shape != tuple(shape):
             return (
-                f"{stored.path}: {name!r} has shape {list(stored.shape)}, but config.json asks "
-                f"for {list(shape)}"
+                f"{stored.path}: {name!r} has shape {list(stored.shape)}, but config.json "
+                f"requires {list(shape)}"
             )
         return None
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor ``name``, in the type it is stored in.
+        """Read a complete tensor in its stored type.
 
         Raises:
             BadInput: if it cannot be read or is not finite.
@@ -141,10 +137,14 @@ class SafetensorsReader:
         shape = self.tensors[name].shape
         return self.read_flat(name, 0, math.prod(shape)).view(shape)
 
-    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start`` to ``stop`` of a tensor as if it had one dimension.
+    def read_row_scales(self, names: Sequence[str]) -> torch.Tensor:
+        """Read the fp32 scales of all rows of int8 tensors, concatenated."""
+        return torch.cat([self.read(scales_name(name)).flatten() for name in names]).float()
 
-        Rows follow each other in the file, so rows a to b of [N, K] are elements a * K to b * K.
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read elements ``start`` to ``stop`` of a flattened tensor.
+
+        Rows a to b of [N, K] are the elements a * K to b * K.
 
         Raises:
             BadInput: if they cannot be read or are not finite.
@@ -156,18 +156,14 @@ class SafetensorsReader:
         return values
 
     def read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Bytes ``start`` to ``stop`` of a tensor, whatever its type.
+        """Read bytes ``start`` to ``stop`` of a tensor of any type.
 
         Raises:
             BadInput: if they cannot be read.
         """
         stored = self.tensors[name]
         raw = torch.empty(stop - start, dtype=torch.uint8)
-        self._pread(stored, name, raw, stored.begin + start)
-        return raw
-
-    def _pread(self, stored: StoredTensor, name: str, raw: torch.Tensor, offset: int) -> None:
-        view, done = raw.numpy().data, 0
+        view, offset, done = raw.numpy().data, stored.begin + start, 0
         try:
             if stored.path not in self._descriptors:
                 self._descriptors[stored.path] = os.open(stored.path, os.O_RDONLY)
@@ -179,3 +175,4 @@ class SafetensorsReader:
         except OSError as error:
             raise BadInput(f"{stored.path}: cannot read {name!r}: {error}") from None
         self.bytes_read += done
+        return raw

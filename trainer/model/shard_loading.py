@@ -1,8 +1,8 @@
-"""From a checkpoint straight into shards.
+"""Load a checkpoint directly into shards.
 
-Every rank reads only the rows that its own part of a tensor touches, quantises them (rows are
-quantised alone, so this is exact) and keeps them as its shard. Nobody ever holds a whole tensor,
-and no weight travels between ranks; only the row scales do, once, at the end.
+Every rank reads only the rows of a tensor that its shard contains, and quantizes them. Rows are
+quantized independently, so the result equals that of quantizing the full tensor. No rank holds a
+full tensor, and no weights are sent between ranks; only the row scales are, in one all-reduce.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,46 +26,46 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.layers.quantization import quantize_rows
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.safetensors_reader import SafetensorsReader, scales_name
+from trainer.model.safetensors_reader import SafetensorsReader
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.runtime.errors import BadInput
 
 Progress = Callable[[int], None]
 
-#: Bytes read, quantised and put away at a time: what loading needs beyond the shards.
+#: Bytes that are read and quantized at a time: the memory that loading needs besides the shards.
 BLOCK_BYTES = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class WeightSharder(Protocol):
-    """What loading must know of the other ranks.
+    """Divides parameters among the ranks.
 
     Attributes:
-        exchange: for rows of tables that are never gathered; None where this rank holds them all.
+        exchange: exchanges rows of tables that are never gathered; None if this rank holds all.
     """
 
     exchange: RowExchange | None
 
     def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
-        """Start and stop of this rank's part of a flat tensor, which is of whole ``unit``s."""
+        """Start and stop of this rank's shard of a flat tensor; ``unit`` elements stay together."""
 
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
-        """Memory for this rank's part of a flat tensor, padding included, zeroed."""
+        """Allocate this rank's shard of a flat tensor: zeros, including padding."""
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
-        """Turn a parameter on ``meta`` into one of which this rank holds ``shard``."""
+        """Turn a parameter on ``meta`` into a sharded parameter with this shard."""
 
     def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
-        """The one time ranks speak: any problem is raised on all of them; scales are completed.
+        """Raise any rank's problems on all ranks, and complete the row scales in place.
 
         Args:
-            scales: of each tensor, with zero for rows that this rank has not read; in place.
+            scales: of each tensor, zero for rows that this rank has not read.
         """
 
 
 @dataclass(frozen=True)
 class LoadStats:
-    """What loading cost: seconds, and bytes this rank read from disk."""
+    """Duration of loading, and bytes that this rank read from disk."""
 
     seconds: float
     bytes_read: int
@@ -77,28 +77,28 @@ def load_shards(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    shard: WeightSharder,
+    sharder: WeightSharder,
     checkpointing: bool,
     progress: Progress = lambda _: None,
 ) -> tuple[PromptedBase, LoadStats]:
-    """Fill a skeleton, tensor by tensor.
+    """Load the weights of a model on ``meta``, parameter by parameter.
 
     Args:
-        shard: takes over each parameter as soon as this rank's part of it is read.
+        sharder: receives this rank's shard of each parameter.
         progress: called with the bytes read since the last call.
 
     Raises:
-        BadInput: on all ranks, with every tensor that any of them cannot read or that holds NaN.
+        BadInput: on all ranks, with the tensors that any rank cannot read or that hold NaN.
     """
     started = time.perf_counter()
-    sources = locate_parameters(model, files.parameters.tensors)
+    locations = locate_parameters(model, files.parameters.tensors)
     with return_freed_memory(), SafetensorsReader(files.tensors) as reader:
-        loader = _WeightLoader(reader, shard, dtype, device, progress)
+        loader = _WeightLoader(reader, sharder, dtype, device, progress)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                source = sources[f"{path}.{name}" if path else name]
-                loader.load(module, name, parameter, source)
-        shard.finish(loader.partial_scales, loader.problems)
+                location = locations[f"{path}.{name}" if path else name]
+                loader.load(module, name, parameter, location)
+        sharder.finish(loader.partial_scales, loader.problems)
         stats = LoadStats(time.perf_counter() - started, reader.bytes_read)
     model.requires_grad_(False)
     model.eval()
@@ -108,28 +108,28 @@ def load_shards(
 
 
 class _WeightLoader:
-    """Loads parameters one by one and remembers what the ranks must settle at the end."""
+    """Loads parameters one by one; collects row scales and problems for ``finish``."""
 
     def __init__(
         self,
         reader: SafetensorsReader,
-        shard: WeightSharder,
+        sharder: WeightSharder,
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self.reader, self.shard, self.dtype, self.device = reader, shard, dtype, device
+        self.reader, self.sharder, self.dtype, self.device = reader, sharder, dtype, device
         self.progress = progress
         self.partial_scales: list[Tensor] = []
         self.problems: list[str] = []
-        # Of parameters that are done, by id: tied ones come twice.
+        # Of loaded parameters, by id: tied parameters occur twice.
         self._scales: dict[int, Tensor | None] = {}
         self._rows: dict[int, Tensor] = {}
 
     def load(
-        self, module: nn.Module, name: str, parameter: nn.Parameter, source: TensorLocation
+        self, module: nn.Module, name: str, parameter: nn.Parameter, location: TensorLocation
     ) -> None:
-        """Give a parameter its shard; a rank with a problem continues, as others wait for it."""
+        """Load this rank's shard of a parameter. Problems are collected, as other ranks wait."""
         key = id(parameter)
         holder = module if isinstance(module, FrozenEmbedding | FrozenHead) else None
         table = holder if name == "weight" else None
@@ -137,61 +137,59 @@ class _WeightLoader:
             scales = None
             before = self.reader.bytes_read
             try:
-                unit = parameter.shape[1] if table else 1  # whole rows, or single elements
+                unit = parameter.shape[1] if table else 1  # shards of tables consist of full rows
                 if parameter.dtype == torch.int8:
-                    shard, scales = self._load_int8(source, unit)
+                    shard, scales = self._load_int8(location, unit)
                 else:
-                    shard = self._load_float(module, source, unit)
+                    shard = self._load_float(module, location, unit)
                 if table:
-                    # Detached: a view would keep the memory of what it is a view of.
+                    # Detached: the view would keep a reference to its base.
                     self._rows[key] = shard.view(-1, unit).detach()
                 else:
-                    self.shard.adopt(parameter, shard)
+                    self.sharder.adopt(parameter, shard)
             except BadInput as error:
                 self.problems += error.problems
             self._scales[key] = scales
             self.progress(self.reader.bytes_read - before)
         if table and key in self._rows:
-            table.hold(self._rows[key], self.shard.exchange)
+            table.hold(self._rows[key], self.sharder.exchange)
         scales = self._scales[key]
         if scales is not None:
             setattr(module, absmax_name(name), scales)
 
-    def _load_int8(self, source: TensorLocation, unit: int) -> tuple[Tensor, Tensor]:
-        """This rank's part, quantised now or taken as it is stored, and the scales of all rows."""
-        shard = self.shard.allocate(source.shape.numel(), torch.int8, unit)
-        if self.reader.is_int8(source.tensors[0]):
-            names = [scales_name(name) for name in source.tensors]
-            scales = torch.cat([self.reader.read(name).flatten() for name in names])
-            scales = scales.to(self.device, torch.float32)
-            for block in self._blocks(replace(source, transposed=False), unit):
-                shard[block.to] = block.values.flatten()[block.part]
+    def _load_int8(self, location: TensorLocation, unit: int) -> tuple[Tensor, Tensor]:
+        """This rank's shard, quantized now or stored as int8, and the scales of all rows."""
+        shard = self.sharder.allocate(location.shape.numel(), torch.int8, unit)
+        if self.reader.is_int8(location.tensors[0]):
+            scales = self.reader.read_row_scales(location.tensors).to(self.device)
+            for block in self._blocks(location.as_int8(), unit):
+                shard[block.target] = block.values.flatten()[block.elements]
         else:
-            scales = torch.zeros(source.shape[:-1].numel(), device=self.device)
-            for block in self._blocks(source, unit):
+            scales = torch.zeros(location.shape[:-1].numel(), device=self.device)
+            for block in self._blocks(location, unit):
                 quantized, scales[block.rows] = quantize_rows(block.values.to(self.device))
-                shard[block.to] = quantized.flatten()[block.part]
+                shard[block.target] = quantized.flatten()[block.elements]
             self.partial_scales.append(scales)
-        return shard, scales.view(source.shape[:-1])
+        return shard, scales.view(location.shape[:-1])
 
-    def _load_float(self, module: nn.Module, source: TensorLocation, unit: int) -> Tensor:
-        """This rank's part, in the narrower of stored and compute type."""
-        stored = self.reader.dtype(source.tensors[0])
+    def _load_float(self, module: nn.Module, location: TensorLocation, unit: int) -> Tensor:
+        """This rank's shard, in the narrower of the stored and the compute type."""
+        stored = self.reader.dtype(location.tensors[0])
         large = isinstance(module, FrozenLinear | FrozenEmbedding | FrozenExperts)
-        narrow = large and len(source.shape) > 1 and stored.itemsize < self.dtype.itemsize
+        narrow = large and len(location.shape) > 1 and stored.itemsize < self.dtype.itemsize
         kept = stored if narrow else self.dtype
-        shard = self.shard.allocate(source.shape.numel(), kept, unit)
-        for block in self._blocks(source, unit):
-            shard[block.to] = block.values.flatten()[block.part].to(kept)
+        shard = self.sharder.allocate(location.shape.numel(), kept, unit)
+        for block in self._blocks(location, unit):
+            shard[block.target] = block.values.flatten()[block.elements].to(kept)
         return shard
 
-    def _blocks(self, source: TensorLocation, unit: int) -> Iterator[_Block]:
-        """The rows that this rank's part touches, a few at a time."""
-        start, stop = self.shard.bounds(source.shape.numel(), unit)
-        width = source.shape[-1] if len(source.shape) > 1 else 1
-        rows = RowReader(source, self.reader)
+    def _blocks(self, location: TensorLocation, unit: int) -> Iterator[_Block]:
+        """Read the rows that this rank's shard contains, some at a time."""
+        start, stop = self.sharder.bounds(location.shape.numel(), unit)
+        width = location.shape[-1] if len(location.shape) > 1 else 1
+        rows = RowReader(location, self.reader)
         for first, last in row_blocks(start // width, -(-stop // width), width):
-            # The first and the last row may be shared with the ranks before and after.
+            # Other ranks may hold parts of the first and the last row.
             begin, end = max(start, first * width), min(stop, last * width)
             yield _Block(
                 rows.read(first, last),
@@ -203,23 +201,23 @@ class _WeightLoader:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of a tensor.
+    """Some rows of a parameter.
 
     Attributes:
-        values: the rows, in the type they are stored in.
-        rows: which rows these are.
-        part: elements of ``values`` that are this rank's.
-        to: where in the shard they go.
+        values: the rows in their stored type.
+        rows: indices of the rows.
+        elements: the elements of ``values`` that belong to this rank's shard.
+        target: the elements of the shard that they are copied to.
     """
 
     values: Tensor
     rows: slice
-    part: slice
-    to: slice
+    elements: slice
+    target: slice
 
 
 def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """Rows ``start`` to ``stop`` in blocks that take BLOCK_BYTES in fp32."""
+    """Split rows ``start`` to ``stop`` into blocks of BLOCK_BYTES in fp32."""
     size = max(1, BLOCK_BYTES // (4 * width))
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
@@ -248,11 +246,11 @@ def return_freed_memory() -> Iterator[None]:
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # transformers makes word embeddings ask for a gradient, which only reentrant checkpointing
-    # needs: ZeRO-3 would gather the table for a backward that nobody reads, and never release it.
+    # transformers lets embeddings require a gradient, which only reentrant checkpointing needs:
+    # ZeRO-3 would gather the table for an unused backward and never release it.
     model.disable_input_require_grads()
     for module in model.modules():
-        # transformers recomputes only layers in training mode; their children stay in evaluation
-        # mode, so that a frozen base never drops out.
+        # transformers recomputes only layers in training mode. Their children stay in evaluation
+        # mode: a frozen base has no dropout.
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

@@ -1,40 +1,36 @@
-"""Where the rows of a parameter stand in the files of a checkpoint.
+"""Which rows of which stored tensors form a parameter.
 
-A parameter is always the rows of its tensors, end to end: of one, or of one or two for each expert
-of a stack. Which tensors these are: ``trainer.model.weight_mapping``.
+A parameter consists of the rows of its tensors, concatenated: of one tensor, or of one or two per
+expert of a stack. ``trainer.model.weight_mapping`` finds these tensors.
 
 Shape letters: E experts, N output features, K input features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-
-class HeaderReader(Protocol):
-    """What looks tensors up in the headers of their files."""
-
-    def problem(self, name: str, shape: torch.Size) -> str | None: ...
+from trainer.model.safetensors_reader import SafetensorsReader
 
 
 class FlatReader(Protocol):
-    """What reads elements ``start`` to ``stop`` of a tensor as if it had one dimension."""
+    """Reads elements ``start`` to ``stop`` of a flattened tensor."""
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where the values of one parameter stand.
+    """The stored tensors of one parameter.
 
     Attributes:
-        tensors: names in the checkpoint; their rows, end to end, are the parameter's.
+        tensors: their names; their rows, concatenated, are the parameter's.
         shape: of the parameter: [N, K], [E, N, K], or a vector.
         transposed: each matrix is stored as [K, N].
     """
@@ -45,7 +41,7 @@ class TensorLocation:
 
     @property
     def stored_shape(self) -> torch.Size:
-        """Of each tensor in the checkpoint."""
+        """The shape of each stored tensor."""
         shape = tuple(self.shape)
         if len(self.tensors) > 1:
             shape = (self.shape[:-1].numel() // len(self.tensors), shape[-1])
@@ -53,70 +49,66 @@ class TensorLocation:
             shape = (*shape[:-2], shape[-1], shape[-2])
         return torch.Size(shape)
 
-    def problems(self, reader: HeaderReader) -> list[str]:
-        """What is wrong with the tensors, from the headers of their files."""
-        found = (reader.problem(name, self.stored_shape) for name in self.tensors)
-        return [problem for problem in found if problem]
+    def as_int8(self) -> TensorLocation:
+        """The same with int8 tensors, which are stored by rows for every original layout."""
+        return replace(self, transposed=False)
+
+    def problems(self, reader: SafetensorsReader) -> list[str]:
+        """Problems of the tensors, from the headers of their files."""
+        problems = (reader.problem(name, self.stored_shape) for name in self.tensors)
+        return [problem for problem in problems if problem]
 
 
 class RowReader:
-    """Reads rows of one parameter without reading the whole of it.
+    """Reads some rows of one parameter.
 
-    Where matrices are stored transposed, a row is a column of the file: there the whole matrix (of
-    one expert) is read, and kept until rows of another are asked for.
+    A row of a transposed matrix is a column of the file. The complete matrix (of one expert) is
+    then read, and cached until rows of another matrix are read.
     """
 
-    def __init__(self, source: TensorLocation, reader: FlatReader) -> None:
-        self.source, self.reader = source, reader
+    def __init__(self, location: TensorLocation, reader: FlatReader) -> None:
+        self._location, self._reader = location, reader
         self._matrix: tuple[int, Tensor] | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of [..., N, K] as one tall matrix, or elements of a vector."""
-        shape = self.source.shape
+        """Rows ``start`` to ``stop`` of [..., N, K] as one matrix, or elements of a vector."""
+        shape, tensors = self._location.shape, self._location.tensors
         if len(shape) == 1:
-            return self.reader.read_flat(self.source.tensors[0], start, stop)
-        if self.source.transposed:
-            return self._unit_rows(start, stop, shape[-2], self._transposed)
-        per_tensor = shape[:-1].numel() // len(self.source.tensors)
-        return self._unit_rows(start, stop, per_tensor, self._straight)
-
-    def _unit_rows(
-        self, start: int, stop: int, unit: int, read: Callable[[int, int, int], Tensor]
-    ) -> Tensor:
-        """Rows from as many units of ``unit`` rows as they touch."""
-        parts = []
-        for i in range(start // unit, -(-stop // unit)):
-            parts.append(read(i, max(start - i * unit, 0), min(stop - i * unit, unit)))
+            return self._reader.read_flat(tensors[0], start, stop)
+        # Rows of one stored tensor, or of one matrix of a transposed tensor.
+        unit = shape[-2] if self._location.transposed else shape[:-1].numel() // len(tensors)
+        parts = [
+            self._read_unit(i, max(start - i * unit, 0), min(stop - i * unit, unit))
+            for i in range(start // unit, -(-stop // unit))
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _straight(self, tensor: int, start: int, stop: int) -> Tensor:
-        k = self.source.shape[-1]
-        flat = self.reader.read_flat(self.source.tensors[tensor], start * k, stop * k)
-        return flat.view(-1, k)
-
-    def _transposed(self, matrix: int, start: int, stop: int) -> Tensor:
-        if self._matrix is None or self._matrix[0] != matrix:
-            n, k = self.source.shape[-2:]
-            (name,) = self.source.tensors
-            flat = self.reader.read_flat(name, matrix * n * k, (matrix + 1) * n * k)
-            self._matrix = matrix, flat.view(k, n)
+    def _read_unit(self, unit: int, start: int, stop: int) -> Tensor:
+        n, k = self._location.shape[-2:]
+        if not self._location.transposed:
+            name = self._location.tensors[unit]
+            return self._reader.read_flat(name, start * k, stop * k).view(-1, k)
+        if self._matrix is None or self._matrix[0] != unit:
+            (name,) = self._location.tensors
+            flat = self._reader.read_flat(name, unit * n * k, (unit + 1) * n * k)
+            self._matrix = unit, flat.view(k, n)
         return self._matrix[1][:, start:stop].T.contiguous()
 
 
 def locate_parameters(
     model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
 ) -> dict[str, TensorLocation]:
-    """The source of every parameter, by each of its names; tied weights share one.
+    """Return the location of every parameter by each of its names; tied weights share one.
 
     Args:
-        tensors: of each parameter, see ``WeightMapping``.
+        tensors: by parameter, see ``WeightMapping``.
     """
     return {
-        name: TensorLocation(tensors[name], parameter.shape, _transposed(model, name))
+        name: TensorLocation(tensors[name], parameter.shape, _is_transposed(model, name))
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
 
-def _transposed(model: nn.Module, name: str) -> bool:
+def _is_transposed(model: nn.Module, name: str) -> bool:
     path, _, own = name.rpartition(".")
     return own in getattr(model.get_submodule(path), "transposed", ())

@@ -1,27 +1,18 @@
-"""Which tensors of a checkpoint transformers reads into which parameters, and which it ties.
+"""Map the stored tensors of a checkpoint to the parameters into which transformers loads them.
 
-transformers' own class for the folder is built on ``meta``; its own rules rename the stored tensors
-(``transformers.core_model_loading``) and name the tied weights (``all_tied_weights_keys``). A text
-model in a multimodal container gets the names, and the flag, of the container.
+transformers' class for the folder is built on ``meta``. Its rules rename the stored tensors
+(``transformers.core_model_loading``) and list the tied weights (``all_tied_weights_keys``). For the
+text model of a multimodal container, the container's names and tying apply.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -34,25 +25,23 @@ from transformers.core_model_loading import (
 
 from trainer.model.families import logit_scale_and_cap
 from trainer.model.safetensors_reader import SafetensorsReader, StoredTensor, scales_name
+from trainer.model.transformers_model import build_transformers_model, limit_parameters
 from trainer.runtime.errors import BadInput
 
 #: Elements of two tensors that are compared at a time.
-COMPARED = 4 << 20
-#: A model may have this many parameters for each stored tensor, and some more, before it is clear
-#: that config.json does not belong to the weights.
-PARAMETERS_PER_TENSOR, MORE_PARAMETERS = 4, 2_000
+COMPARED_ELEMENTS = 4 << 20
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """What transformers reads into each parameter of the text model.
+    """The stored tensors of each parameter of the text model.
 
     Attributes:
-        tensors: by the parameter's name; the rows of its tensors, end to end, are the parameter's.
+        tensors: by parameter; the rows of its tensors, concatenated, are the parameter's.
         tied: the head is the embedding table.
-        duplicate: a stored tensor that equals the one that the tied parameter is read from.
-        separate: config.json ties the head, but another head is stored, and read.
-        warnings: what a person should know about the stored tensors.
+        duplicate: a stored tensor equal to the one from which the tied parameter is read.
+        separate: config.json ties the head, but a different head is stored and used.
+        warnings: about stored tensors that are not used as config.json suggests.
     """
 
     tensors: dict[str, tuple[str, ...]]
@@ -68,14 +57,14 @@ def map_weights(
     """Match the stored tensors with the parameters of the text model.
 
     Args:
-        config: of the folder: a text model's, or a container's.
+        config: of the folder: of a text model or its multimodal container.
         tensors: of all weight files, by name.
-        name: what the run file calls the model.
+        name: ``base.model``, for messages.
 
     Raises:
-        BadInput: if config.json describes no model, or if a parameter has no tensor.
+        BadInput: if config.json does not describe a model, or a parameter has no tensor.
     """
-    with _bounded(len(tensors), name):
+    with limit_parameters(len(tensors), name):
         loader = build_transformers_model(config, name)
         inside = config.get_text_config() is not config
         text = build_transformers_model(config.get_text_config(), name) if inside else loader
@@ -85,105 +74,38 @@ def map_weights(
         for parameter, _ in text.named_parameters(remove_duplicate=False)
     }
     stored, unread = _stored_tensors(loader, tensors, set(parameters.values()))
-    head, table = _ends(text)
+    head, table = _head_and_embedding(text)
     pair = {parameters[head], parameters[table]}
-    tied = any({target, source} == pair for target, source in loader.all_tied_weights_keys.items())
-    own, source = stored.get(parameters[head]), stored.get(parameters[table])
+    tied = any(set(keys) == pair for keys in loader.all_tied_weights_keys.items())
+    head_tensors, embedding = stored.get(parameters[head]), stored.get(parameters[table])
     duplicate, separate, warnings = None, False, _unread_warnings(loader, unread, name)
-    if tied and own and source and own != source:
-        duplicate = own[0]
-        if not _equal(duplicate, source[0], tensors):
+    if tied and head_tensors and embedding and head_tensors != embedding:
+        duplicate = head_tensors[0]
+        if not _equal(duplicate, embedding[0], tensors):
             tied, duplicate, separate = False, None, True
             warnings.append(
                 f"base.model: config.json of {name!r} ties the head to the word embeddings, but "
-                f"{own[0]!r} is stored and differs from {source[0]!r}: the head is kept apart, as "
-                "transformers does"
+                f"{head_tensors[0]!r} is stored and differs from {embedding[0]!r}: the head is "
+                "loaded separately, as in transformers"
             )
-    if tied and (shared := source or own):
+    if tied and (shared := embedding or head_tensors):
         stored |= dict.fromkeys(pair, shared)
-    missing = [known for known in parameters.values() if known not in stored]
+    missing = [key for key in parameters.values() if key not in stored]
     if missing:
-        raise BadInput(_incomplete(name, config, missing, unread, tensors, ends=pair))
-    found = {parameter: stored[known] for parameter, known in parameters.items()}
-    return WeightMapping(found, tied, duplicate, separate, tuple(warnings))
+        raise BadInput(_describe_missing(name, config, missing, unread, tensors, tied_pair=pair))
+    mapping = {parameter: stored[key] for parameter, key in parameters.items()}
+    return WeightMapping(mapping, tied, duplicate, separate, tuple(warnings))
 
 
-def build_transformers_model(
-    config: PretrainedConfig, name: str, **options: Any
-) -> PreTrainedModel:
-    """Build transformers' own class for a config, on ``meta``.
-
-    Args:
-        options: of ``from_config``.
-
-    Raises:
-        BadInput: if transformers has none that writes text, or cannot build it.
-    """
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-    kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
-    if kind is None:
-        raise BadInput(
-            f"base.model: {name!r} is of type {config.model_type!r}, which writes no text; give a "
-            "causal language model"
-        )
-    with torch.device("meta"), library_errors(f"base.model: config.json of {name!r}"):
-        model: PreTrainedModel = kind.from_config(config, attn_implementation="eager", **options)
-    return model
-
-
-@contextmanager
-def library_errors(subject: str) -> Iterator[None]:
-    """Turn what a library raises on damaged or foreign files into BadInput.
-
-    tokenizers' panics are no ``Exception``; a stop by the user passes.
-    """
-    try:
-        yield
-    except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        text = " ".join(str(error).split())
-        if "custom code" in text:
-            raise BadInput(
-                f"{subject}: needs code of its own, which is never run; give a model that "
-                "transformers knows"
-            ) from None
-        raise BadInput(
-            f"{subject}: transformers cannot read it: {text[:300]} ({type(error).__name__}); copy "
-            "or download it again, or give a model that this version of transformers knows"
-        ) from None
-
-
-@contextmanager
-def _bounded(num_tensors: int, name: str) -> Iterator[None]:
-    """Refuse a config that asks for far more parameters than there are tensors, while it builds."""
-    most, count = PARAMETERS_PER_TENSOR * num_tensors + MORE_PARAMETERS, 0
-
-    def register(module: nn.Module, key: str, parameter: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > most:
-            raise BadInput(
-                f"base.model: config.json of {name!r} asks for more than {most:,} parameters, but "
-                f"its files hold {num_tensors:,} tensors; give the config.json of these weights"
-            )
-
-    hook = nn.modules.module.register_module_parameter_registration_hook(register)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _ends(text: PreTrainedModel) -> tuple[str, str]:
-    """The names of the weights of head and word embeddings."""
+def _head_and_embedding(text: PreTrainedModel) -> tuple[str, str]:
+    """Names of the weights of the head and of the token embeddings."""
     head, table = text.get_output_embeddings(), text.get_input_embeddings()
     paths = {module: path for path, module in text.named_modules()}
     return f"{paths[head]}.weight", f"{paths[table]}.weight"
 
 
 def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict[str, str]:
-    """Where the modules of a text model are in its container, by their path in the text model."""
+    """Paths of a text model's modules in its container, by their path in the text model."""
     modules = dict(loader.named_modules())
     for path, module in modules.items():
         if type(module) is type(text):
@@ -193,14 +115,14 @@ def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict
     own_head = text.get_output_embeddings()
     if inner is not None and logit_scale_and_cap(text) != (1.0, None):
         raise BadInput(
-            f"base.model: {name!r} is a {type(loader).__name__}, which puts a head of its own on "
-            f"its text model, without what {type(text).__name__} does to its logits (logit_scale, "
-            "logits_scaling, final_logit_softcapping); give a release of the text model alone"
+            f"base.model: {name!r} is a {type(loader).__name__}, whose own head "
+            f"lacks the logit scaling of {type(text).__name__} (logit_scale, logits_scaling, "
+            "final_logit_softcapping); use a release of the text model alone"
         )
     if inner is None or head is None:
         raise BadInput(
-            f"base.model: {name!r} is of type {loader.config.model_type!r}, which keeps its text "
-            f"model in another form than {type(text).__name__}; give the text model alone"
+            f"base.model: {name!r} is of type {loader.config.model_type!r}, which stores its "
+            f"text model differently from {type(text).__name__}; use the text model alone"
         )
     return {
         text.base_model_prefix: inner,
@@ -218,12 +140,12 @@ def _renamed(parameter: str, paths: Mapping[str, str]) -> str:
 
 
 def _stored_tensors(
-    loader: PreTrainedModel, tensors: Mapping[str, StoredTensor], wanted: Set[str]
+    loader: PreTrainedModel, tensors: Mapping[str, StoredTensor], parameters: Set[str]
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The tensors of each wanted parameter, and those that are of no parameter at all.
+    """Return the tensors of each parameter, and the tensors that belong to no parameter.
 
-    Follows ``convert_and_load_state_dict_in_model``: of two tensors for one parameter the first in
-    natural order is read.
+    As in ``convert_and_load_state_dict_in_model``, the first of several tensors for one parameter
+    in natural order is used.
     """
     transforms = get_model_conversion_mapping(loader)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -243,7 +165,7 @@ def _stored_tensors(
             stored.setdefault(key, (tensor,))
         else:
             parts.setdefault(key, {}).setdefault(pattern, []).append(tensor)
-    for key in sorted(parts.keys() & wanted):
+    for key in sorted(parts.keys() & parameters):
         lists = parts[key]
         if key in stored:
             (plain,), other = stored[key], next(iter(lists.values()))[0]
@@ -259,7 +181,7 @@ def _stored_tensors(
 def _stacked(
     key: str, converter: WeightConverter, lists: Mapping[str, list[str]], experts: int
 ) -> tuple[str, ...]:
-    """The tensors of a stack of experts, in the order of its rows: of each expert all its parts."""
+    """Return the tensors of a stack of experts in the order of its rows: expert by expert."""
     for operation in converter.operations:
         merges = isinstance(operation, MergeModulelist) and operation.dim == 0
         joins = isinstance(operation, Concatenate) and operation.dim == 1
@@ -274,89 +196,89 @@ def _stacked(
         numbers = [_number(tensor) for tensor in column]
         if numbers != list(range(experts)):
             lost = [str(number) for number in range(experts) if number not in numbers][:5]
-            has = f"lack expert {', '.join(lost)}" if lost else f"are {len(column)}"
+            problem = f"lack expert {', '.join(lost)}" if lost else f"are {len(column)}"
             raise BadInput(
-                f"base.model: the stored tensors {pattern!r} of {key!r} {has}, but config.json "
-                f"asks for {experts} experts; copy or download the model again"
+                f"base.model: the stored tensors {pattern!r} of {key!r} {problem}, but config.json "
+                f"requires {experts} experts; copy or download the model again"
             )
     return tuple(tensor for expert in zip(*columns, strict=True) for tensor in expert)
 
 
 def _unread_warnings(loader: PreTrainedModel, unread: Sequence[str], name: str) -> list[str]:
-    """Name stored tensors that belong to no parameter, but for those known to be of no use."""
-    useless = [
+    """Warn about stored tensors that belong to no parameter, except known unused ones."""
+    unused = [
         *(loader._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",
         r"[._]SCB$",
         r"\.weight_format$",
     ]
-    ignored = re.compile("|".join(f"({pattern})" for pattern in useless))
+    ignored = re.compile("|".join(f"({pattern})" for pattern in unused))
     others = [tensor for tensor in unread if not ignored.search(tensor)]
     if not others:
         return []
     more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
     return [
-        f"base.model: {others[0]!r}{more} of {name!r} belong to no part of the model that "
-        "config.json describes; they are not read, as in transformers"
+        f"base.model: {others[0]!r}{more} of {name!r} do not belong to the model that "
+        "config.json describes; they are ignored, as in transformers"
     ]
 
 
 def _number(tensor: str) -> int:
-    """The last number in a tensor's name: which expert it belongs to."""
+    """The last number in a tensor's name: the index of its expert."""
     return int(re.findall(r"\.(\d+)\.", tensor)[-1])
 
 
-def _incomplete(
+def _describe_missing(
     name: str,
     config: PretrainedConfig,
     missing: Sequence[str],
     unread: Sequence[str],
     tensors: Mapping[str, StoredTensor],
     *,
-    ends: Set[str],
+    tied_pair: Set[str],
 ) -> str:
-    """Why parameters have no tensor, and what helps."""
-    lacks = f"base.model: no weight file of {name!r} has the tensor {missing[0]!r}"
+    """Describe why parameters have no tensor, with a remedy."""
+    problem = f"base.model: no weight file of {name!r} has the tensor {missing[0]!r}"
     wrapped = next((tensor for tensor in unread if tensor.endswith(f".{missing[0]}")), None)
     if wrapped:
         prefix = wrapped.removesuffix(missing[0])
         if any("lora_" in tensor or ".base_layer." in tensor for tensor in unread):
             return (
-                f"{lacks}, but they have {wrapped!r}, as PEFT saves a model with its adapter; save "
-                "the merged model: model.merge_and_unload().save_pretrained(folder)"
+                f"{problem}, but they have {wrapped!r}, as PEFT saves a model with its adapter; "
+                "save the merged model: model.merge_and_unload().save_pretrained(folder)"
             )
         return (
-            f"{lacks}, but they have {wrapped!r}: the prefix {prefix!r} of a wrapper (such as "
-            "DistributedDataParallel or torch.compile) is in the names, and transformers does not "
-            "read them either; save the model inside the wrapper (model.module.save_pretrained"
+            f"{problem}, but they have {wrapped!r}: the prefix {prefix!r} of a wrapper (such as "
+            "DistributedDataParallel or torch.compile) is in the names, which transformers does "
+            "not load either; save the model inside the wrapper (model.module.save_pretrained"
             "(folder)), or remove the prefix from the names in the files"
         )
     classes = [str(each) for each in getattr(config, "architectures", None) or []]
     other = [each for each in classes if not each.endswith(("ForCausalLM", "LMHeadModel"))]
-    if len(missing) == 1 and missing[0] in ends:
+    if len(missing) == 1 and missing[0] in tied_pair:
         if other and config.get_text_config() is config:
             return (
-                f"{lacks}: it is a {other[0]}, which has no head that writes tokens; give the "
-                "causal language model that it was fine-tuned from"
+                f"{problem}: it is a {other[0]}, which has no language model head; use "
+                "the causal language model from which it was fine-tuned"
             )
         return (
-            f"{lacks}, and its config.json does not tie the head to the word embeddings; if the "
+            f"{problem}, and its config.json does not tie the head to the word embeddings; if the "
             "model was trained with both tied, set tie_word_embeddings to true there, otherwise "
             "save the model again with both"
         )
     if len(unread) > len(tensors) / 2:
         return (
-            f"{lacks} (nor {len(missing) - 1:,} more of {type(config).__name__}); it has tensors "
+            f"{problem} (nor {len(missing) - 1:,} more of {type(config).__name__}); it has tensors "
             f"such as {unread[0]!r}: config.json and weights belong to different models, or "
             "transformers does not know these names; save the model with save_pretrained(folder)"
         )
     more = f" (nor {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-    return f"{lacks}{more}; the model is incomplete: copy or download it again"
+    return f"{problem}{more}; the model is incomplete: copy or download it again"
 
 
 def _equal(one: str, other: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether two tensors, and their row scales where they have some, hold the same values."""
+    """Whether two tensors, and their row scales if present, have equal values."""
     first, second = tensors[one], tensors[other]
     scales = [tensors.get(scales_name(name)) is not None for name in (one, other)]
     if first.shape != second.shape or first.dtype is None or second.dtype is None:
@@ -366,8 +288,8 @@ def _equal(one: str, other: str, tensors: Mapping[str, StoredTensor]) -> bool:
     common = torch.promote_types(first.dtype, second.dtype)
     size = torch.Size(first.shape).numel()
     with SafetensorsReader(tensors) as reader:
-        for start in range(0, size, COMPARED):
-            stop = min(start + COMPARED, size)
+        for start in range(0, size, COMPARED_ELEMENTS):
+            stop = min(start + COMPARED_ELEMENTS, size)
             a, b = (reader.read_flat(name, start, stop).to(common) for name in (one, other))
             if not torch.equal(a, b):
                 return False

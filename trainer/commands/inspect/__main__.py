@@ -134,7 +134,7 @@ def _share_weights(
     from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
 
     weights = engine.run_on_all(lambda: int8_weights(files, settings))
-    by_size = sorted(weights, key=lambda weight: weight.source.shape.numel())
+    by_size = sorted(weights, key=lambda weight: weight.location.shape.numel())
     mine = by_size[engine.rank :: engine.world_size]
     with console.loading(f"reading {settings.model}", stored_bytes(files, mine)) as bar:
         measured = engine.run_on_all(lambda: measure_weights(files, mine, bar.advance))

@@ -1,8 +1,8 @@
-"""What rounding to int8 does to the weights of a base: tensor by tensor, none is ever held whole.
+"""Measure the error of rounding a base's weights to int8, some rows at a time.
 
-A row is rounded to steps of ``absmax / 127``, each of which costs ``1 / sqrt(12)`` of a step on
-average: the relative error of a row is about ``absmax / RMS / 440``. One large weight makes all
-others of its row coarse, which is why such rows are counted.
+A row is rounded to multiples of ``absmax / 127``. The rounding error of a uniform distribution is
+``1 / sqrt(12)`` of a step, so the relative error of a row is about ``absmax / RMS / 440``. One
+large weight increases the error of its whole row; rows with such outliers are counted.
 
 Shape letters: N rows of a block, K input features.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,13 +19,13 @@ from trainer.config import Base
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.meta_model import build_meta_model, locate_int8_parameters
-from trainer.model.safetensors_reader import SafetensorsReader, scales_name
+from trainer.model.safetensors_reader import SafetensorsReader
 from trainer.model.shard_loading import row_blocks
 from trainer.model.tensor_locations import RowReader, TensorLocation
 
 #: A row whose largest weight is more than this many times its root mean square is an outlier.
 OUTLIER_RATIO = 20.0
-#: Keeps the quotient of a row of zeros finite.
+#: Lower bound of a divisor, so that rows of zeros have a finite relative error.
 TINY = 1e-300
 
 Progress = Callable[[int], None]
@@ -37,24 +37,24 @@ class Weight:
 
     Attributes:
         name: of the parameter, such as ``model.layers.3.mlp.up_proj``; or of a stack of experts.
-        group: where it belongs: ``layer 3``, ``embeddings``, ``head``, ``embeddings and head``.
-        source: where its values stand in the checkpoint.
+        group: ``layer 3``, ``embeddings``, ``head``, ``embeddings and head``, or ``other``.
+        location: its tensors in the checkpoint.
     """
 
     name: str
     group: str
-    source: TensorLocation
+    location: TensorLocation
 
 
 @dataclass(frozen=True)
 class WeightError:
-    """What int8 does to one weight.
+    """The rounding error of one weight.
 
     Attributes:
         squared_norm: of the weight.
-        squared_error: of what int8 makes of it; None where there is no original to compare with.
-        largest_row_error: relative error of the row that fares worst; None as above.
-        outlier_rows: rows whose largest weight is beyond OUTLIER_RATIO.
+        squared_error: squared norm of the error; None if the checkpoint stores int8 only.
+        largest_row_error: the largest relative error of a row; None as above.
+        outlier_rows: number of rows whose largest weight exceeds OUTLIER_RATIO.
     """
 
     name: str
@@ -73,7 +73,7 @@ class WeightError:
 
 
 def relative_error(errors: Sequence[WeightError]) -> float | None:
-    """Of several weights as if they were one; None where any has no original."""
+    """Relative error of several weights together; None if any is stored as int8 only."""
     squared: float = 0.0
     for error in errors:
         if error.squared_error is None:
@@ -83,19 +83,19 @@ def relative_error(errors: Sequence[WeightError]) -> float | None:
 
 
 def int8_weights(files: BaseFiles, settings: Base) -> list[Weight]:
-    """All weights that a run with these settings keeps in int8, in the order of the model.
+    """List all weights that a run with these settings stores in int8, in the order of the model.
 
     Raises:
-        BadInput: with every tensor that is missing or of another shape; no weight is read.
+        BadInput: with every missing tensor and every unexpected shape; no weight is read.
     """
-    skeleton = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
-    table = skeleton.get_input_embeddings().weight
-    head = skeleton.get_output_embeddings().weight
+    model = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
     ends = {id(head): "head", id(table): "embeddings and head" if head is table else "embeddings"}
-    parameters = dict(skeleton.named_parameters())
+    parameters = dict(model.named_parameters())
     return [
-        Weight(name.removesuffix(".weight"), _group(name, ends.get(id(parameters[name]))), source)
-        for name, source in locate_int8_parameters(skeleton, files).items()
+        Weight(name.removesuffix(".weight"), _group(name, ends.get(id(parameters[name]))), location)
+        for name, location in locate_int8_parameters(model, files).items()
     ]
 
 
@@ -107,7 +107,7 @@ def _group(name: str, end: str | None) -> str:
 def measure_weights(
     files: BaseFiles, weights: Sequence[Weight], progress: Progress = lambda _: None
 ) -> list[WeightError]:
-    """Read weights from their files and compare each with what int8 makes of it.
+    """Read weights from their files and compare each with its int8 version.
 
     Args:
         progress: called with the bytes read since the last call.
@@ -121,20 +121,17 @@ def measure_weights(
 
 def stored_bytes(files: BaseFiles, weights: Sequence[Weight]) -> int:
     """Bytes of the weights in their files."""
-    with SafetensorsReader(files.tensors) as reader:
-        found = [reader.find(name) for weight in weights for name in weight.source.tensors]
-    return sum(stored.num_bytes for stored in found if stored is not None)
+    names = [name for weight in weights for name in weight.location.tensors]
+    return sum(files.tensors[name].num_bytes for name in names)
 
 
 def _measure(weight: Weight, reader: SafetensorsReader, progress: Progress) -> WeightError:
-    source, scales = weight.source, None
-    if reader.is_int8(source.tensors[0]):
-        # Rows that were quantised are stored as rows, whatever the layout of the original.
-        source = replace(source, transposed=False)
-        names = [scales_name(name) for name in source.tensors]
-        scales = torch.cat([reader.read(name).flatten() for name in names]).float()
-    num_rows, width = source.shape[:-1].numel(), source.shape[-1]
-    rows = RowReader(source, reader)
+    location, scales = weight.location, None
+    if reader.is_int8(location.tensors[0]):
+        location = location.as_int8()
+        scales = reader.read_row_scales(location.tensors)
+    num_rows, width = location.shape[:-1].numel(), location.shape[-1]
+    rows = RowReader(location, reader)
     squared_norm = squared_error = largest_row_error = 0.0
     outlier_rows = 0
     for first, last in row_blocks(0, num_rows, width):
@@ -157,7 +154,7 @@ def _measure(weight: Weight, reader: SafetensorsReader, progress: Progress) -> W
     return WeightError(
         weight.name,
         weight.group,
-        tuple(weight.source.shape),
+        tuple(location.shape),
         num_rows,
         squared_norm,
         None if scales is not None else squared_error,

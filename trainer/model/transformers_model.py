@@ -1,0 +1,92 @@
+"""Build transformers' own classes on ``meta``, and report errors of its readers as BadInput."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from trainer.runtime.errors import BadInput
+
+#: A model may have this many parameters per stored tensor, plus a constant. Beyond that,
+#: config.json does not belong to the weights.
+PARAMETERS_PER_TENSOR, EXTRA_PARAMETERS = 4, 2_000
+
+
+def build_transformers_model(
+    config: PretrainedConfig, name: str, **options: Any
+) -> PreTrainedModel:
+    """Build transformers' class for a config on ``meta``.
+
+    Args:
+        name: ``base.model``, for messages.
+        options: of ``from_config``.
+
+    Raises:
+        BadInput: if transformers has no text generation class for it, or cannot build it.
+    """
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
+    if kind is None:
+        raise BadInput(
+            f"base.model: {name!r} is of type {config.model_type!r}, which does not generate text; "
+            "use a causal language model"
+        )
+    with torch.device("meta"), library_errors(f"base.model: config.json of {name!r}"):
+        model: PreTrainedModel = kind.from_config(config, attn_implementation="eager", **options)
+    return model
+
+
+@contextmanager
+def library_errors(subject: str) -> Iterator[None]:
+    """Raise any exception of a library that reads damaged or unknown files as BadInput.
+
+    Panics of tokenizers do not derive from ``Exception``. Stops by the user are passed on.
+    """
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        if "custom code" in text:
+            raise BadInput(
+                f"{subject}: needs custom code, which is never executed; use a model that "
+                "transformers supports"
+            ) from None
+        raise BadInput(
+            f"{subject}: transformers cannot read it: {text[:300]} ({type(error).__name__}); copy "
+            "or download it again, or use a model that this version of transformers supports"
+        ) from None
+
+
+@contextmanager
+def limit_parameters(num_tensors: int, name: str) -> Iterator[None]:
+    """While models are built, refuse a config with far more parameters than stored tensors."""
+    limit, count = PARAMETERS_PER_TENSOR * num_tensors + EXTRA_PARAMETERS, 0
+
+    def register(module: nn.Module, key: str, parameter: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise BadInput(
+                f"base.model: config.json of {name!r} requires more than {limit:,} parameters, "
+                f"but its files hold {num_tensors:,} tensors; use the config.json that belongs to "
+                "these weights"
+            )
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
