@@ -1,6 +1,6 @@
-"""This rank's shards of the base: built from what the rank reads itself, in ZeRO-3's bookkeeping.
+"""Turn the shards that a rank has read into ZeRO-3 parameters, and exchange rows between shards.
 
-DeepSpeed itself is imported by ``deepspeed_engine`` alone, which passes its ``zero.Init`` in.
+Does not import DeepSpeed: ``deepspeed_engine`` passes its ``zero.Init`` in.
 """
 
 from __future__ import annotations
@@ -108,23 +108,18 @@ class Zero3Sharder:
             self.exchange = ShardGroup(engine, self._group)
 
     def bounds(self, num_elements: int, unit: int = 1) -> tuple[int, int]:
-        """Start and stop of this rank's shard of a flat tensor; the last shards may be smaller.
-
-        Args:
-            unit: number of consecutive elements that are never split.
-        """
+        """See ``WeightSharder``; the last shards may be smaller."""
         size = self._shard_size(num_elements, unit)
         start = min(self._rank * size, num_elements)
         return start, min(start + size, num_elements)
 
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
-        """Allocate this rank's shard of a flat tensor: zeros, padded to the size on all ranks."""
         device = str(self._init.remote_device)
         shard = torch.zeros(self._shard_size(num_elements, unit), dtype=dtype, device=device)
         return self._engine.pin_memory(shard) if self._init.pin_memory else shard
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
-        """Turn a parameter on ``meta`` into a ZeRO-3 parameter with this shard."""
+        """See ``WeightSharder``; the parameter becomes a partitioned ZeRO-3 parameter."""
         device = self._init.local_device
         # A tensor of the parameter's shape without memory. ``.data`` cannot leave meta; swapping
         # keeps the parameter's identity, so that tied weights stay tied.
@@ -137,11 +132,6 @@ class Zero3Sharder:
         zero.data = torch.empty(0, dtype=shard.dtype, device=device)
 
     def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
-        """Raise the problems of all ranks on every rank, then complete the row scales.
-
-        Args:
-            scales: of each tensor, zero for rows that this rank has not read; changed in place.
-        """
         all_problems = [p for rank in self._engine.all_gather(list(problems)) for p in rank]
         if all_problems:
             raise BadInput(list(dict.fromkeys(all_problems))[:MAX_PROBLEMS])

@@ -1,1 +1,17 @@
-"""The frozen base model."""
+"""The frozen base model, from its checkpoint to a forward pass with prompts.
+
+1. ``checkpoint_files.open_base``: folder or hub id -> ``BaseFiles``: config, tokenizer and the
+   headers of all weight files. ``hub`` downloads, ``model_folder`` and ``families`` refuse what is
+   damaged or not supported, ``generation_config`` reads the settings for generation.
+2. ``weight_mapping.map_weights`` (in ``open_base``): stored tensors -> ``WeightMapping``: the
+   tensors that transformers loads into each parameter.
+3. ``meta_model.build_meta_model``: ``BaseFiles`` -> ``PreTrainedModel`` on ``meta`` with the frozen
+   layers of ``layers/`` and the attention of ``attention/``.
+4. ``shard_loading.load_shards``: model on ``meta`` -> this rank's shards, read by rows
+   (``tensor_locations``, ``safetensors_reader``) and quantized to int8.
+5. ``prompted_model.PromptedBase``: ``PackedBatch`` and virtual tokens -> losses, hidden states or
+   logits.
+
+Beside these: ``fingerprint`` hashes the files of a base, and ``embedding_lookup`` reads the
+embeddings of some tokens without loading the base.
+"""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -199,8 +199,7 @@ class _WeightLoader:
             )
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """Some rows of a parameter.
 
     Attributes:
