@@ -81,7 +81,7 @@ def test_the_healthy_folder_is_read(folder: Path) -> None:
         ({"intermediate_size": -1}, "transformers cannot read it"),
         ({"hidden_act": "none"}, "transformers cannot read it"),
         ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, "cannot read it: 'odd'"),
-        ({"model_type": 3}, "model_type: 3 is no text"),
+        ({"model_type": 3}, "model_type: 3 must be a string"),
         ({"model_type": "odd"}, "transformers cannot read it"),
         ({"text_config": "odd"}, "the config of its text model is 'odd'"),
         ({"quantization_config": [1]}, "transformers cannot read it"),
@@ -187,7 +187,7 @@ class TestTrueRemedies:
         assert load in refusal(folder)
 
     def test_a_weight_file_in_place_of_its_folder(self, folder: Path) -> None:
-        assert f"is a file; name its folder, {str(folder)!r}" in refusal(folder / SINGLE)
+        assert f"is a file; use its folder, {str(folder)!r}" in refusal(folder / SINGLE)
 
 
 class TestOtherFormats:
@@ -197,7 +197,7 @@ class TestOtherFormats:
     def follow(folder: Path, new: Path) -> None:
         text = refusal(folder)
         assert "convert it to 16 bits once with transformers: " in text
-        lines = text.split("in transformers: ")[1]
+        lines = text.split("with transformers: ")[1]
         exec(f"from transformers import *\n({lines})", {"NEW_FOLDER": new})
         assert_alike(new, writes=False)
 
