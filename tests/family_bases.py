@@ -1,7 +1,7 @@
-"""A tiny model of every family, and what plain transformers computes with it.
+"""Tiny models of every family, and reference computations in plain transformers.
 
-Every rule a family has is at work: windows shorter than rows, capped scores, sinks, ALiBi with a
-number of heads that is no power of two, partial rotation, tied and untied heads.
+Every rule of a family takes effect: windows shorter than rows, capped scores, sinks, ALiBi with a
+number of heads that is not a power of two, partial rotation, tied and untied heads.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
-    """The settings of a case.
+    """Return the config of a case.
 
     Args:
         num_layers: even; a family that names its layers one by one has two all the same.
@@ -224,7 +224,7 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
 
 
 def save_family(folder: Path, case: str, num_layers: int = 2, **options: Any) -> Path:
-    """Write a folder of random weights, every parameter of its own; see ``randomize``."""
+    """Save a model with random weights, different in every parameter; see ``randomize``."""
     config = family_config(case, num_layers)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomize(model)
@@ -234,7 +234,7 @@ def save_family(folder: Path, case: str, num_layers: int = 2, **options: Any) ->
 
 
 def randomize(model: nn.Module) -> None:
-    """Weights large enough that attention is far from uniform; no bias or norm left at 0 or 1."""
+    """Draw weights so large that attention is far from uniform; change every bias and norm."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -246,7 +246,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def plain_model(folder: Path, quantization: str) -> Any:
-    """transformers' own model; with int8, on the weights that the stored rows stand for."""
+    """Load the model in transformers; for int8 with the dequantized weights."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.set_experts_implementation("eager")
     if quantization == "int8":
@@ -255,7 +255,7 @@ def plain_model(folder: Path, quantization: str) -> Any:
 
 
 def quantize_plain(model: Any) -> None:
-    """Round the weights to what int8 rows, one scale per output feature, stand for."""
+    """Round the weights as int8 rows with one scale per output feature do."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, Conv1D):
@@ -274,7 +274,7 @@ def _round(weight: nn.Parameter, transposed: bool = False) -> None:
 
 
 def problem(hidden_size: int) -> tuple[list[PackedRow], list[Tensor]]:
-    """Rows of several lengths, alternating between two prompts of different lengths."""
+    """Return rows of several lengths, alternating between two prompts of different lengths."""
     generator = torch.Generator().manual_seed(1)
     rows = [
         Example.with_target(
@@ -289,7 +289,7 @@ def problem(hidden_size: int) -> tuple[list[PackedRow], list[Tensor]]:
 def row_by_row(
     model: Any, pieces: Sequence[PackedRow], prompts: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
-    """Mean loss per label of each prompt and its gradient, one row at a time, no mask needed."""
+    """Mean loss per label of each prompt and its gradient, one row at a time, without a mask."""
     leaves = [prompt.clone().requires_grad_() for prompt in prompts]
     losses = []
     for k, leaf in enumerate(leaves):
@@ -325,7 +325,7 @@ def padded_loss(model: Any, rows: Sequence[Example]) -> Tensor:
 
 
 def errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Largest difference relative to the largest value; all of them must be numbers."""
+    """Return each tensor's largest difference, relative to its largest expected value."""
     apart = [
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A cache of models as huggingface_hub lays it out, without a hub."""
+"""Create a model cache in huggingface_hub's layout, without a hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def fill_cache(cache: Path, name: str = "org/tiny", base: Path = TINY) -> Path:
-    """Lay a model out as huggingface_hub does; gives the folder of its commit."""
+    """Put a model into a cache; return the folder of its commit."""
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)

@@ -33,7 +33,7 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
-        # It would start seven more processes for jobs that nobody asks for.
+        # Without it the server starts seven more processes for jobs.
         environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -55,7 +55,7 @@ class Server:
 
 
 class Proxy:
-    """Passes requests on to a server, or does not.
+    """Forwards requests to a server, or fails them.
 
     Attributes:
         mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``; or

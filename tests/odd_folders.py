@@ -121,7 +121,7 @@ def set_head(folder: Path, head: Head) -> None:
 
 
 def end_names(folder: Path) -> tuple[str, str]:
-    """How word embeddings and head are called in a folder's file."""
+    """Return the names of word embeddings and head in a folder's weight file."""
     names = sorted(load_file(folder / SINGLE))
     tables = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
     table = next(name for name in names if name.endswith(tables))

@@ -1,4 +1,4 @@
-"""Program: every family's step and the parts of a run, on a device that the CPU plays.
+"""Program: every family's step and the parts of a run, on a simulated device.
 
 python -m tests.on_other_device OUT.json
 """
@@ -113,7 +113,7 @@ def batch_step(
 
 
 def compared_run() -> dict[str, Any]:
-    """A search for starts, steps, scores and texts, here and there."""
+    """Run search, steps, scoring and generation on the CPU and on the device."""
     expected = run(load_unsharded(ROOT / "examples" / "tiny_base", "int8"), CPU)
     base = load_unsharded(ROOT / "examples" / "tiny_base", "int8")
     with other_device() as device:

@@ -1,4 +1,4 @@
-"""The one stand-in for an engine: a rank without DeepSpeed and without other ranks."""
+"""The fake engine of all tests: a single rank without DeepSpeed."""
 
 from __future__ import annotations
 

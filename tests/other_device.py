@@ -1,9 +1,9 @@
-"""A device that is not the CPU, on a machine without one: its tensors are worked out by the CPU.
+"""A simulated device other than the CPU, whose operations the CPU computes.
 
-It refuses to calculate with tensors here and there, as a GPU does, and counts where a GPU and its
-host would wait for each other: values that are read, sizes that depend on values, copies that are
-not said to be ``non_blocking``. So what is written for GPUs runs, and its numbers can be compared,
-where there is none; kernels and branches of CUDA's own (FlexAttention, pinned memory) do not.
+Like a GPU it refuses to mix tensors of host and device. It counts where host and GPU would wait for
+each other: values that are read, sizes that depend on values, copies without ``non_blocking``. Code
+for GPUs therefore runs and is compared on a machine without one, except CUDA's own kernels and
+branches (FlexAttention, pinned memory).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ DEVICE = torch.device("other", 0)
 
 
 class Waits:
-    """How often host and device waited for each other."""
+    """Counts how often host and device waited for each other."""
 
     count = 0
 
 
 class OnDevice(Tensor):
-    """A tensor of the device, and the CPU's tensor that it stands for."""
+    """A tensor of the device, and the CPU tensor that holds its values."""
 
     raw: Tensor
 
@@ -151,7 +151,7 @@ class _Literals(TorchFunctionMode):
 
 @contextmanager
 def other_device() -> Iterator[torch.device]:
-    """Inside, the device can be asked for."""
+    """Make the device available within the context."""
     with ExitStack() as stack:
         stack.enter_context(_Factories())
         stack.enter_context(_Literals())
@@ -160,7 +160,7 @@ def other_device() -> Iterator[torch.device]:
 
 
 def moved(module: nn.Module) -> nn.Module:
-    """The module with all it holds on the device."""
+    """Move a module with its parameters and buffers to the device."""
     for part in module.modules():
         for values in (part._parameters, part._buffers):
             for name, value in values.items():

@@ -1,4 +1,4 @@
-"""A packed stream with every kind of prefix, for comparing ways to attend over it."""
+"""A packed batch with every kind of prefix, for comparing attention implementations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers that treat the beginning of a text as those of real model families do."""
+"""Small tokenizers that treat the beginning of a text like those of real model families."""
 
 from __future__ import annotations
 

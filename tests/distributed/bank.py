@@ -69,7 +69,7 @@ ALONE = [
 
 
 class Told(LossInitScorer):
-    """Keeps the words that were found, by prompt."""
+    """Record the tokens that the search chose, by prompt."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -141,7 +141,7 @@ def train(
     tasks: Mapping[str, TaskData],
     config: RunConfig,
 ) -> tuple[list[Tensor], dict[str, list[int]], int]:
-    """Virtual tokens after the last step, words to start from, and bytes that steps gathered."""
+    """Return virtual tokens after the last step, searched tokens, and bytes gathered by steps."""
 
     evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(SEARCH_TOKENS))
     console = Console(sys.stdout, sys.stderr)

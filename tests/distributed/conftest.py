@@ -1,4 +1,4 @@
-"""Ranks on CPU, started as the DeepSpeed launcher starts them.
+"""Start ranks on CPU with the environment that the DeepSpeed launcher gives them.
 
 Runs from the command line go through the launcher itself. Here it would only import torch twice,
 one time after the other, before a rank starts.
@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 400
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Run ``tests.distributed.MODULE`` on N ranks; give back the JSON that rank 0 wrote."""
+    """Return a function that runs ``tests.distributed.MODULE`` on N ranks and reads its JSON."""
 
     def run(module: str, ranks: int, *arguments: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("ranks")
@@ -51,7 +51,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """What the launcher tells each rank of one node."""
+    """Return the environment of each rank of one node."""
     devices = Devices("cpu", tuple(range(ranks)))
     common = environment(os.environ | {"PYTHONPATH": str(ROOT)}, devices, os.cpu_count() or 1)
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -68,7 +68,7 @@ def start(command: list[str], environ: dict[str, str], log: Path) -> subprocess.
 
 
 def wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
-    """Exit codes, once all have ended or one has failed, or None for those that still run."""
+    """Wait until all have ended or one has failed; return exit codes, None for running ones."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
@@ -80,7 +80,7 @@ def wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of random weights with grouped queries and tied embeddings, and its tokenizer."""
+    """Save a Llama with random weights, grouped queries and tied embeddings, and its tokenizer."""
     from benchmarks.random_base import save_random
 
     return save_random(tmp_path_factory.mktemp("random_base"))

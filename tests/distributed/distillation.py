@@ -118,7 +118,7 @@ def plain_losses(
 
 @torch.no_grad()
 def plain_teacher(model: Any, packed_row: PackedRow) -> Tensor:
-    """Logits at a row's labels behind its teacher, read as one text of token ids."""
+    """Logits at a row's labels after its teacher's text, computed as one sequence of token ids."""
     assert packed_row.teacher is not None
     row, start = packed_row.example.input_ids, packed_row.example.target_start
     ids = torch.tensor([[*packed_row.teacher.token_ids, *row[1:]]])

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) -> dict[str, Any]:
-    """What all ranks find for one way to store the base; the same on every rank."""
+    """Compare one way to store the base; every rank returns the same result."""
     config = run_config(folder, quantization, num_prompts=len(LENGTHS) + 1)
     loaded = shard_base(engine, config, checkpointing=checkpointing == "yes")
     base = loaded.model
@@ -113,7 +113,7 @@ def numbers(ours: StepResult, peft: list[tuple[float, torch.Tensor]]) -> dict[st
 
 
 def problem() -> tuple[list[PackedRow], list[SoftPrompt]]:
-    """Rows of several lengths; they take turns with two prompts of virtual tokens and a prefix."""
+    """Return rows of several lengths for two prompts of virtual tokens and one prefix, in turn."""
     generator = torch.Generator().manual_seed(1)
     rows = [
         Example.with_target(
@@ -149,7 +149,7 @@ def padded_peft(
 
 
 def full_parameter(parameter: Any) -> torch.Tensor:
-    """A copy of a sharded parameter in full; every rank must call it."""
+    """Gather a full copy of a sharded parameter; every rank must call it."""
     parameter.ds_active_sub_modules.clear()  # so that it can be partitioned again
     with deepspeed.zero.GatheredParameters([parameter]):
         copy: torch.Tensor = parameter.detach().clone()
@@ -179,13 +179,13 @@ def weights_equal(base: torch.nn.Module, folder: Path, quantization: str) -> boo
 
 
 def shared_files() -> list[str]:
-    """Files of shared memory that this process uses and that would outlive it."""
+    """List shared-memory files of this process that would outlive it."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     return [line for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
 
 
 def full_bytes(model: Any, quantization: str) -> int:
-    """Bytes of the whole base as it is stored: one per quantised weight, and the rest."""
+    """Bytes of the unsharded base as stored: one per quantized weight, four per other."""
     total = 0
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

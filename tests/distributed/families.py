@@ -57,7 +57,7 @@ def main() -> None:
 def train_step(
     engine: Engine, folder: Path, quantization: str, checkpointing: bool
 ) -> tuple[list[float], list[Any], dict[str, Any]]:
-    """Losses and gradients of one step over all ranks, and how the base is stored."""
+    """Compare one step over all ranks, and report how the base is stored."""
     config = run_config(str(folder), quantization)
     loaded = shard_base(engine, config, checkpointing=checkpointing, keep_small=False)
     base = loaded.model
@@ -84,7 +84,7 @@ class Candidates(list[Any]):
 
 
 def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
-    """Negative log-likelihood of candidates behind the first prompt and without one, [2, R, C]."""
+    """Negative log-likelihood of candidates with the first prompt and without one, [2, R, C]."""
     candidates_of_rows = SimpleNamespace(
         task=SimpleNamespace(metric="loss", scored_by_likelihood=False),
         candidates=Candidates(rows(TARGETS, (EOS,))),
@@ -98,7 +98,7 @@ def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
 
 
 def plain_likelihoods(model: Any, prompts: list[Any]) -> list[Any]:
-    """The same from transformers, one candidate at a time."""
+    """Negative log-likelihood from transformers, one candidate at a time."""
     embed = model.get_input_embeddings()
 
     def nll(front: Tensor, example: Any) -> float:

@@ -1,4 +1,4 @@
-"""Rank program: what loading reads and holds, and how it ends where a weight is NaN.
+"""Rank program: bytes read and held while loading, and the failure if a weight is NaN.
 
 python -m tests.distributed.loading OUT.json BASE SMALL_BASE SMALL_BASE_WITH_NAN
 """
@@ -55,7 +55,7 @@ def load(engine: Engine, folder: str) -> tuple[Any, int, dict[str, Any]]:
 
 
 def released_bytes(engine: Engine, base: Any, policy: dict[str, Any]) -> int:
-    """What the process gives back when a base that ZeRO-3 ran is released."""
+    """Bytes that the process returns when a base that ZeRO-3 ran is released."""
     engine.attach(base, policy)
     with torch.no_grad():
         base(torch.arange(4), [])
@@ -69,7 +69,7 @@ def released_bytes(engine: Engine, base: Any, policy: dict[str, Any]) -> int:
 
 
 def resident_bytes(field: str) -> int:
-    """``VmRSS``: resident now; ``VmHWM``: its peak."""
+    """Read a memory field of /proc: ``VmRSS`` (resident now) or ``VmHWM`` (peak)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 

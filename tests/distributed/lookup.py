@@ -1,4 +1,4 @@
-"""Rank program: rows of a table that ranks share, under every way to lay the base over them.
+"""Rank program: row exchange of a sharded table, under every placement of the base.
 
 python -m tests.distributed.lookup OUT.json BASE
 """
@@ -115,7 +115,7 @@ def one_way(
 
 
 def asked(rank: int, vocab_size: int) -> list[Tensor]:
-    """Ids of this rank in lookups that all ranks make together."""
+    """Token ids of this rank in lookups that all ranks make together."""
     draw = torch.Generator().manual_seed(rank)
     return [
         torch.randint(vocab_size, (50,), generator=draw),
@@ -126,13 +126,13 @@ def asked(rank: int, vocab_size: int) -> list[Tensor]:
 
 
 def many() -> tuple[list[PackedRow], list[SoftPrompt]]:
-    """So many labels in one step that, in the end, the head's table is fetched for them."""
+    """Rows with so many labels that a step gathers the head's table."""
     packed_rows, prompts = problem()
     return packed_rows * 6, prompts
 
 
 def batches(world_size: int) -> list[tuple[PackedBatch, ...]]:
-    """All ranks' packed batches of the step, those that they read together in one tuple."""
+    """Packed batches of the step, one tuple of all ranks' batches per position."""
     packed_rows, prompts = many()
     lengths = prompt_lengths(prompts)
     plan = plan_batches(packed_rows, lengths.tokens, world_size, MAX_TOKENS)
@@ -148,12 +148,12 @@ def words(world_size: int) -> list[tuple[Tensor, ...]]:
 
 
 def labels(world_size: int) -> list[tuple[int, ...]]:
-    """How many label positions each rank has in each packed batch."""
+    """Number of label positions of each rank in each packed batch."""
     return [tuple(len(batch.labels_N) for batch in together) for together in batches(world_size)]
 
 
 def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Tensor) -> int:
-    """What a rank receives: a count and ids from every neighbour, and rows of their blocks."""
+    """Bytes a rank receives for embeddings: counts, ids and rows from the other ranks."""
     first = rank // ranks * ranks
     total = 0
     for ids in lookups:
@@ -168,14 +168,14 @@ def row_bytes(lookups: list[tuple[Tensor, ...]], rank: int, ranks: int, rows: Te
 def fetches_table(
     batches: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase
 ) -> bool:
-    """Whether the labels of a step exceed the table, but those of no packed batch do."""
+    """Whether the labels of the step exceed the table while those of no packed batch do."""
     first = rank // ranks * ranks
     moved = [2 * ranks * max(counts[first : first + ranks]) * HIDDEN * 4 for counts in batches]
     return max(moved) < base.model.get_output_embeddings().table_bytes < sum(moved)
 
 
 def head_bytes(batches: list[tuple[int, ...]], rank: int, ranks: int, base: PromptedBase) -> int:
-    """What a rank receives for the losses: facts, hidden states and labels, sums; or the table."""
+    """Bytes a rank receives for losses: counts, hidden states, labels and sums, or the table."""
     head = base.model.get_output_embeddings()
     first, total, moved = rank // ranks * ranks, 0, 0
     for counts in batches:
@@ -190,7 +190,7 @@ def head_bytes(batches: list[tuple[int, ...]], rank: int, ranks: int, base: Prom
 
 
 def layer_bytes(base: PromptedBase, ranks: int) -> int:
-    """All parameters once, less a rank's own part of them."""
+    """Bytes of all layers once, without this rank's own shard."""
     shards: list[Any] = [p.ds_tensor for p in base.parameters()]  # type: ignore[attr-defined]
     return sum(shard.nbytes for shard in shards) * (ranks - 1)
 

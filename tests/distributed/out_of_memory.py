@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
-    """Steps that run out of memory in forward, then in backward, unless the first is refused."""
+    """Run steps that exhaust memory in forward, then in backward unless the first is refused."""
     config = run_config(folder, "int8", num_prompts=2, shard_group=shard_group)
     loaded = shard_base(engine, config, placed=True)
     base, placement = loaded.model, loaded.placement
@@ -77,7 +77,7 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
 
 @contextmanager
 def scarce(base: torch.nn.Module, limit: int, backward: bool) -> Iterator[None]:
-    """In a layer half way up, more tokens than ``limit`` find no memory."""
+    """Let a layer in the middle fail to allocate for more than ``limit`` tokens."""
     layers = [m for m in base.modules() if isinstance(m, FrozenLinear)]
     layer = layers[len(layers) // 2]
 

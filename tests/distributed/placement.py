@@ -1,4 +1,4 @@
-"""Rank program: the same step under every way to lay the base over four ranks.
+"""Rank program: the same step under every placement of the base on four ranks.
 
 python -m tests.distributed.placement OUT.json BASE
 """

@@ -1,4 +1,4 @@
-"""The base as rank programs load it: read, quantised and sharded in fp32, not yet attached."""
+"""Load the base for rank programs: quantized and sharded in fp32, not yet attached."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trainer.model.shard_loading import LoadStats, load_shards
 
 @dataclass(frozen=True)
 class ShardedBase:
-    """What ``Engine.attach`` takes, and what loading it cost.
+    """Arguments of ``Engine.attach``, and loading statistics.
 
     Attributes:
-        placement: None where it was not asked for: sharded over all ranks, nothing kept.
+        placement: None if not requested: sharded over all ranks, nothing kept.
     """
 
     model: PromptedBase
@@ -34,7 +34,7 @@ class ShardedBase:
 def run_config(
     folder: str, quantization: str, num_prompts: int = 1, **engine_settings: Any
 ) -> RunConfig:
-    """A run over a base, of which only the base and the engine matter."""
+    """Return a run configuration in which only the base and the engine matter."""
     return RunConfig.model_validate(
         {
             "output_dir": "-",
@@ -58,8 +58,8 @@ def shard_base(
     """Load a base in fp32.
 
     Args:
-        placed: lay it over the ranks as the run file's engine settings say.
-        keep_small: leave vectors whole on every rank, as a run does.
+        placed: place it as the run file's engine settings request.
+        keep_small: keep vectors unsharded on every rank, as a run does.
     """
     files = open_base(config.base)
     skeleton = build_meta_model(files, config.base, torch.float32, engine.device)

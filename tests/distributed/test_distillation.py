@@ -19,7 +19,7 @@ def two(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> dict[str
 
 
 def test_loss_and_gradient_are_those_of_two_plain_forwards(two: dict[str, Any]) -> None:
-    """Beside a prompt that learns labels, and for keys and values, too."""
+    """Next to a prompt trained on labels, and for keys and values."""
     assert two["losses"] == pytest.approx(two["expected_losses"], abs=1e-5)
     assert max(two["gradient_errors"]) < 1e-5
 
@@ -41,7 +41,7 @@ def test_scores_are_divergence_and_agreement(two: dict[str, Any]) -> None:
 
 
 def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
-    """A few steps bring the prompt closer to the instruction than the base is without one."""
+    """After a few steps the prompt is closer to the instruction than the base without a prompt."""
     done = promptshard("train", *golden.RUNS["distill"], f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agreement" in done.stdout

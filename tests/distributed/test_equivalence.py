@@ -17,7 +17,7 @@ CASES = [(2, "int8:no"), (2, "none:yes"), (1, "int8:yes")]  # ranks, quantizatio
 def result(
     run_ranks: Callable[..., dict[str, Any]], random_base: Path
 ) -> Callable[..., dict[str, Any]]:
-    """One launch for all cases of as many ranks."""
+    """Launch once per number of ranks."""
 
     @functools.cache
     def launch(ranks: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tests.family_bases import CASES
 def result(
     run_ranks: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """One launch for all: starting ranks costs more than all families together."""
+    """Launch once: starting ranks costs more than all families together."""
     folder: Path = tmp_path_factory.mktemp("families")
     return run_ranks("families", 2, str(folder), "int8", "yes")
 
@@ -33,5 +33,5 @@ def test_sharded_equals_plain(result: dict[str, Any], case: str) -> None:
 
 @pytest.mark.parametrize("case", SCORED)
 def test_candidates_are_scored_as_by_transformers(result: dict[str, Any], case: str) -> None:
-    """On 2 ranks, which read unequal numbers of rows in several packed batches."""
+    """On 2 ranks with unequal numbers of rows in several packed batches."""
     assert result[case]["nll_error"] < 2e-5

@@ -1,4 +1,4 @@
-"""Each rank reads its share and little more; a bad weight ends all ranks with the same words."""
+"""Each rank reads little more than its shard; a bad weight ends all ranks with one message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Word embeddings by the row: the table's own numbers, and no more bytes than the rows take."""
+"""Row exchange of word embeddings: exact values, and no more bytes than the rows."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def results(run_ranks: Callable[..., dict[str, Any]], random_base: Path) -> Any:
-    """What so many ranks found, by the size of their shard groups."""
+    """Results by number of ranks and size of the shard group."""
     groups = {1: ["1"], 2: ["1", "2"]}
     return functools.cache(
         lambda ranks: run_ranks("out_of_memory", ranks, str(random_base), *groups[ranks])
@@ -37,12 +37,12 @@ def test_a_rank_with_its_own_copy_splits_the_batch_and_continues(results: Any, r
 def test_a_rank_recovers_alone_only_once_training_is_traced(
     results: Any, ranks: int, expected: list[bool]
 ) -> None:
-    """Before and after the first training steps, behind a forward without gradients."""
+    """Before and after the first training steps; a forward without gradients comes first."""
     assert results(ranks)["1"]["recovers"] == expected
 
 
 def test_ranks_that_share_a_copy_report_the_remedy(results: Any) -> None:
-    """Others wait in this packed batch's gathers: nobody can go back alone."""
+    """The other ranks wait in this packed batch's gathers, so no rank can retry alone."""
     result = results(2)["2"]
     assert result["recovers"] == [False, False]
     assert "set training.micro_batch_tokens=" in result["ways"]["forward"]["refusal"]

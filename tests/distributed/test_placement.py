@@ -1,4 +1,4 @@
-"""Shard groups, kept layers and CPU offload change where the base lies, and no number."""
+"""Shard groups, kept layers and CPU offload change where the base is stored, and no number."""
 
 from __future__ import annotations
 

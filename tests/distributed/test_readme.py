@@ -43,7 +43,7 @@ def commands(program: str) -> list[str]:
 
 
 class Folder:
-    """A working folder with the examples in it, and commands run there."""
+    """A working folder with the examples, in which commands run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +71,7 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Where the quickstart has been run."""
+    """Run the quickstart in a new folder."""
     folder = Folder(tmp_path_factory.mktemp("readme"))
     assert QUICKSTART in commands("promptshard")
     done = folder.run(*shlex.split(QUICKSTART), timeout=900)
@@ -158,7 +158,7 @@ def test_python(folder: Folder, snippet: str) -> None:
 
 @pytest.mark.parametrize("snippet", blocks("yaml"))
 def test_run_files_of_the_readme_are_valid(folder: Folder, snippet: str) -> None:
-    """The first is whole; the others show sections that stand in place of its own."""
+    """The first snippet is a complete run file; each other one replaces sections of it."""
     run = yaml.safe_load(blocks("yaml")[0]) | yaml.safe_load(snippet)
     (folder.path / "readme.yaml").write_text(yaml.safe_dump(run))
     done = folder.run("promptshard", "validate", "readme.yaml")

@@ -1,4 +1,4 @@
-"""Whole runs from the command line on the tiny base: the way from a run file to a PEFT adapter."""
+"""Complete runs from the command line on the tiny base, from run file to PEFT adapter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def promptshard(
 
 
 def one_process(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """``python -m MODULE``, a rank of one: what ``--processes 1`` comes to, without a launcher."""
+    """Run ``python -m MODULE`` as the only rank: like ``--processes 1``, without a launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -57,7 +57,7 @@ def one_process(module: str, *arguments: str, **variables: str) -> subprocess.Co
 
 
 def write_run_file(folder: Path) -> Path:
-    """The quickstart's first task, with one prompt of each method and few steps."""
+    """Write the quickstart's first task with one prompt of each method and few steps."""
     run = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     run["output_dir"] = str(folder / "run")
     run["tracking"] = run.get("tracking", {}) | {"uri": f"sqlite:///{folder}/mlflow.db"}
@@ -155,7 +155,7 @@ def test_loss_falls(two_ranks: Path) -> None:
 
 
 def test_a_prefix_learns_the_task(run_file: Path) -> None:
-    """From keys and values of a text, over the tiny base; the best hand-written one scores 0.2."""
+    """From keys and values of a text; the best hand-written prompt scores 0.2."""
     run = yaml.safe_load(run_file.read_text())
     run["output_dir"] = str(run_file.parent / "learns")
     text = {"text": "What is wrong with this patient?"}
@@ -207,7 +207,7 @@ def test_predictions_are_those_of_the_scores(two_ranks: Path) -> None:
 
 
 def summary_of_one_base(output: Path) -> int:
-    """Bytes of the tiny base's file: a bound of what one rank would hold alone."""
+    """Bytes of the tiny base's file: an upper bound for one rank."""
     model = yaml.safe_load((output / "run.yaml").read_text())["base"]["model"]
     return (ROOT / model / "model.safetensors").stat().st_size
 
@@ -288,7 +288,7 @@ def test_generate(two_ranks: Path, name: str) -> None:
 
 
 def test_cpu_offload_gives_equal_losses(run_file: Path, one_rank: Path) -> None:
-    """Shards in CPU memory are the same shards; here that is the rank's memory too."""
+    """On CPU, offloaded shards are in the same memory."""
     output = run_file.parent / "offload"
     policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
     done = one_process("trainer", str(run_file), f"output_dir={output}", policy)
@@ -320,7 +320,7 @@ KNOWN = {
 
 
 def test_metrics_of_generated_texts(tmp_path: Path) -> None:
-    """Programs that are run and answers that must be exact, from files of rows to the summary."""
+    """Execution and exact match, from data files to the summary."""
     run = yaml.safe_load((ROOT / "examples" / "codegen.yaml").read_text())
     animals = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())["tasks"][1]
     del animals["choices"], animals["metric"]
@@ -351,7 +351,7 @@ def test_metrics_of_generated_texts(tmp_path: Path) -> None:
 
 
 def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) -> None:
-    """From a cache as huggingface_hub lays it out; another model is missing there."""
+    """From huggingface_hub's cache; a model that is not cached is refused."""
     snapshot = fill_cache(tmp_path / "cache")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
     output = tmp_path / "run"
@@ -369,11 +369,11 @@ def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) ->
     assert done.returncode == 2, done.stdout + done.stderr
     assert "base.model: 'org/gone' is not a folder here" in done.stderr
     assert "hf download org/gone" in done.stderr
-    assert done.stderr.count("org/gone") <= 4, "said by one rank alone"
+    assert done.stderr.count("org/gone") <= 4, "printed by one rank only"
 
 
 def test_inspect_and_validation_scores_agree(two_ranks: Path, tmp_path: Path) -> None:
-    """All 40 rows over the base as it was trained on: the run's own losses; none is close."""
+    """On all 40 rows the setting of the run gives its own losses, the other settings close ones."""
     done = promptshard("inspect", str(two_ranks), "--base", "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     inspection = json.loads((two_ranks / "base_inspection.json").read_text())
@@ -416,7 +416,7 @@ def test_int8_matmul_reaches_the_loss_of_exact_matmul(run_file: Path, two_ranks:
 
 @pytest.mark.fault("gradient is infinite or spikes")
 def test_a_diverged_prompt_is_stopped_alone(run_file: Path, two_ranks: Path) -> None:
-    """The run ends well and names it; the others are what they are beside any other."""
+    """The run succeeds and names it; the other prompts are unchanged."""
     output = run_file.parent / "diverged"
     done = promptshard(
         "train",
@@ -459,7 +459,7 @@ def test_a_run_of_diverged_prompts_alone_fails(run_file: Path) -> None:
 
 
 def test_early_stop(run_file: Path) -> None:
-    """Prompts that cannot move are stopped after the second validation; the first was the best."""
+    """Prompts with a zero learning rate stop after the second validation."""
     output = run_file.parent / "early"
     done = one_process(
         "trainer",
@@ -479,7 +479,7 @@ def test_early_stop(run_file: Path) -> None:
 
 
 def test_ctrl_c_ends_all_ranks_and_the_run_can_be_resumed(run_file: Path) -> None:
-    """And only the command line that a person typed shows a password."""
+    """Only the command line of the user's own process shows a password."""
     output, secret = run_file.parent / "stopped", "hunter22"
     words = ["train", str(run_file), f"output_dir={output}", "checkpoint.every=1"]
     words.append(f"tracking.uri=sqlite:///{output}/m.db?password={secret}")
@@ -504,7 +504,7 @@ def test_ctrl_c_ends_all_ranks_and_the_run_can_be_resumed(run_file: Path) -> Non
         os.killpg(process.pid, signal.SIGINT)
         text, _ = process.communicate(timeout=60)
     finally:
-        process.kill()  # whoever watches over it ends its ranks
+        process.kill()  # the guard process ends its ranks
     assert process.returncode == 75, text
     assert "Stopped. Rerun the command to resume from step-" in text
     assert "error" not in text
@@ -519,7 +519,7 @@ def test_ctrl_c_ends_all_ranks_and_the_run_can_be_resumed(run_file: Path) -> Non
 
 
 def test_a_port_in_use_has_its_own_exit_code(run_file: Path) -> None:
-    """``promptshard`` then tries another port."""
+    """``promptshard`` retries with another port."""
     with socket.create_server(("", 0)) as used:
         port = str(used.getsockname()[1])
         done = one_process(
@@ -533,6 +533,6 @@ def test_a_port_in_use_has_its_own_exit_code(run_file: Path) -> None:
 
 
 def running(*columns: str) -> str:
-    """Processes: command lines, and environments unless columns are named."""
+    """List processes: command lines and environments, or the given columns."""
     listing = ["ps", "-eww", *columns] if columns else ["ps", "axeww", "-o", "args"]
     return subprocess.run(listing, capture_output=True, text=True, check=True).stdout

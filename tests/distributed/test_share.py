@@ -1,4 +1,4 @@
-"""Prompts that share an encoder, from the command line: one rank and two, and a new text."""
+"""Prompts that share an encoder, on one rank and two, and the export of a new text."""
 
 from __future__ import annotations
 

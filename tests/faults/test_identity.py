@@ -1,4 +1,4 @@
-"""What a run must not go on with: each change is refused by its name, before the base is loaded."""
+"""Resuming with a changed base, data or setting is refused by name before the base is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONSOLE = Console(io.StringIO(), io.StringIO())
 
 
 class Case:
-    """A run file and a base of its own that a test changes."""
+    """A run file and its own copy of a base, which a test changes."""
 
     def __init__(self, folder: Path) -> None:
         self.base = folder / "base"
@@ -57,7 +57,7 @@ class Case:
         return run_identity(config, fingerprint_base(files), self.dtype, tasks)
 
     def problems(self) -> list[str]:
-        """Names of what differs from the checkpoint, as a person reads them; its remedy is last."""
+        """Return the names of the settings that differ from the checkpoint."""
         with pytest.raises(BadInput) as refused:
             find_checkpoint(Path(self.run["output_dir"]), self.identity(), CONSOLE)
         *differences, remedy = refused.value.problems
@@ -75,7 +75,7 @@ def case(tmp_path: Path) -> Case:
 
 
 def weights(case: Case) -> None:
-    """One bit in the middle of the file; names, shapes, sizes and times are the same."""
+    """Flip one bit in the middle of the file; names, shapes and sizes stay the same."""
     path = case.base / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) * 2 // 3] ^= 1
@@ -89,7 +89,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def tokenizer(case: Case) -> None:
-    """Two words of the vocabulary change places."""
+    """Swap two tokens of the vocabulary."""
 
     def swap(content: Any) -> None:
         vocabulary = content["model"]["vocab"]
@@ -108,7 +108,7 @@ def config(case: Case) -> None:
 
 
 def dtype(case: Case) -> None:
-    """``auto`` on another device."""
+    """Resolve ``auto`` as on another device."""
     case.dtype = "bfloat16"
 
 
@@ -149,13 +149,13 @@ def test_every_incompatible_change_is_named(
     change(case)
     problems = set(case.problems())
     assert named <= problems
-    # A method brings settings of its own along.
+    # Another method also changes its own settings.
     assert all(text.startswith("prompts.soft.") for text in problems - named)
     assert problems == named or change is method
 
 
 def test_compatible_changes_are_accepted(case: Case) -> None:
-    """Where files lie, how a step is split, and what is watched."""
+    """Paths, the split of a step into micro-batches, and evaluation settings."""
     moved = case.base.with_name("moved")
     case.base.rename(moved)
     case.run["base"]["model"] = str(moved)
@@ -198,12 +198,12 @@ def test_digests_of_large_files_are_cached_until_they_change(
 
 
 def test_digests_are_read_from_the_hub_cache(tmp_path: Path) -> None:
-    """It keeps a weight file under its SHA-256."""
+    """The hub cache names a weight file after its SHA-256."""
     content = (TINY / "model.safetensors").read_bytes()
     name = digest_file(TINY / "model.safetensors")
     blob = tmp_path / "blobs" / name
     blob.parent.mkdir()
-    blob.write_bytes(content[:10])  # nobody reads it
+    blob.write_bytes(content[:10])  # its content is not read
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
     assert digest_weight_files([link]) == {"model.safetensors": name}

@@ -1,4 +1,4 @@
-"""What is refused before training: folders that cannot be written, broken bases, foreign code."""
+"""Input refused before training: read-only folders, damaged bases, remote code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder that not even root can write to, if need be by a mount."""
+    """A folder that not even root can write to (a read-only mount if necessary)."""
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o555)
     if not os.access(folder, os.W_OK):
@@ -51,7 +51,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 def test_a_read_only_folder_is_refused_before_the_base_is_opened(
     run_file: Path, read_only: Path, tmp_path: Path, module: str
 ) -> None:
-    """By a rank, which loads no torch for it, and by the command line."""
+    """By a rank, before it imports torch, and by the command line."""
     (tmp_path / "torch.py").write_text("raise AssertionError('torch was loaded')\n")
     words = [str(run_file), f"output_dir={read_only / 'run'}"]
     if module == "trainer":
@@ -75,7 +75,7 @@ def test_a_read_only_folder_is_refused_before_the_base_is_opened(
 
 @pytest.fixture
 def two_files(tmp_path: Path) -> Path:
-    """The tiny base as its weights lie in two files and an index."""
+    """The tiny base with its weights in two files and an index."""
     folder = tmp_path / "base"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(TINY / "model.safetensors")

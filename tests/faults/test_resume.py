@@ -1,4 +1,4 @@
-"""Runs that are killed, resumed, and resumed on another number of ranks: all are one course."""
+"""Killed runs that resume, also on another number of ranks, give the same losses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHORT += ["evaluation.early_stopping.patience=5"]
 
 
 class Runs:
-    """Runs of one run file, each in an output folder of its own, beside notes of what it read."""
+    """Runs of one run file, each with its own output folder and a log of the rows it read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, write_run_file(folder)
@@ -47,7 +47,7 @@ class Runs:
     def start(
         self, name: str, *overrides: str, where: str = "never"
     ) -> subprocess.CompletedProcess[str]:
-        """On one rank."""
+        """Run on one rank."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
         return subprocess.run(
             [*self.words(name, where), *overrides],
@@ -60,7 +60,7 @@ class Runs:
         )
 
     def copy(self, source: str, name: str, *left_out: int) -> Path:
-        """An output folder as a run left it that had these checkpoints not yet."""
+        """Copy an output folder without these checkpoints and without the final results."""
         output = self.folder / name
         shutil.copytree(
             self.folder / source,
@@ -75,7 +75,7 @@ class Runs:
         return [json.loads(line) for line in (self.folder / f"{name}.jsonl").open()]
 
     def rows(self, name: str) -> dict[int, list[list[int]]]:
-        """What each step read: (prompt, row). Of a step that was done twice, the second time."""
+        """Rows by step, as (prompt, row); of a repeated step, those of the second time."""
         return {note["step"]: note["rows"] for note in self.notes(name) if "step" in note}
 
     def losses(self, name: str) -> dict[tuple[int, str, str], float]:
@@ -87,7 +87,7 @@ class Runs:
         }
 
     def end(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The last checkpoint, without what a clock says."""
+        """Return the last checkpoint without its timings."""
         path = self.folder / name / f"checkpoints/step-{STEPS:08d}"
         state = json.loads((path / "state.json").read_text())
         for clock in ("train_seconds", "data_wait_seconds", "phase_seconds"):
@@ -97,7 +97,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """With one run that nothing happened to: ``whole``."""
+    """Return the runs, with one uninterrupted run named ``whole``."""
     runs = Runs(tmp_path_factory.mktemp("resume"))
     done = runs.start("whole")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def killed(runs: Runs) -> subprocess.CompletedProcess[str]:
-    """kill -9 in the second packed batch of step 5, then the same command again, at once."""
+    """Kill a run (SIGKILL) in the second packed batch of step 5 and rerun the command at once."""
     killed = runs.start("killed", where="5:2")
     assert killed.returncode == -9, killed.stdout + killed.stderr
     assert (runs.folder / "killed" / LOCK).exists()
@@ -129,7 +129,7 @@ def test_the_base_is_unchanged_and_only_prompts_have_gradients(runs: Runs) -> No
 
 @pytest.mark.fault("resume in mid-epoch and mid-accumulation")
 def test_a_killed_run_resumes_equal_to_an_uninterrupted_one(runs: Runs, killed: Any) -> None:
-    """A bank of three, in mid-epoch and mid-accumulation: the same to the bit."""
+    """Three prompts, in mid-epoch and mid-accumulation: bit-equal."""
     assert killed.returncode == 0, killed.stdout + killed.stderr
     assert f"resuming from step 4/{STEPS}" in killed.stdout
     steps = [note for note in runs.notes("whole") if "step" in note]
@@ -186,7 +186,7 @@ def test_checkpoints_do_not_delay_steps(runs: Runs) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(runs: Runs) -> str:
-    """From step 2 on two ranks: the newer checkpoints are broken, and a pointer leads nowhere."""
+    """Resume from step 2 on two ranks: newer checkpoints are damaged, the pointer is garbled."""
     output = runs.copy("whole", "two")
     truncate(output / f"checkpoints/step-{STEPS:08d}/state.safetensors")
     flip_a_bit(output / "checkpoints/step-00000004/state.safetensors")
@@ -223,7 +223,7 @@ def test_a_run_on_one_rank_resumes_on_two(runs: Runs, two_ranks: str) -> None:
 
 
 def check_same_course(runs: Runs, name: str, after: int) -> None:
-    """The same rows in the same order, and losses that differ by rounding."""
+    """Assert the same rows in the same order, and losses that differ by rounding only."""
     expected = {step: rows for step, rows in runs.rows("whole").items() if step > after}
     assert runs.rows(name) == expected
     losses, expected_losses = runs.losses(name), runs.losses("whole")
@@ -235,7 +235,7 @@ def check_same_course(runs: Runs, name: str, after: int) -> None:
 
 @pytest.fixture
 def small_disk(runs: Runs, two_ranks: str) -> Iterator[Path]:
-    """A copy of ``two`` as of step 4, whose checkpoints lie on a disk that is full."""
+    """A copy of ``two`` as of step 4 whose checkpoint folder is on a full disk."""
     output = runs.copy("two", "one", STEPS)
     held = runs.folder / "held"
     (output / "checkpoints").rename(held)
@@ -299,7 +299,7 @@ def test_a_run_killed_before_its_report_is_completed_on_rerun(runs: Runs) -> Non
 
 
 def test_a_repeated_validation_is_logged_once(runs: Runs) -> None:
-    """The run was stopped in it, resumed, and killed once it was logged."""
+    """The run was stopped during validation, resumed, and killed after logging it."""
     output = runs.copy("whole", "repeated")
     folder = output / "checkpoints"
     saved = checkpoint.newest(folder)
@@ -349,7 +349,7 @@ def test_a_run_whose_folder_was_moved_stops_and_resumes_completely(runs: Runs) -
 
 @pytest.mark.fault("disk full")
 def test_a_full_disk_under_the_metrics_log_is_reported_once(tmp_path: Path) -> None:
-    """A step's numbers are lost where there is no room for them; the run is not."""
+    """The metrics of a step are lost on a full disk; the run continues."""
     messages: list[str] = []
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = unless_full(MetricsLog(tmp_path), messages.append)

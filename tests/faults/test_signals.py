@@ -1,4 +1,4 @@
-"""Two real ranks that are told to stop, or killed; the run goes on to the same end."""
+"""Two ranks that receive stop signals or are killed; the resumed run ends equal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS = [
 
 
 class Run:
-    """``promptshard train`` with two ranks on one output folder, again and again."""
+    """Repeated ``promptshard train`` with two ranks on one output folder."""
 
     def __init__(self, run_file: Path, output: Path) -> None:
         self.output = output
@@ -50,7 +50,7 @@ class Run:
         )
 
     def ranks(self) -> list[psutil.Process]:
-        """In the order of their numbers."""
+        """Processes of the ranks, in rank order."""
         ranks = {}
         for process in psutil.process_iter():
             try:
@@ -64,7 +64,7 @@ class Run:
         return [ranks[rank] for rank in sorted(ranks)]
 
     def steps(self) -> int:
-        """How many are logged."""
+        """Number of logged steps."""
         try:
             lines = (self.output / "metrics.jsonl").read_text().splitlines()
         except FileNotFoundError:
@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.mark.fault("stop signal while loading, in the first step or during validation")
 def test_a_signal_to_one_rank_while_the_base_is_loaded(run: Run) -> None:
-    """The other loses its connection, which is no error then."""
+    """The other rank loses its connection, which is not reported as an error."""
     run.start()
     run.until(lambda: len(run.ranks()) == 2)
     run.ranks()[1].send_signal(signal.SIGTERM)
@@ -125,7 +125,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(run: Run) -> None:
 @pytest.mark.fault("rank killed (SIGKILL) during a step")
 @pytest.mark.fault("rank suspended (SIGSTOP)")
 def test_lost_ranks_are_named_and_restarts_are_bounded(run: Run) -> None:
-    """One is killed, the run is started again; then one is stopped, which holds the store."""
+    """Rank 1 is killed and the run restarts; then rank 0, which holds the store, is suspended."""
     before = run.steps()
     run.start("checkpoint.every=1", f"engine.silence_seconds={SILENCE}", "--max-restarts=1")
     run.until(lambda: run.steps() > before + 1)

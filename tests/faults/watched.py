@@ -1,8 +1,8 @@
-"""The trainer, watched: ``python -m tests.faults.watched NOTES.jsonl WHERE RUN.yaml ...``.
+"""The instrumented trainer: ``python -m tests.faults.watched NOTES.jsonl WHERE RUN.yaml ...``.
 
-Rank 0 writes down the rows of every step as all ranks read them, what the base is before and after
-each, and whether it has gradients. ``WHERE`` is where every rank kills itself, as kill -9 does:
-``STEP:BATCH``, or ``never``.
+Rank 0 logs the rows of every step, the digest of the base before and after it, and whether the
+base has gradients. ``WHERE`` (``STEP:BATCH`` or ``never``) is where every rank kills itself with
+SIGKILL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.training.loop import Loop
 
 
 class Watch:
-    """What is seen of one run."""
+    """Records one run."""
 
     def __init__(self, notes: Path, where: str) -> None:
         self.notes = notes
@@ -54,7 +54,7 @@ class Watch:
             return
         self.batches += 1
         if self.die_at == (self.loop.progress.step + 1, self.batches):
-            # What this test is about is the checkpoint before, which a thread writes.
+            # Wait for the checkpoint before, which a thread writes.
             every = self.loop.config.checkpoint.every
             last = self.loop.progress.step // every * every
             path = Path(self.loop.config.output_dir) / "checkpoints" / f"step-{last:08d}"

@@ -1,8 +1,8 @@
-"""Two hosts on this machine: network namespaces with addresses of their own, and a cable between.
+"""Two hosts on this machine: network namespaces, connected by a virtual cable.
 
 A run is started on each with ``promptshard train --no-ssh``. First the cable is cut while it
-trains: both ends stop by themselves and say what they lost. Then the same commands go on from the
-last checkpoint to the end, which equals that of a run on one machine.
+trains: both hosts stop and report the lost rank. The same commands then resume from the last
+checkpoint and end equal to a run on one machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS = [
 
 
 class Hosts:
-    """Two namespaces that are named after this process."""
+    """Two network namespaces, named after this process."""
 
     def __init__(self) -> None:
         self.names = tuple(f"promptshard-{os.getpid()}-{i}" for i in (0, 1))
@@ -122,7 +122,7 @@ def inhabitants(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Output folders of the run on two hosts and of that on one; what each said of the cut."""
+    """Output folders of the runs on two hosts and on one; output of each host after the cut."""
     folder = tmp_path_factory.mktemp("hosts")
     output = folder / "two"
     with started(hosts, folder, output) as processes:

@@ -43,7 +43,7 @@ SECRET = "hunter2-secret"
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The default store of the working directory, which is a new one; no settings of MLflow."""
+    """Use the default store of a new working directory, without MLflow settings."""
     for name in os.environ:
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
@@ -62,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(params=["hangs", "answers 500", "is not there"])
 def broken(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a server that takes connections and no more, or fails, or does not exist."""
+    """URL of a server that only accepts connections, answers errors, or does not exist."""
     if request.param == "is not there":
         yield f"http://127.0.0.1:{free_port()}"
         return
@@ -121,7 +121,7 @@ def test_a_whole_run_in_sqlite_then_again(tmp_path: Path, store: str) -> None:
 
 
 def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
-    """Settings, scores and ends of all its prompts stand under the same names."""
+    """Settings, scores and final states of all its prompts have the same names."""
     import mlflow
 
     folder = write_inputs(tmp_path / "sweep")
@@ -169,7 +169,7 @@ def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
 
 
 def expanded(folder: Path) -> list[dict[str, Any]]:
-    """Make the run of the folder one of a sweep; its prompts, ``init`` in words."""
+    """Turn the folder's run into a sweep; return its prompts with ``init`` as text."""
     rates, lengths, seeds = [0.001, 0.03], [5, 20], [8, 9, 10]
     sweep = {"learning_rate": rates, "num_virtual_tokens": lengths, "seed": seeds}
     sweep |= {"init": [{"from": "other/prompts/p"}, "labels"]}
@@ -259,10 +259,10 @@ def test_a_broken_tracker_does_not_delay_the_trainer(
 def test_training_succeeds_while_the_tracking_server_fails_hangs_and_dies(
     tmp_path: Path, server: Server
 ) -> None:
-    """What it measured is what it measures alone, and is in MLflow once, as soon as there is one.
+    """Its metrics equal those of an untracked run, and MLflow gets each once when it is reachable.
 
-    The server takes the first curves, then one thing after the other goes wrong with it. Then its
-    store of files fails alone.
+    The server accepts the first curves, then fails in one way after another. Finally only its
+    artifact store fails.
     """
     run_file = write_run_file(tmp_path)
     run = yaml.safe_load(run_file.read_text())
@@ -397,7 +397,7 @@ def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path, store: 
 
 
 def train(folder: Path, rewind: int, last: int, pause: float = 0.0) -> tuple[int, str]:
-    """A trainer of its own process; the id of its sidecar, and the rest of what it printed."""
+    """Run a trainer process; return the PID of its tracking process and its output."""
     options = [str(folder), str(rewind), str(last), str(pause)]
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(TRAINER), *options],
@@ -429,7 +429,7 @@ def client_of(uri: str) -> Any:
 
 
 def runs(uri: str, experiment: str = "support") -> tuple[Any, dict[str, Any]]:
-    """The one parent run, and the prompts' runs, of an experiment."""
+    """Return the parent run and the prompt runs of an experiment."""
     client = client_of(uri)
     result = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     (parent,) = [run for run in result if "mlflow.parentRunId" not in run.data.tags]
@@ -441,7 +441,7 @@ def runs(uri: str, experiment: str = "support") -> tuple[Any, dict[str, Any]]:
 
 
 def assert_complete(folder: Path, uri: str, experiment: str = "support") -> None:
-    """MLflow has every point of ``metrics.jsonl`` once, with its value, and no other steps."""
+    """Assert that MLflow has every point of ``metrics.jsonl`` once and no other steps."""
     parent, prompts = runs(uri, experiment)
     wanted: dict[tuple[str, str], dict[int, float]] = {}
     for line, _ in read_lines(folder / METRICS_FILE):
@@ -460,7 +460,7 @@ def assert_complete(folder: Path, uri: str, experiment: str = "support") -> None
 
 
 def sent(folder: Path) -> int:
-    """Bytes of ``metrics.jsonl`` that some store has."""
+    """Bytes of ``metrics.jsonl`` that a store has received."""
     from trainer.tracking.progress_file import ProgressFile
 
     if not (folder / "tracking.json").exists():

@@ -1,4 +1,4 @@
-"""Which MLflow store a run uses, how a new one is made, and what may be sent where."""
+"""Which MLflow store a run uses, how a new one is created, and where credentials are sent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOKEN = "token-of-the-environment"
 def test_a_sender_that_is_killed_while_it_makes_the_store_leaves_none(
     tmp_path: Path, store: str
 ) -> None:
-    """Then two senders at once make it and write to it."""
+    """Two senders then create it and write to it at once."""
     first = write_inputs(tmp_path / "first")
     MetricsLog(first).close()
     sender = TrackingClient(first)
@@ -119,7 +119,7 @@ def test_an_older_store_with_runs_is_left_alone(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """A server that refuses everything and notes what was asked with which credentials."""
+    """A server that refuses every request and records it with its credentials."""
 
     def __init__(self) -> None:
         self.seen: list[str | None] = []
@@ -154,7 +154,7 @@ def recorder() -> Iterator[Recorder]:
 def test_a_folder_from_elsewhere_gets_no_credentials(
     tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither of the environment nor of the home folder, until its server is confirmed."""
+    """Neither from the environment nor from the home folder, until its server is confirmed."""
     folder = finished_run(tmp_path / "run", uri=recorder.uri)
     home = tmp_path / "home"
     (home / ".mlflow").mkdir(parents=True)

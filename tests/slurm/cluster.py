@@ -1,7 +1,7 @@
-"""A Slurm of two nodes on this machine: munged, slurmctld and two slurmd in a folder of their own.
+"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd in one folder.
 
-Nothing outside the folder is read or written: a Slurm that this machine may belong to goes on
-undisturbed. Everything it needs is in the Debian packages slurm-wlm and munge.
+Nothing outside the folder is read or written, so a Slurm that this machine belongs to is not
+affected. The Debian packages slurm-wlm and munge contain everything needed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PartitionName=test Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE Stat
 
 
 def missing() -> str | None:
-    """Why no Slurm can be started here, or None."""
+    """Return why no Slurm can be started here, or None."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if absent:
@@ -74,7 +74,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Started by ``start``; every command runs with ``environment``."""
+    """``start`` starts it; every command runs with ``environment``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -128,7 +128,7 @@ class Cluster:
                 daemon.wait()
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Run a command of Slurm; gives its stdout."""
+        """Run a Slurm command; return its stdout."""
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -139,7 +139,7 @@ class Cluster:
         return self.run("squeue", "--noheader", "--format=%i %T", check=False).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What ``scontrol show job`` knows, by its names."""
+        """Return the fields of ``scontrol show job``."""
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
@@ -174,7 +174,7 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on now."""
+    """TCP ports that are free now."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:

@@ -35,7 +35,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Desk:
-    """A folder that looks like a clone, from which jobs are submitted."""
+    """A folder like a clone of the repository, from which jobs are submitted."""
 
     def __init__(self, path: Path, cluster: Cluster) -> None:
         self.path, self.cluster = path, cluster
@@ -93,7 +93,7 @@ def read(path: Path) -> str:
 
 
 def alive_in(job: str) -> list[int]:
-    """Processes that were started within a job, by what their environment says."""
+    """Return processes whose environment names this job."""
     wanted = f"SLURM_JOB_ID={job}".encode()
     pids = []
     for process in Path("/proc").iterdir():

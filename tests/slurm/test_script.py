@@ -1,4 +1,4 @@
-"""The sbatch script itself on a real Slurm, with a stand-in for Python that only notes its call."""
+"""The sbatch script on a real Slurm, with a fake Python that only logs its call."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def job(desk: Desk, name: str, *tasks: tuple[str, ...], **settings: object) -> s
 
 
 def test_jobs(desk: Desk, notes: Path) -> None:
-    """Several jobs at once, as most of the time is waited until a requeued job may start."""
+    """Several jobs at once: most of the time passes until a requeued job may start."""
     words = ("run 'x'.yaml", 'a.b=$HOME `id` "q" \\n', "c=*")
     plain = job(desk, "plain", words, fresh=True)
     array = job(desk, "array", ("r0", "code=0"), ("r1", "code=75"), ("r2", "code=3"))
@@ -125,7 +125,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
 
 
 def test_status_asks_a_real_slurm(desk: Desk, notes: Path) -> None:
-    """The record of a submission, as ``submit`` writes it, and what squeue says of its job."""
+    """Read the record that ``submit`` writes, and squeue's state of its job."""
     number = job(desk, "asked", ("r", "wait"))
     until(lambda: (notes / "asked-0-0-0").exists(), 30, desk.cluster.squeue)
     record = desk.path / "out" / "logs" / "submitted" / "now" / "job.json"

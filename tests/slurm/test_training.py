@@ -1,8 +1,8 @@
-"""A run on a real Slurm that loses its node, its time and its job, and ends as if it had not.
+"""A run on a real Slurm that loses its node, its time and its job ends equal to one that did not.
 
-One job on two nodes, one rank each, over an int8 base that ZeRO-3 shards. In turn: its time limit
-comes near; a node goes down; it is told to stop; it is cancelled and submitted again. A second run,
-of slurm/cpu-smoke-test.sbatch, has the same settings and is left alone.
+One job on two nodes, one rank each, over an int8 base that ZeRO-3 shards. Its time limit comes
+near, a node goes down, it receives a stop signal, it is cancelled and submitted again. A second
+run, of slurm/cpu-smoke-test.sbatch, has the same settings and is not interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OUTPUT = Path("runs", "often stopped")
 
 
 class Run:
-    """The job that is stopped again and again."""
+    """The job that is interrupted repeatedly."""
 
     def __init__(self, desk: Desk, run_file: Path) -> None:
         self.desk, self.run_file = desk, run_file
@@ -58,7 +58,7 @@ class Run:
 
     @contextmanager
     def held(self, restart: int) -> Iterator[list[psutil.Process]]:
-        """Once this session has saved, one rank stands still inside: the run cannot end early."""
+        """Suspend one rank after this session has saved, so that the run cannot end early."""
         until(lambda: f"restart {restart}, port" in read(self.log), START_SECONDS, self.logs)
         before = self.saved
         until(lambda: self.saved > before, START_SECONDS, self.logs)
@@ -83,7 +83,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(desk: Desk) -> Run:
-    """Both runs, to their end; what happened on the way is checked here."""
+    """Run both to the end and check each interruption."""
     cluster = desk.cluster
     run_file = desk.path / "own.yaml"
     patient = "engine.silence_seconds=600"  # ranks are held here for longer than the default
@@ -131,7 +131,7 @@ def run(desk: Desk) -> Run:
 
 
 def run_seconds(text: str) -> int:
-    """``HH:MM:SS`` of scontrol."""
+    """Parse scontrol's ``HH:MM:SS`` into seconds."""
     hours, minutes, seconds = map(int, text.split(":"))
     return (hours * 60 + minutes) * 60 + seconds
 
@@ -146,7 +146,7 @@ def adapters(output: Path) -> dict[str, Any]:
 
 
 def losses(output: Path) -> dict[tuple[int, str, str], float]:
-    """Every loss and score of every step, each logged once."""
+    """Return every loss and score of every step; each must be logged once."""
     by_step: dict[tuple[int, str, str], float] = {}
     for text in (output / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
