@@ -64,10 +64,12 @@ from trainer.runtime.phase_times import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
 from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_callback import MetricsCallback
-from trainer.training.callbacks import ConsoleProgress
+from trainer.tracking.tensorboard_callback import TensorBoardCallback, check_tensorboard
+from trainer.training.callbacks import Callback, ConsoleProgress
 from trainer.training.init_scoring import LossInitScorer
 from trainer.training.initial_bank import copy_rank_0, embedding_function, make_bank
 from trainer.training.loop import Loop
+from trainer.training.profiler import Profiler
 from trainer.training.task_loading import read_tasks
 
 #: Rows of each task whose lengths tell how much packed batches will take.
@@ -106,6 +108,8 @@ def _train(
     command: str,
 ) -> None:
     output = Path(config.output_dir)
+    if config.tracking.tensorboard:
+        engine.run_on_all(check_tensorboard)
     with times("load"), console.phase("reading config and tokenizer"):
         files = open_base_on_all(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
@@ -159,11 +163,9 @@ def _train(
         lambda: take_run_snapshot(loop, loaded, identity, conditions),
         console.warn,
     )
-    loop.callbacks = [
-        *loop.callbacks,
-        MetricsCallback(log, client, console.warn),
-        checkpoints,
-    ]
+    loop.callbacks += [MetricsCallback(log, client, console.warn), checkpoints]
+    if config.tracking.tensorboard:
+        loop.callbacks.append(TensorBoardCallback(output, console.warn))
     with tracked_run(output, client, console):
         seconds_before = loop.progress.train_seconds
         with times("saving"), writer:  # waits at its end for checkpoints that are being written
@@ -237,6 +239,12 @@ def _make_loop(
         initial = without_sources(config) if saved else config
         bank = make_bank(initial, engine, loaded.model, files, scorer, console.warn)
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
+    callbacks: list[Callback] = [ConsoleProgress(console, config.last_step)]
+    if config.engine.profile is not None:
+        logs = output / "logs"
+        callbacks.append(
+            Profiler(config.engine.profile, logs, engine.rank, engine.device, console.warn)
+        )
     loop = Loop(
         config,
         engine,
@@ -245,7 +253,7 @@ def _make_loop(
         bank,
         StepPrefetcher(BatchSource(config, tasks), rank),
         console,
-        [ConsoleProgress(console, config.last_step)],
+        callbacks,
         Predictions(output, console.warn) if engine.is_main else None,
         times=times,
     )

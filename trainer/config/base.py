@@ -65,6 +65,13 @@ class Base(Section):
         return checked(self, problems)
 
 
+class Profile(Section):
+    """Steps that torch.profiler records."""
+
+    first: PositiveInt = Field(5, description="first recorded step")
+    steps: PositiveInt = Field(3, description="number of recorded steps")
+
+
 class EngineConfig(Section):
     """How the base is sharded and recomputed."""
 
@@ -91,6 +98,11 @@ class EngineConfig(Section):
     timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
     silence_seconds: PositiveInt = Field(
         60, description="a rank that does not respond for so long aborts the run"
+    )
+    profile: Profile | None = Field(
+        None,
+        description="record a few steps with torch.profiler: a chrome trace and a table of the top "
+        "operators of every rank in output_dir/logs; null: off",
     )
 
     @field_validator("shard_group", mode="before")

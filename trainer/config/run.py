@@ -180,6 +180,12 @@ class RunConfig(Section):
 
     def _search_problems(self) -> Iterator[str]:
         most, halving = self.search.max_prompts, self.search.halving
+        profile = self.engine.profile
+        if profile and profile.first > self.last_step:
+            yield (
+                f"engine.profile.first: {profile.first} is after the last step ({self.last_step}), "
+                "so nothing would be recorded; lower it"
+            )
         if len(self.prompts) > most:
             yield (
                 f"prompts: {len(self.prompts)}, but search.max_prompts is {most}; raise it, or "

@@ -27,6 +27,10 @@ class Tracking(Section):
         None,
         description="null: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory",
     )
+    tensorboard: bool = Field(
+        False,
+        description="also write the metrics to output_dir/tensorboard (pip install tensorboard)",
+    )
     system_metrics: bool = Field(True, description="CPU, memory and GPU load of rank 0's node")
 
     @field_validator("uri")

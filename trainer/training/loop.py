@@ -56,7 +56,7 @@ class Loop:
     bank: Bank
     batches: StepPrefetcher
     console: Console
-    callbacks: Sequence[Callback] = ()
+    callbacks: list[Callback] = field(default_factory=list)
     predictions: Predictions | None = None
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     times: PhaseTimes = field(default_factory=PhaseTimes)

@@ -1,0 +1,80 @@
+"""Writes the metrics of a run for TensorBoard. Imports torch only where a run asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.runtime.errors import BadInput
+from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+from trainer.training.callbacks import Callback, Metrics, StepReport
+from trainer.training.progress import TrainingProgress
+
+FOLDER = "tensorboard"
+
+
+def check_tensorboard() -> None:
+    """Check that the optional package is installed.
+
+    Raises:
+        BadInput: if it is not.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise BadInput(
+            "tracking.tensorboard: true needs the package tensorboard, which is not installed; run "
+            "`pip install tensorboard`, or set it to false"
+        )
+
+
+class TensorBoardCallback(Callback):
+    """Writes each prompt's metrics to ``tensorboard/PROMPT``, those of the run to ``tensorboard``.
+
+    So prompts are compared in one chart. The points are those of ``metrics.jsonl``: at the start
+    they are written again from that file, from which a resumed run has removed the later steps.
+    """
+
+    def __init__(self, output: Path, warn: Callable[[str], None]) -> None:
+        self._output, self._warn = output, warn
+        self._writers: dict[str | None, Any] = {}
+        self._failed = False
+
+    def on_run_start(self, progress: TrainingProgress) -> None:
+        shutil.rmtree(self._output / FOLDER, ignore_errors=True)
+        for line, _ in read_lines(self._output / METRICS_FILE):
+            if line is not None:
+                tokens = line.useful_tokens or 0
+                self._add(Metrics(line.step, tokens, line.metrics, line.prompt), line.time)
+
+    def on_step_end(self, report: StepReport) -> None:
+        self.on_validation_end(report.metrics)
+
+    def on_validation_end(self, metrics: Sequence[Metrics]) -> None:
+        for line in metrics:
+            self._add(line)
+
+    def on_run_end(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _add(self, line: Metrics, time: float | None = None) -> None:
+        """Add points; the first ``OSError`` ends the curves, not the run."""
+        if self._failed:
+            return
+        try:
+            writer = self._writer(line.prompt)
+            for name, value in line.values.items():
+                writer.add_scalar(name, value, line.step, time)
+        except OSError as error:
+            self._failed = True
+            self._warn(f"{self._output / FOLDER}: no more points are written: {error}")
+
+    def _writer(self, prompt: str | None) -> Any:
+        if prompt not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._output / FOLDER / (prompt or "")
+            self._writers[prompt] = SummaryWriter(str(folder))
+        return self._writers[prompt]
