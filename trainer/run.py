@@ -165,7 +165,9 @@ def _train(
     )
     loop.callbacks += [MetricsCallback(log, client, console.warn), checkpoints]
     if config.tracking.tensorboard:
-        loop.callbacks.append(TensorBoardCallback(output, console.warn))
+        from torch.utils.tensorboard import SummaryWriter  # needs an optional package
+
+        loop.callbacks.append(TensorBoardCallback(output, SummaryWriter, console.warn))
     with tracked_run(output, client, console):
         seconds_before = loop.progress.train_seconds
         with times("saving"), writer:  # waits at its end for checkpoints that are being written

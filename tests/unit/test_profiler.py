@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from tests.unit.test_loop import Toy
 from trainer.config.base import Profile
@@ -51,3 +52,8 @@ def test_a_profiled_run_has_the_same_results_and_a_resumed_one_records_no_step_t
     late = profiled(Toy(tmp_path, [{"name": "p"}]), tmp_path / "c", 3, 2)
     late.resume(plain.saved[3]).run()
     assert events(tmp_path / "c").count("Optimizer.step#Muon.step") == 1
+
+
+def test_a_first_step_after_the_last_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"engine.profile.first: 9 is after the last step"):
+        Toy(tmp_path, [{"name": "p"}], engine={"profile": {"first": 9}})

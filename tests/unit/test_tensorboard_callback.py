@@ -21,6 +21,8 @@ Point = tuple[str, str, int, float]
 
 def tracked(folder: Path, saved: tuple[bytes, str] | None = None) -> Toy:
     """A run of 8 steps, perhaps resumed, that writes both kinds of files into ``folder``."""
+    from torch.utils.tensorboard import SummaryWriter
+
     toy = Toy(folder, [{"name": "one"}, {"name": "two", "steps": 6}])
     if saved is not None:
         toy.resume(saved)
@@ -28,7 +30,7 @@ def tracked(folder: Path, saved: tuple[bytes, str] | None = None) -> Toy:
     log.rewind(toy.loop.progress.step)
     toy.loop.callbacks += [
         MetricsCallback(log, TrackingClient(folder), lambda text: None),
-        TensorBoardCallback(folder, pytest.fail),
+        TensorBoardCallback(folder, SummaryWriter, pytest.fail),
     ]
     return toy.run()
 

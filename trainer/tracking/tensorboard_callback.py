@@ -1,4 +1,4 @@
-"""Writes the metrics of a run for TensorBoard. Imports torch only where a run asks for it."""
+"""Writes the metrics of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ class TensorBoardCallback(Callback):
 
     So prompts are compared in one chart. The points are those of ``metrics.jsonl``: at the start
     they are written again from that file, from which a resumed run has removed the later steps.
+
+    Args:
+        make_writer: ``torch.utils.tensorboard.SummaryWriter``; this package imports no torch.
     """
 
-    def __init__(self, output: Path, warn: Callable[[str], None]) -> None:
-        self._output, self._warn = output, warn
+    def __init__(
+        self, output: Path, make_writer: Callable[[str], Any], warn: Callable[[str], None]
+    ) -> None:
+        self._output, self._make_writer, self._warn = output, make_writer, warn
         self._writers: dict[str | None, Any] = {}
         self._failed = False
 
@@ -73,8 +78,6 @@ class TensorBoardCallback(Callback):
 
     def _writer(self, prompt: str | None) -> Any:
         if prompt not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter
-
             folder = self._output / FOLDER / (prompt or "")
-            self._writers[prompt] = SummaryWriter(str(folder))
+            self._writers[prompt] = self._make_writer(str(folder))
         return self._writers[prompt]
