@@ -413,9 +413,9 @@ def test_a_sandbox_that_is_brought_down_is_started_again(monkeypatch):
     runs = []
     real = metrics._run_sandbox
 
-    def dies_at_once(request, wall_seconds):
+    def dies_at_once(request):
         runs.append(len(request["jobs"]))
-        return ([], {}) if len(runs) == 1 else real(request, wall_seconds)
+        return ([], {}) if len(runs) == 1 else real(request)
 
     monkeypatch.setattr(metrics, "_run_sandbox", dies_at_once)
     assert execution([GOOD] * 3, [PLUS_ONE] * 3) == [0.0, 1.0, 1.0]

@@ -266,6 +266,6 @@ def test_terminal_page_and_mlflow_note_show_the_same_table(tmp_path: Path) -> No
     assert len(page.rows) == len(Recorder.rows) == len(note) == 5 + 7 - 1 + 2
     for on_page, on_terminal, in_note in zip(page.rows, Recorder.rows, note, strict=True):
         assert on_page[1:] == on_terminal[1:] == in_note[1:]
-        label = on_page[0][:50] if on_page[0] != "prompt" else ""
+        label = on_page[0][:50]
         assert on_terminal[0].startswith(label)
         assert in_note[0].strip("*").startswith(label)

@@ -24,6 +24,16 @@ from trainer.runtime.errors import BadInput
 
 _SANDBOX = Path(__file__).with_name("code_sandbox.py")
 _MAX_PROCESSES = 4
+#: A request without programs; the sandbox then only reports its layers.
+PROBE = {
+    "function": "f",
+    "cpu_seconds": 0.5,
+    "wall_seconds": 5.0,
+    "memory_bytes": 256 << 20,
+    "processes": 1,
+    "seccomp": True,
+    "jobs": [],
+}
 
 
 def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
@@ -75,7 +85,7 @@ def execution(
     cpu_seconds: float = 0.5,
     wall_seconds: float = 5.0,
     memory_mb: int = 256,
-    processes: int | None = None,
+    processes: int = min(_MAX_PROCESSES, os.cpu_count() or 1),
     seccomp: bool = True,
 ) -> list[float]:
     """Run generated Python functions on test calls, in sandboxed processes with limits.
@@ -91,7 +101,7 @@ def execution(
         cpu_seconds: CPU time limit of one text, over all its calls.
         wall_seconds: wall time limit of one text.
         memory_mb: memory limit of one text, including the interpreter.
-        processes: texts that run at the same time; default: the number of cores, at most 4.
+        processes: texts that run at the same time.
         seccomp: filter system calls if libseccomp is installed.
 
     Returns:
@@ -100,18 +110,18 @@ def execution(
     Raises:
         RuntimeError: the sandbox does not start, or a correct function fails in it.
     """
-    request = _request(
-        function=function,
-        cpu_seconds=cpu_seconds,
-        wall_seconds=wall_seconds,
-        memory_bytes=memory_mb << 20,
-        seccomp=seccomp,
-        **({} if processes is None else {"processes": processes}),
-    )
+    request = {
+        "function": function,
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": wall_seconds,
+        "memory_bytes": memory_mb << 20,
+        "processes": processes,
+        "seccomp": seccomp,
+    }
     jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
     outputs: dict[int, str] = {}
     while pending := [job for job in jobs if job["index"] not in outputs]:
-        _, part = _run_sandbox({**request, "jobs": pending}, wall_seconds)
+        _, part = _run_sandbox({**request, "jobs": pending})
         # The first program ended the sandbox: it fails, the others get a new sandbox.
         outputs |= part or {pending[0]["index"]: ""}
     return [_score(outputs[i], calls) for i, calls in enumerate(tests)]
@@ -127,7 +137,7 @@ def check_sandbox() -> str | None:
         BadInput: the sandbox does not work.
     """
     try:
-        layers, _ = _run_sandbox(_request(), 0.0)
+        layers, _ = _run_sandbox(PROBE)
     except RuntimeError as error:
         raise BadInput(f"metric: execution: {error}") from None
     if layers:
@@ -137,20 +147,6 @@ def check_sandbox() -> str | None:
         "generated code, so it could signal processes of this user and delete files; see "
         "trainer/evaluation/code_sandbox.py"
     )
-
-
-def _request(**settings: Any) -> dict[str, Any]:
-    """Input of the sandbox without programs; settings replace its defaults."""
-    defaults = {
-        "function": "f",
-        "cpu_seconds": 0.5,
-        "wall_seconds": 5.0,
-        "memory_bytes": 256 << 20,
-        "processes": min(_MAX_PROCESSES, os.cpu_count() or 1),
-        "seccomp": True,
-        "jobs": [],
-    }
-    return defaults | settings
 
 
 def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def _same(got: Any, expected: Any) -> bool:
     return type(got) is type(expected) and bool(got == expected)
 
 
-def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> tuple[list[str], dict[int, str]]:
+def _run_sandbox(request: Mapping[str, Any]) -> tuple[list[str], dict[int, str]]:
     """Start the sandbox once.
 
     Returns:
@@ -207,7 +203,7 @@ def _run_sandbox(request: dict[str, Any], wall_seconds: float) -> tuple[list[str
             env=keep,
             start_new_session=True,
         )
-        timeout = 30 + wall_seconds * len(request["jobs"])
+        timeout = 30 + request["wall_seconds"] * len(request["jobs"])
         alarm = threading.Timer(timeout, _kill_group, [process.pid])
         alarm.start()
         try:

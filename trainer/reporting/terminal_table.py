@@ -41,7 +41,7 @@ def show_results(summary: RunSummary, config: RunConfig, console: Console) -> No
 def _show_table(table: TaskTable, console: Console) -> None:
     console.table(
         f"{table.task} ({table.counts})" if table.counts else table.task,
-        ["", *table.titles],
+        ["prompt", *table.titles],
         [[_label(row), *table.cells(row)] for row in table.rows],
     )
     if table.advice:
