@@ -60,7 +60,7 @@ from trainer.reporting.terminal_table import show_results
 from trainer.runtime import process, stop_signals
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
-from trainer.runtime.phase_times import PhaseTimes
+from trainer.runtime.phases import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
 from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_callback import MetricsCallback

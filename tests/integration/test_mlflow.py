@@ -1,4 +1,4 @@
-"""Tracking against real MLflow stores, and against servers that fail in every way."""
+"""Tracking with real MLflow stores, and with servers that fail in several ways."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def broken(request: pytest.FixtureRequest) -> Iterator[str]:
         connection.close()
 
 
-def test_a_whole_run_in_sqlite_then_again(tmp_path: Path, store: str) -> None:
+def test_a_complete_run_in_sqlite_is_sent_once(tmp_path: Path, store: str) -> None:
     folder = finished_run(tmp_path / "support")
     assert "MLflow has all of run" in sync(folder).stdout
     parent, prompts = runs(store)
@@ -183,7 +183,7 @@ def expanded(folder: Path) -> list[dict[str, Any]]:
     return [prompt | {"init": words[prompt["init"]["labels"]]} for prompt in prompts]
 
 
-def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
+def test_sync_refuses_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     answer = sync(tmp_path, expect=2)
     assert "is not a run directory (no run.yaml)" in answer.stderr
 
@@ -361,12 +361,12 @@ def test_a_run_killed_twice_is_one_mlflow_run_without_duplicates(
     tmp_path: Path, store: str
 ) -> None:
     folder = write_inputs(tmp_path / "run", system_metrics=True)
-    first, _ = train(folder, 0, 50, pause=0.0)  # killed while the sidecar still starts
+    first, _ = train(folder, 0, 50, pause=0.0)  # killed while the sender still starts
     wait_until(lambda: not psutil.pid_exists(first), 30)
     parent, _ = runs(store)
     assert parent.info.status == "KILLED"
     second, _ = train(folder, 40, 90, pause=8.0)  # from the checkpoint of step 40
-    _, out = train(folder, 80, STEPS)  # at once: the second sidecar may still be at work
+    _, out = train(folder, 80, STEPS)  # at once: the second sender may still be running
     assert "complete=True" in out
     assert not psutil.pid_exists(second)
     again, prompts = runs(store)
@@ -380,7 +380,7 @@ def test_a_run_killed_twice_is_one_mlflow_run_without_duplicates(
     assert "not sent, next try" not in log
 
 
-def test_the_sidecar_survives_ctrl_c_and_ends_when_asked(tmp_path: Path, store: str) -> None:
+def test_the_sender_survives_ctrl_c_and_ends_on_request(tmp_path: Path, store: str) -> None:
     folder = write_inputs(tmp_path / "run")
     log, sender = MetricsLog(folder), TrackingClient(folder, every=0.2)
     sender.start()

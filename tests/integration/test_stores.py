@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TOKEN = "token-of-the-environment"
 
 
-def test_a_sender_that_is_killed_while_it_makes_the_store_leaves_none(
+def test_a_sender_that_is_killed_while_it_creates_the_store_leaves_none(
     tmp_path: Path, store: str
 ) -> None:
     """Two senders then create it and write to it at once."""
@@ -69,7 +69,7 @@ def test_a_sender_that_is_killed_while_it_makes_the_store_leaves_none(
     ]
 
 
-def test_a_store_whose_making_was_interrupted_is_made_again(tmp_path: Path, store: str) -> None:
+def test_an_incomplete_store_is_created_again(tmp_path: Path, store: str) -> None:
     from mlflow.store.tracking.dbmodels.initial_models import Base
     from sqlalchemy import create_engine
 
@@ -89,7 +89,7 @@ def test_a_store_whose_making_was_interrupted_is_made_again(tmp_path: Path, stor
 
 
 @pytest.mark.parametrize("content", ["text", "table of another program", "cut"])
-def test_a_file_that_is_no_store_is_left_alone(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_store_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mlflow.db"
     with sqlite3.connect(path) as database_:
         database_.execute("CREATE TABLE bookmarks (url TEXT)")

@@ -1,4 +1,4 @@
-"""Processes are started so that files in the working directory replace no module."""
+"""Files in the working directory do not replace modules of a started process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(json.dumps([sys.argv, sys.path, redact.__file__, os.getcwd()]))
 
 @pytest.fixture
 def decoys(tmp_path: Path) -> Path:
-    """A working directory whose files leave a note when they are imported."""
+    """A working directory whose files record that they were imported."""
     folder = tmp_path / "work"
     folder.mkdir()
     for name in DECOYS:
@@ -145,7 +145,7 @@ def test_child_processes_end_with_their_parent(tmp_path, when):
     assert done.returncode == (-9 if when == "soon" else 0)
 
 
-def test_ctrl_c_is_no_error(decoys):
+def test_ctrl_c_prints_no_traceback(decoys):
     (decoys.parent / "program.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
     code = (
         "import signal, runpy, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever happens to the process or the disk."""
+"""A checkpoint is complete or absent after a crash, a full disk or damage."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
         {"format": 1, "step": 100, "files": {"state.json": {}}},
     ],
 )
-def test_never_a_silent_fresh_start(tmp_path: Path, manifest: Any) -> None:
+def test_no_silent_start_over(tmp_path: Path, manifest: Any) -> None:
     write(tmp_path, 100)
     (tmp_path / "step-00000100" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BadInput, match=r"manifest\.json(.|\n)*no checkpoint is usable"):
@@ -167,7 +167,7 @@ class Payload:
 
 @pytest.mark.fault("checkpoint is a pickle with a payload")
 def test_pickle_is_refused_and_never_runs(tmp_path: Path, monkeypatch: Any) -> None:
-    """Even with a manifest that vouches for it."""
+    """Also if its checksums match."""
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "payload"))
     write(tmp_path / "c", 100)
     path = tmp_path / "c" / "step-00000100"
@@ -199,7 +199,7 @@ def test_files_left_by_a_crash_are_ignored(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000100", "step-00000300"]
 
 
-def test_first_save_that_crashed_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_first_write_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / f"{checkpoint.WRITING}step-00000050").mkdir()
     assert newest(tmp_path) is None
 
@@ -215,7 +215,7 @@ def test_an_archived_checkpoint_counts(tmp_path: Path) -> None:
 
 
 def save_and_die(folder: Path, step: int, keep: int, operation: int) -> bool:
-    """Save in a child that is gone right before its n-th file operation; False: it got through."""
+    """Write in a child that exits before its n-th file operation; False: it has finished."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -238,7 +238,7 @@ def save_and_die(folder: Path, step: int, keep: int, operation: int) -> bool:
 @pytest.mark.fault("process killed while writing a checkpoint")
 @pytest.mark.parametrize("step", [100, 200])
 def test_killed_at_every_stage(tmp_path: Path, step: int) -> None:
-    """A new step, and the same step again: afterwards the old one or the new one is whole."""
+    """A new step, and the same step again: the old checkpoint or the new one is intact."""
     outcomes = []
     for operation in range(200):
         folder = tmp_path / str(operation)
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 def test_later_damaged_checkpoints_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With keep=1 the broken later one must not push out the good one just written."""
+    """With keep=1, a damaged later checkpoint must not replace the intact one."""
     write(tmp_path, 100, 300)
     truncate(tmp_path / "step-00000300" / "state.json")
     assert newest(tmp_path) is not None
@@ -292,7 +292,7 @@ def test_later_damaged_checkpoints_are_removed(
 def test_a_transient_read_error_skips_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that goes on failing ends the run: what cannot be read may be whole."""
+    """A permanent failure ends the run, because the unreadable checkpoint may be intact."""
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
     read, failing = checkpoint._read, [True]

@@ -1,4 +1,4 @@
-"""Progress display: plain lines where output is no terminal, a live display on a terminal."""
+"""Progress display: live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from trainer.runtime import console as module
-from trainer.runtime.console import Console, Phase
+from trainer.runtime.console import Console
+from trainer.runtime.phases import Phase
 
 
 class Clock:
@@ -65,7 +66,7 @@ def test_bytes_and_unknown_totals(watch: Clock) -> None:
     ]
 
 
-def test_steps_are_printed_at_first_every_five_seconds_and_at_the_end(watch: Clock) -> None:
+def test_the_first_and_last_step_and_one_every_five_seconds_are_printed(watch: Clock) -> None:
     out = io.StringIO()
     with Console(out, io.StringIO()).training(10, 0) as line:
         for step in range(1, 11):
@@ -76,7 +77,7 @@ def test_steps_are_printed_at_first_every_five_seconds_and_at_the_end(watch: Clo
     assert out.getvalue().startswith("step 1/10  loss 0.5000  1,000 tok/s  ETA 1:01\n")
 
 
-def test_a_terminal_shows_phases_in_place(watch: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_updates_phases_in_place(watch: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(out, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")

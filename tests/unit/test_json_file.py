@@ -1,4 +1,4 @@
-"""JSON from disk: whatever is wrong with a file is one ``BadInput`` that names it."""
+"""Every problem of a JSON file is a ``BadInput`` that names the file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_damaged_files(tmp_path: Path, content: bytes, words: str) -> None:
     assert "\n" not in text
 
 
-def test_whole_files(tmp_path: Path) -> None:
+def test_valid_files(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text('{"a": [1, {"b": null}]}')
     assert read_json_object(path) == read_json(path) == {"a": [1, {"b": None}]}

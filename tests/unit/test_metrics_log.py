@@ -182,7 +182,7 @@ def test_the_store_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve(folder).uri == default.uri
     (folder / "tracking.json").unlink()
     assert resolve(folder).uri == f"sqlite:///{elsewhere}/mlflow.db"
-    (folder / "mlflow.db").touch()  # of a run that has a store of its own
+    (folder / "mlflow.db").touch()  # of a run with its own store
     assert resolve(folder).uri == f"sqlite:///{folder}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@host:5000")
     assert resolve(folder).name == "http://host:5000"
@@ -312,7 +312,7 @@ def test_advice_follows_the_http_status(
     assert ("MLFLOW_TRACKING_USERNAME" in text) is (remedy or "").startswith("set MLFLOW")
 
 
-def test_only_own_files_of_the_folder_are_uploaded(tmp_path: Path) -> None:
+def test_only_files_inside_the_folder_are_uploaded(tmp_path: Path) -> None:
     folder = RunMetadata(finished_run(tmp_path / "support"))
     private = tmp_path / "id_rsa"
     private.write_text("private")

@@ -1,4 +1,4 @@
-"""The lock of an output folder: one holder, whatever dies or races."""
+"""The lock of an output folder has one holder, also after crashes and races."""
 
 from __future__ import annotations
 

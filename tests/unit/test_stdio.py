@@ -1,4 +1,4 @@
-"""Rank 0 keeps the person's stdout, terminal or not; everything else goes to the rank's log."""
+"""Rank 0 writes to the user's stdout; other output goes to the rank's log."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import os, sys
 from pathlib import Path
 from trainer.runtime.stdio import claim
 terminal = claim(int(sys.argv[1]), Path(sys.argv[2]))
-print("chatter of Python")
-os.system("echo chatter of a child; echo more >&2")
+print("output of Python")
+os.system("echo output of a child; echo more >&2")
 terminal.out.write(f"own words, tty {terminal.out.isatty()}\\n")
 terminal.err.write("own error\\n")
 assert os.read(0, 1) == b""
@@ -41,11 +41,11 @@ def test_without_a_launcher_stdout_is_unchanged(tmp_path, rank):
     done = start(rank, log, capture_output=True)
     assert done.stdout == ("own words, tty False\n" if rank == 0 else "")
     assert done.stderr == ("own error\n" if rank == 0 else "")
-    chatter = sorted(log.read_text().splitlines())
-    assert chatter == ["chatter of Python", "chatter of a child", "more"]
+    lines = sorted(log.read_text().splitlines())
+    assert lines == ["more", "output of Python", "output of a child"]
 
 
-def test_under_the_launcher_descriptor_0_is_the_persons_terminal(tmp_path):
+def test_under_the_launcher_descriptor_0_is_the_terminal(tmp_path):
     master, terminal = pty.openpty()
     with (tmp_path / "launcher.log").open("wb") as launcher:
         start(
@@ -66,12 +66,12 @@ def test_a_resumed_run_appends_to_its_log(tmp_path):
     log = tmp_path / "rank.log"
     for _ in range(2):
         start(0, log, capture_output=True)
-    assert log.read_text().count("chatter of Python") == 2
+    assert log.read_text().count("output of Python") == 2
 
 
 @pytest.mark.parametrize("where", ["pipe", "/dev/full"])
-def test_a_reader_that_is_gone_or_a_full_disk_ends_nothing(tmp_path, where):
-    """Ctrl-C ends the tee behind a pipe, too, just when a run is to be saved."""
+def test_a_closed_reader_or_a_full_disk_stops_nothing(tmp_path, where):
+    """Ctrl-C also ends a ``tee`` that reads the output, while the run still has to be saved."""
     if where == "pipe":
         reading, out = os.pipe()
         os.close(reading)
@@ -83,11 +83,11 @@ def test_a_reader_that_is_gone_or_a_full_disk_ends_nothing(tmp_path, where):
         "terminal = claim(0, Path(sys.argv[1]))\n"
         "console = Console(terminal.out, terminal.err)\n"
         "for _ in range(3): console.print('x' * 5000)\n"
-        "print('went on', flush=True)"
+        "print('continued', flush=True)"
     )
     log = tmp_path / "rank.log"
     command = [sys.executable, "-c", program, str(log)]
     done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, timeout=60)
     os.close(out)
     assert done.returncode == 0, done.stderr
-    assert "went on" in log.read_text()
+    assert "continued" in log.read_text()

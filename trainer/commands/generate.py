@@ -17,7 +17,7 @@ from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import die_with_parent, flush_and_exit
-from trainer.runtime.rank_program import guarded
+from trainer.runtime.rank_program import run_guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = run_file.load(folder / "run.yaml")
         _generate(config, folder, args.prompt, args.input, args.max_new_tokens, console)
 
-    return guarded(int(os.environ.get("RANK", "0")), folder / "logs", program, answers=True)
+    return run_guarded(int(os.environ.get("RANK", "0")), folder / "logs", program, answers=True)
 
 
 def _generate(

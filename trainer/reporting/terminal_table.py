@@ -8,7 +8,7 @@ from trainer.config import RunConfig
 from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import RunSummary
 from trainer.runtime.console import Console
-from trainer.runtime.phase_times import breakdown
+from trainer.runtime.phases import breakdown
 
 
 def show_results(summary: RunSummary, config: RunConfig, console: Console) -> None:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import rich.console
 import rich.text
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from trainer.runtime.phase_times import clock
+from trainer.runtime.phases import Phase, clock
 from trainer.runtime.redact import printable, redact
 
 #: Seconds without output before a plain line is printed, if there is no terminal.
@@ -31,51 +30,6 @@ QUIET_SECONDS = 1.0
 TICK = 0.25
 #: Width of a table, in columns, if there is no terminal.
 PLAIN_WIDTH = 110
-
-
-@dataclass
-class Phase:
-    """Work in progress. Any thread may set its attributes.
-
-    Attributes:
-        total: in ``unit``; None if unknown.
-        unit: ``bytes`` are shown as MB.
-        status: text after the numbers.
-    """
-
-    what: str
-    total: float | None = None
-    unit: str = "rows"
-    done: float = 0.0
-    status: str = ""
-    started: float = field(default_factory=lambda: time.monotonic())
-    task: TaskID | None = None
-
-    def advance(self, count: float) -> None:
-        self.done += count
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def progress(self) -> str:
-        """Return ``1,200/3,400 rows, about 0:20 left``; empty if nothing is counted."""
-        parts = []
-        if self.total is not None:
-            parts.append(f"{self._number(self.done)}/{self._number(self.total)} {self._unit}")
-            if self.done and not self.status:
-                left = self.seconds * max(0.0, self.total - self.done) / self.done
-                parts.append(f"about {clock(left)} left")
-        elif self.done:
-            parts.append(f"{self._number(self.done)} {self._unit}")
-        return ", ".join([*parts, *([self.status] if self.status else [])])
-
-    @property
-    def _unit(self) -> str:
-        return "MB" if self.unit == "bytes" else self.unit
-
-    def _number(self, value: float) -> str:
-        return f"{value / 1e6:,.1f}" if self.unit == "bytes" else f"{value:,.0f}"
 
 
 class Console:
@@ -115,12 +69,11 @@ class Console:
 
     def print(self, text: str = "") -> None:
         """Print a line on stdout."""
-        self._last_output = time.monotonic()
-        self._out.print(_safe(text), markup=False)
+        self._write(self._out, text)
 
     def note(self, text: str) -> None:
         """Print a line on stderr that is neither a warning nor an error."""
-        self._err.print(_safe(text), markup=False)
+        self._write(self._err, text)
 
     def answer(self, text: str) -> None:
         """Print the result of a command verbatim: no wrapping, styles or emoji codes."""
@@ -131,11 +84,14 @@ class Console:
         self._answer.flush()
 
     def warn(self, text: str) -> None:
-        self._last_output = time.monotonic()
-        self._err.print(f"warning: {_safe(text)}", style="yellow", markup=False)
+        self._write(self._err, f"warning: {text}", "yellow")
 
     def error(self, text: str) -> None:
-        self._err.print(f"error: {_safe(text)}", style="red", markup=False)
+        self._write(self._err, f"error: {text}", "red")
+
+    def _write(self, console: rich.console.Console, text: str, style: str | None = None) -> None:
+        self._last_output = time.monotonic()
+        console.print(_safe(text), style=style, markup=False)
 
     def failure(self, error: BaseException) -> None:
         """Print the error that ends the run, once and in one line."""
@@ -170,7 +126,7 @@ class Console:
         """
         phase = Phase(what, total, unit, done)
         if announce and not self._out.is_terminal:
-            self.print(what)
+            self.print(what if total is None else f"{what} ({phase.size})")
         with self._lock:
             self._phases.append(phase)
         if self._shown and self._ticker is None:
@@ -232,13 +188,9 @@ class Console:
             refresh=True,
         )
 
-    @contextmanager
-    def loading(self, what: str, total_bytes: int) -> Iterator[Phase]:
+    def loading(self, what: str, total_bytes: int) -> AbstractContextManager[Phase]:
         """Display a phase that counts bytes."""
-        if not self._out.is_terminal:
-            self.print(f"{what} ({total_bytes / 1e6:,.1f} MB)")
-        with self.phase(what, total_bytes, "bytes") as phase:
-            yield phase
+        return self.phase(what, total_bytes, "bytes", announce=True)
 
     @contextmanager
     def downloading(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -246,9 +198,9 @@ class Console:
         with self.phase(f"downloading {what}", unit="bytes") as phase:
 
             def update(done: int, total: int) -> None:
-                if phase.total is None and not self._out.is_terminal:
-                    self.print(f"{phase.what} ({total / 1e6:,.1f} MB)")
-                phase.done, phase.total = done, total
+                is_first, phase.done, phase.total = phase.total is None, done, total
+                if is_first and not self._out.is_terminal:
+                    self.print(f"{phase.what} ({phase.size})")
 
             yield update
 

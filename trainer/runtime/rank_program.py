@@ -51,16 +51,16 @@ def run_rank(
     """Read the run file and run this rank's program on it; return the exit code.
 
     Args:
-        resumes_from, answers: as in ``guarded``.
+        resumes_from, answers: as in ``run_guarded``.
     """
     rank = int(os.environ.get("RANK", "0"))
     die_with_parent()
     try:
         config = read()
-        logs = writable(Path(config.output_dir)) / "logs"
+        logs = writable_folder(Path(config.output_dir)) / "logs"
     except BadInput as error:
-        return refused(rank, error)
-    return guarded(
+        return report_bad_input(rank, error)
+    return run_guarded(
         rank,
         logs,
         lambda console: program(config, console),
@@ -69,7 +69,7 @@ def run_rank(
     )
 
 
-def refused(rank: int, error: BadInput) -> int:
+def report_bad_input(rank: int, error: BadInput) -> int:
     """Print problems before there is a log file; return the exit code."""
     # On one rank of each node, because a file can be missing on one node only.
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -80,7 +80,7 @@ def refused(rank: int, error: BadInput) -> int:
     return EXIT_BAD_INPUT
 
 
-def guarded(
+def run_guarded(
     rank: int,
     logs: Path,
     program: Callable[[Console], None],
@@ -137,7 +137,7 @@ def _stopped(checkpoint: str | None, console: Console) -> int:
     return EXIT_RESUMABLE
 
 
-def writable(folder: Path) -> Path:
+def writable_folder(folder: Path) -> Path:
     """Create the folder if it does not exist, and return it.
 
     Raises:

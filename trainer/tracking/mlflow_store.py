@@ -7,7 +7,6 @@ sent again with the same time, step and value, which MLflow's stores keep once.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import defaultdict
@@ -20,7 +19,13 @@ from trainer.runtime.redact import redact
 from trainer.tracking import sqlite_store
 from trainer.tracking.metrics_log import Line
 from trainer.tracking.progress_file import StoreProgress
-from trainer.tracking.run_metadata import MAX_DIGEST, Artifact, FinalResults, RunMetadata, legal
+from trainer.tracking.run_metadata import (
+    Artifact,
+    FinalResults,
+    RunMetadata,
+    dataset_fields,
+    legal,
+)
 from trainer.tracking.store_uri import StoreAddress, sync_command
 
 if TYPE_CHECKING:
@@ -80,7 +85,7 @@ class MlflowStore:
             run = runs.get(name) or self.client.create_run(
                 experiment.experiment_id,
                 run_name=f"{self.folder.name} / {name}",
-                start_time=self._start_ms(),
+                start_time=self.folder.start_ms,
                 tags={
                     **self.folder.prompt_tags(prompt),
                     IDENTITY: self.output_id,
@@ -179,12 +184,8 @@ class MlflowStore:
                 "MLFLOW_RUN_ID=%s is the run of another output folder; created a new run", run_id
             )
         return self.client.create_run(
-            experiment_id, run_name=self.folder.name, start_time=self._start_ms(), tags=tags
+            experiment_id, run_name=self.folder.name, start_time=self.folder.start_ms, tags=tags
         )
-
-    def _start_ms(self) -> int | None:
-        started = self.folder.started
-        return None if started is None else int(started * 1000)
 
     def _adopt(
         self,
@@ -219,19 +220,10 @@ class MlflowStore:
     def _log_datasets(self, run_id: str, datasets: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        contexts = {"train": "training"}
-        inputs = []
-        for item in datasets:
-            split, path = str(item.get("split", "")), str(item.get("path", ""))
-            dataset = Dataset(
-                name=f"{item.get('task')} {split.replace('_', ' ')}",
-                digest=str(item.get("digest", ""))[:MAX_DIGEST],
-                source_type="local",
-                source=json.dumps({"uri": redact(path)}),
-                profile=json.dumps({"num_rows": item.get("rows"), "sha256": item.get("digest")}),
-            )
-            tag = InputTag("mlflow.data.context", contexts.get(split, split))
-            inputs.append(DatasetInput(dataset=dataset, tags=[tag]))
+        inputs = [
+            DatasetInput(Dataset(**fields), [InputTag("mlflow.data.context", context)])
+            for fields, context in map(dataset_fields, datasets)
+        ]
         self.client.log_inputs(run_id, datasets=inputs)
 
     def send(self, lines: Iterable[Line]) -> int:

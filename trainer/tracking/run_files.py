@@ -95,14 +95,14 @@ class RunFiles:
         return named(self.settings.get("prompts"))
 
     @property
-    def started(self) -> float | None:
-        """When the run first started, in Unix seconds; a resumed run writes run.yaml again."""
+    def start_ms(self) -> int | None:
+        """When the run first started, in Unix milliseconds; a resumed run writes run.yaml again."""
         lines = (line for line, _ in self.lines(METRICS_FILE) if line is not None)
         first = next(lines, None)
         times = [first.time] if first is not None else []
         with contextlib.suppress(OSError):
             times.append((self.path / "run.yaml").stat().st_mtime)
-        return min(times, default=None)
+        return int(min(times) * 1000) if times else None
 
     def summary(self) -> dict[str, Any]:
         return mapping(self.json("summary.json"))

@@ -165,6 +165,19 @@ class RunMetadata(RunFiles):
         return [Artifact(None, p, "", text=True) for n in names if (p := self.file(n))]
 
 
+def dataset_fields(entry: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """Return the fields of an MLflow dataset, and its context, for an entry of datasets.json."""
+    split, digest = str(entry.get("split", "")), str(entry.get("digest", ""))
+    fields = {
+        "name": f"{entry.get('task')} {split.replace('_', ' ')}",
+        "digest": digest[:MAX_DIGEST],
+        "source_type": "local",
+        "source": json.dumps({"uri": redact(str(entry.get("path", "")))}),
+        "profile": json.dumps({"num_rows": entry.get("rows"), "sha256": entry.get("digest")}),
+    }
+    return fields, "training" if split == "train" else split
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"

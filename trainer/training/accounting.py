@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.runtime.phase_times import PhaseTimes
+from trainer.runtime.phases import PhaseTimes
 from trainer.training.callbacks import Metrics, StepReport
 from trainer.training.progress import TrainingProgress
 from trainer.training.step import StepResult

@@ -27,7 +27,7 @@ from trainer.packing.packed_batch import PromptLengths
 from trainer.prompts.bank import Bank
 from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.console import Console
-from trainer.runtime.phase_times import PhaseTimes
+from trainer.runtime.phases import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
 from trainer.training.accounting import Accounting
 from trainer.training.baseline_scoring import complete_predictions, score_missing_baselines

@@ -18,7 +18,7 @@ from trainer.reporting.result_table import TaskTable, stopped_early, task_tables
 from trainer.reporting.summary import PromptResult, RunSummary, load_summary
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
-from trainer.runtime.phase_times import breakdown
+from trainer.runtime.phases import breakdown
 from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.progress_file import ProgressFile

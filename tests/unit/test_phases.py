@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.runtime import phase_times as module
-from trainer.runtime.phase_times import PhaseTimes, breakdown, clock
+from trainer.runtime import phases as module
+from trainer.runtime.phases import PhaseTimes, breakdown, clock
 
 
-def test_an_inner_phase_is_subtracted_from_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nested_phase_is_subtracted_from_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     times = PhaseTimes()

@@ -1,10 +1,63 @@
-"""Measure the seconds of a run by phase. Standard library only."""
+"""Phases of a run: progress of a running phase, and seconds by phase."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.progress import TaskID
+
+
+@dataclass
+class Phase:
+    """Work in progress. Any thread may set its attributes.
+
+    Attributes:
+        total: in ``unit``; None if unknown.
+        unit: ``bytes`` are shown as MB.
+        status: text after the numbers.
+    """
+
+    what: str
+    total: float | None = None
+    unit: str = "rows"
+    done: float = 0.0
+    status: str = ""
+    started: float = field(default_factory=lambda: time.monotonic())
+    task: TaskID | None = None
+
+    def advance(self, count: float) -> None:
+        self.done += count
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def progress(self) -> str:
+        """Return ``1,200/3,400 rows, about 0:20 left``; empty if nothing is counted."""
+        parts = []
+        if self.total is not None:
+            parts.append(f"{self._number(self.done)}/{self.size}")
+            if self.done and not self.status:
+                left = self.seconds * max(0.0, self.total - self.done) / self.done
+                parts.append(f"about {clock(left)} left")
+        elif self.done:
+            parts.append(f"{self._number(self.done)} {self._unit}")
+        return ", ".join([*parts, *([self.status] if self.status else [])])
+
+    @property
+    def size(self) -> str:
+        """The total with its unit: ``3,400 rows``, ``12.0 MB``."""
+        return f"{self._number(self.total or 0)} {self._unit}"
+
+    @property
+    def _unit(self) -> str:
+        return "MB" if self.unit == "bytes" else self.unit
+
+    def _number(self, value: float) -> str:
+        return f"{value / 1e6:,.1f}" if self.unit == "bytes" else f"{value:,.0f}"
 
 
 class PhaseTimes:
