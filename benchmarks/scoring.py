@@ -62,11 +62,11 @@ class Counted:
         ]
         with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.set_grad_enabled(train):
             leaves = [torch.empty_like(p.tensor, requires_grad=train) for p in prompts]
-            nll_N = self.base(
+            result = self.base(
                 batch, [type(p)(leaf) for p, leaf in zip(prompts, leaves, strict=True)]
             )
             if train:
-                torch.autograd.grad(nll_N.sum(), leaves)
+                torch.autograd.grad(result.losses.loss_N.sum(), leaves)
         for hook in hooks:
             hook.remove()
         self.total += counter.total

@@ -17,6 +17,7 @@ from trainer.data.task_data import TaskData
 from trainer.evaluation.baseline_cache import WORTHWHILE, BaselineCache
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
+from trainer.model.prompted_model import ForwardResult
 from trainer.packing.activation_memory import TokenBudget
 
 LARGE = int(WORTHWHILE)
@@ -39,7 +40,7 @@ class Counts(Knows):
 
     forwards = 0
 
-    def __call__(self, *args: Any) -> torch.Tensor:
+    def __call__(self, *args: Any) -> ForwardResult:
         self.forwards += 1
         return super().__call__(*args)
 

@@ -170,7 +170,7 @@ def test_a_teacher_is_scored_like_its_text_prepended_to_the_rows(tmp_path):
     task = {"input": "{text}\nAnswer:", "target": " {label}", "metric": "accuracy"}
     teacher = Teacher(0, tuple(files.tokenizer(text)["input_ids"]), 0)
     base = load_unsharded(tiny, "none")
-    embedded = VirtualTokens(base(torch.tensor(teacher.token_ids), []).detach())
+    embedded = VirtualTokens(base(torch.tensor(teacher.token_ids), []).embeddings_TH.detach())
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
 
     def scored(**settings: Any) -> Scored:

@@ -48,14 +48,14 @@ TEXT, OTHER = "Is the patient in danger?", "What does the lion eat?"
 def test_embeddings_are_those_of_the_loaded_base(tmp_path: Path, case: str, stored: str) -> None:
     folder, settings = save_family(tmp_path, case), {"embeddings": stored, "head": stored}
     base, *_ = load_shard(folder, **settings)
-    check_words(folder, base(torch.tensor([7, 3, 7, 20]), []), **settings)
+    check_words(folder, base(torch.tensor([7, 3, 7, 20]), []).embeddings_TH, **settings)
 
 
 def test_embeddings_of_a_prepared_int8_base(tmp_path: Path) -> None:
     settings = Base.model_validate({"model": str(TINY), "embeddings": "int8", "head": "int8"})
     prepare(settings, tmp_path / "int8", Console(io.StringIO(), io.StringIO()))
     base, *_ = load_shard(tmp_path / "int8")
-    check_words(tmp_path / "int8", base(torch.tensor([7, 3, 7, 20]), []))
+    check_words(tmp_path / "int8", base(torch.tensor([7, 3, 7, 20]), []).embeddings_TH)
 
 
 def check_words(folder: Path, expected_nH: torch.Tensor, **settings: str) -> None:
@@ -88,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     base, *_ = load_shard(TINY)
     bank = Bank(
         settings,
-        lambda ids: base(torch.tensor(ids), []),
+        lambda ids: base(torch.tensor(ids), []).embeddings_TH,
         files.tokenizer,
         files.config.vocab_size,
         base.hidden_size,

@@ -60,7 +60,7 @@ def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
     packed_rows, prompts = problem(base.hidden_size)
     leaves = [prompt.requires_grad_() for prompt in prompts]
     batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
-    nll_N = base(batch, soft_prompts(leaves))
+    nll_N = base(batch, soft_prompts(leaves)).losses.loss_N
     losses = torch.stack([nll_N[batch.label_prompt_N == k].mean() for k in range(len(leaves))])
     losses.sum().backward()
     return losses.tolist(), [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -89,7 +89,7 @@ class TestFamily:
         prompts[0].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
         batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
-        nll_N = base(batch, soft_prompts(leaves))
+        nll_N = base(batch, soft_prompts(leaves)).losses.loss_N
         nll_N.sum().backward()
         assert nll_N[batch.label_prompt_N == 0].isnan().all()
         assert nll_N[batch.label_prompt_N == 1].isfinite().all()
@@ -128,9 +128,10 @@ class TestFamily:
         mask = torch.tensor([[0] * pad + [1] * (longest + len(prompt) - pad) for pad in pads])
         cache = PastCache()
         with torch.no_grad(), base.unpacked():
-            first = base(DecodeStep(ids, mask, cache), [VirtualTokens(prompt)])
+            first = base(DecodeStep(ids, mask, cache), [VirtualTokens(prompt)]).logits_BV
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [VirtualTokens(prompt)])
+            step = DecodeStep(torch.full((2, 1), 7), mask, cache)
+            second = base(step, [VirtualTokens(prompt)]).logits_BV
             for i, row in enumerate(rows):
                 words = model.get_input_embeddings()(torch.tensor([[*row, 7]]))
                 embeds = torch.cat([prompt[None], words], dim=1)

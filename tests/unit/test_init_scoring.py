@@ -50,7 +50,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
 
     def embed(ids: Sequence[int]) -> torch.Tensor:
         looked_up.append(tuple(ids))
-        embedded_nH = base(torch.tensor(ids), []).detach()
+        embedded_nH = base(torch.tensor(ids), []).embeddings_TH.detach()
         # Words of the last start are not finite, wherever they stand among others.
         broken = [ids[n : n + len(starts[-1])] == list(starts[-1]) for n in range(len(ids))]
         embedded_nH[[n for n, losses in enumerate(broken) if losses]] = torch.nan
@@ -76,7 +76,7 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         on = [n == i for n in range(2)]
         rows = [packed_row.example for packed_row in BatchSource(config, tasks).next_step(on)]
         packed_rows = [PackedRow(row, 0, slot) for slot, row in enumerate(rows)]
-        start = VirtualTokens(base(torch.tensor(words), []).detach())
+        start = VirtualTokens(base(torch.tensor(words), []).embeddings_TH.detach())
         batch = prepare_batch(packed_rows, prompt_lengths([start]), OneRank().device)
         with torch.no_grad():
             loss, _ = batch_objective(base, batch, [start], [sum(r.num_labels for r in rows)])

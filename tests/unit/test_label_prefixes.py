@@ -17,6 +17,8 @@ from trainer.data.label_prefixes import continuations, exclusive
 from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request, Scored
+from trainer.model.layers.lm_head import LabelLosses
+from trainer.model.prompted_model import ForwardResult
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch
 
@@ -33,9 +35,10 @@ class Knows:
         self.packed = packed
         self._tokenizer = tokenizer
 
-    def __call__(self, batch: PackedBatch, _: Any) -> Tensor:
+    def __call__(self, batch: PackedBatch, _: Any) -> ForwardResult:
         labels = zip(batch.label_positions_N.tolist(), batch.labels_N.tolist(), strict=True)
-        return torch.tensor([self._nll(batch, place, label) for place, label in labels])
+        losses = torch.tensor([self._nll(batch, place, label) for place, label in labels])
+        return ForwardResult(LabelLosses(losses))
 
     def _nll(self, batch: PackedBatch, place: int, label: int) -> float:
         segment = next(s for s in batch.segments if 0 <= place - s.start < s.length)

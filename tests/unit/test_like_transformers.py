@@ -114,7 +114,9 @@ def digests_of_theirs(modules: dict[str, Any]) -> dict[str, str]:
 
 def our_loss(base: PromptedBase, row: Example) -> float:
     with torch.no_grad():
-        return float(base(build_packed_batch([PackedRow(row, None, 0)], []), []).mean())
+        return float(
+            base(build_packed_batch([PackedRow(row, None, 0)], []), []).losses.loss_N.mean()
+        )
 
 
 def assert_alike(folder: Path, *, writes: bool = True) -> bool:

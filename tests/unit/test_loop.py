@@ -25,6 +25,8 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
 from trainer.evaluation.prediction_records import Predictions
 from trainer.evaluation.scoring import Scored
+from trainer.model.layers.lm_head import LabelLosses
+from trainer.model.prompted_model import ForwardResult
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedBatch
@@ -57,7 +59,9 @@ class ToyBase(nn.Module):
         self.read: list[tuple[int, bool, list[int]]] = []
         self.loop: Loop | None = None
 
-    def forward(self, batch: PackedBatch, virtual_tokens: list[Tensor]) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, virtual_tokens: list[SoftPrompt], teacher_DH: Tensor | None = None
+    ) -> ForwardResult:
         assert self.loop is not None
         step = self.loop.progress.step
         self.read.append((step, torch.is_grad_enabled(), [k for k, _ in batch.prompts]))
@@ -67,7 +71,7 @@ class ToyBase(nn.Module):
                 losses.append(torch.tensor(1.0))
             else:
                 losses.append(((virtual_tokens[k].tensor - TABLE_VH[label]) ** 2).mean())
-        return torch.stack(losses)
+        return ForwardResult(LabelLosses(torch.stack(losses)))
 
 
 class Recorder(Callback):

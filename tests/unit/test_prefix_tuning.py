@@ -60,7 +60,7 @@ def packed(
     prompts = soft_prompts(leaves)
     lengths = prompt_lengths(prompts)
     batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
-    nll_N = base(batch, prompts)
+    nll_N = base(batch, prompts).losses.loss_N
     read = sorted(
         {packed_row.prompt for packed_row in packed_rows if packed_row.prompt is not None}
     )
@@ -143,7 +143,7 @@ class TestBank:
         leaves = [prompt.requires_grad_() for prompt in prompts]
         lengths = prompt_lengths(soft_prompts(leaves))
         batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
-        nll_N = base(batch, soft_prompts(leaves))
+        nll_N = base(batch, soft_prompts(leaves)).losses.loss_N
         nll_N.sum().backward()
         assert nll_N[batch.label_prompt_N == diverged].isnan().all()
         assert nll_N[batch.label_prompt_N != diverged].isfinite().all()
@@ -165,9 +165,10 @@ class TestBank:
         save_peft(tmp_path, PrefixKeyValues(past), "-", num_layers=0, num_attention_heads=0)
         peft = PeftModel.from_pretrained(plain_model(family(case), "none"), tmp_path).eval()
         with torch.no_grad(), base.unpacked():
-            first = base(DecodeStep(ids, mask, cache), [PrefixKeyValues(past)])
+            first = base(DecodeStep(ids, mask, cache), [PrefixKeyValues(past)]).logits_BV
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-            second = base(DecodeStep(torch.full((2, 1), 7), mask, cache), [PrefixKeyValues(past)])
+            step = DecodeStep(torch.full((2, 1), 7), mask, cache)
+            second = base(step, [PrefixKeyValues(past)]).logits_BV
             for i, row in enumerate(rows):
                 wanted = peft(input_ids=torch.tensor([[*row, 7]])).logits[0]
                 torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
@@ -178,7 +179,7 @@ class TestBank:
         base = load_unsharded(family(case), "none")
         packed_rows, _ = problem(base.hidden_size)
         ids = [17, 5, 44, 9, 120]
-        words = base(torch.tensor(ids), [])
+        words = base(torch.tensor(ids), []).embeddings_TH
         as_tokens, _ = packed(base, packed_rows, [words, words])
         past = text_past(base, ids)
         as_past, _ = packed(base, packed_rows, [past, past])

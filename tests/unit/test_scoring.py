@@ -56,7 +56,7 @@ def likelihoods(
     batch = build_packed_batch(packed_rows, lengths.tokens, lengths.past)
     assert len(batch.token_ids_T) == sum(segment.length for segment in batch.segments)
     with torch.no_grad():
-        nll_N = base(batch, prompts)
+        nll_N = base(batch, prompts).losses.loss_N
     return torch.zeros(num_slots).index_add_(0, batch.label_slot_N, nll_N)
 
 

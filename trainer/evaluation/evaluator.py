@@ -156,7 +156,7 @@ class Evaluator:
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
         packed_rows = candidate_rows(requests, self.base.packed, self.budget.tokens)
         for batch in self._batches(packed_rows, lengths):
-            nll_N = self.base(batch, virtual_tokens).double()
+            nll_N = self.base(batch, virtual_tokens).losses.loss_N.double()
             slot_N = batch.label_slot_N  # -1 in a padding row, which does not count
             totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
         self.engine.all_reduce_sum([totals])
@@ -203,11 +203,12 @@ class Evaluator:
         sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
         for batch in self._batches(distilled_rows(requests), lengths, distilled=True):
             teacher_DH = read_teacher(self.base, batch, self.teachers)
-            compared_2N = self.base(batch, virtual_tokens, teacher_DH)
+            losses = self.base(batch, virtual_tokens, teacher_DH).losses
             distilled_D = batch.distilled_D
             assert distilled_D is not None
             slots = batch.label_slot_N[distilled_D]
-            sums_R2.index_add_(0, slots, compared_2N[:, distilled_D].T.double())
+            compared_N2 = torch.stack(losses, dim=1)
+            sums_R2.index_add_(0, slots, compared_N2[distilled_D].double())
         self.engine.all_reduce_sum([sums_R2])
         return [
             None if request.teacher is None else of_request_R2

@@ -105,7 +105,7 @@ def _decode(
     generated: list[list[int]] = [[] for _ in rows]
     unfinished = list(range(len(rows)))
     for _ in range(max_new_tokens):
-        logits_BV = base(DecodeStep(token_ids, mask, cache), prompts)
+        logits_BV = base(DecodeStep(token_ids, mask, cache), prompts).logits_BV
         if penalties[0]:
             logits_BV = _penalized(logits_BV, penalties, rows, generated)
         next_B = logits_BV.argmax(-1)

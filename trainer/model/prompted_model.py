@@ -1,4 +1,4 @@
-"""The base with prompts in front of its rows.
+"""The frozen base model with soft prompts before its rows.
 
 Shape letters: T tokens of a packed batch, N label positions, H hidden size, P virtual tokens, B
 rows, L longest row, V vocabulary. Keys and values of a prompt: [P, layers, 2, heads, head size].
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from trainer.model.attention.interface import make_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import family_of
+from trainer.model.layers.lm_head import LabelLosses
 from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 
@@ -35,8 +36,8 @@ class DecodeStep:
     """One forward of a left-padded batch with a key-value cache.
 
     Attributes:
-        token_ids_BL: the tokens since the last step; on the first, whole rows.
-        attention_mask_BT: 1 for every token so far that is no padding, virtual tokens included.
+        token_ids_BL: the tokens since the last step; in the first step, the full rows.
+        attention_mask_BT: 1 for every token so far, virtual tokens included; 0 for padding.
     """
 
     token_ids_BL: Tensor
@@ -44,12 +45,30 @@ class DecodeStep:
     cache: PastCache
 
 
-class PromptedBase(nn.Module):
-    """A frozen causal language model that reads virtual tokens in front of word embeddings.
+class ForwardResult(NamedTuple):
+    """Output of ``PromptedBase.forward``: one field by the kind of input, the others None.
+
+    A tuple, because DeepSpeed's hooks find tensors in tuples but not in dataclasses.
 
     Attributes:
-        packed: rows of a packed batch are read end to end; otherwise padded, see ``Family.packed``.
-        flex: packed batches attend by FlexAttention instead of buckets.
+        losses: of the labels of a packed batch.
+        hidden_NH: hidden states of a ``HiddenStatesRequest``, [N, H].
+        logits_BV: next-token logits of a ``DecodeStep``, fp32 [B, V].
+        embeddings_TH: embeddings of token ids [T].
+    """
+
+    losses: LabelLosses | None = None
+    hidden_NH: Tensor | None = None
+    logits_BV: Tensor | None = None
+    embeddings_TH: Tensor | None = None
+
+
+class PromptedBase(nn.Module):
+    """A frozen causal language model whose rows attend to soft prompts.
+
+    Attributes:
+        packed: the family supports packed rows; otherwise rows are padded, see ``Family.packed``.
+        flex: use FlexAttention for packed batches instead of buckets.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -60,7 +79,7 @@ class PromptedBase(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Of word embeddings and virtual tokens; OPT-350M projects them up behind."""
+        """Size of token embeddings and virtual tokens; that of layers may differ (OPT-350M)."""
         return int(self.model.get_input_embeddings().embedding_dim)
 
     @property
@@ -72,47 +91,39 @@ class PromptedBase(nn.Module):
         inputs: PackedBatch | HiddenStatesRequest | DecodeStep | Tensor,
         virtual_tokens: Sequence[SoftPrompt],
         teacher_DH: Tensor | None = None,
-    ) -> Tensor:
-        """Everything goes through one forward, because ZeRO-3 counts steps by it.
+    ) -> ForwardResult:
+        """Run one forward. Every use of the base goes through it: ZeRO-3 counts steps by forwards.
 
         Args:
-            inputs: a packed batch (loss), a reading (hidden states), a decode step (generation), or
-                token ids (word embeddings).
-            virtual_tokens: [P, H] of every prompt in the bank, or its keys and values; in a decode
-                step, of the one prompt.
-            teacher_DH: hidden states that the packed batch's distilled positions learn from.
-
-        Returns:
-            Packed batch: negative log-likelihood of each label, fp32 [N]; with a teacher [2, N],
-            see ``taught_losses``. Reading: [N, H]. Decode step: logits of the next token, fp32
-            [B, V]. Token ids [n]: word embeddings [n, H].
+            inputs: a packed batch (losses), a request for hidden states, a decode step (logits), or
+                token ids (embeddings).
+            virtual_tokens: all prompts of the bank; for a decode step at most one prompt.
+            teacher_DH: the teacher's hidden states for the distilled positions of a packed batch.
         """
         if isinstance(inputs, PackedBatch):
-            return self._batch_losses(inputs, virtual_tokens, teacher_DH)
+            return ForwardResult(losses=self._losses(inputs, virtual_tokens, teacher_DH))
         if isinstance(inputs, HiddenStatesRequest):
-            return self._hidden(inputs.batch, virtual_tokens)
+            return ForwardResult(hidden_NH=self._hidden(inputs.batch, virtual_tokens))
         if isinstance(inputs, DecodeStep):
-            return self._next_logits(inputs, virtual_tokens)
-        return self._embed(inputs)
+            return ForwardResult(logits_BV=self._next_logits(inputs, virtual_tokens))
+        return ForwardResult(embeddings_TH=self._embed(inputs))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(token_ids)
         return embedded
 
-    def _batch_losses(
+    def _losses(
         self, batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt], teacher_DH: Tensor | None
-    ) -> Tensor:
+    ) -> LabelLosses:
+        # The head gets only the N positions that predict a label.
         hidden_NH = self._hidden(batch, virtual_tokens)
-        # Logits only where there is a label: the head sees N positions instead of T.
-        head: Any = self.model.get_output_embeddings()
-        if batch.shared is not None:
-            assert teacher_DH is None, "rows with a teacher are read with one target"
-            losses = head(hidden_NH, batch.labels_N, place_N=batch.shared.place_N)
-        elif teacher_DH is None:
-            losses = head(hidden_NH, batch.labels_N)
-        else:
-            losses = head(hidden_NH, batch.labels_N, teacher_DH, batch.distilled_D)
-        return losses.loss_N if losses.agrees_N is None else torch.stack(losses)
+        place_N = None if batch.shared is None else batch.shared.place_N
+        assert place_N is None or teacher_DH is None, "distilled rows have one target"
+        distilled_D = None if teacher_DH is None else batch.distilled_D
+        losses: LabelLosses = self.model.get_output_embeddings()(
+            hidden_NH, batch.labels_N, teacher_DH, distilled_D, place_N
+        )
+        return losses
 
     def _hidden(self, batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
@@ -122,8 +133,7 @@ class PromptedBase(nn.Module):
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
         past = [virtual_tokens[k].tensor.to(self.dtype) for k, _ in batch.past]
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
-            # Backward then gathers the same layers as on a rank whose packed batch has virtual
-            # tokens.
+            # So that backward gathers the same layers as on a rank with virtual tokens.
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
         if self.packed:
             return self._packed(batch, hidden_TH, past)
@@ -147,7 +157,7 @@ class PromptedBase(nn.Module):
         return hidden_NH
 
     def _padded(self, batch: PackedBatch, hidden_TH: Tensor) -> Tensor:
-        """The same for a family that cannot read packed rows."""
+        """``_packed`` for families that do not support packed rows."""
         rows = pad_rows(batch.segments[len(batch.prompts) :], hidden_TH.device)
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[rows.token_BL],
@@ -184,11 +194,11 @@ class PromptedBase(nn.Module):
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
-        """Inside, the model attends as transformers does by itself: for decode steps."""
+        """Within the context, attention is transformers' own, as decode steps need."""
         config = self.model.config
         before = config._attn_implementation
         config._attn_implementation = family_of(config, config.model_type).cached_attention
-        # A layer that is in training mode, to be recomputed, would forget the cache.
+        # Checkpointed layers are in training mode, in which transformers disables the cache.
         recomputed = [module for module in self.model.modules() if module.training]
         for module in recomputed:
             module.training = False
@@ -214,13 +224,13 @@ def read_teacher(
     if batch.teacher is None:
         return None
     with torch.no_grad():
-        hidden_DH: Tensor = base(HiddenStatesRequest(batch.teacher), teachers)
+        hidden_DH: Tensor = base(HiddenStatesRequest(batch.teacher), teachers).hidden_NH
     assert batch.distilled_D is not None
     return hidden_DH[: len(batch.distilled_D)]  # none of a padding row's
 
 
 class _Anchored(torch.autograd.Function):
-    """A constant that counts as a function of ``anchor``, with a gradient of zero, never NaN."""
+    """A constant made to depend on ``anchor``, whose gradient is zero, never NaN."""
 
     @staticmethod
     def forward(ctx: Any, constant: Tensor, anchor: Tensor) -> Tensor:
@@ -233,9 +243,9 @@ class _Anchored(torch.autograd.Function):
 
 
 def _insert_prompt(words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor) -> Tensor:
-    """Put the prompt right in front of each row's text, behind its padding: [B, P + L, H].
+    """Insert the prompt between each row's padding and text: [B, P + L, H].
 
-    The mask already counts the P virtual tokens: row b has ``T - sum(mask_b)`` pads.
+    The mask already counts the P virtual tokens: row b has ``T - sum(mask_b)`` padding tokens.
     """
     num_virtual = prompt_PH.shape[0]
     prompt_PH = prompt_PH.to(words_BLH.dtype)

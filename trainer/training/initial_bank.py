@@ -51,7 +51,7 @@ def embedding_function(base: nn.Module, device: torch.device) -> Callable[[Seque
     @torch.no_grad()
     def embed(token_ids: Any) -> Tensor:
         ids = torch.as_tensor(token_ids, device=device)
-        embedded: Tensor = base(ids, []).float()
+        embedded: Tensor = base(ids, []).embeddings_TH.float()
         return embedded
 
     return embed

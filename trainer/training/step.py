@@ -61,17 +61,14 @@ def batch_objective(
     Returns:
         The scalar to differentiate, and the loss sums of each prompt, detached, fp32 [K].
     """
-    if teacher_DH is None:
-        nll_N = base(batch, virtual_tokens)
-    else:
-        nll_N = base(batch, virtual_tokens, teacher_DH)[0]
-    weight_N = (batch.label_slot_N >= 0).to(nll_N.dtype)
+    loss_N = base(batch, virtual_tokens, teacher_DH).losses.loss_N
+    weight_N = (batch.label_slot_N >= 0).to(loss_N.dtype)
     inverse_K = torch.tensor([1.0 / count if count else 0.0 for count in counts])
     # Small, and sent without a wait for what the device has yet to do, as all that follows rows is.
-    inverse_N = inverse_K.to(nll_N.device, non_blocking=True)[batch.label_prompt_N]
-    sums_K = torch.zeros(len(counts), device=nll_N.device)
-    sums_K.index_add_(0, batch.label_prompt_N, (nll_N * weight_N).detach())
-    return (nll_N * weight_N * inverse_N).sum(), sums_K
+    inverse_N = inverse_K.to(loss_N.device, non_blocking=True)[batch.label_prompt_N]
+    sums_K = torch.zeros(len(counts), device=loss_N.device)
+    sums_K.index_add_(0, batch.label_prompt_N, (loss_N * weight_N).detach())
+    return (loss_N * weight_N * inverse_N).sum(), sums_K
 
 
 @dataclass(frozen=True)
