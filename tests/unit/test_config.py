@@ -513,17 +513,20 @@ def test_low_rank_and_share_require_their_settings(run_file):
     low = ["prompts.one.encoder=low_rank", "prompts.one.share=s", "prompts.one.rank=2"]
     assert load(run_file(), low).prompts[0].rank == 2
     (problem,) = problems_of(run_file(), low[0])
-    assert "prompts[0].share: is missing; encoder low_rank learns a prompt in common" in problem
+    assert "prompts[0].share: is missing; encoder low_rank trains a prompt that all" in problem
     (problem,) = problems_of(run_file(), "prompts.one.share=s")
-    assert "prompts[0].share: encoder embedding is a prompt's own; remove it, or use" in problem
+    assert (
+        "prompts[0].share: encoder embedding of prompt_tuning does not use it; remove it, or"
+        in problem
+    )
     (problem,) = problems_of(run_file(), "prompts.one.rank=2")
-    assert "prompts[0].rank: encoder embedding has none; remove it, or use low_rank" in problem
+    assert "prompts[0].rank: encoder embedding of prompt_tuning does not use it" in problem
 
 
 def test_only_a_residual_encoder_has_an_mlp_for_each_token(run_file):
     separate = "prompts.two.residual_mlp=separate"
     (problem,) = problems_of(run_file(), separate)
-    assert "prompts[1].residual_mlp: encoder mlp has none; remove it, or use" in problem
+    assert "prompts[1].residual_mlp: encoder mlp of p_tuning does not use it" in problem
     (prompt,) = load(run_file(), [separate, "prompts.two.encoder=residual"]).prompts[1:]
     assert prompt.residual_mlp == "separate"
 
@@ -534,7 +537,7 @@ def test_prefix_tuning_and_its_encoders(run_file):
     wide = [prefix, "prompts.one.encoder=mlp", "prompts.one.encoder_hidden_size=8"]
     assert load(run_file(), wide).prompts[0].encoder_name == "mlp"
     (problem,) = problems_of(run_file(), prefix, "prompts.one.encoder_hidden_size=8")
-    assert "encoder_hidden_size: prefix_tuning has no encoder; remove it, or use encoder" in problem
+    assert "encoder_hidden_size: encoder embedding of prefix_tuning does not use it" in problem
 
 
 @pytest.mark.parametrize("name", ["vocab", "random", "zero"])
@@ -666,7 +669,7 @@ def test_settings_that_need_validation_accept_a_share_of_train(run_file, setting
     ("override", "problem"),
     [
         ("tasks.triage.tests=calls", "tests: metric accuracy runs none"),
-        ("prompts.one.encoder_hidden_size=8", "encoder_hidden_size: prompt_tuning has no encoder"),
+        ("prompts.one.encoder_hidden_size=8", "encoder_hidden_size: encoder embedding of prompt"),
         ("output_dir=", "output_dir"),
         ("base.trust_remote_code=true", "base.trust_remote_code: not supported yet"),
     ],

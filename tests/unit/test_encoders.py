@@ -12,19 +12,27 @@ from peft import PromptEncoder as PeftEncoder
 from trainer.config import Prompt
 from trainer.prompts.encoders import (
     EmbeddingEncoder,
-    LSTMEncoder,
+    EncoderInputs,
     MLPEncoder,
-    PrefixMLPEncoder,
     PromptEncoder,
-    ResidualEncoder,
-    make_encoder,
 )
+from trainer.prompts.extended.lstm import LSTMEncoder
+from trainer.prompts.extended.prefix_mlp import PrefixMLPEncoder
+from trainer.prompts.extended.residual import ResidualEncoder
 
 P, H, E = 5, 8, 12
 
 
 def make_init() -> torch.Tensor:
     return torch.randn(P, H, generator=torch.Generator().manual_seed(0))
+
+
+def make_encoder(
+    prompt: Prompt, init: torch.Tensor, generator: torch.Generator, hidden_size: int
+) -> Any:
+    vocabulary: Any = None
+    inputs = EncoderInputs(prompt, hidden_size, generator, vocabulary, lambda: init, {})
+    return prompt.entry.load_builder()(inputs)
 
 
 def make_mlp(seed: int = 0) -> MLPEncoder:

@@ -23,9 +23,9 @@ from trainer.model.checkpoint_files import BaseFiles, open_base, portable_name
 from trainer.model.embedding_lookup import read_token_embeddings
 from trainer.model.fingerprint import fingerprint_base
 from trainer.prompts.initializers import Vocabulary, words
-from trainer.prompts.multitask import TextReader
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import VirtualTokens
+from trainer.prompts.text_encoder import TextReader
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput, did_you_mean
 from trainer.runtime.json_file import read_json_object

@@ -6,7 +6,7 @@ with the line, the setting, its value and the remedy.
 """
 
 from trainer.config.base import Base, EngineConfig
-from trainer.config.prompt import SHARED, Init, Prompt
+from trainer.config.prompt import Init, Prompt
 from trainer.config.run import (
     PROJECT_ROOT,
     RunConfig,
@@ -32,7 +32,6 @@ __all__ = [
     "LOWER_IS_BETTER",
     "PLACEHOLDER",
     "PROJECT_ROOT",
-    "SHARED",
     "Base",
     "DataSource",
     "EngineConfig",

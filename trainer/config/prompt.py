@@ -6,6 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.config.encoders import (
+    EncoderEntry,
+    encoder_names,
+    encoder_settings,
+    encoders_with,
+    find_encoder,
+    methods_of,
+)
 from trainer.config.types import (
     Name,
     NonNegativeFloat,
@@ -18,15 +26,7 @@ from trainer.config.types import (
     ShareBelowOne,
     is_true,
 )
-
-#: The encoders of each method.
-ENCODERS = {
-    "prompt_tuning": ("embedding", "low_rank"),
-    "p_tuning": ("mlp", "lstm", "residual", "text"),
-    "prefix_tuning": ("embedding", "mlp"),
-}
-#: Those of which prompts with the same ``share`` have a part in common.
-SHARED = ("low_rank", "text")
+from trainer.runtime.errors import did_you_mean
 
 
 class Init(Section):
@@ -82,15 +82,6 @@ class Init(Section):
         return self
 
 
-def _encoder(method: str | None, given: str | None) -> str:
-    return given or ("mlp" if method == "p_tuning" else "embedding")
-
-
-#: Encoders that start by making what ``init`` says: a learning rate can be relative to that.
-RELATIVE = ("embedding", "mlp", "residual")
-#: Share of the root mean square of its start that an update moves a prompt by; less where all three
-#: layers of p_tuning's MLP move it.
-DEFAULT_SHARE, DEFAULT_SHARE_OF_MLP = 0.1, 0.05
 #: Of Muon: short runs learn the faster, the less they hold on to.
 DEFAULT_MOMENTUM = 0.5
 #: Of AdamW. Less than torch's (0.9, 0.999): a prompt's gradients soon are far below its first.
@@ -121,7 +112,7 @@ class Prompt(Section):
         description="prompt_tuning and p_tuning put virtual tokens in front of the text; "
         "prefix_tuning gives every layer keys and values instead",
     )
-    encoder: Literal["embedding", "low_rank", "mlp", "lstm", "residual", "text"] | None = Field(
+    encoder: str | None = Field(
         None,
         description="default: mlp for p_tuning, else embedding; residual: a bottleneck MLP beside "
         "trained virtual tokens; text: reads init.text and makes virtual tokens of it; low_rank: "
@@ -240,13 +231,11 @@ class Prompt(Section):
         if any(value.get(rate) is not None for rate in rates):
             filled.pop("learning_rate", None)
         elif "learning_rate" not in filled:
-            encoder, init = _encoder(value.get("method"), value.get("encoder")), value.get("init")
+            entry, init = find_encoder(value.get("method"), value.get("encoder")), value.get("init")
             zero = init == "zero" or (isinstance(init, dict) and is_true(init.get("zero")))
-            mlp = value.get("method") == "p_tuning" and encoder == "mlp"
-            share = DEFAULT_SHARE_OF_MLP if mlp else DEFAULT_SHARE
-            relative = encoder in RELATIVE and not zero
+            share = None if entry is None or zero else entry.relative_learning_rate
             if value.get("optimizer") != "sgd":  # which has no default: see _check_training
-                filled |= {rates[1]: share} if relative else {rates[0]: DEFAULT_RATE}
+                filled |= {rates[0]: DEFAULT_RATE} if share is None else {rates[1]: share}
         filled |= cls._optimizer(filled | {k: v for k, v in value.items() if v is not None})
         left_open = {*rates, "optimizer", "momentum", "betas"}
         return filled | {k: v for k, v in value.items() if k not in left_open or v is not None}
@@ -254,8 +243,9 @@ class Prompt(Section):
     @staticmethod
     def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
         """Which optimizer, and its own settings, where they are left open."""
-        embedding = _encoder(value.get("method"), value.get("encoder")) == "embedding"
-        own = "muon" if embedding and value.get("betas") is None else "adamw"
+        entry = find_encoder(value.get("method"), value.get("encoder"))
+        trains_values = entry is not None and entry.trains_values
+        own = "muon" if trains_values and value.get("betas") is None else "adamw"
         name = value.get("optimizer") or own
         if name == "muon":
             return {"optimizer": name, "momentum": DEFAULT_MOMENTUM}
@@ -263,26 +253,19 @@ class Prompt(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
-        if self.method == "p_tuning" and self.encoder == "embedding":
-            raise ValueError(
-                "encoder: p_tuning trains an encoder; use mlp, or method: prompt_tuning"
-            )
-        if self.encoder_name not in ENCODERS[self.method]:
-            method = next(m for m, encoders in ENCODERS.items() if self.encoder_name in encoders)
-            raise ValueError(
-                f"encoder: {self.method} has no {self.encoder} encoder; use method: {method}"
-            )
-        if self.residual_mlp == "separate" and self.encoder_name != "residual":
-            raise ValueError(
-                f"residual_mlp: encoder {self.encoder_name} has none; remove it, or use "
-                "method: p_tuning with encoder: residual"
-            )
-        self._check_share()
-        if self.encoder_name in ("embedding", "low_rank") and self.encoder_hidden_size is not None:
-            instead = "encoder: mlp" if self.method == "prefix_tuning" else "p_tuning"
-            raise ValueError(
-                f"encoder_hidden_size: {self.method} has no encoder; remove it, or use {instead}"
-            )
+        entry = find_encoder(self.method, self.encoder)
+        if entry is None:
+            raise ValueError(self._encoder_problem())
+        problems = list(entry.problems(self))
+        for setting in sorted(encoder_settings() - entry.settings):
+            if getattr(self, setting) != type(self).model_fields[setting].default:
+                readers = " or ".join(encoders_with(setting))
+                problems.append(
+                    f"{setting}: encoder {entry.name} of {self.method} does not use it; remove it, "
+                    f"or use encoder: {readers}"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
         if self.init.zero and self.method != "prefix_tuning":
             raise ValueError(
                 "init: zero leaves the base nothing to read; use text, vocab or random, or "
@@ -295,7 +278,7 @@ class Prompt(Section):
         if self.learning_rate is not None and self.relative_learning_rate is not None:
             raise ValueError("relative_learning_rate: learning_rate is given too; remove one")
         if self.relative_learning_rate is not None and (
-            self.encoder_name not in RELATIVE or self.init.zero
+            self.entry.relative_learning_rate is None or self.init.zero
         ):
             what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
             raise ValueError(
@@ -313,13 +296,13 @@ class Prompt(Section):
             raise ValueError(
                 f"teacher: {'is missing; write what to distill' if self.teacher is None else what}"
             )
-        if self.optimizer == "muon" and self.encoder_name != "embedding":
+        if self.optimizer == "muon" and not self.entry.trains_values:
             raise ValueError(
                 f"optimizer: muon trains the prompt itself, not encoder {self.encoder_name}; use "
                 "adamw, or remove it (optimizer=null)"
             )
         if self.momentum and self.optimizer not in ("muon", "sgd"):
-            others = "muon or sgd" if self.encoder_name == "embedding" else "sgd"
+            others = "muon or sgd" if self.entry.trains_values else "sgd"
             raise ValueError(
                 f"momentum: {self.optimizer} has none; use optimizer: {others}, or remove it "
                 "(momentum=null)"
@@ -339,24 +322,16 @@ class Prompt(Section):
             return f"{self.relative_learning_rate:g} of the start's RMS"
         return f"{self.learning_rate:g}"
 
-    def _check_share(self) -> None:
-        encoder = self.encoder_name
-        if encoder == "text" and self.init.text is None:
-            raise ValueError(
-                "init: encoder text reads a text; use init: {text: ...}, or another encoder"
-            )
-        if encoder == "low_rank" and self.share is None:
-            raise ValueError(
-                "share: is missing; encoder low_rank learns a prompt in common with the others of "
-                "the same name"
-            )
-        if self.share is not None and encoder not in SHARED:
-            raise ValueError(
-                f"share: encoder {encoder} is a prompt's own; remove it, or use encoder "
-                f"{' or '.join(SHARED)}"
-            )
-        if self.rank != 1 and encoder != "low_rank":
-            raise ValueError(f"rank: encoder {encoder} has none; remove it, or use low_rank")
+    def _encoder_problem(self) -> str:
+        names = encoder_names()
+        if self.encoder not in names:
+            hint = did_you_mean(str(self.encoder), names)
+            return f"encoder: {self.encoder!r} is not one of {', '.join(names)}{hint}"
+        return (
+            f"encoder: {self.method} has no {self.encoder} encoder; use method: "
+            f"{' or '.join(methods_of(self.encoder))}, or encoder: "
+            f"{' or '.join(encoder_names(self.method))}"
+        )
 
     def differences(self, other: Prompt) -> list[str]:
         """Settings that two prompts of one share must have alike, but have not."""
@@ -365,5 +340,12 @@ class Prompt(Section):
         return [key for key in ours if ours[key] != theirs[key]]
 
     @property
+    def entry(self) -> EncoderEntry:
+        """The registry's entry of the prompt's encoder."""
+        entry = find_encoder(self.method, self.encoder)
+        assert entry is not None, "_check refuses this"
+        return entry
+
+    @property
     def encoder_name(self) -> str:
-        return _encoder(self.method, self.encoder)
+        return self.entry.name

@@ -24,9 +24,7 @@ from torch.func import functional_call
 
 from trainer.config import Prompt, RunConfig
 from trainer.config.ranking import ScoreKey
-from trainer.prompts.encoder_snapshots import BestEncoder
 from trainer.prompts.initializers import Vocabulary
-from trainer.prompts.multitask import TextEncoder
 from trainer.prompts.parameter_groups import (
     InitScorer,
     ParameterGroup,
@@ -36,6 +34,7 @@ from trainer.prompts.parameter_groups import (
 )
 from trainer.prompts.regularization import perturbed
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
+from trainer.prompts.text_encoder import BestEncoder
 from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Bank:
         self._readers = {
             i: BestEncoder(partial(self._judged_parts, i))
             for i in (unit.members[0] for unit in self._units)
-            if isinstance(self._encoders[i], TextEncoder)
+            if self._encoders[i].keeps_best_weights
         }
         #: What a stopped prompt of a share stays at, while the others train on.
         self._stopped: list[Tensor | None] = [None] * len(self.names)

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.config import SHARED, Init, Prompt, RunConfig
+from trainer.config import Init, Prompt, RunConfig
 from trainer.data.row_validation import label_texts
-from trainer.prompts.encoders import STARTS_ELSEWHERE, PromptEncoder, make_encoder
+from trainer.prompts.encoders import EncoderInputs, PromptEncoder
 from trainer.prompts.init_search import Search, SearchResult, Words, extent, search, search_together
 from trainer.prompts.initializers import (
     Vocabulary,
@@ -23,14 +23,6 @@ from trainer.prompts.initializers import (
     keys_and_values,
     known_starts,
     word_ids,
-    words,
-)
-from trainer.prompts.multitask import (
-    LowRankEncoder,
-    SharedPrompt,
-    TextEncoder,
-    TextReader,
-    make_part,
 )
 
 
@@ -158,7 +150,7 @@ def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
         begins = prompt.share is None or prompt.share not in shares
         if prompt.share is not None:
             shares.add(prompt.share)
-        if begins and prompt.init.auto and prompt.encoder_name not in STARTS_ELSEWHERE:
+        if begins and prompt.init.auto and prompt.entry.searches_init:
             found.append(i)
     return found
 
@@ -202,36 +194,28 @@ def build_encoder(
     prompt: Prompt,
     vocabulary: Vocabulary,
     hidden_size: int,
-    parts: dict[str, nn.Module],
-    found: Tensor | None = None,
+    shared_modules: dict[str, nn.Module],
+    init: Tensor | None = None,
 ) -> PromptEncoder:
-    """A prompt's encoder on the CPU: a function of its own settings, task and seed alone.
+    """Build a prompt's encoder on the CPU, from its own settings, task and seed alone.
 
     Args:
-        parts: what the encoders of each share have in common, from the first of them on.
-        found: what an open start was found to be; None: drawn words, as good as any for a prompt
-            whose state will be loaded.
+        shared_modules: modules that prompts have in common, by ``share``; extended here.
+        init: the result of an initialization search. None: ``init: auto`` draws tokens, which is
+            enough for a prompt whose state is loaded afterwards.
     """
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
 
-    def start() -> Tensor:
-        if found is not None:
-            return found
-        init = Init(vocab=True) if prompt.init.auto else prompt.init
-        of = keys_and_values if prompt.method == "prefix_tuning" else initialize
+    def initial_values() -> Tensor:
+        if init is not None:
+            return init
+        settings = Init(vocab=True) if prompt.init.auto else prompt.init
+        initializer = keys_and_values if prompt.method == "prefix_tuning" else initialize
         labels = label_texts(config.task(prompt.task))
-        return of(init, vocabulary, prompt.num_virtual_tokens, generator, labels)
+        return initializer(settings, vocabulary, prompt.num_virtual_tokens, generator, labels)
 
-    if prompt.encoder_name not in SHARED:
-        return make_encoder(prompt, start(), generator, hidden_size)
-    part = None if prompt.share is None else parts.get(prompt.share)
-    if part is None:
-        part = make_part(prompt, start, generator, hidden_size)
-        if prompt.share is not None:
-            parts[prompt.share] = part
-    if isinstance(part, TextReader):
-        assert prompt.init.text is not None
-        return TextEncoder(part, words(prompt.init.text, vocabulary))
-    assert isinstance(part, SharedPrompt), part
-    generator.manual_seed(config.prompt_seed(prompt))
-    return LowRankEncoder(part, prompt.rank, generator)
+    build = prompt.entry.load_builder()
+    encoder: PromptEncoder = build(
+        EncoderInputs(prompt, hidden_size, generator, vocabulary, initial_values, shared_modules)
+    )
+    return encoder

@@ -1,15 +1,16 @@
-"""Encoders that prompts share: PEFT's multitask prompts, and reading a text."""
+"""The text encoder: attention over a text, transfer to new texts, and the weights that are kept."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from peft import MultitaskPromptTuningConfig
-from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 
-from trainer.prompts.multitask import LowRankEncoder, SharedPrompt, TextEncoder, TextReader
+from trainer.checkpointing.state_tensors import join_tensors, split_tensors
+from trainer.prompts.text_encoder import BestEncoder, TextEncoder, TextReader
 
-P, H, E, R = 4, 16, 12, 2
+P, H, E = 4, 16, 12
 
 
 def words(count: int, scale: float = 0.02, seed: int = 0) -> torch.Tensor:
@@ -18,41 +19,6 @@ def words(count: int, scale: float = 0.02, seed: int = 0) -> torch.Tensor:
 
 def make_reader(seed: int = 0, num_virtual_tokens: int = P) -> TextReader:
     return TextReader(num_virtual_tokens, H, E, torch.Generator().manual_seed(seed))
-
-
-def test_low_rank_is_peft_s_multitask_prompt() -> None:
-    settings = MultitaskPromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=P,
-        token_dim=H,
-        num_tasks=2,
-        num_ranks=R,
-        num_transformer_submodules=1,
-    )
-    theirs = MultitaskPromptEmbedding(settings, torch.nn.Embedding(9, H))
-    shared = SharedPrompt(theirs.embedding.weight.detach())
-    for task in range(2):
-        ours = LowRankEncoder(shared, R, torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            ours.columns.copy_(theirs.prefix_task_cols[task])
-            ours.rows.copy_(theirs.prefix_task_rows[task])
-            expected = theirs(torch.arange(P)[None], torch.tensor([task]))[0]
-        torch.testing.assert_close(ours(), expected, rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_low_rank_starts_at_the_shared_prompt_and_every_part_learns(rank: int) -> None:
-    encoder = LowRankEncoder(SharedPrompt(words(P)), rank, torch.Generator().manual_seed(0))
-    assert torch.equal(encoder(), words(P))
-    start = {name: value.detach().clone() for name, value in encoder.named_parameters()}
-    optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (encoder() + 1).square().sum().backward()
-        optimizer.step()
-    for name, value in encoder.named_parameters():
-        ranks = (value != start[name]).any(1 if name == "rows" else 0)
-        assert bool(ranks.any() if name == "shared.embedding" else ranks.all()), name
 
 
 def test_reader_is_attention_with_its_values_added() -> None:
@@ -122,3 +88,41 @@ def test_what_two_texts_taught_is_read_from_a_third() -> None:
     with torch.no_grad():
         after = sum(error(text) for text in unseen)
     assert after < 0.7 * before
+
+
+def best_of(weights: list[float]) -> BestEncoder:
+    return BestEncoder(lambda: {"w": torch.tensor(weights[-1])})
+
+
+def test_the_mean_metric_decides_then_the_mean_loss() -> None:
+    weights = [0.0]
+    best = best_of(weights)
+    for step, keys in enumerate(
+        [
+            {"a": (-0.5, 2.0), "b": (-0.5, 2.0)},
+            {"a": (-0.9, 4.0), "b": (-0.3, 4.0)},  # more accurate on average
+            {"a": (-0.6, 0.1), "b": (-0.5, 0.1)},  # the lowest loss
+            {"a": (-0.6, 3.0), "b": (-0.6, 3.0)},  # as accurate as the best, lower loss
+        ],
+        1,
+    ):
+        weights.append(float(step))
+        best.update(step, keys)
+    state = best.state_dict()
+    assert (state["w"], state["step"]) == (4.0, 4)
+    again = best_of(weights)
+    tensors, rest = split_tensors(state)
+    again.load_state_dict(join_tensors(tensors, json.loads(json.dumps(rest))))
+    assert again.state_dict() == state
+
+
+def test_a_state_of_a_version_that_ranked_by_loss_is_continued() -> None:
+    old = {"step": 3, "loss": 1.5, "losses": {"a": 1.0, "b": 2.0}}
+    by_loss = best_of([7.0])
+    by_loss.load_state_dict({**old, "w": torch.tensor(3.0)})
+    by_loss.update(4, {"a": (1.1, 1.1)})
+    assert by_loss.state_dict()["w"] == 3.0, "the mean loss is higher than before"
+    by_accuracy = best_of([7.0])
+    by_accuracy.load_state_dict({**old, "w": torch.tensor(3.0)})
+    by_accuracy.update(4, {"a": (-0.1, 9.0), "b": (-0.1, 9.0)})
+    assert by_accuracy.state_dict()["w"] == 7.0

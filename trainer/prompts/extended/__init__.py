@@ -1,0 +1,1 @@
+"""Rarely used encoders: LSTM, residual MLP, low-rank multitask prompts, MLP for prefix tuning."""

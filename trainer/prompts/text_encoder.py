@@ -1,0 +1,196 @@
+"""The text encoder of p-tuning: reads a text prompt and produces virtual tokens.
+
+Prompts with the same ``share`` train one reader, each with its own text. After training, the reader
+turns new texts into prompts: ``promptshard export RUN_DIR OUT --encoder NAME --text TEXT``.
+
+Shape letters: P virtual tokens, H hidden size of the base, E hidden size of the encoder, n tokens
+of a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.ranking import LAST, ScoreKey
+from trainer.prompts.encoders import EncoderInputs, PromptEncoder, uniform_linear
+from trainer.prompts.initializers import words
+
+#: Standard deviation of a query's elements at the start: each then attends to few of the words, and
+#: what it makes of them is about as loud as a word.
+SHARPNESS = 3.0
+#: Longest wave of the positions (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+LONGEST_WAVE = 10_000.0
+
+
+def build(inputs: EncoderInputs) -> TextEncoder:
+    """Build the encoder of one prompt's text, around the reader of its share."""
+    prompt = inputs.prompt
+    assert prompt.init.text is not None
+    reader = inputs.shared(
+        lambda: TextReader(
+            prompt.num_virtual_tokens,
+            inputs.hidden_size,
+            inputs.encoder_hidden_size,
+            inputs.generator,
+        )
+    )
+    return TextEncoder(reader, words(prompt.init.text, inputs.vocabulary))
+
+
+class TextReader(nn.Module):
+    """Turns a text's word embeddings into virtual tokens: P learnt queries attend to the words.
+
+    As p-tuning is described (Liu et al. 2021, arXiv 2103.10385), with a text prompt in place of
+    pseudo tokens, so that what is learnt serves many tasks and reads a new task's text unchanged. A
+    virtual token is the mean of the words it attends to, plus a projection of their values that
+    starts at zero.
+
+    Args:
+        generator: draws the weights; they depend on nothing else, least of all on a text.
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        hidden_size: int,
+        encoder_hidden_size: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        drawn_PE = torch.randn(num_virtual_tokens, encoder_hidden_size, generator=generator)
+        self.queries = nn.Parameter(SHARPNESS * drawn_PE)
+        self.keys = uniform_linear(hidden_size, encoder_hidden_size, generator)
+        self.values = uniform_linear(hidden_size, encoder_hidden_size, generator)
+        self.output = uniform_linear(encoder_hidden_size, hidden_size, generator)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> TextReader:
+        """A reader that was trained, from its state dict."""
+        num_virtual_tokens, encoder_hidden_size = weights["queries"].shape
+        hidden_size = weights["keys.weight"].shape[1]
+        reader = cls(num_virtual_tokens, hidden_size, encoder_hidden_size, torch.Generator())
+        reader.load_state_dict(dict(weights))
+        return reader
+
+    def forward(self, words_nH: Tensor) -> Tensor:
+        """Virtual tokens [P, H] of a text's word embeddings [n, H], fp32."""
+        # Word embeddings are of any scale; keys and values are made of normed ones.
+        normed_nH = nn.functional.layer_norm(words_nH, words_nH.shape[1:])
+        places_nE = _positions(len(words_nH), self.queries.shape[1]).to(words_nH)
+        keys_nE = self.keys(normed_nH) + places_nE
+        scores_Pn = self.queries @ keys_nE.T / math.sqrt(self.queries.shape[1])
+        weights_Pn = scores_Pn.softmax(dim=1)
+        pooled_PE = nn.functional.gelu(weights_Pn @ self.values(normed_nH))
+        prompt_PH: Tensor = weights_Pn @ words_nH + self.output(pooled_PE)
+        return prompt_PH
+
+
+class TextEncoder(PromptEncoder):
+    """The virtual tokens that a reader makes of one text.
+
+    Args:
+        words_nH: word embeddings of the text, frozen; no part of what is saved.
+    """
+
+    keeps_best_weights = True
+
+    def __init__(self, shared: TextReader, words_nH: Tensor) -> None:
+        super().__init__(words_nH)
+        self.shape = torch.Size((len(shared.queries), words_nH.shape[1]))
+        self.shared = shared
+        self.words_nH: Tensor
+        self.register_buffer("words_nH", words_nH, persistent=False)
+
+    def forward(self) -> Tensor:
+        prompt_PH: Tensor = self.shared(self.words_nH)
+        return prompt_PH
+
+
+def _positions(length: int, width: int) -> Tensor:
+    """Sines and cosines [length, width] of a token's place: words in another order differ."""
+    half = (width + 1) // 2
+    frequencies = LONGEST_WAVE ** (-torch.arange(half) / half)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+#: Gives the weights of a reader as they are judged, by their own names.
+Judged = Callable[[], Mapping[str, Tensor]]
+
+
+class BestEncoder:
+    """Keeps one copy of a reader: that of the best validation, by the means over its prompts.
+
+    The mean of its prompts' metrics decides, then the mean of their losses. A prompt that has
+    stopped counts with its last scores, so that means stay comparable. Without any validation the
+    newest reader is kept.
+
+    Args:
+        judged: called only when the reader is better than before.
+    """
+
+    def __init__(self, judged: Judged) -> None:
+        self._judged = judged
+        self._step, self._best = 0, LAST
+        self._keys: dict[str, ScoreKey] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def update(self, step: int, keys: Mapping[str, ScoreKey | None]) -> None:
+        """Keep the reader as it is now, if it is better.
+
+        Args:
+            keys: ``ranking.score_key`` of its prompts that were validated after ``step``; None:
+                the prompt's task has no validation.
+        """
+        found = {name: key for name, key in keys.items() if key is not None}
+        if LAST in found.values():
+            return
+        self._keys |= found
+        mean = _mean(list(self._keys.values())) if self._keys else LAST
+        if mean < self._best or not self._keys:
+            self._step, self._best = step, mean
+            weights = self._judged()
+            self._weights = {
+                name: value.detach().to("cpu", copy=True) for name, value in weights.items()
+            }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights by name, which never change, and the scores that ranked them."""
+        return {
+            "step": self._step,
+            "best": list(self._best),
+            "keys": {name: list(key) for name, key in self._keys.items()},
+            **self._weights,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``, or from that of an older version, which ranked by loss.
+
+        There a loss stands for the metric too: never better than a metric of which higher is
+        better, so the next validation replaces it.
+        """
+        self._weights = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+        self._step = int(state["step"])
+        if "losses" in state:
+            self._best = (float(state["loss"]), float(state["loss"]))
+            self._keys = {name: (loss, loss) for name, loss in state["losses"].items()}
+        else:
+            self._best = _pair(state["best"])
+            self._keys = {name: _pair(key) for name, key in state["keys"].items()}
+
+
+def _pair(values: Sequence[float]) -> ScoreKey:
+    value, loss = values
+    return float(value), float(loss)
+
+
+def _mean(keys: Sequence[ScoreKey]) -> ScoreKey:
+    values, losses = zip(*keys, strict=True)
+    return sum(values) / len(keys), sum(losses) / len(keys)
