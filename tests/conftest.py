@@ -17,6 +17,18 @@ import pytest
 
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
+#: Unit test files by the CPU time they take, the longest first.
+SLOW_FILES = (
+    "test_learning_benchmark.py",
+    "test_other_device.py",
+    "test_generation.py",
+    "test_damaged_bases.py",
+    "test_launch.py",
+    "test_tokenizer.py",
+    "test_report.py",
+    "test_like_transformers.py",
+    "test_slurm.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,13 +60,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"  {test}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests with their folder; with xdist run long ones first, so that no worker idles."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=_place)
     for item in items:
         if not item.path.is_relative_to(TESTS):
             continue
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+
+
+def _place(item: pytest.Item) -> int:
+    """Tests that start ranks or clusters, then slow files, then the others."""
+    if item.path.parent.name != "unit":
+        return 0
+    name = item.path.name
+    return 1 + (SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,6 +92,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return file
             return "ranks" if file.startswith("tests/distributed/") else "others"
 
+    config.option.loadscopereorder = False  # keep the order of the collection
     return Scheduling(config, log)
 
 

@@ -140,7 +140,7 @@ def test_ranges_move_until_the_best_rate_is_at_no_edge() -> None:
 
 def test_quick_runs_both_sides() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.learning", "--quick"],
+        [sys.executable, "-m", "benchmarks.learning", "--quick", "--workers", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
