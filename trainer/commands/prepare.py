@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,7 +115,7 @@ def _entries(
         if name in quantized:
             yield from _quantized_entries(reader, name, quantized[name], progress)
         else:
-            copy = _copier(reader, name, stored.num_bytes, progress)
+            copy = partial(_copy_tensor, reader, name, progress)
             yield _Entry(name, stored.type, stored.shape, stored.num_bytes, copy)
 
 
@@ -139,15 +140,10 @@ def _quantized_entries(
         yield _Entry(f"{name}_format", "U8", (), 1, lambda file: _write(file, layout))
 
 
-def _copier(
-    reader: SafetensorsReader, name: str, num_bytes: int, progress: Progress
-) -> Callable[[BinaryIO], None]:
-    def write(file: BinaryIO) -> None:
-        for first, last in row_blocks(0, num_bytes, 1):
-            _write(file, reader.read_bytes(name, first, last))
-            progress(last - first)
-
-    return write
+def _copy_tensor(reader: SafetensorsReader, name: str, progress: Progress, file: BinaryIO) -> None:
+    for first, last in row_blocks(0, reader.tensors[name].num_bytes, 1):
+        _write(file, reader.read_bytes(name, first, last))
+        progress(last - first)
 
 
 def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
@@ -227,33 +223,26 @@ def _write_other_files(files: BaseFiles, settings: Base, out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="promptshard prepare")
-    parser.add_argument("base")
+    parser.add_argument("model", metavar="base")
     parser.add_argument("out", type=Path)
     parser.add_argument("--revision")
     parser.add_argument("--embeddings", default="keep", choices=("keep", "int8"))
     parser.add_argument("--head", default="keep", choices=("keep", "int8"))
-    given = parser.parse_args()
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
     console = Console(sys.stdout, sys.stderr)
-    settings = Base.model_validate(
-        {
-            "model": given.base,
-            "revision": given.revision,
-            "embeddings": given.embeddings,
-            "head": given.head,
-        }
-    )
     try:
-        before, after = prepare(settings, given.out, console)
+        before, after = prepare(Base.model_validate(arguments), out, console)
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)
         return EXIT_BAD_INPUT
     except OSError as error:
-        console.error(f"{given.out}: cannot be written: {error.strerror}")
+        console.error(f"{out}: cannot be written: {error.strerror}")
         return EXIT_BAD_INPUT
     console.print(
-        f"{given.out}: {after / 1e6:,.1f} MB in 8 bits, from {before / 1e6:,.1f} MB; "
-        f"use it as base.model: {given.out}"
+        f"{out}: {after / 1e6:,.1f} MB in 8 bits, from {before / 1e6:,.1f} MB; "
+        f"use it as base.model: {out}"
     )
     return EXIT_DONE
 
