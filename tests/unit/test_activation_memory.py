@@ -76,8 +76,8 @@ def test_auto(room: int, tokens: int, checkpointing: bool) -> None:
     budget = choose_budget(MEMORY, room * GB, 10_000)
     assert (budget.tokens, budget.checkpointing) == (tokens, checkpointing)
     assert budget.expected_bytes <= room * GB
-    assert f"{tokens:,} tokens" in budget.words
-    assert budget.words.endswith("on" if checkpointing else "off")
+    assert f"{tokens:,} tokens" in budget.description
+    assert budget.description.endswith("on" if checkpointing else "off")
 
 
 def test_explicit_budgets_are_kept() -> None:

@@ -143,7 +143,7 @@ def load_base(
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
     memory, budget = _choose_token_budget(engine, files.config, config, placement, dtype, lengths)
     if lengths:
-        console.print(budget.words)
+        console.print(budget.description)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:
         base, stats = load_shards(

@@ -17,7 +17,7 @@ from trainer.packing.packed_batch import (
     PromptLengths,
     build_packed_batch,
     build_teacher_batch,
-    changed,
+    map_tensors,
 )
 from trainer.packing.planning import plan_batches
 
@@ -68,7 +68,7 @@ def prepare_batch(
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):  # the current device of a new thread is cuda:0
-        return changed(batch, torch.Tensor.pin_memory)
+        return map_tensors(batch, torch.Tensor.pin_memory)
 
 
 def _with_layout(batch: PackedBatch) -> PackedBatch:

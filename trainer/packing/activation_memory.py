@@ -1,9 +1,9 @@
 """Activation memory of a packed batch, and the token budget that follows. Imports no torch.
 
-Frozen linear layers save no input, so what autograd keeps of a layer are the inputs of its norms
-and activations, and queries, keys and values. The constants were found by counting saved tensors of
-every family (``trainer.training.saved_tensors``); a test holds the estimate to what is counted.
-Bytes are per token of a packed batch where nothing else is said.
+Frozen linear layers save no input, so autograd keeps the inputs of norms and activations, and
+queries, keys and values. The constants come from counting the saved tensors of every family
+(``trainer.training.saved_tensors``); a test compares the estimate with the count. Bytes are per
+token of a packed batch unless noted.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-#: Where packed batches of this many tokens do not fit, layers are recomputed.
+#: Layers are recomputed if packed batches of this many tokens do not fit otherwise.
 WORTHWHILE_TOKENS = 2048
-#: On CPU, where caches are small, packed batches are not made longer.
+#: Maximum on a CPU, whose caches are small.
 CPU_TOKENS = 1536
-#: Whatever memory says, packed batches are not made shorter; a longer row goes alone.
+#: Minimum, even if memory is short; a longer row gets a packed batch for itself.
 LEAST_TOKENS = 256
-#: Share of the free memory that activations may take; the rest is for what no model foresees.
+#: Share of the free memory that activations may take; the rest is a reserve.
 USABLE_SHARE = 0.8
-#: Buckets of attention hold rows down to 0.7 of their longest: what padding adds on average.
+#: Mean padding in buckets of attention, which hold rows down to 0.7 of their longest.
 BUCKET_PADDING = 1.15
-#: Slices of logits at work at a time: products, fp32 copies, shares.
+#: Slices of logits that exist at a time: products, fp32 copies, probabilities.
 LOGITS_COPIES = 4
-#: What a family saves beside the rest, such as clipped queries.
+#: Covers small tensors of some families, such as clipped queries.
 MARGIN = 1.05
-#: Shares of the budget that the first steps read on a GPU, while its peak is watched.
+#: Shares of the budget that the first steps use on a GPU, while its peak is measured.
 RAMP = (0.25, 0.5)
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What of a model decides how much it saves.
+    """Sizes of a model that determine how much it saves for backward.
 
     Attributes:
-        query_width, key_width: heads times their size, of queries and of keys.
-        mlp_width: of an expert, where there are some.
-        mlp_tensors: of that width that are saved: 1 for an activation, 2 for a gated one, 3 where
-            that is not in one pass (``trainer.model.layers.fused_ops``).
-        norm_inputs: norms of hidden size that save their input,
-        wide_norms: in fp32 whatever the compute type.
-        layer_norm: queries and keys have no norms of their own, unlike with others.
-        experts_per_token: 0 where there are none.
+        query_width, key_width: number of heads times head size, of queries and of keys.
+        mlp_width: of one expert in a mixture of experts.
+        mlp_tensors: saved tensors of that width: 1 for an activation, 2 for a gated one, 3 if it is
+            not fused (``trainer.model.layers.fused_ops``).
+        norm_inputs: number of norms of hidden size that save their input.
+        wide_norms: norms save fp32, also if the compute type is bfloat16.
+        layer_norm: LayerNorm instead of RMSNorm; queries and keys have no norms.
+        experts_per_token: 0 without experts.
         keeps_scores: attention saves its scores (capped, or with sinks).
     """
 
@@ -66,14 +66,13 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class RowSizes:
-    """How rows lie in attention's buckets.
+    """Layout of rows in the buckets of attention.
 
     Attributes:
         keys_per_token: keys gathered for each token: its own, and its share of the row's prompt.
         keys_per_query: keys each query is compared with.
-        copied: what buckets lay out is saved, not packed tensors alone.
-        padding: tokens that are computed for each token of a packed batch, where rows are not
-            packed.
+        copied: attention saves the tensors of its buckets, not only the packed ones.
+        padding: computed tokens per token of a packed batch; above 1 if rows are padded.
     """
 
     keys_per_token: float = 1.0
@@ -85,7 +84,7 @@ class RowSizes:
 def row_sizes(
     lengths: Sequence[int], num_virtual: int, packed: bool = True, copied: bool = True
 ) -> RowSizes:
-    """Of rows with these numbers of tokens behind a prompt of ``num_virtual`` tokens."""
+    """Return the layout of rows of these lengths after a prompt of ``num_virtual`` tokens."""
     total = sum(lengths)
     if not total:
         return RowSizes()
@@ -99,11 +98,11 @@ def row_sizes(
 
 @dataclass(frozen=True)
 class BatchMemory:
-    """What packed batches over one base take.
+    """Activation memory of packed batches over one base.
 
     Attributes:
         itemsize: bytes of the compute type.
-        logits_bytes: of the slice of logits that is at work.
+        logits_bytes: of one slice of logits.
     """
 
     sizes: LayerSizes
@@ -112,7 +111,7 @@ class BatchMemory:
     logits_bytes: int
 
     def layer(self) -> float:
-        """Saved by one layer."""
+        """Return the bytes that one layer saves."""
         s, item = self.sizes, self.itemsize
         norms = s.norm_inputs * s.hidden
         if not s.layer_norm:
@@ -126,7 +125,7 @@ class BatchMemory:
         s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
         if not self.rows.copied and not s.keeps_scores:
             return item * 2 * (s.query_width + s.key_width) + 4 * s.heads  # and log-sum-exp
-        # Queries and outputs as they come; every row of a bucket has its own copy of its prompt.
+        # Every row of a bucket has a copy of its prompt's keys and values, but not of its queries.
         queries = 2 * BUCKET_PADDING * s.query_width
         # Keys and values are repeated for each head of queries.
         gathered = 2 * s.query_width * self.rows.keys_per_token
@@ -135,15 +134,15 @@ class BatchMemory:
         return item * (queries + gathered) + keys * (s.heads * (item + 4 + item % 4) + 1)
 
     def saved(self, checkpointing: bool) -> float:
-        """Saved from forward to backward by the whole model."""
+        """Return the bytes that the whole model saves from forward to backward."""
         s = self.sizes
         layer = s.hidden * self.itemsize if checkpointing else self.layer()
-        # Norms behind the first and the last layer, rotations, places in buckets.
+        # Norms outside the layers, rotary embeddings, indices of buckets.
         ends = 4 * (2 * s.hidden + 2 * s.query_width / s.heads) + 32
         return self.rows.padding * (s.layers * layer + ends)
 
     def peak(self, checkpointing: bool) -> float:
-        """The most there is at a time: what is saved, and the layer at work."""
+        """Return the maximum: everything that is saved, and the buffers of one layer."""
         s = self.sizes
         at_work = 4 * (3 * s.hidden + s.query_width + 2 * s.key_width + 3 * s.mlp)
         losses = 12 * s.hidden
@@ -151,11 +150,11 @@ class BatchMemory:
         return self.saved(checkpointing) + self.rows.padding * (again + max(at_work, losses))
 
     def batch_bytes(self, tokens: int, checkpointing: bool) -> int:
-        """Bytes of a whole packed batch."""
+        """Return the bytes of a packed batch of ``tokens`` tokens."""
         return int(tokens * self.peak(checkpointing)) + LOGITS_COPIES * self.logits_bytes
 
     def tokens(self, room: int, checkpointing: bool) -> int:
-        """The longest packed batch that ``room`` bytes hold, at least ``LEAST_TOKENS``."""
+        """Return the longest packed batch for ``room`` bytes, at least ``LEAST_TOKENS``."""
         fitting = (room - LOGITS_COPIES * self.logits_bytes) / self.peak(checkpointing)
         return max(LEAST_TOKENS, int(fitting))
 
@@ -165,11 +164,11 @@ class TokenBudget:
     """Maximum tokens of one packed batch, equal on all ranks; shrinks when memory runs short.
 
     Attributes:
-        tokens: what memory is taken to hold.
+        tokens: the maximum.
         checkpointing: layers are recomputed in backward.
-        expected_bytes: of activations in a packed batch of that length.
-        room: bytes that activations may take.
-        ramp: shares of ``tokens`` that the next steps read.
+        expected_bytes: activations of a packed batch of that length.
+        room: bytes available for activations.
+        ramp: shares of ``tokens`` that the next steps use.
     """
 
     tokens: int
@@ -180,16 +179,16 @@ class TokenBudget:
 
     @property
     def now(self) -> int:
-        """Most tokens of a packed batch in the step that comes next."""
+        """Maximum tokens of a packed batch in the next step."""
         if not self.ramp:
             return self.tokens
         return max(min(self.tokens, LEAST_TOKENS), int(self.tokens * self.ramp[0]))
 
     def confirm(self, peak_bytes: int, tokens: int) -> bool:
-        """A step of the ramp is done: shrink to what its peak allows.
+        """End a step of the ramp, and shrink to the length that its peak allows.
 
         Args:
-            peak_bytes: of activations in that step, on the rank that took most of the room.
+            peak_bytes: activations in that step, on the rank that used the most per token.
             tokens: of that rank's longest packed batch.
 
         Returns:
@@ -206,13 +205,13 @@ class TokenBudget:
         return shrinks
 
     def halve(self) -> None:
-        """A packed batch did not fit."""
+        """Halve the budget after a packed batch did not fit."""
         self.tokens = max(1, self.now // 2)
         self.ramp = []
 
     @property
-    def words(self) -> str:
-        """For the log."""
+    def description(self) -> str:
+        """One line for the log."""
         return (
             f"packed batches of up to {self.tokens:,} tokens, activations "
             f"{self.expected_bytes / 1e9:.2g} GB of {self.room / 1e9:.2g} GB free; "
@@ -223,25 +222,25 @@ class TokenBudget:
 def choose_budget(
     memory: BatchMemory,
     room: int,
-    wanted: int,
+    step_tokens: int,
     *,
     tokens: int | None = None,
     checkpointing: bool | None = None,
     most: int | None = None,
     ramp: Sequence[float] = (),
 ) -> TokenBudget:
-    """As few, as full packed batches as memory allows.
+    """Choose the longest packed batches that memory holds and a step needs.
 
     Args:
-        room: bytes of a rank's device that activations may take.
-        wanted: tokens that a rank reads in a step: no packed batch needs more.
+        room: bytes for activations on a rank's device.
+        step_tokens: tokens that a rank reads in a step.
         tokens: ``training.micro_batch_tokens``; None for auto.
-        checkpointing: ``engine.gradient_checkpointing``; None for auto: where a batch that is
-            worth its gathers does not fit otherwise.
-        most: longer packed batches bring nothing.
-        ramp: shares of the budget that the first steps read, to confirm it; not of the user's own.
+        checkpointing: ``engine.gradient_checkpointing``; None for auto: on if
+            ``WORTHWHILE_TOKENS`` do not fit without.
+        most: maximum beyond which longer packed batches are not faster.
+        ramp: shares of the budget for the first steps, to confirm it; not used with ``tokens``.
     """
-    goal = tokens or min(wanted, most or wanted)
+    goal = tokens or min(step_tokens, most or step_tokens)
     if checkpointing is None:
         needed = goal if tokens else min(goal, WORTHWHILE_TOKENS)
         checkpointing = memory.tokens(room, False) < needed

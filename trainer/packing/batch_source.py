@@ -1,4 +1,4 @@
-"""Feed of training rows: the packed rows of each update, sampled per prompt."""
+"""The training rows of each update, sampled for each prompt."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trainer.packing.packed_batch import PackedRow
 
 
 class BatchSource:
-    """Hands out the rows of every prompt's next update.
+    """Samples the rows of every prompt's next update.
 
-    Each prompt has a cursor of its own, so its rows depend on nothing but its own settings. Rows
-    that several prompts read in one step, as those of one ``data_seed`` do, are made once.
+    Each prompt has its own sampler, so its rows depend only on its own settings. Rows that several
+    prompts read in one step, because of an equal ``data_seed``, are decoded once.
     """
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, TaskData]) -> None:
         self._examples = [tasks[prompt.task].train for prompt in config.prompts]
         self._teachers = [tasks[p.task].teachers.get(p.name) for p in config.prompts]
-        self._cursors = [
+        self._samplers = [
             TokenBudgetSampler(
                 examples.lengths,
                 config.training.tokens_per_step,
@@ -37,31 +37,29 @@ class BatchSource:
         ]
 
     def next_step(self, active: Sequence[bool]) -> list[PackedRow]:
-        """The rows of one step, for every prompt that still trains."""
-        packed_rows: list[PackedRow] = []
-        made: dict[tuple[int, int], Example] = {}
-        for k, cursor in enumerate(self._cursors):
+        """Return the rows of one step, for every prompt that still trains."""
+        rows: list[PackedRow] = []
+        examples: dict[tuple[int, int], Example] = {}
+        for k, sampler in enumerate(self._samplers):
             if active[k]:
                 table = self._examples[k]
-                for row in cursor.next_rows():
-                    key = (id(table), row)
-                    if key not in made:
-                        made[key] = table[row]
-                    packed_rows.append(
-                        PackedRow(made[key], k, len(packed_rows), teacher=self._teachers[k])
-                    )
-        return packed_rows
+                for index in sampler.next_rows():
+                    key = (id(table), index)
+                    if key not in examples:
+                        examples[key] = table[index]
+                    rows.append(PackedRow(examples[key], k, len(rows), teacher=self._teachers[k]))
+        return rows
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [cursor.state_dict() for cursor in self._cursors]
+        return [sampler.state_dict() for sampler in self._samplers]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        for cursor, saved in zip(self._cursors, state, strict=True):
-            cursor.load_state_dict(saved)
+        for sampler, saved in zip(self._samplers, state, strict=True):
+            sampler.load_state_dict(saved)
 
 
 def _components(examples: TokenTable, rows: RowDataset) -> list[MixtureComponent]:
-    """Mixture components as ranges of examples instead of rows: rows may have been skipped."""
+    """Return mixture components as ranges of examples: some rows may have been skipped."""
     bounds = [(component.start, component.stop) for component in rows.components]
     return [
         replace(component, start=start, stop=stop)

@@ -11,9 +11,8 @@ from trainer.packing.packed_batch import PackedRow
 
 T = TypeVar("T")
 
-#: A packed batch may be over its budget by this share, rather than that the step takes one more
-#: forward: the virtual tokens, and that rows do not add up to the same number in every packed
-#: batch.
+#: A packed batch may exceed its budget by this share: virtual tokens and unequal sums of rows must
+#: not cost the step one more forward.
 SLACK = 1 / 32
 
 
@@ -62,6 +61,7 @@ def _fill(
     prompt_lengths: Sequence[int],
     num_batches: int,
 ) -> list[list[PackedRow]]:
+    """Put each row, in this order, into the batch with the fewest tokens."""
     batches: list[list[PackedRow]] = [[] for _ in range(num_batches)]
     loads = [(0, batch) for batch in range(num_batches)]
     seen: list[set[int]] = [set() for _ in range(num_batches)]
@@ -78,13 +78,14 @@ def _fill(
 
 
 def _tokens(batch: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
+    """Return the tokens of a batch, those of its prompts included."""
     prompts = {row.prompt for row in batch if row.prompt is not None}
     text = sum(row.num_tokens for row in batch)
     return text + sum(prompt_lengths[k] for k in prompts)
 
 
 def portions(items: Iterable[T], num_tokens: Callable[[T], int], most: float) -> Iterator[list[T]]:
-    """Items in order, in portions of at most so many tokens, or of one item."""
+    """Yield items in order, in portions of at most ``most`` tokens; a larger item is alone."""
     portion: list[T] = []
     tokens = 0
     for item in items:

@@ -44,4 +44,4 @@ class MemoryMonitor:
             peak = max(self._engine.peak_activation_bytes(), saved_bytes)
             peaks = self._engine.all_gather((peak, max(1, result.longest_batch)))
             if budget.confirm(*max(peaks, key=lambda pair: pair[0] / pair[1])):
-                self._console.print(f"took more than foreseen: {budget.words}")
+                self._console.print(f"took more than foreseen: {budget.description}")
