@@ -20,7 +20,7 @@ from trainer.config import Prompt
 from trainer.config.ranking import score_key
 from trainer.prompts.soft_prompt import PrefixKeyValues
 from trainer.training.early_stopping import EarlyStopping
-from trainer.training.optimizers import Adafactor, Muon, scheduled
+from trainer.training.optimizers import Adafactor, Muon, learning_rate_factor
 from trainer.training.prompt_optimizer import PromptOptimizer, make_optimizer
 
 
@@ -66,7 +66,9 @@ def test_schedule_is_transformers_after_warm_up(schedule: str, warmup: int, tota
         # In warm-up ours is the line from 0, one update before the first, to 1 at its end.
         rising = (step + 1) / (warmup + 1)
         expected = rising if step < warmup else reference.get_last_lr()[0]
-        assert scheduled(schedule, step, warmup, total) == pytest.approx(expected, abs=1e-12)
+        assert learning_rate_factor(schedule, step, warmup, total) == pytest.approx(
+            expected, abs=1e-12
+        )
         optimizer.step()
         reference.step()
 
@@ -79,7 +81,7 @@ def test_step_is_clipped_adamw() -> None:
     for step in range(10):
         set_gradients(ours, step)
         set_gradients(theirs, step)
-        reference.param_groups[0]["lr"] = 0.05 * scheduled("cosine", step, 3, 10)
+        reference.param_groups[0]["lr"] = 0.05 * learning_rate_factor("cosine", step, 3, 10)
         assert optimizer.learning_rate == reference.param_groups[0]["lr"]
         expected = float(nn.utils.clip_grad_norm_(theirs.values(), 1.0))
         assert optimizer.step() == pytest.approx(expected, rel=1e-6)

@@ -9,15 +9,14 @@ from trainer.config.ranking import LAST, ScoreKey
 
 
 class EarlyStopping:
-    """Tracks a prompt's best validation and decides when to stop waiting for a better one.
+    """Tracks a prompt's best validation, and decides when to stop waiting for a better one.
 
     Args:
-        patience: evaluations in a row without improvement until ``should_stop``; None: never stop,
-            only track.
+        patience: evaluations in a row without improvement until ``should_stop``; None: never.
 
     Attributes:
         best: ``ranking.score_key`` of the best scores so far; None before the first finite ones.
-        best_step: the step they were measured at.
+        best_step: step of these scores.
     """
 
     def __init__(self, patience: int | None = None) -> None:
@@ -31,7 +30,7 @@ class EarlyStopping:
         return self.patience is not None and self._waited >= self.patience
 
     def update(self, step: int, key: ScoreKey) -> bool:
-        """Record one evaluation; True if it is the best so far. ``LAST`` never is."""
+        """Record one evaluation; return whether it is the best so far, which ``LAST`` never is."""
         improved = key != LAST and (self.best is None or key < self.best)
         if improved:
             self.best, self.best_step, self._waited = key, step, 0

@@ -1,4 +1,4 @@
-"""How well the starts of a prompt fit: the loss of the rows that its first update will read."""
+"""Scores candidates for initial prompts by the loss on the rows of the first update."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.training.step import batch_objective, label_counts
 
-#: Share of the room of packed batches that a portion of starts fills: rows do not divide evenly.
+#: Share of the token budget that a portion of candidates fills: rows do not divide evenly.
 FILLED = 0.95
-#: Starts, each beside the prompt whose rows it is judged by.
+#: Candidates, each with the index of the prompt whose rows score it.
 Portion = list[tuple[int, Words]]
 
 
 class LossInitScorer:
-    """Compares starts by the loss of the rows that the prompt's first update will read.
+    """Compares candidates by the loss of the rows that the prompt's first update will read.
 
-    No row is read for it that is not trained on anyhow, and it costs a forward for each start. The
-    rows follow from the prompt's own settings, and so does what is found.
+    It reads no rows beyond those of training, and costs one forward per candidate. The rows, and
+    therefore the result, depend only on the prompt's own settings.
     """
 
     def __init__(
@@ -44,12 +44,9 @@ class LossInitScorer:
         evaluator: Evaluator,
         console: Console,
     ) -> None:
-        # A feed of its own: the run's begins at the same rows.
-        packed_rows = BatchSource(config, tasks).next_step([True] * len(config.prompts))
-        self._rows = [
-            [packed_row for packed_row in packed_rows if packed_row.prompt == i]
-            for i in range(len(config.prompts))
-        ]
+        # A second source: that of the run must still begin at the same rows.
+        rows = BatchSource(config, tasks).next_step([True] * len(config.prompts))
+        self._rows = [[row for row in rows if row.prompt == i] for i in range(len(config.prompts))]
         self._names = [prompt.name for prompt in config.prompts]
         self._steps = [config.prompt_steps(prompt) for prompt in config.prompts]
         self._evaluator, self._console = evaluator, console
@@ -57,10 +54,10 @@ class LossInitScorer:
 
     @contextmanager
     def working(self, asked: Mapping[int, int]) -> Iterator[None]:
-        """A bar, where the search takes long.
+        """Show the progress of the search.
 
         Args:
-            asked: prompts, and how many starts of each will be judged.
+            asked: index of each searched prompt -> number of its candidates.
         """
         num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
         number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
@@ -90,33 +87,33 @@ class LossInitScorer:
     def losses(
         self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
     ) -> list[float]:
-        """Mean loss per label behind each start, as that of the prompt beside it; a collective.
+        """Return the mean loss per label with each candidate as prompt; a collective.
 
-        Infinite where it is not finite. Starts are read in portions that fill a packed batch of
-        every rank, so that no more of them are held, and none stands in many packed batches.
+        A loss that is not finite counts as infinite. Candidates are scored in portions that fill a
+        packed batch of every rank, so that only one portion is in memory.
 
         Args:
-            embed: word embeddings [n, H] of token ids; may be a collective, too.
+            starts: index of a prompt, whose rows are read, and token ids of a candidate.
+            embed: returns embeddings [n, H] of token ids; may be a collective.
         """
         engine = self._evaluator.engine
         totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
         counts: list[int] = []
-        for portion, packed_rows, step_batch in prefetched(self._prepared, self._portions(starts)):
+        for portion, rows, batch in prefetched(self._prepared, self._portions(starts)):
             embedded = embed([word for _, words in portion for word in words])
             lengths = [len(words) for _, words in portion]
-            done = slice(len(counts), len(counts) + len(portion))
-            counts += (own := label_counts(packed_rows, len(portion)))
-            totals[done] = self._totals(
-                step_batch, [VirtualTokens(start) for start in embedded.split(lengths)], own
-            )
-            self._advance(len(packed_rows))
+            candidates = [VirtualTokens(tensor) for tensor in embedded.split(lengths)]
+            scored = slice(len(counts), len(counts) + len(portion))
+            counts += (own := label_counts(rows, len(portion)))
+            totals[scored] = self._totals(batch, candidates, own)
+            self._advance(len(rows))
         engine.all_reduce_sum([totals])
         engine.end_step()
         losses = [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
         return [loss if math.isfinite(loss) else math.inf for loss in losses]
 
     def _portions(self, starts: Sequence[tuple[int, Words]]) -> Iterator[Portion]:
-        """Whole starts, as many as fill the packed batches of all ranks, but one at least."""
+        """Split candidates into portions that fill the packed batches of all ranks."""
         most = FILLED * self._evaluator.budget.tokens * self._evaluator.engine.world_size
 
         def num_tokens(start: tuple[int, Words]) -> int:
@@ -126,21 +123,18 @@ class LossInitScorer:
         return portions(starts, num_tokens, most)
 
     def _prepared(self, portion: Portion) -> tuple[Portion, list[PackedRow], StepBatch]:
+        """Pack the rows of each candidate's prompt after the candidate."""
         engine = self._evaluator.engine
-        of_starts = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
-        packed_rows = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(of_starts)]
+        pairs = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
+        rows = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(pairs)]
         lengths = PromptLengths(tuple(len(words) for _, words in portion), (0,) * len(portion))
         rank = RankInfo(engine.rank, engine.world_size, engine.device)
-        return (
-            portion,
-            packed_rows,
-            prepare_step(packed_rows, lengths, rank, self._evaluator.budget.tokens),
-        )
+        return portion, rows, prepare_step(rows, lengths, rank, self._evaluator.budget.tokens)
 
     def _totals(
         self, step_batch: StepBatch, virtual_tokens: Sequence[VirtualTokens], counts: Sequence[int]
     ) -> Tensor:
-        """Summed loss of this rank's labels behind each start of a portion, in float64."""
+        """Return the summed loss of this rank's labels for each candidate, in float64."""
         engine, base = self._evaluator.engine, self._evaluator.base
         on_device = [start.to(engine.device) for start in virtual_tokens]
         totals = torch.zeros(len(on_device), dtype=torch.float64, device=engine.device)

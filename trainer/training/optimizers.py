@@ -1,4 +1,4 @@
-"""Update rules and learning-rate schedules that torch does not have, or not in this form."""
+"""Update rules (Adafactor, Muon and those of torch) and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens
 
 
 def cosine_decay(progress: float) -> float:
-    """Half a cosine from 1 to 0; as in transformers' ``get_cosine_schedule_with_warmup``."""
+    """Decay from 1 to 0 along half a cosine; transformers' ``get_cosine_schedule_with_warmup``."""
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def linear_decay(progress: float) -> float:
-    """From 1 to 0 in a line; as in transformers' ``get_linear_schedule_with_warmup``."""
+    """Decay linearly from 1 to 0, as in transformers' ``get_linear_schedule_with_warmup``."""
     return max(0.0, 1.0 - progress)
 
 
-#: Factor of the learning rate after warm-up, by the share of its updates that were made.
+#: Factor of the learning rate after warm-up, as a function of the share of updates made.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": linear_decay,
@@ -30,13 +30,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def scheduled(schedule: str, update: int, num_warmup_updates: int, num_updates: int) -> float:
-    """Factor of the learning rate: rises in a line to 1, then what the schedule says.
+def learning_rate_factor(
+    schedule: str, update: int, num_warmup_updates: int, num_updates: int
+) -> float:
+    """Return the factor of the learning rate: linear warm-up to 1, then the schedule.
 
-    Warm-up begins above 0, unlike transformers', whose first update changes nothing.
+    Warm-up begins above 0, unlike in transformers, where the first update changes nothing.
 
     Args:
-        update: updates made before this one.
+        update: number of updates made before this one.
     """
     if update < num_warmup_updates:
         return (update + 1) / (num_warmup_updates + 1)
@@ -45,7 +47,7 @@ def scheduled(schedule: str, update: int, num_warmup_updates: int, num_updates: 
 
 
 class _Directed(torch.optim.Optimizer):
-    """Moves every parameter that has a gradient by its rate along what ``_direction`` gives."""
+    """Subtracts learning rate times ``_direction`` from every parameter that has a gradient."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -53,7 +55,7 @@ class _Directed(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        assert closure is None, "the loss is known already"
+        assert closure is None, "closures are not supported"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -68,10 +70,10 @@ class _Directed(torch.optim.Optimizer):
 class Adafactor(_Directed):
     """Adafactor without parameter scaling, relative steps or first moment (arXiv 1804.04235).
 
-    The second moment of a matrix is kept as the means of its rows and columns; the decay rate of
-    update t is ``1 - t ** -0.8``; an update whose root mean square is above 1 is scaled down to it.
-    As Lester et al. use it for prompts (arXiv 2104.08691, section 3), and as transformers'
-    ``Adafactor(scale_parameter=False, relative_step=False)``. torch's own always scales by the
+    The second moment of a matrix is stored as the means of its rows and columns; the decay rate of
+    update t is ``1 - t ** -0.8``; updates are clipped to a root mean square of 1. Equal to
+    transformers' ``Adafactor(scale_parameter=False, relative_step=False)`` and to the use for
+    prompts in Lester et al. (arXiv 2104.08691, section 3). torch's Adafactor always scales by the
     parameter.
     """
 
@@ -111,17 +113,17 @@ NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 class Muon(_Directed):
-    """Momentum whose matrices are made orthogonal: all directions of an update are equally large.
+    """Orthogonalized momentum: all directions of an update are equally large.
 
-    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). An update's root mean square is
-    the learning rate, for each matrix, as arXiv 2502.16982 (section 2.2) holds it to that of Adam,
-    so that rates mean the same for both. Virtual tokens are one matrix [P, H]; keys and values [P,
-    L, 2, A, D] are one matrix [P, A * D] for each layer's keys and for its values. The gradient of
-    a prompt has a few directions that hide all others: Adam follows each element, Muon each
-    direction. In float64: weak directions grow by up to 500 times, and rounding with them.
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). The root mean square of each
+    matrix's update is the learning rate, as in arXiv 2502.16982 (section 2.2), so that learning
+    rates are comparable with Adam's. Virtual tokens are one matrix [P, H]; keys and values [P, L,
+    2, A, D] are one matrix [P, A * D] for each layer's keys and for its values. A few directions
+    dominate the gradient of a prompt; Muon gives all directions equal weight. Computed in float64,
+    because weak directions, and rounding errors with them, grow by up to 500 times.
 
     Args:
-        momentum: how much of the mean gradient stays at an update.
+        momentum: share of the mean gradient that an update keeps.
     """
 
     def __init__(
@@ -169,8 +171,11 @@ def make_update_rule(
     betas: tuple[float, float] | None,
     kind: type[SoftPrompt],
 ) -> torch.optim.Optimizer:
-    """One formula on every device: the fused and foreach kernels round differently, and replicas on
-    all ranks must stay equal to the bit. Weight decay is ours."""
+    """Create an optimizer without weight decay, which ``PromptOptimizer`` applies.
+
+    The same formula runs on every device: fused and foreach kernels round differently, and the
+    replicas of all ranks must stay bit-equal.
+    """
     if name == "adafactor":
         return Adafactor(parameters, lr=learning_rate)
     if name == "muon":
@@ -179,8 +184,8 @@ def make_update_rule(
         return torch.optim.SGD(
             parameters, lr=learning_rate, momentum=momentum, foreach=False, fused=False
         )
-    assert name == "adamw", f"config allows an optimizer that nobody wrote: {name}"
-    assert betas is not None, "config fills them in"
+    assert name == "adamw", f"unknown optimizer: {name}"
+    assert betas is not None, "config sets them for adamw"
     return torch.optim.AdamW(
         parameters, lr=learning_rate, betas=betas, weight_decay=0.0, foreach=False, fused=False
     )

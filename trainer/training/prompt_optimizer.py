@@ -16,29 +16,28 @@ from torch import Tensor, nn
 from trainer.config import Prompt
 from trainer.config.prompt import DEFAULT_BETAS
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
-from trainer.training.optimizers import make_update_rule, scheduled
+from trainer.training.optimizers import learning_rate_factor, make_update_rule
 
-#: What a checkpoint calls the average and the start of a parameter, beside its moments.
+#: Names of a parameter's average and initial value in a checkpoint, beside its moments.
 AVERAGE, START = "average", "start"
 
 
 class PromptOptimizer:
-    """An optimizer with warm-up, schedule, and clipping by one prompt's global norm.
+    """An optimizer with warm-up, schedule, and clipping by the prompt's global norm.
 
-    Weight decay is decoupled from the gradient (arXiv 1711.05101) in all of them.
+    Weight decay is decoupled from the gradient (arXiv 1711.05101) for every update rule.
 
     Args:
         decay_to_start: weight decay pulls towards the values at construction instead of zero.
-        scale: what the learning rate is a share of. Adam moves every element by about its rate,
-            whatever the gradient's size: relative to what the prompt starts from, the same rate
-            means the same for every base.
-        ema_decay: how much of the running average stays at an update; None: no average is kept.
+        scale: multiplies the learning rate. Adam moves every element by about its learning rate,
+            so one that is relative to the initial values means the same for every base.
+        ema_decay: share of the running average that an update keeps; None: no average.
 
     Attributes:
-        updates: updates made so far.
-        averaged: the parameters as they are to be judged and used: their exponential moving
-            average; None where none is kept. Its decay begins low, ``(1 + t) / (10 + t)``, so that
-            a short run does not remember its start (as TensorFlow's ExponentialMovingAverage).
+        updates: number of updates made.
+        averaged: exponential moving average of the parameters, which is validated and exported;
+            None without one. The decay rises from ``(1 + t) / (10 + t)``, so that a short run
+            forgets its initial values (as in TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(
@@ -79,16 +78,18 @@ class PromptOptimizer:
 
     @property
     def _rate(self) -> float:
-        """The same before it is made absolute."""
-        factor = scheduled(self._schedule, self.updates, self._num_warmup, self._num_updates)
+        """Learning rate of the next update, before it is multiplied by the scale."""
+        factor = learning_rate_factor(
+            self._schedule, self.updates, self._num_warmup, self._num_updates
+        )
         return self._peak * factor
 
     def step(self) -> float:
         """Clip and update from the parameters' ``grad``, then clear it.
 
         Returns:
-            The norm before clipping. If it is not finite, nothing has changed: neither weights nor
-            moments nor the schedule.
+            The norm before clipping. If it is not finite, weights, moments and schedule have not
+            changed.
         """
         norm = self._clip()
         if math.isfinite(norm):
@@ -109,7 +110,7 @@ class PromptOptimizer:
 
     @torch.no_grad()
     def _decay(self) -> None:
-        rate = self._rate * self._weight_decay  # a share of the weights, whatever their scale
+        rate = self._rate * self._weight_decay  # relative to the weights, independent of the scale
         if not rate:
             return
         for name, parameter in self._parameters.items():
@@ -168,15 +169,15 @@ class PromptOptimizer:
 def make_optimizer(
     prompt: Prompt, parameters: Mapping[str, nn.Parameter], num_updates: int, scale: float = 1.0
 ) -> PromptOptimizer:
-    """The optimizer that the run file asks for. Warm-up is rounded up, as transformers does.
+    """Create the optimizer of a prompt. Warm-up is rounded up, as in transformers.
 
     Args:
-        scale: of the encoder, for a rate that is relative to it.
+        scale: of the encoder's initial values, for a relative learning rate.
     """
     relative = prompt.relative_learning_rate
     rate = prompt.learning_rate if relative is None else relative
-    assert rate is not None, "config fills one of them in"
-    assert prompt.optimizer is not None, "and this"
+    assert rate is not None, "config sets one of them"
+    assert prompt.optimizer is not None, "config sets it"
     return PromptOptimizer(
         parameters,
         learning_rate=rate,

@@ -1,4 +1,4 @@
-"""Counts what autograd keeps between forward and backward."""
+"""Counts the bytes that autograd saves from forward to backward."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Inside, the bytes of all saved tensors are counted, each piece of memory once.
+    """Context of a forward that counts the bytes of all saved tensors, each storage once.
 
-    Stands around a forward. What a recomputed layer saves in backward is not seen, and weights that
-    a frozen layer reads again are not saved.
+    Tensors that a recomputed layer saves in backward are not counted.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""From a packed batch to each prompt's share of the objective.
+"""Forward and backward of one training step: each prompt's loss and gradient.
 
 Shape letters: N label positions, K prompts of the bank.
 """
@@ -24,7 +24,7 @@ from trainer.training.saved_tensors import SavedBytes
 
 
 def label_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
-    """Label tokens of each prompt in these rows, [K]; all ranks compute them before a forward."""
+    """Return the number of label tokens of each prompt in these rows, [K]."""
     counts = [0] * num_prompts
     for row in rows:
         if row.prompt is not None and not row.is_padding:
@@ -33,7 +33,7 @@ def label_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
 
 
 def text_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
-    """Tokens of text that each prompt reads in these packed rows, [K]."""
+    """Return the number of text tokens that each prompt reads in these rows, [K]."""
     counts = [0] * num_prompts
     for row in rows:
         assert row.prompt is not None
@@ -48,15 +48,15 @@ def batch_objective(
     counts: Sequence[int],
     teacher_DH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """This packed batch's part of ``sum over k of (mean loss per label token of prompt k)``.
+    """Return a batch's part of ``sum over k of (mean loss per label token of prompt k)``.
 
-    The loss is the cross-entropy or, where a teacher is read, the divergence from its distribution.
+    The loss is the cross-entropy or, with a teacher, the divergence from its distribution.
 
     Args:
         counts: label tokens of each prompt in the whole step, over all ranks and packed batches,
             [K]. Dividing by them here makes every split of a step give the same gradient, and makes
             each prompt's gradient independent of the others'.
-        teacher_DH: of ``read_teacher``.
+        teacher_DH: result of ``read_teacher``.
 
     Returns:
         The scalar to differentiate, and the loss sums of each prompt, detached, fp32 [K].
@@ -64,7 +64,7 @@ def batch_objective(
     loss_N = base(batch, virtual_tokens, teacher_DH).losses.loss_N
     weight_N = (batch.label_slot_N >= 0).to(loss_N.dtype)
     inverse_K = torch.tensor([1.0 / count if count else 0.0 for count in counts])
-    # Small, and sent without a wait for what the device has yet to do, as all that follows rows is.
+    # Copied without waiting for the device's earlier work.
     inverse_N = inverse_K.to(loss_N.device, non_blocking=True)[batch.label_prompt_N]
     sums_K = torch.zeros(len(counts), device=loss_N.device)
     sums_K.index_add_(0, batch.label_prompt_N, (loss_N * weight_N).detach())
@@ -73,18 +73,18 @@ def batch_objective(
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found, equal on all ranks but for the lengths of packed batches.
+    """Result of one step, equal on all ranks except for the lengths of packed batches.
 
     Attributes:
         losses: mean loss per label token of each prompt, cross-entropy or divergence from its
-            teacher; NaN where it read no rows.
-        gradients: d loss / d virtual tokens of each prompt, summed over ranks; None where it
-            read no rows, or where loss or gradient is not finite on any rank.
-        skipped: prompts whose update is left out because something was not finite.
-        tokens: of text, that the base read for each prompt, over all ranks.
-        longest_batch, first_batch: tokens of these packed batches of this rank.
-        splits: packed batches that did not fit on their rank and were cut in two, over all ranks.
-        stopping: some rank received a stop signal.
+            teacher; NaN if it read no rows.
+        gradients: d loss / d virtual tokens of each prompt, summed over ranks; None if it read no
+            rows, or if loss or gradient is not finite on any rank.
+        skipped: prompts whose update is skipped because a number was not finite.
+        tokens: text tokens that the base read for each prompt, over all ranks.
+        longest_batch, first_batch: tokens of the longest and the first packed batch of this rank.
+        splits: packed batches that did not fit and were split in two, over all ranks.
+        stopping: a rank received a stop signal.
     """
 
     losses: list[float]
@@ -102,7 +102,7 @@ class StepResult:
 
 
 class OutOfMemory(RuntimeError):
-    """A packed batch did not fit on a rank that cannot try again without the others."""
+    """A packed batch did not fit, and the rank cannot repeat it without the other ranks."""
 
 
 def step_gradients(
@@ -113,7 +113,7 @@ def step_gradients(
     max_tokens: int,
     teachers: Sequence[SoftPrompt] = (),
 ) -> StepResult:
-    """``batch_gradients`` of rows that were not prepared ahead."""
+    """Pack rows, and return their ``batch_gradients``."""
     lengths = prompt_lengths(virtual_tokens)
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
     step_batch = prepare_step(list(rows), lengths, rank, max_tokens)
@@ -128,25 +128,25 @@ def batch_gradients(
     saved: SavedBytes | None = None,
     teachers: Sequence[SoftPrompt] = (),
 ) -> StepResult:
-    """Forward and backward over this rank's packed batches of a step, and the sum over ranks.
+    """Run forward and backward over this rank's packed batches, and all-reduce the results.
 
-    Sums carry NaN from any rank to all, so all leave out the same updates without another word.
+    The sums carry a NaN of any rank to all, so that all ranks skip the same updates.
 
     Args:
-        saved: counts what the first packed batch's forward saves.
-        teachers: of ``read_teacher``.
+        saved: counts the bytes that the first packed batch's forward saves.
+        teachers: token embeddings of the teachers, for ``read_teacher``.
 
     Raises:
-        OutOfMemory: if a packed batch does not fit, and other ranks take part in its gathers or it
-            is one row.
+        OutOfMemory: a packed batch does not fit, and cannot be split: it is one row, or other ranks
+            take part in its gathers.
     """
     leaves = [prompt.leaf() for prompt in virtual_tokens]
     counts = label_counts(step_batch.rows, len(leaves))
-    found = _Sums(engine, leaves, teachers)
-    todo = deque(zip(step_batch.plan, step_batch.batches, strict=True))
-    while todo:
-        rows, batch = todo.popleft()
-        failure = found.add(base, batch.to(engine.device), counts, saved)
+    sums = _StepSums(engine, leaves, teachers)
+    remaining = deque(zip(step_batch.plan, step_batch.batches, strict=True))
+    while remaining:
+        rows, batch = remaining.popleft()
+        failure = sums.add(base, batch.to(engine.device), counts, saved)
         saved = None
         if failure is None:
             engine.note_trained_batch()
@@ -158,31 +158,27 @@ def batch_gradients(
                 f"set training.micro_batch_tokens={max(1, tokens // 2)}, "
                 "or engine.gradient_checkpointing=true"
             )
-        found.splits += 1
+        sums.splits += 1
         lengths = prompt_lengths(leaves)
         for part in (rows[half:], rows[:half]):
             distilled = batch.teacher is not None
             half_batch = prepare_batch(part, lengths, engine.device, distilled=distilled)
-            todo.appendleft((part, half_batch))
-    # A prompt without rows, as one that has stopped, has no gradient on any rank: none is sent.
-    sent = [g for g, count in zip(found.gradients, counts, strict=True) if count]
-    stops = torch.full_like(found.splits, float(stop_signals.stop_requested()))
-    engine.all_reduce_sum([found.sums_K, found.splits, stops, *sent])
+            remaining.appendleft((part, half_batch))
+    # Prompts without rows, such as stopped ones, have no gradient on any rank.
+    reduced = [g for g, count in zip(sums.gradients, counts, strict=True) if count]
+    stops = torch.full_like(sums.splits, float(stop_signals.stop_requested()))
+    engine.all_reduce_sum([sums.losses_K, sums.splits, stops, *reduced])
     engine.end_step()
 
-    # One wait of the host for all that it must know.
-    whole_K = torch.stack([gradient.isfinite().all() for gradient in found.gradients]).to(stops)
-    numbers = torch.cat([found.sums_K, whole_K, found.splits, stops]).tolist()
-    sums, whole, (splits, stopping) = (
-        numbers[: len(counts)],
-        numbers[len(counts) : -2],
-        numbers[-2:],
-    )
-    losses = [s / n if n else math.nan for s, n in zip(sums, counts, strict=True)]
-    finite = [math.isfinite(loss) and bool(ok) for loss, ok in zip(losses, whole, strict=True)]
+    # The host waits for the device only once.
+    finite_K = torch.stack([gradient.isfinite().all() for gradient in sums.gradients]).to(stops)
+    *numbers, splits, stopping = torch.cat([sums.losses_K, finite_K, sums.splits, stops]).tolist()
+    totals, all_finite = numbers[: len(counts)], numbers[len(counts) :]
+    losses = [total / n if n else math.nan for total, n in zip(totals, counts, strict=True)]
+    finite = [math.isfinite(loss) and bool(ok) for loss, ok in zip(losses, all_finite, strict=True)]
     return StepResult(
         losses=losses,
-        gradients=[g if ok else None for g, ok in zip(found.gradients, finite, strict=True)],
+        gradients=[g if ok else None for g, ok in zip(sums.gradients, finite, strict=True)],
         skipped=[count > 0 and not ok for count, ok in zip(counts, finite, strict=True)],
         tokens=text_counts(step_batch.rows, len(leaves)),
         longest_batch=max(len(batch.token_ids_T) for batch in step_batch.batches),
@@ -192,13 +188,13 @@ def batch_gradients(
     )
 
 
-class _Sums:
-    """What the packed batches of a step add up to on this rank.
+class _StepSums:
+    """Sums over the packed batches of a step on this rank.
 
     Attributes:
-        sums_K: loss sums of each prompt.
+        losses_K: sum of the losses of each prompt.
         gradients: of each prompt, [P, H].
-        splits: packed batches that were cut in two, [1].
+        splits: number of packed batches that were split in two, [1].
     """
 
     def __init__(
@@ -206,22 +202,22 @@ class _Sums:
     ) -> None:
         self._leaves, self._teachers = leaves, teachers
         self._tensors = [leaf.tensor for leaf in leaves]
-        self.sums_K = torch.zeros(len(leaves), device=engine.device)
+        self.losses_K = torch.zeros(len(leaves), device=engine.device)
         self.gradients = [torch.zeros_like(tensor) for tensor in self._tensors]
         self.splits = torch.zeros(1, device=engine.device)
 
     def add(
         self, base: nn.Module, batch: PackedBatch, counts: Sequence[int], saved: SavedBytes | None
     ) -> str | None:
-        """All of a packed batch or, where there is no memory for it, nothing and the reason."""
+        """Add a packed batch; if memory runs out, add nothing and return the reason."""
         try:
             teacher_DH = read_teacher(base, batch, self._teachers)
             with saved or nullcontext():
-                objective, sums_K = batch_objective(base, batch, self._leaves, counts, teacher_DH)
+                objective, losses_K = batch_objective(base, batch, self._leaves, counts, teacher_DH)
             gradients = torch.autograd.grad(objective, self._tensors, allow_unused=True)
         except torch.OutOfMemoryError as error:
             return str(error).split(". ")[0]
-        self.sums_K += sums_K
+        self.losses_K += losses_K
         for total, gradient in zip(self.gradients, gradients, strict=True):
             if gradient is not None:
                 total += gradient

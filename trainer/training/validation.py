@@ -144,7 +144,7 @@ class Validator:
 
     def _judge(self, k: int, scores: Scores, validation: Scored | None) -> Metrics | None:
         name, step = self.bank.names[k], self.progress.step
-        if not scores:  # a task without validation: the last prompt is the best we know
+        if not scores:  # a task without validation keeps the newest prompt
             self.bank.keep_best(k)
             return None
         scores = scores | gaps(scores, *self.progress.train_losses.pop(name, (0.0, 0)))

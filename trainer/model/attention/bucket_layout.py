@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trainer.packing.packed_batch import Segment, changed
+from trainer.packing.packed_batch import Segment, map_tensors
 
 #: Shortest segment of a bucket relative to its longest: less padding against fewer kernel calls.
 BUCKET_RATIO = 0.7
@@ -138,7 +138,9 @@ def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
         places = torch.arange(bucket.query_SQ.numel()).view_as(bucket.query_SQ) + offset
         restore_T[bucket.query_SQ[~bucket.padding_SQ]] = places[~bucket.padding_SQ]
         offset += bucket.query_SQ.numel()
-    return changed(Buckets(buckets, restore_T), lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(
+        Buckets(buckets, restore_T), lambda tensor: tensor.to(device, non_blocking=True)
+    )
 
 
 def _candidate_runs(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from trainer.model.attention.bucket_layout import Scores
-from trainer.packing.packed_batch import Segment, changed
+from trainer.packing.packed_batch import Segment, map_tensors
 
 #: In ``prefixes``: no prefix.
 NONE = -1
@@ -153,7 +153,7 @@ def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexL
         segment_K[start : start + length] = start
         position_K[start : start + length] = torch.arange(length)
     layout = FlexLayout(segment_K, prefix_CT.unbind(), position_K)
-    return changed(layout, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.model.attention.bucket_layout import prefix_indices, stack_padded
-from trainer.packing.packed_batch import Segment, changed
+from trainer.packing.packed_batch import Segment, map_tensors
 
 
 @dataclass(frozen=True)
@@ -49,4 +49,4 @@ def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
     place_T = torch.zeros(max(row.start + row.length for row in rows), dtype=torch.long)
     place_T[token_BL[is_own_BL]] = is_own_BL.flatten().nonzero().flatten()
     padded = PaddedRows(token_BL, is_token_BL.long(), column.expand_as(token_BL), place_T)
-    return changed(padded, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(padded, lambda tensor: tensor.to(device, non_blocking=True))
