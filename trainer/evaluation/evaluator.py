@@ -86,15 +86,13 @@ class Evaluator:
         missing = [r for r, nll in zip(requests, cached, strict=True) if nll is None]
         slots = [request.num_slots for request in missing]
         computed = iter(self._candidate_nll(missing, lengths, virtual_tokens).split(slots))
-        nll_of = []
-        for request, cached_nll in zip(requests, cached, strict=True):
-            nll = next(computed) if cached_nll is None else cached_nll
-            if cached_nll is None and request.is_baseline:
-                self._write_cache(request, nll)
-            nll_of.append(nll)
+        nll = [next(computed) if known is None else known for known in cached]
+        for request, known, value in zip(requests, cached, nll, strict=True):
+            if known is None and request.is_baseline:
+                self._write_cache(request, value)
         scored = [
-            self._result(request, nll, virtual_tokens)
-            for request, nll in zip(requests, nll_of, strict=True)
+            self._result(request, value, virtual_tokens)
+            for request, value in zip(requests, nll, strict=True)
         ]
         if any(request.teacher is not None for request in requests):
             sums = self._compare_with_teachers(requests, lengths, virtual_tokens)
