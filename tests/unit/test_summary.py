@@ -61,6 +61,7 @@ def test_keys_of_a_later_version_are_kept_and_ignored(tmp_path: Path) -> None:
     values |= {"schema_version": SCHEMA_VERSION, "new": {"a": 1}}
     values["prompts"]["triage"]["note"] = "text"
     values["memory"]["new_bytes"] = 3
+    values["data"]["triage"]["train"]["lengths"] = [1, 2]
     (tmp_path / "summary.json").write_text(json.dumps(values))
     summary = load_summary(tmp_path)
     assert summary is not None

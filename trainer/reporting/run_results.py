@@ -17,11 +17,9 @@ from trainer.reporting.html import write_report
 from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import (
     SCHEMA_VERSION,
-    PromptResult,
     RunSummary,
     Selection,
     ShorterPrompt,
-    TaskResult,
     save_summary,
 )
 from trainer.runtime.console import Console
@@ -38,19 +36,21 @@ def write_results(
     """
     _save_adapters(output, loop, files, console)
     config, progress = loop.config, loop.progress
-    tasks = {
-        name: TaskResult(**{**progress.baselines.get(name, {}), "rows": _num_rows(data)})
-        for name, data in loop.tasks.items()
-    }
-    summary = RunSummary(
-        schema_version=SCHEMA_VERSION,
-        status="finished",
-        steps=progress.step,
-        prompts=_prompt_results(loop),
-        tasks=tasks,
-        data={name: data.counts for name, data in loop.tasks.items()},
-        **measured,
+    summary = RunSummary.model_validate(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "status": "finished",
+            "steps": progress.step,
+            "prompts": _prompt_results(loop),
+            "tasks": {
+                name: {**progress.baselines.get(name, {}), "rows": _num_rows(data)}
+                for name, data in loop.tasks.items()
+            },
+            "data": {name: data.counts for name, data in loop.tasks.items()},
+            **measured,
+        }
     )
+    tasks = dict(summary.tasks)
     with console.phase("comparing prompts with baselines"):
         for table in task_tables(config, summary):
             comparison = compare(output, table)
@@ -100,24 +100,23 @@ def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console)
             )
 
 
-def _prompt_results(loop: Loop) -> dict[str, PromptResult]:
+def _prompt_results(loop: Loop) -> dict[str, dict[str, Any]]:
+    """Fields of every ``PromptResult``, by the prompt's name."""
     progress = loop.progress
     results = {}
     for prompt in loop.config.prompts:
         stopped = progress.stopped.get(prompt.name)
         last_step = (stopped or {}).get("step", progress.step)
-        results[prompt.name] = PromptResult.model_validate(
-            {
-                "task": prompt.task,
-                "method": prompt.method,
-                "objective": prompt.objective,
-                "num_virtual_tokens": prompt.num_virtual_tokens,
-                "best_step": loop.validator.stopping[prompt.name].best_step or last_step,
-                "skipped_updates": progress.skipped.get(prompt.name, 0),
-                "stopped": stopped,
-                **progress.scores.get(prompt.name, {}),
-            }
-        )
+        results[prompt.name] = {
+            "task": prompt.task,
+            "method": prompt.method,
+            "objective": prompt.objective,
+            "num_virtual_tokens": prompt.num_virtual_tokens,
+            "best_step": loop.validator.stopping[prompt.name].best_step or last_step,
+            "skipped_updates": progress.skipped.get(prompt.name, 0),
+            "stopped": stopped,
+            **progress.scores.get(prompt.name, {}),
+        }
     return results
 
 

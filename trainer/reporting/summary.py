@@ -118,6 +118,15 @@ class TaskResult(_Model):
     comparison: Comparison | None = None
 
 
+class RowCounts(_Model):
+    """Rows of one split: all, skipped or truncated as too long, and also in the train rows."""
+
+    rows: int | None = None
+    skipped: int = 0
+    truncated: int = 0
+    also_in_train: int = 0
+
+
 class ShorterPrompt(_Model):
     """A shorter prompt within one standard error of the best one."""
 
@@ -190,7 +199,7 @@ class RunSummary(_Model):
     steps: int | None = None
     prompts: dict[str, PromptResult] = {}
     tasks: dict[str, TaskResult] = {}
-    data: dict[str, dict[str, dict[str, int]]] = {}
+    data: dict[str, dict[str, RowCounts]] = {}
     throughput: Throughput = Field(default_factory=Throughput)
     memory: Memory = Field(default_factory=Memory)
     communication: Communication = Field(default_factory=Communication)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from trainer.reporting.result_table import ResultRow, TaskTable
-from trainer.reporting.summary import RunSummary
+from trainer.reporting.summary import RowCounts, RunSummary
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json
 
@@ -22,7 +22,6 @@ class DataSplit(BaseModel):
     Attributes:
         digest: SHA-256 of the file.
         also_in_train: (validation row, train row) of some rows that are in both, as FILE:LINE.
-        counts: ``skipped``, ``truncated`` and ``also_in_train`` rows.
     """
 
     task: str
@@ -31,10 +30,7 @@ class DataSplit(BaseModel):
     rows: int | None = None
     digest: str = ""
     also_in_train: list[tuple[str, str]] = []
-    counts: dict[str, int] = {}
-
-    def count(self, name: str) -> int:
-        return self.counts.get(name, 0)
+    counts: RowCounts = RowCounts()
 
     @property
     def title(self) -> str:
@@ -50,7 +46,7 @@ def data_splits(output_dir: Path, summary: RunSummary | None) -> list[DataSplit]
         return []
     data = summary.data if summary else {}
     return [
-        split.model_copy(update={"counts": data.get(split.task, {}).get(split.split, {})})
+        split.model_copy(update={"counts": data.get(split.task, {}).get(split.split, RowCounts())})
         for split in splits
     ]
 
@@ -81,20 +77,20 @@ def run_warnings(
 
 def _data_warnings(split: DataSplit) -> list[str]:
     warnings = []
-    if leaked := split.count("also_in_train"):
+    if leaked := split.counts.also_in_train:
         rows = [f"{row} is {train_row}" for row, train_row in split.also_in_train]
         rows += ["..."] if leaked > len(rows) else []
         warnings.append(
             f"{split.task}: {leaked} of {split.rows} {split.title} rows also appear in the "
             f"training data ({'; '.join(rows)}); scores may be inflated."
         )
-    for name, reason in (
-        ("skipped", "too long for the context (tasks.too_long: skip)"),
-        ("truncated", "cut from the left (tasks.too_long: truncate)"),
+    of = f" of {split.rows}" if split.rows else ""
+    for count, reason in (
+        (split.counts.skipped, "skipped, too long for the context (tasks.too_long: skip)"),
+        (split.counts.truncated, "truncated, cut from the left (tasks.too_long: truncate)"),
     ):
-        if count := split.count(name):
-            of = f" of {split.rows}" if split.rows else ""
-            warnings.append(f"{split.task} {split.title}: {count}{of} rows were {name}, {reason}.")
+        if count:
+            warnings.append(f"{split.task} {split.title}: {count}{of} rows were {reason}.")
     return warnings
 
 
