@@ -160,7 +160,7 @@ def test_halving(run_file):
     assert (run.search.halving.eta, run.search.halving.first) == (3, 3)
     none = "tasks.triage.validation_share=0"
     (problem,) = problems_of(run_file(), none, "search.halving.first=3")
-    assert "search.halving: task 'triage' has no validation to stop by" in problem
+    assert "search.halving: task 'triage' has no validation rows" in problem
     (problem,) = problems_of(run_file(), validated, "search.halving.first=10")
     assert "search.halving.first: 10 is not before the last step (10)" in problem
     (problem,) = problems_of(run_file(), validated, "search.halving={first: 2, eta: 1}")
@@ -169,9 +169,7 @@ def test_halving(run_file):
 
 def test_more_prompts_than_max_prompts(run_file):
     (problem,) = problems_of(run_file(), "search.max_prompts=1")
-    assert problem.endswith(
-        "prompts: 2, but search.max_prompts is 1; raise it, or train some in another run"
-    )
+    assert problem.endswith("prompts: 2, but search.max_prompts is 1; raise it, or split the run")
 
 
 def test_a_name_made_of_digits_is_found_before_an_index(run_file):
@@ -212,7 +210,7 @@ def test_every_bad_override_is_reported(run_file):
         ),
         (
             "tasks.triage.choices=[a]",
-            "tasks[0].choices: ['a'] needs at least two values, all different",
+            "tasks[0].choices: ['a'] must be at least two different values",
         ),
     ],
 )
@@ -271,7 +269,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "method: p_tuning",
             "init: zero",
             17,
-            "prompts[1].init: zero leaves the base nothing to read",
+            "prompts[1].init: zero works with method: prefix_tuning only",
         ),
         (
             "method: p_tuning",
@@ -289,7 +287,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "- name: two",
             "- name: one",
             11,
-            "prompts: names must differ; used more than once: one",
+            "prompts: names must be unique; used more than once: one",
         ),
         (
             "choices: [a, b]",
@@ -307,7 +305,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             'target: " {label}"',
             'target: " {a} {b}"',
             9,
-            "tasks[0].choices: target must have exactly one {column} field to put them in, found 2",
+            "tasks[0].choices: target must have exactly one {column} field, but has 2",
         ),
         (
             'input: "{text}\\nTopic:"',
@@ -471,7 +469,7 @@ def test_labels_need_choices(run_file):
     assert load(run_file(), ["prompts.one.init=labels"]).prompts[0].init.labels
     without = replaced("    choices: [a, b]\n    metric: accuracy\n", "")
     (problem,) = problems_of(run_file(without), "prompts.one.init={labels: true}")
-    assert "prompts[0].init.labels: task 'triage' has no choices to start from" in problem
+    assert "prompts[0].init.labels: task 'triage' has no choices; list them" in problem
 
 
 def test_a_prompt_to_start_from_is_written_as_it_was_read(run_file, tmp_path):
@@ -614,16 +612,22 @@ def test_every_setting_but_plain_names_says_what_it_is():
     [
         ("betas=0.9", "prompts[0].betas: 0.9 must be a list of two numbers, as [0.8, 0.99]"),
         ("betas=[0.8,1]", "prompts[0].betas[1]: 1 must be less than 1"),
-        ("optimizer=adafactor prompts.one.betas=[0.8,0.9]", "prompts[0].betas: adafactor has none"),
-        ("optimizer=adamw prompts.one.momentum=0.9", "prompts[0].momentum: adamw has none; use"),
+        (
+            "optimizer=adafactor prompts.one.betas=[0.8,0.9]",
+            "prompts[0].betas: adafactor does not use them",
+        ),
+        (
+            "optimizer=adamw prompts.one.momentum=0.9",
+            "prompts[0].momentum: adamw does not use it; use",
+        ),
         (
             "optimizer=muon prompts.one.method=p_tuning",
-            "prompts[0].optimizer: muon trains the prompt itself, not encoder mlp; use adamw",
+            "prompts[0].optimizer: muon cannot train encoder mlp; use adamw",
         ),
         ("weight_decay_to_init=true", "prompts[0].weight_decay_to_init: weight_decay is 0"),
         ("preset=leser", "prompts[0].preset: 'leser' is not one of lester"),
         ("ema=1", "prompts[0].ema: 1 must be less than 1"),
-        ("optimizer=sgd", "prompts[0].learning_rate: optimizer sgd has no default; give one"),
+        ("optimizer=sgd", "prompts[0].learning_rate: optimizer sgd has no default; set one"),
     ],
 )
 def test_optimizer_settings_without_effect_are_refused(run_file, setting, problem):
@@ -645,7 +649,7 @@ def test_learning_rate_and_relative_learning_rate_are_exclusive(run_file):
     (problems,) = problems_of(
         run_file(), "prompts.one.optimizer=sgd", "prompts.one.relative_learning_rate=0.1"
     )
-    assert "relative_learning_rate: an update of sgd is as large as its gradient" in problems
+    assert "relative_learning_rate: an update of sgd scales with the gradient" in problems
     reader = ["method=p_tuning", "encoder=text", "relative_learning_rate=0.1", "init={text: a b}"]
     (problems,) = problems_of(run_file(), *(f"prompts.one.{setting}" for setting in reader))
     assert "encoder text has no scale to be relative to; use learning_rate" in problems
@@ -654,9 +658,9 @@ def test_learning_rate_and_relative_learning_rate_are_exclusive(run_file):
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("tasks.triage.hand_written=[Look]", "hand_written: needs validation too"),
-        ("tasks.triage.shifted_validation=s.jsonl", "shifted_validation: needs validation too"),
-        ("evaluation.early_stopping.patience=2", "has no validation to stop by"),
+        ("tasks.triage.hand_written=[Look]", "hand_written: needs validation rows"),
+        ("tasks.triage.shifted_validation=s.jsonl", "shifted_validation: needs validation rows"),
+        ("evaluation.early_stopping.patience=2", "has no validation rows"),
     ],
 )
 def test_settings_that_need_validation_accept_a_share_of_train(run_file, setting, problem):
@@ -668,7 +672,7 @@ def test_settings_that_need_validation_accept_a_share_of_train(run_file, setting
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("tasks.triage.tests=calls", "tests: metric accuracy runs none"),
+        ("tasks.triage.tests=calls", "tests: metric accuracy does not use it"),
         ("prompts.one.encoder_hidden_size=8", "encoder_hidden_size: encoder embedding of prompt"),
         ("output_dir=", "output_dir"),
         ("base.trust_remote_code=true", "base.trust_remote_code: not supported yet"),
@@ -704,22 +708,22 @@ def test_sources_have_short_forms_and_dump_in_full(run_file):
         ("train=[]", "tasks[0].train: [] is empty; give at least one"),
         ("train={path: a, hub: b}", "tasks[0].train[0]: give either path or hub"),
         ("train={weight: 2}", "tasks[0].train[0]: give either path or hub"),
-        ("train={path: a, revision: main}", "train[0].revision: only a hub data set has one"),
+        ("train={path: a, revision: main}", "train[0].revision: works with hub only; remove it"),
         ("train={path: a, wieght: 2}", "train[0].wieght: unknown setting (did you mean 'weight'?)"),
         ("train=[{path: a, weight: 2}, b]", "train[1].weight: is missing; give every source"),
-        ("validation=[{path: a, weight: 2}]", "validation: weights mix train rows"),
+        ("validation=[{path: a, weight: 2}]", "validation: weight works with train only"),
         ("validation_share=1", "validation_share: 1 must be less than 1"),
-        ("{validation: v.jsonl, validation_share: 0.2}", "validation names its rows already"),
+        ("{validation: v.jsonl, validation_share: 0.2}", "validation_share: validation is set too"),
         ("messages=turns", "input: rows come from messages; remove one"),
         ("tokens={}", "target: rows come from tokens; remove one"),
         ("{input: '', target: '', messages: m, tokens: {}}", "tokens: rows come from messages"),
         ("input=", "tasks[0].input: is missing; add it"),
-        ("{metric: f1}", "metric: f1 compares sets of labels; add multi_label: true"),
+        ("{metric: f1}", "metric: f1 compares sets of labels; set multi_label: true"),
         ("{metric: loss, multi_label: true, choices: null}", "choices: multi_label needs them"),
-        ("{multi_label: true}", "metric: 'accuracy' takes one label; use f1 or exact_match"),
+        ("{multi_label: true}", "metric: 'accuracy' compares single labels; use f1 or exact_match"),
         (
             "{multi_label: true, metric: f1, choices: ['a, b', c]}",
-            "label_separator: ', ' stands in the choice 'a, b' too",
+            "label_separator: ', ' also occurs in the choice 'a, b'",
         ),
     ],
 )

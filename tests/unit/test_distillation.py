@@ -167,8 +167,11 @@ def example_with(tmp_path: Path, **prompt: Any) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["prompts.short.teacher=null"], "prompts[0].teacher: is missing; write what to distill"),
-        (["prompts.short.objective=labels"], "prompts[0].teacher: objective: labels has none"),
+        (["prompts.short.teacher=null"], "prompts[0].teacher: is missing; set the text"),
+        (
+            ["prompts.short.objective=labels"],
+            "prompts[0].teacher: objective: labels does not use it",
+        ),
         (
             ["prompts.short.objective=labels", "prompts.short.teacher=null"],
             "tasks[0].target: is missing; add it, or use objective: distill for short",
@@ -176,7 +179,7 @@ def example_with(tmp_path: Path, **prompt: Any) -> Path:
         (["tasks.notes.metric=exact_match"], "tasks[0].metric: 'exact_match' needs a target"),
         (
             ["tasks.notes.input=''", "tasks.notes.messages=m"],
-            "tasks[0].input: objective: distill puts a teacher in front of it",
+            "tasks[0].input: objective: distill needs input; it does not work with",
         ),
     ],
 )

@@ -180,7 +180,7 @@ def test_mistakes_of_sweeps_and_of_the_rest_are_reported_together(run_file):
 def test_two_prompts_with_one_name(run_file):
     text = GOOD.replace("- name: two", "- name: one-seed1")
     (problem,) = problems_of(run_file(text), "prompts.one.sweep.seed=[0, 1]")
-    assert problem.endswith("prompts: names must differ; used more than once: one-seed1")
+    assert problem.endswith("prompts: names must be unique; used more than once: one-seed1")
 
 
 def test_a_name_that_becomes_too_long(run_file):

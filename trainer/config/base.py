@@ -1,4 +1,4 @@
-"""The base, and how it is sharded."""
+"""Settings of the base model and of the engine that shards it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from trainer.config.types import (
 
 
 class Base(Section):
-    """The frozen pretrained model."""
+    """The frozen pretrained base model."""
 
-    model: PathText = Field(min_length=1, description="folder or hub id")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    quantization: Literal["int8", "none"] = Field("int8", description="how weights are stored")
+    model: PathText = Field(min_length=1, description="folder, or id on the Hugging Face hub")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    quantization: Literal["int8", "none"] = Field(
+        "int8", description="storage of the weights of linear layers"
+    )
     embeddings: Literal["keep", "int8"] = Field(
-        "keep", description="how word embeddings are stored; keep: in the checkpoint's type"
+        "keep", description="storage of the token embeddings; keep: as in the checkpoint"
     )
     head: Literal["keep", "int8"] = Field(
-        "keep", description="the same for the head; where it is the embedding table, both are one"
+        "keep",
+        description="storage of the LM head; must equal embeddings if the two are tied",
     )
     matmul: Literal["auto", "int8", "int8_outliers", "bitsandbytes", "dequantize"] = Field(
         "auto",
@@ -41,7 +44,7 @@ class Base(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="compute type; auto: bfloat16 on GPUs that have it, float32 elsewhere",
+        description="compute type; auto: bfloat16 on GPUs that support it, else float32",
     )
 
     @field_validator("dtype", mode="before")
@@ -49,8 +52,8 @@ class Base(Section):
     def _no_float16(cls, value: Any) -> Any:
         if value in ("float16", "fp16", "half"):
             raise ValueError(
-                f"{value!r} has too small a range for gradients through a frozen base; use auto, "
-                "which takes bfloat16 where the GPU has it, or float32"
+                f"{value!r} has too small a range for gradients through a frozen base; use auto "
+                "(bfloat16 if the GPU supports it) or float32"
             )
         return value
 
@@ -73,31 +76,33 @@ class Profile(Section):
 
 
 class EngineConfig(Section):
-    """How the base is sharded and recomputed."""
+    """Sharding, recomputation and attention of the base model."""
 
     deepspeed: PathText = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
-        description="recompute activations in backward; auto: where they would not fit otherwise",
+        description="recompute activations in backward; auto: only if they do not fit otherwise",
     )
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto",
-        description="of the packed rows; flex: one FlexAttention kernel, on a GPU only; sdpa: rows "
-        "of similar length side by side; auto: sdpa, as flex has not been measured to be faster",
+        description="attention of packed rows; sdpa: rows of similar length in one call; flex: "
+        "one FlexAttention kernel, GPU only; auto: sdpa, because flex has not been measured to be "
+        "faster",
     )
     shard_group: Literal["auto", "world", "node"] | int = Field(
         "world",
-        description="ranks that hold one copy of the base together: all, those of a node, a "
-        "number, or auto: as few as base_memory allows",
+        description="ranks that together hold one copy of the base model: world (all), node (all "
+        "of a node), a number, or auto (as few as base_memory allows)",
     )
     base_memory: str = Field(
         "auto",
-        description="memory of a rank for the base, as 24GB: its shard, the layers at work, and "
-        "gathered layers that stay until the step ends; auto: half of what is free",
+        description="memory per rank for the base model, such as 24GB: its shard, the gathered "
+        "layers in use, and gathered layers that are kept until the step ends; auto: half of the "
+        "free memory",
     )
-    timeout_seconds: PositiveInt = Field(1800, description="longest wait for another rank")
+    timeout_seconds: PositiveInt = Field(1800, description="timeout of collectives, in seconds")
     silence_seconds: PositiveInt = Field(
-        60, description="a rank that does not respond for so long aborts the run"
+        60, description="abort the run if a rank does not respond for this many seconds"
     )
     profile: Profile | None = Field(
         None,

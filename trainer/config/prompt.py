@@ -1,4 +1,4 @@
-"""Prompts: what is trained, and from where."""
+"""Settings of a prompt: method, encoder, initialization, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -30,47 +30,49 @@ from trainer.runtime.errors import did_you_mean
 
 
 class Init(Section):
-    """Where the virtual tokens start, or, in p_tuning, the input of the encoder that makes them.
+    """Initial values of the virtual tokens or, in p_tuning, of the encoder's input.
 
-    In prefix_tuning: the keys and values that the base makes of the text, the labels or the drawn
-    words. What is shorter than num_virtual_tokens is repeated, what is longer is cut. Exactly one
-    of the fields is given.
+    In prefix_tuning: the keys and values that the base model computes from the text, the labels or
+    the drawn tokens. Shorter texts are repeated, longer ones are cut to num_virtual_tokens. Give
+    exactly one field.
     """
 
     auto: bool = Field(
         False,
-        description="words behind which the rows of the first update fit best: the task's "
-        "hand_written prompts, its choices, 16 drawings of frequent words, and 48 that a genetic "
-        "search makes of the best of these; encoder lstm: drawn words",
+        description="search the tokens with the lowest loss on the rows of the first update: "
+        "candidates are the task's hand_written prompts, its choices, 16 random drawings of "
+        "frequent tokens and 48 prompts that a genetic search derives from the best of these; "
+        "encoder lstm: random frequent tokens, without a search",
     )
     text: str | None = Field(
-        None, min_length=1, description="word embeddings of this text, repeated"
+        None, min_length=1, description="embeddings of the tokens of this text, repeated"
     )
     labels: bool = Field(
         False,
-        description="embeddings of the task's choices as rows have them: the first tokens of all "
-        "choices, then their second ones and so on, repeated",
+        description="embeddings of the task's choices as they occur in rows: the first token of "
+        "every choice, then the second of every choice and so on, repeated",
     )
     vocab: bool = Field(
-        False, description="embeddings of tokens drawn from the 5000 most frequent of the base"
+        False, description="embeddings of random tokens among the 5000 most frequent of the base"
     )
     random: bool = Field(
         False,
-        description="normal noise with the root mean square of the embeddings, or keys and values",
+        description="normal noise with the root mean square of the token embeddings, or of the "
+        "base's keys and values",
     )
-    zero: bool = Field(False, description="zeros, for prefix_tuning only")
+    zero: bool = Field(False, description="zeros; prefix_tuning only")
     from_: PathText | None = Field(
         None,
         alias="from",
         min_length=1,
-        description="a trained prompt, of any task and length: its adapter's folder, or the "
-        "output_dir of a run of one prompt; p_tuning's encoder starts by making it",
+        description="a trained prompt of any task and length: an adapter folder, or the output_dir "
+        "of a run with one prompt; an encoder of p_tuning is initialized to produce it",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """``init: vocab`` stands for ``{vocab: true}``, and so on."""
+        """Read ``init: vocab`` as ``{vocab: true}``, and so on."""
         short = ("auto", "vocab", "labels", "random", "zero")
         return {value: True} if value in short else value
 
@@ -82,15 +84,16 @@ class Init(Section):
         return self
 
 
-#: Of Muon: short runs learn the faster, the less they hold on to.
+#: Of Muon. Lower than usual: in short runs, less momentum learns faster.
 DEFAULT_MOMENTUM = 0.5
-#: Of AdamW. Less than torch's (0.9, 0.999): a prompt's gradients soon are far below its first.
+#: Of AdamW. Lower than torch's (0.9, 0.999), because a prompt's gradients soon become far smaller
+#: than the first ones.
 DEFAULT_BETAS = (0.8, 0.99)
-#: Where there is nothing to be relative to.
+#: Learning rate if relative_learning_rate does not apply.
 DEFAULT_RATE = 3.0e-3
-#: Recipes of the literature: settings that hold where the run file does not say otherwise.
+#: Recipes from the literature: defaults that settings of the run file override.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Lester et al. 2021, arXiv 2104.08691, section 3; Adafactor clips updates by itself.
+    # Lester et al. 2021, arXiv 2104.08691, section 3. Adafactor clips its own updates.
     "lester": {
         "optimizer": "adafactor",
         "learning_rate": 0.3,
@@ -103,126 +106,132 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Prompt(Section):
-    """One named, trainable thing: virtual tokens and the encoder that makes them."""
+    """One trainable prompt: virtual tokens, or keys and values, and the encoder that makes them."""
 
     name: Name
     task: str
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning"] = Field(
         "prompt_tuning",
-        description="prompt_tuning and p_tuning put virtual tokens in front of the text; "
-        "prefix_tuning gives every layer keys and values instead",
+        description="prompt_tuning: train the embeddings of virtual tokens before the text; "
+        "p_tuning: train an encoder that produces them; prefix_tuning: train keys and values for "
+        "every layer instead",
     )
     encoder: str | None = Field(
         None,
-        description="default: mlp for p_tuning, else embedding; residual: a bottleneck MLP beside "
-        "trained virtual tokens; text: reads init.text and makes virtual tokens of it; low_rank: "
-        "a prompt in common times a low-rank matrix of the task's own",
+        description="null: mlp for p_tuning, else embedding; embedding: the values of the prompt "
+        "are trained themselves; low_rank (prompt_tuning): a prompt shared between tasks, times a "
+        "low-rank matrix per task; mlp; lstm (p_tuning); residual (p_tuning): trained virtual "
+        "tokens plus the output of a bottleneck MLP; text (p_tuning): reads init.text and produces "
+        "virtual tokens",
     )
     share: Name | None = Field(
         None,
-        description="encoders text and low_rank: prompts that give the same name train one encoder "
-        "together, with one optimizer; of low_rank the prompt in common, which starts as the init "
-        "of the first of them says",
+        description="encoders text and low_rank: prompts with the same name train one shared "
+        "module with one optimizer: the whole text encoder, or the shared prompt of low_rank, "
+        "which is initialized by the init of the first of them",
     )
-    rank: PositiveInt = Field(1, description="encoder low_rank: of the task's own matrix")
+    rank: PositiveInt = Field(1, description="encoder low_rank: rank of the matrix of each task")
     encoder_hidden_size: PositiveInt | None = Field(
         None,
-        description="default: the base's hidden size; of residual, its bottleneck: a quarter of it",
+        description="hidden size of the encoder; null: the base's hidden size, or a quarter of it "
+        "for the bottleneck of encoder residual",
     )
     residual_mlp: Literal["shared", "separate"] = Field(
-        "shared", description="encoder residual: one MLP for all virtual tokens, or one for each"
+        "shared", description="encoder residual: one MLP for all virtual tokens, or one per token"
     )
-    num_virtual_tokens: PositiveInt = 20
+    num_virtual_tokens: PositiveInt = Field(20, description="length of the prompt, in tokens")
     objective: Literal["labels", "distill"] = Field(
         "labels",
-        description="distill: learn, in place of the labels, the next-token distributions that the "
-        "base has behind the teacher; the rows need no labels",
+        description="labels: cross-entropy of the target; distill: learn the next-token "
+        "distributions that the base model has after the teacher; rows then need no labels",
     )
     teacher: str | None = Field(
         None,
         min_length=1,
-        description="objective distill: a long prompt in words, of which the virtual tokens are to "
-        "do the work; the base reads it in front of the row's input",
+        description="objective distill: text of a long prompt to compress into virtual tokens; the "
+        "base model reads it before the input of each row",
     )
     init: Init = Field(default_factory=lambda: Init(auto=True))
     preset: Literal["lester"] | None = Field(
         None,
-        description="lester: Adafactor at 0.3, constant, weight decay 1e-5, no clipping; what the "
-        "prompt sets itself holds",
+        description="defaults from the literature, which other settings of the prompt override; "
+        "lester: Adafactor at 0.3, constant schedule, weight decay 1e-5, no clipping",
     )
     optimizer: Literal["muon", "adamw", "adafactor", "sgd"] | None = Field(
         None,
-        description="default: muon where the virtual tokens, or keys and values, are trained "
-        "themselves (encoder embedding), else adamw; muon: momentum made orthogonal, at the rates "
-        "of adamw; adafactor: without parameter scaling; states are fp32 in all",
+        description="null: muon if the values of the prompt are trained themselves (encoder "
+        "embedding), else adamw; muon: orthogonalized momentum, with learning rates like adamw's; "
+        "adafactor: without parameter scaling; all states are fp32",
     )
     momentum: ShareBelowOne | None = Field(
-        None, description="of muon, default 0.5, and of sgd, default 0"
+        None, description="of muon (null: 0.5) and of sgd (null: 0)"
     )
     learning_rate: PositiveFloat | None = Field(
-        None,
-        description="default: relative_learning_rate or, where that has no meaning, 3e-3",
+        None, description="null: relative_learning_rate or, where that does not apply, 3e-3"
     )
     relative_learning_rate: PositiveFloat | None = Field(
         None,
-        description="in place of learning_rate: the share of the root mean square of the prompt's "
-        "start that one update moves it by, at most, so that one value serves bases of any scale; "
-        "of an encoder, that one update of its last layer does; default: 0.1, of p_tuning's mlp "
-        "0.05; encoders lstm, text and low_rank, and a start of zeros, have none",
+        description="instead of learning_rate: the largest change of the prompt (or of the output, "
+        "by one update of the encoder's last layer) in one update, as a share of the root mean "
+        "square of its initial values, so that one value suits bases of any scale; null: 0.1, or "
+        "0.05 for p_tuning's mlp; not available for encoders lstm, text and low_rank or init: zero",
     )
     betas: tuple[ShareBelowOne, ShareBelowOne] | None = Field(
         None,
-        description="of adamw, default [0.8, 0.99]: how much of the mean gradient, and of the mean "
-        "square, stays at an update",
+        description="of adamw: decay of the running means of the gradient and of its square; null: "
+        "[0.8, 0.99]",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "linear", description="of the learning rate, after warm-up"
+        "linear", description="of the learning rate after warm-up"
     )
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled from the gradient")
     weight_decay_to_init: bool = Field(
-        False, description="weight decay pulls towards the start instead of zero"
+        False, description="decay towards the initial values instead of zero"
     )
-    warmup_ratio: Share = Field(0.03, description="share of the steps")
-    max_grad_norm: PositiveFloat | None = Field(1.0, description="null: no clipping")
+    warmup_ratio: Share = Field(0.03, description="share of the steps with a rising learning rate")
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="clip the norm of the prompt's gradient; null: no clipping"
+    )
     ema: ShareBelowOne | None = Field(
         None,
-        description="decay of an exponential moving average of the prompt, as 0.99; the average is "
-        "what is validated, kept as best and exported",
+        description="decay of an exponential moving average of the prompt, such as 0.99; the "
+        "average is validated, kept as best and exported; null: no average",
     )
     dropout: ShareBelowOne = Field(
         0.0, description="share of the prompt's elements set to zero in a training step"
     )
     noise: NonNegativeFloat = Field(
         0.0,
-        description="normal noise added to the prompt in a training step, as a share of its root "
-        "mean square; smooths the loss around it",
+        description="standard deviation of normal noise added to the prompt in a training step, as "
+        "a share of the prompt's root mean square; smooths the loss around it",
     )
     seed: NonNegativeInt | None = Field(
         None,
-        description="of the start, of noise and dropout and, without data_seed, of the order of "
-        "rows; default: training.seed",
+        description="seed of initialization, noise, dropout and, without data_seed, of the order "
+        "of rows; null: training.seed",
     )
     data_seed: NonNegativeInt | None = Field(
         None,
-        description="of the order of rows: prompts of one task with the same read the same rows in "
-        "every step, so that a comparison of their other settings is not blurred by it; default: "
+        description="seed of the order of rows; prompts of one task with the same data_seed read "
+        "the same rows in every step, which makes their other settings easier to compare; null: "
         "the prompt's seed",
     )
     steps: PositiveInt | None = Field(
         None,
-        description="updates of this prompt and length of its schedule; default: training.steps",
+        description="number of updates of this prompt, and length of its schedule; null: "
+        "training.steps",
     )
     sweep: None = Field(
         None,
         exclude=True,
-        description="lists of these settings: one prompt for each of their combinations, or for "
-        "random: N of them; expanded when the run file is read (trainer/config/sweep.py)",
+        description="lists of these settings: one prompt per combination, or random: N of the "
+        "combinations; expanded when the run file is read (trainer/config/sweep.py)",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, value: Any) -> Any:
-        """A preset's settings, and a learning rate, where the prompt has none of its own."""
+        """Fill in preset, learning rate and optimizer if the prompt leaves them open."""
         if not isinstance(value, dict):
             return value
         preset = value.get("preset")
@@ -242,7 +251,7 @@ class Prompt(Section):
 
     @staticmethod
     def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
-        """Which optimizer, and its own settings, where they are left open."""
+        """Return the optimizer and the defaults of its own settings."""
         entry = find_encoder(value.get("method"), value.get("encoder"))
         trains_values = entry is not None and entry.trains_values
         own = "muon" if trains_values and value.get("betas") is None else "adamw"
@@ -268,8 +277,7 @@ class Prompt(Section):
             raise ValueError("\n".join(problems))
         if self.init.zero and self.method != "prefix_tuning":
             raise ValueError(
-                "init: zero leaves the base nothing to read; use text, vocab or random, or "
-                "method: prefix_tuning"
+                "init: zero works with method: prefix_tuning only; use text, vocab or random"
             )
         return self
 
@@ -280,36 +288,36 @@ class Prompt(Section):
         if self.relative_learning_rate is not None and (
             self.entry.relative_learning_rate is None or self.init.zero
         ):
-            what = "a start of zeros" if self.init.zero else f"encoder {self.encoder_name}"
+            what = "init: zero" if self.init.zero else f"encoder {self.encoder_name}"
             raise ValueError(
                 f"relative_learning_rate: {what} has no scale to be relative to; use learning_rate"
             )
         if self.optimizer == "sgd" and self.learning_rate is None:
             raise ValueError(
-                "learning_rate: optimizer sgd has no default; give one"
+                "learning_rate: optimizer sgd has no default; set one"
                 if self.relative_learning_rate is None
-                else "relative_learning_rate: an update of sgd is as large as its gradient, not a "
-                "share of the prompt; give learning_rate"
+                else "relative_learning_rate: an update of sgd scales with the gradient, not with "
+                "the prompt; set learning_rate"
             )
         if (self.teacher is None) == (self.objective == "distill"):
-            what = "objective: labels has none; remove it, or use objective: distill"
+            what = "objective: labels does not use it; remove it, or use objective: distill"
             raise ValueError(
-                f"teacher: {'is missing; write what to distill' if self.teacher is None else what}"
+                f"teacher: {'is missing; set the text' if self.teacher is None else what}"
             )
         if self.optimizer == "muon" and not self.entry.trains_values:
             raise ValueError(
-                f"optimizer: muon trains the prompt itself, not encoder {self.encoder_name}; use "
+                f"optimizer: muon cannot train encoder {self.encoder_name}; use "
                 "adamw, or remove it (optimizer=null)"
             )
         if self.momentum and self.optimizer not in ("muon", "sgd"):
             others = "muon or sgd" if self.entry.trains_values else "sgd"
             raise ValueError(
-                f"momentum: {self.optimizer} has none; use optimizer: {others}, or remove it "
-                "(momentum=null)"
+                f"momentum: {self.optimizer} does not use it; use optimizer: {others}, or remove "
+                "it (momentum=null)"
             )
         if self.betas is not None and self.optimizer != "adamw":
             raise ValueError(
-                f"betas: {self.optimizer} has none; use optimizer: adamw, or remove them "
+                f"betas: {self.optimizer} does not use them; use optimizer: adamw, or remove them "
                 "(betas=null)"
             )
         if self.weight_decay_to_init and not self.weight_decay:
@@ -334,7 +342,7 @@ class Prompt(Section):
         )
 
     def differences(self, other: Prompt) -> list[str]:
-        """Settings that two prompts of one share must have alike, but have not."""
+        """Return the settings that two prompts of one share must have in common but do not."""
         own = {"name", "task", "teacher"} | ({"init"} if self.encoder_name == "text" else set())
         ours, theirs = (prompt.model_dump(exclude=own) for prompt in (self, other))
         return [key for key in ours if ours[key] != theirs[key]]

@@ -71,13 +71,13 @@ def rank(entries: Sequence[AnyEntry], metric: str) -> list[AnyEntry]:
     Args:
         entries: in the order of the run file.
     """
-    found = [e for e in entries if not e.diverged and score_key(e.scores, metric) != LAST]
-    if metric in LOWER_IS_BETTER and len({e.teacher for e in found}) > 1:
-        found = [e for e in found if e.teacher is None]
-    comparable = len({e.teacher for e in found}) <= 1
+    ranked = [e for e in entries if not e.diverged and score_key(e.scores, metric) != LAST]
+    if metric in LOWER_IS_BETTER and len({e.teacher for e in ranked}) > 1:
+        ranked = [e for e in ranked if e.teacher is None]
+    comparable = len({e.teacher for e in ranked}) <= 1
 
     def key(entry: AnyEntry) -> tuple[bool, float, float, int]:
         value, loss = score_key(entry.scores, metric)
         return entry.eliminated, value, loss if comparable else 0.0, entry.num_virtual_tokens
 
-    return sorted(found, key=key)  # stable: of equal ones the first in the run file
+    return sorted(ranked, key=key)  # stable: the order of the run file breaks ties

@@ -1,4 +1,4 @@
-"""The whole run file: read, overridden, checked and written."""
+"""The run file: reading, overriding, checking and writing it."""
 
 from __future__ import annotations
 
@@ -27,27 +27,31 @@ from trainer.runtime.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
-#: Settings that DESIGN fixes but this version does not run yet, and what to use.
+#: Settings of a later version, and what to use instead.
 NOT_YET_KEYS = {
-    "base.trust_remote_code": "models that need code of their own are refused",
+    "base.trust_remote_code": "models that need custom code are refused",
 }
 
 
 class Training(Section):
-    """How long, and how much a step reads."""
+    """Length of the training and size of a step."""
 
-    steps: PositiveInt = Field(description="updates of every prompt that gives no steps of its own")
+    steps: PositiveInt = Field(
+        description="number of updates of each prompt; a prompt can override it with its own steps"
+    )
     tokens_per_step: PositiveInt = Field(
         8192,
-        description="most useful tokens of one prompt's update, over all ranks and micro-batches",
+        description="maximum number of text tokens in one update of a prompt, over all ranks and "
+        "micro-batches",
     )
     micro_batch_tokens: Literal["auto"] | int = Field(
         "auto",
-        description="most tokens of one packed batch; auto: as memory and the step allow",
+        description="maximum number of tokens of one packed batch; auto: as many as fit in memory "
+        "and a step needs",
     )
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="seed of everything that has none of its own")
     max_skipped_updates: PositiveInt = Field(
-        5, description="non-finite updates in a row before a prompt is stopped"
+        5, description="stop a prompt after this many consecutive non-finite updates"
     )
 
     @field_validator("micro_batch_tokens", mode="before")
@@ -60,59 +64,66 @@ class Training(Section):
 
 
 class EarlyStoppingConfig(Section):
-    """Stop a prompt whose validation scores have not improved for ``patience`` evaluations.
+    """Stop a prompt whose validation scores no longer improve.
 
-    The task's metric decides, then the validation loss.
+    Scores are compared by the task's metric, then by validation loss.
     """
 
-    patience: PositiveInt
+    patience: PositiveInt = Field(description="validations without improvement before the stop")
 
 
 class Evaluation(Section):
-    every: PositiveInt = Field(50, description="steps between validations; the last step always is")
+    every: PositiveInt = Field(
+        50, description="steps between validations; the last step is always validated"
+    )
     early_stopping: EarlyStoppingConfig | None = None
 
 
 class Halving(Section):
-    """Successive halving (arXiv 1810.05934): the worst prompts of a task are stopped at rungs.
+    """Successive halving (arXiv 1810.05934): stop the worst prompts of a task at rungs.
 
-    Rungs are the steps first, first * eta, first * eta^2 ... At each, all prompts that still train
-    are validated; of the n of a task, the best ceil(n / eta) by the task's metric, then by
-    validation loss, stay.
+    Rungs are the steps first, first * eta, first * eta^2 and so on. At a rung, all active prompts
+    are validated. Of the n active prompts of a task, the best ceil(n / eta) continue, by the task's
+    metric and then by validation loss.
     """
 
-    eta: Annotated[int, Number, Field(ge=2, description="one of so many stays at a rung")] = 3
+    eta: Annotated[
+        int, Number, Field(ge=2, description="one prompt in eta continues after a rung")
+    ] = 3
     first: PositiveInt = Field(description="step of the first rung")
 
 
 _INIT_SHARE = (
-    "most that the search of init: auto may cost, as a share of the prompt's training FLOPs; "
-    "runs too short for a search of 8 candidates start from a hand-written prompt or the labels"
+    "maximum cost of the search of init: auto, as a share of the prompt's training FLOPs; if it "
+    "allows fewer than 8 candidates, the prompt starts from a hand-written prompt or the labels"
 )
 
 
 class Search(Section):
-    """Limits of a run with many prompts, and of the search for initial prompts."""
+    """Limits of a sweep and of the search for initial prompts."""
 
     max_prompts: PositiveInt = Field(
-        sweep.MAX_PROMPTS, description="most prompts of a run; a larger sweep is refused"
+        sweep.MAX_PROMPTS,
+        description="maximum number of prompts in a run; a larger sweep is an error",
     )
     halving: Halving | None = Field(
-        None, description="stop the worst prompts of every task early, at rungs"
+        None, description="stop the worst prompts of every task at rungs; null: never"
     )
     init_share: Annotated[float, Number, Field(ge=0, description=_INIT_SHARE)] = 0.1
 
 
 class Checkpoint(Section):
-    every: PositiveInt = Field(50, description="steps between checkpoints; the last step always is")
-    keep: PositiveInt = Field(3, description="newest checkpoints that are kept")
+    every: PositiveInt = Field(
+        50, description="steps between checkpoints; the last step is always saved"
+    )
+    keep: PositiveInt = Field(3, description="number of newest checkpoints to keep")
 
 
 class RunConfig(Section):
-    """A whole run file."""
+    """The run file."""
 
     output_dir: PathText = Field(
-        description="folder of the run; in every path of this file, ~ and $NAME are expanded"
+        description="output folder of the run; ~ and $NAME are expanded in every path of the file"
     )
     base: Base
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -137,7 +148,7 @@ class RunConfig(Section):
         names = [item.name for item in items]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"names must differ; used more than once: {', '.join(twice)}")
+            raise ValueError(f"names must be unique; used more than once: {', '.join(twice)}")
         return items
 
     @model_validator(mode="after")
@@ -152,8 +163,8 @@ class RunConfig(Section):
         problems += self._problems_of_teachers()
         choices = {task.name: task.choices for task in self.tasks}
         problems += [
-            f"prompts[{i}].init.labels: task {prompt.task!r} has no choices to start from; list "
-            "them, or use init: {text: ...} or vocab"
+            f"prompts[{i}].init.labels: task {prompt.task!r} has no choices; list them, or "
+            "use init: {text: ...} or vocab"
             for i, prompt in enumerate(self.prompts)
             if prompt.init.labels and prompt.task in choices and not choices[prompt.task]
         ]
@@ -163,7 +174,7 @@ class RunConfig(Section):
                 other = first.setdefault(prompt.share, prompt)
                 problems += [
                     f"prompts[{i}].{key}: differs from that of {other.name!r}, but both train the "
-                    f"encoder of share {prompt.share!r}; make them alike, or give another share"
+                    f"encoder of share {prompt.share!r}; use the same value, or another share"
                     for key in prompt.differences(other)
                 ]
         without = [task.name for task in self.tasks if not task.has_validation]
@@ -173,8 +184,8 @@ class RunConfig(Section):
         ):
             if given and without:
                 problems.append(
-                    f"{setting}: task {without[0]!r} has no validation to stop by; name a file or "
-                    f"a validation_share, or remove {setting.partition('.')[2]}"
+                    f"{setting}: task {without[0]!r} has no validation rows; set validation or "
+                    f"validation_share, or remove {setting.partition('.')[2]}"
                 )
         return checked(self, [*problems, *self._search_problems()])
 
@@ -189,12 +200,12 @@ class RunConfig(Section):
         if len(self.prompts) > most:
             yield (
                 f"prompts: {len(self.prompts)}, but search.max_prompts is {most}; raise it, or "
-                "train some in another run"
+                "split the run"
             )
         if halving and halving.first >= self.last_step:
             yield (
                 f"search.halving.first: {halving.first} is not before the last step "
-                f"({self.last_step}), so that no prompt would be stopped; lower it"
+                f"({self.last_step}), so no prompt would be stopped; lower it"
             )
 
     def _problems_of_teachers(self) -> list[str]:
@@ -210,8 +221,8 @@ class RunConfig(Section):
                 )
             if not written and len(labelled) < len(prompts):
                 problems.append(
-                    f"tasks[{i}].input: objective: distill puts a teacher in front of it, and so "
-                    "needs input in place of messages or tokens"
+                    f"tasks[{i}].input: objective: distill needs input; it does not work with "
+                    "messages or tokens"
                 )
         return problems
 
@@ -222,28 +233,28 @@ class RunConfig(Section):
         return self.training.seed if prompt.seed is None else prompt.seed
 
     def data_seed(self, prompt: Prompt) -> int:
-        """Of the order in which a prompt reads its task's rows."""
+        """Seed of the order in which a prompt reads its task's rows."""
         return self.prompt_seed(prompt) if prompt.data_seed is None else prompt.data_seed
 
     def prompt_steps(self, prompt: Prompt) -> int:
         return self.training.steps if prompt.steps is None else prompt.steps
 
     def init_budget(self, prompt: Prompt) -> int:
-        """Candidates that the search of ``init: auto`` may score.
+        """Maximum number of candidates that the search of ``init: auto`` scores.
 
-        Scoring one costs a forward over the rows of one update: half of the update's FLOPs, as no
-        weight gradient is computed for a frozen base.
+        Scoring one costs a forward over the rows of one update. That is half of the update's FLOPs,
+        because a frozen base has no weight gradients.
         """
         return int(2 * self.search.init_share * self.prompt_steps(prompt))
 
     @property
     def last_step(self) -> int:
-        """The step at which the last prompt ends."""
+        """The last step of the prompt that trains longest."""
         return max(self.prompt_steps(prompt) for prompt in self.prompts)
 
 
 def resolve_path(path: str) -> Path:
-    """A path of the run file: from the working folder, else from the project's own files."""
+    """Resolve a path against the working directory or, if it is not there, the shipped files."""
     here = os.path.expanduser(path)
     shipped = PROJECT_ROOT / path
     return shipped if not os.path.exists(here) and os.path.exists(shipped) else Path(here)
@@ -256,24 +267,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         BadInput: with every problem found, as ``FILE:LINE: setting: what is wrong; remedy``, or
             ``override 'key=value': setting: ...`` where the value came from the command line.
     """
-    found = sweep.expand(yaml_source.read(Path(path), overrides))
-    problems = found.problems
+    expansion = sweep.expand(yaml_source.read(Path(path), overrides))
+    problems = expansion.problems
     try:
-        config = RunConfig.model_validate(found.source.data)
+        config = RunConfig.model_validate(expansion.source.data)
     except ValidationError as error:
-        explained = yaml_source.explain(error, found.source, RunConfig, NOT_YET_KEYS)
+        explained = yaml_source.explain(error, expansion.source, RunConfig, NOT_YET_KEYS)
         problems = [*problems, *explained]
     if not problems:
-        problems = list(_repeated(config, found))
+        problems = list(_repeated(config, expansion))
     if problems:
         raise BadInput(problems)
     return config
 
 
-def _repeated(config: RunConfig, found: sweep.Expansion) -> Iterator[str]:
-    """Sweeps that make the same prompt twice: of values that are equal, as 1e-3 and "0.001"."""
+def _repeated(config: RunConfig, expansion: sweep.Expansion) -> Iterator[str]:
+    """Problems of sweeps that make the same prompt twice, from equal values (1e-3 and "0.001")."""
     indices = {prompt.name: i for i, prompt in enumerate(config.prompts)}
-    for names in found.names.values():
+    for names in expansion.names.values():
         first: dict[str, str] = {}
         for name in names:
             prompt = config.prompts[indices[name]]
@@ -284,21 +295,21 @@ def _repeated(config: RunConfig, found: sweep.Expansion) -> Iterator[str]:
             }
             other = first.setdefault(json.dumps(settings, sort_keys=True), name)
             if other != name:
-                path = (*found.source.written(("prompts", indices[name])), "sweep")
+                path = (*expansion.source.written(("prompts", indices[name])), "sweep")
                 yield (
-                    f"{found.source.where(path)}: {yaml_source.dotted(path)}: makes the same "
-                    f"prompt twice, {other!r} and {name!r}; remove one of two values that are equal"
+                    f"{expansion.source.where(path)}: {yaml_source.dotted(path)}: makes the same "
+                    f"prompt twice, {other!r} and {name!r}; remove one of two equal values"
                 )
                 break
 
 
 def sweeps(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Of each prompt of a good run file that has a sweep: the prompts it becomes."""
+    """Return the prompts that each sweep of a valid run file expands to, by the sweep's prompt."""
     return sweep.expand(yaml_source.read(Path(path), overrides)).names
 
 
 def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run file that a run saved in its output folder, wherever that folder lies now.
+    """Load the run file in a run's output folder, which may have been moved.
 
     Raises:
         BadInput: as ``load``.
@@ -312,7 +323,7 @@ class _BaseAlone(Section):
 
 
 def load_shards(model: str, overrides: Sequence[str] = ()) -> Base:
-    """The settings of a base that no run file names: defaults, and overrides of ``base.*``.
+    """Return the settings of a base model without a run file: defaults and ``base.*`` overrides.
 
     Raises:
         BadInput: as ``load``.
@@ -327,5 +338,5 @@ def load_shards(model: str, overrides: Sequence[str] = ()) -> Base:
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved run file as YAML, every default written out."""
+    """Format the resolved run file as YAML, with every default."""
     return yaml_parser.dump(config.model_dump(mode="json"))
