@@ -37,7 +37,7 @@ def run_identity(
     """Return everything that must match for a run to resume, by the name of the setting.
 
     Args:
-        base: digests of the base model's files, from ``model_loading.identity_of``.
+        base: digests of the base model's files, from ``fingerprint_base_on_all``.
         dtype: the compute type that ``base.dtype`` resolves to on this device.
     """
     settings = config.model_dump(mode="json")
