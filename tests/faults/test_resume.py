@@ -25,7 +25,9 @@ from tests.unit.run_folder import save_checkpoint
 from tests.unit.test_checkpoint import flip_a_bit, truncate
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.run_lock import LOCK, acquire
-from trainer.tracking import MetricsLog, unless_full
+from trainer.tracking import MetricsLog, TrackingClient
+from trainer.tracking.metrics_callback import MetricsCallback
+from trainer.training.callbacks import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 6, 2
@@ -352,9 +354,10 @@ def test_a_full_disk_under_the_metrics_log_is_reported_once(tmp_path: Path) -> N
     """The metrics of a step are lost on a full disk; the run continues."""
     messages: list[str] = []
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    log = unless_full(MetricsLog(tmp_path), messages.append)
+    client = TrackingClient(tmp_path)
+    callback = MetricsCallback(MetricsLog(tmp_path), client, messages.append)
     for step in (1, 2, 3):
-        log(step, 10, {"train_loss": 1.0})
+        callback.on_validation_end([Metrics(step, 10, {"train_loss": 1.0})])
     (warning,) = messages
     assert warning.startswith("step 1: ")
     assert warning.endswith("No space left on device; training continues")

@@ -8,9 +8,9 @@ In the order in which a run uses them:
    ``checkpoint.newest`` reads it, ``saved_state`` validates its JSON.
 3. ``output_folder``: ``archive_earlier_run`` for ``--fresh``; ``OutputFolder`` detects during
    training that the folder was moved or deleted, and writes it again.
-4. ``resume.take_run_snapshot`` copies the state between two steps (``Snapshot``); ``state_tensors``
-   separates tensors from JSON. ``async_writer`` writes it in a background thread with
-   ``checkpoint.write``, and ``checkpoint`` keeps the newest ones.
+4. ``checkpoint_callback``: between two steps, ``resume.take_run_snapshot`` copies the state
+   (``Snapshot``), and ``state_tensors`` separates tensors from JSON. ``async_writer`` writes it in
+   a background thread with ``checkpoint.write``, which keeps the newest checkpoints.
 
 ``checkpoint_names`` lists checkpoints by name, without reading them.
 """

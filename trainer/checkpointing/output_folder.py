@@ -119,7 +119,7 @@ class OutputFolder:
         self._next_check = time.monotonic() + CHECK_SECONDS
         if self._inode() != self._identity or not (self._path / "run.yaml").exists():
             self._write_again(save, wait)
-        with contextlib.suppress(OSError):  # unless_full warns about a full disk
+        with contextlib.suppress(OSError):  # MetricsCallback warns about a full disk
             if self._log.restore():
                 warn(f"{self._log.path} was deleted or moved; written again with all its lines")
 

@@ -2,7 +2,8 @@
 
     training loop -> MetricsLog -> OUTPUT_DIR/metrics.jsonl -> sender process -> MLflow
 
-1. ``metrics_log``: the training process appends a ``Line`` to ``metrics.jsonl``.
+1. ``metrics_callback``: at every step and validation, the training process appends a ``Line`` to
+   ``metrics.jsonl`` (``metrics_log``). ``tensorboard_callback`` writes TensorBoard files.
 2. ``process_client``: ``TrackingClient`` starts the sender and shows its problems. Training never
    waits for it, so a tracker that is down, slow or hanging cannot slow a step.
 3. ``sender_process``: sends in rounds and ends with the trainer.
@@ -19,8 +20,8 @@ Imports no torch.
 
 from __future__ import annotations
 
-from trainer.tracking.metrics_log import MetricsLog, unless_full
+from trainer.tracking.metrics_log import MetricsLog
 from trainer.tracking.process_client import Finished, TrackingClient
 from trainer.tracking.pusher import SyncResult, sync
 
-__all__ = ["Finished", "MetricsLog", "SyncResult", "TrackingClient", "sync", "unless_full"]
+__all__ = ["Finished", "MetricsLog", "SyncResult", "TrackingClient", "sync"]

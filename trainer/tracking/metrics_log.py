@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -122,28 +122,6 @@ class MetricsLog:
         self._file.close()
 
 
-def unless_full(log: MetricsLog, warn: Callable[[str], None]) -> Callable[..., None]:
-    """Return ``log.log`` that warns if the disk is full, so that training continues."""
-    full = False
-
-    def write(
-        step: int,
-        useful_tokens: int | None,
-        metrics: Mapping[str, float],
-        prompt: str | None = None,
-    ) -> None:
-        nonlocal full
-        try:
-            log.log(step, useful_tokens, metrics, prompt)
-            full = False
-        except OSError as error:
-            if not full:
-                warn(f"step {step}: metrics not written to {log.path}: {error}; training continues")
-            full = True
-
-    return write
-
-
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
     """Yield the complete lines from byte ``offset``, each with its end; None if it is damaged."""
     for _, line, end in read_raw(path, offset):
@@ -200,4 +178,6 @@ def _cut_torn_line(path: Path) -> None:
         end = file.seek(0, os.SEEK_END)
         start = max(0, end - MAX_LINE)
         file.seek(start)
-        file.truncate(start + file.read().rfind(b"\n") + 1)
+        line_end = start + file.read(end - start).rfind(b"\n") + 1
+        if line_end < end:
+            file.truncate(line_end)
