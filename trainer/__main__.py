@@ -1,7 +1,7 @@
-"""``trainer RUN.yaml [key=value ...]``: the program that one rank runs.
+"""``trainer RUN.yaml [key=value ...]``: the program of one rank.
 
-Heavy libraries are imported inside functions, after the checks that need none of them, so that bad
-input is answered at once.
+Heavy libraries are imported inside functions, after the checks that do not need them, so that
+errors in the run file are reported at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def shown_command(args: argparse.Namespace) -> str:
+    """Return the command line that ``environment.json`` records."""
     return " ".join(["deepspeed --module trainer", args.run, *args.overrides])
 
 
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="deepspeed --module trainer",
         description="Train the prompts of a run file. `promptshard train` starts this everywhere. "
         "Started by hand, Python imports from the working directory first: do not do that in a "
-        "folder that has modules of its own, such as trainer/ or json.py.",
+        "folder with other modules, such as trainer/ or json.py.",
     )
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*")

@@ -1,4 +1,4 @@
-"""A run, from a checked run file to results: wires the parts in the order of the data.
+"""One run, from a checked run file to its results.
 
 run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapters, summary, report
 """
@@ -22,15 +22,14 @@ from trainer.checkpointing.output_folder import (
     was_archived,
 )
 from trainer.checkpointing.resume import (
-    apply_choices,
     choice_conditions,
     find_checkpoint,
+    load_base_as_saved,
+    load_run_state,
     run_identity,
-    saved_choices,
     take_run_snapshot,
 )
 from trainer.checkpointing.run_lock import Lock, acquire
-from trainer.checkpointing.state_tensors import join_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import keep_chat_date, read_chat_date, reads_date
@@ -38,7 +37,6 @@ from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import (
     LoadedBase,
     fingerprint_base_on_all,
-    load_base,
     open_base_on_all,
 )
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher
@@ -48,7 +46,6 @@ from trainer.evaluation.prediction_records import Predictions
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import check_prefix_tuning, embedding_size
 from trainer.packing.batch_source import BatchSource
-from trainer.prompts.bank import Bank
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.reporting.html import write_missing_report
@@ -59,7 +56,6 @@ from trainer.reporting.summary import RunSummary, finished_summary
 from trainer.reporting.terminal_table import show_results
 from trainer.runtime import process, stop_signals
 from trainer.runtime.console import Console
-from trainer.runtime.errors import BadInput
 from trainer.runtime.phases import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
 from trainer.tracking import MetricsLog, TrackingClient
@@ -72,7 +68,7 @@ from trainer.training.loop import Loop
 from trainer.training.profiler import Profiler
 from trainer.training.task_loading import read_tasks
 
-#: Rows of each task whose lengths tell how much packed batches will take.
+#: Rows of each task whose lengths are used to estimate the memory of packed batches.
 SAMPLE = 1000
 
 
@@ -107,6 +103,7 @@ def _train(
     fresh: bool,
     command: str,
 ) -> None:
+    """Train a run whose output folder is locked; ``lock`` is None on ranks other than 0."""
     output = Path(config.output_dir)
     if config.tracking.tensorboard:
         engine.run_on_all(check_tensorboard)
@@ -114,7 +111,7 @@ def _train(
         files = open_base_on_all(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.run_on_all(lambda: check_prefix_tuning(files.config, files.name))
-    # A requeued job has already moved the earlier run: what is in the folder is its own.
+    # A requeued job has already moved the earlier run: the folder holds its own files.
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
     with times("load"), console.phase("reading rows"):
@@ -132,9 +129,11 @@ def _train(
         return
 
     with times("load"), console.phase("loading the base"):
-        loaded, conditions = _load(engine, files, config, console, tasks, saved)
+        conditions = choice_conditions(config, device_name(engine.device), engine.world_size)
+        lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
+        loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
     loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times)
-    if fresh:  # nothing can be refused any more
+    if fresh:  # all checks have passed
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     if saved is None and loop.predictions is not None:
         loop.predictions.clear()
@@ -262,7 +261,7 @@ def _make_loop(
     if saved is None:
         copy_rank_0(engine, bank)
     else:
-        _load_state(bank, loop, saved)
+        load_run_state(loop, saved)
         console.print(f"resuming from step {loop.progress.step}/{config.last_step}")
     return loop
 
@@ -270,33 +269,15 @@ def _make_loop(
 def _baseline_cache(
     engine: Engine, files: BaseFiles, identity: Mapping[str, Any], loaded: LoadedBase
 ) -> BaselineCache:
-    """Likelihoods that earlier runs over this base, computed in this way, have kept."""
+    """Return the cache of baselines for this base and this way of computing."""
     base = {key: value for key, value in identity.items() if key.startswith("base.")}
     how = {"matmul": loaded.matmul, "device": engine.device.type, "flex": loaded.model.flex}
     return BaselineCache(base | how, files.num_bytes)
 
 
-def _load_state(bank: Bank, loop: Loop, saved: SavedCheckpoint) -> None:
-    """Continue from a checkpoint.
-
-    Raises:
-        BadInput: it is of another run, or its state is damaged in a way that no check has found.
-    """
-    try:
-        bank.load_state_dict(join_tensors(saved.tensors, saved.state["bank"]["prompts"]))
-        loop.load_state_dict(saved.state["loop"])
-    except BadInput:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise BadInput(
-            f"{saved.path}: its state is damaged ({type(error).__name__}: {error}); remove this "
-            "folder to resume from an older checkpoint, or use --fresh to start over"
-        ) from error
-
-
 @contextmanager
 def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | None]:
-    """Rank 0 holds the output folder's lock; the others have none."""
+    """Hold the lock of the output folder on rank 0; None on other ranks."""
     lock = engine.run_on_all(lambda: acquire(output, console.print) if engine.is_main else None)
     try:
         yield lock
@@ -308,34 +289,8 @@ def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | N
 def _chat_date(
     files: BaseFiles, config: RunConfig, output: Path, *, fresh: bool
 ) -> datetime.date | None:
-    """The day of the run's first start, if the chat template of its dialogues reads it."""
+    """Return the date of the run's first start, if the chat template of its dialogues reads it."""
     if not reads_date(files.tokenizer) or all(task.messages is None for task in config.tasks):
         return None
     kept = None if fresh else read_chat_date(output)
     return kept or datetime.date.today()
-
-
-def _load(
-    engine: Engine,
-    files: BaseFiles,
-    config: RunConfig,
-    console: Console,
-    tasks: Mapping[str, TaskData],
-    saved: SavedCheckpoint | None,
-) -> tuple[LoadedBase, dict[str, Any]]:
-    """The base as a checkpoint was made over it, and what that is comparable with."""
-    where = choice_conditions(config, device_name(engine.device), engine.world_size)
-    sample = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
-    chosen = None if saved is None else saved_choices(saved, where)
-    if chosen is None:
-        return load_base(engine, files, config, console, lengths=sample), where
-    loaded = load_base(
-        engine,
-        files,
-        apply_choices(config, chosen),
-        console,
-        lengths=sample,
-        kept_bytes=chosen["kept_bytes"],
-    )
-    loaded.budget.ramp = list(chosen["ramp"])
-    return loaded, where

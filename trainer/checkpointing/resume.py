@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import SavedCheckpoint, Snapshot
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of
-from trainer.checkpointing.state_tensors import split_tensors
+from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData
-from trainer.distributed.model_loading import LoadedBase
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.model_loading import LoadedBase, load_base
+from trainer.model.checkpoint_files import BaseFiles
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
@@ -132,6 +134,55 @@ def choice_conditions(config: RunConfig, device: str, world_size: int) -> dict[s
         "shard_group": config.engine.shard_group,
         "base_memory": config.engine.base_memory,
     }
+
+
+def load_run_state(loop: Loop, saved: SavedCheckpoint) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        BadInput: it is of another run, or its state is damaged in a way that no check has found.
+    """
+    try:
+        prompts = join_tensors(saved.tensors, saved.state["bank"]["prompts"])
+        loop.bank.load_state_dict(prompts)
+        loop.load_state_dict(saved.state["loop"])
+    except BadInput:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BadInput(
+            f"{saved.path}: its state is damaged ({type(error).__name__}: {error}); remove this "
+            "folder to resume from an older checkpoint, or use --fresh to start over"
+        ) from error
+
+
+def load_base_as_saved(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    lengths: Sequence[int],
+    saved: SavedCheckpoint | None,
+    conditions: Mapping[str, Any],
+) -> LoadedBase:
+    """Load the base, with the automatic choices of a checkpoint if the conditions are the same.
+
+    Args:
+        lengths: tokens of a sample of rows.
+        conditions: from ``choice_conditions``.
+    """
+    choices = None if saved is None else saved_choices(saved, conditions)
+    if choices is None:
+        return load_base(engine, files, config, console, lengths=lengths)
+    loaded = load_base(
+        engine,
+        files,
+        apply_choices(config, choices),
+        console,
+        lengths=lengths,
+        kept_bytes=choices["kept_bytes"],
+    )
+    loaded.budget.ramp = list(choices["ramp"])
+    return loaded
 
 
 def saved_choices(saved: SavedCheckpoint, conditions: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ def plan_batches(
 
     Args:
         max_tokens: of a packed batch, virtual tokens included, within ``SLACK``; a longer row gets
-            a batch of its own.
+            a separate batch.
 
     Raises:
         ValueError: if ``rows`` is empty.
