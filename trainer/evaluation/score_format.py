@@ -55,9 +55,7 @@ def score_interval(
     error = scores.get(key + STANDARD_ERROR, math.nan)
     if not math.isfinite(error):
         return None
-    if (
-        error == 0 and rows and not is_loss(key)
-    ):  # all rows correct or all wrong, such as F1 of 100%
+    if error == 0 and rows and not is_loss(key):  # all rows correct, or all wrong
         return wilson_interval(value, rows)
     low, high = normal_interval(value, error)
     return (max(0.0, low), high if is_loss(key) else min(1.0, high))

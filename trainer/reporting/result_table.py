@@ -17,7 +17,6 @@ from trainer.evaluation.prediction_files import HAND_WRITTEN, MAJORITY, NO_PROMP
 from trainer.evaluation.score_format import (
     DIVERGENCE,
     column_title,
-    format_difference,
     format_score,
     is_loss,
     score_text,
@@ -25,6 +24,7 @@ from trainer.evaluation.score_format import (
 )
 from trainer.evaluation.statistics import RATES, STANDARD_ERROR, rate_standard_error
 from trainer.reporting.summary import Comparison, PromptResult, RunSummary, Selection, TaskResult
+from trainer.reporting.verdict import describe_comparison
 
 #: Kind of the rows of trained prompts; the other kinds are those of baselines.
 PROMPT = "prompt"
@@ -162,7 +162,7 @@ class TaskTable:
         against = f"{baseline.short_label}: {format_score(column, baseline.shown.get(column))}"
         if self.comparison is None:
             return f"Best prompt: {score}; best baseline ({against}); no paired test was possible."
-        return _compared(self.comparison, column, score, against, len(self.prompts))
+        return describe_comparison(self.comparison, column, score, against, len(self.prompts))
 
     @property
     def advice(self) -> str:
@@ -286,42 +286,6 @@ def stopped_early(result: PromptResult | None) -> str:
     """``eliminated by halving at step 20``, or an empty string if all steps were trained."""
     stop = result.stopped if result else None
     return f"{STOPPED[stop.reason]} at step {stop.step}" if stop and stop.reason in STOPPED else ""
-
-
-def _compared(
-    comparison: Comparison, column: str, score: str, against: str, num_prompts: int
-) -> str:
-    """The sentences of ``TaskTable.verdict`` with a paired test."""
-    rows, p_value = f"{comparison.rows:,}", comparison.p_value
-    unit = "" if is_loss(column) else " points"
-    difference, low, high = (
-        format_difference(column, value)
-        for value in (comparison.difference, comparison.low, comparison.high)
-    )
-    numbers = (
-        f"difference {difference}{unit} (95% interval {low} to {high}; {comparison.test}, "
-        f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})"
-    )
-    if comparison.better:
-        text = (
-            f"Prompt {score} beats the best baseline ({against}) significantly on {rows} "
-            f"validation rows: {numbers}."
-        )
-        if num_prompts > 1:
-            text += f" It is the best of {num_prompts} prompts on these rows, so it is optimistic."
-        return text
-    also = ", ".join(comparison.also_better)
-    subject = "The best prompt does not beat" if also else "No prompt beats"
-    text = (
-        f"{subject} the best baseline ({against}) significantly on {rows} validation rows: best "
-        f"prompt {score}, {numbers}."
-    )
-    if also:
-        text += f" Significantly better, each tested alone: {also}."
-    if not is_loss(column) and comparison.detectable_difference > 1:
-        return f"{text} {rows} rows are too few for any significant difference."
-    detectable = format_difference(column, comparison.detectable_difference).lstrip("+")
-    return f"{text} {rows} rows can show a difference of about {detectable}{unit} or more."
 
 
 def _columns(present: set[str], metric: str) -> tuple[str, ...]:
