@@ -213,20 +213,19 @@ class PromptedBase(nn.Module):
 def read_teacher(
     base: nn.Module, batch: PackedBatch, teachers: Sequence[SoftPrompt]
 ) -> Tensor | None:
-    """What the packed batch's distilled positions learn from, [D, H]; None if no rank has any.
+    """Teacher's hidden states for the distilled positions, [D, H]; None if no rank has any.
 
-    A forward without gradient, made by all ranks alike: a rank without such rows reads a padding
-    row.
+    One forward without gradient on every rank; a rank without distilled rows reads a padding row.
 
     Args:
-        teachers: word embeddings of every teacher's text, [tokens, H].
+        teachers: token embeddings of every teacher's text.
     """
     if batch.teacher is None:
         return None
     with torch.no_grad():
         hidden_DH: Tensor = base(HiddenStatesRequest(batch.teacher), teachers).hidden_NH
     assert batch.distilled_D is not None
-    return hidden_DH[: len(batch.distilled_D)]  # none of a padding row's
+    return hidden_DH[: len(batch.distilled_D)]  # without those of a padding row
 
 
 class _Anchored(torch.autograd.Function):

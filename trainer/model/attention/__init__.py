@@ -1,1 +1,10 @@
-"""Attention over packed batches."""
+"""Attention over packed batches.
+
+1. ``interface``: segments of a packed batch -> ``Layout``, computed once. It registers
+   ``packed_attention`` with transformers; ``family_overrides`` adapts the families that do not use
+   transformers' attention interface.
+2. ``bucket_layout``: segments -> ``Buckets`` of similar length; ``bucketed`` attends within them.
+3. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.
+4. ``padded``: segments -> ``PaddedRows``, for families that do not support packed rows.
+5. ``prefix_cache``: prompts of keys and values in the cache of a decoder.
+"""

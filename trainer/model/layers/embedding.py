@@ -1,10 +1,10 @@
-"""Word embeddings: a table of which a rank holds some rows and asks its neighbours for the others.
+"""Token embeddings, sharded by rows: ranks exchange the rows that a packed batch uses.
 
-A packed batch reads a few of the table's rows, so the table is not gathered. Each rank of a shard
-group holds a block of consecutive rows; a lookup sends ids to their owners and gets rows back. The
-head may be the same table, and reads the same block (``trainer.model.layers.lm_head``).
+Each rank of a shard group holds a block of consecutive rows. A lookup sends token ids to the ranks
+that hold their rows and receives the rows, which moves fewer bytes than gathering the table. A tied
+head uses the same block (``trainer.model.layers.lm_head``).
 
-Shape letters: V vocabulary, H hidden size, R rows of a block, N different ids of a lookup.
+Shape letters: V vocabulary, H hidden size, R rows of a block, N distinct ids of a lookup.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from trainer.model.layers.row_exchange import RowExchange, block_rows
 
 
 class FrozenEmbedding(nn.Module):
-    """Word embeddings kept in the checkpoint's type, or in int8, and read in the compute type.
+    """Token embeddings stored in the checkpoint's type or int8, returned in the compute type.
 
     Attributes:
-        weight: Parameter [V, H], float or int8, until ``hold`` has replaced it by rows.
+        weight: Parameter [V, H], float or int8, until ``hold`` replaces it by rows.
         rows: buffer [R, H] after ``hold``: this rank's block of the table.
-        absmax: fp32 buffer [V], present when the weight is int8.
+        absmax: fp32 buffer [V] if the weight is int8, else None.
         tied: the head is the same table.
-        scale: what every embedding is multiplied by (Gemma: the root of the hidden size), rounded
-            to the compute type as the model was trained with it.
+        scale: factor of every embedding (Gemma: square root of the hidden size), rounded to the
+            compute type as in training.
     """
 
     rows: Tensor | None
@@ -46,16 +46,16 @@ class FrozenEmbedding(nn.Module):
         self._exchange: RowExchange | None = None
 
     def hold(self, rows_RH: Tensor, exchange: RowExchange | None) -> None:
-        """Keep this rank's block in place of the table; it may lie in host memory.
+        """Replace the table by this rank's block, which may be in host memory.
 
         Args:
-            exchange: the ranks that hold the other blocks; None if this one is all.
+            exchange: the ranks that hold the other blocks; None if this block is the full table.
         """
-        self.register_parameter("weight", None)  # nothing is left for ZeRO-3 to shard and gather
+        self.register_parameter("weight", None)  # so that ZeRO-3 neither shards nor gathers it
         self.rows, self._exchange = rows_RH, exchange
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """[..., H] of ids [...]; on a block, all ranks of the exchange call it together."""
+        """Embeddings [..., H] of ids [...]; a collective of the ranks that share the table."""
         embedded = self._stored(token_ids)
         if self.absmax is not None:
             embedded = embedded.float() * (self.absmax / INT8_MAX)[token_ids, None]
@@ -63,31 +63,30 @@ class FrozenEmbedding(nn.Module):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
     def _stored(self, token_ids: Tensor) -> Tensor:
-        """The rows of ids as they are stored."""
+        """Rows of the ids, as stored."""
         if self.rows is None:
             return nn.functional.embedding(token_ids, self.weight)
         if self._exchange is None:
-            return _take(self.rows, token_ids)
-        # Sorted, so that the ids of one owner stand together.
-        wanted_N, places = token_ids.unique(return_inverse=True)
-        return nn.functional.embedding(places, self._fetch(wanted_N, self._exchange))
+            return _lookup(self.rows, token_ids)
+        # Sorted, so that the ids of one rank's block are consecutive.
+        ids_N, places = token_ids.unique(return_inverse=True)
+        return nn.functional.embedding(places, self._fetch(ids_N, self._exchange))
 
-    def _fetch(self, wanted_N: Tensor, exchange: RowExchange) -> Tensor:
-        """Rows [N, H] of sorted ids, each from its owner: counts first, then ids, then rows."""
+    def _fetch(self, ids_N: Tensor, exchange: RowExchange) -> Tensor:
+        """Rows [N, H] of sorted ids from all ranks: exchange counts, then ids, then rows."""
         assert self.rows is not None
         ranks, size = exchange.ranks, block_rows(self.num_embeddings, exchange.ranks)
-        firsts = torch.arange(ranks + 1, device=wanted_N.device) * size
-        ends = torch.searchsorted(wanted_N, firsts.clamp(max=self.num_embeddings))
-        wanted_counts = ends.diff()
-        asked_counts = exchange.swap(wanted_counts, [1] * ranks, [1] * ranks)
-        wanted, asked = torch.stack([wanted_counts, asked_counts]).tolist()
-        if sum(wanted) != len(wanted_N):
+        firsts = torch.arange(ranks + 1, device=ids_N.device) * size
+        sent_counts = torch.searchsorted(ids_N, firsts.clamp(max=self.num_embeddings)).diff()
+        received_counts = exchange.swap(sent_counts, [1] * ranks, [1] * ranks)
+        sent, received = torch.stack([sent_counts, received_counts]).tolist()
+        if sum(sent) != len(ids_N):
             raise IndexError(f"a token id is not within 0 and {self.num_embeddings - 1}")
-        asked_ids = exchange.swap(wanted_N, wanted, asked)
-        own = _take(self.rows, asked_ids - exchange.rank * size)
-        return exchange.swap(own, asked, wanted)
+        received_ids = exchange.swap(ids_N, sent, received)
+        rows = _lookup(self.rows, received_ids - exchange.rank * size)
+        return exchange.swap(rows, received, sent)
 
 
-def _take(rows: Tensor, ids: Tensor) -> Tensor:
-    """Rows of a table that may lie elsewhere than the ids, on the device of the ids."""
+def _lookup(rows: Tensor, ids: Tensor) -> Tensor:
+    """Rows on the device of the ids; the table may be on another."""
     return nn.functional.embedding(ids.to(rows.device), rows).to(ids.device)

@@ -1,8 +1,8 @@
-"""Products with a matrix that never changes: exact, in int8, and in int8 without the outliers.
+"""Products with a frozen matrix: exact, in int8, and in int8 without outliers.
 
-``dx = dy @ W`` needs the weight alone, so nothing but a way to ask for it is kept between forward
-and backward. ZeRO-3 frees the weight after forward and gathers it again before backward; asking for
-it, not saving it, is what lets that happen.
+``dx = dy @ W`` needs only the weight, so autograd saves no tensor, only a function that returns the
+weight. ZeRO-3 frees the weight after forward and gathers it again before backward; saving it would
+keep it in memory.
 
 Shape letters: T tokens, K input features, N output features, C outlier features.
 """
@@ -20,32 +20,31 @@ from torch.nn.functional import pad
 
 from trainer.model.layers.quantization import INT8_MAX
 
-#: Keeps the quotient of a row of zeros finite.
+#: Smallest divisor, for rows of zeros.
 TINY = 1e-30
-#: Longest sum of products of two int8 numbers that cannot leave int32.
+#: Longest sum of products of two int8 numbers that cannot exceed int32.
 MAX_INNER = (2**31 - 1) // int(INT8_MAX) ** 2
-#: On a GPU every size is a multiple of this; ``torch._int_mm`` asks for 8, the kernels like 16.
+#: On a GPU, sizes are multiples of this: ``torch._int_mm`` requires 8, kernels are fast with 16.
 ALIGNED = 16
-#: And there are at least so many rows; it asks for more than 16.
+#: Minimum number of rows on a GPU: ``torch._int_mm`` requires more than 16.
 MIN_ROWS = 32
 
-#: Gives a weight [N, K] and, where it is int8, its scales [N].
+#: Returns a weight [N, K] and, if it is int8, its scales [N].
 Matrix = Callable[[], tuple[Tensor, Tensor | None]]
-#: Gives ``x @ W.T`` for x and such a weight.
+#: Computes ``x @ W.T``.
 Product = Callable[[Tensor, Matrix], Tensor]
 
 
 def frozen_matmul(x: Tensor, matrix: Matrix) -> Tensor:
-    """``x @ W.T``. The weight is asked for in forward and again in backward, never kept."""
+    """``x @ W.T``, exact to the stored weights."""
     y: Tensor = _FrozenMatmul.apply(x, matrix)
     return y
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """Dequantise-then-multiply, exact to the stored weights.
+    """The scale of an output feature multiplies ``y`` in forward and ``dy`` in backward.
 
-    The scale belongs to an output feature, so it multiplies ``y`` in forward and ``dy`` in
-    backward; the [N, K] matrix itself is only cast, never scaled.
+    The [N, K] matrix itself is only cast.
     """
 
     @staticmethod
@@ -72,29 +71,28 @@ def exact_input_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
 
 
 def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Tensor:
-    """``x @ W.T`` with both factors in int8; the gradient of x too, from the same int8 matrix.
+    """``x @ W.T`` with both factors in int8, and its input-gradient likewise.
 
     Args:
-        threshold: values of x beyond it are multiplied by the dequantised weight instead, exactly
-            (LLM.int8(), arXiv 2208.07339, section 3); None for none.
+        threshold: larger values of x are multiplied by the dequantized weight instead (LLM.int8(),
+            arXiv 2208.07339, section 3); None: all are quantized.
     """
-    # Shaped out here: of a view from within a Function nobody may change the values, as OLMo does.
+    # Reshaped here, because views returned by a Function cannot be modified in place (OLMo does).
     y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold)
     return y_TN.unflatten(0, x.shape[:-1])
 
 
 class _Int8Matmul(torch.autograd.Function):
-    """Both products from one int8 matrix, activations and output gradients quantised row by row.
+    """Forward and input-gradient from one int8 matrix, with x and dy quantized row by row.
 
     ``y = int_mm(q(x), W.T) * s_x * s_W`` (LLM.int8(), arXiv 2208.07339, section 2.1) and
     ``dx = int_mm(q(dy * s_W), W) * s``: an input-gradient in 8 bits trains as well (SwitchBack,
     arXiv 2304.13013, section 2). Integer sums are exact, so the error is that of the two
-    roundings, about 1% of a random row.
+    roundings, about 1% for a Gaussian row.
 
-    With a threshold, the outlier part is added to the forward product. The paper takes whole
-    features out, by the largest value in the batch; here a row gives up only its own outliers, so
-    that its result does not depend on the rows beside it. Outliers are a matter of activations:
-    the input-gradient is the plain int8 product.
+    With a threshold, the product of the outliers is added in forward. The paper treats a feature
+    as an outlier for all rows of a batch; here each row separates only its own outliers, so that
+    its result does not depend on other rows. The input-gradient is the plain int8 product.
     """
 
     @staticmethod
@@ -130,16 +128,16 @@ class _Int8Matmul(torch.autograd.Function):
 
 
 def int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
-    """int32 [T, N]: the exact product of two int8 matrices, in whatever layout they lie."""
+    """Exact product of two int8 matrices of any memory layout, int32 [T, N]."""
     return torch._int_mm(a_TK, b_KN) if a_TK.is_cpu else aligned_int_product(a_TK, b_KN)
 
 
 def aligned_int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
-    """The same on a GPU, whose kernel has demands: enough rows, aligned sizes, b column by column.
+    """``int_product`` on a GPU, whose kernel requires enough rows, aligned sizes, column-major b.
 
-    Row-major b, the case of an input-gradient, some GPUs refuse (CUBLAS_STATUS_NOT_SUPPORTED, as
-    torch's own test of ``_int_mm`` notes). It is copied, one byte per weight; ``dequantize`` would
-    write two.
+    Some GPUs reject a row-major b, as in an input-gradient (CUBLAS_STATUS_NOT_SUPPORTED; see
+    torch's test of ``_int_mm``). It is copied: one byte per weight, where ``dequantize`` writes
+    two.
     """
     num_rows, num_columns = a_TK.shape[0], b_KN.shape[1]
     inner = _aligned(a_TK.shape[1])
@@ -153,7 +151,7 @@ def _aligned(size: int) -> int:
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """With zeros below and on the right, which add nothing to a product."""
+    """The matrix with rows and columns of zeros added, which do not change a product."""
     missing = columns - matrix.shape[1], rows - matrix.shape[0]
     return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 
@@ -168,15 +166,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows and the fp32 scale of each, [T, 1], which carries on what is not finite."""
+    """int8 rows and the fp32 scale of each, [T, 1], NaN or infinite if a value of the row is."""
     x_TK = x_TK.float()
     scale_T1 = x_TK.abs().amax(-1, keepdim=True) / INT8_MAX
     return torch.round(x_TK / scale_T1.clamp_min(TINY)).to(torch.int8), scale_T1
 
 
 def _quantize_inliers(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows without what is beyond the threshold, and the features [K] where any row had such."""
-    beyond_TK = x_TK.abs() > threshold  # not NaN, which the scale carries on
+    """``_quantize`` without values beyond the threshold, and the features that have any, [K]."""
+    beyond_TK = x_TK.abs() > threshold  # False for NaN, which the scale propagates
     return *_quantize(torch.where(beyond_TK, 0.0, x_TK)), beyond_TK.any(0)
 
 

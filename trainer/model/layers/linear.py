@@ -1,6 +1,6 @@
-"""A linear layer whose weight never changes, and which therefore saves no input.
+"""Frozen linear layer, which saves no input for backward.
 
-Its products ask the layer for the weight when they need it (``trainer.model.layers.int8_matmul``).
+The products of ``trainer.model.layers.int8_matmul`` get the weight from the layer when needed.
 
 Shape letters: K input features, N output features.
 """
@@ -15,7 +15,7 @@ from trainer.model.layers.quantization import INT8_MAX
 
 
 def absmax_name(parameter: str) -> str:
-    """The buffer that holds the row scales of a quantised parameter of the same module."""
+    """Name of the buffer with the row scales of a quantized parameter of the same module."""
     return "absmax" if parameter == "weight" else f"{parameter}_absmax"
 
 
@@ -24,10 +24,10 @@ class FrozenLinear(nn.Module):
 
     Attributes:
         weight: Parameter [N, K], int8 or float, ``requires_grad=False``. ZeRO-3 shards it as it is.
-        absmax: fp32 buffer [N], present when the weight is int8.
+        absmax: fp32 buffer [N] if the weight is int8, else None.
         bias: Parameter [N] or None.
-        transposed: parameters that the checkpoint stores as [K, N].
-        product: how input and weight are multiplied; see ``trainer.model.layers.matmul_selection``.
+        transposed: names of parameters that the checkpoint stores as [K, N].
+        product: function that multiplies; see ``trainer.model.layers.matmul_selection``.
     """
 
     absmax: Tensor | None
@@ -65,5 +65,5 @@ class FrozenLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, stored={stored}"
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
-        """The weight as it lies in memory now, and what each output feature is multiplied by."""
+        """The current weight and the scale of each output feature."""
         return self.weight, None if self.absmax is None else self.absmax / INT8_MAX

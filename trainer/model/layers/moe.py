@@ -1,8 +1,7 @@
-"""Experts whose weights never change, stored one matrix per expert in a stack.
+"""Frozen mixture-of-experts layers, with the matrices of all experts in one stacked parameter.
 
-A router sends each token to a few experts. Tokens are sorted by expert, every expert multiplies its
-own once, and the results go back in order: one wait for the device per layer, and sums in the same
-order every time.
+Tokens are sorted by expert, each expert processes its tokens in one product, and the results return
+to token order: one device synchronization per layer, and a deterministic order of sums.
 
 Shape letters: T tokens, E experts, R experts per token, I intermediate size, H hidden size,
 N output features, K input features.
@@ -32,18 +31,18 @@ def is_experts(module: nn.Module) -> bool:
 
 
 class FrozenExperts(nn.Module):
-    """All experts of one layer; called as transformers calls its own.
+    """All experts of one layer, with the signature of transformers' experts.
 
     Attributes:
-        gate_up_proj: Parameter [E, 2 I, H], int8 or float, whatever the checkpoint's layout.
-        down_proj: Parameter [E, H, I], likewise.
-        gate_up_proj_absmax, down_proj_absmax: fp32 buffers [E, 2 I] and [E, H] when int8.
-        transposed: parameters that the checkpoint stores as [E, K, N].
+        gate_up_proj: Parameter [E, 2 I, H], int8 or float, in any layout of the checkpoint.
+        down_proj: Parameter [E, H, I], int8 or float.
+        gate_up_proj_absmax, down_proj_absmax: fp32 buffers [E, 2 I] and [E, H] if int8.
+        transposed: names of parameters that the checkpoint stores as [E, K, N].
     """
 
     def __init__(self, experts: Any, quantized: bool) -> None:
         super().__init__()
-        # The activation between the two matrices may be the family's own.
+        # Some families define their own activation between the two matrices.
         self._apply_gate: Callable[[Tensor], Tensor] = fused_gate(experts) or experts._apply_gate
         self.num_experts: int = experts.gate_up_proj.shape[0]
         self.transposed = frozenset(MATRICES if experts.is_transposed else ())
@@ -66,7 +65,7 @@ class FrozenExperts(nn.Module):
         num_tokens, per_token = chosen_TR.shape
         chosen = chosen_TR.flatten()
         order = chosen.argsort(stable=True)
-        # Not by bincount, which waits for its largest value, too.
+        # bincount would synchronize once more, for its largest value.
         counted = chosen.new_zeros(self.num_experts).index_add_(0, chosen, torch.ones_like(chosen))
         counts: list[int] = counted.tolist()
         sorted_tokens = hidden_TH[order // per_token].split(counts)

@@ -15,19 +15,19 @@ INT8_MAX = 127.0
 
 
 def quantize_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row by its largest magnitude.
+    """Quantize each row by its largest magnitude.
 
     Returns:
         ``int8`` of shape [..., N, K] and the ``absmax`` of each row, fp32 of shape [..., N].
     """
     weight_NK = weight_NK.float()
     absmax_N = weight_NK.abs().amax(dim=-1)
-    # A row of zeros has no scale: divide by one, so that it stays zero instead of becoming NaN.
+    # Rows of zeros are divided by one: they remain zero instead of becoming NaN.
     divisor_N = torch.where(absmax_N == 0, torch.ones_like(absmax_N), absmax_N)
     quantized_NK = torch.round(weight_NK * (INT8_MAX / divisor_N)[..., None]).to(torch.int8)
     return quantized_NK, absmax_N
 
 
 def dequantize_rows(quantized_NK: Tensor, absmax_N: Tensor) -> Tensor:
-    """fp32 weight of shape [..., N, K] that the stored int8 rows stand for."""
+    """fp32 weight [..., N, K] of stored int8 rows."""
     return quantized_NK.float() * (absmax_N / INT8_MAX)[..., None]

@@ -1,4 +1,4 @@
-"""What ranks that hold the rows of one table together say to each other.
+"""Collectives of the ranks that share the rows of one table.
 
 Shape letters: M rows of each rank, G ranks.
 """
@@ -12,41 +12,41 @@ from torch import Tensor
 
 
 class RowExchange(Protocol):
-    """The ranks that hold a table together; every method is a collective of all of them.
+    """The ranks that share a table; every method is a collective of all of them.
 
     Attributes:
-        rank: this rank's place among them.
-        ranks: how many they are, G.
+        rank: index of this rank among them.
+        ranks: number of ranks, G.
     """
 
     rank: int
     ranks: int
 
     def swap(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Give every rank its part of ``rows`` and get what all have for us.
+        """All-to-all.
 
         Args:
             rows: [sum(sent), ...], those for rank 0 first.
-            sent: rows for each rank.
-            received: rows from each rank, which the caller knows.
+            sent: number of rows for each rank.
+            received: number of rows from each rank.
 
         Returns:
             [sum(received), ...], those from rank 0 first.
         """
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The [M, ...] of every rank, which are of one shape: [G * M, ...], rank 0's first."""
+        """All-gather [M, ...], of one shape on all ranks: [G * M, ...], rank 0's first."""
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
-        """Sum [G * M, ...] over the ranks, of which each gets its own M rows."""
+        """Reduce-scatter [G * M, ...]: this rank's M rows of the sum."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, for all of them."""
+        """All-reduce by sum."""
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The largest of all ranks, for all of them."""
+        """All-reduce by maximum."""
 
 
 def block_rows(num_rows: int, ranks: int) -> int:
-    """Rows of the block that each rank holds; the last ranks may have fewer."""
+    """Rows of each rank's block; the last ranks may have fewer."""
     return -(-num_rows // ranks)
