@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -150,6 +149,8 @@ def padded_peft(
 
 def full_parameter(parameter: Any) -> torch.Tensor:
     """Gather a full copy of a sharded parameter; every rank must call it."""
+    import deepspeed  # not before the engine, which imports it without mlflow
+
     parameter.ds_active_sub_modules.clear()  # so that it can be partitioned again
     with deepspeed.zero.GatheredParameters([parameter]):
         copy: torch.Tensor = parameter.detach().clone()
