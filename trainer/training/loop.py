@@ -101,9 +101,9 @@ class Loop:
 
     def _train(self) -> None:
         limit = self.config.training.max_skipped_updates
-        for callback in self.callbacks:
-            callback.on_run_start(self.progress)
         try:
+            for callback in self.callbacks:
+                callback.on_run_start(self.progress)
             while self.progress.unjudged or self._has_steps_left():
                 if not self.progress.unjudged:  # else a resumed run repeats the validation
                     self._step()
