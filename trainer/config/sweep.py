@@ -135,7 +135,9 @@ class _Sweep:
             lists, self.inside = dict(sweep["grid"]), ("sweep", "grid")
         if not lists:
             self.problems.append(self.problem("is empty; give lists of settings, or remove it"))
-        self.problems += [found for key in lists for found in self._bad(key, lists[key])]
+        self.problems += [
+            problem_text for key in lists for problem_text in self._bad(key, lists[key])
+        ]
         if self.problems:
             return
         combinations = math.prod(len(values) for values in lists.values())
@@ -220,8 +222,8 @@ def _labels(key: str, values: Sequence[Any]) -> list[str]:
     labels = []
     for value, text in zip(values, numbers, strict=True):
         if text is not None:
-            whole, point, rest = text.partition(".")
-            labels.append(f"{short}{whole.zfill(width)}{point}{rest}")
+            integer, point, rest = text.partition(".")
+            labels.append(f"{short}{integer.zfill(width)}{point}{rest}")
         else:
             labels.append("_".join(part for part in (short, _word(value)) if part))
     if len(set(labels)) < len(labels):

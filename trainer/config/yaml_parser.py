@@ -228,7 +228,7 @@ class _Resolver:
     def _mapping(
         self, pairs: list[tuple[_Node, _Node]], path: SettingPath, depth: int
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key, value in pairs:
             if key.text is None:
@@ -236,24 +236,24 @@ class _Resolver:
             elif key.text == "<<" and key.plain:
                 for name, item in self._merged(value, path, depth).items():
                     merged.setdefault(name, item)
-            elif key.text in found:
+            elif key.text in settings:
                 self._problem(key, (*path, key.text), "duplicate key; remove one")
             else:
                 inner = (*path, key.text)
                 self.lines[inner] = key.line
-                found[key.text] = self.resolve(value, inner, depth + 1)
-        return {**{name: item for name, item in merged.items() if name not in found}, **found}
+                settings[key.text] = self.resolve(value, inner, depth + 1)
+        return {**{name: item for name, item in merged.items() if name not in settings}, **settings}
 
     def _merged(self, node: _Node, path: SettingPath, depth: int) -> dict[str, Any]:
         """The keys that ``<<`` takes from one mapping, or from a list of them."""
         value = self.resolve(node, path, depth + 1)
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
-                found = {**item, **found}
+                settings = {**item, **settings}
             else:
                 self._problem(node, path, "<< takes a mapping, as <<: *defaults")
-        return found
+        return settings
 
     def _scalar(self, node: _Node, path: SettingPath) -> Any:
         assert node.text is not None

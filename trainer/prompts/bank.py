@@ -108,9 +108,11 @@ class Bank:
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._device = device
         parts: dict[str, nn.Module] = {}
-        found = {} if screen is None else search_starts(config, vocabulary, screen)
+        searched = {} if screen is None else search_starts(config, vocabulary, screen)
         self._encoders = [
-            build_encoder(config, prompt, vocabulary, hidden_size, parts, found.get(i)).to(device)
+            build_encoder(config, prompt, vocabulary, hidden_size, parts, searched.get(i)).to(
+                device
+            )
             for i, prompt in enumerate(config.prompts)
         ]
         self._units = units_of(config.prompts, self._encoders)
@@ -236,8 +238,8 @@ class Bank:
             outputs = [self._output(i).tensor for i in gradients]
         given = [g.to(output) for g, output in zip(gradients.values(), outputs, strict=True)]
         # Unused: what is the own of a prompt of a share that read nothing.
-        found = torch.autograd.grad(outputs, parameters, given, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        parameter_gradients = torch.autograd.grad(outputs, parameters, given, allow_unused=True)
+        for parameter, gradient in zip(parameters, parameter_gradients, strict=True):
             parameter.grad = gradient
         return self._optimizers[unit.members[0]].step()
 

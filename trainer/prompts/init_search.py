@@ -153,7 +153,7 @@ def search_together(
         judge: losses of prompts of words, each beside whose start it may be.
     """
     asked = {i: next(one) for i, one in searches.items()}
-    found: dict[int, SearchResult] = {}
+    results: dict[int, SearchResult] = {}
     while asked:
         all_words = [(i, words) for i, several in asked.items() for words in several]
         losses = iter(judge(all_words))
@@ -163,5 +163,5 @@ def search_together(
             try:
                 asked[i] = searches[i].send(values)
             except StopIteration as ended:
-                found[i] = ended.value
-    return found
+                results[i] = ended.value
+    return results

@@ -280,15 +280,15 @@ def initialize(
 
 def known_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
     """What ``init: auto`` knows of a task before it draws words: starts, and what each is."""
-    found = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
+    candidates = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
     if len(hand_written) > 1:
         # A prompt is often longer than one of them: together they fill it without repetition.
-        found.append(
+        candidates.append(
             ("all hand-written prompts", Init(text=" ".join(map(str.strip, hand_written))))
         )
     if labels:
-        found.append(("the task's choices", Init(labels=True)))
-    return found
+        candidates.append(("the task's choices", Init(labels=True)))
+    return candidates
 
 
 def _of_this_base(prompt: Tensor, like: Tensor, path: str) -> Tensor:

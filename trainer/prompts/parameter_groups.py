@@ -145,14 +145,14 @@ def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
     Where an encoder makes something else of what it is given, any drawn words will do.
     """
     shares: set[str] = set()
-    found = []
+    indices = []
     for i, prompt in enumerate(prompts):
         begins = prompt.share is None or prompt.share not in shares
         if prompt.share is not None:
             shares.add(prompt.share)
         if begins and prompt.init.auto and prompt.entry.searches_init:
-            found.append(i)
-    return found
+            indices.append(i)
+    return indices
 
 
 def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
@@ -174,9 +174,9 @@ def _first_starts(
     quiet = replace(vocabulary, warn=lambda _: None)
 
     def ids(init: Init) -> Words:
-        found = word_ids(init, quiet, length, generator, labels)
-        assert found is not None, init
-        return tuple(found)
+        token_ids = word_ids(init, quiet, length, generator, labels)
+        assert token_ids is not None, init
+        return tuple(token_ids)
 
     known, drawn = known_starts(labels, task.hand_written), Init(vocab=True)
     budget = config.init_budget(prompt)

@@ -117,11 +117,11 @@ def _adapter_folder(folder: Path) -> Path:
         raise BadInput(f"{folder}: no such folder; give an adapter's folder or a run's output_dir")
     if (folder / SETTINGS).is_file():
         return folder
-    found = sorted(path.parent for path in folder.glob(f"prompts/*/{SETTINGS}"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(path.name for path in found)
+    folders = sorted(path.parent for path in folder.glob(f"prompts/*/{SETTINGS}"))
+    if len(folders) == 1:
+        return folders[0]
+    if folders:
+        names = ", ".join(path.name for path in folders)
         raise BadInput(f"{folder}: has several prompts; name one: {folder}/prompts/NAME of {names}")
     raise BadInput(f"{folder}: has no {SETTINGS}, so it is no adapter; train the prompt first")
 

@@ -149,10 +149,10 @@ class BestEncoder:
             keys: ``ranking.score_key`` of its prompts that were validated after ``step``; None:
                 the prompt's task has no validation.
         """
-        found = {name: key for name, key in keys.items() if key is not None}
-        if LAST in found.values():
+        metrics = {name: key for name, key in keys.items() if key is not None}
+        if LAST in metrics.values():
             return
-        self._keys |= found
+        self._keys |= metrics
         mean = _mean(list(self._keys.values())) if self._keys else LAST
         if mean < self._best or not self._keys:
             self._step, self._best = step, mean
