@@ -1,12 +1,12 @@
-"""Time of a frozen linear layer, int8 products against dequantise-then-multiply.
+"""Time of a frozen linear layer: int8 products against dequantize-then-multiply.
 
     python -m benchmarks.matmul [--threads N] [--rounds N] [--device cuda] [--out FOLDER]
 
 Forward and input-gradient at the shapes of a 110M-parameter Llama (hidden 768, intermediate 2048),
-1,024 tokens, quantisation of activations and output gradients included; on a GPU at those of an 8B
+1,024 tokens, quantization of activations and output gradients included; on a GPU at those of an 8B
 one (4,096 and 14,336), 8,192 tokens, in bfloat16. Six input features are outliers, as LLM.int8()
 found in models of 6.7B parameters (arXiv 2208.07339, section 4). The kinds take turns in every
-round, so that other load on the machine meets all; the median over rounds is shown, and the table
+round, so that other load affects all of them; the median over rounds is shown, and the table
 and JSON go to benchmarks/results/.
 """
 

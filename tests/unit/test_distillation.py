@@ -1,4 +1,4 @@
-"""The sliced divergence against torch's over whole logits; teachers' rows; what is refused."""
+"""The sliced divergence against torch's over all logits; rows of teachers; refused settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ TEACHER_DH = torch.randn(5, H, generator=torch.Generator().manual_seed(9))
 
 @pytest.mark.parametrize("columns", [64, 333, V])
 @pytest.mark.parametrize("kind", KINDS)
-def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_equal_the_full_vocabulary(
+    kind: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five positions learn from a teacher, the others from their label."""
     slice_by(monkeypatch, columns)
     layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
@@ -83,8 +85,8 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(monkeypatch: pytest.Monk
     assert not ours.grad.any()
 
 
-def test_memory_is_that_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product is wider than a slice, whatever the vocabulary."""
+def test_products_are_at_most_one_slice_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any vocabulary size."""
     slice_by(monkeypatch, 50)
     layer, widths = make_head(), set[int]()
     project = VocabBlock.project
@@ -144,7 +146,7 @@ def test_rows_follow_their_teachers_text() -> None:
     batch, distilled = build_packed_batch(packed_rows, [2, 3]), build_teacher_batch(packed_rows)
     assert batch.distilled_D is not None
     assert batch.distilled_D.tolist() == [0, 1, 4, 5]
-    # Teachers stand in front once, in the order of their indices; rows lose their special token.
+    # Each teacher is included once, in the order of indices; rows lose their special token.
     assert [segment.length for segment in distilled.segments] == [4, 2, 5, 5]
     assert distilled.token_ids_T.tolist() == [0] * 6 + [5, 6, 7, 8, 9] + [7, 8, 9, 10, 11]
     assert distilled.labels_N.tolist() == batch.labels_N[batch.distilled_D].tolist()

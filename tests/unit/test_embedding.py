@@ -1,4 +1,4 @@
-"""A table in blocks reads as the whole table does, whatever each rank asks for."""
+"""Lookups in a table sharded by rows against the full table."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trainer.model.layers.row_exchange import block_rows
 
 V, H, RANKS = 23, 5, 4  # blocks of 6, 6, 6 and 5 rows
 
-#: What each rank asks for at the same time.
+#: Token ids that each rank looks up at the same time.
 ASKED: dict[str, list[list[int]]] = {
     "anywhere": [[3, 22, 9], [0, 6, 12, 18, 1, 1, 7], [22, 22, 22], [17, 5]],
     "one owner": [[6, 7], [8], [11, 6, 6, 10], [7, 8, 9]],
     "own rows only": [[0, 5], [6, 11], [12, 17], [18, 22]],
-    "some ask nothing": [[], [20, 2], [], []],
-    "nobody asks": [[], [], [], []],
+    "some ranks none": [[], [20, 2], [], []],
+    "no rank any": [[], [], [], []],
     "all": [list(range(V)), list(range(V))[::-1], list(range(V)), [4]],
 }
 

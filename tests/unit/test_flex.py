@@ -24,7 +24,7 @@ from trainer.runtime.errors import BadInput
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has the backward in eager form, but lets nobody use it on a CPU."""
+    """Enable the eager backward, which torch refuses to run on a CPU."""
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
@@ -66,7 +66,7 @@ def test_a_diverged_prompt_does_not_change_the_others(lost: int) -> None:
     wanted, wanted_gradients = attended(True, clean, SCORES["plain"])
     leaves = tensors(2)
     with torch.no_grad():
-        if lost == 0:  # the first prompt, which stands in the packed batch
+        if lost == 0:  # the first prompt, whose tokens are in the packed batch
             leaves[1][:, :, 2] = torch.nan
             readers = [*range(5), *range(8, 15), *range(195, 201)]
         else:  # the second prefix

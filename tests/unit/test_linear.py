@@ -1,4 +1,4 @@
-"""Frozen linear layers: exact and in int8, forward and input-gradient, with nothing saved."""
+"""Products of frozen linear layers: errors, saved tensors, selection by device and timing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS = ["dequantize", "int8", "int8_outliers", BITSANDBYTES]
 
 
 def make_layer(kind: str, in_features: int = IN, out_features: int = OUT) -> FrozenLinear:
-    """A quantised layer that multiplies as asked for."""
+    """A quantized layer with this kind of product."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator) * 0.05
     stored, absmax = quantize_rows(weight)
@@ -51,7 +51,7 @@ def make_layer(kind: str, in_features: int = IN, out_features: int = OUT) -> Fro
 
 
 def activations(outliers: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Input and output gradient; a few features are so many times the others."""
+    """Input and output gradient; a few features are multiplied by ``outliers``."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, TOKENS // 2, IN, generator=generator)
     dy = torch.randn(2, TOKENS // 2, OUT, generator=generator)
@@ -65,7 +65,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def errors(kind: str, outliers: float) -> tuple[float, float]:
-    """Relative error of output and input-gradient against the weights the rows stand for."""
+    """Relative errors of output and input-gradient against the dequantized weights."""
     layer = make_layer(kind)
     x, dy = activations(outliers)
     y = layer(x)
@@ -80,8 +80,8 @@ def errors(kind: str, outliers: float) -> tuple[float, float]:
 class TestErrors:
     """Rounding to 127 steps of the largest value: 1% of a Gaussian row, more where outliers set it.
 
-    With the outliers taken out of x, what is left to round is as small as ever, and the error is
-    measured against an output that the outliers made large.
+    Without the outliers, the rounding error of x is as small as for a Gaussian row, relative to an
+    output that the outliers make larger.
     """
 
     @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ class TestErrors:
         if kind != "dequantize":
             assert error > 1e-4, "this was not an int8 product"
 
-    def test_outliers_apart_are_far_better_than_rounded(self) -> None:
+    def test_separate_outliers_reduce_the_error(self) -> None:
         assert errors("int8_outliers", 40.0)[0] < errors("int8", 40.0)[0] / 8
 
     def test_without_outliers_both_are_equal(self) -> None:
@@ -140,7 +140,7 @@ def test_nothing_is_saved_for_backward(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_own_row(kind: str, value: float) -> None:
+def test_non_finite_values_stay_in_their_row(kind: str, value: float) -> None:
     layer = make_layer(kind)
     x = torch.zeros(3, IN)
     x[1, 5] = value
@@ -151,7 +151,7 @@ def test_what_is_not_finite_stays_in_its_own_row(kind: str, value: float) -> Non
 
 
 def strict_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """CPU's product behind the demands of CUDA's (aten/src/ATen/native/cuda/Blas.cpp)."""
+    """The product on CPU with the requirements of CUDA (aten/src/ATen/native/cuda/Blas.cpp)."""
     assert a.shape[0] > 16
     assert all(size > 0 and size % 8 == 0 for size in b.shape)
     assert a.is_contiguous()
@@ -163,7 +163,7 @@ PLAIN_INT_MM = torch._int_mm
 
 
 class TestAlignment:
-    """The whole path of a GPU but its kernel."""
+    """The code path of a GPU, with the kernel of the CPU."""
 
     @pytest.fixture(autouse=True)
     def _strict(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ class TestAlignment:
         assert seen == [weight.data_ptr()]
 
     @pytest.mark.parametrize("kind", ["int8", "int8_outliers"])
-    def test_a_layer_of_odd_sizes(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_layer_of_unaligned_sizes(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = torch.Generator().manual_seed(2)
         x = (torch.randn(5, 50, generator=generator) * 3).requires_grad_()
         dy = torch.randn(5, 30, generator=generator)
@@ -211,7 +211,7 @@ class TestAlignment:
 
 
 class FakeGPU:
-    """What ``torch.cuda`` says of a device."""
+    """A device with the properties that ``torch.cuda`` reports."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -271,7 +271,7 @@ KIND_OF = {
 
 
 class TestMeasure:
-    """On CPU, with the clock or the kernel replaced."""
+    """On CPU, with a fake clock or kernel."""
 
     SHAPES = ((48, 64),)
 
@@ -283,7 +283,7 @@ class TestMeasure:
         monkeypatch.setattr(matmul_selection._Problem, "seconds", clock)
         return measure([*seconds], self.SHAPES, torch.float32, CPU, THRESHOLD)
 
-    def test_the_faster_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_fastest_is_selected(self, monkeypatch: pytest.MonkeyPatch) -> None:
         choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
         assert choice == Measured("int8", "int8 1.00 ms, dequantize 2.00 ms")
         choice = self.measured(monkeypatch, {"dequantize": 0.001, "int8": 0.002})
@@ -368,7 +368,7 @@ class TestBitsandbytes:
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_a_compiler_nothing_is_left_to_fail_at_the_first_step(monkeypatch):
+def test_a_missing_compiler_is_reported_at_load(monkeypatch):
     def none():
         raise InvalidCxxCompiler
 

@@ -1,4 +1,4 @@
-"""The sliced loss against cross-entropy over whole logits, and what it holds at its peak."""
+"""The sliced loss against cross-entropy over all logits, and its peak memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 
 N, H, V = 37, 24, 1000
 
-#: what a head does beside its product
+#: options of a head
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scaled": {"scale": 0.0625},
@@ -90,7 +90,9 @@ def slice_by(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [40, 64, 333, V])
 @pytest.mark.parametrize("kind", KINDS)
-def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_equal_the_full_vocabulary(
+    kind: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slice_by(monkeypatch, columns)
     layer, (hidden_NH, labels_N, weight_N) = make_head(**KINDS[kind]), problem()
     ours, exact = hidden_NH.clone().requires_grad_(), hidden_NH.double().requires_grad_()
@@ -105,7 +107,7 @@ def test_slices_equal_the_whole(kind: str, columns: int, monkeypatch: pytest.Mon
 
 
 def test_likely_labels_keep_their_digits_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where p is nearly 1, ``p - 1`` of rounded numbers would be noise."""
+    """Where p is nearly 1, ``p - 1`` of rounded numbers is noise."""
     slice_by(monkeypatch, 64)
     layer, (_, labels_N, _) = make_head(), problem()
     hidden_NH = (layer.weight[labels_N] * 0.8).bfloat16()
@@ -121,7 +123,7 @@ def test_likely_labels_keep_their_digits_in_bf16(monkeypatch: pytest.MonkeyPatch
     assert errors_N.median() < 0.05
 
 
-def test_in_integers_within_what_rounding_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_product_is_within_rounding_error(monkeypatch: pytest.MonkeyPatch) -> None:
     slice_by(monkeypatch, 128)
     layer, (hidden_NH, labels_N, _) = make_head(int8=True), problem()
     layer.product = int8_matmul
@@ -147,7 +149,7 @@ class Largest(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            # A view has no memory of its own.
+            # A view allocates nothing.
             if isinstance(tensor, Tensor) and tensor._base is None:
                 self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
         return out
@@ -158,7 +160,7 @@ class Largest(TorchDispatchMode):
 def test_peak_is_bounded_for_a_large_vocabulary(
     grad: bool, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """256k words: neither all logits nor a widened copy of the head ever exist."""
+    """256k tokens: neither all logits nor a copy of the head in fp32 are allocated."""
     monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 4 << 20)
     vocab_size, num_labels = 256_000, 256
     layer = make_head(vocab_size, 8)

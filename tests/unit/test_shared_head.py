@@ -1,4 +1,4 @@
-"""A head in blocks gives what the whole head does, however its ranks come by it."""
+"""A head sharded in blocks against the full head, exchanging hidden states or gathering it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.unit.test_lm_head import KINDS, H, V, make_head, slice_by
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.row_exchange import block_rows
 
-#: Label positions of each rank: even, uneven, none on some or on all ranks.
+#: Label positions of each rank: even, uneven, none on some or all ranks.
 COUNTS = {"even": [9, 9, 9], "uneven": [4, 0, 13], "one rank": [0, 7, 0], "none": [0, 0, 0]}
 RANKS = 3
 
 
 def block(kind: str, exchange: Thread, vocab_size: int = V) -> FrozenHead:
-    """What a rank holds of ``make_head``."""
+    """A rank's block of ``make_head``."""
     head = make_head(vocab_size, **KINDS[kind])
     size = block_rows(vocab_size, exchange.ranks)
     rows = head.weight.new_zeros(size, H)
@@ -120,7 +120,7 @@ def test_a_kept_table_is_gathered_once_until_it_is_released() -> None:
         head.keeps = True
         calls = []
         for _ in range(2):
-            for _ in range(4):  # the fourth: a table already here, and nothing is said
+            for _ in range(4):  # in the fourth, the table is already gathered: no collective
                 before = len(rank.post.calls)
                 gradients(head, *rows_of(80, rank.rank))
                 rank.post.exchange(rank.rank, None, "end of stream")
@@ -129,7 +129,7 @@ def test_a_kept_table_is_gathered_once_until_it_is_released() -> None:
         return calls
 
     per_rank, _ = on_all_ranks(RANKS, work)
-    # 80 labels to 3 blocks and back: 480 rows of 1,000; the third time would be more than all.
+    # 80 labels to 3 blocks and back are 480 rows of 1,000; the third time would exceed 1,000.
     assert per_rank[0] == [6, 6, 2, 0, 6, 6, 2, 0]
 
 
@@ -167,7 +167,7 @@ def test_nan_of_one_rank_stays_with_it() -> None:
 @pytest.mark.parametrize("shape", [(2, 1), (3,), (300,)], ids=["decode", "few", "many"])
 @pytest.mark.parametrize("vocab_size", [V, 2 * RANKS - 2])
 def test_logits(kind: str, shape: tuple[int, ...], vocab_size: int) -> None:
-    """Of a vocabulary so small, too, that the last rank holds none of it."""
+    """Also for a vocabulary so small that the last rank's block is empty."""
 
     def inputs(rank: int) -> Tensor:
         draw = torch.Generator().manual_seed(rank)
@@ -184,7 +184,7 @@ def test_logits(kind: str, shape: tuple[int, ...], vocab_size: int) -> None:
         torch.testing.assert_close(logits, alone(inputs(rank)), rtol=1e-5, atol=1e-5)
 
 
-def test_logits_with_a_gradient_read_the_whole_table() -> None:
+def test_logits_with_a_gradient_gather_the_table() -> None:
     def work(rank: Thread) -> Tensor:
         x = torch.ones(2, H, requires_grad=True)
         (block("plain", rank)(x) * torch.arange(V)).sum().backward()
