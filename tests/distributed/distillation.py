@@ -46,7 +46,9 @@ def main() -> None:
         PackedRow(p.example, p.prompt, p.slot, teacher=TEACHERS.get(p.prompt)) for p in packed_rows
     ]
     teachers = [
-        VirtualTokens(module(torch.tensor(teacher.token_ids, device=engine.device), []))
+        VirtualTokens(
+            module(torch.tensor(teacher.token_ids, device=engine.device), []).embeddings_TH
+        )
         for teacher in TEACHERS.values()
     ]
     engine.end_step()
