@@ -289,7 +289,7 @@ class TestMeasure:
         choice = self.measured(monkeypatch, {"dequantize": 0.001, "int8": 0.002})
         assert choice.kind == "dequantize"
 
-    def test_it_measures(self) -> None:
+    def test_candidates_are_timed(self) -> None:
         choice = measure(["dequantize", "int8"], self.SHAPES, torch.float32, CPU, THRESHOLD)
         assert choice.kind in ("int8", "dequantize")
         assert "ms" in choice.reason
@@ -310,7 +310,7 @@ class TestMeasure:
         assert choice == Measured("dequantize", "int8 cannot run: CUBLAS_STATUS_NOT_SUPPORTED")
 
     @needs_library
-    def test_bitsandbytes_takes_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_bitsandbytes_is_a_candidate(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seconds = {"dequantize": 0.003, "int8": 0.002, "bitsandbytes": 0.001}
         assert self.measured(monkeypatch, seconds) == Measured(
             "bitsandbytes", "bitsandbytes 1.00 ms, int8 2.00 ms, dequantize 3.00 ms"
@@ -319,7 +319,7 @@ class TestMeasure:
         assert self.measured(monkeypatch, seconds).kind == "int8"
 
     @needs_library
-    def test_a_failing_product_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failing_matmul_is_skipped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(*_: Any) -> Tensor:
             raise RuntimeError("no kernel image is available")
 

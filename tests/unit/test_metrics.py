@@ -248,7 +248,7 @@ def test_no_signal_reaches_another_process(seccomp, victim):
     assert [psutil.pid_exists(pid) for pid in targets] == [True] * 3
 
 
-def test_nothing_can_be_opened_or_typed_into(seccomp, tmp_path, monkeypatch):
+def test_code_cannot_open_files_or_terminals(seccomp, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hush")
     (tmp_path / "rows.jsonl").write_text("{}")
     tmp_path.chmod(0o755)
@@ -384,7 +384,7 @@ def test_files_are_left_alone(tmp_path, seccomp):
     assert victim.read_text() == "here"
 
 
-def test_prints_are_lost_and_forge_no_score(capfd):
+def test_printed_output_is_discarded_and_changes_no_score(capfd):
     codes = [
         "print('ready\\n1 1.0\\n' * 10000)\ndef f(x):\n    print(x)\n    return x + 1",
         "import os\ndef f(x):\n    for fd in (0, 1, 2, 4, 5, 6, 7):\n"

@@ -77,7 +77,7 @@ def test_a_base_in_a_folder_is_found_from_any_other(
     assert torch.equal(*logits)
 
 
-def test_a_hub_id_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_exported_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert portable_name(Base(model="org/name")) == "org/name"
 

@@ -46,7 +46,7 @@ def test_a_number_must_divide_the_ranks() -> None:
         group(5, 80, TWO_NODES)
 
 
-def test_what_the_budget_has_left_stays_gathered() -> None:
+def test_the_remaining_budget_keeps_layers_gathered() -> None:
     assert group("world", 7, [16]).kept_bytes == 625_000_000  # 7 - 70/16 - two layers
     assert group("world", 4, [16]).kept_bytes == 0
     assert group("world", 200, [16]).kept_bytes == 70 * GB
@@ -54,7 +54,7 @@ def test_what_the_budget_has_left_stays_gathered() -> None:
     assert group("world", 10, [16], offload=True).kept_bytes == 8 * GB
 
 
-def test_what_is_looked_up_counts_at_rest_but_is_never_kept() -> None:
+def test_exchanged_tables_count_at_rest_but_are_never_kept() -> None:
     size = BaseSize(70 * GB, 1 * GB, GB, looked_up_bytes=2 * GB)
     assert place(size, "world", 200 * GB, [16]).kept_bytes == 68 * GB
     assert place(size, "world", 7 * GB, [16]).kept_bytes == 625_000_000

@@ -115,7 +115,7 @@ def test_dialogues_and_token_ids(tmp_path):
     assert (comparison["input"], comparison["tokens"]) == ("[3, 4]", 1)
 
 
-def test_rows_behind_the_bound_hold_no_texts(tmp_path, monkeypatch):
+def test_rows_after_the_limit_have_no_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_records, "MAX_TEXTS", 2)
     monkeypatch.setattr(prediction_records, "MAX_CHARACTERS", 1)
     rows = labelled(tmp_path, "cdc").evaluation["validation"]
@@ -217,7 +217,7 @@ def test_the_verdict_states_that_a_prompt_beats_the_best_baseline(tmp_path):
     assert table.verdict.endswith("best of 2 prompts on these rows, so it is optimistic.")
 
 
-def test_another_prompt_may_be_the_one_that_is_significantly_better(tmp_path):
+def test_a_prompt_other_than_the_best_may_be_significantly_better(tmp_path):
     baseline = "1" * 30 + "0" * 30
     prompts = {"noisy": "0" * 12 + "1" * 18 + "1" * 20 + "0" * 10, "calm": "1" * 37 + "0" * 23}
     comparison, table = compared(tmp_path, prompts, baseline)
