@@ -166,7 +166,7 @@ def test_mistakes_are_reported_with_their_remedy(run: tuple[Path, Bank], tmp_pat
     folder, _ = run
     with pytest.raises(BadInput, match=r"no text encoder 'plain'; known: reader, own"):
         export(folder, tmp_path / "out", "plain", TEXT)
-    with pytest.raises(BadInput, match="'' has no tokens; write some words"):
+    with pytest.raises(BadInput, match="'' has no tokens; give a text"):
         export(folder, tmp_path / "out", "own", "")
     with pytest.raises(BadInput, match="already exists; give a new folder"):
         export(folder, tmp_path, "own", TEXT)

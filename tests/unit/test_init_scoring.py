@@ -21,8 +21,7 @@ from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow
-from trainer.prompts.init_search import SearchResult
-from trainer.prompts.parameter_groups import Unsearched
+from trainer.prompts.init_search import SearchResult, Unsearched
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Init
 from trainer.prompts import initializers
-from trainer.prompts.initializers import Vocabulary, initialize, keys_and_values, random
+from trainer.prompts.initializers import Vocabulary, from_noise, initialize, keys_and_values
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import PrefixKeyValues, VirtualTokens
 from trainer.runtime.errors import BadInput
@@ -139,7 +139,7 @@ def test_vocab_repeats_only_when_words_run_out(vocabulary: Vocabulary) -> None:
 
 
 def test_random_has_the_scale_of_the_embeddings(vocabulary: Vocabulary) -> None:
-    prompt_PH = random(vocabulary, 2000, generator())
+    prompt_PH = from_noise(vocabulary, 2000, generator())
     words_rms = TABLE_VH[2:8].square().mean().sqrt()
     torch.testing.assert_close(prompt_PH.square().mean().sqrt(), words_rms, rtol=0.05, atol=0)
 

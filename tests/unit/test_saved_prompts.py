@@ -102,11 +102,11 @@ def test_folders_without_a_prompt_are_refused(tmp_path: Path) -> None:
     assert "no such folder; give an adapter's folder" in problem_of(tmp_path / "none")
     assert "has no adapter_config.json, so it is no adapter" in problem_of(tmp_path)
     LoraConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path)
-    assert "is an adapter of type 'LORA', which holds no prompt" in problem_of(tmp_path)
+    assert "is an adapter of type 'LORA', which has no prompt" in problem_of(tmp_path)
     save(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:20])
-    assert "is no safetensors file of a prompt" in problem_of(tmp_path)
+    assert "is not a valid safetensors file of a prompt" in problem_of(tmp_path)
     save_file({"other": torch.ones(2)}, weights)
     assert "has no tensor 'prompt_embeddings'" in problem_of(tmp_path)
     save_file({"prompt_embeddings": torch.ones(0, H)}, weights)

@@ -22,7 +22,7 @@ from trainer.config import Prompt, RunConfig, load_output
 from trainer.model.checkpoint_files import BaseFiles, open_base, portable_name
 from trainer.model.embedding_lookup import read_token_embeddings
 from trainer.model.fingerprint import fingerprint_base
-from trainer.prompts.initializers import Vocabulary, words
+from trainer.prompts.initializers import Vocabulary, embed_text
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.prompts.text_encoder import TextReader
@@ -90,7 +90,7 @@ def encode(
         files.tokenizer,
         files.config.vocab_size,
     )
-    return VirtualTokens(reader(words(text, vocabulary))), step
+    return VirtualTokens(reader(embed_text(text, vocabulary))), step
 
 
 def _dtype(path: Path) -> torch.dtype:

@@ -1,8 +1,13 @@
-"""The run file: strict, typed, every mistake reported at once. Imports no torch.
+"""The run file: strict and typed, with all errors reported at once. Imports no torch.
 
-One class per section, in the order of the file. Field names follow PEFT and transformers where they
-have one. ``load`` reads a file and its ``key=value`` overrides; ``BadInput`` carries every problem
-with the line, the setting, its value and the remedy.
+1. ``yaml_parser.py``: text -> ``Document``: plain data, and the line of every value.
+2. ``yaml_source.py``: file, ``key=value`` overrides -> ``YamlSource``: data with their origin.
+3. ``sweep.py``: ``YamlSource`` -> ``Expansion``: one prompt per combination of a sweep.
+4. ``run.py``: ``Expansion`` -> ``RunConfig``, with one class per section: ``base.py``, ``task.py``,
+   ``prompt.py`` (encoders are registered in ``encoders.py``), ``tracking.py``.
+5. ``yaml_source.explain``: pydantic's errors -> ``BadInput`` with line, setting, value and remedy.
+
+Names of settings follow PEFT and transformers. ``ranking.py`` has the rule for the best prompt.
 """
 
 from trainer.config.base import Base, EngineConfig

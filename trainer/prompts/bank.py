@@ -24,14 +24,9 @@ from torch.func import functional_call
 
 from trainer.config import Prompt, RunConfig
 from trainer.config.ranking import ScoreKey
+from trainer.prompts.init_search import InitScorer, search_starts
 from trainer.prompts.initializers import Vocabulary
-from trainer.prompts.parameter_groups import (
-    InitScorer,
-    ParameterGroup,
-    build_encoder,
-    search_starts,
-    units_of,
-)
+from trainer.prompts.parameter_groups import ParameterGroup, build_encoder, group_parameters
 from trainer.prompts.regularization import perturbed
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
 from trainer.prompts.text_encoder import BestEncoder
@@ -115,7 +110,7 @@ class Bank:
             )
             for i, prompt in enumerate(config.prompts)
         ]
-        self._units = units_of(config.prompts, self._encoders)
+        self._units = group_parameters(config.prompts, self._encoders)
         by_prompt: dict[int, Optimizer] = {}
         for unit in self._units:
             prompt = config.prompts[unit.members[0]]

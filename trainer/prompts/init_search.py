@@ -1,45 +1,53 @@
-"""Which words a prompt starts from where the run file leaves it open: a small genetic search.
+"""``init: auto``: a small genetic search for the tokens that a prompt is initialized with.
 
-Drawn words differ widely in how well the base does its task behind them, and what makes some better
-can be combined: of the best prompts so far two are crossed, word by word, and a few words drawn
-again (a genetic search over prompts, as GPS has it, arXiv 2210.17041, with words in place of
-sentences). It needs forwards alone, and no row that the prompt's first update does not read.
+Random token sequences differ widely in the loss that the base model has after them, and good ones
+can be combined: two of the best candidates so far are crossed token by token, and a few tokens are
+redrawn (a genetic search over prompts like GPS, arXiv 2210.17041, with tokens instead of
+sentences). The search needs forward passes only, over the rows of the prompt's first update.
 
-Searches run side by side, a round of all prompts at a time: each by its own generator, so that a
-prompt finds in a bank what it finds alone.
+Searches of several prompts run side by side, one round of all prompts at a time. Each has its own
+generator, so a prompt in a bank gets the same result as alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-#: Drawings of words that a search begins with.
+from trainer.config import Init, Prompt, RunConfig
+from trainer.data.row_validation import label_texts
+from trainer.prompts.initializers import Vocabulary, initial_token_ids, known_starts
+
+#: Random candidates in the first round.
 DRAWINGS = 16
-#: Rounds after them, prompts made in each, and how many of the best they are made of.
+#: Rounds after the first, candidates per round, and parents that they are made from.
 ROUNDS, CHILDREN, PARENTS = 6, 8, 3
-#: Share of a child's words that are drawn again.
+#: Share of a child's tokens that are redrawn.
 MUTATED = 0.1
-#: A search over fewer prompts than this is left out: drawn words alone hardly differ from chance.
+#: Minimum number of candidates of a search; with fewer, the result is hardly better than chance.
 FEWEST = 8
 
-#: One word, as its token id, for each virtual token.
+#: Token ids of a candidate, one per virtual token.
 Words = tuple[int, ...]
-#: Asks for the losses of prompts of words, and gives the best of all in the end.
+#: Yields candidates, receives their losses, and returns the best candidate.
 Search = Generator[Sequence[Words], Sequence[float], "SearchResult"]
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best start of a search.
+    """Result of a search.
 
     Attributes:
-        what: where it came from, in words.
-        loss: its mean loss per label; ``first`` and ``middle``: of what the search began with the
-            least, and the one in the middle.
-        tried: different prompts whose loss was asked for.
+        words: token ids of the best candidate.
+        what: description of its origin.
+        loss: its mean loss per label, in nats.
+        first, middle: lowest and median loss of the first round.
+        tried: number of distinct candidates that were scored.
     """
 
     words: Words
@@ -52,7 +60,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Extent:
-    """How many prompts a search tries: known ones, drawings, then rounds of ``CHILDREN``."""
+    """Number of candidates: known ones, random ones, then rounds of ``CHILDREN``."""
 
     known: int
     drawings: int
@@ -64,12 +72,12 @@ class Extent:
 
 
 def extent(budget: int, known: int) -> Extent | None:
-    """Size of a search that tries at most ``budget`` prompts; None below ``FEWEST``.
+    """Plan a search of at most ``budget`` candidates; None below ``FEWEST``.
 
-    The first half of the budget goes to known prompts and drawings, the rest to rounds.
+    Half of the budget is for known and random candidates, the rest for the rounds.
 
     Args:
-        known: prompts that the task suggests: hard prompts and labels.
+        known: number of candidates that the task provides: hard prompts and labels.
     """
     if budget < FEWEST:
         return None
@@ -85,12 +93,12 @@ def search(
     generator: torch.Generator,
     rounds: int = ROUNDS,
 ) -> Search:
-    """The search of one prompt.
+    """Search the initial tokens of one prompt.
 
     Args:
-        begin_with: prompts of equal length, and what each is.
-        draw: as many words, at random.
-        rounds: generations of ``CHILDREN`` prompts each.
+        begin_with: candidates of equal length, each with a description.
+        draw: draws a random candidate of this length.
+        rounds: number of rounds of ``CHILDREN`` candidates.
     """
     tried: dict[Words, _Tried] = {}
     yield from _ask(begin_with, tried)
@@ -98,15 +106,15 @@ def search(
     first, middle = losses[0], losses[len(losses) // 2]
     for _ in range(rounds):
         parents = sorted(tried, key=lambda words: tried[words].rank)[:PARENTS]
-        # In the order in which they were found: which of them is best, often by very little, does
-        # not affect the children.
+        # In the order of scoring, so that tiny differences between their losses do not affect the
+        # children.
         parents.sort(key=lambda words: tried[words].number)
         children: list[Words] = []
         for _ in range(CHILDREN):
             drawn = draw()
             child = _child(parents, drawn, generator)
             place = int(torch.randint(len(drawn), (), generator=generator))
-            if child in tried or child in children:  # nothing is asked twice
+            if child in tried or child in children:  # score no candidate twice
                 child = (*child[:place], drawn[place], *child[place + 1 :])
             children.append(child)
         yield from _ask([("words of several starts", words) for words in children], tried)
@@ -122,7 +130,7 @@ class _Tried:
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Of equal losses the one that was found first."""
+        """Sort key: loss, then order of scoring."""
         return self.loss, self.number
 
 
@@ -135,7 +143,7 @@ def _ask(
 
 
 def _child(parents: Sequence[Words], drawn: Words, generator: torch.Generator) -> Words:
-    """Each word of one of two parents, or in a few places a drawn one."""
+    """Take each token from one of two parents, or in a few places from ``drawn``."""
     pair = torch.randperm(len(parents), generator=generator)[:2].tolist()
     length = len(drawn)
     which = torch.randint(len(pair), (length,), generator=generator).tolist()
@@ -150,7 +158,7 @@ def search_together(
     """Run the searches of several prompts side by side.
 
     Args:
-        judge: losses of prompts of words, each beside whose start it may be.
+        judge: computes the losses of candidates, each with the index of its prompt.
     """
     asked = {i: next(one) for i, one in searches.items()}
     results: dict[int, SearchResult] = {}
@@ -165,3 +173,124 @@ def search_together(
             except StopIteration as ended:
                 results[i] = ended.value
     return results
+
+
+class InitScorer(Protocol):
+    """Scores candidates; see ``trainer.training.init_scoring``."""
+
+    def losses(
+        self, starts: Sequence[tuple[int, Words]], embed: Callable[[Sequence[int]], Tensor]
+    ) -> list[float]:
+        """Compute the mean loss of each candidate, as the prompt of the given index.
+
+        Args:
+            embed: token embeddings [n, H] of token ids; may be a collective.
+        """
+
+    def working(self, asked: Mapping[int, int]) -> AbstractContextManager[None]:
+        """Show the progress of scoring.
+
+        Args:
+            asked: number of candidates of each prompt.
+        """
+
+    def say(self, i: int, best: SearchResult | Unsearched, text: str) -> None:
+        """Print the initial prompt of prompt ``i``."""
+
+
+@dataclass(frozen=True)
+class Unsearched:
+    """The initial prompt of a run that is too short for a search.
+
+    Attributes:
+        what: description of the origin of the tokens.
+        budget: candidates that the search could have scored.
+    """
+
+    words: Words
+    what: str
+    budget: int
+
+
+def search_starts(
+    config: RunConfig, vocabulary: Vocabulary, screen: InitScorer
+) -> dict[int, Tensor]:
+    """Return initial values for the prompts with ``init: auto``, by their indices.
+
+    Virtual tokens that are embeddings, and keys and values that the base computes from the same
+    words, give the same loss: both are searched as embeddings. Prompts with the same task, seed,
+    row order and budget share one search.
+    """
+    same: dict[object, list[int]] = {}
+    for i in _open_prompts(config.prompts):
+        same.setdefault(_what_is_open(config, config.prompts[i]), []).append(i)
+    best: dict[int, SearchResult | Unsearched] = {}
+    searches: dict[int, Search] = {}
+    candidates: dict[int, int] = {}
+    for i, *_ in same.values():
+        start = _first_starts(config, i, vocabulary)
+        if isinstance(start, Unsearched):
+            best[i] = start
+        else:
+            candidates[i], searches[i] = start
+    if searches:
+        with screen.working(candidates):
+            best |= search_together(searches, lambda tried: screen.losses(tried, vocabulary.embed))
+    starts: dict[int, Tensor] = {}
+    for several in same.values():
+        of = best[several[0]]
+        text, made = str(vocabulary.tokenizer.decode(list(of.words))), dict[bool, Tensor]()
+        for i in several:
+            screen.say(i, of, text)
+            past = config.prompts[i].method == "prefix_tuning"
+            if past not in made:
+                made[past] = (vocabulary.read if past else vocabulary.embed)(of.words)
+            starts[i] = made[past].clone()
+    return starts
+
+
+def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
+    """Indices of the prompts to search for; of a share only the first, which initializes it."""
+    shares: set[str] = set()
+    indices = []
+    for i, prompt in enumerate(prompts):
+        begins = prompt.share is None or prompt.share not in shares
+        if prompt.share is not None:
+            shares.add(prompt.share)
+        if begins and prompt.init.auto and prompt.entry.searches_init:
+            indices.append(i)
+    return indices
+
+
+def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
+    """Key of everything that a search depends on."""
+    seeds = config.prompt_seed(prompt), config.data_seed(prompt)
+    budget = config.init_budget(prompt)
+    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.teacher, budget
+
+
+def _first_starts(
+    config: RunConfig, i: int, vocabulary: Vocabulary
+) -> Unsearched | tuple[int, Search]:
+    """Return a search with its number of candidates, or the initial tokens if there is none."""
+    prompt = config.prompts[i]
+    generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
+    task, length = config.task(prompt.task), prompt.num_virtual_tokens
+    labels = label_texts(task)
+    # No warnings about candidates that are cut or repeated.
+    quiet = replace(vocabulary, warn=lambda _: None)
+
+    def ids(init: Init) -> Words:
+        token_ids = initial_token_ids(init, quiet, length, generator, labels)
+        assert token_ids is not None, init
+        return tuple(token_ids)
+
+    known, drawn = known_starts(labels, task.hand_written), Init(vocab=True)
+    budget = config.init_budget(prompt)
+    size = extent(budget, len(known))
+    if size is None:
+        what, init = known[0] if known else ("words drawn from the vocabulary", drawn)
+        return Unsearched(ids(init), what, budget)
+    begin_with = [(what, ids(init)) for what, init in known[: size.known]]
+    begin_with += [(f"drawing {n + 1} of words", ids(drawn)) for n in range(size.drawings)]
+    return size.prompts, search(begin_with, lambda: ids(drawn), generator, size.rounds)

@@ -1,12 +1,10 @@
-"""Where virtual tokens start: named functions over the frozen word embeddings, or over the keys and
-values that the base makes of words.
+"""Initial values of prompts, from token embeddings or from keys and values of the base model.
 
-Every function returns fp32 virtual tokens on the CPU and draws from the generator it is given,
-never from the global one: the same prompt settings give the same start on every rank and in every
-bank. Label, vocabulary and random starts are compared in Lester et al. 2021, arXiv 2104.08691.
+Every function returns fp32 values on the CPU and draws from the generator it is given, never from
+the global one, so the same settings give the same values on every rank and in every bank. Lester et
+al. 2021 (arXiv 2104.08691) compare initialization from labels, vocabulary and noise.
 
-One rule for lengths, PEFT's: what is shorter than P is repeated, what is longer is cut; a warning
-says how much was used.
+As in PEFT, texts shorter than P tokens are repeated and longer ones are cut, with a warning.
 
 Shape letters: P virtual tokens, H hidden size, n looked-up words. Keys and values: [P, layers, 2,
 heads of keys, head size].
@@ -34,23 +32,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Word embeddings read to estimate their root mean square.
+#: Token embeddings sampled to estimate their root mean square.
 RMS_SAMPLE = 1024
-#: Words that are drawn from: the most frequent (Lester et al. 2021, section 3.2, take as many).
+#: Number of most frequent tokens to draw from, as in Lester et al. 2021, section 3.2.
 FREQUENT = 5000
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of a base and their frozen embeddings.
+    """Tokens of the base model and their frozen embeddings.
 
     Attributes:
-        lookup: token ids to word embeddings [n, H]; on a sharded base a collective that every rank
+        lookup: maps token ids to embeddings [n, H]; on a sharded base a collective that every rank
             calls with the same ids.
-        tokenizer: gives ids, and says which of them are special.
-        size: rows of the base's embedding; may exceed the tokenizer's vocabulary (padding).
-        past: token ids, read as one text, to keys and values [n, ...]; a collective, too.
-        warn: takes a line for people.
+        size: rows of the embedding table; may exceed the tokenizer's vocabulary (padding).
+        past: maps the token ids of a text to its keys and values [n, ...]; also a collective.
+        warn: prints a warning.
     """
 
     lookup: Callable[[Sequence[int]], Tensor]
@@ -60,11 +57,11 @@ class Vocabulary:
     warn: Callable[[str], None] = logger.warning
 
     def ids(self, source: str) -> list[int]:
-        """A text's tokens. Unlike PEFT no special tokens are added: the rows bring their own."""
+        """Tokenize a text. Unlike PEFT, without special tokens: rows have their own."""
         return list(self.tokenizer(source, add_special_tokens=False)["input_ids"])
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """Word embeddings [n, H], fp32 on the CPU, no graph.
+        """Look up token embeddings [n, H], fp32 on the CPU, without a graph.
 
         Raises:
             BadInput: if the tokenizer gives an id that the base does not have.
@@ -74,13 +71,13 @@ class Vocabulary:
             return self.lookup(list(token_ids)).detach().to("cpu", torch.float32).clone()
 
     def read(self, token_ids: Sequence[int]) -> Tensor:
-        """Keys and values that the base makes of a text, fp32 on the CPU, no graph.
+        """Compute the keys and values of a text, fp32 on the CPU, without a graph.
 
         Raises:
             BadInput: if the tokenizer gives an id that the base does not have.
         """
         self._check(token_ids)
-        assert self.past is not None, "prefix tuning needs a base that reads"
+        assert self.past is not None, "prefix tuning needs keys and values"
         with torch.no_grad():
             return self.past(list(token_ids)).detach().to("cpu", torch.float32).clone()
 
@@ -93,10 +90,10 @@ class Vocabulary:
 
     @cached_property
     def words_n(self) -> Tensor:
-        """Ids of frequent words: no special or added tokens, no padding rows, no bare bytes.
+        """Ids of the most frequent tokens, without special and added tokens and partial characters.
 
-        A tokenizer numbers its tokens in the order in which they were merged (BPE), or by their
-        probability (unigram): the frequent ones come first.
+        Tokenizers number tokens in merge order (BPE) or by probability (unigram), so the frequent
+        ones come first.
         """
         unlike = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         ordinary = (i for i in range(min(self.size, len(self.tokenizer))) if i not in unlike)
@@ -105,12 +102,12 @@ class Vocabulary:
 
 
 def _is_text(decoded: str | list[str]) -> bool:
-    """Whether a token is more than space or a part of a character."""
+    """Whether a token is neither blank nor part of a character."""
     return bool(str(decoded).strip()) and "\ufffd" not in decoded
 
 
-def words(source: str, vocabulary: Vocabulary) -> Tensor:
-    """Embeddings of a text's tokens as they are, fp32 [n, H].
+def embed_text(source: str, vocabulary: Vocabulary) -> Tensor:
+    """Embed the tokens of a text, fp32 [n, H].
 
     Raises:
         BadInput: if the text has no tokens.
@@ -121,7 +118,7 @@ def words(source: str, vocabulary: Vocabulary) -> Tensor:
 def _all_text_ids(source: str, vocabulary: Vocabulary) -> list[int]:
     token_ids = vocabulary.ids(source)
     if not token_ids:
-        raise BadInput(f"prompts.init.text: {source!r} has no tokens; write some words")
+        raise BadInput(f"prompts.init.text: {source!r} has no tokens; give a text")
     return token_ids
 
 
@@ -132,9 +129,9 @@ def _text_ids(source: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> l
 
 
 def _label_ids(labels: Sequence[str], vocabulary: Vocabulary, num_virtual_tokens: int) -> list[int]:
-    """First tokens of all labels, then their second ones and so on, repeated and then cut to P.
+    """Return the first tokens of all labels, then the second and so on, repeated or cut to P.
 
-    In this order every label takes part before one takes part twice.
+    In this order every label is used before any is used twice.
     """
     columns = zip_longest(*(vocabulary.ids(label) for label in labels))
     token_ids = [i for column in columns for i in column if i is not None]
@@ -146,20 +143,20 @@ def _label_ids(labels: Sequence[str], vocabulary: Vocabulary, num_virtual_tokens
 
 
 def _used(count: int, num_virtual_tokens: int, vocabulary: Vocabulary, what: str) -> list[int]:
-    """Which of ``count`` tokens P virtual ones start from: repeated, as in PEFT, or cut."""
+    """Return the index, among ``count`` tokens, that initializes each virtual token."""
     if count > num_virtual_tokens:
         vocabulary.warn(f"{what}; the first {num_virtual_tokens} become virtual tokens")
     return [i % count for i in range(num_virtual_tokens)]
 
 
-def trained(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tensor:
-    """A trained prompt, repeated and then cut to P (SPoT: Vu et al. 2021, arXiv 2110.07904).
+def from_adapter(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tensor:
+    """Load a trained prompt, repeated or cut to P (SPoT: Vu et al. 2021, arXiv 2110.07904).
 
     Returns:
         fp32 [P, H], or keys and values [P, layers, 2, heads of keys, head size].
 
     Raises:
-        BadInput: if there is none, or one that is not finite.
+        BadInput: the prompt is missing or not finite.
     """
     source = find_source(path)
     prompt = load_peft(source.folder).tensor.float()
@@ -171,8 +168,8 @@ def trained(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tenso
     return prompt[_used(len(prompt), num_virtual_tokens, vocabulary, what)]
 
 
-def draw(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> list[int]:
-    """Tokens of words drawn without replacement; drawn again only when all are used up."""
+def draw_tokens(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> list[int]:
+    """Draw frequent tokens without replacement; start over when all are used."""
     words_n = vocabulary.words_n
     if not len(words_n):
         raise BadInput(
@@ -185,42 +182,44 @@ def draw(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> list
     return drawn
 
 
-def random(vocabulary: Vocabulary, num_virtual_tokens: int, generator: torch.Generator) -> Tensor:
-    """Normal noise with the root mean square of the word embeddings.
+def from_noise(
+    vocabulary: Vocabulary, num_virtual_tokens: int, generator: torch.Generator
+) -> Tensor:
+    """Draw normal noise with the root mean square of the token embeddings.
 
-    PEFT draws from N(0, 1) whatever the base's scale; word embeddings are usually far smaller, and
-    a prompt so loud starts far from anything that the base has read.
+    PEFT draws from N(0, 1) for every base. Token embeddings are usually far smaller, so such a
+    prompt would be far from any input of the base model.
 
     Returns:
         fp32 [P, H].
     """
     count = min(RMS_SAMPLE, len(vocabulary.words_n))
-    sample_nH = vocabulary.embed(draw(vocabulary, count, generator))
+    sample_nH = vocabulary.embed(draw_tokens(vocabulary, count, generator))
     rms = sample_nH.square().mean().sqrt()
     return torch.randn(num_virtual_tokens, sample_nH.shape[1], generator=generator) * rms
 
 
-def word_ids(
+def initial_token_ids(
     init: Init,
     vocabulary: Vocabulary,
     num_virtual_tokens: int,
     generator: torch.Generator,
     labels: Sequence[str] = (),
 ) -> list[int] | None:
-    """The P tokens of a start that is words: a text, labels or drawn ones; None: it is none.
+    """Return the P token ids of an initialization from text, labels or vocabulary; else None.
 
     Args:
-        labels: the task's choices as its rows have them.
+        labels: the task's choices as they occur in rows.
 
     Raises:
-        BadInput: if there is nothing to start from.
+        BadInput: a text or the labels have no tokens.
     """
     if init.text is not None:
         return _text_ids(init.text, vocabulary, num_virtual_tokens)
     if init.labels:
         return _label_ids(labels, vocabulary, num_virtual_tokens)
     if init.vocab:
-        return draw(vocabulary, num_virtual_tokens, generator)
+        return draw_tokens(vocabulary, num_virtual_tokens, generator)
     return None
 
 
@@ -231,25 +230,26 @@ def keys_and_values(
     generator: torch.Generator,
     labels: Sequence[str] = (),
 ) -> Tensor:
-    """The start of a prompt of prefix tuning: fp32 [P, layers, 2, heads of keys, head size].
+    """Compute initial keys and values, fp32 [P, layers, 2, key heads, head size].
 
-    Text, labels and drawn words are read by the base, as one text of P tokens, and leave their keys
-    and values. Noise has the root mean square of the keys, and of the values, that the base makes
-    of drawn words in that layer; of the middle one of these words, because many bases give their
-    first token keys of quite another size.
+    Text, labels and drawn tokens are read by the base model as one text of P tokens. Noise has the
+    root mean square of the keys (or values) of drawn tokens in the same layer: the median over the
+    tokens, because in many models the first token has keys of a very different size.
 
     Raises:
         BadInput: as ``initialize``.
     """
-    ids = word_ids(init, vocabulary, num_virtual_tokens, generator, labels)
+    ids = initial_token_ids(init, vocabulary, num_virtual_tokens, generator, labels)
     if ids is not None:
         return vocabulary.read(ids)
-    read = vocabulary.read(draw(vocabulary, num_virtual_tokens, generator))
+    read = vocabulary.read(draw_tokens(vocabulary, num_virtual_tokens, generator))
     if init.zero:
         return torch.zeros_like(read)
     if init.from_ is not None:
-        return _of_this_base(trained(init.from_, vocabulary, num_virtual_tokens), read, init.from_)
-    assert init.random, f"config allows an initialiser that nobody wrote: {init}"
+        return _of_this_base(
+            from_adapter(init.from_, vocabulary, num_virtual_tokens), read, init.from_
+        )
+    assert init.random, f"unknown initializer: {init}"
     rms = read.square().mean(dim=(3, 4), keepdim=True).sqrt().median(dim=0, keepdim=True).values
     return torch.randn(read.shape, generator=generator) * rms
 
@@ -261,38 +261,38 @@ def initialize(
     generator: torch.Generator,
     labels: Sequence[str] = (),
 ) -> Tensor:
-    """The start that the run file asks for: fp32 [P, H].
+    """Compute initial virtual tokens, fp32 [P, H].
 
     Raises:
-        BadInput: if there is nothing to start from, or a trained prompt is of another base.
+        BadInput: a text or the labels have no tokens, or a trained prompt is of another base.
     """
-    ids = word_ids(init, vocabulary, num_virtual_tokens, generator, labels)
+    ids = initial_token_ids(init, vocabulary, num_virtual_tokens, generator, labels)
     if ids is not None:
         return vocabulary.embed(ids)
     if init.from_ is not None:
         word_1H = vocabulary.embed([0])
         return _of_this_base(
-            trained(init.from_, vocabulary, num_virtual_tokens), word_1H, init.from_
+            from_adapter(init.from_, vocabulary, num_virtual_tokens), word_1H, init.from_
         )
-    assert init.random, f"config allows an initialiser that nobody wrote: {init}"
-    return random(vocabulary, num_virtual_tokens, generator)
+    assert init.random, f"unknown initializer: {init}"
+    return from_noise(vocabulary, num_virtual_tokens, generator)
 
 
 def known_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
-    """What ``init: auto`` knows of a task before it draws words: starts, and what each is."""
-    candidates = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
+    """Candidates of ``init: auto`` that the task provides, each with a description."""
+    starts = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
     if len(hand_written) > 1:
-        # A prompt is often longer than one of them: together they fill it without repetition.
-        candidates.append(
+        # Together they fill a prompt that is longer than each of them, without repetition.
+        starts.append(
             ("all hand-written prompts", Init(text=" ".join(map(str.strip, hand_written))))
         )
     if labels:
-        candidates.append(("the task's choices", Init(labels=True)))
-    return candidates
+        starts.append(("the task's choices", Init(labels=True)))
+    return starts
 
 
 def _of_this_base(prompt: Tensor, like: Tensor, path: str) -> Tensor:
-    """A prompt whose tokens have the shape of those that the base makes."""
+    """Check that a prompt has the shape of this base's embeddings, or keys and values."""
     if prompt.shape[1:] != like.shape[1:]:
         raise BadInput(
             f"prompts.init.from: a virtual token of {path} has the shape "

@@ -1,10 +1,10 @@
-"""A trained prompt as a folder that PEFT loads.
+"""Reading and writing PEFT adapters.
 
-Every method is exported folded: virtual tokens as what PEFT calls PROMPT_TUNING, keys and values as
-PREFIX_TUNING; one tensor under the key ``prompt_embeddings``. Written by hand, because
-``save_pretrained`` needs the whole base.
+Every encoder is exported as its output: virtual tokens as PEFT's PROMPT_TUNING, keys and values as
+PREFIX_TUNING, with one tensor ``prompt_embeddings``. PEFT's own ``save_pretrained`` is not used
+because it needs the complete base model.
 
-Shape letters: P virtual tokens, H hidden size, L layers, A heads of keys, D head size.
+Shape letters: P virtual tokens, L layers, A key heads, D head size.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def save_peft(
 
     Args:
         prompt: the encoder's output; saved in fp32.
-        base_model_name: what PEFT loads the base from: a folder's absolute path, or a hub id.
+        base_model_name: absolute path of the base model's folder, or its hub id.
         title: of the model card; default: the folder's name.
-        description: a line for the model card: task, score.
+        description: a line of the model card: task and scores.
 
     Raises:
         ValueError: if the virtual tokens are not finite.
     """
     if not prompt.is_finite():
-        raise ValueError(f"{folder}: the virtual tokens are not finite; there is nothing to export")
+        raise ValueError(f"{folder}: the virtual tokens are not finite")
     values = prompt.tensor.detach().to("cpu", torch.float32).contiguous()
     method: dict[str, Any] = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     token_dim = values.shape[1]
     if isinstance(prompt, PrefixKeyValues):
-        # PEFT counts the heads that a cache holds: fewer where queries are grouped.
+        # PEFT counts key heads, which are fewer than query heads with grouped-query attention.
         _, num_layers, _, num_attention_heads, head_size = values.shape
         token_dim = num_attention_heads * head_size
         method = {
@@ -87,7 +87,7 @@ def load_peft(folder: Path) -> SoftPrompt:
     """Read the prompt of an adapter that ``save_peft`` or PEFT wrote.
 
     Raises:
-        BadInput: the folder is not an adapter with one prompt, or is damaged.
+        BadInput: the adapter is damaged.
     """
     try:
         values: Tensor = load_file(folder / WEIGHTS)[TENSOR]

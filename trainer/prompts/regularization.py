@@ -1,9 +1,9 @@
-"""Noise and dropout on a prompt while it is trained, against overfitting.
+"""Noise and dropout on a prompt during training, against overfitting.
 
-A prompt that holds at one point alone is a sharp minimum: a little noise on it smooths the loss
-around it (Chen et al. 2023, arXiv 2305.02423, there as a regulariser beside the loss; here on the
-prompt itself). What is drawn is a function of seed and update alone, on the CPU: the same on all
-ranks, in every bank and after a resume.
+A little noise on the prompt smooths the loss around it and avoids sharp minima (Chen et al. 2023,
+arXiv 2305.02423, who add a regularization term to the loss instead). The random numbers are drawn
+on the CPU and depend on the seed and the update only, so they are the same on all ranks, in every
+bank and after a resume.
 
 Shape letters: P virtual tokens, H hidden size; keys and values: [P, layers, 2, heads, head size].
 """
@@ -25,9 +25,9 @@ def perturbed(
     Args:
         prompt: the output of the encoder.
         update: updates made before this one.
-        noise: standard deviation over the root mean square of the prompt, or, of keys and values,
-            of the keys or the values of a layer.
-        dropout: share of the elements set to zero; the others grow by ``1 / (1 - dropout)``.
+        noise: standard deviation, as a share of the root mean square of the prompt or, for keys
+            and values, of the keys (or values) of the same layer.
+        dropout: share of elements set to zero; the others are scaled by ``1 / (1 - dropout)``.
     """
     if not noise and not dropout:
         return prompt
@@ -44,6 +44,6 @@ def perturbed(
 
 
 def _mixed(seed: int, update: int) -> int:
-    """A seed of its own for every update; neighbouring ones have nothing in common."""
+    """Derive an independent seed for every update."""
     digest = hashlib.sha256(f"perturbation {seed}/{update}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,7 +1,7 @@
-"""Trained prompts on disk that others start from (SPoT: Vu et al. 2021, arXiv 2110.07904).
+"""Trained prompts on disk that initialize others (SPoT: Vu et al. 2021, arXiv 2110.07904).
 
-What can be wrong with one is found without torch, from its settings and the header of its weights,
-before a base is loaded.
+Adapters are checked without torch, by their settings and the header of their weights, before a base
+model is loaded.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import parse_json, read_json_object
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: The one tensor of an adapter: a row for each virtual token.
+#: The only tensor of an adapter, with one row per virtual token.
 TENSOR = "prompt_embeddings"
-#: What PEFT calls adapters of virtual tokens; keys and values are PREFIX_TUNING.
+#: PEFT's types of adapters with virtual tokens; keys and values are PREFIX_TUNING.
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING")
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """An adapter that a prompt can start from.
+    """An adapter that can initialize a prompt.
 
     Attributes:
-        prefix: it holds keys and values, not virtual tokens.
+        prefix: the adapter has keys and values, not virtual tokens.
         num_virtual_tokens, width: its rows and columns; the width of virtual tokens is the base's
             hidden size.
     """
@@ -40,10 +40,10 @@ class PromptSource:
 
 
 def find_source(path: str) -> PromptSource:
-    """The adapter in a folder, or the one of a run's output folder.
+    """Find the adapter in a folder, or the only one of a run's output folder.
 
     Raises:
-        BadInput: if there is none, more than one, or one that holds no prompt in safetensors.
+        BadInput: there is none, more than one, or it has no prompt in safetensors.
     """
     folder = _adapter_folder(resolve_path(path))
     try:
@@ -54,7 +54,7 @@ def find_source(path: str) -> PromptSource:
         ) from None
     if kind not in (*VIRTUAL_TOKENS, "PREFIX_TUNING"):
         raise BadInput(
-            f"{folder}: is an adapter of type {kind!r}, which holds no prompt; known: "
+            f"{folder}: is an adapter of type {kind!r}, which has no prompt; known: "
             f"{', '.join(VIRTUAL_TOKENS)}, PREFIX_TUNING"
         )
     rows, width = _shape(folder)
@@ -62,10 +62,10 @@ def find_source(path: str) -> PromptSource:
 
 
 def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterator[str]:
-    """What is wrong with the prompts that those of a run file start from.
+    """Check the adapters that initialize prompts of a run file; yield the problems.
 
     Args:
-        hidden_size: of the base; None where it is not known yet.
+        hidden_size: of the base; None: unknown.
     """
     for prompt in config.prompts:
         if prompt.init.from_ is None:
@@ -92,7 +92,7 @@ def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterat
 
 
 def without_sources(config: RunConfig) -> RunConfig:
-    """Drop the sources of initial prompts: a resumed run does not read them; they may be gone."""
+    """Remove ``init.from``: a resumed run does not read the adapters, which may be gone."""
     prompts = [
         prompt
         if prompt.init.from_ is None
@@ -103,10 +103,10 @@ def without_sources(config: RunConfig) -> RunConfig:
 
 
 def check_sources(config: RunConfig, hidden_size: int) -> None:
-    """Let a run begin only if its prompts can start from those it names.
+    """Check the adapters that initialize prompts before a run starts.
 
     Raises:
-        BadInput: with all that ``source_problems`` finds.
+        BadInput: with all of ``source_problems``.
     """
     if problems := list(source_problems(config, hidden_size)):
         raise BadInput(problems)
@@ -117,17 +117,17 @@ def _adapter_folder(folder: Path) -> Path:
         raise BadInput(f"{folder}: no such folder; give an adapter's folder or a run's output_dir")
     if (folder / SETTINGS).is_file():
         return folder
-    folders = sorted(path.parent for path in folder.glob(f"prompts/*/{SETTINGS}"))
-    if len(folders) == 1:
-        return folders[0]
-    if folders:
-        names = ", ".join(path.name for path in folders)
+    adapters = sorted(path.parent for path in folder.glob(f"prompts/*/{SETTINGS}"))
+    if len(adapters) == 1:
+        return adapters[0]
+    if adapters:
+        names = ", ".join(path.name for path in adapters)
         raise BadInput(f"{folder}: has several prompts; name one: {folder}/prompts/NAME of {names}")
-    raise BadInput(f"{folder}: has no {SETTINGS}, so it is no adapter; train the prompt first")
+    raise BadInput(f"{folder}: has no {SETTINGS}, so it is not an adapter; train the prompt first")
 
 
 def _shape(folder: Path) -> tuple[int, int]:
-    """Shape of the adapter's tensor, from the header of its weights."""
+    """Read the shape of the adapter's tensor from the header of its weights."""
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = any(folder.glob("adapter_model.bin"))
@@ -139,9 +139,9 @@ def _shape(folder: Path) -> tuple[int, int]:
             header = parse_json(file.read(min(size, 1 << 24)))
         rows, width = map(_size, header[TENSOR]["shape"])
     except KeyError:
-        raise BadInput(f"{path}: has no tensor {TENSOR!r}, so it holds no prompt") from None
+        raise BadInput(f"{path}: has no tensor {TENSOR!r}, so it has no prompt") from None
     except (OSError, ValueError, TypeError, struct.error) as error:
-        raise BadInput(f"{path}: is no safetensors file of a prompt: {error}") from None
+        raise BadInput(f"{path}: is not a valid safetensors file of a prompt: {error}") from None
     if not rows:
         raise BadInput(f"{path}: has no virtual tokens")
     return rows, width

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from trainer.config.ranking import LAST, ScoreKey
 from trainer.prompts.encoders import EncoderInputs, PromptEncoder, uniform_linear
-from trainer.prompts.initializers import words
+from trainer.prompts.initializers import embed_text
 
-#: Standard deviation of a query's elements at the start: each then attends to few of the words, and
-#: what it makes of them is about as loud as a word.
+#: Initial standard deviation of the queries' elements. Each query then attends to few tokens, and
+#: its output is about as large as a token embedding.
 SHARPNESS = 3.0
-#: Longest wave of the positions (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+#: Longest wavelength of the position encoding (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 LONGEST_WAVE = 10_000.0
 
 
@@ -39,19 +39,19 @@ def build(inputs: EncoderInputs) -> TextEncoder:
             inputs.generator,
         )
     )
-    return TextEncoder(reader, words(prompt.init.text, inputs.vocabulary))
+    return TextEncoder(reader, embed_text(prompt.init.text, inputs.vocabulary))
 
 
 class TextReader(nn.Module):
-    """Turns a text's word embeddings into virtual tokens: P learnt queries attend to the words.
+    """Maps a text's token embeddings to virtual tokens: P learned queries attend to the tokens.
 
-    As p-tuning is described (Liu et al. 2021, arXiv 2103.10385), with a text prompt in place of
-    pseudo tokens, so that what is learnt serves many tasks and reads a new task's text unchanged. A
-    virtual token is the mean of the words it attends to, plus a projection of their values that
-    starts at zero.
+    P-tuning (Liu et al. 2021, arXiv 2103.10385) with a text prompt instead of pseudo tokens, so the
+    weights can be shared between tasks and applied to the text of a new task. A virtual token is
+    the attention-weighted mean of the token embeddings, plus a projection of their values that is
+    initially zero.
 
     Args:
-        generator: draws the weights; they depend on nothing else, least of all on a text.
+        generator: draws the weights, which do not depend on any text.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TextReader(nn.Module):
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> TextReader:
-        """A reader that was trained, from its state dict."""
+        """Create a trained reader from its state dict."""
         num_virtual_tokens, encoder_hidden_size = weights["queries"].shape
         hidden_size = weights["keys.weight"].shape[1]
         reader = cls(num_virtual_tokens, hidden_size, encoder_hidden_size, torch.Generator())
@@ -80,8 +80,8 @@ class TextReader(nn.Module):
         return reader
 
     def forward(self, words_nH: Tensor) -> Tensor:
-        """Virtual tokens [P, H] of a text's word embeddings [n, H], fp32."""
-        # Word embeddings are of any scale; keys and values are made of normed ones.
+        """Map token embeddings [n, H] to virtual tokens [P, H], fp32."""
+        # Normalized, because token embeddings can have any scale.
         normed_nH = nn.functional.layer_norm(words_nH, words_nH.shape[1:])
         places_nE = _positions(len(words_nH), self.queries.shape[1]).to(words_nH)
         keys_nE = self.keys(normed_nH) + places_nE
@@ -93,10 +93,10 @@ class TextReader(nn.Module):
 
 
 class TextEncoder(PromptEncoder):
-    """The virtual tokens that a reader makes of one text.
+    """A reader applied to one text.
 
     Args:
-        words_nH: word embeddings of the text, frozen; no part of what is saved.
+        words_nH: token embeddings of the text; frozen and not part of the state dict.
     """
 
     keeps_best_weights = True
@@ -114,26 +114,26 @@ class TextEncoder(PromptEncoder):
 
 
 def _positions(length: int, width: int) -> Tensor:
-    """Sines and cosines [length, width] of a token's place: words in another order differ."""
+    """Compute the sinusoidal position encoding, [length, width]."""
     half = (width + 1) // 2
     frequencies = LONGEST_WAVE ** (-torch.arange(half) / half)
     angles = torch.arange(length)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
-#: Gives the weights of a reader as they are judged, by their own names.
+#: Returns the weights of a reader that are validated (averaged with ``ema``), by name.
 Judged = Callable[[], Mapping[str, Tensor]]
 
 
 class BestEncoder:
-    """Keeps one copy of a reader: that of the best validation, by the means over its prompts.
+    """Keeps a copy of the weights of a reader at its best validation.
 
-    The mean of its prompts' metrics decides, then the mean of their losses. A prompt that has
-    stopped counts with its last scores, so that means stay comparable. Without any validation the
-    newest reader is kept.
+    Validations are compared by the mean metric of the reader's prompts, then by their mean loss. A
+    stopped prompt counts with its last scores, so that means stay comparable. Without validation,
+    the newest weights are kept.
 
     Args:
-        judged: called only when the reader is better than before.
+        judged: called only if the reader is better than before.
     """
 
     def __init__(self, judged: Judged) -> None:
@@ -143,16 +143,16 @@ class BestEncoder:
         self._weights: dict[str, Tensor] = {}
 
     def update(self, step: int, keys: Mapping[str, ScoreKey | None]) -> None:
-        """Keep the reader as it is now, if it is better.
+        """Keep the current weights if they are the best so far.
 
         Args:
             keys: ``ranking.score_key`` of its prompts that were validated after ``step``; None:
                 the prompt's task has no validation.
         """
-        metrics = {name: key for name, key in keys.items() if key is not None}
-        if LAST in metrics.values():
+        validated = {name: key for name, key in keys.items() if key is not None}
+        if LAST in validated.values():
             return
-        self._keys |= metrics
+        self._keys |= validated
         mean = _mean(list(self._keys.values())) if self._keys else LAST
         if mean < self._best or not self._keys:
             self._step, self._best = step, mean
@@ -173,8 +173,8 @@ class BestEncoder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``, or from that of an older version, which ranked by loss.
 
-        There a loss stands for the metric too: never better than a metric of which higher is
-        better, so the next validation replaces it.
+        In an older state the loss is used for the metric too. It is never better than a metric for
+        which higher is better, so the next validation replaces it.
         """
         self._weights = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
         self._step = int(state["step"])

@@ -18,8 +18,7 @@ from trainer.model.prompted_model import read_teacher
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import PackedRow, PromptLengths
 from trainer.packing.planning import portions
-from trainer.prompts.init_search import FEWEST, SearchResult, Words
-from trainer.prompts.parameter_groups import Unsearched
+from trainer.prompts.init_search import FEWEST, SearchResult, Unsearched, Words
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.training.step import batch_objective, label_counts

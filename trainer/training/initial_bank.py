@@ -14,7 +14,7 @@ from trainer.evaluation.generation import keys_and_values
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.prompted_model import PromptedBase
 from trainer.prompts.bank import Bank
-from trainer.prompts.parameter_groups import InitScorer
+from trainer.prompts.init_search import InitScorer
 from trainer.training.prompt_optimizer import make_optimizer
 
 

@@ -17,7 +17,7 @@ def build(inputs: EncoderInputs) -> LowRankEncoder:
 
 
 class SharedPrompt(nn.Module):
-    """A soft prompt [P, H] that several tasks have in common."""
+    """A prompt [P, H] that several tasks have in common."""
 
     def __init__(self, init_PH: Tensor) -> None:
         super().__init__()
@@ -25,14 +25,13 @@ class SharedPrompt(nn.Module):
 
 
 class LowRankEncoder(PromptEncoder):
-    """Multitask prompt tuning: a shared prompt, times a low-rank matrix of the task's own.
+    """A shared prompt times a low-rank matrix per task: ``shared * (columns @ rows)``, elementwise.
 
-    ``shared * (columns @ rows)``, element by element (Wang et al. 2023, arXiv 2303.02861, section
-    3.1; there of rank 1). The product starts as ones, so that every task starts at the shared
-    prompt, which the paper distils from trained ones and then multiplies by it.
+    Wang et al. 2023, arXiv 2303.02861, section 3.1, use rank 1. The matrix starts as ones, so every
+    task starts at the shared prompt, which the paper distills from trained prompts.
 
     Args:
-        generator: draws what tells the further ranks apart.
+        generator: draws the columns of the second and further ranks.
     """
 
     def __init__(self, shared: SharedPrompt, rank: int, generator: torch.Generator) -> None:

@@ -23,11 +23,11 @@ def build(inputs: EncoderInputs) -> LSTMEncoder:
 
 
 class LSTMEncoder(HeadEncoder):
-    """A bidirectional LSTM of two layers, then an MLP, as PEFT's reparameterization LSTM.
+    """A bidirectional LSTM of two layers followed by an MLP.
 
     Args:
-        init_PH: start of the LSTM's input, fp32.
-        encoder_hidden_size: E, of each direction.
+        init_PH: initial input of the LSTM, fp32.
+        encoder_hidden_size: E, per direction.
         generator: draws the weights of LSTM and MLP.
     """
 
@@ -54,7 +54,7 @@ class LSTMEncoder(HeadEncoder):
         )
 
     def head_input(self) -> Tensor:
-        # cuDNN's LSTM would multiply in TF32, and may sum in another order on every rank.
+        # cuDNN's LSTM uses TF32 and may sum in a different order on each rank.
         with torch.backends.cudnn.flags(enabled=False):
             states_PE: Tensor = self.lstm_head(self.embedding.weight)[0]
         return states_PE

@@ -19,14 +19,14 @@ def build(inputs: EncoderInputs) -> PrefixMLPEncoder:
 
 
 class PrefixMLPEncoder(PromptEncoder):
-    """Prefix tuning: an MLP makes keys and values (Li, Liang 2021, arXiv 2101.00190, section 4.3).
+    """An MLP that computes keys and values from trained embeddings (section 4.3 of the paper).
 
     Parameter names and shapes are those of ``peft.PrefixEncoder`` with ``prefix_projection``, so
-    that state dicts go both ways. The last layer starts as the least-squares solution for ``init``,
-    which the MLP then makes exactly where E is at least P.
+    state dicts are interchangeable. The last layer starts at the least-squares solution for
+    ``init``, which is exact if E is at least P.
 
     Args:
-        init: keys and values [P, L, 2, A, D] to start from, fp32.
+        init: initial keys and values [P, L, 2, A, D], fp32; C = A * D.
         encoder_hidden_size: E.
         generator: draws the MLP's input and its first layer.
     """
@@ -48,7 +48,7 @@ class PrefixMLPEncoder(PromptEncoder):
         return super().scale() / output_gain(self._hidden())
 
     def _hidden(self) -> Tensor:
-        """What the last layer reads, [P, E]."""
+        """Compute the input of the last layer, [P, E]."""
         with torch.no_grad():
             hidden_PE: Tensor = self.transform[:2](self.embedding.weight)
             return hidden_PE

@@ -16,15 +16,16 @@ def build(inputs: EncoderInputs) -> ResidualEncoder:
 
 
 class ResidualEncoder(PromptEncoder):
-    """Residual prompt tuning: each embedding plus what a bottleneck MLP makes of it.
+    """Virtual tokens plus the output of a bottleneck MLP on each of them.
 
-    ``embedding + norm(up(relu(down(embedding))))`` with a layer norm (Razdaibiedina et al. 2023,
-    arXiv 2305.03937, section 3). The norm's gain starts at zero instead of one, so that training
-    starts at ``init``: word embeddings are often far smaller than what a norm of gain one puts out,
-    which would drown them.
+    ``embedding + norm(up(relu(down(embedding))))`` with a layer norm (section 3 of the paper). The
+    gain of the norm starts at 0 instead of 1, so that training starts at ``init``: the output of a
+    norm with gain 1 is often far larger than token embeddings.
+
+    Shape letters: M MLPs of the encoder, N virtual tokens of each, E bottleneck size.
 
     Args:
-        init_PH: the start, fp32.
+        init_PH: initial virtual tokens, fp32.
         bottleneck_size: E.
         separate: an MLP and a norm for each virtual token (M = P) instead of one for all (M = 1).
         generator: draws the weights of the MLPs.
