@@ -100,7 +100,7 @@ def test_other_methods_and_widths_are_refused(tmp_path: Path) -> None:
 
 def test_folders_without_a_prompt_are_refused(tmp_path: Path) -> None:
     assert "no such folder; give an adapter's folder" in problem_of(tmp_path / "none")
-    assert "has no adapter_config.json, so it is no adapter" in problem_of(tmp_path)
+    assert "has no adapter_config.json, so it is not an adapter" in problem_of(tmp_path)
     LoraConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path)
     assert "is an adapter of type 'LORA', which has no prompt" in problem_of(tmp_path)
     save(tmp_path)
