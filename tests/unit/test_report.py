@@ -165,12 +165,12 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     divergence = "validation_KL_divergence"
     for task in (triage, animals):
         rows = {row.label: row for row in task.table.rows}
-        assert rows[task.name].shown[divergence] == 0.123
-        assert "validation_loss" not in rows[task.name].shown
-        untaught = rows[f"no prompt, compared with the teacher of {task.name}"]
+        assert rows[task.table.task].shown[divergence] == 0.123
+        assert "validation_loss" not in rows[task.table.task].shown
+        untaught = rows[f"no prompt, compared with the teacher of {task.table.task}"]
         assert untaught.shown[divergence] == 0.777
         assert divergence not in rows["no prompt"].shown
-        assert "distilled" in task.details[task.name]
+        assert "distilled" in task.details[task.table.task]
     assert triage.table.verdict.startswith("Best prompt: triage-mlp ("), "the only one with a loss"
     assert animals.table.verdict.startswith(
         "Best prompt: animals (0.1230); best baseline (no prompt, compared with the teacher of "

@@ -43,7 +43,7 @@ def test_choices_have_a_confusion_matrix_recall_and_the_most_confident_mistakes(
     report = prediction_report(tmp_path, "p", ["a", "b", "c"], "accuracy")
     assert report is not None
     assert report.matrix == [[3, 12, 0], [0, 1, 1], [0, 0, 0]]
-    recalls = {c.label: (c.rows, c.recall_text, c.precision_text) for c in report.classes}
+    recalls = {c.label: (c.rows, c.recall, c.precision) for c in report.classes}
     assert recalls["a"] == (15, "20.0% (7.0–45.2)", "100.0%")
     assert recalls["b"] == (2, "50.0% (9.5–90.5)", "7.7%")
     assert recalls["c"] == (0, "–", "0.0%")
@@ -71,7 +71,8 @@ def test_sets_of_labels_written_answers_and_losses(tmp_path):
     write(tmp_path, "p", sets)
     report = prediction_report(tmp_path, "p", ["a", "b"], "f1")
     assert report is not None
-    assert [(c.label, c.rows, c.recall) for c in report.classes] == [("a", 1, 1), ("b", 3, 1 / 3)]
+    recalls = [(c.label, c.rows, c.recall) for c in report.classes]
+    assert recalls == [("a", 1, "100.0% (20.7–100.0)"), ("b", 3, "33.3% (6.1–79.2)")]
     assert [e.input for e in report.examples] == ["y", "x"]
 
     write(

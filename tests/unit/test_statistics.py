@@ -84,7 +84,9 @@ def test_rates_are_compared_by_the_exact_mcnemar_test(cells, p_value):
     assert comparison.significant == (p_value < 0.05)
     swapped = paired_rates(*reversed(rows(*cells)))
     assert (swapped.low, swapped.high) == pytest.approx((-comparison.high, -comparison.low))
-    assert comparison.detectable >= 6 / sum(cells), "fewer rows that differ are never significant"
+    assert comparison.detectable_difference >= 6 / sum(cells), (
+        "fewer rows that differ are never significant"
+    )
 
 
 def test_an_interval_excludes_zero_only_where_the_test_is_significant():
@@ -101,9 +103,9 @@ def test_a_detectable_difference_is_significant_with_80_percent_power(num_rows):
     from scipy.stats import binom
 
     # rows that differ, all in one direction: significant from 6 on
-    detectable = paired_rates([True] * num_rows, [True] * num_rows).detectable
+    detectable = paired_rates([True] * num_rows, [True] * num_rows).detectable_difference
     assert binom.sf(5, num_rows, detectable) >= 0.78
-    assert paired_rates([True] * 5, [False] * 5).detectable > 1, "never significant"
+    assert paired_rates([True] * 5, [False] * 5).detectable_difference > 1, "never significant"
 
 
 def test_ratios_are_compared_row_by_row():

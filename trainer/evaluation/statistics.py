@@ -84,7 +84,7 @@ class Difference:
     Attributes:
         low, high: 95% interval.
         p_value: two-sided, for no difference.
-        detectable: difference that the test detects with about 80% power on this number of rows,
+        detectable_difference: that the test detects with about 80% power on this number of rows,
             estimated from these rows; above 1 if there are too few rows for a significant result.
         test: name of the test.
     """
@@ -93,7 +93,7 @@ class Difference:
     low: float
     high: float
     p_value: float
-    detectable: float
+    detectable_difference: float
     test: str
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.config import LOWER_IS_BETTER
 from trainer.evaluation.prediction_files import Outcomes, baseline_file, outcomes, path_of, read
 from trainer.evaluation.statistics import RATES, Difference, paired_rates, paired_ratios
-from trainer.reporting.result_table import ResultRow, TaskTable
+from trainer.reporting.result_table import TaskTable
 from trainer.reporting.summary import Comparison
 
 
@@ -24,34 +24,28 @@ def compare(output_dir: Path, table: TaskTable) -> Comparison | None:
     if of_baseline is None:
         return None
     differences = {}
-    for row in table.prompts:
-        if row.ranked:
-            difference = _difference(output_dir, row, of_baseline, table.metric)
-            if difference is not None:
-                differences[row.name] = difference
+    for name in [row.name for row in table.prompts if row.ranked]:
+        difference = _difference(output_dir, name, of_baseline, table.metric)
+        if difference is not None:
+            differences[name] = difference
     if prompt.name not in differences:
         return None
-    best = differences[prompt.name]
-    better = [name for name, d in differences.items() if _is_better(d, table.metric)]
+    sign = -1 if table.metric in LOWER_IS_BETTER else 1
+    better = [name for name, d in differences.items() if d.significant and sign * d.difference > 0]
     return Comparison(
         baseline=baseline.name,
         prompt=prompt.name,
         rows=len(of_baseline.rows),
-        difference=best.difference,
-        low=best.low,
-        high=best.high,
-        p_value=best.p_value,
-        test=best.test,
-        detectable_difference=best.detectable,
+        **vars(differences[prompt.name]),
         better=prompt.name in better,
         also_better=[name for name in better if name != prompt.name],
     )
 
 
 def _difference(
-    output_dir: Path, row: ResultRow, of_baseline: Outcomes, metric: str
+    output_dir: Path, prompt: str, of_baseline: Outcomes, metric: str
 ) -> Difference | None:
-    of_prompt = _outcomes(output_dir, row.name, metric)
+    of_prompt = _outcomes(output_dir, prompt, metric)
     if of_prompt is None or of_prompt.rows != of_baseline.rows or len(of_baseline.rows) < 2:
         return None
     if metric in RATES:
@@ -64,8 +58,3 @@ def _outcomes(output_dir: Path, name: str, metric: str) -> Outcomes | None:
         return outcomes(read(path_of(output_dir, name)), metric)
     except (OSError, ValueError, KeyError, TypeError):  # damaged: not compared
         return None
-
-
-def _is_better(difference: Difference, metric: str) -> bool:
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    return difference.significant and sign * difference.difference > 0

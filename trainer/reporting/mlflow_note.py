@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.config import RunConfig, load_output
+from trainer.config import load_output
 from trainer.config.ranking import rank
 from trainer.evaluation.prediction_files import HAND_WRITTEN, MAJORITY, NO_PROMPT, TEACHER
 from trainer.evaluation.score_format import PREFIXES
@@ -19,26 +19,16 @@ from trainer.tracking.run_metadata import MAX_TAG, FinalResults, clean_tags, sho
 
 
 def read_results(output_dir: Path) -> FinalResults:
-    """Read the final results of a run; none if ``run.yaml`` is damaged.
+    """Compute the note, and the metrics and tags of every prompt; none if ``run.yaml`` is damaged.
 
     Raises:
         BadInput: a newer version wrote ``summary.json``.
     """
-    summary = load_summary(output_dir)
+    summary = load_summary(output_dir) or RunSummary(status="failed")
     try:
         config = load_output(output_dir)
     except BadInput:
         return FinalResults("", {})
-    return compute_results(config, summary)
-
-
-def compute_results(config: RunConfig, summary: RunSummary | None) -> FinalResults:
-    """Compute the note, and the metrics and tags of every prompt.
-
-    Args:
-        summary: None if it is damaged.
-    """
-    summary = summary or RunSummary(status="failed")
     tables = task_tables(config, summary)
     prompts = {}
     for table in tables:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shlex import quote
 
 from trainer.config import RunConfig
-from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
+from trainer.reporting.result_table import task_tables
 from trainer.reporting.summary import RunSummary
 from trainer.runtime.console import Console
 from trainer.runtime.phases import breakdown
@@ -18,7 +18,16 @@ def show_results(summary: RunSummary, config: RunConfig, console: Console) -> No
     for table in tables:
         console.print(f"{table.task}: {table.verdict}" if len(tables) > 1 else table.verdict)
     for table in tables:
-        _show_table(table, console)
+        console.table(
+            f"{table.task} ({table.counts})" if table.counts else table.task,
+            ["prompt", *table.titles],
+            [
+                [", ".join(filter(None, [row.short_label, row.detail, row.tag])), *table.cells(row)]
+                for row in table.rows
+            ],
+        )
+        if table.advice:
+            console.print(table.advice)
     diverged = [row.name for table in tables for row in table.prompts if row.diverged]
     if diverged:
         console.warn(f"diverged and stopped early: {', '.join(diverged)}; lower learning_rate")
@@ -30,23 +39,7 @@ def show_results(summary: RunSummary, config: RunConfig, console: Console) -> No
     if summary.time:
         console.print(f"time:    {breakdown(summary.time)}")
     console.print(f"report:  {output}/report.html")
-    name = next(
-        (selected.prompt for selected in summary.selected.values()), next(iter(summary.prompts))
-    )
+    name = next((best.prompt for best in summary.selected.values()), next(iter(summary.prompts)))
     console.print(
         f'try it:  promptshard generate {quote(output)} --prompt {quote(name)} --input "..."'
     )
-
-
-def _show_table(table: TaskTable, console: Console) -> None:
-    console.table(
-        f"{table.task} ({table.counts})" if table.counts else table.task,
-        ["prompt", *table.titles],
-        [[_label(row), *table.cells(row)] for row in table.rows],
-    )
-    if table.advice:
-        console.print(table.advice)
-
-
-def _label(row: ResultRow) -> str:
-    return ", ".join(filter(None, [row.short_label, row.detail, row.tag]))

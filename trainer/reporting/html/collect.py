@@ -6,10 +6,11 @@ import shlex
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Prompt, RunConfig, Task, load_output
+from trainer.config import Prompt, RunConfig, load_output
 from trainer.evaluation.prediction_files import HAND_WRITTEN, NO_PROMPT
 from trainer.reporting.html.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.reporting.html.prediction_views import PredictionReport, prediction_report
@@ -23,8 +24,6 @@ from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.progress_file import ProgressFile
 
-Lines = Mapping[str | None, Sequence[Line]]
-
 
 @dataclass
 class TaskReport:
@@ -34,17 +33,14 @@ class TaskReport:
         colors: color of every prompt whose curves are drawn, by name.
         details: settings of every prompt, by name.
         plots: SVG by x axis.
-        left_out: number of prompts without a curve.
         predictions: of the best prompt on the validation rows.
     """
 
-    name: str
     table: TaskTable
     colors: dict[str, str]
     details: dict[str, str]
-    plots: dict[str, str] = field(default_factory=dict)
-    left_out: int = 0
-    predictions: PredictionReport | None = None
+    plots: dict[str, str]
+    predictions: PredictionReport | None
 
 
 @dataclass
@@ -80,15 +76,23 @@ def collect(output_dir: Path) -> Report:
         BadInput: a newer version wrote ``summary.json``.
     """
     summary = load_summary(output_dir)
-    config, settings = _settings(output_dir)
-    all_lines = [line for line, _ in read_lines(output_dir / METRICS_FILE) if line is not None]
-    lines: dict[str | None, list[Line]] = defaultdict(list)
-    for line in all_lines:
-        lines[line.prompt].append(line)
+    config, settings = None, ""
+    with suppress(BadInput, OSError):
+        config = load_output(output_dir)
+        settings = redact((output_dir / "run.yaml").read_text(encoding="utf-8"))
+    lines: dict[str | None, list[Line]] = defaultdict(list)  # by prompt; None: of the whole run
+    for line, _ in read_lines(output_dir / METRICS_FILE):
+        if line is not None:
+            lines[line.prompt].append(line)
     data = data_splits(output_dir, summary)
     tables = task_tables(config, summary) if config else []
     tasks = [_task_report(output_dir, table, config, summary, lines) for table in tables if config]
-    ended = max((line.time for line in all_lines), default=None)
+    ended = max((line.time for group in lines.values() for line in group), default=None)
+    speeds = [
+        (line.step, line.metrics["useful_tokens_per_second"])
+        for line in lines[None]
+        if "useful_tokens_per_second" in line.metrics
+    ]
     return Report(
         title=output_dir.resolve().name,
         status=summary.status if summary else "unfinished",
@@ -98,7 +102,7 @@ def collect(output_dir: Path) -> Report:
         time=breakdown(summary.time) if summary and summary.time else "",
         warnings=run_warnings(summary, data, tables),
         tasks=tasks,
-        throughput=_throughput(lines[None]),
+        throughput=sparkline_svg(speeds) if len(speeds) > 1 else "",
         data=data,
         environment=_environment(output_dir, summary),
         settings=settings,
@@ -106,21 +110,12 @@ def collect(output_dir: Path) -> Report:
     )
 
 
-def _settings(output_dir: Path) -> tuple[RunConfig | None, str]:
-    """The run file, parsed and as text without credentials."""
-    try:
-        config = load_output(output_dir)
-        return config, redact((output_dir / "run.yaml").read_text(encoding="utf-8"))
-    except (BadInput, OSError):
-        return None, ""
-
-
 def _task_report(
     output_dir: Path,
     table: TaskTable,
     config: RunConfig,
     summary: RunSummary | None,
-    lines: Lines,
+    lines: Mapping[str | None, Sequence[Line]],
 ) -> TaskReport:
     results = summary.prompts if summary else {}
     details = {
@@ -140,22 +135,11 @@ def _task_report(
         plots = {
             x: curves_svg(curves, table.metric, levels, x, title) for x in ("step", "useful_tokens")
         }
-    return TaskReport(
-        table.task,
-        table,
-        colors,
-        details,
-        plots,
-        len(table.prompts) - len(colors),
-        _predictions(output_dir, table, config.task(table.task)),
-    )
-
-
-def _predictions(output_dir: Path, table: TaskTable, task: Task) -> PredictionReport | None:
-    best = table.best_prompt
-    if best is None:
-        return None
-    return prediction_report(output_dir, best.name, task.choices or [], task.metric)
+    choices, best = config.task(table.task).choices or [], table.best_prompt
+    predictions = None
+    if best is not None:
+        predictions = prediction_report(output_dir, best.name, choices, table.metric)
+    return TaskReport(table, colors, details, plots, predictions)
 
 
 def _levels(table: TaskTable) -> dict[str, float]:
@@ -176,8 +160,8 @@ def _facts(summary: RunSummary | None, lines: Sequence[Line]) -> list[tuple[str,
         lines: of the whole run, not of one prompt.
     """
     summary = summary or RunSummary(status="failed")
-    throughput, memory = summary.throughput, summary.memory
-    speed, waited = throughput.useful_tokens_per_second, throughput.data_wait_share
+    memory, waited = summary.memory, summary.throughput.data_wait_share
+    speed = summary.throughput.useful_tokens_per_second
     tokens = max((line.useful_tokens or 0 for line in lines), default=0)
     facts = [
         ("steps", summary.steps),
@@ -221,13 +205,8 @@ def _commands(
         where = f"{store}/{page or ''}"
     elif page:
         where += f"\n# then open http://127.0.0.1:5000/{page}"
-    commands = [
-        (
-            "Try a prompt",
-            f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."',
-        ),
-        ("Compare runs and curves in MLflow", where),
-    ]
+    try_it = f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."'
+    commands = [("Try a prompt", try_it), ("Compare runs and curves in MLflow", where)]
     if state.problem:
         commands.append(("Upload missing metrics", f"promptshard sync {folder}"))
     load = (
@@ -236,15 +215,6 @@ def _commands(
         f'model = PeftModel.from_pretrained(base, "{config.output_dir}/prompts/{prompt}")'
     )
     return [*commands, ("Use it in Python, with PEFT", load)]
-
-
-def _throughput(lines: Sequence[Line]) -> str:
-    points = [
-        (line.step, line.metrics["useful_tokens_per_second"])
-        for line in lines
-        if "useful_tokens_per_second" in line.metrics
-    ]
-    return sparkline_svg(points) if len(points) > 1 else ""
 
 
 def _lead(config: RunConfig, summary: RunSummary | None) -> str:

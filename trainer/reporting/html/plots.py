@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -35,6 +36,12 @@ STYLE = {
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+}
+#: Style of each kind of curve, by the prefix of its metric.
+LINES: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 0.8, "alpha": 0.35},
+    "validation": {"linewidth": 1.8, "marker": "o", "markersize": 3},
+    "shifted_validation": {"linewidth": 1.2, "linestyle": (0, (4, 2))},
 }
 
 
@@ -69,64 +76,47 @@ def curves_svg(
         x: ``step`` or ``useful_tokens``.
         title: of the loss panel.
     """
+    panels = {"loss": title, metric: title if metric == "loss" else metric.replace("_", " ")}
     with rc_context(STYLE):
-        panels = 1 if metric == "loss" else 2
-        figure = Figure(figsize=(5.1 * panels, 3.0), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        _loss_panel(axes[0], curves, x, title)
-        if metric == "loss":
-            _draw_levels(axes[0], levels)
-        else:
-            _metric_panel(axes[1], curves, metric, levels, x)
-        for ax in axes:
-            ax.set_xlabel("step" if x == "step" else "useful tokens read by the prompt")
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        figure = Figure(figsize=(5.1 * len(panels), 3.0), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (panel, panel_title) in zip(axes, panels.items(), strict=True):
+            ax.set_title(panel_title, loc="left", fontsize=10)
+            for curve in curves:
+                for name, style in LINES.items():
+                    if name != "train" or panel == "loss":
+                        points = curve.points(f"{name}_{panel}", x)
+                        ax.plot(*points, color=curve.color, **style)
+            if panel == "loss":
+                ax.set_ylim(bottom=0)
+            else:
+                ax.set_ylim(0, 1.02)
+                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            if panel == metric:
+                _draw_levels(ax, levels)
+            _style_axes(ax, "step" if x == "step" else "useful tokens read by the prompt", 6)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-            ax.grid(axis="y", color=INK, alpha=0.10, linewidth=0.6)
         return _svg(figure)
 
 
 def sparkline_svg(points: Sequence[tuple[int, float]]) -> str:
     """Plot useful tokens per second by step."""
-    stride = max(1, math.ceil(len(points) / MOST_POINTS))
-    points = points[::stride]
+    points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
     with rc_context(STYLE):
         figure = Figure(figsize=(10.2, 1.6), layout="constrained")
         ax = figure.subplots()
         ax.plot([a for a, _ in points], [b for _, b in points], color=COLORS[0], linewidth=1.1)
         ax.set_ylim(0, 1.15 * max(b for _, b in points))
-        ax.set_xlabel("step")
         ax.yaxis.set_major_locator(MaxNLocator(3))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ax.grid(axis="y", color=INK, alpha=0.10, linewidth=0.6)
+        _style_axes(ax, "step", 8)
         return _svg(figure)
 
 
-def _loss_panel(ax: Axes, curves: Sequence[Curve], x: str, title: str) -> None:
-    ax.set_title(title, loc="left", fontsize=10)
-    for curve in curves:
-        at, values = curve.points("train_loss", x)
-        ax.plot(at, values, color=curve.color, linewidth=0.8, alpha=0.35)
-        at, values = curve.points("validation_loss", x)
-        ax.plot(at, values, color=curve.color, linewidth=1.8, marker="o", markersize=3)
-        at, values = curve.points("shifted_validation_loss", x)
-        ax.plot(at, values, color=curve.color, linewidth=1.2, linestyle=(0, (4, 2)))
-    ax.set_ylim(bottom=0)
-
-
-def _metric_panel(
-    ax: Axes, curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str
-) -> None:
-    ax.set_title(metric.replace("_", " "), loc="left", fontsize=10)
-    for curve in curves:
-        at, values = curve.points(f"validation_{metric}", x)
-        ax.plot(at, values, color=curve.color, linewidth=1.8, marker="o", markersize=3)
-        at, values = curve.points(f"shifted_validation_{metric}", x)
-        ax.plot(at, values, color=curve.color, linewidth=1.2, linestyle=(0, (4, 2)))
-    _draw_levels(ax, levels)
-    ax.set_ylim(0, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+def _style_axes(ax: Axes, label: str, ticks: int) -> None:
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    ax.grid(axis="y", color=INK, alpha=0.10, linewidth=0.6)
 
 
 def _draw_levels(ax: Axes, levels: dict[str, float]) -> None:

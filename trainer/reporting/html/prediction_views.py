@@ -20,29 +20,12 @@ MAX_CHARACTERS = 600
 
 @dataclass(frozen=True)
 class ClassResult:
-    """Recall and precision of a class, or of one label of label sets.
-
-    Attributes:
-        low, high: 95% interval of the recall.
-        precision: None if the class was never predicted.
-    """
+    """Recall with its 95% interval and precision of a class, or of one label of label sets."""
 
     label: str
     rows: int
-    recall: float
-    low: float
-    high: float
-    precision: float | None
-
-    @property
-    def recall_text(self) -> str:
-        if not self.rows:
-            return "–"
-        return format_with_interval("recall", self.recall, (self.low, self.high))
-
-    @property
-    def precision_text(self) -> str:
-        return format_score("precision", self.precision)
+    recall: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -96,24 +79,20 @@ def prediction_report(
     """
     try:
         records = list(read(path_of(output_dir, prompt)))
-        return _report(prompt, records, choices, metric) if records else None
+        if not records:
+            return None
+        report = PredictionReport(prompt, len(records))
+        if choices and isinstance(records[0].get("target"), list):
+            _multi_label(report, records, choices)
+        elif choices and "scores" in records[0] and metric != "exact_match":
+            _choices(report, records, choices)
+        elif "prediction" in records[0]:
+            _generated(report, records)
+        else:
+            _losses(report, records)
+        return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged file
         return None
-
-
-def _report(
-    prompt: str, records: Sequence[dict[str, Any]], choices: Sequence[str], metric: str
-) -> PredictionReport:
-    report = PredictionReport(prompt, len(records))
-    if choices and isinstance(records[0].get("target"), list):
-        _multi_label(report, records, choices)
-    elif choices and "scores" in records[0] and metric != "exact_match":
-        _choices(report, records, choices)
-    elif "prediction" in records[0]:
-        _generated(report, records)
-    else:
-        _losses(report, records)
-    return report
 
 
 def _choices(
@@ -182,11 +161,14 @@ def _classes(
     if len(choices) > MAX_CLASSES:
         shown.sort(key=lambda choice: -rows[choice])
     for label in shown:
-        count = rows[label]
-        recall = correct[label] / count if count else float("nan")
-        low, high = wilson_interval(recall, count) if count else (0.0, 1.0)
+        count, recall = rows[label], "–"
+        if count:
+            share = correct[label] / count
+            recall = format_with_interval("recall", share, wilson_interval(share, count))
         precision = correct[label] / predicted[label] if predicted[label] else None
-        report.classes.append(ClassResult(label, count, recall, low, high, precision))
+        report.classes.append(
+            ClassResult(label, count, recall, format_score("precision", precision))
+        )
 
 
 def _probability(record: dict[str, Any]) -> float | None:
