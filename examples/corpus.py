@@ -1,20 +1,22 @@
-"""The documents that the tiny base is pretrained on, and the rows of the example tasks.
+"""Generate the pretraining documents of the tiny base model and the rows of the example tasks.
 
-A document is ``[instruction NEWLINE] text NEWLINE "Answer:" answer``. Each text can be continued
-in several ways, and only the instruction says which. A ward note names an illness, a medicine and a
-test; each is metabolic, cardiac or other, so *the same label words answer three questions*. With no
-instruction, people mostly mean one that the example task does not ask. That is what makes prompts
-matter: with none, the base answers another question.
+A document is ``[instruction NEWLINE] text NEWLINE "Answer:" answer``. Each text has several valid
+answers, and only the instruction selects one. A ward note names an illness, a medicine and a test;
+each is metabolic, cardiac or other, so the same labels answer three questions. Documents without an
+instruction mostly answer a question that the example task does not ask, so that the base model
+without a prompt answers the wrong question.
 
-A text belongs to a split by its hash, so no row of a task has been seen in pretraining.
+The split of a text follows from its hash, so no row of a task occurs in pretraining.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from examples import programs
@@ -77,325 +79,22 @@ class Scene:
         return next(iter(self.aspects))
 
 
-TRIAGE = Scene(
-    task="triage",
-    labels=("cardiac", "metabolic", "other"),
-    aspects={
-        "illness": Aspect(
-            words={
-                "cardiac": (
-                    "angina",
-                    "fibrillation",
-                    "pericarditis",
-                    "endocarditis",
-                    "tachycardia",
-                    "myocarditis",
-                    "arrhythmia",
-                    "infarction",
-                ),
-                "metabolic": (
-                    "diabetes",
-                    "gout",
-                    "hypothyroidism",
-                    "obesity",
-                    "porphyria",
-                    "ketoacidosis",
-                    "rickets",
-                    "scurvy",
-                ),
-                "other": (
-                    "asthma",
-                    "pneumonia",
-                    "migraine",
-                    "eczema",
-                    "appendicitis",
-                    "epilepsy",
-                    "sciatica",
-                    "glaucoma",
-                ),
-            },
-            frames={
-                HOME: (
-                    "{who} was admitted with {e}",
-                    "{who} came in with {e}",
-                    "{who} presents with {e}",
-                    "{who} is treated for {e}",
-                    "{who} stays because of {e}",
-                ),
-                SHIFTED: (
-                    "{who} has {e}",
-                    "please come, {who} suffers from {e}",
-                    "emergency, {who} with {e}",
-                    "caller reports {e} in {who}",
-                ),
-            },
-            phrases=(
-                "the illness",
-                "the disease",
-                "the diagnosis",
-                "the condition",
-                "the present illness",
-                "the reason for admission",
-                "the complaint",
-                "what the patient suffers from",
-            ),
-            unasked=0.1,
-        ),
-        "medicine": Aspect(
-            words={
-                "cardiac": ("aspirin", "digoxin", "warfarin", "bisoprolol", "nitroglycerin"),
-                "metabolic": ("insulin", "metformin", "thyroxine", "allopurinol", "orlistat"),
-                "other": ("ibuprofen", "penicillin", "codeine", "cortisone", "salbutamol"),
-            },
-            frames={
-                HOME: (
-                    "takes {e} every day",
-                    "{e} was given in the morning",
-                    "the dose of {e} is unchanged",
-                    "asks for {e} at night",
-                ),
-                SHIFTED: (
-                    "there is {e} on the table",
-                    "caller gave {e} already",
-                    "swallowed {e} an hour ago",
-                ),
-            },
-            phrases=(
-                "the medicine",
-                "the drug",
-                "the pills",
-                "the prescription",
-                "the medication",
-                "what is swallowed",
-                "the remedy",
-                "the tablet",
-            ),
-            unasked=0.5,
-        ),
-        "test": Aspect(
-            words={
-                "cardiac": ("electrocardiogram", "troponin", "angiography", "echo"),
-                "metabolic": ("glucose", "cholesterol", "lipids", "ketones"),
-                "other": ("xray", "hearing", "spirometry", "eyesight"),
-            },
-            frames={
-                HOME: (
-                    "the {e} test is ordered",
-                    "the {e} result is late",
-                    "{e} will be measured again",
-                ),
-                SHIFTED: (
-                    "the crew checks {e}",
-                    "asks whether {e} was tested",
-                    "{e} was tested last week",
-                ),
-            },
-            phrases=(
-                "the test",
-                "the examination",
-                "the measurement",
-                "what is measured",
-                "the laboratory order",
-                "the check",
-                "the result that is awaited",
-                "the screening",
-            ),
-            unasked=0.4,
-        ),
-    },
-    fillers={
-        HOME: (
-            "sleeping well",
-            "lives alone",
-            "does not smoke",
-            "eats little",
-            "walks with a stick",
-            "works at night",
-            "was calm on the round",
-            "two visitors came",
-        ),
-        SHIFTED: (
-            "the line is bad",
-            "second floor, left door",
-            "caller is upset",
-            "the street is closed",
-            "a dog is in the flat",
-            "the lift is broken",
-        ),
-    },
-    ask_label=(
-        "Classify {np} as metabolic, cardiac or other.",
-        "Is {np} metabolic, cardiac or other?",
-        "Give the category of {np}.",
-        "Which group does {np} belong to?",
-        "Decide the class of {np}.",
-        "Sort the note by {np}.",
-        "Label {np} with its group.",
-        "State the medical field of {np}.",
-    ),
-    ask_name=("Name {np}.", "Write out {np}.", "Copy the word for {np}.", "Quote {np}."),
-)
+def _load_scenes() -> dict[str, Scene]:
+    scenes = json.loads(Path(__file__).with_name("scenes.json").read_text(encoding="utf-8"))
+    for task, scene in scenes.items():
+        aspects = {name: Aspect(**_tuples(aspect)) for name, aspect in scene.pop("aspects").items()}
+        scenes[task] = Scene(task=task, aspects=aspects, **_tuples(scene))
+    return scenes
 
-ANIMALS = Scene(
-    task="animals",
-    labels=("insects", "meat", "plants"),
-    aspects={
-        "beast": Aspect(
-            words={
-                "insects": (
-                    "anteater",
-                    "aardvark",
-                    "pangolin",
-                    "shrew",
-                    "hedgehog",
-                    "armadillo",
-                    "numbat",
-                    "mole",
-                ),
-                "meat": (
-                    "lion",
-                    "tiger",
-                    "wolf",
-                    "leopard",
-                    "hyena",
-                    "lynx",
-                    "jackal",
-                    "weasel",
-                ),
-                "plants": (
-                    "zebra",
-                    "giraffe",
-                    "elephant",
-                    "deer",
-                    "rabbit",
-                    "bison",
-                    "gazelle",
-                    "koala",
-                ),
-            },
-            frames={
-                HOME: (
-                    "we watched the {e} for an hour",
-                    "by the river we saw the {e}",
-                    "on the hill stood the {e}",
-                    "our guide pointed at the {e}",
-                    "the tracks were those of the {e}",
-                ),
-                SHIFTED: (
-                    "visitors watched the {e}",
-                    "children took pictures of the {e}",
-                    "behind the glass slept the {e}",
-                    "the sign told us about the {e}",
-                ),
-            },
-            phrases=(
-                "the beast",
-                "the mammal",
-                "the animal on four legs",
-                "the furry animal",
-                "the four-legged one",
-                "the animal on the ground",
-                "the land animal",
-                "the big animal",
-            ),
-            unasked=0.1,
-        ),
-        "bird": Aspect(
-            words={
-                "insects": ("swift", "swallow", "woodpecker", "nightjar", "flycatcher"),
-                "meat": ("hawk", "owl", "falcon", "eagle", "vulture"),
-                "plants": ("finch", "parrot", "pigeon", "goose", "sparrow"),
-            },
-            frames={
-                HOME: (
-                    "above us flew the {e}",
-                    "from a tree called the {e}",
-                    "a feather of the {e} lay there",
-                    "in the sky was the {e}",
-                ),
-                SHIFTED: (
-                    "in the aviary sat the {e}",
-                    "a child fed the {e}",
-                    "on the perch was the {e}",
-                ),
-            },
-            phrases=(
-                "the bird",
-                "the feathered one",
-                "the flying animal",
-                "the animal in the air",
-                "the winged animal",
-                "the creature with a beak",
-                "the singer",
-                "the animal that has wings",
-            ),
-            unasked=0.5,
-        ),
-        "reptile": Aspect(
-            words={
-                "insects": ("gecko", "chameleon", "skink", "anole"),
-                "meat": ("crocodile", "python", "viper", "cobra"),
-                "plants": ("tortoise", "iguana", "turtle", "chuckwalla"),
-            },
-            frames={
-                HOME: (
-                    "under a stone lay the {e}",
-                    "the {e} warmed itself",
-                    "in the mud rested the {e}",
-                ),
-                SHIFTED: (
-                    "under the lamp lay the {e}",
-                    "the {e} hid in its tank",
-                    "in the warm house was the {e}",
-                ),
-            },
-            phrases=(
-                "the reptile",
-                "the scaly one",
-                "the cold-blooded animal",
-                "the animal with scales",
-                "the crawling animal",
-                "the animal that needs the sun",
-                "the creeping one",
-                "the creature with dry skin",
-            ),
-            unasked=0.4,
-        ),
-    },
-    fillers={
-        HOME: (
-            "the wind was cold",
-            "the sun rose late",
-            "our camp was dry",
-            "clouds came from the west",
-            "the grass was high",
-            "the river was low",
-            "nobody spoke",
-            "the valley was quiet",
-        ),
-        SHIFTED: (
-            "tickets were sold out",
-            "the keeper was late",
-            "the queue was long",
-            "the cafe was full",
-            "the map was wrong",
-            "the shop sold balloons",
-        ),
-    },
-    ask_label=(
-        "Plants, meat or insects: choose for {np}.",
-        "Decide the food group for {np}.",
-        "What does {np} eat?",
-        "Which food belongs to {np}?",
-        "Does {np} eat plants, meat or insects?",
-        "Give the diet of {np}.",
-        "Say what {np} feeds on.",
-        "State the food of {np}.",
-    ),
-    ask_name=("Name {np}.", "Write out {np}.", "Which species is {np}?", "Quote {np}."),
-)
 
-SCENES = {scene.task: scene for scene in (TRIAGE, ANIMALS)}
+def _tuples(value: Any) -> Any:
+    """Turn the lists of a JSON value into tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+SCENES = _load_scenes()
 PEOPLE = {
     HOME: ("a man of {n}", "a woman of {n}", "the patient", "Mr Brown", "Ms Reed"),
     SHIFTED: ("my husband", "a neighbour", "a man of {n}", "a woman of {n}", "a colleague"),
@@ -505,9 +204,9 @@ def documents(seed: int) -> Iterator[Document]:
     while True:
         draw = rng.random()
         if draw < 0.37:
-            yield scene_document(rng, TRIAGE)
+            yield scene_document(rng, SCENES["triage"])
         elif draw < 0.74:
-            yield scene_document(rng, ANIMALS)
+            yield scene_document(rng, SCENES["animals"])
         else:
             yield code_document(rng)
 
