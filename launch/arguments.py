@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,15 +24,18 @@ def as_path(value: str | None) -> str | None:
     return value
 
 
-RunFile = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN.yaml", callback=as_path, help="The run file; examples/ has some to copy."
-    ),
-]
-RunDir = Annotated[
-    str, typer.Argument(metavar="RUN_DIR", callback=as_path, help="The output_dir of a run.")
-]
+def option(metavar: str, text: str | None = None, *names: str, **settings: Any) -> Any:
+    """Declare an option that takes a value; without ``names`` it is named after the parameter."""
+    return typer.Option(*names, metavar=metavar, help=text, **settings)
+
+
+def path_argument(metavar: str, text: str) -> Any:
+    return typer.Argument(metavar=metavar, callback=as_path, help=text)
+
+
+RunFile = Annotated[str, path_argument("RUN.yaml", "The run file; examples/ has some to copy.")]
+RunDir = Annotated[str, path_argument("RUN_DIR", "The output_dir of a run.")]
+NewFolder = Annotated[str, path_argument("OUT", "A new folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -42,11 +45,7 @@ Overrides = Annotated[
 ]
 Processes = Annotated[
     int | None,
-    typer.Option(
-        "--processes",
-        metavar="N",
-        help="Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]",
-    ),
+    option("N", "Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]"),
 ]
 Fresh = Annotated[
     bool,

@@ -5,21 +5,25 @@ from __future__ import annotations
 import enum
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from launch import (
-    __version__,
-    launcher_command,
-    messages,
-    node,
-    preflight,
-    restarts,
-    slurm_commands,
+from launch import __version__, messages, node, preflight, restarts, slurm_commands
+from launch.arguments import (
+    EXIT_CODES,
+    Fresh,
+    NewFolder,
+    Overrides,
+    Processes,
+    RunDir,
+    RunFile,
+    as_path,
+    option,
+    path_argument,
 )
-from launch.arguments import EXIT_CODES, Fresh, Overrides, Processes, RunDir, RunFile, as_path
 from launch.exit_report import ExitReport
+from launch.launcher_command import is_local, read_hostfile
 from launch.start import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import refuse_if_alive
 from trainer.config import RunConfig
@@ -70,10 +74,10 @@ def train(
     processes: Processes = None,
     hostfile: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
+        option(
+            "FILE",
+            "Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` per line.",
             callback=as_path,
-            help="Several machines, reached with ssh and pdsh: one `HOST slots=GPUS` per line.",
         ),
     ] = None,
     no_ssh: Annotated[
@@ -83,31 +87,22 @@ def train(
         ),
     ] = False,
     node_rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="With --no-ssh: index of this host in the hostfile, from 0."
-        ),
+        int | None, option("N", "With --no-ssh: index of this host in the hostfile, from 0.")
     ] = None,
     master_addr: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A", help="With --no-ssh: rendezvous address. [default: the first host]"
-        ),
+        str | None, option("A", "With --no-ssh: rendezvous address. [default: the first host]")
     ] = None,
     master_port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="P", help=f"With --no-ssh: rendezvous port. [default: {node.DEFAULT_PORT}]"
-        ),
+        int | None, option("P", f"With --no-ssh: rendezvous port. [default: {node.DEFAULT_PORT}]")
     ] = None,
     fresh: Fresh = False,
     max_restarts: Annotated[
         int,
-        typer.Option(
-            metavar="N",
+        option(
+            "N",
+            "Restart from the last checkpoint after a failure, at most N times (single machine "
+            "only).",
             min=0,
-            help="Restart from the last checkpoint after a failure, at most N times (single "
-            "machine only).",
         ),
     ] = 0,
 ) -> None:
@@ -129,14 +124,14 @@ def train(
     overrides = overrides or []
     place = None
     if no_ssh:
-        place = _place(hostfile, node_rank, master_addr, master_port, processes)
+        if hostfile is None:
+            raise BadInput("--no-ssh: list all hosts in a --hostfile, the same file on every host")
+        if processes is not None:
+            raise BadInput("--processes: not with --no-ssh; set HOST slots=NUMBER in the hostfile")
+        place = node.place_of(hostfile, node_rank, master_addr, master_port)
     elif (node_rank, master_addr, master_port) != (None, None, None):
         raise BadInput("--node-rank, --master-addr and --master-port need --no-ssh; add it")
-    if (
-        max_restarts
-        and hostfile
-        and not launcher_command.is_local(launcher_command.read_hostfile(hostfile))
-    ):
+    if max_restarts and hostfile and not is_local(read_hostfile(hostfile)):
         raise BadInput(
             f"--max-restarts: works on a single machine only, but {hostfile} names others; on "
             "Slurm, a job of promptshard submit is requeued when it loses a node"
@@ -146,7 +141,6 @@ def train(
     refuse_if_alive(Path(config.output_dir))
 
     def attempt(fresh: bool) -> ExitReport:
-        """Start all ranks on a free port and wait for them."""
         arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
         if place is not None:
             return node.run("trainer", arguments, config.output_dir, place)
@@ -174,19 +168,18 @@ def validate(run_file: RunFile, overrides: Overrides = None) -> None:
 @app.command(epilog=EXIT_CODES)
 def generate(
     run_dir: RunDir,
-    prompt: Annotated[str, typer.Option(metavar="NAME", help="Name of the prompt.")],
+    prompt: Annotated[str, option("NAME", "Name of the prompt.")],
     text: Annotated[
         str,
-        typer.Option(
+        option(
+            "TEXT",
+            "Input text. Filled into the task's input template if that has exactly one column; "
+            "otherwise used verbatim.",
             "--input",
-            metavar="TEXT",
-            help="Input text. Filled into the task's input template if that has exactly one "
-            "column; otherwise used verbatim.",
         ),
     ],
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Maximum number of tokens. [default: the task's]"),
+        int | None, option("N", "Maximum number of tokens. [default: the task's]", min=1)
     ] = None,
     processes: Processes = None,
 ) -> None:
@@ -208,13 +201,9 @@ def generate(
 
 @app.command(epilog=EXIT_CODES)
 def prepare(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", callback=as_path, help="A model's folder or hub id.")
-    ],
-    out: Annotated[str, typer.Argument(metavar="OUT", callback=as_path, help="A new folder.")],
-    revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")
-    ] = None,
+    base: Annotated[str, path_argument("BASE", "A model's folder or hub id.")],
+    out: NewFolder,
+    revision: Annotated[str | None, option("NAME", "Branch, tag or commit on the hub.")] = None,
     embeddings: Annotated[
         Storage, typer.Option(help="Storage of the word embeddings: unchanged or int8.")
     ] = Storage.KEEP,
@@ -231,21 +220,17 @@ def prepare(
     options = [f"--embeddings={embeddings.value}", f"--head={head.value}"]
     if revision is not None:
         options.append(f"--revision={revision}")
-    arguments = [*options, "--", base, out]
-    _exit(run_alone("trainer.commands.prepare", arguments))
+    raise typer.Exit(run_alone("trainer.commands.prepare", [*options, "--", base, out]))
 
 
 @app.command(epilog=EXIT_CODES)
 def export(
     run_dir: RunDir,
-    out: Annotated[str, typer.Argument(metavar="OUT", callback=as_path, help="A new folder.")],
+    out: NewFolder,
     encoder: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Name of a shared encoder, or of a prompt with `encoder: text`."
-        ),
+        str, option("NAME", "Name of a shared encoder, or of a prompt with `encoder: text`.")
     ],
-    text: Annotated[str, typer.Option(metavar="TEXT", help="Description of the new task.")],
+    text: Annotated[str, option("TEXT", "Description of the new task.")],
 ) -> None:
     """Turn a new task description into a prompt with a trained text encoder (no training).
 
@@ -257,35 +242,30 @@ def export(
     preflight.check_result(run_dir)
     # --name=VALUE as one argument: a text may start with a dash
     options = [f"--encoder={encoder}", f"--text={text}"]
-    arguments = [*options, "--", run_dir, out]
-    _exit(run_alone("trainer.commands.export", arguments))
+    raise typer.Exit(run_alone("trainer.commands.export", [*options, "--", run_dir, out]))
 
 
 @app.command(epilog=EXIT_CODES)
 def inspect(
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="RUN.yaml|RUN_DIR|MODEL",
-            callback=as_path,
-            help="A run file, the output_dir of a run, or a model's folder or hub id.",
+        path_argument(
+            "RUN.yaml|RUN_DIR|MODEL",
+            "A run file, the output_dir of a run, or a model's folder or hub id.",
         ),
     ],
     overrides: Overrides = None,
     base: Annotated[
         bool, typer.Option("--base", help="Measure the error of int8 storage.")
     ] = False,
-    rows: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Validation rows to score per task.")
-    ] = 64,
+    rows: Annotated[int, option("N", "Validation rows to score per task.", min=1)] = 64,
     json_file: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "FILE",
+            "Output file for all numbers; -: stdout. [default: base_inspection.json in a RUN_DIR]",
             "--json",
-            metavar="FILE",
             callback=as_path,
-            help="Output file for all numbers; -: stdout. "
-            "[default: base_inspection.json in a RUN_DIR]",
         ),
     ] = None,
     processes: Processes = None,
@@ -312,18 +292,15 @@ def inspect(
     if json_file is None and preflight.is_run_dir(target):
         json_file = str(Path(target) / "base_inspection.json")
     # --name=VALUE as one argument: a name may start with a dash
-    options = []
+    arguments = [target, *(overrides or [])]
     if json_file:
         new = json_file if json_file == "-" else preflight.check_new_file(Path(json_file))
-        options = [f"--json={new}"]
-    arguments = [target, *(overrides or []), *options]
-    if isinstance(checked, RunConfig):
-        arguments.append(f"--rows={rows}")
-        _exit_with(
-            start_ranks("trainer.commands.inspect", arguments, checked.output_dir, processes, None)
-        )
-    else:
-        _exit(run_alone("trainer.commands.inspect", ["--model", *arguments]))
+        arguments.append(f"--json={new}")
+    module = "trainer.commands.inspect"
+    if not isinstance(checked, RunConfig):
+        raise typer.Exit(run_alone(module, ["--model", *arguments]))
+    arguments.append(f"--rows={rows}")
+    _exit_with(start_ranks(module, arguments, checked.output_dir, processes, None))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -331,9 +308,9 @@ def sync(
     run_dir: RunDir,
     uri: Annotated[
         str | None,
-        typer.Option(
-            metavar="URI",
-            help="MLflow store to send to. Needed to send credentials of the environment to a "
+        option(
+            "URI",
+            "MLflow store to send to. Needed to send credentials of the environment to a "
             "server that only RUN_DIR names. [default: the run's own store]",
         ),
     ] = None,
@@ -353,31 +330,14 @@ def sync(
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    _exit(run_alone("trainer.commands.sync", ["sync", run_dir], environment, imports="mlflow"))
+    code = run_alone("trainer.commands.sync", ["sync", run_dir], environment, imports="mlflow")
+    raise typer.Exit(code)
 
 
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=EXIT_CODES)(slurm_commands.status)
 
 
-def _place(
-    hostfile: str | None,
-    rank: int | None,
-    address: str | None,
-    port: int | None,
-    count: int | None,
-) -> launcher_command.Place:
-    if hostfile is None:
-        raise BadInput("--no-ssh: list all hosts in a --hostfile, the same file on every host")
-    if count is not None:
-        raise BadInput("--processes: not with --no-ssh; set HOST slots=NUMBER in the hostfile")
-    return node.place_of(hostfile, rank, address, port)
-
-
-def _exit_with(report: ExitReport) -> None:
+def _exit_with(report: ExitReport) -> NoReturn:
     messages.show(report)
-    _exit(report.code)
-
-
-def _exit(code: int) -> None:
-    raise typer.Exit(code)
+    raise typer.Exit(report.code)

@@ -15,7 +15,7 @@ import typer
 from launch import messages, preflight, slurm, status_text
 from launch import status as run_status
 from launch import submit as submission
-from launch.arguments import Fresh, Overrides, RunDir, RunFile
+from launch.arguments import Fresh, Overrides, RunDir, RunFile, option
 from launch.slurm import Job, Resources
 from trainer.config import PROJECT_ROOT, RunConfig
 from trainer.runtime.errors import BadInput
@@ -24,66 +24,49 @@ from trainer.runtime.redact import redact
 
 def submit(
     run_file: RunFile,
-    nodes: Annotated[int, typer.Option(metavar="N", help="Number of nodes.")],
+    nodes: Annotated[int, option("N", "Number of nodes.")],
     overrides: Overrides = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(metavar="G", help="GPUs (= ranks) per node.")
-    ] = None,
-    processes_per_node: Annotated[
-        int, typer.Option(metavar="N", help="Ranks per node without GPUs.")
-    ] = 1,
+    gpus_per_node: Annotated[int | None, option("G", "GPUs (= ranks) per node.")] = None,
+    processes_per_node: Annotated[int, option("N", "Ranks per node without GPUs.")] = 1,
     time: Annotated[
-        str | None,
-        typer.Option(metavar="T", help="Time limit: minutes, HH:MM:SS or DAYS-HH:MM:SS."),
+        str | None, option("T", "Time limit: minutes, HH:MM:SS or DAYS-HH:MM:SS.")
     ] = None,
-    partition: Annotated[str | None, typer.Option(metavar="P")] = None,
-    account: Annotated[str | None, typer.Option(metavar="A")] = None,
-    qos: Annotated[str | None, typer.Option(metavar="Q")] = None,
-    mem: Annotated[
-        str | None, typer.Option(metavar="M", help="Memory per node: 64G; 0: all.")
-    ] = None,
+    partition: Annotated[str | None, option("P")] = None,
+    account: Annotated[str | None, option("A")] = None,
+    qos: Annotated[str | None, option("Q")] = None,
+    mem: Annotated[str | None, option("M", "Memory per node: 64G; 0: all.")] = None,
     cpus_per_task: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU cores per node, for all its ranks.")
+        int | None, option("N", "CPU cores per node, for all its ranks.")
     ] = None,
-    job_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="[default: the output folder's name]")
-    ] = None,
-    dependency: Annotated[
-        str | None, typer.Option(metavar="D", help="Wait for another job: afterok:JOB_ID.")
-    ] = None,
+    job_name: Annotated[str | None, option("NAME", "[default: the output folder's name]")] = None,
+    dependency: Annotated[str | None, option("D", "Wait for another job: afterok:JOB_ID.")] = None,
     array: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=[V, V]",
-            help="Job array with one task per value; given twice, one per combination.",
+        option(
+            "KEY=[V, V]", "Job array with one task per value; given twice, one per combination."
         ),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(metavar="N", help="Maximum number of array tasks running at once.")
+        int | None, option("N", "Maximum number of array tasks running at once.")
     ] = None,
     signal_seconds: Annotated[
-        int,
-        typer.Option(metavar="S", help="Seconds before the time limit at which to save and stop."),
+        int, option("S", "Seconds before the time limit at which to save and stop.")
     ] = 120,
     max_requeues: Annotated[
-        int, typer.Option(metavar="N", help="Maximum number of automatic requeues (0: never).")
+        int, option("N", "Maximum number of automatic requeues (0: never).")
     ] = 20,
     module: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Environment module; may be repeated.")
+        list[str] | None, option("NAME", "Environment module; may be repeated.")
     ] = None,
-    container_image: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Run in a container (pyxis).")
-    ] = None,
+    container_image: Annotated[str | None, option("IMAGE", "Run in a container (pyxis).")] = None,
     container_mounts: Annotated[
-        list[str] | None, typer.Option(metavar="SRC:DST", help="Additional mount; may be repeated.")
+        list[str] | None, option("SRC:DST", "Additional mount; may be repeated.")
     ] = None,
     python: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="[default: this one; in a container python3]"),
+        str | None, option("PATH", "[default: this one; in a container python3]")
     ] = None,
     sbatch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OPTION", help="Any other option: --sbatch=--constraint=h100."),
+        list[str] | None, option("OPTION", "Any other option: --sbatch=--constraint=h100.")
     ] = None,
     fresh: Fresh = False,
     dry_run: Annotated[
