@@ -20,7 +20,8 @@ from trainer.config import Prompt
 from trainer.config.ranking import score_key
 from trainer.prompts.soft_prompt import PrefixKeyValues
 from trainer.training.early_stopping import EarlyStopping
-from trainer.training.optimizers import Adafactor, Muon, learning_rate_factor
+from trainer.training.lr_schedules import learning_rate_factor
+from trainer.training.optimizers import Adafactor, Muon
 from trainer.training.prompt_optimizer import PromptOptimizer, make_optimizer
 
 

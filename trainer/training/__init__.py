@@ -5,7 +5,7 @@
 3. ``loop``: the order of the events of a run; ``baseline_scoring`` comes before the first step.
 4. ``step``: packed batches -> ``StepResult``: loss and gradient of each prompt;
    ``memory_monitor`` shortens batches that do not fit, ``skipped_updates`` handles NaN.
-5. ``prompt_optimizer``, ``optimizers``: gradients -> one update of each prompt.
+5. ``prompt_optimizer``, ``optimizers``, ``lr_schedules``: gradients -> one update of each prompt.
 6. ``accounting``: time, tokens and traffic of the step -> ``StepReport``.
 7. ``validation``, ``early_stopping``, ``halving``: scores -> ``Metrics``, and prompts to stop.
 8. ``callbacks``: reports and metrics -> console; tracking and checkpointing have their own.

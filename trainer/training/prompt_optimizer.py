@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainer.config import Prompt
 from trainer.config.prompt import DEFAULT_BETAS
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
-from trainer.training.optimizers import learning_rate_factor, make_update_rule
+from trainer.training.lr_schedules import learning_rate_factor
+from trainer.training.optimizers import make_update_rule
 
 #: Names of a parameter's average and initial value in a checkpoint, beside its moments.
 AVERAGE, START = "average", "start"
