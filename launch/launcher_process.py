@@ -26,13 +26,11 @@ from typing import Any
 
 import psutil
 
-from launch import messages, orphan_guard
+from launch import messages, orphan_guard, preflight
 from launch.exit_report import ExitReport, describe
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
-from trainer.runtime.errors import (
-    BadInput,
-)
+from trainer.runtime.errors import BadInput
 from trainer.runtime.process import UNFINISHED, ending_signal, process_start
 from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
 
@@ -58,8 +56,8 @@ class _FailureWatch:
     react, because they are suspended or wait for the failed one, are killed earlier here.
     """
 
-    def __init__(self, log: Path, ranks: int, first_rank: int, end: Callable[[], None]) -> None:
-        self._log, self._ranks, self._first_rank, self._end = log, ranks, first_rank, end
+    def __init__(self, log: Path, ranks: int, first_rank: int, kill: Callable[[], object]) -> None:
+        self._log, self._ranks, self._first_rank, self._kill = log, ranks, first_rank, kill
         self._pids: list[int] = []
         self._deadline: float | None = None
         #: PID -> (name of the rank, signal that ended it), in the order in which they ended.
@@ -69,10 +67,8 @@ class _FailureWatch:
     def first(self) -> tuple[str, int]:
         """First rank that failed, and the signal that killed it or 0; ("", 0) if none failed."""
         log = self._log.read_text(errors="replace")
-        failed = [
-            rank for pid, rank in self._ended.items() if f"Process {pid} exits succ" not in log
-        ]
-        return failed[0] if failed else ("", 0)
+        failed = (rank for pid, rank in self._ended.items() if f"{pid} exits succ" not in log)
+        return next(failed, ("", 0))
 
     def poll(self) -> None:
         """Check which ranks have ended since the last call."""
@@ -94,7 +90,7 @@ class _FailureWatch:
             if ENDING_OTHERS in self._log.read_text(errors="replace"):
                 self._deadline = time.monotonic() + LOSS_SECONDS
         elif time.monotonic() > self._deadline:
-            self._end()
+            self._kill()
 
 
 class _StartNotice:
@@ -166,7 +162,8 @@ def run_local(
     unfinished = log.absolute().with_suffix(".unfinished")
     environment = {**environment, STDOUT_FD_VARIABLE: "0"}
     if first_rank == 0:
-        _touch(unfinished)
+        with preflight.writing(log.parent):
+            unfinished.touch()
         environment[UNFINISHED] = str(unfinished)
     stop = StopSignals()
     with log.open("wb") as chatter, stop.listening():
@@ -179,9 +176,9 @@ def run_local(
                 start_new_session=True,  # so that the terminal's Ctrl-C reaches only us
             )
         with guarded(process.pid):
-            forward = functools.partial(_signal_ranks, process.pid)
-            end = functools.partial(_kill_ranks, process.pid)
-            failures = _FailureWatch(log, ranks, first_rank, end)
+            forward = functools.partial(_forward, process.pid)
+            kill = functools.partial(_signal_ranks, process.pid, signal.SIGKILL)
+            failures = _FailureWatch(log, ranks, first_rank, kill)
             notice = _StartNotice(log.parent / "rank-0.log")
 
             def poll() -> None:
@@ -202,13 +199,6 @@ def run_local(
         first=failures.first,
         hung=read_lost(log.parent),
     )
-
-
-def _touch(path: Path) -> None:
-    try:
-        path.touch()
-    except OSError as error:
-        raise BadInput(f"output_dir: cannot write to {path.parent}: {error.strerror}") from None
 
 
 def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:
@@ -257,33 +247,32 @@ def wait(
         time.sleep(POLL_SECONDS)
 
 
-def _signal_ranks(group: int, number: signal.Signals) -> None:
+def _forward(group: int, number: signal.Signals) -> None:
     """Send SIGINT or SIGTERM to the ranks; if none runs yet, kill the group: nothing to save."""
-    ranks = _running(group)
-    if not ranks:
+    if not _signal_ranks(group, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM):
         signal_group(group, signal.SIGKILL)
-    for rank in ranks:
-        _try_signal(rank, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 def _end_ranks(group: int) -> None:
     """End ranks that outlived the launcher, but not other processes that they started."""
     deadline = time.monotonic() + GRACE_SECONDS
-    for process in _running(group):
-        _try_signal(process, signal.SIGTERM)
-    while left := _running(group):
+    _signal_ranks(group, signal.SIGTERM)
+    while _ranks(group):
         if time.monotonic() > deadline:
-            for process in left:
-                _try_signal(process, signal.SIGKILL)
+            _signal_ranks(group, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
-def _kill_ranks(group: int) -> None:
-    for process in _running(group):
-        _try_signal(process, signal.SIGKILL)
+def _signal_ranks(group: int, number: signal.Signals) -> bool:
+    """Send a signal to the ranks; return whether there are any."""
+    ranks = _ranks(group)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    return bool(ranks)
 
 
-def _running(group: int) -> list[psutil.Process]:
+def _ranks(group: int) -> list[psutil.Process]:
     """Return the ranks in the process group, without their own worker processes."""
     ranks = {}
     for process in psutil.process_iter():
@@ -300,11 +289,6 @@ def _running(group: int) -> list[psutil.Process]:
 def signal_group(group: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, number)
-
-
-def _try_signal(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
 
 
 @contextmanager

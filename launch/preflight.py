@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch import messages
@@ -50,13 +51,15 @@ def check_config(
     """Check what a loaded run file names; initial prompts only if ``trains``."""
     printed = set() if printed is None else printed
     problems = [*_base(config), *_policy(config), *_output(config)]
-    if trains and not checkpoint_names(
-        Path(config.output_dir)
-    ):  # a checkpoint replaces the initial prompts
+    # a checkpoint replaces the initial prompts
+    if trains and not checkpoint_names(Path(config.output_dir)):
         problems += source_problems(config)
     notes: list[str] = []
     try:
-        notes = _rows(config)
+        from trainer.data.splits import check_rows  # loads Arrow only where rows are read
+
+        with Console(sys.stderr, sys.stderr).reading() as on_rows:
+            notes = check_rows(config, on_rows=on_rows)
     except BadInput as error:
         problems += error.problems
     if problems:
@@ -71,17 +74,18 @@ def check_config(
 def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     """Load the resolved run file of an output folder and check that ``prompt`` was trained."""
     check_folder(run_dir)
-    saved = Path(run_dir) / "run.yaml"
-    if not os.path.isfile(saved):
+    if not is_run_dir(run_dir):
         raise BadInput(f"{run_dir} is not a run directory (no run.yaml)")
-    config = load(saved)
+    config = load(Path(run_dir) / "run.yaml")
+    if prompt is None:
+        return config
     names = [item.name for item in config.prompts]
-    if prompt is not None and prompt not in names:
+    if prompt not in names:
         hint = did_you_mean(prompt, names)
         raise BadInput(
             f"--prompt: {prompt!r} is not a prompt of {run_dir}{hint}; known: {', '.join(names)}"
         )
-    if prompt is not None and not os.path.isdir(Path(run_dir) / "prompts" / prompt):
+    if not os.path.isdir(Path(run_dir) / "prompts" / prompt):
         raise BadInput(f"{run_dir}: prompt {prompt!r} is not saved yet; finish the run first")
     return config
 
@@ -137,13 +141,20 @@ def check_new_file(path: Path) -> Path:
 
 def open_log(output_dir: str, name: str) -> Path:
     """Create a log file in ``output_dir`` that only its owner may read; return its path."""
-    folder = Path(output_dir) / "logs"
+    log = Path(output_dir) / "logs" / name
+    with writing(output_dir):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        os.close(open_private(log))
+    return log
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Turn a failure to write to the output folder into ``BadInput``."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.close(open_private(folder / name))
+        yield
     except OSError as error:
-        raise BadInput(f"output_dir: cannot write to {output_dir}: {error.strerror}") from None
-    return folder / name
+        raise BadInput(f"output_dir: cannot write to {folder}: {error.strerror}") from None
 
 
 def _base(config: RunConfig) -> Iterator[str]:
@@ -186,11 +197,3 @@ def _output(config: RunConfig) -> Iterator[str]:
         yield f"output_dir: {config.output_dir}: {nearest} is a file; choose another folder"
     elif not os.access(nearest, os.W_OK | os.X_OK):
         yield f"output_dir: {config.output_dir}: {nearest} is not writable; choose another folder"
-
-
-def _rows(config: RunConfig) -> list[str]:
-    """Check every row; return notes about the data."""
-    from trainer.data.splits import check_rows  # loads Arrow only where rows are read
-
-    with Console(sys.stderr, sys.stderr).reading() as on_rows:
-        return check_rows(config, on_rows=on_rows)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from launch import messages
 from launch.exit_report import ExitReport, describe
@@ -45,7 +45,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ex
         sorter.start()
         with guarded(process.pid):
             # the runner's signal handler stops the ranks of all hosts
-            wait(process, stop, lambda _: _signal_runner(process), STOP_SECONDS)
+            wait(process, stop, lambda _: process.send_signal(signal.SIGTERM), STOP_SECONDS)
             if stop.signals:
                 signal_group(process.pid, signal.SIGKILL)
         sorter.join(timeout=GRACE_SECONDS)
@@ -89,7 +89,3 @@ def _sort_lines(source: IO[str], chatter: IO[str], terminal: IO[str]) -> None:
         stream = chatter if CHATTER.match(line) else terminal
         stream.write(line)
         stream.flush()
-
-
-def _signal_runner(process: subprocess.Popen[Any]) -> None:
-    process.send_signal(signal.SIGTERM)

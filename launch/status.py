@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,7 +26,7 @@ from trainer.config import RunConfig, check_path, load
 from trainer.reporting.summary import RunSummary, load_summary
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
-from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
+from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 from trainer.tracking.progress_file import missing_results
 from trainer.tracking.store_uri import sync_command
 
@@ -167,7 +166,7 @@ def _judge(status: Status, summary: RunSummary | None, process: str | None) -> t
 
 
 def describe_job(job: JobState) -> str:
-    return f"{job.state} ({job.reason})" if job.reason not in ("", "None") else job.state
+    return job.state if job.reason in ("", "None") else f"{job.state} ({job.reason})"
 
 
 def query_job(number: str) -> JobState:
@@ -206,31 +205,15 @@ class SubmissionRecord(BaseModel):
     tasks: list[str] = []
 
 
-T = TypeVar("T", bound=BaseModel)
-
-
-def _parsed(model: type[T], path: Path) -> T:
-    """Parse a JSON file; the model's defaults if it is missing or damaged."""
-    try:
-        return model.model_validate(read_json_object(path))
-    except (BadInput, ValidationError):
-        return model()
-
-
 def _record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
-    """The newest submission and its folder; an empty record if there is none."""
+    """The newest submission and its folder; an empty record if there is none, or it is damaged."""
     submitted = run_dir / SUBMITTED
-    records = sorted(submitted.glob(f"*/{RECORD}"), key=_written, reverse=True)
-    for path in records[:1]:
-        return _parsed(SubmissionRecord, path), path.parent
-    return SubmissionRecord(), submitted
-
-
-def _written(path: Path) -> float:
+    records = filter(Path.exists, submitted.glob(f"*/{RECORD}"))  # not a dangling symlink
+    path = max(records, key=lambda path: path.stat().st_mtime, default=submitted / RECORD)
     try:
-        return path.stat().st_mtime
-    except OSError:  # a dangling symlink
-        return 0.0
+        return SubmissionRecord.model_validate(read_json_object(path)), path.parent
+    except (BadInput, ValidationError):
+        return SubmissionRecord(), path.parent
 
 
 def _resolved(path: str | Path) -> str:
@@ -254,9 +237,7 @@ def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig 
     for path in (run_dir / "run.yaml", frozen):
         if path is not None and path.is_file():
             return load(path)
-    if expected:
-        return None
-    return preflight.check_result(str(run_dir))
+    return None if expected else preflight.check_result(str(run_dir))
 
 
 def _read_metrics(status: Status, path: Path) -> None:
@@ -267,7 +248,8 @@ def _read_metrics(status: Status, path: Path) -> None:
                 continue
             times[line.step] = line.time
             if line.prompt is not None:
-                _remember(status.metrics.setdefault(line.prompt, {}), line)
+                latest = status.metrics.setdefault(line.prompt, {})
+                latest |= {name: (line.step, value) for name, value in line.metrics.items()}
     except OSError:  # a folder, or not readable
         pass
     if not times:
@@ -276,11 +258,6 @@ def _read_metrics(status: Status, path: Path) -> None:
     pace = _pace([times[step] for step in sorted(times)[-RECENT:]])
     if pace is not None and status.steps is not None:
         status.eta_seconds = pace * max(0, status.steps - status.step)
-
-
-def _remember(values: dict[str, tuple[int, float]], line: Line) -> None:
-    for name, value in line.metrics.items():
-        values[name] = (line.step, value)
 
 
 def _pace(times: Sequence[float]) -> float | None:

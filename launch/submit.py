@@ -18,12 +18,12 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch import slurm
+from launch import preflight, slurm
 from launch.slurm import Job
 from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path, yaml_parser, yaml_source
 from trainer.config.yaml_parser import YamlError
@@ -104,7 +104,7 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parent = Path(output_dir).absolute() / SUBMITTED
-    try:
+    with preflight.writing(output_dir):
         parent.mkdir(parents=True, exist_ok=True)
         folder = _new_folder(parent, stamp)
         code = folder / "code"
@@ -120,18 +120,18 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
             runs = [folder / f"run-{i}.yaml" for i in range(len(configs))]
         for config, path in zip(configs, runs, strict=True):
             path.touch(mode=0o600)  # tracking.uri may hold a password
-            path.write_text(dump(_with_policy(config, folder / "policy.json")), encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"output_dir: cannot write to {output_dir}: {error.strerror}") from None
+            engine = config.engine.model_copy(update={"deepspeed": str(folder / "policy.json")})
+            frozen = config.model_copy(update={"engine": engine})
+            path.write_text(dump(frozen), encoding="utf-8")
     log = slurm.pattern(str(parent.parent / "slurm-"))
-    frozen = replace(
+    job = replace(
         job,
         tasks=tuple((str(path),) for path in runs),
         code=str(code),
         chdir=os.getcwd(),
         log=log + ("%A_%a.out" if len(runs) > 1 else "%j.out"),
     )
-    return frozen, folder
+    return job, folder
 
 
 def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
@@ -158,16 +158,11 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
     return number
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for sbatch, without the variables of a surrounding job."""
-    return {name: value for name, value in environ.items() if not FOREIGN.match(name)}
-
-
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command,
-            env=environment(os.environ),
+            env={name: value for name, value in os.environ.items() if not FOREIGN.match(name)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -187,11 +182,6 @@ def _new_folder(parent: Path, stamp: str) -> Path:
             continue
         return folder
     raise AssertionError
-
-
-def _with_policy(config: RunConfig, policy: Path) -> RunConfig:
-    engine = config.engine.model_copy(update={"deepspeed": str(policy)})
-    return config.model_copy(update={"engine": engine})
 
 
 def _duplicate(values: Sequence[Any]) -> str | None:

@@ -25,7 +25,8 @@ class Attempts:
         self.fresh.append(fresh)
         step, saved, ending = self.plan[len(self.fresh) - 1]
         with (self.output / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n" + '{"step": 99')
+            line = {"time": 1.0, "step": step, "metrics": {}}
+            file.write(json.dumps(line) + "\n" + '{"step": 99')
             file.write("\n")
         if saved is not None:
             leave_checkpoint(self.output, saved)
