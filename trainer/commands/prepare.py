@@ -12,9 +12,8 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,15 +26,13 @@ from trainer.model.layers.quantization import quantize_rows
 from trainer.model.meta_model import build_meta_model, locate_int8_parameters
 from trainer.model.model_folder import INDEX, SINGLE
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
-from trainer.model.shard_loading import row_blocks
-from trainer.model.tensor_locations import RowReader, TensorLocation
+from trainer.model.tensor_locations import BLOCK_BYTES, RowReader, TensorLocation
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.runtime.json_file import read_json_object
 
 #: Maximum size of a weight file, as on the hub.
 FILE_BYTES = 5 * 10**9
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,15 @@ def prepare(
     writing.mkdir(parents=True)
     try:
         with (
-            SafetensorsReader(files.tensors) as reader,
             console.loading(f"quantizing {settings.model}", files.num_bytes) as bar,
+            SafetensorsReader(files.tensors, bar.advance) as reader,
         ):
-            kept = sorted(files.tensors.keys() - {files.parameters.duplicate})
-            entries = list(_entries(reader, kept, quantized, bar.advance))
+            entries: list[_Entry] = []
+            for name in sorted(files.tensors.keys() - {files.parameters.duplicate}):
+                if name in quantized:
+                    entries += _quantized_entries(reader, name, quantized[name])
+                else:
+                    entries.append(_copied_entry(reader, name))
             size = _write_weights(writing, entries, file_bytes)
         _write_other_files(files, settings, writing)
         os.replace(writing, out)
@@ -104,34 +105,16 @@ def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLoca
     }
 
 
-def _entries(
-    reader: SafetensorsReader,
-    names: Sequence[str],
-    quantized: dict[str, TensorLocation],
-    progress: Progress,
-) -> Iterator[_Entry]:
-    for name in names:
-        stored = reader.tensors[name]
-        if name in quantized:
-            yield from _quantized_entries(reader, name, quantized[name], progress)
-        else:
-            copy = partial(_copy_tensor, reader, name, progress)
-            yield _Entry(name, stored.type, stored.shape, stored.num_bytes, copy)
-
-
 def _quantized_entries(
-    reader: SafetensorsReader, name: str, location: TensorLocation, progress: Progress
+    reader: SafetensorsReader, name: str, location: TensorLocation
 ) -> Iterator[_Entry]:
     """Weight, row scales and layout (0: by rows) of a tensor, named as in bitsandbytes."""
     absmax = torch.zeros(location.shape[:-1].numel())
 
     def write_weight(file: BinaryIO) -> None:
-        rows = RowReader(location, reader)
-        for first, last in row_blocks(0, len(absmax), location.shape[-1]):
-            before = reader.bytes_read
-            weight, absmax[first:last] = quantize_rows(rows.read(first, last))
+        for rows, values in RowReader(location, reader).blocks():
+            weight, absmax[rows] = quantize_rows(values)
             _write(file, weight)
-            progress(reader.bytes_read - before)
 
     rows, layout = tuple(location.shape[:-1]), torch.zeros(1, dtype=torch.uint8)
     yield _Entry(name, "I8", tuple(location.shape), location.shape.numel(), write_weight)
@@ -140,10 +123,14 @@ def _quantized_entries(
         yield _Entry(f"{name}_format", "U8", (), 1, lambda file: _write(file, layout))
 
 
-def _copy_tensor(reader: SafetensorsReader, name: str, progress: Progress, file: BinaryIO) -> None:
-    for first, last in row_blocks(0, reader.tensors[name].num_bytes, 1):
-        _write(file, reader.read_bytes(name, first, last))
-        progress(last - first)
+def _copied_entry(reader: SafetensorsReader, name: str) -> _Entry:
+    stored = reader.tensors[name]
+
+    def copy(file: BinaryIO) -> None:
+        for start in range(0, stored.num_bytes, BLOCK_BYTES):
+            _write(file, reader.read_bytes(name, start, min(start + BLOCK_BYTES, stored.num_bytes)))
+
+    return _Entry(name, stored.type, stored.shape, stored.num_bytes, copy)
 
 
 def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:

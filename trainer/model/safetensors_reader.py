@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.runtime.errors import BadInput
+
+#: Called with the bytes read since the last call.
+Progress = Callable[[int], None]
 
 #: Types of weights that can be loaded, by name in a safetensors header.
 DTYPES = {
@@ -82,14 +85,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class SafetensorsReader:
-    """Reads tensors or parts of them, and counts the bytes.
+    """Reads tensors or parts of them, counts the bytes and reports them to ``progress``.
 
     Uses ``pread``, not mmap: touched pages of a mapped file stay resident until it is closed, and
     network file systems read mapped files page by page.
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self.tensors = tensors
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], progress: Progress = lambda _: None
+    ) -> None:
+        self.tensors, self._progress = tensors, progress
         self.bytes_read = 0
         self._descriptors: dict[Path, int] = {}
 
@@ -175,4 +180,5 @@ class SafetensorsReader:
         except OSError as error:
             raise BadInput(f"{stored.path}: cannot read {name!r}: {error}") from None
         self.bytes_read += done
+        self._progress(done)
         return raw

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,10 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.layers.quantization import quantize_rows
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.safetensors_reader import SafetensorsReader
+from trainer.model.safetensors_reader import Progress, SafetensorsReader
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.runtime.errors import BadInput
 
-Progress = Callable[[int], None]
-
-#: Bytes that are read and quantized at a time: the memory that loading needs besides the shards.
-BLOCK_BYTES = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -92,8 +88,8 @@ def load_shards(
     """
     started = time.perf_counter()
     locations = locate_parameters(model, files.parameters.tensors)
-    with return_freed_memory(), SafetensorsReader(files.tensors) as reader:
-        loader = _WeightLoader(reader, sharder, dtype, device, progress)
+    with return_freed_memory(), SafetensorsReader(files.tensors, progress) as reader:
+        loader = _WeightLoader(reader, sharder, dtype, device)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 location = locations[f"{path}.{name}" if path else name]
@@ -116,10 +112,8 @@ class _WeightLoader:
         sharder: WeightSharder,
         dtype: torch.dtype,
         device: torch.device,
-        progress: Progress,
     ) -> None:
         self.reader, self.sharder, self.dtype, self.device = reader, sharder, dtype, device
-        self.progress = progress
         self.partial_scales: list[Tensor] = []
         self.problems: list[str] = []
         # Of loaded parameters, by id: tied parameters occur twice.
@@ -135,7 +129,6 @@ class _WeightLoader:
         table = holder if name == "weight" else None
         if key not in self._scales:
             scales = None
-            before = self.reader.bytes_read
             try:
                 unit = parameter.shape[1] if table else 1  # shards of tables consist of full rows
                 if parameter.dtype == torch.int8:
@@ -150,7 +143,6 @@ class _WeightLoader:
             except BadInput as error:
                 self.problems += error.problems
             self._scales[key] = scales
-            self.progress(self.reader.bytes_read - before)
         if table and key in self._rows:
             table.hold(self._rows[key], self.sharder.exchange)
         scales = self._scales[key]
@@ -162,13 +154,13 @@ class _WeightLoader:
         shard = self.sharder.allocate(location.shape.numel(), torch.int8, unit)
         if self.reader.is_int8(location.tensors[0]):
             scales = self.reader.read_row_scales(location.tensors).to(self.device)
-            for block in self._blocks(location.as_int8(), unit):
-                shard[block.target] = block.values.flatten()[block.elements]
+            for _, values, mine, target in self._blocks(location.as_int8(), unit):
+                shard[target] = values.flatten()[mine]
         else:
             scales = torch.zeros(location.shape[:-1].numel(), device=self.device)
-            for block in self._blocks(location, unit):
-                quantized, scales[block.rows] = quantize_rows(block.values.to(self.device))
-                shard[block.target] = quantized.flatten()[block.elements]
+            for rows, values, mine, target in self._blocks(location, unit):
+                quantized, scales[rows] = quantize_rows(values.to(self.device))
+                shard[target] = quantized.flatten()[mine]
             self.partial_scales.append(scales)
         return shard, scales.view(location.shape[:-1])
 
@@ -179,47 +171,28 @@ class _WeightLoader:
         narrow = large and len(location.shape) > 1 and stored.itemsize < self.dtype.itemsize
         kept = stored if narrow else self.dtype
         shard = self.sharder.allocate(location.shape.numel(), kept, unit)
-        for block in self._blocks(location, unit):
-            shard[block.target] = block.values.flatten()[block.elements].to(kept)
+        for _, values, mine, target in self._blocks(location, unit):
+            shard[target] = values.flatten()[mine].to(kept)
         return shard
 
-    def _blocks(self, location: TensorLocation, unit: int) -> Iterator[_Block]:
-        """Read the rows that this rank's shard contains, some at a time."""
+    def _blocks(
+        self, location: TensorLocation, unit: int
+    ) -> Iterator[tuple[slice, Tensor, slice, slice]]:
+        """Read the rows that this rank's shard contains, some at a time.
+
+        Yields:
+            Indices of the rows, their values in the stored type, which of these elements belong to
+            the shard, and the elements of the shard that they are copied to.
+        """
         start, stop = self.sharder.bounds(location.shape.numel(), unit)
         width = location.shape[-1] if len(location.shape) > 1 else 1
-        rows = RowReader(location, self.reader)
-        for first, last in row_blocks(start // width, -(-stop // width), width):
+        reader = RowReader(location, self.reader)
+        for rows, values in reader.blocks(start // width, -(-stop // width)):
+            offset = rows.start * width
             # Other ranks may hold parts of the first and the last row.
-            begin, end = max(start, first * width), min(stop, last * width)
-            yield _Block(
-                rows.read(first, last),
-                slice(first, last),
-                slice(begin - first * width, end - first * width),
-                slice(begin - start, end - start),
-            )
-
-
-class _Block(NamedTuple):
-    """Some rows of a parameter.
-
-    Attributes:
-        values: the rows in their stored type.
-        rows: indices of the rows.
-        elements: the elements of ``values`` that belong to this rank's shard.
-        target: the elements of the shard that they are copied to.
-    """
-
-    values: Tensor
-    rows: slice
-    elements: slice
-    target: slice
-
-
-def row_blocks(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """Split rows ``start`` to ``stop`` into blocks of BLOCK_BYTES in fp32."""
-    size = max(1, BLOCK_BYTES // (4 * width))
-    for first in range(start, stop, size):
-        yield first, min(first + size, stop)
+            begin, end = max(start, offset), min(stop, rows.stop * width)
+            mine, target = slice(begin - offset, end - offset), slice(begin - start, end - start)
+            yield rows, values, mine, target
 
 
 @contextmanager

@@ -8,21 +8,17 @@ Shape letters: E experts, N output features, K input features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.model.safetensors_reader import SafetensorsReader
 
-
-class FlatReader(Protocol):
-    """Reads elements ``start`` to ``stop`` of a flattened tensor."""
-
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor: ...
+#: Bytes that are read at a time, in fp32: the memory that loading needs besides the shards.
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -66,9 +62,19 @@ class RowReader:
     then read, and cached until rows of another matrix are read.
     """
 
-    def __init__(self, location: TensorLocation, reader: FlatReader) -> None:
+    def __init__(self, location: TensorLocation, reader: SafetensorsReader) -> None:
         self._location, self._reader = location, reader
         self._matrix: tuple[int, Tensor] | None = None
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Read rows ``start`` to ``stop``, by default all, in blocks of BLOCK_BYTES in fp32."""
+        shape = self._location.shape
+        if stop is None:
+            stop = shape[:-1].numel()
+        size = max(1, BLOCK_BYTES // (4 * (shape[-1] if len(shape) > 1 else 1)))
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            yield slice(first, last), self.read(first, last)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of [..., N, K] as one matrix, or elements of a vector."""
@@ -103,12 +109,12 @@ def locate_parameters(
     Args:
         tensors: by parameter, see ``WeightMapping``.
     """
+
+    def is_transposed(name: str) -> bool:
+        path, _, own = name.rpartition(".")
+        return own in getattr(model.get_submodule(path), "transposed", ())
+
     return {
-        name: TensorLocation(tensors[name], parameter.shape, _is_transposed(model, name))
+        name: TensorLocation(tensors[name], parameter.shape, is_transposed(name))
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-
-
-def _is_transposed(model: nn.Module, name: str) -> bool:
-    path, _, own = name.rpartition(".")
-    return own in getattr(model.get_submodule(path), "transposed", ())

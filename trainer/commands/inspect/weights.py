@@ -10,7 +10,7 @@ Shape letters: N rows of a block, K input features.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +19,13 @@ from trainer.config import Base
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.meta_model import build_meta_model, locate_int8_parameters
-from trainer.model.safetensors_reader import SafetensorsReader
-from trainer.model.shard_loading import row_blocks
+from trainer.model.safetensors_reader import Progress, SafetensorsReader, scales_name
 from trainer.model.tensor_locations import RowReader, TensorLocation
 
 #: A row whose largest weight is more than this many times its root mean square is an outlier.
 OUTLIER_RATIO = 20.0
 #: Lower bound of a divisor, so that rows of zeros have a finite relative error.
 TINY = 1e-300
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -115,34 +112,33 @@ def measure_weights(
     Raises:
         BadInput: if a weight cannot be read or is not finite.
     """
-    with SafetensorsReader(files.tensors) as reader:
-        return [_measure(weight, reader, progress) for weight in weights]
+    with SafetensorsReader(files.tensors, progress) as reader:
+        return [_measure(weight, reader) for weight in weights]
 
 
 def stored_bytes(files: BaseFiles, weights: Sequence[Weight]) -> int:
-    """Bytes of the weights in their files."""
+    """Bytes of the weights and their row scales in their files."""
     names = [name for weight in weights for name in weight.location.tensors]
-    return sum(files.tensors[name].num_bytes for name in names)
+    stored = [files.tensors.get(key) for name in names for key in (name, scales_name(name))]
+    return sum(tensor.num_bytes for tensor in stored if tensor)
 
 
-def _measure(weight: Weight, reader: SafetensorsReader, progress: Progress) -> WeightError:
+def _measure(weight: Weight, reader: SafetensorsReader) -> WeightError:
     location, scales = weight.location, None
     if reader.is_int8(location.tensors[0]):
         location = location.as_int8()
         scales = reader.read_row_scales(location.tensors)
-    num_rows, width = location.shape[:-1].numel(), location.shape[-1]
-    rows = RowReader(location, reader)
     squared_norm = squared_error = largest_row_error = 0.0
     outlier_rows = 0
-    for first, last in row_blocks(0, num_rows, width):
-        before = reader.bytes_read
-        values_NK = rows.read(first, last)
+    for rows, values_NK in RowReader(location, reader).blocks():
         if scales is not None:
-            values_NK = dequantize_rows(values_NK, scales[first:last])
+            values_NK = dequantize_rows(values_NK, scales[rows])
         values_NK = values_NK.float()
         norm_N = values_NK.double().square().sum(-1)
         largest_N = values_NK.abs().amax(-1).double()
-        outlier_rows += int((largest_N > OUTLIER_RATIO * (norm_N / width).sqrt()).sum())
+        outlier_rows += int(
+            (largest_N > OUTLIER_RATIO * (norm_N / values_NK.shape[-1]).sqrt()).sum()
+        )
         squared_norm += float(norm_N.sum())
         if scales is None:
             rounded_NK = dequantize_rows(*quantize_rows(values_NK))
@@ -150,12 +146,11 @@ def _measure(weight: Weight, reader: SafetensorsReader, progress: Progress) -> W
             squared_error += float(error_N.sum())
             row_error = float((error_N / norm_N.clamp_min(TINY)).max() ** 0.5)
             largest_row_error = max(largest_row_error, row_error)
-        progress(reader.bytes_read - before)
     return WeightError(
         weight.name,
         weight.group,
         tuple(location.shape),
-        num_rows,
+        location.shape[:-1].numel(),
         squared_norm,
         None if scales is not None else squared_error,
         None if scales is not None else largest_row_error,
