@@ -42,65 +42,45 @@ class Family:
     keeps_scores: bool = False
 
 
-_PLAIN = Family()
-_UNGATED = Family(mlp_tensors=1, layer_norm=True)
-_SQUARED = Family(mlp_tensors=1)
-_WIDE = Family(wide_norms=True)
-_EAGER = Family(cached_attention="eager")
 _PADDED_ROWS = "its rows are padded, and keys and values can only precede packed rows"
-_BIDIRECTIONAL = "tokens attend to later tokens: not a causal model"
+_BIDIRECTIONAL = {
+    "use_bidirectional_attention": "tokens attend to later tokens: not a causal model"
+}
+#: Families to which the defaults of ``Family`` apply.
+_PLAIN = """
+    cwm ernie4_5 exaone4 glm granite granitemoe granitemoeshared hunyuan_v1_dense llama mellum
+    ministral ministral3 mistral mixtral olmoe phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3
+    stablelm
+"""
+_UNGATED = ("biogpt", "falcon", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2")
+_WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo", "olmo2", "olmo3")
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": Family(norm_inputs=4, wide_norms=True),
-    "arcee": _SQUARED,
-    "biogpt": _UNGATED,
-    "bloom": Family(cached_attention="eager", mlp_tensors=1),
-    "codegen": _EAGER,
-    "cohere": Family(norm_inputs=4, wide_norms=True),
-    "cohere2": _WIDE,
-    "cwm": _PLAIN,
+    **dict.fromkeys(_PLAIN.split(), Family()),
+    **dict.fromkeys(_UNGATED, Family(mlp_tensors=1, layer_norm=True)),
+    **dict.fromkeys(_WIDE, Family(wide_norms=True)),
+    **dict.fromkeys(("afmoe", "cohere"), Family(norm_inputs=4, wide_norms=True)),
+    **dict.fromkeys(("arcee", "jais2", "nemotron"), Family(mlp_tensors=1)),
+    **dict.fromkeys(("bloom", "gptj"), Family(cached_attention="eager", mlp_tensors=1)),
+    **dict.fromkeys(("codegen", "gpt_neo"), Family(cached_attention="eager")),
     "deepseek_v2": Family(no_prefix_tuning="its keys and values are of different sizes"),
     "diffllama": Family(
         no_prefix_tuning="it pairs the heads of its values after the cache", norm_inputs=7
     ),
     "doge": Family(packed=False, no_prefix_tuning=_PADDED_ROWS, norm_inputs=6),
-    "ernie4_5": _PLAIN,
-    "exaone4": _PLAIN,
-    "falcon": _UNGATED,
-    "flex_olmo": _WIDE,
-    "gemma": Family(refused={"use_bidirectional_attention": _BIDIRECTIONAL}),
+    "gemma": Family(refused=_BIDIRECTIONAL),
     "gemma2": Family(
-        cached_attention="eager",
-        refused={"use_bidirectional_attention": _BIDIRECTIONAL},
-        norm_inputs=4,
-        keeps_scores=True,
+        cached_attention="eager", refused=_BIDIRECTIONAL, norm_inputs=4, keeps_scores=True
     ),
-    "gemma3_text": Family(refused={"use_bidirectional_attention": _BIDIRECTIONAL}, norm_inputs=4),
-    "glm": _PLAIN,
+    "gemma3_text": Family(refused=_BIDIRECTIONAL, norm_inputs=4),
     "glm4": Family(norm_inputs=4),
     "gpt2": Family(
         refused={"add_cross_attention": "it is the decoder of an encoder-decoder"},
         mlp_tensors=1,
         layer_norm=True,
     ),
-    "gpt_bigcode": _UNGATED,
-    "gpt_neo": _EAGER,
-    "gpt_neox": _UNGATED,
     "gpt_oss": Family(cached_attention="eager", mlp_tensors=6, wide_norms=True, keeps_scores=True),
-    "gptj": Family(cached_attention="eager", mlp_tensors=1),
-    "granite": _PLAIN,
-    "granitemoe": _PLAIN,
-    "granitemoeshared": _PLAIN,
-    "helium": _WIDE,
-    "hunyuan_v1_dense": _PLAIN,
     "hunyuan_v1_moe": Family(mlp_tensors=4, norm_inputs=3),
-    "jais2": _SQUARED,
-    "llama": _PLAIN,
-    "mellum": _PLAIN,
-    "ministral": _PLAIN,
-    "ministral3": _PLAIN,
-    "mistral": _PLAIN,
-    "mixtral": _PLAIN,
     "mpt": Family(
         packed=False,
         cached_attention="eager",
@@ -108,24 +88,8 @@ FAMILIES: dict[str, Family] = {
         mlp_tensors=1,
         norm_inputs=4,
     ),
-    "nanochat": _WIDE,
-    "nemotron": _SQUARED,
-    "olmo": _WIDE,
-    "olmo2": _WIDE,
-    "olmo3": _WIDE,
-    "olmoe": _PLAIN,
-    "opt": _UNGATED,
     "persimmon": Family(norm_inputs=3),
-    "phi": _UNGATED,
-    "phi3": _PLAIN,
-    "qwen2": _PLAIN,
     "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
-    "qwen3": _PLAIN,
-    "qwen3_moe": _PLAIN,
-    "seed_oss": _PLAIN,
-    "smollm3": _PLAIN,
-    "stablelm": _PLAIN,
-    "starcoder2": _UNGATED,
     "vaultgemma": Family(cached_attention="eager", keeps_scores=True),
     "xglm": Family(
         packed=False,
