@@ -27,7 +27,6 @@ STDOUT = Path("-")
 
 if TYPE_CHECKING:
     from trainer.commands.inspect.weights import WeightError
-    from trainer.model.checkpoint_files import BaseFiles
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +62,7 @@ def _base_alone(args: argparse.Namespace) -> int:
         weights = int8_weights(files, settings)
         with console.loading(f"reading {settings.model}", stored_bytes(files, weights)) as bar:
             errors = measure_weights(files, weights, bar.advance)
-        _finish(_findings(settings, errors), args.json, console)
+        _finish(settings, errors, None, {}, args.json, console)
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)
@@ -86,6 +85,7 @@ def _inspect_run(
     """
     with console.phase("importing torch, transformers and deepspeed", announce=True):
         from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
+        from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
         from trainer.data.task_data import load_tasks
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import open_base_on_all
@@ -109,7 +109,13 @@ def _inspect_run(
         console.print("this run has base.quantization: none; these are the errors of int8")
     settings = _in_int8(config.base)
     config = config.model_copy(update={"base": settings})
-    errors = _share_weights(engine, files, settings, console)
+    weights = engine.run_on_all(lambda: int8_weights(files, settings))
+    by_size = sorted(weights, key=lambda weight: weight.location.shape.numel())
+    mine = by_size[engine.rank :: engine.world_size]
+    with console.loading(f"reading {settings.model}", stored_bytes(files, mine)) as bar:
+        measured = engine.run_on_all(lambda: measure_weights(files, mine, bar.advance))
+    by_name = {error.name: error for of_rank in engine.all_gather(measured) for error in of_rank}
+    errors = [by_name[weight.name] for weight in weights]
     trained = trained_prompts(saved, config) if saved else {}
     arms = all_arms(config, tasks, list(trained), num_rows)
     losses = None
@@ -123,59 +129,30 @@ def _inspect_run(
             "device": device_name(engine.device),
             "versions": versions(),
         }
-        _finish(_findings(settings, errors, losses) | run, out, console)
+        _finish(settings, errors, losses, run, out, console)
     engine.close()
-
-
-def _share_weights(
-    engine: Any, files: BaseFiles, settings: Base, console: Console
-) -> list[WeightError]:
-    """Measure all weights, some on each rank; returns all of them, in the order of the model."""
-    from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
-
-    weights = engine.run_on_all(lambda: int8_weights(files, settings))
-    by_size = sorted(weights, key=lambda weight: weight.location.shape.numel())
-    mine = by_size[engine.rank :: engine.world_size]
-    with console.loading(f"reading {settings.model}", stored_bytes(files, mine)) as bar:
-        measured = engine.run_on_all(lambda: measure_weights(files, mine, bar.advance))
-    errors = {error.name: error for of_rank in engine.all_gather(measured) for error in of_rank}
-    return [errors[weight.name] for weight in weights]
 
 
 def _in_int8(base: Base) -> Base:
     return base.model_copy(update={"quantization": "int8"})
 
 
-def _findings(
-    settings: Base, errors: Sequence[WeightError], losses: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    from trainer.commands.inspect.findings import SCHEMA, warnings, weight_findings
-
-    base = {
-        "model": settings.model,
-        "revision": settings.revision,
-        "embeddings": settings.embeddings,
-        "head": settings.head,
-        "stored_int8": any(error.squared_error is None for error in errors),
-    }
-    weights = weight_findings(errors)
-    return {
-        "schema": SCHEMA,
-        "base": base,
-        "weights": weights,
-        "losses": losses,
-        "warnings": warnings(base, weights, losses),
-    }
-
-
-def _finish(findings: dict[str, Any], out: Path | None, console: Console) -> None:
-    """Print the tables; write JSON if a file is given.
+def _finish(
+    settings: Base,
+    errors: Sequence[WeightError],
+    losses: dict[str, Any] | None,
+    run: dict[str, Any],
+    out: Path | None,
+    console: Console,
+) -> None:
+    """Print the tables; write JSON, with the entries of ``run``, if a file is given.
 
     Raises:
         BadInput: the file cannot be written.
     """
-    from trainer.commands.inspect.findings import show
+    from trainer.commands.inspect.findings import collect_findings, show
 
+    findings = collect_findings(settings, errors, losses) | run
     show(findings, console)
     if out == STDOUT:
         console.answer(json.dumps(findings, indent=2))

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from trainer.commands.inspect.weights import OUTLIER_RATIO, WeightError, relative_error
+from trainer.config import Base
 from trainer.runtime.console import Console
 
 #: Version of the JSON; increases when a key is removed or changes its meaning.
@@ -25,6 +26,22 @@ REMEDIES = {
 EXACT_INT8 = "int8/dequantize"
 
 
+def collect_findings(
+    settings: Base, errors: Sequence[WeightError], losses: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All measurements, and the warnings about them, as JSON."""
+    base = settings.model_dump(include={"model", "revision", "embeddings", "head"})
+    base["stored_int8"] = any(error.squared_error is None for error in errors)
+    weights = weight_findings(errors)
+    return {
+        "schema": SCHEMA,
+        "base": base,
+        "weights": weights,
+        "losses": losses,
+        "warnings": warnings(base, weights, losses),
+    }
+
+
 def weight_findings(errors: Sequence[WeightError]) -> dict[str, Any]:
     """Errors of all weights and groups of weights (layers, embeddings, head), in model order.
 
@@ -37,7 +54,17 @@ def weight_findings(errors: Sequence[WeightError]) -> dict[str, Any]:
         "relative_error": relative_error(errors),
         "outlier_ratio": OUTLIER_RATIO,
         "groups": [_group(name, members) for name, members in groups.items()],
-        "tensors": [_tensor(error) for error in errors],
+        "tensors": [
+            {
+                "name": error.name,
+                "group": error.group,
+                "shape": list(error.shape),
+                "relative_error": error.relative_error,
+                "largest_row_error": error.largest_row_error,
+                "outlier_row_share": error.outlier_rows / error.rows,
+            }
+            for error in errors
+        ],
     }
 
 
@@ -51,17 +78,6 @@ def _group(name: str, errors: Sequence[WeightError]) -> dict[str, Any]:
         "worst_tensor_error": worst.relative_error if worst else None,
         "largest_row_error": max((e.largest_row_error or 0.0 for e in compared), default=None),
         "outlier_row_share": sum(e.outlier_rows for e in errors) / sum(e.rows for e in errors),
-    }
-
-
-def _tensor(error: WeightError) -> dict[str, Any]:
-    return {
-        "name": error.name,
-        "group": error.group,
-        "shape": list(error.shape),
-        "relative_error": error.relative_error,
-        "largest_row_error": error.largest_row_error,
-        "outlier_row_share": error.outlier_rows / error.rows,
     }
 
 
@@ -104,17 +120,12 @@ def _loss_warnings(losses: Mapping[str, Any] | None, remedy: str) -> Iterator[st
         if name == reference or setting["left_out"]:
             continue
         for task, readers in groupby(losses["readers"], key=lambda reader: str(reader["task"])):
-            moved = [
-                (abs(change), change, reader)
-                for reader in readers
-                if (change := loss_change(reader, name, reference)) is not None
-                and _matters(reader, name, reference, change)
-            ]
-            if not moved:
+            large = [reader for reader in readers if _is_large_change(reader, name, reference)]
+            if not large:
                 continue
-            _, change, reader = max(moved, key=lambda item: item[0])
-            exact = loss_change(reader, EXACT_INT8, reference)
-            in_weights = exact is not None and _matters(reader, EXACT_INT8, reference, exact)
+            changes = [loss_change(reader, name, reference) or 0.0 for reader in large]
+            change, reader = max(zip(changes, large, strict=True), key=lambda pair: abs(pair[0]))
+            in_weights = _is_large_change(reader, EXACT_INT8, reference)
             yield (
                 f"task {task}, {reader_name(reader)}: the loss with {name} differs by "
                 f"{change:+.1%} from {reference}, more than {LOSS_LIMIT:.0%}; remedy: "
@@ -131,7 +142,10 @@ def loss_change(reader: Mapping[str, Any], setting: str, reference: str) -> floa
     return float("inf") if loss is None else (loss - before) / max(before, 1e-12)
 
 
-def _matters(reader: Mapping[str, Any], setting: str, reference: str, change: float) -> bool:
+def _is_large_change(reader: Mapping[str, Any], setting: str, reference: str) -> bool:
+    change = loss_change(reader, setting, reference)
+    if change is None:
+        return False
     loss, before = reader["scores"][setting]["loss"], reader["scores"][reference]["loss"]
     return abs(change) > LOSS_LIMIT and (loss is None or abs(loss - before) > LOSS_FLOOR)
 

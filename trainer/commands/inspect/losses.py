@@ -193,18 +193,16 @@ def _score(
     """Load the base model with a setting, score the arms, and free its memory."""
     title = f"scoring with quantization/matmul {setting.name}"
     console.print(title)
-    base = setting.base(config.base)
-    changed = config.model_copy(update={"base": base})
+    changed = config.model_copy(update={"base": setting.base(config.base)})
     # Running out of memory would end the ranks and lose the results so far.
     loaded = load_base(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
-    widths = [p.tensor.shape[1] for p in virtual_tokens if isinstance(p, VirtualTokens)]
-    wrong = [width for width in widths if width != hidden_size]
-    if wrong:
-        raise BadInput(
-            f"base.model: {base.model!r} has hidden size {hidden_size}, but the run's prompts were "
-            f"trained with {wrong[0]}; use the base model of the run"
-        )
+    for prompt in virtual_tokens:
+        if isinstance(prompt, VirtualTokens) and prompt.tensor.shape[1] != hidden_size:
+            raise BadInput(
+                f"base.model: {config.base.model!r} has hidden size {hidden_size}, but the run's "
+                f"prompts were trained with {prompt.tensor.shape[1]}; use the base model of the run"
+            )
     prompts = [prompt.to(engine.device, torch.float32) for prompt in virtual_tokens]
     evaluator = Evaluator(engine, loaded.model, files.tokenizer, loaded.budget)
     requests = [Request(arm.rows, arm.prompt) for arm in arms]
