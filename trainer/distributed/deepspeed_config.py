@@ -92,12 +92,14 @@ def resolve_policy(
     if problems:
         raise BadInput(problems)
 
-    _fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)
-    for key, number in (placement.policy if placement else {}).items():
-        _fill(zero, key, number)
-    _fill(zero, "stage3_prefetch_bucket_size", 10 * hidden_size * hidden_size)
-    _fill(zero, "stage3_max_live_parameters", 1_000_000_000)
-    _fill(zero, "stage3_max_reuse_distance", 1_000_000_000)
+    defaults = {
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "stage3_prefetch_bucket_size": 10 * hidden_size * hidden_size,
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
+    }
+    defaults |= placement.policy if placement else {}
+    zero |= {key: n for key, n in defaults.items() if zero.get(key, "auto") == "auto"}
     unfilled = [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto"]
     if unfilled:
         raise BadInput(f'{file}: "auto" is not supported for {", ".join(unfilled)}; set a number')
@@ -120,8 +122,3 @@ def _precision_problems(policy: dict[str, Any], dtype: torch.dtype, file: str) -
                 f'{str(dtype).removeprefix("torch.")} (base.dtype); set it to "auto"'
             )
     return problems
-
-
-def _fill(section: dict[str, Any], key: str, value: int) -> None:
-    if section.get(key, "auto") == "auto":
-        section[key] = value

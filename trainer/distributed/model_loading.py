@@ -15,11 +15,7 @@ from trainer.distributed.placement import Placement
 from trainer.model.attention.interface import resolve_attention
 from trainer.model.checkpoint_files import BaseFiles, local_folder, open_base
 from trainer.model.families import family_of, layer_sizes
-from trainer.model.fingerprint import (
-    combine_weight_digests,
-    digest_small_files,
-    digest_weight_files,
-)
+from trainer.model.fingerprint import combine_digests, digest_weight_files
 from trainer.model.layers.fused_ops import compile_fused_operations, fused_counts
 from trainer.model.layers.matmul_selection import (
     MEASURE,
@@ -96,7 +92,7 @@ def fingerprint_base_on_all(engine: Engine, files: BaseFiles, console: Console) 
     digests: dict[str, str] = {}
     for part in engine.run_and_gather(lambda: digest_weight_files(mine)):
         digests |= part
-    return digest_small_files(files) | combine_weight_digests(digests)
+    return combine_digests(files, digests)
 
 
 def load_base(

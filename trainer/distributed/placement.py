@@ -118,7 +118,11 @@ def _group_size(
         return node
     if setting == "auto":
         # Offloaded shards do not use device memory, so one copy is divided among all ranks.
-        fitting = [g for g in _groups(world, node, even) if _needed(size, g, offload) <= memory]
+        groups = [1, world]
+        if even:  # sizes that divide a node or consist of full nodes
+            sizes = [g for g in range(1, world + 1) if world % g == 0]
+            groups = [g for g in sizes if node % g == 0 or g % node == 0]
+        fitting = [g for g in groups if _needed(size, g, offload) <= memory]
         return world if offload or not fitting else fitting[0]
     group_size = int(setting)
     if world % group_size:
@@ -128,13 +132,6 @@ def _group_size(
             f"use one of {possible}, or auto, world, node"
         )
     return group_size
-
-
-def _groups(world: int, node: int, even: bool) -> list[int]:
-    """Group sizes in ascending order that divide a node or consist of full nodes."""
-    if not even:
-        return [1, world]
-    return [g for g in range(1, world + 1) if world % g == 0 and (node % g == 0 or g % node == 0)]
 
 
 def _needed(size: BaseSize, group_size: int, offload: bool) -> int:

@@ -22,9 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.runtime.errors import EXIT_FAILURE
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 #: Seconds between two heartbeats of a rank, and between two reads of the others'.
 HEARTBEAT_SECONDS = 1.0
@@ -36,14 +39,6 @@ MAX_SLOWDOWN = 20
 LOST = "lost.txt"
 #: Number of ranks that a message lists.
 MAX_NAMED_RANKS = 4
-
-
-class KeyValueStore(Protocol):
-    """A store that all ranks read and write."""
-
-    def set(self, key: str, value: str) -> object: ...
-
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ class Watchdog:
     def __init__(
         self,
         tracker: CollectiveTracker,
-        store: KeyValueStore,
+        store: Store,
         rank: int,
         world_size: int,
         host: str,

@@ -132,7 +132,14 @@ def local_folder(settings: Base) -> Path | None:
     if folder.is_dir():
         return folder
     if folder.exists() or settings.model.startswith((".", "/", "~")):
-        raise BadInput(_not_a_folder(folder, settings.model))
+        problem = f"base.model: {settings.model!r} is not a folder; use a folder or a hub id"
+        if folder.suffix == ".gguf":
+            problem = f"base.model: {settings.model!r} is a GGUF file, {gguf_remedy(folder)}"
+        elif folder.suffix in (".safetensors", ".json"):
+            problem = (
+                f"base.model: {settings.model!r} is a file; use its folder, {str(folder.parent)!r}"
+            )
+        raise BadInput(problem)
     return None
 
 
@@ -140,14 +147,6 @@ def portable_name(settings: Base) -> str:
     """The folder's absolute path or the hub id: valid in any working directory."""
     folder = local_folder(settings)
     return settings.model if folder is None else str(folder.resolve())
-
-
-def _not_a_folder(path: Path, name: str) -> str:
-    if path.suffix == ".gguf":
-        return f"base.model: {name!r} is a GGUF file, {gguf_remedy(path)}"
-    if path.suffix in (".safetensors", ".json"):
-        return f"base.model: {name!r} is a file; use its folder, {str(path.parent)!r}"
-    return f"base.model: {name!r} is not a folder; use a folder or a hub id"
 
 
 def _read_config(folder: Path, name: str) -> PretrainedConfig:

@@ -27,8 +27,12 @@ _NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
 _THREADS = 8
 
 
-def digest_small_files(files: BaseFiles) -> dict[str, str]:
-    """Digests of all files except weights, by the name that an error uses."""
+def combine_digests(files: BaseFiles, weights: Mapping[str, str]) -> dict[str, str]:
+    """Digests of a base's files, by the name that an error uses.
+
+    Args:
+        weights: digests of all weight files, by file name.
+    """
     paths = {path for pattern in SMALL_FILES for path in files.folder.glob(pattern)}
     tokenizer = sorted(path for path in paths if path.name not in _NOT_TOKENIZER)
     template = json.dumps(getattr(files.tokenizer, "chat_template", None), sort_keys=True)
@@ -40,12 +44,8 @@ def digest_small_files(files: BaseFiles) -> dict[str, str]:
         "base.model, its tokenizer": _combine((path.name, _digest(path)) for path in tokenizer),
         "base.model, its chat template": hashlib.sha256(template.encode()).hexdigest(),
         "base.model, its generation config": hashlib.sha256(generation.encode()).hexdigest(),
+        "base.model, its weights": _combine(sorted(weights.items())),
     }
-
-
-def combine_weight_digests(digests: Mapping[str, str]) -> dict[str, str]:
-    """Combine the digests of all weight files, by file name, into one."""
-    return {"base.model, its weights": _combine(sorted(digests.items()))}
 
 
 def digest_weight_files(paths: Sequence[Path]) -> dict[str, str]:
@@ -56,9 +56,7 @@ def digest_weight_files(paths: Sequence[Path]) -> dict[str, str]:
 
 def fingerprint_base(files: BaseFiles) -> dict[str, str]:
     """Digests of all parts of a base, computed by this process alone."""
-    return digest_small_files(files) | combine_weight_digests(
-        digest_weight_files(files.weight_files)
-    )
+    return combine_digests(files, digest_weight_files(files.weight_files))
 
 
 def digest_file(path: Path) -> str:

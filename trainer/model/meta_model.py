@@ -122,15 +122,9 @@ def _quantize_ends(
             )
         stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
         if setting == "int8" or (stored and settings.quantization == "int8"):
-            _store_int8(layer)
-
-
-def _store_int8(layer: FrozenLinear | FrozenEmbedding) -> None:
-    """Replace the weight of a layer on ``meta`` by an int8 one."""
-    shape = layer.weight.shape
-    weight = torch.empty(shape, dtype=torch.int8, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.absmax = torch.empty(shape[0], dtype=torch.float32, device="meta")
+            int8 = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
+            layer.weight = nn.Parameter(int8, requires_grad=False)
+            layer.absmax = torch.empty(len(int8), dtype=torch.float32, device="meta")
 
 
 def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:

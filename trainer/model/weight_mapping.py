@@ -74,7 +74,11 @@ def map_weights(
         for parameter, _ in text.named_parameters(remove_duplicate=False)
     }
     stored, unread = _stored_tensors(loader, tensors, set(parameters.values()))
-    head, table = _head_and_embedding(text)
+    paths_of = {module: path for path, module in text.named_modules()}
+    head, table = (
+        f"{paths_of[layer]}.weight"
+        for layer in (text.get_output_embeddings(), text.get_input_embeddings())
+    )
     pair = {parameters[head], parameters[table]}
     tied = any(set(keys) == pair for keys in loader.all_tied_weights_keys.items())
     head_tensors, embedding = stored.get(parameters[head]), stored.get(parameters[table])
@@ -95,13 +99,6 @@ def map_weights(
         raise BadInput(_describe_missing(name, config, missing, unread, tensors, tied_pair=pair))
     mapping = {parameter: stored[key] for parameter, key in parameters.items()}
     return WeightMapping(mapping, tied, duplicate, separate, tuple(warnings))
-
-
-def _head_and_embedding(text: PreTrainedModel) -> tuple[str, str]:
-    """Names of the weights of the head and of the token embeddings."""
-    head, table = text.get_output_embeddings(), text.get_input_embeddings()
-    paths = {module: path for path, module in text.named_modules()}
-    return f"{paths[head]}.weight", f"{paths[table]}.weight"
 
 
 def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict[str, str]:
@@ -193,7 +190,8 @@ def _stacked(
             )
     columns = [lists.get(pattern, []) for pattern in converter.source_patterns]
     for pattern, column in zip(converter.source_patterns, columns, strict=True):
-        numbers = [_number(tensor) for tensor in column]
+        # The last number in a tensor's name is the index of its expert.
+        numbers = [int(re.findall(r"\.(\d+)\.", tensor)[-1]) for tensor in column]
         if numbers != list(range(experts)):
             lost = [str(number) for number in range(experts) if number not in numbers][:5]
             problem = f"lack expert {', '.join(lost)}" if lost else f"are {len(column)}"
@@ -222,11 +220,6 @@ def _unread_warnings(loader: PreTrainedModel, unread: Sequence[str], name: str) 
         f"base.model: {others[0]!r}{more} of {name!r} do not belong to the model that "
         "config.json describes; they are ignored, as in transformers"
     ]
-
-
-def _number(tensor: str) -> int:
-    """The last number in a tensor's name: the index of its expert."""
-    return int(re.findall(r"\.(\d+)\.", tensor)[-1])
 
 
 def _describe_missing(
