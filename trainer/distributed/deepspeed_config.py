@@ -73,7 +73,13 @@ def resolve_policy(
         for key, setting in OWNED_BY_RUN_FILE.items()
         if policy.get(key, "auto") != "auto"
     ]
-    problems += _precision_problems(policy, dtype, file)
+    for key, enabled_for in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        enabled = policy.get(key, {}).get("enabled", "auto")
+        if enabled != "auto" and enabled != (dtype == enabled_for):
+            problems.append(
+                f"{file}: {key}.enabled is {str(enabled).lower()}, but the run computes in "
+                f'{str(dtype).removeprefix("torch.")} (base.dtype); set it to "auto"'
+            )
     zero = dict(policy.get("zero_optimization", {}))
     if zero.get("stage") != 3:
         problems.append(
@@ -110,15 +116,3 @@ def resolve_policy(
     # Required by DeepSpeed, which performs no optimizer step here.
     policy |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return policy
-
-
-def _precision_problems(policy: dict[str, Any], dtype: torch.dtype, file: str) -> list[str]:
-    problems = []
-    for key, enabled_for in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        enabled = policy.get(key, {}).get("enabled", "auto")
-        if enabled != "auto" and enabled != (dtype == enabled_for):
-            problems.append(
-                f"{file}: {key}.enabled is {str(enabled).lower()}, but the run computes in "
-                f'{str(dtype).removeprefix("torch.")} (base.dtype); set it to "auto"'
-            )
-    return problems

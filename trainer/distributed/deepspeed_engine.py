@@ -125,7 +125,9 @@ class Engine(Ranks):
             BadInput: if the group size does not divide the ranks, or the base does not fit.
         """
         setting = config.engine.base_memory
-        nodes = self.all_gather((_node_name(), self._free_memory()))
+        # The node of this rank: the launcher's index, else the host name.
+        node = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or socket.gethostname()
+        nodes = self.all_gather((node, self._free_memory()))
         names = [name for name, _ in nodes]
         shared = self.device.type == "cpu"  # all ranks of a node share its memory
         free = min(free // (names.count(name) if shared else 1) for name, free in nodes)
@@ -299,11 +301,6 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     else:
         has_bf16 = device.type != "cpu" and get_accelerator().is_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _node_name() -> str:
-    """The node of this rank: the launcher's index, else the host name."""
-    return os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or socket.gethostname()
 
 
 def _disable_shared_memory_op() -> None:

@@ -150,11 +150,7 @@ def portable_name(settings: Base) -> str:
 
 
 def _read_config(folder: Path, name: str) -> PretrainedConfig:
-    """Read the config of a text model or of its multimodal container.
-
-    Raises:
-        BadInput: if it is damaged, or the weights are in an unsupported format.
-    """
+    """Read the config of a text model or of its multimodal container."""
     check_config(folder / "config.json")
     with library_errors(f"base.model: config.json of {name!r}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -167,11 +163,7 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
 
 
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and try it on a text.
-
-    Raises:
-        BadInput: if its files are damaged, or it needs custom code.
-    """
+    """Load the tokenizer and try it on a text."""
     try:
         with library_errors(f"base.model: the tokenizer of {name!r}"):
             # If this is not set, transformers prompts on the terminal and waits.

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
-FILE_NAME, MODEL_FILE_NAME = "generation_config.json", "config.json"
+FILE_NAME = "generation_config.json"
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
@@ -24,7 +24,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         BadInput: the file is damaged, or its ``eos_token_id`` is not a token id or a list of them.
     """
     given = (folder / FILE_NAME).is_file()
-    path = folder / (FILE_NAME if given else MODEL_FILE_NAME)
+    path = folder / (FILE_NAME if given else "config.json")
     read_json_object(path)
     try:
         config: GenerationConfig = GenerationConfig.from_pretrained(
@@ -91,9 +91,8 @@ def check_logits_processors(model: PreTrainedModel, name: str) -> None:
             f"{model.generation_config.guidance_scale!r} needs a second forward pass without the "
             "input, which is not supported; remove it"
         )
-    cpu = torch.device("cpu")
     try:
-        processors = logits_processors(model, [0], 1, cpu)
+        processors = logits_processors(model, [0], 1, torch.device("cpu"))
         processors(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, model.config.vocab_size))
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -178,9 +178,6 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
     As transformers does after loading: each family's ``_init_weights`` fills these buffers and
     leaves parameters on ``meta`` unchanged.
-
-    Raises:
-        BadInput: if the buffers would be unreasonably large, or cannot be computed.
     """
     sizes = {path: buffer.nbytes for path, buffer in model.named_buffers() if buffer.is_meta}
     if sum(sizes.values()) > MAX_BUFFER_BYTES:

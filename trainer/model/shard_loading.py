@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -103,22 +103,19 @@ def load_shards(
     return PromptedBase(model, dtype), stats
 
 
+@dataclass
 class _WeightLoader:
     """Loads parameters one by one; collects row scales and problems for ``finish``."""
 
-    def __init__(
-        self,
-        reader: SafetensorsReader,
-        sharder: WeightSharder,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.reader, self.sharder, self.dtype, self.device = reader, sharder, dtype, device
-        self.partial_scales: list[Tensor] = []
-        self.problems: list[str] = []
-        # Of loaded parameters, by id: tied parameters occur twice.
-        self._scales: dict[int, Tensor | None] = {}
-        self._rows: dict[int, Tensor] = {}
+    reader: SafetensorsReader
+    sharder: WeightSharder
+    dtype: torch.dtype
+    device: torch.device
+    partial_scales: list[Tensor] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    # Of loaded parameters, by id: tied parameters occur twice.
+    _scales: dict[int, Tensor | None] = field(default_factory=dict)
+    _rows: dict[int, Tensor] = field(default_factory=dict)
 
     def load(
         self, module: nn.Module, name: str, parameter: nn.Parameter, location: TensorLocation

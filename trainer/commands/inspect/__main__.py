@@ -76,13 +76,7 @@ def _base_alone(args: argparse.Namespace) -> int:
 def _inspect_run(
     config: RunConfig, saved: Path | None, num_rows: int, out: Path | None, console: Console
 ) -> None:
-    """Measure weights and losses of a run's base model.
-
-    Args:
-        saved: output folder of the run, for its trained prompts.
-        num_rows: sampled validation rows of each task.
-        out: file for the findings as JSON.
-    """
+    """Measure weights and losses of a run's base model; ``saved`` is the run's output folder."""
     with console.phase("importing torch, transformers and deepspeed", announce=True):
         from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
         from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes

@@ -89,16 +89,16 @@ def int8_weights(files: BaseFiles, settings: Base) -> list[Weight]:
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     ends = {id(head): "head", id(table): "embeddings and head" if head is table else "embeddings"}
-    parameters = dict(model.named_parameters())
+
+    def group(name: str) -> str:
+        layer = re.search(r"\.(\d+)\.", name)
+        end = ends.get(id(model.get_parameter(name)))
+        return end or (f"layer {layer[1]}" if layer else "other")
+
     return [
-        Weight(name.removesuffix(".weight"), _group(name, ends.get(id(parameters[name]))), location)
+        Weight(name.removesuffix(".weight"), group(name), location)
         for name, location in locate_int8_parameters(model, files).items()
     ]
-
-
-def _group(name: str, end: str | None) -> str:
-    layer = re.search(r"\.(\d+)\.", name)
-    return end or (f"layer {layer[1]}" if layer else "other")
 
 
 def measure_weights(
