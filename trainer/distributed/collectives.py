@@ -35,6 +35,9 @@ WATCHDOG_SHARE = 0.9
 class Ranks:
     """This rank and its collectives with the others; torch.distributed must be initialized.
 
+    Methods that run work raise BadInput on all ranks together, with the problems of the first rank
+    whose work raised it.
+
     Attributes:
         tracker: the collective that this rank is in.
     """
@@ -121,11 +124,7 @@ class Ranks:
         return result
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """Run quick work on every rank and return its own result.
-
-        Raises:
-            BadInput: on all ranks, with the problems of the first rank that raised it.
-        """
+        """Run quick work on every rank and return its own result."""
         result: T | None = None
         problems: list[str] = []
         try:
@@ -138,11 +137,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Run quick work on rank 0 and broadcast its result: plain data, small CPU tensors.
-
-        Raises:
-            BadInput: rank 0's, on all ranks.
-        """
+        """Run quick work on rank 0 and broadcast its result: plain data, small CPU tensors."""
         return self.broadcast(self.run_on_all(lambda: work() if self.is_main else None))
 
     def run_on_each_node(self, work: Callable[[], T]) -> T | None:
@@ -150,27 +145,16 @@ class Ranks:
 
         Returns:
             The result on the first rank of a node, None on the others.
-
-        Raises:
-            BadInput: any node's, on all ranks.
         """
         return self._wait_for_all(work if self.local_rank == 0 else None)
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """Run slow work on every rank and return all results by rank.
-
-        Raises:
-            BadInput: any rank's, on all ranks.
-        """
+        """Run slow work on every rank and return all results by rank."""
         results = self.all_gather(self._wait_for_all(work))
         return [result for result in results if result is not None]
 
     def load_once_per_node(self, load: Callable[[], T]) -> T:
-        """Load on the first rank of each node, then on the others, which map the files it wrote.
-
-        Raises:
-            BadInput: on all ranks together.
-        """
+        """Load on the first rank of each node, then on the others, which map the files it wrote."""
         loaded = self.run_on_each_node(load)
         result = self.run_on_all(lambda: load() if loaded is None else loaded)
         assert result is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,26 +12,6 @@ from trainer.distributed.placement import Placement
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
-#: Keys of the JSON that the run file decides, each with the run file's setting and value.
-OWNED_BY_RUN_FILE: dict[str, Callable[[RunConfig], str]] = {
-    "optimizer": lambda run: (
-        f"prompts[].learning_rate={_each(run, 'rate_in_words')} with {_each(run, 'optimizer')}"
-    ),
-    "scheduler": lambda run: (
-        f"prompts[].warmup_ratio={_each(run, 'warmup_ratio')}, then {_each(run, 'schedule')}"
-    ),
-    "train_batch_size": lambda run: f"training.tokens_per_step={run.training.tokens_per_step}",
-    "train_micro_batch_size_per_gpu": lambda run: (
-        f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
-    ),
-    "gradient_accumulation_steps": lambda run: (
-        f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
-    ),
-    "gradient_clipping": lambda run: f"prompts[].max_grad_norm={_each(run, 'max_grad_norm')}",
-    "activation_checkpointing": lambda run: (
-        f"engine.gradient_checkpointing={run.engine.gradient_checkpointing}"
-    ),
-}
 #: Keys of zero_optimization that apply to a frozen base.
 ZERO_KEYS = {
     "stage",
@@ -47,8 +26,24 @@ ZERO_KEYS = {
 }
 
 
-def _each(run: RunConfig, setting: str) -> str:
-    return ", ".join(sorted({str(getattr(prompt, setting)) for prompt in run.prompts}))
+def _run_file_settings(run: RunConfig) -> dict[str, str]:
+    """The keys of the JSON that the run file decides, each with its setting and value there."""
+
+    def each(setting: str) -> str:
+        return ", ".join(sorted({str(getattr(prompt, setting)) for prompt in run.prompts}))
+
+    micro_batch = f"training.micro_batch_tokens={run.training.micro_batch_tokens}"
+    return {
+        "optimizer": f"prompts[].learning_rate={each('rate_in_words')} with {each('optimizer')}",
+        "scheduler": f"prompts[].warmup_ratio={each('warmup_ratio')}, then {each('schedule')}",
+        "train_batch_size": f"training.tokens_per_step={run.training.tokens_per_step}",
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_batch,
+        "gradient_clipping": f"prompts[].max_grad_norm={each('max_grad_norm')}",
+        "activation_checkpointing": (
+            f"engine.gradient_checkpointing={run.engine.gradient_checkpointing}"
+        ),
+    }
 
 
 def resolve_policy(
@@ -67,10 +62,11 @@ def resolve_policy(
     if not path.is_file():
         raise BadInput(f"engine.deepspeed: {file!r} does not exist; try ds_configs/zero3.json")
     policy = read_json_object(path)
+    owned = _run_file_settings(config)
     problems = [
-        f"{file}: {key} is {json.dumps(policy[key])}, but the run file sets it: {setting(config)}; "
+        f"{file}: {key} is {json.dumps(policy[key])}, but the run file sets it: {setting}; "
         'set it to "auto"'
-        for key, setting in OWNED_BY_RUN_FILE.items()
+        for key, setting in owned.items()
         if policy.get(key, "auto") != "auto"
     ]
     for key, enabled_for in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -111,7 +107,7 @@ def resolve_policy(
         raise BadInput(f'{file}: "auto" is not supported for {", ".join(unfilled)}; set a number')
     policy["zero_optimization"] = zero
     # Parameters already have their types; DeepSpeed would cast int8 to bf16.
-    for key in ("bf16", "fp16", *OWNED_BY_RUN_FILE):
+    for key in ("bf16", "fp16", *owned):
         policy.pop(key, None)
     # Required by DeepSpeed, which performs no optimizer step here.
     policy |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
