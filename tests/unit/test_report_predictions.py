@@ -104,18 +104,23 @@ def test_the_page_shows_them_escaped_and_mlflow_gets_the_files(tmp_path):
     text = "<script>alert(1)</script>"
     write(folder, "triage", [choice("cardiac", "other", 0.75, text), choice("other", "other", 0.9)])
     write(folder, "gone", [])
-    write(folder, "baselines/triage/majority", [])
+    for baseline in ("triage/majority", "triage/no_prompt", "animals/no_prompt"):
+        write(folder, f"baselines/{baseline}", [])
     html = write_report(folder).read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "Predictions of triage on 2 validation rows" in html
     assert "75.0%" in html
     artifacts = {
-        (artifact.prompt, artifact.folder, artifact.path.name)
+        (artifact.prompt, artifact.folder, artifact.text)
         for artifact in RunMetadata(folder).late_artifacts()
         if artifact.folder.startswith("predictions")
     }
     assert artifacts == {
         ("triage", "predictions", "triage.jsonl"),
         (None, "predictions/baselines/triage", "majority.jsonl"),
+        *(
+            (None, folder, f"{folder}/no_prompt.jsonl")
+            for folder in ("predictions/baselines/animals", "predictions/baselines/triage")
+        ),
     }

@@ -277,7 +277,7 @@ class MlflowStore:
             self._check_artifact_uri(run_id)
         if artifact.text:
             text = self.target.hide(artifact.path.read_text(encoding="utf-8"))
-            self.client.log_text(run_id, text, artifact.path.name)
+            self.client.log_text(run_id, text, artifact.text)
         else:
             self.client.log_artifact(run_id, str(artifact.path), artifact.folder or None)
 

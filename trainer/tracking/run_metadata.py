@@ -6,12 +6,13 @@ import getpass
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluation import prediction_files
+from trainer.evaluation.prediction_files import BASELINES, files_in
 from trainer.runtime.json_file import parse_json
 from trainer.runtime.redact import redact
 from trainer.tracking.run_files import RunFiles, mapping, mappings, named
@@ -64,14 +65,14 @@ class Artifact:
 
     Attributes:
         prompt: the prompt whose run gets it; None: the parent run.
-        folder: artifact folder in MLflow.
-        text: whether it is a text file, which is sent with credentials hidden.
+        folder: artifact folder in MLflow, of a file that is sent unchanged.
+        text: path in MLflow of a text file, which is sent with credentials hidden.
     """
 
     prompt: str | None
     path: Path
     folder: str
-    text: bool = False
+    text: str | None = None
 
     @property
     def key(self) -> str:
@@ -153,16 +154,20 @@ class RunMetadata(RunFiles):
                 for file in ADAPTER_FILES:
                     if path := self.file(f"prompts/{name}{folder}/{file}"):
                         artifacts.append(Artifact(name, path, f"adapter{folder}"))
-        for path in prediction_files.files_in(self.path):
+        predictions = files_in(self.path)
+        baselines = Counter(p.name for p in predictions if p.parent.parent.name == BASELINES)
+        for path in predictions:
             relative = path.relative_to(self.path)
             prompt = path.stem if len(relative.parts) == 2 else None
             if self.file(relative.as_posix()) and (prompt is None or prompt in names):
-                folder = relative.parent.as_posix()
-                artifacts.append(Artifact(prompt, path, folder, text=True))
+                # Baselines of two tasks can have the same name.
+                is_unique = prompt is not None or baselines[path.name] == 1
+                text = path.name if is_unique else relative.as_posix()
+                artifacts.append(Artifact(prompt, path, relative.parent.as_posix(), text))
         return artifacts
 
     def _texts(self, *names: str) -> list[Artifact]:
-        return [Artifact(None, p, "", text=True) for n in names if (p := self.file(n))]
+        return [Artifact(None, p, "", n) for n in names if (p := self.file(n))]
 
 
 def dataset_fields(entry: Mapping[str, Any]) -> tuple[dict[str, str], str]:
