@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from trainer.checkpointing import checkpoint
@@ -83,12 +82,7 @@ class AsyncCheckpointWriter:
     def __enter__(self) -> AsyncCheckpointWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.wait()
 
     def report(self, train_seconds: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -194,23 +194,22 @@ def _flush(folder: Path) -> None:
 
 def _publish(writing: Path, final: Path) -> None:
     """Rename a checkpoint to its final name, after moving away one that has it already."""
-    folder = final.parent
-    replaced = folder / (REPLACED + final.name)
+    replaced = final.with_name(REPLACED + final.name)
     if os.path.lexists(final):
         _delete(replaced)
         final.rename(replaced)
     writing.rename(final)
-    _flush(folder)
+    _flush(final.parent)
     _delete(replaced)
 
 
 def _delete_others(folder: Path, step: int, keep: int, warn: Callable[[str], None]) -> None:
-    checkpoints = _candidates(folder)
-    later = [path for path in checkpoints if _step(path) > step]
-    for path in later:
-        warn(f"checkpoint of a later step deleted after saving step {step}: {path}")
-        _delete(path)
-    for path in [p for p in checkpoints if p not in later][keep:]:
+    for path in _candidates(folder):
+        if _step(path) > step:
+            warn(f"checkpoint of a later step deleted after saving step {step}: {path}")
+        elif keep > 0:
+            keep -= 1
+            continue
         _delete(path)
 
 
@@ -262,35 +261,36 @@ def _read_with_retries(path: Path) -> SavedCheckpoint:
 
 def _read(path: Path) -> SavedCheckpoint:
     """Read a checkpoint and verify its checksums."""
-    manifest = _json(path / MANIFEST)
+    try:
+        manifest = _json(MANIFEST, (path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise _Damaged(f"{MANIFEST}: is missing") from None
     if manifest.get("format") != FORMAT:
         raise _Damaged(
             f"{MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}"
         )
     if manifest.get("step") != _step(path):
         raise _Damaged(f"{MANIFEST}: step is {manifest.get('step')!r}")
-    for name in (TENSORS, STATE):
-        _verify(path / name, manifest)
+    content, state = (_verified(path / name, manifest) for name in (TENSORS, STATE))
     try:
-        tensors = load_file(path / TENSORS)
+        tensors = from_bytes(content)
     except SafetensorError as error:
         raise _Damaged(f"{TENSORS}: not a safetensors file: {error}") from None
-    return SavedCheckpoint(_step(path), tensors, _json(path / STATE), path)
+    return SavedCheckpoint(_step(path), tensors, _json(STATE, state), path)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(name: str, content: bytes) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise _Damaged(f"{path.name}: is missing") from None
+        value = parse_json(content)
     except ValueError as error:
-        raise _Damaged(f"{path.name}: not JSON: {error}") from None
+        raise _Damaged(f"{name}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _Damaged(f"{path.name}: not a JSON object")
+        raise _Damaged(f"{name}: not a JSON object")
     return value
 
 
-def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
+def _verified(path: Path, manifest: Mapping[str, Any]) -> bytes:
+    """Return the content of a file that the manifest describes."""
     try:
         expected = manifest["files"][path.name]
         size, sha256 = expected["bytes"], expected["sha256"]
@@ -300,9 +300,7 @@ def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
         raise _Damaged(f"{path.name}: is missing")
     if path.stat().st_size != size:
         raise _Damaged(f"{path.name}: has {path.stat().st_size} bytes, should have {size}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise _Damaged(f"{path.name}: its sha256 differs from the manifest's")
+    return content

@@ -46,8 +46,7 @@ def was_archived(output: Path) -> bool:
 
 def archive_earlier_run(output: Path, console: Console) -> None:
     """Move an earlier run to ``OUTPUT.N``; nothing is deleted."""
-    entries = [path for path in output.iterdir() if path.name not in ("logs", LOCK)]
-    if entries:
+    if entries := [path for path in output.iterdir() if path.name not in ("logs", LOCK)]:
         _move_to_archive(output, entries, console)
     if job := os.environ.get("SLURM_JOB_ID"):
         (output / ARCHIVED_BY).parent.mkdir(exist_ok=True)
