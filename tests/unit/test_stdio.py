@@ -15,11 +15,11 @@ RANK = """
 import os, sys
 from pathlib import Path
 from trainer.runtime.stdio import claim
-terminal = claim(int(sys.argv[1]), Path(sys.argv[2]))
+out, err = claim(int(sys.argv[1]), Path(sys.argv[2]))
 print("output of Python")
 os.system("echo output of a child; echo more >&2")
-terminal.out.write(f"own words, tty {terminal.out.isatty()}\\n")
-terminal.err.write("own error\\n")
+out.write(f"own words, tty {out.isatty()}\\n")
+err.write("own error\\n")
 assert os.read(0, 1) == b""
 """
 
@@ -80,8 +80,8 @@ def test_a_closed_reader_or_a_full_disk_stops_nothing(tmp_path, where):
     program = (
         "import sys; from pathlib import Path; from trainer.runtime.console import Console\n"
         "from trainer.runtime.stdio import claim\n"
-        "terminal = claim(0, Path(sys.argv[1]))\n"
-        "console = Console(terminal.out, terminal.err)\n"
+        "out, err = claim(0, Path(sys.argv[1]))\n"
+        "console = Console(out, err)\n"
         "for _ in range(3): console.print('x' * 5000)\n"
         "print('continued', flush=True)"
     )

@@ -36,16 +36,12 @@ def arguments_in_environment(arguments: list[str]) -> dict[str, str]:
 
 def clean_path() -> None:
     """Remove the working directory and the folder of this file from the import path."""
-    unsafe = {os.path.realpath(os.path.dirname(FILE)), _working_directory()}
+    unsafe = {os.path.realpath(os.path.dirname(FILE)), _real(".")}
     unsafe.discard(os.path.realpath(ROOT))
     sys.path[:] = [entry for entry in sys.path if entry and _real(entry) not in unsafe]
     if os.path.realpath(ROOT) not in map(_real, sys.path):
         sys.path.insert(0, ROOT)
     os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that libraries start
-
-
-def _working_directory() -> str:
-    return _real(".")
 
 
 def _real(path: str) -> str:
@@ -76,12 +72,12 @@ def hidden_modules() -> list[str]:
 
     Worker processes of Python 3.10 import from there first, even if this process does not.
     """
-    names = {name.partition(".")[0]: name for name in os.listdir() if _importable(name)}
+    names = {
+        name.partition(".")[0]: name
+        for name in os.listdir()
+        if name.endswith(".py") or os.path.isfile(os.path.join(name, "__init__.py"))
+    }
     return sorted(names[module] for module in sys.stdlib_module_names & names.keys())
-
-
-def _importable(name: str) -> bool:
-    return name.endswith(".py") or os.path.isfile(os.path.join(name, "__init__.py"))
 
 
 def main() -> None:

@@ -40,7 +40,9 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any
     """Parse a JSON file that contains an object; any other value raises ``BadInput`` too."""
     value = read_json(path, max_bytes=max_bytes)
     if not isinstance(value, dict):
-        raise BadInput(f"{path}: must be a JSON object, not {kind_of_json(value)}")
+        names = {type(None): "null", list: "a list", str: "a string", bool: "a boolean"}
+        kind = names.get(type(value), "a number")
+        raise BadInput(f"{path}: must be a JSON object, not {kind}")
     return value
 
 
@@ -76,11 +78,3 @@ def check_depth(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-
-
-def kind_of_json(value: Any) -> str:
-    """Return the JSON type of a value, for messages."""
-    if isinstance(value, bool):
-        return "a boolean"
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a string"}
-    return names.get(type(value), "a number")

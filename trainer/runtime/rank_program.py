@@ -96,9 +96,8 @@ def run_guarded(
         answers: reserve stdout for ``Console.answer``; all other output goes to stderr.
     """
     log = logs / f"rank-{rank}.log"
-    terminal = claim(rank, log)
-    out = terminal.err if answers else terminal.out
-    console = Console(out, terminal.err, log, answer=terminal.out, shown=rank == 0)
+    out, err = claim(rank, log)
+    console = Console(err if answers else out, err, log, answer=out, shown=rank == 0)
     started = time.time()
     try:
         stop_signals.install_handlers()  # launch/ starts ranks with stop signals blocked

@@ -12,7 +12,6 @@ import io
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -50,14 +49,6 @@ def keep_streams() -> None:
     sys.stdout, sys.stderr = DroppingStream(1, close=False), DroppingStream(2, close=False)
 
 
-@dataclass(frozen=True)
-class Terminal:
-    """Streams to the user's terminal; on ranks other than 0, to /dev/null."""
-
-    out: TextIO
-    err: TextIO
-
-
 def open_private(log: Path) -> int:
     """Open a log for appending that only its owner can read; return the descriptor.
 
@@ -69,10 +60,11 @@ def open_private(log: Path) -> int:
     return descriptor
 
 
-def claim(rank: int, log: Path) -> Terminal:
-    """Return the terminal's streams and redirect descriptors 1 and 2 to ``log``.
+def claim(rank: int, log: Path) -> tuple[TextIO, TextIO]:
+    """Return stdout and stderr of the user and redirect descriptors 1 and 2 to ``log``.
 
     Libraries, child processes and C code then write to the log. Call it before they are imported.
+    On ranks other than 0, the returned streams write to /dev/null.
     """
     descriptor = os.environ.pop(VARIABLE, None)
     sys.stdout.flush()
@@ -89,4 +81,4 @@ def claim(rank: int, log: Path) -> Terminal:
         os.dup2(source, target)
     os.close(log_file)
     os.close(nothing)
-    return Terminal(DroppingStream(out), DroppingStream(err))
+    return DroppingStream(out), DroppingStream(err)

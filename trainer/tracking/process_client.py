@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import subprocess
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from trainer.runtime.redact import HIDDEN, redact
 from trainer.runtime.stdio import open_private
 from trainer.tracking.progress_file import FILE, ProgressFile
 from trainer.tracking.pusher import Pusher, where_to_look
-from trainer.tracking.store_uri import StoreAddress, resolve, sync_command
+from trainer.tracking.store_uri import StoreAddress, for_shell, resolve, sync_command
 
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
@@ -29,11 +28,7 @@ CHECK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Finished:
-    """Result of ``TrackingClient.finish``.
-
-    Attributes:
-        message: for the user: where the curves are, or what is missing and how to send it.
-    """
+    """``message`` says where the curves are, or what is missing and how to send it."""
 
     complete: bool
     message: str
@@ -148,7 +143,7 @@ class TrackingClient:
                 self._target()
             except BadInput as error:
                 return redact(str(error))
-            return f"the sender has ended; reasons are in {_quoted(self._log)}"
+            return f"the sender has ended; reasons are in {for_shell(self._log)}"
         try:
             version = (self.output_dir / FILE).stat().st_mtime_ns
         except OSError:
@@ -176,7 +171,7 @@ class TrackingClient:
         return Finished(
             False,
             f"MLflow ({target.name}) is missing {unsent}{why}, which are kept locally. Upload "
-            f"with: {again} (reasons in {_quoted(self._log)})",
+            f"with: {again} (reasons in {for_shell(self._log)})",
         )
 
 
@@ -197,10 +192,3 @@ def sync_later(output_dir: Path, name: str, saved: str | None) -> str:
     except BadInput:
         is_chosen = False
     return sync_command(output_dir, None if is_chosen else name)
-
-
-def _quoted(path: Path) -> str:
-    """Return a path for a shell, relative if that is shorter."""
-    with contextlib.suppress(ValueError, OSError):
-        path = path.relative_to(Path.cwd())
-    return shlex.quote(str(path))

@@ -45,54 +45,36 @@ HTTP_LIMITS = {
 
 
 def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
-    """Run ``python -m trainer.commands.sync follow``.
+    """Send until the trainer has finished or died; return 0 if everything was sent.
 
     Args:
-        argument: keyword arguments of ``follow`` and ``output_dir``, as a JSON object.
+        argument: the options of ``TrackingClient.start``, as a JSON object.
         uri: the store's address; default: as ``resolve`` chooses.
         read_results: reads the final results of the folder.
     """
     options: dict[str, Any] = json.loads(argument)
-    output_dir = Path(options.pop("output_dir"))
+    output_dir = Path(options["output_dir"])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are for the trainer, and this ends with it
+    trainer = _Trainer(options["parent"], options["grace"])
     try:
-        return follow(output_dir, uri, read_results, **options)
+        target = resolve(output_dir, uri)
+        _redirect_output(output_dir, target)
+        target.apply(os.environ)
+        for name, value in HTTP_LIMITS.items():
+            os.environ.setdefault(name, value)
+        while True:
+            with folder_lock(output_dir) as acquired:
+                if acquired:
+                    pusher = Pusher(output_dir, target, read_results)
+                    return _send(pusher, trainer, options["every"])
+            # The sender of an earlier trainer has a few seconds left.
+            if trainer.wait(0.5) and trainer.is_gone:
+                return 1
     except BadInput as error:
         _redirect_output(output_dir, StoreAddress("", ""))
         logger.error("%s", error)
         return 2
-
-
-def follow(
-    output_dir: Path,
-    uri: str | None,
-    read_results: ReadResults,
-    *,
-    parent: int,
-    every: float,
-    grace: float,
-) -> int:
-    """Send until the trainer has finished or died; return 0 if everything was sent.
-
-    Args:
-        parent: PID of the trainer.
-        every: seconds between two rounds of sending.
-        grace: seconds to continue after the trainer's death.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are for the trainer, and this ends with it
-    trainer = _Trainer(parent, grace)
-    target = resolve(output_dir, uri)
-    _redirect_output(output_dir, target)
-    target.apply(os.environ)
-    for name, value in HTTP_LIMITS.items():
-        os.environ.setdefault(name, value)
-    while True:
-        with folder_lock(output_dir) as acquired:
-            if acquired:
-                return _send(Pusher(output_dir, target, read_results), trainer, every)
-        # The sender of an earlier trainer has a few seconds left.
-        if trainer.wait(0.5) and trainer.is_gone:
-            return 1
 
 
 def _send(pusher: Pusher, trainer: _Trainer, every: float) -> int:
@@ -139,12 +121,7 @@ def _send(pusher: Pusher, trainer: _Trainer, every: float) -> int:
 
 
 class _Trainer:
-    """The process that started this one.
-
-    Attributes:
-        is_ending: this process has to end.
-        is_gone: the trainer has died.
-    """
+    """The process that started this one: ``is_gone`` if dead; ``is_ending``: this one ends too."""
 
     def __init__(self, parent: int, grace: float) -> None:
         self.parent, self.grace = parent, grace
@@ -212,9 +189,8 @@ def _log_system(output_dir: Path, gauges: list[Any], stop: threading.Event) -> N
     every = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SYSTEM_EVERY)
     path = output_dir / SYSTEM_FILE
     try:
-        first = sum(1 for _ in read_lines(path))
         log = MetricsLog(path.parent, path.name)
-        for step in count(first):
+        for step in count(sum(1 for _ in read_lines(path))):
             values: dict[str, float] = {}
             for gauge in gauges:
                 gauge.collect_metrics()

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -18,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -116,10 +116,7 @@ def _create(path: Path, artifacts: str) -> None:
         store.engine.dispose()
         ready = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with temporary.open("rb") as source, ready.open("xb") as copy:
-                shutil.copyfileobj(source, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
+            atomic_io.write(ready, temporary.read_bytes(), durable=True)
             _publish(ready, path)
         finally:
             ready.unlink(missing_ok=True)

@@ -110,7 +110,7 @@ def resolve(output_dir: Path, given: str | None = None, saved: str | None = None
     if HIDDEN in uri and environment and _bare(environment) == _bare(uri):
         uri = environment
     target = _target(uri, "tracking.uri" if given or saved else "MLFLOW_TRACKING_URI")
-    if given or _same_server(uri, environment):
+    if given or (environment and _server_of(uri) == _server_of(environment)):
         return target
     return _unconfirmed(target, output_dir)
 
@@ -146,11 +146,16 @@ def _is_default(path: Path, output_dir: Path) -> bool:
 
 
 def sync_command(output_dir: Path, uri: str | None = None) -> str:
-    """Return the ``promptshard sync`` command for a folder, with a relative path if shorter."""
+    """Return the ``promptshard sync`` command for a folder."""
+    option = f" --uri {shlex.quote(uri)}" if uri else ""
+    return f"promptshard sync {for_shell(output_dir)}{option}"
+
+
+def for_shell(path: Path) -> str:
+    """Quote a path for a shell; relative if it is below the working directory."""
     with contextlib.suppress(ValueError, OSError):
-        output_dir = output_dir.relative_to(Path.cwd())
-    words = ["promptshard", "sync", str(output_dir), *(["--uri", uri] if uri else [])]
-    return shlex.join(words)
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path))
 
 
 def _target(uri: str, setting: str) -> StoreAddress:
@@ -168,9 +173,7 @@ def _target(uri: str, setting: str) -> StoreAddress:
         prefix, _, rest = uri.partition(":///")
         path, mark, query = rest.partition("?")
         return _sqlite(Path(unquote(path)).absolute(), prefix, mark + query)
-    return StoreAddress(
-        uri=uri, name=_bare(uri), secrets=(*secrets_of(uri), *_environment_secrets())
-    )
+    return StoreAddress(uri=uri, name=_bare(uri), secrets=_secrets(uri))
 
 
 def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> StoreAddress:
@@ -180,7 +183,7 @@ def _sqlite(path: Path, prefix: str = "sqlite", query: str = "") -> StoreAddress
         uri=prefix + name.removeprefix("sqlite") + query,
         name=name,
         artifacts=(path.parent / ARTIFACTS).as_uri(),
-        secrets=tuple(_environment_secrets()),
+        secrets=_secrets(),
     )
 
 
@@ -190,28 +193,20 @@ def _server(uri: str) -> StoreAddress:
     if parts.username and parts.username != HIDDEN:
         credentials["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
         credentials["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    query = parse_qsl(parts.query, keep_blank_values=True)
-    for key, value in query:
+    for key, value in parse_qsl(parts.query, keep_blank_values=True):
         if key.lower() in _TOKEN_NAMES and value != HIDDEN:
             credentials["MLFLOW_TRACKING_TOKEN"] = value
     bare = _bare(uri)
-    secrets = (*secrets_of(uri), *_environment_secrets())
-    return StoreAddress(uri=bare, name=bare, credentials=credentials, secrets=secrets)
+    return StoreAddress(uri=bare, name=bare, credentials=credentials, secrets=_secrets(uri))
 
 
-def _same_server(uri: str, other: str | None) -> bool:
-    if other is None:
-        return False
-    if scheme_of(uri) not in HTTP or scheme_of(other) not in HTTP:
-        return _bare(uri) == _bare(other)
-    return _server_of(uri) == _server_of(other)
-
-
-def _server_of(uri: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(uri)
-    with contextlib.suppress(ValueError):
-        return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
-    return parts.scheme, parts.netloc, None
+def _server_of(uri: str) -> tuple[str | int | None, ...]:
+    """Return scheme, host and port of a server; the address of another store."""
+    if scheme_of(uri) in HTTP:
+        parts = urlsplit(uri)
+        with contextlib.suppress(ValueError):
+            return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
+    return (_bare(uri),)
 
 
 def _bare(uri: str) -> str:
@@ -223,6 +218,8 @@ def _bare(uri: str) -> str:
     return redact(bare)
 
 
-def _environment_secrets() -> list[str]:
+def _secrets(uri: str = "") -> tuple[str, ...]:
+    """Return the secrets of an address and of the environment."""
     names = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
-    return [value for name in names if is_distinct(value := os.environ.get(name, ""))]
+    values = [value for name in names if is_distinct(value := os.environ.get(name, ""))]
+    return (*secrets_of(uri), *values)
