@@ -45,30 +45,21 @@ WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that passed its checksums.
-
-    Attributes:
-        state: the saved state as JSON has it: tuples are lists, and keys of mappings are strings.
-    """
+    """A checkpoint that passed its checksums."""
 
     step: int
     tensors: dict[str, Tensor]
-    state: dict[str, Any]
+    state: dict[str, Any]  #: as JSON has it: tuples are lists, and keys of mappings are strings
     path: Path
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint; later training steps do not change it.
-
-    Attributes:
-        tensors: on the CPU.
-        state: JSON.
-    """
+    """The content of a checkpoint; later training steps do not change it."""
 
     step: int
-    tensors: dict[str, Tensor]
-    state: bytes
+    tensors: dict[str, Tensor]  #: on the CPU
+    state: bytes  #: JSON
 
 
 class _Damaged(Exception):

@@ -12,11 +12,7 @@ from trainer.training.callbacks import Callback, StepReport
 
 
 class CheckpointCallback(Callback):
-    """Writes checkpoints on rank 0.
-
-    Args:
-        take_snapshot: copies the state of the run.
-    """
+    """Writes checkpoints on rank 0."""
 
     def __init__(
         self,

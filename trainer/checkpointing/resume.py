@@ -100,11 +100,7 @@ def find_checkpoint(
 def take_run_snapshot(
     loop: Loop, loaded: LoadedBase, identity: Mapping[str, Any], conditions: Mapping[str, Any]
 ) -> Snapshot:
-    """Copy everything that a checkpoint holds.
-
-    Args:
-        conditions: from ``choice_conditions``.
-    """
+    """Copy everything that a checkpoint holds; ``conditions`` are from ``choice_conditions``."""
     tensors, prompts = split_tensors(loop.bank.state_dict())
     budget = loaded.budget
     choices = {

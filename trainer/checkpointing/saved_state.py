@@ -99,12 +99,7 @@ def problem_of_encoders(step: int, state: Mapping[str, Any]) -> str | None:
 
 
 def problem_of(step: int, state: Mapping[str, Any]) -> str | None:
-    """Return how a state differs from what ``resume.take_run_snapshot`` writes; None if valid.
-
-    Args:
-        step: of the checkpoint.
-        state: as read from JSON.
-    """
+    """Return how a step's JSON differs from what ``take_run_snapshot`` writes; None if valid."""
     try:
         valid = _State.model_validate(state)
         saved = valid.loop.progress

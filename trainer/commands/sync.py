@@ -42,10 +42,7 @@ def _sync(run_dir: Path, uri: str | None) -> int:
     from trainer.reporting.mlflow_note import read_results
     from trainer.reporting.summary import finished_summary
     from trainer.tracking.pusher import sync
-    from trainer.tracking.sender_process import HTTP_LIMITS
 
-    for name, value in HTTP_LIMITS.items():
-        os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:

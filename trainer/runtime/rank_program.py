@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -48,11 +49,7 @@ def run_rank(
     resumes_from: FindCheckpoint | None = None,
     answers: bool = False,
 ) -> int:
-    """Read the run file and run this rank's program on it; return the exit code.
-
-    Args:
-        resumes_from, answers: as in ``run_guarded``.
-    """
+    """Read the run file, then ``run_guarded`` this rank's program on it; return the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     die_with_parent()
     try:
@@ -60,13 +57,8 @@ def run_rank(
         logs = writable_folder(Path(config.output_dir)) / "logs"
     except BadInput as error:
         return report_bad_input(rank, error)
-    return run_guarded(
-        rank,
-        logs,
-        lambda console: program(config, console),
-        resumes_from=resumes_from,
-        answers=answers,
-    )
+    run = partial(program, config)
+    return run_guarded(rank, logs, run, resumes_from=resumes_from, answers=answers)
 
 
 def report_bad_input(rank: int, error: BadInput) -> int:

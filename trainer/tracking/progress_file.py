@@ -37,14 +37,7 @@ class StoreProgress:
 
 @dataclass
 class _Content:
-    output_id: Annotated[str, Field(pattern="^[0-9a-f]+$")]
-    store: str | None = None
-    problem: str | None = None
-    stores: dict[str, StoreProgress] = field(default_factory=dict)
-
-
-class ProgressFile:
-    """The content of ``tracking.json``.
+    """The JSON content of the file.
 
     Attributes:
         output_id: identifies the output folder's runs in every store.
@@ -53,19 +46,26 @@ class ProgressFile:
         stores: progress by name of the store.
     """
 
+    output_id: Annotated[str, Field(pattern="^[0-9a-f]+$")]
+    store: str | None = None
+    problem: str | None = None
+    stores: dict[str, StoreProgress] = field(default_factory=dict)
+
+
+class ProgressFile(_Content):
+    """``tracking.json`` of an output folder; empty if the file is missing or damaged."""
+
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / FILE
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             content = TypeAdapter(_Content).validate_python(data)
-        except (OSError, ValueError, RecursionError):  # missing or damaged
+        except (OSError, ValueError, RecursionError):
             content = _Content(uuid.uuid4().hex)
-        self.output_id, self.store = content.output_id, content.store
-        self.problem, self.stores = content.problem, content.stores
+        super().__init__(**vars(content))
 
     def save(self) -> None:
-        content = _Content(self.output_id, self.store, self.problem, self.stores)
-        atomic_io.write_json(self.path, asdict(content))
+        atomic_io.write_json(self.path, asdict(self))
 
 
 def missing_results(output_dir: Path) -> str | None:

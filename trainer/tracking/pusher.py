@@ -33,17 +33,12 @@ HTTP_STATUS = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 
 @dataclass(frozen=True)
 class SyncResult:
-    """Result of ``sync``.
-
-    Attributes:
-        points: metric values that this call has sent.
-        message: for the user, without credentials.
-    """
+    """Result of ``sync``."""
 
     complete: bool
-    points: int
+    points: int  #: metric values that this call has sent
     run_id: str | None
-    message: str
+    message: str  #: for the user, without credentials
 
 
 class Pusher:
@@ -198,11 +193,10 @@ def sync(output_dir: Path | str, read_results: ReadResults, uri: str | None = No
         if not acquired:
             raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
         pusher = Pusher(output_dir, target, read_results)
-        problem = ""
         for _ in range(3):
+            problem = ""
             try:
                 pusher.end()
-                problem = ""
                 break
             except Exception as error:
                 logger.debug("sync", exc_info=True)
@@ -242,8 +236,7 @@ def _http_status(error: BaseException) -> int | None:
     code = getattr(error, "error_code", None)  # of mlflow's exceptions
     if code in HTTP_STATUS:
         return HTTP_STATUS[code]
-    response = getattr(error, "response", None)  # of requests' exceptions
-    status = getattr(response, "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests'
     return status if isinstance(status, int) else None
 
 

@@ -28,29 +28,18 @@ ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class PromptResult:
-    """Final results of one prompt.
+    """Final results of one prompt."""
 
-    Attributes:
-        step: training step of the saved adapter.
-        metrics: scores of the adapter and of its baselines, by metric name.
-        tags: how training ended and whether the prompt was selected.
-    """
-
-    step: int
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
+    step: int  #: training step of the saved adapter
+    metrics: Mapping[str, float]  #: scores of the adapter and of its baselines
+    tags: Mapping[str, str]  #: how training ended and whether the prompt was selected
 
 
 @dataclass(frozen=True)
 class FinalResults:
-    """Final results of a run; ``trainer.reporting.mlflow_note`` computes them.
+    """Final results of a run; ``trainer.reporting.mlflow_note`` computes them."""
 
-    Attributes:
-        note: description of the parent run (Markdown).
-        prompts: results by prompt name.
-    """
-
-    note: str
+    note: str  #: description of the parent run (Markdown)
     prompts: Mapping[str, PromptResult]
 
 
@@ -61,18 +50,12 @@ ReadResults = Callable[[Path], FinalResults]
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file to upload.
+    """A file to upload."""
 
-    Attributes:
-        prompt: the prompt whose run gets it; None: the parent run.
-        folder: artifact folder in MLflow, of a file that is sent unchanged.
-        text: path in MLflow of a text file, which is sent with credentials hidden.
-    """
-
-    prompt: str | None
+    prompt: str | None  #: the prompt whose run gets it; None: the parent run
     path: Path
-    folder: str
-    text: str | None = None
+    folder: str  #: artifact folder in MLflow, of a file that is sent unchanged
+    text: str | None = None  #: path in MLflow of a text, which is sent with credentials hidden
 
     @property
     def key(self) -> str:

@@ -34,15 +34,6 @@ MAX_PAUSE = 30.0
 PAUSE_RATIO = 9.0
 SYSTEM_EVERY = 10.0
 
-#: A call that hangs delays the next one, not the trainer. Values that the user has set are kept.
-HTTP_LIMITS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the next round is the retry
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-
 
 def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
     """Send until the trainer has finished or died; return 0 if everything was sent.
@@ -61,8 +52,6 @@ def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
         target = resolve(output_dir, uri)
         _redirect_output(output_dir, target)
         target.apply(os.environ)
-        for name, value in HTTP_LIMITS.items():
-            os.environ.setdefault(name, value)
         while True:
             with folder_lock(output_dir) as acquired:
                 if acquired:

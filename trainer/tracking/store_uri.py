@@ -32,6 +32,15 @@ _CREDENTIALS = (
     "NETRC",
 )
 
+#: A call that hangs delays the next one, not the trainer. Values that the user has set are kept.
+_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the next round is the retry
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
 
 @dataclass(frozen=True)
 class StoreAddress:
@@ -66,7 +75,7 @@ class StoreAddress:
             for name in _CREDENTIALS:
                 environment.pop(name, None)
             environment["HOME"] = os.devnull  # .mlflow/credentials, .netrc, ...
-        environment.update(self.credentials)
+        environment.update({**_LIMITS, **environment, **self.credentials})
         environment["MLFLOW_TRACKING_URI"] = self.uri
 
     @contextlib.contextmanager
