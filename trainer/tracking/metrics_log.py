@@ -102,10 +102,8 @@ class MetricsLog:
         Returns:
             Whether the file was missing.
         """
-        ours = os.fstat(self._file.fileno())
         with contextlib.suppress(FileNotFoundError):
-            now = self.path.stat()
-            if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
+            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
                 return False
         self._file.flush()
         self._file.seek(0)

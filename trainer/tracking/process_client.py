@@ -16,7 +16,7 @@ from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import HIDDEN, redact
 from trainer.runtime.stdio import open_private
-from trainer.tracking.progress_file import FILE, ProgressFile
+from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.pusher import Pusher, where_to_look
 from trainer.tracking.store_uri import StoreAddress, for_shell, resolve, sync_command
 
@@ -62,7 +62,6 @@ class TrackingClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._reported: str | None = None
         self._next_check = 0.0
-        self._state_version: int | None = None
 
     @property
     def pid(self) -> int | None:
@@ -112,10 +111,7 @@ class TrackingClient:
 
     def has_unsent(self) -> bool:
         """Whether the store lacks anything of a run that has ended, according to tracking.json."""
-        try:
-            return bool(Pusher(self.output_dir, self._target()).unsent())
-        except (BadInput, OSError):
-            return True
+        return not self._result(is_complete=False).complete
 
     @property
     def is_local(self) -> bool:
@@ -144,13 +140,6 @@ class TrackingClient:
             except BadInput as error:
                 return redact(str(error))
             return f"the sender has ended; reasons are in {for_shell(self._log)}"
-        try:
-            version = (self.output_dir / FILE).stat().st_mtime_ns
-        except OSError:
-            return None
-        if version == self._state_version:
-            return self._reported
-        self._state_version = version
         return ProgressFile(self.output_dir).problem
 
     def _target(self) -> StoreAddress:

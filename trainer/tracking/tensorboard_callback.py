@@ -17,11 +17,7 @@ FOLDER = "tensorboard"
 
 
 def check_tensorboard() -> None:
-    """Check that the optional package is installed.
-
-    Raises:
-        BadInput: if it is not.
-    """
+    """Check that the optional package is installed; raise ``BadInput`` if it is not."""
     if importlib.util.find_spec("tensorboard") is None:
         raise BadInput(
             "tracking.tensorboard: true needs the package tensorboard, which is not installed; run "
@@ -69,15 +65,11 @@ class TensorBoardCallback(Callback):
         if self._failed:
             return
         try:
-            writer = self._writer(line.prompt)
+            if line.prompt not in self._writers:
+                folder = self._output / FOLDER / (line.prompt or "")
+                self._writers[line.prompt] = self._make_writer(str(folder))
             for name, value in line.values.items():
-                writer.add_scalar(name, value, line.step, time)
+                self._writers[line.prompt].add_scalar(name, value, line.step, time)
         except OSError as error:
             self._failed = True
             self._warn(f"{self._output / FOLDER}: no more points are written: {error}")
-
-    def _writer(self, prompt: str | None) -> Any:
-        if prompt not in self._writers:
-            folder = self._output / FOLDER / (prompt or "")
-            self._writers[prompt] = self._make_writer(str(folder))
-        return self._writers[prompt]
