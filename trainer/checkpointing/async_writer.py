@@ -86,11 +86,7 @@ class AsyncCheckpointWriter:
         self.wait()
 
     def report(self, train_seconds: float) -> dict[str, Any]:
-        """Return the numbers for ``summary.json``.
-
-        Args:
-            train_seconds: training time of this process.
-        """
+        """Return the numbers for ``summary.json``, given the training time of this process."""
         return {
             "written": self.written,
             "replaced_by_newer": self.replaced,

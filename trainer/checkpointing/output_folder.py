@@ -79,11 +79,7 @@ def _move_to_archive(output: Path, entries: Sequence[Path], console: Console) ->
 
 
 class OutputFolder:
-    """The output folder of a running run, on rank 0.
-
-    Args:
-        describe: writes ``run.yaml`` and the other files that describe the run.
-    """
+    """The output folder of a run, on rank 0; ``describe`` writes ``run.yaml`` and similar files."""
 
     def __init__(
         self, path: Path, log: MetricsLog, lock: Lock, describe: Callable[[], None]
@@ -151,11 +147,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def results_can_be_written_later(output: Path) -> Iterator[None]:
-    """Turn a failure to write results after training into a message with the remedy.
-
-    Raises:
-        ResultsNotWritten: in place of any ``OSError``.
-    """
+    """Replace an ``OSError`` after training by ``ResultsNotWritten``, which has the remedy."""
     try:
         yield
     except OSError as error:

@@ -51,26 +51,17 @@ class LockLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock; the JSON content of the lock file.
-
-    Attributes:
-        boot: ID of the current boot of the host.
-        namespace: PID namespace of ``pid``; containers of one host have different ones.
-        started: start time of the process in kernel ticks, because PIDs are reused.
-        since: time at which it acquired the lock.
-        job, restarts: ID and restart count of the Slurm job.
-        token: unique to this acquisition.
-    """
+    """The process that holds a lock; the JSON content of the lock file."""
 
     host: str
     pid: _Count
-    boot: str
-    namespace: str
-    started: str
-    since: str
-    job: str | None
-    restarts: _Count
-    token: str
+    boot: str  #: ID of the current boot of the host
+    namespace: str  #: PID namespace of ``pid``; containers of one host have different ones
+    started: str  #: start time of the process in kernel ticks, because PIDs are reused
+    since: str  #: time at which it acquired the lock
+    job: str | None  #: ID of the Slurm job
+    restarts: _Count  #: of the Slurm job
+    token: str  #: unique to this acquisition
 
     @staticmethod
     def here() -> Holder:
@@ -97,10 +88,9 @@ class Holder:
         return place == (ours.host, ours.boot, ours.namespace)
 
     def why_dead(self, ours: Holder, age: float) -> str | None:
-        """Return why this holder is certainly dead, or None if it may be alive.
+        """Return why this holder is certainly dead; None if it may be alive.
 
-        Args:
-            age: seconds since the lock was last touched.
+        ``age`` is in seconds since the lock was last touched.
         """
         if self.is_local_to(ours):
             now = process_start(self.pid)
@@ -149,21 +139,12 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise if the lock was lost, for example while this process was suspended.
-
-        Raises:
-            LockLost: another process has taken the lock over.
-        """
+        """Raise ``LockLost`` if another process has taken the lock over."""
         if self._lost is not None:
             raise LockLost(self._lost)
 
     def confirm(self) -> None:
-        """Read the lock file now, then ``check``.
-
-        Raises:
-            LockLost: as ``check``.
-            OSError: the file system does not answer.
-        """
+        """Read the lock file now, then ``check``; ``OSError`` if the file system fails."""
         self.beat()
         self.check()
 
@@ -251,12 +232,9 @@ def running_process(folder: Path) -> str | None:
 
 
 def refuse_if_alive(folder: Path) -> None:
-    """Check, without writing, whether a process of this host holds the lock.
+    """Raise ``BadInput`` if a process of this host holds the lock; writes nothing.
 
     ``acquire`` judges holders on other hosts, by the clock of the file system.
-
-    Raises:
-        BadInput: such a process is alive.
     """
     file, ours = _read(folder / LOCK), Holder.here()
     if file is None or file.holder is None or not file.holder.is_local_to(ours):

@@ -97,15 +97,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.chdir is not None:
         os.chdir(args.chdir)
-    if problem := foreign_package():
-        sys.exit(refuse(problem))
+    problem = foreign_package()
     if not hasattr(sys.flags, "safe_path") and (hidden := hidden_modules()):  # Python 3.10
-        sys.exit(
-            refuse(
-                f"{', '.join(hidden)} in the working directory hides a standard module; rename "
-                "it, start from another folder, or use Python 3.11 or newer"
-            )
+        problem = problem or (
+            f"{', '.join(hidden)} in the working directory hides a standard module; rename "
+            "it, start from another folder, or use Python 3.11 or newer"
         )
+    if problem is not None:
+        sys.exit(refuse(problem))
 
     from trainer.runtime.process import die_with_parent
     from trainer.runtime.stdio import keep_streams

@@ -61,11 +61,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Check the nesting of a parsed value.
-
-    Raises:
-        ValueError: it is deeper than ``MAX_DEPTH``.
-    """
+    """Raise ``ValueError`` if a parsed value is nested deeper than ``MAX_DEPTH``."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

@@ -12,19 +12,13 @@ from rich.progress import TaskID
 
 @dataclass
 class Phase:
-    """Work in progress. Any thread may set its attributes.
-
-    Attributes:
-        total: in ``unit``; None if unknown.
-        unit: ``bytes`` are shown as MB.
-        status: text after the numbers.
-    """
+    """Work in progress. Any thread may set its attributes."""
 
     what: str
-    total: float | None = None
-    unit: str = "rows"
+    total: float | None = None  #: in ``unit``; None if unknown
+    unit: str = "rows"  #: ``bytes`` are shown as MB
     done: float = 0.0
-    status: str = ""
+    status: str = ""  #: text after the numbers
     started: float = field(default_factory=lambda: time.monotonic())
     task: TaskID | None = None
 
@@ -64,13 +58,10 @@ class PhaseTimes:
     """Sums up the seconds of named phases.
 
     The time of a nested phase is subtracted from the outer one, so no second is counted twice.
-
-    Attributes:
-        seconds: by name, in the order in which the phases first started.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  #: in the order in which the phases first started
         self._nested: list[float] = []
 
     @contextmanager

@@ -129,11 +129,7 @@ def _stopped(checkpoint: str | None, console: Console) -> int:
 
 
 def writable_folder(folder: Path) -> Path:
-    """Create the folder if it does not exist, and return it.
-
-    Raises:
-        BadInput: it is not writable.
-    """
+    """Create the folder if it does not exist, and return it; ``BadInput`` if not writable."""
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

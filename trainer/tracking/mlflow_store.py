@@ -69,11 +69,7 @@ class MlflowStore:
         self.is_new = False  #: the store had no run of this folder
 
     def attach(self, progress: StoreProgress, *, running: bool) -> None:
-        """Find this folder's runs or create them.
-
-        Args:
-            running: mark them as running again.
-        """
+        """Find this folder's runs or create them; if ``running``, mark them as running again."""
         experiment = self._experiment(progress)
         progress.experiment_id = experiment.experiment_id
         runs = self._find_runs(experiment.experiment_id)
@@ -99,11 +95,7 @@ class MlflowStore:
         progress.page = PAGE.format(experiment.experiment_id)
 
     def _experiment(self, progress: StoreProgress) -> Experiment:
-        """Return the run's experiment; create it if none has its name.
-
-        Raises:
-            Refused: it is deleted, or the one that the environment names does not exist.
-        """
+        """Return the run's experiment; create it if none has its name; refuse a deleted one."""
         experiment = self._known_experiment(progress)
         if experiment is None:
             name = self.folder.tracking.experiment
@@ -284,8 +276,7 @@ class MlflowStore:
     def _check_artifact_uri(self, run_id: str) -> None:
         """Require that an untrusted server stores files itself.
 
-        Raises:
-            Refused: it names a folder of this machine, or storage that the user may pay for.
+        It could name a folder of this machine, or storage that the user pays for.
         """
         uri = urlsplit(str(self.client.get_run(run_id).info.artifact_uri))
         if uri.scheme != "mlflow-artifacts" or uri.netloc:

@@ -37,19 +37,11 @@ class StoreProgress:
 
 @dataclass
 class _Content:
-    """The JSON content of the file.
-
-    Attributes:
-        output_id: identifies the output folder's runs in every store.
-        store: name of the store that was used last; an SQLite store has an absolute path.
-        problem: why the sender cannot send at present; a message for the user.
-        stores: progress by name of the store.
-    """
-
+    #: Identifies the output folder's runs in every store.
     output_id: Annotated[str, Field(pattern="^[0-9a-f]+$")]
-    store: str | None = None
-    problem: str | None = None
-    stores: dict[str, StoreProgress] = field(default_factory=dict)
+    store: str | None = None  #: name of the store used last; an SQLite store has an absolute path
+    problem: str | None = None  #: why the sender cannot send at present; a message for the user
+    stores: dict[str, StoreProgress] = field(default_factory=dict)  #: by name of the store
 
 
 class ProgressFile(_Content):

@@ -42,11 +42,7 @@ class SyncResult:
 
 
 class Pusher:
-    """Sends what is new since the last call and keeps ``tracking.json``.
-
-    Args:
-        read_results: reads the final results of the folder; only ``end`` requires it.
-    """
+    """Sends what is new since the last call, keeps ``tracking.json``; ``end`` reads results."""
 
     def __init__(
         self, output_dir: Path, target: StoreAddress, read_results: ReadResults | None = None

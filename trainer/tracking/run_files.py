@@ -23,15 +23,11 @@ from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 
 
 class RunFiles:
-    """Reads a run's output folder.
-
-    Attributes:
-        problem: why ``run.yaml`` does not load, after ``settings`` was read; None if it does.
-    """
+    """Reads a run's output folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem: str | None = None
+        self.problem: str | None = None  #: why ``run.yaml`` does not load; set by ``settings``
 
     def file(self, name: str) -> Path | None:
         """Return the regular file ``name`` ("a/b"), unless it or one of its folders is a symlink.
@@ -77,11 +73,7 @@ class RunFiles:
 
     @property
     def tracking(self) -> Tracking:
-        """The ``tracking`` section of the run file.
-
-        Raises:
-            BadInput: the section is invalid.
-        """
+        """The ``tracking`` section of the run file; ``BadInput`` if it is invalid."""
         section = mapping(self.settings.get("tracking"))
         try:
             return Tracking.model_validate(section)
@@ -110,11 +102,7 @@ class RunFiles:
 
 @functools.lru_cache(maxsize=4)
 def _read_settings(path: Path, version: object) -> tuple[dict[str, Any], str | None]:
-    """Return the settings of a run file, and why it does not load, if so.
-
-    Args:
-        version: changes with the content of the file.
-    """
+    """Return the settings of a run file, and why it does not load; ``version`` is for the cache."""
     try:
         return _resolved(config.load(path)), None
     except BadInput as error:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from trainer.runtime import atomic_io
@@ -66,11 +67,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _is_incomplete(path: Path, newest: str | None) -> bool:
-    """Whether a store has an older schema than MLflow's and no data that could be lost.
-
-    Raises:
-        BadInput: it is not an MLflow store.
-    """
+    """Whether an MLflow store has an older schema than MLflow's and no data that could be lost."""
     remedy = "move it away, or give another file in tracking.uri (sqlite:///PATH/mlflow.db)"
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as store:
@@ -94,9 +91,8 @@ def _is_incomplete(path: Path, newest: str | None) -> bool:
 
 
 def _rename_incomplete(path: Path) -> None:
-    number = 1
-    while (renamed := path.with_name(f"{path.name}.incomplete-{number}")).exists():
-        number += 1
+    names = (path.with_name(f"{path.name}.incomplete-{number}") for number in count(1))
+    renamed = next(name for name in names if not name.exists())
     for suffix in ("-journal", "-wal", "-shm", ""):  # SQLite would apply an old journal
         with contextlib.suppress(FileNotFoundError):
             os.rename(f"{path}{suffix}", f"{renamed}{suffix}")

@@ -44,23 +44,15 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """An MLflow store.
+    """An MLflow store."""
 
-    Attributes:
-        uri: address for MLflow; a server's has no credentials.
-        name: the address without any secret, to show and to write to files.
-        artifacts: address of the artifact folder; None: the store decides.
-        credentials: environment variables to set.
-        secrets: texts to hide in all output.
-        trusted: whether credentials of the environment and the home folder may be sent there.
-    """
-
-    uri: str = field(repr=False)
-    name: str
-    artifacts: str | None = None
+    uri: str = field(repr=False)  #: for MLflow; a server's has no credentials
+    name: str  #: the address without any secret, to show and to write to files
+    artifacts: str | None = None  #: address of the artifact folder; None: the store decides
+    #: Environment variables to set.
     credentials: dict[str, str] = field(default_factory=dict, repr=False)
-    secrets: tuple[str, ...] = field(default=(), repr=False)
-    trusted: bool = True
+    secrets: tuple[str, ...] = field(default=(), repr=False)  #: texts to hide in all output
+    trusted: bool = True  #: credentials of the environment and the home folder may be sent there
 
     @property
     def database(self) -> Path | None:
