@@ -17,10 +17,8 @@ def shown_scores(scores: Mapping[str, Any], distilled: bool) -> dict[str, float]
     """Select validation scores; the loss of a distilled prompt is renamed to a divergence."""
 
     def name(key: str) -> str:
-        for ending in ("_loss", f"_loss{STANDARD_ERROR}"):
-            if distilled and key.endswith(ending):
-                return key.removesuffix(ending) + DIVERGENCE + ending.removeprefix("_loss")
-        return key
+        renamed = distilled and key.removesuffix(STANDARD_ERROR).endswith("_loss")
+        return key.replace("_loss", DIVERGENCE) if renamed else key
 
     return {
         name(key): float(value)
@@ -82,10 +80,8 @@ def format_with_interval(
     text = format_score(key, value)
     if interval is None:
         return text
-    low, high = interval
-    return text + (
-        f" ({low:.4f}–{high:.4f})" if is_loss(key) else f" ({100 * low:.1f}–{100 * high:.1f})"
-    )
+    low, high = (f"{x:.4f}" if is_loss(key) else f"{100 * x:.1f}" for x in interval)
+    return f"{text} ({low}–{high})"
 
 
 def format_difference(key: str, value: float) -> str:
@@ -95,8 +91,8 @@ def format_difference(key: str, value: float) -> str:
 
 def column_title(key: str) -> str:
     """Title of a column: ``accuracy``, ``OOD accuracy``, ``macro F1``, ``KL divergence``."""
-    name = key.removeprefix("shifted_").removeprefix("validation_").replace("_", " ")
-    name = name.replace("f1", "F1")
+    name = key.removeprefix("shifted_").removeprefix("validation_")
+    name = name.replace("_", " ").replace("f1", "F1")
     return f"OOD {name}" if key.startswith("shifted_") else name
 
 

@@ -23,7 +23,14 @@ from trainer.evaluation.score_format import (
     shown_scores,
 )
 from trainer.evaluation.statistics import RATES, STANDARD_ERROR, rate_standard_error
-from trainer.reporting.summary import Comparison, PromptResult, RunSummary, Selection, TaskResult
+from trainer.reporting.summary import (
+    Baseline,
+    Comparison,
+    PromptResult,
+    RunSummary,
+    Selection,
+    TaskResult,
+)
 from trainer.reporting.verdict import describe_comparison
 
 #: Kind of the rows of trained prompts; the other kinds are those of baselines.
@@ -72,9 +79,7 @@ class ResultRow(Entry):
     @property
     def tag(self) -> str:
         """``best prompt``, ``best baseline`` or an empty string."""
-        if not self.best:
-            return ""
-        return "best prompt" if self.kind == PROMPT else "best baseline"
+        return ("best prompt" if self.kind == PROMPT else "best baseline") if self.best else ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,6 @@ class TaskTable:
 
     @property
     def titles(self) -> list[str]:
-        """Titles of the columns."""
         return [column_title(column) for column in self.columns]
 
     def cells(self, row: ResultRow) -> list[str]:
@@ -197,21 +201,19 @@ def task_tables(config: RunConfig, summary: RunSummary | None) -> list[TaskTable
 
 
 def _task_table(task: Task, config: RunConfig, summary: RunSummary | None) -> TaskTable:
-    metric = task.metric
-    result = (summary and summary.tasks.get(task.name)) or TaskResult()
+    summary, metric = summary or RunSummary(status="failed"), task.metric
+    result = summary.tasks.get(task.name, TaskResult())
     settings = [prompt for prompt in config.prompts if prompt.task == task.name]
-    scored = summary.prompts if summary else {}
-    prompts = [_prompt_row(prompt, scored.get(prompt.name)) for prompt in settings]
-    baselines = _baseline_rows(result, {prompt.name: prompt.teacher for prompt in settings})
+    prompts = [_prompt_row(p, summary.prompts.get(p.name, PromptResult())) for p in settings]
     ranked = [replace(row, best=i == 0) for i, row in enumerate(rank(prompts, metric))]
     places = {row.name for row in ranked}
     unranked = [replace(row, ranked=False) for row in prompts if row.name not in places]
-    comparable = _comparable(baselines, ranked[0] if ranked else None, metric)
-    best = rank(comparable, metric)[:1]
+    baselines = _baseline_rows(result, {prompt.name: prompt.teacher for prompt in settings})
+    best = rank(_comparable(baselines, ranked[0] if ranked else None, metric), metric)[:1]
     baselines = [replace(row, best=True) if row in best else row for row in baselines]
     rows = (*baselines, *ranked, *unranked)
     columns = _columns({column for row in rows for column in row.shown}, metric)
-    selection = summary.selected.get(task.name) if summary else None
+    selection = summary.selected.get(task.name)
     return TaskTable(task.name, metric, columns, rows, result.rows, result.comparison, selection)
 
 
@@ -224,50 +226,31 @@ def _comparable(
 
 def _baseline_rows(result: TaskResult, teachers: Mapping[str, str | None]) -> list[ResultRow]:
     rows = []
+
+    def add(kind: str, number: object, label: str, baseline: Baseline, teacher: str | None) -> None:
+        name = f"{kind}-{number}" if number else kind
+        row = ResultRow(name=name, kind=kind, label=label, scores=baseline.scores, teacher=teacher)
+        rows.append(row)
+
     if majority := result.majority:
-        label = f'always "{majority.answer}"'
-        rows.append(ResultRow(name=MAJORITY, kind=MAJORITY, label=label, scores=majority.scores))
+        add(MAJORITY, None, f'always "{majority.answer}"', majority, None)
     if (no_prompt := result.no_prompt) and no_prompt.scores:
-        rows.append(
-            ResultRow(name=NO_PROMPT, kind=NO_PROMPT, label="no prompt", scores=no_prompt.scores)
-        )
+        add(NO_PROMPT, None, "no prompt", no_prompt, None)
     for number, hand_written in enumerate(result.hand_written, 1):
-        rows.append(
-            ResultRow(
-                name=f"{HAND_WRITTEN}-{number}",
-                kind=HAND_WRITTEN,
-                label=f"“{' '.join((hand_written.text or '').split())}”",
-                scores=hand_written.scores,
-            )
-        )
+        label = f"“{' '.join((hand_written.text or '').split())}”"
+        add(HAND_WRITTEN, number, label, hand_written, None)
     for number, teacher in enumerate(result.teachers, 1):
         text = shorten(teacher.text or "", 60, placeholder=" …")
-        rows.append(
-            ResultRow(
-                name=f"{TEACHER}-{number}",
-                kind=TEACHER,
-                label=f"teacher of {', '.join(teacher.prompts)}: “{text}”",
-                scores=teacher.scores,
-            )
-        )
+        add(TEACHER, number, f"teacher of {', '.join(teacher.prompts)}: “{text}”", teacher, None)
     for prompt, compared in result.untaught.items():
-        rows.append(
-            ResultRow(
-                name=f"{NO_PROMPT}-{prompt}",
-                kind=NO_PROMPT,
-                label=f"no prompt, compared with the teacher of {prompt}",
-                scores=compared.scores,
-                teacher=teachers.get(prompt) or prompt,
-            )
-        )
+        label = f"no prompt, compared with the teacher of {prompt}"
+        add(NO_PROMPT, prompt, label, compared, teachers.get(prompt) or prompt)
     return rows
 
 
-def _prompt_row(prompt: Prompt, result: PromptResult | None) -> ResultRow:
-    result = result or PromptResult()
+def _prompt_row(prompt: Prompt, result: PromptResult) -> ResultRow:
     reason = result.stopped.reason if result.stopped else ""
     tokens = result.num_virtual_tokens or prompt.num_virtual_tokens
-    detail = [f"{tokens} virtual tokens", stopped_early(result)]
     distilled = prompt.objective == "distill"
     return ResultRow(
         name=prompt.name,
@@ -278,27 +261,23 @@ def _prompt_row(prompt: Prompt, result: PromptResult | None) -> ResultRow:
         teacher=(prompt.teacher or prompt.name) if distilled else None,
         eliminated=reason == "halving",
         diverged=reason == "diverged",
-        detail=", ".join(filter(None, detail)),
+        detail=", ".join(filter(None, [f"{tokens} virtual tokens", stopped_early(result)])),
     )
 
 
-def stopped_early(result: PromptResult | None) -> str:
+def stopped_early(result: PromptResult) -> str:
     """``eliminated by halving at step 20``, or an empty string if all steps were trained."""
-    stop = result.stopped if result else None
+    stop = result.stopped
     return f"{STOPPED[stop.reason]} at step {stop.step}" if stop and stop.reason in STOPPED else ""
 
 
 def _columns(present: set[str], metric: str) -> tuple[str, ...]:
     """Order the columns: the task's metric with its OOD score, other rates, losses."""
-    own = {f"shifted_validation_{metric}", f"shifted_validation{DIVERGENCE}"}
+    shifted = {f"shifted_validation_{metric}", f"shifted_validation{DIVERGENCE}"}
 
     def order(key: str) -> tuple[bool, bool, str, bool]:
         plain = key.removeprefix("shifted_")
         return plain != f"validation_{metric}", is_loss(plain), plain, plain != key
 
-    columns = [
-        key
-        for key in present
-        if not key.endswith(STANDARD_ERROR) and (key in own or not key.startswith("shifted_"))
-    ]
-    return tuple(sorted(columns, key=order))
+    columns = [key for key in present if key in shifted or not key.startswith("shifted_")]
+    return tuple(sorted((key for key in columns if not key.endswith(STANDARD_ERROR)), key=order))

@@ -6,6 +6,7 @@ import datetime
 import platform
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def describe_run(
         begins: the run does not resume. If a run with other settings started in this folder, its
             MLflow run is not continued.
     """
-    settings = redact(dump(_with_full_model_path(config)))
+    # The full path of the base model's folder is valid from any working directory.
+    base = config.base.model_copy(update={"model": portable_name(config.base)})
+    settings = redact(dump(config.model_copy(update={"base": base})))
     if begins:
         forget_if_other(output, settings)
     atomic_io.write(output / "run.yaml", settings)
@@ -72,12 +75,6 @@ def forget_if_other(output: Path, settings: str) -> None:
         forget_tracking(output)
 
 
-def _with_full_model_path(config: RunConfig) -> RunConfig:
-    """Replace the base model's folder by its full path, valid from any working directory."""
-    base = config.base.model_copy(update={"model": portable_name(config.base)})
-    return config.model_copy(update={"base": base})
-
-
 def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
     """Measure throughput, memory, traffic and load time over all ranks; a collective.
 
@@ -85,7 +82,6 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
         Fields of ``RunSummary``: ``throughput``, ``memory``, ``communication``, ``load``, ``time``,
         ``versions`` and ``world_size``.
     """
-    on_gpu = engine.device.type == "cuda"
     mine = [
         base_bytes(loaded.model),
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -99,21 +95,21 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
     base, rss, gpu, seconds, read, gathered, exchanged, saved = zip(
         *engine.all_gather(mine), strict=True
     )
-    steps = max(1, loop.accounting.steps)
-    progress = loop.progress
+    steps, progress = max(1, loop.accounting.steps), loop.progress
+    train_seconds = max(progress.train_seconds, 1e-9)
     return {
         "throughput": {
-            "useful_tokens_per_second": progress.useful_tokens / max(progress.train_seconds, 1e-9),
+            "useful_tokens_per_second": progress.useful_tokens / train_seconds,
             "useful_tokens": progress.useful_tokens,
             "train_seconds": progress.train_seconds,
-            "data_wait_share": progress.data_wait_seconds / max(progress.train_seconds, 1e-9),
+            "data_wait_share": progress.data_wait_seconds / train_seconds,
         },
         "memory": {
             "base_bytes_per_rank": max(base),
             "kept_bytes_per_rank": engine.kept_bytes,
             "ranks_per_copy": loaded.placement.group_size,
             "peak_rss_bytes": max(rss),
-            "peak_gpu_bytes": max(gpu) if on_gpu else None,
+            "peak_gpu_bytes": max(gpu) if engine.device.type == "cuda" else None,
             "saved_bytes_per_token": max(saved),
             "saved_bytes_per_token_and_layer": max(saved) / loaded.memory.sizes.layers,
             "stream_tokens": loaded.budget.tokens,
@@ -134,10 +130,8 @@ def versions() -> dict[str, str]:
     """Versions of the installed packages of ``PACKAGES``."""
     installed = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return installed
 
 

@@ -35,31 +35,27 @@ def write_results(
         measured: fields of ``RunSummary`` that ``measure`` and the checkpoint writer return.
     """
     _save_adapters(output, loop, files, console)
-    config, progress = loop.config, loop.progress
     summary = RunSummary.model_validate(
         {
             "schema_version": SCHEMA_VERSION,
             "status": "finished",
-            "steps": progress.step,
+            "steps": loop.progress.step,
             "prompts": _prompt_results(loop),
             "tasks": {
-                name: {**progress.baselines.get(name, {}), "rows": _num_rows(data)}
+                name: {**loop.progress.baselines.get(name, {}), "rows": _num_rows(data)}
                 for name, data in loop.tasks.items()
             },
             "data": {name: data.counts for name, data in loop.tasks.items()},
             **measured,
         }
     )
-    tasks = dict(summary.tasks)
+    tables, tasks = task_tables(loop.config, summary), dict(summary.tasks)
     with console.phase("comparing prompts with baselines"):
-        for table in task_tables(config, summary):
+        for table in tables:
             comparison = compare(output, table)
             tasks[table.task] = tasks[table.task].model_copy(update={"comparison": comparison})
-    summary = summary.model_copy(update={"tasks": tasks})
-    selected = {table.task: selection(table) for table in task_tables(config, summary)}
-    summary = summary.model_copy(
-        update={"selected": {task: best for task, best in selected.items() if best}}
-    )
+    selected = {table.task: best for table in tables if (best := selection(table))}
+    summary = summary.model_copy(update={"tasks": tasks, "selected": selected})
     save_summary(output, summary)
     try:
         with console.phase("writing the report"):
@@ -126,28 +122,22 @@ def _num_rows(data: TaskData) -> dict[str, int]:
 
 
 def selection(table: TaskTable) -> Selection | None:
-    """Select the best prompt of a task, and a shorter one that is nearly as good, as advice.
-
-    Returns:
-        None if no prompt of the task has a score to rank.
-    """
+    """Select a task's best prompt, and advise a shorter one; None if no prompt can be ranked."""
     selected = select(table.prompts, table.metric, table.standard_error)
     if selected is None:
         return None
     best, shorter = selected
-    key = f"validation_{table.metric}"
+    key, advised = f"validation_{table.metric}", None
+    if shorter is not None:
+        tokens, score = shorter.num_virtual_tokens, shorter.scores[key]
+        advised = ShorterPrompt(prompt=shorter.name, score=score, num_virtual_tokens=tokens)
     return Selection(
         prompt=best.name,
         metric=table.metric,
         score=best.scores[key],
         num_virtual_tokens=best.num_virtual_tokens,
         why=_why(table, best),
-        shorter=shorter
-        and ShorterPrompt(
-            prompt=shorter.name,
-            score=shorter.scores[key],
-            num_virtual_tokens=shorter.num_virtual_tokens,
-        ),
+        shorter=advised,
     )
 
 

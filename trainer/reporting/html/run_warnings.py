@@ -32,10 +32,6 @@ class DataSplit(BaseModel):
     also_in_train: list[tuple[str, str]] = []
     counts: RowCounts = RowCounts()
 
-    @property
-    def title(self) -> str:
-        return self.split.replace("_", " ")
-
 
 def data_splits(output_dir: Path, summary: RunSummary | None) -> list[DataSplit]:
     """Read ``datasets.json``; a missing or damaged file counts as empty."""
@@ -76,12 +72,12 @@ def run_warnings(
 
 
 def _data_warnings(split: DataSplit) -> list[str]:
-    warnings = []
+    warnings, title = [], split.split.replace("_", " ")
     if leaked := split.counts.also_in_train:
         rows = [f"{row} is {train_row}" for row, train_row in split.also_in_train]
         rows += ["..."] if leaked > len(rows) else []
         warnings.append(
-            f"{split.task}: {leaked} of {split.rows} {split.title} rows also appear in the "
+            f"{split.task}: {leaked} of {split.rows} {title} rows also appear in the "
             f"training data ({'; '.join(rows)}); scores may be inflated."
         )
     of = f" of {split.rows}" if split.rows else ""
@@ -90,7 +86,7 @@ def _data_warnings(split: DataSplit) -> list[str]:
         (split.counts.truncated, "truncated, cut from the left (tasks.too_long: truncate)"),
     ):
         if count:
-            warnings.append(f"{split.task} {split.title}: {count}{of} rows were {reason}.")
+            warnings.append(f"{split.task} {title}: {count}{of} rows were {reason}.")
     return warnings
 
 
