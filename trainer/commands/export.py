@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,10 +34,9 @@ from trainer.training.prompt_optimizer import AVERAGE
 def find_encoder(config: RunConfig, name: str) -> Prompt:
     """Return the prompt whose name the encoder's state has in checkpoints.
 
-    This is the first prompt of a shared encoder, or the prompt itself.
-
     Args:
-        name: of a shared encoder, or of a prompt with ``encoder: text``.
+        name: of a shared encoder, whose first prompt is returned, or of a prompt with
+            ``encoder: text``.
 
     Raises:
         BadInput: the run has no such encoder.
@@ -63,9 +61,6 @@ def encode(
 ) -> tuple[VirtualTokens, str]:
     """Encode a text with the encoder of the best validation step, or of the newest checkpoint.
 
-    Args:
-        prompt: from ``find_encoder``.
-
     Returns:
         Virtual tokens [P, H], and a description of the encoder's step.
 
@@ -83,41 +78,36 @@ def encode(
             "restore that model"
         )
     weights, step = _reader(saved, prompt.name)
-    reader = TextReader.of(weights)
-    dtype = _dtype(folder / "environment.json")
+    path = folder / "environment.json"
+    dtype = getattr(torch, str(read_json_object(path).get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise BadInput(f"{path}: dtype is not a compute type; restore the file, or train again")
     vocabulary = Vocabulary(
         lambda ids: read_token_embeddings(files, config.base, dtype, ids),
         files.tokenizer,
         files.config.vocab_size,
     )
-    return VirtualTokens(reader(embed_text(text, vocabulary))), step
-
-
-def _dtype(path: Path) -> torch.dtype:
-    """Read the compute type of a run from ``environment.json``."""
-    dtype = getattr(torch, str(read_json_object(path).get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise BadInput(f"{path}: dtype is not a compute type; restore the file, or train again")
-    return dtype
+    return VirtualTokens(TextReader.of(weights)(embed_text(text, vocabulary))), step
 
 
 def _reader(saved: SavedCheckpoint, name: str) -> tuple[dict[str, Tensor], str]:
     """Return the weights of an encoder by name, and a description of their step."""
-    best = _under(f"{name}/reader/shared.", saved.tensors)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        tensors = saved.tensors.items()
+        return {k.removeprefix(prefix): v for k, v in tensors if k.startswith(prefix)}
+
+    best = under(f"{name}/reader/shared.")
     if best:
         step = saved.state["bank"]["prompts"][name]["reader"]["step"]
         return best, f"step {step}, its best validation"
-    weights = _under(f"{name}/encoder/shared.", saved.tensors)
+    weights = under(f"{name}/encoder/shared.")
     if not weights:
         raise BadInput(f"{saved.path}: has no encoder of {name!r}; train the run again")
     for key in weights:  # validation uses the average, if the optimizer keeps one
         average = f"{name}/optimizer/shared.{key}/{AVERAGE}"
         weights[key] = saved.tensors.get(average, weights[key])
     return weights, f"step {saved.step}, the newest checkpoint: there was no validation yet"
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Console) -> None:

@@ -60,12 +60,8 @@ def _generate(
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_base_on_all(engine, config.base, console)
-    input_ids = encode_input(
-        files.tokenizer,
-        text,
-        dialogue=task.messages is not None,
-        date=read_chat_date(folder),
-    )
+    dialogue, date = task.messages is not None, read_chat_date(folder)
+    input_ids = encode_input(files.tokenizer, text, dialogue=dialogue, date=date)
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
     if room < 1:
@@ -90,12 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deepspeed --module trainer.commands.generate")
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--prompt", required=True, metavar="NAME")
-    parser.add_argument(
-        "--input",
-        required=True,
-        metavar="TEXT",
-        help="fills the template if that has one column",
-    )
+    fills = "fills the template if that has one column"
+    parser.add_argument("--input", required=True, metavar="TEXT", help=fills)
     parser.add_argument("--max-new-tokens", type=int, metavar="N")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
     return parser

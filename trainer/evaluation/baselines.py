@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import Task
-from trainer.data.dataset import RowDataset, gold_target
+from trainer.data.dataset import gold_target
 from trainer.data.task_data import EvalSet, TaskData
 from trainer.data.teacher import Teacher
-from trainer.evaluation.metrics import accuracy, label_set_scores
+from trainer.evaluation.metrics import choice_scores, label_set_scores
 from trainer.evaluation.prediction_files import (
     HAND_WRITTEN,
     MAJORITY,
@@ -24,15 +23,8 @@ from trainer.evaluation.prediction_files import (
     TEACHER,
     baseline_file,
 )
-from trainer.evaluation.prediction_records import (
-    Predictions,
-    answer_columns,
-    answer_labels,
-    gold_answers,
-    scored_columns,
-)
+from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
 from trainer.evaluation.scoring import Request, Scored
-from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1
 
 #: The split whose rows prompts are ranked by.
 VALIDATION = "validation"
@@ -74,7 +66,7 @@ class Baseline:
 
 
 def baselines_of(tasks: Mapping[str, TaskData]) -> list[Baseline]:
-    """Return all baselines that the base model has to be run for."""
+    """Return all baselines that need the base model."""
     baselines = []
     for task, data in tasks.items():
         baselines.append(Baseline(task, NO_PROMPT, data.evaluation))
@@ -82,10 +74,8 @@ def baselines_of(tasks: Mapping[str, TaskData]) -> list[Baseline]:
             rows = {split: sets[i] for split, sets in data.hand_written.items()}
             baselines.append(Baseline(task, f"{HAND_WRITTEN}-{i + 1}", rows, text))
         for prompt, teacher in data.teachers.items():
-            name = f"{NO_PROMPT}-{prompt}"
-            baselines.append(
-                Baseline(task, name, data.evaluation, distilled=prompt, compared_with=teacher)
-            )
+            rows, name = data.evaluation, f"{NO_PROMPT}-{prompt}"
+            baselines.append(Baseline(task, name, rows, distilled=prompt, compared_with=teacher))
         for number, teacher in enumerate(teachers_of(data), 1):
             rows = {split: sets.with_teacher(teacher) for split, sets in data.evaluation.items()}
             if rows:
@@ -161,25 +151,19 @@ def add_majority(
 def majority_scores(data: TaskData) -> dict[str, Any]:
     """Score the most frequent answer of the train rows on the rows of every evaluation.
 
+    For multi-label tasks an answer is a set of labels, as text. Of equally frequent answers, the
+    first choice counts.
+
     Returns:
         ``answer``, its ``train_share``, and scores such as ``validation_accuracy``.
     """
-    answer, share = most_frequent(data.train_rows, data.task)
+    counts = Counter(gold_target(row, data.task) for row in data.train_rows)
+    order = {choice: place for place, choice in enumerate(data.task.choices or [])}
+    answer, count = min(counts.items(), key=lambda item: (-item[1], order.get(item[0], 0), item[0]))
     scores = merge_scores(
         (split, score_answer(rows, answer)) for split, rows in data.evaluation.items()
     )
-    return {"answer": answer, "train_share": share, **scores}
-
-
-def most_frequent(rows: RowDataset, task: Task) -> tuple[str, float]:
-    """Return the most frequent answer of the rows and its share; the first choice of equal ones.
-
-    For multi-label tasks an answer is a set of labels, as text.
-    """
-    counts = Counter(gold_target(row, task) for row in rows)
-    order = {choice: place for place, choice in enumerate(task.choices or [])}
-    answer, count = min(counts.items(), key=lambda item: (-item[1], order.get(item[0], 0), item[0]))
-    return answer, count / counts.total()
+    return {"answer": answer, "train_share": count / counts.total(), **scores}
 
 
 def score_answer(rows: EvalSet, answer: str) -> dict[str, float]:
@@ -187,14 +171,10 @@ def score_answer(rows: EvalSet, answer: str) -> dict[str, float]:
     task, choices = rows.task, rows.task.choices
     assert choices is not None, "a task without choices has no majority class"
     if task.multi_label:
-        predicted_labels = [answer_labels(answer, task)] * len(rows.candidates)
-        gold_labels = [answer_labels(target, task) for target in gold_answers(rows)]
-        return label_set_scores(predicted_labels, gold_labels, task)
-    predicted = [choices.index(answer)] * len(rows.gold)
-    rate = accuracy(predicted, rows.gold)
-    f1, error = macro_f1(predicted, rows.gold)
-    scores = {"accuracy": rate, "macro_f1": f1, f"macro_f1{STANDARD_ERROR}": error}
-    return scores | ({"exact_match": rate} if task.metric == "exact_match" else {})
+        columns = answer_columns(rows, answer)
+        return label_set_scores(columns["prediction"], columns["target"], task)
+    scores = choice_scores([choices.index(answer)] * len(rows.gold), rows.gold)
+    return scores | ({"exact_match": scores["accuracy"]} if task.metric == "exact_match" else {})
 
 
 def merge_scores(by_split: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.generation import generate
 from trainer.evaluation.scoring import Request, Scored, candidate_rows, distilled_rows
-from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_standard_error
+from trainer.evaluation.statistics import ratio_scores
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
@@ -87,9 +87,11 @@ class Evaluator:
         slots = [request.num_slots for request in missing]
         computed = iter(self._candidate_nll(missing, lengths, virtual_tokens).split(slots))
         nll = [next(computed) if known is None else known for known in cached]
-        for request, known, value in zip(requests, cached, nll, strict=True):
-            if known is None and request.is_baseline:
-                self._write_cache(request, value)
+        if self.baselines is not None and self.engine.is_main:
+            for request, known, value in zip(requests, cached, nll, strict=True):
+                if known is None and request.is_baseline:
+                    nll_RC = value.view(-1, request.num_candidates).numpy()
+                    self.baselines.write(request.rows.candidates, nll_RC)
         scored = [
             self._result(request, value, virtual_tokens)
             for request, value in zip(requests, nll, strict=True)
@@ -98,7 +100,9 @@ class Evaluator:
             sums = self._compare_with_teachers(requests, lengths, virtual_tokens)
             for i, (request, teacher_R2) in enumerate(zip(requests, sums, strict=True)):
                 if teacher_R2 is not None:
-                    scores = scored[i].scores | _teacher_scores(teacher_R2, request.rows)
+                    scores = dict(scored[i].scores)
+                    for name, sums_R in zip(("loss", "agreement"), teacher_R2.T, strict=True):
+                        scores |= ratio_scores(name, sums_R.tolist(), request.rows.label_counts)
                     scored[i] = replace(scored[i], scores=scores, teacher_R2=teacher_R2)
         self.engine.end_step()
         return scored
@@ -137,11 +141,6 @@ class Evaluator:
                 self.reused += 1
                 self._advance(self._num_read(request))
         return [None if array is None else torch.from_numpy(array).flatten() for array in arrays]
-
-    def _write_cache(self, request: Request, nll: Tensor) -> None:
-        if self.baselines is not None and self.engine.is_main:
-            nll_RC = nll.view(-1, request.num_candidates).numpy()
-            self.baselines.write(request.rows.candidates, nll_RC)
 
     def _candidate_nll(
         self,
@@ -221,17 +220,11 @@ class Evaluator:
             return Scored({})
         nll_RC = nll.view(-1, request.num_candidates)
         right = torch.tensor(rows.gold)[:, None]
-        nll_R, counts_R = nll_RC.gather(1, right)[:, 0].tolist(), rows.label_counts
-        result = {
-            "loss": sum(nll_R) / sum(counts_R),
-            f"loss{STANDARD_ERROR}": ratio_standard_error(nll_R, counts_R),
-        }
+        nll_R: list[float] = nll_RC.gather(1, right)[:, 0].tolist()
+        result = ratio_scores("loss", nll_R, rows.label_counts)
         if task.scored_by_likelihood:
             nll_RC = exclusive(nll_RC, rows.candidates)
-            predicted: list[int] = nll_RC.argmin(1).tolist()
-            result["accuracy"] = metrics.accuracy(predicted, rows.gold)
-            f1 = macro_f1(predicted, rows.gold)
-            result |= dict(zip(("macro_f1", f"macro_f1{STANDARD_ERROR}"), f1, strict=True))
+            result |= metrics.choice_scores(nll_RC.argmin(1).tolist(), rows.gold)
         if task.metric in ("accuracy", "loss"):
             return Scored(result, nll_RC, nll_R)
         prompt = None if request.prompt is None else virtual_tokens[request.prompt]
@@ -286,15 +279,3 @@ class Evaluator:
             return scores, [set(a) == set(b) for a, b in zip(predicted, gold, strict=True)]
         matches = metrics.matches(texts, targets)
         return {"exact_match": sum(matches) / len(matches)}, matches
-
-
-def _teacher_scores(teacher_R2: Tensor, rows: EvalSet) -> dict[str, float]:
-    """Divergence and agreement per label position, with standard errors."""
-    kl_R, same_R = teacher_R2.T.tolist()
-    counts_R = rows.label_counts
-    return {
-        "loss": sum(kl_R) / sum(counts_R),
-        f"loss{STANDARD_ERROR}": ratio_standard_error(kl_R, counts_R),
-        "agreement": sum(same_R) / sum(counts_R),
-        f"agreement{STANDARD_ERROR}": ratio_standard_error(same_R, counts_R),
-    }

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.stop_criteria import StopCriteria
@@ -107,7 +106,13 @@ def _decode(
     for _ in range(max_new_tokens):
         logits_BV = base(DecodeStep(token_ids, mask, cache), prompts).logits_BV
         if penalties[0]:
-            logits_BV = _penalized(logits_BV, penalties, rows, generated)
+            # Each row separately, without its padding.
+            seen = [
+                torch.tensor([[*row, *ids]], device=engine.device)
+                for row, ids in zip(rows, generated, strict=True)
+            ]
+            rows_BV = zip(penalties, seen, logits_BV.split(1), strict=True)
+            logits_BV = torch.cat([penalty(ids, logits) for penalty, ids, logits in rows_BV])
         next_B = logits_BV.argmax(-1)
         tokens = next_B.tolist()
         for row in unfinished:
@@ -118,17 +123,3 @@ def _decode(
         token_ids = next_B[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return [stop.cut(ids) for ids in generated]
-
-
-def _penalized(
-    logits_BV: Tensor,
-    penalties: Sequence[LogitsProcessorList],
-    rows: Sequence[Sequence[int]],
-    generated: Sequence[Sequence[int]],
-) -> Tensor:
-    """Apply the penalties to each row separately, without its padding."""
-    changed = []
-    for logits_V, penalty, row, ids in zip(logits_BV, penalties, rows, generated, strict=True):
-        seen = torch.tensor([[*row, *ids]], device=logits_V.device)
-        changed.append(penalty(seen, logits_V[None]))
-    return torch.cat(changed)

@@ -15,11 +15,12 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Task
-from trainer.evaluation.statistics import STANDARD_ERROR, ratio_standard_error
+from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_scores
 from trainer.runtime.errors import BadInput
 
 _SANDBOX = Path(__file__).with_name("code_sandbox.py")
@@ -46,6 +47,13 @@ def matches(texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
     return [a.strip() == b.strip() for a, b in zip(texts, targets, strict=True)]
 
 
+def choice_scores(predicted: Sequence[int], gold: Sequence[int]) -> dict[str, float]:
+    """Accuracy, and macro F1 with its standard error, of predicted choices."""
+    f1, error = macro_f1(predicted, gold)
+    rate = accuracy(predicted, gold)
+    return {"accuracy": rate, "macro_f1": f1, f"macro_f1{STANDARD_ERROR}": error}
+
+
 def f1_terms(
     predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]
 ) -> tuple[list[float], list[int]]:
@@ -68,13 +76,8 @@ def label_set_scores(
         task's metric, ``f1`` over all labels of all rows (micro average) with its standard error.
     """
     equal = [float(set(a) == set(b)) for a, b in zip(predicted, gold, strict=True)]
-    scores = {"exact_match": _mean(equal)}
-    if task.metric != "f1":
-        return scores
-    sums, counts = f1_terms(predicted, gold)
-    f1 = sum(sums) / sum(counts) if sum(counts) else 0.0
-    error = ratio_standard_error(sums, counts)
-    return {"f1": f1, **scores, f"f1{STANDARD_ERROR}": error}
+    f1 = ratio_scores("f1", *f1_terms(predicted, gold)) if task.metric == "f1" else {}
+    return f1 | {"exact_match": _mean(equal)}
 
 
 def execution(
@@ -118,7 +121,12 @@ def execution(
         "processes": processes,
         "seccomp": seccomp,
     }
-    jobs = [_job(i, text, calls) for i, (text, calls) in enumerate(zip(texts, tests, strict=True))]
+    jobs: list[dict[str, Any]] = []
+    for i, (text, calls) in enumerate(zip(texts, tests, strict=True)):
+        if not calls:
+            raise ValueError(f"text {i} has no tests")
+        code, args = textwrap.dedent(text).strip(), [call["args"] for call in calls]
+        jobs.append({"index": i, "code": code, "args": args})
     outputs: dict[int, str] = {}
     while pending := [job for job in jobs if job["index"] not in outputs]:
         _, part = _run_sandbox({**request, "jobs": pending})
@@ -147,13 +155,6 @@ def check_sandbox() -> str | None:
         "generated code, so it could signal processes of this user and delete files; see "
         "trainer/evaluation/code_sandbox.py"
     )
-
-
-def _job(index: int, text: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if not calls:
-        raise ValueError(f"text {index} has no tests")
-    code = textwrap.dedent(text).strip()
-    return {"index": index, "code": code, "args": [call["args"] for call in calls]}
 
 
 def _score(output: str, calls: Sequence[Mapping[str, Any]]) -> float:
@@ -197,7 +198,6 @@ def _run_sandbox(request: Mapping[str, Any]) -> tuple[list[str], dict[int, str]]
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             encoding="utf-8",
             cwd=folder,
             env=keep,
@@ -219,10 +219,8 @@ def _run_sandbox(request: Mapping[str, Any]) -> tuple[list[str], dict[int, str]]
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -9,15 +9,14 @@ each) and scores of the choices; the others have only the fields in ``SHORT``. I
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.evaluation.statistics import RATES
-from trainer.runtime import atomic_io
 from trainer.runtime.json_file import parse_json
 
 FOLDER, BASELINES = "predictions", "baselines"
@@ -45,19 +44,6 @@ def files_in(output_dir: Path) -> list[Path]:
     return sorted((output_dir / FOLDER).rglob("*.jsonl"))
 
 
-def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file of predictions atomically.
-
-    Raises:
-        OSError: the disk is full or cannot be written; an earlier file is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_io.replacing(path) as file:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False) + "\n"
-            file.write(line.encode("utf-8", "replace"))
-
-
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; none if it is missing.
 
@@ -79,12 +65,10 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 def step_of(path: Path) -> int | None:
     """Training step of a file's predictions; None if the file is missing or damaged."""
-    try:
-        first = next(read(path), {})
-    except (OSError, ValueError):
-        return None
-    step = first.get("step")
-    return step if isinstance(step, int) else None
+    with suppress(OSError, ValueError):
+        step = next(read(path), {}).get("step")
+        return step if isinstance(step, int) else None
+    return None
 
 
 @dataclass(frozen=True)

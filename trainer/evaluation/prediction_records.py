@@ -25,9 +25,9 @@ from trainer.evaluation.prediction_files import (
     SHORT,
     path_of,
     step_of,
-    write,
 )
 from trainer.evaluation.scoring import Scored
+from trainer.runtime import atomic_io
 
 #: Values of every row by field; long values only of the first ``MAX_TEXTS`` rows.
 Columns = dict[str, Sequence[Any]]
@@ -59,7 +59,11 @@ class Predictions:
         """
         path = path_of(self._output_dir, name)
         try:
-            write(path, self._records(step, rows, columns))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_io.replacing(path) as file:  # an earlier file is unchanged after an error
+                for record in self._records(step, rows, columns):
+                    line = json.dumps(record, ensure_ascii=False) + "\n"
+                    file.write(line.encode("utf-8", "replace"))
         except OSError as error:
             self._warn(f"{path}: predictions not written: {error.strerror or error}")
 
@@ -72,7 +76,7 @@ class Predictions:
         inputs = self._inputs_of(rows)
         task = rows.task
         short_texts = task.multi_label or (task.choices and task.metric != "exact_match")
-        for i, number in enumerate(row_numbers(rows)):
+        for i, number in enumerate(_row_numbers(rows)):
             record: dict[str, Any] = {"step": step, "row": number + 1}
             record |= inputs[i] if i < len(inputs) else {}
             record |= {key: _cut(values[i]) for key, values in columns.items() if i < len(values)}
@@ -85,15 +89,9 @@ class Predictions:
         """Place, input and target of the first rows, computed once per task."""
         task = rows.task
         if task.name not in self._inputs:
-            self._inputs[task.name] = [
-                {
-                    key: _cut(value)
-                    for key, value in (
-                        {"place": rows.rows.where(number)} | _texts(rows.rows[number], task)
-                    ).items()
-                }
-                for number in row_numbers(rows)[:MAX_TEXTS]
-            ]
+            numbers = _row_numbers(rows)[:MAX_TEXTS]
+            inputs = ({"place": rows.rows.where(i)} | _texts(rows.rows[i], task) for i in numbers)
+            self._inputs[task.name] = [{k: _cut(v) for k, v in row.items()} for row in inputs]
         return self._inputs[task.name]
 
 
@@ -110,61 +108,46 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
         columns["probabilities"] = _by_choice(choices, log_likelihoods_RC.softmax(1))
     if scored.texts_R is not None:
         assert scored.targets_R is not None
-        columns |= _text_columns(task, scored.texts_R, scored.targets_R)
+        columns["target"], columns["prediction"] = scored.targets_R, scored.texts_R
+        if task.multi_label:
+            columns |= _label_columns(scored.texts_R, scored.targets_R, task)
         columns["correct"] = scored.correct_R or []
     if scored.teacher_R2 is not None:
         divergence_R, agreement_R = scored.teacher_R2.T.tolist()
         columns["loss"], columns["agreement"] = _finite(divergence_R), _finite(agreement_R)
-        columns["tokens"] = rows.label_counts
     elif scored.nll_R is not None:
         columns["loss"] = _finite(scored.nll_R)
+    if "loss" in columns:
         columns["tokens"] = rows.label_counts
     return columns
 
 
 def answer_columns(rows: EvalSet, answer: str) -> Columns:
     """Fields of every row, for a baseline that always gives the same answer."""
-    task, targets = rows.task, list(gold_answers(rows))
-    if not task.multi_label:
-        correct = [answer == target for target in targets]
-        return {"target": targets, "prediction": [answer] * len(targets), "correct": correct}
-    labels = [answer_labels(target, task) for target in targets]
-    return _label_columns([answer_labels(answer, task)] * len(labels), labels)
+    task = rows.task
+    targets = [gold_target(rows.rows[number], task) for number in _row_numbers(rows)]
+    if task.multi_label:  # the texts of sets of labels
+        (column,) = template_fields(task.target)
+        answer = render(task.target, {column: answer})
+        targets = [render(task.target, {column: target}) for target in targets]
+        return _label_columns([answer] * len(targets), targets, task)
+    correct = [answer == target for target in targets]
+    return {"target": targets, "prediction": [answer] * len(targets), "correct": correct}
 
 
-def _text_columns(task: Task, texts: Sequence[str], targets: Sequence[str]) -> Columns:
-    if not task.multi_label:
-        return {"target": targets, "prediction": texts}
-    return _label_columns(
-        [split_labels(text, task) for text in texts],
-        [split_labels(target, task) for target in targets],
-    )
-
-
-def _label_columns(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> Columns:
+def _label_columns(texts: Sequence[str], targets: Sequence[str], task: Task) -> Columns:
+    predicted, gold = ([split_labels(text, task) for text in side] for side in (texts, targets))
     correct = [set(a) == set(b) for a, b in zip(predicted, gold, strict=True)]
     terms = list(zip(*f1_terms(predicted, gold), strict=True))
     return {"target": gold, "prediction": predicted, "correct": correct, "f1_terms": terms}
 
 
-def gold_answers(rows: EvalSet) -> Iterator[str]:
-    """Yield the correct answer of every row: one of the choices, or a set of labels as text."""
-    for number in row_numbers(rows):
-        yield gold_target(rows.rows[number], rows.task)
-
-
-def row_numbers(rows: EvalSet) -> list[int]:
+def _row_numbers(rows: EvalSet) -> list[int]:
     """Index of every scored row among the rows of its split."""
     candidates = rows.candidates
     first = np.asarray(candidates.kept, np.int64) * candidates.width
     numbers: list[int] = np.asarray(candidates.table.rows_R)[first].tolist()
     return numbers
-
-
-def answer_labels(answer: str, task: Task) -> list[str]:
-    """Split the text of a set of labels."""
-    (column,) = template_fields(task.target)
-    return split_labels(render(task.target, {column: answer}), task)
 
 
 def _by_choice(choices: Sequence[str], values_RC: torch.Tensor) -> list[dict[str, float | None]]:

@@ -35,6 +35,15 @@ def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> fl
     return _error_of_mean(_influence(sums_R, counts_R))
 
 
+def ratio_scores(name: str, sums_R: Sequence[float], counts_R: Sequence[int]) -> dict[str, float]:
+    """Return ``sum(sums) / sum(counts)`` and its standard error as scores; 0 if nothing counts."""
+    total = sum(counts_R)
+    return {
+        name: sum(sums_R) / total if total else 0.0,
+        name + STANDARD_ERROR: ratio_standard_error(sums_R, counts_R),
+    }
+
+
 def rate_standard_error(rate: float, rows: int) -> float:
     """Binomial standard error of a rate over ``rows`` rows.
 

@@ -51,9 +51,7 @@ class StopCriteria:
 
     def is_reached(self, ids: Sequence[int]) -> bool:
         """Whether these tokens contain an end token or, as text, a stop string."""
-        if not self.token_ids.isdisjoint(ids):
-            return True
-        return self._has_stop(ids)
+        return not self.token_ids.isdisjoint(ids) or self._has_stop(ids)
 
     def target(self, ids: Sequence[int]) -> str:
         """Decode a row's target as ``text`` decodes generated tokens.
@@ -81,9 +79,7 @@ class StopCriteria:
         return self._has_stop(ids[-num_bytes - 8 :]) and self._has_stop(ids)
 
     def _has_stop(self, ids: Sequence[int]) -> bool:
-        if not self.strings:
-            return False
-        text = self._decode(ids)
+        text = self._decode(ids) if self.strings else ""
         return any(string in text for string in self.strings)
 
     def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:

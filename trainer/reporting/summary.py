@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
@@ -200,10 +200,10 @@ class RunSummary(_Model):
     prompts: dict[str, PromptResult] = {}
     tasks: dict[str, TaskResult] = {}
     data: dict[str, dict[str, RowCounts]] = {}
-    throughput: Throughput = Field(default_factory=Throughput)
-    memory: Memory = Field(default_factory=Memory)
-    communication: Communication = Field(default_factory=Communication)
-    load: Load = Field(default_factory=Load)
+    throughput: Throughput = Throughput()
+    memory: Memory = Memory()
+    communication: Communication = Communication()
+    load: Load = Load()
     time: dict[str, float] = {}
     versions: dict[str, str] = {}
     world_size: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,7 @@ def _choices(
         report.confusions = list(wrong)[:MAX_CLASSES]
     mistakes = [r for r in records if not r["correct"] and _probability(r) is not None]
     mistakes.sort(key=lambda record: -(_probability(record) or 0.0))
-    report.title = "Most confident mistakes"
-    report.examples = _examples(mistakes)
+    _show(report, "Most confident mistakes", mistakes)
 
 
 def _multi_label(
@@ -130,23 +129,20 @@ def _multi_label(
     )
     missed = [r for r in records if not r["correct"] and "input" in r]
     missed.sort(key=lambda r: -len(set(r["target"]) ^ set(r["prediction"])))
-    report.title = "Rows with the most wrong labels"
-    report.examples = _examples(missed)
+    _show(report, "Rows with the most wrong labels", missed)
 
 
 def _generated(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
-    """Samples at equal distances: the same rows for every prompt."""
+    # At equal distances: the same rows for every prompt.
     shown = [record for record in records if "input" in record]
     picked = sorted({i * len(shown) // MAX_ROWS for i in range(MAX_ROWS)}) if shown else []
-    report.title = "Generated answers and references"
-    report.examples = _examples([shown[i] for i in picked])
+    _show(report, "Generated answers and references", [shown[i] for i in picked])
 
 
 def _losses(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
     scored = [r for r in records if r.get("loss") is not None and "input" in r]
     scored.sort(key=lambda record: -record["loss"] / record["tokens"])
-    report.title = "Rows with the highest loss"
-    report.examples = _examples(scored)
+    _show(report, "Rows with the highest loss", scored)
 
 
 def _classes(
@@ -176,8 +172,9 @@ def _probability(record: dict[str, Any]) -> float | None:
     return probability
 
 
-def _examples(records: Iterable[dict[str, Any]]) -> list[PredictionExample]:
-    return [
+def _show(report: PredictionReport, title: str, records: Sequence[dict[str, Any]]) -> None:
+    report.title = title
+    report.examples = [
         PredictionExample(
             place=str(record.get("place", f"row {record['row']}")),
             input=_text(record.get("input")),
@@ -187,7 +184,7 @@ def _examples(records: Iterable[dict[str, Any]]) -> list[PredictionExample]:
             probability=_probability(record) if isinstance(record.get("prediction"), str) else None,
             loss=record["loss"] / record["tokens"] if record.get("loss") is not None else None,
         )
-        for record in list(records)[:MAX_ROWS]
+        for record in records[:MAX_ROWS]
     ]
 
 
