@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.config import Prompt, RunConfig, load_output
 from trainer.evaluation.prediction_files import HAND_WRITTEN, NO_PROMPT
@@ -76,6 +77,7 @@ def collect(output_dir: Path) -> Report:
         BadInput: a newer version wrote ``summary.json``.
     """
     summary = load_summary(output_dir)
+    results = summary or RunSummary(status="failed")
     config, settings = None, ""
     with suppress(BadInput, OSError):
         config = load_output(output_dir)
@@ -84,9 +86,9 @@ def collect(output_dir: Path) -> Report:
     for line, _ in read_lines(output_dir / METRICS_FILE):
         if line is not None:
             lines[line.prompt].append(line)
-    data = data_splits(output_dir, summary)
+    data = data_splits(output_dir, results)
     tables = task_tables(config, summary) if config else []
-    tasks = [_task_report(output_dir, table, config, summary, lines) for table in tables if config]
+    tasks = [_task_report(output_dir, table, config, results, lines) for table in tables if config]
     ended = max((line.time for group in lines.values() for line in group), default=None)
     speeds = [
         (line.step, line.metrics["useful_tokens_per_second"])
@@ -97,16 +99,16 @@ def collect(output_dir: Path) -> Report:
         title=output_dir.resolve().name,
         status=summary.status if summary else "unfinished",
         ended="" if ended is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(ended)),
-        lead=_lead(config, summary) if config else "",
-        facts=_facts(summary, lines[None]),
-        time=breakdown(summary.time) if summary and summary.time else "",
+        lead=_lead(config, results.world_size) if config else "",
+        facts=_facts(results, lines[None]),
+        time=breakdown(results.time) if results.time else "",
         warnings=run_warnings(summary, data, tables),
         tasks=tasks,
         throughput=sparkline_svg(speeds) if len(speeds) > 1 else "",
         data=data,
-        environment=_environment(output_dir, summary),
+        environment=_environment(output_dir, results),
         settings=settings,
-        commands=_commands(output_dir, config, summary) if config else [],
+        commands=_commands(output_dir, config, results) if config else [],
     )
 
 
@@ -114,12 +116,11 @@ def _task_report(
     output_dir: Path,
     table: TaskTable,
     config: RunConfig,
-    summary: RunSummary | None,
+    results: RunSummary,
     lines: Mapping[str | None, Sequence[Line]],
 ) -> TaskReport:
-    results = summary.prompts if summary else {}
     details = {
-        prompt.name: _detail(prompt, results.get(prompt.name, PromptResult()))
+        prompt.name: _detail(prompt, results.prompts.get(prompt.name, PromptResult()))
         for prompt in config.prompts
         if prompt.task == table.task
     }
@@ -153,13 +154,8 @@ def _levels(table: TaskTable) -> dict[str, float]:
     }
 
 
-def _facts(summary: RunSummary | None, lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Tiles at the top of the page.
-
-    Args:
-        lines: of the whole run, not of one prompt.
-    """
-    summary = summary or RunSummary(status="failed")
+def _facts(summary: RunSummary, lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """Tiles at the top of the page; the lines are those of the whole run."""
     memory, waited = summary.memory, summary.throughput.data_wait_share
     speed = summary.throughput.useful_tokens_per_second
     tokens = max((line.useful_tokens or 0 for line in lines), default=0)
@@ -178,25 +174,21 @@ def _facts(summary: RunSummary | None, lines: Sequence[Line]) -> list[tuple[str,
     return [(name, str(value)) for name, value in facts if value is not None]
 
 
-def _environment(output_dir: Path, summary: RunSummary | None) -> list[tuple[str, str]]:
-    try:
+def _environment(output_dir: Path, summary: RunSummary) -> list[tuple[str, str]]:
+    environment: dict[str, Any] = {}
+    with suppress(BadInput):
         environment = read_json_object(output_dir / "environment.json")
-    except BadInput:
-        environment = {}
     versions = environment.pop("versions", None)
-    if not isinstance(versions, dict):
-        versions = summary.versions if summary else {}
+    versions = versions if isinstance(versions, dict) else summary.versions
     pairs = [*environment.items(), *versions.items()]
     return [(key.replace("_", " "), str(value)) for key, value in pairs if value]
 
 
-def _commands(
-    output_dir: Path, config: RunConfig, summary: RunSummary | None
-) -> list[tuple[str, str]]:
+def _commands(output_dir: Path, config: RunConfig, summary: RunSummary) -> list[tuple[str, str]]:
     """Suggested commands; uploading is one of them only if MLflow could not be reached."""
     folder = shlex.quote(config.output_dir)
-    selected = [best.prompt for best in summary.selected.values()] if summary else []
-    prompt = (selected or [config.prompts[0].name])[0]
+    selected = (best.prompt for best in summary.selected.values())
+    prompt = next(selected, config.prompts[0].name)
     state = ProgressFile(output_dir)
     store = state.store or f"sqlite:///{output_dir.resolve()}/mlflow.db"
     page = state.stores[store].page if store in state.stores else None
@@ -217,11 +209,10 @@ def _commands(
     return [*commands, ("Use it in Python, with PEFT", load)]
 
 
-def _lead(config: RunConfig, summary: RunSummary | None) -> str:
+def _lead(config: RunConfig, ranks: int | None) -> str:
     prompts, tasks = _count(len(config.prompts), "prompt"), _count(len(config.tasks), "task")
     text = f"{prompts} for {tasks}, trained on one frozen {Path(config.base.model).name}"
     text += " in 8 bits" if config.base.quantization == "int8" else ""
-    ranks = summary.world_size if summary else None
     return text + (f" on {_count(ranks, 'rank')}" if ranks else "")
 
 
@@ -241,7 +232,7 @@ def _detail(prompt: Prompt, result: PromptResult) -> str:
 
 
 def _size(count: float | None) -> str | None:
-    """``3.41 MB``."""
+    """Return ``3.41 MB``."""
     if count is None:
         return None
     for unit in ("B", "kB", "MB", "GB"):

@@ -33,18 +33,16 @@ class DataSplit(BaseModel):
     counts: RowCounts = RowCounts()
 
 
-def data_splits(output_dir: Path, summary: RunSummary | None) -> list[DataSplit]:
+def data_splits(output_dir: Path, summary: RunSummary) -> list[DataSplit]:
     """Read ``datasets.json``; a missing or damaged file counts as empty."""
     try:
         values = read_json(output_dir / "datasets.json")
         splits = TypeAdapter(list[DataSplit]).validate_python(values)
     except (BadInput, ValidationError):
         return []
-    data = summary.data if summary else {}
-    return [
-        split.model_copy(update={"counts": data.get(split.task, {}).get(split.split, RowCounts())})
-        for split in splits
-    ]
+    for split in splits:
+        split.counts = summary.data.get(split.task, {}).get(split.split, RowCounts())
+    return splits
 
 
 def run_warnings(
