@@ -137,14 +137,13 @@ def add_majority(
 ) -> None:
     """Add the majority class to the baselines of every task with choices that lacks it."""
     for name, data in tasks.items():
-        if data.task.choices is None or VALIDATION not in data.evaluation:
+        rows = data.evaluation.get(VALIDATION)
+        if data.task.choices is None or rows is None:
             continue
         if MAJORITY not in baselines[name]:
             baselines[name][MAJORITY] = majority_scores(data)
-        file = baseline_file(name, MAJORITY)
+        file, answer = baseline_file(name, MAJORITY), baselines[name][MAJORITY]["answer"]
         if predictions is not None and predictions.missing({file: 0}):
-            rows = data.evaluation[VALIDATION]
-            answer = baselines[name][MAJORITY]["answer"]
             predictions.keep(file, 0, rows, answer_columns(rows, answer))
 
 

@@ -37,7 +37,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,24 +80,21 @@ def set_limits(cpu_seconds: float, memory_bytes: int) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-class SystemCallFilter:
-    """A filter of libseccomp that fails all system calls except ``SYSTEM_CALLS`` with EPERM.
+def make_system_call_filter() -> Callable[[], bool]:
+    """Return a function that lets only ``SYSTEM_CALLS`` of this process pass from now on.
+
+    All others fail with EPERM. The function returns False if the kernel refuses the filter.
 
     Raises:
         OSError: libseccomp is not installed.
     """
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL("libseccomp.so.2")
-        self._library.seccomp_init.restype = ctypes.c_void_p
-        self._filter = ctypes.c_void_p(self._library.seccomp_init(SECCOMP_EPERM))
-        for name in SYSTEM_CALLS:  # a name that this architecture lacks gets a negative number
-            number = self._library.seccomp_syscall_resolve_name(name.encode())
-            self._library.seccomp_rule_add(self._filter, SECCOMP_ALLOW, number, 0)
-
-    def apply(self) -> bool:
-        """Filter this process from now on; False if the kernel refuses."""
-        return bool(self._library.seccomp_load(self._filter) == 0)
+    library = ctypes.CDLL("libseccomp.so.2")
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(SECCOMP_EPERM))
+    for name in SYSTEM_CALLS:  # a name that this architecture lacks gets a negative number
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        library.seccomp_rule_add(context, SECCOMP_ALLOW, number, 0)
+    return lambda: bool(library.seccomp_load(context) == 0)
 
 
 def isolate(libc: Any) -> bool:
@@ -160,7 +157,7 @@ def run_child(job: dict[str, Any], request: dict[str, Any], out: int) -> None:
     os.dup2(out, 3)
     os.closerange(4, 256)
     set_limits(request["cpu_seconds"], request["memory_bytes"])
-    if request["filter"] is not None and not request["filter"].apply():
+    if request["filter"] is not None and not request["filter"]():
         return
     namespace: dict[str, Any] = {"__name__": "program"}
     exec(compile(job["code"], "program", "exec"), namespace)  # this process exists for it
@@ -211,7 +208,7 @@ def main() -> None:
     request["filter"] = None
     if request["seccomp"]:
         with contextlib.suppress(OSError):
-            request["filter"] = SystemCallFilter()
+            request["filter"] = make_system_call_filter()
     for name in MODULES:
         importlib.import_module(name)
     time.localtime()  # reads the time zone

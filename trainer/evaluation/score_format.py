@@ -97,11 +97,7 @@ def column_title(key: str) -> str:
 
 
 def describe(scores: Mapping[str, float], metric: str, num_rows: Mapping[str, int]) -> str:
-    """Format the task's metric and the losses with 95% intervals, in one line.
-
-    Args:
-        num_rows: scored rows of each split.
-    """
+    """Format the task's metric and the losses with 95% intervals, in one line."""
     names = [f"validation_{metric}", f"shifted_validation_{metric}"]
     names += ["validation_loss", f"validation{DIVERGENCE}", "validation_agreement"]
     shown = [name for name in dict.fromkeys(names) if name in scores]

@@ -117,7 +117,6 @@ def _prompt_results(loop: Loop) -> dict[str, dict[str, Any]]:
 
 
 def _num_rows(data: TaskData) -> dict[str, int]:
-    """Number of scored rows of each split."""
     return {split: len(rows.candidates) for split, rows in data.evaluation.items()}
 
 

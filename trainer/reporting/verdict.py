@@ -13,8 +13,7 @@ def describe_comparison(
 
     Args:
         column: of the compared scores.
-        score: the best prompt and its score, as text.
-        against: the best baseline and its score, as text.
+        score, against: the best prompt and the best baseline with their scores, as text.
         num_prompts: of the task.
     """
     rows, p_value = f"{comparison.rows:,}", comparison.p_value
