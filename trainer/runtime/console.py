@@ -119,11 +119,7 @@ class Console:
         *,
         announce: bool = False,
     ) -> Iterator[Phase]:
-        """Display a phase while the block runs.
-
-        Args:
-            announce: print a line at the start if there is no terminal.
-        """
+        """Display a phase while the block runs; ``announce``: print a line without a terminal."""
         phase = Phase(what, total, unit, done)
         if announce and not self._out.is_terminal:
             self.print(what if total is None else f"{what} ({phase.size})")

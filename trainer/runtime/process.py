@@ -25,8 +25,7 @@ UNKNOWN = "unknown"
 def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) -> None:
     """Have Linux send this process a signal when its parent dies for any reason.
 
-    Args:
-        parent: PID of the parent, which may be dead already; 0: the current parent.
+    The parent of PID ``parent`` may be dead already; 0 is the current parent.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -80,10 +80,7 @@ class MetricsLog:
     def rewind(self, step: int, *, validated: bool = True) -> None:
         """Drop lines after ``step``, which a resumed run repeats. Call it before the sender starts.
 
-        The file is replaced atomically.
-
-        Args:
-            validated: False if the validation of ``step`` itself is repeated too.
+        ``validated`` is False if the validation of ``step`` itself is repeated too.
         """
         self._file.close()
         with atomic_io.replacing(self.path, durable=True) as out:
@@ -95,12 +92,9 @@ class MetricsLog:
         self._file = self._open()
 
     def restore(self) -> bool:
-        """Write the file again, with all its lines, if it was deleted or moved.
+        """Write the file again, with all its lines, if it was deleted or moved; return whether.
 
         Its content exists as long as this process has it open.
-
-        Returns:
-            Whether the file was missing.
         """
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):

@@ -286,12 +286,7 @@ class MlflowStore:
             )
 
     def end(self, status: str, results: FinalResults | None, time: float) -> None:
-        """Send final results and the run's status.
-
-        Args:
-            results: None if the run was killed.
-            time: when the run ended, in Unix seconds.
-        """
+        """Send final results, None if the run was killed, and its status and Unix end time."""
         if results is not None:
             lines = []
             for name, result in results.prompts.items():

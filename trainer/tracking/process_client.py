@@ -167,11 +167,8 @@ class TrackingClient:
 def sync_later(output_dir: Path, name: str, saved: str | None) -> str:
     """Return the command that sends the rest later.
 
-    It names the store only if ``resolve`` would not choose it, or not trust it.
-
-    Args:
-        name: of the store.
-        saved: ``tracking.uri`` in ``run.yaml``.
+    It gives the ``name`` of the store only if ``resolve`` would not choose it for the ``saved``
+    address of ``run.yaml``, or not trust it.
     """
     if saved and HIDDEN in saved and scheme_of(saved) not in HTTP:
         return sync_command(output_dir)  # it requires the address with its password
