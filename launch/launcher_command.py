@@ -181,11 +181,11 @@ def check_remote(arguments: Sequence[str]) -> None:
                 f"{text!r}: the launcher cannot pass this over ssh unchanged; write it into the "
                 "run file"
             )
-    for tool in ("pdsh", "ssh"):
-        if shutil.which(tool) is None:
-            problems.append(
-                f"--hostfile: {tool} is not installed; the launcher reaches hosts with it"
-            )
+    problems += [
+        f"--hostfile: {tool} is not installed; the launcher reaches hosts with it"
+        for tool in ("pdsh", "ssh")
+        if shutil.which(tool) is None
+    ]
     if problems:
         raise BadInput(problems)
 
@@ -206,11 +206,7 @@ def place_command(module: str, place: Place, devices: Devices) -> list[str]:
 
 
 def hostfile_command(
-    module: str,
-    arguments: Sequence[str],
-    hostfile: str,
-    processes: int | None,
-    port: int,
+    module: str, arguments: Sequence[str], hostfile: str, processes: int | None, port: int
 ) -> list[str]:
     """Return the command that runs a module on all hosts of a hostfile, over ssh.
 
@@ -265,18 +261,11 @@ def free_port() -> int:
 
 
 def _per_node(
-    module: str,
-    ids: Mapping[str, Sequence[int]],
-    node_rank: int,
-    address: str,
-    port: int,
+    module: str, ids: Mapping[str, Sequence[int]], node_rank: int, address: str, port: int
 ) -> list[str]:
     """Return the command of ``deepspeed.launcher.launch``, which starts the ranks of one host.
 
     ``deepspeed`` would start the same with ``-m``, and so import from the working directory first.
-
-    Args:
-        ids: device ordinals of every host.
     """
     world = json.dumps({name: list(devices) for name, devices in ids.items()})
     return [

@@ -20,6 +20,7 @@ import psutil
 from launch import launcher_command, launcher_process, messages, preflight
 from launch.exit_report import ExitReport
 from launch.launcher_command import Host, Place
+from launch.start import count
 from trainer.config import load
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
@@ -46,16 +47,15 @@ def run(
     )
     if len(gpus) < slots and (gpus or need_gpus):
         raise BadInput(
-            f"{name}: {len(gpus)} {'GPU' if len(gpus) == 1 else 'GPUs'} visible, but {slots} "
-            "processes requested; request fewer GPUs per host, or leave this host out"
+            f"{name}: {count(len(gpus), 'GPU')} visible, but {slots} processes requested; request "
+            "fewer GPUs per host, or leave this host out"
         )
     if place.rank == 0:
         refuse_taken(place.port)
     devices = launcher_command.choose_devices(slots, gpus)
     cores = len(os.sched_getaffinity(0))
     environment = launcher_command.environment(os.environ, devices, cores, arguments)
-    interface = _interface(place)
-    if interface is not None:
+    if interface := _interface(place):
         # gloo would use the address of this host's name, which is 127.0.1.1 on Debian
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     log = preflight.open_log(output_dir, f"launcher-host{place.rank}.log")
@@ -76,11 +76,7 @@ def run(
 
 
 def refuse_taken(port: int) -> None:
-    """Check the rendezvous port now; ranks would only notice a conflict after minutes.
-
-    Raises:
-        BadInput: if the port cannot be bound.
-    """
+    """Refuse a port that cannot be bound; ranks would only notice a conflict after minutes."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like torch's TCPStore
         try:
@@ -96,24 +92,17 @@ def reaches(host: Host, port: int) -> bool:
     """Whether a host answers at all; a refused connection counts as an answer."""
     try:
         socket.create_connection((host.name, port), REACH_SECONDS).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
     return True
 
 
 def _interface(place: Place) -> str | None:
-    """Return the network interface that reaches the other hosts; None if there are none.
-
-    Raises:
-        BadInput: if the address of the first host cannot be resolved.
-    """
+    """Return the network interface that reaches the other hosts; None if there are none."""
     for target in (place.address, *[host.name for host in place.others][:1]):
         try:
-            family, _, _, _, address = socket.getaddrinfo(
-                target, place.port, type=socket.SOCK_DGRAM
-            )[0]
+            resolved = socket.getaddrinfo(target, place.port, type=socket.SOCK_DGRAM)
+            family, _, _, _, address = resolved[0]
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect(address)  # sends nothing
                 own = probe.getsockname()[0]
@@ -123,13 +112,10 @@ def _interface(place: Place) -> str | None:
                     f"--master-addr: {target!r} cannot be reached from {place.host.name}: "
                     f"{error.strerror}; give a name or address that all hosts can resolve"
                 ) from None
-            continue
     if not place.others:
         return None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address == own for item in addresses):
-            return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, used in interfaces if own in [a.address for a in used]), None)
 
 
 def main(words: Sequence[str] | None = None) -> int:

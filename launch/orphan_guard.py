@@ -11,32 +11,23 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 DONE = b"done"
 GRACE_SECONDS = 10.0
-
-
-def alive(group: int) -> bool:
-    """Whether the process group has any process, zombies included."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def main() -> None:
     group = int(sys.argv[1])
     if sys.stdin.buffer.read() == DONE:
         return
-    for ending, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 0.0)):
-        try:
-            os.killpg(group, ending)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + seconds
-        while alive(group) and time.monotonic() < deadline:
+    with suppress(ProcessLookupError):  # the group has ended
+        os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
             time.sleep(0.1)
+            os.killpg(group, 0)
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -38,38 +38,13 @@ OWN_OPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Resources of a job, named as in sbatch(1).
+class Job:
+    """A job. Paths are as seen from its nodes; resources are named as in sbatch(1).
 
     Attributes:
         gpus_per_node: also the number of ranks per node; None to run on CPUs.
         processes_per_node: ranks per node without GPUs.
         extra: further sbatch options, such as ``--constraint=h100``.
-    """
-
-    nodes: int
-    gpus_per_node: int | None = None
-    processes_per_node: int = 1
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    mem: str | None = None
-    cpus_per_task: int | None = None
-    dependency: str | None = None
-    extra: tuple[str, ...] = ()
-
-    @property
-    def slots(self) -> int:
-        """Ranks per node."""
-        return self.gpus_per_node or self.processes_per_node
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job. Paths are as seen from its nodes.
-
-    Attributes:
         tasks: ``(RUN.yaml, key=value, ...)`` of each task of a job array; a single one: no array.
         at_once: maximum number of array tasks that run at once; None for no limit.
         code: the folder that holds trainer/ and launch/.
@@ -84,7 +59,17 @@ class Job:
     """
 
     name: str
-    resources: Resources
+    nodes: int
+    gpus_per_node: int | None = None
+    processes_per_node: int = 1
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    cpus_per_task: int | None = None
+    dependency: str | None = None
+    extra: tuple[str, ...] = ()
     tasks: tuple[tuple[str, ...], ...]
     at_once: int | None = None
     code: str = "."
@@ -102,24 +87,23 @@ class Job:
 
 def problems(job: Job) -> Iterator[str]:
     """Problems of a job's options: what Slurm would refuse or misread."""
-    resources = job.resources
     for option, number in (
-        ("--nodes", resources.nodes),
-        ("--gpus-per-node", resources.gpus_per_node),
-        ("--processes-per-node", resources.processes_per_node),
-        ("--cpus-per-task", resources.cpus_per_task),
+        ("--nodes", job.nodes),
+        ("--gpus-per-node", job.gpus_per_node),
+        ("--processes-per-node", job.processes_per_node),
+        ("--cpus-per-task", job.cpus_per_task),
         ("--at-once", job.at_once),
     ):
         if number is not None and number < 1:
             yield f"{option}: {number} is too few; give 1 or more"
-    if resources.gpus_per_node is not None and resources.processes_per_node != 1:
+    if job.gpus_per_node is not None and job.processes_per_node != 1:
         yield "--processes-per-node: is for nodes without GPUs; remove it, or --gpus-per-node"
     for option, value, pattern, remedy in (
-        ("--partition", resources.partition, rf"{_NAMES}(,{_NAMES})*", "give a name of `sinfo`"),
-        ("--account", resources.account, r"[\w.@+-]+", "give a name without spaces"),
-        ("--qos", resources.qos, _NAMES, "give a name without spaces"),
-        ("--mem", resources.mem, r"\d+[KMGT]?", "give megabytes, or as 64G; 0 is all of a node"),
-        ("--dependency", resources.dependency, rf"{_AFTER}([,?]{_AFTER})*", "write afterok:JOB_ID"),
+        ("--partition", job.partition, rf"{_NAMES}(,{_NAMES})*", "give a name of `sinfo`"),
+        ("--account", job.account, r"[\w.@+-]+", "give a name without spaces"),
+        ("--qos", job.qos, _NAMES, "give a name without spaces"),
+        ("--mem", job.mem, r"\d+[KMGT]?", "give megabytes, or as 64G; 0 is all of a node"),
+        ("--dependency", job.dependency, rf"{_AFTER}([,?]{_AFTER})*", "write afterok:JOB_ID"),
     ):
         if value is not None and not re.fullmatch(pattern, value, flags=re.ASCII):
             yield f"{option}: {value!r} is not valid; {remedy}"
@@ -131,18 +115,14 @@ def problems(job: Job) -> Iterator[str]:
             yield f"--container-mounts: {mount!r} is not valid; write SOURCE:TARGET, absolute paths"
     if job.mounts and job.container is None:
         yield "--container-mounts: needs --container-image"
-    for option in resources.extra:
+    for option in job.extra:
         yield from _extra_problems(option)
     yield from _time_problems(job)
     if job.max_requeues < 0:
         yield f"--max-requeues: {job.max_requeues} is too few; give 0 for none"
     texts = [job.name, job.code, job.python, job.log, job.container or "", job.chdir or ""]
-    for text in [
-        *texts,
-        *job.mounts,
-        *resources.extra,
-        *(word for task in job.tasks for word in task),
-    ]:
+    texts += [*job.mounts, *job.extra, *(word for task in job.tasks for word in task)]
+    for text in texts:
         if has_controls(text):
             yield f"{text!r}: has a line break or control character; rename it, or write another"
 
@@ -162,7 +142,7 @@ def _extra_problems(option: str) -> Iterator[str]:
 
 
 def _time_problems(job: Job) -> Iterator[str]:
-    time, ahead = job.resources.time, job.signal_seconds
+    time, ahead = job.time, job.signal_seconds
     if not 0 < ahead <= MAX_SIGNAL_SECONDS:
         yield f"--signal-seconds: {ahead} is not within 1 to {MAX_SIGNAL_SECONDS}"
     if time is None:
@@ -203,19 +183,18 @@ def render(job: Job) -> str:
 
 
 def _options(job: Job) -> Iterator[str]:
-    resources = job.resources
     options = {
         "job-name": job.name,
-        "nodes": resources.nodes,
+        "nodes": job.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": resources.gpus_per_node,
-        "cpus-per-task": resources.cpus_per_task,
-        "mem": resources.mem,
-        "time": resources.time,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "dependency": resources.dependency,
+        "gpus-per-node": job.gpus_per_node,
+        "cpus-per-task": job.cpus_per_task,
+        "mem": job.mem,
+        "time": job.time,
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+        "dependency": job.dependency,
     }
     if len(job.tasks) > 1:
         limit = f"%{job.at_once}" if job.at_once else ""
@@ -226,7 +205,7 @@ def _options(job: Job) -> Iterator[str]:
         if value is not None:
             yield f"#SBATCH --{option}={directive(str(value))}"
     yield f"#SBATCH --{'requeue' if job.max_requeues else 'no-requeue'}"
-    for option in resources.extra:
+    for option in job.extra:
         name, equals, value = option.partition("=")
         yield f"#SBATCH {name}{equals}{directive(value) if equals else ''}"
 
@@ -278,12 +257,11 @@ log "on ${{#hosts[@]}} nodes (${{hosts[*]}}), restart $restarts, port $port\""""
 
 def _srun(job: Job) -> Iterator[str]:
     """The srun command, one line per element. One task per node; SLURM_NODEID is its node rank."""
-    resources = job.resources
     # when one node fails, the others still get time to save
-    yield f"srun --nodes={resources.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
+    yield f"srun --nodes={job.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
     yield f"--wait={WAIT_SECONDS}"
-    if resources.cpus_per_task is not None:
-        yield f"--cpus-per-task={resources.cpus_per_task}"  # not inherited from sbatch since 22.05
+    if job.cpus_per_task is not None:
+        yield f"--cpus-per-task={job.cpus_per_task}"  # not inherited from sbatch since 22.05
     if job.container is not None:
         yield shlex.quote(f"--container-image={job.container}")
         mounts = [*job.mounts]
@@ -299,9 +277,10 @@ def _srun(job: Job) -> Iterator[str]:
     # by path, because -m would import from the working directory first
     bootstrap = f"{job.code}/trainer/runtime/bootstrap.py"
     yield f"{shlex.quote(job.python)} {shlex.quote(bootstrap)} launch.node"
-    if resources.gpus_per_node is not None:
+    if job.gpus_per_node is not None:
         yield "--need-gpus"
-    yield f'--hosts "$(IFS=,; echo "${{hosts[*]}}")" --slots {resources.slots}'
+    slots = job.gpus_per_node or job.processes_per_node
+    yield f'--hosts "$(IFS=,; echo "${{hosts[*]}}")" --slots {slots}'
     yield '--master-addr "${hosts[0]}" --master-port "$port" "$@" &'
 
 

@@ -16,7 +16,7 @@ from launch import messages, preflight, slurm, status_text
 from launch import status as run_status
 from launch import submit as submission
 from launch.arguments import Fresh, Overrides, RunDir, RunFile, option
-from launch.slurm import Job, Resources
+from launch.slurm import Job
 from trainer.config import PROJECT_ROOT, RunConfig
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import redact
@@ -89,19 +89,17 @@ def submit(
     overrides = overrides or []
     job = Job(
         name=job_name or "promptshard",
-        resources=Resources(
-            nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            processes_per_node=processes_per_node,
-            time=time,
-            partition=partition,
-            account=account,
-            qos=qos,
-            mem=mem,
-            cpus_per_task=cpus_per_task,
-            dependency=dependency,
-            extra=tuple(sbatch or ()),
-        ),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        processes_per_node=processes_per_node,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        mem=mem,
+        cpus_per_task=cpus_per_task,
+        dependency=dependency,
+        extra=tuple(sbatch or ()),
         tasks=((run_file, *overrides),),
         at_once=at_once,
         code=str(PROJECT_ROOT),
@@ -120,7 +118,14 @@ def submit(
     if not dry_run:
         submission.check_slurm()
     output_dir, tasks, configs = _checked(run_file, overrides, array or [])
-    job = _named(job, job_name, output_dir, tasks)
+    folder = Path(output_dir).absolute()
+    job = replace(
+        job,
+        name=job_name or folder.name,
+        tasks=tuple(tasks),
+        mounts=(*job.mounts, f"{folder}:{folder}") if container_image else job.mounts,
+        log="slurm-%A_%a.out" if len(tasks) > 1 else "slurm-%j.out",
+    )
     if problems := list(slurm.problems(job)):  # again, now with the run file's names
         raise BadInput(problems)
     if dry_run:
@@ -137,13 +142,12 @@ def submit(
             f"output_dir: job {last.id} for {output_dir} is {last.state.lower()}; scancel it, "
             f"give another output_dir, or wait for it: --dependency afterany:{last.id}"
         )
-    job, folder = submission.freeze(job, configs, output_dir)
-    number = submission.submit(job, folder, configs)
+    job, frozen = submission.freeze(job, configs, output_dir)
+    number = submission.submit(job, frozen, configs)
     kind = f"job array {number} of {len(configs)} tasks" if len(configs) > 1 else f"job {number}"
-    typer.echo(f"submitted {kind}: {folder / 'job.sbatch'}")
-    typer.echo(
-        f"log:      {job.log.replace('%%', '%').replace('%j', number).replace('%A', number)}"
-    )
+    typer.echo(f"submitted {kind}: {frozen / 'job.sbatch'}")
+    log = job.log.replace("%%", "%").replace("%j", number).replace("%A", number)
+    typer.echo(f"log:      {log}")
     typer.echo(f"status:   promptshard status {shlex.quote(output_dir)}")
     typer.echo(f"stop:     scancel {number}   (saves first; submit again to resume)")
 
@@ -170,9 +174,7 @@ def _checked(
         return config.output_dir, [(run_file, *overrides)], [config]
     own = submission.array_tasks(array, config.output_dir)
     tasks = [(run_file, *overrides, *settings) for settings in own]
-    configs = []
-    for task in tasks:
-        configs.append(preflight.check_run(task[0], task[1:], printed))
+    configs = [preflight.check_run(run_file, task[1:], printed) for task in tasks]
     return config.output_dir, tasks, configs
 
 
@@ -185,11 +187,3 @@ def _refuse_passwords(tasks: Sequence[tuple[str, ...]]) -> None:
             "file, or submit without --dry-run, which keeps it in a file that only you can read"
             for word in words
         )
-
-
-def _named(job: Job, name: str | None, output_dir: str, tasks: Sequence[tuple[str, ...]]) -> Job:
-    """Add tasks, name, log and the mounts that a container needs."""
-    folder = Path(output_dir).absolute()
-    mounts = (*job.mounts, f"{folder}:{folder}") if job.container else job.mounts
-    log = "slurm-%A_%a.out" if len(tasks) > 1 else "slurm-%j.out"
-    return replace(job, name=name or folder.name, tasks=tuple(tasks), mounts=mounts, log=log)

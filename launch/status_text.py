@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,17 +52,15 @@ def _text(status: Status, now: float | None) -> str:
     if status.checkpoint is not None:
         lines.append(f"checkpoint: step {status.checkpoint}")
     for name, values in status.metrics.items():
-        shown = "  ".join(f"{key} {value:.4f}" for key, value in shown_metrics(values).items())
+        shown = "  ".join(
+            f"{key} {value:.4f}"
+            for key, (_, value) in values.items()
+            if key == "train_loss" or key.startswith("validation_")
+        )
         ended = status.stopped.get(name, "finished")
         why = f"  ({ended.replace('_', ' ')})" if ended != "finished" else ""
         lines.append(f"{name}: {shown}{why}")
     return "\n".join(lines)
-
-
-def shown_metrics(values: Mapping[str, tuple[int, float]]) -> dict[str, float]:
-    """The training loss and the validation metrics of a prompt."""
-    names = [n for n in values if n == "train_loss" or n.startswith("validation_")]
-    return {name: values[name][1] for name in names}
 
 
 def _line(status: Status, now: float) -> str:

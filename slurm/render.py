@@ -7,9 +7,10 @@ submit`` does more: it checks the run file first, and keeps a copy of it and of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from launch.slurm import Job, Resources, render
+from launch.slurm import Job, render
 
 QUICKSTART = "examples/quickstart.yaml"
 #: Two prompts, a few steps, few validation rows: to see that a cluster works.
@@ -22,31 +23,39 @@ SEEDS = tuple(
     (QUICKSTART, f"training.seed={seed}", f"output_dir=runs/quickstart/seed-{seed}")
     for seed in (0, 1, 2)
 )
-WHOLE_NODE = Resources(nodes=1, gpus_per_node=8, cpus_per_task=64, mem="0", time="04:00:00")
+ONE_NODE = Job(
+    name="one-node",
+    nodes=1,
+    gpus_per_node=8,
+    cpus_per_task=64,
+    mem="0",
+    time="04:00:00",
+    tasks=((QUICKSTART,),),
+)
 
 EXAMPLES = {
-    "one-node": Job(name="one-node", resources=WHOLE_NODE, tasks=((QUICKSTART,),)),
-    "four-nodes": Job(
+    "one-node": ONE_NODE,
+    "four-nodes": replace(
+        ONE_NODE,
         name="four-nodes",
-        resources=Resources(
-            nodes=4, gpus_per_node=8, cpus_per_task=64, mem="0", time="12:00:00", partition="gpu"
-        ),
-        tasks=((QUICKSTART,),),
+        nodes=4,
+        time="12:00:00",
+        partition="gpu",
         modules=("cuda/12.4",),
     ),
-    "long-requeueing": Job(
+    "long-requeueing": replace(
+        ONE_NODE,
         name="long-requeueing",
-        resources=Resources(nodes=4, gpus_per_node=8, cpus_per_task=64, mem="0", time="1-00:00:00"),
+        nodes=4,
+        time="1-00:00:00",
         tasks=((QUICKSTART, "training.steps=30000", "checkpoint.every=100"),),
         signal_seconds=600,
         max_requeues=100,
     ),
-    "sweep-array": Job(
-        name="sweep-array", resources=WHOLE_NODE, tasks=SEEDS, at_once=2, log="slurm-%A_%a.out"
+    "sweep-array": replace(
+        ONE_NODE, name="sweep-array", tasks=SEEDS, at_once=2, log="slurm-%A_%a.out"
     ),
-    "cpu-smoke-test": Job(
-        name="cpu-smoke-test", resources=Resources(nodes=2, time="00:10:00"), tasks=(SMOKE,)
-    ),
+    "cpu-smoke-test": Job(name="cpu-smoke-test", nodes=2, time="00:10:00", tasks=(SMOKE,)),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import Job, Resources, pattern, render
+from launch.slurm import Job, pattern, render
 from tests.slurm.conftest import Desk, alive_in, read, until
 
 #: Notes how it was called. ``code=N`` in its arguments is its exit code in the first session,
@@ -54,7 +54,8 @@ def job(desk: Desk, name: str, *tasks: tuple[str, ...], **settings: object) -> s
     log = f"{name}-%A_%a.out" if len(tasks) > 1 else f"{name}-%j.out"
     made = Job(
         name=name,
-        resources=Resources(nodes=2, time="5"),
+        nodes=2,
+        time="5",
         tasks=tasks,
         code=str(desk.path / "code"),
         python=str(desk.path / "python.sh"),

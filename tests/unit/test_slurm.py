@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launch import slurm, status, status_text, submit
-from launch.slurm import Job, Resources
+from launch.slurm import Job
 from slurm.render import EXAMPLES
 from tests.unit.test_launch import promptshard as run_promptshard
 from tests.unit.test_launch import run_file  # noqa: F401
@@ -42,12 +42,7 @@ def test_no_other_script_is_shipped():
 
 
 def job(**settings: Any) -> Job:
-    resources = {name: settings.pop(name) for name in list(settings) if name in RESOURCES}
-    asked = Resources(**{"nodes": 2} | resources)
-    return dataclasses.replace(Job(name="a", resources=asked, tasks=(("run.yaml",),)), **settings)
-
-
-RESOURCES = {field.name for field in dataclasses.fields(Resources)}
+    return dataclasses.replace(Job(name="a", nodes=2, tasks=(("run.yaml",),)), **settings)
 
 
 @pytest.mark.parametrize(
