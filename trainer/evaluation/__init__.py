@@ -7,6 +7,6 @@
 4. ``statistics``: standard errors, intervals and paired tests; ``score_format``: numbers as text
 5. ``baselines``: all baselines of a run -> scores by task; ``baseline_cache`` keeps likelihoods
    under the base model alone between runs
-6. ``prediction_records``: ``Scored`` -> one record per row; ``prediction_files``: reads and writes
-   the records in ``predictions/``
+6. ``prediction_records``: ``Scored`` -> one record per row, written to ``predictions/``;
+   ``prediction_files``: names of these files, and reads them
 """
