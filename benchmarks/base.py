@@ -345,15 +345,14 @@ def make(folder: str, head: str = "tied") -> None:
 
 
 def _ranks(folder: Path, arm: str, *arguments: str) -> dict[str, Any]:
-    from launch.launcher_command import Devices, environment, free_port, local_arguments
+    from launch.launcher_command import Devices, environment, free_port, local_command
 
     print(f"{arm} {' '.join(arguments)}: {RANKS} ranks ...", file=sys.stderr, flush=True)
     devices = Devices("cpu", tuple(range(RANKS)))
     out = folder.parent / "result.json"
-    command = local_arguments(
-        "benchmarks.base", [arm, str(out), str(folder), *arguments], devices, free_port()
-    )
-    _run(command, environment(os.environ, devices, os.cpu_count() or 1))
+    words = [arm, str(out), str(folder), *arguments]
+    environ = environment(os.environ, devices, os.cpu_count() or 1, words)
+    _run(local_command("benchmarks.base", devices, free_port()), environ)
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 
