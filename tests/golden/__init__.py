@@ -54,10 +54,12 @@ def environment(ranks: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         return result | {"cuda": torch.version.cuda}
     cpu_info = Path("/proc/cpuinfo")
-    vendor = re.search(r"vendor_id\s*: (\S+)", cpu_info.read_text() if cpu_info.exists() else "")
+    text = cpu_info.read_text() if cpu_info.exists() else ""
+    processor = [re.search(rf"{key}\s*: (\S+)", text) for key in ("vendor_id", "family", "model")]
     return result | {
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "vendor": vendor and vendor[1],  # MKL chooses its kernels by it
+        # MKL and oneDNN choose their kernels by it
+        "processor": " ".join(match[1] for match in processor if match),
         "cores": len(os.sched_getaffinity(0)),  # the launcher divides them among the ranks
     }
 
