@@ -21,16 +21,16 @@ BUCKET_RATIO = 0.7
 
 @dataclass(frozen=True)
 class Scores:
-    """How a layer turns queries and keys into attention scores.
+    """Parameters of a layer's attention scores.
 
     Attributes:
         scaling: factor of the products.
         window: number of positions a token attends to, including its own; None: all.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: uncapped.
-        sinks_A: one score per head without a key, which takes part in the softmax (gpt-oss).
-        slopes: per head, what a score gains per position of the key (ALiBi, arXiv 2108.12409).
-        slope_dtype: the gain is rounded to this type,
-        slope_scaling: and then multiplied by this factor.
+        sinks_A: an extra score per head in the softmax, without a key (gpt-oss).
+        slopes: per head, gain of the score per position of the key (ALiBi, arXiv 2108.12409).
+        slope_dtype: type of the slopes and of their products with positions.
+        slope_scaling: factor of the gain, applied after rounding.
     """
 
     scaling: float
@@ -52,7 +52,7 @@ class Bucket:
         key_SK: index of each key, prefixes first.
         query_position_SQ: positions of the queries, counted from the start of their prefix.
         key_position_SK: positions of the keys.
-        mask: True where a query attends to a key, without window: [S, 1, Q, K].
+        mask: True where a query attends to a key, ignoring the window: [S, 1, Q, K].
     """
 
     query_SQ: Tensor
@@ -144,7 +144,7 @@ def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
 
 
 def _candidate_runs(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Candidates of each row; attended to as one run, so that their prefix is laid out once."""
+    """Runs of the candidates of each row, so that their common prefix is laid out once."""
     candidates = [segment for segment in segments if segment.candidate]
     runs = [list(run) for _, run in itertools.groupby(candidates, key=lambda s: s.prefix)]
     for run in runs:
@@ -177,8 +177,8 @@ def _bucket(group: Sequence[Sequence[Segment]]) -> Bucket:
     prefix = torch.arange(int(prefix_length.max()))[None]
     query_SQ = torch.tensor([run[0].start for run in group])[:, None]
     query_SQ = query_SQ + torch.minimum(column, length - 1)
-    # Padding stays within the segment's own prompt: even a masked key receives 0 * NaN in backward,
-    # so keys of another prompt, which may have diverged, must not be here.
+    # Padding repeats keys of the segment's own prompt: even masked keys receive 0 * NaN in
+    # backward, so a prompt that diverged would spread to any other prompt used here.
     prefix_SP = stack_padded([prefix_indices(run[0]) for run in group])[:, : prefix.shape[1]]
     causal = column[:, :, None] >= column[:, None, :]  # [1, Q, Q]
     own_SQ = column  # index within the segment
@@ -205,7 +205,7 @@ def stack_padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def prefix_indices(segment: Segment) -> Tensor:
-    """Indices of the tokens of a segment's prefixes; without any, that of its own first token."""
+    """Indices of the tokens of a segment's prefixes; if it has none, of its own first token."""
     if not segment.prefix_length:
         return torch.tensor([segment.start])
     return torch.cat([torch.arange(p.start, p.start + p.length) for p in segment.prefixes])

@@ -1,4 +1,4 @@
-"""Attention over buckets of segments, with scaled-dot-product attention or, if needed, by hand.
+"""Attention over buckets of segments, with torch's kernels or, for softcap and sinks, without.
 
 Shape letters: T tokens of a packed batch, U keys (T tokens and those of prefix tuning), S segments
 of a bucket, Q longest segment, P longest prefix, K = P + Q keys, A attention heads, D head size.
@@ -42,8 +42,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class _PackedOnCpu(torch.autograd.Function):
     """Attention that saves only packed queries, keys, values, outputs and log-sums.
 
-    The buckets' copies of them, with padding and the prompt repeated for every row, are gathered
-    again in backward; therefore the kernels of scaled-dot-product attention are called directly.
+    Backward gathers the padded buckets again, in which every row repeats its prompt. To do so, it
+    calls the kernel of scaled-dot-product attention directly.
     """
 
     @staticmethod

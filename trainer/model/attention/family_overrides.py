@@ -1,8 +1,7 @@
 """Packed attention for families that do not use transformers' attention interface.
 
-Some families implement attention in their own modules: the projections stay theirs, and the part
-between them is replaced. Some pass nothing but an attention mask to their layers, so the layout is
-passed in place of the mask.
+Where a family implements attention in its own module, only the part between the projections is
+replaced. Families that pass only an attention mask to their layers get the layout in its place.
 
 Shape letters: T tokens of a packed batch, A attention heads, D head size.
 """
@@ -90,11 +89,11 @@ class _PackedScores(nn.Module):
 
 
 class PackedGPTJAttention(_PackedScores, GPTJAttention):
-    """GPT-J: rotation and projections are its own."""
+    """GPT-J: rotation and projections are not replaced."""
 
 
 class PackedCodeGenAttention(_PackedScores, CodeGenAttention):
-    """CodeGen: rotation and projections are its own."""
+    """CodeGen: rotation and projections are not replaced."""
 
 
 class PackedGPTNeoAttention(GPTNeoAttention):
@@ -123,7 +122,7 @@ class PackedGPTNeoAttention(GPTNeoAttention):
 def _attend_fp32(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores, layer: int
 ) -> Tensor:
-    """Attention with scores in fp32, as the family computes them: half precision overflows."""
+    """Attention in fp32, as these families compute it: half precision would overflow."""
     output_1TAD = attend(query.float(), key.float(), value.float(), layout, scores, layer)
     return output_1TAD.to(value.dtype)
 
@@ -141,7 +140,7 @@ PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def replace_attention(model: PreTrainedModel) -> None:
-    """Make the attention of these families accept a layout; others are not changed."""
+    """Make attention of the classes in ``PACKED_CLASSES`` accept a layout."""
     blocks = []
     for parent in model.modules():
         for child in parent.children():
@@ -158,7 +157,7 @@ def replace_attention(model: PreTrainedModel) -> None:
         return args, kwargs
 
     def hand_down(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        # Hooks run outside of activation checkpointing: a recomputed layer gets its own layout.
+        # Hooks run outside of gradient checkpointing, so a recomputed layer gets the same layout.
         return args, kwargs if current[0] is None else kwargs | {"attention_mask": current[0]}
 
     model.base_model.register_forward_pre_hook(take, with_kwargs=True)
@@ -168,7 +167,7 @@ def replace_attention(model: PreTrainedModel) -> None:
 
 @functools.cache
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """One per head (arXiv 2108.12409, section 3; its authors' code if A is not a power of two)."""
+    """One per head (arXiv 2108.12409, section 3; the authors' code if A is not a power of two)."""
     closest = 2 ** math.floor(math.log2(num_heads))
     more = range(1, 1 + 2 * (num_heads - closest), 2)
     return (*_powers(closest, range(1, 1 + closest)), *_powers(2 * closest, more))

@@ -32,7 +32,7 @@ class FlexLayout:
 
     Attributes:
         segment_K: segment of each key; the first T are also those of the queries.
-        prefixes: [T] each, at least one: a segment that each query attends to in full, or NONE.
+        prefixes: at least one tensor [T]: a segment that each query attends to in full, or NONE.
         position_K: positions, counted from the start of the segment's first prefix.
     """
 
@@ -91,9 +91,8 @@ class FlexLayout:
         """Attention of one layer.
 
         The kernel multiplies masked values by zero, and zero times NaN is NaN: a diverged prompt
-        would spread to all others in its blocks. Therefore the kernel gets finite numbers only, and
-        the tokens that attend to non-finite ones are set to NaN afterwards, which also stops their
-        gradients.
+        would spread to others in its blocks. Therefore the kernel gets finite numbers only. Tokens
+        that attend to non-finite numbers are set to NaN afterwards, which also stops gradients.
 
         Args:
             query: [1, A, T, D].
@@ -118,13 +117,13 @@ class FlexLayout:
     def _attends_to_non_finite(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """True if the token's segment or its prefix contains a non-finite number: [T]."""
         num_queries = self.num_queries
-        # Separately: the head size of values may differ from that of keys.
+        # Not stacked: the head size of values may differ from that of keys.
         bad_T, bad_key_K, bad_value_K = (
             ~x.isfinite().all(3).all(1)[0] for x in (query, key, value)
         )
         bad_K = bad_key_K | bad_value_K
         bad_K = torch.cat([bad_K[:num_queries] | bad_T, bad_K[num_queries:]])
-        segment_is_bad = bad_K.new_zeros(len(bad_K) + 1, dtype=torch.int32)  # the last: NONE
+        segment_is_bad = bad_K.new_zeros(len(bad_K) + 1, dtype=torch.int32)  # NONE reads the last
         segment_is_bad.index_add_(0, self.segment_K, bad_K.int())
         num_bad_T = segment_is_bad[self.segment_K[:num_queries]]
         for prefix_T in self.prefixes:

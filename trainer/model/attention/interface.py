@@ -5,9 +5,8 @@ segments, within the layer's window if it has one. Tokens remain packed in every
 attention lays segments side by side in buckets (``trainer.model.attention.bucketed``) or passes
 them to one kernel (``trainer.model.attention.flex``).
 
-A prefix may also consist of given keys and values per layer instead of tokens (prefix tuning,
-arXiv 2101.00190). Like those in a cache, they are already rotated. They follow the keys and values
-of the packed batch's tokens.
+A prefix may also consist of keys and values per layer instead of tokens (prefix tuning, arXiv
+2101.00190). They are already rotated and come after the keys and values of the tokens.
 
 Shape letters: T tokens of a packed batch, U keys (T tokens and those of prefix tuning), P longest
 prefix, A attention heads, D head size, L layers.
@@ -34,7 +33,7 @@ PACKED = "promptshard_packed"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the segments of one packed batch attend; computed once, used by every layer.
+    """Attention layout of one packed batch; computed once, used by every layer.
 
     Attributes:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
@@ -56,7 +55,7 @@ def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
     Args:
         past: [P, L, 2, A, D] of every prompt, in the order of their segments.
     """
-    # Unbound once: slicing in every layer would return a gradient of the full tensor from each.
+    # Unbind once: slicing in every layer would allocate a gradient of the full tensor per layer.
     return replace(layout, past=torch.cat(list(past)).unbind(1)) if past else layout
 
 

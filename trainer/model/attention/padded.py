@@ -1,8 +1,7 @@
 """Padded batches, for families whose attention does not accept packed rows.
 
 Each row of a packed batch is placed after its own prompt and padded on the right to the longest.
-One packed batch becomes one padded batch, so that every rank gathers every layer once per packed
-batch, however long its rows are.
+One packed batch becomes one padded batch, so every rank gathers every layer once per packed batch.
 
 Shape letters: T tokens of a packed batch, B rows, L longest prompt and row together.
 """
@@ -37,7 +36,7 @@ class PaddedRows:
 
 
 def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
-    """Lay out the segments that are rows, not prompts; at least one."""
+    """Lay out one or more rows, given as the segments that are not prompts."""
     assert all(len(row.prefixes) <= 1 for row in rows), "padded rows are not split into candidates"
     own = [torch.arange(row.start, row.start + row.length) for row in rows]
     prefixes = [prefix_indices(row)[: row.prefix_length] for row in rows]

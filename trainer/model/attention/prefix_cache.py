@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 
 class PastCache(DynamicCache):
-    """A key-value cache that can hold given keys and values for the positions of a prompt.
+    """Key-value cache that replaces the keys and values at the positions of a prompt.
 
     Rows are padded on the left. If the prompt came first in the cache, padding would separate it
     from the text and shift every attention window. Instead, the P positions directly before each
@@ -27,11 +27,11 @@ class PastCache(DynamicCache):
         self._places_BP: Tensor | None = None
 
     def place(self, past_PL2AD: Tensor, pads_B: Tensor) -> None:
-        """Insert keys and values after each row's padding, in the next forward of full rows.
+        """Set the keys and values that replace those after each row's padding in the next forward.
 
         Args:
-            past_PL2AD: keys and values as a layer passes them to its cache: after rotation.
-            pads_B: padding tokens of each row.
+            past_PL2AD: rotated keys and values, as layers pass them to the cache.
+            pads_B: number of padding tokens of each row.
         """
         assert self.get_seq_length() == 0, "a prompt precedes the first tokens"
         places_P = torch.arange(len(past_PL2AD), device=pads_B.device)
@@ -50,7 +50,7 @@ class PastCache(DynamicCache):
         return updated
 
     def read(self) -> Tensor:
-        """Keys and values of the only row, [T, L, 2, A, D]."""
+        """Keys and values of a cache with one row, [T, L, 2, A, D]."""
         layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in self.layers]
         return torch.stack(layers).permute(3, 0, 1, 2, 4)
 

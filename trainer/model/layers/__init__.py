@@ -2,10 +2,10 @@
 
 1. ``embedding``: token ids -> embeddings [..., H]; each rank holds a block of rows and exchanges
    rows through a ``row_exchange.RowExchange``.
-2. ``linear`` and ``moe``: linear layers and stacked experts with int8 rows (``quantization``). They
-   multiply by a ``Product``: ``int8_matmul`` or ``bitsandbytes_matmul``. ``matmul_selection``
-   selects it at load, by the run file or by timing.
+2. ``linear`` and ``moe``: linear layers and stacked experts with int8 rows (``quantization``).
+   Experts multiply with the dequantized weight. Linear layers call a product function of
+   ``int8_matmul`` or ``bitsandbytes_matmul``, which ``matmul_selection`` selects at load.
 3. ``fused_ops``: norms, gated activations and rotary embeddings that save little for backward.
 4. ``lm_head``: hidden states [N, H] -> logits, or ``LabelLosses`` computed in slices of the
-   vocabulary (``vocab_parallel``): ``fused_cross_entropy`` for labels, ``fused_kl`` for teachers.
+   vocabulary (``vocab_parallel``): ``fused_cross_entropy``, or ``fused_kl`` for distillation.
 """

@@ -1,7 +1,7 @@
-"""LLM.int8() by the kernels of bitsandbytes (arXiv 2208.07339).
+"""LLM.int8() with the kernels of bitsandbytes (arXiv 2208.07339).
 
-Weights are stored in bitsandbytes' format, so its kernels use them as they are. Its module
-``Linear8bitLt`` is not used: under ZeRO-3 it keeps a full copy of the weight on every rank.
+The kernels read the stored weights directly. The library's module ``Linear8bitLt`` is not used:
+under ZeRO-3 it keeps a full copy of the weight on every rank.
 
 Shape letters: T tokens, K input features, N output features, C outlier features.
 """
@@ -27,14 +27,14 @@ from trainer.model.layers.quantization import INT8_MAX
 
 @cache
 def _functional() -> Any:
-    """The library's functions, imported on first use: the import takes seconds."""
+    """``bitsandbytes.functional``, imported on first use: the import takes seconds."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional
 
 
 def missing_library() -> str | None:
-    """Why bitsandbytes cannot be imported; None if it can."""
+    """Reason why bitsandbytes cannot be imported; None if it can."""
     try:
         _functional()
     except (ImportError, OSError, RuntimeError) as error:
@@ -43,12 +43,12 @@ def missing_library() -> str | None:
 
 
 def bitsandbytes_matmul(x: Tensor, matrix: Matrix, threshold: float) -> Tensor:
-    """``x @ W.T`` by LLM.int8(); the gradient of x is exact to the stored weights.
+    """Compute ``x @ W.T`` with LLM.int8(); the input-gradient uses the dequantized weight.
 
     Args:
-        threshold: features of which any token's value reaches it are multiplied by the dequantized
-            weight instead. A token's result thus depends on the batch, within the rounding error;
-            that of ``int8_matmul`` does not.
+        threshold: a feature is multiplied with the dequantized weight if its magnitude reaches
+            this value for any token. Unlike in ``int8_matmul``, the result for a token therefore
+            depends on the other tokens, within the rounding error.
     """
     if x.numel() == 0:
         return frozen_matmul(x, matrix)
@@ -65,15 +65,15 @@ class _BitsandbytesMatmul(torch.autograd.Function):
         weight_NK, scale_N = matrix()
         assert scale_N is not None
         rows_TK, functional = x_TK.detach(), _functional()
-        # The kernel reads float16. Values beyond its range become infinite and thus outliers.
+        # The kernel reads float16. Values beyond the float16 range become infinite, thus outliers.
         int8_TK, absmax_T, features_C = functional.int8_vectorwise_quant(
             rows_TK.half().contiguous(), threshold
         )
         product_TN = functional.int8_linear_matmul(int8_TK, weight_NK)
-        # The kernel's maximum ignores NaN: zero times the sum of a row carries it on.
+        # The kernel's row maximum ignores NaN; zero times the row sum propagates it.
         nan_T = rows_TK.sum(1, dtype=torch.float32) * 0
         scale_T1 = (absmax_T / INT8_MAX + nan_T)[:, None]
-        # Not by int8_mm_dequant, which returns float16 and overflows beyond 65,504.
+        # int8_mm_dequant is not used: it returns float16, which overflows beyond 65,504.
         y_TN = compiled(scale_rows_and_columns)(product_TN, scale_T1, scale_N, x_TK.dtype)
         if features_C is not None and len(features_C) > 0:
             exact_TN = rows_TK[:, features_C] @ weight_NK[:, features_C].to(x_TK.dtype).T

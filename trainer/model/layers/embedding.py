@@ -20,10 +20,10 @@ class FrozenEmbedding(nn.Module):
     """Token embeddings stored in the checkpoint's type or int8, returned in the compute type.
 
     Attributes:
-        weight: Parameter [V, H], float or int8, until ``hold`` replaces it by rows.
+        weight: Parameter [V, H], float or int8, until ``hold`` replaces it with ``rows``.
         rows: buffer [R, H] after ``hold``: this rank's block of the table.
         absmax: fp32 buffer [V] if the weight is int8, else None.
-        tied: the head is the same table.
+        tied: the head uses the same table.
         scale: factor of every embedding (Gemma: square root of the hidden size), rounded to the
             compute type as in training.
     """
@@ -46,7 +46,7 @@ class FrozenEmbedding(nn.Module):
         self._exchange: RowExchange | None = None
 
     def hold(self, rows_RH: Tensor, exchange: RowExchange | None) -> None:
-        """Replace the table by this rank's block, which may be in host memory.
+        """Replace the table with this rank's block, which may be in host memory.
 
         Args:
             exchange: the ranks that hold the other blocks; None if this block is the full table.
@@ -55,7 +55,7 @@ class FrozenEmbedding(nn.Module):
         self.rows, self._exchange = rows_RH, exchange
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Embeddings [..., H] of ids [...]; a collective of the ranks that share the table."""
+        """Look up embeddings [..., H] of ids [...]; a collective of ranks that share the table."""
         embedded = self._stored(token_ids)
         if self.absmax is not None:
             embedded = embedded.float() * (self.absmax / INT8_MAX)[token_ids, None]
@@ -63,12 +63,12 @@ class FrozenEmbedding(nn.Module):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
     def _stored(self, token_ids: Tensor) -> Tensor:
-        """Rows of the ids, as stored."""
+        """Rows of the ids in the stored type."""
         if self.rows is None:
             return nn.functional.embedding(token_ids, self.weight)
         if self._exchange is None:
             return _lookup(self.rows, token_ids)
-        # Sorted, so that the ids of one rank's block are consecutive.
+        # ``unique`` sorts the ids, so those of one rank's block are consecutive.
         ids_N, places = token_ids.unique(return_inverse=True)
         return nn.functional.embedding(places, self._fetch(ids_N, self._exchange))
 

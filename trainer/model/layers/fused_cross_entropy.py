@@ -1,8 +1,8 @@
 """Cross-entropy of labels, fused with the head and computed in slices of the vocabulary.
 
-Forward computes d loss / d hidden as well, so no slice is computed twice and no logits are saved.
-Several labels may be predicted from one position, as the labels of candidate targets are; the
-product with the vocabulary is then computed once per position (without gradients).
+Forward also computes d loss / d hidden, so no slice is computed twice and no logits are saved.
+Labels of candidate targets may share a position. The product with the vocabulary is then computed
+once per position, without gradients.
 
 Shape letters: N labels, H hidden size, C columns of one slice of the vocabulary. Hidden states have
 N rows, or fewer where labels share positions.
@@ -28,8 +28,8 @@ NO_LABEL = -1
 class FusedCrossEntropy(torch.autograd.Function):
     """``softplus(logsumexp of the other logits - logit of the label)`` for every label.
 
-    This equals the cross-entropy. Because the label's logit is kept apart from the others, a likely
-    label loses no digits to ``p - 1``, neither in loss nor in gradient, in any compute type.
+    This equals the cross-entropy but avoids the cancellation in ``p - 1`` for likely labels, both
+    in the loss and in the gradient, because the label's logit is not added to the others.
     """
 
     @staticmethod
@@ -45,8 +45,8 @@ class FusedCrossEntropy(torch.autograd.Function):
         """Compute the losses, fp32 [N].
 
         Args:
-            block: the full vocabulary without a plan, else this rank's block.
-            plan: how hidden states are exchanged with the other blocks.
+            block: the full vocabulary if ``plan`` is None, else this rank's block.
+            plan: exchange of hidden states with the ranks that hold the other blocks.
             place_N: row of ``hidden_NH`` that predicts each label; None: one row per label.
         """
         gradient_NH = None
@@ -56,7 +56,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             if needs_gradient:
                 gradient_NH = scan.hidden_gradient(margin_N)
         else:
-            # All ranks agree: scoring shares positions, training does not.
+            # The same on all ranks: scoring shares positions, training does not.
             assert bool(plan.max_labels) == (place_N is not None)
             label_plan = plan if place_N is None else plan.for_labels(len(place_N))
             scan = _LabelScan(
@@ -85,7 +85,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 class _LabelScan(VocabScan):
-    """Online softmax over all logits but the label's; ``top_N`` and ``total_N`` exclude it.
+    """Online softmax whose ``top_N`` and ``total_N`` exclude the logit of the label.
 
     Attributes:
         label_logit_N: logit of the label, 0 if it is not in this block.
@@ -117,7 +117,7 @@ class _LabelScan(VocabScan):
         if self._place_N is not None:
             logits_NC = logits_NC[self._place_N]
             slope_NC = slope_NC[self._place_N] if isinstance(slope_NC, Tensor) else slope_NC
-        # Masks instead of indices: counting the labels of a slice would make the host wait.
+        # Masks, because indexing the labels of a slice would synchronize with the device.
         is_here_N = self._labels_in(start, stop)
         column_N1 = (self._labels_N - start).clamp(0, stop - start - 1)[:, None]
         logit_N = logits_NC.gather(1, column_N1)[:, 0]

@@ -1,13 +1,13 @@
 """KL divergence from a teacher's next-token distributions, fused with the head, in slices.
 
-Only the hidden states that the teacher feeds to the head are kept, [D, H]. The logits of student
-and teacher are computed one slice of the vocabulary at a time, in two passes: the first computes
-the normalizers, the second the divergence and its gradient. A single pass with running maxima would
-save one product, but would subtract two sums in the compute type. The second pass subtracts
-probabilities in fp32, which keeps the digits of a small difference.
+Of the teacher, only the hidden states [D, H] before the head are kept. The logits of student and
+teacher are computed one slice of the vocabulary at a time, in two passes: the first computes the
+normalizers, the second the divergence and its gradient. A single pass with running maxima would
+save one product but subtract two sums in the compute type. The second pass subtracts probabilities
+in fp32, which keeps the digits of small differences.
 
-Shape letters: D distilled positions, N = 2 D rows (the students', then the teachers'), H hidden
-size, C columns of a slice; S = 2 H, a student's and its teacher's states side by side.
+Shape letters: D distilled positions, N = 2 D rows (students, then teachers), H hidden size,
+C columns of a slice, S = 2 H: hidden states of student and teacher side by side.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class FusedKL(torch.autograd.Function):
         """Compute the divergences in nats, fp32 [D], and 1.0 where both top tokens agree, [D].
 
         Args:
-            block: the full vocabulary without a plan, else this rank's block.
-            plan: how hidden states are exchanged with the other blocks.
+            block: the full vocabulary if ``plan`` is None, else this rank's block.
+            plan: exchange of hidden states with the ranks that hold the other blocks.
         """
         states_DS = torch.cat([hidden_DH, teacher_DH], dim=1)
         if plan is None:
@@ -92,7 +92,7 @@ class _PairScan(VocabScan):
     def divergence(self, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """This block's share of the divergences, [D], and of d KL / d hidden, fp32 [D, H]."""
         student_DH, teacher_DH = self._states_2DH
-        # Subtracted one after the other: their sum would round away digits of the probabilities.
+        # Kept apart: the sum ``top + log_total`` would round away digits of the probabilities.
         top_2D, log_total_2D = self.top_N.view(2, -1), self.total_N.log().view(2, -1)
         kl_D = torch.zeros_like(top_2D[0])
         gradient_DH = torch.zeros_like(student_DH, dtype=torch.float32) if needs_gradient else None

@@ -2,12 +2,12 @@
 
 transformers computes each of these in several operations, most of which allocate and save a tensor.
 Here a gated activation saves its two inputs, a norm its input and one number per token, and a
-rotation nothing; backward recomputes the rest without a matrix product. With a compiler, each
+rotation nothing; backward recomputes the rest without a matrix product. When compiled, each
 operation is one loop over memory.
 
-A module is recognized by the bytecode of its methods: most families of transformers are copies of
-Llama's modules under other names. Unrecognized modules are left unchanged, which costs memory but
-never changes numbers. ``fused_counts`` gives the number of recognized modules.
+A module is recognized by the bytecode of its methods, because most families of transformers copy
+Llama's modules under other names. Unrecognized modules are left unchanged: they use more memory
+but compute the same numbers.
 
 Shape letters: T tokens, A attention heads, D head size.
 """
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 
 @cache
 def _loop(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    """A loop over memory, compiled on first use if ``compiled``."""
+    """The function, compiled on its first use if ``compiled``."""
     return torch.compile(function, dynamic=True) if compiled else function
 
 
@@ -75,7 +75,7 @@ def _gate_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[T
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
-    """The norm and each token's factor, fp32; casts happen where Llama and Gemma cast."""
+    """The norm and the fp32 factor of each token, with casts where Llama and Gemma cast."""
     x32 = x.float()
     factor = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
@@ -104,7 +104,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, compiled: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.compiled = kind, compiled
-        # Detached: requires_grad is a compilation guard, so each loop would be compiled twice.
+        # Detached: requires_grad is a compilation guard, which would cause a second compilation.
         y: Tensor = _loop(_gate, compiled)(gate.detach(), up.detach(), kind)
         return y
 
@@ -120,8 +120,7 @@ class _Normed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Callable[[], Tensor], eps: float, offset: bool, compiled: bool
     ) -> Tensor:
-        # ZeRO-3 frees the weight after forward and gathers it again for backward, so the weight is
-        # not saved but read again.
+        # Backward reads the weight again: ZeRO-3 frees it after forward and gathers it anew.
         ctx.weight, ctx.offset, ctx.compiled = weight, offset, compiled
         y: Tensor
         y, factor = _loop(_norm, compiled)(x.detach(), weight().detach(), eps, offset)
@@ -166,12 +165,12 @@ def _apply_rotation(
 
 
 class FusedModule(nn.Module):
-    """Base of the fused modules; each becomes a base class of the module's own class.
+    """Base of the fused classes, which are mixed into the original class of a module.
 
     Attributes:
-        compiled: the loops are compiled; otherwise they run as separate torch operations.
+        compiled: whether operations are compiled into loops or run as separate torch operations.
         operation: name in ``fused_counts``.
-        original: class of the module that was replaced.
+        original: class of the module before fusion.
     """
 
     compiled = False
@@ -244,7 +243,7 @@ class RecomputedRotaryAttention(FusedModule):
         return _with_fused_rotation(self.original, self.compiled)(self, *args, **kwargs)
 
 
-#: (class of transformers, the methods to compare, the fused class).
+#: (class of transformers, methods to compare, fused class).
 KNOWN: tuple[tuple[type[nn.Module], tuple[str, ...], type[FusedModule]], ...] = (
     (LlamaRMSNorm, ("forward",), RecomputedRMSNorm),
     (GemmaRMSNorm, ("forward", "_norm"), RecomputedOffsetRMSNorm),
@@ -254,7 +253,7 @@ KNOWN: tuple[tuple[type[nn.Module], tuple[str, ...], type[FusedModule]], ...] = 
 
 
 def fused_class(module: nn.Module) -> type[FusedModule] | None:
-    """The fused class that computes the same as this module; None if there is none."""
+    """The fused class that is equivalent to a module's class; None if there is none."""
     for known, methods, fused in KNOWN:
         if all(_same_code(type(module), known, name) for name in methods):
             act = getattr(module, "act_fn", getattr(module, "activation_fn", None))
@@ -282,7 +281,7 @@ def fused_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def fuse_operations(model: nn.Module) -> None:
-    """Replace every recognized module of a model by its fused one."""
+    """Change the class of every recognized module to its fused class."""
     for module in model.modules():
         original: Any = type(module)
         fused: Any = fused_class(module)
@@ -339,7 +338,7 @@ def _same_code(one: type[nn.Module], other: type[nn.Module], method: str) -> boo
 
 @cache
 def _code(function: Any) -> object:
-    """Instructions and parameters of a function: equal if it is a copy, docstrings aside."""
+    """Instructions and default arguments of a function; equal for copies, apart from docstrings."""
     function = inspect.unwrap(function) if callable(function) else function
     code = getattr(function, "__code__", None)
     if code is None:

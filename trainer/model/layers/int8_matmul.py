@@ -1,8 +1,8 @@
-"""Products with a frozen matrix: exact, in int8, and in int8 without outliers.
+"""Products with a frozen matrix: dequantized, in int8, and in int8 without outliers.
 
-``dx = dy @ W`` needs only the weight, so autograd saves no tensor, only a function that returns the
-weight. ZeRO-3 frees the weight after forward and gathers it again before backward; saving it would
-keep it in memory.
+``dx = dy @ W`` needs only the weight, and autograd saves a function that returns the weight instead
+of the tensor. ZeRO-3 frees the weight after forward and gathers it again before backward; saving
+the tensor would keep it in memory.
 
 Shape letters: T tokens, K input features, N output features, C outlier features.
 """
@@ -22,9 +22,9 @@ from trainer.model.layers.quantization import INT8_MAX
 
 #: Smallest divisor, for rows of zeros.
 TINY = 1e-30
-#: Longest sum of products of two int8 numbers that cannot exceed int32.
+#: Largest number of int8 products whose sum always fits in int32.
 MAX_INNER = (2**31 - 1) // int(INT8_MAX) ** 2
-#: On a GPU, sizes are multiples of this: ``torch._int_mm`` requires 8, kernels are fast with 16.
+#: On a GPU, sizes are padded to multiples of this: ``torch._int_mm`` requires 8; 16 is faster.
 ALIGNED = 16
 #: Minimum number of rows on a GPU: ``torch._int_mm`` requires more than 16.
 MIN_ROWS = 32
@@ -36,7 +36,7 @@ Product = Callable[[Tensor, Matrix], Tensor]
 
 
 def frozen_matmul(x: Tensor, matrix: Matrix) -> Tensor:
-    """``x @ W.T``, exact to the stored weights."""
+    """Compute ``x @ W.T`` with the stored weight, dequantized if it is int8."""
     y: Tensor = _FrozenMatmul.apply(x, matrix)
     return y
 
@@ -71,13 +71,13 @@ def exact_input_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
 
 
 def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Tensor:
-    """``x @ W.T`` with both factors in int8, and its input-gradient likewise.
+    """Compute ``x @ W.T`` and its input-gradient with both factors in int8.
 
     Args:
-        threshold: larger values of x are multiplied by the dequantized weight instead (LLM.int8(),
-            arXiv 2208.07339, section 3); None: all are quantized.
+        threshold: values of x with a larger magnitude are multiplied by the dequantized weight
+            (LLM.int8(), arXiv 2208.07339, section 3); None: all values are quantized.
     """
-    # Reshaped here, because views returned by a Function cannot be modified in place (OLMo does).
+    # Reshaped here: a view returned by a Function cannot be modified in place, as OLMo does.
     y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold)
     return y_TN.unflatten(0, x.shape[:-1])
 
@@ -86,9 +86,9 @@ class _Int8Matmul(torch.autograd.Function):
     """Forward and input-gradient from one int8 matrix, with x and dy quantized row by row.
 
     ``y = int_mm(q(x), W.T) * s_x * s_W`` (LLM.int8(), arXiv 2208.07339, section 2.1) and
-    ``dx = int_mm(q(dy * s_W), W) * s``: an input-gradient in 8 bits trains as well (SwitchBack,
-    arXiv 2304.13013, section 2). Integer sums are exact, so the error is that of the two
-    roundings, about 1% for a Gaussian row.
+    ``dx = int_mm(q(dy * s_W), W) * s`` (SwitchBack, arXiv 2304.13013, section 2, also trains with
+    8-bit input-gradients). Integer sums are exact, so only the two roundings cause errors, about
+    1% for a Gaussian row.
 
     With a threshold, the product of the outliers is added in forward. The paper treats a feature
     as an outlier for all rows of a batch; here each row separates only its own outliers, so that
@@ -100,7 +100,7 @@ class _Int8Matmul(torch.autograd.Function):
         ctx.matrix = matrix
         weight_NK, scale_N = matrix()
         assert scale_N is not None
-        # Detached: requires_grad is a compilation guard, so each function would be compiled twice.
+        # Detached: requires_grad is a compilation guard, which would cause a second compilation.
         rows_TK = x_TK.detach()
         if threshold is None:
             int8_TK, scale_T1 = compiled(_quantize)(rows_TK)
@@ -136,8 +136,8 @@ def aligned_int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
     """``int_product`` on a GPU, whose kernel requires enough rows, aligned sizes, column-major b.
 
     Some GPUs reject a row-major b, as in an input-gradient (CUBLAS_STATUS_NOT_SUPPORTED; see
-    torch's test of ``_int_mm``). It is copied: one byte per weight, where ``dequantize`` writes
-    two.
+    torch's test of ``_int_mm``). A row-major b is therefore copied: one byte per weight, where
+    ``dequantize`` writes two.
     """
     num_rows, num_columns = a_TK.shape[0], b_KN.shape[1]
     inner = _aligned(a_TK.shape[1])
@@ -166,14 +166,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows and the fp32 scale of each, [T, 1], NaN or infinite if a value of the row is."""
+    """int8 rows and their fp32 scales [T, 1]; a NaN or infinite value makes the scale so, too."""
     x_TK = x_TK.float()
     scale_T1 = x_TK.abs().amax(-1, keepdim=True) / INT8_MAX
     return torch.round(x_TK / scale_T1.clamp_min(TINY)).to(torch.int8), scale_T1
 
 
 def _quantize_inliers(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``_quantize`` without values beyond the threshold, and the features that have any, [K]."""
+    """``_quantize`` with outliers set to zero; also returns which features [K] have outliers."""
     beyond_TK = x_TK.abs() > threshold  # False for NaN, which the scale propagates
     return *_quantize(torch.where(beyond_TK, 0.0, x_TK)), beyond_TK.any(0)
 
@@ -189,7 +189,7 @@ def _quantize_scaled(dy_TN: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
 def scale_rows_and_columns(
     product_TN: Tensor, scale_T1: Tensor, scale_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Turn an integer product into floats."""
+    """Dequantize an integer product."""
     return (product_TN.float() * scale_T1 * scale_N).to(dtype)
 
 

@@ -1,6 +1,6 @@
 """Frozen linear layer, which saves no input for backward.
 
-The products of ``trainer.model.layers.int8_matmul`` get the weight from the layer when needed.
+The product function calls ``FrozenLinear.matrix`` for the weight in forward and in backward.
 
 Shape letters: K input features, N output features.
 """
@@ -23,11 +23,11 @@ class FrozenLinear(nn.Module):
     """``y = x @ W.T + bias`` with a weight stored as int8 rows or in a float type.
 
     Attributes:
-        weight: Parameter [N, K], int8 or float, ``requires_grad=False``. ZeRO-3 shards it as it is.
+        weight: Parameter [N, K], int8 or float, ``requires_grad=False``; sharded as stored.
         absmax: fp32 buffer [N] if the weight is int8, else None.
         bias: Parameter [N] or None.
         transposed: names of parameters that the checkpoint stores as [K, N].
-        product: function that multiplies; see ``trainer.model.layers.matmul_selection``.
+        product: computes ``x @ W.T``; set by ``trainer.model.layers.matmul_selection``.
     """
 
     absmax: Tensor | None

@@ -1,9 +1,9 @@
-"""The language-model head: logits, or the losses of labels without the full vocabulary's logits.
+"""Language-model head: logits, or losses of labels without storing the full vocabulary's logits.
 
 Ranks that share the head hold one block of its rows each (``trainer.model.layers.vocab_parallel``).
-While labels are few, their hidden states are sent to the blocks, which moves fewer bytes than the
-weight. Where labels are many, the weight is all-gathered instead, and kept until the step ends if
-there is memory for it.
+With few labels, their hidden states are sent to all blocks, which moves fewer bytes than the
+weight. With many labels, the weight is all-gathered and, if memory permits, kept until the step
+ends.
 
 Shape letters: N labels, U positions that predict them (N unless positions are shared), D distilled
 positions, H hidden size, V vocabulary, R rows of a block, C columns of the logits.
@@ -25,7 +25,7 @@ from trainer.model.layers.vocab_parallel import ExchangePlan, VocabBlock
 
 
 class LabelLosses(NamedTuple):
-    """Losses of the labels of a packed batch (a tuple, whose tensors ZeRO-3's hooks can see).
+    """Losses of the labels of a packed batch; a tuple, so that ZeRO-3's hooks find its tensors.
 
     Attributes:
         loss_N: fp32, in nats: negative log-likelihood of the label, or at a distilled position
@@ -39,10 +39,10 @@ class LabelLosses(NamedTuple):
 
 
 class FrozenHead(FrozenLinear):
-    """From hidden states to logits, or to the losses of labels.
+    """Map hidden states to logits or to losses of labels.
 
     Attributes:
-        weight: Parameter [V, H] until ``hold`` replaces it by rows.
+        weight: Parameter [V, H] until ``hold`` replaces it with ``rows``.
         rows: buffer [R, H] after ``hold``: this rank's block of the weight, padded with zeros.
         scale: factor of the logits (Cohere).
         softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 2); None: uncapped.
@@ -69,7 +69,7 @@ class FrozenHead(FrozenLinear):
         self._exchanged_bytes = 0  # since ``release``
 
     def hold(self, rows: Tensor, exchange: RowExchange | None) -> None:
-        """Replace the weight by this rank's block, which may be in host memory.
+        """Replace the weight with this rank's block, which may be in host memory.
 
         Args:
             exchange: the ranks that hold the other blocks; None if this block is the full weight.
@@ -108,19 +108,18 @@ class FrozenHead(FrozenLinear):
         distilled_D: Tensor | None = None,
         place_N: Tensor | None = None,
     ) -> Tensor | LabelLosses:
-        """Compute the losses of labels or, as transformers' models call it, the logits.
+        """Compute the losses of labels; without labels, the logits, as models of transformers do.
 
-        Ranks that share the head must all call it together.
+        A collective of the ranks that share the head.
 
         Args:
             x: hidden states [..., H]; with labels [N, H], or [U, H] with ``place_N``.
-            teacher_DH: inputs of the head of the teacher, for the distilled positions.
-            distilled_D: which of the N positions are distilled. Every rank passes both or neither.
+            teacher_DH: the teacher's hidden states at the distilled positions.
+            distilled_D: indices of the distilled positions. Every rank passes both or neither.
             place_N: row of ``x`` that predicts each label; only without gradients.
 
         Returns:
-            Losses if labels are given. Otherwise logits [..., V], neither scaled nor capped: the
-            model does that itself.
+            Losses if labels are given, else logits [..., V], which the model scales and caps.
         """
         if labels_N is None:
             return self._logits(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -133,7 +132,7 @@ class FrozenHead(FrozenLinear):
         return f"{self.in_features}, {self.out_features}, stored={stored.dtype}"
 
     def block(self, plan: ExchangePlan | None, device: torch.device) -> VocabBlock:
-        """This rank's block if hidden states are exchanged, else the full weight, gathered."""
+        """This rank's block if there is a plan to exchange hidden states, else the full weight."""
         if self.rows is None:
             return VocabBlock(self, self.weight, 0, self.scale, self.softcap)
         rows, first = self.rows, 0
@@ -151,15 +150,14 @@ class FrozenHead(FrozenLinear):
     def _plan_exchange(
         self, x_NH: Tensor, *, needs_gradient: bool, columns: int = 0, num_labels: int = 0
     ) -> ExchangePlan | None:
-        """Agree with the ranks that share the head to exchange hidden states, if that is cheaper.
+        """Plan the exchange of hidden states; a collective of the ranks that share the head.
 
         Args:
-            x_NH: hidden states of this rank.
             columns: numbers returned to a rank for each of its rows.
-            num_labels: labels of this rank, if not one per hidden state.
+            num_labels: labels of this rank if positions are shared, else 0.
 
         Returns:
-            None if the full weight is to be used instead.
+            None if gathering the full weight is cheaper.
         """
         exchange = self._exchange
         if exchange is None or self._gathered is not None:
@@ -204,7 +202,7 @@ class FrozenHead(FrozenLinear):
     ) -> LabelLosses:
         """KL divergence at the distilled positions, cross-entropy at the others."""
         num_labels, num_distilled = len(labels_N), len(distilled_D)
-        # The other positions in order; found by sorting, which does not make the host wait.
+        # The other positions in order, found by sorting, which does not synchronize with the host.
         is_distilled_N = torch.zeros(num_labels, dtype=torch.int32, device=labels_N.device)
         is_distilled_N = is_distilled_N.index_fill(0, distilled_D, 1)
         rest = is_distilled_N.argsort(stable=True)[: num_labels - num_distilled]
@@ -212,7 +210,7 @@ class FrozenHead(FrozenLinear):
 
         needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
         student_DH = _not_empty(hidden_NH[distilled_D])
-        # The bytes counted are one state's and its gradient's; the other state adds ``columns``.
+        # The plan counts the bytes of one state and its gradient; ``columns`` adds the other state.
         plan = self._plan_exchange(
             student_DH, needs_gradient=needs_gradient, columns=self.in_features
         )
@@ -231,5 +229,5 @@ class FrozenHead(FrozenLinear):
 
 
 def _not_empty(rows: Tensor) -> Tensor:
-    """The rows, or one row of zeros: a rank without rows still takes part in the exchange."""
+    """The rows, or one row of zeros: a rank without rows must take part in the exchange."""
     return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])

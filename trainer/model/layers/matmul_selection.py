@@ -1,4 +1,4 @@
-"""Selection of the product of frozen linear layers: by the run file, or the fastest by timing.
+"""Selection of the matrix product of frozen linear layers: as configured, or the fastest.
 
 Shape letters: T tokens, K input features, N output features.
 """
@@ -22,20 +22,20 @@ from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
 from trainer.runtime.errors import BadInput
 
-#: Result of ``resolve_matmul`` if ``measure`` is to decide.
+#: Result of ``resolve_matmul`` if ``measure`` selects the product.
 MEASURE = "auto"
 #: On CPU: below this hidden size an integer product saves less than quantizing its operands costs.
 INT8_MATMUL_MIN_HIDDEN = 512
 #: Compute capability of the first GPUs whose matrix units multiply int8 (Turing).
 INT8_CAPABILITY = (7, 5)
-#: Relative error of an int8 product of Gaussian matrices is about 0.01; beyond this it is broken.
+#: Maximum relative error of a usable product; int8 with Gaussian matrices has about 0.01.
 ACCEPTABLE_ERROR = 0.03
 MEASURED_TOKENS = 2048
 MEASURED_ROUNDS = 5
 #: Number of the model's largest shapes that are timed.
 MEASURED_SHAPES = 2
-#: Outlier features of the timed activations, as LLM.int8() observed in models of 6.7B parameters
-#: (arXiv 2208.07339, section 4), and their factor. They change the time of bitsandbytes only.
+#: Outlier features of the timed activations, as in models of 6.7B parameters (LLM.int8(), arXiv
+#: 2208.07339, section 4), and their factor. Outliers affect the time of bitsandbytes only.
 OUTLIER_FEATURES, OUTLIER_FACTOR = 6, 60.0
 
 
@@ -43,7 +43,7 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
     """Resolve ``base.matmul: auto`` as far as possible without measuring.
 
     Returns:
-        dequantize, int8, int8_outliers or bitsandbytes; ``MEASURE`` if ``measure`` is to decide.
+        dequantize, int8, int8_outliers or bitsandbytes; ``MEASURE`` if ``measure`` must be called.
 
     Raises:
         BadInput: if an int8 product is requested, but the weights are not int8, the device does
@@ -57,8 +57,7 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
             return "dequantize"
         if device.type != "cpu":
             return MEASURE
-        # Not measured on CPU, where compiling the functions around a product takes longer than
-        # measuring is worth.
+        # Not measured on CPU, where compiling the quantization takes longer than timing can save.
         fast = torch.cpu._is_vnni_supported() and hidden_size >= INT8_MATMUL_MIN_HIDDEN
         return "int8" if fast else "dequantize"
     if quantization != "int8":
@@ -134,7 +133,7 @@ def _product(kind: str, outlier_threshold: float) -> Product:
 
 
 def largest_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(N, K) of the model's quantised linear layers, the largest few."""
+    """(N, K) of the largest quantized linear layers, at most ``MEASURED_SHAPES``."""
     shapes = {
         (layer.out_features, layer.in_features)
         for layer in model.modules()
@@ -149,7 +148,7 @@ class Measured:
     """Result of timing the products.
 
     Attributes:
-        kind: the fastest.
+        kind: the fastest product.
         reason: times and failures, for the log.
     """
 
@@ -171,11 +170,12 @@ def measure(
 ) -> Measured:
     """Time the products on random matrices of these shapes and select the fastest.
 
-    Forward and input-gradient, quantization included, in turns; sum of the medians. A product that
-    fails, or whose error is larger than rounding explains, is left out.
+    A run is a forward pass with its input-gradient, including quantization. The products take
+    turns, and the median times of the shapes are summed. A product that fails or whose error
+    exceeds ``ACCEPTABLE_ERROR`` is excluded.
 
     Args:
-        kinds: of ``candidates``, dequantize first.
+        kinds: a subset of ``candidates`` that starts with dequantize.
     """
     kinds = list(kinds)
     products = {kind: _product(kind, outlier_threshold) for kind in kinds}
@@ -208,7 +208,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Problem:
-    """A random matrix, input and output gradient to try products on."""
+    """Random weight, input and output gradient to run products with."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         n, k = shape
@@ -227,14 +227,14 @@ class _Problem:
         return y_TN.detach(), dx_TK
 
     def failure(self, product: Product, exact: Product) -> str | None:
-        """Compare the products in both directions, which also warms them up.
+        """Compare forward and input-gradient with the exact product, which also warms both up.
 
         Returns:
-            Why the product is unusable; None if it is not.
+            Reason why the product is unusable; None if it is usable.
         """
         try:
             actual = self.run(product)
-        except RuntimeError as error:  # of the kernel, the compiler or the allocator
+        except RuntimeError as error:  # from the kernel, the compiler or the allocator
             return f"cannot run: {_first_line(error)}"
         pairs = zip(actual, self.run(exact), strict=True)
         largest = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)

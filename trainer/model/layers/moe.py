@@ -1,7 +1,7 @@
 """Frozen mixture-of-experts layers, with the matrices of all experts in one stacked parameter.
 
-Tokens are sorted by expert, each expert processes its tokens in one product, and the results return
-to token order: one device synchronization per layer, and a deterministic order of sums.
+Tokens are sorted by expert, each expert multiplies all its tokens at once, and the results are put
+back in token order. Each layer synchronizes with the device once and sums in a deterministic order.
 
 Shape letters: T tokens, E experts, R experts per token, I intermediate size, H hidden size,
 N output features, K input features.
@@ -42,7 +42,6 @@ class FrozenExperts(nn.Module):
 
     def __init__(self, experts: Any, quantized: bool) -> None:
         super().__init__()
-        # Some families define their own activation between the two matrices.
         self._apply_gate: Callable[[Tensor], Tensor] = fused_gate(experts) or experts._apply_gate
         self.num_experts: int = experts.gate_up_proj.shape[0]
         self.transposed = frozenset(MATRICES if experts.is_transposed else ())
@@ -65,7 +64,7 @@ class FrozenExperts(nn.Module):
         num_tokens, per_token = chosen_TR.shape
         chosen = chosen_TR.flatten()
         order = chosen.argsort(stable=True)
-        # bincount would synchronize once more, for its largest value.
+        # bincount would synchronize with the device to read its largest value.
         counted = chosen.new_zeros(self.num_experts).index_add_(0, chosen, torch.ones_like(chosen))
         counts: list[int] = counted.tolist()
         sorted_tokens = hidden_TH[order // per_token].split(counts)

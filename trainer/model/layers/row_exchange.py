@@ -26,16 +26,16 @@ class RowExchange(Protocol):
         """All-to-all.
 
         Args:
-            rows: [sum(sent), ...], those for rank 0 first.
+            rows: [sum(sent), ...] in the order of the receiving ranks.
             sent: number of rows for each rank.
             received: number of rows from each rank.
 
         Returns:
-            [sum(received), ...], those from rank 0 first.
+            [sum(received), ...] in the order of the sending ranks.
         """
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All-gather [M, ...], of one shape on all ranks: [G * M, ...], rank 0's first."""
+        """All-gather rows [M, ...], M equal on all ranks, to [G * M, ...] in rank order."""
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """Reduce-scatter [G * M, ...]: this rank's M rows of the sum."""

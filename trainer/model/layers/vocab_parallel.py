@@ -1,9 +1,9 @@
 """Vocabulary-parallel logits: blocks of the head's rows, exchange of hidden states, sliced softmax.
 
 The vocabulary is processed in slices, as flash attention processes keys (online softmax, arXiv
-1805.02867), so the logits of the full vocabulary never exist. Ranks that share the head hold one
-block of its rows each. They all-gather the hidden states of their label positions, scan their own
-block, and merge the running maximum and sum of each block.
+1805.02867), so the logits of the full vocabulary are never stored. Ranks that share the head hold
+one block of its rows each. They all-gather the hidden states of their label positions, scan their
+own block, and merge the running maximum and sum of each block.
 
 Shape letters: N positions, H hidden size, C columns of one slice of the vocabulary, R rows of a
 block, G ranks that share the head, M positions of the rank with the most.
@@ -45,7 +45,7 @@ class LogitSlice:
     hidden_NH: Tensor
 
     def hidden_gradient(self, gradient_NC: Tensor) -> Tensor:
-        """Turn the gradient of the logits, which is overwritten, into that of the hidden states."""
+        """Gradient of the hidden states, given that of the logits, which is overwritten."""
         product_gradient_NC = gradient_NC.mul_(self.slope_NC).to(self.product_NC.dtype)
         (gradient_NH,) = torch.autograd.grad(self.product_NC, self.hidden_NH, product_gradient_NC)
         return gradient_NH
@@ -59,8 +59,7 @@ class VocabBlock:
         head: layer that multiplies, with its bias and row scales for the full vocabulary.
         rows: [R, H], as stored.
         first: token id of the first row.
-        scale: factor of the logits (Cohere).
-        softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 2); None: uncapped.
+        scale, softcap: as in ``trainer.model.layers.lm_head.FrozenHead``.
     """
 
     head: FrozenLinear
@@ -89,7 +88,7 @@ class VocabBlock:
     def logit_slice(
         self, hidden_NH: Tensor, start: int, stop: int, needs_gradient: bool = False
     ) -> LogitSlice:
-        """Logits of token ids ``start`` to ``stop``."""
+        """Scaled and capped logits of token ids ``start`` to ``stop``."""
         with torch.set_grad_enabled(needs_gradient):
             leaf_NH = hidden_NH.detach().requires_grad_(needs_gradient)
             product_NC = self.project(leaf_NH, start, stop)
@@ -118,7 +117,6 @@ class VocabScan:
     """Online softmax over a block of the vocabulary.
 
     Attributes:
-        block: the block to scan.
         top_N: largest logit so far, fp32; the lowest finite number before the first slice.
         total_N: sum of ``exp(logit - top)`` so far, fp32.
     """
@@ -132,18 +130,18 @@ class VocabScan:
         self.total_N = torch.zeros(num_positions, device=device)
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """First token id and end of every slice of the block."""
+        """Token ids at which each slice of the block starts and stops."""
         for start in range(self.block.first, self.block.stop, self._columns):
             yield start, min(start + self._columns, self.block.stop)
 
     def add(self, logits_NC: Tensor, slice_top_N: Tensor) -> Tensor:
-        """Add a slice and replace its logits by ``exp(logit - top)``.
+        """Add a slice and overwrite its logits with ``exp(logit - top)``.
 
         Args:
             slice_top_N: the largest logit of the slice.
 
         Returns:
-            Factor by which sums over earlier slices shrink, [N].
+            Factor [N] to rescale sums over earlier slices with.
         """
         previous_N = self.top_N
         self.top_N = torch.maximum(previous_N, slice_top_N)
@@ -158,7 +156,7 @@ class VocabScan:
             sums_N: further tensors to sum over the ranks.
 
         Returns:
-            Factor by which this block's sums shrink, [N], and the reduced ``sums_N``.
+            Factor [N] to rescale this block's sums with, and the reduced ``sums_N``.
         """
         block_top_N, self.top_N = self.top_N, exchange.maximum(self.top_N)
         shrink_N = (block_top_N - self.top_N).exp()
@@ -168,7 +166,7 @@ class VocabScan:
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Agreement of the ranks that share a head to send their hidden states to all blocks.
+    """Exchange of hidden states among the ranks that share a head; the same on all of them.
 
     Attributes:
         num_rows: rows of this rank.
@@ -190,7 +188,7 @@ class ExchangePlan:
         return self.exchange.gather(padded)
 
     def for_labels(self, num_labels: int) -> ExchangePlan:
-        """The same agreement for one row per label."""
+        """The same plan with one row per label."""
         return replace(self, num_rows=num_labels, max_rows=self.max_labels)
 
     def gather_places(self, place_N: Tensor) -> Tensor:
