@@ -1,8 +1,8 @@
 """Write checkpoints in a background thread while training continues.
 
-A step waits only while its state is copied. One checkpoint is written at a time; meanwhile the
-newest snapshot is queued and replaces one that is queued already. A slow disk therefore makes
-checkpoints less frequent, never a step longer.
+A step waits only while its state is copied. One checkpoint is written at a time, and at most one
+snapshot is queued: a newer snapshot replaces it. A slow disk therefore makes checkpoints less
+frequent, but does not delay steps.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from trainer.checkpointing.checkpoint import Snapshot
 
 
 class AsyncCheckpointWriter:
-    """Writes a run's checkpoints. As a context manager it waits at its end for all writes.
+    """Writes a run's checkpoints; a context manager that waits at its end for all writes.
 
     Args:
         keep: number of newest checkpoints to keep.
         warn: called by ``report_problems``, in the training thread, for every failed write.
-        check: called before each write; raises if the output folder is not this run's any more.
+        check: called before each write; raises if the output folder no longer belongs to this run.
 
     Attributes:
         newest: the newest checkpoint that this process has written.
-        seconds: time that training spent in ``save``.
-        write_seconds: time that the thread spent writing.
+        seconds: time spent in ``save``.
+        write_seconds: time spent by the thread.
         failed: error message by step of the checkpoint.
         replaced: snapshots that were replaced by a newer one before they were written.
     """
@@ -97,7 +97,7 @@ class AsyncCheckpointWriter:
         }
 
     def _write(self, snapshot: Snapshot) -> None:
-        """Write a snapshot; runs in the thread of the executor."""
+        """Write a snapshot, in the executor's thread."""
         started = time.perf_counter()
         try:
             self._check()

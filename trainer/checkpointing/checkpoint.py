@@ -63,7 +63,7 @@ class Snapshot:
 
 
 class _Damaged(Exception):
-    """The reason why a checkpoint is not usable."""
+    """A checkpoint is not usable; the message has the reason."""
 
 
 def take_snapshot(step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Snapshot:
@@ -82,9 +82,9 @@ def write(
 ) -> Path:
     """Write one checkpoint, then delete all but the newest ``keep``.
 
-    Only one thread of one process may write to a folder. If it is killed at any point, ``newest``
-    finds this checkpoint or the previous one. Checkpoints of later steps are deleted too: they are
-    damaged ones that a resume has skipped.
+    Only one thread of one process may write to a folder. If the process is killed at any point,
+    ``newest`` finds this checkpoint or the previous one. Checkpoints of later steps are deleted
+    too: they are damaged ones that a resume has skipped.
 
     Returns:
         The checkpoint's folder.
@@ -116,8 +116,7 @@ def newest(
 ) -> SavedCheckpoint | None:
     """Read the newest intact checkpoint; None if there are no checkpoints.
 
-    No file points to it: names and checksums of the folders decide. A damaged checkpoint is
-    skipped with a warning.
+    Folder names give the order; a checkpoint with wrong checksums is skipped with a warning.
 
     Args:
         problem_of: given the step and the state, returns why the state is not usable, or None; an

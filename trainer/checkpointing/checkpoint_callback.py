@@ -1,4 +1,4 @@
-"""Saves the state of the training loop, and checks the output folder between steps."""
+"""Save the state of the training loop, and check the output folder between steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output folder: archive an earlier run, and handle a folder that is moved, deleted or full."""
+"""Archive an earlier run's output folder, and handle a folder that is moved, deleted or full."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class OutputFolder:
                 warn(f"{self._log.path} was deleted or moved; written again with all its lines")
 
     def _inode(self) -> tuple[int, int] | None:
-        """Identify the folder, to distinguish it from another one of the same name."""
+        """Return the folder's identity, which differs for another folder of the same name."""
         try:
             status = os.stat(self._path)
         except OSError:

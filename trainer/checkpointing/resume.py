@@ -1,4 +1,4 @@
-"""Decide whether a run starts, resumes or has finished, and what must match for it to resume."""
+"""Find, check, load and take checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "search.max_prompts",
     "search.init_share",  # a resumed prompt needs no initial value
 }
-#: Paths may change; digests of the content that is read from them may not.
+#: Paths may change, but not the digests of their content.
 PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
 
 
@@ -40,7 +40,7 @@ def run_identity(
 
     Args:
         base: digests of the base model's files, from ``fingerprint_base_on_all``.
-        dtype: the compute type that ``base.dtype`` resolves to on this device.
+        dtype: compute type, to which ``base.dtype`` resolves on this device.
     """
     settings = config.model_dump(mode="json")
     identity: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def find_checkpoint(
     """Return the checkpoint that a run resumes from; None if it starts from the beginning.
 
     Raises:
-        BadInput: no checkpoint is usable, or the newest belongs to a run that differs; names every
+        BadInput: no checkpoint is usable, or the newest is of a different run; names every
             difference.
     """
     saved = checkpoint.newest(output / CHECKPOINTS, console.warn, problem_of)
@@ -136,7 +136,7 @@ def load_run_state(loop: Loop, saved: SavedCheckpoint) -> None:
     """Continue from a checkpoint.
 
     Raises:
-        BadInput: it is of another run, or its state is damaged in a way that no check has found.
+        BadInput: the checkpoint is of another run, or its state is damaged but passed all checks.
     """
     try:
         prompts = join_tensors(saved.tensors, saved.state["bank"]["prompts"])
@@ -184,8 +184,9 @@ def load_base_as_saved(
 def saved_choices(saved: SavedCheckpoint, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the saved values of ``auto`` settings; None if the conditions have changed.
 
-    They depend on free memory and measured speed, which differ between starts, and they determine
-    the order of floating-point sums: only the same choices make a resumed run bit-identical.
+    These values depend on free memory and measured speed, which differ between starts, and they
+    determine the order of floating-point sums: a resumed run is bit-identical only with the same
+    values.
     """
     choices: dict[str, Any] = saved.state["chosen"]
     return choices if choices["where"] == conditions else None

@@ -83,7 +83,7 @@ class Holder:
         )
 
     def is_local_to(self, ours: Holder) -> bool:
-        """Whether ``ours`` can look this holder's PID up."""
+        """Whether ``ours``, a holder here, can look up this holder's PID."""
         place = (self.host, self.boot, self.namespace)
         return place == (ours.host, ours.boot, ours.namespace)
 
@@ -163,7 +163,7 @@ class Lock:
             os.utime(self.path)
             self._touched = time.time()
         elif time.time() - self._touched > DEAD_SECONDS:
-            # Another process may have taken it over meanwhile, and may have ended since.
+            # Another process may have taken the lock over in the meantime and ended.
             self._lost = f"{self.path}: deleted while this process sent no heartbeat for too long"
         elif not _create(self.path, self.holder):  # not deleted, or created again
             holder = getattr(_read(self.path), "holder", None) or "another process"
@@ -221,7 +221,7 @@ def _acquire(path: Path, ours: Holder) -> str | None:
 
 
 def running_process(folder: Path) -> str | None:
-    """Describe the process that holds an output folder's lock; None if there is none or it died."""
+    """Describe the process that holds a folder's lock; None if there is none or it died."""
     try:
         file = _read(folder / LOCK)
     except (BadInput, OSError):
@@ -234,7 +234,7 @@ def running_process(folder: Path) -> str | None:
 def refuse_if_alive(folder: Path) -> None:
     """Raise ``BadInput`` if a process of this host holds the lock; writes nothing.
 
-    ``acquire`` judges holders on other hosts, by the clock of the file system.
+    ``acquire`` checks holders on other hosts, by the clock of the file system.
     """
     file, ours = _read(folder / LOCK), Holder.here()
     if file is None or file.holder is None or not file.holder.is_local_to(ours):

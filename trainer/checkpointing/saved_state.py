@@ -1,6 +1,6 @@
 """Validate the JSON of a checkpoint against the types that a run writes.
 
-Checksums detect damaged files, but not intact files of another meaning.
+Checksums detect damaged files, but not intact files with other content.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    """Additional keys are allowed: of a newer version, or checked elsewhere."""
+    """Additional keys are allowed: they are of a newer version, or checked elsewhere."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

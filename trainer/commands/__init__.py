@@ -1,10 +1,10 @@
-"""Commands that need the base model; ``launch`` starts them. One file or package per command.
+"""Programs of the commands that ``launch`` starts. One file or package per command.
 
 - ``prepare``: convert a base model to int8
 - ``generate``: generate text with a trained prompt
 - ``export``: turn a task description into a prompt with a trained text encoder
 - ``inspect``: measure the errors of int8 weights and their effect on validation losses
-- ``sync``: upload metrics and artifacts to MLflow; also the process that does so during training
+- ``sync``: upload metrics and artifacts to MLflow, after or during training
 
 Training itself is ``trainer.__main__``.
 """

@@ -32,10 +32,10 @@ from trainer.training.prompt_optimizer import AVERAGE
 
 
 def find_encoder(config: RunConfig, name: str) -> Prompt:
-    """Return the prompt whose name the encoder's state has in checkpoints.
+    """Return the prompt under whose name checkpoints store the encoder.
 
     Args:
-        name: of a shared encoder, whose first prompt is returned, or of a prompt with
+        name: name of a shared encoder, whose first prompt is returned, or of a prompt with
             ``encoder: text``.
 
     Raises:
@@ -91,8 +91,6 @@ def encode(
 
 
 def _reader(saved: SavedCheckpoint, name: str) -> tuple[dict[str, Tensor], str]:
-    """Return the weights of an encoder by name, and a description of their step."""
-
     def under(prefix: str) -> dict[str, Tensor]:
         tensors = saved.tensors.items()
         return {k.removeprefix(prefix): v for k, v in tensors if k.startswith(prefix)}
@@ -104,7 +102,7 @@ def _reader(saved: SavedCheckpoint, name: str) -> tuple[dict[str, Tensor], str]:
     weights = under(f"{name}/encoder/shared.")
     if not weights:
         raise BadInput(f"{saved.path}: has no encoder of {name!r}; train the run again")
-    for key in weights:  # validation uses the average, if the optimizer keeps one
+    for key in weights:  # as in validation: the average of the weights, if there is one
         average = f"{name}/optimizer/shared.{key}/{AVERAGE}"
         weights[key] = saved.tensors.get(average, weights[key])
     return weights, f"step {saved.step}, the newest checkpoint: there was no validation yet"

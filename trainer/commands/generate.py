@@ -1,7 +1,7 @@
 """``python -m trainer.commands.generate RUN_DIR --prompt NAME --input TEXT``: generate one text.
 
-Only the text goes to stdout; progress and warnings go to stderr. The program is started on every
-device, like training, because the base model is sharded in the same way.
+Only the text goes to stdout; progress and warnings go to stderr. Like training, the program runs on
+every rank, because the base model is sharded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``promptshard prepare BASE OUT``: convert a base to int8.
+"""``promptshard prepare BASE OUT``: convert a base model to int8.
 
 The output has the format of transformers and bitsandbytes: int8 weights and their row scales.
-Tensors are converted in blocks of rows, so that a model may be larger than the memory.
+Tensors are converted in blocks of rows, so that a model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def prepare(
     """Write ``out`` and return the bytes of the weights before and after.
 
     Raises:
-        BadInput: if the base cannot be loaded, is in 8 bits already, or ``out`` exists.
+        BadInput: the base model cannot be loaded or is in int8 already, or ``out`` exists.
     """
     if out.exists():
         raise BadInput(f"{out}: already exists; use a new folder")
@@ -96,7 +96,7 @@ def prepare(
 
 
 def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLocation]:
-    """The stored tensors that a run would quantize, each with its own location."""
+    """Return the stored tensors that a run would quantize, each with its own location."""
     model = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
     return {
         tensor: TensorLocation((tensor,), location.as_int8().stored_shape, location.transposed)
@@ -108,7 +108,7 @@ def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLoca
 def _quantized_entries(
     reader: SafetensorsReader, name: str, location: TensorLocation
 ) -> Iterator[_Entry]:
-    """Weight, row scales and layout (0: by rows) of a tensor, named as in bitsandbytes."""
+    """Yield weight, row scales and layout (0: by rows) of a tensor, named as in bitsandbytes."""
     absmax = torch.zeros(location.shape[:-1].numel())
 
     def write_weight(file: BinaryIO) -> None:
@@ -161,8 +161,8 @@ def _write_file(path: Path, entries: list[_Entry]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
-    # Placed by decreasing element size, so that every tensor is aligned, but written in the given
-    # order: row scales are computed while their weight is written.
+    # Tensors are placed by decreasing element size, so that each is aligned, but written in the
+    # given order, because row scales are computed while their weight is written.
     for entry in sorted(entries, key=lambda entry: -entry.alignment):
         begins[entry.name], end = end, end + entry.num_bytes
         header[entry.name] = {

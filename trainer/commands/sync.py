@@ -1,7 +1,7 @@
 """``python -m trainer.commands.sync``: upload to MLflow, once (``sync``) or during training.
 
-The trainer starts ``follow`` in the background. The store's address is in the environment variable
-``PROMPTSHARD_TRACKING_URI`` and not in an argument, because it may contain a password.
+The trainer starts ``follow`` in the background. The store's address may contain a password, so it
+is passed in the environment variable ``PROMPTSHARD_TRACKING_URI`` and not as an argument.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         from trainer.tracking import sender_process
 
         with contextlib.suppress(OSError):
-            os.nice(10)  # the trainer's processes come first
+            os.nice(10)  # lower priority than training
         return sender_process.main(chosen.options, uri, read_results)
     return _sync(chosen.run_dir, uri)
 

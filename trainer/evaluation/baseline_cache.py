@@ -1,8 +1,8 @@
 """Cache of the likelihoods of rows under the base model without a trained prompt. No torch.
 
-They do not depend on training, so a second run on the same base model and rows reuses them. The key
-is a digest of everything that they depend on: the base model's files, how its weights are stored
-and multiplied, library versions, and the token ids of the rows, including hand-written prompts.
+These likelihoods do not depend on training, so a second run on the same base model and rows reuses
+them. The key is a digest of the base model's files, how its weights are stored and multiplied,
+library versions, and the token ids of the rows, including hand-written prompts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.token_table import Example
 from trainer.runtime import atomic_io
 from trainer.runtime.cache_dir import cache_dir
 
-#: Increases when the forward pass changes and the same inputs give other likelihoods.
+#: Increase when the forward pass changes and the same inputs give other likelihoods.
 RULES = 1
 #: Cost (bytes of weights times tokens of rows) from which caching is worthwhile: seconds on a CPU.
 WORTHWHILE = 1e12
@@ -34,7 +34,7 @@ CHECKSUM_BYTES = 8
 
 
 class BaselineCache:
-    """Reads and writes likelihoods of rows; for rank 0.
+    """Reads and writes likelihoods of rows; used on rank 0 only.
 
     Args:
         identity: JSON values that determine the base model's predictions.
@@ -48,11 +48,7 @@ class BaselineCache:
         self.folder = cache_dir("baselines")
 
     def read(self, rows: Sequence[Sequence[Example]]) -> NDArray[np.float64] | None:
-        """Return cached negative log-likelihoods [rows, candidates].
-
-        Returns:
-            None if the file is missing or its checksum is wrong.
-        """
+        """Return negative log-likelihoods [rows, candidates]; None if they are not cached."""
         if not self._is_worthwhile(rows):
             return None
         path, shape = self._path(rows), (len(rows), len(rows[0]))

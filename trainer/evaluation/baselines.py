@@ -1,8 +1,8 @@
 """Baselines of every task, scored once before the first step.
 
-The base model without a prompt, with hand-written prompts and with the texts of teachers; and the
-majority class, which always gives the most frequent answer of the train rows. A prompt that scores
-no better than the majority class has learned nothing from the inputs.
+Baselines are the base model without a prompt, with each hand-written prompt and with each teacher's
+text, and the majority class: the most frequent answer of the train rows, given to every row. A
+prompt that scores no better than the majority class has learned nothing from the inputs.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from trainer.evaluation.prediction_files import (
 from trainer.evaluation.prediction_records import Predictions, answer_columns, scored_columns
 from trainer.evaluation.scoring import Request, Scored
 
-#: The split whose rows prompts are ranked by.
+#: Prompts are ranked by their scores on this split.
 VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The base model with a fixed text before the rows, or without one.
+    """The base model with a fixed text before each row, or without one.
 
     Attributes:
-        name: of its row in the result table and of its file of predictions.
+        name: name of the baseline in the result table and of its prediction file.
         rows: rows to score, by split.
         text: hand-written prompt; None: no prompt.
         distilled: name of the distilled prompt whose teacher this baseline is compared with.
-        compared_with: that teacher.
+        compared_with: the teacher of ``distilled``.
         prefix: teacher whose text is the prompt.
     """
 
@@ -105,7 +105,7 @@ def score_baselines(
         predictions: writes predictions of the validation rows, on rank 0.
 
     Returns:
-        For each task fields of ``TaskResult``: ``no_prompt``, ``hand_written`` and, with distilled
+        Fields of ``TaskResult`` by task: ``no_prompt``, ``hand_written`` and, with distilled
         prompts, ``untaught`` (no prompt, compared with the teacher of each) and ``teachers`` (their
         texts as prompts).
     """
@@ -150,8 +150,8 @@ def add_majority(
 def majority_scores(data: TaskData) -> dict[str, Any]:
     """Score the most frequent answer of the train rows on the rows of every evaluation.
 
-    For multi-label tasks an answer is a set of labels, as text. Of equally frequent answers, the
-    first choice counts.
+    For multi-label tasks an answer is a set of labels, as text. If several answers are equally
+    frequent, the first in the order of the choices is used.
 
     Returns:
         ``answer``, its ``train_share``, and scores such as ``validation_accuracy``.
@@ -166,7 +166,7 @@ def majority_scores(data: TaskData) -> dict[str, Any]:
 
 
 def score_answer(rows: EvalSet, answer: str) -> dict[str, float]:
-    """Scores of one answer to all rows, by the name of the metric."""
+    """Score the same answer for all rows; return scores by metric."""
     task, choices = rows.task, rows.task.choices
     assert choices is not None, "a task without choices has no majority class"
     if task.multi_label:
@@ -177,7 +177,7 @@ def score_answer(rows: EvalSet, answer: str) -> dict[str, float]:
 
 
 def merge_scores(by_split: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
-    """``{"validation_loss": ..., "validation_accuracy": ..., "shifted_validation_loss": ...}``."""
+    """Return ``{"validation_loss": ..., "shifted_validation_loss": ..., ...}``."""
     return {
         f"{split}_{metric}": value for split, scores in by_split for metric, value in scores.items()
     }

@@ -1,8 +1,8 @@
 """Run generated Python functions in isolated processes; ``metrics`` starts this script.
 
-The script gets code and call arguments and returns values; it never gets the expected results. Each
-program runs in a forked child without environment and without open files except /dev/null and the
-pipe for its values.
+The script receives code and call arguments and returns values; it never receives the expected
+results. Each program runs in a forked child without environment variables and without open files
+except /dev/null and the pipe for its values.
 
 =====================================  =============================================================
 everywhere                             limits on CPU time, wall time, memory, processes and threads;
@@ -20,7 +20,7 @@ Without seccomp, programs that run at the same time can kill each other. Kernel 
 attacks are out of scope.
 
 Input: one JSON object on stdin. Output: a line ``ready LAYERS``, then ``[index, text]`` for each
-program, where the text is its values as JSON or anything else that it wrote.
+program. The text is its return values as JSON, or any other output that the program wrote.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MODULES = """
     stringprep struct textwrap threading time timeit traceback types typing unicodedata urllib.parse
     uuid warnings weakref zlib
 """.split()  # noqa: SIM905
-#: Limits of a program besides CPU time and memory, all zero.
+#: Resource limits that are set to zero.
 FORBIDDEN = ("NOFILE", "NPROC", "FSIZE", "CORE", "MEMLOCK", "MSGQUEUE")
 
 
@@ -81,9 +81,9 @@ def set_limits(cpu_seconds: float, memory_bytes: int) -> None:
 
 
 def make_system_call_filter() -> Callable[[], bool]:
-    """Return a function that lets only ``SYSTEM_CALLS`` of this process pass from now on.
+    """Return a function that restricts this process to ``SYSTEM_CALLS``; others fail with EPERM.
 
-    All others fail with EPERM. The function returns False if the kernel refuses the filter.
+    The function returns False if the kernel refuses the filter.
 
     Raises:
         OSError: libseccomp is not installed.
@@ -98,10 +98,13 @@ def make_system_call_filter() -> Callable[[], bool]:
 
 
 def isolate(libc: Any) -> bool:
-    """Drop network, other processes, all files and root's rights; True with namespaces.
+    """Remove access to network, files and other processes, and drop root privileges.
+
+    Returns:
+        Whether namespaces isolate this process.
 
     Raises:
-        SystemExit: this is root, and it cannot become another user.
+        SystemExit: this process runs as root and cannot become another user.
     """
     root, isolated = os.geteuid() == 0, False
     if libc is not None:
@@ -121,7 +124,7 @@ def isolate(libc: Any) -> bool:
                 f"({error.strerror}); run as a user"
             ) from None
     if libc is not None:
-        # Capabilities of a new user namespace; without them no limit can be raised there.
+        # Drop the capabilities in the new user namespace, which would allow raising limits.
         libc.capset(struct.pack("II", CAPABILITY_VERSION, 0), bytes(24))
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the programs cannot trace this process
     return isolated
@@ -136,7 +139,7 @@ class RunningProgram:
 
 
 def start(job: dict[str, Any], request: dict[str, Any]) -> tuple[int, RunningProgram]:
-    """Start a program in a child process; returns the pipe that it writes to."""
+    """Start a program in a child process; return the pipe that it writes to, and its state."""
     pipe, out = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -160,7 +163,7 @@ def run_child(job: dict[str, Any], request: dict[str, Any], out: int) -> None:
     if request["filter"] is not None and not request["filter"]():
         return
     namespace: dict[str, Any] = {"__name__": "program"}
-    exec(compile(job["code"], "program", "exec"), namespace)  # this process exists for it
+    exec(compile(job["code"], "program", "exec"), namespace)  # in the isolated child process
     values = [namespace[request["function"]](*args) for args in job["args"]]
     payload = json.dumps(values).encode()
     while payload:
@@ -168,7 +171,7 @@ def run_child(job: dict[str, Any], request: dict[str, Any], out: int) -> None:
 
 
 def stop(pipe: int, program: RunningProgram) -> str:
-    """Kill a program and its process group; returns its output."""
+    """Kill a program and its process group; return its output."""
     for target in (-program.pid, program.pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(target, signal.SIGKILL)
@@ -178,7 +181,7 @@ def stop(pipe: int, program: RunningProgram) -> str:
 
 
 def run_programs(jobs: list[dict[str, Any]], request: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """Run programs, ``request["processes"]`` at a time; yields index and output of each."""
+    """Run programs, ``request["processes"]`` at a time; yield index and output of each."""
     waiting = list(reversed(jobs))
     running: dict[int, RunningProgram] = {}
     while waiting or running:
@@ -196,7 +199,7 @@ def run_programs(jobs: list[dict[str, Any]], request: dict[str, Any]) -> Iterato
 
 
 def works(request: dict[str, Any]) -> bool:
-    """Whether a correct function passes; if not, every score would be 0 and look like a result."""
+    """Whether a correct function passes; otherwise every score would be 0."""
     code = f"def {request['function']}(x): return x + 1"
     probe = {"index": -1, "code": code, "args": [[1]]}
     return list(run_programs([probe], request)) == [(-1, "[2]")]
@@ -211,7 +214,7 @@ def main() -> None:
             request["filter"] = make_system_call_filter()
     for name in MODULES:
         importlib.import_module(name)
-    time.localtime()  # reads the time zone
+    time.localtime()  # reads the time zone file while files are accessible
     os.environ.clear()
     request["null"] = os.open(os.devnull, os.O_RDWR)
     isolated = isolate(libc)

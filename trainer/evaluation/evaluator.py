@@ -1,7 +1,7 @@
-"""Score prompts on rows that are not trained on.
+"""Score prompts on evaluation rows.
 
-All prompts are scored in one packed pass: slots number every (prompt, row, candidate), each rank
-fills in the losses of its own packed batches, and one all-reduce gives all losses to all ranks.
+All prompts are scored in one packed pass. Every (prompt, row, candidate) has a slot. Each rank adds
+the losses of its own packed batches to their slots, and one all-reduce sums the slots of all ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from trainer.runtime.stop_signals import Stopped
 
 #: Packed batches of each rank that are planned together.
 WINDOW_BATCHES = 64
-#: Tokens of a batch of generation, in multiples of a packed batch: only keys and values are kept.
+#: Token limit of a generation batch in multiples of a packed batch's, because generation keeps no
+#: activations, only keys and values.
 GENERATION_BATCHES = 4
 
 
@@ -120,12 +121,12 @@ class Evaluator:
         return texts
 
     def _num_read(self, request: Request) -> int:
-        """Number of texts that scoring by labels reads."""
+        """Number of texts that are read to score labels."""
         rows = len(request.rows.candidates)
         return rows if self.base.packed else rows * request.num_candidates
 
     def _read_cache(self, requests: Sequence[Request]) -> list[Tensor | None]:
-        """Cached likelihoods, on every rank; None for requests that are not cached."""
+        """Read cached likelihoods on every rank; None for requests that are not cached."""
         if self.baselines is None or not any(request.is_baseline for request in requests):
             return [None] * len(requests)
         arrays = None
@@ -184,7 +185,7 @@ class Evaluator:
         self._advance(texts)
 
     def _between_batches(self, texts: float) -> None:
-        """Report texts that were read; raise ``Stopped`` on all ranks if one got a stop signal."""
+        """Report texts read; raise ``Stopped`` on all ranks if one received a stop signal."""
         self._advance(texts)
         if self.engine.any_rank(stop_signals.stop_requested()):
             raise Stopped
@@ -263,7 +264,7 @@ class Evaluator:
     def _text_scores(
         self, rows: EvalSet, texts: Sequence[str], targets: Sequence[str]
     ) -> tuple[dict[str, float], list[bool]]:
-        """Metrics of generated texts, and which are correct. Only rank 0 runs generated code."""
+        """Return metrics of generated texts, and which are correct. Rank 0 runs generated code."""
         task = rows.task
         if task.metric == "execution":
             passed: list[float] = []

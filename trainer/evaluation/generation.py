@@ -3,7 +3,8 @@
 As in transformers' ``generate``, the base model's generation config defines end tokens and
 penalties. A task adds EOS, if its targets are trained with one, and stop strings.
 
-Shape letters: B rows of a batch, L longest row, T tokens so far, V vocabulary.
+Shape letters: B rows of a batch, V vocabulary, n tokens of a text, L layers, A key-value heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -42,11 +43,10 @@ def generate(
 
     Args:
         inputs: token ids of each row.
-        virtual_tokens: the prompt, or None.
-        between_batches: called on all ranks with the number of rows done since the last call; an
-            exception from it ends the generation.
-        max_tokens: most tokens of a batch: prompt, input and generated text of all its rows. A
-            batch has at least one row.
+        between_batches: called on all ranks with the number of rows completed since the last call;
+            an exception from it ends the generation.
+        max_tokens: limit of a batch, which counts prompt, input and generated text of all its
+            rows. A batch has at least one row.
 
     Returns:
         Generated token ids of each row, on every rank; ``stop.text`` decodes them.
@@ -72,9 +72,9 @@ def generate(
 
 @torch.no_grad()
 def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
-    """Compute the keys and values of a text, [n, L, 2, A, D], fp32 on the CPU.
+    """Compute the keys and values of a text, [n, L, 2, A, D], fp32 on the CPU; a collective.
 
-    Every rank calls it with the same ids and gets the tensor of rank 0.
+    All ranks pass the same ids and receive the tensor of rank 0.
     """
     ids_1n = torch.tensor([list(token_ids)], device=engine.device)
     cache = PastCache()

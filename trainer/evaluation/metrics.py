@@ -1,4 +1,4 @@
-"""Metrics of tasks as pure functions. Higher is better, and 1 is perfect.
+"""Metrics of tasks. Higher is better, and 1 is perfect.
 
 ``execution`` runs generated Python in other processes; ``code_sandbox`` documents their isolation.
 """
@@ -25,7 +25,7 @@ from trainer.runtime.errors import BadInput
 
 _SANDBOX = Path(__file__).with_name("code_sandbox.py")
 _MAX_PROCESSES = 4
-#: A request without programs; the sandbox then only reports its layers.
+#: A request without programs, for which the sandbox only reports its layers.
 PROBE = {
     "function": "f",
     "cpu_seconds": 0.5,
@@ -130,7 +130,8 @@ def execution(
     outputs: dict[int, str] = {}
     while pending := [job for job in jobs if job["index"] not in outputs]:
         _, part = _run_sandbox({**request, "jobs": pending})
-        # The first program ended the sandbox: it fails, the others get a new sandbox.
+        # Without any output, the first program ended the sandbox: it scores 0, and the other
+        # programs run in a new sandbox.
         outputs |= part or {pending[0]["index"]: ""}
     return [_score(outputs[i], calls) for i, calls in enumerate(tests)]
 

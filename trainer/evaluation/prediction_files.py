@@ -1,4 +1,4 @@
-"""Files of predictions: one record per validation row for every prompt and baseline.
+"""Prediction files: one record per validation row for every prompt and baseline.
 
     OUTPUT_DIR/predictions/PROMPT.jsonl                    a prompt at its best step
     OUTPUT_DIR/predictions/baselines/TASK/BASELINE.jsonl   no_prompt, hand_written-1, majority, ...
@@ -25,12 +25,12 @@ FOLDER, BASELINES = "predictions", "baselines"
 MAJORITY, NO_PROMPT, HAND_WRITTEN, TEACHER = "majority", "no_prompt", "hand_written", "teacher"
 #: Records with texts and scores in a file, and characters of each text.
 MAX_TEXTS, MAX_CHARACTERS = 10_000, 4_000
-#: Fields of every record. Target and prediction only if they are choices.
+#: Fields of every record; target and prediction only if they are choices.
 SHORT = frozenset({"step", "row", "target", "prediction", "correct", "loss", "tokens", "f1_terms"})
 
 
 def baseline_file(task: str, baseline: str) -> str:
-    """Name of a baseline's file; ``path_of`` accepts it like the name of a prompt."""
+    """Name of a baseline's file, for ``path_of``."""
     return f"{BASELINES}/{task}/{baseline}"
 
 
@@ -40,7 +40,7 @@ def path_of(output_dir: Path, name: str) -> Path:
 
 
 def files_in(output_dir: Path) -> list[Path]:
-    """All files of predictions of a run."""
+    """All prediction files of a run."""
     return sorted((output_dir / FOLDER).rglob("*.jsonl"))
 
 
@@ -64,7 +64,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def step_of(path: Path) -> int | None:
-    """Training step of a file's predictions; None if the file is missing or damaged."""
+    """Training step of a prediction file; None if the file is missing or damaged."""
     with suppress(OSError, ValueError):
         step = next(read(path), {}).get("step")
         return step if isinstance(step, int) else None

@@ -29,12 +29,12 @@ from trainer.evaluation.prediction_files import (
 from trainer.evaluation.scoring import Scored
 from trainer.runtime import atomic_io
 
-#: Values of every row by field; long values only of the first ``MAX_TEXTS`` rows.
+#: Values of every row, by field; some long fields have only the first ``MAX_TEXTS`` rows.
 Columns = dict[str, Sequence[Any]]
 
 
 class Predictions:
-    """Files of predictions of a run; used on rank 0 only.
+    """Prediction files of a run; used on rank 0 only.
 
     Args:
         warn: called if a file cannot be written; the run continues.
@@ -53,7 +53,7 @@ class Predictions:
         """Write the predictions of a prompt or baseline.
 
         Args:
-            name: of the prompt, or from ``baseline_file``.
+            name: name of the prompt, or a name from ``baseline_file``.
             step: training step of the predictions; 0 for a baseline.
             columns: from ``scored_columns`` or ``answer_columns``.
         """

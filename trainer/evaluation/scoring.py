@@ -1,4 +1,4 @@
-"""Requests to score rows, their results, and the packed rows that a request is read as."""
+"""Scoring requests, their results, and their conversion to packed rows."""
 
 from __future__ import annotations
 
@@ -33,10 +33,7 @@ class Request:
 
     @property
     def by_labels(self) -> bool:
-        """Whether the likelihood of labels is scored.
-
-        It is not if the task's metric is the divergence from a teacher.
-        """
+        """Whether label likelihoods are scored: unless the metric is divergence from a teacher."""
         return self.teacher is None or self.rows.task.metric != "loss"
 
     @property
@@ -58,10 +55,11 @@ class Scored:
         scores: metrics by name.
         nll_RC: negative log-likelihood of every candidate of every row, in nats, float64, on the
             CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
-            the candidate with the lowest value. A choice that is the prefix of another one counts
-            without text that continues as the longer one (``trainer.data.label_prefixes``); the
-            loss counts all of it. None if labels are not scored.
-        nll_R: negative log-likelihood of every row's correct target, as the loss sums it.
+            the candidate with the lowest value. The likelihood of a choice that is a prefix of
+            another choice excludes texts that continue as the longer one
+            (``trainer.data.label_prefixes``); the loss includes them. None if labels are not
+            scored.
+        nll_R: negative log-likelihood of every row's correct target; the loss is computed from it.
         texts_R: generated text of every row; None if nothing is generated.
         targets_R: text of every row's target, decoded in the same way as the generated text.
         correct_R: whether the generated text of a row is correct by the task's metric; for sets of
@@ -94,8 +92,7 @@ def candidate_rows(
     Args:
         packed: the base model reads a row's text once for all its candidates. All packed batches
             then have ``PackedBatch.shared``, because ranks that share a head must agree on it.
-        max_tokens: of a packed batch; a row with more tokens in all its candidates is read several
-            times.
+        max_tokens: limit of a packed batch; a row whose candidates exceed it is read several times.
     """
     slot = 0
     for request in requests:

@@ -1,4 +1,4 @@
-"""Selection of a task's best prompt, with the advice of a shorter one."""
+"""Select a task's best prompt, and advise a shorter one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from trainer.config.ranking import AnyEntry, rank
 def select(
     prompts: Sequence[AnyEntry], metric: str, standard_error: Callable[[AnyEntry], float]
 ) -> tuple[AnyEntry, AnyEntry | None] | None:
-    """Return the best prompt, and a shorter one within one standard error of it if there is one.
+    """Return the best prompt, and the shortest one within one standard error of its score.
 
-    The shorter one is advice: the shortest whose score is at most one standard error of the best
-    below it. Source: the one-standard-error rule of Breiman et al., Classification and Regression
-    Trees (1984), 3.4.3, for lengths of prompts in place of sizes of trees.
+    Source: the one-standard-error rule of Breiman et al., Classification and Regression Trees
+    (1984), 3.4.3, for lengths of prompts in place of sizes of trees.
 
     Args:
-        prompts: of one task, in the order of the run file.
-        standard_error: of an entry's score in the task's metric; NaN where it is unknown.
+        prompts: prompts of one task, in the order of the run file.
+        standard_error: returns the standard error of an entry's score in ``metric``, or NaN.
 
     Returns:
-        None if no prompt can be ranked.
+        None if no prompt can be ranked. The second item is None if there is no such prompt.
     """
     ranked = rank(prompts, metric)
     if not ranked:

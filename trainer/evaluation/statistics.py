@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-#: Ending of the names of scores that are the standard error of another.
+#: Suffix of the name of a score's standard error.
 STANDARD_ERROR = "_standard_error"
 #: Metrics that are a rate over rows.
 RATES = frozenset({"accuracy", "exact_match", "execution"})
@@ -19,11 +19,11 @@ Z95 = 1.959963984540054
 Z80 = 0.8416212335729143
 #: Two-sided level of a test.
 SIGNIFICANCE = 0.05
-#: Standard errors of a difference that a test at this level detects with 80% power.
+#: A test at this level detects a difference of this many standard errors with 80% power.
 POWER_80 = Z95 + Z80
 #: Rows that must differ, all in one direction, before the exact McNemar test is significant.
 FEWEST_DISCORDANT = 6
-#: Expected number of them at which it is significant with 80% power (Poisson).
+#: Expected number of rows that differ at which that test is significant with 80% power (Poisson).
 DISCORDANT_80 = 7.9
 
 
@@ -36,7 +36,7 @@ def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> fl
 
 
 def ratio_scores(name: str, sums_R: Sequence[float], counts_R: Sequence[int]) -> dict[str, float]:
-    """Return ``sum(sums) / sum(counts)`` and its standard error as scores; 0 if nothing counts."""
+    """Return ``sum(sums) / sum(counts)``, 0 without counts, and its standard error as scores."""
     total = sum(counts_R)
     return {
         name: sum(sums_R) / total if total else 0.0,
@@ -92,10 +92,10 @@ class Difference:
 
     Attributes:
         low, high: 95% interval.
-        p_value: two-sided, for no difference.
-        detectable_difference: that the test detects with about 80% power on this number of rows,
-            estimated from these rows; above 1 if there are too few rows for a significant result.
-        test: name of the test.
+        p_value: two-sided, under the hypothesis of no difference.
+        detectable_difference: difference that the test detects with about 80% power on this number
+            of rows, estimated from these rows; above 1 if there are too few rows for a significant
+            result.
     """
 
     difference: float
@@ -113,9 +113,9 @@ class Difference:
 def paired_rates(first_R: Sequence[bool], second_R: Sequence[bool]) -> Difference:
     """Compare two rates of correct rows by the exact McNemar test.
 
-    The interval is the wider one of two on either side: that of Agresti and Min (Statistics in
-    Medicine 24, 2005), which adds half a row to each cell, and the exact one given the number of
-    rows that differ (Clopper-Pearson). It excludes 0 only if the test is significant.
+    Each end of the interval is the outer one of two intervals: that of Agresti and Min (Statistics
+    in Medicine 24, 2005), which adds half a row to each cell, and the exact one given the number of
+    rows that differ (Clopper-Pearson). The result excludes 0 only if the test is significant.
     """
     from scipy.stats import binomtest
 
@@ -146,7 +146,7 @@ def paired_ratios(
 ) -> Difference:
     """Compare two ratios of sums over the same rows, such as losses per token or F1.
 
-    A paired t-test on the rows' linearized contributions to the difference.
+    Uses a paired t-test on the rows' linearized contributions to the difference.
 
     Args:
         first_R, second_R: numerators and denominators of every row.

@@ -1,4 +1,4 @@
-"""End of a generated text, and its conversion from token ids to text."""
+"""Find the end of a generated text, and decode its token ids."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ class StopCriteria:
     def of(
         cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task
     ) -> StopCriteria:
-        """Return the stop criteria of a task.
-
-        Args:
-            config: of the base model, for its ``eos_token_id`` and ``stop_strings``.
-        """
+        """Combine a task's stop strings with the end tokens and stop strings of the base model."""
         listed = config.eos_token_id
         ids = set(listed) if isinstance(listed, list) else {listed}
         if task.messages is None and task.append_eos:
@@ -56,7 +52,7 @@ class StopCriteria:
     def target(self, ids: Sequence[int]) -> str:
         """Decode a row's target as ``text`` decodes generated tokens.
 
-        Stop strings do not cut it; ``check_targets`` refuses a target that contains one.
+        Stop strings do not cut the target; ``check_targets`` refuses a target that contains one.
         """
         return self._decode(self.cut(ids))
 
@@ -70,7 +66,7 @@ class StopCriteria:
     def is_completed(self, ids: Sequence[int]) -> bool:
         """Whether the last token is an end token or completes a stop string.
 
-        Decodes only as many tokens as a stop string can have; the cost does not grow with the text.
+        Decodes only as many tokens as a stop string can have, so the cost is constant.
         """
         if ids[-1] in self.token_ids:
             return True
@@ -100,7 +96,7 @@ def check_targets(rows: EvalSet, stop: StopCriteria) -> str | None:
         A warning if no target ends with an end token or a stop string.
 
     Raises:
-        BadInput: a target contains a stop string, so generation ends before its end.
+        BadInput: a target contains a stop string, so generation would end too early.
     """
     task = rows.task
     if task.metric not in ("exact_match", "f1"):

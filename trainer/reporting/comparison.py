@@ -1,4 +1,4 @@
-"""Paired comparison of a task's prompts with its best baseline, by row of their predictions."""
+"""Compare a task's prompts with its best baseline, paired by row of their predictions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from trainer.reporting.summary import Comparison
 def compare(output_dir: Path, table: TaskTable) -> Comparison | None:
     """Compare every ranked prompt of a task with the best baseline, paired by row.
 
-    Returns:
-        None if there is no ranked prompt or baseline, or if their predictions are missing.
+    Returns None if there is no ranked prompt or baseline, or if their predictions are missing.
     """
     prompt, baseline = table.best_prompt, table.best_baseline
     if prompt is None or baseline is None:

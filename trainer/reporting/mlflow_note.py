@@ -19,7 +19,7 @@ from trainer.tracking.run_metadata import MAX_TAG, FinalResults, clean_tags, sho
 
 
 def read_results(output_dir: Path) -> FinalResults:
-    """Compute the note, and the metrics and tags of every prompt; none if ``run.yaml`` is damaged.
+    """Compute the note, and metrics and tags of every prompt; all empty if ``run.yaml`` is damaged.
 
     Raises:
         BadInput: a newer version wrote ``summary.json``.
@@ -50,8 +50,8 @@ def final_metrics(table: TaskTable, prompt: ResultRow) -> dict[str, float]:
     Names: ``validation_accuracy_best``, ``validation_accuracy_no_prompt``,
     ``validation_accuracy_hand_written`` (the best hand-written prompt), ``..._teacher``,
     ``..._majority``. MLflow sorts a name with a suffix next to its curve; a prefix with a slash
-    would create a section of single points before all curves. The loss of a distilled prompt is the
-    divergence from its teacher, and so is that of the baseline beside it.
+    would create a section of single points before all curves. The losses of a distilled prompt and
+    of its baseline are divergences from the teacher.
     """
     metrics = {f"{key}_best": value for key, value in _finite_scores(prompt.scores)}
     baselines = table.comparable_baselines(prompt)

@@ -51,7 +51,6 @@ class ResultRow(Entry):
 
     Attributes:
         kind: one of ``MAJORITY``, ``NO_PROMPT``, ``HAND_WRITTEN``, ``TEACHER``, ``PROMPT``.
-        label: displayed name.
         detail: number of virtual tokens, and why the prompt was stopped early.
         ranked: whether the prompt's score is comparable with the other prompts' scores.
         best: whether the row is the best prompt, or the best baseline, of the task.
@@ -70,7 +69,7 @@ class ResultRow(Entry):
 
     @property
     def short_label(self) -> str:
-        """The label, cut to ``WIDEST_LABEL`` characters."""
+        """Label of at most ``WIDEST_LABEL`` characters."""
         if len(self.label) <= WIDEST_LABEL:
             return self.label
         end = "…”" if self.label.endswith("”") else "…"
@@ -131,7 +130,7 @@ class TaskTable:
         return [column_title(column) for column in self.columns]
 
     def cells(self, row: ResultRow) -> list[str]:
-        """Every score of a row with its 95% interval, in the order of ``columns``."""
+        """Format the scores of a row with 95% intervals, in the order of ``columns``."""
         return [self.cell(row, column) for column in self.columns]
 
     def comparable_baselines(self, prompt: ResultRow) -> list[ResultRow]:
@@ -143,12 +142,12 @@ class TaskTable:
         return _comparable(self.baselines, prompt, self.metric)
 
     def column(self, row: ResultRow) -> str:
-        """The column of the task's metric; a distilled prompt's loss is a divergence."""
+        """Return the column of the task's metric; a distilled prompt's loss is a divergence."""
         key = f"validation_{self.metric}"
         return next(iter(shown_scores({key: 0.0}, row.teacher is not None)))
 
     def cell(self, row: ResultRow, column: str) -> str:
-        """A score with its 95% interval, or a dash."""
+        """Format a score with its 95% interval, or a dash."""
         return score_text(row.shown, column, self.num_rows)
 
     @property

@@ -1,4 +1,4 @@
-"""Files that describe a run: settings, environment, data sets; and what a run measures."""
+"""Write the files that describe a run, and measure its memory, traffic and speed."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def describe_run(
     """Write ``run.yaml``, ``environment.json`` and ``datasets.json``.
 
     Args:
-        begins: the run does not resume. If a run with other settings started in this folder, its
-            MLflow run is not continued.
+        begins: the run does not resume; it gets a new MLflow run if an earlier run in this folder
+            had other settings.
     """
-    # The full path of the base model's folder is valid from any working directory.
+    # A full path of the base model's folder is valid in any working directory.
     base = config.base.model_copy(update={"model": portable_name(config.base)})
     settings = redact(dump(config.model_copy(update={"base": base})))
     if begins:

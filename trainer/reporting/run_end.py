@@ -1,4 +1,4 @@
-"""The end of a run: the rest of the metrics is sent, and ``summary.json`` tells how it ended."""
+"""End a run: send the remaining metrics, and write ``summary.json`` if the run failed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from trainer.runtime.console import Console
 from trainer.runtime.redact import redact
 from trainer.tracking import TrackingClient
 
-#: How long the end of a run waits for a local store, which can be slow, for a server, which can be
-#: down, and after a failure.
+#: Time limits of sending at the end: to a local store, which can be slow; to a server, which can be
+#: down; after a failure.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
 
 
@@ -42,7 +42,7 @@ def tracked_run(output: Path, client: TrackingClient, console: Console) -> Itera
 
 
 def finish_sending(client: TrackingClient, console: Console) -> None:
-    """Wait until the rest of the metrics is sent, within limits, and print the result."""
+    """Wait until the remaining metrics are sent, within time limits, and print the result."""
     with console.phase("sending metrics to MLflow"):
         finished = client.finish(LOCAL_STORE_SECONDS if client.is_local else SERVER_SECONDS)
     if finished.complete:

@@ -1,4 +1,4 @@
-"""Results of a finished run: adapters, comparison with baselines, selection, summary and report."""
+"""Write a finished run's adapters, comparison with baselines, selection, summary and report."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
 SUMMARY_FILE = "summary.json"
-#: Increases when a key is removed or changes its meaning. 0: files from before versions.
+#: Increase when a key is removed or changes its meaning. Version 0: files without a version.
 SCHEMA_VERSION = 1
 
 
@@ -26,10 +26,10 @@ class _Model(BaseModel):
 
 
 class Scores(_Model):
-    """Results with scores beside their fields: ``validation_loss``, ``validation_accuracy``, ...
+    """Results with scores as additional keys: ``validation_loss``, ``validation_accuracy``, ...
 
-    ``shifted_validation_`` scores are those on out-of-distribution rows; ``_standard_error`` ends
-    the name of a score's standard error.
+    ``shifted_validation_`` scores are on out-of-distribution rows. The key of a standard error ends
+    with ``_standard_error``.
     """
 
     @property
@@ -58,7 +58,7 @@ class PromptResult(Scores):
 
 
 class Baseline(Scores):
-    """Scores of a baseline.
+    """Scores of a baseline, with the fields of its kind.
 
     Attributes:
         text: hand-written prompt, or text of a teacher.
@@ -77,11 +77,11 @@ class Comparison(_Model):
     """Paired comparison of a task's best prompt with its best baseline.
 
     Attributes:
-        rows: validation rows compared.
+        rows: number of validation rows compared.
         difference: prompt minus baseline, in the task's metric; ``low`` and ``high`` are its 95%
             interval.
-        test: name of the significance test that ``p_value`` is from.
-        detectable_difference: smallest difference that the test detects with 80% power.
+        test: name of the significance test of ``p_value``.
+        detectable_difference: smallest difference that the test detects with about 80% power.
         better: whether the best prompt is significantly better.
         also_better: other prompts that are significantly better.
     """
@@ -139,8 +139,7 @@ class Selection(_Model):
     """The best prompt of a task.
 
     Attributes:
-        score: in ``metric``, on the validation rows.
-        why: explanation in words.
+        score: score in ``metric`` on the validation rows.
     """
 
     prompt: str
@@ -159,7 +158,7 @@ class Throughput(_Model):
 
 
 class Memory(_Model):
-    """Memory of the rank that needs most, in bytes."""
+    """Memory in bytes, each value of the rank where it is largest."""
 
     base_bytes_per_rank: int | None = None
     kept_bytes_per_rank: int | None = None

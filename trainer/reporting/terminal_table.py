@@ -1,4 +1,4 @@
-"""Results of a finished run on the terminal."""
+"""Print the results of a finished run on the terminal."""
 
 from __future__ import annotations
 

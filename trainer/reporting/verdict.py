@@ -1,4 +1,4 @@
-"""The verdict on a task: whether a prompt beats the best baseline, in words."""
+"""Describe in words whether a task's prompts beat the best baseline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ def describe_comparison(
     """Describe a paired comparison in one to three sentences.
 
     Args:
-        column: of the compared scores.
+        column: name of the compared scores.
         score, against: the best prompt and the best baseline with their scores, as text.
-        num_prompts: of the task.
     """
     rows, p_value = f"{comparison.rows:,}", comparison.p_value
     unit = "" if is_loss(column) else " points"

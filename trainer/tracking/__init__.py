@@ -4,16 +4,16 @@
 
 1. ``metrics_callback``: at every step and validation, the training process appends a ``Line`` to
    ``metrics.jsonl`` (``metrics_log``). ``tensorboard_callback`` writes TensorBoard files.
-2. ``process_client``: ``TrackingClient`` starts the sender and shows its problems. Training never
-   waits for it, so a tracker that is down, slow or hanging cannot slow a step.
+2. ``process_client``: ``TrackingClient`` starts the sender and reports its problems. Training steps
+   never wait for the sender, so a tracker that is down or slow cannot delay them.
 3. ``sender_process``: sends in rounds and ends with the trainer.
 4. ``store_uri``: ``resolve`` chooses the store (``StoreAddress``) and hides its credentials;
    ``sqlite_store`` creates the default one.
-5. ``run_files``, ``run_metadata``: read the output folder as params, tags, datasets and
+5. ``run_files``, ``run_metadata``: convert the output folder to params, tags, datasets and
    ``Artifact`` files.
 6. ``pusher``: ``Pusher`` compares the folder with ``tracking.json`` (``progress_file``) and sends
    the difference. ``sync`` does the same once, after the run.
-7. ``mlflow_store``: ``MlflowStore`` makes the calls. This package alone imports mlflow.
+7. ``mlflow_store``: ``MlflowStore`` calls MLflow. Only this package imports mlflow.
 
 Imports no torch.
 """

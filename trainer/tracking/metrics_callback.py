@@ -12,7 +12,7 @@ from trainer.training.callbacks import Callback, Metrics, StepReport
 class MetricsCallback(Callback):
     """Logs all metrics, and warns about a full disk and about problems of the sender.
 
-    Training continues without the metrics that a full disk does not take.
+    If the disk is full, metrics are lost and training continues.
     """
 
     def __init__(

@@ -26,9 +26,9 @@ METRICS_FILE = "metrics.jsonl"
 #: Prefixes of the names of validation scores.
 VALIDATION = ("validation", "shifted_validation")
 SYSTEM_FILE = "logs/system_metrics.jsonl"
-#: Longer lines do not occur, in bytes.
+#: Upper bound of the length of a line, in bytes.
 MAX_LINE = 1 << 20
-#: The largest integer that JSON and databases hold exactly; larger counts are damage.
+#: The largest integer that JSON and databases hold exactly; a line with a larger one is damaged.
 MAX_COUNT = 2**53
 
 
@@ -48,7 +48,7 @@ class Line:
 
 
 class MetricsLog:
-    """Appends to ``OUTPUT_DIR/metrics.jsonl``; fails only if the disk does (``OSError``).
+    """Appends to ``OUTPUT_DIR/metrics.jsonl``; raises only ``OSError``.
 
     The steps of a prompt's metric must not decrease, except after ``rewind``.
     """
@@ -92,9 +92,9 @@ class MetricsLog:
         self._file = self._open()
 
     def restore(self) -> bool:
-        """Write the file again, with all its lines, if it was deleted or moved; return whether.
+        """Rewrite the file with all its lines if it was deleted or moved; return whether it was.
 
-        Its content exists as long as this process has it open.
+        The content of a deleted file exists as long as this process has it open.
         """
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
@@ -115,13 +115,13 @@ class MetricsLog:
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
-    """Yield the complete lines from byte ``offset``, each with its end; None if it is damaged."""
+    """Yield complete lines from byte ``offset``, each with its end; None for a damaged line."""
     for _, line, end in read_raw(path, offset):
         yield line, end
 
 
 def read_raw(path: Path, offset: int = 0) -> Iterator[tuple[bytes, Line | None, int]]:
-    """As ``read_lines``, with the bytes of each line first. A missing file has no lines."""
+    """As ``read_lines``, with the bytes of each line first; yield nothing for a missing file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""One MLflow store: a parent run, one nested run per prompt, and every point at most once.
+"""Log to an MLflow store: a parent run, one nested run per prompt, every point at most once.
 
-Nothing is sent twice. On connecting, the store is searched for this folder's runs by a tag, and
-points up to the last step that it has of a metric are left out. A batch whose response was lost is
-sent again with the same time, step and value, which MLflow's stores keep once.
+On connecting, the store is searched for this folder's runs by a tag, and points of a metric up to
+the last step in the store are left out. A batch whose response was lost is sent again with the same
+time, step and value; MLflow's stores keep such duplicates once.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class MlflowStore:
     def _log_batch(
         self, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = ()
     ) -> None:
-        """``log_batch``; if the store refuses the content, one by one without the refused ones."""
+        """Send a batch; if the store refuses the content, send its items one by one."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -276,7 +276,7 @@ class MlflowStore:
     def _check_artifact_uri(self, run_id: str) -> None:
         """Require that an untrusted server stores files itself.
 
-        It could name a folder of this machine, or storage that the user pays for.
+        Otherwise the server could name a folder of this machine, or storage that the user pays for.
         """
         uri = urlsplit(str(self.client.get_run(run_id).info.artifact_uri))
         if uri.scheme != "mlflow-artifacts" or uri.netloc:
@@ -286,7 +286,7 @@ class MlflowStore:
             )
 
     def end(self, status: str, results: FinalResults | None, time: float) -> None:
-        """Send final results, None if the run was killed, and its status and Unix end time."""
+        """Send final results (None if the run was killed), status and end time in Unix seconds."""
         if results is not None:
             lines = []
             for name, result in results.prompts.items():

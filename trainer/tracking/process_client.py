@@ -1,4 +1,4 @@
-"""The training process's side of the sender. Nothing here waits for a tracker or raises."""
+"""Start, monitor and end the sender from the training process, without raising its errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHECK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Finished:
-    """``message`` says where the curves are, or what is missing and how to send it."""
+    """Result of ``finish``: ``message`` has the curves' address, or how to send missing data."""
 
     complete: bool
     message: str
@@ -42,8 +42,7 @@ class TrackingClient:
     Before ``finish``, write ``summary.json``, ``report.html`` and ``prompts/``.
 
     Args:
-        uri: ``tracking.uri`` as the user wrote it, with credentials, which the copy in ``run.yaml``
-            does not have. It is passed on by environment, never by command line.
+        uri: ``tracking.uri`` as the user wrote it, with the credentials that ``run.yaml`` hides.
         every: seconds between two rounds of sending.
         grace: seconds that the sender may continue after the trainer's death.
     """
@@ -88,7 +87,7 @@ class TrackingClient:
                     stdout=out,
                     stderr=out,
                     env=environment,
-                    start_new_session=True,  # a Ctrl-C is for the trainer
+                    start_new_session=True,  # Ctrl-C must reach only the trainer
                 )
         except OSError as error:
             logger.warning("MLflow: the sender could not be started: %s", error)
@@ -167,11 +166,11 @@ class TrackingClient:
 def sync_later(output_dir: Path, name: str, saved: str | None) -> str:
     """Return the command that sends the rest later.
 
-    It gives the ``name`` of the store only if ``resolve`` would not choose it for the ``saved``
-    address of ``run.yaml``, or not trust it.
+    The command contains the ``name`` of the store only if ``resolve`` would not choose or not trust
+    it, given the ``saved`` address of ``run.yaml``.
     """
     if saved and HIDDEN in saved and scheme_of(saved) not in HTTP:
-        return sync_command(output_dir)  # it requires the address with its password
+        return sync_command(output_dir)  # sync then asks for the address with its password
     try:
         later = resolve(output_dir, saved=saved)
         is_chosen = later.name == name and later.trusted

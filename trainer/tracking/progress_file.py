@@ -24,7 +24,7 @@ def forget_tracking(output_dir: Path) -> None:
 
 @dataclass
 class StoreProgress:
-    """What one store has received. A hint only: the store itself is queried first."""
+    """Data that one store has received. Only a hint: the store itself is queried first."""
 
     experiment_id: str | None = None
     run_id: str | None = None

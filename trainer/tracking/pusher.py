@@ -1,4 +1,4 @@
-"""Send what an output folder has and an MLflow store does not; used by the sender and by sync."""
+"""Send the data of an output folder that an MLflow store lacks; used by the sender and by sync."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ HTTP_STATUS = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 
 @dataclass(frozen=True)
 class SyncResult:
-    """Result of ``sync``."""
-
     complete: bool
     points: int  #: metric values that this call has sent
     run_id: str | None
@@ -42,7 +40,7 @@ class SyncResult:
 
 
 class Pusher:
-    """Sends what is new since the last call, keeps ``tracking.json``; ``end`` reads results."""
+    """Sends new data at each call and updates ``tracking.json``; ``end`` uses ``read_results``."""
 
     def __init__(
         self, output_dir: Path, target: StoreAddress, read_results: ReadResults | None = None
@@ -62,7 +60,7 @@ class Pusher:
     def push(self, *, running: bool) -> None:
         """Connect if necessary, then send new lines and the files that exist from the start.
 
-        After any error the connection is forgotten, so that the next call queries the store again.
+        After any error the next call connects again and queries the store.
         """
         try:
             store = self._connect(running)
@@ -117,7 +115,7 @@ class Pusher:
             self.progress.artifacts = {}
         if store.is_new or not self._has_connected:
             # A resumed run has rewound its metrics: each process reads them from the start, and
-            # the store leaves out the points that it has.
+            # MlflowStore leaves out points that the store has.
             self.progress.offsets = {}
         self._has_connected = True
         self.state.store = self.target.name
@@ -171,10 +169,9 @@ class Pusher:
 
 
 def sync(output_dir: Path | str, read_results: ReadResults, uri: str | None = None) -> SyncResult:
-    """Send everything of a run that has ended and that its store does not have; idempotent.
+    """Send all data of an ended run that its store lacks; idempotent.
 
     Args:
-        read_results: reads the final results of the folder.
         uri: the store's address, given by the user; default: as ``resolve`` chooses.
 
     Raises:

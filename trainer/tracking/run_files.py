@@ -32,7 +32,7 @@ class RunFiles:
     def file(self, name: str) -> Path | None:
         """Return the regular file ``name`` ("a/b"), unless it or one of its folders is a symlink.
 
-        Other files of the folder can name it.
+        The name may come from other files of the folder, so it is not trusted.
         """
         path = self.path
         for part in name.split("/"):
@@ -56,9 +56,9 @@ class RunFiles:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The run file, with every default resolved; parsed again only if the file has changed.
+        """The run file with all defaults; parsed again only if the file has changed.
 
-        A run file that does not load (edited, or of another version) is returned as it is written.
+        A run file that does not load (edited, or of another version) is returned as written.
         """
         try:
             path = self.file("run.yaml")
@@ -110,7 +110,7 @@ def _read_settings(path: Path, version: object) -> tuple[dict[str, Any], str | N
 
 
 def _resolved(run: RunConfig) -> dict[str, Any]:
-    """Dump a run file; settings that a prompt inherits from the run have their values."""
+    """Dump a run file, with the values that prompts inherit from the run."""
     settings = run.model_dump(mode="json")
     for prompt, values in zip(run.prompts, settings["prompts"], strict=True):
         values |= {

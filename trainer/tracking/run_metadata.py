@@ -1,4 +1,4 @@
-"""A run's output folder as MLflow params, tags, datasets and artifacts."""
+"""Convert a run's output folder to MLflow params, tags, datasets and artifacts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trainer.runtime.json_file import parse_json
 from trainer.runtime.redact import redact
 from trainer.tracking.run_files import RunFiles, mapping, mappings, named
 
-#: MLflow's limits (mlflow.utils.validation); it refuses a whole batch for one longer value. Its
-#: pages show a digest in full, so it is cut as git does; the dataset's profile has all of it.
+#: MLflow's limits (mlflow.utils.validation), which refuses a whole batch for one longer value. Its
+#: pages show digests in full, so they are cut as in git; the dataset's profile has the full digest.
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
-#: Settings that are not params of the parent run; tasks are listed by name, prompts have runs.
+#: Settings that are not params of the parent run; tasks are added by name, prompts have own runs.
 NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
 #: Files that ``save_peft`` writes.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
@@ -52,7 +52,7 @@ ReadResults = Callable[[Path], FinalResults]
 class Artifact:
     """A file to upload."""
 
-    prompt: str | None  #: the prompt whose run gets it; None: the parent run
+    prompt: str | None  #: the prompt whose run receives the file; None: the parent run
     path: Path
     folder: str  #: artifact folder in MLflow, of a file that is sent unchanged
     text: str | None = None  #: path in MLflow of a text, which is sent with credentials hidden
@@ -66,7 +66,7 @@ class Artifact:
 
 
 class RunMetadata(RunFiles):
-    """A run's output folder as MLflow params, tags, datasets and artifacts."""
+    """Reads params, tags, datasets and artifacts from a run's output folder."""
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class RunMetadata(RunFiles):
         return dict(_flatten(tree))
 
     def prompt_params(self, prompt: Mapping[str, Any]) -> dict[str, str]:
-        """Return the settings of one prompt, and those of the run to compare runs by."""
+        """Return the settings of one prompt, and the run's settings that are useful to compare."""
         training, base = (mapping(self.settings.get(key)) for key in ("training", "base"))
         tree: dict[str, Any] = {k: v for k, v in prompt.items() if k != "name"}
         tree["init"] = _init_text(prompt.get("init"))
@@ -171,7 +171,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, name + ".")
-        elif key != "name":  # it is part of the path already
+        elif key != "name":  # part of the path already
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield legal(name), shorten(redact(text), MAX_PARAM)
 

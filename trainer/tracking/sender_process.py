@@ -1,8 +1,8 @@
 """The background process that sends ``metrics.jsonl`` to MLflow and ends with the trainer.
 
-The trainer controls it through its standard input: a line ``finish SECONDS`` means that everything
-is written; end of file, or another parent process, means that the trainer has died. From then on it
-has a few seconds left, enforced by a timer that no hanging call can delay.
+The trainer controls the sender through its standard input: a line ``finish SECONDS`` means that
+everything is written; end of file, or another parent process, means that the trainer has died. The
+sender then ends within a few seconds, enforced by a timer that no hanging call can delay.
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
     Args:
         argument: the options of ``TrackingClient.start``, as a JSON object.
         uri: the store's address; default: as ``resolve`` chooses.
-        read_results: reads the final results of the folder.
     """
     options: dict[str, Any] = json.loads(argument)
     output_dir = Path(options["output_dir"])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are for the trainer, and this ends with it
+        signal.signal(number, signal.SIG_IGN)  # the trainer handles them and ends this process
     trainer = _Trainer(options["parent"], options["grace"])
     try:
         target = resolve(output_dir, uri)
@@ -57,7 +56,7 @@ def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
                 if acquired:
                     pusher = Pusher(output_dir, target, read_results)
                     return _send(pusher, trainer, options["every"])
-            # The sender of an earlier trainer has a few seconds left.
+            # The sender of an earlier trainer may run for a few more seconds.
             if trainer.wait(0.5) and trainer.is_gone:
                 return 1
     except BadInput as error:
@@ -68,7 +67,7 @@ def main(argument: str, uri: str | None, read_results: ReadResults) -> int:
 
 def _send(pusher: Pusher, trainer: _Trainer, every: float) -> int:
     output_dir, target = pusher.folder.path, pusher.target
-    # Also if nothing can be sent yet.
+    # Written even if nothing can be sent yet.
     pusher.state.store, pusher.state.problem = target.name, None
     pusher.state.save()
     stop = threading.Event()
@@ -110,7 +109,7 @@ def _send(pusher: Pusher, trainer: _Trainer, every: float) -> int:
 
 
 class _Trainer:
-    """The process that started this one: ``is_gone`` if dead; ``is_ending``: this one ends too."""
+    """The parent process: ``is_gone`` if it died, ``is_ending`` if it died or has finished."""
 
     def __init__(self, parent: int, grace: float) -> None:
         self.parent, self.grace = parent, grace
@@ -155,7 +154,7 @@ def _start_monitor(output_dir: Path, stop: threading.Event) -> threading.Thread 
 def _gauges() -> list[Any]:
     """Return MLflow's own gauges, because its pages recognize their metric names.
 
-    Not its ``SystemMetricsMonitor``, which sends by itself and stops at the first failing call.
+    MLflow's ``SystemMetricsMonitor`` sends by itself and stops at the first failing call.
     """
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor

@@ -141,7 +141,7 @@ def _unconfirmed(target: StoreAddress, output_dir: Path) -> StoreAddress:
 
 
 def _is_default(path: Path, output_dir: Path) -> bool:
-    """Whether a run has this store by default, started in a folder above its output."""
+    """Whether a run that is started in a folder above its output uses this store by default."""
     above = path.parent == Path.cwd() or output_dir.resolve().is_relative_to(path.parent)
     return path.name == DATABASE and path.parent.is_dir() and above
 

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run for TensorBoard."""
+"""Write the metrics of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def check_tensorboard() -> None:
 class TensorBoardCallback(Callback):
     """Writes each prompt's metrics to ``tensorboard/PROMPT``, those of the run to ``tensorboard``.
 
-    So prompts are compared in one chart. The points are those of ``metrics.jsonl``: at the start
-    they are written again from that file, from which a resumed run has removed the later steps.
+    TensorBoard then shows all prompts in one chart. At the start, the points in ``metrics.jsonl``
+    are written again; a resumed run has removed later steps from that file.
 
     Args:
         make_writer: ``torch.utils.tensorboard.SummaryWriter``; this package imports no torch.
@@ -61,7 +61,7 @@ class TensorBoardCallback(Callback):
             writer.close()
 
     def _add(self, line: Metrics, time: float | None = None) -> None:
-        """Add points; the first ``OSError`` ends the curves, not the run."""
+        """Add points; after the first ``OSError`` no more points are written."""
         if self._failed:
             return
         try:

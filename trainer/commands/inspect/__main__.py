@@ -1,7 +1,7 @@
 """``python -m trainer.commands.inspect``: the program of ``promptshard inspect``.
 
-For a run it is started on every rank: each measures some of the weights, then all score validation
-rows together on the sharded base model. For a model alone it is one process.
+For a run, the program is started on every rank: each rank measures some of the weights, then all
+ranks score validation rows on the sharded base model. For a model alone, it is one process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadI
 from trainer.runtime.process import flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
-#: ``--json -``: JSON goes to stdout, everything else to stderr.
+#: With ``--json -`` the JSON goes to stdout, and all other output to stderr.
 STDOUT = Path("-")
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _base_alone(args: argparse.Namespace) -> int:
-    """Measure the weights of a model, in this process alone."""
+    """Measure the weights of a model in one process."""
     from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
     from trainer.model.checkpoint_files import open_base
 

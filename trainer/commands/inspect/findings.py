@@ -1,4 +1,4 @@
-"""Measurements of ``inspect`` as JSON, as warnings and as tables."""
+"""Report the measurements of ``inspect`` as JSON, warnings and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.commands.inspect.weights import OUTLIER_RATIO, WeightError, relativ
 from trainer.config import Base
 from trainer.runtime.console import Console
 
-#: Version of the JSON; increases when a key is removed or changes its meaning.
+#: Version of the JSON; increase when a key is removed or changes its meaning.
 SCHEMA = 1
 #: Relative error of a layer's weights, and relative change of a loss, above which to warn.
 WEIGHT_LIMIT, LOSS_LIMIT = 0.02, 0.01
@@ -22,14 +22,14 @@ REMEDIES = {
     "head": "base.head=keep leaves it unquantized",
     "embeddings and head": "base.embeddings=keep base.head=keep leave them unquantized",
 }
-#: Computes exactly with the int8 weights; its error comes from the rounded weights alone.
+#: This setting multiplies the int8 weights exactly; its error comes only from rounding them.
 EXACT_INT8 = "int8/dequantize"
 
 
 def collect_findings(
     settings: Base, errors: Sequence[WeightError], losses: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """All measurements, and the warnings about them, as JSON."""
+    """Return all measurements, and the warnings about them, as JSON values."""
     base = settings.model_dump(include={"model", "revision", "embeddings", "head"})
     base["stored_int8"] = any(error.squared_error is None for error in errors)
     weights = weight_findings(errors)
@@ -43,7 +43,7 @@ def collect_findings(
 
 
 def weight_findings(errors: Sequence[WeightError]) -> dict[str, Any]:
-    """Errors of all weights and groups of weights (layers, embeddings, head), in model order.
+    """Return errors of all weights and their groups (layers, embeddings, head), in model order.
 
     An error is None if the checkpoint itself is int8, because there is no original to compare with.
     """
@@ -91,7 +91,7 @@ def warnings(
 
 
 def _weight_warnings(weights: Mapping[str, Any]) -> Iterator[str]:
-    """One warning each for embeddings and head, and one for all layers together."""
+    """Yield one warning each for embeddings and head, and one for all layers together."""
     beyond = [g for g in weights["groups"] if (g["relative_error"] or 0.0) > WEIGHT_LIMIT]
     layers = [group for group in beyond if group["name"] not in REMEDIES]
     for group in beyond:
@@ -111,7 +111,7 @@ def _weight_warnings(weights: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _loss_warnings(losses: Mapping[str, Any] | None, remedy: str) -> Iterator[str]:
-    """One warning for each setting and task, for the prompt whose loss changes most."""
+    """Yield one warning for each setting and task, for the prompt whose loss changes most."""
     if losses is None:
         return
     reference = losses["reference"]
@@ -196,7 +196,7 @@ def _show_weights(base: Mapping[str, Any], weights: Mapping[str, Any], console: 
 
 
 def _inside(name: str | None) -> str:
-    """The part of a parameter's name after its layer."""
+    """Return the part of a parameter's name after its layer number."""
     path = (name or "").split(".")
     numbers = [i for i, part in enumerate(path) if part.isdigit()]
     return ".".join(path[numbers[0] + 1 :] if numbers else path[-1:])

@@ -1,7 +1,7 @@
-"""Validation losses of prompts with the original base model and with int8.
+"""Measure validation losses of prompts with the original base model and with int8.
 
-The same sample of rows is scored with the base model as published and with every int8 product, one
-after the other on the same ranks, by the evaluator of training.
+The evaluator of training scores the same sample of rows with the base model as published and with
+every int8 matrix product, one after the other on the same ranks.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Arm:
 
 
 def settings() -> list[Setting]:
-    """Not quantized; int8 with exact products; then int8 with every other product."""
+    """Return the settings to compare: not quantized, int8 with exact products, all other int8."""
     products = get_args(Base.model_fields["matmul"].annotation)
     others = [value for value in products if value not in ("auto", EXACT)]
     return [Setting("none", EXACT), *(Setting("int8", matmul) for matmul in (EXACT, *others))]
@@ -112,7 +112,7 @@ def all_arms(
 
 
 def _sample(rows: EvalSet, sample: set[int]) -> EvalSet:
-    """The rows of a sample, scored by loss and, for a task with choices, by accuracy.
+    """Select the rows of a sample, scored by loss and, for a task with choices, by accuracy.
 
     Nothing is generated, so no generated code runs.
     """
@@ -132,11 +132,11 @@ def measure_losses(
     """Score all arms under each setting; a collective.
 
     Args:
-        virtual_tokens: [P, H] of the trained prompts.
+        virtual_tokens: [P, H], or keys and values, of the trained prompts.
 
     Returns:
         ``seed`` of the sample; ``settings``, each with the reason why it was ``left_out`` or None;
-        ``reference``, the first setting that was not; and ``readers``, the arms, each with
+        ``reference``, the first setting that was not left out; and ``readers``, the arms, each with
         ``scores`` by the name of the setting.
 
     Raises:
@@ -194,7 +194,7 @@ def _score(
     title = f"scoring with quantization/matmul {setting.name}"
     console.print(title)
     changed = config.model_copy(update={"base": setting.base(config.base)})
-    # Running out of memory would end the ranks and lose the results so far.
+    # Running out of memory would end the ranks, so an original that does not fit is refused.
     loaded = load_base(engine, files, changed, console, must_fit=setting.name == ORIGINAL)
     hidden_size = loaded.model.hidden_size
     for prompt in virtual_tokens:

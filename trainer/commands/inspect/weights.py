@@ -1,4 +1,4 @@
-"""Measure the error of rounding a base's weights to int8, some rows at a time.
+"""Measure the error of rounding a base model's weights to int8, in blocks of rows.
 
 A row is rounded to multiples of ``absmax / 127``. The rounding error of a uniform distribution is
 ``1 / sqrt(12)`` of a step, so the relative error of a row is about ``absmax / RMS / 440``. One
@@ -30,10 +30,10 @@ TINY = 1e-300
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that is int8 in a run.
+    """A weight that a run stores in int8.
 
     Attributes:
-        name: of the parameter, such as ``model.layers.3.mlp.up_proj``; or of a stack of experts.
+        name: name of a parameter, such as ``model.layers.3.mlp.up_proj``, or of stacked experts.
         group: ``layer 3``, ``embeddings``, ``head``, ``embeddings and head``, or ``other``.
         location: its tensors in the checkpoint.
     """
@@ -48,7 +48,7 @@ class WeightError:
     """The rounding error of one weight.
 
     Attributes:
-        squared_norm: of the weight.
+        squared_norm: squared norm of the weight.
         squared_error: squared norm of the error; None if the checkpoint stores int8 only.
         largest_row_error: the largest relative error of a row; None as above.
         outlier_rows: number of rows whose largest weight exceeds OUTLIER_RATIO.
@@ -65,7 +65,7 @@ class WeightError:
 
     @property
     def relative_error(self) -> float | None:
-        """``||W - dequantised(W)||_F / ||W||_F``."""
+        """``||W - dequantized(W)||_F / ||W||_F``."""
         return relative_error([self])
 
 
@@ -83,7 +83,7 @@ def int8_weights(files: BaseFiles, settings: Base) -> list[Weight]:
     """List all weights that a run with these settings stores in int8, in the order of the model.
 
     Raises:
-        BadInput: with every missing tensor and every unexpected shape; no weight is read.
+        BadInput: tensors are missing or have unexpected shapes; names all, and reads no weight.
     """
     model = build_meta_model(files, settings, torch.float32, torch.device("cpu"))
     table = model.get_input_embeddings().weight
@@ -110,7 +110,7 @@ def measure_weights(
         progress: called with the bytes read since the last call.
 
     Raises:
-        BadInput: if a weight cannot be read or is not finite.
+        BadInput: a weight cannot be read or is not finite.
     """
     with SafetensorsReader(files.tensors, progress) as reader:
         return [_measure(weight, reader) for weight in weights]

@@ -144,7 +144,7 @@ def _task_report(
 
 
 def _levels(table: TaskTable) -> dict[str, float]:
-    """Level lines of the plot: the scores without a prompt and of the best baseline."""
+    """Return the plot's level lines: scores without a prompt and of the best baseline."""
     distilled = next((row for row in table.prompts if row.teacher is not None), None)
     column = table.column(distilled) if distilled else f"validation_{table.metric}"
     return {
@@ -155,7 +155,7 @@ def _levels(table: TaskTable) -> dict[str, float]:
 
 
 def _facts(summary: RunSummary, lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Tiles at the top of the page; the lines are those of the whole run."""
+    """Return the tiles at the top of the page; ``lines`` are those of the whole run."""
     memory, waited = summary.memory, summary.throughput.data_wait_share
     speed = summary.throughput.useful_tokens_per_second
     tokens = max((line.useful_tokens or 0 for line in lines), default=0)
@@ -185,7 +185,7 @@ def _environment(output_dir: Path, summary: RunSummary) -> list[tuple[str, str]]
 
 
 def _commands(output_dir: Path, config: RunConfig, summary: RunSummary) -> list[tuple[str, str]]:
-    """Suggested commands; uploading is one of them only if MLflow could not be reached."""
+    """Suggest commands, among them the upload if MLflow could not be reached."""
     folder = shlex.quote(config.output_dir)
     selected = (best.prompt for best in summary.selected.values())
     prompt = next(selected, config.prompts[0].name)

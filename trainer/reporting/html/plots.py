@@ -1,4 +1,4 @@
-"""Curves as inline SVG. Text and axes use the page's color, so dark mode works."""
+"""Plot curves as inline SVG. Text and axes use the page's color, so dark mode works."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def curves_svg(
     Args:
         levels: scores in ``validation_<metric>`` to draw as level lines, by name.
         x: ``step`` or ``useful_tokens``.
-        title: of the loss panel.
+        title: title of the loss panel.
     """
     panels = {"loss": title, metric: title if metric == "loss" else metric.replace("_", " ")}
     with rc_context(STYLE):

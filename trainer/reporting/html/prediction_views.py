@@ -1,4 +1,4 @@
-"""Predictions of the best prompt for the page: confusions, mistakes and samples."""
+"""Collect predictions of the best prompt for the page: confusions, mistakes and samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.evaluation.prediction_files import path_of, read
 from trainer.evaluation.score_format import format_score, format_with_interval
 from trainer.evaluation.statistics import wilson_interval
 
-#: Classes of a confusion matrix, and rows of a list.
+#: Limits of the classes of a confusion matrix and of the rows of a list.
 MAX_CLASSES, MAX_ROWS = 20, 10
 #: Characters of a text in a list; the middle of longer ones is left out.
 MAX_CHARACTERS = 600
@@ -34,8 +34,8 @@ class PredictionExample:
 
     Attributes:
         place: FILE:LINE of the row.
-        probability: of the predicted choice, normalized over the choices.
-        loss: in nats per token of the target.
+        probability: probability of the predicted choice, normalized over the choices.
+        loss: loss in nats per token of the target.
     """
 
     place: str
@@ -55,7 +55,7 @@ class PredictionReport:
         matrix: number of rows of class ``labels[i]`` that were predicted as ``labels[j]``; empty
             with more than ``MAX_CLASSES`` classes.
         confusions: most frequent mistakes (target, prediction, rows), if there is no matrix.
-        title: of ``examples``.
+        title: title of ``examples``.
         labels: classes of ``matrix``, in the order of the run file.
     """
 
@@ -75,7 +75,7 @@ def prediction_report(
     """Read the predictions of a prompt; None if the file is missing or damaged.
 
     Args:
-        choices: of the task, in the order of the run file; may be empty.
+        choices: choices of the task, in the order of the run file; may be empty.
     """
     try:
         records = list(read(path_of(output_dir, prompt)))
@@ -133,7 +133,7 @@ def _multi_label(
 
 
 def _generated(report: PredictionReport, records: Sequence[dict[str, Any]]) -> None:
-    # At equal distances: the same rows for every prompt.
+    # Rows at equal distances, which are the same for every prompt.
     shown = [record for record in records if "input" in record]
     picked = sorted({i * len(shown) // MAX_ROWS for i in range(MAX_ROWS)}) if shown else []
     _show(report, "Generated answers and references", [shown[i] for i in picked])

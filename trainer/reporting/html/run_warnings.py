@@ -1,4 +1,4 @@
-"""Data splits of a run and the warnings at the top of its report."""
+"""Read a run's data splits, and make the warnings at the top of its report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def data_splits(output_dir: Path, summary: RunSummary) -> list[DataSplit]:
 def run_warnings(
     summary: RunSummary | None, data: Sequence[DataSplit], tables: Sequence[TaskTable]
 ) -> list[str]:
-    """Return what may be wrong with a run or its data, one sentence each."""
+    """Return warnings about a run and its data, one sentence each."""
     warnings = []
     if summary is None:
         warnings.append("The run did not finish (no summary.json).")
