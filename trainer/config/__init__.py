@@ -1,6 +1,6 @@
 """The run file: strict and typed, with all errors reported at once. Imports no torch.
 
-1. ``yaml_parser.py``: text -> ``Document``: plain data, and the line of every value.
+1. ``yaml_parser.py``: text -> ``Document``: plain data and the line of every value.
 2. ``yaml_source.py``: file, ``key=value`` overrides -> ``YamlSource``: data with their origin.
 3. ``sweep.py``: ``YamlSource`` -> ``Expansion``: one prompt per combination of a sweep.
 4. ``run.py``: ``Expansion`` -> ``RunConfig``, with one class per section: ``base.py``, ``task.py``,

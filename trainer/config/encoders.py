@@ -1,6 +1,5 @@
-"""Registry of prompt encoders: what the run file must know about each. Imports no torch.
+"""Registry of prompt encoders: settings, defaults, checks and builder of each. Imports no torch.
 
-One entry per method and encoder: the settings it reads, its defaults, its checks and its builder.
 A builder is a function ``(EncoderInputs) -> PromptEncoder`` (see ``trainer/prompts/encoders.py``),
 or its import path, which is imported only when the encoder is built.
 """
@@ -19,20 +18,17 @@ def _no_problems(prompt: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderEntry:
-    """One encoder of one method.
-
-    The first entry of a method is its default encoder.
+    """One encoder of one method. The first entry of a method is its default encoder.
 
     Attributes:
         build: the builder, or its import path ``MODULE:NAME``.
-        settings: settings of a prompt that only some encoders read, and this one does.
+        settings: settings of a prompt that this encoder reads and not every encoder does.
         relative_learning_rate: default learning rate, as a share of the root mean square of the
-            initial prompt per update. None: the encoder has no such scale, and the default learning
-            rate is absolute.
+            initial prompt per update. None: the default learning rate is absolute.
         trains_values: the parameters are the values of the prompt itself, as ``optimizer: muon``
             requires.
         searches_init: ``init: auto`` searches an initial prompt; otherwise it draws tokens.
-        problems: checks of a prompt that uses the encoder: ``SETTING: problem; remedy`` each.
+        problems: yields the problems of a prompt with this encoder: ``SETTING: problem; remedy``.
     """
 
     method: str
@@ -61,11 +57,7 @@ def register_encoder(entry: EncoderEntry) -> None:
 
 
 def find_encoder(method: Any, name: Any) -> EncoderEntry | None:
-    """Return an entry; None if there is none.
-
-    Args:
-        name: None for the method's default.
-    """
+    """Return an entry, or None. Without a name: the method's default encoder."""
     entries = [entry for entry in _ENTRIES.values() if entry.method == (method or "prompt_tuning")]
     return next((entry for entry in entries if name in (None, entry.name)), None)
 
@@ -85,7 +77,7 @@ def encoders_with(setting: str) -> list[str]:
 
 
 def encoder_settings() -> set[str]:
-    """Settings of a prompt that only some encoders read."""
+    """Settings of a prompt that not every encoder reads."""
     return {setting for entry in _ENTRIES.values() for setting in entry.settings}
 
 

@@ -84,16 +84,16 @@ class Init(Section):
         return self
 
 
-#: Of Muon. Lower than usual: in short runs, less momentum learns faster.
+#: Default of Muon. Lower than usual: in short runs, a prompt learns faster with less momentum.
 DEFAULT_MOMENTUM = 0.5
-#: Of AdamW. Lower than torch's (0.9, 0.999), because a prompt's gradients soon become far smaller
-#: than the first ones.
+#: Default of AdamW. Lower than torch's (0.9, 0.999), because the gradients of a prompt soon become
+#: far smaller than the first ones.
 DEFAULT_BETAS = (0.8, 0.99)
-#: Learning rate if relative_learning_rate does not apply.
+#: Default learning rate if relative_learning_rate does not apply.
 DEFAULT_RATE = 3.0e-3
-#: Recipes from the literature: defaults that settings of the run file override.
+#: Recipes from the literature. Settings in the run file override them.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Lester et al. 2021, arXiv 2104.08691, section 3. Adafactor clips its own updates.
+    # Lester et al. 2021, arXiv 2104.08691, section 3. No clipping: Adafactor clips its own updates.
     "lester": {
         "optimizer": "adafactor",
         "learning_rate": 0.3,
@@ -231,7 +231,7 @@ class Prompt(Section):
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, value: Any) -> Any:
-        """Fill in preset, learning rate and optimizer if the prompt leaves them open."""
+        """Fill in the preset, and the defaults of learning rate and optimizer."""
         if not isinstance(value, dict):
             return value
         preset = value.get("preset")
@@ -243,7 +243,7 @@ class Prompt(Section):
             entry, init = find_encoder(value.get("method"), value.get("encoder")), value.get("init")
             zero = init == "zero" or (isinstance(init, dict) and is_true(init.get("zero")))
             share = None if entry is None or zero else entry.relative_learning_rate
-            if value.get("optimizer") != "sgd":  # which has no default: see _check_training
+            if value.get("optimizer") != "sgd":  # sgd has no default: see _check_training
                 filled |= {rates[0]: DEFAULT_RATE} if share is None else {rates[1]: share}
         filled |= cls._optimizer(filled | {k: v for k, v in value.items() if v is not None})
         left_open = {*rates, "optimizer", "momentum", "betas"}
@@ -251,7 +251,7 @@ class Prompt(Section):
 
     @staticmethod
     def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer and the defaults of its own settings."""
+        """Return the optimizer and the defaults of its settings."""
         entry = find_encoder(value.get("method"), value.get("encoder"))
         trains_values = entry is not None and entry.trains_values
         own = "muon" if trains_values and value.get("betas") is None else "adamw"
@@ -342,14 +342,14 @@ class Prompt(Section):
         )
 
     def differences(self, other: Prompt) -> list[str]:
-        """Return the settings that two prompts of one share must have in common but do not."""
+        """Return the settings that differ but must be equal in prompts of one share."""
         own = {"name", "task", "teacher"} | ({"init"} if self.encoder_name == "text" else set())
         ours, theirs = (prompt.model_dump(exclude=own) for prompt in (self, other))
         return [key for key in ours if ours[key] != theirs[key]]
 
     @property
     def entry(self) -> EncoderEntry:
-        """The registry's entry of the prompt's encoder."""
+        """Registry entry of the prompt's encoder."""
         entry = find_encoder(self.method, self.encoder)
         assert entry is not None, "_check refuses this"
         return entry

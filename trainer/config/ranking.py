@@ -1,8 +1,8 @@
-"""The one rule for which prompt or baseline of a task is best.
+"""Ranking of the prompts and baselines of a task.
 
-Prompts and baselines are ranked by the task's metric on the validation rows, then by validation
-loss, then by length in virtual tokens, then by order in the run file. A score that is not finite
-ranks last. Checkpoints, early stopping, halving, selection and every table use this rule.
+They are ranked by the task's metric on the validation rows, then by validation loss, by number of
+virtual tokens, and by order in the run file. A score that is not finite ranks last. Checkpoints,
+early stopping, halving, selection and all tables use this ranking.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ def score_key(scores: Mapping[str, Any], metric: str) -> ScoreKey:
     """Return the sort key of validation scores: the task's metric, then the loss.
 
     Args:
-        scores: ``validation_<metric>`` and, where it is known, ``validation_loss``.
-        metric: the task's metric.
+        scores: ``validation_<metric>`` and, if known, ``validation_loss``.
     """
     value, loss = scores.get(f"validation_{metric}"), scores.get("validation_loss")
     if value is None or not all(math.isfinite(x) for x in (value, loss) if x is not None):
@@ -38,12 +37,12 @@ def score_key(scores: Mapping[str, Any], metric: str) -> ScoreKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A prompt or a baseline of a task, with what it is ranked by.
+    """A prompt or a baseline of a task, with its sort criteria.
 
     Attributes:
-        scores: validation scores, at the best step of a prompt.
+        scores: validation scores; of a prompt, those of its best step.
         num_virtual_tokens: 0 for a baseline.
-        teacher: text that a distilled prompt is compared with; its loss is the divergence from that
+        teacher: text of the teacher of a distilled prompt, whose loss is the divergence from that
             teacher. None: the loss is the cross-entropy of the labels.
         eliminated: stopped by halving.
         diverged: stopped because its updates were not finite.
@@ -61,12 +60,12 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 def rank(entries: Sequence[AnyEntry], metric: str) -> list[AnyEntry]:
-    """Sort entries from best to worst; those that cannot be ranked are left out.
+    """Sort entries from best to worst, without diverged ones and those without finite scores.
 
-    Left out are diverged prompts and entries without finite scores. Prompts that halving has
-    eliminated come after all others. A cross-entropy and a divergence from a teacher are not
-    comparable, nor are divergences from two teachers: where the entries' losses differ in kind,
-    ties are not broken by loss, and a ranking by loss alone keeps the cross-entropies only.
+    Prompts that halving has eliminated come after all others. A cross-entropy and a divergence from
+    a teacher are not comparable, nor are divergences from two teachers. If the entries have losses
+    of several kinds, ties are not broken by loss, and with metric ``loss`` only the entries with a
+    cross-entropy are ranked.
 
     Args:
         entries: in the order of the run file.

@@ -1,4 +1,4 @@
-"""The run file: reading, overriding, checking and writing it."""
+"""Load, check and write the run file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.runtime.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
-#: Settings of a later version, and what to use instead.
+#: Settings that are not supported yet, each with a remedy.
 NOT_YET_KEYS = {
     "base.trust_remote_code": "models that need custom code are refused",
 }
@@ -64,10 +64,7 @@ class Training(Section):
 
 
 class EarlyStoppingConfig(Section):
-    """Stop a prompt whose validation scores no longer improve.
-
-    Scores are compared by the task's metric, then by validation loss.
-    """
+    """Stop a prompt whose validation scores (metric, then loss) no longer improve."""
 
     patience: PositiveInt = Field(description="validations without improvement before the stop")
 
@@ -233,7 +230,7 @@ class RunConfig(Section):
         return self.training.seed if prompt.seed is None else prompt.seed
 
     def data_seed(self, prompt: Prompt) -> int:
-        """Seed of the order in which a prompt reads its task's rows."""
+        """Seed of the order of a prompt's rows."""
         return self.prompt_seed(prompt) if prompt.data_seed is None else prompt.data_seed
 
     def prompt_steps(self, prompt: Prompt) -> int:
@@ -242,8 +239,8 @@ class RunConfig(Section):
     def init_budget(self, prompt: Prompt) -> int:
         """Maximum number of candidates that the search of ``init: auto`` scores.
 
-        Scoring one costs a forward over the rows of one update. That is half of the update's FLOPs,
-        because a frozen base has no weight gradients.
+        Scoring a candidate is a forward over the rows of one update. It costs half of the update's
+        FLOPs, because a frozen base has no weight gradients.
         """
         return int(2 * self.search.init_share * self.prompt_steps(prompt))
 
@@ -254,18 +251,18 @@ class RunConfig(Section):
 
 
 def resolve_path(path: str) -> Path:
-    """Resolve a path against the working directory or, if it is not there, the shipped files."""
+    """Resolve a path relative to the working directory or, if missing there, the shipped files."""
     here = os.path.expanduser(path)
     shipped = PROJECT_ROOT / path
     return shipped if not os.path.exists(here) and os.path.exists(shipped) else Path(here)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override, expand and check a run file.
+    """Read a run file, apply overrides, expand sweeps and check the settings.
 
     Raises:
-        BadInput: with every problem found, as ``FILE:LINE: setting: what is wrong; remedy``, or
-            ``override 'key=value': setting: ...`` where the value came from the command line.
+        BadInput: with every problem, as ``FILE:LINE: setting: problem; remedy``, or
+            ``override 'key=value': setting: ...`` if the value is from the command line.
     """
     expansion = sweep.expand(yaml_source.read(Path(path), overrides))
     problems = expansion.problems
@@ -282,7 +279,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _repeated(config: RunConfig, expansion: sweep.Expansion) -> Iterator[str]:
-    """Problems of sweeps that make the same prompt twice, from equal values (1e-3 and "0.001")."""
+    """Yield the sweeps that make a prompt twice, from equal values such as 1e-3 and "0.001"."""
     indices = {prompt.name: i for i, prompt in enumerate(config.prompts)}
     for names in expansion.names.values():
         first: dict[str, str] = {}

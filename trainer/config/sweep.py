@@ -3,8 +3,8 @@
     sweep: {learning_rate: [0.003, 0.03], num_virtual_tokens: [5, 20, 50]}    # all 6
     sweep: {random: 4, learning_rate: [0.003, 0.03], seed: [0, 1, 2, 3, 4]}   # 4 of 10, drawn
 
-The run file's data are expanded before anything of them is checked, so that everything behind sees
-only prompts. ``trainer.config.yaml_source.Source.moved`` remembers where each setting was written.
+Sweeps are expanded before the settings are checked, so all later code handles plain prompts only.
+``YamlSource.moved`` maps each setting of an expanded prompt to its place in the run file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trainer.runtime.errors import did_you_mean
 
 #: Default of ``search.max_prompts``.
 MAX_PROMPTS = 100
-#: Longest name of a prompt, and longest part of it that one text makes.
+#: Maximum length of a prompt's name, and of the part of it that describes one text value.
 MAX_NAME, MAX_WORD = 80, 24
-#: How names say a setting; of those that are empty the value says enough. Others stand in full.
+#: Abbreviations of settings in names; empty: only the value is used. Others are not abbreviated.
 SHORT = {
     "learning_rate": "lr",
     "num_virtual_tokens": "len",
@@ -39,7 +39,7 @@ SHORT = {
     "encoder": "",
     "init": "",
 }
-#: What a sweep may hold beside settings.
+#: Keys of a sweep that are not settings.
 HOW = ("grid", "random")
 
 
@@ -48,8 +48,9 @@ class Expansion:
     """A run file whose sweeps are expanded.
 
     Attributes:
-        names: of each prompt that had a sweep: the prompts it has become.
-        problems: what is wrong with sweeps; those stand in ``source`` as one prompt without it.
+        names: name of a prompt with a sweep -> names of the prompts that it expands to.
+        problems: mistakes in sweeps. If there are any, ``source`` has each prompt once, without its
+            sweep.
     """
 
     source: YamlSource
@@ -58,7 +59,7 @@ class Expansion:
 
 
 def expand(source: YamlSource) -> Expansion:
-    """Put one prompt per combination in the place of each prompt that has a sweep."""
+    """Replace each prompt that has a sweep by one prompt per combination."""
     written = source.data.get("prompts")
     if not isinstance(written, list):
         return Expansion(source)
@@ -100,13 +101,13 @@ def _too_many(sweeps: Sequence[_Sweep], source: YamlSource) -> Iterator[str]:
 
 
 class _Sweep:
-    """One prompt of the run file and what its sweep makes of it.
+    """One prompt of the run file and its sweep.
 
     Attributes:
         bare: the prompt without its sweep.
-        lists: values of each swept setting; empty without a sweep, or where it is bad.
-        inside: where the lists stand, from the prompt.
-        count: prompts that it makes.
+        lists: values of each swept setting; empty if there is no sweep or it is invalid.
+        inside: path of the lists within the prompt.
+        count: number of prompts that the sweep makes.
     """
 
     def __init__(self, index: int, item: Any, source: YamlSource) -> None:
@@ -121,7 +122,7 @@ class _Sweep:
         sweep = item["sweep"]
         if not isinstance(sweep, dict):
             self.problems.append(self.problem(f"{sweep!r} must be a mapping of settings to lists"))
-        elif isinstance(item.get("name"), str):  # else: said when the prompt is checked
+        elif isinstance(item.get("name"), str):  # otherwise reported when the prompt is checked
             self._read(sweep)
 
     def _read(self, sweep: Mapping[str, Any]) -> None:
@@ -175,7 +176,7 @@ class _Sweep:
         return f"{self._source.where(path)}: {dotted(path)}: {text}"
 
     def prompts(self) -> Iterator[Any]:
-        """One prompt per combination, the last list running fastest; drawn ones in this order."""
+        """Yield one prompt per combination; the last list varies fastest, also with ``random``."""
         if not self.lists:
             yield self.bare
             return
@@ -184,7 +185,7 @@ class _Sweep:
         total = math.prod(len(size) for size in sizes)
         wanted: Sequence[int] = range(total)
         if self.count < total:
-            # Of a text: the same on every machine and version.
+            # A text as seed gives the same draw on every machine and version.
             draw = random.Random(f"{self._seed} {self.bare['name']}")
             wanted = sorted(draw.sample(range(total), self.count))
         for places in _combinations(wanted, [len(size) for size in sizes]):
@@ -204,7 +205,7 @@ class _Sweep:
 
 
 def _combinations(wanted: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Places in every list of the combinations with these numbers, counted as in a grid."""
+    """Convert the numbers of combinations to an index into each list; the last varies fastest."""
     for number in wanted:
         places = []
         for size in reversed(sizes):
@@ -214,7 +215,7 @@ def _combinations(wanted: Sequence[int], sizes: Sequence[int]) -> Iterator[list[
 
 
 def _labels(key: str, values: Sequence[Any]) -> list[str]:
-    """How names say each value of a list: short, different, in the order of numbers."""
+    """Return a label for each value of a list: short, distinct; numbers sort by value."""
     short = SHORT.get(key, key)
     numbers = [_number(value) for value in values]
     shown = [text for text in numbers if text is not None]
@@ -233,7 +234,10 @@ def _labels(key: str, values: Sequence[Any]) -> list[str]:
 
 
 def _number(value: Any) -> str | None:
-    """A number without an exponent, as such sort; YAML reads ``3e-3`` as text."""
+    """Format a number without exponent, so that names sort by value; None for other values.
+
+    A number may be given as text.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -247,7 +251,7 @@ def _number(value: Any) -> str | None:
 
 
 def _word(value: Any) -> str:
-    """A text, null, flag or group of settings in the letters of a name."""
+    """Format a text, null, flag or mapping with the characters that names allow."""
     if isinstance(value, dict):
         value = " ".join(str(part) for pair in value.items() for part in pair if part is not True)
     text = {None: "none", True: "true", False: "false"}.get(value) if _plain(value) else None

@@ -17,9 +17,8 @@ from trainer.config.types import (
     checked,
 )
 
-#: Metrics for which lower is better.
 LOWER_IS_BETTER = frozenset({"loss"})
-#: Column of the tools that a dialogue may call; TRL uses the same name.
+#: Default column of the tools that a dialogue may call, as in TRL.
 DEFAULT_TOOLS = "tools"
 #: A ``{column}`` field of a template, or a doubled brace (an escaped one).
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
@@ -66,7 +65,7 @@ class DataSource(Section):
 
     @property
     def label(self) -> str:
-        """The source's name in messages."""
+        """Name of the source in messages."""
         if self.path is not None:
             return self.path
         return f"hf://{self.hub}" + (f"/{self.name}" if self.name else "")
@@ -94,7 +93,7 @@ class TokenColumns(Section):
 
 
 class Task(Section):
-    """One task: data, template and metric."""
+    """A task: data, template and metric."""
 
     name: Name
     train: Sources = Field(
@@ -185,7 +184,7 @@ class Task(Section):
     @field_validator("choices", mode="before")
     @classmethod
     def _as_text(cls, choices: Any) -> Any:
-        """Convert numbers to text, as which rows are compared."""
+        """Convert numbers to text: choices are compared with rows as text."""
         if not isinstance(choices, list):
             return choices
         if any(isinstance(choice, bool) for choice in choices):
@@ -206,7 +205,7 @@ class Task(Section):
 
     @property
     def scored_by_likelihood(self) -> bool:
-        """Whether every choice is scored on every row; otherwise only the row's own target is."""
+        """Whether every choice is scored on every row, instead of the row's own target only."""
         return self.choices is not None and not self.multi_label
 
     @model_validator(mode="after")
@@ -238,7 +237,7 @@ class Task(Section):
         return checked(self, problems)
 
     def _problems_of_form(self) -> list[str]:
-        """Check that exactly one of input and target, messages, and tokens is given."""
+        """Check that a task has exactly one of: input and target, messages, tokens."""
         other = [name for name in ("messages", "tokens") if getattr(self, name) is not None]
         if self.messages is None and self.tools not in (None, DEFAULT_TOOLS):
             return ["tools: works with messages only; set messages, or remove it"]
@@ -268,7 +267,7 @@ class Task(Section):
         return problems
 
     def _problems_without_target(self) -> list[str]:
-        """Problems of a task without target; ``RunConfig`` checks that it is optional."""
+        """Return problems of a task without target; ``RunConfig`` checks if it needs one."""
         if self.metric == "loss" or self.choices:
             return []
         return [f"metric: {self.metric!r} needs a target; set target, or use metric: loss"]

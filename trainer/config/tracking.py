@@ -1,4 +1,4 @@
-"""Tracking settings of the run file, and which MLflow addresses can be used. Imports no mlflow."""
+"""Tracking settings of the run file, with checks of the MLflow address. Imports no mlflow."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HTTP = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OTHERS = ("databricks", "databricks-uc")
 _NEVER = re.compile(r"[\x00-\x1f\x7f]")
-#: What ends an address inside a text, for ``redact`` as well. Names of files and the options of a
-#: database may hold it, a server and its password may not.
+#: Characters that end an address inside a text, also for ``redact``. File names and database
+#: options may contain them; servers and passwords may not.
 _NO_ADDRESS = re.compile(r"[\s'\"<>]")
-#: Addresses whose "$" is not a variable.
+#: Addresses in which "$" does not begin a variable.
 _REMOTE = re.compile(r"https?://|databricks|\w+(\+\w+)?://[^/]")
 
 
@@ -36,7 +36,7 @@ class Tracking(Section):
     @field_validator("uri")
     @classmethod
     def _expand(cls, value: str | None) -> str | None:
-        """A folder or database file may be given by ``$NAME``; a password may hold a ``$``."""
+        """Expand variables in the path of a local file; a password may contain a ``$``."""
         if value is None or _REMOTE.match(value):
             return value
         match = re.match(r"(\w+:///)?(.*)", value, re.DOTALL)
@@ -45,7 +45,7 @@ class Tracking(Section):
 
     @field_serializer("uri", when_used="json")
     def _escape(self, value: str | None) -> str | None:
-        """Escape what ``_expand`` would replace when the written file is read again."""
+        """Escape ``$``, so that ``_expand`` leaves it unchanged when the file is read again."""
         return value if value is None or _REMOTE.match(value) else value.replace("$", "$$")
 
     @field_validator("uri")
@@ -57,16 +57,16 @@ class Tracking(Section):
 
 
 def scheme_of(uri: str) -> str:
-    """``postgresql`` of ``postgresql+psycopg2://...``; empty if there is none."""
+    """Return ``postgresql`` for ``postgresql+psycopg2://...``; empty without a scheme."""
     return uri.partition("://")[0].lower().partition("+")[0] if "://" in uri else ""
 
 
 def problem_of_uri(uri: str) -> str | None:
-    """Why MLflow cannot use an address as its tracking store, with the remedy; else None."""
+    """Return why MLflow cannot use an address as tracking store, and the remedy; None if valid."""
     shown, scheme = repr(redact(uri)), scheme_of(uri)
     address = "" if scheme == "sqlite" else uri if scheme in HTTP else uri.rpartition("@")[0]
     if bad := _NEVER.search(uri) or _NO_ADDRESS.search(address):
-        # without the address: a password with such a character cannot be told from other text
+        # The message omits the address: a password with such a character cannot be redacted.
         return f"holds {bad[0]!r}, which no address may; write it as {quote(bad[0])}"
     if uri in OTHERS or scheme in OTHERS:
         return None

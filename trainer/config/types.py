@@ -1,4 +1,4 @@
-"""What every section of the run file is made of."""
+"""Base class of the sections of the run file, and the types of their values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pydantic import (
 
 
 def _no_bool(value: Any) -> Any:
-    """In Python true is 1; in a run file it is a mistake."""
+    """Refuse true and false, which Python accepts as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"{str(value).lower()} is not a number")
     return value
@@ -33,20 +33,20 @@ PositiveFloat = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
 ShareBelowOne = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
-# A name becomes a folder and a metric's prefix: letters, digits, '.', '_' and '-'.
+# A name becomes a folder and the prefix of a metric.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 
 
-#: Longest path and longest name in it that Linux takes, in bytes.
+#: Maximum length of a path, and of a name in it, on Linux, in bytes.
 _MAX_PATH, _MAX_FILE_NAME = 4095, 255
 _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^{}]*)\})")
 
 
 def expand_path(value: str) -> str:
-    """A path with ``~``, ``$NAME`` and ``${NAME}`` replaced, as a shell does; ``$$`` is a ``$``.
+    """Replace ``~``, ``$NAME`` and ``${NAME}`` in a path, as a shell does; ``$$`` is a ``$``.
 
     Raises:
-        ValueError: a variable is not set, there is no such user, or no file can have such a path.
+        ValueError: a variable is not set, a user does not exist, or the path is not valid.
     """
     shown = _short(value)
     names = [a or b for dollar, a, b in _VARIABLE.findall(value) if not dollar]
@@ -65,11 +65,7 @@ def expand_path(value: str) -> str:
 
 
 def check_path(path: str) -> None:
-    """Check that a file can have such a path.
-
-    Raises:
-        ValueError: it has a control character, or is too long.
-    """
+    """Raise ``ValueError`` if a path contains a control character or is too long."""
     if bad := re.search("[\0-\x1f\x7f\ud800-\udfff]", path):
         raise ValueError(f"{_short(path)} holds {bad[0]!a}, which no path may; remove it")
     names = map(os.fsencode, path.split("/"))
@@ -84,8 +80,8 @@ def _short(value: str) -> str:
     return repr(value if len(value) <= 80 else value[:77] + "...")
 
 
-#: A file or folder, or something else that may be one: a glob, or an id of the hub. What is written
-#: is not expanded again when it is read.
+#: A path, a glob or a hub id. ``$`` is escaped in the saved run file, so that reading it again does
+#: not expand variables a second time.
 PathText = Annotated[
     str,
     AfterValidator(expand_path),
@@ -96,7 +92,7 @@ _FLAG = TypeAdapter(bool)
 
 
 def is_true(value: Any) -> bool:
-    """Whether a value that is not checked yet is a flag that is set: true, yes or on."""
+    """Whether an unchecked value means true for pydantic: true, yes, on, 1."""
     try:
         return _FLAG.validate_python(value)
     except ValidationError:
@@ -104,9 +100,9 @@ def is_true(value: Any) -> bool:
 
 
 class Section(BaseModel):
-    """A part of the run file: unknown keys are refused, values never change after loading."""
+    """A section of the run file: unknown keys are errors, values are immutable."""
 
-    # A setting whose name is a word of Python (``from``) has an alias; people see that alone.
+    # A setting that is a Python keyword (``from``) has an alias, which is its name in the run file.
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
 
@@ -114,17 +110,17 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def checked(section: SectionT, problems: Sequence[str]) -> SectionT:
-    """A section, unless a check across its settings found problems: one ``setting: text`` each."""
+    """Return the section; raise ``ValueError`` if there are problems: ``setting: text`` each."""
     if problems:
         raise ValueError("\n".join(problems))
     return section
 
 
 def parse_bytes(size: Any) -> int:
-    """``24GB``, ``500 MB`` or ``1.5TB`` as a number of bytes; units are powers of ten.
+    """Parse ``24GB``, ``500 MB`` or ``1.5TB`` into bytes; units are powers of ten.
 
     Raises:
-        ValueError: if it is not written so.
+        ValueError: the text has another form.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", str(size))
     if match is None:

@@ -1,16 +1,16 @@
-"""YAML by the core schema of YAML 1.2, with limits, and the line of every value. No torch.
+"""Parse the core schema of YAML 1.2, with limits and the line of every value. Imports no torch.
 
-PyYAML reads YAML 1.1, where ``no`` is false, ``010`` is 8 and ``1:30`` is 90. Here
+PyYAML reads YAML 1.1, where ``no`` is false, ``010`` is 8 and ``1:30`` is 90. This module reads:
 
     null        null ~ or nothing
     boolean     true false
     integer     12 -3 0x1f 0o17
     number      0.5 .5 1e3 .inf .nan
-    text        everything else, yes, no, on, off, dates and 1:30 included
+    text        everything else, including yes, no, on, off, dates and 1:30
 
-What YAML 1.1 and 1.2 both read as a number, but as different ones (010), and digits with
-underscores (1_000) are refused. So are tags of other types, aliases that hold themselves, and
-documents that are too large, too deep, or become too large by their aliases.
+Refused are numbers that YAML 1.1 and 1.2 read differently (010), digits with underscores (1_000),
+tags of other types, aliases inside their own anchor, and documents that are too large (also after
+expanding aliases) or too deeply nested.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SettingPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 22
 MAX_DEPTH = 40
-#: Values and keys, those that aliases repeat included.
+#: Maximum number of values and keys, with aliases expanded.
 MAX_NODES = 100_000
 
 _TAG = "tag:yaml.org,2002:"
@@ -40,14 +40,14 @@ _FLOAT = re.compile(
     r"|\.(?:nan|NaN|NAN)"
 )
 _UNCLEAR = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*_[0-9_]*(?:\.[0-9_]*)?)")
-_MAX_DIGITS = 20  # of 2**63, and a sign
+_MAX_DIGITS = 20  # the 19 digits of 2**63, and a sign
 
 
 class YamlError(ValueError):
-    """A text that is not read.
+    """The text is not valid YAML, or exceeds a limit of this module.
 
     Attributes:
-        problems: (path, line from 1 or None, what is wrong and the remedy) of each.
+        problems: (path, line from 1 or None, mistake and remedy) each.
     """
 
     def __init__(self, problems: list[tuple[SettingPath, int | None, str]]) -> None:
@@ -57,11 +57,11 @@ class YamlError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """A text as plain data.
+    """A parsed document.
 
     Attributes:
         data: mappings with text keys, lists, text, numbers, booleans and None.
-        lines: of every value, by its path: that of its key, or of the item; from 1.
+        lines: path of a value -> line, from 1, of its key or list item.
     """
 
     data: Any
@@ -73,15 +73,14 @@ def parse(
     path: SettingPath = (),
     is_text: Callable[[SettingPath], bool] = lambda path: False,
 ) -> Document:
-    """Read one document.
+    """Parse one document.
 
     Args:
-        path: where the value of the document belongs, for ``is_text`` and for messages.
-        is_text: whether the value at a path is text however it looks, as ``1.10`` in a list of
-            words.
+        path: path of the document's value in the run file, for ``is_text`` and messages.
+        is_text: whether the value at a path is always text, such as ``1.10`` in a list of choices.
 
     Raises:
-        YamlError: with every problem, or the first one that hides the others.
+        YamlError: with every problem, or only the first one if parsing cannot continue.
     """
     if len(text) > MAX_BYTES:
         raise YamlError([(path, None, f"is longer than {MAX_BYTES:,} characters")])
@@ -96,7 +95,7 @@ def parse(
 
 
 def dump(value: Any, *, one_line: bool = False) -> str:
-    """Plain data as YAML that this module, and any reader of YAML 1.1, reads as the same data."""
+    """Format plain data as YAML that this module and readers of YAML 1.1 parse to equal data."""
     text: str = yaml.dump(
         value,
         Dumper=_OneLineDumper if one_line else _Dumper,
@@ -110,7 +109,7 @@ def dump(value: Any, *, one_line: bool = False) -> str:
 
 @dataclass
 class _Node:
-    """A value as it is written; an alias is the node itself."""
+    """A value as written; an alias refers to the same node as its anchor."""
 
     line: int
     tag: str | None = None
@@ -122,7 +121,7 @@ class _Node:
 
 
 def _compose(text: str) -> _Node:
-    """The nodes of a text. Events are taken one by one: deep nesting takes no stack."""
+    """Parse a text to nodes, event by event: deep nesting causes no deep recursion."""
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         return _tree(yaml.parse(text, Loader=loader))
@@ -139,7 +138,7 @@ def _invalid(line: int | None, reason: str) -> YamlError:
 def _tree(events: Iterator[Any]) -> _Node:
     root: _Node | None = None
     stack: list[_Node] = []
-    keys: list[_Node | None] = []  # of each open node: the key whose value comes next
+    keys: list[_Node | None] = []  # key of each open mapping that still has no value
     anchors: dict[str, _Node] = {}
     for count, event in enumerate(events):
         line = event.start_mark.line + 1
@@ -196,7 +195,7 @@ def _put(parent: _Node, keys: list[_Node | None], node: _Node) -> None:
 
 
 class _Resolver:
-    """Nodes -> data, every alias as a value of its own; collects problems and lines."""
+    """Converts nodes to data, aliases to copies; collects problems and lines."""
 
     def __init__(self, is_text: Callable[[SettingPath], bool]) -> None:
         self.lines: dict[SettingPath, int] = {}
@@ -245,7 +244,7 @@ class _Resolver:
         return {**{name: item for name, item in merged.items() if name not in settings}, **settings}
 
     def _merged(self, node: _Node, path: SettingPath, depth: int) -> dict[str, Any]:
-        """The keys that ``<<`` takes from one mapping, or from a list of them."""
+        """Return the settings that ``<<`` merges from one mapping or a list of mappings."""
         value = self.resolve(node, path, depth + 1)
         settings: dict[str, Any] = {}
         for item in value if isinstance(value, list) else [value]:
@@ -267,7 +266,7 @@ class _Resolver:
 
 
 def _plain(text: str) -> Any:
-    """The value of a scalar without quotes and tag; raises ValueError."""
+    """Parse a scalar without quotes and tag; raises ``ValueError``."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -287,7 +286,7 @@ def _plain(text: str) -> Any:
 
 
 def _tagged(tag: str | None, text: str) -> Any:
-    """The value of a scalar with quotes or a tag; raises ValueError."""
+    """Parse a scalar with quotes or a tag; raises ``ValueError``."""
     if tag in (None, _TAG + "str"):
         return _text(text)
     patterns = {"int": _INT, "float": _FLOAT, "bool": _BOOL, "null": _NULL}
@@ -327,7 +326,7 @@ def _shown(text: str | None, width: int = 40) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts texts in quotes that YAML 1.1 or the core schema would read as something else."""
+    """Quotes texts that YAML 1.1 or the core schema would parse as another type."""
 
 
 _Dumper.add_implicit_resolver(_TAG + "int", re.compile(rf"(?:{_UNCLEAR.pattern})$"), None)
@@ -336,11 +335,11 @@ _Dumper.add_implicit_resolver(_TAG + "float", re.compile(rf"(?:{_FLOAT.pattern})
 
 
 class _OneLineDumper(_Dumper):
-    """Escapes newlines too."""
+    """Also escapes newlines."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Line breaks that only one version of YAML knows are escaped, which needs double quotes."""
+    """Escape line breaks that only one YAML version recognizes; this requires double quotes."""
     breaks = (
         "[\n\r\x85\u2028\u2029]" if isinstance(dumper, _OneLineDumper) else "[\r\x85\u2028\u2029]"
     )

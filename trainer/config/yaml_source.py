@@ -1,7 +1,7 @@
-"""A run file as text: YAML, ``key=value`` overrides, and where each value came from. No torch.
+"""The run file and its ``key=value`` overrides as plain data with the origin of every value.
 
-``read`` gives plain data with the origin of every setting; ``explain`` words what pydantic found
-wrong with it. What the settings mean stands in trainer/config/.
+``read`` returns the data; ``explain`` turns pydantic's errors into messages with line, setting,
+value and remedy. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from trainer.config.yaml_parser import SettingPath, YamlError
 from trainer.runtime.errors import BadInput, did_you_mean
 from trainer.runtime.redact import redact_value
 
-#: Problems of one run file that are shown.
+#: Maximum number of problems of a run file that are reported.
 MOST_PROBLEMS = 100
 
 
 @dataclass
 class YamlSource:
-    """Data of a run file after its overrides, and where each setting stands.
+    """Data of a run file after its overrides, with the origin of each setting.
 
     Attributes:
-        lines, overrides: by the path as it was written.
-        moved: path in the data -> path as it was written, for what an expansion has moved.
+        lines, overrides: path as written -> line in the file, or text of the override.
+        moved: path in the data -> path as written, for settings that the expansion of sweeps has
+            moved.
     """
 
     file: str
@@ -39,19 +40,19 @@ class YamlSource:
     moved: Mapping[SettingPath, SettingPath] = field(default_factory=dict)
 
     def written(self, path: SettingPath) -> SettingPath:
-        """The path that a person knows a setting of the data by."""
+        """Return the path at which the user wrote a setting of ``data``."""
         for n in range(len(path), 0, -1):
             if path[:n] in self.moved:
                 return (*self.moved[path[:n]], *path[n:])
         return path
 
     def where(self, path: SettingPath) -> str:
-        """``FILE:LINE`` of a setting as it was written, or the override that gave its value."""
+        """Return ``FILE:LINE`` of a path as written, or the override that set its value."""
         prefixes = [path[:n] for n in range(len(path), 0, -1)]
         for prefix in prefixes:
             if prefix in self.overrides:
                 return f"override {_cut(self.overrides[prefix])}"
-        if path not in self.lines:  # perhaps a section that only an override made
+        if path not in self.lines:  # a section that only exists because of an override
             for deeper, override in self.overrides.items():
                 if path and deeper[: len(path)] == path:
                     return f"override {_cut(override)}"
@@ -65,8 +66,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
     """Read a run file and apply ``key=value`` overrides, in order.
 
     Raises:
-        BadInput: the file cannot be read, is not YAML or gives a setting twice; or every override
-            that leads nowhere.
+        BadInput: the file cannot be read, is not valid YAML or gives a setting twice; or with every
+            override that is not valid.
     """
     try:
         document = yaml_parser.parse(_read_text(path), is_text=_is_text)
@@ -81,17 +82,17 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
 
 
 def value_of(key: str, text: str) -> Any:
-    """The value of ``KEY=VALUE``, which is YAML as in the run file.
+    """Parse the value of ``KEY=VALUE``, which is YAML as in the run file.
 
     Raises:
-        YamlError: it is not, or holds a value that is refused.
+        YamlError: it is not valid YAML, or contains a value that is refused.
     """
     parts: list[str | int] = list(_parts(key))
     return yaml_parser.parse(text, tuple(parts), _is_text).data
 
 
 def saved(path: Path) -> dict[str, Any]:
-    """The settings of a run file that a run saved; none where it is missing or damaged."""
+    """Read the run file that a run saved; empty if it is missing or damaged."""
     try:
         data = yaml_parser.parse(_read_text(path)).data
     except (BadInput, YamlError):
@@ -100,10 +101,10 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
-    """Apply ``key=value`` overrides, in order, and remember them.
+    """Apply ``key=value`` overrides, in order, and record them in ``source.overrides``.
 
     Raises:
-        BadInput: with every override that leads nowhere.
+        BadInput: with every override that is not valid.
     """
     problems = []
     for text in overrides:
@@ -122,19 +123,18 @@ def explain(
     model: type[BaseModel],
     not_yet_keys: Mapping[str, str],
 ) -> list[str]:
-    """Every problem of a validation, one line each and once: where, setting, value, remedy.
+    """Return one line per distinct validation error: place, setting, value and remedy.
 
     Args:
-        model: the run file's own model, to name the settings that exist.
-        not_yet_keys: settings of a later version, by their path without list indices, and what to
-            use instead.
+        model: model of the run file, to list its settings.
+        not_yet_keys: path of an unsupported setting, without list indices -> remedy.
     """
     problems: list[str] = []
     unions: dict[SettingPath, Any] = {}
     for item in error.errors():
         path = tuple(item["loc"])
         if item["type"] != "extra_forbidden" and path and _is_union_tag(path[-1]):
-            # pydantic reports each type that a union tried; together they are one problem
+            # pydantic reports an error for each type of a union; together they are one problem
             path = path[:-1]
             if path in unions:
                 continue
@@ -152,13 +152,13 @@ def explain(
             shown = source.written(path)
             text = _word(dotted(shown), path, dict(item), model, not_yet_keys)
             problems.append(f"{source.where(shown)}: {text}")
-    problems = list(dict.fromkeys(problems))  # prompts of one sweep share their mistakes
+    problems = list(dict.fromkeys(problems))  # all prompts of a sweep have the same errors
     more = len(problems) - MOST_PROBLEMS
     return problems[:MOST_PROBLEMS] + ([f"{source.file}: and {more} more"] if more > 0 else [])
 
 
 def dotted(path: SettingPath) -> str:
-    """A path as people write it: ``prompts[0].init.text``."""
+    """Format a path as in the run file: ``prompts[0].init.text``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
@@ -166,7 +166,7 @@ def dotted(path: SettingPath) -> str:
 
 
 def _is_text(path: SettingPath) -> bool:
-    """Whether a value is text as it is written: 01, 1.10 or no in a list of choices."""
+    """Whether a value is text exactly as written: 01, 1.10 or no in a list of choices."""
     return len(path) > 3 and path[0] == "tasks" and path[2] == "choices"
 
 
@@ -204,7 +204,7 @@ def _parts(key: str) -> list[str]:
 
 
 def _apply(data: dict[str, Any], override: str) -> SettingPath:
-    """Set one ``a.b[0].c=value`` of the command line; the value is YAML. Returns the path set.
+    """Apply one override ``a.b[0].c=value``, whose value is YAML; return the path of the setting.
 
     List items are addressed by index or, in ``tasks`` and ``prompts``, by name.
     """
@@ -238,7 +238,7 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
 
 
 def _key(target: Any, name: str, override: str) -> str | int:
-    """The key of ``name`` in a mapping, or its index in a list."""
+    """Return ``name`` itself for a mapping, or the index that it means in a list."""
     if isinstance(target, dict):
         return name
     if not isinstance(target, list):
@@ -301,7 +301,7 @@ def _one_of(setting: str, value: Any, known: Sequence[str]) -> str:
 
 
 def _cut(override: str) -> str:
-    """An override as messages quote it."""
+    """Quote an override for a message, redacted and shortened."""
     return _shown(redact_value(override), 200)
 
 
@@ -311,7 +311,7 @@ def _shown(value: Any, width: int = 80) -> str:
 
 
 def _inner_path(reason: str) -> tuple[SettingPath, str]:
-    """A validator of a whole section starts its message with the setting it means."""
+    """Split the message of a section's validator, ``SETTING: text``, into path and text."""
     match = re.match(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*): (.*)$", reason, flags=re.DOTALL)
     if match is None:
         return (), reason
@@ -320,12 +320,12 @@ def _inner_path(reason: str) -> tuple[SettingPath, str]:
 
 
 def _is_union_tag(part: str | int) -> bool:
-    """pydantic puts the tried type of a union into the path; it is no setting."""
+    """Whether a path element is a type that pydantic tried for a union, not a setting."""
     return isinstance(part, str) and (part.startswith("literal[") or part in ("bool", "str", "int"))
 
 
 def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
-    """The values that a union of literals and bool takes."""
+    """List the valid values of a union of literals and bool."""
     annotation = _section(model, path[:-1]).model_fields[str(path[-1])].annotation
     values: list[str] = []
     for choice in get_args(annotation):
@@ -334,12 +334,12 @@ def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
 
 
 def _settings(section: type[BaseModel]) -> list[str]:
-    """The settings of a section as people write them."""
+    """List the settings of a section by their names in the run file."""
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:
-    """The model of the section at ``path``."""
+    """Return the model of the section at ``path``."""
     for part in path:
         if isinstance(part, str):
             model = next(_models(model.model_fields[part].annotation))
@@ -347,7 +347,7 @@ def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Models inside ``X``, ``X | None``, ``list[X]`` or ``Annotated[...]``."""
+    """Yield the models inside ``X``, ``X | None``, ``list[X]`` or ``Annotated[...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

@@ -1,13 +1,13 @@
-"""The bank: all prompts of a run, trained together, each as if it were alone.
+"""The bank: all prompts of a run, trained together with the same results as when trained alone.
 
-Prompts of one ``share`` are as one in this: they have an encoder and an optimizer together.
+The prompts of one ``share`` have a common encoder and optimizer.
 
-Ranks share nothing but the sum of d loss / d virtual tokens. Each rank then backpropagates its own
-replica of every encoder and makes the same update, so everything here is a function of the run file
-and those sums, to the bit: one generator per prompt, no global randomness, one optimizer each.
+Ranks exchange only the sum of d loss / d virtual tokens. Each rank then backpropagates through its
+own replica of every encoder and makes the same update. For ranks to stay bit-equal, every prompt
+has its own generator and the global one is never used.
 
-Shape letters: P virtual tokens, H hidden size, K prompts. Where [P, H] is written, a prompt of
-prefix tuning has keys and values per layer: [P, layers, 2, heads of keys, head size].
+Shape letters: P virtual tokens, H hidden size, K prompts. For prefix tuning, [P, H] stands for keys
+and values [P, layers, 2, key heads, head size].
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Optimizer(Protocol):
-    """What the bank asks of an optimizer: see ``trainer.training.prompt_optimizer``."""
+    """Interface of an optimizer, as implemented in ``trainer.training.prompt_optimizer``."""
 
     @property
     def learning_rate(self) -> float: ...
@@ -57,7 +57,7 @@ class Optimizer(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-#: (prompt, its parameters by name, number of its updates, scale of its encoder) -> optimizer.
+#: (prompt, parameters by name, number of updates, ``PromptEncoder.scale()``) -> optimizer.
 OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int, float], Optimizer]
 
 
@@ -65,15 +65,13 @@ class Bank:
     """K prompts over one frozen base.
 
     Args:
-        config: the run file; order and seeds of the prompts come from it.
-        embed: word embeddings [n, H] of token ids; may be a collective.
-        device: where encoders and optimizers live; they start on the CPU and are moved.
+        embed: token ids -> token embeddings [n, H]; may be a collective.
+        device: of encoders and optimizers. Encoders are initialized on the CPU.
         make_optimizer: ``trainer.training.prompt_optimizer.make_optimizer``.
-        past: keys and values [n, layers, 2, heads, head size] that the base makes of a text; may be
-            a collective. Only prefix tuning asks for it.
-        screen: tells how well starts fit; asked where the run file leaves them open. None: any
-            will do.
-        warn: takes what people should know about the starts.
+        past: token ids of a text -> its keys and values [n, layers, 2, key heads, head size]; may
+            be a collective. Used by prefix tuning only.
+        screen: scores candidates of ``init: auto``. None: draw tokens without a search.
+        warn: called with warnings about initial values.
 
     Attributes:
         names: names of the prompts, in the order of the run file.
@@ -118,13 +116,13 @@ class Bank:
             optimizer = make_optimizer(prompt, unit.parameters, steps, scale)
             by_prompt |= dict.fromkeys(unit.members, optimizer)
         self._optimizers = [by_prompt[i] for i in range(len(self.names))]
-        #: Of units that read a text, by their first member.
+        #: First member of a group with text encoders -> the group's best weights.
         self._readers = {
             i: BestEncoder(partial(self._judged_parts, i))
             for i in (unit.members[0] for unit in self._units)
             if self._encoders[i].keeps_best_weights
         }
-        #: What a stopped prompt of a share stays at, while the others train on.
+        #: Frozen values of stopped prompts of a share, whose encoder other prompts still train.
         self._stopped: list[Tensor | None] = [None] * len(self.names)
         self._best: list[Tensor | None] = [None] * len(self.names)
         self._outputs: list[SoftPrompt | None] = [None] * len(self.names)
@@ -141,25 +139,25 @@ class Bank:
         return [optimizer.learning_rate for optimizer in self._optimizers]
 
     def virtual_tokens(self) -> list[SoftPrompt]:
-        """fp32 values of every prompt, on the device.
+        """Return the fp32 values of every prompt, on the device.
 
-        Without gradients, or of a stopped prompt: as it is to be judged and used, an average where
-        one is kept. With gradients enabled: as a training step reads it, with its noise and
-        dropout; the outputs carry the encoder's graph for ``update``, and further
-        calls before it return the same tensors: an encoder runs once per update. Do not run
-        ``loss.backward()`` through them: detach them, or ask ``torch.autograd.grad`` for the
-        gradient with respect to them.
+        With gradients enabled, active prompts have their noise and dropout for the next training
+        step, and a graph for ``update``. Encoders run once per update: until then, further calls
+        return the same tensors. Do not run ``loss.backward()`` through them: detach them, or use
+        ``torch.autograd.grad`` with respect to them.
+
+        Otherwise, and for stopped prompts, as ``judged``.
         """
         return [self._output(i) for i in range(len(self))]
 
     def judged(self) -> list[SoftPrompt]:
-        """Every prompt as it is validated, kept and exported: unperturbed, averaged where asked."""
+        """Return every prompt as validated and exported: averaged with ``ema``, no noise."""
         with torch.no_grad():
             return self.virtual_tokens()
 
     def _output(self, i: int) -> SoftPrompt:
         output = self._outputs[i]
-        if not self.active[i]:  # has stopped: its encoder runs once more for good
+        if not self.active[i]:  # its encoder runs once more, and the output is kept
             if output is None:
                 output = self._outputs[i] = self._kinds[i](self._folded(i))
             return output
@@ -178,7 +176,7 @@ class Bank:
 
     @torch.no_grad()
     def _folded(self, i: int) -> Tensor:
-        """What the encoder makes of its parameters, or of their average where one is kept."""
+        """Run the encoder with its parameters or, with ``ema``, their average."""
         stopped_PH = self._stopped[i]
         if stopped_PH is not None:
             return stopped_PH.clone()
@@ -190,7 +188,7 @@ class Bank:
         return folded_PH
 
     def _judged_parts(self, i: int) -> dict[str, Tensor]:
-        """An encoder's parameters, or their average where one is kept, by its own names."""
+        """Return the encoder's parameters or, with ``ema``, their average, by its names."""
         averaged = self._optimizers[i].averaged
         if averaged is None:
             return dict(self._encoders[i].named_parameters())
@@ -198,19 +196,19 @@ class Bank:
         return unit.of_encoder(self._encoders[i], averaged)
 
     def update(self, gradients: Sequence[Tensor | None]) -> list[float]:
-        """One optimizer step per prompt from d loss / d virtual tokens, [P, H] each.
+        """Make one optimizer step per prompt, or per share.
 
         Args:
-            gradients: summed over ranks and normalised; None leaves the prompt as it is, with its
-                schedule.
+            gradients: d loss / d virtual tokens, [P, H] each, summed over ranks and normalized.
+                None: the prompt and its schedule do not change.
 
         Returns:
-            Norm of each prompt's own gradient before clipping, or that of its share; 0 where there
-            was None. A norm that is not finite, as from an overflow inside the encoder, has changed
-            nothing; every rank sees the same.
+            Norm of the gradient of each prompt's parameters (or those of its share) before
+            clipping; 0 without a gradient. If it is not finite, for example after an overflow in
+            the encoder, the step was skipped, on all ranks alike.
         """
         assert len(gradients) == len(self), (len(gradients), len(self))
-        # All are checked before the first step: no update is made by halves.
+        # Check all prompts before the first step, so that no update is made partially.
         for name, active, gradient_PH in zip(self.names, self.active, gradients, strict=True):
             if gradient_PH is not None:
                 assert active, f"prompt {name!r} has stopped, but rows were read for it"
@@ -232,29 +230,29 @@ class Bank:
         with torch.enable_grad():
             outputs = [self._output(i).tensor for i in gradients]
         given = [g.to(output) for g, output in zip(gradients.values(), outputs, strict=True)]
-        # Unused: what is the own of a prompt of a share that read nothing.
+        # Unused: parameters of prompts of the share that have no rows in this update.
         parameter_gradients = torch.autograd.grad(outputs, parameters, given, allow_unused=True)
         for parameter, gradient in zip(parameters, parameter_gradients, strict=True):
             parameter.grad = gradient
         return self._optimizers[unit.members[0]].step()
 
     def stop(self, i: int) -> None:
-        """Freeze a prompt: it keeps its virtual tokens and is never updated again."""
+        """Freeze a prompt: its values never change again."""
         if self._prompts[i].share is not None:
             self._stopped[i] = self._folded(i)
         self.active[i] = False
         self._outputs[i] = None
 
     def snapshot(self, i: int) -> SoftPrompt:
-        """The current virtual tokens, folded: fp32 on the CPU, a copy."""
+        """Return a copy of the current values as ``judged``, fp32 on the CPU."""
         return self._kinds[i](self._folded(i).to("cpu", copy=True))
 
     def keep_best(self, i: int) -> None:
-        """Remember the current virtual tokens as the best so far: what will be exported."""
+        """Keep a copy of the current values as the best so far, for export."""
         self._best[i] = self.snapshot(i).tensor
 
     def keep_best_readers(self, step: int, keys: Mapping[int, ScoreKey | None]) -> None:
-        """Remember text encoders that are better than before: what new texts will be read with.
+        """Keep the weights of text encoders that are better than before.
 
         Args:
             keys: ``ranking.score_key`` of the prompts that were validated after this step; None:
@@ -266,12 +264,12 @@ class Bank:
                 self._readers[unit.members[0]].update(step, read)
 
     def best(self, i: int) -> SoftPrompt:
-        """The virtual tokens kept as best, fp32 on the CPU; the current if none were."""
+        """Return the values of ``keep_best`` or, without any, the current ones: fp32 on the CPU."""
         best_PH = self._best[i]
         return self.snapshot(i) if best_PH is None else self._kinds[i](best_PH.clone())
 
     def digest(self) -> str:
-        """sha256 over all trainable bytes: differs between ranks if replicas have drifted."""
+        """Return the SHA-256 of all parameters; it differs between ranks if replicas differ."""
         digest = hashlib.sha256()
         for encoder in self._encoders:
             for name, parameter in encoder.named_parameters():
@@ -280,12 +278,12 @@ class Bank:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that resuming needs, by the name of each prompt, copied to the CPU.
+        """Return the state for resuming, by prompt name, copied to the CPU.
 
         Returns:
-            For each prompt its identity, ``active``, the state of its ``optimizer`` and, of a text
-            encoder, of its ``reader``; the tensors ``encoder/PARAMETER``, ``best`` and ``stopped``.
-            The first prompt of a share holds the tensors of its encoder and optimizer.
+            For each prompt: its identity, ``active``, state of ``optimizer``, tensors
+            ``encoder/PARAMETER``, ``best`` and ``stopped``, and for a text encoder the state of
+            ``reader``. In a share, only the first prompt has tensors of encoder and optimizer.
         """
         state: dict[str, Any] = {}
         for unit in self._units:
@@ -311,11 +309,10 @@ class Bank:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict()``, bit for bit.
+        """Restore the state of ``state_dict``.
 
         Raises:
-            BadInput: if the saved bank is of other prompts, with every difference; nothing has been
-                loaded then.
+            BadInput: the state is of other prompts; with every difference. Nothing is loaded.
         """
         problems = self._differences(state)
         if problems:
@@ -338,7 +335,7 @@ class Bank:
         self._outputs = [None] * len(self)
 
     def _own(self, i: int) -> Mapping[str, nn.Parameter]:
-        """The parameters whose state stands under this prompt."""
+        """Return the parameters that ``state_dict`` stores with this prompt."""
         return next((unit.parameters for unit in self._units if unit.members[0] == i), {})
 
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
@@ -376,7 +373,7 @@ class Bank:
 
 
 def _identity(prompt: Prompt) -> dict[str, Any]:
-    """Settings that a resumed prompt must share with the saved one."""
+    """Settings of a prompt that must not change on resume."""
     return {
         "task": prompt.task,
         "method": prompt.method,

@@ -1,7 +1,7 @@
 """Prompt encoders: small trainable modules that produce the values of one prompt.
 
-The forward of an encoder takes no input. It runs once per step, never once per row; after training
-only its output is exported. ``trainer/config/encoders.py`` registers the encoders.
+The forward of an encoder has no input. It runs once per step, not once per row; after training only
+the output is exported. ``trainer/config/encoders.py`` registers the encoders.
 
 Shape letters: P virtual tokens, H hidden size of the base, E hidden size of the encoder, L layers,
 A key heads, D head size, C output features of a linear layer.
@@ -29,8 +29,7 @@ class EncoderInputs:
 
     Attributes:
         hidden_size: H.
-        generator: the prompt's own random numbers, for ``init`` first and then for weights.
-        vocabulary: tokens and embeddings of the base.
+        generator: random numbers of the prompt, used by ``init`` first and then for weights.
         init: computes the initial values on the CPU, fp32: [P, H], or [P, L, 2, A, D].
         shared_modules: modules that prompts have in common, by ``share``.
     """
@@ -47,7 +46,7 @@ class EncoderInputs:
         return self.prompt.encoder_hidden_size or self.hidden_size
 
     def shared(self, make: Callable[[], ModuleT]) -> ModuleT:
-        """Return the module of the prompt's ``share``; the first prompt of the share makes it."""
+        """Return the module of the prompt's ``share``, created by the first prompt of the share."""
         if self.prompt.share is None:
             return make()
         if self.prompt.share not in self.shared_modules:
@@ -72,7 +71,7 @@ class PromptEncoder(nn.Module):
 
     Attributes:
         shape: of the output: [P, H], or [P, L, 2, A, D] for keys and values per layer.
-        keeps_best_weights: at the best validation the weights are kept, not only the output.
+        keeps_best_weights: the weights of the best validation are kept, not only the output.
     """
 
     shape: torch.Size
@@ -90,16 +89,16 @@ class PromptEncoder(nn.Module):
     def scale(self) -> float:
         """Compute the learning rate at which one update moves the output by its root mean square.
 
-        Assumes an optimizer that moves every parameter by about its learning rate, as Adam does.
-        For an encoder that ends in a linear layer, only that layer's update counts, with all of its
-        weights moving in the same direction.
+        The optimizer is assumed to move every parameter by about its learning rate, as Adam does.
+        For an encoder that ends in a linear layer, only the update of that layer counts, and all
+        its weights are assumed to move in the same direction.
         """
         with torch.no_grad():
             return _root_mean_square(self())
 
 
 class EmbeddingEncoder(PromptEncoder):
-    """The values of the prompt are the parameters.
+    """The parameters are the values of the prompt.
 
     Prompt tuning (Lester et al. 2021, arXiv 2104.08691) or, for keys and values per layer, prefix
     tuning as in P-tuning v2 (Liu et al. 2021, arXiv 2110.07602).
@@ -110,7 +109,7 @@ class EmbeddingEncoder(PromptEncoder):
         self.embedding = nn.Parameter(init.clone())
 
     def forward(self) -> Tensor:
-        # A copy, so that an update does not change virtual tokens that a caller holds.
+        # A copy, so that an update does not change tensors that the caller still uses.
         return self.embedding.clone()
 
 
@@ -121,8 +120,8 @@ class HeadEncoder(PromptEncoder):
     interchangeable.
 
     Attributes:
-        embedding: starts at ``init``, scaled to a root mean square of 1: token embeddings are often
-            so small that the head would hardly distinguish them.
+        embedding: initially ``init_PH``, scaled to a root mean square of 1: token embeddings are
+            often so small that the head would hardly distinguish them.
         mlp_head: ends in a linear layer.
     """
 
@@ -131,12 +130,12 @@ class HeadEncoder(PromptEncoder):
     def __init__(self, init_PH: Tensor) -> None:
         super().__init__(init_PH)
         num_virtual_tokens, hidden_size = init_PH.shape
-        # With _weight, the constructor does not use the global random generator.
+        # With _weight, the constructor does not use the global generator.
         scaled_PH = init_PH / _root_mean_square(init_PH)
         self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, _weight=scaled_PH)
 
     def head_input(self) -> Tensor:
-        """Return the input of the MLP head, one row per virtual token."""
+        """Return the input of the MLP head, [P, inputs]."""
         return self.embedding.weight
 
     def forward(self) -> Tensor:
@@ -144,10 +143,7 @@ class HeadEncoder(PromptEncoder):
         return prompt_PH
 
     def start_at(self, target_PH: Tensor) -> None:
-        """Set the last layer so that the output is as close as possible to these virtual tokens.
-
-        Exact if the layer has at least P inputs.
-        """
+        """Fit the last layer to these virtual tokens; exact if the layer has at least P inputs."""
         solve_linear(self.mlp_head[-1], self._hidden(), target_PH)
 
     def scale(self) -> float:
@@ -166,7 +162,6 @@ class MLPEncoder(HeadEncoder):
     Args:
         init_PH: initial input of the MLP, fp32.
         encoder_hidden_size: E.
-        generator: draws the weights of the MLP.
     """
 
     def __init__(
@@ -184,10 +179,8 @@ class MLPEncoder(HeadEncoder):
 
 
 def uniform_linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
-    """Create an ``nn.Linear`` with torch's initialization, drawn from ``generator``.
-
-    On the meta device torch's constructor does not use the global generator.
-    """
+    """Create an ``nn.Linear`` with torch's initialization, drawn from ``generator``."""
+    # On the meta device, torch's constructor does not use the global generator.
     linear = nn.Linear(in_features, out_features, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         linear.weight.copy_(uniform((out_features, in_features), in_features, generator))
@@ -208,8 +201,7 @@ def _root_mean_square(values: Tensor) -> float:
 def output_gain(hidden_PE: Tensor) -> float:
     """Return how far a linear layer's outputs move if all weights and the bias move by 1.
 
-    Args:
-        hidden_PE: inputs of the layer, over which the result is averaged.
+    The result is the mean over the layer's inputs [P, E].
     """
     return 1.0 + float(hidden_PE.double().abs().sum(1).mean())
 

@@ -1,12 +1,12 @@
-"""``init: auto``: a small genetic search for the tokens that a prompt is initialized with.
+"""``init: auto``: genetic search for the initial tokens of a prompt.
 
-Random token sequences differ widely in the loss that the base model has after them, and good ones
+The base model's loss differs widely between random token sequences before a row, and good sequences
 can be combined: two of the best candidates so far are crossed token by token, and a few tokens are
-redrawn (a genetic search over prompts like GPS, arXiv 2210.17041, with tokens instead of
-sentences). The search needs forward passes only, over the rows of the prompt's first update.
+redrawn (like GPS, arXiv 2210.17041, with tokens instead of sentences). The search needs forward
+passes only, over the rows of the prompt's first update.
 
-Searches of several prompts run side by side, one round of all prompts at a time. Each has its own
-generator, so a prompt in a bank gets the same result as alone.
+Searches of several prompts advance together, one round at a time. Each has its own generator, so
+the result for a prompt does not depend on the other prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DRAWINGS = 16
 ROUNDS, CHILDREN, PARENTS = 6, 8, 3
 #: Share of a child's tokens that are redrawn.
 MUTATED = 0.1
-#: Minimum number of candidates of a search; with fewer, the result is hardly better than chance.
+#: Minimum number of candidates; with fewer, a search is hardly better than a random draw.
 FEWEST = 8
 
 #: Token ids of a candidate, one per virtual token.
@@ -40,7 +40,7 @@ Search = Generator[Sequence[Words], Sequence[float], "SearchResult"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Result of a search.
+    """Best candidate of a search.
 
     Attributes:
         words: token ids of the best candidate.
@@ -106,8 +106,7 @@ def search(
     first, middle = losses[0], losses[len(losses) // 2]
     for _ in range(rounds):
         parents = sorted(tried, key=lambda words: tried[words].rank)[:PARENTS]
-        # In the order of scoring, so that tiny differences between their losses do not affect the
-        # children.
+        # Sorted by order of scoring, so that rounding differences in losses do not change children.
         parents.sort(key=lambda words: tried[words].number)
         children: list[Words] = []
         for _ in range(CHILDREN):
@@ -155,10 +154,10 @@ def search_together(
     searches: Mapping[int, Search],
     judge: Callable[[Sequence[tuple[int, Words]]], Sequence[float]],
 ) -> dict[int, SearchResult]:
-    """Run the searches of several prompts side by side.
+    """Run the searches of several prompts, by index, one round of all of them at a time.
 
     Args:
-        judge: computes the losses of candidates, each with the index of its prompt.
+        judge: (index of a prompt, candidate) pairs -> losses.
     """
     asked = {i: next(one) for i, one in searches.items()}
     results: dict[int, SearchResult] = {}
@@ -188,11 +187,7 @@ class InitScorer(Protocol):
         """
 
     def working(self, asked: Mapping[int, int]) -> AbstractContextManager[None]:
-        """Show the progress of scoring.
-
-        Args:
-            asked: number of candidates of each prompt.
-        """
+        """Show the progress of scoring; ``asked`` is the number of candidates of each prompt."""
 
     def say(self, i: int, best: SearchResult | Unsearched, text: str) -> None:
         """Print the initial prompt of prompt ``i``."""
@@ -200,11 +195,11 @@ class InitScorer(Protocol):
 
 @dataclass(frozen=True)
 class Unsearched:
-    """The initial prompt of a run that is too short for a search.
+    """Initial tokens of a prompt whose training is too short for a search.
 
     Attributes:
         what: description of the origin of the tokens.
-        budget: candidates that the search could have scored.
+        budget: maximum number of candidates, below ``FEWEST``.
     """
 
     words: Words
@@ -217,9 +212,9 @@ def search_starts(
 ) -> dict[int, Tensor]:
     """Return initial values for the prompts with ``init: auto``, by their indices.
 
-    Virtual tokens that are embeddings, and keys and values that the base computes from the same
-    words, give the same loss: both are searched as embeddings. Prompts with the same task, seed,
-    row order and budget share one search.
+    Embeddings of tokens give the same loss as the keys and values that the base computes from these
+    tokens, so both are searched as embeddings. Prompts with the same task, length, seeds, teacher
+    and budget share one search.
     """
     same: dict[object, list[int]] = {}
     for i in _open_prompts(config.prompts):
@@ -250,7 +245,7 @@ def search_starts(
 
 
 def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
-    """Indices of the prompts to search for; of a share only the first, which initializes it."""
+    """Return the prompts to search for; of a share only the first prompt, which initializes it."""
     shares: set[str] = set()
     indices = []
     for i, prompt in enumerate(prompts):
@@ -272,12 +267,11 @@ def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
 def _first_starts(
     config: RunConfig, i: int, vocabulary: Vocabulary
 ) -> Unsearched | tuple[int, Search]:
-    """Return a search with its number of candidates, or the initial tokens if there is none."""
+    """Return (number of candidates, search), or the initial tokens if the budget is too small."""
     prompt = config.prompts[i]
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
     task, length = config.task(prompt.task), prompt.num_virtual_tokens
     labels = label_texts(task)
-    # No warnings about candidates that are cut or repeated.
     quiet = replace(vocabulary, warn=lambda _: None)
 
     def ids(init: Init) -> Words:

@@ -1,13 +1,13 @@
 """Initial values of prompts, from token embeddings or from keys and values of the base model.
 
-Every function returns fp32 values on the CPU and draws from the generator it is given, never from
-the global one, so the same settings give the same values on every rank and in every bank. Lester et
-al. 2021 (arXiv 2104.08691) compare initialization from labels, vocabulary and noise.
+Values are fp32 on the CPU. Random ones are drawn from the generator argument, never from the global
+one, so they are equal on every rank and independent of other prompts. Lester et al. 2021 (arXiv
+2104.08691) compare initialization from labels, vocabulary and noise.
 
-As in PEFT, texts shorter than P tokens are repeated and longer ones are cut, with a warning.
+As in PEFT, texts shorter than P tokens are repeated; longer ones are cut, with a warning.
 
-Shape letters: P virtual tokens, H hidden size, n looked-up words. Keys and values: [P, layers, 2,
-heads of keys, head size].
+Shape letters: P virtual tokens, H hidden size, n tokens. Keys and values: [P, layers, 2, key heads,
+head size].
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class Vocabulary:
     """Tokens of the base model and their frozen embeddings.
 
     Attributes:
-        lookup: maps token ids to embeddings [n, H]; on a sharded base a collective that every rank
-            calls with the same ids.
+        lookup: token ids -> embeddings [n, H]; on a sharded base a collective that every rank calls
+            with the same ids.
         size: rows of the embedding table; may exceed the tokenizer's vocabulary (padding).
-        past: maps the token ids of a text to its keys and values [n, ...]; also a collective.
-        warn: prints a warning.
+        past: token ids of a text -> its keys and values [n, ...]; also a collective.
     """
 
     lookup: Callable[[Sequence[int]], Tensor]
@@ -57,25 +56,21 @@ class Vocabulary:
     warn: Callable[[str], None] = logger.warning
 
     def ids(self, source: str) -> list[int]:
-        """Tokenize a text. Unlike PEFT, without special tokens: rows have their own."""
+        """Tokenize a text without special tokens (PEFT adds them), because rows have their own."""
         return list(self.tokenizer(source, add_special_tokens=False)["input_ids"])
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """Look up token embeddings [n, H], fp32 on the CPU, without a graph.
+        """Look up token embeddings [n, H], fp32 on the CPU, detached.
 
         Raises:
-            BadInput: if the tokenizer gives an id that the base does not have.
+            BadInput: an id has no embedding in the base.
         """
         self._check(token_ids)
         with torch.no_grad():
             return self.lookup(list(token_ids)).detach().to("cpu", torch.float32).clone()
 
     def read(self, token_ids: Sequence[int]) -> Tensor:
-        """Compute the keys and values of a text, fp32 on the CPU, without a graph.
-
-        Raises:
-            BadInput: if the tokenizer gives an id that the base does not have.
-        """
+        """Compute the keys and values of a text, fp32 on the CPU, detached; raises as ``embed``."""
         self._check(token_ids)
         assert self.past is not None, "prefix tuning needs keys and values"
         with torch.no_grad():
@@ -90,7 +85,7 @@ class Vocabulary:
 
     @cached_property
     def words_n(self) -> Tensor:
-        """Ids of the most frequent tokens, without special and added tokens and partial characters.
+        """Ids of the most frequent tokens, without special, added, blank or partial-character ones.
 
         Tokenizers number tokens in merge order (BPE) or by probability (unigram), so the frequent
         ones come first.
@@ -110,7 +105,7 @@ def embed_text(source: str, vocabulary: Vocabulary) -> Tensor:
     """Embed the tokens of a text, fp32 [n, H].
 
     Raises:
-        BadInput: if the text has no tokens.
+        BadInput: the text has no tokens.
     """
     return vocabulary.embed(_all_text_ids(source, vocabulary))
 
@@ -169,7 +164,7 @@ def from_adapter(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> 
 
 
 def draw_tokens(vocabulary: Vocabulary, count: int, generator: torch.Generator) -> list[int]:
-    """Draw frequent tokens without replacement; start over when all are used."""
+    """Draw frequent tokens, each once before any is drawn a second time."""
     words_n = vocabulary.words_n
     if not len(words_n):
         raise BadInput(
@@ -185,13 +180,9 @@ def draw_tokens(vocabulary: Vocabulary, count: int, generator: torch.Generator) 
 def from_noise(
     vocabulary: Vocabulary, num_virtual_tokens: int, generator: torch.Generator
 ) -> Tensor:
-    """Draw normal noise with the root mean square of the token embeddings.
+    """Draw normal noise [P, H] with the root mean square of the token embeddings.
 
-    PEFT draws from N(0, 1) for every base. Token embeddings are usually far smaller, so such a
-    prompt would be far from any input of the base model.
-
-    Returns:
-        fp32 [P, H].
+    PEFT draws from N(0, 1), which is usually far larger than token embeddings.
     """
     count = min(RMS_SAMPLE, len(vocabulary.words_n))
     sample_nH = vocabulary.embed(draw_tokens(vocabulary, count, generator))
@@ -212,7 +203,7 @@ def initial_token_ids(
         labels: the task's choices as they occur in rows.
 
     Raises:
-        BadInput: a text or the labels have no tokens.
+        BadInput: the text or the labels have no tokens.
     """
     if init.text is not None:
         return _text_ids(init.text, vocabulary, num_virtual_tokens)
@@ -232,9 +223,9 @@ def keys_and_values(
 ) -> Tensor:
     """Compute initial keys and values, fp32 [P, layers, 2, key heads, head size].
 
-    Text, labels and drawn tokens are read by the base model as one text of P tokens. Noise has the
-    root mean square of the keys (or values) of drawn tokens in the same layer: the median over the
-    tokens, because in many models the first token has keys of a very different size.
+    The base model reads text, labels or drawn tokens as one text of P tokens. Noise has, in each
+    layer, the root mean square of the keys (or values) of drawn tokens: the median over the tokens,
+    because in many models the first token has keys of a very different size.
 
     Raises:
         BadInput: as ``initialize``.
@@ -264,7 +255,7 @@ def initialize(
     """Compute initial virtual tokens, fp32 [P, H].
 
     Raises:
-        BadInput: a text or the labels have no tokens, or a trained prompt is of another base.
+        BadInput: the text or the labels have no tokens, or the trained prompt is of another base.
     """
     ids = initial_token_ids(init, vocabulary, num_virtual_tokens, generator, labels)
     if ids is not None:
@@ -279,10 +270,10 @@ def initialize(
 
 
 def known_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
-    """Candidates of ``init: auto`` that the task provides, each with a description."""
+    """Return the candidates of ``init: auto`` that the task provides, each with a description."""
     starts = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
     if len(hand_written) > 1:
-        # Together they fill a prompt that is longer than each of them, without repetition.
+        # Joined, they fill a prompt that is longer than each of them, without repetition.
         starts.append(
             ("all hand-written prompts", Init(text=" ".join(map(str.strip, hand_written))))
         )

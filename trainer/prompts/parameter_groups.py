@@ -1,4 +1,4 @@
-"""Building the encoders of a run, and the groups of parameters that one optimizer trains."""
+"""Build the encoders of a run, and group the parameters that one optimizer trains."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ class ParameterGroup:
     parameters: dict[str, nn.Parameter]
 
     def of_encoder(self, encoder: PromptEncoder, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Select the values of one encoder's parameters, by their names in that encoder.
-
-        Args:
-            values: by the names of ``parameters``.
-        """
+        """Rename ``values`` from the keys of ``parameters`` to the names in one encoder."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return {own: values[names[id(p)]] for own, p in encoder.named_parameters()}
 
@@ -71,8 +67,8 @@ def build_encoder(
 
     Args:
         shared_modules: modules that prompts have in common, by ``share``; extended here.
-        init: the result of an initialization search. None: ``init: auto`` draws tokens, which is
-            enough for a prompt whose state is loaded afterwards.
+        init: result of a search for initial values. None: ``init: auto`` draws tokens, as for a
+            prompt whose state is loaded afterwards.
     """
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
 

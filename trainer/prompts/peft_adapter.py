@@ -1,4 +1,4 @@
-"""Reading and writing PEFT adapters.
+"""Read and write PEFT adapters.
 
 Every encoder is exported as its output: virtual tokens as PEFT's PROMPT_TUNING, keys and values as
 PREFIX_TUNING, with one tensor ``prompt_embeddings``. PEFT's own ``save_pretrained`` is not used
@@ -45,10 +45,10 @@ def save_peft(
         prompt: the encoder's output; saved in fp32.
         base_model_name: absolute path of the base model's folder, or its hub id.
         title: of the model card; default: the folder's name.
-        description: a line of the model card: task and scores.
+        description: line of the model card with task and scores.
 
     Raises:
-        ValueError: if the virtual tokens are not finite.
+        ValueError: the prompt is not finite.
     """
     if not prompt.is_finite():
         raise ValueError(f"{folder}: the virtual tokens are not finite")

@@ -1,9 +1,8 @@
 """Noise and dropout on a prompt during training, against overfitting.
 
-A little noise on the prompt smooths the loss around it and avoids sharp minima (Chen et al. 2023,
-arXiv 2305.02423, who add a regularization term to the loss instead). The random numbers are drawn
-on the CPU and depend on the seed and the update only, so they are the same on all ranks, in every
-bank and after a resume.
+Noise smooths the loss around the prompt and avoids sharp minima (Chen et al. 2023, arXiv
+2305.02423, add a regularization term to the loss instead). Random numbers are drawn on the CPU from
+seed and update only, so they are equal on all ranks, after a resume, and for any other prompts.
 
 Shape letters: P virtual tokens, H hidden size; keys and values: [P, layers, 2, heads, head size].
 """
@@ -23,8 +22,7 @@ def perturbed(
     """Add noise and dropout for one training step; differentiable.
 
     Args:
-        prompt: the output of the encoder.
-        update: updates made before this one.
+        update: number of updates before this one.
         noise: standard deviation, as a share of the root mean square of the prompt or, for keys
             and values, of the keys (or values) of the same layer.
         dropout: share of elements set to zero; the others are scaled by ``1 / (1 - dropout)``.
@@ -44,6 +42,6 @@ def perturbed(
 
 
 def _mixed(seed: int, update: int) -> int:
-    """Derive an independent seed for every update."""
+    """Derive the seed of one update."""
     digest = hashlib.sha256(f"perturbation {seed}/{update}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,7 +1,7 @@
-"""Trained prompts on disk that initialize others (SPoT: Vu et al. 2021, arXiv 2110.07904).
+"""Find and check adapters that initialize other prompts (SPoT: Vu et al. 2021, arXiv 2110.07904).
 
-Adapters are checked without torch, by their settings and the header of their weights, before a base
-model is loaded.
+Adapters are checked before the base model is loaded: their settings, and the header of the file of
+weights. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.runtime.json_file import parse_json, read_json_object
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: The only tensor of an adapter, with one row per virtual token.
 TENSOR = "prompt_embeddings"
-#: PEFT's types of adapters with virtual tokens; keys and values are PREFIX_TUNING.
+#: PEFT types of adapters with virtual tokens; PREFIX_TUNING has keys and values.
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING")
 
 
@@ -62,7 +62,7 @@ def find_source(path: str) -> PromptSource:
 
 
 def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterator[str]:
-    """Check the adapters that initialize prompts of a run file; yield the problems.
+    """Yield the problems of the adapters that initialize prompts of a run file.
 
     Args:
         hidden_size: of the base; None: unknown.
@@ -92,7 +92,7 @@ def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterat
 
 
 def without_sources(config: RunConfig) -> RunConfig:
-    """Remove ``init.from``: a resumed run does not read the adapters, which may be gone."""
+    """Remove ``init.from``: a resumed run does not read these adapters, which may not exist now."""
     prompts = [
         prompt
         if prompt.init.from_ is None
@@ -103,11 +103,7 @@ def without_sources(config: RunConfig) -> RunConfig:
 
 
 def check_sources(config: RunConfig, hidden_size: int) -> None:
-    """Check the adapters that initialize prompts before a run starts.
-
-    Raises:
-        BadInput: with all of ``source_problems``.
-    """
+    """Raise ``BadInput`` with all of ``source_problems``."""
     if problems := list(source_problems(config, hidden_size)):
         raise BadInput(problems)
 
@@ -127,7 +123,7 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def _shape(folder: Path) -> tuple[int, int]:
-    """Read the shape of the adapter's tensor from the header of its weights."""
+    """Read the shape of the adapter's tensor from the header of its weights file."""
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = any(folder.glob("adapter_model.bin"))

@@ -19,7 +19,7 @@ from trainer.packing.packed_batch import PromptLengths
 
 @dataclass(frozen=True, eq=False)
 class SoftPrompt(ABC):
-    """The output of a prompt encoder: what the base model reads before a row.
+    """The output of a prompt encoder, which the base model reads before a row.
 
     Attributes:
         tensor: the values; the first dimension is P.
@@ -61,7 +61,7 @@ class SoftPrompt(ABC):
 
 @dataclass(frozen=True, eq=False)
 class VirtualTokens(SoftPrompt):
-    """Embeddings [P, H] that the base model reads like those of tokens."""
+    """Virtual tokens: embeddings [P, H] before those of a row's tokens."""
 
     in_packed_batch = True
     rms_dims = (0, 1)

@@ -1,4 +1,4 @@
-"""The text encoder of p-tuning: reads a text prompt and produces virtual tokens.
+"""Text encoder of p-tuning: maps a text prompt to virtual tokens.
 
 Prompts with the same ``share`` train one reader, each with its own text. After training, the reader
 turns new texts into prompts: ``promptshard export RUN_DIR OUT --encoder NAME --text TEXT``.
@@ -20,15 +20,15 @@ from trainer.config.ranking import LAST, ScoreKey
 from trainer.prompts.encoders import EncoderInputs, PromptEncoder, uniform_linear
 from trainer.prompts.initializers import embed_text
 
-#: Initial standard deviation of the queries' elements. Each query then attends to few tokens, and
-#: its output is about as large as a token embedding.
+#: Initial standard deviation of the elements of queries. Each query then attends to few tokens, and
+#: the output is about as large as a token embedding.
 SHARPNESS = 3.0
 #: Longest wavelength of the position encoding (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 LONGEST_WAVE = 10_000.0
 
 
 def build(inputs: EncoderInputs) -> TextEncoder:
-    """Build the encoder of one prompt's text, around the reader of its share."""
+    """Build the encoder of one prompt's text, with the reader of its share."""
     prompt = inputs.prompt
     assert prompt.init.text is not None
     reader = inputs.shared(
@@ -51,7 +51,7 @@ class TextReader(nn.Module):
     initially zero.
 
     Args:
-        generator: draws the weights, which do not depend on any text.
+        generator: draws the weights.
     """
 
     def __init__(
@@ -131,9 +131,6 @@ class BestEncoder:
     Validations are compared by the mean metric of the reader's prompts, then by their mean loss. A
     stopped prompt counts with its last scores, so that means stay comparable. Without validation,
     the newest weights are kept.
-
-    Args:
-        judged: called only if the reader is better than before.
     """
 
     def __init__(self, judged: Judged) -> None:
@@ -143,12 +140,7 @@ class BestEncoder:
         self._weights: dict[str, Tensor] = {}
 
     def update(self, step: int, keys: Mapping[str, ScoreKey | None]) -> None:
-        """Keep the current weights if they are the best so far.
-
-        Args:
-            keys: ``ranking.score_key`` of its prompts that were validated after ``step``; None:
-                the prompt's task has no validation.
-        """
+        """Keep the current weights if they are the best so far; ``keys`` as in ``Bank``."""
         validated = {name: key for name, key in keys.items() if key is not None}
         if LAST in validated.values():
             return
@@ -162,7 +154,7 @@ class BestEncoder:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights by name, which never change, and the scores that ranked them."""
+        """Return the kept weights by name, and the scores of their validation."""
         return {
             "step": self._step,
             "best": list(self._best),
@@ -171,10 +163,10 @@ class BestEncoder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict()``, or from that of an older version, which ranked by loss.
+        """Restore the state of ``state_dict``, or that of an older version, which ranked by loss.
 
-        In an older state the loss is used for the metric too. It is never better than a metric for
-        which higher is better, so the next validation replaces it.
+        From an older state, the loss is used as the metric too. It ranks below any metric for which
+        higher is better, so the next validation replaces the weights.
         """
         self._weights = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
         self._step = int(state["step"])

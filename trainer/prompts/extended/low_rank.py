@@ -9,9 +9,9 @@ from trainer.prompts.encoders import EncoderInputs, PromptEncoder
 
 
 def build(inputs: EncoderInputs) -> LowRankEncoder:
-    """Build the encoder of one task around the prompt of its share."""
+    """Build the encoder of one task, with the prompt of its share."""
     shared = inputs.shared(lambda: SharedPrompt(inputs.init()))
-    # The matrix must not depend on whether this prompt or another one drew the shared prompt.
+    # The matrix must not depend on which prompt of the share drew the shared prompt.
     inputs.generator.manual_seed(inputs.generator.initial_seed())
     return LowRankEncoder(shared, inputs.prompt.rank, inputs.generator)
 
@@ -27,8 +27,8 @@ class SharedPrompt(nn.Module):
 class LowRankEncoder(PromptEncoder):
     """A shared prompt times a low-rank matrix per task: ``shared * (columns @ rows)``, elementwise.
 
-    Wang et al. 2023, arXiv 2303.02861, section 3.1, use rank 1. The matrix starts as ones, so every
-    task starts at the shared prompt, which the paper distills from trained prompts.
+    The paper (section 3.1) uses rank 1 and distills the shared prompt from trained prompts. Here
+    the matrix is initialized to ones, so every task begins with the shared prompt.
 
     Args:
         generator: draws the columns of the second and further ranks.

@@ -9,11 +9,10 @@ from trainer.prompts.encoders import EncoderInputs, HeadEncoder, uniform, unifor
 
 
 def build(inputs: EncoderInputs) -> LSTMEncoder:
-    """Build the encoder; only its input starts at ``init``.
+    """Build the encoder. The output is fitted to ``init`` only if that is a trained prompt.
 
-    The states of an untrained LSTM are all similar. Weights that turn them into the embeddings of
-    ``init`` are so large that the first updates undo them, so they are computed only if ``init`` is
-    a trained prompt.
+    The states of an untrained LSTM are all similar. The weights that map them to ``init`` are so
+    large that the first updates undo them.
     """
     init = inputs.init()
     encoder = LSTMEncoder(init, inputs.encoder_hidden_size, inputs.generator)
@@ -28,7 +27,6 @@ class LSTMEncoder(HeadEncoder):
     Args:
         init_PH: initial input of the LSTM, fp32.
         encoder_hidden_size: E, per direction.
-        generator: draws the weights of LSTM and MLP.
     """
 
     def __init__(

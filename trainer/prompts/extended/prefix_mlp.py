@@ -22,13 +22,12 @@ class PrefixMLPEncoder(PromptEncoder):
     """An MLP that computes keys and values from trained embeddings (section 4.3 of the paper).
 
     Parameter names and shapes are those of ``peft.PrefixEncoder`` with ``prefix_projection``, so
-    state dicts are interchangeable. The last layer starts at the least-squares solution for
+    state dicts are interchangeable. The last layer is initialized to the least-squares solution for
     ``init``, which is exact if E is at least P.
 
     Args:
         init: initial keys and values [P, L, 2, A, D], fp32; C = A * D.
         encoder_hidden_size: E.
-        generator: draws the MLP's input and its first layer.
     """
 
     def __init__(self, init: Tensor, encoder_hidden_size: int, generator: torch.Generator) -> None:

@@ -19,8 +19,8 @@ class ResidualEncoder(PromptEncoder):
     """Virtual tokens plus the output of a bottleneck MLP on each of them.
 
     ``embedding + norm(up(relu(down(embedding))))`` with a layer norm (section 3 of the paper). The
-    gain of the norm starts at 0 instead of 1, so that training starts at ``init``: the output of a
-    norm with gain 1 is often far larger than token embeddings.
+    gain of the norm is initially 0 instead of 1, so that the initial prompt is ``init``: the output
+    of a norm with gain 1 is often far larger than token embeddings.
 
     Shape letters: M MLPs of the encoder, N virtual tokens of each, E bottleneck size.
 
@@ -28,7 +28,6 @@ class ResidualEncoder(PromptEncoder):
         init_PH: initial virtual tokens, fp32.
         bottleneck_size: E.
         separate: an MLP and a norm for each virtual token (M = P) instead of one for all (M = 1).
-        generator: draws the weights of the MLPs.
     """
 
     def __init__(
