@@ -1,7 +1,6 @@
 """Collectives over all ranks, and slow work that some ranks do while the others wait.
 
-Uses only torch.distributed. Each collective is recorded in a ``CollectiveTracker``, from which the
-watchdog reads where a rank is waiting.
+Each collective is recorded in a ``CollectiveTracker``, which the watchdog reads.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 #: Seconds between two collectives of ranks that wait for slow work.
 POLL_SECONDS = 1.0
-#: The watchdog's timeout as a share of the collectives' own, whose error names no rank.
+#: Share of the collectives' timeout after which the watchdog aborts first: it names the rank.
 WATCHDOG_SHARE = 0.9
 
 
@@ -36,10 +35,10 @@ class Ranks:
     """This rank and its collectives with the others; torch.distributed must be initialized.
 
     Methods that run work raise BadInput on all ranks together, with the problems of the first rank
-    whose work raised it.
+    whose work raised BadInput.
 
     Attributes:
-        tracker: the collective that this rank is in.
+        tracker: records the current step and collective of this rank.
     """
 
     def __init__(
@@ -61,14 +60,14 @@ class Ranks:
         return self.rank == 0
 
     def start_watchdog(self, logs: Path, silence_seconds: float) -> None:
-        """From now on, end all processes if a rank hangs, and write its number to ``logs``.
+        """Start the watchdog, which ends all ranks if one hangs and writes the reason to ``logs``.
 
         Args:
             silence_seconds: maximum time without a heartbeat from a rank.
         """
         if self.world_size == 1:
             return
-        # A separate connection: requests of the watchdog must not delay the main thread's.
+        # A separate connection, so that the watchdog's requests do not delay the main thread's.
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -90,7 +89,7 @@ class Ranks:
         self._watchdog.start()
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
-        """Context of one training step, whose duration the watchdog compares with earlier steps."""
+        """Record a training step; the watchdog compares its duration with earlier steps."""
         return self.tracker.training_step(step)
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
@@ -109,7 +108,7 @@ class Ranks:
             return bool(value.item())
 
     def all_gather(self, value: T) -> list[T]:
-        """Return every rank's value on every rank. For small plain data."""
+        """Return the values of all ranks, by rank. For small plain data."""
         values: list[Any] = [None] * self.world_size
         with self.tracker.during("all_gather of values"):
             dist.all_gather_object(values, value)
@@ -124,7 +123,7 @@ class Ranks:
         return result
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """Run quick work on every rank and return its own result."""
+        """Run quick work on every rank and return this rank's result."""
         result: T | None = None
         problems: list[str] = []
         try:
@@ -154,14 +153,14 @@ class Ranks:
         return [result for result in results if result is not None]
 
     def load_once_per_node(self, load: Callable[[], T]) -> T:
-        """Load on the first rank of each node, then on the others, which map the files it wrote."""
+        """Load on the first rank of each node, then on the others, which read the files written."""
         loaded = self.run_on_each_node(load)
         result = self.run_on_all(lambda: load() if loaded is None else loaded)
         assert result is not None
         return result
 
     def _wait_for_all(self, work: Callable[[], T] | None) -> T | None:
-        """Run work in a thread until all ranks are done; None: only wait for the others."""
+        """Run work in a thread and wait until all ranks are done; None: only wait."""
         outcome: Future[T | None] = Future()
 
         def run(work: Callable[[], T]) -> None:
@@ -174,7 +173,7 @@ class Ranks:
             threading.Thread(target=run, args=(work,), daemon=True).start()
         else:
             outcome.set_result(None)
-        # Polled: a single collective would exceed its timeout.
+        # Poll with short collectives: a single one would exceed its timeout.
         while self.any_rank(not wait([outcome], POLL_SECONDS).done):
             pass
         return self.run_on_all(outcome.result)

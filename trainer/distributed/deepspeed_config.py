@@ -27,7 +27,7 @@ ZERO_KEYS = {
 
 
 def _run_file_settings(run: RunConfig) -> dict[str, str]:
-    """The keys of the JSON that the run file decides, each with its setting and value there."""
+    """Keys of the JSON that the run file determines, each with the setting and its value."""
 
     def each(setting: str) -> str:
         return ", ".join(sorted({str(getattr(prompt, setting)) for prompt in run.prompts}))
@@ -55,7 +55,8 @@ def resolve_policy(
         placement: sets the memory limits; None: DeepSpeed's defaults.
 
     Raises:
-        BadInput: with every contradiction between the JSON and the run file, and both values.
+        BadInput: with every contradiction between the JSON and the run file, and every setting of
+            the JSON that is not supported.
     """
     file = config.engine.deepspeed
     path = resolve_path(file)

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-3, which shards the base over the ranks. The only importer of deepspeed.
 
 ZeRO-3 without an optimizer (``DeepSpeedZeRoOffload``) gathers each layer of the frozen base in
-forward and backward. Prompts are not part of it: they are small and replicated, and their gradients
-are summed in one flat all-reduce.
+forward and backward. Prompts are not sharded but replicated, because they are small; their
+gradients are summed in one all-reduce.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.runtime.errors import PortTaken
 
 @contextmanager
 def _import_blocked(library: str) -> Iterator[None]:
-    """Make a library that is not imported yet look as if it were not installed."""
+    """Make a library appear not to be installed, unless it is already imported."""
     if library in sys.modules:
         yield
         return
@@ -59,8 +59,8 @@ class Engine(Ranks):
 
     Attributes:
         gathered_bytes: bytes received so far for the base: gathered layers and exchanged rows.
-        exchanged_bytes: the part of ``gathered_bytes`` that was exchanged by rows within the shard
-            group: looked-up embeddings, hidden states sent to the head, and their indices.
+        exchanged_bytes: the part of ``gathered_bytes`` exchanged within the shard group: embeddings
+            and their ids, hidden states sent to the head, or the head itself.
         kept_bytes: bytes of gathered parameters that stay on this rank until a step ends.
     """
 
@@ -119,13 +119,13 @@ class Engine(Ranks):
 
         Args:
             model: on ``meta``, with frozen layers.
-            must_fit: refuse a base that exceeds ``base_memory: auto``, as it would a number.
+            must_fit: refuse a base that does not fit even if ``base_memory`` is auto.
 
         Raises:
             BadInput: if the group size does not divide the ranks, or the base does not fit.
         """
         setting = config.engine.base_memory
-        # The node of this rank: the launcher's index, else the host name.
+        # Identify the node by the launcher's index, else by the host name.
         node = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or socket.gethostname()
         nodes = self.all_gather((node, self._free_memory()))
         names = [name for name, _ in nodes]
@@ -178,7 +178,7 @@ class Engine(Ranks):
         """Install ZeRO-3's hooks, which gather and release the parameters of a sharded base.
 
         Args:
-            kept_bytes: of gathered parameters that stay on this rank until ``end_step``.
+            kept_bytes: maximum bytes of gathered parameters that stay here until ``end_step``.
         """
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
         self._zero, self._traced = engine.optimizer, False
@@ -231,8 +231,8 @@ class Engine(Ranks):
         """Release everything held by a forward or backward that ran out of memory.
 
         Returns:
-            False if this rank alone must not repeat it: other ranks wait in its all-gathers, or
-            DeepSpeed compares the order of parameters in the next forward between ranks.
+            False if this rank cannot repeat the pass alone: other ranks wait in its all-gathers, or
+            DeepSpeed would compare the order of parameters between ranks in the next forward.
         """
         coordinator = self._zero.get_param_coordinator()
         traced = self.world_size == 1 or (self._traced and coordinator.is_complete_trace())
@@ -258,7 +258,7 @@ class Engine(Ranks):
     def peak_activation_bytes(self) -> int:
         """Peak GPU memory since ``reset_peak_memory``; 0 on CPU.
 
-        Excludes what was allocated then and the parameters that stay gathered.
+        Excludes memory that was allocated at that call, and parameters that stay gathered.
         """
         if self.device.type == "cpu":
             return 0
@@ -273,13 +273,13 @@ class Engine(Ranks):
         return max(self._peak, int(get_accelerator().max_memory_allocated(self.local_rank)))
 
     def _free_memory(self) -> int:
-        """Free bytes of this rank's device; on CPU of the node."""
+        """Free bytes of this rank's device; on CPU, of the node."""
         if self.device.type == "cpu":
             return int(psutil.virtual_memory().available)
         return int(get_accelerator().available_memory(self.local_rank))
 
     def _count_gathers(self) -> None:
-        """Wrap ZeRO-3's all_gather to count received bytes: the output without the own shard."""
+        """Wrap ZeRO-3's all_gather to count received bytes, which exclude this rank's shard."""
         gather = partition_parameters._dist_allgather_fn
 
         def counted(input_tensor: Tensor, output_tensor: Tensor, group: Any = None) -> Any:
@@ -306,9 +306,9 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 def _disable_shared_memory_op() -> None:
     """Keep DeepSpeed (0.19.8) from compiling a C++ all-reduce for CPU and filling /dev/shm for it.
 
-    Only ``inference_all_reduce`` uses it, which is never called here. Each rank would write a file
-    of 69 MB there, which exceeds the limit of many containers and is not deleted at exit.
+    Only ``inference_all_reduce`` uses it, which is never called here. Each rank would write 69 MB
+    to /dev/shm, which exceeds the limit of many containers and is not deleted at exit.
     """
-    # By name: the package has an attribute ``torch`` that is PyTorch.
+    # By name, because the attribute ``deepspeed.comm.torch`` is PyTorch.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None

@@ -47,7 +47,7 @@ SLOW_DIGEST_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The base on this rank, sharded and attached, with everything chosen while loading it."""
+    """The sharded and attached base of this rank, and the settings chosen while loading it."""
 
     model: PromptedBase
     stats: LoadStats
@@ -108,7 +108,7 @@ def load_base(
     """Read, quantize, shard and attach the base, with a progress bar.
 
     Args:
-        must_fit: refuse a base that does not fit into the free memory instead of trying.
+        must_fit: refuse a base that does not fit into the memory for it instead of trying.
         lengths: number of tokens of each training row, or of a sample; empty without training.
         kept_bytes: maximum bytes of parameters that stay gathered until a step ends; None: as many
             as fit.
@@ -116,7 +116,7 @@ def load_base(
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.run_on_all(lambda: resolve_policy(config, dtype, files.config.hidden_size))
-    # Finds every problem that needs no weights, before minutes of reading.
+    # Detects all problems that do not depend on weights, before minutes of reading.
     model = engine.run_on_all(lambda: build_meta_model(files, settings, dtype, engine.device))
     if fused := fused_counts(model):
         counts = ", ".join(f"{count} {operation}" for operation, count in sorted(fused.items()))
@@ -164,10 +164,10 @@ def _choose_token_budget(
     dtype: torch.dtype,
     lengths: Sequence[int],
 ) -> tuple[BatchMemory, TokenBudget]:
-    """Choose the maximum tokens of a packed batch; the same on all ranks, as the arguments are."""
+    """Choose the maximum tokens of a packed batch: equal on all ranks, as the arguments are."""
     on_cpu = engine.device.type == "cpu"
     virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
-    # Rows are not split, so ranks do not get exactly the same number of tokens.
+    # 5% more than the mean: rows are not split, so some ranks get more tokens than others.
     rows = 1.05 * config.training.tokens_per_step * len(virtual) / engine.world_size
     needed = int(rows) + sum(virtual) + max(lengths, default=0)
     memory = BatchMemory(
@@ -198,7 +198,7 @@ def _choose_token_budget(
 def _choose_matmul(
     engine: Engine, settings: Base, model: PreTrainedModel, dtype: torch.dtype, console: Console
 ) -> str:
-    """Set the int8 product of all layers: ``base.matmul``, or the fastest as measured on rank 0."""
+    """Set the product of int8 layers: ``base.matmul``, or the fastest as measured on rank 0."""
     resolved = engine.run_on_all(
         lambda: resolve_matmul(
             settings.matmul, settings.quantization, engine.device, model.config.hidden_size
@@ -217,7 +217,7 @@ def _choose_matmul(
         matmul = measured.kind
         console.print(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(model, matmul, settings.outlier_threshold)
-    if matmul != "dequantize":  # the others require a compiler
+    if matmul != "dequantize":  # all others have required a compiler already
         compile_fused_operations(model)
     if exact:
         console.print(

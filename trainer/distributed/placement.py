@@ -1,8 +1,8 @@
-"""Choose the shard group and how many bytes of the base stay gathered. Imports no torch.
+"""Choose the shard group, and how many bytes of the base stay gathered.
 
 Both follow from the sizes of the base and one memory budget. A rank needs memory for its shard, the
-layer being computed and the layer being prefetched. With the rest, parameters stay gathered until
-the step ends, so that they are gathered once per step instead of twice per micro-batch.
+layer being computed and the layer being prefetched. In the remaining memory, parameters stay
+gathered until the step ends: they are gathered once per step instead of twice per micro-batch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from trainer.runtime.errors import BadInput
 
-#: Share of the free memory for the base if ``engine.base_memory`` is auto; the rest is for
-#: activations.
+#: Share of free memory for the base if ``engine.base_memory`` is auto; activations use the rest.
 AUTO_SHARE = 0.5
 #: Layers that are gathered on a rank at the same time: one computed, one prefetched.
 LIVE_LAYERS = 2
@@ -27,7 +26,7 @@ class BaseSize:
         total_bytes: of all sharded parameters.
         layer_bytes: of the largest unit that is gathered: a layer, the head, or another parameter.
         layer_elements: of the largest unit that ZeRO-3 gathers, which excludes the head.
-        looked_up_bytes: of the embedding table, whose rows are looked up; included in the total.
+        looked_up_bytes: of an untied embedding table, which is never gathered; part of the total.
     """
 
     total_bytes: int
@@ -43,7 +42,8 @@ class Placement:
     Attributes:
         group_size: number of consecutive ranks that hold one copy.
         kept_bytes: of gathered parameters that may stay on a rank until the step ends.
-        left_bytes: of a rank's device that the base leaves free.
+        layer_elements: as in ``BaseSize``.
+        left_bytes: free bytes of a rank's device after the base is loaded.
     """
 
     group_size: int
@@ -55,7 +55,7 @@ class Placement:
     def policy(self) -> dict[str, int]:
         """DeepSpeed's limits, in elements, for parameters that are not kept.
 
-        The reuse distance covers a layer twice: when recomputed in backward, it is still gathered.
+        The reuse distance is two layers, so that a layer recomputed in backward is still gathered.
         """
         return {
             "stage3_prefetch_bucket_size": self.layer_elements,
@@ -82,7 +82,7 @@ def place(
         node_sizes: ranks on each node, in rank order.
         free: free bytes of the device before the base is loaded; None: ``memory``.
         offload: shards are in host memory and do not count.
-        exact: refuse a base that does not fit; ``memory`` was set by the user.
+        exact: refuse a base that does not fit into ``memory``.
 
     Raises:
         BadInput: if the group does not divide the ranks, or the base does not fit.

@@ -56,10 +56,10 @@ def prepare_batch(
     *,
     distilled: bool = False,
 ) -> PackedBatch:
-    """Build a packed batch and its attention layout in host memory; pinned for a GPU.
+    """Build a packed batch and its attention layout in host memory, page-locked for a GPU.
 
     Args:
-        distilled: also build the teacher's packed batch. All micro-batches of a step have one if
+        distilled: also build the teacher's packed batch, which all micro-batches of a step have if
             any row has a teacher, because all ranks take part in the teacher's forward pass.
     """
     batch = _with_layout(build_packed_batch(rows, prompt_lengths.tokens, prompt_lengths.past))
@@ -78,7 +78,7 @@ def _with_layout(batch: PackedBatch) -> PackedBatch:
 def prepare_step(
     rows: list[PackedRow], prompt_lengths: PromptLengths, rank: RankInfo, max_tokens: int
 ) -> StepBatch:
-    """Distribute the rows of a step over ranks and micro-batches and build this rank's."""
+    """Distribute a step's rows over ranks and micro-batches, and build this rank's batches."""
     plan = plan_batches(rows, prompt_lengths.tokens, rank.world_size, max_tokens)[rank.rank]
     distilled = any(row.teacher is not None for row in rows)
     batches = [
@@ -90,8 +90,8 @@ def prepare_step(
 class StepPrefetcher:
     """Iterates over the steps of a batch source; a thread builds the next step during this one.
 
-    Rows and their order are those of the source. The state is the source's after the last step
-    that ``next_step`` returned. A step that was prefetched for other arguments is built again.
+    Rows and their order equal those of the source. ``state_dict`` excludes the prefetched step. A
+    step that was prefetched for other arguments is built again.
     """
 
     def __init__(self, source: BatchSource, rank: RankInfo) -> None:

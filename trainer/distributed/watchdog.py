@@ -3,11 +3,11 @@
 A collective waits for every rank, so one suspended rank stops all of them without a message. Each
 rank therefore runs two threads. One writes this rank's heartbeats to a store and, if the main
 thread has made no progress for a while, reads those of the other ranks. The other thread decides
-whether a rank hangs. They are separate because rank 0 holds the store: if it hangs, so does every
-read.
+whether a rank hangs. It never reads the store, because rank 0 holds the store: if rank 0 hangs, so
+does every read.
 
-Time is counted in iterations of the deciding thread, not by a clock: no rank hangs in a job that
-was suspended and resumed as a whole.
+Time is counted in iterations of the deciding thread, not by a clock, so that suspending and
+resuming a whole job is not reported as a hang.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEARTBEAT_SECONDS = 1.0
 IDLE_SECONDS = 5.0
 #: A step may take this many times as long as the slowest step before it.
 MAX_SLOWDOWN = 20
-#: File in ``logs`` with the reason for aborting. The program that started the ranks prints it.
+#: File in ``logs`` with the reason for aborting, which the launcher prints.
 LOST = "lost.txt"
 #: Number of ranks that a message lists.
 MAX_NAMED_RANKS = 4
@@ -46,7 +46,7 @@ class Heartbeat:
     """The state of a rank when it sent the heartbeat.
 
     Attributes:
-        number: of the heartbeat; increases by one.
+        number: increases by one with every heartbeat.
         step, count, collective: as in ``CollectiveTracker``.
         left: the rank has stopped its watchdog and takes part in no further collective.
     """
@@ -67,7 +67,7 @@ class CollectiveTracker:
         count: number of collectives begun since that step began.
         collective: the last of these.
         events: number of beginnings and ends of collectives and steps.
-        slowest: seconds of the slowest step, without the first step, which also compiles.
+        slowest: seconds of the slowest step, excluding the first, which includes compilation.
         waiting: whether the main thread is in a collective.
     """
 
@@ -112,7 +112,7 @@ class CollectiveTracker:
 
 
 class Watchdog:
-    """Checks whether other ranks hang while this rank makes no progress.
+    """Detects other ranks that hang while this rank makes no progress.
 
     Args:
         silence_seconds: maximum time without a heartbeat from a rank.
@@ -214,7 +214,7 @@ class Watchdog:
                 return
 
     def _max_idle_seconds(self) -> float:
-        """How long the main thread may make no progress."""
+        """Maximum time without progress of the main thread."""
         if self._tracker.in_step and self._tracker.slowest is not None:
             slowest = MAX_SLOWDOWN * self._tracker.slowest
             return min(self._timeout, max(2 * self._silence, slowest))
@@ -229,7 +229,7 @@ class Watchdog:
         )
 
     def _describe_stuck(self, seconds: float) -> str:
-        """Name the ranks that have begun the fewest collectives, if not all are at the same one."""
+        """Name the ranks that have begun the fewest collectives, unless all are at the same one."""
         heartbeats = {rank: beat for rank, beat in enumerate(self._heartbeats) if not beat.left}
         places = {rank: (beat.step, beat.count) for rank, beat in heartbeats.items()}
         last = [rank for rank, place in places.items() if place == min(places.values())]

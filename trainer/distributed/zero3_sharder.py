@@ -1,6 +1,6 @@
 """Turn the shards that a rank has read into ZeRO-3 parameters, and exchange rows between shards.
 
-Does not import DeepSpeed: ``deepspeed_engine`` passes its ``zero.Init`` in.
+``deepspeed_engine``, the only importer of DeepSpeed, passes its ``zero.Init`` in.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class ShardGroup:
 class Zero3Sharder:
     """The ``WeightSharder`` of a rank: allocates its shards and registers them with ZeRO-3.
 
-    ``deepspeed.zero.Init`` would take complete tensors and broadcast rank 0's. Here only its
-    conversion of a parameter is used; the shard is set directly.
+    ``deepspeed.zero.Init`` would take complete tensors and broadcast those of rank 0. Here it only
+    converts parameters; their shards are set directly.
 
     Args:
         zero_init: the group's ``deepspeed.zero.Init``.

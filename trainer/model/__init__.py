@@ -1,8 +1,8 @@
 """The frozen base model, from its checkpoint to a forward pass with prompts.
 
 1. ``checkpoint_files.open_base``: folder or hub id -> ``BaseFiles``: config, tokenizer and the
-   headers of all weight files. ``hub`` downloads, ``model_folder`` and ``families`` refuse what is
-   damaged or not supported, ``generation_config`` reads the settings for generation.
+   headers of all weight files. ``hub`` downloads them, ``model_folder`` and ``families`` reject
+   damaged or unsupported models, ``generation_config`` reads the generation config.
 2. ``weight_mapping.map_weights`` (in ``open_base``): stored tensors -> ``WeightMapping``: the
    tensors that transformers loads into each parameter.
 3. ``meta_model.build_meta_model``: ``BaseFiles`` -> ``PreTrainedModel`` on ``meta`` with the frozen
@@ -12,6 +12,6 @@
 5. ``prompted_model.PromptedBase``: ``PackedBatch`` and virtual tokens -> losses, hidden states or
    logits.
 
-Beside these: ``fingerprint`` hashes the files of a base, and ``embedding_lookup`` reads the
-embeddings of some tokens without loading the base.
+``fingerprint`` hashes the files of a base. ``embedding_lookup`` reads the embeddings of some tokens
+without loading the base.
 """

@@ -37,7 +37,7 @@ from trainer.runtime.json_file import read_json_object
 
 #: Bytes at the start of a weight file that contain the header and the first tensors.
 HEADER_BYTES = 1 << 20
-#: JSON files of a tokenizer, and a size that they do not exceed.
+#: JSON files of a tokenizer, and their maximum size.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 TOKENIZER_BYTES = 1 << 28
 
@@ -50,7 +50,6 @@ class BaseFiles:
         name: ``base.model``.
         config: of the text model; ``tie_word_embeddings`` is corrected to the stored weights.
         tensors: all tensors of the weight files that transformers reads, by name.
-        parameters: the stored tensors of each parameter.
         generation: the folder's generation config, with the end tokens.
     """
 
@@ -100,7 +99,7 @@ def open_base(
         progress: called with the downloaded and the total bytes.
 
     Raises:
-        BadInput: if it is missing, not supported, not in safetensors, damaged or incomplete.
+        BadInput: if the model is missing, unsupported, not in safetensors, damaged or incomplete.
     """
     name, folder, from_hub = settings.model, local_folder(settings), False
     if folder is None:
@@ -123,10 +122,10 @@ def open_base(
 
 
 def local_folder(settings: Base) -> Path | None:
-    """The folder that ``base.model`` names; None if it may be a hub id.
+    """The folder that ``base.model`` names; None if ``base.model`` may be a hub id.
 
     Raises:
-        BadInput: if it is neither.
+        BadInput: if ``base.model`` can be neither.
     """
     folder = resolve_path(settings.model)
     if folder.is_dir():
@@ -144,7 +143,7 @@ def local_folder(settings: Base) -> Path | None:
 
 
 def portable_name(settings: Base) -> str:
-    """The folder's absolute path or the hub id: valid in any working directory."""
+    """Absolute path of the folder, or the hub id: valid in any working directory."""
     folder = local_folder(settings)
     return settings.model if folder is None else str(folder.resolve())
 
@@ -166,7 +165,7 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer and try it on a text."""
     try:
         with library_errors(f"base.model: the tokenizer of {name!r}"):
-            # If this is not set, transformers prompts on the terminal and waits.
+            # Without ``trust_remote_code``, transformers asks on the terminal and waits.
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False
             )

@@ -1,8 +1,8 @@
-"""The table of supported model families. No other module depends on a model's name.
+"""The table of supported model families; the only module that depends on ``model_type``.
 
-A family is added here once tests compare it with transformers: loss and prompt gradient, packed and
-sharded. Properties that a model's own modules show (transposed weights, stacked experts, scaled
-embeddings, buffers to rebuild) are read from these and need no entry.
+A family is added once tests compare its loss and prompt gradient with transformers, packed and
+sharded. Properties of a model's modules (transposed weights, stacked experts, scaled embeddings,
+buffers to rebuild) are read from the modules and need no entry.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Family:
         packed: attention runs on packed rows; otherwise rows are padded.
         cached_attention: transformers' attention for decoding and for padded rows: "eager" if its
             SDPA omits a part of this family's attention (capped scores, sinks) or does not exist.
-        refused: settings in config.json that cannot be trained, each with the reason.
-        no_prefix_tuning: why prefix tuning is not supported; empty if it is.
+        refused: unsupported settings of config.json, each with the reason.
+        no_prefix_tuning: reason why prefix tuning is not supported; empty if it is supported.
         mlp_tensors, norm_inputs, wide_norms, layer_norm, keeps_scores: activations that a layer
             saves for backward, see ``trainer.packing.activation_memory.LayerSizes``. The defaults
             describe a gated MLP and two norms; see ``trainer.model.layers.fused_ops``.
@@ -100,10 +100,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-#: Activation functions that transformers computes in several operations that each save an input.
+#: Activation functions that transformers computes in several operations, each saving an input.
 SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
 
-#: Families that users are likely to try, and why they are not in the table.
+#: Unsupported families that users are likely to try, with the reason.
 UNSUPPORTED: dict[str, str] = {
     "deepseek_v3": "its router keeps state that is not a weight",
     "t5": "an encoder-decoder does not take virtual tokens before its text",
@@ -115,7 +115,7 @@ UNSUPPORTED: dict[str, str] = {
     "jamba": "its state-space layers cannot read packed rows: state would leak from row to row",
 }
 
-#: Used for ALiBi models whose config sets no maximum length: the length they were trained with.
+#: Length with which ALiBi models were trained whose config sets no maximum length.
 DEFAULT_CONTEXT_LENGTH = 2048
 
 
@@ -123,7 +123,7 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
     """Return the table's entry for a model.
 
     Raises:
-        BadInput: if the family, or this variant of it, is not supported; with the reason.
+        BadInput: with the reason, if the family or a setting in config.json is not supported.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -142,11 +142,7 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
 
 
 def check_prefix_tuning(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model on which prefix tuning is not supported.
-
-    Raises:
-        BadInput: with the reason.
-    """
+    """Raise BadInput with the reason if prefix tuning is not supported for a model."""
     reason = family_of(config, name).no_prefix_tuning
     if reason:
         raise BadInput(
@@ -158,8 +154,8 @@ def check_prefix_tuning(config: PretrainedConfig, name: str) -> None:
 def context_length(config: PretrainedConfig) -> int:
     """Maximum number of tokens of prompt and row together.
 
-    "longrope" changes its frequencies if any row of a batch exceeds the original length. That
-    length is the limit, so that a row's loss does not depend on other rows.
+    With "longrope", the original length is the limit: if any row of a batch exceeded it, the
+    frequencies, and thus the losses of the other rows, would change.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):
@@ -221,7 +217,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
 
 
 def _first(config: PretrainedConfig, *names: str) -> Any:
-    """The first of these settings that is not None; the maximum if it is a list over layers."""
+    """The first of these settings that is not None; of a list over layers, the maximum."""
     values = (getattr(config, name, None) for name in names)
     value = next((value for value in values if value is not None), None)
     return max(value) if isinstance(value, list | tuple) else value

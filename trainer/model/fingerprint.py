@@ -1,7 +1,7 @@
 """SHA-256 digests of a base's files: a run resumes only if they are unchanged.
 
-The hub's cache already names weight files by their SHA-256. Digests of other large files are cached
-by path, size, times and inode, so that they are not read in every run.
+The hub's cache names weight files by their SHA-256. Digests of other large files are cached by
+path, size, times and inode, so that not every run reads these files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _THREADS = 8
 
 
 def combine_digests(files: BaseFiles, weights: Mapping[str, str]) -> dict[str, str]:
-    """Digests of a base's files, by the name that an error uses.
+    """Digests of a base's files, by the name used in errors.
 
     Args:
         weights: digests of all weight files, by file name.
@@ -55,7 +55,7 @@ def digest_weight_files(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def fingerprint_base(files: BaseFiles) -> dict[str, str]:
-    """Digests of all parts of a base, computed by this process alone."""
+    """Digests of a base's files, computed by this process alone."""
     return combine_digests(files, digest_weight_files(files.weight_files))
 
 

@@ -18,7 +18,7 @@ FILE_NAME = "generation_config.json"
 def read_generation_config(folder: Path) -> GenerationConfig:
     """Read ``generation_config.json``, else the generation settings in ``config.json``.
 
-    As ``from_pretrained`` does, except that a damaged file is refused instead of ignored.
+    Unlike ``from_pretrained``, refuse a damaged file instead of ignoring it.
 
     Raises:
         BadInput: the file is damaged, or its ``eos_token_id`` is not a token id or a list of them.
@@ -57,7 +57,7 @@ def logits_processors(
 
     Args:
         model: its ``generation_config`` sets the penalties.
-        token_ids: of the row's input, without virtual tokens, as in PEFT.
+        token_ids: input of the row, without virtual tokens, as in PEFT.
     """
     config = copy.deepcopy(model.generation_config)
     num_tokens = len(token_ids)
@@ -83,7 +83,7 @@ def check_logits_processors(model: PreTrainedModel, name: str) -> None:
         name: ``base.model``, for messages.
 
     Raises:
-        BadInput: with transformers' reason.
+        BadInput: with the reason.
     """
     if model.generation_config.guidance_scale not in (None, 1):
         raise BadInput(

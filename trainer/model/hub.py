@@ -1,4 +1,4 @@
-"""Download files of a base from the hub into huggingface_hub's cache, unless they are there.
+"""Download files of a base from the hub into huggingface_hub's cache, unless they are cached.
 
 The library's environment variables apply: HF_HUB_OFFLINE, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT.
 """
@@ -38,12 +38,11 @@ def fetch(
     """Return the cached folder of one commit that contains the given files.
 
     Args:
-        names: files or patterns in the model's top folder. Subfolders hold other formats or files
-            of other programs.
+        names: files or patterns in the model's top folder. Subfolders hold other formats.
         download: download missing files; False uses only the cache.
 
     Raises:
-        BadInput: with the model and the reason why it is not available.
+        BadInput: with the reason why the model is not available.
     """
     try:
         return Path(
@@ -83,7 +82,7 @@ def _problem(settings: Base, error: Exception) -> str:
 
 
 def _bar(progress: Progress | None) -> type[tqdm]:
-    """A progress bar class for the library that calls ``progress`` instead of printing."""
+    """Progress bar class for huggingface_hub that calls ``progress`` instead of printing."""
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Build the model on ``meta``: frozen layers instead of trainable ones, no weights."""
+"""Build the model on ``meta``, with frozen layers in place of trainable ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.model.tensor_locations import TensorLocation, locate_parameters
 from trainer.model.transformers_model import build_transformers_model
 from trainer.runtime.errors import BadInput
 
-#: More bytes than the non-persistent buffers of any model: rotary frequencies, masks.
+#: Maximum bytes of non-persistent buffers (rotary frequencies, masks); no known model has as many.
 MAX_BUFFER_BYTES = 1 << 30
 
 
@@ -105,7 +105,7 @@ def _problems(reader: SafetensorsReader, location: TensorLocation, quantized: bo
 def _quantize_ends(
     model: PreTrainedModel, settings: Base, is_stored_int8: Callable[[str], bool]
 ) -> None:
-    """Make embeddings and head int8 if the run file sets it or the checkpoint stores them so."""
+    """Make embeddings and head int8 if the run file sets int8 or the checkpoint stores int8."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {module: path for path, module in model.named_modules()}
     tied = model.config.tie_word_embeddings
@@ -128,7 +128,7 @@ def _quantize_ends(
 
 
 def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Copy a config without dropout, even in layers that are recomputed in training mode."""
+    """Copy a config without dropout, because checkpointed layers run in training mode."""
     config = copy.deepcopy(config)
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("drop" in name or name.endswith("jitter_noise")):
@@ -140,7 +140,7 @@ def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype) -> None:
-    """Replace trainable layers by frozen ones. The head keeps its float type."""
+    """Replace trainable layers with frozen ones; the head is not quantized here."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -176,8 +176,8 @@ def _tie(model: PreTrainedModel) -> None:
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute non-persistent buffers (rotary frequencies, tables of sines).
 
-    As transformers does after loading: each family's ``_init_weights`` fills these buffers and
-    leaves parameters on ``meta`` unchanged.
+    As in transformers' loading, each family's ``_init_weights`` fills these buffers and leaves
+    parameters on ``meta`` unchanged.
     """
     sizes = {path: buffer.nbytes for path, buffer in model.named_buffers() if buffer.is_meta}
     if sum(sizes.values()) > MAX_BUFFER_BYTES:

@@ -1,4 +1,4 @@
-"""Check a model folder: which files transformers reads, and whether they are damaged."""
+"""Check a model folder, and list the tensors of the weight files that transformers reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 #: Names of torch.distributed checkpoints, which transformers prefers to all other files.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _FILE_NAME = re.compile(r"[^\0]{1,255}")
-#: More layers than any model has. transformers creates lists of that length while reading a config.
+#: Maximum number of layers. transformers creates lists of that length while reading a config.
 MAX_LAYERS = 100_000
 #: Quantization methods that transformers can dequantize while loading, and the config to pass.
 _DEQUANTIZED_BY = {
@@ -66,7 +66,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def gguf_remedy(path: Path) -> str:
-    """Describe how to convert a GGUF file to a folder."""
+    """Describe how to convert a GGUF file to a model folder."""
     load = f"from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}"
     return (
         "which must be converted once with transformers (requires the package "
@@ -84,7 +84,8 @@ def check_config(path: Path) -> None:
     """Refuse a config that transformers would not read in bounded time.
 
     Raises:
-        BadInput: if it is not a JSON object, or its numbers are unreasonably large.
+        BadInput: if the file is not a JSON object, has unreasonably large numbers, a model type
+            that is not a string, or names other weight files.
     """
     raw = read_json_object(path)
     problems = [
@@ -134,7 +135,7 @@ def check_quantization(config: PretrainedConfig, name: str) -> None:
         return
     kind += " (4 bits)" if method.get("load_in_4bit") else ""
     load = f"AutoModelForCausalLM.from_pretrained({name!r}"
-    # In the original format transformers may write names that it cannot load.
+    # In the original format, transformers may write tensor names that it cannot load.
     save = (
         "save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.from_pretrained("
         f"{name!r}).save_pretrained(NEW_FOLDER)"
@@ -155,7 +156,7 @@ def find_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
     index are used, and the last file with a tensor of a name wins.
 
     Raises:
-        BadInput: if there are no such files, or one is damaged.
+        BadInput: if there are no such files, or one is missing or damaged.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
@@ -204,7 +205,7 @@ def read_index(folder: Path) -> list[str]:
     """The weight file of each tensor in the index; empty if there is no index.
 
     Raises:
-        BadInput: if it is not a valid index.
+        BadInput: if the index is not valid.
     """
     path = folder / INDEX
     if not path.is_file():

@@ -26,7 +26,7 @@ from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 
 @dataclass(frozen=True)
 class HiddenStatesRequest:
-    """A packed batch of which the last hidden states at the labels are returned, not the losses."""
+    """Request for the last hidden states at the labels of a packed batch, instead of losses."""
 
     batch: PackedBatch
 
@@ -46,7 +46,7 @@ class DecodeStep:
 
 
 class ForwardResult(NamedTuple):
-    """Output of ``PromptedBase.forward``: one field by the kind of input, the others None.
+    """Output of ``PromptedBase.forward``: the field for the kind of input; the others are None.
 
     A tuple, because DeepSpeed's hooks find tensors in tuples but not in dataclasses.
 
@@ -67,7 +67,7 @@ class PromptedBase(nn.Module):
     """A frozen causal language model whose rows attend to soft prompts.
 
     Attributes:
-        packed: the family supports packed rows; otherwise rows are padded, see ``Family.packed``.
+        packed: the family supports packed rows; otherwise rows are padded.
         flex: use FlexAttention for packed batches instead of buckets.
     """
 
@@ -92,7 +92,7 @@ class PromptedBase(nn.Module):
         virtual_tokens: Sequence[SoftPrompt],
         teacher_DH: Tensor | None = None,
     ) -> ForwardResult:
-        """Run one forward. Every use of the base goes through it: ZeRO-3 counts steps by forwards.
+        """Run one forward pass, by which ZeRO-3 counts steps: nothing else may call the base.
 
         Args:
             inputs: a packed batch (losses), a request for hidden states, a decode step (logits), or
@@ -133,7 +133,7 @@ class PromptedBase(nn.Module):
         hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
         past = [virtual_tokens[k].tensor.to(self.dtype) for k, _ in batch.past]
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
-            # So that backward gathers the same layers as on a rank with virtual tokens.
+            # Makes backward gather the same layers as on a rank with virtual tokens.
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
         if self.packed:
             return self._packed(batch, hidden_TH, past)
@@ -141,7 +141,6 @@ class PromptedBase(nn.Module):
         return self._padded(batch, hidden_TH)
 
     def _packed(self, batch: PackedBatch, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
-        """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         layout = with_past(batch.layout or make_layout(batch.segments, hidden_TH.device), past)
         if self.flex:
             layout = with_flex(layout, batch.segments)
@@ -194,7 +193,7 @@ class PromptedBase(nn.Module):
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
-        """Within the context, attention is transformers' own, as decode steps need."""
+        """Within the context, use transformers' own attention, which decode steps require."""
         config = self.model.config
         before = config._attn_implementation
         config._attn_implementation = family_of(config, config.model_type).cached_attention
@@ -213,12 +212,16 @@ class PromptedBase(nn.Module):
 def read_teacher(
     base: nn.Module, batch: PackedBatch, teachers: Sequence[SoftPrompt]
 ) -> Tensor | None:
-    """Teacher's hidden states for the distilled positions, [D, H]; None if no rank has any.
+    """Compute the teacher's hidden states at the distilled positions, [D, H].
 
-    One forward without gradient on every rank; a rank without distilled rows reads a padding row.
+    All ranks run one forward pass without gradient; a rank without distilled rows, on a padding
+    row.
 
     Args:
         teachers: token embeddings of every teacher's text.
+
+    Returns:
+        None if no rank has distilled rows.
     """
     if batch.teacher is None:
         return None
@@ -229,7 +232,7 @@ def read_teacher(
 
 
 class _Anchored(torch.autograd.Function):
-    """A constant made to depend on ``anchor``, whose gradient is zero, never NaN."""
+    """Make a constant depend on ``anchor``, with a gradient that is always zero, never NaN."""
 
     @staticmethod
     def forward(ctx: Any, constant: Tensor, anchor: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 class SafetensorsReader:
     """Reads tensors or parts of them, counts the bytes and reports them to ``progress``.
 
-    Uses ``pread``, not mmap: touched pages of a mapped file stay resident until it is closed, and
-    network file systems read mapped files page by page.
+    Uses ``pread`` instead of mmap: pages of a mapped file that were read stay resident until it is
+    closed, and network file systems read mapped files page by page.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class SafetensorsReader:
         return stored is not None and stored.dtype == torch.int8
 
     def problem(self, name: str, shape: Sequence[int]) -> str | None:
-        """Check a tensor's type and shape in the header; None if there is no problem."""
+        """Compare a tensor's type and shape in the header; None if there is no problem."""
         stored = self.tensors.get(name)
         if stored is None:
             return f"no weight file has the tensor {name!r}"

@@ -2,7 +2,8 @@
 
 Every rank reads only the rows of a tensor that its shard contains, and quantizes them. Rows are
 quantized independently, so the result equals that of quantizing the full tensor. No rank holds a
-full tensor, and no weights are sent between ranks; only the row scales are, in one all-reduce.
+full tensor, except one transposed matrix at a time. Ranks exchange no weights, only the row scales,
+in one all-reduce.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class WeightSharder(Protocol):
     """Divides parameters among the ranks.
 
     Attributes:
-        exchange: exchanges rows of tables that are never gathered; None if this rank holds all.
+        exchange: exchanges rows of embedding and head; None if this rank holds all rows.
     """
 
     exchange: RowExchange | None
@@ -55,13 +56,13 @@ class WeightSharder(Protocol):
         """Raise any rank's problems on all ranks, and complete the row scales in place.
 
         Args:
-            scales: of each tensor, zero for rows that this rank has not read.
+            scales: row scales of each tensor, zero for rows that this rank has not read.
         """
 
 
 @dataclass(frozen=True)
 class LoadStats:
-    """Duration of loading, and bytes that this rank read from disk."""
+    """Seconds of loading, and bytes that this rank read from disk."""
 
     seconds: float
     bytes_read: int
@@ -120,7 +121,7 @@ class _WeightLoader:
     def load(
         self, module: nn.Module, name: str, parameter: nn.Parameter, location: TensorLocation
     ) -> None:
-        """Load this rank's shard of a parameter. Problems are collected, as other ranks wait."""
+        """Load this rank's shard of a parameter; collect problems, as others wait in ``finish``."""
         key = id(parameter)
         holder = module if isinstance(module, FrozenEmbedding | FrozenHead) else None
         table = holder if name == "weight" else None
@@ -178,8 +179,8 @@ class _WeightLoader:
         """Read the rows that this rank's shard contains, some at a time.
 
         Yields:
-            Indices of the rows, their values in the stored type, which of these elements belong to
-            the shard, and the elements of the shard that they are copied to.
+            Indices of the rows, their values in the stored type, the range of these values that
+            belongs to the shard, and its place in the shard.
         """
         start, stop = self.sharder.bounds(location.shape.numel(), unit)
         width = location.shape[-1] if len(location.shape) > 1 else 1
@@ -196,9 +197,8 @@ class _WeightLoader:
 def return_freed_memory() -> Iterator[None]:
     """Have glibc return every freed allocation of at least 1 MiB to the system immediately.
 
-    By default glibc raises its mmap threshold and keeps such memory for reuse. Blocks that were
-    read and freed would then stay resident between the shards. Training benefits from reuse, so
-    the thresholds are raised again at the end.
+    By default glibc raises its mmap threshold and keeps such memory for reuse, so freed read
+    buffers would stay resident. Training benefits from reuse: the thresholds are raised at the end.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -215,7 +215,7 @@ def return_freed_memory() -> Iterator[None]:
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # transformers lets embeddings require a gradient, which only reentrant checkpointing needs:
+    # transformers makes embeddings require a gradient, which only reentrant checkpointing needs.
     # ZeRO-3 would gather the table for an unused backward and never release it.
     model.disable_input_require_grads()
     for module in model.modules():

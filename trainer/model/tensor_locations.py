@@ -1,7 +1,7 @@
-"""Which rows of which stored tensors form a parameter.
+"""Locate the stored tensors of each parameter, and read a parameter by rows.
 
-A parameter consists of the rows of its tensors, concatenated: of one tensor, or of one or two per
-expert of a stack. ``trainer.model.weight_mapping`` finds these tensors.
+A parameter consists of the concatenated rows of one tensor, or of one or two tensors per expert.
+``trainer.model.weight_mapping`` finds these tensors.
 
 Shape letters: E experts, N output features, K input features.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.safetensors_reader import SafetensorsReader
 
-#: Bytes that are read at a time, in fp32: the memory that loading needs besides the shards.
+#: Bytes in fp32 that are read at a time; loading needs this memory besides the shards.
 BLOCK_BYTES = 4 << 20
 
 
@@ -26,7 +26,7 @@ class TensorLocation:
     """The stored tensors of one parameter.
 
     Attributes:
-        tensors: their names; their rows, concatenated, are the parameter's.
+        tensors: names of the tensors whose concatenated rows form the parameter.
         shape: of the parameter: [N, K], [E, N, K], or a vector.
         transposed: each matrix is stored as [K, N].
     """
@@ -46,7 +46,7 @@ class TensorLocation:
         return torch.Size(shape)
 
     def as_int8(self) -> TensorLocation:
-        """The same with int8 tensors, which are stored by rows for every original layout."""
+        """The location if the tensors are int8, which are never stored transposed."""
         return replace(self, transposed=False)
 
     def problems(self, reader: SafetensorsReader) -> list[str]:
@@ -58,8 +58,8 @@ class TensorLocation:
 class RowReader:
     """Reads some rows of one parameter.
 
-    A row of a transposed matrix is a column of the file. The complete matrix (of one expert) is
-    then read, and cached until rows of another matrix are read.
+    Rows of a transposed matrix are columns in the file: the complete matrix (of one expert) is read
+    and cached until rows of another matrix are read.
     """
 
     def __init__(self, location: TensorLocation, reader: SafetensorsReader) -> None:
@@ -104,10 +104,10 @@ class RowReader:
 def locate_parameters(
     model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
 ) -> dict[str, TensorLocation]:
-    """Return the location of every parameter by each of its names; tied weights share one.
+    """Return the location of every parameter; a tied parameter is listed under all its names.
 
     Args:
-        tensors: by parameter, see ``WeightMapping``.
+        tensors: ``WeightMapping.tensors``.
     """
 
     def is_transposed(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Build transformers' own classes on ``meta``, and report errors of its readers as BadInput."""
+"""Build models of transformers on ``meta``, and convert errors of transformers to BadInput."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 
 from trainer.runtime.errors import BadInput
 
-#: A model may have this many parameters per stored tensor, plus a constant. Beyond that,
+#: Maximum number of parameters: a factor of the stored tensors, plus a constant. With more,
 #: config.json does not belong to the weights.
 PARAMETERS_PER_TENSOR, EXTRA_PARAMETERS = 4, 2_000
 
@@ -26,14 +26,14 @@ PARAMETERS_PER_TENSOR, EXTRA_PARAMETERS = 4, 2_000
 def build_transformers_model(
     config: PretrainedConfig, name: str, **options: Any
 ) -> PreTrainedModel:
-    """Build transformers' class for a config on ``meta``.
+    """Build the text generation model of a config on ``meta``.
 
     Args:
         name: ``base.model``, for messages.
         options: of ``from_config``.
 
     Raises:
-        BadInput: if transformers has no text generation class for it, or cannot build it.
+        BadInput: if transformers has no such class for the config, or cannot build it.
     """
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
@@ -49,9 +49,9 @@ def build_transformers_model(
 
 @contextmanager
 def library_errors(subject: str) -> Iterator[None]:
-    """Raise any exception of a library that reads damaged or unknown files as BadInput.
+    """Convert any exception of a library that reads files to BadInput, except stops by the user.
 
-    Panics of tokenizers do not derive from ``Exception``. Stops by the user are passed on.
+    Panics of tokenizers do not derive from ``Exception``.
     """
     try:
         yield

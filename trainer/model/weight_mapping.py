@@ -1,8 +1,8 @@
 """Map the stored tensors of a checkpoint to the parameters into which transformers loads them.
 
-transformers' class for the folder is built on ``meta``. Its rules rename the stored tensors
-(``transformers.core_model_loading``) and list the tied weights (``all_tied_weights_keys``). For the
-text model of a multimodal container, the container's names and tying apply.
+transformers' class for the folder is built on ``meta``. The rules of this class rename the stored
+tensors (``transformers.core_model_loading``) and list the tied weights (``all_tied_weights_keys``).
+For the text model of a multimodal container, the container's names and tying apply.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.model.safetensors_reader import SafetensorsReader, StoredTensor, sc
 from trainer.model.transformers_model import build_transformers_model, limit_parameters
 from trainer.runtime.errors import BadInput
 
-#: Elements of two tensors that are compared at a time.
+#: Number of elements that are compared at a time.
 COMPARED_ELEMENTS = 4 << 20
 
 
@@ -37,9 +37,9 @@ class WeightMapping:
     """The stored tensors of each parameter of the text model.
 
     Attributes:
-        tensors: by parameter; the rows of its tensors, concatenated, are the parameter's.
-        tied: the head is the embedding table.
-        duplicate: a stored tensor equal to the one from which the tied parameter is read.
+        tensors: by parameter: the stored tensors whose concatenated rows form the parameter.
+        tied: the head uses the embedding table.
+        duplicate: a stored head that equals the embedding table and is not read.
         separate: config.json ties the head, but a different head is stored and used.
         warnings: about stored tensors that are not used as config.json suggests.
     """
@@ -102,7 +102,7 @@ def map_weights(
 
 
 def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict[str, str]:
-    """Paths of a text model's modules in its container, by their path in the text model."""
+    """Map paths of modules in the text model to their paths in its container."""
     modules = dict(loader.named_modules())
     for path, module in modules.items():
         if type(module) is type(text):
