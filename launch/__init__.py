@@ -1,3 +1,3 @@
-"""Run file -> processes. Nothing in here imports torch."""
+"""The command line: check a run file and start the processes of its run. Imports no torch."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Entry point of ``promptshard``: sets up signals, import path and streams, then the commands."""
+"""Entry point of ``promptshard``: set up signals, import path and streams, then run a command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
-    """A stop signal came while no ranks were running."""
+    """A stop signal arrived while no ranks were running."""
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def _run() -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are not UTF-8, and a working directory that was deleted."""
+    """Raise ``BadInput`` for arguments that are not UTF-8 or a deleted working directory."""
     from trainer.runtime.errors import BadInput
 
     try:
@@ -68,7 +68,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _bootstrap() -> ModuleType:
-    """Load this project's ``bootstrap.py``, whatever ``import trainer`` would find."""
+    """Load this project's ``bootstrap.py``, even if ``import trainer`` finds another package."""
     path = Path(__file__).resolve().parent.parent / "trainer" / "runtime" / "bootstrap.py"
     spec = importlib.util.spec_from_file_location("_promptshard_bootstrap", path)
     assert spec is not None
@@ -90,7 +90,7 @@ def _raise_on_stop_signals() -> None:
 
 
 def _ignore_stop_signals() -> None:
-    """Ignore stop signals once the exit code is decided: Python's exit would restore them."""
+    """Ignore stop signals while Python exits, so that they cannot change the exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Exit code and message of a run, from how its processes ended."""
+"""Derive exit code and message of a run from how its processes ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExitReport:
     """Exit code of ``promptshard``, and a message if rank 0 has not printed one.
 
     Attributes:
-        port_taken: the ranks did not start, because another process listened on their port.
+        port_taken: the ranks did not start, because another process used their port.
     """
 
     code: int
@@ -45,7 +45,7 @@ def describe(
         lost: rank 0 did not mark its work as finished.
         first: the rank that failed first, and the signal that killed it (0: none).
         hung: why the watchdog aborted the run; empty if it did not.
-        resumable: rerunning the command resumes the run, or starts it over.
+        resumable: rerunning the command resumes a stopped run.
     """
     if returncode == EXIT_DONE and not lost:
         return ExitReport(EXIT_DONE)

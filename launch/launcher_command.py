@@ -1,7 +1,4 @@
-"""Command lines of the DeepSpeed launcher (0.19.8): devices, hosts, arguments, environment.
-
-Only ``list_gpus`` and ``free_port`` query the machine; everything else is a pure function.
-"""
+"""Build commands of the DeepSpeed launcher (0.19.8): devices, hosts, arguments, environment."""
 
 from __future__ import annotations
 
@@ -71,7 +68,7 @@ class Place:
 
 
 def list_gpus() -> list[str]:
-    """UUIDs of this machine's GPUs in PCI order, without torch; [] if torch has no CUDA."""
+    """Return UUIDs of this machine's GPUs in PCI order, without torch; [] if torch has no CUDA."""
     tool = shutil.which("nvidia-smi")
     try:
         if tool is None or importlib.metadata.version("torch").endswith("+cpu"):
@@ -87,8 +84,8 @@ def list_gpus() -> list[str]:
 def visible_gpus(uuids: Sequence[str], visible: str | None) -> list[int]:
     """Return the ordinals of the GPUs that CUDA_VISIBLE_DEVICES lists, in its order.
 
-    As in CUDA, an entry is an ordinal or the start of a UUID, and one that means no GPU ends the
-    list: -1, none, or Slurm's NoDevFiles.
+    As in CUDA, an entry is an ordinal or the start of a UUID, and an entry of ``NO_GPU`` ends the
+    list.
     """
     if visible is None:
         return list(range(len(uuids)))
@@ -108,7 +105,7 @@ def visible_gpus(uuids: Sequence[str], visible: str | None) -> list[int]:
 
 
 def choose_devices(processes: int | None, gpus: Sequence[int]) -> Devices:
-    """All GPUs, or ``processes`` of them; without a GPU that many (default 2) CPU processes."""
+    """Return all GPUs or the first ``processes``; without GPUs, CPU processes (default 2)."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes: {processes} is not a positive integer")
     if not gpus and processes is not None and processes > MAX_CPU_PROCESSES:
@@ -163,11 +160,10 @@ def is_local(hosts: Sequence[Host]) -> bool:
 
 
 def check_remote(arguments: Sequence[str]) -> None:
-    """Check arguments that the launcher passes over ssh: it quotes them only partly, and logs them.
+    """Check arguments that the launcher passes over ssh, which quotes only some and logs all.
 
     Raises:
-        BadInput: with every argument that would be altered or show a password, and every missing
-            tool.
+        BadInput: arguments would be altered or show a password, or tools are missing; names all.
     """
     problems = []
     for text in arguments:
@@ -198,7 +194,7 @@ def local_command(module: str, devices: Devices, port: int) -> list[str]:
 def place_command(module: str, place: Place, devices: Devices) -> list[str]:
     """Return the command for this host's ranks of a run that is started on every host.
 
-    Of the other hosts, the launcher uses only the number of devices.
+    For the other hosts, only the number of device IDs matters to the launcher.
     """
     ids = {host.name: tuple(range(host.slots)) for host in place.hosts}
     ids |= {place.host.name: devices.ids}
@@ -211,7 +207,7 @@ def hostfile_command(
     """Return the command that runs a module on all hosts of a hostfile, over ssh.
 
     The launcher prepends its working directory to the import path on all hosts, so it runs in this
-    project's folder, and the ranks change back to the user's.
+    project's folder, and the ranks change back to the user's working directory.
 
     Args:
         processes: ranks per host; None for the hostfile's slots.
@@ -254,7 +250,7 @@ def environment(
 
 
 def free_port() -> int:
-    """A free TCP port for the rendezvous."""
+    """Return a free TCP port for the rendezvous."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -265,7 +261,7 @@ def _per_node(
 ) -> list[str]:
     """Return the command of ``deepspeed.launcher.launch``, which starts the ranks of one host.
 
-    ``deepspeed`` would start the same with ``-m``, and so import from the working directory first.
+    ``deepspeed`` would run the same with ``-m``, which imports from the working directory first.
     """
     world = json.dumps({name: list(devices) for name, devices in ids.items()})
     return [

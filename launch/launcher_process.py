@@ -1,10 +1,10 @@
 """Run the DeepSpeed launcher: log its output, forward signals to the ranks, leave no orphans.
 
-What this relies on (DeepSpeed 0.19.8): the launcher turns a signal into exit code 1 and hides the
-ranks' exit codes, so signals go to the ranks, not to it. Slurm sends a signal to every process of a
-job step, so the launcher starts with stop signals blocked; the ranks unblock them once they have
-handlers. Exit code 0 counts only if rank 0 has removed a marker file, because another program may
-have run in place of ours.
+The launcher (DeepSpeed 0.19.8) turns a signal into exit code 1 and hides the ranks' exit codes, so
+signals are sent to the ranks and not to the launcher. Slurm sends a signal to every process of a
+job step, so the launcher starts with stop signals blocked; the ranks unblock them when they have
+handlers. Exit code 0 is a success only if rank 0 has removed a marker file, because another program
+may have run instead of this one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from trainer.runtime.process import UNFINISHED, ending_signal, process_start
 from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
 
 GRACE_SECONDS = orphan_guard.GRACE_SECONDS  # from SIGTERM to SIGKILL
-STOP_SECONDS = 600.0  # the same for ranks that finish their step and save first
-LOSS_SECONDS = 15.0  # the same after another rank failed: they may be waiting for it
+STOP_SECONDS = 600.0  # the same, for ranks that finish their step and save a checkpoint first
+LOSS_SECONDS = 15.0  # the same, for ranks that may be waiting for a failed rank
 HURRY_SECONDS = 10.0  # a second Ctrl-C within this time is ignored
 TRAINER = "trainer"  # the one module whose runs can be resumed
 NOTICE_SECONDS = 4.0  # between two progress lines while the ranks start
@@ -50,10 +50,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 class _FailureWatch:
     """Finds the rank of this machine that failed first, and ends the others.
 
-    The launcher reports one exit code, not the rank it came from. Of ranks that ended at the same
-    time, one that was killed by a signal caused the others to fail. After a failure the launcher
-    sends SIGTERM to the other ranks and waits up to half a minute for each; ranks that do not
-    react, because they are suspended or wait for the failed one, are killed earlier here.
+    The launcher reports one exit code, but not of which rank. If several ranks end at the same
+    time, one that was killed by a signal is reported as the first. After a failure the launcher
+    sends SIGTERM to the other ranks and waits up to half a minute for each. This class kills ranks
+    earlier that do not react because they are suspended or wait for the failed rank.
     """
 
     def __init__(self, log: Path, ranks: int, first_rank: int, kill: Callable[[], object]) -> None:
@@ -71,7 +71,7 @@ class _FailureWatch:
         return next(failed, ("", 0))
 
     def poll(self) -> None:
-        """Check which ranks have ended since the last call."""
+        """Record the ranks that have ended since the last call."""
         if self._ended:
             self._hasten()
         if len(self._pids) < self._ranks:
@@ -151,11 +151,11 @@ def run_local(
 ) -> ExitReport:
     """Run the launcher on this machine and report how its ranks ended.
 
-    Rank 0 gets our stdout as descriptor 0 (trainer/runtime/stdio.py); stderr is shared, for errors
-    that come before a rank has opened its log.
+    Rank 0 receives this process's stdout as descriptor 0 (trainer/runtime/stdio.py). All ranks
+    share stderr, for errors before a rank has opened its log.
 
     Args:
-        grace_seconds: from a stop signal until ranks that do not stop are killed.
+        grace_seconds: time after a stop signal until ranks that do not stop are killed.
         first_rank: global index of this machine's first rank.
     """
     (log.parent / LOST).unlink(missing_ok=True)
@@ -173,7 +173,7 @@ def run_local(
                 env=environment,
                 stdin=REAL_STDOUT,
                 stdout=chatter,
-                start_new_session=True,  # so that the terminal's Ctrl-C reaches only us
+                start_new_session=True,  # the terminal's Ctrl-C reaches only this process
             )
         with guarded(process.pid):
             forward = functools.partial(_forward, process.pid)
@@ -248,7 +248,7 @@ def wait(
 
 
 def _forward(group: int, number: signal.Signals) -> None:
-    """Send SIGINT or SIGTERM to the ranks; if none runs yet, kill the group: nothing to save."""
+    """Send SIGINT or SIGTERM to the ranks, or kill the group if no rank runs yet."""
     if not _signal_ranks(group, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM):
         signal_group(group, signal.SIGKILL)
 
@@ -303,7 +303,7 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def guarded(group: int) -> Iterator[None]:
-    """Let ``launch/orphan_guard.py`` end the group if this process dies inside."""
+    """Let ``launch/orphan_guard.py`` end the group if this process dies in the ``with`` block."""
     watcher = subprocess.Popen(
         [sys.executable, "-S", "-E", orphan_guard.__file__, str(group)],
         stdin=subprocess.PIPE,

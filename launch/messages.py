@@ -1,4 +1,4 @@
-"""Messages of the command line on stderr: coloured on a terminal, plain elsewhere."""
+"""Print messages of the command line to stderr, in color on a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.runtime.redact import printable, redact
 
 
 def problems(lines: Sequence[str]) -> None:
-    """Print all problems of an input. ``FILE:LINE:`` comes first, for editors to jump there."""
+    """Print all problems of an input, each with ``FILE:LINE:`` first, which editors recognize."""
     if len(lines) == 1:
         _print("error: ", "bold red", lines[0])
         return
@@ -37,6 +37,6 @@ def note(text: str) -> None:
 
 
 def _print(head: str, head_style: str, text: str, style: str = "") -> None:
-    # soft_wrap: a problem stays on one line, for grep; Text: brackets in it are not markup
+    # soft_wrap keeps a problem on one line, for grep; in Text, brackets are not markup
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text(head, style=head_style) + Text(printable(redact(text)), style=style))

@@ -25,7 +25,7 @@ from trainer.config import load
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
 DEFAULT_PORT = 29500  # default of torch and DeepSpeed; must be the same on all hosts
-GRACE_SECONDS = 3600.0  # to save and exit; Slurm's time limit comes first
+GRACE_SECONDS = 3600.0  # to save and exit; longer than Slurm leaves before its time limit
 REACH_SECONDS = 3.0
 
 
@@ -38,7 +38,7 @@ def run(
         need_gpus: refuse a host without GPUs instead of running on CPU.
 
     Raises:
-        BadInput: if this host has fewer GPUs than slots, cannot resolve the first host, or is the
+        BadInput: this host has fewer GPUs than slots, cannot resolve the first host, or is the
             first host and its port is in use.
     """
     name, slots = place.host.name, place.host.slots
@@ -76,7 +76,7 @@ def run(
 
 
 def refuse_taken(port: int) -> None:
-    """Refuse a port that cannot be bound; ranks would only notice a conflict after minutes."""
+    """Raise ``BadInput`` for a port that cannot be bound; ranks would fail only after minutes."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like torch's TCPStore
         try:
@@ -89,7 +89,7 @@ def refuse_taken(port: int) -> None:
 
 
 def reaches(host: Host, port: int) -> bool:
-    """Whether a host answers at all; a refused connection counts as an answer."""
+    """Whether a host answers; a refused connection counts as an answer."""
     try:
         socket.create_connection((host.name, port), REACH_SECONDS).close()
     except OSError as error:
@@ -148,7 +148,7 @@ def place_of(hostfile: str, rank: int | None, address: str | None, port: int | N
     """Return this host's position among the hosts of a hostfile.
 
     Raises:
-        BadInput: if the hostfile or a number is invalid.
+        BadInput: the hostfile or a number is invalid.
     """
     hosts = tuple(launcher_command.read_hostfile(hostfile))
     last = len(hosts) - 1

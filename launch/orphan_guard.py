@@ -1,8 +1,9 @@
-"""Guard process: ends the ranks if ``promptshard`` dies, even by ``kill -9``.
+"""Guard process: end the ranks if ``promptshard`` dies, even by ``kill -9``.
 
 The launcher and its ranks form one process group. The guard reads from a pipe that only
-``promptshard`` holds open, so it wakes up however ``promptshard`` ends. It then ends the group,
-unless it has read ``DONE``. Standard library only: it starts in milliseconds.
+``promptshard`` holds open, which is closed when ``promptshard`` ends in any way. The guard then
+ends the group, unless it has read ``DONE``. Imports only the standard library, to start in
+milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks before any process starts: they take seconds and import no torch."""
+"""Check inputs before any process starts, within seconds and without importing torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from trainer.runtime.stdio import open_private
 def check_run(
     run_file: str, overrides: Sequence[str], printed: set[str] | None = None
 ) -> RunConfig:
-    """Load a run file and check what it names: base model, DeepSpeed policy, data, output folder.
+    """Load a run file and check its base model, DeepSpeed policy, data and output folder.
 
     Args:
-        printed: notes about the data that were printed before; they are not repeated.
+        printed: notes about the data that were printed before and are not repeated.
 
     Raises:
-        BadInput: with every problem; if the run file itself is invalid, only with its problems.
+        BadInput: with all problems; if the run file itself is invalid, only with its problems.
     """
     config = check_config(load(run_file, overrides), printed=printed)
     for name, prompts in sweeps(run_file, overrides).items():
@@ -48,10 +48,10 @@ def check_run(
 def check_config(
     config: RunConfig, *, trains: bool = True, printed: set[str] | None = None
 ) -> RunConfig:
-    """Check what a loaded run file names; initial prompts only if ``trains``."""
+    """Check files and data of a loaded run file; initial prompts only if ``trains``."""
     printed = set() if printed is None else printed
     problems = [*_base(config), *_policy(config), *_output(config)]
-    # a checkpoint replaces the initial prompts
+    # a run that resumes from a checkpoint does not read initial prompts
     if trains and not checkpoint_names(Path(config.output_dir)):
         problems += source_problems(config)
     notes: list[str] = []
@@ -91,7 +91,7 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
 
 
 def check_folder(run_dir: str) -> None:
-    """Check that a folder exists."""
+    """Raise ``BadInput`` unless the folder exists."""
     if not os.path.isdir(run_dir):
         raise BadInput(f"{run_dir}: no such folder; give the output_dir of a run")
 
@@ -100,7 +100,7 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
     """Load the target of ``inspect``: a run file, an output folder, or a base model.
 
     Raises:
-        BadInput: if it is none of these, or with every problem in it.
+        BadInput: the target is none of these, or has problems.
     """
     path = Path(target)
     if is_run_dir(target):
@@ -150,7 +150,7 @@ def open_log(output_dir: str, name: str) -> Path:
 
 @contextmanager
 def writing(folder: str | Path) -> Iterator[None]:
-    """Turn a failure to write to the output folder into ``BadInput``."""
+    """Raise ``BadInput`` if writing to the output folder fails in the ``with`` block."""
     try:
         yield
     except OSError as error:
@@ -158,7 +158,7 @@ def writing(folder: str | Path) -> Iterator[None]:
 
 
 def _base(config: RunConfig) -> Iterator[str]:
-    """Problems of a base model that is a path. Anything else may be a hub id."""
+    """Yield problems of a base model that is a path; other names may be hub ids."""
     name = config.base.model
     folder = resolve_path(name)
     if folder.is_dir():
@@ -171,7 +171,7 @@ def _base(config: RunConfig) -> Iterator[str]:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name that is not a folder was meant as a path, not as a hub id."""
+    """Whether a name that is not a folder looks like a path and not like a hub id."""
     first = Path(os.path.expanduser(name)).parts[:1]
     shaped = name.startswith((".", "/", "~")) or name.count("/") > 1
     return shaped or bool(first and os.path.isdir(resolve_path(first[0])))
@@ -190,7 +190,7 @@ def _policy(config: RunConfig) -> Iterator[str]:
 
 
 def _output(config: RunConfig) -> Iterator[str]:
-    """Problems of ``output_dir``: the nearest existing parent must be writable."""
+    """Yield problems of ``output_dir``: its nearest existing parent must be writable."""
     path = Path(config.output_dir).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():

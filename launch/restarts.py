@@ -22,7 +22,7 @@ def run(
     A run that fails twice at the same step without a new checkpoint is not restarted again.
 
     Args:
-        attempt: starts the run; its argument is true if an earlier run in ``output`` is archived.
+        attempt: starts the run; its argument: archive an earlier run in ``output`` first.
     """
     started_at = time.time()
     previous: tuple[str | None, int] | None = None
@@ -39,7 +39,7 @@ def run(
             message = f"{report.message}; {why}" if report.message else why
             return ExitReport(report.code, message)
         previous = progress
-        # A run that failed before it had archived the earlier one must still do so.
+        # If the failed run has not yet archived the earlier run, the next attempt must do so.
         checkpoint = output / CHECKPOINTS / newest if newest else None
         fresh = fresh and not (checkpoint and checkpoint.stat().st_mtime >= started_at)
         if report.message:
@@ -52,7 +52,7 @@ def run(
 
 
 def _last_step(output: Path) -> int:
-    """The last logged step; 0 if there is none."""
+    """Return the last logged step; 0 if there is none."""
     step = 0
     with suppress(OSError):
         for line, _ in read_lines(output / METRICS_FILE):

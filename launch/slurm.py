@@ -1,8 +1,8 @@
-"""Render sbatch scripts from typed settings, and check the settings. Pure functions.
+"""Check the settings of a Slurm job, and render its sbatch script. Pure functions.
 
 A job has one task per node: ``srun`` starts ``launch/node.py``, which starts the DeepSpeed launcher
-without ssh. The batch shell forwards Slurm's signal before the time limit to the ranks, and
-requeues the job once they have saved and stopped. Needs Slurm 22.05 or newer.
+without ssh. Before the time limit Slurm signals the batch shell, which forwards the signal to the
+ranks and requeues the job after they have saved and stopped. Needs Slurm 22.05 or newer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from trainer.runtime.redact import printable
 
-#: srun --wait: after one node has ended, the others may take this long. Rank 0 still writes the
-#: report and waits for the tracking process.
+#: srun --wait: time for the other nodes after one has ended. Rank 0 still writes the report and
+#: waits for the tracking process.
 WAIT_SECONDS = 300
 #: The signal is repeated, because a task that is still starting ignores it.
 REPEAT_SECONDS = 10
@@ -39,16 +39,16 @@ OWN_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job. Paths are as seen from its nodes; resources are named as in sbatch(1).
+    """A job. Paths are valid on its nodes; resources are named as in sbatch(1).
 
     Attributes:
         gpus_per_node: also the number of ranks per node; None to run on CPUs.
         processes_per_node: ranks per node without GPUs.
         extra: further sbatch options, such as ``--constraint=h100``.
-        tasks: ``(RUN.yaml, key=value, ...)`` of each task of a job array; a single one: no array.
+        tasks: ``(RUN.yaml, key=value, ...)`` of each task; several tasks form a job array.
         at_once: maximum number of array tasks that run at once; None for no limit.
         code: the folder that holds trainer/ and launch/.
-        python: the interpreter that has the installed libraries.
+        python: interpreter with the installed libraries.
         chdir: working directory of the job; None: the directory where sbatch is called.
         log: path pattern of the log, with sbatch's ``%j``.
         signal_seconds: time before the time limit at which ranks are signalled to save and stop.
@@ -86,7 +86,7 @@ class Job:
 
 
 def problems(job: Job) -> Iterator[str]:
-    """Problems of a job's options: what Slurm would refuse or misread."""
+    """Yield problems of a job's options that Slurm would refuse or misread."""
     for option, number in (
         ("--nodes", job.nodes),
         ("--gpus-per-node", job.gpus_per_node),
@@ -158,9 +158,9 @@ def _time_problems(job: Job) -> Iterator[str]:
 
 
 def time_seconds(text: str) -> int | None:
-    """Seconds of a time limit as sbatch(1) reads it; None if it is not valid.
+    """Return the seconds of a time limit of sbatch(1); None if it is not valid.
 
-    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
+    Formats: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``.
     """
     match = _TIME.fullmatch(text)
     if match is None:
@@ -211,7 +211,7 @@ def _options(job: Job) -> Iterator[str]:
 
 
 def directive(value: str) -> str:
-    """Quote a value for a ``#SBATCH`` line, where sbatch knows quotes and backslashes.
+    """Quote a value for a ``#SBATCH`` line, where sbatch interprets quotes and backslashes.
 
     Raises:
         ValueError: the value has a line break, which would start another line of the script.
@@ -229,7 +229,7 @@ def pattern(path: str) -> str:
 
 
 def _setup(job: Job) -> Iterator[str]:
-    """Lines that set up modules, arguments, hosts and port."""
+    """Yield the lines that set up modules, arguments, hosts and port."""
     yield 'log() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
     yield ""
     if job.modules:
@@ -256,8 +256,8 @@ log "on ${{#hosts[@]}} nodes (${{hosts[*]}}), restart $restarts, port $port\""""
 
 
 def _srun(job: Job) -> Iterator[str]:
-    """The srun command, one line per element. One task per node; SLURM_NODEID is its node rank."""
-    # when one node fails, the others still get time to save
+    """Yield the lines of the srun command. Each node has one task, with rank SLURM_NODEID."""
+    # if one node fails, the others have time to save
     yield f"srun --nodes={job.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
     yield f"--wait={WAIT_SECONDS}"
     if job.cpus_per_task is not None:
@@ -272,7 +272,7 @@ def _srun(job: Job) -> Iterator[str]:
             yield shlex.quote(f"--container-mounts={','.join(mounts)}")
         if job.chdir is not None:
             yield shlex.quote(f"--container-workdir={job.chdir}")
-    # ignore signals until Python has handlers; the batch shell repeats them
+    # signals are ignored until Python has handlers; the batch shell repeats them
     yield """bash -c 'trap "" USR1 TERM; exec "$@" --node-rank "$SLURM_NODEID"' -"""
     # by path, because -m would import from the working directory first
     bootstrap = f"{job.code}/trainer/runtime/bootstrap.py"
@@ -285,7 +285,7 @@ def _srun(job: Job) -> Iterator[str]:
 
 
 def _shell(job: Job) -> Iterator[str]:
-    """Lines that start the job step, forward signals to it and requeue the job."""
+    """Yield the lines that start the job step, forward signals to it and requeue the job."""
     yield f"""
 step= notified= time_limit_near= cancelled=
 notify() {{

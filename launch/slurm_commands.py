@@ -167,7 +167,7 @@ def status(
 def _checked(
     run_file: str, overrides: Sequence[str], array: Sequence[str]
 ) -> tuple[str, list[tuple[str, ...]], list[RunConfig]]:
-    """Check the run file of every task; return output folder, arguments and config of each."""
+    """Check every task's run file; return the output folder, and arguments and config by task."""
     printed: set[str] = set()
     config = preflight.check_run(run_file, overrides, printed)
     if not array:
@@ -179,7 +179,7 @@ def _checked(
 
 
 def _refuse_passwords(tasks: Sequence[tuple[str, ...]]) -> None:
-    """Refuse overrides with passwords, which a printed script would show."""
+    """Raise ``BadInput`` for overrides with passwords, which a printed script would show."""
     words = dict.fromkeys(word for task in tasks for word in task if redact(word) != word)
     if words:
         raise BadInput(

@@ -23,7 +23,7 @@ CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> ExitReport:
-    """Run the launcher on several hosts; its own lines go to ``log``, those of rank 0 to stdout."""
+    """Run the launcher on several hosts; its log lines go to ``log``, all other output to stdout."""
     stop = StopSignals()
     with (
         tempfile.TemporaryDirectory(prefix="promptshard-") as folder,
@@ -53,10 +53,11 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ex
 
 
 def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return the launcher's environment, without what ssh would show to other users.
+    """Return the launcher's environment, without secrets that ssh would show to other users.
 
     The launcher reads ``.deepspeed_env`` in its own working directory, so the user's files are
-    merged into one. It puts MLflow variables on command lines, which every user of a host can read.
+    merged into one. The launcher also passes MLflow variables on command lines, which every user of
+    a host can read.
     """
     result = dict(environment)
     name = result.get("DS_ENV_FILE", ".deepspeed_env")

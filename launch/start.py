@@ -20,8 +20,7 @@ def start_ranks(
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
     Args:
-        arguments: passed to the module.
-        output_dir: the folder of the logs.
+        output_dir: logs are written to its folder ``logs``.
         ranks_per_host: ranks per machine; None for one per GPU.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
@@ -69,7 +68,7 @@ def run_alone(
     """Run a module in a single process and return its exit code.
 
     Args:
-        imports: libraries named in the progress message, which take seconds to import.
+        imports: slow imports to name in the progress message.
     """
     messages.note(f"importing {imports}")
     options = ("--parent-death=SIGTERM", "--arguments-in-environment")

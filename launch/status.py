@@ -1,7 +1,7 @@
-"""Status of a run, from its output folder and from Slurm.
+"""Read the status of a run from its output folder and from Slurm.
 
-Read-only: it can be called during the run, from any machine that sees the folder. The files may be
-damaged or untrusted: each is parsed into a model, or counts as missing.
+Nothing is written, so it also works during the run, from any machine that has access to the folder.
+Files may be damaged or untrusted: each is parsed into a model, or counts as missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.tracking.progress_file import missing_results
 from trainer.tracking.store_uri import sync_command
 
 SLURM_SECONDS = 30
-#: A gap of more than this many median step times is a pause: the run was stopped in between.
+#: A gap longer than this many median step times is a pause, in which the run was stopped.
 PAUSE = 20
 #: The ETA is computed from this many latest steps.
 RECENT = 200
@@ -48,7 +48,7 @@ class JobState:
 
     Attributes:
         state: Slurm's name; ``UNKNOWN`` if Slurm is not installed or does not know the job.
-        reason: why it is pending, or how it ended.
+        reason: why the job is pending, or how it ended.
     """
 
     id: str
@@ -68,10 +68,10 @@ class Status:
 
     Attributes:
         state: ``waiting``, ``running``, ``finished``, ``failed`` or ``not finished``.
-        description: the same as a sentence.
-        steps: total number of steps; None if no run file is there.
-        eta_seconds: until the last step, at the pace of the latest ones; None unless running.
-        written: time of the last metrics, unix seconds.
+        description: the state as a sentence.
+        steps: total number of steps; None without a run file.
+        eta_seconds: time until the last step, from the pace of recent steps; None unless running.
+        written: time of the last metrics, in Unix seconds.
         metrics: prompt -> metric -> (step, latest value).
         checkpoint: step of the newest checkpoint.
         tasks: status of each task of a job array.
@@ -95,7 +95,7 @@ def read_status(run_dir: Path) -> Status:
     """Read an output folder and query Slurm for the job last submitted for it.
 
     Raises:
-        BadInput: if it is not an output folder.
+        BadInput: ``run_dir`` is not an output folder.
     """
     preflight.check_folder(str(run_dir))
     record, folder = _record(run_dir)
@@ -111,13 +111,13 @@ def read_status(run_dir: Path) -> Status:
 
 
 def last_job(run_dir: Path) -> JobState | None:
-    """The job (or first array task) last submitted for a folder."""
+    """Return the job (or first array task) last submitted for a folder."""
     record, _ = _record(run_dir)
     return query_job(record.job) if record.job else None
 
 
 def _task(run_dir: Path, job: JobState) -> Status:
-    """Status of one array task; a damaged folder must not hide the others."""
+    """Return the status of one array task; an invalid path must not hide the other tasks."""
     try:
         check_path(str(run_dir))
         return _run(run_dir, job, None)
@@ -144,7 +144,7 @@ def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
 
 
 def _judge(status: Status, summary: RunSummary | None, process: str | None) -> tuple[str, str]:
-    """Return state and description; ``process`` holds the output folder's lock."""
+    """Return state and description; ``process`` describes the holder of the folder's lock."""
     job = status.job
     ending = summary.status if summary else "unfinished"
     rerun = "rerun the command to start over"
@@ -186,7 +186,7 @@ def query_job(number: str) -> JobState:
 
 
 def _slurm(*command: str) -> list[str]:
-    """Output lines of a Slurm command; none if it is missing or fails."""
+    """Run a Slurm command; return its output lines, none if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return []
     try:
@@ -206,7 +206,7 @@ class SubmissionRecord(BaseModel):
 
 
 def _record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
-    """The newest submission and its folder; an empty record if there is none, or it is damaged."""
+    """Return the newest submission and its folder; an empty record if missing or damaged."""
     submitted = run_dir / SUBMITTED
     records = filter(Path.exists, submitted.glob(f"*/{RECORD}"))  # not a dangling symlink
     path = max(records, key=lambda path: path.stat().st_mtime, default=submitted / RECORD)
@@ -224,7 +224,7 @@ def _resolved(path: str | Path) -> str:
 
 
 def _array_job(run_dir: Path) -> JobState | None:
-    """The array task of this folder, if a job array was submitted for its parent."""
+    """Return the array task of this folder, if a job array was submitted for its parent."""
     around, _ = _record(run_dir.absolute().parent)
     for i, task in enumerate(around.tasks):
         if around.job and _resolved(task) == _resolved(run_dir):
@@ -233,7 +233,7 @@ def _array_job(run_dir: Path) -> JobState | None:
 
 
 def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig | None:
-    """The run file saved by the run or, before it has started, the submitted one."""
+    """Load the run file that the run has saved or, before it has started, the submitted one."""
     for path in (run_dir / "run.yaml", frozen):
         if path is not None and path.is_file():
             return load(path)
@@ -261,7 +261,7 @@ def _read_metrics(status: Status, path: Path) -> None:
 
 
 def _pace(times: Sequence[float]) -> float | None:
-    """Seconds per step, including validation, excluding pauses."""
+    """Return the mean seconds per step, including validation, excluding pauses."""
     gaps = [after - before for before, after in itertools.pairwise(times)]
     if not gaps:
         return None

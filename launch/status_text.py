@@ -14,12 +14,12 @@ from trainer.runtime.redact import printable, redact
 
 
 def as_json(status: Status) -> str:
-    """One JSON object; numbers that are not finite become null."""
+    """Render a status as a JSON object; numbers that are not finite become null."""
     return json.dumps(_as_dict(status), indent=2)
 
 
 def _as_dict(status: Status) -> dict[str, Any]:
-    """The fields of a status; ``said`` is an older name of ``description``."""
+    """Return the fields of a status; the key ``said`` is an older name of ``description``."""
     tasks = [_as_dict(task) for task in status.tasks]
     plain: dict[str, Any] = _plain(asdict(replace(status, tasks=[])))
     return plain | {"said": status.description, "tasks": tasks}
@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_text(status: Status, now: float | None = None) -> str:
-    """A few lines of text, without terminal control characters."""
+    """Render a status as a few lines of text, without terminal control characters."""
     return printable(redact(_text(status, now)))
 
 
@@ -74,7 +74,7 @@ def _progress(status: Status) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
+    """Format a duration: ``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
     if not math.isfinite(seconds):
         return "unknown time"
     seconds = max(0, round(seconds))

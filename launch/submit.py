@@ -1,10 +1,10 @@
 """Submit a run to Slurm: copy run file and code, write the script, call sbatch.
 
-The copies are kept beside the logs, so that a job that is requeued days later runs the same code:
+The copies are kept with the logs, so that a job that is requeued days later runs the same code:
 
     OUTPUT_DIR/logs/submitted/20260131-235959/run.yaml      resolved; run-0.yaml ... of an array
                                               code/         trainer, launch, ds_configs, REVISION
-                                              policy.json   DeepSpeed's
+                                              policy.json   DeepSpeed settings
                                               job.sbatch
                                               job.json      job id, command and tasks, for `status`
 """
@@ -39,7 +39,7 @@ PACKAGES = ("trainer", "launch", "ds_configs")
 OLDEST = (22, 5)
 SBATCH_SECONDS = 120
 MAX_TASKS = 1000  # of a job array; slurm.conf's MaxArraySize is 1001 by default
-#: Environment variables of a job around the submitter, which the new job must not inherit.
+#: Environment variables of a Slurm job that runs ``submit``; the new job must not inherit them.
 FOREIGN = re.compile(r"(SLURM_(?!CONF$|CLUSTERS$)|PMI|PMIX_|RANK$|LOCAL_RANK$|WORLD_SIZE$)")
 
 
@@ -57,12 +57,12 @@ def check_slurm() -> None:
 
 
 def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
-    """Overrides of every task of a job array: all combinations of ``KEY=[VALUES]``.
+    """Return the overrides of every task of a job array: all combinations of ``KEY=[VALUES]``.
 
     Each task has its own output folder, named after its values.
 
     Raises:
-        BadInput: with every invalid list.
+        BadInput: lists are invalid; names all.
     """
     problems: list[str] = []
     settings: list[list[tuple[str, str]]] = []
@@ -101,7 +101,7 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
     """Copy run file and code into a new folder; return the job that runs them, and the folder.
 
     Raises:
-        BadInput: if the folder cannot be written.
+        BadInput: the folder cannot be written.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parent = Path(output_dir).absolute() / SUBMITTED
@@ -139,7 +139,7 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
     """Write script and record, and submit the script; return the job id.
 
     Raises:
-        BadInput: with sbatch's message if it refuses; the folder is removed.
+        BadInput: sbatch refuses the job; the folder is removed.
     """
     script = folder / "job.sbatch"
     atomic_io.write(script, slurm.render(job))
@@ -196,12 +196,12 @@ def _duplicate(values: Sequence[Any]) -> str | None:
 
 
 def _inline(value: Any) -> str:
-    """A value as one line of YAML, as in an override."""
+    """Format a value as one line of YAML, as in an override."""
     return yaml_parser.dump(value, one_line=True)
 
 
 def _word(key: str, value: str) -> str:
-    """Return a setting as a part of a folder name."""
+    """Format a setting as a part of a folder name."""
     last = re.split(r"[.\[\]]+", key.rstrip("]"))[-1]
     text = re.sub(r"[^A-Za-z0-9._+-]+", "-", redact(value)).strip("-.") or "empty"
     return f"{last}-{text}"[:80]

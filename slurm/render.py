@@ -1,8 +1,8 @@
-"""Writes the sbatch files of this folder: ``python slurm/render.py``.
+"""Write the example sbatch files of this folder: ``python slurm/render.py``.
 
-They are what ``promptshard submit ... --dry-run`` prints for a clone that is its own working folder
-and has its libraries in .venv. ``sbatch slurm/NAME.sbatch`` runs one from there; ``promptshard
-submit`` does more: it checks the run file first, and keeps a copy of it and of the code.
+The files are like the output of ``promptshard submit ... --dry-run`` in a clone with its libraries
+in .venv; run them there with ``sbatch slurm/NAME.sbatch``. In contrast, ``promptshard submit``
+checks the run file first, and keeps a copy of it and of the code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.slurm import Job, render
 
 QUICKSTART = "examples/quickstart.yaml"
-#: Two prompts, a few steps, few validation rows: to see that a cluster works.
+#: A short run to test a cluster: two prompts, few steps, few validation rows.
 SMOKE = (
     *(QUICKSTART, "output_dir=runs/smoke", "training.steps=30", "checkpoint.every=2"),
     *("evaluation.every=15", "tasks[0].hand_written=[]", "tasks[1].hand_written=[]"),
