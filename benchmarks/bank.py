@@ -30,7 +30,8 @@ from benchmarks.figures import figure, figure_rows, machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2
-#: Of gathered layers per prompt-step, K times those of K prompts to those of one: exactly 1/K is 1.
+#: Upper limit of layer bytes per prompt-step with K prompts, times K, relative to one prompt. Bytes
+#: that all prompts share exactly give 1.
 EXACT = 1.05
 
 
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def arm(output: Path, seeds: list[int], steps: int) -> dict[str, Any]:
-    """Train one prompt for each of the seeds in one run; what it took."""
+    """Train one prompt per seed in one run; return its time, speed and traffic."""
     run = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     run["output_dir"] = str(output)
     run["tasks"] = run["tasks"][:1]
@@ -114,7 +115,7 @@ def arm(output: Path, seeds: list[int], steps: int) -> dict[str, Any]:
 
 
 def largest_difference(folder: Path, count: int) -> float:
-    """Of validation losses in the bank to those of the same prompts alone."""
+    """Return the largest difference of a prompt's validation losses in the bank and alone."""
     bank = json.loads((folder / "one" / "summary.json").read_text())["prompts"]
     differences = []
     for seed in range(count):
@@ -129,7 +130,7 @@ def largest_difference(folder: Path, count: int) -> float:
 def figures(
     arms: list[dict[str, Any]], bank: dict[str, Any], alone: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Each figure beside what it is to reach."""
+    """Return each figure with its target."""
     one, results = arms[0], []
     for arm in arms[1:]:
         count = arm["prompts"]
@@ -150,7 +151,7 @@ def figures(
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: the figures, and what they were made of."""
+    """Render the figures and the measurements as Markdown."""
     wall = report["wall_seconds"]
     lines = [
         "# A bank of prompts over one base",

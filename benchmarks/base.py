@@ -1,13 +1,14 @@
-"""What a frozen 8-bit base costs: this trainer beside PEFT + bitsandbytes + ZeRO-3, on 2 CPU ranks.
+"""Memory and traffic of a frozen int8 base: this trainer and PEFT + bitsandbytes + ZeRO-3.
 
     python -m benchmarks.base
 
-Makes a Llama of 110M random weights in bf16, loads it both ways, trains a soft prompt for one step
-of several micro-batches, and writes a table and JSON to benchmarks/results/. Bytes are counted, not
-estimated, and do not depend on the machine; needs the ``test`` extra (peft) and accelerate.
+Makes a Llama of 110M random weights in bf16, loads it with both on 2 CPU ranks, trains a soft
+prompt for one step of several micro-batches, and writes a table and JSON to benchmarks/results/.
+Bytes are counted, not estimated, and do not depend on the machine. Needs the ``test`` extra (peft)
+and accelerate.
 
-The head of that model is its embedding table. A second model has a head of its own and the same
-layers (134M weights).
+The model's head is tied to its embeddings. A second model has the same layers and an untied head
+(134M weights).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from benchmarks.llama import LLAMA_110M, make_base
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = 2
-#: Of bytes gathered per step to bytes of the model in bf16, under DeepSpeed's default ZeRO-3 with
-#: gradient accumulation of one: each layer once in forward, nearly all again in backward.
+#: Bytes gathered per step relative to the model's bytes in bf16, with DeepSpeed's default ZeRO-3
+#: and no gradient accumulation: each layer once in forward, nearly all again in backward.
 DEFAULT_ZERO3 = 1.77
 MICRO_BATCHES, ROWS, LENGTH, VIRTUAL = 4, 1, 24, 8
 SHAPE = LLAMA_110M | {"max_position_embeddings": 512, "dtype": "bfloat16"}
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
-    """Each figure beside what it is to reach: the worst rank's, in the unit of its name."""
+    """Return each figure, of the worst rank, with its target."""
     ours, lean, peer = arms["ours"], arms["ours, embeddings int8"], arms["peer"]
     untied = arms["ours, untied head"]
     gathered = DEFAULT_ZERO3 * 2 * ours["parameters"]
@@ -88,7 +89,7 @@ def figures(arms: dict[str, Any], file_bytes: int) -> list[dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: the figures, and what they were made of."""
+    """Render the figures and the measurements as Markdown."""
     lines = [
         "# The frozen base: 110M-parameter Llama, 2 CPU ranks",
         "",
@@ -167,7 +168,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
         for i, row in enumerate(ids.tolist())
     ]
     prompt = VirtualTokens(torch.randn(VIRTUAL, loaded.model.hidden_size) * 0.02)
-    for _ in range(2):  # the second is a step like all that follow
+    for _ in range(2):  # the second step is typical of all later ones
         start, before_step = gathered[0], exchanged[0]
         step_gradients(engine, loaded.model, packed_rows, [prompt], VIRTUAL + ROWS * LENGTH)
     words = loaded.model.model.get_input_embeddings()
@@ -245,7 +246,7 @@ def peer(folder: str) -> dict[str, Any]:
 
 
 def _count_gathers() -> list[int]:
-    """Bytes of all buffers that ZeRO-3 gathers from now on, in a list of one."""
+    """Start to count the bytes of all buffers that ZeRO-3 gathers, in a list of one item."""
     from deepspeed.runtime.zero import partition_parameters
 
     gather, total = partition_parameters._dist_allgather_fn, [0]
@@ -259,9 +260,9 @@ def _count_gathers() -> list[int]:
 
 
 def _count_exchanged() -> list[int]:
-    """Bytes that ranks exchange about word embeddings and head from now on, in a list of one.
+    """Start to count the bytes that ranks exchange for embeddings and head, in a list of one item.
 
-    A rank's own part included, as in gathered buffers; a sum goes round twice.
+    Includes a rank's own part, as in gathered buffers; a sum is transferred twice.
     """
     from trainer.distributed.zero3_sharder import ShardGroup
 
@@ -286,12 +287,12 @@ def _count_exchanged() -> list[int]:
 
 
 def _live_int8() -> int:
-    """Bytes of all int8 memory that is alive, shared memory counted once."""
+    """Bytes of all live int8 memory; shared memory is counted once."""
     return sum(_storages(t for t in _tensors() if t.dtype == torch.int8).values())
 
 
 def _live_base(model: torch.nn.Module) -> int:
-    """Bytes of int8 memory, and of shards and buffers of other types, of a frozen model."""
+    """Bytes of all live int8 memory, and of a frozen model's shards and buffers of other types."""
     held = [getattr(p, "ds_tensor", p) for p in model.parameters() if not p.requires_grad]
     held += list(model.buffers())
     held += [t for t in _tensors() if t.dtype == torch.int8]
@@ -299,7 +300,7 @@ def _live_base(model: torch.nn.Module) -> int:
 
 
 def _tensors() -> list[torch.Tensor]:
-    """All tensors that are alive, without those that torch.compile only imagines."""
+    """All live tensors, without the fake tensors of torch.compile."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return [tensor for tensor in tensors if not is_fake(tensor)]
@@ -314,7 +315,7 @@ def _storages(tensors: Any) -> dict[int, int]:
 
 
 def _start_peak() -> int:
-    """Let the peak of resident memory start anew; gives what is resident now."""
+    """Reset the peak of resident memory; return the bytes that are resident now."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
@@ -326,7 +327,7 @@ def _resident(field: str) -> int:
 
 
 def _worst(result: dict[str, Any]) -> dict[str, Any]:
-    """The largest of all ranks, figure by figure."""
+    """Return the largest value of all ranks for each key."""
     import torch.distributed as dist
 
     every: list[Any] = [None] * dist.get_world_size()

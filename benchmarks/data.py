@@ -2,10 +2,10 @@
 
     python benchmarks/data.py --rows 500000 5000000
 
-Writes a made-up jsonl file of about 100 bytes per row for each length and reads it in a process of
-its own, in columns and row by row. Times are of the CPU (both are in the JSON). Memory is what the
-process alone holds above what it held after its imports (RssAnon): mapped pages belong to the page
-cache, which the kernel takes back.
+For each length, writes a synthetic jsonl file of about 100 bytes per row and reads it in a separate
+process, by columns and row by row. Printed times are CPU times; the JSON also has wall times.
+Memory is the process's anonymous memory (RssAnon) above that after its imports: mapped pages belong
+to the page cache, which the kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "data.json"
-#: Row by row, a tenth of the rows is enough to see both figures.
+#: Reading row by row uses this fraction of the rows, because it is slower.
 SLOW_SHARE = 10
 
 
 class Peak(threading.Thread):
-    """The most anonymous memory of this process since ``start``, in bytes."""
+    """Measures the peak of this process's anonymous memory since its creation, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -58,7 +58,7 @@ def write(path: Path, rows: int) -> None:
 
 
 def measure(path: str, column_wise: bool) -> dict[str, Any]:
-    """Seconds and memory of each phase; runs in a process of its own."""
+    """Measure seconds and memory of each phase, in a separate process."""
     import pyarrow.compute
     import pyarrow.json
     import pyarrow.parquet  # noqa: F401  so that memory is counted from after the imports

@@ -1,4 +1,4 @@
-"""Figures that are held against what they are to reach, and the machine they were measured on."""
+"""Measured figures with their targets, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def figure(name: str, value: float, reach: float | None) -> dict[str, Any]:
-    """A figure of which less is better; ``reach=None``: only told."""
+    """Return a figure for which less is better; ``reach`` is its target, None without one."""
     return {"figure": name, "value": round(value, 3), "reach": reach}
 
 
 def figure_rows(figures: Sequence[dict[str, Any]]) -> list[str]:
-    """They, as a table of Markdown."""
+    """Render figures as a Markdown table."""
     lines = ["| figure | measured | reach |", "|---|---|---|"]
     for row in figures:
         reach = "" if row["reach"] is None else f"<= {row['reach']}"
@@ -25,7 +25,7 @@ def figure_rows(figures: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def machine() -> str:
-    """In words: speeds depend on which CPU it is, and on whether it multiplies int8 itself."""
+    """Describe the CPU, its int8 instructions and cores, on which measured speeds depend."""
     try:
         cpu_info = Path("/proc/cpuinfo").read_text()
     except OSError:

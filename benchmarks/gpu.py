@@ -47,7 +47,7 @@ SHAPE = {
 }
 QUICK_SHAPE = SHAPE | {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128}
 QUICK_SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-#: How the base multiplies and attends.
+#: Matrix product and attention of each arm.
 ARMS = {
     "int8-sdpa": {"base.matmul": "int8", "engine.attention": "sdpa"},
     "dequantize-sdpa": {"base.matmul": "dequantize", "engine.attention": "sdpa"},
@@ -57,9 +57,9 @@ ARMS = {
 }
 QUICK_ARMS = ("int8-sdpa", "dequantize-sdpa")
 VIRTUAL, ROWS, TOKENS_PER_STEP = 20, 2000, 32_768
-#: Steps that compile and fill caches, and are not timed.
+#: Steps for compilation and caches, which are not timed.
 WARM_UP = 4
-#: Side of the square product that tells the card's own speed, and how often it is timed.
+#: Size of the square matrix product that measures the GPU's peak speed, and number of timings.
 SIDE, TIMES = 8192, 10
 
 
@@ -98,10 +98,10 @@ def main() -> None:
 
 
 def make_int8_base(folder: Path, shape: dict[str, Any]) -> None:
-    """Random weights as transformers and bitsandbytes save them: int8 rows beside their scales.
+    """Write random int8 weights and row scales, as transformers and bitsandbytes save them.
 
-    A file for each layer, so that nothing larger is held. Row scales make weights of about
-    1 / sqrt(inputs), so that activations stay where those of a trained model are.
+    Writes one file per layer, to hold only one layer in memory. Row scales give weights of about
+    1 / sqrt(inputs), so that activations have the magnitude of a trained model's.
     """
     folder.mkdir()
     config = llama_config(**shape)
@@ -158,7 +158,7 @@ def _ones(size: int) -> torch.Tensor:
 
 
 def linear_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each linear layer of a Llama's layer."""
+    """Return the shape (rows, columns) of each linear layer in a Llama layer."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     return {
@@ -173,7 +173,7 @@ def linear_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def write_rows(path: Path) -> None:
-    """Rows of random words, the last of which are the labels."""
+    """Write rows of random words, of which the last ones are labels."""
     with path.open("w") as file:
         for row in make_rows(ROWS, VOCAB_SIZE):
             words = [f"w{token}" for token in row.input_ids]
@@ -183,7 +183,7 @@ def write_rows(path: Path) -> None:
 
 
 def run(folder: Path, arm: str, processes: int, steps: int, *, quick: bool) -> dict[str, Any]:
-    """Train one prompt; speed of the steps behind the warm-up, memory, and the last loss."""
+    """Train one prompt; return memory, last loss, and speed of the steps after the warm-up."""
     output = folder / arm
     rows = str(folder / "rows.jsonl")
     config: dict[str, Any] = {
@@ -231,7 +231,7 @@ def run(folder: Path, arm: str, processes: int, steps: int, *, quick: bool) -> d
 
 
 def _timed(path: Path) -> tuple[float, float]:
-    """Seconds of the median step behind the warm-up, and useful tokens of a second in them."""
+    """Return the median step's seconds and the useful tokens per second after the warm-up."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [
         row["metrics"] for row in rows if "step_seconds" in row["metrics"] and row["step"] > WARM_UP
@@ -247,7 +247,7 @@ def _last(path: Path, metric: str) -> float:
 
 
 def card_speeds(*, quick: bool) -> dict[str, float]:
-    """FLOPs per second of a large product in bf16, and operations of one in int8."""
+    """Measure operations per second of a large matrix product in bf16 and in int8."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 256 if quick else SIDE
     random = torch.randn(side, side, device=device)

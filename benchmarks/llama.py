@@ -1,11 +1,11 @@
-"""The base that benchmarks measure over: a Llama of random weights."""
+"""The base model of benchmarks: a Llama with random weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-#: 110M parameters, the shape of a small Llama; a word table as large beside its layers as usual.
+#: 110M parameters; layers and embeddings have the size ratio of common small models.
 LLAMA_110M = {
     "vocab_size": 32_000,
     "hidden_size": 768,

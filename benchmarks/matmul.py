@@ -54,7 +54,7 @@ def make_layer(shape: tuple[int, int], kind: str, device: torch.device) -> Froze
 
 
 class Arm:
-    """One way to multiply, and the seconds of its forwards with input-gradient."""
+    """One kind of matrix product, and the seconds of each forward with input-gradient."""
 
     def __init__(self, shape: tuple[int, int], kind: str, device: torch.device) -> None:
         self.layer, self.device = make_layer(shape, kind, device), device
@@ -82,7 +82,7 @@ def measure(shape: tuple[int, int], name: str, rounds: int, device: torch.device
     arms = [Arm(shape, kind, device) for kind in KINDS]
     for round_ in track(range(WARM_UP + rounds), description=name):
         for arm in arms:
-            if round_ == WARM_UP:  # compiled, and caches are warm
+            if round_ == WARM_UP:  # compilation is done, and caches are filled
                 arm.seconds.clear()
             arm.run()
     medians = {kind: statistics.median(arm.seconds) for kind, arm in zip(KINDS, arms, strict=True)}

@@ -48,7 +48,7 @@ def llama_config(**changes: object) -> LlamaConfig:
 
 
 def save_random(folder: Path, config: PretrainedConfig | None = None, seed: int = 0) -> Path:
-    """Write a model folder; weights large enough that attention is far from uniform."""
+    """Write a model folder; weights are large enough that attention is far from uniform."""
     torch.manual_seed(seed)
     config = config or llama_config()
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)

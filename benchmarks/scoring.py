@@ -1,12 +1,12 @@
-"""FLOPs of scoring choices: a row read once for all of them, beside once for each.
+"""FLOPs of scoring choices if a row is read once for all choices or once for each.
 
     python -m benchmarks.scoring [RUN.yaml]
 
-Counts the products of a tiny base and of a Llama of 110M parameters on rows of 60 tokens with 3
-choices behind a prompt of 20 virtual tokens, and writes a table to benchmarks/results/scoring.md.
-With a run file, also counts what baselines, validations and training of that run cost. Tensors are
-fake: nothing is computed, the counts do not depend on the machine, and no weights are needed but
-those of the run file's base.
+Counts the matrix products of a tiny base and of a Llama of 110M parameters on rows of 60 tokens
+with 3 choices after a prompt of 20 virtual tokens, and writes a table to
+benchmarks/results/scoring.md. With a run file, also counts the FLOPs of that run's baselines,
+validations and training. Tensors are fake, so nothing is computed and counts do not depend on the
+machine.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, prompt_length
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.md"
 ROWS, LENGTH, CHOICES, VIRTUAL, RANKS = 48, 60, 3, 20, 2
-#: Of the FLOPs of reading the row once for each of 3 choices.
+#: Target, relative to the FLOPs of reading the row once for each of 3 choices.
 REACH = 0.45
 
 Rows = Sequence[Sequence[Example]]
 
 
 class Counted:
-    """FLOPs of packed batches over a base, in all and of its head."""
+    """Counts FLOPs of packed batches: in total, and of the base model's head."""
 
     def __init__(self, base: PromptedBase) -> None:
         self.base = base
@@ -51,7 +51,7 @@ class Counted:
     def read(
         self, packed_rows: Sequence[PackedRow], prompts: Sequence[SoftPrompt], train: bool = False
     ) -> None:
-        """Count one packed batch, with a backward pass where it trains."""
+        """Count one packed batch, with a backward pass if ``train``."""
         lengths = prompt_lengths(prompts)
         batch = prepare_batch(packed_rows, lengths, torch.device("cpu"))
         head = self.base.model.get_output_embeddings()
@@ -74,12 +74,12 @@ class Counted:
 
 
 def once(rows: Rows, prompt: int | None) -> list[PackedRow]:
-    """Each row read once for all its candidates."""
+    """Return packed rows that read each row once for all its candidates."""
     return [PackedRow(row[0], prompt, i, candidates=tuple(row)) for i, row in enumerate(rows)]
 
 
 def for_each(rows: Rows, prompt: int | None) -> list[PackedRow]:
-    """Each row read once for each of its candidates."""
+    """Return packed rows that read each row once for each of its candidates."""
     return [PackedRow(example, prompt, i) for i, row in enumerate(rows) for example in row]
 
 
@@ -89,7 +89,7 @@ def count(
     prompts: Sequence[SoftPrompt],
     train: bool = False,
 ) -> Counted:
-    """FLOPs of all packed batches of all ranks."""
+    """Count FLOPs of all packed batches of all ranks."""
     counted = Counted(base)
     lengths = prompt_lengths(prompts).tokens
     for rank in plan_batches(packed_rows, lengths, RANKS, CPU_TOKENS):
@@ -99,7 +99,7 @@ def count(
 
 
 def made_up_rows() -> list[list[Example]]:
-    """Rows of equal length with choices of one token and EOS."""
+    """Return rows of equal length with choices of one token and EOS."""
     text = (5,) * (LENGTH - 2)
     return [
         [Example.with_target((*text, 6 + choice, 1), len(text), row) for choice in range(CHOICES)]
@@ -115,7 +115,7 @@ def bases() -> Iterator[tuple[str, PromptedBase]]:
 
 
 def compare() -> list[str]:
-    """Markdown: the two forms on made-up rows."""
+    """Compare the two forms on synthetic rows; return Markdown."""
     figures, lines = [], []
     for name, base in bases():
         prompts = [VirtualTokens(torch.zeros(VIRTUAL, base.hidden_size))]
@@ -135,7 +135,7 @@ def compare() -> list[str]:
 
 
 def costs(path: str) -> list[str]:
-    """Markdown: what scoring and training cost in a run."""
+    """Count the FLOPs of scoring and training in a run; return Markdown."""
     from trainer.config import load
     from trainer.data.task_data import load_tasks
     from trainer.model.checkpoint_files import open_base

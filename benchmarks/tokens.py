@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "tokens.json"
 
 
 class MadeUp:
-    """Rows that stand in no file."""
+    """Rows that are generated while they are read."""
 
     path, digest = "made up", "made up"
 
@@ -55,7 +55,7 @@ class MadeUp:
 
 
 class Words:
-    """Stands in for a tokenizer and costs next to nothing."""
+    """A tokenizer that splits at spaces and takes almost no time."""
 
     eos_token_id = 0
 
@@ -67,7 +67,7 @@ class Words:
 
 
 class Memory(threading.Thread):
-    """The most bytes that this process held alone, in phases."""
+    """Measures the peak of this process's anonymous memory in each phase."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -86,7 +86,7 @@ class Memory(threading.Thread):
         self._most = max(self._most, int(status["RssAnon"].split()[0]) * 1024)
 
     def since_last(self) -> float:
-        """Megabytes."""
+        """Return the peak since the last call, in megabytes."""
         self._look()
         most, self._most = self._most, 0
         return most / 1e6

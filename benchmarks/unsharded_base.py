@@ -1,4 +1,4 @@
-"""Load a base, or one rank's shard of it, without a process group: for tests and benchmarks."""
+"""Load a base model or one rank's shard without a process group, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_unsharded(
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> PromptedBase:
-    """Load the complete base on CPU."""
+    """Load a complete base model on the CPU."""
     settings = Base.model_validate({"model": str(folder), "quantization": quantization})
     files = open_base(settings)
     cpu = torch.device("cpu")
@@ -76,8 +76,7 @@ def load_unsharded(
 def load_shard(
     folder: Path, rank: int = 0, ranks: int = 1, **settings: str
 ) -> tuple[PromptedBase, LocalSharder, LoadStats]:
-    """Load what rank ``rank`` of ``ranks`` holds of a base."""
-    """Load what rank ``rank`` of ``ranks`` holds of a base."""
+    """Load the shard that rank ``rank`` of ``ranks`` holds of a base model."""
     files = open_base(Base.model_validate({"model": str(folder), **settings}))
     cpu = torch.device("cpu")
     skeleton = build_meta_model(

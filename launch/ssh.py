@@ -23,7 +23,7 @@ CHATTER = re.compile(r"^(\S+: )?\[\d{4}-\d\d-\d\d [\d:,]+\] \[[A-Z]+\] \[")
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> ExitReport:
-    """Run the launcher on several hosts; its log lines go to ``log``, all other output to stdout."""
+    """Run the launcher on several hosts; its log lines go to ``log``, other output to stdout."""
     stop = StopSignals()
     with (
         tempfile.TemporaryDirectory(prefix="promptshard-") as folder,

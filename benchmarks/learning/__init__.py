@@ -1,1 +1,1 @@
-"""How fast prompts learn, and how far: this trainer's defaults beside PEFT at its best rate."""
+"""Compare how prompts learn: this trainer's defaults and PEFT at its best learning rate."""

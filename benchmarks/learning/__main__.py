@@ -37,14 +37,14 @@ BUDGET: dict[str, Any] = {
     "validation_rows": 500,
 }
 SEEDS = (0, 1, 2, 3, 4)
-#: Five rates of each arm of PEFT; moved where the best of them is at an edge.
+#: Five learning rates of each PEFT arm; the range is moved if the best one is at its edge.
 RATES: dict[str, tuple[float, ...]] = {
     "prompt tuning, vocab": (0.003, 0.01, 0.03, 0.1, 0.3),
     "prompt tuning, text": (0.001, 0.003, 0.01, 0.03, 0.1),
     "p-tuning": (0.0003, 0.001, 0.003, 0.01, 0.03),
     "LoRA": (0.0003, 0.001, 0.003, 0.01, 0.03),
 }
-#: Times that a range of rates is moved by one.
+#: Maximum number of times that a range of rates is moved by one.
 MOVES = 3
 
 Run = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -100,12 +100,12 @@ def main() -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread each: what is measured is no speed."""
+    """Return the environment, with one thread per process, because speed is not measured."""
     return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Peers:
-    """PEFT's arms on the rows of our run file."""
+    """Trains PEFT's arms on the rows of this trainer's run file."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Peers:
         self._texts, self._budget, self._seeds = texts, budget, seeds
 
     def measure(self, rates: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
-        """Every rate at its last step, then the best of each arm and task all along the way."""
+        """Train with every rate, scored at the last step; then with the best, at all steps."""
         last = [self._budget["steps"]]
         pairs = [(arm, task) for arm in rates for task in self._budget["tasks"]]
         ranges = {pair: list(rates[pair[0]]) for pair in pairs}
@@ -143,7 +143,7 @@ class Peers:
         return [shared | {"seed": seed, "text": self._texts[task]} for seed in self._seeds]
 
     def _run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All jobs, in as many processes as there are workers."""
+        """Run all jobs, distributed over the worker processes; return their records."""
         print(f"{len(jobs)} trainings with PEFT ...", file=sys.stderr, flush=True)
         workers, folder = [], self._path.parent
         for number in range(min(self._workers, len(jobs))):
@@ -169,7 +169,7 @@ class Peers:
 
 
 def moved(rates: list[float], pair: tuple[str, str], done: list[dict[str, Any]]) -> float | None:
-    """The rate beyond the edge at which the best is; None where it is at none."""
+    """Return the rate beyond the edge if the best rate is at an edge, else None."""
     if len(rates) < 3:
         return None
     best = best_rate(done, *pair)
@@ -181,7 +181,7 @@ def moved(rates: list[float], pair: tuple[str, str], done: list[dict[str, Any]])
 
 
 def within(rates: list[float], rate: float) -> list[float]:
-    """As many rates, with the new one and without that at the other edge."""
+    """Return as many rates: the new one is added, and the one at the other edge removed."""
     wider = sorted([*rates, rate])
     return wider[1:] if rate == wider[-1] else wider[:-1]
 

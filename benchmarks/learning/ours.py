@@ -1,4 +1,4 @@
-"""This trainer's arms: one run file, one bank of all tasks, methods and seeds, at the defaults."""
+"""This trainer's arms: one run file with all tasks, methods and seeds, and default settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from examples import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
-#: How an arm of ours is called in tables.
+#: Names of this trainer's arms in tables.
 TITLES = {method: f"ours, {method}" for method in METHODS}
-#: An instruction that arms with a text start from: the first of the task's own.
+#: Run files in examples/ that define the tasks.
 EXAMPLES = ("quickstart", "codegen")
-#: Another than that of the example files.
+#: Differs from the seed of the example files.
 VALIDATION_SEED = 1
 
 
 def tasks() -> list[dict[str, Any]]:
-    """The tasks of the example run files, with a ``text`` for arms that start from one."""
+    """Return the tasks of the example run files."""
     sections = []
     for name in EXAMPLES:
         run = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
@@ -37,7 +37,7 @@ def tasks() -> list[dict[str, Any]]:
 def run_file(
     folder: Path, budget: dict[str, Any], seeds: Sequence[int], *, with_text: bool
 ) -> tuple[Path, dict[str, str]]:
-    """Write the run file; gives it and the first hand-written instruction of every task.
+    """Write the run file; return its path, and each task's first hand-written instruction.
 
     Args:
         with_text: keep the hand-written instructions of the tasks as candidates for the
@@ -68,7 +68,7 @@ def run_file(
         "evaluation": {"every": budget["every"]},
         "checkpoint": {"every": budget["steps"]},
         "tracking": {"system_metrics": False},
-        # The longest search, although so few steps would not pay for it: see the report.
+        # Search fully, although the default would not for so few steps: see the report.
         "search": {"max_prompts": len(prompts) * len(seeds), "init_share": 10},
     }
     path = folder.with_suffix(".yaml")
@@ -77,7 +77,7 @@ def run_file(
 
 
 def _validation(folder: Path, task: str, count: int) -> Path:
-    """More rows than the example files have: with 200 of them, luck is a point or two."""
+    """Write more validation rows than in the example files: 200 rows give 1-2 points of noise."""
     rows = corpus.task_rows(task, "valid", count, VALIDATION_SEED)
     path = folder.with_name(f"{folder.name}.{task}.jsonl")
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -94,7 +94,7 @@ def train(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    """Of a finished run: its prompts as the peers' jobs are, with ``scores`` by step."""
+    """Return a finished run's prompts in the format of peers' results, with ``scores`` by step."""
     run = yaml.safe_load((path.with_suffix("") / "run.yaml").read_text())
     records = {
         prompt["name"]: {

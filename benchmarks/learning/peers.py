@@ -1,8 +1,8 @@
-"""PEFT's arms: plain PEFT and torch, over the same rows in the same order as ours.
+"""PEFT's arms: plain PEFT and torch, on the same rows in the same order as this trainer's.
 
     python -m benchmarks.learning.peers RUN.yaml JOBS.json OUT.jsonl
 
-One process that trains one job after the other and writes a line for each.
+One process trains one job after the other and writes a line for each.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from trainer.data.token_table import Example
 from trainer.evaluation import metrics
 from trainer.packing.batch_source import BatchSource
 
-#: What each arm gives to PEFT, beside the number of virtual tokens.
+#: PEFT settings of each arm, besides the number of virtual tokens.
 ARMS: dict[str, dict[str, Any]] = {
     "prompt tuning, vocab": {"method": "prompt_tuning", "init": "SAMPLE_VOCAB"},
     "prompt tuning, text": {"method": "prompt_tuning", "init": "TEXT"},
     "p-tuning": {"method": "p_tuning"},
     "LoRA": {"method": "lora"},
 }
-#: Rows that are scored at once.
+#: Batch size of scoring, in rows.
 EVALUATED = 128
 LORA_RANK = 8
 
@@ -43,8 +43,8 @@ class Job:
     """One training.
 
     Attributes:
-        text: where an arm with the init TEXT starts.
-        evaluate: steps after which it is scored.
+        text: initial text, for an arm with the init TEXT.
+        evaluate: steps after which the model is scored.
     """
 
     arm: str
@@ -60,7 +60,7 @@ class Job:
 
 
 class Data:
-    """Tokenised rows of a run file, by the trainer's own code."""
+    """Tokenized rows of a run file, read by the trainer's code."""
 
     def __init__(self, config: RunConfig) -> None:
         from trainer.model.checkpoint_files import open_base
@@ -72,7 +72,7 @@ class Data:
         )
 
     def updates(self, task: str, seed: int) -> Iterator[list[Example]]:
-        """The rows that each update of our prompts of this task and seed reads, without end."""
+        """Yield without end the rows of each update, as the trainer reads them for task and seed."""
         same = (p for p in self.config.prompts if (p.task, p.seed) == (task, seed))
         alone = self.config.model_copy(update={"prompts": [next(same)]})
         feed = BatchSource(alone, self.tasks)
@@ -88,7 +88,7 @@ def plain_base(folder: str) -> Any:
 
 
 def peft_model(base: Any, job: Job, num_virtual_tokens: int) -> Any:
-    """PEFT over a copy of the base; its random start follows from the job's seed."""
+    """Return a PEFT model over a copy of the base, with initial weights from the job's seed."""
     from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
     torch.manual_seed(job.seed)
@@ -120,7 +120,7 @@ def peft_model(base: Any, job: Job, num_virtual_tokens: int) -> Any:
 
 
 def padded(rows: Sequence[Example]) -> dict[str, Tensor]:
-    """Rows padded on the right, [B, T]; only the labels of each have a label."""
+    """Pad rows on the right to [B, T]; positions without a label have -100."""
     longest = max(row.num_tokens for row in rows)
     ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
     mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -100)
@@ -137,22 +137,22 @@ def row_losses(model: Any, rows: Sequence[Example]) -> Tensor:
     batch = padded(rows)
     labels_BT = batch.pop("labels")
     length = labels_BT.shape[1]
-    logits_BTV = model(**batch).logits[:, -length:]  # none of virtual tokens
+    logits_BTV = model(**batch).logits[:, -length:]  # without virtual tokens
     losses = cross_entropy(logits_BTV[:, :-1].transpose(1, 2), labels_BT[:, 1:], reduction="none")
     return losses.sum(1)
 
 
 def mean_loss(model: Any, rows: Sequence[Example]) -> Tensor:
-    """Mean over the labels of all rows: what is trained on."""
+    """Training loss: mean over the labels of all rows."""
     return row_losses(model, rows).sum() / sum(row.num_labels for row in rows)
 
 
 @torch.no_grad()
 def score(model: Any, data: Data, rows: EvalSet) -> dict[str, float]:
-    """``loss`` and the task's metric by the rules of ``trainer.evaluation.evaluator``."""
+    """Compute ``loss`` and the task's metric as in ``trainer.evaluation.evaluator``."""
     width, task = rows.candidates.width, rows.task
     flat = [example for candidates in rows.candidates for example in candidates]
-    # Of equal length together: nothing is padded that need not be.
+    # Sorted by length, so that batches have little padding.
     order = sorted(range(len(flat)), key=lambda i: flat[i].num_tokens)
     nll = torch.zeros(len(flat), dtype=torch.float64)
     with judged(model):
@@ -176,9 +176,9 @@ def score(model: Any, data: Data, rows: EvalSet) -> dict[str, float]:
 def _continued(
     model: Any, tokenizer: Any, rows: Sequence[Example], max_new_tokens: int
 ) -> list[str]:
-    """What the base writes after each input, greedily, until EOS.
+    """Generate greedily after each input, until EOS.
 
-    Inputs of one length at a time: PEFT counts padding on the left as positions.
+    Each batch has inputs of one length, because PEFT counts padding on the left as positions.
     """
     texts = [""] * len(rows)
     by_length: dict[int, list[int]] = {}
@@ -211,10 +211,10 @@ def judged(model: Any) -> Iterator[None]:
 
 
 def train(data: Data, base: Any, job: Job, steps: int, num_virtual_tokens: int) -> dict[str, Any]:
-    """One job: AdamW, clipped to 1, decaying in a line, as transformers' Trainer by default.
+    """Train one job: AdamW, clipping to 1, linear decay, the defaults of transformers' Trainer.
 
     Returns:
-        The job, and ``scores``: step -> what the model scored on the validation rows.
+        The job's fields, ``losses``, and ``scores``: step -> scores on the validation rows.
     """
     from transformers import get_linear_schedule_with_warmup
 

@@ -1,4 +1,4 @@
-"""The table, the plot and the JSON of ``benchmarks.learning``."""
+"""Make the table, the plot and the JSON of ``benchmarks.learning``."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 from trainer.prompts.init_search import CHILDREN, DRAWINGS, ROUNDS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-#: PEFT's arms that are told an instruction in words, and ours beside them.
+#: Part of the names of PEFT arms that start from an instruction; suffixes of this trainer's arms.
 TOLD = "text"
 SIDES = {"ours": "", "ours, told": ", instruction known"}
 LORA = "LoRA"
 METRICS = ("accuracy", "execution")
-#: What is to be reached beside a better score: spread and steps, ours / PEFT's, at most.
+#: Target besides a better score: upper limit of spread and of steps, relative to PEFT's.
 REACH = 0.5
 
 
 def metric(scores: dict[str, float]) -> float:
-    """The task's own metric among the scores of one evaluation."""
+    """Return the task's metric from the scores of one evaluation."""
     return next(scores[name] for name in METRICS if name in scores)
 
 
 def at(trainings: Sequence[dict[str, Any]], step: int) -> list[float]:
-    """The metric of each seed at a step."""
+    """Return the metric of each seed at a step."""
     return [metric(training["scores"][str(step)]) for training in trainings]
 
 
 def best_rate(done: Sequence[dict[str, Any]], arm: str, task: str) -> float:
-    """The rate with the best median score over seeds at the last step; of equals, least loss."""
+    """Return the rate with the best median score at the last step; ties: the lowest loss."""
     rates: dict[float, list[dict[str, float]]] = {}
     for training in done:
         if (training["arm"], training["task"]) == (arm, task):
@@ -45,7 +45,7 @@ def best_rate(done: Sequence[dict[str, Any]], arm: str, task: str) -> float:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with ``arms`` of each task, and the figures that compare ours with PEFT's."""
+    """Add ``arms`` of each task, and ``figures`` that compare this trainer's arms with PEFT's."""
     arms: dict[str, dict[str, Any]] = {}
     for task in report["budget"]["tasks"]:
         arms[task] = dict(_arms(report, task))
@@ -71,7 +71,7 @@ def _arms(report: dict[str, Any], task: str) -> Any:
 
 
 def _curve(trainings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians, lowest and highest over seeds, at every step that was evaluated."""
+    """Compute median, lowest and highest score over seeds at every evaluated step."""
     steps = sorted(map(int, trainings[0]["scores"]))
     every = {step: at(trainings, step) for step in steps}
     last = str(steps[-1])
@@ -86,17 +86,17 @@ def _curve(trainings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reaches(arm: dict[str, Any], score: float) -> int | None:
-    """The first evaluated step at which the median of an arm is as good; None: at none."""
+    """Return the first evaluated step at which an arm's median reaches a score, or None."""
     return next((step for step, value in arm["median"].items() if value >= score), None)
 
 
 def spread(arm: dict[str, Any], step: int) -> float:
-    """From the lowest seed to the highest."""
+    """Return the difference between the highest and the lowest seed."""
     return float(arm["highest"][step] - arm["lowest"][step])
 
 
 def _figures(arms: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every arm of ours beside PEFT's best of the same kind."""
+    """Compare each of this trainer's arms with PEFT's best arm of the same kind."""
     rows = []
     for name, arm in arms.items():
         if not name.startswith("ours"):
@@ -129,7 +129,7 @@ def _figures(arms: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _half(arm: dict[str, Any]) -> float:
-    """The median at the first evaluation: with the fewest rows."""
+    """Return the median at the first evaluation, after the fewest rows."""
     return float(next(iter(arm["median"].values())))
 
 
@@ -138,12 +138,12 @@ def verdict(ours: float, peer: float) -> str:
 
 
 def ratio_held(ours: float | None, peer: float | None) -> bool:
-    """Whether ours is at most ``REACH`` of the peer's; None: never."""
+    """Whether ours is at most ``REACH`` times the peer's; False if one is None."""
     return ours is not None and peer is not None and ours <= REACH * peer
 
 
 def reached(row: dict[str, Any]) -> str:
-    """Which of the three things a row has."""
+    """List which of the three targets a row reaches."""
     held = {
         "score": row["scores"][0] > row["scores"][1],
         "spread": ratio_held(*row["spreads"]),
@@ -153,7 +153,7 @@ def reached(row: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any], picture: str) -> str:
-    """Markdown: what is compared, then every arm of every task, and the picture's name."""
+    """Render the comparison, every arm of every task, and a link to the plot as Markdown."""
     budget = report["budget"]
     tried = DRAWINGS + ROUNDS * CHILDREN
     lines = [

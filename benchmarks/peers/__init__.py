@@ -1,1 +1,1 @@
-"""Useful tokens per second and what they cost, beside the trainers that people use now."""
+"""Compare speed, FLOPs and memory per useful token with PEFT, ZeRO-3 and TRL."""

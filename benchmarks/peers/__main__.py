@@ -26,7 +26,7 @@ from benchmarks.peers.report import summary, table, write
 from benchmarks.peers.turns import Conductor
 
 ROOT = Path(__file__).resolve().parents[2]
-#: At default batches only the peer that is fastest: the others are further behind.
+#: Only the fastest peer is also measured without grouping by length.
 TWO_RANKS = (
     "ours",
     "PEFT + Trainer",
@@ -37,17 +37,17 @@ TWO_RANKS = (
 ONE_PROCESS = ("ours", "PEFT + Trainer", "PEFT + Trainer, grouped")
 GAIN_LEAST = ("ours", "PEFT + Trainer, grouped", "PEFT + ZeRO-3, grouped", "TRL + PEFT, grouped")
 LOSS_STEPS = 50
-#: Adam follows the sign of gradients that are nearly zero: at higher rates what rounding does to
-#: those grows from step to step, whoever trains.
+#: Adam follows the sign of gradients that are nearly zero, so at higher learning rates their
+#: rounding errors grow from step to step, in every trainer.
 LOSS_RATE = 1.0e-4
 SHAPE = LLAMA_110M | {"dtype": "float32"}
-#: To see that the benchmark runs.
+#: Small model for ``--quick``.
 QUICK_SHAPE = SHAPE | {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
 QUICK_SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:
-    """Name -> what is compared, and the arms of it."""
+    """Return each case and its arms, by name."""
     usual = Case(base, 20, ranks=2, batch=4, accumulation=6, timed=timed)
     single = replace(usual, batch=1, accumulation=8, single=True)
     return {
@@ -86,11 +86,11 @@ def _asked(name: str, only: list[str] | None) -> bool:
 
 
 def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Turn after turn, each arm in turn: {arm: [turn][rank] -> what was measured}."""
+    """Run the arms in turns; return each arm's measurements ``timed``, ``costs`` and ``shares``."""
     players = {arm: Player(arm, case, folder / name.replace(" ", "-")) for arm in arms}
     results: dict[str, list[Any]] = {arm: [] for arm in arms}
     try:
-        for arm in arms:  # one after the other: loading twice at once would need twice the room
+        for arm in arms:  # one after the other, to limit the memory needed for loading
             players[arm].start()
         for turn in range(WARM_UP + case.timed + len(COUNTED)):
             for arm in arms:
@@ -111,7 +111,7 @@ def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[
 
 
 def compare_losses(base: str, folder: Path) -> dict[str, list[float]]:
-    """Losses of the same steps from the same prompt, in fp32 without int8."""
+    """Return losses of the same steps from the same initial prompt, in fp32 without int8."""
     timed = LOSS_STEPS - WARM_UP - len(COUNTED)
     case = Case(base, 20, ranks=1, batch=4, accumulation=1, timed=timed, learning_rate=LOSS_RATE)
     losses = {}

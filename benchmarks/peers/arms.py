@@ -1,9 +1,9 @@
-"""One rank of one arm: loads the base its own way, then trains in turns with the other arms.
+"""One rank of one arm: load the base model, then train in turns with the other arms.
 
-An arm's run is cut into turns of one step. The first warms up, the next are timed, and in the last
-three costs (FLOPs and saved bytes) and shares of time are counted, which slows a step down. All
-rows are read in ``EPOCH`` steps: batches grouped by length are long in one and short in the other,
-so that what is timed and what is counted covers whole epochs.
+A turn is one training step. The first is a warm-up, the next ones are timed, and the last ones
+count FLOPs and saved bytes (``costs``) and measure shares of time, which slows a step down. All
+rows are read in ``EPOCH`` steps. Batches grouped by length differ in length between the steps of an
+epoch, so timings and counts cover whole epochs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ WARM_UP, COUNTED = 1, ("costs",) * EPOCH + ("shares",)
 
 @dataclass(frozen=True)
 class Case:
-    """What all arms of one comparison share.
+    """Settings of all arms of one comparison.
 
     Attributes:
-        batch: rows of a rank's micro-batch; in ours only where ``single``, else packed batches are
-            full.
+        batch: rows of a rank's micro-batch in peers; this trainer fills packed batches.
         accumulation: micro-batches of a step.
-        single: one row per packed batch in ours.
-        learning_rate: of Adam, for all.
+        equal: all rows have the same length.
+        single: this trainer reads one row per packed batch.
+        learning_rate: of Adam, in all arms.
     """
 
     base: str
@@ -67,7 +67,7 @@ class Case:
         return shape
 
     def rows(self) -> list[Row]:
-        """Those of an epoch: every arm reads all of them, again and again."""
+        """Rows of an epoch, which every arm reads repeatedly."""
         count = EPOCH * self.rows_per_step
         return make_rows(count, self.shape["vocab_size"], equal=self.equal)
 
@@ -113,7 +113,7 @@ class Meter:
     @contextmanager
     def _counter(self, kind: str | None, result: dict[str, Any]) -> Iterator[None]:
         if kind == "costs":
-            torch.compiler.set_stance("force_eager")  # what is fused is not counted
+            torch.compiler.set_stance("force_eager")  # fused operators would not be counted
             with FlopCounter() as flops, PeakSavedBytes(self._parameters).counting() as saved:
                 yield
             torch.compiler.set_stance("default")
@@ -130,7 +130,7 @@ class Meter:
 
 
 def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any) -> list[float]:
-    """This trainer, at its defaults but for what ``base`` says of the base."""
+    """Train with this trainer at its defaults, except for ``base`` settings."""
     from trainer.config import RunConfig
     from trainer.data.token_table import Example
     from trainer.distributed.deepspeed_engine import Engine
@@ -148,7 +148,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         "num_virtual_tokens": case.num_virtual_tokens,
         "learning_rate": case.learning_rate,
         "warmup_ratio": 0.0,
-        # As the peers', so that losses can be compared.
+        # As in the peers, so that losses can be compared.
         "optimizer": "adamw",
         "schedule": "cosine",
         "betas": [0.9, 0.999],
@@ -182,7 +182,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         result = step_gradients(engine, loaded.model, packed_rows, [VirtualTokens(prompt)], budget)
         prompt.grad = result.gradients[0]
         optimizer.step()
-        # Ours knows the tokens of all ranks; each rank tells its share, as the peers do.
+        # The result counts tokens of all ranks, but each rank reports its share, as in the peers.
         meter.tokens += result.useful_tokens / engine.world_size
         meter.losses += result.losses
         meter.after_step()
@@ -276,7 +276,7 @@ def _library(name: str) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows padded on the right to the longest of the batch."""
+    """Pad rows on the right to the longest of the batch."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> torch.Tensor:
@@ -303,7 +303,7 @@ def _start_from(model: Any, prompt: torch.Tensor, zero3: bool) -> None:
 
 
 def _zero3_policy() -> dict[str, Any]:
-    """DeepSpeed at its best here: layers stay gathered from forward to backward."""
+    """Return DeepSpeed's fastest settings here: layers stay gathered from forward to backward."""
     return {
         "zero_optimization": {
             "stage": 3,

@@ -1,4 +1,4 @@
-"""Counts of one step that do not depend on the machine: FLOPs, and bytes saved for backward."""
+"""Count FLOPs of a step and bytes saved for backward, and measure shares of its time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop,
 
 aten = torch.ops.aten
 
-#: FLOPs of an operator by its packet: those of torch, and what its counter leaves out on a CPU.
+#: FLOP formulas by operator packet: those of torch, and of CPU operators that torch leaves out.
 FORMULAS = flop_registry | {
     aten._int_mm: mm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
@@ -39,9 +39,9 @@ class FlopCounter(TorchDispatchMode):
 
 
 class PeakSavedBytes:
-    """The most bytes that autograd holds for backward at any one time.
+    """Peak of the bytes that autograd saves for backward.
 
-    Each storage counts once, and those of parameters do not: they are there anyway.
+    Each storage is counted once; storages of parameters are not counted.
     """
 
     def __init__(self, parameters: Any) -> None:
@@ -76,7 +76,7 @@ class PeakSavedBytes:
 
 
 class _Saved:
-    """A tensor that waits for backward."""
+    """A tensor that is saved for backward."""
 
     def __init__(
         self, counter: PeakSavedBytes, tensor: Tensor, storage: tuple[int, int] | None
@@ -98,7 +98,7 @@ KINDS = {
 
 
 def step_shares(events: EventList) -> dict[str, float]:
-    """Where a step's time goes, as shares: gather, linear, attention, rest."""
+    """Return the shares of a step's CPU time: gather, linear, attention, rest."""
     seconds = dict.fromkeys([*KINDS, "rest"], 0.0)
     for event in events:
         kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "rest")

@@ -1,4 +1,4 @@
-"""The table, the plot and the JSON of ``benchmarks.peers``."""
+"""Make the table, the plot and the JSON of ``benchmarks.peers``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peers.arms import EPOCH
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KINDS = ("gather", "linear", "attention", "rest")
-#: What issue-sized claims are held against: case -> figure -> (value, whether less is better).
+#: Targets: case -> figure -> value. For speeds it is a minimum, else a maximum.
 REACH = {
     "20 virtual tokens": {"speed, grouped": 2.0, "speed, random": 3.5, "flops": 0.8, "saved": 0.7},
     "100 virtual tokens": {
@@ -31,12 +31,12 @@ TITLES = {
 
 
 def summarise(turns: dict[str, Any]) -> dict[str, Any]:
-    """What one arm did: the median over epochs of timed turns, counts over all ranks."""
+    """Summarize one arm: median speed over epochs of timed turns, and costs over all ranks."""
     timed = [
         (sum(rank["tokens"] for rank in ranks), max(rank["seconds"] for rank in ranks))
         for ranks in turns["timed"]
     ]
-    # From any step to the next of its kind all rows are read.
+    # Any ``EPOCH`` consecutive steps read all rows.
     epochs = [timed[i : i + EPOCH] for i in range(len(timed) - EPOCH + 1)]
     speeds = [sum(n for n, _ in epoch) / sum(s for _, s in epoch) for epoch in epochs]
     costs = [rank for ranks in turns["costs"] for rank in ranks]
@@ -50,7 +50,7 @@ def summarise(turns: dict[str, Any]) -> dict[str, Any]:
 
 
 def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Ours beside the best peer, figure by figure; each against the peer that is best at it."""
+    """Return each figure of this trainer relative to the peer that is best at this figure."""
     ours = arms["ours"]
     peers = {name: arm for name, arm in arms.items() if not name.startswith("ours")}
     grouped = [arm for name, arm in peers.items() if "grouped" in name]
@@ -71,7 +71,7 @@ def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def summary(result: dict[str, Any], losses: dict[str, list[float]] | None) -> dict[str, Any]:
-    """All that is written, as JSON."""
+    """Return the report as JSON values."""
     cases = {
         name: {arm: summarise(turns) for arm, turns in arms.items()}
         for name, arms in result.items()
@@ -84,7 +84,7 @@ def summary(result: dict[str, Any], losses: dict[str, list[float]] | None) -> di
 
 
 def write(report: dict[str, Any]) -> dict[str, Any]:
-    """Table, plot and JSON, in benchmarks/results/; gives all that stands there now."""
+    """Write table, plot and JSON to benchmarks/results/; return the report with earlier cases."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "peers.json"
     if file.exists():

@@ -1,4 +1,4 @@
-"""What all arms train on: the same rows, the same initial prompt."""
+"""Rows and initial prompt that all arms train with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 MEDIAN, SIGMA, SHORTEST, LONGEST = 60, 0.85, 8, 512
-#: Labels of a row: a short answer behind a text, as in the tasks that prompts are trained for.
+#: Number of labels of a row: a short answer after a text, as is typical of prompt tuning.
 ANSWER = 6
 
 
@@ -25,7 +25,7 @@ class Row:
 
 
 def make_rows(count: int, vocab_size: int, *, equal: bool = False, seed: int = 0) -> list[Row]:
-    """Rows of random tokens with log-normal lengths, or all of the median length."""
+    """Return rows of random tokens with log-normal lengths, or all of the median length."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.empty(count).log_normal_(math.log(MEDIAN), SIGMA, generator=generator)
     lengths = drawn.round().long().clamp(SHORTEST, LONGEST)
@@ -37,6 +37,6 @@ def make_rows(count: int, vocab_size: int, *, equal: bool = False, seed: int = 0
 
 
 def initial_prompt(num_virtual_tokens: int, hidden_size: int) -> torch.Tensor:
-    """fp32 [P, H], at about the size of the base's word embeddings."""
+    """Return an initial prompt [P, H] in fp32, scaled like the base model's token embeddings."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(num_virtual_tokens, hidden_size, generator=generator) * 0.1

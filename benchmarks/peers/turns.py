@@ -1,4 +1,4 @@
-"""Arms take turns on the machine: all are loaded, one works, the others sleep."""
+"""Run loaded arms in turns, which are files in a folder: one computes while the others sleep."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 class Turns:
-    """One rank's side of the game: waits for its arm's turn, then says what it measured."""
+    """Used by a rank: waits for its arm's turn, then reports its measurements."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
 
     def wait(self, turn: int) -> None:
-        """Until the conductor gives this turn."""
+        """Wait until the conductor starts this turn."""
         _touch(self._folder / f"ready.{turn}.{self._rank}")
         while not (self._folder / f"go.{turn}").exists():
             time.sleep(0.02)
@@ -31,7 +31,7 @@ class Turns:
 
 
 class Conductor:
-    """The other side: gives turns to the ranks of one arm."""
+    """Used by the main process: starts turns of the ranks of one arm."""
 
     def __init__(self, folder: Path, ranks: int, alive: Callable[[], None]) -> None:
         self._folder, self._ranks, self._alive = folder, ranks, alive
@@ -42,7 +42,7 @@ class Conductor:
         self._until([self._folder / f"ready.{turn}.{rank}" for rank in range(self._ranks)])
 
     def play(self, turn: int) -> list[dict[str, Any]]:
-        """Give the turn, and wait for what every rank measured in it."""
+        """Start a turn, and wait for the measurements of every rank."""
         self.ready(turn)
         _touch(self._folder / f"go.{turn}")
         results = [self._folder / f"done.{turn}.{rank}" for rank in range(self._ranks)]
