@@ -76,8 +76,8 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     """Train all prompts of a run, or resume it from the newest checkpoint of its output folder.
 
     Raises:
-        BadInput: invalid settings or files, on all ranks together.
-        Stopped: a rank received a stop signal, and the state of the last step is saved.
+        BadInput: on all ranks together, if settings or files are invalid.
+        Stopped: after a rank received a stop signal and the state of the last step was saved.
     """
     times = PhaseTimes()
     times.add({"start": process.process_age()})
@@ -88,7 +88,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         with _locked(engine, Path(config.output_dir), console) as lock:
             _train(engine, config, console, lock, times, fresh=fresh, command=command)
     except Stopped:
-        engine.any_rank(False)  # the launcher ends all ranks once one has: rank 0 must have saved
+        engine.any_rank(False)  # a barrier: the launcher ends all ranks once one exits
         raise
     engine.close()
 
@@ -103,7 +103,7 @@ def _train(
     fresh: bool,
     command: str,
 ) -> None:
-    """Train a run whose output folder is locked; ``lock`` is None on ranks other than 0."""
+    """Train a run; ``lock`` of the output folder is None on ranks other than 0."""
     output = Path(config.output_dir)
     if config.tracking.tensorboard:
         engine.run_on_all(check_tensorboard)
@@ -111,7 +111,7 @@ def _train(
         files = open_base_on_all(engine, config.base, console)
     if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
         engine.run_on_all(lambda: check_prefix_tuning(files.config, files.name))
-    # A requeued job has already moved the earlier run: the folder holds its own files.
+    # A requeued job has already moved the earlier run; the folder contains the job's own files.
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
     with times("load"), console.phase("reading rows"):
@@ -169,7 +169,7 @@ def _train(
         loop.callbacks.append(TensorBoardCallback(output, SummaryWriter, console.warn))
     with tracked_run(output, client, console):
         seconds_before = loop.progress.train_seconds
-        with times("saving"), writer:  # waits at its end for checkpoints that are being written
+        with times("saving"), writer:  # ``writer`` finishes pending checkpoints at the end
             loop.run()
         checkpoints.check_folder(now=True)
         measured = measure(engine, loop, loaded)
@@ -188,7 +188,7 @@ def _identity(
     tasks: Mapping[str, TaskData],
     date: datetime.date | None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint must share with the run that resumes from it; a collective."""
+    """Return settings and digests that a run must share with its checkpoint; a collective."""
     dtype = str(compute_dtype(config.base.dtype, engine.device)).removeprefix("torch.")
     fingerprint = fingerprint_base_on_all(engine, files, console)
     identity = run_identity(config, fingerprint, dtype, tasks)
@@ -198,7 +198,7 @@ def _identity(
 def _show_finished_run(
     summary: RunSummary, config: RunConfig, console: Console, *, is_main: bool
 ) -> None:
-    """Print the results of a run that is complete, and write or send what it lacks."""
+    """Print the results of a finished run; write a missing report and send unsent metrics."""
     output = Path(config.output_dir)
     console.print(f"{output} already holds this finished run; use --fresh to train again")
     if is_main:
@@ -235,7 +235,7 @@ def _make_loop(
         _baseline_cache(engine, files, identity, loaded),
     )
     with times("initialization search"):
-        # A resumed bank loads its state over any initial value.
+        # When resuming, the checkpoint's state overwrites all initial values.
         scorer = None if saved else LossInitScorer(config, tasks, evaluator, console)
         initial = without_sources(config) if saved else config
         bank = make_bank(initial, engine, loaded.model, files, scorer, console.warn)
@@ -269,7 +269,7 @@ def _make_loop(
 def _baseline_cache(
     engine: Engine, files: BaseFiles, identity: Mapping[str, Any], loaded: LoadedBase
 ) -> BaselineCache:
-    """Return the cache of baselines for this base and this way of computing."""
+    """Return the cache of baselines for this base, matrix product, device and attention."""
     base = {key: value for key, value in identity.items() if key.startswith("base.")}
     how = {"matmul": loaded.matmul, "device": engine.device.type, "flex": loaded.model.flex}
     return BaselineCache(base | how, files.num_bytes)
@@ -289,7 +289,7 @@ def _locked(engine: Engine, output: Path, console: Console) -> Iterator[Lock | N
 def _chat_date(
     files: BaseFiles, config: RunConfig, output: Path, *, fresh: bool
 ) -> datetime.date | None:
-    """Return the date of the run's first start, if the chat template of its dialogues reads it."""
+    """Return the date of the run's first start, if its tasks use a chat template with a date."""
     if not reads_date(files.tokenizer) or all(task.messages is None for task in config.tasks):
         return None
     kept = None if fresh else read_chat_date(output)

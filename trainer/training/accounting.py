@@ -1,4 +1,4 @@
-"""Accounts for each step: time, useful tokens, gathered bytes, and the time that is left."""
+"""Measures the time, useful tokens and gathered bytes of each step; estimates the time left."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Accounting:
         validated: steps after which prompts are validated, ascending.
 
     Attributes:
-        steps: of this process, unlike those of ``TrainingProgress``.
-        gathered_bytes, exchanged_bytes: in these steps; the latter are part of the former.
+        steps: number of steps of this process; ``TrainingProgress`` counts those of the run.
+        gathered_bytes, exchanged_bytes: totals of these steps; as in ``Engine``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Accounting:
     def end_step(
         self, result: StepResult, norms: Sequence[float], learning_rates: Sequence[float]
     ) -> StepReport:
-        """Count a step that ``TrainingProgress`` has already counted.
+        """Finish measuring a step, after ``TrainingProgress.end_step``.
 
         Args:
             norms, learning_rates: of each prompt's update, [K].
@@ -113,8 +113,9 @@ class Accounting:
     def _validation_seconds(self) -> float:
         """Estimate the time of one validation of all prompts.
 
-        Before the first validation it follows from the baselines, which read the same rows but may
-        come from the cache, and is at least half of the time of training on as many tokens.
+        Before the first validation, the time follows from the baselines, which read the same rows.
+        As baselines may come from the cache, the estimate is at least half of the time of training
+        on as many tokens.
         """
         progress, seconds, prompts = self._progress, self._times.seconds, self._config.prompts
         if progress.validations:

@@ -1,4 +1,4 @@
-"""Scores of the base without a trained prompt, before the first step, and missing predictions."""
+"""Scores the baselines before the first step, and rows without predictions after the last."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.training.validation import Validator
 
 
 def score_missing_baselines(validator: Validator) -> None:
-    """Score the base with no prompt and with the hand-written ones, unless a checkpoint did."""
+    """Score the base without and with hand-written prompts, unless resumed scores exist."""
     progress, evaluator = validator.progress, validator.evaluator
     if progress.baselines:
         return
@@ -29,10 +29,10 @@ def score_missing_baselines(validator: Validator) -> None:
 
 
 def complete_predictions(validator: Validator) -> None:
-    """Score again the rows whose predictions are missing or not of the best step.
+    """Score rows again whose predictions are missing or not from the best step.
 
-    This happens if a run was resumed in a copied folder, from a checkpoint older than the file, or
-    from a version that kept no predictions.
+    Predictions can be missing after a run was resumed in a copied folder, from a checkpoint older
+    than the predictions, or from a version that kept none.
     """
     bank, engine = validator.bank, validator.engine
     baselines = {b.file: b for b in baselines_of(validator.tasks) if VALIDATION in b.rows}

@@ -1,7 +1,7 @@
 """Events of the training loop, and the callbacks that receive them.
 
-The loop calls all callbacks in their order. Tracking and checkpointing, which are above this
-package, have their own. Imports no torch.
+The loop calls its callbacks in order. ``trainer.tracking`` and ``trainer.checkpointing`` define
+further callbacks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Metrics:
     """Numbers of one prompt after a step; ``prompt=None``: of the whole run.
 
     Attributes:
-        useful_tokens: read until then by the prompt, or by all prompts.
+        useful_tokens: tokens read up to this step by the prompt, or by all prompts.
     """
 
     step: int
@@ -49,19 +49,19 @@ class Callback:
     """Receives the events of a run; every method does nothing by default."""
 
     def on_run_start(self, progress: TrainingProgress) -> None:
-        """Before the first step of this process, after the baselines."""
+        """Called before the first step of this process, after the baselines."""
 
     def on_step_end(self, report: StepReport) -> None:
-        """After the update of all prompts."""
+        """Called after the update of all prompts."""
 
     def on_validation_end(self, metrics: Sequence[Metrics]) -> None:
-        """After the validation of all prompts that were due."""
+        """Called after the validation of all prompts that were due."""
 
     def on_checkpoint(self) -> None:
-        """When the state of the run is to be saved."""
+        """Called to save the state of the run."""
 
     def on_run_end(self) -> None:
-        """After the last step, also if an exception ends the run."""
+        """Called after the last step, also if an exception ends the run."""
 
 
 class ConsoleProgress(Callback):

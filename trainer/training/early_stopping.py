@@ -9,13 +9,13 @@ from trainer.config.ranking import LAST, ScoreKey
 
 
 class EarlyStopping:
-    """Tracks a prompt's best validation, and decides when to stop waiting for a better one.
+    """Tracks a prompt's best validation, and decides when the prompt stops.
 
     Args:
         patience: evaluations in a row without improvement until ``should_stop``; None: never.
 
     Attributes:
-        best: ``ranking.score_key`` of the best scores so far; None before the first finite ones.
+        best: ``ranking.score_key`` of the best scores so far; None before the first finite scores.
         best_step: step of these scores.
     """
 
@@ -30,7 +30,7 @@ class EarlyStopping:
         return self.patience is not None and self._waited >= self.patience
 
     def update(self, step: int, key: ScoreKey) -> bool:
-        """Record one evaluation; return whether it is the best so far, which ``LAST`` never is."""
+        """Record one evaluation; return whether it is the best so far (never for ``LAST``)."""
         improved = key != LAST and (self.best is None or key < self.best)
         if improved:
             self.best, self.best_step, self._waited = key, step, 0

@@ -1,4 +1,4 @@
-"""Successive halving: the steps at which prompts are compared, and the prompts that it stops.
+"""Successive halving: the steps at which prompts are compared, and the prompts to stop.
 
 Source: Algorithm 1 of arXiv 1810.05934, which keeps floor(n / eta) of n instead of the ceiling.
 """
@@ -31,10 +31,7 @@ def rungs(halving: Halving | None, last_step: int) -> frozenset[int]:
 def worst(keys: Mapping[int, RungKey], eta: int) -> list[int]:
     """Return the prompts that a rung eliminates: all but the best ceil(n / eta) of n, in order.
 
-    Of equal ones the first stays.
-
-    Args:
-        keys: sort key of each prompt, smaller is better; see ``ranking.score_key``.
+    Among prompts with equal keys, earlier ones are kept.
     """
     stay = math.ceil(len(keys) / eta)
     ranked = sorted(keys, key=lambda k: (keys[k], k))
@@ -44,16 +41,16 @@ def worst(keys: Mapping[int, RungKey], eta: int) -> list[int]:
 def eliminated(
     config: RunConfig, keys: Mapping[int, ScoreKey]
 ) -> Iterator[tuple[str, int, list[int]]]:
-    """Compare prompts at a rung.
+    """Compare prompts at a rung, in groups of one task.
 
-    Prompts that learn labels are compared with each other, and so are those of one teacher: the
-    losses of others are not comparable. Of prompts with equal scores the shorter one is better.
+    Prompts that learn labels form one group, and prompts of each teacher another, because losses of
+    different objectives are not comparable. Among equal scores, shorter prompts are better.
 
     Args:
         keys: ``ranking.score_key`` of the prompts that still train.
 
     Yields:
-        For each group that loses prompts its task, its size, and the prompts to stop.
+        Task, size and prompts to stop of every group in which any stop.
     """
     assert config.search.halving is not None
     groups: dict[tuple[str, str | None], dict[int, RungKey]] = {}

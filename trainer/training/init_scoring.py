@@ -23,7 +23,7 @@ from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.training.step import batch_objective, label_counts
 
-#: Share of the token budget that a portion of candidates fills: rows do not divide evenly.
+#: Share of the token budget that a portion of candidates fills, because rows do not divide evenly.
 FILLED = 0.95
 #: Candidates, each with the index of the prompt whose rows score it.
 Portion = list[tuple[int, Words]]
@@ -32,8 +32,8 @@ Portion = list[tuple[int, Words]]
 class LossInitScorer:
     """Compares candidates by the loss of the rows that the prompt's first update will read.
 
-    It reads no rows beyond those of training, and costs one forward per candidate. The rows, and
-    therefore the result, depend only on the prompt's own settings.
+    Each candidate costs one forward pass over these rows. The rows, and therefore the result,
+    depend only on the prompt's own settings.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LossInitScorer:
         evaluator: Evaluator,
         console: Console,
     ) -> None:
-        # A second source: that of the run must still begin at the same rows.
+        # A separate source, because that of the run must still begin at the same rows.
         rows = BatchSource(config, tasks).next_step([True] * len(config.prompts))
         self._rows = [[row for row in rows if row.prompt == i] for i in range(len(config.prompts))]
         self._names = [prompt.name for prompt in config.prompts]
@@ -56,7 +56,7 @@ class LossInitScorer:
         """Show the progress of the search.
 
         Args:
-            asked: index of each searched prompt -> number of its candidates.
+            asked: number of candidates by index of the prompt.
         """
         num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
         number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
@@ -88,11 +88,11 @@ class LossInitScorer:
     ) -> list[float]:
         """Return the mean loss per label with each candidate as prompt; a collective.
 
-        A loss that is not finite counts as infinite. Candidates are scored in portions that fill a
+        Non-finite losses are returned as infinity. Candidates are scored in portions that fill a
         packed batch of every rank, so that only one portion is in memory.
 
         Args:
-            starts: index of a prompt, whose rows are read, and token ids of a candidate.
+            starts: index of the prompt whose rows are read, and token ids, of each candidate.
             embed: returns embeddings [n, H] of token ids; may be a collective.
         """
         engine = self._evaluator.engine
@@ -122,7 +122,7 @@ class LossInitScorer:
         return portions(starts, num_tokens, most)
 
     def _prepared(self, portion: Portion) -> tuple[Portion, list[PackedRow], StepBatch]:
-        """Pack the rows of each candidate's prompt after the candidate."""
+        """Pack the rows of every candidate's prompt, with the candidate as their prompt."""
         engine = self._evaluator.engine
         pairs = [(n, row) for n, (i, _) in enumerate(portion) for row in self._rows[i]]
         rows = [replace(row, prompt=n, slot=slot) for slot, (n, row) in enumerate(pairs)]

@@ -29,7 +29,7 @@ def make_bank(
     """Create the prompts of a run; a collective.
 
     Args:
-        scorer: compares initial values that the run file leaves open; None: any of them will do.
+        scorer: scores candidates of ``init: auto``; None: draw tokens without a search.
     """
     return Bank(
         config,

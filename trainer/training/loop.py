@@ -1,4 +1,4 @@
-"""The training loop: the order of the events of a run. Calls no library.
+"""The training loop: the order of the events of a run.
 
 score the baselines
 until every prompt has stopped:
@@ -82,8 +82,8 @@ class Loop:
         """Train until every prompt has stopped.
 
         Raises:
-            Diverged: all prompts stopped because they diverged.
-            Stopped: a rank received a stop signal; the state of the last step is saved.
+            Diverged: if all prompts stopped because they diverged.
+            Stopped: after a rank received a stop signal and the state of the last step was saved.
         """
         try:
             self._score_baselines()
@@ -105,7 +105,7 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_run_start(self.progress)
             while self.progress.unjudged or self._has_steps_left():
-                if not self.progress.unjudged:  # else a resumed run repeats the validation
+                if not self.progress.unjudged:  # otherwise a resumed run repeats the validation
                     self._step()
                     raise_if_all_diverged(self.progress, len(self.bank), limit)
                     self._stop_if_signalled()
@@ -162,7 +162,7 @@ class Loop:
             raise Stopped
 
     def _validate(self) -> None:
-        """Validate the prompts that are due; a stop signal is handled after a checkpoint."""
+        """Validate the prompts that are due; on a stop signal, save a checkpoint first."""
         try:
             with self.times("validation"):
                 if due := self.validator.due():

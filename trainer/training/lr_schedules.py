@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def cosine_decay(progress: float) -> float:
-    """Decay from 1 to 0 along half a cosine; transformers' ``get_cosine_schedule_with_warmup``."""
+    """Half a cosine from 1 to 0, as in transformers' ``get_cosine_schedule_with_warmup``."""
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
@@ -16,7 +16,7 @@ def linear_decay(progress: float) -> float:
     return max(0.0, 1.0 - progress)
 
 
-#: Factor of the learning rate after warm-up, as a function of the share of updates made.
+#: Factor of the learning rate, as a function of the share of updates made after warm-up.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": linear_decay,

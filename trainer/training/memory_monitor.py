@@ -1,4 +1,4 @@
-"""Checks the memory of each step, and shortens packed batches that use more than estimated."""
+"""Checks the memory of each step, and lowers the token budget if it exceeds the estimate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MemoryMonitor:
 
     Attributes:
         saved_bytes_per_token: of the first packed batch, between its forward and its backward.
-        saved: counts the tensors that the first step's forward saves; None in later steps.
+        saved: counts the bytes that the first packed batch saves; None after the first step.
     """
 
     def __init__(self, engine: Engine, budget: TokenBudget, console: Console) -> None:
@@ -23,11 +23,11 @@ class MemoryMonitor:
         self.saved: SavedBytes | None = SavedBytes()
 
     def start_step(self) -> None:
-        """Begin to record the peak."""
+        """Start to measure the peak memory of a step."""
         self._engine.reset_peak_memory()
 
     def end_step(self, step: int, result: StepResult) -> None:
-        """Shrink the budget if a packed batch was split, or a ramp step exceeded the estimate."""
+        """Lower the budget if a packed batch was split, or a ramp step exceeded the estimate."""
         saved_bytes = 0
         if self.saved is not None:
             saved_bytes = self.saved.total

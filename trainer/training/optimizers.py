@@ -37,9 +37,8 @@ class Adafactor(_Directed):
 
     The second moment of a matrix is stored as the means of its rows and columns; the decay rate of
     update t is ``1 - t ** -0.8``; updates are clipped to a root mean square of 1. Equal to
-    transformers' ``Adafactor(scale_parameter=False, relative_step=False)`` and to the use for
-    prompts in Lester et al. (arXiv 2104.08691, section 3). torch's Adafactor always scales by the
-    parameter.
+    transformers' ``Adafactor(scale_parameter=False, relative_step=False)``, as used for prompts by
+    Lester et al. (arXiv 2104.08691, section 3). torch's Adafactor always scales by the parameter.
     """
 
     def __init__(
@@ -78,14 +77,14 @@ NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 class Muon(_Directed):
-    """Orthogonalized momentum: all directions of an update are equally large.
+    """Orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). The root mean square of each
-    matrix's update is the learning rate, as in arXiv 2502.16982 (section 2.2), so that learning
-    rates are comparable with Adam's. Virtual tokens are one matrix [P, H]; keys and values [P, L,
-    2, A, D] are one matrix [P, A * D] for each layer's keys and for its values. A few directions
-    dominate the gradient of a prompt; Muon gives all directions equal weight. Computed in float64,
-    because weak directions, and rounding errors with them, grow by up to 500 times.
+    A few directions dominate the gradient of a prompt; Muon gives all directions equal weight. The
+    root mean square of each matrix's update is the learning rate, as in arXiv 2502.16982 (section
+    2.2), so that learning rates are comparable with Adam's. Virtual tokens are one matrix [P, H];
+    keys and values [P, L, 2, A, D] are one matrix [P, A * D] for each layer's keys and for its
+    values. Computed in float64, because weak directions and their rounding errors grow by up to 500
+    times.
 
     Args:
         momentum: share of the mean gradient that an update keeps.

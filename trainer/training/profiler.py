@@ -12,19 +12,16 @@ from trainer.config.base import Profile
 from trainer.training.callbacks import Callback, StepReport
 from trainer.training.progress import TrainingProgress
 
-#: Operators in the table, those with the most time of their own first.
+#: Number of operators in the table, which is sorted by self time.
 TABLE_ROWS = 40
 
 
 class Profiler(Callback):
-    """Records the steps of ``engine.profile``, each with what follows the step before it.
+    """Records the steps of ``engine.profile``, each with the events after the previous step.
 
     Writes ``profile-rank-N.json.gz``, for chrome://tracing or https://ui.perfetto.dev, and
     ``profile-rank-N.txt``. A run that resumes after these steps records nothing; a run that ends
     before the last of them writes what it has recorded.
-
-    Args:
-        folder: for the two files.
     """
 
     def __init__(

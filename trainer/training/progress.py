@@ -1,4 +1,4 @@
-"""Progress of a run: the counters and scores that every checkpoint holds. Imports no torch."""
+"""Progress of a run: the counters and scores that every checkpoint contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Scores = dict[str, float]
 
 @dataclass
 class TrainingProgress:
-    """Counters and scores of a run, saved with every checkpoint.
+    """Counters and scores of a run.
 
     Attributes:
         prompt_tokens: useful tokens that each prompt has read.
@@ -51,7 +51,7 @@ class TrainingProgress:
             self.prompt_tokens[name] = self.prompt_tokens.get(name, 0) + count
 
     def add_train_loss(self, name: str, loss: float) -> None:
-        """Count a loss towards the mean since the prompt's last validation, if it is finite."""
+        """Add a finite loss to the mean since the prompt's last validation; ignore others."""
         if math.isfinite(loss):
             total, count = self.train_losses.get(name, (0.0, 0))
             self.train_losses[name] = (total + loss, count + 1)

@@ -1,7 +1,7 @@
 """One prompt's optimizer: update rule, schedule, clipping, weight decay and averaging.
 
-It depends only on the prompt's own settings and gradients, so that a prompt trained in a bank
-equals the same prompt trained alone.
+The optimizer depends only on the prompt's own settings and gradients, so that a prompt trained in a
+bank equals the same prompt trained alone.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PromptOptimizer:
 
     Args:
         decay_to_start: weight decay pulls towards the values at construction instead of zero.
-        scale: multiplies the learning rate. Adam moves every element by about its learning rate,
-            so one that is relative to the initial values means the same for every base.
+        scale: factor of the learning rate, for a rate relative to the initial values. Adam moves
+            every element by about the learning rate, so a relative rate suits every base.
         ema_decay: share of the running average that an update keeps; None: no average.
 
     Attributes:
@@ -79,14 +79,14 @@ class PromptOptimizer:
 
     @property
     def _rate(self) -> float:
-        """Learning rate of the next update, before it is multiplied by the scale."""
+        """Learning rate of the next update, before multiplication by ``scale``."""
         factor = learning_rate_factor(
             self._schedule, self.updates, self._num_warmup, self._num_updates
         )
         return self._peak * factor
 
     def step(self) -> float:
-        """Clip and update from the parameters' ``grad``, then clear it.
+        """Clip the gradients, update the parameters, and clear the gradients.
 
         Returns:
             The norm before clipping. If it is not finite, weights, moments and schedule have not
@@ -135,7 +135,7 @@ class PromptOptimizer:
         """Return everything that the next update depends on, except the weights.
 
         Returns:
-            ``updates``, ``scale``, and copies on the CPU of the tensors ``PARAMETER/MOMENT``,
+            ``updates``, ``scale``, and CPU copies of the tensors ``PARAMETER/MOMENT``,
             ``PARAMETER/average`` and ``PARAMETER/start``.
         """
         state: dict[str, Any] = {"updates": self.updates, "scale": self._scale}
@@ -173,7 +173,7 @@ def make_optimizer(
     """Create the optimizer of a prompt. Warm-up is rounded up, as in transformers.
 
     Args:
-        scale: of the encoder's initial values, for a relative learning rate.
+        scale: scale of the encoder's initial values, the unit of a relative learning rate.
     """
     relative = prompt.relative_learning_rate
     rate = prompt.learning_rate if relative is None else relative

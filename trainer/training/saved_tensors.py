@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Context of a forward that counts the bytes of all saved tensors, each storage once.
+    """Context that counts the bytes of all tensors saved by a forward pass, each storage once.
 
     Tensors that a recomputed layer saves in backward are not counted.
     """

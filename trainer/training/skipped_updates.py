@@ -20,9 +20,7 @@ def count_skipped(
     limit: int,
     warn: Callable[[str], None],
 ) -> list[int]:
-    """Count the updates that were skipped in a step.
-
-    The result is equal on all ranks, because the sums and replicas are.
+    """Count the updates that were skipped in a step; equal on all ranks, as gradient sums are.
 
     Args:
         norms: gradient norm of each prompt, [K].

@@ -54,8 +54,8 @@ def batch_objective(
 
     Args:
         counts: label tokens of each prompt in the whole step, over all ranks and packed batches,
-            [K]. Dividing by them here makes every split of a step give the same gradient, and makes
-            each prompt's gradient independent of the others'.
+            [K]. Dividing by these counts makes the gradient of each prompt independent of how a
+            step is split into batches and of the other prompts.
         teacher_DH: result of ``read_teacher``.
 
     Returns:
@@ -64,7 +64,7 @@ def batch_objective(
     loss_N = base(batch, virtual_tokens, teacher_DH).losses.loss_N
     weight_N = (batch.label_slot_N >= 0).to(loss_N.dtype)
     inverse_K = torch.tensor([1.0 / count if count else 0.0 for count in counts])
-    # Copied without waiting for the device's earlier work.
+    # Copied asynchronously, without waiting for the device's earlier work.
     inverse_N = inverse_K.to(loss_N.device, non_blocking=True)[batch.label_prompt_N]
     sums_K = torch.zeros(len(counts), device=loss_N.device)
     sums_K.index_add_(0, batch.label_prompt_N, (loss_N * weight_N).detach())
@@ -77,10 +77,10 @@ class StepResult:
 
     Attributes:
         losses: mean loss per label token of each prompt, cross-entropy or divergence from its
-            teacher; NaN if it read no rows.
-        gradients: d loss / d virtual tokens of each prompt, summed over ranks; None if it read no
-            rows, or if loss or gradient is not finite on any rank.
-        skipped: prompts whose update is skipped because a number was not finite.
+            teacher; NaN for prompts without rows.
+        gradients: d loss / d virtual tokens of each prompt, summed over ranks; None for prompts
+            without rows, or if loss or gradient is not finite on any rank.
+        skipped: whether the update of each prompt is skipped because of a non-finite number.
         tokens: text tokens that the base read for each prompt, over all ranks.
         longest_batch, first_batch: tokens of the longest and the first packed batch of this rank.
         splits: packed batches that did not fit and were split in two, over all ranks.
@@ -102,7 +102,7 @@ class StepResult:
 
 
 class OutOfMemory(RuntimeError):
-    """A packed batch did not fit, and the rank cannot repeat it without the other ranks."""
+    """A packed batch did not fit into memory and cannot be split."""
 
 
 def step_gradients(
@@ -113,7 +113,7 @@ def step_gradients(
     max_tokens: int,
     teachers: Sequence[SoftPrompt] = (),
 ) -> StepResult:
-    """Pack rows, and return their ``batch_gradients``."""
+    """Pack rows and call ``batch_gradients``."""
     lengths = prompt_lengths(virtual_tokens)
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
     step_batch = prepare_step(list(rows), lengths, rank, max_tokens)
@@ -130,15 +130,15 @@ def batch_gradients(
 ) -> StepResult:
     """Run forward and backward over this rank's packed batches, and all-reduce the results.
 
-    The sums carry a NaN of any rank to all, so that all ranks skip the same updates.
+    The sums propagate a NaN of any rank to all ranks, so that all skip the same updates.
 
     Args:
         saved: counts the bytes that the first packed batch's forward saves.
         teachers: token embeddings of the teachers, for ``read_teacher``.
 
     Raises:
-        OutOfMemory: a packed batch does not fit, and cannot be split: it is one row, or other ranks
-            take part in its gathers.
+        OutOfMemory: if a packed batch does not fit and cannot be split, because it is one row or
+            other ranks take part in its gathers.
     """
     leaves = [prompt.leaf() for prompt in virtual_tokens]
     counts = label_counts(step_batch.rows, len(leaves))
@@ -170,7 +170,7 @@ def batch_gradients(
     engine.all_reduce_sum([sums.losses_K, sums.splits, stops, *reduced])
     engine.end_step()
 
-    # The host waits for the device only once.
+    # One transfer, so that the host waits for the device only once.
     finite_K = torch.stack([gradient.isfinite().all() for gradient in sums.gradients]).to(stops)
     *numbers, splits, stopping = torch.cat([sums.losses_K, finite_K, sums.splits, stops]).tolist()
     totals, all_finite = numbers[: len(counts)], numbers[len(counts) :]

@@ -24,10 +24,10 @@ def read_tasks(
     console: Console,
     date: datetime.date | None,
 ) -> dict[str, TaskData]:
-    """Read and tokenize the rows of all tasks, and print what was noticed; a collective.
+    """Read and tokenize the rows of all tasks, and print remarks and warnings; a collective.
 
     Args:
-        date: that chat templates read; None if none does.
+        date: date for chat templates; None if none reads a date.
 
     Raises:
         BadInput: with the problems of all tasks.

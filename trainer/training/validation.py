@@ -64,10 +64,10 @@ class Validator:
         return [k for k in active if everyone or step == self._last_steps[k]]
 
     def validate(self, due: Sequence[int]) -> list[Metrics]:
-        """Score prompts on the rows of all their splits, keep the best, and stop early; collective.
+        """Score prompts on all splits of their tasks, keep the best, and stop early; a collective.
 
         Raises:
-            Stopped: a rank received a stop signal; nothing has changed.
+            Stopped: if a rank received a stop signal; nothing has changed.
         """
         self._check_replicas()
         step = self.progress.step
@@ -99,7 +99,7 @@ class Validator:
                 self._stop(k, "finished")
 
     def halve(self, scores: Mapping[int, Scores]) -> None:
-        """Stop the worst of each task's prompts that still train, ranked by these scores."""
+        """Stop the worst of the prompts of each task that still train, ranked by these scores."""
         step = self.progress.step
         keys = {
             k: self.key(k, scores[k])
@@ -182,7 +182,7 @@ class Validator:
 
 
 def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
-    """Return signs of overfitting: validation over train loss, and shifted over validation loss.
+    """Return differences of losses: validation minus train, and shifted minus validation.
 
     Args:
         train_sum, train_steps: sum and number of the train losses since the last validation.
