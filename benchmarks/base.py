@@ -327,7 +327,6 @@ def _resident(field: str) -> int:
 
 
 def _worst(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the largest value of all ranks for each key."""
     import torch.distributed as dist
 
     every: list[Any] = [None] * dist.get_world_size()

@@ -47,7 +47,6 @@ SHAPE = {
 }
 QUICK_SHAPE = SHAPE | {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128}
 QUICK_SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-#: Matrix product and attention of each arm.
 ARMS = {
     "int8-sdpa": {"base.matmul": "int8", "engine.attention": "sdpa"},
     "dequantize-sdpa": {"base.matmul": "dequantize", "engine.attention": "sdpa"},

@@ -19,11 +19,7 @@ LLAMA_110M = {
 
 
 def make_base(folder: Path, shape: dict[str, Any]) -> None:
-    """Write a model folder with random weights and a tokenizer.
-
-    Args:
-        shape: settings of transformers' ``LlamaConfig``, ``dtype`` among them.
-    """
+    """Write a model folder with random weights; ``shape`` has settings of ``LlamaConfig``."""
     from benchmarks.random_base import llama_config, save_random
 
     save_random(folder, llama_config(**shape))

@@ -49,7 +49,6 @@ class Place:
     """Position of this host in a run that is started on every host without ssh.
 
     Attributes:
-        rank: index of this host in ``hosts``.
         address, port: rendezvous of all ranks, on the first host.
     """
 
@@ -209,8 +208,7 @@ def hostfile_command(
     The launcher prepends its working directory to the import path on all hosts, so it runs in this
     project's folder, and the ranks change back to the user's working directory.
 
-    Args:
-        processes: ranks per host; None for the hostfile's slots.
+    ``processes`` is the number of ranks per host; None for the hostfile's slots.
     """
     where = ["--hostfile", os.path.abspath(hostfile)]
     if processes is not None:

@@ -96,8 +96,7 @@ class _FailureWatch:
 class _StartNotice:
     """Prints every few seconds that the ranks are starting, until rank 0 can print.
 
-    Args:
-        rank_log: rank 0's log; ``trainer.runtime.stdio.claim`` updates its modification time.
+    Rank 0 then updates the modification time of ``rank_log`` (``trainer.runtime.stdio.claim``).
     """
 
     def __init__(self, rank_log: Path) -> None:
@@ -248,7 +247,6 @@ def wait(
 
 
 def _forward(group: int, number: signal.Signals) -> None:
-    """Send SIGINT or SIGTERM to the ranks, or kill the group if no rank runs yet."""
     if not _signal_ranks(group, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM):
         signal_group(group, signal.SIGKILL)
 
@@ -264,7 +262,6 @@ def _end_ranks(group: int) -> None:
 
 
 def _signal_ranks(group: int, number: signal.Signals) -> bool:
-    """Send a signal to the ranks; return whether there are any."""
     ranks = _ranks(group)
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):

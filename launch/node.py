@@ -145,11 +145,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def place_of(hostfile: str, rank: int | None, address: str | None, port: int | None) -> Place:
-    """Return this host's position among the hosts of a hostfile.
-
-    Raises:
-        BadInput: the hostfile or a number is invalid.
-    """
+    """Return this host's position among the hosts of a hostfile; ``BadInput`` if invalid."""
     hosts = tuple(launcher_command.read_hostfile(hostfile))
     last = len(hosts) - 1
     problems = []

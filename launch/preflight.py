@@ -190,7 +190,6 @@ def _policy(config: RunConfig) -> Iterator[str]:
 
 
 def _output(config: RunConfig) -> Iterator[str]:
-    """Yield problems of ``output_dir``: its nearest existing parent must be writable."""
     path = Path(config.output_dir).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():

@@ -52,7 +52,6 @@ def run(
 
 
 def _last_step(output: Path) -> int:
-    """Return the last logged step; 0 if there is none."""
     step = 0
     with suppress(OSError):
         for line, _ in read_lines(output / METRICS_FILE):

@@ -46,14 +46,10 @@ class Job:
         processes_per_node: ranks per node without GPUs.
         extra: further sbatch options, such as ``--constraint=h100``.
         tasks: ``(RUN.yaml, key=value, ...)`` of each task; several tasks form a job array.
-        at_once: maximum number of array tasks that run at once; None for no limit.
-        code: the folder that holds trainer/ and launch/.
         python: interpreter with the installed libraries.
         chdir: working directory of the job; None: the directory where sbatch is called.
         log: path pattern of the log, with sbatch's ``%j``.
         signal_seconds: time before the time limit at which ranks are signalled to save and stop.
-        max_requeues: maximum number of times the job requeues itself.
-        modules: environment modules to load.
         container, mounts: image for pyxis, and ``SOURCE:TARGET`` of each mount.
         command: the command that made the script, written as a comment.
     """
@@ -229,7 +225,6 @@ def pattern(path: str) -> str:
 
 
 def _setup(job: Job) -> Iterator[str]:
-    """Yield the lines that set up modules, arguments, hosts and port."""
     yield 'log() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
     yield ""
     if job.modules:
@@ -285,7 +280,6 @@ def _srun(job: Job) -> Iterator[str]:
 
 
 def _shell(job: Job) -> Iterator[str]:
-    """Yield the lines that start the job step, forward signals to it and requeue the job."""
     yield f"""
 step= notified= time_limit_near= cancelled=
 notify() {{

@@ -179,7 +179,6 @@ def _checked(
 
 
 def _refuse_passwords(tasks: Sequence[tuple[str, ...]]) -> None:
-    """Raise ``BadInput`` for overrides with passwords, which a printed script would show."""
     words = dict.fromkeys(word for task in tasks for word in task if redact(word) != word)
     if words:
         raise BadInput(

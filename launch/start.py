@@ -19,9 +19,7 @@ def start_ranks(
 ) -> ExitReport:
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
-    Args:
-        output_dir: logs are written to its folder ``logs``.
-        ranks_per_host: ranks per machine; None for one per GPU.
+    ``ranks_per_host`` is None for one rank per GPU, or for the slots of the hostfile.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
     hosts = launcher_command.read_hostfile(hostfile) if hostfile else []
@@ -67,8 +65,7 @@ def run_alone(
 ) -> int:
     """Run a module in a single process and return its exit code.
 
-    Args:
-        imports: slow imports to name in the progress message.
+    The progress message names ``imports``, the slow imports of the module.
     """
     messages.note(f"importing {imports}")
     options = ("--parent-death=SIGTERM", "--arguments-in-environment")

@@ -67,14 +67,12 @@ class Status:
     """Status of one run.
 
     Attributes:
-        state: ``waiting``, ``running``, ``finished``, ``failed`` or ``not finished``.
-        description: the state as a sentence.
+        state: ``waiting``, ``running``, ``finished``, ``failed`` or ``not finished``; ``array`` for
+            a job array; ``unknown`` for a damaged folder of an array task.
         steps: total number of steps; None without a run file.
         eta_seconds: time until the last step, from the pace of recent steps; None unless running.
         written: time of the last metrics, in Unix seconds.
         metrics: prompt -> metric -> (step, latest value).
-        checkpoint: step of the newest checkpoint.
-        tasks: status of each task of a job array.
     """
 
     run_dir: str
@@ -117,7 +115,7 @@ def last_job(run_dir: Path) -> JobState | None:
 
 
 def _task(run_dir: Path, job: JobState) -> Status:
-    """Return the status of one array task; an invalid path must not hide the other tasks."""
+    """Return the status of one array task; a damaged folder must not hide the other tasks."""
     try:
         check_path(str(run_dir))
         return _run(run_dir, job, None)
@@ -186,7 +184,6 @@ def query_job(number: str) -> JobState:
 
 
 def _slurm(*command: str) -> list[str]:
-    """Run a Slurm command; return its output lines, none if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return []
     try:

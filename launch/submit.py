@@ -61,8 +61,7 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
 
     Each task has its own output folder, named after its values.
 
-    Raises:
-        BadInput: lists are invalid; names all.
+    Raises ``BadInput`` with all invalid lists.
     """
     problems: list[str] = []
     settings: list[list[tuple[str, str]]] = []
@@ -201,7 +200,6 @@ def _inline(value: Any) -> str:
 
 
 def _word(key: str, value: str) -> str:
-    """Format a setting as a part of a folder name."""
     last = re.split(r"[.\[\]]+", key.rstrip("]"))[-1]
     text = re.sub(r"[^A-Za-z0-9._+-]+", "-", redact(value)).strip("-.") or "empty"
     return f"{last}-{text}"[:80]

@@ -143,7 +143,6 @@ class Peers:
         return [shared | {"seed": seed, "text": self._texts[task]} for seed in self._seeds]
 
     def _run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Run all jobs, distributed over the worker processes; return their records."""
         print(f"{len(jobs)} trainings with PEFT ...", file=sys.stderr, flush=True)
         workers, folder = [], self._path.parent
         for number in range(min(self._workers, len(jobs))):

@@ -15,7 +15,6 @@ from examples import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
-#: Names of this trainer's arms in tables.
 TITLES = {method: f"ours, {method}" for method in METHODS}
 #: Run files in examples/ that define the tasks.
 EXAMPLES = ("quickstart", "codegen")
@@ -39,9 +38,7 @@ def run_file(
 ) -> tuple[Path, dict[str, str]]:
     """Write the run file; return its path, and each task's first hand-written instruction.
 
-    Args:
-        with_text: keep the hand-written instructions of the tasks as candidates for the
-            default initialization.
+    ``with_text`` keeps all instructions in the tasks, as candidates for default initialization.
     """
     chosen = [task for task in tasks() if task["name"] in budget["tasks"]]
     texts = {task["name"]: task["hand_written"][0].strip() for task in chosen}

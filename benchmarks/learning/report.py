@@ -71,7 +71,6 @@ def _arms(report: dict[str, Any], task: str) -> Any:
 
 
 def _curve(trainings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compute median, lowest and highest score over seeds at every evaluated step."""
     steps = sorted(map(int, trainings[0]["scores"]))
     every = {step: at(trainings, step) for step in steps}
     last = str(steps[-1])

@@ -41,7 +41,6 @@ LOSS_STEPS = 50
 #: rounding errors grow from step to step, in every trainer.
 LOSS_RATE = 1.0e-4
 SHAPE = LLAMA_110M | {"dtype": "float32"}
-#: Small model for ``--quick``.
 QUICK_SHAPE = SHAPE | {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
 QUICK_SHAPE |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 

@@ -37,10 +37,7 @@ class Case:
 
     Attributes:
         batch: rows of a rank's micro-batch in peers; this trainer fills packed batches.
-        accumulation: micro-batches of a step.
-        equal: all rows have the same length.
         single: this trainer reads one row per packed batch.
-        learning_rate: of Adam, in all arms.
     """
 
     base: str
@@ -276,7 +273,6 @@ def _library(name: str) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest of the batch."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(key: str, fill: int) -> torch.Tensor:

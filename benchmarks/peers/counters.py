@@ -76,8 +76,6 @@ class PeakSavedBytes:
 
 
 class _Saved:
-    """A tensor that is saved for backward."""
-
     def __init__(
         self, counter: PeakSavedBytes, tensor: Tensor, storage: tuple[int, int] | None
     ) -> None:

@@ -21,7 +21,6 @@ class AsyncCheckpointWriter:
     """Writes a run's checkpoints; a context manager that waits at its end for all writes.
 
     Args:
-        keep: number of newest checkpoints to keep.
         warn: called by ``report_problems``, in the training thread, for every failed write.
         check: called before each write; raises if the output folder no longer belongs to this run.
 
@@ -97,7 +96,6 @@ class AsyncCheckpointWriter:
         }
 
     def _write(self, snapshot: Snapshot) -> None:
-        """Write a snapshot, in the executor's thread."""
         started = time.perf_counter()
         try:
             self._check()

@@ -224,7 +224,6 @@ def _delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder with its content, or a file or symlink."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -232,7 +231,6 @@ def _remove(path: Path) -> None:
 
 
 def _read_with_retries(path: Path) -> SavedCheckpoint:
-    """Read a checkpoint, with retries if the file system fails temporarily."""
     for left in reversed(range(READ_ATTEMPTS)):
         try:
             return _read(path)
@@ -250,7 +248,6 @@ def _read_with_retries(path: Path) -> SavedCheckpoint:
 
 
 def _read(path: Path) -> SavedCheckpoint:
-    """Read a checkpoint and verify its checksums."""
     try:
         manifest = _json(MANIFEST, (path / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -280,7 +277,6 @@ def _json(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _verified(path: Path, manifest: Mapping[str, Any]) -> bytes:
-    """Return the content of a file that the manifest describes."""
     try:
         expected = manifest["files"][path.name]
         size, sha256 = expected["bytes"], expected["sha256"]

@@ -17,7 +17,6 @@ from trainer.runtime.errors import BadInput
 from trainer.tracking import MetricsLog
 from trainer.tracking.metrics_log import SYSTEM_FILE
 
-#: Seconds between two checks of the folder.
 CHECK_SECONDS = 1.0
 #: Holds the ID of the Slurm job that archived an earlier run.
 ARCHIVED_BY = Path("logs", "put-aside-by-job")

@@ -163,7 +163,6 @@ def load_base_as_saved(
     """Load the base, with the automatic choices of a checkpoint if the conditions are the same.
 
     Args:
-        lengths: tokens of a sample of rows.
         conditions: from ``choice_conditions``.
     """
     choices = None if saved is None else saved_choices(saved, conditions)

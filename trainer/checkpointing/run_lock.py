@@ -179,10 +179,7 @@ class Lock:
 
 
 def acquire(folder: Path, report: Callable[[str], None]) -> Lock:
-    """Acquire the lock of an existing output folder.
-
-    Args:
-        report: called with a message if the lock of a dead holder is taken over.
+    """Acquire the lock of an output folder; ``report`` a takeover from a dead holder.
 
     Raises:
         BadInput: another process that may be alive holds the lock.

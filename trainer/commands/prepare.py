@@ -134,7 +134,6 @@ def _copied_entry(reader: SafetensorsReader, name: str) -> _Entry:
 
 
 def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
-    """Write one file, or several with an index, and return the bytes of all files."""
     parts: list[list[_Entry]] = [[]]
     for entry in entries:
         filled = sum(other.num_bytes for other in parts[-1])
@@ -188,7 +187,6 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def _write_other_files(files: BaseFiles, settings: Base, out: Path) -> None:
-    """Write the config with the quantization method, and copy all other small files."""
     for path in sorted(files.folder.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".h5") or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith("."):

@@ -29,7 +29,6 @@ from trainer.runtime.cache_dir import cache_dir
 RULES = 1
 #: Cost (bytes of weights times tokens of rows) from which caching is worthwhile: seconds on a CPU.
 WORTHWHILE = 1e12
-#: Length of the checksum at the start of a file.
 CHECKSUM_BYTES = 8
 
 

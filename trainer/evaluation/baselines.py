@@ -36,7 +36,6 @@ class Baseline:
 
     Attributes:
         name: name of the baseline in the result table and of its prediction file.
-        rows: rows to score, by split.
         text: hand-written prompt; None: no prompt.
         distilled: name of the distilled prompt whose teacher this baseline is compared with.
         compared_with: the teacher of ``distilled``.

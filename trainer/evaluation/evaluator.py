@@ -121,7 +121,6 @@ class Evaluator:
         return texts
 
     def _num_read(self, request: Request) -> int:
-        """Number of texts that are read to score labels."""
         rows = len(request.rows.candidates)
         return rows if self.base.packed else rows * request.num_candidates
 
@@ -163,7 +162,6 @@ class Evaluator:
     def _batches(
         self, packed_rows: Iterable[PackedRow], lengths: PromptLengths, *, distilled: bool = False
     ) -> Iterator[PackedBatch]:
-        """Yield this rank's packed batches of the packed rows, on the device."""
         max_tokens = self.budget.tokens
 
         def planned() -> Iterator[tuple[list[PackedRow], float]]:

@@ -69,7 +69,6 @@ def label_set_scores(
 
     Args:
         predicted: labels that the base model generated; any other text counts as a wrong label.
-        gold: the correct labels.
 
     Returns:
         ``exact_match``, the share of rows whose set is equal (subset accuracy), and, if it is the
@@ -104,7 +103,6 @@ def execution(
         cpu_seconds: CPU time limit of one text, over all its calls.
         wall_seconds: wall time limit of one text.
         memory_mb: memory limit of one text, including the interpreter.
-        processes: texts that run at the same time.
         seccomp: filter system calls if libseccomp is installed.
 
     Returns:

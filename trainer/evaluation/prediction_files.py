@@ -76,7 +76,6 @@ class Outcomes:
     """Contribution of every row to a metric that is a ratio of sums over rows.
 
     Attributes:
-        rows: row numbers.
         sums, counts: numerator and denominator of every row.
     """
 

@@ -54,7 +54,6 @@ class Predictions:
 
         Args:
             name: name of the prompt, or a name from ``baseline_file``.
-            step: training step of the predictions; 0 for a baseline.
             columns: from ``scored_columns`` or ``answer_columns``.
         """
         path = path_of(self._output_dir, name)
@@ -160,7 +159,6 @@ def _finite(values: Sequence[float]) -> list[float | None]:
 
 
 def _texts(row: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """Input and target of a row, rendered by the task's template."""
     if task.tokens is not None:
         return {"input": json.dumps(row[task.tokens.input_ids])}
     if task.messages is not None:

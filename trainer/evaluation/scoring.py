@@ -38,12 +38,12 @@ class Request:
 
     @property
     def num_candidates(self) -> int:
-        """Candidates of each row."""
+        """Number of candidates of each row."""
         return self.rows.candidates.width
 
     @property
     def num_slots(self) -> int:
-        """Candidates of all rows; 0 if labels are not scored."""
+        """Number of candidates of all rows; 0 if labels are not scored."""
         return len(self.rows.candidates) * self.num_candidates if self.by_labels else 0
 
 
@@ -52,7 +52,6 @@ class Scored:
     """Result of one request, equal on all ranks.
 
     Attributes:
-        scores: metrics by name.
         nll_RC: negative log-likelihood of every candidate of every row, in nats, float64, on the
             CPU; rows and candidates as in ``EvalSet.candidates``. The predicted choice of a row is
             the candidate with the lowest value. The likelihood of a choice that is a prefix of

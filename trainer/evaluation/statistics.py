@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 
 #: Suffix of the name of a score's standard error.
 STANDARD_ERROR = "_standard_error"
-#: Metrics that are a rate over rows.
 RATES = frozenset({"accuracy", "exact_match", "execution"})
 #: Two-sided 95% quantile of the normal distribution.
 Z95 = 1.959963984540054

@@ -83,7 +83,6 @@ def note(tables: list[TaskTable]) -> str:
 
 
 def _finite_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Validation scores without their standard errors."""
     return [
         (key, float(value))
         for key, value in scores.items()

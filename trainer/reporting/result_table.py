@@ -35,9 +35,7 @@ from trainer.reporting.verdict import describe_comparison
 
 #: Kind of the rows of trained prompts; the other kinds are those of baselines.
 PROMPT = "prompt"
-#: Characters of a label in one line.
 WIDEST_LABEL = 60
-#: Why a prompt stopped before its last step, in words.
 STOPPED = {
     "early_stopping": "stopped early",
     "halving": "eliminated by halving",
@@ -86,11 +84,8 @@ class TaskTable:
     """Results of one task.
 
     Attributes:
-        columns: score names, as in ``ResultRow.shown``.
         rows: baselines, then prompts from best to worst, then prompts without a rank.
         num_rows: scored rows of each split.
-        comparison: paired comparison of the best prompt with the best baseline.
-        selection: the best prompt, if the run selected one.
     """
 
     task: str
@@ -191,11 +186,7 @@ class TaskTable:
 
 
 def task_tables(config: RunConfig, summary: RunSummary | None) -> list[TaskTable]:
-    """Make the result table of every task of a run.
-
-    Args:
-        summary: None if the run has not finished.
-    """
+    """Make the result table of every task; ``summary`` is None if the run has not finished."""
     return [_task_table(task, config, summary) for task in config.tasks]
 
 

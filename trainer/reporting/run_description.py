@@ -40,9 +40,8 @@ def describe_run(
 ) -> None:
     """Write ``run.yaml``, ``environment.json`` and ``datasets.json``.
 
-    Args:
-        begins: the run does not resume; it gets a new MLflow run if an earlier run in this folder
-            had other settings.
+    If the run ``begins``, that is, does not resume, it gets a new MLflow run unless an earlier run
+    in this folder had the same settings.
     """
     # A full path of the base model's folder is valid in any working directory.
     base = config.base.model_copy(update={"model": portable_name(config.base)})

@@ -66,7 +66,6 @@ def write_results(
 
 
 def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console) -> None:
-    """Save every prompt at its best and at its last step, in PEFT's format."""
     for k, prompt in enumerate(loop.config.prompts):
         scores = loop.progress.scores.get(prompt.name, {})
         shown = shown_scores(scores, prompt.objective == "distill")
@@ -97,7 +96,6 @@ def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console)
 
 
 def _prompt_results(loop: Loop) -> dict[str, dict[str, Any]]:
-    """Fields of every ``PromptResult``, by the prompt's name."""
     progress = loop.progress
     results = {}
     for prompt in loop.config.prompts:

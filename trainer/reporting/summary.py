@@ -63,7 +63,6 @@ class Baseline(Scores):
     Attributes:
         text: hand-written prompt, or text of a teacher.
         prompts: distilled prompts that learn from the teacher.
-        answer: the majority class.
         train_share: share of the train rows with that answer.
     """
 
@@ -77,13 +76,9 @@ class Comparison(_Model):
     """Paired comparison of a task's best prompt with its best baseline.
 
     Attributes:
-        rows: number of validation rows compared.
         difference: prompt minus baseline, in the task's metric; ``low`` and ``high`` are its 95%
             interval.
-        test: name of the significance test of ``p_value``.
         detectable_difference: smallest difference that the test detects with about 80% power.
-        better: whether the best prompt is significantly better.
-        also_better: other prompts that are significantly better.
     """
 
     baseline: str
@@ -136,11 +131,7 @@ class ShorterPrompt(_Model):
 
 
 class Selection(_Model):
-    """The best prompt of a task.
-
-    Attributes:
-        score: score in ``metric`` on the validation rows.
-    """
+    """The best prompt of a task."""
 
     prompt: str
     metric: str = ""
@@ -185,11 +176,9 @@ class RunSummary(_Model):
     """Results of a run that has finished or failed.
 
     Attributes:
-        error: why the run failed.
         prompts, tasks, selected: by name of the prompt or task.
         data: row counts by task and split.
         time: seconds by phase.
-        checkpoints: statistics of checkpoint writing.
     """
 
     schema_version: int = 0
@@ -237,12 +226,9 @@ def load_summary(output_dir: Path) -> RunSummary | None:
 
 
 def finished_summary(output_dir: Path) -> RunSummary | None:
-    """Read ``summary.json`` of a finished run; None if it did not finish or the file is damaged.
+    """As ``load_summary``, but also None if the run did not finish.
 
     A run whose summary is damaged resumes from its last checkpoint and writes the file again.
-
-    Raises:
-        BadInput: as ``load_summary``.
     """
     summary = load_summary(output_dir)
     if summary is None or summary.status != "finished" or summary.steps is None:

@@ -11,9 +11,7 @@ def describe_comparison(
 ) -> str:
     """Describe a paired comparison in one to three sentences.
 
-    Args:
-        column: name of the compared scores.
-        score, against: the best prompt and the best baseline with their scores, as text.
+    ``score`` and ``against`` are the best prompt and the best baseline with their scores, as text.
     """
     rows, p_value = f"{comparison.rows:,}", comparison.p_value
     unit = "" if is_loss(column) else " points"

@@ -23,7 +23,6 @@ from typing import BinaryIO
 from trainer.runtime import atomic_io
 
 METRICS_FILE = "metrics.jsonl"
-#: Prefixes of the names of validation scores.
 VALIDATION = ("validation", "shifted_validation")
 SYSTEM_FILE = "logs/system_metrics.jsonl"
 #: Upper bound of the length of a line, in bytes.
@@ -48,10 +47,7 @@ class Line:
 
 
 class MetricsLog:
-    """Appends to ``OUTPUT_DIR/metrics.jsonl``; raises only ``OSError``.
-
-    The steps of a prompt's metric must not decrease, except after ``rewind``.
-    """
+    """Appends to ``metrics.jsonl``. A metric's steps must not decrease, except after ``rewind``."""
 
     def __init__(self, output_dir: Path | str, name: str = METRICS_FILE) -> None:
         self.path = Path(output_dir) / name

@@ -51,10 +51,7 @@ class Refused(Exception):
 
 
 class MlflowStore:
-    """The runs of one output folder in one MLflow store.
-
-    Every method may raise any error of the network, MLflow or the store.
-    """
+    """The runs of one output folder in a store. Methods may raise errors of network or MLflow."""
 
     def __init__(self, folder: RunMetadata, target: StoreAddress, output_id: str) -> None:
         from mlflow.tracking import MlflowClient

@@ -22,7 +22,6 @@ from trainer.tracking.store_uri import StoreAddress, for_shell, resolve, sync_co
 
 logger = logging.getLogger(__name__)
 URI_VARIABLE = "PROMPTSHARD_TRACKING_URI"
-#: Seconds between two checks for problems of the sender.
 CHECK_SECONDS = 5.0
 
 

@@ -27,7 +27,6 @@ SENT_FILES = (METRICS_FILE, SYSTEM_FILE)
 LINES_PER_BATCH = 2000
 #: MLflow's status by ``status`` of ``summary.json``; without one the run was killed.
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}
-#: HTTP status by MLflow's error code.
 HTTP_STATUS = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 
 
@@ -225,7 +224,6 @@ def explain(error: BaseException, target: StoreAddress, output_dir: Path) -> str
 
 
 def _http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that caused an error of MLflow or requests."""
     code = getattr(error, "error_code", None)  # of mlflow's exceptions
     if code in HTTP_STATUS:
         return HTTP_STATUS[code]

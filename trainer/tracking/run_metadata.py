@@ -22,7 +22,6 @@ from trainer.tracking.run_files import RunFiles, mapping, mappings, named
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
 #: Settings that are not params of the parent run; tasks are added by name, prompts have own runs.
 NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
-#: Files that ``save_peft`` writes.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
@@ -43,8 +42,8 @@ class FinalResults:
     prompts: Mapping[str, PromptResult]
 
 
-#: Reads the final results from an output folder. The commands pass it in, because reporting is a
-#: higher folder than tracking.
+#: Reads the final results from an output folder. Commands pass it in, because tracking does not
+#: import reporting.
 ReadResults = Callable[[Path], FinalResults]
 
 
@@ -195,7 +194,6 @@ def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _environment_tags() -> dict[str, str]:
-    """Return the tags of ``$MLFLOW_TAGS``, a JSON object; none if it is invalid."""
     try:
         return {str(k): str(v) for k, v in mapping(parse_json(os.environ["MLFLOW_TAGS"])).items()}
     except (KeyError, ValueError):

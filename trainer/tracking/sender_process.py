@@ -140,7 +140,6 @@ class _Trainer:
 
 
 def _start_monitor(output_dir: Path, stop: threading.Event) -> threading.Thread | None:
-    """Start a thread that writes this node's system metrics into ``SYSTEM_FILE``."""
     try:
         gauges = _gauges()  # not in the thread: two threads cannot import mlflow at a time
     except Exception as error:
@@ -154,7 +153,7 @@ def _start_monitor(output_dir: Path, stop: threading.Event) -> threading.Thread 
 def _gauges() -> list[Any]:
     """Return MLflow's own gauges, because its pages recognize their metric names.
 
-    MLflow's ``SystemMetricsMonitor`` sends by itself and stops at the first failing call.
+    ``SystemMetricsMonitor`` is not used: it sends by itself and stops at the first failing call.
     """
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -171,7 +170,6 @@ def _gauges() -> list[Any]:
 
 
 def _log_system(output_dir: Path, gauges: list[Any], stop: threading.Event) -> None:
-    """Log load and memory of this node every few seconds."""
     node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID")
     prefix = f"system/{node}/" if node else "system/"
     every = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SYSTEM_EVERY)
@@ -207,8 +205,6 @@ def _redirect_output(output_dir: Path, target: StoreAddress) -> None:
 
 
 class _RedactingStream:
-    """A text stream that hides the target's secrets in everything that is written to it."""
-
     def __init__(self, stream: TextIO, target: StoreAddress) -> None:
         self._stream, self._target = stream, target
 

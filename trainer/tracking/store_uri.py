@@ -49,7 +49,6 @@ class StoreAddress:
     uri: str = field(repr=False)  #: for MLflow; a server's has no credentials
     name: str  #: the address without any secret, to show and to write to files
     artifacts: str | None = None  #: address of the artifact folder; None: the store decides
-    #: Environment variables to set.
     credentials: dict[str, str] = field(default_factory=dict, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)  #: texts to hide in all output
     trusted: bool = True  #: credentials of the environment and the home folder may be sent there
@@ -220,7 +219,6 @@ def _bare(uri: str) -> str:
 
 
 def _secrets(uri: str = "") -> tuple[str, ...]:
-    """Return the secrets of an address and of the environment."""
     names = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")
     values = [value for name in names if is_distinct(value := os.environ.get(name, ""))]
     return (*secrets_of(uri), *values)

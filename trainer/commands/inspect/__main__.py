@@ -47,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _base_alone(args: argparse.Namespace) -> int:
-    """Measure the weights of a model in one process."""
     from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
     from trainer.model.checkpoint_files import open_base
 

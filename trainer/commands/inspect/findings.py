@@ -91,7 +91,6 @@ def warnings(
 
 
 def _weight_warnings(weights: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one warning each for embeddings and head, and one for all layers together."""
     beyond = [g for g in weights["groups"] if (g["relative_error"] or 0.0) > WEIGHT_LIMIT]
     layers = [group for group in beyond if group["name"] not in REMEDIES]
     for group in beyond:

@@ -57,7 +57,6 @@ class Arm:
     Attributes:
         kind: ``no_prompt``, ``hand_written`` or ``trained``.
         name: text of the hand-written prompt, or name of the trained one.
-        prompt: index among the trained prompts.
     """
 
     task: str
@@ -131,9 +130,6 @@ def measure_losses(
 ) -> dict[str, Any]:
     """Score all arms under each setting; a collective.
 
-    Args:
-        virtual_tokens: [P, H], or keys and values, of the trained prompts.
-
     Returns:
         ``seed`` of the sample; ``settings``, each with the reason why it was ``left_out`` or None;
         ``reference``, the first setting that was not left out; and ``readers``, the arms, each with
@@ -190,7 +186,6 @@ def _score(
     virtual_tokens: Sequence[SoftPrompt],
     console: Console,
 ) -> list[dict[str, float]]:
-    """Load the base model with a setting, score the arms, and free its memory."""
     title = f"scoring with quantization/matmul {setting.name}"
     console.print(title)
     changed = config.model_copy(update={"base": setting.base(config.base)})

@@ -48,7 +48,6 @@ class WeightError:
     """The rounding error of one weight.
 
     Attributes:
-        squared_norm: squared norm of the weight.
         squared_error: squared norm of the error; None if the checkpoint stores int8 only.
         largest_row_error: the largest relative error of a row; None as above.
         outlier_rows: number of rows whose largest weight exceeds OUTLIER_RATIO.
@@ -105,9 +104,6 @@ def measure_weights(
     files: BaseFiles, weights: Sequence[Weight], progress: Progress = lambda _: None
 ) -> list[WeightError]:
     """Read weights from their files and compare each with its int8 version.
-
-    Args:
-        progress: called with the bytes read since the last call.
 
     Raises:
         BadInput: a weight cannot be read or is not finite.

@@ -32,8 +32,6 @@ class TaskReport:
 
     Attributes:
         colors: color of every prompt whose curves are drawn, by name.
-        details: settings of every prompt, by name.
-        plots: SVG by x axis.
         predictions: of the best prompt on the validation rows.
     """
 
@@ -49,7 +47,6 @@ class Report:
     """Content of the page.
 
     Attributes:
-        facts: name and value of every tile.
         time: seconds of the run by phase, as text.
         throughput: SVG of useful tokens per second.
         commands: title and command of every suggested next step.
@@ -155,7 +152,6 @@ def _levels(table: TaskTable) -> dict[str, float]:
 
 
 def _facts(summary: RunSummary, lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Return the tiles at the top of the page; ``lines`` are those of the whole run."""
     memory, waited = summary.memory, summary.throughput.data_wait_share
     speed = summary.throughput.useful_tokens_per_second
     tokens = max((line.useful_tokens or 0 for line in lines), default=0)
@@ -217,7 +213,6 @@ def _lead(config: RunConfig, ranks: int | None) -> str:
 
 
 def _detail(prompt: Prompt, result: PromptResult) -> str:
-    """Settings of a prompt, and how its training ended, in one line."""
     relative = prompt.relative_learning_rate
     rate = f"lr {prompt.learning_rate or 0:g}" if relative is None else f"relative lr {relative:g}"
     details = [
@@ -232,7 +227,6 @@ def _detail(prompt: Prompt, result: PromptResult) -> str:
 
 
 def _size(count: float | None) -> str | None:
-    """Return ``3.41 MB``."""
     if count is None:
         return None
     for unit in ("B", "kB", "MB", "GB"):

@@ -74,7 +74,6 @@ def curves_svg(
     Args:
         levels: scores in ``validation_<metric>`` to draw as level lines, by name.
         x: ``step`` or ``useful_tokens``.
-        title: title of the loss panel.
     """
     panels = {"loss": title, metric: title if metric == "loss" else metric.replace("_", " ")}
     with rc_context(STYLE):
@@ -120,7 +119,6 @@ def _style_axes(ax: Axes, label: str, ticks: int) -> None:
 
 
 def _draw_levels(ax: Axes, levels: dict[str, float]) -> None:
-    """Draw level lines with their names above the right end."""
     for name, value in levels.items():
         ax.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), alpha=0.7)
         ax.annotate(

@@ -35,7 +35,7 @@ class PredictionExample:
     Attributes:
         place: FILE:LINE of the row.
         probability: probability of the predicted choice, normalized over the choices.
-        loss: loss in nats per token of the target.
+        loss: nats per token of the target.
     """
 
     place: str
@@ -55,7 +55,6 @@ class PredictionReport:
         matrix: number of rows of class ``labels[i]`` that were predicted as ``labels[j]``; empty
             with more than ``MAX_CLASSES`` classes.
         confusions: most frequent mistakes (target, prediction, rows), if there is no matrix.
-        title: title of ``examples``.
         labels: classes of ``matrix``, in the order of the run file.
     """
 
@@ -72,11 +71,7 @@ class PredictionReport:
 def prediction_report(
     output_dir: Path, prompt: str, choices: Sequence[str], metric: str
 ) -> PredictionReport | None:
-    """Read the predictions of a prompt; None if the file is missing or damaged.
-
-    Args:
-        choices: choices of the task, in the order of the run file; may be empty.
-    """
+    """Read the predictions of a prompt; None if the file is missing or damaged."""
     try:
         records = list(read(path_of(output_dir, prompt)))
         if not records:
@@ -189,7 +184,6 @@ def _show(report: PredictionReport, title: str, records: Sequence[dict[str, Any]
 
 
 def _text(value: Any) -> str:
-    """A text, or the labels of a set, shortened in the middle."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
     if len(text) <= MAX_CHARACTERS:
         return text
