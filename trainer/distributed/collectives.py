@@ -60,11 +60,7 @@ class Ranks:
         return self.rank == 0
 
     def start_watchdog(self, logs: Path, silence_seconds: float) -> None:
-        """Start the watchdog, which ends all ranks if one hangs and writes the reason to ``logs``.
-
-        Args:
-            silence_seconds: maximum time without a heartbeat from a rank.
-        """
+        """Start the watchdog, which ends all ranks if one hangs; the reason is kept in ``logs``."""
         if self.world_size == 1:
             return
         # A separate connection, so that the watchdog's requests do not delay the main thread's.
@@ -140,11 +136,7 @@ class Ranks:
         return self.broadcast(self.run_on_all(lambda: work() if self.is_main else None))
 
     def run_on_each_node(self, work: Callable[[], T]) -> T | None:
-        """Run slow work on the first rank of every node while the other ranks wait.
-
-        Returns:
-            The result on the first rank of a node, None on the others.
-        """
+        """Run slow work on the first rank of every node; the others wait and return None."""
         return self._wait_for_all(work if self.local_rank == 0 else None)
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:

@@ -118,7 +118,6 @@ class Engine(Ranks):
         """Choose the shard group and the bytes that stay gathered; the same on all ranks.
 
         Args:
-            model: on ``meta``, with frozen layers.
             must_fit: refuse a base that does not fit even if ``base_memory`` is auto.
 
         Raises:

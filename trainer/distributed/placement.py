@@ -77,7 +77,6 @@ def place(
     """Choose the shard group and the bytes that stay gathered.
 
     Args:
-        shard_group: ``engine.shard_group``.
         memory: bytes of a rank's device that the base may use.
         node_sizes: ranks on each node, in rank order.
         free: free bytes of the device before the base is loaded; None: ``memory``.

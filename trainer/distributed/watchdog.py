@@ -214,7 +214,6 @@ class Watchdog:
                 return
 
     def _max_idle_seconds(self) -> float:
-        """Maximum time without progress of the main thread."""
         if self._tracker.in_step and self._tracker.slowest is not None:
             slowest = MAX_SLOWDOWN * self._tracker.slowest
             return min(self._timeout, max(2 * self._silence, slowest))

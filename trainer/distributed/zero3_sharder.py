@@ -91,12 +91,6 @@ class Zero3Sharder:
 
     ``deepspeed.zero.Init`` would take complete tensors and broadcast those of rank 0. Here it only
     converts parameters; their shards are set directly.
-
-    Args:
-        zero_init: the group's ``deepspeed.zero.Init``.
-
-    Attributes:
-        exchange: exchanges rows within the shard group; None in a group of one.
     """
 
     def __init__(self, engine: ZeroEngine, zero_init: Any) -> None:

@@ -96,7 +96,6 @@ def open_base(
 
     Args:
         download: download files that the hub's cache lacks; False uses only the cache.
-        progress: called with the downloaded and the total bytes.
 
     Raises:
         BadInput: if the model is missing, unsupported, not in safetensors, damaged or incomplete.
@@ -162,7 +161,6 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
 
 
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and try it on a text."""
     try:
         with library_errors(f"base.model: the tokenizer of {name!r}"):
             # Without ``trust_remote_code``, transformers asks on the terminal and waits.

@@ -24,9 +24,6 @@ def read_token_embeddings(
 ) -> Tensor:
     """Return token embeddings [n, H] as the loaded base computes them, in ``dtype``.
 
-    Args:
-        dtype: type of activations in the run.
-
     Raises:
         BadInput: if the base cannot be loaded.
     """

@@ -76,15 +76,7 @@ def logits_processors(
 
 
 def check_logits_processors(model: PreTrainedModel, name: str) -> None:
-    """Refuse a generation config whose settings cannot be applied.
-
-    Args:
-        model: may be on ``meta``.
-        name: ``base.model``, for messages.
-
-    Raises:
-        BadInput: with the reason.
-    """
+    """Raise BadInput if a setting cannot be applied. ``model`` may be on ``meta``."""
     if model.generation_config.guidance_scale not in (None, 1):
         raise BadInput(
             f"base.model: {name!r}: {FILE_NAME}: guidance_scale: "

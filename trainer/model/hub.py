@@ -39,7 +39,6 @@ def fetch(
 
     Args:
         names: files or patterns in the model's top folder. Subfolders hold other formats.
-        download: download missing files; False uses only the cache.
 
     Raises:
         BadInput: with the reason why the model is not available.

@@ -74,7 +74,6 @@ def locate_int8_parameters(model: PreTrainedModel, files: BaseFiles) -> dict[str
 
 
 def _problems(reader: SafetensorsReader, location: TensorLocation, quantized: bool) -> list[str]:
-    """Problems of a parameter's tensors, and of the row scales of int8 tensors."""
     if not reader.is_int8(location.tensors[0]):
         return location.problems(reader)
     if not quantized:

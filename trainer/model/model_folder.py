@@ -31,11 +31,7 @@ _DEQUANTIZED_BY = {
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Refuse a folder with files that transformers would read but this program does not.
-
-    Raises:
-        BadInput: with all of these files.
-    """
+    """Raise BadInput with all files that transformers would read but this program does not."""
     if not (folder / "config.json").is_file():
         if gguf := sorted(folder.glob("*.gguf")):
             raise BadInput(f"base.model: {name!r} holds a GGUF file, {gguf_remedy(gguf[0])}")

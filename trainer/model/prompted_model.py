@@ -212,16 +212,12 @@ class PromptedBase(nn.Module):
 def read_teacher(
     base: nn.Module, batch: PackedBatch, teachers: Sequence[SoftPrompt]
 ) -> Tensor | None:
-    """Compute the teacher's hidden states at the distilled positions, [D, H].
+    """Compute the teacher's hidden states [D, H]; None if no rank has distilled positions.
 
-    All ranks run one forward pass without gradient; a rank without distilled rows, on a padding
-    row.
+    All ranks run one forward pass without gradient; those without distilled rows, on a padding row.
 
     Args:
         teachers: token embeddings of every teacher's text.
-
-    Returns:
-        None if no rank has distilled rows.
     """
     if batch.teacher is None:
         return None

@@ -134,11 +134,7 @@ class SafetensorsReader:
         return None
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a complete tensor in its stored type.
-
-        Raises:
-            BadInput: if it cannot be read or is not finite.
-        """
+        """Read a complete tensor in its stored type, as by ``read_flat``."""
         shape = self.tensors[name].shape
         return self.read_flat(name, 0, math.prod(shape)).view(shape)
 
@@ -148,8 +144,6 @@ class SafetensorsReader:
 
     def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read elements ``start`` to ``stop`` of a flattened tensor.
-
-        Rows a to b of [N, K] are the elements a * K to b * K.
 
         Raises:
             BadInput: if they cannot be read or are not finite.

@@ -53,11 +53,7 @@ class WeightSharder(Protocol):
         """Turn a parameter on ``meta`` into a sharded parameter with this shard."""
 
     def finish(self, scales: Sequence[Tensor], problems: Sequence[str]) -> None:
-        """Raise any rank's problems on all ranks, and complete the row scales in place.
-
-        Args:
-            scales: row scales of each tensor, zero for rows that this rank has not read.
-        """
+        """Raise any rank's problems on all ranks; fill in row scales that other ranks have read."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,6 @@ def load_shards(
     progress: Progress = lambda _: None,
 ) -> tuple[PromptedBase, LoadStats]:
     """Load the weights of a model on ``meta``, parameter by parameter.
-
-    Args:
-        sharder: receives this rank's shard of each parameter.
-        progress: called with the bytes read since the last call.
 
     Raises:
         BadInput: on all ranks, with the tensors that any rank cannot read or that hold NaN.

@@ -104,11 +104,7 @@ class RowReader:
 def locate_parameters(
     model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
 ) -> dict[str, TensorLocation]:
-    """Return the location of every parameter; a tied parameter is listed under all its names.
-
-    Args:
-        tensors: ``WeightMapping.tensors``.
-    """
+    """Return the location of every parameter; a tied parameter is listed under all its names."""
 
     def is_transposed(name: str) -> bool:
         path, _, own = name.rpartition(".")

@@ -26,11 +26,7 @@ PARAMETERS_PER_TENSOR, EXTRA_PARAMETERS = 4, 2_000
 def build_transformers_model(
     config: PretrainedConfig, name: str, **options: Any
 ) -> PreTrainedModel:
-    """Build the text generation model of a config on ``meta``.
-
-    Args:
-        name: ``base.model``, for messages.
-        options: of ``from_config``.
+    """Build the text generation model of a config on ``meta``; ``options`` are of ``from_config``.
 
     Raises:
         BadInput: if transformers has no such class for the config, or cannot build it.

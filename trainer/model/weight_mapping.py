@@ -59,7 +59,6 @@ def map_weights(
     Args:
         config: of the folder: of a text model or its multimodal container.
         tensors: of all weight files, by name.
-        name: ``base.model``, for messages.
 
     Raises:
         BadInput: if config.json does not describe a model, or a parameter has no tensor.
@@ -203,7 +202,6 @@ def _stacked(
 
 
 def _unread_warnings(loader: PreTrainedModel, unread: Sequence[str], name: str) -> list[str]:
-    """Warn about stored tensors that belong to no parameter, except known unused ones."""
     unused = [
         *(loader._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
@@ -231,7 +229,6 @@ def _describe_missing(
     *,
     tied_pair: Set[str],
 ) -> str:
-    """Describe why parameters have no tensor, with a remedy."""
     problem = f"base.model: no weight file of {name!r} has the tensor {missing[0]!r}"
     wrapped = next((tensor for tensor in unread if tensor.endswith(f".{missing[0]}")), None)
     if wrapped:

@@ -86,7 +86,6 @@ class Accounting:
     def _prompt_metrics(
         self, result: StepResult, norms: Sequence[float], learning_rates: Sequence[float]
     ) -> list[Metrics]:
-        """Metrics of the prompts that read rows in this step."""
         progress, metrics = self._progress, []
         for k, prompt in enumerate(self._config.prompts):
             name = prompt.name

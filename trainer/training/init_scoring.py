@@ -53,11 +53,7 @@ class LossInitScorer:
 
     @contextmanager
     def working(self, asked: Mapping[int, int]) -> Iterator[None]:
-        """Show the progress of the search.
-
-        Args:
-            asked: number of candidates by index of the prompt.
-        """
+        """Show the progress of the search; ``asked`` is the number of candidates by prompt."""
         num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
         number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
         self._console.print(
@@ -112,7 +108,6 @@ class LossInitScorer:
         return [loss if math.isfinite(loss) else math.inf for loss in losses]
 
     def _portions(self, starts: Sequence[tuple[int, Words]]) -> Iterator[Portion]:
-        """Split candidates into portions that fill the packed batches of all ranks."""
         most = FILLED * self._evaluator.budget.tokens * self._evaluator.engine.world_size
 
         def num_tokens(start: tuple[int, Words]) -> int:

@@ -35,7 +35,6 @@ class PromptOptimizer:
         ema_decay: share of the running average that an update keeps; None: no average.
 
     Attributes:
-        updates: number of updates made.
         averaged: exponential moving average of the parameters, which is validated and exported;
             None without one. The decay rises from ``(1 + t) / (10 + t)``, so that a short run
             forgets its initial values (as in TensorFlow's ExponentialMovingAverage).
@@ -134,9 +133,7 @@ class PromptOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next update depends on, except the weights.
 
-        Returns:
-            ``updates``, ``scale``, and CPU copies of the tensors ``PARAMETER/MOMENT``,
-            ``PARAMETER/average`` and ``PARAMETER/start``.
+        Tensors are CPU copies named ``PARAMETER/MOMENT``, ``/average`` and ``/start``.
         """
         state: dict[str, Any] = {"updates": self.updates, "scale": self._scale}
         for name, parameter in self._parameters.items():

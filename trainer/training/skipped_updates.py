@@ -24,7 +24,6 @@ def count_skipped(
 
     Args:
         norms: gradient norm of each prompt, [K].
-        limit: ``training.max_skipped_updates``.
 
     Returns:
         The prompts that have reached the limit of skipped updates in a row.

@@ -189,13 +189,7 @@ def batch_gradients(
 
 
 class _StepSums:
-    """Sums over the packed batches of a step on this rank.
-
-    Attributes:
-        losses_K: sum of the losses of each prompt.
-        gradients: of each prompt, [P, H].
-        splits: number of packed batches that were split in two, [1].
-    """
+    """Losses and gradients of each prompt, summed over a step's packed batches on this rank."""
 
     def __init__(
         self, engine: Engine, leaves: Sequence[SoftPrompt], teachers: Sequence[SoftPrompt]

@@ -71,7 +71,6 @@ def attend(
 
     Args:
         query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
-        layer: index of the layer.
 
     Returns:
         [1, T, A, D].

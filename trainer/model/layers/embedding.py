@@ -63,7 +63,6 @@ class FrozenEmbedding(nn.Module):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
     def _stored(self, token_ids: Tensor) -> Tensor:
-        """Rows of the ids in the stored type."""
         if self.rows is None:
             return nn.functional.embedding(token_ids, self.weight)
         if self._exchange is None:

@@ -36,9 +36,7 @@ class FusedKL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Compute the divergences in nats, fp32 [D], and 1.0 where both top tokens agree, [D].
 
-        Args:
-            block: the full vocabulary if ``plan`` is None, else this rank's block.
-            plan: exchange of hidden states with the ranks that hold the other blocks.
+        ``block`` and ``plan`` are as in ``FusedCrossEntropy``.
         """
         states_DS = torch.cat([hidden_DH, teacher_DH], dim=1)
         if plan is None:

@@ -47,7 +47,6 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 
 @cache
 def _loop(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    """The function, compiled on its first use if ``compiled``."""
     return torch.compile(function, dynamic=True) if compiled else function
 
 
@@ -262,11 +261,7 @@ def fused_class(module: nn.Module) -> type[FusedModule] | None:
 
 
 def fused_gate(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Fused activation of stacked experts, [T, 2 I] (gate, then up) to [T, I].
-
-    Returns:
-        None if the family has an activation that is not supported here.
-    """
+    """Fused activation of stacked experts, [T, 2 I] (gate, then up) to [T, I]; None if unknown."""
     act: Any = getattr(experts, "act_fn", None)
     kind: str | None = ACTIVATIONS.get(type(act))
     own_gate = getattr(type(experts), "_apply_gate", None)

@@ -151,7 +151,6 @@ def _aligned(size: int) -> int:
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix with rows and columns of zeros added, which do not change a product."""
     missing = columns - matrix.shape[1], rows - matrix.shape[0]
     return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 

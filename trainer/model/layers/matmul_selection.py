@@ -105,9 +105,6 @@ def _has_compiler() -> bool:
 def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[str]:
     """Set the product of every quantized linear layer; stacked experts remain exact.
 
-    Args:
-        kind: dequantize, int8, int8_outliers or bitsandbytes.
-
     Returns:
         Names of the layers that remain exact because sums over their width may exceed int32.
     """
@@ -145,12 +142,7 @@ def largest_shapes(model: nn.Module) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Result of timing the products.
-
-    Attributes:
-        kind: the fastest product.
-        reason: times and failures, for the log.
-    """
+    """Result of timing the products: the fastest, and times and failures for the log."""
 
     kind: str
     reason: str
@@ -227,11 +219,7 @@ class _Problem:
         return y_TN.detach(), dx_TK
 
     def failure(self, product: Product, exact: Product) -> str | None:
-        """Compare forward and input-gradient with the exact product, which also warms both up.
-
-        Returns:
-            Reason why the product is unusable; None if it is usable.
-        """
+        """Reason why the product is unusable, or None. The comparison warms both products up."""
         try:
             actual = self.run(product)
         except RuntimeError as error:  # from the kernel, the compiler or the allocator

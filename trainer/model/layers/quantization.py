@@ -15,11 +15,7 @@ INT8_MAX = 127.0
 
 
 def quantize_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row by its largest magnitude.
-
-    Returns:
-        ``int8`` of shape [..., N, K] and the ``absmax`` of each row, fp32 of shape [..., N].
-    """
+    """Quantize rows by their largest magnitude: int8 [..., N, K] and ``absmax``, fp32 [..., N]."""
     weight_NK = weight_NK.float()
     absmax_N = weight_NK.abs().amax(dim=-1)
     # Rows of zeros are divided by one: they remain zero instead of becoming NaN.
