@@ -1,4 +1,4 @@
-"""Training rows are packed into batches without padding.
+"""Packing of training rows into batches without padding.
 
 1. ``batch_source``: samples the rows of each prompt's next update -> ``list[PackedRow]``.
 2. ``planning``: assigns rows to ranks and batches -> ``plan[rank][batch]: list[PackedRow]``.

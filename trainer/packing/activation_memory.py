@@ -1,8 +1,8 @@
 """Activation memory of a packed batch, and the token budget that follows. Imports no torch.
 
-Frozen linear layers save no input, so autograd keeps the inputs of norms and activations, and
-queries, keys and values. The constants come from counting the saved tensors of every family
-(``trainer.training.saved_tensors``); a test compares the estimate with the count. Bytes are per
+Frozen linear layers save no inputs for backward. Autograd keeps the inputs of norms and activations
+and the queries, keys and values. The constants are from counts of saved tensors for each model
+family (``trainer.training.saved_tensors``); a test compares estimates with counts. Bytes are per
 token of a packed batch unless noted.
 """
 
@@ -11,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-#: Layers are recomputed if packed batches of this many tokens do not fit otherwise.
+#: ``gradient_checkpointing: auto`` recomputes layers if packed batches of this many tokens do not
+#: fit otherwise.
 WORTHWHILE_TOKENS = 2048
-#: Maximum on a CPU, whose caches are small.
+#: Maximum tokens on a CPU, whose caches are small.
 CPU_TOKENS = 1536
-#: Minimum, even if memory is short; a longer row gets a packed batch for itself.
+#: Minimum tokens, even if memory is short; a longer row gets a separate packed batch.
 LEAST_TOKENS = 256
 #: Share of the free memory that activations may take; the rest is a reserve.
 USABLE_SHARE = 0.8
-#: Mean padding in buckets of attention, which hold rows down to 0.7 of their longest.
+#: Mean padding in buckets of attention, whose rows have at least 0.7 of the longest length.
 BUCKET_PADDING = 1.15
-#: Slices of logits that exist at a time: products, fp32 copies, probabilities.
+#: Number of slices of logits that exist at a time: products, fp32 copies, probabilities.
 LOGITS_COPIES = 4
-#: Covers small tensors of some families, such as clipped queries.
+#: Factor for small tensors of some families, such as clipped queries.
 MARGIN = 1.05
 #: Shares of the budget that the first steps use on a GPU, while its peak is measured.
 RAMP = (0.25, 0.5)
@@ -60,17 +61,17 @@ class LayerSizes:
 
     @property
     def mlp(self) -> int:
-        """Elements of one tensor between the two halves of the MLP."""
+        """Elements per token of one tensor inside the MLP."""
         return self.mlp_width * max(1, self.experts_per_token)
 
 
 @dataclass(frozen=True)
 class RowSizes:
-    """Layout of rows in the buckets of attention.
+    """Sizes of rows in the buckets of attention.
 
     Attributes:
-        keys_per_token: keys gathered for each token: its own, and its share of the row's prompt.
-        keys_per_query: keys each query is compared with.
+        keys_per_token: keys gathered per token: its own, and its share of the row's prompt.
+        keys_per_query: keys with which each query is compared.
         copied: attention saves the tensors of its buckets, not only the packed ones.
         padding: computed tokens per token of a packed batch; above 1 if rows are padded.
     """
@@ -84,7 +85,7 @@ class RowSizes:
 def row_sizes(
     lengths: Sequence[int], num_virtual: int, packed: bool = True, copied: bool = True
 ) -> RowSizes:
-    """Return the layout of rows of these lengths after a prompt of ``num_virtual`` tokens."""
+    """Return the sizes of rows of these lengths after a prompt of ``num_virtual`` tokens."""
     total = sum(lengths)
     if not total:
         return RowSizes()
@@ -98,11 +99,11 @@ def row_sizes(
 
 @dataclass(frozen=True)
 class BatchMemory:
-    """Activation memory of packed batches over one base.
+    """Activation memory of packed batches.
 
     Attributes:
-        itemsize: bytes of the compute type.
-        logits_bytes: of one slice of logits.
+        itemsize: bytes per element of the compute type.
+        logits_bytes: bytes of one slice of logits.
     """
 
     sizes: LayerSizes
@@ -125,9 +126,9 @@ class BatchMemory:
         s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
         if not self.rows.copied and not s.keeps_scores:
             return item * 2 * (s.query_width + s.key_width) + 4 * s.heads  # and log-sum-exp
-        # Every row of a bucket has a copy of its prompt's keys and values, but not of its queries.
+        # Every row of a bucket has a copy of the keys and values of its prompt, not of the queries.
         queries = 2 * BUCKET_PADDING * s.query_width
-        # Keys and values are repeated for each head of queries.
+        # Keys and values are repeated for each query head.
         gathered = 2 * s.query_width * self.rows.keys_per_token
         if not s.keeps_scores:
             return item * (queries + gathered + keys) + 4 * s.heads  # mask and log-sum-exp
@@ -142,7 +143,7 @@ class BatchMemory:
         return self.rows.padding * (s.layers * layer + ends)
 
     def peak(self, checkpointing: bool) -> float:
-        """Return the maximum: everything that is saved, and the buffers of one layer."""
+        """Return the peak: all saved bytes, and the buffers of one layer."""
         s = self.sizes
         at_work = 4 * (3 * s.hidden + s.query_width + 2 * s.key_width + 3 * s.mlp)
         losses = 12 * s.hidden
@@ -150,11 +151,11 @@ class BatchMemory:
         return self.saved(checkpointing) + self.rows.padding * (again + max(at_work, losses))
 
     def batch_bytes(self, tokens: int, checkpointing: bool) -> int:
-        """Return the bytes of a packed batch of ``tokens`` tokens."""
+        """Return the peak bytes of a packed batch of ``tokens`` tokens."""
         return int(tokens * self.peak(checkpointing)) + LOGITS_COPIES * self.logits_bytes
 
     def tokens(self, room: int, checkpointing: bool) -> int:
-        """Return the longest packed batch for ``room`` bytes, at least ``LEAST_TOKENS``."""
+        """Return the most tokens that fit in ``room`` bytes, at least ``LEAST_TOKENS``."""
         fitting = (room - LOGITS_COPIES * self.logits_bytes) / self.peak(checkpointing)
         return max(LEAST_TOKENS, int(fitting))
 
@@ -164,9 +165,8 @@ class TokenBudget:
     """Maximum tokens of one packed batch, equal on all ranks; shrinks when memory runs short.
 
     Attributes:
-        tokens: the maximum.
         checkpointing: layers are recomputed in backward.
-        expected_bytes: activations of a packed batch of that length.
+        expected_bytes: activations of a packed batch of ``tokens`` tokens.
         room: bytes available for activations.
         ramp: shares of ``tokens`` that the next steps use.
     """
@@ -185,11 +185,11 @@ class TokenBudget:
         return max(min(self.tokens, LEAST_TOKENS), int(self.tokens * self.ramp[0]))
 
     def confirm(self, peak_bytes: int, tokens: int) -> bool:
-        """End a step of the ramp, and shrink to the length that its peak allows.
+        """End a step of the ramp; shrink the budget if the step's peak requires it.
 
         Args:
-            peak_bytes: activations in that step, on the rank that used the most per token.
-            tokens: of that rank's longest packed batch.
+            peak_bytes: activations in the step, on the rank that used the most per token.
+            tokens: tokens of that rank's longest packed batch.
 
         Returns:
             Whether the budget shrank.
@@ -205,7 +205,7 @@ class TokenBudget:
         return shrinks
 
     def halve(self) -> None:
-        """Halve the budget after a packed batch did not fit."""
+        """Halve the budget, because a packed batch did not fit, and end the ramp."""
         self.tokens = max(1, self.now // 2)
         self.ramp = []
 
@@ -229,7 +229,7 @@ def choose_budget(
     most: int | None = None,
     ramp: Sequence[float] = (),
 ) -> TokenBudget:
-    """Choose the longest packed batches that memory holds and a step needs.
+    """Choose the longest packed batches that fit in memory and that a step needs.
 
     Args:
         room: bytes for activations on a rank's device.

@@ -1,4 +1,4 @@
-"""The training rows of each update, sampled for each prompt."""
+"""Sample the training rows of every prompt's next update."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trainer.packing.packed_batch import PackedRow
 class BatchSource:
     """Samples the rows of every prompt's next update.
 
-    Each prompt has its own sampler, so its rows depend only on its own settings. Rows that several
-    prompts read in one step, because of an equal ``data_seed``, are decoded once.
+    Each prompt has its own sampler, so its rows depend on its own settings only. Rows that several
+    prompts read in the same step (equal ``data_seed``) are decoded once.
     """
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, TaskData]) -> None:
@@ -59,7 +59,7 @@ class BatchSource:
 
 
 def _components(examples: TokenTable, rows: RowDataset) -> list[MixtureComponent]:
-    """Return mixture components as ranges of examples: some rows may have been skipped."""
+    """Convert components from ranges of rows to ranges of examples: rows may have been skipped."""
     bounds = [(component.start, component.stop) for component in rows.components]
     return [
         replace(component, start=start, stop=stop)

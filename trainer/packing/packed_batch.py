@@ -1,13 +1,13 @@
-"""Packed batches: ``[prompt segments | row segments]``, no padding.
+"""Packed batches: ``[prompt segments | row segments]`` without padding.
 
-A packed batch holds each prompt once, not once per row: in a causal model the states of a prompt do
-not depend on the text after it. Every row attends to its own prompt and to itself, and its
+A packed batch contains each prompt once, not once per row: in a causal model, the states of a
+prompt do not depend on the text after it. Every row attends to its own prompt and to itself; its
 positions continue those of the prompt. A prompt of keys and values per layer (prefix tuning) has no
-tokens in the packed batch: its segment follows the last token, where attention finds its keys.
+tokens in the packed batch: its segment is after the last token, where attention puts its keys.
 
-A row with several candidate targets is read once: one segment holds the tokens that all candidates
-share, and one short segment per candidate attends to itself, to the shared segment and to the
-prompt. The last token of a candidate predicts nothing and is left out.
+A row with several candidate targets has one segment with the tokens that all candidates share, and
+one short segment per candidate, which attends to itself, the shared segment and the prompt. The
+last token of a candidate predicts nothing and is omitted.
 
 Shape letters: T tokens of a packed batch, N labels, U positions that predict them, K prompts of the
 bank.
@@ -37,8 +37,8 @@ class PackedRow:
     Attributes:
         prompt: index in the bank, or None for the base without a prompt.
         slot: a number chosen by the caller; losses are returned by slot.
-        is_padding: gives a rank without rows a forward, so that ranks stay in lockstep; its labels
-            do not count.
+        is_padding: the row only gives a rank without rows the same number of forwards as other
+            ranks; its labels do not count.
         teacher: the label positions learn its distributions instead of the labels.
         candidates: the row with each of its candidate targets, ``example`` first; candidate i has
             the slot ``slot + i``. Empty: ``example`` is the only target.
@@ -81,7 +81,7 @@ class Segment:
     """Consecutive tokens that attend causally to themselves, and to all tokens of their prefixes.
 
     Attributes:
-        prefix: the segment before this one, which may have a prefix itself.
+        prefix: the segment that this one continues, which may have a prefix itself.
         candidate: one of several targets of a row, which are consecutive and share one prefix.
     """
 
@@ -92,7 +92,7 @@ class Segment:
 
     @property
     def prefixes(self) -> tuple[Segment, ...]:
-        """All segments before this one, in order."""
+        """All segments that this one continues, in order."""
         return () if self.prefix is None else (*self.prefix.prefixes, self.prefix)
 
     @property
@@ -121,20 +121,20 @@ class PackedBatch:
     Attributes:
         token_ids_T: token ids; 0 at the positions of virtual tokens.
         position_ids_T: every row continues the positions of its prompt.
-        prompts: (index in the bank, segment) of every prompt in the packed batch.
-        past: (index in the bank, segment) of every prompt of keys and values; its segment begins
+        prompts: (index in the bank, segment) of every prompt of virtual tokens.
+        past: (index in the bank, segment) of every prompt of keys and values; these segments are
             after the last token.
         segments: all segments of tokens, prompts first; candidates of one row are consecutive.
         label_positions_N: position whose output predicts the label; labels may share one.
         labels_N: ids of the tokens to predict.
-        label_prompt_N: index in the bank, -1 for none.
+        label_prompt_N: index in the bank; -1 without a prompt.
         label_slot_N: ``PackedRow.slot`` of the row; -1 in a padding row.
-        shared: the distinct positions if labels share some; None otherwise.
+        shared: the distinct label positions if rows have candidates; otherwise None.
         layout: of attention over the segments, if prefetching has prepared it.
         distilled_D: indices of the labels that learn from a teacher.
-        teacher: the rows that have a teacher, after its text; its labels are the D distilled ones
-            in the same order. A padding row if only other batches of the step have such rows, None
-            if none has.
+        teacher: batch of the rows with a teacher, after its text; its labels are the D distilled
+            ones in the same order. If only other batches of the step have such rows, a padding row;
+            if none has, None.
     """
 
     token_ids_T: Tensor
@@ -152,12 +152,12 @@ class PackedBatch:
     teacher: PackedBatch | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Copy to the device; from pinned memory without waiting."""
+        """Copy to the device, from pinned memory without waiting."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """Return a copy with all tensors changed, including those in nested tuples and dataclasses."""
+    """Apply ``change`` to all tensors in nested tuples and dataclasses; return a copy."""
     new: Any = value
     if isinstance(value, Tensor):
         new = change(value)
@@ -178,8 +178,8 @@ class PromptLengths:
     """Number of virtual tokens of every prompt in the bank, [K].
 
     Attributes:
-        tokens: those with positions in a packed batch; 0 for a prompt of keys and values.
-        past: those that are keys and values only; 0 for other prompts.
+        tokens: of prompts with positions in a packed batch; 0 for prompts of keys and values.
+        past: of prompts of keys and values; 0 for others.
     """
 
     tokens: tuple[int, ...]
@@ -191,11 +191,11 @@ def build_packed_batch(
     prompt_lengths: Sequence[int],
     past_lengths: Sequence[int] = (),
 ) -> PackedBatch:
-    """Lay rows end to end after the prompts that they attend to.
+    """Concatenate rows after the prompts that they attend to.
 
     Args:
-        prompt_lengths: virtual tokens of every prompt that have positions in a batch, [K].
-        past_lengths: virtual tokens that are keys and values only, [K]; none by default.
+        prompt_lengths: positions of every prompt, as ``PromptLengths.tokens``.
+        past_lengths: as ``PromptLengths.past``; none by default.
     """
     used = sorted({row.prompt for row in rows if row.prompt is not None})
     past = [k for k in used if past_lengths and past_lengths[k]]
@@ -232,7 +232,6 @@ class _BatchBuilder:
     def append(
         self, ids: Sequence[int], prefix: Segment | None = None, candidate: bool = False
     ) -> Segment:
-        """Append tokens after a prefix."""
         segment = Segment(len(self.token_ids), len(ids), prefix, candidate)
         self.segments.append(segment)
         self.token_ids += ids
@@ -252,7 +251,7 @@ class _BatchBuilder:
         self._label(row, row.slot, row.example)
 
     def add_candidates(self, row: PackedRow, prompt: Segment | None) -> None:
-        """Append the tokens that a row's candidates share, and then those of each candidate."""
+        """Append the tokens that a row's candidates share, then those of each candidate."""
         self.any_candidates = True
         prefix, shared = prompt, len(row.shared_ids)
         row_start = len(self.token_ids)
@@ -281,7 +280,6 @@ class _BatchBuilder:
         prompts: tuple[tuple[int, Segment], ...],
         past: tuple[tuple[int, Segment], ...],
     ) -> PackedBatch:
-        """Return the packed batch of everything appended so far."""
         label_positions_N = torch.tensor(self.label_positions)
         shared = None
         if self.any_candidates:
@@ -302,7 +300,7 @@ class _BatchBuilder:
 
 
 def build_teacher_batch(rows: Sequence[PackedRow]) -> PackedBatch:
-    """Pack the rows that learn from a teacher, after its text; a padding row if there is none.
+    """Pack the rows with a teacher after its text; without such rows, pack one padding row.
 
     The prompts of this batch are numbered by ``Teacher.index``.
     """

@@ -11,8 +11,8 @@ from trainer.packing.packed_batch import PackedRow
 
 T = TypeVar("T")
 
-#: A packed batch may exceed its budget by this share: virtual tokens and unequal sums of rows must
-#: not cost the step one more forward.
+#: Share by which a packed batch may exceed its budget, so that a few virtual tokens, or unequal
+#: loads, do not add a forward to the step.
 SLACK = 1 / 32
 
 
@@ -21,23 +21,22 @@ def plan_batches(
 ) -> list[list[list[PackedRow]]]:
     """Assign rows to ranks and packed batches: ``plan[rank][batch]`` is a list of rows.
 
-    Every rank gets the same number of batches, because an unequal number of forwards deadlocks
-    ZeRO-3; an empty batch gets a padding row. The longest rows are placed first, each into the
-    batch with the fewest tokens (longest-processing-time rule), so that the load of ranks is nearly
-    equal.
+    Every rank gets the same number of batches, because unequal numbers of forwards deadlock ZeRO-3;
+    an empty batch gets a padding row. Rows are placed from long to short, each into the batch with
+    the fewest tokens (longest-processing-time rule), so that ranks have nearly equal loads.
 
     Args:
-        max_tokens: of a packed batch, virtual tokens included, within ``SLACK``; a longer row gets
-            a separate batch.
+        max_tokens: of a packed batch with its virtual tokens, within ``SLACK``; a longer row gets a
+            separate batch.
 
     Raises:
-        ValueError: if ``rows`` is empty.
+        ValueError: ``rows`` is empty.
     """
     if not rows:
         raise ValueError("no rows to plan")
     order = sorted(range(len(rows)), key=lambda i: (-rows[i].num_tokens, i))
     most = int(max_tokens * (1 + SLACK))
-    # A row over the limit fills one batch; with one row per batch there is nothing left to split.
+    # Count a row over the limit as one full batch. More than one batch per row is never needed.
     total = sum(min(row.num_tokens, most) for row in rows)
     num_batches = -(-total // (most * num_ranks)) * num_ranks
     enough = -(-len(rows) // num_ranks) * num_ranks
@@ -78,14 +77,14 @@ def _fill(
 
 
 def _tokens(batch: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
-    """Return the tokens of a batch, those of its prompts included."""
+    """Return the number of tokens of a batch, including its prompts."""
     prompts = {row.prompt for row in batch if row.prompt is not None}
     text = sum(row.num_tokens for row in batch)
     return text + sum(prompt_lengths[k] for k in prompts)
 
 
 def portions(items: Iterable[T], num_tokens: Callable[[T], int], most: float) -> Iterator[list[T]]:
-    """Yield items in order, in portions of at most ``most`` tokens; a larger item is alone."""
+    """Yield items in order, in lists of at most ``most`` tokens; a larger item is alone."""
     portion: list[T] = []
     tokens = 0
     for item in items:

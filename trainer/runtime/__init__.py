@@ -1,8 +1,8 @@
-"""Errors, console, processes and files for every other folder. Imports no torch and no mlflow.
+"""Errors, console, processes and files, for all other folders. Imports no torch and no mlflow.
 
-In the order in which one process uses them:
+In the order in which a process uses them:
 
-1. ``bootstrap``: start a module with a clean import path. ``process``: end with the parent process.
+1. ``bootstrap``: run a module with a clean import path. ``process``: end with the parent process.
 2. ``rank_program``: run a rank and turn its exceptions (``errors.BadInput``, ``errors.PortTaken``)
    into exit codes. ``stdio``: redirect library output to the rank's log. ``stop_signals``: stop
    when loading, or after the current step.

@@ -1,7 +1,4 @@
-"""Replace files atomically: a reader sees the old content or the new one.
-
-Standard library only.
-"""
+"""Replace files atomically: readers see the old or the new content. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from typing import Any, BinaryIO
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a temporary file that replaces ``path`` at the end, or is deleted after an error.
 
-    Only one process at a time may write a path.
+    Two processes must not write the same path at the same time.
 
     Args:
-        durable: fsync the file first, so that a power failure leaves no empty file. The caller
-            syncs the folder, if its entry must survive as well.
+        durable: fsync the file first, so that a power failure leaves no empty file. The caller must
+            fsync the folder if the new file must survive, too.
 
     Raises:
-        OSError: the disk is full or cannot be written; ``path`` is unchanged.
+        OSError: the file cannot be written; ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
@@ -39,7 +36,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a full disk does not name the file
+            error.filename = str(path)  # errors of a full disk do not name the file
         raise
 
 
@@ -50,5 +47,5 @@ def write(path: Path, content: bytes | str, *, durable: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the content of a file by ``value`` as JSON."""
+    """Replace the content of a file with ``value`` as JSON."""
     write(path, json.dumps(value, indent=2) + "\n")

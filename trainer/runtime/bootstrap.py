@@ -1,12 +1,12 @@
-"""Run a module so that the working directory cannot hide another module.
+"""Run a module so that files in the working directory cannot hide other modules.
 
     python trainer/runtime/bootstrap.py [OPTIONS] MODULE [ARGUMENT ...]
 
 ``python -m MODULE`` imports from the working directory first: a ``json.py`` or a folder ``trainer``
-there replaces the real one silently. Python 3.11 prevents that with PYTHONSAFEPATH. Python 3.10
-does not, so every process of this project is started by the path of this file.
+there replaces the real one silently. Python 3.11 prevents that with PYTHONSAFEPATH, Python 3.10
+does not. Therefore every process of this project is started with the path of this file.
 
-Before the import path is clean, only modules that the interpreter has loaded already are imported.
+Until the import path is clean, import only modules that the interpreter has already loaded.
 """
 
 import os
@@ -20,14 +20,14 @@ ROOT = os.path.dirname(PACKAGE)
 
 
 def command(module: str, *options: str, python: str | None = None) -> list[str]:
-    """Return the command line that runs a module; append its arguments."""
+    """Return the command line that runs a module, to which its arguments can be appended."""
     return [python or sys.executable, FILE, *options, module]
 
 
 def arguments_in_environment(arguments: list[str]) -> dict[str, str]:
-    """Return the environment that passes arguments to ``--arguments-in-environment``.
+    """Return the environment variable that ``--arguments-in-environment`` reads.
 
-    Every user can read command lines, but only its owner the environment of a process.
+    All users can read the command line of a process; only its owner can read the environment.
     """
     import json
 
@@ -45,7 +45,7 @@ def clean_path() -> None:
 
 
 def _real(path: str) -> str:
-    """Return the real path; the path itself if the working directory is deleted."""
+    """Return the real path, or the path itself if the working directory was deleted."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -53,7 +53,7 @@ def _real(path: str) -> str:
 
 
 def foreign_package() -> str | None:
-    """Return a message if ``import trainer`` finds another package than this file's."""
+    """Return a message if ``import trainer`` does not find the package of this file."""
     import importlib.util
 
     spec = importlib.util.find_spec("trainer")
@@ -81,7 +81,7 @@ def hidden_modules() -> list[str]:
 
 
 def main() -> None:
-    """Clean the import path, then run the module of the command line in this process."""
+    """Clean the import path, then run a module in this process."""
     clean_path()
     import argparse
     import json

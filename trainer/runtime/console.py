@@ -1,7 +1,7 @@
 """Output of rank 0: a live progress display on a terminal, plain lines elsewhere.
 
-Work that takes time is a ``Phase``. On a terminal each running phase has a progress bar; elsewhere
-a thread prints the innermost phase when nothing was printed for ``PLAIN_INTERVAL`` seconds.
+Long operations are a ``Phase`` each. On a terminal, each running phase has a progress bar;
+elsewhere, a thread prints the innermost phase after ``PLAIN_INTERVAL`` seconds without output.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rich.table import Table
 from trainer.runtime.phases import Phase, clock
 from trainer.runtime.redact import printable, redact
 
-#: Seconds without output before a plain line is printed, if there is no terminal.
+#: Without a terminal: seconds without output before a line is printed.
 PLAIN_INTERVAL = 5.0
 #: Shorter phases are not displayed.
 QUIET_SECONDS = 1.0
 #: Seconds between two updates of the display.
 TICK = 0.25
-#: Width of a table, in columns, if there is no terminal.
+#: Without a terminal: width of a table in characters.
 PLAIN_WIDTH = 110
 
 
@@ -57,7 +57,7 @@ class Console:
         self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
         self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
         self._phases: list[Phase] = []
-        self._lock = threading.Lock()  # a phase must not end while it is displayed
+        self._lock = threading.Lock()  # a phase must not end while the thread displays it
         self._last_output = time.monotonic()
         self._ticker: threading.Thread | None = None
         self._stop = threading.Event()
@@ -94,7 +94,7 @@ class Console:
         console.print(_safe(text), style=style, markup=False)
 
     def failure(self, error: BaseException) -> None:
-        """Print the error that ends the run, once and in one line."""
+        """Print the first line of the error that ends the run; only once per error."""
         if error is not self._reported:
             self._reported = error
             first_line = str(error).strip().split("\n")[0]
@@ -119,7 +119,7 @@ class Console:
         *,
         announce: bool = False,
     ) -> Iterator[Phase]:
-        """Display a phase while the block runs; ``announce``: print a line without a terminal."""
+        """Display a phase while the block runs; without a terminal, ``announce`` prints a line."""
         phase = Phase(what, total, unit, done)
         if announce and not self._out.is_terminal:
             self.print(what if total is None else f"{what} ({phase.size})")
@@ -190,7 +190,7 @@ class Console:
 
     @contextmanager
     def downloading(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield ``update(present, expected)``, in bytes; both may grow."""
+        """Yield ``update(done, total)``, in bytes; both may grow."""
         with self.phase(f"downloading {what}", unit="bytes") as phase:
 
             def update(done: int, total: int) -> None:
@@ -202,7 +202,7 @@ class Console:
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str, int], None]]:
-        """Yield ``update(file, rows)``, called with the number of rows read so far."""
+        """Yield ``update(file, number of rows read so far)``."""
         with self.phase("reading rows") as phase:
 
             def update(name: str, rows: int) -> None:
@@ -212,7 +212,7 @@ class Console:
 
     @contextmanager
     def working(self, what: str, total: int) -> Iterator[Callable[[float], None]]:
-        """Yield ``advance(rows)``, called with the number of rows that are newly done."""
+        """Yield ``advance(number of further rows done)``."""
         with self.phase(what, total) as phase:
             yield phase.advance
 
@@ -244,12 +244,11 @@ class StepLine:
             self.end()
 
     def end(self) -> None:
-        """Print the newest step unless it is printed already."""
+        """Print the newest step unless already printed."""
         if self._unprinted:
             self._console.print(self._unprinted)
             self._unprinted = ""
 
 
 def _safe(text: str) -> str:
-    """Hide credentials and escape control characters."""
     return printable(redact(text))

@@ -13,10 +13,9 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped; rerun the command to 
 
 
 class BadInput(ValueError):
-    """Invalid input: a list of problems, one line each.
+    """Invalid input: a list of problems, each with place, value and remedy.
 
-    A problem names the file, line or setting, the value, and the remedy. The command line prints
-    the lines and exits with code 2.
+    The command line prints one line per problem and exits with code 2.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
@@ -29,7 +28,7 @@ class PortTaken(RuntimeError):
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return `` (did you mean 'x'?)`` with the closest known name, ignoring case, or nothing."""
+    """Return `` (did you mean 'x'?)`` with the closest known name; empty if none is close."""
     lower = {name.lower().strip(): name for name in known}
     close = difflib.get_close_matches(word.lower().strip(), list(lower), n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""

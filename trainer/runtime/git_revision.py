@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-#: File with the revision, in the copy of the code that a job was submitted with.
+#: File with the revision in the copy of the code that a submitted job runs.
 REVISION_FILE = "REVISION"
 
 
 def git_revision(root: Path) -> str | None:
-    """Return the commit of ``root``, with ``+changed`` if files differ; None outside a clone."""
+    """Return the commit of ``root``, plus ``+changed`` if files differ; None outside a clone."""
     frozen = root / REVISION_FILE
     if frozen.is_file():
         return frozen.read_text(encoding="utf-8").strip() or None

@@ -1,4 +1,4 @@
-"""Read untrusted JSON; damaged, too large or too deeply nested files raise ``BadInput``."""
+"""Read untrusted JSON. Damaged, too large or too deeply nested files raise ``BadInput``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.runtime.errors import BadInput
 
-#: Maximum nesting: Python's parser and the functions that walk its result are recursive.
+#: Maximum nesting, because Python's parser and functions that use its result are recursive.
 MAX_DEPTH = 200
 MAX_BYTES = 1 << 26
 
@@ -37,7 +37,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Parse a JSON file that contains an object; any other value raises ``BadInput`` too."""
+    """Parse a JSON file that contains an object; raises ``BadInput`` also for any other value."""
     value = read_json(path, max_bytes=max_bytes)
     if not isinstance(value, dict):
         names = {type(None): "null", list: "a list", str: "a string", bool: "a boolean"}

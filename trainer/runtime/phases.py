@@ -1,4 +1,4 @@
-"""Phases of a run: progress of a running phase, and seconds by phase."""
+"""Phases of a run: progress of a running phase, and seconds per phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import TaskID
 
 @dataclass
 class Phase:
-    """Work in progress. Any thread may set its attributes."""
+    """A running phase. Any thread may set its attributes."""
 
     what: str
     total: float | None = None  #: in ``unit``; None if unknown
@@ -43,7 +43,7 @@ class Phase:
 
     @property
     def size(self) -> str:
-        """The total with its unit: ``3,400 rows``, ``12.0 MB``."""
+        """Total with unit: ``3,400 rows``, ``12.0 MB``."""
         return f"{self._number(self.total or 0)} {self._unit}"
 
     @property
@@ -55,10 +55,7 @@ class Phase:
 
 
 class PhaseTimes:
-    """Sums up the seconds of named phases.
-
-    The time of a nested phase is subtracted from the outer one, so no second is counted twice.
-    """
+    """Seconds of named phases; those of a nested phase do not count for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}  #: in the order in which the phases first started
@@ -83,7 +80,7 @@ class PhaseTimes:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     def summary(self) -> dict[str, float]:
-        """Return the seconds by phase and their ``total``."""
+        """Return the seconds per phase and their ``total``."""
         return {**self.seconds, "total": sum(self.seconds.values())}
 
 

@@ -1,7 +1,4 @@
-"""Process utilities: end with the parent, exit at once, look up a PID.
-
-Standard library only.
-"""
+"""Process utilities: end with the parent, exit at once, look up a PID. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,46 +11,50 @@ from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 #: Environment variable with the path of a file that rank 0 deletes when its work is done. If the
-#: file remains, exit code 0 does not count: another program may have run instead.
+#: file still exists, exit code 0 is ignored: another program may have run instead.
 UNFINISHED = "PROMPTSHARD_UNFINISHED"
-#: Environment variable that is set if the remarks about the rows are printed already.
+#: Environment variable that is set if the remarks about the rows were already printed.
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
-#: Start time of a process whose start time is unknown.
+#: Result of ``process_start`` if the process exists but has no readable start time.
 UNKNOWN = "unknown"
 
 
 def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) -> None:
     """Have Linux send this process a signal when its parent dies for any reason.
 
-    The parent of PID ``parent`` may be dead already; 0 is the current parent.
+    Args:
+        parent: PID of the parent, which may have died already; 0: the current parent.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, ending)
-    if os.getppid() != parent:  # it died before the request
+    if os.getppid() != parent:  # the parent died before the call of prctl
         os.kill(os.getpid(), ending)
 
 
 def mark_finished() -> None:
-    """Report to the program that started the ranks that rank 0 has done its work."""
+    """Delete the file of ``UNFINISHED``: rank 0 has done its work."""
     path = os.environ.pop(UNFINISHED, None)
     if path is not None:
         Path(path).unlink(missing_ok=True)
 
 
 def flush_and_exit(code: int) -> NoReturn:
-    """Flush the standard streams and exit without waiting for threads of libraries."""
+    """Flush the standard streams and exit without waiting for library threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def process_start(pid: int) -> str:
-    """Return when a process of this host started; empty if it is gone or a zombie."""
+    """Return the start time of a process of this host, in clock ticks since boot, as text.
+
+    Empty if there is no such process or it is a zombie; ``UNKNOWN`` without /proc.
+    """
     stat = read_text(f"/proc/{pid}/stat")
     if stat:
-        # The name, in parentheses, can contain anything; fields 3 (state) to 22 (start) follow it.
+        # Fields 3 (state) to 22 (start) follow "(NAME)", which can contain any character.
         fields = stat.rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     try:
@@ -61,7 +62,7 @@ def process_start(pid: int) -> str:
     except ProcessLookupError:
         return ""
     except OSError:
-        pass  # another user's
+        pass  # the process of another user
     return UNKNOWN
 
 

@@ -33,7 +33,7 @@ FindCheckpoint = Callable[[Path], str | None]
 
 
 class HasOutputDir(Protocol):
-    """The part of a run file that ``run_rank`` requires."""
+    """The field of a run file that ``run_rank`` requires."""
 
     @property
     def output_dir(self) -> str: ...
@@ -49,7 +49,7 @@ def run_rank(
     resumes_from: FindCheckpoint | None = None,
     answers: bool = False,
 ) -> int:
-    """Read the run file, then ``run_guarded`` this rank's program on it; return the exit code."""
+    """Read the run file and run this rank's program with ``run_guarded``; return the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     die_with_parent()
     try:
@@ -63,7 +63,7 @@ def run_rank(
 
 def report_bad_input(rank: int, error: BadInput) -> int:
     """Print problems before there is a log file; return the exit code."""
-    # On one rank of each node, because a file can be missing on one node only.
+    # One rank per node prints, because a file may be missing on only one node.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         node = "" if rank == 0 else f"{platform.node()}: "
         with suppress(OSError):  # stderr is closed
@@ -83,7 +83,7 @@ def run_guarded(
     """Run this rank's program with library output in a log file; return the exit code.
 
     Args:
-        resumes_from: finds the checkpoint from which a stopped program resumes; None if the program
+        resumes_from: finds the checkpoint from which a stopped program resumes. None: the program
             cannot resume.
         answers: reserve stdout for ``Console.answer``; all other output goes to stderr.
     """
@@ -112,7 +112,7 @@ def run_guarded(
         return EXIT_PORT_TAKEN
     except Exception as error:
         traceback.print_exc()
-        # A rank that a signal has stopped closes its connections, which fail on the others.
+        # When a signal stops one rank, the connections of the other ranks to it fail.
         if resumes_from is not None and stop_signals.stopped_since(logs, started):
             return _stopped(resumes_from(logs.parent), console)
         console.failure(error)
@@ -129,7 +129,7 @@ def _stopped(checkpoint: str | None, console: Console) -> int:
 
 
 def writable_folder(folder: Path) -> Path:
-    """Create the folder if it does not exist, and return it; ``BadInput`` if not writable."""
+    """Create a folder if needed and return it; raises ``BadInput`` if it is not writable."""
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

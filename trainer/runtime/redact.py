@@ -29,26 +29,23 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def redact_value(text: str) -> str:
-    """Redact one value, such as ``tracking.uri=...``: hide all from ``://`` to the last ``@``."""
+    """Redact one value, such as ``tracking.uri=...``, from ``://`` to the last ``@``."""
     return redact(re.sub(r"://.*@", f"://{HIDDEN}@", text, flags=re.DOTALL))
 
 
-#: Control characters except tab and newline, surrogates, and marks of text direction.
+#: Control characters except tab and newline, surrogates, and marks for the direction of text.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    """Escape control characters (``\\x1b``), so that text of files cannot control a terminal."""
+    """Escape control characters as ``\\x1b``, so that text from files cannot control a terminal."""
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def secrets_of(uri: str) -> list[str]:
-    """Return the secrets in ``uri``, as written and percent-decoded, the longest first.
-
-    Only those that ``is_distinct`` accepts.
-    """
+    """Return the distinct secrets in ``uri``, as written and percent-decoded, longest first."""
     secrets = set()
     user_info = _USER_INFO.match(uri)
     if user_info:
@@ -61,7 +58,7 @@ def secrets_of(uri: str) -> list[str]:
 
 
 def is_distinct(secret: str) -> bool:
-    """Whether a secret can be hidden in any text without hiding common words or numbers.
+    """Whether hiding a secret in any text cannot hide common words or numbers, too.
 
     Other secrets, such as the password "test", are hidden in addresses only.
     """

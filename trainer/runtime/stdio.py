@@ -1,9 +1,9 @@
 """Standard streams of a rank: only rank 0 writes to the terminal. Standard library only.
 
-``promptshard train`` redirects the stdout of the DeepSpeed launcher to a log file. The launcher
-passes file descriptor 0 to its ranks unchanged, so the user's stdout is passed as descriptor 0 and
-``PROMPTSHARD_STDOUT_FD`` is set; ``isatty`` still works on it. With ``deepspeed --module trainer``
-the user's stdout is descriptor 1 as usual.
+``promptshard train`` redirects the stdout of the DeepSpeed launcher to a log file. Ranks inherit
+descriptor 0 from the launcher unchanged, so it carries the user's stdout (``isatty`` works), and
+``PROMPTSHARD_STDOUT_FD`` is set to 0. With ``deepspeed --module trainer``, the user's stdout is
+descriptor 1 as usual.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ VARIABLE = "PROMPTSHARD_STDOUT_FD"
 
 
 class DroppingStream(io.TextIOWrapper):
-    """A stream that drops text instead of raising if its reader has ended or its disk is full.
+    """A stream that drops text instead of raising if its reader has exited or the disk is full.
 
-    Ctrl-C also ends a ``tee`` that reads the output, while the run still has to be saved.
+    Ctrl-C also ends a ``tee`` that reads the output, but the run must still save its state.
     """
 
     def __init__(self, descriptor: int, *, close: bool = True) -> None:
@@ -39,20 +39,20 @@ class DroppingStream(io.TextIOWrapper):
 
 
 def keep_streams() -> None:
-    """Make stdout and stderr drop text if their reader has ended or the disk is full."""
+    """Make stdout and stderr ``DroppingStream``, and open closed standard descriptors."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file that is opened would get this number
+        except OSError:  # closed: the next opened file would get this descriptor
             opened = os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
             os.set_inheritable(opened, True)
     sys.stdout, sys.stderr = DroppingStream(1, close=False), DroppingStream(2, close=False)
 
 
 def open_private(log: Path) -> int:
-    """Open a log for appending that only its owner can read; return the descriptor.
+    """Open a log for appending; return the descriptor.
 
-    Messages of libraries may contain passwords, for example of the tracker.
+    Only the owner can read the log: library messages may contain passwords, for example of MLflow.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with suppress(OSError):  # the log may belong to another user
@@ -63,8 +63,8 @@ def open_private(log: Path) -> int:
 def claim(rank: int, log: Path) -> tuple[TextIO, TextIO]:
     """Return stdout and stderr of the user and redirect descriptors 1 and 2 to ``log``.
 
-    Libraries, child processes and C code then write to the log. Call it before they are imported.
-    On ranks other than 0, the returned streams write to /dev/null.
+    Libraries, child processes and C code then write to the log. Call this before importing them. On
+    ranks other than 0, the returned streams write to /dev/null.
     """
     descriptor = os.environ.pop(VARIABLE, None)
     sys.stdout.flush()
@@ -75,7 +75,7 @@ def claim(rank: int, log: Path) -> tuple[TextIO, TextIO]:
         out, err = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
     log.parent.mkdir(parents=True, exist_ok=True)
     log_file = open_private(log)
-    os.utime(log)  # the command line checks that this rank has started
+    os.utime(log)  # the command line detects by it that this rank has started
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log_file, 1), (log_file, 2)):
         os.dup2(source, target)

@@ -1,11 +1,11 @@
-"""Stop signals of a rank: immediate while a run loads, deferred to the next step while it trains.
+"""Stop signals of a rank: immediate while loading, deferred to the end of the step in training.
 
-A run that trains has to stop on all ranks together, with its state saved. A signal therefore only
-sets a flag; the ranks exchange their flags in the all-reduce at the end of a step, so a signal to
-one of them is enough. Further signals while they save have no effect.
+In training, all ranks must stop after the same step and save their state. A signal therefore only
+sets a flag. Ranks combine their flags in the all-reduce at the end of a step, so a signal to one
+rank is enough. Further signals while saving have no effect.
 
-While a run loads, only the rank that receives the signal stops, and the others lose their
-connection to it. A file in ``logs`` informs them of the reason.
+While loading, the rank that receives the signal stops at once, and the connections of the other
+ranks to it fail. They read the reason from a file in ``logs``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """All ranks have stopped together, because one of them received a stop signal."""
+    """All ranks stop after the same step, because one of them received a stop signal."""
 
 
 _received = False
@@ -28,18 +28,18 @@ _deferred = False
 
 
 def install_handlers() -> None:
-    """Make stop signals interrupt this process as Ctrl-C does, and unblock them."""
+    """Make stop signals raise ``KeyboardInterrupt``, and unblock them."""
     global _received, _deferred
     _received = _deferred = False
     for number in SIGNALS:
-        # A background job of a shell ignores Ctrl-C.
+        # Background jobs of a shell ignore SIGINT.
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def defer() -> None:
-    """From now on, only record stop signals; ``stop_requested`` returns them."""
+    """From now on, stop signals only set the flag of ``stop_requested``."""
     global _deferred
     _deferred = True
 
@@ -50,13 +50,13 @@ def stop_requested() -> bool:
 
 
 def write_stop_file(logs: Path) -> None:
-    """Write a file for the ranks that lose their connection to this one."""
+    """Tell other ranks that this rank was stopped by a signal (see ``stopped_since``)."""
     with suppress(OSError):
         (logs / FILE).write_text("a rank was stopped by a signal\n")
 
 
 def stopped_since(logs: Path, since: float) -> bool:
-    """Whether a rank was stopped by a signal after a time in Unix seconds."""
+    """Whether a signal has stopped a rank since a time in Unix seconds."""
     try:
         return (logs / FILE).stat().st_mtime >= since
     except OSError:
