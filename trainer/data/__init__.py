@@ -1,6 +1,6 @@
-"""Files -> rows -> token ids. Nothing here imports torch, except ``label_prefixes``.
+"""Files -> rows -> token ids. Only ``label_prefixes`` imports torch.
 
-The way of a row from a file to a packed batch, with the type passed at each step:
+Steps from a file to a packed batch, with the type passed at each step:
 
 1. ``data_files``: a setting such as ``train`` (``DataSource``) -> ``DataFile``: a text file, or a
    ``Table`` (``table_readers``: parquet, arrow, saved folder, hub data set).
@@ -10,13 +10,13 @@ The way of a row from a file to a packed batch, with the type passed at each ste
 3. ``row_validation``: ``FileRecord`` -> the used columns in their parsed form (``column_parsers``),
    or ``Problems``, each with ``FILE:LINE`` and remedy.
 4. ``ingest``: all rows of a file -> ``IngestedFile``: memory-mapped Arrow, with a hash per row.
-5. ``splits``: ``IngestedFile`` -> ``RowDataset`` (``dataset``) per split. Sources are mixed
-   (``MixtureComponent``), validation rows are held out and ``max_rows`` selected by content hash
-   (``row_hashing``), and rows shared with train are reported (``LeakedRows``).
+5. ``splits``: ``IngestedFile`` -> ``RowDataset`` (``dataset``) per split: mixes sources
+   (``MixtureComponent``), holds out validation rows and applies ``max_rows`` by content hash
+   (``row_hashing``), and reports validation rows that are also in train (``LeakedRows``).
 6. ``tokenization``: ``RowDataset`` -> ``TokenBlock`` per batch -> ``TokenTable`` of ``Example``
    (``token_table``), kept in ``token_cache``.
-7. ``task_data``: the splits of a task -> ``TaskData``: a ``TokenTable`` to train on and an
-   ``EvalSet`` per validation split, without a prompt and after each hard prompt; with the
+7. ``task_data``: the splits of a task -> ``TaskData``: a ``TokenTable`` for training, an
+   ``EvalSet`` per validation split, without a prompt and after each hard prompt, and the
    ``Teacher`` of each distilled prompt (``teacher``).
 8. ``sampler``: ``TokenTable`` -> ``TokenBudgetSampler``: row numbers of each update.
 9. ``packing.batch_source``: row numbers -> ``PackedRow`` of each prompt.

@@ -1,9 +1,9 @@
-"""Column-wise reading: rows whose used columns are text or integers, as Arrow record batches.
+"""Read rows whose used columns are text or integers by column, as Arrow record batches.
 
-Reading row by row (``row_validation``) explains every mistake, at tens of microseconds per row.
-JSON Lines files and tables without a mistake are parsed and checked by Arrow instead, about ten
-times as fast. Wherever Arrow might read a value differently from Python, or a check fails,
-``NeedsRowwiseCheck`` is raised and the file is read row by row. Both ways give the same rows.
+Reading row by row (``row_validation``) explains every mistake, but takes tens of microseconds per
+row. Arrow parses and checks JSON Lines files and tables about ten times as fast. If Arrow might
+parse a value differently from Python, or a check fails, ``NeedsRowwiseCheck`` is raised and the
+file is read row by row. Both ways give the same rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.runtime.errors import BadInput
 
 LINE = "line of the file"  #: column added for the line number of each row
 _BLOCK_BYTES = 1 << 22
-# Python's and Arrow's parsers disagree about these; inside a text they are harmless, but rare.
+# The parsers of Python and Arrow disagree about these. Matches inside a text only cost time.
 _NOT_JSON = re.compile(rb"[:,\[]\s*-?(?:NaN|Infinity)")
 
 
@@ -42,7 +42,7 @@ def read_columns(file: DataFile, task: Task) -> Iterator[Any]:
     Every column has type ``string`` or ``int64`` and no null.
 
     Raises:
-        NeedsRowwiseCheck: a value has another type, or a check of ``RowValidator`` fails.
+        NeedsRowwiseCheck: the format or a value's type is another one, or a check fails.
     """
     if has_nested(task):
         raise NeedsRowwiseCheck
@@ -67,7 +67,7 @@ def read_columns(file: DataFile, task: Task) -> Iterator[Any]:
 
 
 def _table_batches(table: Table, used: Sequence[str]) -> Iterator[Any]:
-    """Text and integer columns of a table; columns of other types are read value by value."""
+    """Yield the used columns of a table, which must be text or integers."""
     import pyarrow as pa
     from pyarrow import types
 
@@ -104,7 +104,7 @@ def _jsonl_batches(file: Path, used: Sequence[str]) -> Iterator[Any]:
 
 
 def _parse_block(block: bytes, schema: Any, line: int) -> Any:
-    """Parse complete lines of JSON as one batch, if each holds exactly one object."""
+    """Parse complete lines as one batch; each must contain exactly one JSON object."""
     import pyarrow as pa
     from pyarrow import json
 
@@ -123,8 +123,8 @@ def _parse_block(block: bytes, schema: Any, line: int) -> Any:
         table.validate(full=True)
     except (pa.ArrowException, ValueError):
         raise NeedsRowwiseCheck from None
-    # Lines end with } and begin with {, which in JSON happens between objects only: as many
-    # objects as lines means one per line.
+    # All lines begin with { and end with }. A line break between } and { separates objects, so as
+    # many objects as lines means one object per line.
     if table.num_rows != block.count(b"\n"):
         raise NeedsRowwiseCheck
     (batch,) = table.select(schema.names).to_batches()
@@ -141,7 +141,7 @@ def _has_object_per_line(block: bytes) -> bool:
 
 
 def _schema(block: bytes, used: Sequence[str]) -> Any:
-    """Arrow types of the used columns, from the first row."""
+    """Return the Arrow types of the used columns, by the values of the first row."""
     import pyarrow as pa
 
     first = next(json_lines(io.BytesIO(block)))
@@ -153,7 +153,7 @@ def _schema(block: bytes, used: Sequence[str]) -> Any:
 
 
 def _is_valid(batch: Any, task: Task) -> bool:
-    """Make the checks of ``RowValidator`` by column."""
+    """Apply the checks of ``RowValidator`` by column."""
     import pyarrow as pa
     from pyarrow import compute
 

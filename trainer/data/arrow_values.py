@@ -1,22 +1,22 @@
-"""Arrow columns -> the values that the same rows have in JSON Lines. Imports no torch.
+"""Convert Arrow columns to the values that the same rows have in JSON Lines. Imports no torch.
 
-A table has one type per column, and that type affects its values: an object has the keys of all
-rows, a float32 is widened, a date is a Python object. Here every type is converted to the value
-that a JSON file holds, or is refused with the column and its type:
+A table has one type per column, which changes the values that Python gets: an object has the keys
+of all rows, a float32 is widened, a date is a Python object. This module converts them to the
+values of a JSON file, or refuses the column:
 
     boolean, integers, text, lists     unchanged
-    float16, float32                   the shortest number that reads back as the same value: 36.6
+    float16, float32                   the shortest number that parses to the same value: 36.6
     decimal                            text with all digits of its scale: "12.30"; refused inside
                                        lists and objects
     date, time, timestamp              ISO 8601 text: "2024-05-01", "2024-05-01T10:00:00+00:00"
     struct                             an object without the keys that are null
-    dictionary, run-end encoded        the values that they encode
-    JSON (datasets' Json feature)      the value that the text holds
+    dictionary, run-end encoded        the encoded values
+    JSON (datasets' Json feature)      the parsed value
     ClassLabel of datasets             the name of the class
     duration, binary, map, union, ...  refused
 
-Two things are lost in a table and cannot be restored: an explicit null inside an object, and that
-1 was an integer where another row has 1.5.
+Two distinctions do not exist in a table: between null and missing keys of an object, and between
+1 and 1.0 if another row has 1.5.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import parse_json
 
-#: A feature of ``datasets`` in its JSON form: the meaning of a column beyond its type.
+#: A feature of ``datasets`` in JSON form, which gives the meaning of a column beyond its type.
 Feature = Any
 
 
@@ -40,11 +40,10 @@ def column_values(column: Any, name: str, feature: Feature = None, *, keep: bool
     Args:
         column: ``pyarrow.Array``.
         name: of the column, for messages.
-        feature: of the column, if the table has features.
         keep: the outermost objects of the column keep keys that are null.
 
     Raises:
-        BadInput: the column has a type that a template cannot write, or is damaged.
+        BadInput: the column has an unsupported type, or is damaged.
     """
     try:
         return _values(column, name, feature, keep)
@@ -63,7 +62,7 @@ def class_names(feature: Feature) -> list[str] | None:
 
 
 def is_plain(feature: Feature) -> bool:
-    """Whether the values of a column of text or numbers need no conversion."""
+    """Whether the values of a text or number column need no conversion."""
     return feature is None or (isinstance(feature, Mapping) and feature.get("_type") == "Value")
 
 
@@ -98,7 +97,7 @@ def _values(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
 
 
 def _converter(kind: Any, feature: Feature) -> Callable[[Any], Any] | None:
-    """Conversion of a value that is not null; None for types without one."""
+    """Return the conversion of non-null values; None if the type needs none."""
     from pyarrow import types
 
     special = isinstance(feature, Mapping) and feature.get("_type")
@@ -130,7 +129,7 @@ def _class_name(value: int, names: list[str]) -> str:
 
 
 def _times(array: Any) -> list[str | None]:
-    """ISO text of timestamps and times of day, with nanoseconds if they are not 0."""
+    """Format timestamps and times of day as ISO 8601, with nanoseconds if they are not 0."""
     import pyarrow as pa
     from pyarrow import types
 
@@ -164,7 +163,7 @@ def _lists(array: Any, name: str, feature: Feature, keep: bool) -> list[list[Any
 
 
 def _objects(array: Any, name: str, feature: Feature, keep: bool) -> list[dict[str, Any] | None]:
-    """Structs as objects. Keys that only other rows have are null here and are removed."""
+    """Convert structs to objects. Unless ``keep``, remove null keys, which only other rows have."""
     keys = [field.name for field in array.type]
     if len(set(keys)) < len(keys):
         duplicate = next(key for key in keys if keys.count(key) > 1)
@@ -184,7 +183,7 @@ def _objects(array: Any, name: str, feature: Feature, keep: bool) -> list[dict[s
 
 
 def _inner(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
-    """Values inside lists and objects, which must be JSON values."""
+    """Convert values inside lists and objects, which must be valid JSON."""
     from pyarrow import types
 
     if types.is_decimal(array.type) and array.null_count < len(array):
@@ -196,7 +195,7 @@ def _inner(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
 
 
 def _item_feature(feature: Feature) -> Feature:
-    """Feature of the items of a list: ``{"_type": "List", "feature": ...}`` or ``[...]``."""
+    """Return the feature of a list's items: ``{"_type": "List", "feature": ...}`` or ``[...]``."""
     if isinstance(feature, list) and feature:
         return feature[0]
     if isinstance(feature, Mapping) and isinstance(feature.get("_type"), str):

@@ -1,6 +1,6 @@
 """Parsers of columns that are neither text nor numbers: test calls, dialogues, token ids, labels.
 
-Each parser returns the value in one normal form, or raises ValueError with the mistake.
+A parser returns the value in a normal form, or raises ``ValueError`` with the mistake and a remedy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Parser = Callable[[Any], Any]
 
 
 def parsers(task: Task) -> dict[str, Parser]:
-    """Return the parser of each such column of a task. Parsers raise ValueError with a remedy."""
+    """Return the parser of each such column of a task."""
     if task.messages is not None:
         dialogue: dict[str, Parser] = {task.messages: parse_messages}
         return dialogue if task.tools is None else dialogue | {task.tools: parse_tools}
@@ -53,11 +53,11 @@ def has_nested(task: Task) -> bool:
 
 
 def kept_nulls(task: Task) -> set[str]:
-    """Columns of a table whose outermost objects keep keys that are null.
+    """Return the columns of a table whose outermost objects keep keys that are null.
 
-    In Arrow an object has the keys of all rows, null where its row has none. Such keys are dropped
-    at every depth. But the result of a test call and the content of a turn may be null: their keys
-    are kept and handled by ``parse_tests`` and ``parse_messages``.
+    In Arrow, every object has the keys of all rows; keys that are missing in its own row are null.
+    Such keys are removed at every depth, except in test calls and turns of dialogues, where the
+    result or content may be null: ``parse_tests`` and ``parse_messages`` handle their keys.
     """
     if task.messages is not None:
         return {task.messages}
@@ -65,7 +65,7 @@ def kept_nulls(task: Task) -> set[str]:
 
 
 def _from_text(value: Any, example: str) -> Any:
-    """Parse a list that is JSON text, which is the only form in csv."""
+    """Parse a value that is JSON text, as lists are in csv; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -75,7 +75,7 @@ def _from_text(value: Any, example: str) -> Any:
 
 
 def parse_tests(value: Any) -> list[dict[str, Any]]:
-    """Parse test calls: a list of ``{"args": [...], "result": ...}``, not empty."""
+    """Parse test calls: a non-empty list of ``{"args": [...], "result": ...}``."""
     example = '[{"args": [1, 2], "result": 3}]'
     calls = _from_text(value, example)
     if not isinstance(calls, list) or not calls:
@@ -96,12 +96,12 @@ _TURNS = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "
 
 
 def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """Parse a dialogue that ends with the assistant: ``{"role": ..., "content": ...}`` per turn.
+    """Parse a dialogue whose last turn is the assistant's: ``{"role": ..., "content": ...}`` each.
 
-    Content is text or a list of text parts. It may be missing in a turn with ``tool_calls``.
+    The content is text or a list of text parts, and may be missing in a turn with ``tool_calls``.
     ``weight`` may be 0 (the turn is not learned) or, in turns of the assistant, 1 (the default).
     Other keys of a turn (``name``, ``tool_calls``) are kept for the chat template; keys that are
-    null are dropped, as in transformers. Turns of ShareGPT, ``{"from": ..., "value": ...}``, are
+    null are removed, as in transformers. Turns of ShareGPT, ``{"from": ..., "value": ...}``, are
     converted to this form.
     """
     turns = _from_text(value, _TURNS)
@@ -126,7 +126,6 @@ def is_learned(turn: Mapping[str, Any]) -> bool:
 
 
 def _turn(number: int, value: Any) -> dict[str, Any]:
-    """Parse one turn."""
     turn = _from_text(value, _TURNS)  # tables may hold each turn as JSON
     if isinstance(turn, dict):
         turn = {key: item for key, item in turn.items() if item is not None}
@@ -180,7 +179,7 @@ def _content(number: int, content: Any) -> str | list[dict[str, str]]:
 
 
 def content_of(turn: Mapping[str, Any]) -> str:
-    """Return the text of a turn with its parts joined; empty without content."""
+    """Return the text of a turn, its parts joined; empty without content."""
     content = turn.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -225,12 +224,12 @@ def _parse_ints(value: Any, lowest: int) -> list[int]:
 
 
 def parse_ids(value: Any) -> list[int]:
-    """Parse token ids: not negative, at least one."""
+    """Parse a non-empty list of token ids."""
     return _parse_ints(value, 0)
 
 
 def parse_labels(value: Any) -> list[int]:
-    """Parse labels: token ids, or -100 to ignore a position."""
+    """Parse a non-empty list of labels: token ids, or -100 to ignore a position."""
     return _parse_ints(value, NO_LABEL)
 
 
@@ -252,7 +251,7 @@ def problem_of_tokens(input_ids: list[int], labels: list[int]) -> str | None:
 
 
 def join_labels(value: Any, task: Task) -> str:
-    """Join the labels of a row to the target text: each once, in the order of ``task.choices``."""
+    """Join the labels of a row into one text: each once, in the order of ``task.choices``."""
     example = json.dumps((task.choices or [])[:2])
     if isinstance(value, str) and not value.lstrip().startswith("["):
         raise ValueError(f"{shorten(value)} is text; a multi-label row has a list: {example}")
@@ -269,8 +268,8 @@ def join_labels(value: Any, task: Task) -> str:
 def parse_choice(value: Any, task: Task) -> str:
     """Return the choice that a value means: ``"1"`` for 1, and for 1.0 if "1.0" is not a choice.
 
-    CSV files, and columns with missing numbers, have integers as 1.0; booleans are true in JSON and
-    True in Python.
+    In csv files and columns with missing numbers, integers may be written as 1.0. A boolean is true
+    in JSON, but True in Python.
     """
     choices, text = task.choices or [], str(value)
     integer = re.fullmatch(r"(-?\d+)(\.0+)?", text)
@@ -286,7 +285,7 @@ def parse_choice(value: Any, task: Task) -> str:
 
 
 def split_labels(text: str, task: Task) -> list[str]:
-    """Split text generated by the base into labels, without the template's fixed text."""
+    """Split generated text into labels, without the fixed text of the target's template."""
     (name,) = template_fields(task.target)
     before, _, after = task.target.partition("{" + name + "}")
     text = text.strip().removeprefix(before.strip()).removesuffix(after.strip())
@@ -295,7 +294,7 @@ def split_labels(text: str, task: Task) -> list[str]:
 
 
 def content_text(row: Mapping[str, Any], columns: list[str]) -> str:
-    """Serialize the columns that define a row's content; equal rows give equal text."""
+    """Serialize the columns that define a row's content, so that equal rows give equal text."""
     values = [row[name] for name in columns if row.get(name) is not None]
     return "\0".join(
         json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)

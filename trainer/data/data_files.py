@@ -1,4 +1,4 @@
-"""Data files: a setting such as ``train`` -> the files and tables that it names. No torch."""
+"""Find the files and tables of a setting such as ``train``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class DataFile:
     """One file or table.
 
     Attributes:
-        name: its name in messages.
-        files: what it is stored in.
-        hub: the table, if it is a hub data set.
+        name: of the file or table, for messages.
+        files: the file or, for a hub data set, all its files.
+        hub: the table of a hub data set.
     """
 
     name: str
@@ -54,18 +54,14 @@ class DataFile:
 
     @cached_property
     def table(self) -> Table | None:
-        """The table; None for text formats.
-
-        Raises:
-            BadInput: it is damaged.
-        """
+        """The table; None for text formats. Raises ``BadInput`` if the file is damaged."""
         if self.hub is not None:
             return self.hub
         file = self.files[0]
         return open_table(file) if format_of(file) in TABLE_FORMATS else None
 
     def header(self) -> list[str] | None:
-        """All columns; None for JSON, where every row has its own."""
+        """Return all columns; None for JSON, in which every row has its own."""
         if self.table is not None:
             return self.table.names
         kind = format_of(self.files[0])
@@ -74,15 +70,15 @@ class DataFile:
         return csv_header(self.files[0])[0] if kind in (".csv", ".tsv") else None
 
     def class_names(self, column: str) -> list[str] | None:
-        """Names of the classes whose numbers a column of a table holds."""
+        """Names of the classes of a table's column of class numbers; otherwise None."""
         return None if self.table is None else self.table.class_names(column)
 
     def records(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[FileRecord]:
         """Yield every row, in order; a malformed row comes with its problem.
 
         Args:
-            columns: those that are needed. Of a table no others are read. In a JSON file they tell
-                whether an object is a row or holds the rows.
+            columns: the used columns. Of a table, only these are read. In a JSON file, an object
+                with one of these keys is a row; otherwise it contains the rows.
             keep: columns of a table whose outermost objects keep keys that are null.
 
         Raises:
@@ -101,7 +97,7 @@ class DataFile:
             yield from read_jsonl(file) if kind == ".jsonl" else read_json_rows(file, columns)
 
     def digest(self) -> str:
-        """SHA-256 of its bytes, in hex."""
+        """Return the SHA-256 of the files' bytes, in hex."""
         digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as stream:
@@ -115,10 +111,10 @@ def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
 
     Args:
         setting: name of the setting, for messages.
-        split: the split to read where the source has several and names none itself.
+        split: the split to read if the source has several and does not name one.
 
     Raises:
-        BadInput: nothing is found, or it cannot be read.
+        BadInput: there are no files, or a file cannot be read.
     """
     split = source.split or split
     try:
@@ -139,7 +135,7 @@ def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Files that match a glob, sorted; ``**`` matches folders at any depth."""
+    """Return the files that match a glob, sorted; ``**`` matches folders at any depth."""
     paths = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = paths or glob.glob(str(PROJECT_ROOT / pattern), recursive=True)
     files = sorted(Path(path) for path in paths if os.path.isfile(path))

@@ -1,6 +1,6 @@
 """Rows of a split: the columns that a task uses, as memory-mapped Arrow. Imports no torch.
 
-The rows are on disk; memory holds at most 8 bytes per row, where only some rows are selected.
+Rows stay on disk. If only some are selected, the selection takes 8 bytes of memory per row.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ _BATCH_ROWS = 1000
 class MixtureComponent:
     """A range of rows that is mixed with others by weight: ``rows[start:stop]``.
 
-    Without weights (``None`` for all components of a split, never for some) an epoch reads every
+    Without weights (``None`` for all components of a split, never for some), an epoch reads every
     row once, in one shuffled order, as if there were one component.
 
-    With weights an epoch still reads N rows, as many as the split has. Component s contributes n_s
+    With weights, an epoch also reads as many rows as the split has, N. Component s contributes n_s
     of them: N * weight_s / sum of weights, rounded by largest remainder (ties: the earlier
     component), so that the n_s sum to N. Each component is read in passes: pass k is its rows in an
-    order that is a pure function of (seed, s, k), and the passes are concatenated. Epoch e takes
-    places e * n_s to (e + 1) * n_s of that endless sequence and shuffles the rows of all components
-    together by (seed, e). So the shares are exact in every epoch, no row of a component is read
-    again before all its other rows were, and an epoch is a pure function of (seed, epoch). Small
-    components with large weights are repeated within an epoch; large ones with small weights take
-    several epochs to be read once; with weights in proportion to their rows every row is read once.
-    (T5's mixing by rate, arXiv 1910.10683 section 3.5.2, with exact shares instead of draws.)
+    order that is a pure function of (seed, s, k). Epoch e takes places e * n_s to (e + 1) * n_s of
+    the concatenated passes, and shuffles the rows of all components together by (seed, e). So
+    shares are exact in every epoch, a component's row is not repeated before all its other rows
+    were read, and an epoch is a pure function of (seed, epoch). This is the mixing by rate of T5
+    (arXiv 1910.10683, section 3.5.2) with exact shares instead of random draws.
 
     Attributes:
         start, stop: rows of the split; components are in order and without gaps.
@@ -51,14 +49,13 @@ class MixtureComponent:
 
 
 class RowDataset:
-    """Checked rows of one split. ``rows[i]`` holds the columns that the task uses.
+    """Checked rows of one split. ``rows[i]`` has the columns that the task uses.
 
-    Values are those of the file: a text that looks like a date or a number stays text. Where csv
-    has JSON text for a list (test calls, dialogues, token ids) the value is that list; the labels
-    of a multi-label row are the text to predict.
+    Values are those of the file: a text that looks like a date or a number stays text. JSON text
+    that stands for a list (test calls, dialogues, token ids; in csv) is parsed; the labels of a
+    multi-label row are joined to the text to predict.
 
     Args:
-        files: in order.
         components: ranges of all rows of the files.
         index: ascending numbers of the selected rows; None: all rows.
         selection: description of the selection, for the digest.
@@ -114,7 +111,7 @@ class RowDataset:
                 yield from file.values(batch.slice(start, _BATCH_ROWS))
 
     def where(self, index: int) -> str:
-        """``FILE:LINE`` of a row in jsonl and txt, else ``FILE: row N``; both count from 1."""
+        """Return ``FILE:LINE`` of a row in jsonl and txt, else ``FILE: row N``; from 1."""
         file, batch, at, row = self._locate(index)
         return file.where(batch, at, row)
 
@@ -129,13 +126,13 @@ class RowDataset:
         return np.concatenate([np.zeros(0, np.uint64), *parts])
 
     def take(self, index: Index, selection: str) -> RowDataset:
-        """Select rows by their ascending numbers; ``selection`` describes them in the digest."""
+        """Select rows by their ascending indices; ``selection`` describes them in the digest."""
         index = index if self._index is None else self._index[index]
         selection = f"{self._selection}, {selection}"
         return RowDataset(self.path, self._files, self._all_components, index, selection)
 
     def _locate(self, index: int) -> tuple[IngestedFile, Any, int, int]:
-        """(file, batch, number in the batch, number in the file) of a row."""
+        """Return (file, batch, index in the batch, index in the file) of a row."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path}")
         row = range(len(self))[index]
@@ -163,7 +160,7 @@ class RowDataset:
 
 
 def gold_target(row: dict[str, Any], task: Task) -> str:
-    """Return the value of a row that ``task.choices`` lists: the target's one column, as text."""
+    """Return the choice of a row: the value of the target's only column, as text."""
     return str(row[template_fields(task.target)[0]])
 
 

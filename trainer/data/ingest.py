@@ -1,7 +1,7 @@
-"""Ingest: one data file -> checked rows in memory-mapped Arrow, with a hash of each row.
+"""Ingest one data file: checked rows in memory-mapped Arrow, with a hash of each row.
 
-Files that ``arrow_reader`` accepts are read by column. All others are read once, row by row: every
-mistake is reported with its line, and every value is kept exactly, as JSON text. Imports no torch.
+Files that ``arrow_reader`` accepts are read by column. All others are read row by row: every
+mistake is reported with its line, and values are stored exactly, as JSON text. Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class IngestedFile:
     """Checked rows of one file.
 
     Attributes:
-        name: the file, as messages name it.
-        columns: all its columns.
-        digest: SHA-256 of its bytes, in hex.
+        name: of the file, for messages.
+        columns: all columns of the file.
+        digest: SHA-256 of the file's bytes, in hex.
         batches: memory-mapped ``pyarrow.RecordBatch``: the used columns, or the row as JSON text;
-            ``HASH``; and ``LINE`` where the format has lines.
+            ``HASH``; and ``LINE`` if the format has lines.
     """
 
     name: str
@@ -55,7 +55,7 @@ class IngestedFile:
         return sum(batch.num_rows for batch in self.batches)
 
     def values(self, batch: Any) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a batch with their values in the file, without missing columns."""
+        """Yield the rows of a batch: the used columns with the values of the file."""
         if _ROW in batch.schema.names:
             yield from map(json.loads, batch.column(_ROW).to_pylist())
             return
@@ -64,7 +64,7 @@ class IngestedFile:
         yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
     def where(self, batch: Any, index: int, row: int) -> str:
-        """Place of row ``row`` of the file, which is row ``index`` of the batch."""
+        """Return the place of row ``row`` of the file, which is row ``index`` of the batch."""
         lines = batch.column(LINE) if LINE in batch.schema.names else None
         return place(self.name, row + 1, None if lines is None else lines[index].as_py())
 
@@ -72,7 +72,7 @@ class IngestedFile:
 def ingest(
     file: DataFile, task: Task, *, on_rows: OnRows | None = None
 ) -> tuple[Problems, IngestedFile | None]:
-    """Read and check one file or table: its problems, and its rows if there are none."""
+    """Read and check one file or table; return its problems, and its rows if there are none."""
     try:
         try:
             return Problems(file.name), _ingest_by_column(file, task, on_rows)
@@ -154,7 +154,7 @@ def _hash(content: str) -> int:
 
 
 def _problem_of_classes(file: DataFile, task: Task) -> list[str]:
-    """Report choices that are class numbers, where the rows have the names of the classes."""
+    """Report choices that are not class names, if the column has class names."""
     column = template_fields(task.target)[0] if task.choices else ""
     names = file.class_names(column)
     wrong = [choice for choice in task.choices or [] if names and choice not in names]
@@ -166,11 +166,7 @@ def _problem_of_classes(file: DataFile, task: Task) -> list[str]:
 
 
 def _write_mapped(batches: Iterable[Any]) -> list[Any]:
-    """Write Arrow record batches to disk and map them from there.
-
-    The file is in the temporary folder and has no name, so nothing is left behind and ranks do not
-    interfere.
-    """
+    """Write Arrow record batches to an unnamed temporary file and map them into memory."""
     import pyarrow as pa
 
     file, writer = _ScratchFile(), None
@@ -184,7 +180,7 @@ def _write_mapped(batches: Iterable[Any]) -> list[Any]:
 
 
 class _ScratchFile(io.RawIOBase):
-    """An unnamed temporary file whose content moves to memory if the disk cannot hold it."""
+    """An unnamed temporary file, whose content moves to memory if the disk is full."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = io.BytesIO()
@@ -210,7 +206,7 @@ class _ScratchFile(io.RawIOBase):
         return len(view)
 
     def mapped(self) -> Any:
-        """Return all bytes written, as a buffer of the file's pages."""
+        """Return all written bytes, memory-mapped if they are on disk."""
         if isinstance(self._file, io.BytesIO):
             return self._file.getvalue()
         return mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)

@@ -1,4 +1,4 @@
-"""JSON files -> records: an object per line, a list of objects, or an object that holds one."""
+"""Read JSON files as records: an object per line, a list of objects, or an object with a list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from trainer.runtime.json_file import check_depth
 
 
 def read_jsonl(file: Path) -> Iterator[FileRecord]:
-    """Read a JSON Lines file."""
     with open_text(file) as lines:
         yield from json_lines(lines)
 
@@ -78,14 +77,14 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON; write null or a number")
 
 
-#: Rejects NaN and Infinity, and two values for one key, of which ``json.loads`` drops one.
+#: Rejects NaN, Infinity and duplicate keys, of which ``json.loads`` keeps the last.
 _DECODER = json.JSONDecoder(
     parse_constant=_no_constant, parse_int=_integer, object_pairs_hook=_object
 )
 
 
 def _around(text: str, position: int) -> str:
-    """Quote the place of a JSON error with a few characters on either side."""
+    """Quote a few characters on either side of a JSON error."""
     start, end = max(0, position - 20), min(len(text), position + 20)
     if position >= len(text):
         return f"the line ends with {text[start:]!r}"
@@ -93,7 +92,7 @@ def _around(text: str, position: int) -> str:
 
 
 def _as_row(value: Any, surrogates: bool) -> tuple[dict[str, Any], str | None]:
-    """Check that a value is a row: (row, problem). ``surrogates``: the text has escaped ones."""
+    """Return a value as (row, problem). ``surrogates``: its text contains escaped surrogates."""
     if not isinstance(value, dict):
         kind = {list: "a list", str: "text", type(None): "null"}.get(type(value), "a number")
         return {}, f'is {kind}, {shorten(value)}; a row is an object: {{"column": value, ...}}'
@@ -101,7 +100,7 @@ def _as_row(value: Any, surrogates: bool) -> tuple[dict[str, Any], str | None]:
         check_depth(value)
     except ValueError as error:
         return {}, f"not readable JSON: {error}"
-    if surrogates:  # half a surrogate pair is legal JSON, but cannot be stored as text
+    if surrogates:  # half a surrogate pair is valid JSON, but cannot be encoded as UTF-8
         for column, item in value.items():
             try:
                 json.dumps([column, item], ensure_ascii=False).encode("utf-8")
@@ -116,7 +115,7 @@ def _as_row(value: Any, surrogates: bool) -> tuple[dict[str, Any], str | None]:
 
 
 def _text_of(file: Path) -> str:
-    """Read a file as text; a bad byte is reported with its line."""
+    """Read a file as text; report invalid UTF-8 with its line."""
     problems = []
     with open_text(file) as lines:
         for number, raw in enumerate(lines, start=1):
@@ -131,7 +130,7 @@ def _text_of(file: Path) -> str:
 
 
 def read_json_rows(file: Path, columns: Collection[str]) -> Iterator[FileRecord]:
-    """Read a list of rows, an object that holds one list of rows, or an object per line."""
+    """Read a list of rows, an object with one list of rows, or an object per line."""
     first, more = _first_line(file)
     if not first.startswith(b"["):
         is_object = not _json_line(first)[1]
@@ -146,7 +145,7 @@ def read_json_rows(file: Path, columns: Collection[str]) -> Iterator[FileRecord]
 
 
 def _first_line(file: Path) -> tuple[bytes, bool]:
-    """Return the first line that is not blank, stripped, and whether another one follows."""
+    """Return the first non-blank line, stripped, and whether another one follows."""
     with open_text(file) as stream:
         lines = (raw.removeprefix(BOM).strip() for raw in stream)
         filled = (line for line in lines if line)

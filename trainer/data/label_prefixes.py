@@ -1,12 +1,12 @@
-"""Choices that are a prefix of another choice, such as "net" and "network", without EOS after them.
+"""Likelihoods of choices that are a prefix of another choice ("net", "network") without EOS.
 
-The text "network" begins with "net", so every base predicts "net" at least as likely as "network".
-The likelihoods are made exclusive: that of a choice is the probability of text that begins with it
-and with no longer choice,
+The text "network" begins with "net", so "net" is always at least as likely as "network". The
+likelihoods are made exclusive: that of a choice is the probability of text that begins with this
+choice but with no longer one:
 
     P(net, not network) = P(net) - P(network).
 
-So the longer choice wins exactly where the base prefers to continue with it.
+The longer choice is then predicted exactly if the base prefers to continue with it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Labels = tuple[tuple[int, ...], ...]
 
 
 def labels_of(candidates: Sequence[Example]) -> Labels:
-    """Token ids of the targets of one row's candidates."""
     return tuple(c.input_ids[c.target_start :] for c in candidates)
 
 
 @lru_cache(maxsize=4096)
 def continuations(labels: Labels) -> tuple[tuple[int, ...], ...]:
-    """For each target, the indices of the longer ones that begin with it.
+    """Return, for each target, the indices of longer targets that begin with it.
 
-    One that begins with another of them is omitted: its probability is included in that one's.
+    Those that begin with another target of the list are omitted: the probability of the latter
+    includes them.
     """
     number = {ids: i for i, ids in enumerate(labels)}
     longer: list[list[int]] = [[] for _ in labels]
@@ -47,10 +47,10 @@ def continuations(labels: Labels) -> tuple[tuple[int, ...], ...]:
 
 
 def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
-    """Negative log-likelihood [R, C] without text that continues as a longer candidate.
+    """Exclude text that continues as a longer candidate from likelihoods; returns [R, C].
 
     Args:
-        nll_RC: of each of C candidates of each of R rows, in nats, float64.
+        nll_RC: negative log-likelihood of C candidates of each of R rows, in nats, float64.
         rows: the candidates of each row.
     """
     by_labels: dict[Labels, list[int]] = {}
@@ -69,7 +69,7 @@ def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
 
 
 def overlapping(rows: Iterable[Sequence[Example]]) -> set[tuple[int, int]]:
-    """Indices (shorter, longer) of choices of which one is a prefix of the other in some row."""
+    """Return index pairs (shorter, longer) of choices: one is a prefix of the other in some row."""
     return {
         (choice, other)
         for labels in {labels_of(candidates) for candidates in rows}

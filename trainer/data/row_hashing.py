@@ -1,7 +1,7 @@
 """Row selection by a hash of the content: hold-out split, ``max_rows``, leaks. Imports no torch.
 
-Whether a row is selected depends on its content alone: not on the order of files, on other rows or
-on a seed. So equal rows are selected together, and rows that are added later move no other row.
+The order of rows depends on their content only, not on the order of files or on a seed. Equal rows
+are held out together, and adding rows does not move other rows between train and validation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SPLIT_SALT, _ORDER_SALT = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27
 def mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Apply the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), modulo 2^64.
 
-    Uses integer arithmetic only: the same on every version of Python and numpy.
+    Integer arithmetic gives the same result on every version of Python and numpy.
     """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -42,8 +42,10 @@ def split_by_hash(hashes: Hashes, share: float) -> tuple[Index, Index]:
 def first_by_hash(hashes: Hashes, count: int) -> Index:
     """Select the first ``count`` rows in an order by hash; of equal rows the earlier ones.
 
-    ``count`` is at least 1 and at most the number of rows. A smaller selection is a subset of a
-    larger one, and the order is independent of ``split_by_hash``.
+    A smaller selection is a subset of a larger one. The order is independent of ``split_by_hash``.
+
+    Args:
+        count: 1 to the number of rows.
     """
     keys = mix_bits(hashes ^ _ORDER_SALT)
     limit = np.partition(keys, count - 1)[count - 1]
@@ -59,9 +61,9 @@ def find_leaks(train: Hashes, validation: Hashes) -> tuple[int, list[tuple[int, 
     Two different rows have the same hash with probability n_train * n_validation / 2^64.
 
     Returns:
-        how many; the first few as (row of validation, the first equal row of train).
+        Number of leaked rows; the first few as (row of validation, first equal row of train).
     """
-    known = np.unique(validation)  # few: searching in them is faster than sorting train
+    known = np.unique(validation)  # smaller, so searching it is faster than sorting train
     at = np.minimum(np.searchsorted(known, train), len(known) - 1)
     leaked = np.flatnonzero(np.isin(validation, train[known[at] == train])).tolist()
     first = [(row, int(np.argmax(train == validation[row]))) for row in leaked[:MAX_NAMED_LEAKS]]

@@ -1,7 +1,4 @@
-"""Row validation: the checks of a task on its rows, and the grouping of their problems.
-
-Imports no torch.
-"""
+"""Check the rows of a task, and group their problems. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _KINDS = {
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """Fill a template with a row's values, as ``str`` writes them. Lone braces stay as they are.
+    """Fill a template with ``str`` of a row's values. Unpaired braces are kept.
 
     Raises:
         KeyError: the row lacks a column.
@@ -49,7 +46,7 @@ def label_texts(task: Task) -> list[str]:
 
 
 def columns_used(task: Task) -> dict[str, str]:
-    """Columns that a task reads -> the setting that names each."""
+    """Return the columns that a task uses, with the setting that names each."""
     if task.messages is not None:
         return {task.messages: "messages"} | dict.fromkeys(optional_columns(task), "tools")
     if task.tokens is not None:
@@ -63,18 +60,18 @@ def columns_used(task: Task) -> dict[str, str]:
 
 
 def optional_columns(task: Task) -> list[str]:
-    """Used columns that may be missing or null in a row."""
+    """Return the used columns that may be missing or null in a row."""
     return [task.tools] if task.messages is not None and task.tools is not None else []
 
 
 def content_columns(task: Task) -> list[str]:
-    """Columns that define a row's content: rows that agree in them are equal."""
+    """Return the columns that define a row's content: rows with equal values are equal."""
     return [name for name, setting in columns_used(task).items() if setting != "tests"]
 
 
 @dataclass
 class _Group:
-    """Rows with the same problem: the first one, and how many there are."""
+    """Rows with the same problem: the first row, and the number of rows."""
 
     row: int
     where: str
@@ -89,11 +86,11 @@ class _Group:
 
 @dataclass
 class Problems:
-    """Problems of one file, and of its rows. Equal problems of rows are one group.
+    """Problems of one file and its rows; equal problems of rows are one group.
 
     Attributes:
-        of_file: problems of the file, such as a missing column, without its name.
-        unread: why the file, or the rest of it, cannot be read, with the place.
+        of_file: problems of the file, such as a missing column, without the file's name.
+        unread: reasons that the file, or the rest of it, cannot be read, with the place.
         rows: number of rows with a problem.
     """
 
@@ -109,7 +106,7 @@ class Problems:
     def add(self, row: int, where: str, text: str, rows: int = 1) -> None:
         """Count a problem of ``rows`` rows, the first of which is number ``row`` at ``where``."""
         self.rows += rows
-        # Keep more groups than are shown: they are sorted by row at the end.
+        # Keep more groups than are shown, because they are sorted by row at the end.
         if text in self._groups or len(self._groups) < 4 * MAX_PROBLEMS:
             self._groups.setdefault(text, _Group(row, where, text)).rows += rows
 
@@ -126,8 +123,8 @@ class _Column:
 
     Attributes:
         missing: rows without the column.
-        without: columns of such rows -> (the first row, number of rows).
-        kinds: kind of value -> (the first row, its value, number of rows).
+        without: columns of such rows -> (first row, number of rows).
+        kinds: kind of value -> (first row, its value, number of rows).
     """
 
     missing: int = 0
@@ -138,10 +135,10 @@ class _Column:
 class RowValidator:
     """Checks the rows of one file against one task: ``check`` every record, then ``finish``.
 
-    A row is invalid if it is malformed, or if a used column is missing, null, not a text or
-    number, or of another kind than in the other rows; if all fields of the input or of the target
-    are blank (the rendered text never is: templates contain fixed text); if its label is not one of
-    ``choices``; if its test calls, dialogue, token ids or labels are malformed.
+    A row is invalid if it is malformed; if a used column is missing, null, neither text nor number,
+    or of another kind than in most rows; if all fields of the input or of the target are blank; if
+    the label is not one of ``choices``; or if test calls, dialogue, token ids or labels are
+    malformed.
     """
 
     def __init__(self, path: str, task: Task) -> None:
@@ -161,11 +158,11 @@ class RowValidator:
 
     @property
     def names(self) -> list[str]:
-        """All columns of the rows, in the order of their first appearance."""
+        """All columns of the rows, in order of first appearance."""
         return list(self._names)
 
     def check(self, record: FileRecord) -> dict[str, Any] | None:
-        """Check one row. Return the used columns that are not null, parsed; None if one is bad."""
+        """Check one row. Return its used columns, parsed, without nulls; None if invalid."""
         self.num_rows += 1
         if record.problem:
             self._add(record, record.problem)
@@ -192,7 +189,7 @@ class RowValidator:
         return {name: value for name, value in row.items() if value is not None}
 
     def finish(self, header: Sequence[str] | None = None) -> Problems:
-        """Return all problems. ``header``: the columns, where the format names them separately."""
+        """Return all problems. ``header``: the columns, if the format has a header."""
         if self.num_rows == 0:
             self.problems.of_file.append("has no rows")
         names = list(header) if header is not None else self.names
@@ -206,7 +203,7 @@ class RowValidator:
         self.problems.add(record.row, where, text, rows)
 
     def _check_value(self, record: FileRecord, name: str, row: dict[str, Any]) -> None:
-        """Check one value and, if it is good, put its parsed form into ``row``."""
+        """Check one value; if valid, put its parsed form into ``row``."""
         column = self._columns[name]
         value = record.values.get(name)
         if name in self._optional and value is None:
@@ -236,7 +233,7 @@ class RowValidator:
             row[name] = value
 
     def _report_missing(self, name: str, column: _Column, names: list[str]) -> None:
-        if name in self._optional:  # the default name of the column is used where rows have it
+        if name in self._optional:  # a column with the default name may be missing in all rows
             if name in names or name == DEFAULT_TOOLS:
                 return
         elif not column.missing and (self.num_rows or name in names):
@@ -272,8 +269,8 @@ def _no_column(name: str, setting: str, names: Sequence[str]) -> str:
 def merge_problems(problems: Iterable[Problems]) -> list[str]:
     """Format the problems of several files.
 
-    Problems of files come first, because they explain others; equal ones of several files are one
-    line. The rows of each file get an equal share of ``MAX_PROBLEMS`` lines.
+    Problems of files are first, because they may cause others; equal ones are one line. The rows of
+    each file get an equal share of ``MAX_PROBLEMS`` lines, but at least two.
     """
     by_file = [of_file for of_file in problems if of_file]
     paths: dict[str, dict[str, None]] = {}

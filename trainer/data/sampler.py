@@ -1,8 +1,8 @@
-"""Training order: which rows the next update reads, by token budget. Imports no torch.
+"""Select the training rows of the next update, by token budget. Imports no torch.
 
-The position of the sampler is trainer state: it is saved in checkpoints and restored on resume.
-The order of an epoch is computed place by place, so memory does not grow with the number of rows.
-It uses integer arithmetic of our own, modulo 2^64: the same on every version of Python and numpy.
+The position of the sampler is saved in checkpoints and restored on resume. The order of an epoch is
+computed block by block, so memory does not grow with the number of rows, with integer arithmetic
+modulo 2^64, so that it is equal on every version of Python and numpy.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from trainer.runtime.errors import BadInput
 
 Integers = NDArray[np.int64]
 
-#: Number of following rows among which an update searches for rows that fill its budget.
+#: Number of next rows among which an update searches for rows that fill its budget.
 WINDOW = 64
 _BLOCK = 1024
-#: Rounds of swap-or-not. The paper's bound is a multiple of log2(rows); with this many,
-#: neighbors of five million rows are uncorrelated (tested).
+#: Rounds of swap-or-not. The paper's bound is a multiple of log2(rows). With this number, neighbors
+#: among five million rows are uncorrelated (tested).
 ROUNDS = 64
-#: Up to this many rows are sorted by a hash instead, which is cheaper.
+#: Up to this number of rows, sorting by a hash is used instead, because it is faster.
 FEW_ROWS = 1024
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -35,16 +35,15 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 class TokenBudgetSampler:
     """Iterates over shuffled rows, epoch after epoch, in updates of about equally many tokens.
 
-    The order of an epoch is a pure function of (seed, epoch, number of rows): it does not depend on
+    The order of an epoch is a pure function of seed, epoch and components: it does not depend on
     ranks, micro-batches, other prompts or resuming. An update reads rows in this order until the
     next one exceeds the budget, and fills the remaining tokens with the longest rows that fit among
-    the next ``WINDOW`` of the epoch; those are not read again. So an update is nearly full, never
-    over budget, and no row is delayed by more than one update.
+    the next ``WINDOW`` of the epoch; those are not read again. So an update is nearly full, and the
+    row that exceeded the budget is the first of the next update.
 
     Args:
-        lengths: useful tokens of each row, all positive.
+        lengths: tokens of each row, all positive.
         tokens_per_step: token budget of an update. A longer row is an update by itself.
-        seed: of the order.
         components: ranges of rows that are mixed by weight; default: all rows are one component.
     """
 
@@ -71,12 +70,11 @@ class TokenBudgetSampler:
 
     @property
     def epoch(self) -> int:
-        """Number of completed epochs."""
         return self._epoch
 
     @property
     def position(self) -> int:
-        """Number of rows of this epoch that were read."""
+        """Number of rows read in this epoch."""
         return self._position + len(self._read_early)
 
     def next_rows(self) -> list[int]:
@@ -107,7 +105,7 @@ class TokenBudgetSampler:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and the identity of the order, as JSON values."""
+        """Return the position, and values that identify the order, as JSON values."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -122,7 +120,7 @@ class TokenBudgetSampler:
         """Continue at the position of ``state_dict``.
 
         Raises:
-            BadInput: the state is of another seed or other rows, whose order differs.
+            BadInput: the state is of another seed or other rows.
         """
         now = self.state_dict()
         names = {
@@ -151,7 +149,7 @@ class TokenBudgetSampler:
             self._epoch, self._position = self._epoch + 1, 0
 
     def _row(self, position: int) -> int:
-        """Return the row at a place of this epoch. Places are computed in blocks; few are kept."""
+        """Return the row at a position of this epoch; blocks of rows are computed and cached."""
         key = (self._epoch, position // _BLOCK)
         if key not in self._blocks:
             if len(self._blocks) > 2:
@@ -184,7 +182,7 @@ class EpochPermutation:
 
     @property
     def identity(self) -> str:
-        """Description of what determines the order besides seed and number of rows."""
+        """Text that identifies everything that determines the order, except seed and number of rows."""
         mixture = (
             [(c.start, c.stop, c.weight) for _, c in self._components] if self._weights else []
         )
@@ -201,7 +199,7 @@ class EpochPermutation:
         for (number, component), count in zip(self._components, self._counts, strict=True):
             of_component = (slots >= first) & (slots < first + count)
             size = component.stop - component.start
-            # Place in the endless sequence of this component's passes.
+            # Place in the concatenated passes of this component.
             place = epoch * count + slots[of_component] - first
             offsets = np.empty_like(place)
             for number_of_pass in np.unique(place // size).tolist():
@@ -216,7 +214,7 @@ class EpochPermutation:
 def permute(places: Integers, size: int, key: str) -> Integers:
     """Map places through a pseudorandom permutation of ``range(size)``.
 
-    Swap-or-not (Hoang, Morris and Rogaway, CRYPTO 2012): in each round a place and its partner,
+    Swap-or-not (Hoang, Morris and Rogaway, CRYPTO 2012): in each round, a place and its partner,
     whose sum modulo ``size`` is the round's number, are swapped or not, by a hash of the greater.
     """
     start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
@@ -234,12 +232,12 @@ def permute(places: Integers, size: int, key: str) -> Integers:
 
 
 def _split_mix(start: int, count: int) -> NDArray[np.uint64]:
-    """First numbers of the generator SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """Return the first ``count`` numbers of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     return mix_bits(np.uint64(start) + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def _shares(total: int, weights: Sequence[float]) -> list[int]:
-    """Divide ``total`` by weights into integers, by largest remainder; ties to the earlier."""
+    """Divide ``total`` into integers by weight: largest remainder, ties to the earlier."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: (shares[i] - exact[i], i))

@@ -1,8 +1,7 @@
-"""Splits of a task: read, validated, held out, compared. Imports no torch.
+"""Read, validate, hold out and compare the splits of a task. Imports no torch.
 
-``check_rows`` is the preflight: it reads all data of a run and reports every mistake before a
-process group or a model is started. ``load_splits`` makes the same checks and keeps the columns
-that the task uses.
+``check_rows`` is the preflight check: it reads all data of a run and reports every mistake before
+ranks start. ``load_splits`` makes the same checks and keeps the columns that the task uses.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ def load_rows(
     """Read and check all rows of some sources, or of one file.
 
     Args:
-        task: its templates, choices and metric define the checks.
-        on_rows: called with a file's name and the number of its rows read so far.
+        task: defines the checks by its templates, choices and metric.
 
     Raises:
-        BadInput: with every problem; at most ten are listed, the others counted.
+        BadInput: with every problem; about ten are listed, the others counted.
     """
     sources = [DataSource(path=sources)] if isinstance(sources, str) else list(sources)
     split = next((split for split in SPLITS if getattr(task, split) == sources), "")
@@ -58,7 +56,7 @@ def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, RowDa
 
 
 def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]:
-    """Check every row of every task, and keep none.
+    """Check every row of every task without keeping them.
 
     Returns:
         Remarks about the data, and warnings about validation rows that are also in train.
@@ -76,7 +74,7 @@ def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]
 
 
 def remarks(task: Task, splits: Mapping[str, RowDataset]) -> list[str]:
-    """Describe where rows came from: many files, mixture weights, rows held out."""
+    """Describe the sources of rows: many files, mixture weights, rows held out."""
     lines = []
     for name, rows in splits.items():
         weights = [component.weight for component in rows.components]
@@ -101,8 +99,8 @@ class LeakedRows:
     """Rows of a validation split that are also in train, which inflates scores.
 
     Attributes:
-        count: how many of the ``total`` rows of the split.
-        rows: places of the first few, as (place in the split, place in train).
+        count, total: number of such rows, and of all rows of the split.
+        rows: the first few, as (place in the split, place in train).
     """
 
     task: str
@@ -136,7 +134,7 @@ def leaks(task: Task, splits: Mapping[str, RowDataset]) -> list[LeakedRows]:
 
 
 class _SplitReader:
-    """Reads splits and collects the problems of all files before any is raised."""
+    """Reads splits and collects the problems of all files, to raise them together."""
 
     def __init__(self, on_rows: OnRows | None = None) -> None:
         self._on_rows = on_rows
@@ -149,7 +147,7 @@ class _SplitReader:
             raise BadInput(dict.fromkeys(problems))  # two splits may read one file
 
     def splits(self, task: Task) -> dict[str, RowDataset]:
-        """Read the splits of a task; empty if one of its files has a problem."""
+        """Read the splits of a task; return none if one of its files has a problem."""
         splits: dict[str, RowDataset] = {}
         named = [split for split in SPLITS if getattr(task, split) is not None]
         for split in named:
@@ -201,7 +199,7 @@ class _SplitReader:
 
 
 def _join(sources: Sequence[DataSource], by_source: Sequence[list[IngestedFile]]) -> RowDataset:
-    """Join the files of all sources into one split; each source keeps its own ``max_rows``."""
+    """Join the files of all sources into one split; apply each source's ``max_rows``."""
     edges = list(accumulate((sum(map(len, files)) for files in by_source), initial=0))
     components = [
         MixtureComponent(start, stop, source.weight)

@@ -23,10 +23,10 @@ class Table:
     """A file or hub data set whose record batches are read on demand.
 
     Attributes:
-        name: its name in messages.
-        names: all its columns.
+        name: of the table, for messages.
+        names: all columns.
         file: None for a hub data set.
-        features: column -> its feature of ``datasets``, if there are any.
+        features: column -> its feature of ``datasets``, if the table has features.
         dataset: the hub data set.
     """
 
@@ -41,18 +41,18 @@ class Table:
         return is_plain(self.features.get(column))
 
     def class_names(self, column: str) -> list[str] | None:
-        """Names of the classes whose numbers a column holds; None if it holds none."""
+        """Names of the classes of a column of class numbers; None for other columns."""
         return class_names(self.features.get(column))
 
     def rows(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-        """Yield every row with the values of a JSON file (``arrow_values``).
+        """Yield every row, converted to JSON values by ``arrow_values``.
 
         Args:
-            columns: those that are read.
+            columns: the columns to read.
             keep: columns whose outermost objects keep keys that are null.
 
         Raises:
-            BadInput: the file is damaged, or a column has a type that a template cannot write.
+            BadInput: the file is damaged, or a column has an unsupported type.
         """
         for batch in self.batches(columns):
             names = [name for name in self.names if name in columns]
@@ -69,7 +69,7 @@ class Table:
             yield from (dict(zip(names, row, strict=True)) for row in rows)
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
-        """Yield ``pyarrow.RecordBatch`` of those columns that exist, in the table's order.
+        """Yield ``pyarrow.RecordBatch`` of the existing ones of ``columns``, in the table's order.
 
         Raises:
             BadInput: the file is damaged.
@@ -110,7 +110,7 @@ def open_table(file: Path) -> Table:
     """Open a parquet file or an arrow file (IPC stream, as written by ``datasets``, or IPC file).
 
     Raises:
-        BadInput: it is neither, or truncated.
+        BadInput: the file is truncated or has another format.
     """
     import pyarrow
     from pyarrow import parquet
@@ -188,14 +188,14 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
 
 
 def _strings(file: Path, value: Any, key: str) -> list[str]:
-    """Check a list of names in a file of ``save_to_disk``."""
+    """Return ``value`` if it is a list of file names; else raise ``BadInput``."""
     if isinstance(value, list) and value and all(map(_is_name, value)):
         return value
     raise BadInput(f"{file}: {key!r} must list names; save the data set again")
 
 
 def _is_name(name: Any) -> bool:
-    """Whether a text is the name of a file inside its folder."""
+    """Whether a value is a plain file name, which cannot lead out of its folder."""
     plain = isinstance(name, str) and name.isprintable()
     return plain and name not in ("", ".", "..") and not set(name) & set("/\\")
 
@@ -203,10 +203,10 @@ def _is_name(name: Any) -> bool:
 def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
     """Load a data set from the hub, or from its cache if HF_HUB_OFFLINE is set: (table, its files).
 
-    Only data sets that are plain tables are read; code in the repository is never run.
+    Only data sets that are plain tables are supported; code in the repository is never run.
 
     Raises:
-        BadInput: it cannot be found or loaded, or is of another kind.
+        BadInput: the data set cannot be loaded, or is not a plain table.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Data of a task: its splits as tokens, ready to be sampled for training and to be scored."""
+"""Data of a task: its splits as tokens, for training and for scoring."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Candidates(Sequence[list[Example]]):
     """``[row][choice]``: examples of selected rows of a table.
 
     Attributes:
-        width: examples of each row in the table.
-        kept: places of the selected rows in the table.
-        teacher: if given, the examples follow its tokens.
+        width: number of examples of a row in the table.
+        kept: indices of the selected rows in the table.
+        teacher: if given, examples are tokenized after its text.
     """
 
     table: TokenTable
@@ -66,7 +66,7 @@ class EvalSet:
     """Rows to score: each with one candidate target, or one per choice.
 
     Attributes:
-        candidates: ``[row][choice]``, without the rows that were skipped for their length.
+        candidates: ``[row][choice]``, without rows that were skipped because of their length.
         gold: index of the correct candidate of each row.
         rows: all rows; ``candidates[i][0].row`` is an index into it.
     """
@@ -78,7 +78,7 @@ class EvalSet:
     gold: list[int]
 
     def subset(self, indices: Sequence[int]) -> EvalSet:
-        """Select rows by their places in this set."""
+        """Select rows by their indices in this set."""
         kept = [self.candidates.kept[i] for i in indices]
         return replace(
             self,
@@ -87,17 +87,17 @@ class EvalSet:
         )
 
     def with_teacher(self, teacher: Teacher) -> EvalSet:
-        """The rows as they follow a teacher, whose embeddings are used as a prompt."""
+        """Return the rows as tokenized after a teacher, whose embeddings are used as a prompt."""
         return replace(self, candidates=replace(self.candidates, teacher=teacher))
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of all rows, each with its first candidate."""
+        """Number of tokens of all rows, each with its first candidate."""
         return int(self.candidates.table.lengths[self._first_examples].sum())
 
     @cached_property
     def label_counts(self) -> list[int]:
-        """Tokens of each row's correct target."""
+        """Number of tokens of each row's correct target."""
         correct = self._first_examples + np.asarray(self.gold)
         counts: list[int] = self.candidates.table.num_labels[correct].tolist()
         return counts
@@ -112,15 +112,13 @@ class TaskData:
     """All data of a task.
 
     Attributes:
-        train: tokenized rows of ``train_rows``.
-        evaluation: split -> its rows.
         hand_written: split -> its rows after each hard prompt of the task.
-        counts: split -> its rows, and how many of them were skipped and truncated. A row of an
-            evaluation is skipped if it is too long after any of the hard prompts, so that all are
+        counts: split -> number of rows, and how many were skipped and truncated. A validation row
+            is skipped if it is too long after any of the hard prompts, so that all prompts are
             compared on the same rows.
         leaks: splits that share rows with train.
-        remarks: notes about where the rows came from.
-        warnings: warnings about how the rows are tokenized.
+        remarks: notes about the sources of the rows.
+        warnings: warnings about tokenization.
         sources: path, rows and digest of each split.
         teachers: name of a distilled prompt -> its teacher.
     """
@@ -153,7 +151,7 @@ def load_tasks(
     Args:
         progress: shows the progress of tokenization.
         read_progress: shows the progress of reading.
-        splits: those to tokenize; all are read and checked.
+        splits: splits to tokenize; all are read and checked.
         date: the date that chat templates read; None: today.
 
     Raises:
@@ -192,11 +190,7 @@ def load_tasks(
 
 @dataclass
 class _TaskLoader:
-    """Loads one task: files -> rows -> tokens.
-
-    Attributes:
-        room: most tokens of a row, after the longest prompt.
-    """
+    """Loads one task. ``room``: maximum tokens of a row after the longest prompt."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
@@ -281,7 +275,7 @@ class _TaskLoader:
         self._record(data, split, rows, tables[0], len(rows) - len(common))
 
     def _overlap_remarks(self, data: TaskData) -> list[str]:
-        """Remarks on choices that begin with another choice; with EOS after them none does."""
+        """Remark on choices that are a prefix of another one, which requires append_eos: false."""
         choices = self.task.choices or []
         if self.task.append_eos or not self.task.scored_by_likelihood:
             return []
@@ -305,9 +299,9 @@ class _TaskLoader:
         )
 
     def _room_with_prompt(self, prefix: str) -> int:
-        """Most tokens of a row including a hard prompt, which replaces the virtual tokens.
+        """Return the maximum tokens of a row with a hard prompt, which replaces virtual tokens.
 
-        Rows that are cut keep as much of their own text as after the virtual tokens.
+        Truncated rows keep as much of their text as after the virtual tokens.
         """
         if self.task.too_long != "truncate":
             return self.context_length

@@ -1,8 +1,7 @@
-"""Teacher of a distilled prompt: a long hard prompt whose distributions the prompt learns.
+"""Teacher of a distilled prompt: a long hard prompt whose output distributions the prompt learns.
 
-The base reads it like virtual tokens, once per packed batch: the token embeddings of the teacher's
-text precede all rows of its prompts (prompt compression, Wingate et al. 2022, arXiv 2210.03162).
-Imports no torch.
+The base reads the teacher like virtual tokens, once per packed batch, before all rows of its
+prompts (prompt compression, Wingate et al. 2022, arXiv 2210.03162). Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ class Teacher:
     """A hard prompt as tokens.
 
     Attributes:
-        index: among the different teachers of a run.
-        token_ids: special tokens at the beginning of a text, then the teacher's own.
-        num_special: special tokens at the beginning of every row, which the teacher's replace.
-        beginnings: token that begins a row -> its tokens after the teacher's text; only for
+        index: among the distinct teachers of a run.
+        token_ids: special tokens at the beginning of a text, then the teacher's text.
+        num_special: number of these special tokens. Rows omit theirs after the teacher.
+        beginnings: token at the beginning of a row -> its tokens after the teacher's text; only for
             tokenizers that put a space before every text.
     """
 
@@ -36,12 +35,12 @@ class Teacher:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens by which the teacher lengthens a row."""
+        """Maximum number of tokens by which the teacher lengthens a row."""
         longer = max(map(len, self.beginnings.values()), default=1) - 1
         return len(self.token_ids) - self.num_special + longer
 
     def continued_by(self, example: Example) -> Example:
-        """Return a row as it follows the teacher; its labels are the same tokens."""
+        """Return a row as tokenized after the teacher's text; the labels are the same tokens."""
         first, *rest = example.input_ids[self.num_special :]
         begin = self.beginnings.get(first, (first,))
         start = example.target_start - self.num_special
@@ -54,7 +53,7 @@ class Teacher:
 
 
 def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
-    """Return the teacher of every distilled prompt by name; equal texts share a teacher.
+    """Return the teachers by name of the distilled prompt; prompts with equal texts share one.
 
     Raises:
         BadInput: a teacher's text has no tokens.
@@ -76,7 +75,7 @@ def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
 
 
 def merge_warnings(prompts: Sequence[Prompt], tokenizer: Any, row: str) -> list[str]:
-    """Warn of teachers whose text merges with the input of a row."""
+    """Return warnings about teachers whose text the tokenizer merges with the input of a row."""
     return [
         f"prompts.{prompt.name}.teacher: the tokenizer merges its end with the beginning of the "
         "rows; they are tokenized separately: end it with a word or a line break, without a space"

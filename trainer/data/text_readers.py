@@ -1,9 +1,8 @@
-"""Text files -> records, with the line of every mistake. Imports no torch.
+"""Read text files as records, with the line of every mistake. Imports no torch.
 
-``datasets`` and Arrow report that a file is malformed, but seldom where, and they convert values
-silently: a column of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is
-padded. So text files are read here and in ``json_reader``, with every value as it is written.
-Tables (parquet, arrow) are read in ``table_readers``.
+``datasets`` and Arrow seldom report where a file is malformed, and convert values silently: a
+column of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is padded.
+This module and ``json_reader`` return every value as written. ``table_readers`` reads tables.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from trainer.runtime.errors import BadInput
 
-#: Suffixes; each format may be compressed, as .jsonl.gz.
+#: Suffixes; each may be followed by ``GZIP``.
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 GZIP = ".gz"
 BOM = b"\xef\xbb\xbf"
@@ -29,10 +28,10 @@ class FileRecord(NamedTuple):
     """One row with the values of the file, or its problem.
 
     Attributes:
-        row: number of the row, from 1, including malformed rows.
+        row: number of the row, from 1, counting malformed rows.
         line: number of its line, from 1; None in formats without lines.
-        values: column -> value; empty if ``problem`` is given.
-        problem: the mistake and the remedy, without the place.
+        values: column -> value; empty if there is a problem.
+        problem: mistake and remedy, without the place.
     """
 
     row: int
@@ -56,7 +55,7 @@ def open_text(file: Path) -> Iterator[IO[bytes]]:
     """Open a text file as a stream of bytes; files named ``.gz`` are decompressed.
 
     Raises:
-        BadInput: it cannot be read, or is damaged.
+        BadInput: the file cannot be read or is damaged.
     """
     compressed = file.suffix.lower() == GZIP
     try:
@@ -98,7 +97,6 @@ def read_txt(file: Path) -> Iterator[FileRecord]:
 
 
 def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
-    """Describe a line that is not UTF-8."""
     column = len(raw[: error.start].decode("utf-8", "replace")) + 1
     hint = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
     before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
@@ -123,7 +121,7 @@ def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Split lines at newlines only: ``str.splitlines`` also splits at characters inside a field."""
+    """Split at newlines only: ``str.splitlines`` also splits at other characters in a field."""
     with open_text(file) as lines:
         for number, raw in enumerate(lines, start=1):
             raw = raw.removeprefix(BOM) if number == 1 else raw
@@ -151,7 +149,7 @@ def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_csv(file: Path) -> Iterator[FileRecord]:
-    """Read a file with a header, separated by commas, or by tabs if it is ``.tsv``."""
+    """Read a csv file with a header; ``.tsv`` files are separated by tabs."""
     names, rows = csv_header(file)
     for row, (line, fields) in enumerate(rows, start=1):
         problem = None

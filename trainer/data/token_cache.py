@@ -1,7 +1,7 @@
 """Cache of tokenized splits, keyed by a digest of everything that determines them.
 
-It is in the folder ``tokens`` of the cache directory and is safe to delete at any time. Entries
-unused for 30 days are deleted when a new one is written. Imports no torch.
+The folder ``tokens`` of the cache directory can be deleted at any time. Entries unused for 30 days
+are deleted when a new one is written. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.data.token_table import FORMAT, TokenBlock, TokenTable, open_table,
 from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.json_file import read_json_object
 
-#: Version of the tokenization rules: incremented when the same settings give other tokens.
+#: Version of the tokenization rules. Increment it when the same settings give other tokens.
 RULES = 4
 KEPT_SECONDS = 30 * 24 * 3600
 _RECORD = "table.json"
@@ -37,15 +37,15 @@ def cached(
     make: Callable[[], Iterable[TokenBlock]],
     counts: Callable[[], dict[str, int]],
 ) -> tuple[TokenTable, dict[str, int]]:
-    """Return the table of this identity: memory-mapped from the cache, or made and stored there.
+    """Return a table and its counts, memory-mapped from the cache; create them if missing.
 
-    Of several processes that need the same table one makes it and the others wait; if that one
-    dies, the next one makes it. If the cache is not writable, the table is private to this process.
+    If several processes need the same table, one creates it and the others wait; if it dies,
+    another one creates the table. Without a writable cache, the table is private to this process.
 
     Args:
         identity: JSON values that determine the table.
-        make: yields its blocks; its exceptions are raised.
-        counts: called after ``make``; stored with the table.
+        make: yields the blocks of the table.
+        counts: returns counts that are stored with the table; called after ``make``.
     """
     text = json.dumps([FORMAT, RULES, identity], sort_keys=True)
     folder = cache_dir("tokens") / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -103,7 +103,7 @@ def _open(folder: Path) -> tuple[TokenTable, dict[str, int]] | None:
 def _publish(
     folder: Path, make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> None:
-    """Write under another name, then rename, so that an entry is complete or missing."""
+    """Write to a temporary folder, then rename it, so that an entry is complete or missing."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
     try:
         record = _record({**write(temporary, make()), **counts()}, temporary)
@@ -114,7 +114,7 @@ def _publish(
 
 
 def _record(table: dict[str, int], folder: Path) -> dict[str, Any]:
-    """Sizes and counts of a table, and checksums of these and of its files."""
+    """Return the sizes and counts of a table, with checksums of these and of its files."""
     checksums = {"table": xxhash.xxh3_64_hexdigest(json.dumps(table, sort_keys=True).encode())}
     for path in sorted(folder.glob("*.npy")):
         digest = xxhash.xxh3_64()
@@ -128,14 +128,14 @@ def _record(table: dict[str, int], folder: Path) -> dict[str, Any]:
 def _private(
     make: Callable[[], Iterable[TokenBlock]], counts: Callable[[], dict[str, int]]
 ) -> tuple[TokenTable, dict[str, int]]:
-    """Make a table for this process only: its files are unlinked once they are mapped."""
+    """Create a table for this process only: its files are deleted once mapped."""
     with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
         record = {**write(Path(folder), make()), **counts()}
         return open_table(Path(folder), record), record
 
 
 def _acquire(lock: Any) -> bool:
-    """Wait for the lock; False on a file system without locks: every process does the work."""
+    """Wait for the lock. False: the file system has no locks, so every process does the work."""
     try:
         os.utime(lock.name)
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder dies
@@ -145,14 +145,14 @@ def _acquire(lock: Any) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Delete a damaged table and the files of a writer that died; the lock is held."""
+    """Delete a damaged table, and files of a writer that died. The caller must hold the lock."""
     for path in [folder, *folder.parent.glob(f"{folder.name}.writing-*")]:
         shutil.rmtree(path, ignore_errors=True)
     folder.unlink(missing_ok=True)  # if it is a file
 
 
 def delete_unused(folder: Path) -> None:
-    """Delete entries that were not used for 30 days."""
+    """Delete entries unused for ``KEPT_SECONDS``."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime < KEPT_SECONDS:

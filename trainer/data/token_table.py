@@ -1,7 +1,7 @@
 """Tokenized rows as flat arrays, in memory or memory-mapped. Imports no torch.
 
-As Python objects a row takes about 3 kB, and five million rows fill the memory of a node. Here a
-row is its int32 ids and a few offsets. Ranks of a node that map the same files share the pages.
+A row of Python objects takes about 3 kB, so five million rows fill the memory of a node. In a
+table, a row is its int32 ids and a few offsets. Ranks that map the same files share the pages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Example:
     Attributes:
         input_ids: input, target, EOS; no virtual tokens.
         label_spans: (start, stop) of the tokens that are labels, ascending and disjoint: one for a
-            target, one per answer of a dialogue.
+            target, or one per learned turn of a dialogue.
         row: index in its ``RowDataset``.
     """
 
@@ -38,7 +38,7 @@ class Example:
 
     @classmethod
     def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
-        """Make an example whose labels are all tokens from ``target_start`` on."""
+        """Create an example whose labels are all tokens from ``target_start`` on."""
         return cls(input_ids, ((target_start, len(input_ids)),), row)
 
     @property
@@ -91,14 +91,14 @@ class TokenTable(Sequence[Example]):
     Args:
         ids_T: token ids of all examples, concatenated.
         offsets: [R + 1] start of each example, and the end of the last one.
-        spans_S2, span_offsets: their label spans, in the same way.
+        spans_S2, span_offsets: label spans, stored in the same way.
         rows_R: index of each example in the ``RowDataset``.
     """
 
     def __init__(
         self, ids_T: Any, offsets: Any, spans_S2: Any, span_offsets: Any, rows_R: Any
     ) -> None:
-        # Plain views: slicing a memmap object takes several times as long.
+        # Views as plain arrays: slicing a memmap object takes several times as long.
         self._ids_T, self._offsets, self._spans_S2, self._span_offsets, self.rows_R = (
             np.asarray(array) for array in (ids_T, offsets, spans_S2, span_offsets, rows_R)
         )
@@ -123,12 +123,10 @@ class TokenTable(Sequence[Example]):
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every example."""
         return np.diff(self._offsets).astype(np.int32)
 
     @cached_property
     def num_labels(self) -> NDArray[np.int32]:
-        """Labels of every example."""
         totals = _offsets(self._spans_S2[:, 1] - self._spans_S2[:, 0])
         return np.diff(totals[self._span_offsets]).astype(np.int32)
 
@@ -181,7 +179,7 @@ def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
     """Memory-map a table that ``write`` wrote.
 
     Raises:
-        OSError, ValueError, EOFError: files are missing, truncated or of another table.
+        OSError, ValueError, EOFError: files are missing, truncated or do not match ``record``.
     """
     arrays = [
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -195,7 +193,7 @@ def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
 
 
 class _Growing:
-    """An .npy file whose first axis grows; numpy reserves space for that in the header."""
+    """An .npy file whose first axis grows, for which numpy reserves space in the header."""
 
     def __init__(self, path: Path, dtype: Any, columns: int | None = None) -> None:
         self.size = 0
@@ -226,7 +224,7 @@ def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def runs(inside: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of each run of true values."""
+    """Return (start, stop) of each run of true values."""
     bounded = [False, *map(bool, inside), False]
     edges = [i for i in range(len(inside) + 1) if bounded[i] != bounded[i + 1]]
     return tuple(zip(edges[::2], edges[1::2], strict=True))

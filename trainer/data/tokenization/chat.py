@@ -1,4 +1,4 @@
-"""Dialogues -> examples: the chat template writes the text, the assistant's turns are the labels.
+"""Dialogues -> examples. The chat template writes the text; the assistant's turns are the labels.
 
 Needs a tokenizer, but no torch.
 """
@@ -35,7 +35,7 @@ class Dialogue:
     Attributes:
         spans: (start, stop) of the tokens of learned turns of the assistant, ascending and
             disjoint.
-        merged: the tokenizer merges the end of a turn with the beginning of the next; here the two
+        merged: the tokenizer would merge the end of a turn with the beginning of the next one; they
             are tokenized separately, as in generation.
     """
 
@@ -47,18 +47,19 @@ class Dialogue:
 class DialogueEncoder:
     """Encodes dialogues with the tokens that the base model reads in generation.
 
-    A learned turn of the assistant begins where the generation prompt ends: the dialogue before it,
-    written by ``apply_chat_template(add_generation_prompt=True)``. It ends where the dialogue up to
-    that turn ends, end mark included, or, in a template that marks these turns
-    (``{% generation %}``), where the mark ends; such a mark may also begin later. This requires
-    that generation prompt and turn are a prefix of the complete dialogue.
+    The generation prompt of a turn is the dialogue before it, written by
+    ``apply_chat_template(add_generation_prompt=True)``. A learned turn of the assistant begins at
+    the end of its generation prompt, and ends at the end of the dialogue up to this turn, including
+    the end mark. If the template marks turns (``{% generation %}``), the turn ends at the end of
+    the mark, and begins at its beginning if that is later. Generation prompt and turn must be a
+    prefix of the complete dialogue.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         date: the date that the template reads; None: today.
 
     Raises:
-        TemplateLimitExceeded: by the template.
+        TemplateLimitExceeded: as ``ChatTemplate``.
     """
 
     def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
@@ -73,9 +74,9 @@ class DialogueEncoder:
         """Encode a dialogue.
 
         Raises:
-            ValueError: the template rejects it, does not show which tokens the assistant writes, or
-                ignores the tools.
-            TemplateLimitExceeded: by the template.
+            ValueError: the template rejects the dialogue, ignores the tools, or the tokens that the
+                assistant writes cannot be determined.
+            TemplateLimitExceeded: as ``ChatTemplate``.
         """
         text = self.template.text(messages, tools)
         if tools and text == self.template.text(messages):
@@ -102,7 +103,7 @@ class DialogueEncoder:
         return self._cut(text, edges)
 
     def _marked(self, messages: Messages, tools: Tools) -> list[TokenSpan] | None:
-        """Spans that the template marks, if there is one for each turn of the assistant."""
+        """Return the spans that the template marks, if there is one per turn of the assistant."""
         marks = self.template.marked(messages, tools) or []
         # transformers omits turns whose mark begins on a character without a token.
         turns = sum(turn["role"] == "assistant" for turn in messages)
@@ -111,7 +112,7 @@ class DialogueEncoder:
     def _cut_at_marks(
         self, messages: Messages, tools: Tools, text: str, marks: Sequence[TokenSpan]
     ) -> Dialogue:
-        """Learn the marked tokens that follow the generation prompt of their turn."""
+        """Encode a dialogue with marks; marked tokens after the generation prompt are learned."""
         ids, merged = self.template.ids(text), False
         spans, edges = list[tuple[int, int]](), list[int]()
         turns = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -142,7 +143,7 @@ class DialogueEncoder:
         )
 
     def _cut(self, text: str, edges: Sequence[int]) -> Dialogue:
-        """Tokenize the text between the edges separately; every second piece is learned."""
+        """Tokenize the pieces between the edges separately; every second one is learned."""
         bounds = [0, *edges, len(text)]
         texts = [text[start:stop] for start, stop in pairwise(bounds)]
         pieces, merged = self._encoder.pieces(texts)
@@ -158,7 +159,7 @@ def encode_opening(tokenizer: Any, text: str, date: datetime.date | None = None)
     """Encode one user's turn with the generation prompt of the assistant.
 
     Raises:
-        BadInput: the tokenizer has no chat template, or it rejects this turn.
+        BadInput: the tokenizer has no chat template, or the template fails on this turn.
     """
     try:
         return DialogueEncoder(tokenizer, date).opening([{"role": "user", "content": text}])
@@ -169,11 +170,6 @@ def encode_opening(tokenizer: Any, text: str, date: datetime.date | None = None)
 
 
 def _encoder(tokenizer: Any, task: Task, date: datetime.date | None) -> DialogueEncoder:
-    """Make the encoder of a task.
-
-    Raises:
-        BadInput: the tokenizer has no chat template, or one that exceeds its limits.
-    """
     setting = f"tasks.{task.name}.messages"
     if not tokenizer.chat_template:
         raise BadInput(
@@ -191,13 +187,10 @@ def _limit_problem(error: TemplateLimitExceeded) -> str:
 
 
 class DialogueRowTokenizer(RowTokenizer):
-    """Rows with a dialogue.
+    """Tokenizes rows with a dialogue.
 
     Truncation removes the oldest turns, except those of the system. The rest begins with a user's
-    turn and keeps the last exchange.
-
-    Args:
-        date: the date that the chat template reads; None: today.
+    turn and contains a learned turn.
 
     Raises:
         BadInput: the tokenizer has no chat template, or one that exceeds its limits.
@@ -227,7 +220,7 @@ class DialogueRowTokenizer(RowTokenizer):
         except ValueError as error:
             report.add_problem(row, f"{self.task.messages}: {error}")
             return []
-        except TemplateLimitExceeded as error:  # every row would exceed them
+        except TemplateLimitExceeded as error:  # presumably on every row, so stop at once
             raise BadInput(
                 f"tasks.{self.task.name}.messages: row {row + 1}: {_limit_problem(error)}"
             ) from None
@@ -236,7 +229,7 @@ class DialogueRowTokenizer(RowTokenizer):
         return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row)]
 
     def _truncate(self, messages: Messages, tools: Tools, dialogue: Dialogue) -> Dialogue:
-        """Remove the fewest turns so that the dialogue fits; raises ValueError."""
+        """Remove as few turns as possible so that the dialogue fits; raises ``ValueError``."""
         system = next(i for i, turn in enumerate(messages) if turn["role"] != "system")
         for start in range(system + 1, len(messages)):
             if messages[start]["role"] == "user" and any(map(is_learned, messages[start:])):

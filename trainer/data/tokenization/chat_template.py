@@ -1,4 +1,4 @@
-"""Chat template of a tokenizer: dialogue -> text, with limits on time and size, on a fixed date.
+"""Chat template of a tokenizer: dialogue -> text, with limits on time and size and a fixed date.
 
 Needs a tokenizer, but no torch.
 """
@@ -22,20 +22,20 @@ from trainer.runtime.errors import BadInput
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
-#: Most CPU time of a template for one dialogue.
+#: Maximum CPU time of a template for one dialogue.
 CPU_SECONDS = 10.0
-#: Most characters that a template may write: a number, or a multiple of those of the dialogue.
+#: Limit of a template's output: the larger of this number and this multiple of the dialogue's size.
 MAX_CHARACTERS, MAX_RATIO = 1_000_000, 20
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: Directives of strftime, and their optional flags.
+#: Directives of strftime, and optional flags.
 _DIRECTIVES, _FLAGS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf", ("", "-", "_", "0", "^", "#")
 
-#: File in the output folder of a run with the date of its first start, which its templates read.
+#: File in a run's output folder with the date of its first start, which templates read.
 CHAT_DATE = "chat-date.txt"
 
 _DATE = "strftime_now"
-#: Macro that replaces the function of this name that transformers passes to templates.
+#: Macro that replaces the function of the same name that transformers passes to templates.
 _STRFTIME_NOW = (
     "{% macro strftime_now(format) -%}{% for text in format.split('%%') %}"
     "{% set filled = namespace(text=text) %}{% for name, value in VALUES %}"
@@ -45,7 +45,7 @@ _STRFTIME_NOW = (
 
 
 class TemplateLimitExceeded(Exception):
-    """A template takes too long or writes too much, presumably for every dialogue."""
+    """The template takes too long or writes too much, presumably for every dialogue."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ChatTemplate:
         date: the date that templates read through ``strftime_now``; None: today.
 
     Raises:
-        TemplateLimitExceeded: it takes too long or writes too much.
+        TemplateLimitExceeded: the template takes too long or writes too much.
     """
 
     def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
@@ -83,7 +83,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: the template rejects the dialogue.
-            TemplateLimitExceeded: it takes too long or writes too much.
+            TemplateLimitExceeded: the template takes too long or writes too much.
         """
         text: str = self._apply(
             messages, tools, tokenize=False, add_generation_prompt=generation_prompt
@@ -102,7 +102,7 @@ class ChatTemplate:
         return list(encoded["input_ids"])
 
     def marked(self, messages: Messages, tools: Tools = None) -> list[TokenSpan] | None:
-        """Find what the template marks with ``{% generation %}``, in order; None without marks.
+        """Return the spans inside ``{% generation %}``, in order; None if the template has none.
 
         Raises:
             ValueError, TemplateLimitExceeded: as ``text``.
@@ -114,7 +114,7 @@ class ChatTemplate:
         )
         mask = list(encoded["assistant_masks"])
         for token in range(1, len(mask)):
-            # At the end of a mark, transformers marks only the first token of a character.
+            # If a mark ends with a character of several tokens, transformers marks only the first.
             if mask[token - 1] and not mask[token]:
                 before, here = (encoded.token_to_chars(i) for i in (token - 1, token))
                 mask[token] = int(before is not None and before == here)
@@ -135,7 +135,7 @@ class ChatTemplate:
             raise TemplateLimitExceeded(f"takes more than {CPU_SECONDS:g} s of CPU time") from None
         except MemoryError:
             raise TemplateLimitExceeded("takes more memory than there is") from None
-        except Exception as error:  # Jinja's, or what the template itself raises
+        except Exception as error:  # of Jinja, or raised by the template itself
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"the chat template rejects this dialogue: {reason}") from None
 
@@ -144,7 +144,7 @@ class ChatTemplate:
         return source
 
     def _turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the content the form that the template reads; remove the key ``weight``."""
+        """Convert the content to the form that the template reads; remove the key ``weight``."""
         kept = {key: value for key, value in turn.items() if key != "weight"}
         content = kept.get("content")
         if isinstance(content, list) and not self._reads_parts:
@@ -154,7 +154,7 @@ class ChatTemplate:
         return kept
 
     def _probe(self) -> tuple[bool, bool]:
-        """Test whether the template reads content that is text, and that is a list of parts."""
+        """Test whether the template reads content that is (text, a list of parts)."""
         probe = "one two three"
         as_text = self._try(probe)
         as_parts = self._try([{"type": "text", "text": probe}])
@@ -175,7 +175,7 @@ def reads_date(tokenizer: Any) -> bool:
 
 
 def _with_date(source: str, date: datetime.date) -> str:
-    """Make a template read a given date, at midnight, whenever it is rendered."""
+    """Add the macro to a template that makes it read midnight of ``date`` as the current time."""
     time = datetime.datetime.combine(date, datetime.time())
     names = [f"%{flag}{directive}" for directive in _DIRECTIVES for flag in _FLAGS]
     values = [(name, time.strftime(name)) for name in names]

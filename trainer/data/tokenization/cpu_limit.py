@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _POLL_SECONDS = 0.1
-#: Idle polls after which the watching thread ends.
+#: Number of idle polls after which the watching thread ends.
 _IDLE_POLLS = 50
 
 
 class CpuLimitExceeded(Exception):
-    """The code has exceeded its CPU time limit."""
+    """A block of ``cpu_limit`` has exceeded its CPU time."""
 
 
 class _Watcher:
-    """One thread that watches all limited blocks of this process, while there are any."""
+    """A thread that watches all blocks of ``cpu_limit`` in this process, while there are any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._limits: dict[int, float] = {}  # thread -> its CPU time at which the block is aborted
+        self._limits: dict[int, float] = {}  # thread -> CPU time at which its block is aborted
         self._aborted: set[int] = set()
         self._is_running = False
 
@@ -62,11 +62,11 @@ _watcher = _Watcher()
 def cpu_limit(seconds: float) -> Iterator[None]:
     """Abort a block of Python code after ``seconds`` of CPU time of this thread.
 
-    CPU time rather than wall time, because a process may be suspended or wait for a core. It works
-    in any thread; a signal would reach the main thread only.
+    CPU time instead of wall time, because a process may be suspended or wait for a core. Works in
+    any thread; a signal handler would run in the main thread only.
 
     Raises:
-        CpuLimitExceeded: in the middle of the block.
+        CpuLimitExceeded: at any point inside the block.
     """
     _watcher.begin(seconds)
     try:

@@ -11,7 +11,7 @@ from trainer.config import Task
 from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.token_table import Example, TokenBlock
 
-#: Numbers of a ``TokenizationReport`` that are kept beside a cached table.
+#: Fields of a ``TokenizationReport`` that are stored with a cached table.
 COUNTS = ("skipped", "truncated", "merged", "first_merged")
 
 
@@ -20,11 +20,11 @@ class TokenizationReport:
     """Outcome of tokenizing a batch of rows, or all rows.
 
     Attributes:
-        skipped, truncated: rows that are too long, by ``task.too_long``.
-        merged: rows whose input and target the tokenizer merges.
+        skipped, truncated: number of rows that are too long, by ``task.too_long``.
+        merged: number of rows whose input and target the tokenizer merges.
         first_merged: the first of them; -1 if there is none.
-        invalid: rows with a problem.
-        problems: problem -> the first such row, and how many; limited to the first few problems.
+        invalid: number of rows with a problem.
+        problems: problem -> (first row, number of rows), for the first few problems.
     """
 
     rows: int = 0
@@ -36,7 +36,6 @@ class TokenizationReport:
     problems: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add_merged(self, row: int) -> None:
-        """Count a row whose input and target the tokenizer merges."""
         self.merged += 1
         self.first_merged = row if self.first_merged < 0 else self.first_merged
 
@@ -61,11 +60,10 @@ class TokenizationReport:
 
 
 class RowTokenizer(ABC):
-    """Makes examples of rows, at most ``max_length`` tokens each; pickled and sent to workers.
+    """Converts rows to examples; pickled and sent to workers.
 
     Args:
-        task: its templates and ``too_long``.
-        max_length: most tokens of a row: the context minus the virtual tokens.
+        max_length: maximum tokens of a row: the context minus the virtual tokens.
 
     Attributes:
         limit: reason for ``max_length``, for messages.
@@ -82,22 +80,22 @@ class RowTokenizer(ABC):
     def __call__(
         self, first: int, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[TokenBlock, TokenizationReport]:
-        """Tokenize consecutive rows, the first of which has the number ``first``."""
+        """Tokenize consecutive rows, of which the first has index ``first``."""
         report, examples = TokenizationReport(len(rows)), list[Example]()
         for row, values in enumerate(self.prepare(rows), start=first):
             examples += self.examples(row, values, report)
         return TokenBlock.of(examples), report
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
-        """Process a batch of rows at once, before ``examples``."""
+        """Process a batch of rows together, before ``examples``."""
         return rows
 
     @abstractmethod
     def examples(self, row: int, values: Any, report: TokenizationReport) -> list[Example]:
-        """Make the examples of one prepared row; empty if it is skipped or has a problem."""
+        """Return the examples of one prepared row; none if it is skipped or has a problem."""
 
     def may_truncate(self, row: int, num_tokens: int, report: TokenizationReport) -> bool:
-        """Apply the policies ``skip`` and ``refuse`` to a row that is too long."""
+        """Whether to truncate a row that is too long; otherwise count it as skipped or refused."""
         if self.task.too_long == "skip":
             report.skipped += 1
         elif self.task.too_long == "refuse":

@@ -14,7 +14,7 @@ from trainer.runtime.errors import BadInput
 
 
 class TextRowTokenizer(RowTokenizer):
-    """Rows of input and target, joined; truncation cuts the input on the left.
+    """Tokenizes rows of input and target; truncation cuts the input on the left.
 
     Args:
         prefix: a hard prompt before every input.
@@ -33,8 +33,8 @@ class TextRowTokenizer(RowTokenizer):
         self.prefix, self.choices = prefix, choices
         self.encoder = TextTokenizer(tokenizer)
         self.eos = self._eos(tokenizer)
-        # Tokens before a row's own text, which are never cut: BOS and the hard prompt, whose last
-        # space often belongs to the following token.
+        # Tokens before a row's own text, which are never cut: BOS and the hard prompt, with and
+        # without trailing white space, which often belongs to the following token.
         self.fronts = [self.encoder.front]
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r} before it"
@@ -54,11 +54,7 @@ class TextRowTokenizer(RowTokenizer):
         return [tokenizer.eos_token_id]
 
     def check_choices(self, row: Mapping[str, Any]) -> None:
-        """Refuse choices that have the same tokens, or none, after the input of a row.
-
-        Raises:
-            BadInput: naming the choices.
-        """
+        """Raise ``BadInput`` if choices have equal tokens, or none, after the input of a row."""
         (_, targets, _), *_ = self.prepare([row])
         problem = _problem_of_choices(self.task, targets)
         if problem:
@@ -67,7 +63,7 @@ class TextRowTokenizer(RowTokenizer):
     def prepare(
         self, rows: Sequence[Mapping[str, Any]]
     ) -> list[tuple[list[int], list[list[int]], bool]]:
-        """Encode rows. Per row: ids of its input, ids of its targets, and whether the two merge."""
+        """Encode rows: per row (ids of its input, ids of its targets, whether any merges)."""
         texts = [self.prefix + render(self.task.input, row) for row in rows]
         inputs = self.encoder.inputs(texts)
         if not self.task.target:
@@ -93,21 +89,21 @@ class TextRowTokenizer(RowTokenizer):
         values: tuple[list[int], list[list[int]], bool],
         report: TokenizationReport,
     ) -> list[Example]:
-        """Make one example per target, all with the same input."""
+        """Return one example per target, all with the same input."""
         input_ids, targets, merged = values
         ids = self._fit(row, input_ids, targets, report)
         if ids is None:
             return []
         if merged:
             report.add_merged(row)
-        # Without a target every token of the text is a label but the first.
+        # Without a target, all tokens of the text except the first are labels.
         start = len(ids) if self.task.target else len(self._front(input_ids)) + 1
         return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
 
     def _fit(
         self, row: int, input_ids: list[int], targets: list[list[int]], report: TokenizationReport
     ) -> list[int] | None:
-        """Return the ids of the input, truncated if needed; None if the row is left out."""
+        """Return the ids of the input, truncated if needed; None if skipped or invalid."""
         room = self.max_length - max(map(len, targets)) - len(self.eos)
         front = self._front(input_ids)
         same = _problem_of_choices(self.task, targets) if self.choices is not None else None
@@ -136,12 +132,12 @@ class TextRowTokenizer(RowTokenizer):
         return None
 
     def _front(self, ids: list[int]) -> list[int]:
-        """Tokens of a row that are never cut."""
+        """Return the first tokens of a row, which are never cut."""
         return next((front for front in self.fronts if ids[: len(front)] == front), self.fronts[0])
 
 
 def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
-    """Describe choices that the base cannot distinguish by their tokens; None if there are none."""
+    """Describe choices with equal tokens, or without tokens; None if there are none."""
     assert task.choices is not None
     first: dict[tuple[int, ...], str] = {}
     for choice, target in zip(task.choices, targets, strict=True):

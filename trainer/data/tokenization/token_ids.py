@@ -1,4 +1,4 @@
-"""Rows that are token ids already -> examples within the context. Imports no torch."""
+"""Tokenized rows -> examples within the context. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from trainer.data.tokenization.row_tokenizer import RowTokenizer, TokenizationRe
 
 
 class TokenIdRowReader(RowTokenizer):
-    """Rows of ``tokens``. Ids are used as they are: no BOS or EOS is added.
+    """Reads rows of ``tokens``; no BOS or EOS is added.
 
-    Truncation removes tokens on the left; the label of the first remaining token is then ignored,
-    because no token predicts it.
+    Truncation removes tokens on the left, and the label of the first remaining token, because no
+    token predicts it.
     """
 
     def examples(

@@ -1,11 +1,11 @@
 """Tokenization of a split: rows -> ``TokenTable``. Needs a tokenizer, but no torch.
 
-A row is ``tokenizer(input)`` with its special tokens, then the target's tokens as they continue
-that text (``tokenizer``), then EOS. The labels are the target and EOS; in a task without targets,
-whose prompts learn from a teacher, all tokens of the text but the first. Dialogues are written by
-the tokenizer's chat template (``chat``), and rows may be token ids already (``token_ids``).
+A row is ``tokenizer(input)`` with its special tokens, then the target as a continuation of that
+text (module ``tokenizer``), then EOS. The labels are the target and EOS; in a task without targets,
+whose prompts learn from a teacher, all tokens of the text except the first. Dialogues are written
+by the tokenizer's chat template (``chat``); ``token_ids`` reads tokenized rows.
 
-Large splits are tokenized by worker processes, and the table is kept in the cache.
+Large splits are tokenized by worker processes, and the table is cached.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.data.tokenization.worker_pool import map_in_order
 from trainer.runtime.errors import BadInput
 
-#: From this many rows on, or texts where rows have choices, workers and the cache save time.
+#: Minimum number of rows, or of texts (rows times choices), for worker processes and the cache.
 MANY_ROWS, MANY_TEXTS = 5000, 50_000
-#: Rows of a batch for a worker, or texts where rows have many choices.
+#: Maximum number of rows, and of texts (rows times choices), of a worker's batch.
 _BATCH_ROWS, _BATCH_TEXTS = 1000, 20_000
 
 #: Shows the progress of rows: ``with progress(what, rows) as advance: advance(number of rows)``.
@@ -49,8 +49,8 @@ class Tokenized:
     """Examples of a split, and the outcome of tokenizing its rows.
 
     Attributes:
-        skipped, truncated: rows, by ``task.too_long``.
-        warning: warning about rows whose input and target the tokenizer merges; None without any.
+        skipped, truncated: number of rows, by ``task.too_long``.
+        warning: about rows whose input and target the tokenizer merges; None without such rows.
     """
 
     examples: TokenTable
@@ -72,23 +72,18 @@ def tokenize(
 ) -> Tokenized:
     """Tokenize every row.
 
-    With ``per_choice`` a row has one example per choice, in the order of ``task.choices``. All
-    follow the same input, cut so that the longest choice fits; a row whose longest choice does not
-    fit is skipped with all its choices.
-
     Args:
-        rows: checked rows.
-        task: templates, ``append_eos`` and ``too_long``.
         tokenizer: a transformers tokenizer, fast or slow.
-        max_length: most tokens of a row: the context minus the virtual tokens.
+        max_length: maximum tokens of a row: the context minus the virtual tokens.
         prefix: a hard prompt before the input text; it is never cut.
-        per_choice: use every choice of the task as a target in place of the row's own.
+        per_choice: make one example per choice of the task, in this order, instead of one with the
+            row's own target. All have the same input, cut so that the longest choice fits; a row
+            whose longest choice does not fit is skipped with all its choices.
         date: the date that a chat template reads; None: today.
 
     Raises:
-        BadInput: rows that do not fit (too_long: refuse), targets that do not fit at all, texts
-            that give no tokens, choices with the same tokens, a tokenizer without EOS, or no row
-            left.
+        BadInput: rows do not fit (too_long: refuse), targets do not fit at all, texts give no
+            tokens, choices have equal tokens, the tokenizer has no EOS, or no row is left.
     """
     row_tokenizer: RowTokenizer
     if task.messages is not None:
@@ -111,8 +106,7 @@ def encode_input(
     """Tokenize one input like those of rows, to generate from text that is in no file.
 
     Args:
-        dialogue: the text is a user's turn, for the chat template.
-        date: the date that a chat template reads; None: today.
+        dialogue: the text is a user's turn for the chat template, which reads ``date``.
     """
     if dialogue:
         return encode_opening(tokenizer, text, date)
@@ -123,7 +117,7 @@ def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
     """Check that every id has an embedding; otherwise the tokenizer is not that of the base.
 
     Raises:
-        BadInput: naming the first id without one.
+        BadInput: an id has no embedding.
     """
     example = examples.first_beyond(vocab_size)
     if example is not None:
@@ -137,7 +131,7 @@ def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
 def _tokenize_all(
     rows: RowDataset, tokenizer: Any, row_tokenizer: RowTokenizer, progress: RowProgress
 ) -> Tokenized:
-    """Tokenize all rows: a few in this process, many by workers or from the cache."""
+    """Tokenize few rows in this process, many in worker processes or from the cache."""
     report = TokenizationReport()
     width = len(row_tokenizer.choices or [""])
     many = len(rows) >= MANY_ROWS or len(rows) * width >= MANY_TEXTS
@@ -159,7 +153,6 @@ def _tokenize_all(
         return {name: getattr(report, name) for name in COUNTS}
 
     if many:
-        # Everything that determines the table.
         identity = {
             "rows": [rows.digest, len(rows)],
             "tokenizer": tokenizer_digest(tokenizer),
@@ -245,7 +238,7 @@ _NO_EFFECT_ON_TOKENS = {
 
 
 def _template_date(tokenizer: Any, row_tokenizer: RowTokenizer) -> str | None:
-    """The date that the chat template reads, if it reads one."""
+    """Return the date that the chat template reads, or None."""
     if not isinstance(row_tokenizer, DialogueRowTokenizer) or not reads_date(tokenizer):
         return None
     return (row_tokenizer.date or datetime.date.today()).isoformat()

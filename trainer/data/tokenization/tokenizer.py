@@ -1,9 +1,9 @@
-"""Text -> token ids, the same as in generation. Needs a tokenizer, but no torch.
+"""Text -> token ids, equal to those in generation. Needs a tokenizer, but no torch.
 
-A target continues its input: its tokens are those that the text ``input + target`` has after the
-tokens of the input. Tokenized alone, it would begin like a separate text: SentencePiece tokenizers
-put ``▁`` before every text. Where the tokenizer merges the end of the input with the beginning of
-the target, the joined text has tokens that never occur in generation: the input then keeps its own
+A target is tokenized as the continuation of its input: the tokens of ``input + target`` after those
+of the input. Tokenized alone, it would begin like a separate text: SentencePiece tokenizers put
+``▁`` before every text. If the tokenizer merges the end of the input with the beginning of the
+target, ``input + target`` has tokens that do not occur in generation. Then the input keeps its own
 tokens, and the target is tokenized as the continuation of another text.
 """
 
@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-#: Texts before a target that merges with its own input; the first that it does not merge with is
-#: used.
+#: Texts before a target that merges with its own input; the first one without a merge is used.
 _CONTEXTS = ("\n", ".", "(", "a", "0")
 
 
 class TextTokenizer:
     """Encodes inputs and targets, with the special tokens at the beginning of a text.
 
-    Some tokenizers also end every text with EOS or a separator. It is removed: between input and
-    target it would end the document before its answer.
+    Some tokenizers also end every text with EOS or a separator. They are removed, because between
+    input and target they would end the document.
 
     Attributes:
         front: special tokens at the beginning of every text.
@@ -52,10 +51,10 @@ class TextTokenizer:
 
         Args:
             texts: the inputs.
-            inputs: their token ids, from ``inputs``.
+            inputs: their token ids, from the method ``inputs``.
 
         Returns:
-            the ids of the targets; whether input and target merge: ``input + target`` as one text
+            The ids of the targets; whether input and target merge: ``input + target`` as one text
             has other tokens.
         """
         joined = self.inputs([text + target for text, target in zip(texts, targets, strict=True)])
@@ -70,7 +69,7 @@ class TextTokenizer:
         return continued, merged
 
     def merges(self, text: str, following: str) -> bool:
-        """Whether the tokenizer merges the end of a text with the beginning of the next."""
+        """Whether the tokenizer merges the end of ``text`` with the beginning of ``following``."""
         return self.targets([text], self.inputs([text]), [following])[1][0]
 
     def beginnings(self) -> dict[int, tuple[int, ...]]:
@@ -90,7 +89,7 @@ class TextTokenizer:
         """Tokenize consecutive pieces of one text, without adding special tokens.
 
         Returns:
-            the ids of each piece as the continuation of the previous ones; whether any piece merges
+            The ids of each piece as the continuation of the previous ones; whether any piece merges
             with the previous one.
         """
         ids, pieces, merged = list[int](), list[list[int]](), False
@@ -111,7 +110,7 @@ class TextTokenizer:
         for context in _CONTEXTS:
             left = [text for text in dict.fromkeys(texts) if text not in by_text]
             own = self._encode([context], special=False)[0] if left else []
-            # Skip white space that the tokenizer drops, and unknown words.
+            # Skip contexts that the tokenizer drops (white space) or does not know.
             if not own or self._unknown[0] in own:
                 continue
             joined = self._encode([context + text for text in left], special=False)
@@ -139,8 +138,8 @@ class TextTokenizer:
 
         if not _is_plain(self._tokenizer):
             return encode(texts)
-        # The first call through transformers configures the backend. The others go to the backend
-        # directly, without offsets into the text, which take a third of the time.
+        # The first call through transformers configures the backend. Further texts are passed to
+        # the backend without computing offsets into the text, which saves a third of the time.
         first = encode(texts[:1])
         backend = self._tokenizer.backend_tokenizer
         others = backend.encode_batch_fast(list(texts[1:]), add_special_tokens=special)

@@ -15,7 +15,7 @@ from trainer.runtime.process import die_with_parent
 
 T = TypeVar("T")
 
-#: One process cannot feed more workers with texts.
+#: One process cannot supply more workers with texts.
 MAX_WORKERS = 16
 
 _work: Callable[..., Any]
@@ -27,14 +27,14 @@ def map_in_order(
     """Yield ``work(*batch)`` of every batch, in order, using as many workers as cores.
 
     Only a few batches are in flight at a time, so memory does not grow with their number. Workers
-    are spawned, not forked: a fork of a process with threads may hang. They end with this process.
+    are spawned, because a forked process with threads may hang. They end with this process.
 
     Args:
         work: sent to each worker once; if it cannot be pickled, it runs in this process.
-        in_process: run it in this process.
+        in_process: use no workers.
 
     Raises:
-        Exception: that of the first batch that failed.
+        Exception: of the first batch that failed.
     """
     workers = min(MAX_WORKERS, num_cores())
     pickled = None if in_process or workers < 2 else _pickle(work)
@@ -56,7 +56,7 @@ def map_in_order(
 
 
 def num_cores() -> int:
-    """Number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
