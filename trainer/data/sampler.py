@@ -182,7 +182,7 @@ class EpochPermutation:
 
     @property
     def identity(self) -> str:
-        """Text that identifies everything that determines the order, except seed and number of rows."""
+        """Text that identifies the order, except for seed and number of rows."""
         mixture = (
             [(c.start, c.stop, c.weight) for _, c in self._components] if self._weights else []
         )
