@@ -25,7 +25,7 @@ from trainer.config import load
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 
 DEFAULT_PORT = 29500  # default of torch and DeepSpeed; must be the same on all hosts
-GRACE_SECONDS = 3600.0  # to save and exit; longer than Slurm leaves before its time limit
+GRACE_SECONDS = 3600.0  # to save and exit; Slurm's time limit usually ends the job earlier
 REACH_SECONDS = 3.0
 
 

@@ -61,7 +61,8 @@ def array_tasks(lists: Sequence[str], output_dir: str) -> list[tuple[str, ...]]:
 
     Each task has its own output folder, named after its values.
 
-    Raises ``BadInput`` with all invalid lists.
+    Raises:
+        BadInput: lists are invalid; names all.
     """
     problems: list[str] = []
     settings: list[list[tuple[str, str]]] = []

@@ -72,7 +72,7 @@ class Data:
         )
 
     def updates(self, task: str, seed: int) -> Iterator[list[Example]]:
-        """Yield without end the rows of each update, in the order of this trainer's prompt."""
+        """Yield endlessly the rows of each update, as in this trainer's run with the same seed."""
         same = (p for p in self.config.prompts if (p.task, p.seed) == (task, seed))
         alone = self.config.model_copy(update={"prompts": [next(same)]})
         feed = BatchSource(alone, self.tasks)

@@ -179,7 +179,7 @@ class Lock:
 
 
 def acquire(folder: Path, report: Callable[[str], None]) -> Lock:
-    """Acquire the lock of an output folder; ``report`` a takeover from a dead holder.
+    """Acquire the lock of an output folder; call ``report`` after a takeover from a dead holder.
 
     Raises:
         BadInput: another process that may be alive holds the lock.

@@ -12,7 +12,7 @@ from trainer.config.ranking import AnyEntry, rank
 def select(
     prompts: Sequence[AnyEntry], metric: str, standard_error: Callable[[AnyEntry], float]
 ) -> tuple[AnyEntry, AnyEntry | None] | None:
-    """Return the best prompt, and the shortest one within one standard error of its score.
+    """Return the best prompt, and the shortest of the shorter prompts within one standard error.
 
     Source: the one-standard-error rule of Breiman et al., Classification and Regression Trees
     (1984), 3.4.3, for lengths of prompts in place of sizes of trees.

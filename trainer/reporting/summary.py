@@ -149,7 +149,7 @@ class Throughput(_Model):
 
 
 class Memory(_Model):
-    """Memory in bytes, each value of the rank where it is largest."""
+    """Memory in bytes, the largest value of all ranks, and settings that depend on memory."""
 
     base_bytes_per_rank: int | None = None
     kept_bytes_per_rank: int | None = None

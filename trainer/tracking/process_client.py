@@ -169,7 +169,7 @@ def sync_later(output_dir: Path, name: str, saved: str | None) -> str:
     it, given the ``saved`` address of ``run.yaml``.
     """
     if saved and HIDDEN in saved and scheme_of(saved) not in HTTP:
-        return sync_command(output_dir)  # sync then asks for the address with its password
+        return sync_command(output_dir)  # sync then requires the address with its password
     try:
         later = resolve(output_dir, saved=saved)
         is_chosen = later.name == name and later.trusted
