@@ -68,7 +68,6 @@ class CollectiveTracker:
         collective: the last of these.
         events: number of beginnings and ends of collectives and steps.
         slowest: seconds of the slowest step, excluding the first, which includes compilation.
-        waiting: whether the main thread is in a collective.
     """
 
     def __init__(self) -> None:

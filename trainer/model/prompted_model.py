@@ -92,7 +92,7 @@ class PromptedBase(nn.Module):
         virtual_tokens: Sequence[SoftPrompt],
         teacher_DH: Tensor | None = None,
     ) -> ForwardResult:
-        """Run one forward pass, by which ZeRO-3 counts steps: nothing else may call the base.
+        """Run one forward pass. All uses of the base call this method: ZeRO-3 counts its calls.
 
         Args:
             inputs: a packed batch (losses), a request for hidden states, a decode step (logits), or

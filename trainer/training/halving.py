@@ -46,9 +46,6 @@ def eliminated(
     Prompts that learn labels form one group, and prompts of each teacher another, because losses of
     different objectives are not comparable. Among equal scores, shorter prompts are better.
 
-    Args:
-        keys: ``ranking.score_key`` of the prompts that still train.
-
     Yields:
         Task, size and prompts to stop of every group in which any stop.
     """

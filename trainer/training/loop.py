@@ -44,7 +44,6 @@ class Loop:
     """A run that is ready to train.
 
     Attributes:
-        batches: the packed batches of this rank, step by step.
         callbacks: receive the events of the run, on every rank.
         predictions: keeps the predictions of the best steps; None on ranks other than 0.
     """

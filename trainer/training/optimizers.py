@@ -111,11 +111,7 @@ class Muon(_Directed):
 
 
 def _newton_schulz(matrices: Tensor) -> Tensor:
-    """Approximate the nearest orthogonal matrices, each with a root mean square of 1.
-
-    Args:
-        matrices: [..., rows, columns]; a matrix of zeros stays zero.
-    """
+    """Approximate the nearest orthogonal matrices with a root mean square of 1; keep zeros."""
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     tiny = torch.finfo(wide.dtype).tiny
     x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=tiny)

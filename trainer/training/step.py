@@ -134,7 +134,6 @@ def batch_gradients(
 
     Args:
         saved: counts the bytes that the first packed batch's forward saves.
-        teachers: token embeddings of the teachers, for ``read_teacher``.
 
     Raises:
         OutOfMemory: if a packed batch does not fit and cannot be split, because it is one row or

@@ -88,18 +88,11 @@ class FlexLayout:
         return lambda score, _, head, __, place: score + gain_AK[head, place]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Attention of one layer.
+        """Attention of one layer, with the shapes of ``interface.attend``.
 
         The kernel multiplies masked values by zero, and zero times NaN is NaN: a diverged prompt
         would spread to others in its blocks. Therefore the kernel gets finite numbers only. Tokens
         that attend to non-finite numbers are set to NaN afterwards, which also stops gradients.
-
-        Args:
-            query: [1, A, T, D].
-            key: [1, A, K, D], as value; both may have fewer heads (grouped queries).
-
-        Returns:
-            [1, T, A, D].
         """
         is_bad_T = self._attends_to_non_finite(query, key, value)
         query, key, value = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (query, key, value))

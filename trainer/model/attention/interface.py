@@ -99,14 +99,10 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer; called by transformers.
+    """Attention of one layer, with the shapes of ``attend``; called by transformers.
 
     Args:
-        query: [1, A, T, D]; key and value may have fewer heads (grouped queries).
         layout: passed through the model's keyword arguments, or in place of the mask.
-
-    Returns:
-        [1, T, A, D], and None for the attention weights.
     """
     layout = layout or attention_mask  # type: ignore[assignment]
     assert isinstance(layout, Layout)

@@ -119,7 +119,7 @@ class _Normed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Callable[[], Tensor], eps: float, offset: bool, compiled: bool
     ) -> Tensor:
-        # Backward reads the weight again: ZeRO-3 frees it after forward and gathers it anew.
+        # Not saved: ZeRO-3 frees the weight after forward and gathers it again for backward.
         ctx.weight, ctx.offset, ctx.compiled = weight, offset, compiled
         y: Tensor
         y, factor = _loop(_norm, compiled)(x.detach(), weight().detach(), eps, offset)

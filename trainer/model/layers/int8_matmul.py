@@ -77,7 +77,7 @@ def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Te
         threshold: values of x with a larger magnitude are multiplied by the dequantized weight
             (LLM.int8(), arXiv 2208.07339, section 3); None: all values are quantized.
     """
-    # Reshaped here: a view returned by a Function cannot be modified in place, as OLMo does.
+    # Reshaped here: OLMo modifies the result in place, which views from a Function do not allow.
     y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold)
     return y_TN.unflatten(0, x.shape[:-1])
 
@@ -165,7 +165,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows and their fp32 scales [T, 1]; a NaN or infinite value makes the scale so, too."""
+    """int8 rows and their fp32 scales [T, 1]; NaN or infinite values propagate to the scale."""
     x_TK = x_TK.float()
     scale_T1 = x_TK.abs().amax(-1, keepdim=True) / INT8_MAX
     return torch.round(x_TK / scale_T1.clamp_min(TINY)).to(torch.int8), scale_T1

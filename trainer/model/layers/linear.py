@@ -25,7 +25,6 @@ class FrozenLinear(nn.Module):
     Attributes:
         weight: Parameter [N, K], int8 or float, ``requires_grad=False``; sharded as stored.
         absmax: fp32 buffer [N] if the weight is int8, else None.
-        bias: Parameter [N] or None.
         transposed: names of parameters that the checkpoint stores as [K, N].
         product: computes ``x @ W.T``; set by ``trainer.model.layers.matmul_selection``.
     """

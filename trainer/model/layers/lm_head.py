@@ -69,11 +69,7 @@ class FrozenHead(FrozenLinear):
         self._exchanged_bytes = 0  # since ``release``
 
     def hold(self, rows: Tensor, exchange: RowExchange | None) -> None:
-        """Replace the weight with this rank's block, which may be in host memory.
-
-        Args:
-            exchange: the ranks that hold the other blocks; None if this block is the full weight.
-        """
+        """Replace the weight with this rank's block; see ``FrozenEmbedding.hold``."""
         self.register_parameter("weight", None)  # so that ZeRO-3 neither shards nor gathers it
         self.rows, self._exchange = rows, exchange
 

@@ -34,8 +34,7 @@ class FrozenExperts(nn.Module):
     """All experts of one layer, with the signature of transformers' experts.
 
     Attributes:
-        gate_up_proj: Parameter [E, 2 I, H], int8 or float, in any layout of the checkpoint.
-        down_proj: Parameter [E, H, I], int8 or float.
+        gate_up_proj, down_proj: Parameters [E, 2 I, H] and [E, H, I], int8 or float.
         gate_up_proj_absmax, down_proj_absmax: fp32 buffers [E, 2 I] and [E, H] if int8.
         transposed: names of parameters that the checkpoint stores as [E, K, N].
     """

@@ -137,9 +137,6 @@ class VocabScan:
     def add(self, logits_NC: Tensor, slice_top_N: Tensor) -> Tensor:
         """Add a slice and overwrite its logits with ``exp(logit - top)``.
 
-        Args:
-            slice_top_N: the largest logit of the slice.
-
         Returns:
             Factor [N] to rescale sums over earlier slices with.
         """
@@ -150,10 +147,7 @@ class VocabScan:
         return shrink_N
 
     def merge(self, exchange: RowExchange, *sums_N: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """All-reduce ``top_N`` and ``total_N`` over the blocks of all ranks.
-
-        Args:
-            sums_N: further tensors to sum over the ranks.
+        """All-reduce ``top_N``, ``total_N`` and further sums over the blocks of all ranks.
 
         Returns:
             Factor [N] to rescale this block's sums with, and the reduced ``sums_N``.
