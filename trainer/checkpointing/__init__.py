@@ -1,4 +1,4 @@
-"""Save a run atomically and resume it. ``launch`` imports this package, so it imports no torch.
+"""Save a run atomically and resume it.
 
 1. ``run_lock``: ``acquire`` makes this process the only writer of the output folder (``Lock``).
 2. ``resume``: ``run_identity`` collects everything that must match; ``find_checkpoint`` returns the
@@ -10,5 +10,6 @@
    (``Snapshot``), and ``state_tensors`` separates tensors from JSON. ``async_writer`` writes it in
    a background thread with ``checkpoint.write``, which keeps the newest checkpoints.
 
-``checkpoint_names`` lists checkpoints by name, without reading them.
+``checkpoint_names`` lists checkpoints by name, without reading them. ``launch`` imports it and
+``run_lock``, which therefore import no torch.
 """
