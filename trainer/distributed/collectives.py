@@ -36,9 +36,6 @@ class Ranks:
 
     Methods that run work raise BadInput on all ranks together, with the problems of the first rank
     whose work raised BadInput.
-
-    Attributes:
-        tracker: records the current step and collective of this rank.
     """
 
     def __init__(

@@ -115,13 +115,10 @@ class Engine(Ranks):
         offload: bool = False,
         must_fit: bool = False,
     ) -> Placement:
-        """Choose the shard group and the bytes that stay gathered; the same on all ranks.
+        """Call ``placement.place`` with the memory and nodes of all ranks, which get equal results.
 
         Args:
             must_fit: refuse a base that does not fit even if ``base_memory`` is auto.
-
-        Raises:
-            BadInput: if the group size does not divide the ranks, or the base does not fit.
         """
         setting = config.engine.base_memory
         # Identify the node by the launcher's index, else by the host name.

@@ -163,7 +163,7 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
         with library_errors(f"base.model: the tokenizer of {name!r}"):
-            # Without ``trust_remote_code``, transformers asks on the terminal and waits.
+            # Without ``trust_remote_code``, transformers prompts on the terminal and waits.
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False
             )

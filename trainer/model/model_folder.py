@@ -77,11 +77,10 @@ def _missing_reason(path: Path) -> str:
 
 
 def check_config(path: Path) -> None:
-    """Refuse a config that transformers would not read in bounded time.
+    """Refuse a config that transformers would not read in bounded time or as this program does.
 
     Raises:
-        BadInput: if the file is not a JSON object, has unreasonably large numbers, a model type
-            that is not a string, or names other weight files.
+        BadInput: with all settings that are invalid, unreasonably large or not supported.
     """
     raw = read_json_object(path)
     problems = [

@@ -57,8 +57,7 @@ def map_weights(
     """Match the stored tensors with the parameters of the text model.
 
     Args:
-        config: of the folder: of a text model or its multimodal container.
-        tensors: of all weight files, by name.
+        config: config of the folder, of a text model or its multimodal container.
 
     Raises:
         BadInput: if config.json does not describe a model, or a parameter has no tensor.

@@ -10,7 +10,7 @@ from trainer.training.validation import Validator
 
 
 def score_missing_baselines(validator: Validator) -> None:
-    """Score the base without and with hand-written prompts, unless resumed scores exist."""
+    """Score the base without and with hand-written prompts, unless a checkpoint has the scores."""
     progress, evaluator = validator.progress, validator.evaluator
     if progress.baselines:
         return

@@ -29,7 +29,6 @@ class Validator:
     """Validates the prompts of a run.
 
     Attributes:
-        stopping: early stopping of each prompt, by name.
         predictions: keeps the predictions of the best steps; None on ranks other than 0.
     """
 

@@ -205,7 +205,7 @@ def stack_padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def prefix_indices(segment: Segment) -> Tensor:
-    """Indices of the tokens of a segment's prefixes; if it has none, of its own first token."""
+    """Indices of the tokens of a segment's prefixes; without prefixes, of its first token."""
     if not segment.prefix_length:
         return torch.tensor([segment.start])
     return torch.cat([torch.arange(p.start, p.start + p.length) for p in segment.prefixes])

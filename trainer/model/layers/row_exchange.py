@@ -15,8 +15,7 @@ class RowExchange(Protocol):
     """The ranks that share a table; every method is a collective of all of them.
 
     Attributes:
-        rank: index of this rank among them.
-        ranks: number of ranks, G.
+        rank, ranks: index of this rank among them, and their number G.
     """
 
     rank: int
@@ -27,8 +26,7 @@ class RowExchange(Protocol):
 
         Args:
             rows: [sum(sent), ...] in the order of the receiving ranks.
-            sent: number of rows for each rank.
-            received: number of rows from each rank.
+            sent, received: number of rows for and from each rank.
 
         Returns:
             [sum(received), ...] in the order of the sending ranks.
