@@ -251,7 +251,6 @@ class Prompt(Section):
 
     @staticmethod
     def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer and the defaults of its settings."""
         entry = find_encoder(value.get("method"), value.get("encoder"))
         trains_values = entry is not None and entry.trains_values
         own = "muon" if trains_values and value.get("betas") is None else "adamw"

@@ -306,11 +306,7 @@ def sweeps(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, list[st
 
 
 def load_output(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load the run file in a run's output folder, which may have been moved.
-
-    Raises:
-        BadInput: as ``load``.
-    """
+    """Load the run file in a run's output folder, which may have been moved; raises as ``load``."""
     config = load(Path(folder) / "run.yaml", [*overrides, "output_dir=."])
     return config.model_copy(update={"output_dir": str(Path(folder))})
 
@@ -320,10 +316,9 @@ class _BaseAlone(Section):
 
 
 def load_shards(model: str, overrides: Sequence[str] = ()) -> Base:
-    """Return the settings of a base model without a run file: defaults and ``base.*`` overrides.
+    """Return the settings of a base without a run file: defaults and ``base.*`` overrides.
 
-    Raises:
-        BadInput: as ``load``.
+    Raises as ``load``.
     """
     source = yaml_source.override(
         yaml_source.YamlSource(model, {"base": {"model": model}}, {}), overrides

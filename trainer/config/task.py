@@ -72,7 +72,6 @@ class DataSource(Section):
 
 
 def _listed(value: Any) -> Any:
-    """Wrap a single source in a list."""
     return value if value is None or isinstance(value, list) else [value]
 
 

@@ -117,11 +117,7 @@ def checked(section: SectionT, problems: Sequence[str]) -> SectionT:
 
 
 def parse_bytes(size: Any) -> int:
-    """Parse ``24GB``, ``500 MB`` or ``1.5TB`` into bytes; units are powers of ten.
-
-    Raises:
-        ValueError: the text has another form.
-    """
+    """Parse ``24GB``, ``500 MB`` or ``1.5TB`` into bytes (powers of ten); raises ``ValueError``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", str(size))
     if match is None:
         raise ValueError(f"{size!r} is no size; write a number and KB, MB, GB or TB, as 24GB")

@@ -46,8 +46,7 @@ _MAX_DIGITS = 20  # the 19 digits of 2**63, and a sign
 class YamlError(ValueError):
     """The text is not valid YAML, or exceeds a limit of this module.
 
-    Attributes:
-        problems: (path, line from 1 or None, mistake and remedy) each.
+    ``problems`` are (path, line from 1 or None, mistake and remedy).
     """
 
     def __init__(self, problems: list[tuple[SettingPath, int | None, str]]) -> None:

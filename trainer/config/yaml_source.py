@@ -82,11 +82,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
 
 
 def value_of(key: str, text: str) -> Any:
-    """Parse the value of ``KEY=VALUE``, which is YAML as in the run file.
-
-    Raises:
-        YamlError: it is not valid YAML, or contains a value that is refused.
-    """
+    """Parse the value of ``KEY=VALUE``, which is YAML as in the run file; raises ``YamlError``."""
     parts: list[str | int] = list(_parts(key))
     return yaml_parser.parse(text, tuple(parts), _is_text).data
 
@@ -101,10 +97,9 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def override(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
-    """Apply ``key=value`` overrides, in order, and record them in ``source.overrides``.
+    """Apply ``key=value`` overrides in order, and record them in ``source.overrides``.
 
-    Raises:
-        BadInput: with every override that is not valid.
+    Raises ``BadInput`` with every override that is not valid.
     """
     problems = []
     for text in overrides:
@@ -334,12 +329,10 @@ def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
 
 
 def _settings(section: type[BaseModel]) -> list[str]:
-    """List the settings of a section by their names in the run file."""
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:
-    """Return the model of the section at ``path``."""
     for part in path:
         if isinstance(part, str):
             model = next(_models(model.model_fields[part].annotation))

@@ -159,7 +159,6 @@ def _of_sharegpt(number: int, turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(number: int, content: Any) -> str | list[dict[str, str]]:
-    """Parse text, or a list of text parts: ``{"type": "text", "text": ...}``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

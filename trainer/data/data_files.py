@@ -135,7 +135,6 @@ def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Return the files that match a glob, sorted; ``**`` matches folders at any depth."""
     paths = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = paths or glob.glob(str(PROJECT_ROOT / pattern), recursive=True)
     files = sorted(Path(path) for path in paths if os.path.isfile(path))

@@ -84,7 +84,6 @@ _DECODER = json.JSONDecoder(
 
 
 def _around(text: str, position: int) -> str:
-    """Quote a few characters on either side of a JSON error."""
     start, end = max(0, position - 20), min(len(text), position + 20)
     if position >= len(text):
         return f"the line ends with {text[start:]!r}"

@@ -40,12 +40,9 @@ def split_by_hash(hashes: Hashes, share: float) -> tuple[Index, Index]:
 
 
 def first_by_hash(hashes: Hashes, count: int) -> Index:
-    """Select the first ``count`` rows in an order by hash; of equal rows the earlier ones.
+    """Select ``count`` rows, 1 or more, in an order by hash; of equal rows the earlier ones.
 
     A smaller selection is a subset of a larger one. The order is independent of ``split_by_hash``.
-
-    Args:
-        count: 1 to the number of rows.
     """
     keys = mix_bits(hashes ^ _ORDER_SALT)
     limit = np.partition(keys, count - 1)[count - 1]

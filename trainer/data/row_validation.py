@@ -25,10 +25,9 @@ _KINDS = {
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """Fill a template with ``str`` of a row's values. Unpaired braces are kept.
+    """Fill a template with ``str`` of a row's values; raises ``KeyError`` for a missing column.
 
-    Raises:
-        KeyError: the row lacks a column.
+    Unpaired braces are kept.
     """
 
     def value(match: re.Match[str]) -> str:

@@ -117,11 +117,7 @@ class TokenBudgetSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the position of ``state_dict``.
-
-        Raises:
-            BadInput: the state is of another seed or other rows.
-        """
+        """Restore ``state_dict``; raises ``BadInput`` for another seed or other rows."""
         now = self.state_dict()
         names = {
             "seed": "seed",
@@ -165,11 +161,7 @@ class TokenBudgetSampler:
 
 
 class EpochPermutation:
-    """Order of the rows in every epoch; ``MixtureComponent`` documents weights.
-
-    Args:
-        components: those without rows are skipped.
-    """
+    """Order of the rows in every epoch; ``MixtureComponent`` documents weights."""
 
     def __init__(self, components: Sequence[MixtureComponent], seed: int) -> None:
         self._seed = seed

@@ -28,9 +28,6 @@ def load_rows(
 ) -> RowDataset:
     """Read and check all rows of some sources, or of one file.
 
-    Args:
-        task: defines the checks by its templates, choices and metric.
-
     Raises:
         BadInput: with every problem; about ten are listed, the others counted.
     """
@@ -44,11 +41,7 @@ def load_rows(
 
 
 def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, RowDataset]:
-    """Read all rows of a task: ``train``, and its ``validation`` and ``shifted_validation``.
-
-    Raises:
-        BadInput: with every problem of all files.
-    """
+    """Read all splits of a task; raises ``BadInput`` with the problems of all files."""
     reader = _SplitReader(on_rows)
     splits = reader.splits(task)
     reader.raise_problems()
@@ -56,13 +49,10 @@ def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, RowDa
 
 
 def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]:
-    """Check every row of every task without keeping them.
+    """Check all rows of a run; raises ``BadInput`` with the problems of all files.
 
     Returns:
         Remarks about the data, and warnings about validation rows that are also in train.
-
-    Raises:
-        BadInput: with the problems of all files.
     """
     reader = _SplitReader(on_rows)
     notes: list[str] = []

@@ -71,8 +71,7 @@ class Table:
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """Yield ``pyarrow.RecordBatch`` of the existing ones of ``columns``, in the table's order.
 
-        Raises:
-            BadInput: the file is damaged.
+        Raises ``BadInput`` if the file is damaged.
         """
         import pyarrow
 

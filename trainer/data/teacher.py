@@ -53,10 +53,9 @@ class Teacher:
 
 
 def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
-    """Return the teachers by name of the distilled prompt; prompts with equal texts share one.
+    """Return the teacher of each distilled prompt, by prompt name; equal texts share one teacher.
 
-    Raises:
-        BadInput: a teacher's text has no tokens.
+    Raises ``BadInput`` if a text has no tokens.
     """
     texts = {prompt.name: prompt.teacher for prompt in config.prompts if prompt.teacher is not None}
     if not texts:

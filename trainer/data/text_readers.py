@@ -52,11 +52,7 @@ def format_of(file: str | Path) -> str:
 
 @contextmanager
 def open_text(file: Path) -> Iterator[IO[bytes]]:
-    """Open a text file as a stream of bytes; files named ``.gz`` are decompressed.
-
-    Raises:
-        BadInput: the file cannot be read or is damaged.
-    """
+    """Open a text file as a stream of bytes, decompress ``.gz``; raises ``BadInput``."""
     compressed = file.suffix.lower() == GZIP
     try:
         with gzip.open(file, "rb") if compressed else file.open("rb") as stream:

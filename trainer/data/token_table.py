@@ -153,11 +153,7 @@ def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
 
 
 def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
-    """Write a table's files, block by block, into an existing folder.
-
-    Returns:
-        The record for ``open_table``, as JSON values.
-    """
+    """Write a table's files into an existing folder; return the JSON record for ``open_table``."""
     ids, spans = _Growing(folder / "ids.npy", np.int32), _Growing(folder / "spans.npy", np.int32, 2)
     offsets = _Growing(folder / "offsets.npy", np.int64)
     span_offsets = _Growing(folder / "span_offsets.npy", np.int64)

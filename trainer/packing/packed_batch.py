@@ -217,8 +217,6 @@ def build_packed_batch(
 
 @dataclass
 class _BatchBuilder:
-    """Collects the values of a packed batch's tensors."""
-
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)

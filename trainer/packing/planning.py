@@ -60,7 +60,6 @@ def _fill(
     prompt_lengths: Sequence[int],
     num_batches: int,
 ) -> list[list[PackedRow]]:
-    """Put each row, in this order, into the batch with the fewest tokens."""
     batches: list[list[PackedRow]] = [[] for _ in range(num_batches)]
     loads = [(0, batch) for batch in range(num_batches)]
     seen: list[set[int]] = [set() for _ in range(num_batches)]
@@ -77,7 +76,6 @@ def _fill(
 
 
 def _tokens(batch: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
-    """Return the number of tokens of a batch, including its prompts."""
     prompts = {row.prompt for row in batch if row.prompt is not None}
     text = sum(row.num_tokens for row in batch)
     return text + sum(prompt_lengths[k] for k in prompts)

@@ -309,11 +309,7 @@ class Bank:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of ``state_dict``.
-
-        Raises:
-            BadInput: the state is of other prompts; with every difference. Nothing is loaded.
-        """
+        """Restore ``state_dict``, or raise ``BadInput`` with every difference and load nothing."""
         problems = self._differences(state)
         if problems:
             raise BadInput(problems)

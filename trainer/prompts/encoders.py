@@ -157,12 +157,7 @@ class HeadEncoder(PromptEncoder):
 
 
 class MLPEncoder(HeadEncoder):
-    """An MLP of three layers, as in PEFT (``EncoderReparameterizationType.MLP``).
-
-    Args:
-        init_PH: initial input of the MLP, fp32.
-        encoder_hidden_size: E.
-    """
+    """An MLP of three layers, as in PEFT (``EncoderReparameterizationType.MLP``)."""
 
     def __init__(
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator

@@ -74,10 +74,8 @@ class Extent:
 def extent(budget: int, known: int) -> Extent | None:
     """Plan a search of at most ``budget`` candidates; None below ``FEWEST``.
 
-    Half of the budget is for known and random candidates, the rest for the rounds.
-
-    Args:
-        known: number of candidates that the task provides: hard prompts and labels.
+    Half of the budget is for random candidates and the ``known`` ones of the task (hard prompts and
+    labels), the rest for the rounds.
     """
     if budget < FEWEST:
         return None
@@ -154,11 +152,7 @@ def search_together(
     searches: Mapping[int, Search],
     judge: Callable[[Sequence[tuple[int, Words]]], Sequence[float]],
 ) -> dict[int, SearchResult]:
-    """Run the searches of several prompts, by index, one round of all of them at a time.
-
-    Args:
-        judge: (index of a prompt, candidate) pairs -> losses.
-    """
+    """Run searches (by prompt), one round of all at a time; ``judge`` returns the losses."""
     asked = {i: next(one) for i, one in searches.items()}
     results: dict[int, SearchResult] = {}
     while asked:
@@ -182,8 +176,7 @@ class InitScorer(Protocol):
     ) -> list[float]:
         """Compute the mean loss of each candidate, as the prompt of the given index.
 
-        Args:
-            embed: token embeddings [n, H] of token ids; may be a collective.
+        ``embed`` looks up token embeddings [n, H]; it may be a collective.
         """
 
     def working(self, asked: Mapping[int, int]) -> AbstractContextManager[None]:

@@ -60,17 +60,13 @@ class Vocabulary:
         return list(self.tokenizer(source, add_special_tokens=False)["input_ids"])
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """Look up token embeddings [n, H], fp32 on the CPU, detached.
-
-        Raises:
-            BadInput: an id has no embedding in the base.
-        """
+        """Look up embeddings [n, H], fp32 on the CPU; raises ``BadInput`` for an unknown id."""
         self._check(token_ids)
         with torch.no_grad():
             return self.lookup(list(token_ids)).detach().to("cpu", torch.float32).clone()
 
     def read(self, token_ids: Sequence[int]) -> Tensor:
-        """Compute the keys and values of a text, fp32 on the CPU, detached; raises as ``embed``."""
+        """Compute the keys and values of a text, like ``embed``."""
         self._check(token_ids)
         assert self.past is not None, "prefix tuning needs keys and values"
         with torch.no_grad():
@@ -97,16 +93,11 @@ class Vocabulary:
 
 
 def _is_text(decoded: str | list[str]) -> bool:
-    """Whether a token is neither blank nor part of a character."""
     return bool(str(decoded).strip()) and "\ufffd" not in decoded
 
 
 def embed_text(source: str, vocabulary: Vocabulary) -> Tensor:
-    """Embed the tokens of a text, fp32 [n, H].
-
-    Raises:
-        BadInput: the text has no tokens.
-    """
+    """Embed the tokens of a text, fp32 [n, H]; raises ``BadInput`` if it has none."""
     return vocabulary.embed(_all_text_ids(source, vocabulary))
 
 
@@ -147,11 +138,7 @@ def _used(count: int, num_virtual_tokens: int, vocabulary: Vocabulary, what: str
 def from_adapter(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> Tensor:
     """Load a trained prompt, repeated or cut to P (SPoT: Vu et al. 2021, arXiv 2110.07904).
 
-    Returns:
-        fp32 [P, H], or keys and values [P, layers, 2, heads of keys, head size].
-
-    Raises:
-        BadInput: the prompt is missing or not finite.
+    Returns fp32 [P, H] or keys and values; raises ``BadInput`` if missing or not finite.
     """
     source = find_source(path)
     prompt = load_peft(source.folder).tensor.float()

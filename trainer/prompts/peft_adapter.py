@@ -84,11 +84,7 @@ def save_peft(
 
 
 def load_peft(folder: Path) -> SoftPrompt:
-    """Read the prompt of an adapter that ``save_peft`` or PEFT wrote.
-
-    Raises:
-        BadInput: the adapter is damaged.
-    """
+    """Read the prompt of an adapter of ``save_peft`` or PEFT; raises ``BadInput`` if damaged."""
     try:
         values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
         config = read_json_object(folder / SETTINGS)

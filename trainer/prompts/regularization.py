@@ -42,6 +42,5 @@ def perturbed(
 
 
 def _mixed(seed: int, update: int) -> int:
-    """Derive the seed of one update."""
     digest = hashlib.sha256(f"perturbation {seed}/{update}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

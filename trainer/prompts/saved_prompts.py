@@ -64,8 +64,7 @@ def find_source(path: str) -> PromptSource:
 def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterator[str]:
     """Yield the problems of the adapters that initialize prompts of a run file.
 
-    Args:
-        hidden_size: of the base; None: unknown.
+    ``hidden_size`` is that of the base, or None if unknown.
     """
     for prompt in config.prompts:
         if prompt.init.from_ is None:

@@ -93,11 +93,7 @@ class TextReader(nn.Module):
 
 
 class TextEncoder(PromptEncoder):
-    """A reader applied to one text.
-
-    Args:
-        words_nH: token embeddings of the text; frozen and not part of the state dict.
-    """
+    """A reader applied to the token embeddings of one text, which are frozen and not saved."""
 
     keeps_best_weights = True
 

@@ -49,8 +49,7 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any
 def parse_json(text: str | bytes) -> Any:
     """``json.loads`` that raises a one-line ``ValueError`` for every failure.
 
-    Raises:
-        ValueError: not UTF-8, not JSON, an integer of thousands of digits, or too deeply nested.
+    That includes text that is not UTF-8, integers of thousands of digits, and too deep nesting.
     """
     try:
         value = json.loads(text)

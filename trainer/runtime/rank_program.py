@@ -120,7 +120,6 @@ def run_guarded(
 
 
 def _stopped(checkpoint: str | None, console: Console) -> int:
-    """Print how to resume a stopped run; return the exit code."""
     if checkpoint is not None:
         console.note(f"Stopped. Rerun the command to resume from {checkpoint}.")
     else:

@@ -158,8 +158,7 @@ class DialogueEncoder:
 def encode_opening(tokenizer: Any, text: str, date: datetime.date | None = None) -> list[int]:
     """Encode one user's turn with the generation prompt of the assistant.
 
-    Raises:
-        BadInput: the tokenizer has no chat template, or the template fails on this turn.
+    Raises ``BadInput`` if there is no chat template, or if it fails on this turn.
     """
     try:
         return DialogueEncoder(tokenizer, date).opening([{"role": "user", "content": text}])

@@ -102,10 +102,9 @@ class ChatTemplate:
         return list(encoded["input_ids"])
 
     def marked(self, messages: Messages, tools: Tools = None) -> list[TokenSpan] | None:
-        """Return the spans inside ``{% generation %}``, in order; None if the template has none.
+        """Return the spans inside ``{% generation %}``, in order; None without such marks.
 
-        Raises:
-            ValueError, TemplateLimitExceeded: as ``text``.
+        Raises as ``text``.
         """
         if not (self._tokenizer.is_fast and _GENERATION.search(self._source(tools))):
             return None
@@ -183,11 +182,7 @@ def _with_date(source: str, date: datetime.date) -> str:
 
 
 def read_chat_date(output: Path) -> datetime.date | None:
-    """Read the stored date of a run; None if there is none.
-
-    Raises:
-        BadInput: the file is damaged.
-    """
+    """Read the stored date of a run, or None; raises ``BadInput`` if the file is damaged."""
     path = output / CHAT_DATE
     try:
         return datetime.date.fromisoformat(path.read_text().strip())

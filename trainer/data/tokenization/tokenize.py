@@ -114,11 +114,7 @@ def encode_input(
 
 
 def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
-    """Check that every id has an embedding; otherwise the tokenizer is not that of the base.
-
-    Raises:
-        BadInput: an id has no embedding.
-    """
+    """Raise ``BadInput`` if an id has no embedding: the tokenizer is then not that of the base."""
     example = examples.first_beyond(vocab_size)
     if example is not None:
         raise BadInput(
@@ -238,7 +234,6 @@ _NO_EFFECT_ON_TOKENS = {
 
 
 def _template_date(tokenizer: Any, row_tokenizer: RowTokenizer) -> str | None:
-    """Return the date that the chat template reads, or None."""
     if not isinstance(row_tokenizer, DialogueRowTokenizer) or not reads_date(tokenizer):
         return None
     return (row_tokenizer.date or datetime.date.today()).isoformat()

@@ -22,12 +22,7 @@ def build(inputs: EncoderInputs) -> LSTMEncoder:
 
 
 class LSTMEncoder(HeadEncoder):
-    """A bidirectional LSTM of two layers followed by an MLP.
-
-    Args:
-        init_PH: initial input of the LSTM, fp32.
-        encoder_hidden_size: E, per direction.
-    """
+    """A bidirectional LSTM of two layers, E per direction, followed by an MLP."""
 
     def __init__(
         self, init_PH: Tensor, encoder_hidden_size: int, generator: torch.Generator
