@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 #: Seconds between two collectives of ranks that wait for slow work.
 POLL_SECONDS = 1.0
-#: Share of the collectives' timeout after which the watchdog aborts first: it names the rank.
+#: Watchdog timeout as a share of that of collectives: the watchdog aborts first and names the rank.
 WATCHDOG_SHARE = 0.9
 
 
@@ -142,7 +142,7 @@ class Ranks:
         return [result for result in results if result is not None]
 
     def load_once_per_node(self, load: Callable[[], T]) -> T:
-        """Load on the first rank of each node, then on the others, which read the files written."""
+        """Load on each node's first rank, then on the others, which map the files it wrote."""
         loaded = self.run_on_each_node(load)
         result = self.run_on_all(lambda: load() if loaded is None else loaded)
         assert result is not None

@@ -108,7 +108,7 @@ def load_base(
     """Read, quantize, shard and attach the base, with a progress bar.
 
     Args:
-        must_fit: refuse a base that does not fit into the memory for it instead of trying.
+        must_fit: as in ``Engine.place``.
         lengths: number of tokens of each training row, or of a sample; empty without training.
         kept_bytes: maximum bytes of parameters that stay gathered until a step ends; None: as many
             as fit.

@@ -3,8 +3,8 @@
 A collective waits for every rank, so one suspended rank stops all of them without a message. Each
 rank therefore runs two threads. One writes this rank's heartbeats to a store and, if the main
 thread has made no progress for a while, reads those of the other ranks. The other thread decides
-whether a rank hangs. It never reads the store, because rank 0 holds the store: if rank 0 hangs, so
-does every read.
+whether a rank hangs. This second thread never reads the store, which rank 0 holds: if rank 0 hangs,
+every read hangs.
 
 Time is counted in iterations of the deciding thread, not by a clock, so that suspending and
 resuming a whole job is not reported as a hang.

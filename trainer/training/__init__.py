@@ -4,7 +4,7 @@
 2. ``initial_bank``, ``init_scoring``: initial prompts -> ``Bank``.
 3. ``loop``: the order of the events of a run; ``baseline_scoring`` runs before the first step.
 4. ``step``: packed batches -> ``StepResult``: loss and gradient of each prompt;
-   ``memory_monitor`` lowers the token budget if needed, ``skipped_updates`` counts NaN.
+   ``memory_monitor`` lowers the token budget, ``skipped_updates`` counts non-finite updates.
 5. ``prompt_optimizer``, ``optimizers``, ``lr_schedules``: gradients -> one update of each prompt.
 6. ``accounting``: time, tokens and traffic of the step -> ``StepReport``.
 7. ``validation``, ``early_stopping``, ``halving``: scores -> ``Metrics``, and prompts to stop.

@@ -181,7 +181,7 @@ class Validator:
 
 
 def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
-    """Return differences of losses: validation minus train, and shifted minus validation.
+    """Return signs of overfitting: validation minus train loss, shifted minus validation loss.
 
     Args:
         train_sum, train_steps: sum and number of the train losses since the last validation.
