@@ -1,15 +1,14 @@
-"""What a bank of prompts saves: 1, 4, 16 and 64 prompts over the tiny base, on 2 CPU ranks.
+"""Speed and traffic of a bank: 1, 4, 16 and 64 prompts on the tiny base model, on 2 CPU ranks.
 
     python -m benchmarks.bank
     python -m benchmarks.bank --quick      # 1 and 4 prompts, few steps; writes nothing
 
-Whole runs of ``promptshard train`` on the quickstart's triage task, whose prompts come from one
-sweep over seeds: useful tokens per second, and the bytes of the base that a rank gathers for one
-update of one prompt: layers, which all prompts of a step share, and what ranks exchange about rows
-(word embeddings that are looked up, hidden states for the head), which grows with the rows. Then
-the wall time of one run of 16 prompts against 16 runs of one prompt each, one after the other,
-start-up included. Bytes are counted and do not depend on the machine; speeds and times do. Writes a
-table and JSON to benchmarks/results/.
+Runs ``promptshard train`` on the quickstart's triage task with prompts from a sweep over seeds.
+Reports useful tokens per second, and the bytes per rank, update and prompt: all-gathered layers,
+which all prompts of a step share, and exchanged rows (embeddings, hidden states for the head),
+which grow with the number of rows. Also compares the wall time of one run of 16 prompts with 16
+runs of one prompt each, one after the other, including start-up. Bytes are counted and do not
+depend on the machine; speeds and times do. Writes a table and JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"Wall time: {wall['bank']:.0f} s for {report['compared']} prompts in one run, "
-        f"{sum(wall['alone']):.0f} s in {report['compared']} runs, each started anew. Their "
+        f"{sum(wall['alone']):.0f} s in {report['compared']} runs, start-up included. Their "
         f"validation losses differ by at most {report['largest_difference']:.1e}. Bytes: what the "
         "rank that received most got from others in training steps. Exchanged: for rows, so that "
         "each prompt brings its own: word embeddings looked up, hidden states sent to the head.",

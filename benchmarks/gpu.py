@@ -1,13 +1,13 @@
-"""Speed, memory and share of the roofline on GPUs: whole runs over an 8B-shaped base in 8 bits.
+"""Speed, memory and share of the roofline on GPUs: complete runs on an int8 base of 8B shape.
 
     python -m benchmarks.gpu [--processes N] [--steps 12] [--only int8-sdpa ...]
     python -m benchmarks.gpu --quick      # a small base, also without a GPU; writes nothing
 
-The base has the shape of Llama 3.1 8B and random weights, written as an 8-bit folder (9 GB) for
-the time of the benchmark. Every arm is ``promptshard train`` on the same rows (log-normal lengths,
-median 60 tokens, longest 512), 20 virtual tokens, one after the other: the ways to multiply, and
-the ways to attend. The roofline is what a large product reaches on the card in this run: a frozen
-base costs 4 FLOPs per parameter and token, for forward and input-gradient.
+The base model has the shape of Llama 3.1 8B and random weights, in a temporary int8 folder (9 GB).
+Each arm is one ``promptshard train`` on the same rows (log-normal lengths, median 60 tokens,
+maximum 512) with 20 virtual tokens; the arms differ in matrix product and attention. The roofline
+is the speed of a large matrix product on the same card: a frozen base model costs 4 FLOPs per
+parameter and token (forward and input-gradient).
 Writes a table and JSON with the card's name to benchmarks/results/, or to ``--out``.
 """
 

@@ -3,11 +3,11 @@
     python benchmarks/tokens.py --rows 50000 500000
     python benchmarks/tokens.py --rows 500000 5000000 --quick
 
-Rows are made up while they are read (log-normal lengths, median about 60 tokens, longest 512), so
-only tokenising, the order of rows and the packed batches are measured. Each length runs in a
-process and a cache of its own. Memory is what the process alone holds (RssAnon): mapped pages of
-the table belong to the page cache, which the kernel takes back when it needs to. ``--quick`` splits
-at spaces instead of tokenising: what is left of the time is ours.
+Rows are generated while they are read (log-normal lengths, median about 60 tokens, maximum 512), so
+only tokenization, row order and packing are measured. Each length has its own process and cache.
+Memory is the process's anonymous memory (RssAnon): mapped pages of the table belong to the page
+cache, which the kernel can reclaim. ``--quick`` splits at spaces instead of tokenizing, so that the
+remaining time is this project's own.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""How far prompts come with few rows: this trainer's defaults beside PEFT at its best rate.
+"""Scores with few training rows: this trainer's defaults compared with PEFT at its best rate.
 
     pip install -c constraints.txt -e '.[test,benchmark]'
     python -m benchmarks.learning [--only ours|peers] [--workers 2]
-    python -m benchmarks.learning --steps 6    # half the rows; results have a name of their own
+    python -m benchmarks.learning --steps 6    # half the rows; separate result files
     python -m benchmarks.learning --quick      # one task, few steps and rates; writes nothing
 
-The example tasks over the tiny base in fp32, which all arms share, with the same rows in the same
-order. Ours trains as one bank by a run file that names task and method; a second one leaves the
-tasks the hand-written instructions that the examples ship, as PEFT's arms with a text have one.
-PEFT trains at five learning rates and is shown at the one with the best validation score: a choice
-that ours does not have. Writes a table, a plot and JSON to benchmarks/results/; what was left out
-stays there as it was measured before. Scores follow from the seeds, not from the machine's load.
+All arms train the example tasks on the tiny base model in fp32, with the same rows in the same
+order. This trainer runs one bank whose run file sets only task and method; a second bank also has
+the hand-written instructions of the examples, like PEFT's arms with an initial text. PEFT trains at
+five learning rates and is reported at the one with the best validation score. Writes a table, a
+plot and JSON to benchmarks/results/; results of arms that are not selected are kept. Scores depend
+only on the seeds, not on the machine's load.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("ours", "peers"), help="measure one side anew")
+    parser.add_argument(
+        "--only", choices=("ours", "peers"), help="measure one side only; keep the other result"
+    )
     parser.add_argument("--steps", type=int, default=BUDGET["steps"], help="of every training")
     parser.add_argument("--workers", type=int, default=2, help="processes that train peers")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")

@@ -1,11 +1,11 @@
-"""Useful tokens per second, and what a token costs: this trainer beside PEFT, ZeRO-3 and TRL.
+"""Useful tokens per second and cost per token: this trainer compared with PEFT, ZeRO-3 and TRL.
 
     pip install -c constraints.txt -e '.[test,benchmark]'
     python -m benchmarks.peers [--timed 6] [--only NAME ...]
 
-All arms of a case are loaded at once and take turns, so that a slow minute of the machine meets all
-of them alike. Writes a table, a plot and JSON to benchmarks/results/; cases that were left out stay
-there as they were measured before.
+All arms of a case are loaded at once and take turns, so that other load on the machine affects all
+of them equally. Writes a table, a plot and JSON to benchmarks/results/; results of cases that are
+not selected are kept.
 """
 
 from __future__ import annotations
