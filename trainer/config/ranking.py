@@ -21,7 +21,7 @@ LAST: ScoreKey = (math.inf, math.inf)
 
 
 def score_key(scores: Mapping[str, Any], metric: str) -> ScoreKey:
-    """Return the sort key of ``validation_<metric>`` and, if known, ``validation_loss``."""
+    """Return the sort key: ``validation_<metric>``, then ``validation_loss`` if known."""
     value, loss = scores.get(f"validation_{metric}"), scores.get("validation_loss")
     if value is None or not all(math.isfinite(x) for x in (value, loss) if x is not None):
         return LAST

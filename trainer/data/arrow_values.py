@@ -163,7 +163,7 @@ def _lists(array: Any, name: str, feature: Feature, keep: bool) -> list[list[Any
 
 
 def _objects(array: Any, name: str, feature: Feature, keep: bool) -> list[dict[str, Any] | None]:
-    """Convert structs to objects. Unless ``keep``, remove null keys, which only other rows have."""
+    """Convert structs to objects; unless ``keep``, remove null keys, which other rows have."""
     keys = [field.name for field in array.type]
     if len(set(keys)) < len(keys):
         duplicate = next(key for key in keys if keys.count(key) > 1)

@@ -52,7 +52,7 @@ def format_of(file: str | Path) -> str:
 
 @contextmanager
 def open_text(file: Path) -> Iterator[IO[bytes]]:
-    """Open a text file as a stream of bytes, decompress ``.gz``; raises ``BadInput``."""
+    """Open a text file, decompressing ``.gz``, as bytes; raises ``BadInput`` if unreadable."""
     compressed = file.suffix.lower() == GZIP
     try:
         with gzip.open(file, "rb") if compressed else file.open("rb") as stream:

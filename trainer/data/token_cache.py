@@ -39,8 +39,8 @@ def cached(
 ) -> tuple[TokenTable, dict[str, int]]:
     """Return a table and its counts, memory-mapped from the cache; create them if missing.
 
-    If several processes need the same table, one creates it and the others wait; if it dies,
-    another one creates the table. Without a writable cache, the table is private to this process.
+    If several processes need the same table, one creates it while the others wait. If the creating
+    process dies, another one creates it. Without a writable cache, the table is private.
 
     Args:
         identity: JSON values that determine the table.

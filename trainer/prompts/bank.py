@@ -205,7 +205,7 @@ class Bank:
         Returns:
             Norm of the gradient of each prompt's parameters (or those of its share) before
             clipping; 0 without a gradient. If it is not finite, for example after an overflow in
-            the encoder, the step was skipped, on all ranks alike.
+            the encoder, the step was skipped on all ranks.
         """
         assert len(gradients) == len(self), (len(gradients), len(self))
         # Check all prompts before the first step, so that no update is made partially.

@@ -110,7 +110,7 @@ class TextTokenizer:
         for context in _CONTEXTS:
             left = [text for text in dict.fromkeys(texts) if text not in by_text]
             own = self._encode([context], special=False)[0] if left else []
-            # Skip contexts that the tokenizer drops (white space) or does not know.
+            # Skip contexts that the tokenizer drops (white space), and those with unknown words.
             if not own or self._unknown[0] in own:
                 continue
             joined = self._encode([context + text for text in left], special=False)
