@@ -188,7 +188,7 @@ class Bank:
         return folded_PH
 
     def _judged_parts(self, i: int) -> dict[str, Tensor]:
-        """Return the encoder's parameters or, with ``ema``, their average, by its names."""
+        """Return the encoder's parameters by name or, with ``ema``, their average."""
         averaged = self._optimizers[i].averaged
         if averaged is None:
             return dict(self._encoders[i].named_parameters())

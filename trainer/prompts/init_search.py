@@ -91,7 +91,7 @@ def search(
     generator: torch.Generator,
     rounds: int = ROUNDS,
 ) -> Search:
-    """Search the initial tokens of one prompt.
+    """Search initial tokens for one prompt, as the generator ``Search``.
 
     Args:
         begin_with: candidates of equal length, each with a description.

@@ -45,7 +45,7 @@ def printable(text: str) -> str:
 
 
 def secrets_of(uri: str) -> list[str]:
-    """Return the distinct secrets in ``uri``, as written and percent-decoded, longest first."""
+    """Return the ``is_distinct`` secrets in ``uri``, raw and percent-decoded, longest first."""
     secrets = set()
     user_info = _USER_INFO.match(uri)
     if user_info:
@@ -58,7 +58,7 @@ def secrets_of(uri: str) -> list[str]:
 
 
 def is_distinct(secret: str) -> bool:
-    """Whether hiding a secret in any text cannot hide common words or numbers, too.
+    """Whether a secret can be hidden in any text without hiding common words or numbers.
 
     Other secrets, such as the password "test", are hidden in addresses only.
     """

@@ -61,7 +61,7 @@ def open_private(log: Path) -> int:
 
 
 def claim(rank: int, log: Path) -> tuple[TextIO, TextIO]:
-    """Return stdout and stderr of the user and redirect descriptors 1 and 2 to ``log``.
+    """Redirect descriptors 1 and 2 to ``log``; return streams to the user's stdout and stderr.
 
     Libraries, child processes and C code then write to the log. Call this before importing them. On
     ranks other than 0, the returned streams write to /dev/null.
