@@ -109,7 +109,7 @@ def _train(
         engine.run_on_all(check_tensorboard)
     with times("load"), console.phase("reading config and tokenizer"):
         files = open_base_on_all(engine, config.base, console)
-    if any(prompt.method == "prefix_tuning" for prompt in config.prompts):
+    if any(prompt.entry.trains_prefix for prompt in config.prompts):
         engine.run_on_all(lambda: check_prefix_tuning(files.config, files.name))
     # A requeued job has already moved the earlier run; the folder contains the job's own files.
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))

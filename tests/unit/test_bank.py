@@ -220,11 +220,11 @@ def test_a_share_trains_one_encoder() -> None:
 def test_a_share_is_updated_by_the_sum_of_its_losses() -> None:
     bank, reference = make_bank(SHARES), make_bank(SHARES)
     train(bank, 1)
-    parameters = {k: v for unit in reference._units for k, v in unit.parameters.items()}
+    parameters = {k: v for unit in reference._groups for k, v in unit.parameters.items()}
     loss = sum(((out := e()) - 0.3).square().sum() + out.sin().sum() for e in reference._encoders)
     assert isinstance(loss, Tensor)
     loss.backward()
-    for unit in reference._units:
+    for unit in reference._groups:
         torch.nn.utils.clip_grad_norm_(list(unit.parameters.values()), 1.0)
     tensors, _ = split_tensors(bank.state_dict())
     for name, parameter in parameters.items():

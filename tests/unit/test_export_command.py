@@ -98,13 +98,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bank]:
     for step, losses in enumerate(LOSSES, 1):
         keys = {k: score_key({"validation_loss": loss}, "loss") for k, loss in losses.items()}
         bank.update([made.tensor.detach().cos() for made in bank.virtual_tokens()])
-        bank.keep_best_readers(step, keys)
+        bank.keep_best_encoders(step, keys)
         if step == BEST:
             for i in (1, 2, 3):
                 bank.keep_best(i)
     bank.load_state_dict(bank.state_dict())  # the best is part of what a resumed run goes on with
     # A prompt that has stopped counts with its last loss, 1.5.
-    bank.keep_best_readers(5, {1: (1.1, 1.1)})
+    bank.keep_best_encoders(5, {1: (1.1, 1.1)})
     tensors, prompts = split_tensors(bank.state_dict())
     state = {"identity": fingerprint_base(files), "bank": {"prompts": prompts}}
     save_checkpoint(folder / "checkpoints", 3, tensors, state, 1)

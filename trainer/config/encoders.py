@@ -27,6 +27,7 @@ class EncoderEntry:
             initial prompt per update. None: the default learning rate is absolute.
         trains_values: the parameters are the values of the prompt itself, as ``optimizer: muon``
             requires.
+        trains_prefix: the prompt is keys and values of every layer instead of virtual tokens.
         searches_init: ``init: auto`` searches an initial prompt; otherwise it draws tokens.
         problems: yields the problems of a prompt with this encoder: ``SETTING: problem; remedy``.
     """
@@ -37,6 +38,7 @@ class EncoderEntry:
     settings: frozenset[str] = frozenset()
     relative_learning_rate: float | None = None
     trains_values: bool = False
+    trains_prefix: bool = False
     searches_init: bool = True
     problems: Callable[[Any], Iterator[str]] = _no_problems
 
@@ -146,6 +148,7 @@ for _entry in (
         method="prefix_tuning",
         name="embedding",
         build=f"{_ENCODERS}:build_embedding",
+        trains_prefix=True,
         relative_learning_rate=0.1,
         trains_values=True,
     ),
@@ -153,6 +156,7 @@ for _entry in (
         method="prefix_tuning",
         name="mlp",
         build=f"{_EXTENDED}.prefix_mlp:build",
+        trains_prefix=True,
         settings=_SIZE,
         relative_learning_rate=0.1,
     ),

@@ -274,7 +274,7 @@ class Prompt(Section):
                 )
         if problems:
             raise ValueError("\n".join(problems))
-        if self.init.zero and self.method != "prefix_tuning":
+        if self.init.zero and not entry.trains_prefix:
             raise ValueError(
                 "init: zero works with method: prefix_tuning only; use text, vocab or random"
             )

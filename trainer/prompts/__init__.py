@@ -7,6 +7,7 @@
 4. ``encoders.py``, ``text_encoder.py``, ``extended/``: ``PromptEncoder`` -> values, a ``Tensor``.
 5. ``bank.py``: all encoders -> one ``SoftPrompt`` each (``soft_prompt.py``), with noise and dropout
    in training (``regularization.py``); their gradients -> one optimizer step per prompt.
+   ``resume_check.py`` compares the prompts with those of a checkpoint.
 6. ``peft_adapter.py``: ``SoftPrompt`` <-> PEFT adapter; ``saved_prompts.py`` checks adapters that
    initialize other prompts, without torch.
 """

@@ -28,6 +28,7 @@ from trainer.prompts.init_search import InitScorer, search_starts
 from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.parameter_groups import ParameterGroup, build_encoder, group_parameters
 from trainer.prompts.regularization import perturbed
+from trainer.prompts.resume_check import checkpoint_problems, resume_settings
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
 from trainer.prompts.text_encoder import BestEncoder
 from trainer.runtime.errors import BadInput
@@ -100,33 +101,33 @@ class Bank:
         self._prompts = config.prompts
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._device = device
-        parts: dict[str, nn.Module] = {}
+        shared_modules: dict[str, nn.Module] = {}
         searched = {} if screen is None else search_starts(config, vocabulary, screen)
         self._encoders = [
-            build_encoder(config, prompt, vocabulary, hidden_size, parts, searched.get(i)).to(
-                device
-            )
+            build_encoder(
+                config, prompt, vocabulary, hidden_size, shared_modules, searched.get(i)
+            ).to(device)
             for i, prompt in enumerate(config.prompts)
         ]
-        self._units = group_parameters(config.prompts, self._encoders)
+        self._groups = group_parameters(config.prompts, self._encoders)
         by_prompt: dict[int, Optimizer] = {}
-        for unit in self._units:
-            prompt = config.prompts[unit.members[0]]
-            steps, scale = config.prompt_steps(prompt), self._encoders[unit.members[0]].scale()
-            optimizer = make_optimizer(prompt, unit.parameters, steps, scale)
-            by_prompt |= dict.fromkeys(unit.members, optimizer)
+        for group in self._groups:
+            prompt = config.prompts[group.members[0]]
+            steps, scale = config.prompt_steps(prompt), self._encoders[group.members[0]].scale()
+            optimizer = make_optimizer(prompt, group.parameters, steps, scale)
+            by_prompt |= dict.fromkeys(group.members, optimizer)
         self._optimizers = [by_prompt[i] for i in range(len(self.names))]
         #: First member of a group with text encoders -> the group's best weights.
-        self._readers = {
-            i: BestEncoder(partial(self._judged_parts, i))
-            for i in (unit.members[0] for unit in self._units)
+        self._best_encoders = {
+            i: BestEncoder(partial(self._judged_parameters, i))
+            for i in (group.members[0] for group in self._groups)
             if self._encoders[i].keeps_best_weights
         }
         #: Frozen values of stopped prompts of a share, whose encoder other prompts still train.
         self._stopped: list[Tensor | None] = [None] * len(self.names)
         self._best: list[Tensor | None] = [None] * len(self.names)
         self._outputs: list[SoftPrompt | None] = [None] * len(self.names)
-        self._kinds = [kind_of(prompt.method) for prompt in config.prompts]
+        self._kinds = [kind_of(prompt.entry) for prompt in config.prompts]
         for kind, encoder in zip(self._kinds, self._encoders, strict=True):
             assert kind is not VirtualTokens or encoder.shape[1] == hidden_size, encoder.shape
 
@@ -184,16 +185,16 @@ class Bank:
         if self._optimizers[i].averaged is None:
             folded_PH = self._encoders[i]()
         else:
-            folded_PH = functional_call(self._encoders[i], self._judged_parts(i), ())
+            folded_PH = functional_call(self._encoders[i], self._judged_parameters(i), ())
         return folded_PH
 
-    def _judged_parts(self, i: int) -> dict[str, Tensor]:
+    def _judged_parameters(self, i: int) -> dict[str, Tensor]:
         """Return the encoder's parameters by name or, with ``ema``, their average."""
         averaged = self._optimizers[i].averaged
         if averaged is None:
             return dict(self._encoders[i].named_parameters())
-        unit = next(unit for unit in self._units if i in unit.members)
-        return unit.of_encoder(self._encoders[i], averaged)
+        group = next(group for group in self._groups if i in group.members)
+        return group.of_encoder(self._encoders[i], averaged)
 
     def update(self, gradients: Sequence[Tensor | None]) -> list[float]:
         """Make one optimizer step per prompt, or per share.
@@ -213,10 +214,10 @@ class Bank:
             if gradient_PH is not None:
                 assert active, f"prompt {name!r} has stopped, but rows were read for it"
         norms = [0.0] * len(self)
-        for unit in self._units:
-            read = {i: g for i in unit.members if (g := gradients[i]) is not None}
+        for group in self._groups:
+            read = {i: g for i in group.members if (g := gradients[i]) is not None}
             if read:
-                norm = self._update(unit, read)
+                norm = self._update(group, read)
                 for i in read:
                     norms[i] = norm
         self._outputs = [
@@ -225,8 +226,8 @@ class Bank:
         ]
         return norms
 
-    def _update(self, unit: ParameterGroup, gradients: Mapping[int, Tensor]) -> float:
-        parameters = list(unit.parameters.values())
+    def _update(self, group: ParameterGroup, gradients: Mapping[int, Tensor]) -> float:
+        parameters = list(group.parameters.values())
         with torch.enable_grad():
             outputs = [self._output(i).tensor for i in gradients]
         given = [g.to(output) for g, output in zip(gradients.values(), outputs, strict=True)]
@@ -234,7 +235,7 @@ class Bank:
         parameter_gradients = torch.autograd.grad(outputs, parameters, given, allow_unused=True)
         for parameter, gradient in zip(parameters, parameter_gradients, strict=True):
             parameter.grad = gradient
-        return self._optimizers[unit.members[0]].step()
+        return self._optimizers[group.members[0]].step()
 
     def stop(self, i: int) -> None:
         """Freeze a prompt: its values never change again."""
@@ -251,17 +252,17 @@ class Bank:
         """Keep a copy of the current values as the best so far, for export."""
         self._best[i] = self.snapshot(i).tensor
 
-    def keep_best_readers(self, step: int, keys: Mapping[int, ScoreKey | None]) -> None:
+    def keep_best_encoders(self, step: int, keys: Mapping[int, ScoreKey | None]) -> None:
         """Keep the weights of text encoders that are better than before.
 
         Args:
             keys: ``ranking.score_key`` of the prompts that were validated after this step; None:
                 the prompt's task has no validation.
         """
-        for unit in self._units:
-            read = {self.names[i]: keys[i] for i in unit.members if i in keys}
-            if read and unit.members[0] in self._readers:
-                self._readers[unit.members[0]].update(step, read)
+        for group in self._groups:
+            read = {self.names[i]: keys[i] for i in group.members if i in keys}
+            if read and group.members[0] in self._best_encoders:
+                self._best_encoders[group.members[0]].update(step, read)
 
     def best(self, i: int) -> SoftPrompt:
         """Return the values of ``keep_best`` or, without any, the current ones: fp32 on the CPU."""
@@ -286,39 +287,40 @@ class Bank:
             ``reader``. In a share, only the first prompt has tensors of encoder and optimizer.
         """
         state: dict[str, Any] = {}
-        for unit in self._units:
-            optimizer = self._optimizers[unit.members[0]].state_dict()
+        for group in self._groups:
+            optimizer = self._optimizers[group.members[0]].state_dict()
             counters = {k: v for k, v in optimizer.items() if not isinstance(v, Tensor)}
-            for i in unit.members:
-                first = i == unit.members[0]
+            for i in group.members:
+                first = i == group.members[0]
                 state[self.names[i]] = {
-                    **_identity(self._prompts[i]),
+                    **resume_settings(self._prompts[i]),
                     "active": self.active[i],
                     "optimizer": optimizer if first else counters,
                 }
                 tensors = {"best": self._best[i], "stopped": self._stopped[i]}
                 if first:
-                    tensors |= {f"encoder/{key}": value for key, value in unit.parameters.items()}
+                    tensors |= {f"encoder/{key}": value for key, value in group.parameters.items()}
                 state[self.names[i]] |= {
                     key: value.detach().to("cpu", copy=True)
                     for key, value in tensors.items()
                     if value is not None
                 }
-        for i, reader in self._readers.items():
-            state[self.names[i]]["reader"] = reader.state_dict()
+        for i, best in self._best_encoders.items():
+            state[self.names[i]]["reader"] = best.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``, or raise ``BadInput`` with every difference and load nothing."""
-        problems = self._differences(state)
+        parameters = {self.names[group.members[0]]: group.parameters for group in self._groups}
+        problems = checkpoint_problems(self._prompts, parameters, state)
         if problems:
             raise BadInput(problems)
-        for unit in self._units:
-            saved = state[self.names[unit.members[0]]]
+        for group in self._groups:
+            saved = state[self.names[group.members[0]]]
             with torch.no_grad():
-                for key, parameter in unit.parameters.items():
+                for key, parameter in group.parameters.items():
                     parameter.copy_(saved[f"encoder/{key}"])
-            self._optimizers[unit.members[0]].load_state_dict(saved["optimizer"])
+            self._optimizers[group.members[0]].load_state_dict(saved["optimizer"])
         for i, name in enumerate(self.names):
             best_PH, stopped_PH = state[name].get("best"), state[name].get("stopped")
             self._best[i] = None if best_PH is None else best_PH.clone()
@@ -326,54 +328,6 @@ class Bank:
                 None if stopped_PH is None else stopped_PH.to(self._device, copy=True)
             )
             self.active[i] = bool(state[name]["active"])
-            if i in self._readers and "reader" in state[name]:
-                self._readers[i].load_state_dict(state[name]["reader"])
+            if i in self._best_encoders and "reader" in state[name]:
+                self._best_encoders[i].load_state_dict(state[name]["reader"])
         self._outputs = [None] * len(self)
-
-    def _own(self, i: int) -> Mapping[str, nn.Parameter]:
-        """Return the parameters that ``state_dict`` stores with this prompt."""
-        return next((unit.parameters for unit in self._units if unit.members[0] == i), {})
-
-    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
-        remedy = "continue with the settings of the checkpoint, or give another output_dir"
-        problems = []
-        missing = [name for name in self.names if name not in saved]
-        surplus = [name for name in saved if name not in self.names]
-        if missing or surplus:
-            problems.append(
-                f"prompts: the run file has {', '.join(self.names)}, the checkpoint "
-                f"{', '.join(saved)}; {remedy}"
-            )
-        for i, name in enumerate(self.names):
-            if name in missing:
-                continue
-            identity = _identity(self._prompts[i])
-            changed = {k: v for k, v in identity.items() if saved[name].get(k) != v}
-            for key, value in changed.items():
-                problems.append(
-                    f"prompts.{name}.{key}: {value!r}, but the checkpoint has "
-                    f"{saved[name].get(key)!r}; {remedy}"
-                )
-            ours = {k: tuple(v.shape) for k, v in self._own(i).items()}
-            theirs = {
-                k.removeprefix("encoder/"): tuple(v.shape)
-                for k, v in saved[name].items()
-                if k.startswith("encoder/")
-            }
-            if not changed and ours != theirs:
-                problems.append(
-                    f"prompts.{name}: its parameters are {ours}, but the checkpoint has {theirs}; "
-                    f"the base or encoder_hidden_size has changed; {remedy}"
-                )
-        return problems
-
-
-def _identity(prompt: Prompt) -> dict[str, Any]:
-    """Settings of a prompt that must not change on resume."""
-    return {
-        "task": prompt.task,
-        "method": prompt.method,
-        "encoder": prompt.encoder_name,
-        "share": prompt.share,
-        "num_virtual_tokens": prompt.num_virtual_tokens,
-    }

@@ -230,7 +230,7 @@ def search_starts(
         text, made = str(vocabulary.tokenizer.decode(list(of.words))), dict[bool, Tensor]()
         for i in several:
             screen.say(i, of, text)
-            past = config.prompts[i].method == "prefix_tuning"
+            past = config.prompts[i].entry.trains_prefix
             if past not in made:
                 made[past] = (vocabulary.read if past else vocabulary.embed)(of.words)
             starts[i] = made[past].clone()

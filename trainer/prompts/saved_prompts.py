@@ -75,7 +75,7 @@ def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterat
         except BadInput as error:
             yield from (f"{setting}: {problem}" for problem in error.problems)
             continue
-        if source.prefix != (prompt.method == "prefix_tuning"):
+        if source.prefix != prompt.entry.trains_prefix:
             yield (
                 f"{setting}: {source.folder} holds "
                 f"{'keys and values' if source.prefix else 'virtual tokens'}, but the method is "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from trainer.config.encoders import EncoderEntry
 from trainer.packing.packed_batch import PromptLengths
 
 
@@ -94,9 +95,9 @@ class PrefixKeyValues(SoftPrompt):
         return matrices.unflatten(3, shape[3:]).permute(2, 0, 1, 3, 4)
 
 
-def kind_of(method: str) -> type[SoftPrompt]:
-    """Return the kind of prompt that a ``method`` of the run file trains."""
-    return PrefixKeyValues if method == "prefix_tuning" else VirtualTokens
+def kind_of(entry: EncoderEntry) -> type[SoftPrompt]:
+    """Return the kind of prompt that an encoder produces."""
+    return PrefixKeyValues if entry.trains_prefix else VirtualTokens
 
 
 def prompt_lengths(prompts: Sequence[SoftPrompt]) -> PromptLengths:

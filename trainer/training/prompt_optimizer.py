@@ -190,5 +190,5 @@ def make_optimizer(
         num_warmup_updates=math.ceil(prompt.warmup_ratio * num_updates),
         max_grad_norm=prompt.max_grad_norm,
         ema_decay=prompt.ema,
-        kind=kind_of(prompt.method),
+        kind=kind_of(prompt.entry),
     )

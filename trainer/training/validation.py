@@ -82,7 +82,7 @@ class Validator:
             self._latest[k] = merge_scores((split, scored.scores) for split, scored in own)
             validation[k] = next((scored for split, scored in own if split == VALIDATION), None)
         keys = {k: self.key(k, scores) if scores else None for k, scores in self._latest.items()}
-        self.bank.keep_best_readers(step, keys)
+        self.bank.keep_best_encoders(step, keys)
         return [
             metrics
             for k in due
