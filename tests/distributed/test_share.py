@@ -46,7 +46,7 @@ def test_shared_encoders_agree_on_one_and_two_ranks_and_export_new_texts(tmp_pat
     text = ["--encoder", "reader", "--text", TEXT]
     done = promptshard("export", str(tmp_path / "2"), str(tmp_path / "out"), *text)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "by the encoder of step 2, its best validation" in " ".join(done.stdout.split())
+    assert "from the encoder of step 2, its best validation" in " ".join(done.stdout.split())
     # Another number of threads, another order of sums.
     trained = adapter(tmp_path / "2/prompts/text-1/last")
     torch.testing.assert_close(adapter(tmp_path / "out"), trained, rtol=0, atol=1e-6)
