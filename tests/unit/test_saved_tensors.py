@@ -8,16 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.unsharded_base import LocalSharder
+from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES
-from trainer.config import Base
 from trainer.data.token_table import Example
-from trainer.model.checkpoint_files import open_base
 from trainer.model.families import layer_sizes
 from trainer.model.layers.vocab_parallel import LOGITS_BYTES
-from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
-from trainer.model.shard_loading import load_shards
 from trainer.packing.activation_memory import BatchMemory, row_sizes
 from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
 from trainer.prompts.soft_prompt import VirtualTokens
@@ -29,21 +25,6 @@ ROWS = [40, 33, 31, 30, 24, 52, 28, 29]
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def load(folder: Path, checkpointing: bool, dtype: torch.dtype) -> PromptedBase:
-    settings = Base(model=str(folder))
-    files = open_base(settings)
-    skeleton = build_meta_model(files, settings, dtype, CPU)
-    base, _ = load_shards(
-        skeleton,
-        files,
-        dtype=dtype,
-        device=CPU,
-        sharder=LocalSharder(),
-        checkpointing=checkpointing,
-    )
-    return base
 
 
 def batch_of(lengths: list[int]) -> PackedBatch:
@@ -74,7 +55,7 @@ def test_estimate_bounds_what_is_saved(
     family: Callable[..., Path], case: str, checkpointing: bool, dtype: torch.dtype
 ) -> None:
     folder = family(case, LAYERS)
-    base, batch = load(folder, checkpointing, dtype), batch_of(ROWS)
+    base, batch = load_unsharded(folder, "int8", checkpointing, dtype), batch_of(ROWS)
     memory = BatchMemory(
         layer_sizes(base.model.config),
         row_sizes(ROWS, VIRTUAL, base.packed, copied=False),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainer.config import RunConfig
+from trainer.data.splits import SPLITS
 from trainer.data.task_data import TaskData, load_tasks
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.metrics import check_sandbox
@@ -15,6 +16,29 @@ from trainer.model.checkpoint_files import BaseFiles
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED
+
+
+def load_tasks_per_node(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    console: Console,
+    date: datetime.date | None,
+    splits: Sequence[str] = SPLITS,
+) -> dict[str, TaskData]:
+    """Read and tokenize the rows of all tasks, once per node; a collective."""
+    return engine.load_once_per_node(
+        lambda: load_tasks(
+            config,
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            console.working,
+            console.reading,
+            splits=splits,
+            date=date,
+        )
+    )
 
 
 def read_tasks(
@@ -32,17 +56,7 @@ def read_tasks(
     Raises:
         BadInput: with the problems of all tasks.
     """
-    tasks = engine.load_once_per_node(
-        lambda: load_tasks(
-            config,
-            files.tokenizer,
-            files.context_length,
-            files.config.vocab_size,
-            console.working,
-            console.reading,
-            date=date,
-        ),
-    )
+    tasks = load_tasks_per_node(engine, files, config, console, date)
     engine.run_on_all(lambda: _check_targets(tasks, files))
     if date:
         console.print(f"the chat template reads the date: {date}, also when the run is resumed")

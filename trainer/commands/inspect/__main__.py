@@ -79,25 +79,15 @@ def _inspect_run(
     with console.phase("importing torch, transformers and deepspeed", announce=True):
         from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
         from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
-        from trainer.data.task_data import load_tasks
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import open_base_on_all
         from trainer.reporting.run_description import device_name, versions
+        from trainer.training.task_loading import load_tasks_per_node
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_base_on_all(engine, config.base, console)
-    tasks = engine.load_once_per_node(
-        lambda: load_tasks(
-            config,
-            files.tokenizer,
-            files.context_length,
-            files.config.vocab_size,
-            console.working,
-            console.reading,
-            splits=("validation",),
-            date=read_chat_date(saved) if saved else None,
-        )
-    )
+    date = read_chat_date(saved) if saved else None
+    tasks = load_tasks_per_node(engine, files, config, console, date, splits=("validation",))
     if config.base.quantization == "none":
         console.print("this run has base.quantization: none; these are the errors of int8")
     settings = _in_int8(config.base)
