@@ -1,4 +1,4 @@
-"""Small programs of one or two steps, said in words and written in several languages.
+"""Small programs of one or two steps, described in words and written in several languages.
 
 The same sentence can be followed by a Python ``def``, a Python ``lambda``, JavaScript, Lisp or
 other words, so a prompt has to say which is wanted.

@@ -73,12 +73,12 @@ def main() -> None:
         print(f"{before} was measured with another budget and is left out", file=sys.stderr)
         kept = {}
     with tempfile.TemporaryDirectory(prefix="promptshard-learning-") as temporary:
-        results = {side: kept.get(side) for side in ("ours", "ours, told", "peers")}
+        results = {side: kept.get(side) for side in ("ours", "ours, with instruction", "peers")}
         files = {
             side: ours.run_file(
-                Path(temporary) / f"told-{with_text}", budget, seeds, with_text=with_text
+                Path(temporary) / f"with-text-{with_text}", budget, seeds, with_text=with_text
             )
-            for side, with_text in (("ours", False), ("ours, told", True))
+            for side, with_text in (("ours", False), ("ours, with instruction", True))
         }
         if arguments.only != "peers":
             print("ours, twice ...", file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from trainer.prompts.init_search import CHILDREN, DRAWINGS, ROUNDS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: Part of the names of PEFT arms that start from an instruction; suffixes of this trainer's arms.
-TOLD = "text"
-SIDES = {"ours": "", "ours, told": ", instruction known"}
+WITH_TEXT = "text"
+SIDES = {"ours": "", "ours, with instruction": ", instruction known"}
 LORA = "LoRA"
 METRICS = ("accuracy", "execution")
 #: Target besides a better score: upper limit of spread and of steps, relative to PEFT's.
@@ -100,11 +100,11 @@ def _figures(arms: dict[str, Any]) -> list[dict[str, Any]]:
     for name, arm in arms.items():
         if not name.startswith("ours"):
             continue
-        with_text = name.endswith(SIDES["ours, told"])
+        with_text = name.endswith(SIDES["ours, with instruction"])
         peers = {
             peer: other
             for peer, other in arms.items()
-            if peer.startswith("PEFT") and LORA not in peer and (with_text or TOLD not in peer)
+            if peer.startswith("PEFT") and LORA not in peer and (with_text or WITH_TEXT not in peer)
         }
         if not peers:
             continue

@@ -68,7 +68,7 @@ ALONE = [
 ]
 
 
-class Told(LossInitScorer):
+class RecordingScorer(LossInitScorer):
     """Record the tokens that the search chose, by prompt."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -145,7 +145,7 @@ def train(
 
     evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(SEARCH_TOKENS))
     console = Console(sys.stdout, sys.stderr)
-    screen = Told(config, tasks, evaluator, console)
+    screen = RecordingScorer(config, tasks, evaluator, console)
     bank = make_bank(config, engine, base, files, screen, console.warn)
     feed, before = BatchSource(config, tasks), engine.gathered_bytes
     for step in range(STEPS):

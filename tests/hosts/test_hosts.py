@@ -155,12 +155,19 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
         check=False,
     )
     assert local.returncode == 0, local.stderr
-    return {"two": output, "one": one, "said": outputs, "codes": codes, "s": seconds, "left": left}
+    return {
+        "two": output,
+        "one": one,
+        "outputs": outputs,
+        "codes": codes,
+        "s": seconds,
+        "left": left,
+    }
 
 
 @pytest.mark.timeout(600)
 def test_a_cut_connection_ends_both_hosts_and_each_names_the_other(results: Any) -> None:
-    for rank, (output, code) in enumerate(zip(results["said"], results["codes"], strict=True)):
+    for rank, (output, code) in enumerate(zip(results["outputs"], results["codes"], strict=True)):
         assert code in (1, 75), output
         assert f"lost: no answer from {ADDRESSES[1 - rank]}" in output, output
     assert results["left"] == []

@@ -12,7 +12,7 @@ from launch.slurm import Job, pattern, render
 from tests.slurm.conftest import Desk, alive_in, read, until
 
 #: Notes how it was called. ``code=N`` in its arguments is its exit code in the first session,
-#: ``always=N`` in each; ``wait`` lets it stop, as ranks do, when it is told to.
+#: ``always=N`` in each; ``wait`` lets it stop, as ranks do, when it is signalled.
 STAND_IN = """\
 #!{python}
 import os, signal, sys, time
@@ -74,8 +74,8 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     plain = job(desk, "plain", words, fresh=True)
     array = job(desk, "array", ("r0", "code=0"), ("r1", "code=75"), ("r2", "code=3"))
     bounded = job(desk, "bounded", ("r", "always=75"), max_requeues=1)
-    refused = job(desk, "told", ("r", "wait"), max_requeues=0)
-    until(lambda: (notes / "told-0-0-1").exists(), 30, lambda: str(list(notes.iterdir())))
+    refused = job(desk, "notified", ("r", "wait"), max_requeues=0)
+    until(lambda: (notes / "notified-0-0-1").exists(), 30, lambda: str(list(notes.iterdir())))
     desk.cluster.run("scancel", "--batch", "--signal=USR1", refused)
     cancelled = job(desk, "cancelled", ("r", "wait"))
     until(lambda: (notes / "cancelled-0-0-1").exists(), 30, lambda: str(list(notes.iterdir())))
@@ -109,12 +109,12 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     assert again[again.index("--master-port") + 1] == str(10000 + int(bounded) + 1009)
 
     # a signal to the batch shell reaches the tasks of both nodes
-    assert {p.name for p in notes.glob("told-*.signals")} == {
-        "told-0-0-0.signals",
-        "told-0-0-1.signals",
+    assert {p.name for p in notes.glob("notified-*.signals")} == {
+        "notified-0-0-0.signals",
+        "notified-0-0-1.signals",
     }
-    assert "the time limit is near" in read(desk.path / f"told-{refused}.out")
-    assert "requeued 0 times already" in read(desk.path / f"told-{refused}.out")
+    assert "the time limit is near" in read(desk.path / f"notified-{refused}.out")
+    assert "requeued 0 times already" in read(desk.path / f"notified-{refused}.out")
 
     # a job that a person cancels is not requeued
     assert "submit it again to resume" in read(desk.path / f"cancelled-{cancelled}.out")

@@ -501,7 +501,7 @@ def test_state_of_other_prompts_is_refused() -> None:
 
 
 class NearTo:
-    """A screen that likes starts near to one word, and notes what it is asked and told."""
+    """A scorer that prefers candidates near one word, and records its calls."""
 
     def __init__(self, word: int) -> None:
         self.word_H, self.rounds, self.reported = TABLE_VH[word], [], {}  # type: ignore[var-annotated]
@@ -525,7 +525,7 @@ def test_an_initialization_is_searched_where_the_run_file_gives_none() -> None:
     """All prompts side by side, each as alone; keys and values of the same words as embeddings."""
     open_ones = [
         {"name": "open", "num_virtual_tokens": 3, "init": "auto"},
-        {"name": "told", "num_virtual_tokens": 3, "init": {"text": "w9"}},
+        {"name": "text", "num_virtual_tokens": 3, "init": {"text": "w9"}},
         {"name": "mlp", "num_virtual_tokens": 3, "method": "p_tuning"},
         {"name": "past", "num_virtual_tokens": 3, "method": "prefix_tuning"},
         {"name": "other", "num_virtual_tokens": 4, "seed": 5},

@@ -1,4 +1,4 @@
-"""Bases named by a hub id: what is downloaded, by whom, and what is said where it cannot be had."""
+"""Base models named by a hub id: which files are downloaded, by which process, and the errors."""
 
 from __future__ import annotations
 

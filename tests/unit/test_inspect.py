@@ -1,4 +1,4 @@
-"""What is said about a base: errors against a direct computation, samples, warnings."""
+"""Measured errors of a base model against direct computation; samples, warnings."""
 
 from __future__ import annotations
 

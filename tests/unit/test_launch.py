@@ -558,7 +558,7 @@ def test_closed_output_streams_fail_no_command(run_file, stream, where):
     if where == "closed":
         number = {"stdout": 1, "stderr": 2}[stream]
         settings = {"preexec_fn": lambda: os.close(number)}
-    sweep = "prompts.triage.sweep.seed=[0, 1, 2]"  # is told on stderr
+    sweep = "prompts.triage.sweep.seed=[0, 1, 2]"  # printed on stderr
     done = subprocess.run([*command, sweep], cwd=ROOT, timeout=60, **settings)
     os.close(writing)
     os.close(full)

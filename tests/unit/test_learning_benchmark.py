@@ -176,6 +176,6 @@ def test_one_side_is_measured_and_the_other_kept(
     monkeypatch.setattr(benchmark, "table", lambda *_: "")
     monkeypatch.setattr(benchmark, "plot", lambda *_: None)
     benchmark.main()
-    assert reported["ours"] == reported["ours, told"] == new
+    assert reported["ours"] == reported["ours, with instruction"] == new
     assert reported["peers"] == (before["peers"] if kept else None)
     assert json.loads((tmp_path / "learning.json").read_text()) == reported

@@ -392,7 +392,7 @@ def test_scripts_contain_no_password(run_file, fake_slurm):  # noqa: F811
     ]
     for place in places:
         assert "hunter2" not in place.read_text(), place
-        assert "tracking.uri" in place.read_text(), "the command is told"
+        assert "tracking.uri" in place.read_text(), "the command is recorded"
     assert "hunter2" not in done.stdout + done.stderr
 
 
