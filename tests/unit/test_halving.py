@@ -7,7 +7,7 @@ import math
 import pytest
 
 from trainer.config.ranking import Entry
-from trainer.config.run import Halving
+from trainer.config.training import Halving
 from trainer.evaluation.selection import select
 from trainer.training.halving import rungs, worst
 

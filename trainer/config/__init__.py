@@ -4,14 +4,15 @@
 2. ``yaml_source.py``: file, ``key=value`` overrides -> ``YamlSource``: data with their origin.
 3. ``sweep.py``: ``YamlSource`` -> ``Expansion``: one prompt per combination of a sweep.
 4. ``run.py``: ``Expansion`` -> ``RunConfig``, with one class per section: ``base.py``, ``task.py``,
-   ``prompt.py`` (encoders are registered in ``encoders.py``), ``tracking.py``.
-5. ``yaml_source.explain``: pydantic's errors -> ``BadInput`` with line, setting, value and remedy.
+   ``prompt.py`` (encoders are registered in ``encoders.py``), ``training.py``, ``tracking.py``.
+5. ``explain.py``: pydantic's errors -> ``BadInput`` with line, setting, value and remedy.
 
 Names of settings follow PEFT and transformers. ``ranking.py`` has the rule for the best prompt.
 """
 
 from trainer.config.base import Base, EngineConfig
-from trainer.config.prompt import Init, Prompt
+from trainer.config.init import Init
+from trainer.config.prompt import Prompt
 from trainer.config.run import (
     PROJECT_ROOT,
     RunConfig,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from trainer.config import RunConfig
 from trainer.config.ranking import ScoreKey
-from trainer.config.run import Halving
+from trainer.config.training import Halving
 
 #: Sort key of a prompt at a rung; smaller is better.
 RungKey = tuple[float, ...]

@@ -1,0 +1,93 @@
+"""Settings of training, validation, the search among prompts, and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from trainer.config import sweep
+from trainer.config.types import NonNegativeInt, Number, PositiveInt, Section
+
+
+class Training(Section):
+    """Length of the training and size of a step."""
+
+    steps: PositiveInt = Field(
+        description="number of updates of each prompt; a prompt can override it with its own steps"
+    )
+    tokens_per_step: PositiveInt = Field(
+        8192,
+        description="maximum number of text tokens in one update of a prompt, over all ranks and "
+        "micro-batches",
+    )
+    micro_batch_tokens: Literal["auto"] | int = Field(
+        "auto",
+        description="maximum number of tokens of one packed batch; auto: as many as fit in memory "
+        "and a step needs",
+    )
+    seed: NonNegativeInt = Field(0, description="seed of everything that has none of its own")
+    max_skipped_updates: PositiveInt = Field(
+        5, description="stop a prompt after this many consecutive non-finite updates"
+    )
+
+    @field_validator("micro_batch_tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value != "auto" and not number:
+            raise ValueError(f"{value!r} is not auto or a number of tokens")
+        return value
+
+
+class EarlyStoppingConfig(Section):
+    """Stop a prompt whose validation scores (metric, then loss) no longer improve."""
+
+    patience: PositiveInt = Field(description="validations without improvement before the stop")
+
+
+class Evaluation(Section):
+    every: PositiveInt = Field(
+        50, description="steps between validations; the last step is always validated"
+    )
+    early_stopping: EarlyStoppingConfig | None = None
+
+
+class Halving(Section):
+    """Successive halving (arXiv 1810.05934): stop the worst prompts of a task at rungs.
+
+    Rungs are the steps first, first * eta, first * eta^2 and so on. At a rung, all active prompts
+    are validated. Of the n active prompts of a task, the best ceil(n / eta) continue, by the task's
+    metric and then by validation loss.
+    """
+
+    eta: Annotated[
+        int, Number, Field(ge=2, description="one prompt in eta continues after a rung")
+    ] = 3
+    first: PositiveInt = Field(description="step of the first rung")
+
+
+_INIT_SHARE = (
+    "maximum cost of the search of init: auto, as a share of the prompt's training FLOPs; if it "
+    "allows fewer than 8 candidates, the prompt starts from a hand-written prompt or the labels"
+)
+
+
+class Search(Section):
+    """Limits of a sweep and of the search for initial prompts."""
+
+    max_prompts: PositiveInt = Field(
+        sweep.MAX_PROMPTS,
+        description="maximum number of prompts in a run; a larger sweep is an error",
+    )
+    halving: Halving | None = Field(
+        None, description="stop the worst prompts of every task at rungs; null: never"
+    )
+    init_share: Annotated[float, Number, Field(ge=0, description=_INIT_SHARE)] = 0.1
+
+
+class Checkpoint(Section):
+    every: PositiveInt = Field(
+        50, description="steps between checkpoints; the last step is always saved"
+    )
+    keep: PositiveInt = Field(3, description="number of newest checkpoints to keep")
