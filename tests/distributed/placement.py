@@ -69,6 +69,7 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
         "losses": result.losses,
         "gradients": result.gradients,
         "base_bytes": base_bytes(base),
+        "expected_bytes": loaded.expected_bytes,
         "bytes_read": loaded.stats.bytes_read,
         "gathered": gathered,
         "exchanged": exchanged,

@@ -11,6 +11,7 @@ from trainer.config import RunConfig
 from trainer.distributed.deepspeed_config import resolve_policy
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.placement import Placement
+from trainer.distributed.zero3_sharder import expected_base_bytes
 from trainer.model.checkpoint_files import open_base
 from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
@@ -23,12 +24,14 @@ class ShardedBase:
 
     Attributes:
         placement: None if not requested: sharded over all ranks, nothing kept.
+        expected_bytes: bytes of the base per rank, computed before loading.
     """
 
     model: PromptedBase
     policy: dict[str, Any]
     stats: LoadStats
     placement: Placement | None
+    expected_bytes: int
 
 
 def run_config(
@@ -66,12 +69,14 @@ def shard_base(
     placement = engine.place(skeleton, config, torch.float32) if placed else None
     hidden_size = files.config.hidden_size if keep_small else 0
     policy = resolve_policy(config, torch.float32, hidden_size, placement)
+    group_size = placement.group_size if placement else engine.world_size
+    expected_bytes = expected_base_bytes(skeleton, torch.float32, group_size)
     model, stats = load_shards(
         skeleton,
         files,
         dtype=torch.float32,
         device=engine.device,
-        sharder=engine.sharder(policy, placement.group_size if placement else None),
+        sharder=engine.sharder(policy, group_size),
         checkpointing=checkpointing,
     )
-    return ShardedBase(model, policy, stats, placement)
+    return ShardedBase(model, policy, stats, placement, expected_bytes)

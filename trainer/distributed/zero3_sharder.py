@@ -137,7 +137,12 @@ class Zero3Sharder:
                 tensor.copy_(complete)
 
     def _shard_size(self, num_elements: int, unit: int) -> int:
-        return -(-num_elements // (self._ranks * unit)) * unit
+        return _shard_size(num_elements, self._ranks, unit)
+
+
+def _shard_size(num_elements: int, ranks: int, unit: int = 1) -> int:
+    """Elements of one rank's shard, padded to whole units."""
+    return -(-num_elements // (ranks * unit)) * unit
 
 
 def resident_tensors(base: nn.Module) -> Iterator[Tensor]:
@@ -152,11 +157,25 @@ def base_bytes(base: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in resident_tensors(base))
 
 
+def expected_base_bytes(model: nn.Module, dtype: torch.dtype, ranks: int) -> int:
+    """Return ``base_bytes`` of each of ``ranks`` ranks after loading, from a model on ``meta``."""
+    tables = {
+        id(module.weight): module.weight.shape[1]
+        for module in model.modules()
+        if isinstance(module, FrozenEmbedding | FrozenHead)
+    }
+    shards = sum(
+        _shard_size(p.numel(), ranks, tables.get(id(p), 1)) * _itemsize(p, dtype)
+        for p in model.parameters()
+    )
+    return shards + sum(buffer.nbytes for buffer in model.buffers())
+
+
 def base_size(model: nn.Module, dtype: torch.dtype) -> BaseSize:
     """Sizes of a model on ``meta``, whose floating-point weights are stored in ``dtype``."""
 
     def num_bytes(parameter: nn.Parameter) -> int:
-        return parameter.numel() * min(parameter.element_size(), dtype.itemsize)
+        return parameter.numel() * _itemsize(parameter, dtype)
 
     parameters = list(model.parameters())
     tables = {
@@ -176,3 +195,8 @@ def base_size(model: nn.Module, dtype: torch.dtype) -> BaseSize:
         layer_bytes=max(sum(map(num_bytes, unit)) for unit in gathered),
         layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
     )
+
+
+def _itemsize(parameter: nn.Parameter, dtype: torch.dtype) -> int:
+    """Bytes per stored element of a parameter on ``meta``."""
+    return min(parameter.element_size(), dtype.itemsize)

@@ -1,0 +1,74 @@
+"""Draw the output of the quickstart as docs/images/quickstart.svg.
+
+python docs/images/quickstart.py               # run the quickstart (a few minutes) and draw it
+python docs/images/quickstart.py --text FILE   # draw output that was written to FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE = Path(__file__).with_suffix(".svg")
+COMMAND = "promptshard train examples/quickstart.yaml"
+WIDTH = 112
+#: Lines of progress that a terminal replaces, and lines of the machine.
+LEFT_OUT = re.compile(
+    r"importing |scoring |training: |validation at |reading |loading |sending |writing |fused "
+    r"|packed batches|then open|.*MLflow|step \d+/"
+)
+#: Styles of lines, by a pattern that the line contains.
+STYLES = {r"^\$": "bold green", r"beats the best": "bold", r"best prompt|best$": "bold green"}
+
+
+def run_quickstart() -> str:
+    """Run the quickstart in a new folder and return what it prints."""
+    with tempfile.TemporaryDirectory(prefix="promptshard-") as folder:
+        for name in ("examples", "ds_configs"):
+            (Path(folder) / name).symlink_to(ROOT / name)
+        program = Path(sys.executable).with_name("promptshard")
+        done = subprocess.run(
+            [program, *COMMAND.split()[1:]], cwd=folder, capture_output=True, text=True, check=True
+        )
+    return done.stdout
+
+
+def shown_lines(output: str) -> Iterator[str]:
+    yield f"$ {COMMAND}"
+    for line in output.splitlines():
+        if not LEFT_OUT.match(line):
+            yield line
+
+
+def draw(output: str) -> str:
+    """Return an SVG with the lines of the output."""
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
+    for line in shown_lines(output):
+        style = next((s for pattern, s in STYLES.items() if re.search(pattern, line)), "")
+        console.print(Text(line, style=style))
+    svg = console.export_svg(title="promptshard")
+    # The picture loads nothing from other servers.
+    return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", type=Path, metavar="FILE", help="output of an earlier run")
+    args = parser.parse_args()
+    output = args.text.read_text(encoding="utf-8") if args.text else run_quickstart()
+    PICTURE.write_text(draw(output), encoding="utf-8")
+    print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
