@@ -9,8 +9,9 @@ import argparse
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +28,20 @@ ROWS = {"train": 1200, "valid": 201, "shifted": 201}
 TASKS = ("triage", "animals", "codegen")
 VOCABULARY = 1024
 EOS, PAD = "<eos>", "<pad>"
+#: Rows of ``chat.SPLIT.jsonl``: the first rows of triage, as dialogues.
+CHAT_ROWS = {"train": 300, "valid": 100}
+#: Writes a dialogue like a pretraining document: instruction, text, answer.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{ ' ' + message.content + eos_token }}
+{%- elif message.role == 'system' -%}
+{{ message.content + '\\n' }}
+{%- else -%}
+{{ message.content + '\\nAnswer:' }}
+{%- endif -%}
+{%- endfor -%}
+"""
 
 # Text teaches the language, answers the capability. The tokens of a long answer weigh less, or the
 # label words would be lost among many tokens that are easier.
@@ -34,13 +49,25 @@ TEXT_WEIGHT = 0.1
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Write ``TASK.SPLIT.jsonl`` for every task and split."""
+    """Write ``TASK.SPLIT.jsonl`` for every task and split, and ``chat.SPLIT.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         for split, count in ROWS.items():
             rows = corpus.task_rows(task, split, count, seed)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{task}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            _write_rows(folder / f"{task}.{split}.jsonl", rows)
+            if task == "triage" and split in CHAT_ROWS:
+                dialogues = [_dialogue(row) for row in rows[: CHAT_ROWS[split]]]
+                _write_rows(folder / f"chat.{split}.jsonl", dialogues)
+
+
+def _dialogue(row: dict[str, Any]) -> dict[str, Any]:
+    user = {"role": "user", "content": row["text"]}
+    return {"messages": [user, {"role": "assistant", "content": row["label"]}]}
+
+
+def _write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -63,6 +90,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
+        chat_template=CHAT_TEMPLATE,
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,
