@@ -33,7 +33,7 @@ def path_argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, callback=as_path, help=text)
 
 
-RunFile = Annotated[str, path_argument("RUN.yaml", "The run file; examples/ has some to copy.")]
+RunFile = Annotated[str, path_argument("RUN.yaml", "The run file; promptshard init writes one.")]
 RunDir = Annotated[str, path_argument("RUN_DIR", "The output_dir of a run.")]
 NewFolder = Annotated[str, path_argument("OUT", "A new folder.")]
 Overrides = Annotated[

@@ -9,7 +9,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import __version__, messages, node, preflight, restarts, slurm_commands
+from launch import (
+    __version__,
+    messages,
+    node,
+    preflight,
+    restarts,
+    scaffold_commands,
+    slurm_commands,
+)
 from launch.arguments import (
     EXIT_CODES,
     Fresh,
@@ -336,6 +344,7 @@ def sync(
 
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=EXIT_CODES)(slurm_commands.status)
+app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
 
 
 def _exit_with(report: ExitReport) -> NoReturn:

@@ -26,7 +26,15 @@ from typing import Any
 
 from launch import preflight, slurm
 from launch.slurm import Job
-from trainer.config import PROJECT_ROOT, RunConfig, dump, resolve_path, yaml_parser, yaml_source
+from trainer.config import (
+    PROJECT_ROOT,
+    SHIPPED,
+    RunConfig,
+    dump,
+    resolve_path,
+    yaml_parser,
+    yaml_source,
+)
 from trainer.config.yaml_parser import YamlError
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
@@ -35,7 +43,7 @@ from trainer.runtime.redact import redact
 
 SUBMITTED = Path("logs", "submitted")
 RECORD = "job.json"
-PACKAGES = ("trainer", "launch", "ds_configs")
+PACKAGES = ("trainer", "launch")
 OLDEST = (22, 5)
 SBATCH_SECONDS = 120
 MAX_TASKS = 1000  # of a job array; slurm.conf's MaxArraySize is 1001 by default
@@ -110,10 +118,11 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
         folder = _new_folder(parent, stamp)
         code = folder / "code"
         for name in PACKAGES:
-            ignored = shutil.ignore_patterns("__pycache__")
+            ignored = shutil.ignore_patterns("__pycache__", "shipped")
             shutil.copytree(PROJECT_ROOT / name, code / name, ignore=ignored)
-        if (PROJECT_ROOT / "examples").is_dir():  # run files may name files in it
-            (code / "examples").symlink_to(PROJECT_ROOT / "examples")
+        shutil.copytree(SHIPPED / "ds_configs", code / "ds_configs")
+        if (SHIPPED / "examples").is_dir():  # run files may name files in it
+            (code / "examples").symlink_to(SHIPPED / "examples")
         (code / REVISION_FILE).write_text(f"{git_revision(PROJECT_ROOT) or ''}\n")
         shutil.copy(resolve_path(configs[0].engine.deepspeed), folder / "policy.json")
         runs = [folder / "run.yaml"]

@@ -561,8 +561,8 @@ def test_missing_files_folders_and_bad_encodings_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "FILE: a run file is a mapping of settings; see examples/quickstart.yaml"),
-        ("- a\n", "FILE: a run file is a mapping of settings; see examples/quickstart.yaml"),
+        ("", "FILE: a run file is a mapping of settings; `promptshard init` writes one"),
+        ("- a\n", "FILE: a run file is a mapping of settings; `promptshard init` writes one"),
         ("a: 1\nb: [1\nc: 2\n", "FILE:3: not valid YAML: "),
         ("a: 1\n\tb: 2\n", "FILE:2: not valid YAML: "),
         ("a: !!python/object/apply:os.getcwd []\n", "FILE:1: a: tag !!python/object/apply:os.get"),

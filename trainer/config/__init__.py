@@ -15,6 +15,7 @@ from trainer.config.init import Init
 from trainer.config.prompt import Prompt
 from trainer.config.run import (
     PROJECT_ROOT,
+    SHIPPED,
     RunConfig,
     dump,
     load,
@@ -38,6 +39,7 @@ __all__ = [
     "LOWER_IS_BETTER",
     "PLACEHOLDER",
     "PROJECT_ROOT",
+    "SHIPPED",
     "Base",
     "DataSource",
     "EngineConfig",

@@ -21,6 +21,9 @@ from trainer.config.types import PathText, Section, checked
 from trainer.runtime.errors import BadInput, did_you_mean
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_IN_WHEEL = Path(__file__).resolve().parents[1] / "shipped"
+#: Folder with the shipped ``ds_configs`` and ``examples``; ``setup.py`` puts them into the wheel.
+SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else PROJECT_ROOT
 
 #: Settings that are not supported yet, each with a remedy.
 NOT_YET_KEYS = {
@@ -165,7 +168,7 @@ class RunConfig(Section):
 def resolve_path(path: str) -> Path:
     """Resolve a path relative to the working directory or, if missing there, the shipped files."""
     here = os.path.expanduser(path)
-    shipped = PROJECT_ROOT / path
+    shipped = SHIPPED / path
     return shipped if not os.path.exists(here) and os.path.exists(shipped) else Path(here)
 
 

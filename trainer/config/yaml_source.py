@@ -74,7 +74,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
             for where, line, text in error.problems[:MOST_PROBLEMS]
         ) from None
     if not isinstance(document.data, dict):
-        raise BadInput(f"{path}: a run file is a mapping of settings; see examples/quickstart.yaml")
+        raise BadInput(
+            f"{path}: a run file is a mapping of settings; `promptshard init` writes one"
+        )
     return override(YamlSource(str(path), document.data, document.lines), overrides)
 
 
@@ -138,7 +140,7 @@ def _read_text(path: Path) -> str:
             )
         return data.decode("utf-8")
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such run file; see examples/ for some to copy") from None
+        raise BadInput(f"{path}: no such run file; `promptshard init` writes one") from None
     except IsADirectoryError:
         raise BadInput(f"{path}: is a folder; name the run file (YAML)") from None
     except UnicodeDecodeError as error:

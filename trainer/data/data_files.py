@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainer.config import PROJECT_ROOT, DataSource, resolve_path
+from trainer.config import SHIPPED, DataSource, resolve_path
 from trainer.data.json_reader import read_json_rows, read_jsonl
 from trainer.data.table_readers import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 from trainer.data.text_readers import (
@@ -136,7 +136,7 @@ def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
 
 def _matches(pattern: str) -> list[Path]:
     paths = glob.glob(os.path.expanduser(pattern), recursive=True)
-    paths = paths or glob.glob(str(PROJECT_ROOT / pattern), recursive=True)
+    paths = paths or glob.glob(str(SHIPPED / pattern), recursive=True)
     files = sorted(Path(path) for path in paths if os.path.isfile(path))
     if not files:
         raise BadInput(f"{pattern}: matches no file; paths start at {os.getcwd()}")
