@@ -14,12 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from benchmarks.random_base import llama_config, save_random
-from tests.family_bases import CASES
 from tests.odd_folders import INDEX, SINGLE, shard
-from tests.unit.test_like_transformers import assert_alike
 from trainer.config import Base
 from trainer.model.checkpoint_files import open_base
 from trainer.model.fingerprint import combine_digests
@@ -188,50 +185,6 @@ class TestTrueRemedies:
 
     def test_a_weight_file_in_place_of_its_folder(self, folder: Path) -> None:
         assert f"is a file; use its folder, {str(folder)!r}" in refusal(folder / SINGLE)
-
-
-class TestOtherFormats:
-    """The lines that a refusal prints write a folder that is the same model, and is read."""
-
-    @staticmethod
-    def follow(folder: Path, new: Path) -> None:
-        text = refusal(folder)
-        assert "convert it to 16 bits once with transformers: " in text
-        lines = text.split("with transformers: ")[1]
-        exec(f"from transformers import *\n({lines})", {"NEW_FOLDER": new})
-        assert_alike(new, writes=False)
-
-    @staticmethod
-    def declare(folder: Path, **method: Any) -> None:
-        change(folder / "config.json", quantization_config=method)
-
-    def test_fp8(self, folder: Path, tmp_path: Path) -> None:
-        tensors = load_file(folder / SINGLE)
-        for name in [name for name in tensors if "proj" in name]:
-            rows, columns = tensors[name].shape
-            scale = tensors[name].abs().max() / 448
-            tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
-            blocks = (-(-rows // 128), -(-columns // 128))
-            tensors[f"{name}_scale_inv"] = torch.full(blocks, float(scale))
-        save_file(tensors, folder / SINGLE, {"format": "pt"})
-        self.declare(folder, quant_method="fp8", weight_block_size=[128, 128])
-        self.follow(folder, tmp_path / "new")
-
-    def test_mxfp4(self, tmp_path: Path) -> None:
-        settings = {**CASES["gpt_oss"][1], "hidden_size": 64, "num_hidden_layers": 2}
-        folder = save_random(tmp_path / "m", AutoConfig.for_model("gpt_oss", **settings))
-        tensors = load_file(folder / SINGLE)
-        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
-            experts, inputs, outputs = tensors.pop(name).shape
-            blocks = torch.arange(experts * outputs * inputs // 2).remainder(251)
-            shape = (experts, outputs, inputs // 32, 16)
-            tensors[f"{name}_blocks"] = blocks.to(torch.uint8).view(shape)
-            tensors[f"{name}_scales"] = torch.full(shape[:-1], 124, dtype=torch.uint8)
-        save_file(tensors, folder / SINGLE, {"format": "pt"})
-        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router"]
-        kept += ["model.embed_tokens", "lm_head"]
-        self.declare(folder, quant_method="mxfp4", modules_to_not_convert=kept)
-        self.follow(folder, tmp_path / "new")
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

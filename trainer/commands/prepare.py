@@ -124,7 +124,16 @@ def _quantized_entries(
 
 
 def _copied_entry(reader: SafetensorsReader, name: str) -> _Entry:
+    """A tensor in its stored type; in fp32 if it is in a quantized format."""
     stored = reader.tensors[name]
+    if stored.encoding:
+        location = TensorLocation((name,), torch.Size(stored.shape))
+
+        def decode(file: BinaryIO) -> None:
+            for _, values in RowReader(location, reader).blocks():
+                _write(file, values)
+
+        return _Entry(name, "F32", stored.shape, 4 * location.shape.numel(), decode)
 
     def copy(file: BinaryIO) -> None:
         for start in range(0, stored.num_bytes, BLOCK_BYTES):

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -24,11 +25,11 @@ from trainer.model.model_folder import (
     SMALL_FILES,
     check_config,
     check_folder,
-    check_quantization,
     find_tensors,
     gguf_remedy,
     read_index,
 )
+from trainer.model.quantized_weights import accept_quantization, combine_tensors
 from trainer.model.safetensors_reader import StoredTensor
 from trainer.model.transformers_model import library_errors
 from trainer.model.weight_mapping import WeightMapping, map_weights
@@ -67,7 +68,7 @@ class BaseFiles:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        return sorted({stored.path for stored in self.tensors.values()})
+        return sorted({path for stored in self.tensors.values() for path in stored.files})
 
     @property
     def num_bytes(self) -> int:
@@ -104,7 +105,7 @@ def open_base(
     if folder is None:
         folder, from_hub = hub.fetch(settings, SMALL_FILES, download=download), True
     check_folder(folder, name)
-    config = _read_config(folder, name)
+    config, quantization = _read_config(folder, name)
     text = config.get_text_config()
     family_of(text, name)
     tokenizer = _read_tokenizer(folder, name)
@@ -114,7 +115,7 @@ def open_base(
         folder = hub.fetch(commit, [SINGLE], download=download, progress=progress)
         if not (folder / SINGLE).is_file() and (shards := sorted(set(read_index(folder)))):
             folder = hub.fetch(commit, shards, download=download, progress=progress)
-    tensors = find_tensors(folder, name)
+    tensors = combine_tensors(find_tensors(folder, name), quantization)
     parameters = map_weights(config, tensors, name)
     text.tie_word_embeddings = parameters.tied
     return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
@@ -147,17 +148,16 @@ def portable_name(settings: Base) -> str:
     return settings.model if folder is None else str(folder.resolve())
 
 
-def _read_config(folder: Path, name: str) -> PretrainedConfig:
-    """Read the config of a text model or of its multimodal container."""
+def _read_config(folder: Path, name: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """Read the config of a text model or its multimodal container, and its quantization."""
     check_config(folder / "config.json")
     with library_errors(f"base.model: config.json of {name!r}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
         if not isinstance(text, PretrainedConfig):
             raise TypeError(f"the config of its text model is {text!r}")
-    for each in (config, text):
-        check_quantization(each, name)
-    return config
+    quantization = accept_quantization(config, name)
+    return config, accept_quantization(text, name) or quantization
 
 
 def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:

@@ -54,7 +54,7 @@ def build_meta_model(
         if family.packed:
             replace_attention(model)
         fuse_operations(model)
-        locations = locate_parameters(model, stored)
+        locations = locate_parameters(model, stored, files.tensors)
         problems = [
             problem
             for name, parameter in model.named_parameters()
@@ -68,7 +68,7 @@ def build_meta_model(
 
 def locate_int8_parameters(model: PreTrainedModel, files: BaseFiles) -> dict[str, TensorLocation]:
     """Return the locations of the weights that a model on ``meta`` stores in int8, by parameter."""
-    locations = locate_parameters(model, files.parameters.tensors)
+    locations = locate_parameters(model, files.parameters.tensors, files.tensors)
     int8 = [name for name, p in model.named_parameters() if p.dtype == torch.int8]
     return {name: locations[name] for name in int8}
 
@@ -81,7 +81,6 @@ def _problems(reader: SafetensorsReader, location: TensorLocation, quantized: bo
             f"base.model: {location.tensors[0]!r} is stored in 8 bits, but would be loaded as a "
             "float type; use base.quantization: int8, or the original model"
         ]
-    location = location.as_int8()
     problems = location.problems(reader)
     for name in location.tensors:
         layout = f"{name}_format"

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from trainer.model.safetensors_reader import StoredTensor, read_header
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
@@ -21,13 +19,6 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _FILE_NAME = re.compile(r"[^\0]{1,255}")
 #: Maximum number of layers. transformers creates lists of that length while reading a config.
 MAX_LAYERS = 100_000
-#: Quantization methods that transformers can dequantize while loading, and the config to pass.
-_DEQUANTIZED_BY = {
-    "mxfp4": "Mxfp4Config",
-    "fp8": "FineGrainedFP8Config",
-    "mxfp8": "FineGrainedFP8Config",
-    "compressed-tensors": "CompressedTensorsConfig",
-}
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -112,36 +103,6 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
             yield from _numbers(inner, f"{key}[]" if nested and "[]" not in key else key)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield key, value
-
-
-def check_quantization(config: PretrainedConfig, name: str) -> None:
-    """Remove the quantization settings of bitsandbytes' 8-bit weights from a config.
-
-    Raises:
-        BadInput: if the weights are stored in another format; with a conversion command.
-    """
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    method = settings if isinstance(settings, dict) else settings.to_dict()
-    kind = str(method.get("quant_method", "an unknown format"))
-    if kind == "bitsandbytes" and method.get("load_in_8bit"):
-        del config.quantization_config
-        return
-    kind += " (4 bits)" if method.get("load_in_4bit") else ""
-    load = f"AutoModelForCausalLM.from_pretrained({name!r}"
-    # In the original format, transformers may write tensor names that it cannot load.
-    save = (
-        "save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.from_pretrained("
-        f"{name!r}).save_pretrained(NEW_FOLDER)"
-    )
-    remedy = "use a release of the model in 16 bits"
-    if kind in _DEQUANTIZED_BY:
-        dequantized = f"quantization_config={_DEQUANTIZED_BY[kind]}(dequantize=True)"
-        remedy = f"convert it to 16 bits once with transformers: {load}, {dequantized}).{save}"
-    elif kind == "bitsandbytes (4 bits)":
-        remedy += f", or convert it to 16 bits once with transformers: {load}).dequantize().{save}"
-    raise BadInput(f"base.model: the weights of {name!r} are stored in {kind}; {remedy}")
 
 
 def find_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:

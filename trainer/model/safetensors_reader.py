@@ -1,4 +1,8 @@
-"""Read tensors of safetensors files: headers, rows, and row scales of int8 weights."""
+"""Read tensors of weight files: headers, rows, and row scales of int8 weights.
+
+A weight in another quantized format has an ``Encoding`` (``trainer.model.encodings``), which
+computes its rows from several stored tensors. It is read like a tensor in fp32.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,13 +33,26 @@ DTYPES = {
 }
 
 
+class Encoding(Protocol):
+    """Computes the rows of a weight [..., N, K], or of a vector, from stored tensors."""
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors."""
+
+    def rows(self, read: ReadBytes, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` in fp32; each element of a vector is a row."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Position and type of a tensor in its file.
 
     Attributes:
         type: as in the header, for example ``BF16``.
+        shape: of the values, also if they are encoded.
         begin: offset of the first byte from the start of the file.
+        encoding: computes the values; None if they are stored directly.
     """
 
     path: Path
@@ -43,11 +60,26 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     num_bytes: int
+    encoding: Encoding | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None if weights of this type cannot be loaded."""
-        return DTYPES.get(self.type)
+        """Type of the values that are read; None if weights of this type cannot be loaded."""
+        return torch.float32 if self.encoding else DTYPES.get(self.type)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row belongs to one output feature, also where the family transposes."""
+        return self.encoding is not None or self.dtype == torch.int8
+
+    @property
+    def files(self) -> set[Path]:
+        """The files from which the values are read."""
+        return {part.path for part in self.encoding.parts} if self.encoding else {self.path}
+
+
+#: Reads a range of the bytes of a stored tensor.
+ReadBytes = Callable[[StoredTensor, int, int], torch.Tensor]
 
 
 def scales_name(name: str) -> str:
@@ -148,19 +180,29 @@ class SafetensorsReader:
         Raises:
             BadInput: if they cannot be read or are not finite.
         """
-        dtype = self.dtype(name)
-        values = self.read_bytes(name, start * dtype.itemsize, stop * dtype.itemsize).view(dtype)
+        stored, dtype = self.tensors[name], self.dtype(name)
+        if stored.encoding:
+            width = stored.shape[-1] if len(stored.shape) > 1 else 1
+            first = start // width
+            values = stored.encoding.rows(self.read_stored, first, -(-stop // width)).flatten()
+            values = values[start - first * width : stop - first * width]
+        else:
+            first, last = start * dtype.itemsize, stop * dtype.itemsize
+            values = self.read_bytes(name, first, last).view(dtype)
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise BadInput(f"{self.tensors[name].path}: {name!r} holds NaN or infinite weights")
         return values
 
     def read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read bytes ``start`` to ``stop`` of a tensor of any type.
+        """Read bytes ``start`` to ``stop`` of a tensor that is not encoded."""
+        return self.read_stored(self.tensors[name], start, stop)
+
+    def read_stored(self, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        """Read bytes ``start`` to ``stop`` of a stored tensor of any type.
 
         Raises:
             BadInput: if they cannot be read.
         """
-        stored = self.tensors[name]
         raw = torch.empty(stop - start, dtype=torch.uint8)
         view, offset, done = raw.numpy().data, stored.begin + start, 0
         try:
@@ -172,7 +214,7 @@ class SafetensorsReader:
                     raise OSError("the file ends here")
                 done += count
         except OSError as error:
-            raise BadInput(f"{stored.path}: cannot read {name!r}: {error}") from None
+            raise BadInput(f"{stored.path}: cannot be read: {error}") from None
         self.bytes_read += done
         self._progress(done)
         return raw

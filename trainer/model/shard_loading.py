@@ -80,7 +80,7 @@ def load_shards(
         BadInput: on all ranks, with the tensors that any rank cannot read or that hold NaN.
     """
     started = time.perf_counter()
-    locations = locate_parameters(model, files.parameters.tensors)
+    locations = locate_parameters(model, files.parameters.tensors, files.tensors)
     with return_freed_memory(), SafetensorsReader(files.tensors, progress) as reader:
         loader = _WeightLoader(reader, sharder, dtype, device)
         for path, module in model.named_modules():
@@ -144,7 +144,7 @@ class _WeightLoader:
         shard = self.sharder.allocate(location.shape.numel(), torch.int8, unit)
         if self.reader.is_int8(location.tensors[0]):
             scales = self.reader.read_row_scales(location.tensors).to(self.device)
-            for _, values, mine, target in self._blocks(location.as_int8(), unit):
+            for _, values, mine, target in self._blocks(location, unit):
                 shard[target] = values.flatten()[mine]
         else:
             scales = torch.zeros(location.shape[:-1].numel(), device=self.device)

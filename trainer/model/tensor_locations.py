@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trainer.model.safetensors_reader import SafetensorsReader
+from trainer.model.safetensors_reader import SafetensorsReader, StoredTensor
 
 #: Bytes in fp32 that are read at a time; loading needs this memory besides the shards.
 BLOCK_BYTES = 4 << 20
@@ -102,13 +102,16 @@ class RowReader:
 
 
 def locate_parameters(
-    model: PreTrainedModel, tensors: Mapping[str, tuple[str, ...]]
+    model: PreTrainedModel,
+    tensors: Mapping[str, tuple[str, ...]],
+    stored: Mapping[str, StoredTensor],
 ) -> dict[str, TensorLocation]:
     """Return the location of every parameter; a tied parameter is listed under all its names."""
 
     def is_transposed(name: str) -> bool:
         path, _, own = name.rpartition(".")
-        return own in getattr(model.get_submodule(path), "transposed", ())
+        turned = own in getattr(model.get_submodule(path), "transposed", ())
+        return turned and not stored[tensors[name][0]].by_rows
 
     return {
         name: TensorLocation(tensors[name], parameter.shape, is_transposed(name))

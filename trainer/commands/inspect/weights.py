@@ -122,7 +122,6 @@ def stored_bytes(files: BaseFiles, weights: Sequence[Weight]) -> int:
 def _measure(weight: Weight, reader: SafetensorsReader) -> WeightError:
     location, scales = weight.location, None
     if reader.is_int8(location.tensors[0]):
-        location = location.as_int8()
         scales = reader.read_row_scales(location.tensors)
     squared_norm = squared_error = largest_row_error = 0.0
     outlier_rows = 0

@@ -1,0 +1,228 @@
+"""Accept or refuse the quantization of a checkpoint, and combine its values with their scales.
+
+Accepted: FP8 and int8 with scales per tensor, row or block, MXFP4, and bitsandbytes' int8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from trainer.model.encodings import (
+    EXPONENT_TYPES,
+    SCALE_TYPES,
+    VALUE_TYPES,
+    Mxfp4Blocks,
+    RowScales,
+    ScaledBlocks,
+    ScaleGrid,
+)
+from trainer.model.safetensors_reader import Encoding, StoredTensor, scales_name
+from trainer.runtime.errors import BadInput
+
+#: Formats of compressed-tensors whose weights are one tensor of 8-bit values and their scales.
+_COMPRESSED_FORMATS = (None, "dense", "float-quantized", "int-quantized", "naive-quantized")
+_SCALED_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors")
+#: Default block of transformers' FineGrainedFP8Config.
+_FP8_BLOCK = (128, 128)
+#: Tensors that describe activations, the key-value cache or packing: not part of a weight.
+_UNUSED = re.compile(
+    r"\.((input|output|activation|k|v|q)_(scale|zero_point)|qscale_act|weight_shape)$"
+)
+
+
+def accept_quantization(config: PretrainedConfig, name: str) -> dict[str, Any] | None:
+    """Remove the quantization settings from a config and return them; None if there are none.
+
+    Raises:
+        BadInput: if the weights are stored in a format that cannot be read; with the remedy.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
+    kind = method.get("quant_method", "an unknown format")
+    reason = ""
+    if kind == "compressed-tensors":
+        reason = _compressed_problem(method)
+    elif kind == "bitsandbytes":
+        reason = "" if method.get("load_in_8bit") else "4 bits"
+    elif kind not in (*_SCALED_METHODS, "mxfp4"):
+        reason = "cannot be read"
+    if reason:
+        raise BadInput(_refusal(str(kind), reason, name))
+    del config.quantization_config
+    return method
+
+
+def _compressed_problem(method: Mapping[str, Any]) -> str:
+    """What cannot be read in compressed-tensors' settings; empty if all can."""
+    groups = method.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if not groups or not all(isinstance(group, dict) for group in groups):
+        return "without config_groups"
+    sparsity = method.get("sparsity_config")
+    sparse = sparsity.get("format") if isinstance(sparsity, dict) else None
+    if sparse not in (None, "dense"):
+        return f"sparse: {sparse}"
+    for group in groups:
+        weights = group.get("weights")
+        bits = weights.get("num_bits") if isinstance(weights, dict) else 8
+        if bits != 8:
+            return f"{bits} bits"
+        layout = group.get("format") or method.get("format")
+        if layout not in _COMPRESSED_FORMATS:
+            return f"format {layout}"
+    return ""
+
+
+def _refusal(kind: str, reason: str, name: str) -> str:
+    load = f"AutoModelForCausalLM.from_pretrained({name!r}"
+    # In the original format, transformers may write tensor names that it cannot load.
+    save = (
+        "save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.from_pretrained("
+        f"{name!r}).save_pretrained(NEW_FOLDER)"
+    )
+    remedy = "use a release of the model in 16 bits or FP8"
+    if kind == "compressed-tensors":
+        dequantized = "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        remedy += (
+            ", or convert it to 16 bits once with transformers (requires the package "
+            f"compressed-tensors): {load}, {dequantized}).{save}"
+        )
+    elif kind == "bitsandbytes":
+        remedy += f", or convert it to 16 bits once with transformers: {load}).dequantize().{save}"
+    stored = kind if reason == "cannot be read" else f"{kind} ({reason})"
+    return f"base.model: the weights of {name!r} are stored in {stored}, not supported; {remedy}"
+
+
+def combine_tensors(
+    tensors: Mapping[str, StoredTensor], method: Mapping[str, Any] | None
+) -> dict[str, StoredTensor]:
+    """Combine quantized values and their scales to one tensor each, named like the weight.
+
+    Symmetric int8 values with one scale per row keep their bytes; their scales get the name and
+    the meaning of bitsandbytes' row scales.
+
+    Raises:
+        BadInput: if scales are missing or do not match their values.
+    """
+    kind = None if method is None else method.get("quant_method")
+    if kind == "mxfp4":
+        return _combine_mxfp4(tensors)
+    if kind not in _SCALED_METHODS:
+        return dict(tensors)
+    assert method is not None
+    combined = {name: stored for name, stored in tensors.items() if not _UNUSED.search(name)}
+    blocks, problems = list(_declared_blocks(method)), []
+    for name, stored in tensors.items():
+        if stored.type not in VALUE_TYPES or len(stored.shape) < 2 or name not in combined:
+            continue
+        try:
+            _combine(combined, name, blocks, symmetric=_is_symmetric(method))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems[:10])
+    return combined
+
+
+def _combine(
+    tensors: dict[str, StoredTensor],
+    name: str,
+    blocks: Sequence[tuple[int, int]],
+    *,
+    symmetric: bool,
+) -> None:
+    """Replace one weight, its scales and zero points by their combination."""
+    stored = tensors[name]
+    module = name.removesuffix(".weight")
+    names = [f"{name}_scale_inv", f"{name}_scale"]
+    if module != name:
+        names += [f"{module}.scale", f"{module}.qscale_weight"]
+    present = [scale for scale in names if scale in tensors]
+    if not present:
+        raise BadInput(
+            f"{stored.path}: {name!r} is stored as {stored.type}, but its scales {names[0]!r} are "
+            "missing; copy or download the model again"
+        )
+    scales = _grid(tensors.pop(present[0]), name, stored, blocks)
+    zero_name = f"{name}_zero_point"
+    zero = tensors.pop(zero_name, None)
+    zeros = None if zero is None or symmetric else _grid(zero, zero_name, stored, blocks)
+    by_row = scales.shape[1] == 1 and scales.shape[0] in (1, stored.shape[-2])
+    if stored.type == "I8" and zeros is None and by_row:
+        row_scales = RowScales(scales, stored.shape[-2])
+        tensors[scales_name(name)] = _encoded(scales.stored, stored.shape[:-1], row_scales)
+    else:
+        tensors[name] = _encoded(stored, stored.shape, ScaledBlocks(stored, scales, zeros))
+
+
+def _grid(
+    scales: StoredTensor, name: str, stored: StoredTensor, blocks: Sequence[tuple[int, int]]
+) -> ScaleGrid:
+    grid = None
+    if scales.type in (*SCALE_TYPES, *EXPONENT_TYPES, "I8"):
+        grid = ScaleGrid.fit(scales, stored.shape, blocks)
+    if grid is None:
+        raise BadInput(
+            f"{scales.path}: the scales of {name!r} are {scales.type} {list(scales.shape)}, which "
+            f"do not divide its shape {list(stored.shape)} into blocks; copy or download the "
+            "model again"
+        )
+    return grid
+
+
+def _encoded(stored: StoredTensor, shape: tuple[int, ...], encoding: Encoding) -> StoredTensor:
+    return replace(stored, shape=shape, encoding=encoding)
+
+
+def _declared_blocks(method: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the blocks that config.json declares."""
+    weights = [method, *_group_weights(method)]
+    for settings in weights:
+        for key in ("weight_block_size", "block_structure"):
+            block = settings.get(key)
+            if (
+                isinstance(block, list | tuple)
+                and len(block) == 2
+                and all(isinstance(size, int) and size > 0 for size in block)
+            ):
+                yield block[0], block[1]
+    if method.get("quant_method") == "fp8":
+        yield _FP8_BLOCK
+
+
+def _group_weights(method: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = method.get("config_groups")
+    if not isinstance(groups, dict):
+        return []
+    weights = (group.get("weights") for group in groups.values() if isinstance(group, dict))
+    return [each for each in weights if isinstance(each, dict)]
+
+
+def _is_symmetric(method: Mapping[str, Any]) -> bool:
+    return all(weights.get("symmetric", True) for weights in _group_weights(method))
+
+
+def _combine_mxfp4(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    combined = dict(tensors)
+    for name, stored in tensors.items():
+        weight = name.removesuffix("_blocks")
+        if weight == name or stored.type != "U8":
+            continue
+        exponents = combined.pop(f"{weight}_scales", None)
+        shape = stored.shape
+        if exponents is None or exponents.type != "U8" or exponents.shape != shape[:-1]:
+            raise BadInput(
+                f"{stored.path}: {name!r} has no exponents {weight}_scales of shape "
+                f"{list(shape[:-1])}; copy or download the model again"
+            )
+        del combined[name]
+        values = (*shape[:-2], shape[-2] * shape[-1] * 2)
+        combined[weight] = _encoded(stored, values, Mxfp4Blocks(stored, exponents))
+    return combined
