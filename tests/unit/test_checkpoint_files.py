@@ -214,29 +214,6 @@ def test_an_8_bit_folder_is_not_read_as_float(base: Path, tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "bitsandbytes (4 bits); use a release of the model in 16 bits, or convert it to",
-        ),
-        ({"quant_method": "gptq", "bits": 4}, "gptq; use a release of the model in 16 bits"),
-        ({"quant_method": "mxfp4"}, "mxfp4; convert it to 16 bits once"),
-        ({"quant_method": "fp8"}, "fp8; convert it to 16 bits once"),
-    ],
-)
-def test_other_quantised_folders_are_refused(
-    base: Path, tmp_path: Path, method: dict[str, object], message: str
-) -> None:
-    shutil.copytree(base, tmp_path / "q")
-    config = json.loads((base / "config.json").read_text())
-    (tmp_path / "q" / "config.json").write_text(
-        json.dumps(config | {"quantization_config": method})
-    )
-    assert f"are stored in {message}" in refusal(tmp_path / "q")
-
-
 def test_a_file_cut_short_is_named(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "cut")
     path = tmp_path / "cut" / "model.safetensors"
