@@ -113,6 +113,14 @@ def train(
             min=0,
         ),
     ] = 0,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Print every prompt at every validation, all rows of the final table, and details "
+            "of the base. Otherwise a task with three or more prompts has one line per validation.",
+        ),
+    ] = False,
 ) -> None:
     """Train the prompts defined in a run file on one sharded base model.
 
@@ -149,7 +157,8 @@ def train(
     refuse_if_alive(Path(config.output_dir))
 
     def attempt(fresh: bool) -> ExitReport:
-        arguments = [run_file, *overrides, *(["--fresh"] if fresh else [])]
+        flags = [*(["--fresh"] if fresh else []), *(["--verbose"] if verbose else [])]
+        arguments = [run_file, *overrides, *flags]
         if place is not None:
             return node.run("trainer", arguments, config.output_dir, place)
         return start_ranks("trainer", arguments, config.output_dir, processes, hostfile)

@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def train(config: RunConfig, console: Console) -> None:
+        console.verbose = args.verbose
         with console.phase("importing torch, transformers and deepspeed", announce=True):
             from trainer.run import train as train_run
 
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument(
         "--fresh", action="store_true", help="start over; move an earlier run out of the way"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every prompt at every validation, and details"
     )
     parser.add_argument("--local_rank", type=int, help="given by the launcher; not used")
     return parser

@@ -107,16 +107,16 @@ def _train(
     output = Path(config.output_dir)
     if config.tracking.tensorboard:
         engine.run_on_all(check_tensorboard)
-    with times("load"), console.phase("reading config and tokenizer"):
+    with times("data"), console.phase("reading config and tokenizer"):
         files = open_base_on_all(engine, config.base, console)
     if any(prompt.entry.trains_prefix for prompt in config.prompts):
         engine.run_on_all(lambda: check_prefix_tuning(files.config, files.name))
     # A requeued job has already moved the earlier run; the folder contains the job's own files.
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
-    with times("load"), console.phase("reading rows"):
+    with times("data"), console.phase("reading rows"):
         tasks = read_tasks(engine, files, config, console, date)
-    with times("load"), console.phase("checking the base's files"):
+    with times("loading the base"), console.phase("checking the base's files"):
         identity = _identity(engine, files, config, console, tasks, date)
     saved = engine.run_on_main(
         lambda: None if fresh else find_checkpoint(output, identity, console)
@@ -128,7 +128,7 @@ def _train(
         _show_finished_run(finished, config, console, is_main=lock is not None)
         return
 
-    with times("load"), console.phase("loading the base"):
+    with times("loading the base"), console.phase("loading the base"):
         conditions = choice_conditions(config, device_name(engine.device), engine.world_size)
         lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
         loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
@@ -169,12 +169,12 @@ def _train(
         loop.callbacks.append(TensorBoardCallback(output, SummaryWriter, console.warn))
     with tracked_run(output, client, console):
         seconds_before = loop.progress.train_seconds
-        with times("saving"), writer:  # ``writer`` finishes pending checkpoints at the end
+        with times("saving"), writer, times("training"):  # ``writer`` finishes pending checkpoints
             loop.run()
         checkpoints.check_folder(now=True)
         measured = measure(engine, loop, loaded)
         measured["checkpoints"] = writer.report(loop.progress.train_seconds - seconds_before)
-        with results_can_be_written_later(output):
+        with times("results"), results_can_be_written_later(output):
             lock.confirm()
             summary = write_results(output, loop, files, measured, console)
         show_results(summary, config, console)

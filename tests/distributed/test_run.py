@@ -115,7 +115,7 @@ def one_rank(run_file: Path) -> Path:
         "train", str(run_file), f"output_dir={output}", automatic, "--processes", "1"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "packed batches of up to" in done.stdout
+    assert "packed batches of up to" in (output / "logs" / "rank-0.log").read_text()
     return output
 
 
@@ -472,7 +472,7 @@ def test_early_stop(run_file: Path) -> None:
         "evaluation.early_stopping.patience=1",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "stopped early, best at step 2" in done.stdout
+    assert "3 stopped early: soft (best at step 2), " in done.stdout
     results = summary(output)
     assert results["steps"] == 4
     assert {prompt["best_step"] for prompt in results["prompts"].values()} == {2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,48 @@ def test_a_phase_waits_for_the_running_redraw(
     ended.set()
     thread.join()
     assert not errors, "the task of an ended phase was updated"
+
+
+def test_lines_of_a_long_phase_become_rare(watch: Clock) -> None:
+    out = io.StringIO()
+    console = Console(out, io.StringIO())
+    with console.phase("importing"):
+        for second in range(1, 301):
+            watch.now = float(second)
+            console.refresh()
+    times = [line.split(": ")[1] for line in out.getvalue().splitlines()]
+    assert times == ["0:05", "0:10", "0:20", "0:40", "1:20", "2:20", "3:20", "4:20"]
+
+
+def test_a_slow_step_is_announced_once_and_printed_when_it_ends(watch: Clock) -> None:
+    out = io.StringIO()
+    console = Console(out, io.StringIO())
+    with console.training(10, 3) as line:
+        watch.now = 5.0
+        console.refresh()
+        line.show(4, 0.5, 1000.0, 61.0)
+        watch.now = 8.0
+        line.show(5, 0.25, 1000.0, 61.0)
+        watch.now = 11.0
+        console.refresh()
+        watch.now = 22.0
+        console.refresh()
+    assert [text.split("  ")[0] for text in out.getvalue().splitlines()] == [
+        "step 4/10 is running",
+        "step 4/10",
+        "step 5/10",
+        "step 6/10 is running",
+    ]
+
+
+def test_details_are_printed_only_when_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = io.StringIO()
+    console = Console(out, io.StringIO(), tmp_path / "rank-0.log")
+    console.detail("packed batches of up to 1,536 tokens")
+    assert out.getvalue() == ""
+    assert capsys.readouterr().err == "packed batches of up to 1,536 tokens\n", "the log"
+    console.verbose = True
+    console.detail("packed batches of up to 1,536 tokens")
+    assert out.getvalue() == "packed batches of up to 1,536 tokens\n"

@@ -9,7 +9,7 @@ import pytest
 from trainer.config.ranking import Entry
 from trainer.config.training import Halving
 from trainer.evaluation.selection import select
-from trainer.training.halving import rungs, worst
+from trainer.training.halving import rungs, split
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,11 @@ def test_rungs_are_before_the_last_step(eta, first, last, expected):
 )
 def test_all_but_one_of_eta_are_stopped(losses, eta, expected):
     losses_by_prompt = {k: (loss, 0.0) for k, loss in enumerate(losses)}
-    assert worst(losses_by_prompt, eta) == expected
-    assert worst(dict(reversed(losses_by_prompt.items())), eta) == expected
+    kept, stopped = split(losses_by_prompt, eta)
+    assert stopped == expected
+    assert sorted(kept + stopped) == sorted(losses_by_prompt)
+    assert [losses[k] for k in kept] == sorted(losses[k] for k in kept)
+    assert split(dict(reversed(losses_by_prompt.items())), eta) == (kept, stopped)
     assert len(losses_by_prompt) - len(expected) == math.ceil(len(losses_by_prompt) / eta)
 
 

@@ -284,7 +284,7 @@ def test_halving_stops_the_worst_of_each_task_at_rungs(tmp_path):
             on = kept
         assert all(toy.stopped[name] == (9, "finished") for name in on)
     assert toy.stopped["brief"] == (2, "finished"), "one that is done is no rival"
-    assert "x: halving keeps 3 of 7 prompts; stopped: " in toy.out.getvalue()
+    assert "x: halving keeps 3 of 7 prompts: " in toy.out.getvalue()
     assert max(len(p) for step, on, p in toy.base.read if on and step >= 6) == 2
 
 
@@ -458,7 +458,7 @@ def test_halving_keeps_the_most_accurate_then_the_lowest_loss_then_the_shortest(
     pairs = [(0.9, 5.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.4, 0.1)]
     toy = script(Toy(tmp_path, prompts, **sections), {k: [p, p] for k, p in enumerate(pairs)}).run()
     assert {n for n, (_, why) in toy.stopped.items() if why == "halving"} == {"p1", "p4"}
-    assert "halving keeps 3 of 5 prompts; stopped: p1 (50.0%), p4 (40.0%)" in toy.out.getvalue()
+    assert "halving keeps 3 of 5 prompts: p0, p3, p2\n" in toy.out.getvalue()
 
 
 def test_a_checkpoint_of_a_version_that_ranked_by_loss_is_resumed(tmp_path):

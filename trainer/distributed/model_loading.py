@@ -120,7 +120,7 @@ def load_base(
     model = engine.run_on_all(lambda: build_meta_model(files, settings, dtype, engine.device))
     if fused := fused_counts(model):
         counts = ", ".join(f"{count} {operation}" for operation, count in sorted(fused.items()))
-        console.print(f"fused operations: {counts}")
+        console.detail(f"fused operations: {counts}")
     matmul = _choose_matmul(engine, settings, model, dtype, console)
     packed = family_of(files.config, files.name).packed
     flex = engine.run_on_all(
@@ -139,7 +139,7 @@ def load_base(
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
     memory, budget = _choose_token_budget(engine, files.config, config, placement, dtype, lengths)
     if lengths:
-        console.print(budget.description)
+        console.detail(budget.description)
     share = files.num_bytes // placement.group_size
     with console.loading(f"loading {settings.model}", share) as bar:
         base, stats = load_shards(
@@ -215,7 +215,7 @@ def _choose_matmul(
                 lambda: measure(shared, shapes, dtype, engine.device, settings.outlier_threshold)
             )
         matmul = measured.kind
-        console.print(f"base.matmul: auto is {matmul} here ({measured.reason})")
+        console.detail(f"base.matmul: auto is {matmul} here ({measured.reason})")
     exact = use_matmul(model, matmul, settings.outlier_threshold)
     if matmul != "dequantize":  # all others have required a compiler already
         compile_fused_operations(model)

@@ -29,6 +29,7 @@ from trainer.reporting.summary import (
     PromptResult,
     RunSummary,
     Selection,
+    Stop,
     TaskResult,
 )
 from trainer.reporting.verdict import describe_comparison
@@ -50,6 +51,7 @@ class ResultRow(Entry):
     Attributes:
         kind: one of ``MAJORITY``, ``NO_PROMPT``, ``HAND_WRITTEN``, ``TEACHER``, ``PROMPT``.
         detail: number of virtual tokens, and why the prompt was stopped early.
+        stop: when and why the prompt was stopped early; None if all steps were trained.
         ranked: whether the prompt's score is comparable with the other prompts' scores.
         best: whether the row is the best prompt, or the best baseline, of the task.
     """
@@ -57,6 +59,7 @@ class ResultRow(Entry):
     kind: str
     label: str
     detail: str = ""
+    stop: Stop | None = None
     ranked: bool = True
     best: bool = False
 
@@ -252,6 +255,7 @@ def _prompt_row(prompt: Prompt, result: PromptResult) -> ResultRow:
         eliminated=reason == "halving",
         diverged=reason == "diverged",
         detail=", ".join(filter(None, [f"{tokens} virtual tokens", stopped_early(result)])),
+        stop=result.stopped if reason in STOPPED else None,
     )
 
 

@@ -46,6 +46,7 @@ def finish_sending(client: TrackingClient, console: Console) -> None:
     with console.phase("sending metrics to MLflow"):
         finished = client.finish(LOCAL_STORE_SECONDS if client.is_local else SERVER_SECONDS)
     if finished.complete:
-        console.print(f"curves:  {finished.message}")
+        message = finished.message.replace("\n", f"\n{' ' * 9}")
+        console.print(f"curves:  {message}")
     else:
         console.warn(finished.message)

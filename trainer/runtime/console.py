@@ -1,20 +1,23 @@
 """Output of rank 0: a live progress display on a terminal, plain lines elsewhere.
 
 Long operations are a ``Phase`` each. On a terminal, each running phase has a progress bar;
-elsewhere, a thread prints the innermost phase after ``PLAIN_INTERVAL`` seconds without output.
+elsewhere, a thread prints the innermost phase after ``plain_interval`` seconds without output.
 """
 
 from __future__ import annotations
 
+import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import rich.console
 import rich.text
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,8 +25,9 @@ from rich.table import Table
 from trainer.runtime.phases import Phase, clock
 from trainer.runtime.redact import printable, redact
 
-#: Without a terminal: seconds without output before a line is printed.
-PLAIN_INTERVAL = 5.0
+#: Without a terminal: seconds without output before a line is printed, at the start of a phase
+#: and after a long time.
+PLAIN_INTERVAL, LONGEST_INTERVAL = 5.0, 60.0
 #: Shorter phases are not displayed.
 QUIET_SECONDS = 1.0
 #: Seconds between two updates of the display.
@@ -39,6 +43,9 @@ class Console:
         log: log file that error messages refer to.
         answer: stream of ``answer``; default: ``out``.
         shown: False on ranks other than 0, which display no phases.
+
+    Attributes:
+        verbose: whether details are printed, not only logged.
     """
 
     def __init__(
@@ -50,7 +57,7 @@ class Console:
         answer: TextIO | None = None,
         shown: bool = True,
     ) -> None:
-        self._log, self._shown = log, shown
+        self._log, self._shown, self.verbose = log, shown, False
         self._answer = answer or out
         self._reported: BaseException | None = None
         width = None if out.isatty() else PLAIN_WIDTH
@@ -67,9 +74,30 @@ class Console:
     def is_terminal(self) -> bool:
         return self._out.is_terminal
 
+    @property
+    def width(self) -> int:
+        """Width of the terminal in characters, or ``PLAIN_WIDTH``."""
+        return self._out.width
+
     def print(self, text: str = "") -> None:
         """Print a line on stdout."""
         self._write(self._out, text)
+
+    def detail(self, text: str) -> None:
+        """Print a line on stdout if ``verbose``, else only into the log file."""
+        if self.verbose:
+            self.print(text)
+        elif self._log is not None:  # the process's stderr is this file
+            sys.stderr.write(f"{text}\n")
+
+    def paragraph(self, text: str) -> None:
+        """Print a long text on stdout; on a terminal, break its lines between words."""
+        if self._out.is_terminal:
+            wrapper = textwrap.TextWrapper(
+                self.width, break_long_words=False, break_on_hyphens=False
+            )
+            text = wrapper.fill(text)
+        self.print(text)
 
     def note(self, text: str) -> None:
         """Print a line on stderr that is neither a warning nor an error."""
@@ -101,13 +129,38 @@ class Console:
             where = f" (full message in {self._log})" if self._log and self._log.exists() else ""
             self.error(f"{type(error).__name__}: {first_line}{where}")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        left: int = 1,
+        groups: Sequence[int] = (),
+        bold: Collection[int] = (),
+        wrap: bool = True,
+    ) -> None:
+        """Print a table.
+
+        Args:
+            left: number of columns that are aligned to the left.
+            groups: indices of the rows below which there is a line.
+            bold: indices of bold rows.
+            wrap: break cells that do not fit into lines; False: the caller has fitted the cells.
+        """
         table = Table(title=title, title_justify="left", title_style="bold")
+        if not wrap:
+            table.box, table.show_edge, table.pad_edge = SIMPLE_HEAD, False, False
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*(rich.text.Text(_safe(cell)) for cell in row))
+            table.add_column(column, justify="left" if i < left else "right", no_wrap=not wrap)
+        for i, row in enumerate(rows):
+            cells = [rich.text.Text(_safe(cell)) for cell in row]
+            table.add_row(*cells, style="bold" if i in bold else None, end_section=i in groups)
+        width = self._out.width
+        if not wrap and not self._out.is_terminal:
+            self._out.width = 10_000
         self._out.print(table)
+        self._out.width = width
 
     @contextmanager
     def phase(
@@ -154,9 +207,10 @@ class Console:
             if self._out.is_terminal:
                 for phase in self._phases:
                     self._draw(phase)
-            elif self._phases and time.monotonic() - self._last_output >= PLAIN_INTERVAL:
+            elif self._phases:
                 phase = self._phases[-1]
-                self.print(f"{phase.what}: {phase.progress() or clock(phase.seconds)}")
+                if time.monotonic() - self._last_output >= plain_interval(phase.seconds / 2):
+                    self.print(phase.plain_line())
 
     def _draw(self, phase: Phase) -> None:
         if phase.task is None:
@@ -221,6 +275,7 @@ class Console:
         """Display step, loss, useful tokens per second and ETA of the training loop."""
         with self.phase("training", steps, "steps", done) as phase:
             line = StepLine(self, phase)
+            phase.plain = line.plain
             yield line
             line.end()
 
@@ -238,16 +293,28 @@ class StepLine:
         phase.done = step
         phase.status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
         self._unprinted = f"step {step}/{steps:.0f}  {phase.status}"
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
+        now, interval = time.monotonic(), plain_interval(phase.seconds / 10)
+        if not self._console.is_terminal and now - self._printed >= interval:
             self._printed = now
             self.end()
+
+    def plain(self) -> str:
+        """Return the newest step if it is not printed yet, or which step is running."""
+        text, self._unprinted = self._unprinted, ""
+        if text:
+            self._printed = time.monotonic()
+        return text or f"step {self._phase.done + 1:.0f}/{self._phase.total:.0f} is running"
 
     def end(self) -> None:
         """Print the newest step unless already printed."""
         if self._unprinted:
             self._console.print(self._unprinted)
             self._unprinted = ""
+
+
+def plain_interval(seconds: float) -> float:
+    """Limit seconds between two lines without a terminal."""
+    return min(LONGEST_INTERVAL, max(PLAIN_INTERVAL, seconds))
 
 
 def _safe(text: str) -> str:

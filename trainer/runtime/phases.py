@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 from rich.progress import TaskID
 
@@ -19,6 +21,7 @@ class Phase:
     unit: str = "rows"  #: ``bytes`` are shown as MB
     done: float = 0.0
     status: str = ""  #: text after the numbers
+    plain: Callable[[], str] | None = None  #: returns the line without a terminal; None: progress
     started: float = field(default_factory=lambda: time.monotonic())
     task: TaskID | None = None
 
@@ -41,6 +44,12 @@ class Phase:
             parts.append(f"{self._number(self.done)} {self._unit}")
         return ", ".join([*parts, *([self.status] if self.status else [])])
 
+    def plain_line(self) -> str:
+        """Return the line that is printed without a terminal."""
+        if self.plain is not None:
+            return self.plain()
+        return f"{self.what}: {self.progress() or clock(self.seconds)}"
+
     @property
     def size(self) -> str:
         """Total with unit: ``3,400 rows``, ``12.0 MB``."""
@@ -54,44 +63,83 @@ class Phase:
         return f"{value / 1e6:,.1f}" if self.unit == "bytes" else f"{value:,.0f}"
 
 
+#: Phase of the seconds outside all other phases.
+OTHER = "other"
+
+
 class PhaseTimes:
-    """Seconds of named phases; those of a nested phase do not count for the outer one."""
+    """Seconds of named phases. Each second counts for one phase: the innermost that is running.
+
+    Seconds outside all phases count for ``OTHER``, so that the phases add up to the elapsed time.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}  #: in the order in which the phases first started
-        self._nested: list[float] = []
+        self._seconds: dict[str, float] = {}  # in the order in which the phases first started
+        self._running = [OTHER]
+        self._counted_until = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.seconds.setdefault(name, 0.0)
-        self._nested.append(0.0)
-        started = time.perf_counter()
+        self._count()
+        self._seconds.setdefault(name, 0.0)
+        self._running.append(name)
         try:
             yield
         finally:
-            seconds = time.perf_counter() - started
-            self.seconds[name] += seconds - self._nested.pop()
-            if self._nested:
-                self._nested[-1] += seconds
+            self._count()
+            self._running.pop()
+
+    def _count(self) -> None:
+        now, name = time.perf_counter(), self._running[-1]
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._counted_until
+        self._counted_until = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per phase until now, ``OTHER`` last."""
+        self._count()
+        named = {name: value for name, value in self._seconds.items() if name != OTHER}
+        return named | {OTHER: self._seconds.get(OTHER, 0.0)}
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Add the phases of an earlier process of the same run."""
+        """Add seconds before this object was created, such as those of an earlier process."""
         for name, value in seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
 
     def summary(self) -> dict[str, float]:
         """Return the seconds per phase and their ``total``."""
-        return {**self.seconds, "total": sum(self.seconds.values())}
+        seconds = self.seconds
+        return {**seconds, "total": sum(seconds.values())}
 
 
 def breakdown(seconds: Mapping[str, float]) -> str:
-    """Return ``1:23 (start 0:10, load 0:03, ...)``, without phases under half a second."""
-    parts = [
-        f"{name} {clock(value)}"
-        for name, value in seconds.items()
-        if name != "total" and value >= 0.5
+    """Return ``1:23 = start 0:10 (12%) + training 1:13 (88%)``; the parts add up to the total.
+
+    Phases under a second count for ``OTHER``.
+    """
+    total = seconds["total"]
+    parts = {k: v for k, v in seconds.items() if k not in (OTHER, "total") and v >= 1}
+    if (rest := total - sum(parts.values())) >= 1:
+        parts[OTHER] = rest
+    if not parts:
+        return clock(total)
+    rounded = _rounded(list(parts.values()), round(total))
+    shown = sum(parts.values())
+    shares = _rounded([100 * value / shown for value in parts.values()], 100)
+    texts = [
+        f"{name} {clock(value)} ({share}%)"
+        for name, value, share in zip(parts, rounded, shares, strict=True)
     ]
-    return f"{clock(seconds['total'])} ({', '.join(parts)})"
+    return f"{clock(round(total))} = {' + '.join(texts)}"
+
+
+def _rounded(values: Sequence[float], total: int) -> list[int]:
+    """Round to integers with this sum, by the largest remainders."""
+    floors = [math.floor(value) for value in values]
+    by_remainder = sorted(range(len(values)), key=lambda i: floors[i] - values[i])
+    for i in islice(cycle(by_remainder), total - sum(floors)):
+        floors[i] += 1
+    return floors
 
 
 def clock(seconds: float) -> str:

@@ -28,26 +28,27 @@ def rungs(halving: Halving | None, last_step: int) -> frozenset[int]:
     return frozenset(steps())
 
 
-def worst(keys: Mapping[int, RungKey], eta: int) -> list[int]:
-    """Return the prompts that a rung eliminates: all but the best ceil(n / eta) of n, in order.
+def split(keys: Mapping[int, RungKey], eta: int) -> tuple[list[int], list[int]]:
+    """Return the best ceil(n / eta) of n prompts, from best to worst, and the others, in order.
 
     Among prompts with equal keys, earlier ones are kept.
     """
     stay = math.ceil(len(keys) / eta)
     ranked = sorted(keys, key=lambda k: (keys[k], k))
-    return sorted(ranked[stay:])
+    return ranked[:stay], sorted(ranked[stay:])
 
 
 def eliminated(
     config: RunConfig, keys: Mapping[int, ScoreKey]
-) -> Iterator[tuple[str, int, list[int]]]:
+) -> Iterator[tuple[str, list[int], list[int]]]:
     """Compare prompts at a rung, in groups of one task.
 
     Prompts that learn labels form one group, and prompts of each teacher another, because losses of
     different objectives are not comparable. Among equal scores, shorter prompts are better.
 
     Yields:
-        Task, size and prompts to stop of every group in which any stop.
+        Task, prompts to keep from best to worst, and prompts to stop, of every group in which any
+        stop.
     """
     assert config.search.halving is not None
     groups: dict[tuple[str, str | None], dict[int, RungKey]] = {}
@@ -56,5 +57,6 @@ def eliminated(
         group = groups.setdefault((prompt.task, prompt.teacher), {})
         group[k] = (*key, prompt.num_virtual_tokens)
     for (task, _), rivals in groups.items():
-        if stopped := worst(rivals, config.search.halving.eta):
-            yield task, len(rivals), stopped
+        kept, stopped = split(rivals, config.search.halving.eta)
+        if stopped:
+            yield task, kept, stopped

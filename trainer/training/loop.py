@@ -186,7 +186,7 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that resuming needs except the state of the bank."""
-        self.progress.phase_seconds = dict(self.times.seconds)
+        self.progress.phase_seconds = self.times.seconds
         stopping = self.validator.stopping
         return {
             "progress": vars(self.progress),

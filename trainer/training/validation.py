@@ -12,7 +12,6 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.baselines import VALIDATION, merge_scores
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.prediction_records import Predictions, scored_columns
-from trainer.evaluation.score_format import describe, format_score, shown_scores
 from trainer.evaluation.scoring import Request, Scored
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.prompts.bank import Bank
@@ -22,6 +21,7 @@ from trainer.training.callbacks import Metrics
 from trainer.training.early_stopping import EarlyStopping
 from trainer.training.halving import eliminated, rungs
 from trainer.training.progress import Scores, TrainingProgress
+from trainer.training.validation_report import ValidationReport
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Validator:
         self._last_steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
         self._latest: dict[int, Scores] = {}
         self._rungs = rungs(self.config.search.halving, self.config.last_step)
+        self._report = ValidationReport(self.config, self.tasks, self.console)
 
     @property
     def steps(self) -> list[int]:
@@ -83,11 +84,9 @@ class Validator:
             validation[k] = next((scored for split, scored in own if split == VALIDATION), None)
         keys = {k: self.key(k, scores) if scores else None for k, scores in self._latest.items()}
         self.bank.keep_best_encoders(step, keys)
-        return [
-            metrics
-            for k in due
-            if (metrics := self._judge(k, self._latest[k], validation[k])) is not None
-        ]
+        judged = [self._judge(k, self._latest[k], validation[k]) for k in due]
+        self._show(due)
+        return [metrics for metrics in judged if metrics is not None]
 
     def stop_finished(self, due: Sequence[int]) -> None:
         """Apply successive halving at a rung, and stop the prompts whose steps are done."""
@@ -105,18 +104,10 @@ class Validator:
             for k in scores
             if self.bank.active[k] and self._last_steps[k] > step
         }
-        for task, size, stopped in eliminated(self.config, keys):
-            metric = f"validation_{self.tasks[task].task.metric}"
-            shown = []
+        for task, kept, stopped in eliminated(self.config, keys):
             for k in stopped:
                 self._stop(k, "halving")
-                shown.append(
-                    f"{self.bank.names[k]} ({format_score(metric, scores[k].get(metric))})"
-                )
-            self.console.print(
-                f"step {step}  {task}: halving keeps {size - len(stopped)} of {size} prompts; "
-                f"stopped: {', '.join(shown)}"
-            )
+            self._report.show_halving(step, task, kept, {k: scores[k] for k in stopped})
 
     def request(self, k: int, split: str) -> Request:
         """Return the request to score prompt ``k`` on a split of its task."""
@@ -152,11 +143,8 @@ class Validator:
             self.progress.scores[name] = scores
             assert validation is not None, "a prompt is ranked by its validation rows"
             self.keep_predictions(name, step, self._data(k).evaluation[VALIDATION], validation)
-        self.console.print(f"step {step}  {name}: {self._described(k, scores)}")
         if self.stopping[name].should_stop:
             self._stop(k, "early_stopping")
-            best = self.stopping[name].best_step
-            self.console.print(f"step {step}  {name}: stopped early, best at step {best}")
         shown = {key: x for key, x in scores.items() if not key.endswith(STANDARD_ERROR)}
         return Metrics(step, self.progress.prompt_tokens.get(name, 0), shown, name)
 
@@ -173,11 +161,17 @@ class Validator:
     def _data(self, k: int) -> TaskData:
         return self.tasks[self.config.prompts[k].task]
 
-    def _described(self, k: int, scores: Scores) -> str:
-        data, prompt = self._data(k), self.config.prompts[k]
-        num_rows = {split: len(rows.candidates) for split, rows in data.evaluation.items()}
-        shown = shown_scores(scores, prompt.objective == "distill")
-        return describe(shown, data.task.metric, num_rows)
+    def _show(self, due: Sequence[int]) -> None:
+        step = self.progress.step
+        training = [
+            k for k, last in enumerate(self._last_steps) if self.bank.active[k] and last > step
+        ]
+        stopped = {
+            k: self.stopping[self.bank.names[k]].best_step or step
+            for k in due
+            if not self.bank.active[k]
+        }
+        self._report.show(step, self._latest, training, stopped)
 
 
 def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
