@@ -16,6 +16,7 @@ from launch import (
     preflight,
     restarts,
     scaffold_commands,
+    settings_commands,
     slurm_commands,
 )
 from launch.arguments import (
@@ -354,6 +355,8 @@ def sync(
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=EXIT_CODES)(slurm_commands.status)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
+app.command()(settings_commands.settings)
+app.command()(settings_commands.schema)
 
 
 def _exit_with(report: ExitReport) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,32 +19,54 @@ from trainer.config.types import (
 class Base(Section):
     """The frozen pretrained base model."""
 
-    model: PathText = Field(min_length=1, description="folder, or id on the Hugging Face hub")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    model: PathText = Field(
+        min_length=1,
+        description="the pretrained model: a folder, or an id on the Hugging Face hub\n"
+        "An id is such as meta-llama/Llama-3.2-3B; weights must be safetensors.",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a hub model\nnull: main"
+    )
     quantization: Literal["int8", "none"] = Field(
-        "int8", description="storage of the weights of linear layers"
+        "int8",
+        description="storage of the weights of linear layers\n"
+        "int8: one byte per weight, and one fp32 scale per row\n"
+        "none: in the compute type, dtype",
     )
     embeddings: Literal["keep", "int8"] = Field(
-        "keep", description="storage of the token embeddings; keep: as in the checkpoint"
+        "keep",
+        description="storage of the token embeddings\n"
+        "keep: as in the checkpoint\n"
+        "int8: one byte per weight, and one fp32 scale per row",
     )
     head: Literal["keep", "int8"] = Field(
         "keep",
-        description="storage of the LM head; must equal embeddings if the two are tied",
+        description="storage of the LM head\n"
+        "Must equal embeddings if the model ties the two.\n"
+        "keep: as in the checkpoint\n"
+        "int8: one byte per weight, and one fp32 scale per row",
     )
     matmul: Literal["auto", "int8", "int8_outliers", "bitsandbytes", "dequantize"] = Field(
         "auto",
-        description="int8: activations are quantized too; int8_outliers: all but the largest; "
-        "bitsandbytes: LLM.int8() by bitsandbytes' kernels; dequantize: exact to the stored "
-        "weights; auto: the fastest (by timing on a GPU, by hidden size and CPU otherwise)",
+        description="how int8 weights are multiplied\n"
+        "auto: the fastest (by timing on a GPU, by hidden size and CPU otherwise)\n"
+        "int8: activations are quantized too\n"
+        "int8_outliers: all activations but the largest are quantized too\n"
+        "bitsandbytes: LLM.int8() by bitsandbytes' kernels\n"
+        "dequantize: exact to the stored weights",
     )
     outlier_threshold: PositiveFloat = Field(
         6.0,
-        description="matmul int8_outliers: activations beyond this are not quantized; "
-        "bitsandbytes: nor are their features",
+        description="activations of larger magnitude are not quantized\n"
+        "For matmul int8_outliers and bitsandbytes; the latter does not quantize their features "
+        "either.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="compute type; auto: bfloat16 on GPUs that support it, else float32",
+        description="compute type\n"
+        "auto: bfloat16 on GPUs that support it, else float32\n"
+        "float32: 32 bits\n"
+        "bfloat16: 16 bits with the range of float32",
     )
 
     @field_validator("dtype", mode="before")
@@ -78,27 +100,40 @@ class Profile(Section):
 class EngineConfig(Section):
     """Sharding, recomputation and attention of the base model."""
 
-    deepspeed: PathText = Field("ds_configs/zero3.json", description="DeepSpeed policy (JSON)")
+    deepspeed: PathText = Field(
+        "ds_configs/zero3.json",
+        description="DeepSpeed policy, a JSON file\n"
+        "ds_configs/zero3_offload_cpu.json keeps the shards in CPU memory.",
+    )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
-        description="recompute activations in backward; auto: only if they do not fit otherwise",
+        description="recompute activations in backward, to save memory\n"
+        "auto: only if they do not fit otherwise\n"
+        "true: always\n"
+        "false: never",
     )
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto",
-        description="attention of packed rows; sdpa: rows of similar length in one call; flex: "
-        "one FlexAttention kernel, GPU only; auto: sdpa, because flex has not been measured to be "
-        "faster",
+        description="attention of packed rows\n"
+        "auto: sdpa, because flex has not been measured to be faster\n"
+        "sdpa: rows of similar length in one call\n"
+        "flex: one FlexAttention kernel, GPU only",
     )
-    shard_group: Literal["auto", "world", "node"] | int = Field(
+    shard_group: Literal["auto", "world", "node"] | Annotated[int, Field(gt=0)] = Field(
         "world",
-        description="ranks that together hold one copy of the base model: world (all), node (all "
-        "of a node), a number, or auto (as few as base_memory allows)",
+        description="ranks that together hold one copy of the base model\n"
+        "auto: as few as base_memory allows\n"
+        "world: all ranks\n"
+        "node: the ranks of one node\n"
+        "A number: that many ranks.",
     )
     base_memory: str = Field(
         "auto",
-        description="memory per rank for the base model, such as 24GB: its shard, the gathered "
-        "layers in use, and gathered layers that are kept until the step ends; auto: half of the "
-        "free memory",
+        json_schema_extra={"format": "size", "pattern": r"^(auto|\d+(\.\d+)? ?[KMGT]B)$"},
+        description="memory per rank for the base model, such as 24GB\n"
+        "Used for the rank's shard, the gathered layers in use, and gathered layers that are kept "
+        "until the step ends.\n"
+        "auto: half of the free memory",
     )
     timeout_seconds: PositiveInt = Field(1800, description="timeout of collectives, in seconds")
     silence_seconds: PositiveInt = Field(
@@ -106,8 +141,9 @@ class EngineConfig(Section):
     )
     profile: Profile | None = Field(
         None,
-        description="record a few steps with torch.profiler: a chrome trace and a table of the top "
-        "operators of every rank in output_dir/logs; null: off",
+        description="record a few steps with torch.profiler\n"
+        "Writes a chrome trace and a table of the top operators of every rank to output_dir/logs.\n"
+        "null: off",
     )
 
     @field_validator("shard_group", mode="before")

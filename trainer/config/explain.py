@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from trainer.config.aliases import find_alias
 from trainer.config.yaml_parser import SettingPath
 from trainer.config.yaml_source import MOST_PROBLEMS, YamlSource, dotted, shown
 from trainer.runtime.errors import did_you_mean
@@ -65,9 +66,7 @@ def _word(
     if kind == "extra_forbidden":
         if generic in not_yet_keys:
             return f"{setting}: not supported yet; {not_yet_keys[generic]}"
-        known = _settings(_section(model, path[:-1]))
-        hint = did_you_mean(str(path[-1]), known)
-        return f"{setting}: unknown setting{hint}; known: {', '.join(known)}"
+        return f"{setting}: {_unknown(generic, _section(model, path[:-1]), model)}"
     if kind == "missing":
         return f"{setting}: is missing; add it"
     if isinstance(value, str) and f"{generic}.{value}" in not_yet_keys:
@@ -91,6 +90,18 @@ def _word(
         return f"{setting}: {shown(value)} is not a number"
     reason = re.sub(r"^Input should be", "must be", item["msg"])
     return f"{setting}: {shown(value)} {reason[0].lower() + reason[1:]}"
+
+
+def _unknown(name: str, section: type[BaseModel], model: type[BaseModel]) -> str:
+    """Explain a name that is no setting of its section: translate it, or suggest others."""
+    leaf, known = name.rpartition(".")[2], _settings(section)
+    if alias := find_alias(name):
+        return alias.text
+    elsewhere = [other for other in _all_settings(model) if other.rpartition(".")[2] == leaf]
+    hint = did_you_mean(leaf, known)
+    if elsewhere and not hint:
+        return f"unknown setting here; write {' or '.join(elsewhere)} instead"
+    return f"unknown setting{hint}; known: {', '.join(known)}"
 
 
 def _one_of(setting: str, value: Any, known: Sequence[str]) -> str:
@@ -123,6 +134,15 @@ def _union_values(model: type[BaseModel], path: SettingPath) -> list[str]:
 
 def _settings(section: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _all_settings(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings, without list indices."""
+    for name, field in section.model_fields.items():
+        path = prefix + (field.alias or name)
+        yield path
+        for inner in _models(field.annotation):
+            yield from _all_settings(inner, f"{path}.")
 
 
 def _section(model: type[BaseModel], path: SettingPath) -> type[BaseModel]:

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from trainer.config.types import PathText, Section
 
+#: Fields that can be written alone: ``init: vocab`` is ``{vocab: true}``.
+SHORT_FORMS = ("auto", "vocab", "labels", "random", "zero")
+
 
 class Init(Section):
     """Initial values of the virtual tokens or, in p_tuning, of the encoder's input.
@@ -19,42 +22,43 @@ class Init(Section):
 
     auto: bool = Field(
         False,
-        description="search the tokens with the lowest loss on the rows of the first update: "
-        "candidates are the task's hand_written prompts, its choices, 16 random drawings of "
-        "frequent tokens and 48 prompts that a genetic search derives from the best of these; "
-        "encoder lstm: random frequent tokens, without a search",
+        description="search the tokens with the lowest loss on the rows of the first update\n"
+        "Candidates are the task's hand_written prompts, its choices, 16 random drawings of "
+        "frequent tokens and 48 prompts that a genetic search derives from the best of these. "
+        "Encoder lstm: random frequent tokens, without a search.",
     )
     text: str | None = Field(
-        None, min_length=1, description="embeddings of the tokens of this text, repeated"
+        None, min_length=1, description="start from the embeddings of this text's tokens, repeated"
     )
     labels: bool = Field(
         False,
-        description="embeddings of the task's choices as they occur in rows: the first token of "
-        "every choice, then the second of every choice and so on, repeated",
+        description="start from the embeddings of the task's choices\n"
+        "As they occur in rows: the first token of every choice, then the second of every choice "
+        "and so on, repeated.",
     )
     vocab: bool = Field(
-        False, description="embeddings of random tokens among the 5000 most frequent of the base"
+        False,
+        description="start from random tokens among the 5000 most frequent of the base",
     )
     random: bool = Field(
         False,
-        description="normal noise with the root mean square of the token embeddings, or of the "
-        "base's keys and values",
+        description="start from normal noise\n"
+        "Its root mean square is that of the token embeddings, or of the base's keys and values.",
     )
-    zero: bool = Field(False, description="zeros; prefix_tuning only")
+    zero: bool = Field(False, description="start from zeros; method prefix_tuning only")
     from_: PathText | None = Field(
         None,
         alias="from",
         min_length=1,
-        description="a trained prompt of any task and length: an adapter folder, or the output_dir "
-        "of a run with one prompt; an encoder of p_tuning is initialized to produce it",
+        description="start from a trained prompt, of any task and length\n"
+        "An adapter folder such as runs/first/prompts/NAME, or the output_dir of a run with one "
+        "prompt. An encoder of p_tuning is initialized to produce it.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """Read ``init: vocab`` as ``{vocab: true}``, and so on."""
-        short = ("auto", "vocab", "labels", "random", "zero")
-        return {value: True} if value in short else value
+        return {value: True} if value in SHORT_FORMS else value
 
     @model_validator(mode="after")
     def _one(self) -> Init:

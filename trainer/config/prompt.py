@@ -49,127 +49,176 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _known_encoders(schema: dict[str, Any]) -> None:
+    """List the registered encoders in the setting's JSON schema."""
+    schema["anyOf"] = [{"enum": encoder_names(), "type": "string"}, {"type": "null"}]
+
+
 class Prompt(Section):
     """One trainable prompt: virtual tokens, or keys and values, and the encoder that makes them."""
 
-    name: Name
-    task: str
+    name: Name = Field(
+        description="your name for the prompt: names its folder and its metrics\n"
+        "With sweep, the names of its prompts begin with it."
+    )
+    task: str = Field(description="name of the task, from tasks, that the prompt is trained on")
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning"] = Field(
         "prompt_tuning",
-        description="prompt_tuning: train the embeddings of virtual tokens before the text; "
-        "p_tuning: train an encoder that produces them; prefix_tuning: train keys and values for "
-        "every layer instead",
+        description="what is trained\n"
+        "prompt_tuning: the embeddings of virtual tokens before the text\n"
+        "p_tuning: an encoder that produces the virtual tokens\n"
+        "prefix_tuning: keys and values for every layer, instead of virtual tokens",
     )
     encoder: str | None = Field(
         None,
-        description="null: mlp for p_tuning, else embedding; embedding: the values of the prompt "
-        "are trained themselves; low_rank (prompt_tuning): a prompt shared between tasks, times a "
-        "low-rank matrix per task; mlp; lstm (p_tuning); residual (p_tuning): trained virtual "
-        "tokens plus the output of a bottleneck MLP; text (p_tuning): reads init.text and produces "
-        "virtual tokens",
+        json_schema_extra=_known_encoders,
+        description="the module that produces the prompt\n"
+        "null: mlp for p_tuning, else embedding\n"
+        "embedding: none; the values of the prompt are trained themselves\n"
+        "low_rank: prompt_tuning; a prompt shared between tasks, times a low-rank matrix per task\n"
+        "mlp: p_tuning and prefix_tuning; an MLP\n"
+        "lstm: p_tuning; an LSTM and an MLP\n"
+        "residual: p_tuning; trained virtual tokens plus the output of a bottleneck MLP\n"
+        "text: p_tuning; reads init.text and produces virtual tokens",
     )
     share: Name | None = Field(
         None,
-        description="encoders text and low_rank: prompts with the same name train one shared "
-        "module with one optimizer: the whole text encoder, or the shared prompt of low_rank, "
-        "which is initialized by the init of the first of them",
+        description="train one module for all prompts with the same name here\n"
+        "Encoders text and low_rank: the module is the whole text encoder, or the shared prompt of "
+        "low_rank, which is initialized by the init of the first of them.\n"
+        "null: every prompt has its own",
     )
     rank: PositiveInt = Field(1, description="encoder low_rank: rank of the matrix of each task")
     encoder_hidden_size: PositiveInt | None = Field(
         None,
-        description="hidden size of the encoder; null: the base's hidden size, or a quarter of it "
-        "for the bottleneck of encoder residual",
+        description="hidden size of the encoder\n"
+        "null: the base's hidden size, or a quarter of it for encoder residual",
     )
     residual_mlp: Literal["shared", "separate"] = Field(
-        "shared", description="encoder residual: one MLP for all virtual tokens, or one per token"
+        "shared",
+        description="encoder residual: which virtual tokens have an MLP in common\n"
+        "shared: all of them\n"
+        "separate: none; one MLP per virtual token",
     )
     num_virtual_tokens: PositiveInt = Field(20, description="length of the prompt, in tokens")
     objective: Literal["labels", "distill"] = Field(
         "labels",
-        description="labels: cross-entropy of the target; distill: learn the next-token "
-        "distributions that the base model has after the teacher; rows then need no labels",
+        description="what the prompt learns\n"
+        "labels: the target of each row, by cross-entropy\n"
+        "distill: the next-token distributions that the base model has after the teacher; rows "
+        "then need no labels",
     )
     teacher: str | None = Field(
         None,
         min_length=1,
-        description="objective distill: text of a long prompt to compress into virtual tokens; the "
-        "base model reads it before the input of each row",
+        description="objective distill: a long prompt to compress into virtual tokens\n"
+        "A text, which the base model reads before the input of each row.\n"
+        "null: none, for objective labels",
     )
-    init: Init = Field(default_factory=lambda: Init(auto=True))
+    init: Init = Field(
+        default_factory=lambda: Init(auto=True),
+        json_schema_extra={"default": "auto"},
+        description="initial values of the prompt\n"
+        "Those of the virtual tokens or, in p_tuning, of the encoder's input.",
+    )
     preset: Literal["lester"] | None = Field(
         None,
-        description="defaults from the literature, which other settings of the prompt override; "
+        description="defaults from the literature, which other settings override\n"
+        "null: promptshard's own defaults\n"
         "lester: Adafactor at 0.3, constant schedule, weight decay 1e-5, no clipping",
     )
     optimizer: Literal["muon", "adamw", "adafactor", "sgd"] | None = Field(
         None,
-        description="null: muon if the values of the prompt are trained themselves (encoder "
-        "embedding), else adamw; muon: orthogonalized momentum, with learning rates like adamw's; "
-        "adafactor: without parameter scaling; all states are fp32",
+        description="optimizer; all states are fp32\n"
+        "null: muon if the values of the prompt are trained themselves (encoder embedding), else "
+        "adamw\n"
+        "muon: orthogonalized momentum, with learning rates like adamw's\n"
+        "adamw: Adam with decoupled weight decay\n"
+        "adafactor: without parameter scaling\n"
+        "sgd: with momentum; learning_rate must be given",
     )
     momentum: ShareBelowOne | None = Field(
-        None, description="of muon (null: 0.5) and of sgd (null: 0)"
+        None, description="momentum of muon or sgd\nnull: 0.5 for muon, 0 for sgd"
     )
     learning_rate: PositiveFloat | None = Field(
-        None, description="null: relative_learning_rate or, where that does not apply, 3e-3"
+        None,
+        description="learning rate after warm-up\n"
+        "Depends on the scale of the base; usually relative_learning_rate is the better choice.\n"
+        "null: relative_learning_rate or, where that does not apply, 3e-3",
     )
     relative_learning_rate: PositiveFloat | None = Field(
         None,
-        description="instead of learning_rate: the largest change of the prompt (or of the output, "
-        "by one update of the encoder's last layer) in one update, as a share of the root mean "
-        "square of its initial values, so that one value suits bases of any scale; null: 0.1, or "
-        "0.05 for p_tuning's mlp; not available for encoders lstm, text and low_rank or init: zero",
+        description="largest change of the prompt per update, relative to its scale\n"
+        "Instead of learning_rate: a share of the root mean square of the initial values, so that "
+        "one value suits bases of any scale. With an encoder: the change of the output by one "
+        "update of the encoder's last layer. Not available for encoders lstm, text and low_rank "
+        "or init: zero.\n"
+        "null: 0.1, or 0.05 for p_tuning's mlp",
     )
     betas: tuple[ShareBelowOne, ShareBelowOne] | None = Field(
         None,
-        description="of adamw: decay of the running means of the gradient and of its square; null: "
-        "[0.8, 0.99]",
+        description="adamw: decay of the running means of the gradient and of its square\n"
+        "null: [0.8, 0.99]",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "linear", description="of the learning rate after warm-up"
+        "linear",
+        description="course of the learning rate after warm-up\n"
+        "cosine: falls to 0 along a cosine\n"
+        "linear: falls to 0 in a line\n"
+        "constant: stays",
     )
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled from the gradient")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="weight decay, decoupled from the gradient"
+    )
     weight_decay_to_init: bool = Field(
         False, description="decay towards the initial values instead of zero"
     )
     warmup_ratio: Share = Field(0.03, description="share of the steps with a rising learning rate")
     max_grad_norm: PositiveFloat | None = Field(
-        1.0, description="clip the norm of the prompt's gradient; null: no clipping"
+        1.0,
+        description="largest norm of the prompt's gradient; longer ones are clipped\n"
+        "null: no clipping",
     )
     ema: ShareBelowOne | None = Field(
         None,
-        description="decay of an exponential moving average of the prompt, such as 0.99; the "
-        "average is validated, kept as best and exported; null: no average",
+        description="decay of an exponential moving average of the prompt, such as 0.99\n"
+        "The average is validated, kept as best and exported.\n"
+        "null: no average",
     )
     dropout: ShareBelowOne = Field(
         0.0, description="share of the prompt's elements set to zero in a training step"
     )
     noise: NonNegativeFloat = Field(
         0.0,
-        description="standard deviation of normal noise added to the prompt in a training step, as "
-        "a share of the prompt's root mean square; smooths the loss around it",
+        description="normal noise added to the prompt in a training step\n"
+        "Its standard deviation, as a share of the prompt's root mean square; smooths the loss "
+        "around it.",
     )
     seed: NonNegativeInt | None = Field(
         None,
-        description="seed of initialization, noise, dropout and, without data_seed, of the order "
-        "of rows; null: training.seed",
+        description="seed of initialization, noise, dropout and order of rows\n"
+        "The order of rows has this seed only without data_seed.\n"
+        "null: training.seed",
     )
     data_seed: NonNegativeInt | None = Field(
         None,
-        description="seed of the order of rows; prompts of one task with the same data_seed read "
-        "the same rows in every step, which makes their other settings easier to compare; null: "
-        "the prompt's seed",
+        description="seed of the order of rows\n"
+        "Prompts of one task with the same data_seed read the same rows in every step, which makes "
+        "their other settings easier to compare.\n"
+        "null: the prompt's seed",
     )
     steps: PositiveInt | None = Field(
         None,
-        description="number of updates of this prompt, and length of its schedule; null: "
-        "training.steps",
+        description="number of updates of this prompt, and length of its schedule\n"
+        "null: training.steps",
     )
     sweep: None = Field(
         None,
         exclude=True,
-        description="lists of these settings: one prompt per combination, or random: N of the "
-        "combinations; expanded when the run file is read (trainer/config/sweep.py)",
+        description="make one prompt per combination of values of these settings\n"
+        "Each setting of a prompt, with a list of values: {learning_rate: [0.01, 0.1]}. Expanded "
+        "when the run file is read.\n"
+        "null: one prompt",
     )
 
     @model_validator(mode="before")

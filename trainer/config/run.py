@@ -35,17 +35,34 @@ class RunConfig(Section):
     """The run file."""
 
     output_dir: PathText = Field(
-        description="output folder of the run; ~ and $NAME are expanded in every path of the file"
+        description="output folder of the run\n"
+        "~ and $NAME are expanded in every path of the file; paths are relative to the working "
+        "directory."
     )
-    base: Base
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    tasks: Annotated[list[Task], Field(min_length=1)]
-    prompts: Annotated[list[Prompt], Field(min_length=1)]
-    training: Training
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    search: Search = Field(default_factory=Search)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    tracking: Tracking = Field(default_factory=Tracking)
+    base: Base = Field(description="the frozen pretrained model")
+    engine: EngineConfig = Field(
+        default_factory=EngineConfig,
+        description="sharding, recomputation and attention of the base model",
+    )
+    tasks: Annotated[list[Task], Field(min_length=1)] = Field(
+        description="what prompts learn: data, template and metric of each task"
+    )
+    prompts: Annotated[list[Prompt], Field(min_length=1)] = Field(
+        description="what is trained: prompts, each for one task"
+    )
+    training: Training = Field(description="length of the training and size of a step")
+    evaluation: Evaluation = Field(
+        default_factory=Evaluation, description="validation during training, and early stopping"
+    )
+    search: Search = Field(
+        default_factory=Search, description="limits of a sweep and of the search of init: auto"
+    )
+    checkpoint: Checkpoint = Field(
+        default_factory=Checkpoint, description="checkpoints, from which a stopped run resumes"
+    )
+    tracking: Tracking = Field(
+        default_factory=Tracking, description="metrics in MLflow and TensorBoard"
+    )
 
     @field_validator("output_dir")
     @classmethod

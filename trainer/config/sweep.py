@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from trainer.config.aliases import find_alias
 from trainer.config.prompt import Prompt
 from trainer.config.yaml_source import SettingPath, YamlSource, dotted
 from trainer.runtime.errors import did_you_mean
@@ -40,7 +41,12 @@ SHORT = {
     "init": "",
 }
 #: Keys of a sweep that are not settings.
-HOW = ("grid", "random")
+HOW = {
+    "grid": "the lists; {grid: {seed: [0, 1]}} is the same as {seed: [0, 1]}",
+    "random": "make only this many of the combinations, drawn at random",
+}
+#: Settings of a prompt that have no list of values.
+NOT_SWEPT = ("name", "sweep")
 
 
 @dataclass
@@ -158,11 +164,13 @@ class _Sweep:
         self.lists, self.count = lists, combinations if drawn is None else drawn
 
     def _bad(self, key: str, values: Any) -> Iterator[str]:
-        known = [name for name in Prompt.model_fields if name not in ("name", "sweep")]
+        known = [name for name in Prompt.model_fields if name not in NOT_SWEPT]
         where = (*self.inside[1:], key)
         if key not in known:
+            alias = find_alias(f"prompts.{key}")
             hint = did_you_mean(str(key), known)
-            yield self.problem(f"no setting to sweep{hint}; known: {', '.join(known)}", *where)
+            text = f"no setting to sweep{hint}; known: {', '.join(known)}"
+            yield self.problem(alias.text if alias else text, *where)
         elif not isinstance(values, list) or not values:
             yield self.problem(f"{values!r} must be a list of values, as [a, b]", *where)
         else:

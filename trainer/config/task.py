@@ -28,24 +28,39 @@ class DataSource(Section):
     """Source of rows: files, a folder of ``Dataset.save_to_disk``, or a hub dataset."""
 
     path: PathText | None = Field(
-        None, description="a file, a glob such as data/*.jsonl, or a folder of save_to_disk"
+        None,
+        description="a file, a glob such as data/*.jsonl, or a folder of save_to_disk\n"
+        "null: hub is given instead",
     )
-    hub: str | None = Field(None, description="id of a dataset on the Hugging Face hub")
-    name: str | None = Field(None, description="configuration of a hub dataset")
+    hub: str | None = Field(
+        None,
+        description="id of a dataset on the Hugging Face hub\nnull: path is given instead",
+    )
+    name: str | None = Field(
+        None,
+        description="configuration of a hub dataset, such as sst2 of nyu-mll/glue\n"
+        "null: its only or default one",
+    )
     split: str | None = Field(
         None,
-        description="split of a hub dataset or saved folder; null: that of the setting's name",
+        description="split of a hub dataset or saved folder\n"
+        "null: train or validation, by the setting that names the source",
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a hub dataset\nnull: main"
+    )
     weight: PositiveFloat | None = Field(
         None,
-        description="share of an epoch's rows, relative to the weights of the other sources; an "
-        "epoch has as many rows as all sources together, so a large weight repeats a small source; "
-        "null (for all sources): every row once per epoch",
+        description="share of an epoch's rows, relative to the other sources\n"
+        "An epoch has as many rows as all sources together, so a large weight repeats a small "
+        "source. train only.\n"
+        "null: every row once per epoch; if so, for all sources",
     )
     max_rows: PositiveInt | None = Field(
         None,
-        description="maximum number of rows of this source, selected by a hash of their content",
+        description="maximum number of rows of this source\n"
+        "Selected by a hash of their content.\n"
+        "null: all rows",
     )
 
     @model_validator(mode="before")
@@ -94,61 +109,81 @@ class TokenColumns(Section):
 class Task(Section):
     """A task: data, template and metric."""
 
-    name: Name
+    name: Name = Field(description="your name for the task; prompts refer to it")
     train: Sources = Field(
-        description="a source or a list: a jsonl (ndjson), json, csv, tsv or txt file (also .gz), "
-        "a parquet or arrow file, a glob, a folder of save_to_disk, hf://NAME, or a mapping with "
-        "weight and max_rows"
+        description="training rows: a source, or a list of sources\n"
+        "A source is a jsonl (ndjson), json, csv, tsv or txt file (also .gz), a parquet or arrow "
+        "file, a glob, a folder of save_to_disk, hf://NAME, or a mapping. A mixture is a list of "
+        "mappings with weight and max_rows."
     )
     validation: Sources | None = Field(
-        None, description="held-out rows; null: hold out validation_share of the train rows"
+        None,
+        description="held-out rows, as train\nnull: validation_share of the train rows",
     )
     shifted_validation: Sources | None = Field(
         None,
-        description="out-of-distribution validation rows: the same task in another context, to "
-        "detect overfitting",
+        description="out-of-distribution validation rows, as train\n"
+        "The same task in another context, to detect overfitting.\n"
+        "null: none",
     )
     validation_share: Annotated[float, Number, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="share of the train rows held out for validation, selected by a hash of their "
-        "content, so that duplicates stay in one split and added rows move no others; null: 0.1; "
+        description="share of the train rows held out for validation\n"
+        "Selected by a hash of their content, so that duplicates stay in one split and added rows "
+        "move no others.\n"
+        "null: 0.1, or 0 with validation\n"
         "0: no validation",
     )
     max_rows: PositiveInt | None = Field(
         None,
-        description="maximum number of train rows; those with the smallest hash of their content, "
-        "so that a smaller selection is a subset of a larger one and does not depend on the order "
-        "of the file; null: all",
+        description="maximum number of train rows\n"
+        "Those with the smallest hash of their content, so that a smaller selection is a subset of "
+        "a larger one and does not depend on the order of the file.\n"
+        "null: all rows",
     )
     max_validation_rows: PositiveInt | None = Field(
-        None, description="the same limit for validation and for shifted_validation"
+        None,
+        description="maximum number of rows of validation and of shifted_validation\n"
+        "null: all rows",
     )
-    input: str = Field("", description="template of the input, with {column} fields")
+    input: str = Field(
+        "",
+        description="template of the text that the base reads, with {column} fields\n"
+        'Required, except with messages or tokens. For example "{text}\\nTopic:".',
+    )
     target: str = Field(
         "",
-        description="template of the text to learn, with {column} fields; optional if all prompts "
-        "of the task have objective: distill",
+        description="template of the text to learn, with {column} fields\n"
+        'For example " {label}", with the space. Optional if all prompts of the task have '
+        "objective: distill.",
     )
     messages: str | None = Field(
         None,
-        description="instead of input and target: column of dialogues, lists of {role, content} or "
-        "{from, value} (ShareGPT); rendered by the tokenizer's chat template; the assistant's "
-        "turns are learned, except those with weight: 0",
+        description="column of dialogues, instead of input and target\n"
+        "Lists of {role, content} or {from, value} (ShareGPT), rendered by the tokenizer's chat "
+        "template. The assistant's turns are learned, except those with weight: 0.\n"
+        "null: rows have input and target, or tokens",
     )
     tools: str | None = Field(
         DEFAULT_TOOLS,
         min_length=1,
-        description="messages: column of the tools that a dialogue may call, JSON schemas for "
-        "the chat template; the default column is optional; null: no tools",
+        description="messages: column of the tools that a dialogue may call\n"
+        "JSON schemas for the chat template. The default column may be missing.\n"
+        "null: no tools",
     )
     tokens: TokenColumns | None = Field(
-        None, description="instead of input and target: columns of token ids and labels"
+        None,
+        description="columns of token ids and labels, instead of input and target\n"
+        "{} uses the default columns.\n"
+        "null: rows have input and target, or messages",
     )
     choices: list[str] | None = Field(
         None,
-        description="label set: the values of the target's only column, scored by likelihood; "
-        "values are text exactly as written here (01, no); an integer also matches 1.0; a column "
-        "of class numbers (datasets' ClassLabel) is read as its class names",
+        description="label set: the values of the target's only column\n"
+        "Scored by likelihood. Values are text exactly as written here (01, no); an integer also "
+        "matches 1.0. A column of class numbers (datasets' ClassLabel) is read as its class "
+        "names.\n"
+        "null: the target is any text",
     )
     multi_label: bool = Field(
         False, description="the target's column has a list of choices; scored by generating"
@@ -157,27 +192,37 @@ class Task(Section):
         ", ", min_length=1, description="multi_label: separator between the labels of a row"
     )
     metric: Literal["accuracy", "exact_match", "f1", "execution", "loss"] = Field(
-        "loss", description="metric of the task; higher is better, except for loss"
+        "loss",
+        description="metric by which prompts of the task are ranked\n"
+        "accuracy: share of rows whose most likely choice is right; needs choices\n"
+        "exact_match: share of rows whose generated text equals the target\n"
+        "f1: micro-averaged over the labels of all rows; needs multi_label\n"
+        "execution: share of rows whose generated code passes its tests, run in a sandbox\n"
+        "loss: validation loss; lower is better",
     )
     tests: str = Field("tests", description="metric execution: column of the test calls")
     append_eos: bool = Field(True, description="learn the end-of-sequence token after the target")
     too_long: Literal["refuse", "skip", "truncate"] = Field(
         "refuse",
-        description="rows longer than the context: report an error, skip them, or cut the input "
-        "from the left",
+        description="what happens to rows longer than the context\n"
+        "refuse: the run ends with an error\n"
+        "skip: they are left out\n"
+        "truncate: the input is cut from the left",
     )
     max_new_tokens: PositiveInt = Field(
         64, description="maximum length of generated text, in tokens"
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
-        description="strings that end generated text, which is cut before the first of them (like "
-        "until in lm-evaluation-harness), in addition to the end tokens of the base's "
-        "generation_config.json and, with append_eos, EOS",
+        json_schema_extra={"default": []},
+        description="strings that end generated text\n"
+        "The text is cut before the first of them (like until in lm-evaluation-harness). It also "
+        "ends at the end tokens of the base's generation_config.json and, with append_eos, at EOS.",
     )
     hand_written: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         default_factory=list,
-        description="manual (hard) prompts to compare with, inserted before the input",
+        json_schema_extra={"default": []},
+        description="prompts in words to compare with, inserted before the input",
     )
 
     @field_validator("choices", mode="before")

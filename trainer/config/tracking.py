@@ -22,16 +22,25 @@ _REMOTE = re.compile(r"https?://|databricks|\w+(\+\w+)?://[^/]")
 
 
 class Tracking(Section):
-    experiment: str = Field("promptshard", min_length=1)
+    """Metrics in MLflow and TensorBoard."""
+
+    experiment: str = Field(
+        "promptshard", min_length=1, description="name of the MLflow experiment of the run"
+    )
     uri: str | None = Field(
         None,
-        description="null: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory",
+        description="address of the MLflow store\n"
+        "http(s)://HOST:PORT, sqlite:///FILE, or a database such as postgresql://USER@HOST/NAME.\n"
+        "null: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory",
     )
     tensorboard: bool = Field(
         False,
-        description="also write the metrics to output_dir/tensorboard (pip install tensorboard)",
+        description="also write the metrics to output_dir/tensorboard\n"
+        "Needs pip install tensorboard.",
     )
-    system_metrics: bool = Field(True, description="CPU, memory and GPU load of rank 0's node")
+    system_metrics: bool = Field(
+        True, description="record CPU, memory and GPU load of rank 0's node"
+    )
 
     @field_validator("uri")
     @classmethod

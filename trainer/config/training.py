@@ -14,17 +14,18 @@ class Training(Section):
     """Length of the training and size of a step."""
 
     steps: PositiveInt = Field(
-        description="number of updates of each prompt; a prompt can override it with its own steps"
+        description="number of updates of each prompt\nA prompt can override it with its own steps."
     )
     tokens_per_step: PositiveInt = Field(
         8192,
-        description="maximum number of text tokens in one update of a prompt, over all ranks and "
-        "micro-batches",
+        description="batch size: maximum number of text tokens in one update of a prompt\n"
+        "Over all ranks and micro-batches; an update reads as many rows as fit.",
     )
-    micro_batch_tokens: Literal["auto"] | int = Field(
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
         "auto",
-        description="maximum number of tokens of one packed batch; auto: as many as fit in memory "
-        "and a step needs",
+        description="maximum number of tokens of one packed batch\n"
+        "Changes memory and speed, but not the update.\n"
+        "auto: as many as fit in memory and a step needs",
     )
     seed: NonNegativeInt = Field(0, description="seed of everything that has none of its own")
     max_skipped_updates: PositiveInt = Field(
@@ -47,10 +48,15 @@ class EarlyStoppingConfig(Section):
 
 
 class Evaluation(Section):
+    """Validation during training."""
+
     every: PositiveInt = Field(
         50, description="steps between validations; the last step is always validated"
     )
-    early_stopping: EarlyStoppingConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None,
+        description="stop a prompt whose validation scores no longer improve\nnull: never",
+    )
 
 
 class Halving(Section):
@@ -68,8 +74,9 @@ class Halving(Section):
 
 
 _INIT_SHARE = (
-    "maximum cost of the search of init: auto, as a share of the prompt's training FLOPs; if it "
-    "allows fewer than 8 candidates, the prompt starts from a hand-written prompt or the labels"
+    "maximum cost of the search of init: auto\n"
+    "As a share of the prompt's training FLOPs. If it allows fewer than 8 candidates, the prompt "
+    "starts from a hand-written prompt or the labels."
 )
 
 
@@ -81,12 +88,15 @@ class Search(Section):
         description="maximum number of prompts in a run; a larger sweep is an error",
     )
     halving: Halving | None = Field(
-        None, description="stop the worst prompts of every task at rungs; null: never"
+        None,
+        description="stop the worst prompts of every task at rungs\nnull: never",
     )
     init_share: Annotated[float, Number, Field(ge=0, description=_INIT_SHARE)] = 0.1
 
 
 class Checkpoint(Section):
+    """Checkpoints, from which a stopped run resumes."""
+
     every: PositiveInt = Field(
         50, description="steps between checkpoints; the last step is always saved"
     )

@@ -34,7 +34,12 @@ NonNegativeFloat = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
 ShareBelowOne = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
 # A name becomes a folder and the prefix of a metric.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, json_schema_extra={"format": "name"}
+    ),
+]
 
 
 #: Maximum length of a path, and of a name in it, on Linux, in bytes.
@@ -86,6 +91,7 @@ PathText = Annotated[
     str,
     AfterValidator(expand_path),
     PlainSerializer(lambda path: path.replace("$", "$$"), when_used="json"),
+    Field(json_schema_extra={"format": "path"}),
 ]
 
 _FLAG = TypeAdapter(bool)
