@@ -91,7 +91,7 @@ class Prompt(Section):
     rank: PositiveInt = Field(1, description="encoder low_rank: rank of the matrix of each task")
     encoder_hidden_size: PositiveInt | None = Field(
         None,
-        description="hidden size of the encoder\n"
+        description="width of the hidden layers of the encoder\n"
         "null: the base's hidden size, or a quarter of it for encoder residual",
     )
     residual_mlp: Literal["shared", "separate"] = Field(
