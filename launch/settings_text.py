@@ -36,9 +36,9 @@ def output_width() -> int:
 def overview(width: int) -> Iterator[str]:
     """Yield one line per setting, longer ones wrapped."""
     yield from wrap(INTRODUCTION, width)
-    whole, *others = sections().values()
+    root, *others = sections().values()
     yield ""
-    for setting in whole.settings:
+    for setting in root.settings:
         if setting.name not in sections():
             yield from _columns(setting.name, _short(setting), width)
     for section in others:

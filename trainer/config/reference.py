@@ -95,8 +95,8 @@ class _Reader:
         self._first: dict[int, str] = {}  # id of a section's schema -> name of its first use
 
     def read(self) -> Iterator[SettingsSection]:
-        whole = Setting("", "mapping", None, True, "the run file")
-        yield from self._section(whole, self._schema)
+        root = Setting("", "mapping", None, True, "the run file")
+        yield from self._section(root, self._schema)
 
     def _section(self, setting: Setting, node: Mapping[str, Any]) -> Iterator[SettingsSection]:
         prefix = f"{setting.name}." if setting.name else ""
@@ -145,8 +145,8 @@ class _Reader:
         if "properties" in node and "type" in node:
             return node
         inner = [*node.get("anyOf", []), *([node["items"]] if "items" in node else [])]
-        found = (self._find_section(part) for part in inner)
-        return next((section for section in found if section is not None), None)
+        candidates = (self._find_section(part) for part in inner)
+        return next((section for section in candidates if section is not None), None)
 
     def _words(self, node: Mapping[str, Any]) -> str:
         return _join(list(dict.fromkeys(self._alternatives(node))))
