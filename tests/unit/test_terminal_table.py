@@ -93,8 +93,8 @@ t (60 validation rows, 40 OOD validation rows)
   triage-lr0.000-len20                 20      93.0%   0.1200   step 20, halving
 
 * baseline: “Decide with great…”               40.0%   1.0000
-  baseline: always "cardiac"                    30.0%        –
-  baseline: no prompt                           10.0%   1.0000
+  baseline: always "cardiac"                   30.0%        –
+  baseline: no prompt                          10.0%   1.0000
 * best prompt, best baseline"""
     assert lines[1:12] == expected.splitlines()
 

@@ -22,6 +22,7 @@ from trainer.prompts.init_search import FEWEST, SearchResult, Unsearched, Words
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.training.step import batch_objective, label_counts
+from trainer.training.validation_report import SWEEP
 
 #: Share of the token budget that a portion of candidates fills, because rows do not divide evenly.
 FILLED = 0.95
@@ -64,16 +65,17 @@ class LossInitScorer:
             yield
 
     def say(self, i: int, best: SearchResult | Unsearched, text: str) -> None:
-        """Print the initial prompt of prompt ``i``."""
+        """Print the initial prompt of prompt ``i``; in a run with many prompts a detail."""
+        show = self._console.print if len(self._names) < SWEEP else self._console.detail
         head = f"{self._names[i]}: starts from {best.what}"
         if isinstance(best, Unsearched):
-            self._console.print(
+            show(
                 f"{head}: {text!r} (init: auto without a search, which {self._steps[i]} steps are "
                 f"too few for: search.init_share allows {best.budget} of at least {FEWEST} "
                 "candidates)"
             )
             return
-        self._console.print(
+        show(
             f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}; "
             f"before crossing: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
         )

@@ -12,7 +12,8 @@ from trainer.evaluation.score_format import column_title, describe, format_score
 from trainer.runtime.console import Console
 from trainer.training.progress import Scores
 
-#: A task with at least this many prompts has one line per validation.
+#: A task with at least this many prompts has one line per validation, and no line per prompt of the
+#: initialization search.
 SWEEP = 3
 #: Names in a line; the others are only counted.
 NAMES = 4
