@@ -14,7 +14,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-ba
 	-c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test faults lint format clean
+.PHONY: help install quickstart test faults lint format docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +38,9 @@ lint: $(VENV)/.installed-test ## Check format, lint and types
 format: $(VENV)/.installed-test ## Rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed ## Write the reference and the JSON schema of the run file again
+	$(BIN)/python docs/render.py
 
 clean: ## Remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

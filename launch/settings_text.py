@@ -53,10 +53,8 @@ def overview(width: int) -> Iterator[str]:
 def describe_section(section: SettingsSection, width: int) -> Iterator[str]:
     """Yield a section and the full entries of its settings."""
     yield from _heading(section.setting, width)
-    if section.like is not None:
-        yield from wrap(f"The same settings as {section.like}.", width, 2)
-        return
-    for paragraph in (section.setting.details, *section.about):
+    about = section.about if section.like is None else (f"The settings of {section.like}.",)
+    for paragraph in (section.setting.details, *about):
         yield from wrap(paragraph, width, 2)
     yield from _values(section.setting, width, 2)
     for setting in section.settings:

@@ -12,6 +12,7 @@ import click
 import jsonschema
 import pytest
 
+from docs.render import run_file_page
 from launch import settings_text
 from trainer.config import RunConfig, dump, load, yaml_parser, yaml_source
 from trainer.config.aliases import all_aliases
@@ -261,6 +262,11 @@ def test_the_schema_refuses_what_the_config_refuses(tmp_path, old, new):
     assert text != GOOD
     assert problems_of(tmp_path, text)
     assert schema_problems(tmp_path / "run.yaml")
+
+
+def test_the_page_is_what_the_config_says():
+    page = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    assert page == run_file_page(), "run make docs"
 
 
 # Names of other trainers

@@ -215,9 +215,9 @@ class Prompt(Section):
     sweep: None = Field(
         None,
         exclude=True,
-        description="make one prompt per combination of values of these settings\n"
-        "Each setting of a prompt, with a list of values: {learning_rate: [0.01, 0.1]}. Expanded "
-        "when the run file is read.\n"
+        description="lists of values of settings; makes one prompt per combination\n"
+        "For example, {learning_rate: [0.01, 0.1], seed: [0, 1]} makes four prompts. All settings "
+        "of a prompt but name can have a list.\n"
         "null: one prompt",
     )
 

@@ -165,6 +165,8 @@ class _Reader:
             yield from map(str, node["enum"])
         elif "const" in node:
             yield str(node["const"])
+        elif node.get("type") == "boolean":
+            yield from ("true", "false")
         elif "type" in node:
             yield self._words_of_type(node)
 
@@ -181,7 +183,6 @@ class _Reader:
 
 
 _TYPES = {
-    "boolean": "true or false",
     "integer": "integer",
     "number": "number",
     "null": "null",

@@ -53,7 +53,7 @@ class DataSource(Section):
         None,
         description="share of an epoch's rows, relative to the other sources\n"
         "An epoch has as many rows as all sources together, so a large weight repeats a small "
-        "source. train only.\n"
+        "source. For train only.\n"
         "null: every row once per epoch; if so, for all sources",
     )
     max_rows: PositiveInt | None = Field(
