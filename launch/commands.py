@@ -18,6 +18,7 @@ from launch import (
     scaffold_commands,
     settings_commands,
     slurm_commands,
+    status_commands,
 )
 from launch.arguments import (
     EXIT_CODES,
@@ -353,7 +354,10 @@ def sync(
 
 
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
-app.command(epilog=EXIT_CODES)(slurm_commands.status)
+app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusCommand)(
+    status_commands.status
+)
+app.command("list", epilog=EXIT_CODES)(status_commands.list_)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
 app.command()(settings_commands.settings)
 app.command()(settings_commands.schema)

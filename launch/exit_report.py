@@ -15,6 +15,10 @@ from trainer.runtime.errors import (
     EXIT_RESUMABLE,
 )
 
+#: Beginning of the last line of a launcher's log, which is the message of the ``ExitReport``.
+VERDICT = "promptshard: "
+KILLED = " was killed by "
+
 
 @dataclass(frozen=True)
 class ExitReport:
@@ -77,4 +81,4 @@ def _describe(returncode: int, who: str) -> str:
     except ValueError:
         return f"{who} ended with exit code {returncode}"
     hint = " (out of memory?)" if number == signal.SIGKILL else ""
-    return f"{who} was killed by {name}{hint}"
+    return f"{who}{KILLED}{name}{hint}"

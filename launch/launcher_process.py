@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from launch import messages, orphan_guard, preflight
-from launch.exit_report import ExitReport, describe
+from launch.exit_report import VERDICT, ExitReport, describe
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
@@ -189,7 +189,7 @@ def run_local(
             _end_ranks(process.pid)
     rank_0_unfinished = first_rank == 0 and unfinished.exists()
     unfinished.unlink(missing_ok=True)
-    return describe(
+    report = describe(
         process.returncode,
         stop.signals,
         log,
@@ -198,6 +198,10 @@ def run_local(
         first=failures.first,
         hung=read_lost(log.parent),
     )
+    if report.message:
+        with suppress(OSError), log.open("a") as ending:  # a full disk
+            ending.write(f"{VERDICT}{report.message}\n")
+    return report
 
 
 def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:

@@ -1,4 +1,4 @@
-"""The commands ``promptshard submit`` and ``promptshard status``."""
+"""The command ``promptshard submit``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from launch import messages, preflight, slurm, status_text
-from launch import status as run_status
+from launch import messages, preflight, slurm
 from launch import submit as submission
-from launch.arguments import Fresh, Overrides, RunDir, RunFile, option
+from launch.arguments import Fresh, Overrides, RunFile, option
 from launch.slurm import Job
+from launch.slurm_queue import last_job
 from trainer.config import PROJECT_ROOT, RunConfig
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import redact
@@ -136,7 +136,7 @@ def submit(
             f"in {Path(output_dir) / submission.SUBMITTED}"
         )
         return
-    last = run_status.last_job(Path(output_dir))
+    last = last_job(Path(output_dir))
     if last is not None and last.active and dependency is None:
         raise BadInput(
             f"output_dir: job {last.id} for {output_dir} is {last.state.lower()}; scancel it, "
@@ -150,18 +150,6 @@ def submit(
     typer.echo(f"log:      {log}")
     typer.echo(f"status:   promptshard status {shlex.quote(output_dir)}")
     typer.echo(f"stop:     scancel {number}   (saves first; submit again to resume)")
-
-
-def status(
-    run_dir: RunDir,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
-) -> None:
-    """Show a run's status: job or process, step, ETA, latest metrics, exit state.
-
-    **Example:** `promptshard status runs/quickstart`
-    """
-    report = run_status.read_status(Path(run_dir))
-    typer.echo(status_text.as_json(report) if as_json else status_text.as_text(report))
 
 
 def _checked(

@@ -6,227 +6,119 @@ Files may be damaged or untrusted: each is parsed into a model, or counts as mis
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-import shutil
-import statistics
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-
 from launch import preflight
-from launch.submit import RECORD, SUBMITTED
+from launch.run_metrics import RunMetrics
+from launch.run_state import PromptStatus, Status, holder_process, is_starting, judge
+from launch.slurm_queue import JobState, find_job, query_job, read_record, resolved
 from trainer.checkpointing.checkpoint_names import checkpoint_names
-from trainer.checkpointing.run_lock import running_process
+from trainer.checkpointing.run_lock import lock_state
 from trainer.config import RunConfig, check_path, load
+from trainer.config.ranking import LAST, rank, score_key
 from trainer.reporting.summary import RunSummary, load_summary
 from trainer.runtime.errors import BadInput
-from trainer.runtime.json_file import read_json_object
-from trainer.tracking.metrics_log import METRICS_FILE, read_lines
-from trainer.tracking.progress_file import missing_results
-from trainer.tracking.store_uri import sync_command
 
-SLURM_SECONDS = 30
-#: A gap longer than this many median step times is a pause, in which the run was stopped.
-PAUSE = 20
-#: The ETA is computed from this many latest steps.
-RECENT = 200
-#: Final states of a job in squeue(1) and sacct(1).
-FINAL_STATES = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
-    *("PREEMPTED", "REVOKED", "TIMEOUT", "UNKNOWN"),
-)
+#: Seconds between two queries of Slurm about one job; its controller serves the whole cluster.
+SLURM_INTERVAL = 20.0
 
 
-@dataclass(frozen=True)
-class JobState:
-    """State of a Slurm job.
+class StatusReader:
+    """Reads the status of one run again and again; metrics are read incrementally."""
 
-    Attributes:
-        state: Slurm's name; ``UNKNOWN`` if Slurm is not installed or does not know the job.
-        reason: why the job is pending, or how it ended.
-    """
+    def __init__(self, run_dir: Path, jobs: dict[str, JobState] | None = None) -> None:
+        """``jobs`` replaces the queries of Slurm: all queued jobs by ID."""
+        self.run_dir = run_dir
+        self._jobs = jobs
+        self._metrics: dict[Path, RunMetrics] = {}
+        self._asked: dict[str, tuple[float, JobState]] = {}
 
-    id: str
-    state: str
-    reason: str = ""
-    nodes: str = ""
-    time_left: str = ""
+    def read(self, *, quick: bool = False) -> Status:
+        """Read the folder and query Slurm for the job last submitted for it.
 
-    @property
-    def active(self) -> bool:
-        return self.state not in FINAL_STATES
+        Raises:
+            BadInput: the folder is missing, not readable, or not an output folder.
+        """
+        preflight.check_folder(str(self.run_dir))
+        try:
+            return self._read(quick)
+        except OSError as error:
+            where = error.filename or self.run_dir
+            raise BadInput(
+                f"{where}: cannot be read ({error.strerror}); check its permissions and its file "
+                "system"
+            ) from None
 
+    def _read(self, quick: bool) -> Status:
+        record, folder = read_record(self.run_dir)
+        here = resolved(self.run_dir)
+        if len(record.tasks) > 1 and here not in map(resolved, record.tasks):
+            description = f"job array {record.job}, {len(record.tasks)} tasks"
+            status = Status(str(self.run_dir), "array", description)
+            for i, task in enumerate(record.tasks):
+                status.tasks.append(self._task(Path(task), f"{record.job}_{i}", quick))
+            return status
+        number, submitted_by = find_job(self.run_dir, record)
+        job = self._job(number) if number else None
+        status = self._run(self.run_dir, job, folder / "run.yaml", quick)
+        if status.resume:
+            status.resume = submitted_by or status.resume
+        return status
 
-@dataclass
-class Status:
-    """Status of one run.
+    def _job(self, number: str) -> JobState:
+        if self._jobs is not None:
+            return self._jobs.get(number, JobState(number, "UNKNOWN"))
+        asked, job = self._asked.get(number, (-math.inf, None))
+        if job is None or time.monotonic() - asked > SLURM_INTERVAL:
+            job = query_job(number)
+            self._asked[number] = (time.monotonic(), job)
+        return job
 
-    Attributes:
-        state: ``waiting``, ``running``, ``finished``, ``failed`` or ``not finished``; ``array`` for
-            a job array; ``unknown`` for a damaged folder of an array task.
-        steps: total number of steps; None without a run file.
-        eta_seconds: time until the last step, from the pace of recent steps; None unless running.
-        written: time of the last metrics, in Unix seconds.
-        metrics: prompt -> metric -> (step, latest value).
-    """
+    def _task(self, run_dir: Path, number: str, quick: bool) -> Status:
+        """Return the status of one array task; a damaged folder must not hide the other tasks."""
+        try:
+            check_path(str(run_dir))
+            return self._run(run_dir, self._job(number), None, quick)
+        except (ValueError, OSError) as error:
+            return Status(str(run_dir), "unknown", str(error))
 
-    run_dir: str
-    state: str = ""
-    description: str = ""
-    job: JobState | None = None
-    step: int = 0
-    steps: int | None = None
-    eta_seconds: float | None = None
-    written: float | None = None
-    metrics: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
-    checkpoint: int | None = None
-    stopped: dict[str, str] = field(default_factory=dict)
-    tasks: list[Status] = field(default_factory=list)
+    def _run(self, run_dir: Path, job: JobState | None, frozen: Path | None, quick: bool) -> Status:
+        status = Status(str(run_dir), job=job)
+        summary, lock = load_summary(run_dir), lock_state(run_dir)
+        config = None
+        if not (quick and summary and _is_complete(summary)):
+            config = _config(run_dir, frozen, expected=job is not None or lock is not None)
+        status.steps = config.last_step if config else summary.steps if summary else None
+        metrics = self._metrics.setdefault(run_dir, RunMetrics(run_dir))
+        if config or not quick:
+            metrics.update(quick=quick)
+        status.step, status.written = metrics.step, metrics.written
+        status.metrics = metrics.latest
+        if config is None and summary and summary.steps:
+            status.step = summary.steps
+        steps = (int(name.rpartition("-")[2]) for name in checkpoint_names(run_dir))
+        status.checkpoint = max(steps, default=None)
+        for name, result in summary.prompts.items() if summary else ():
+            status.stopped[name] = result.stopped.reason if result.stopped else "finished"
+        status.process = holder_process(lock)
+        judge(status, summary, lock)
+        if status.state == "running":
+            status.tokens_per_second = metrics.tokens_per_second
+            if (pace := metrics.seconds_per_step) is not None and status.steps is not None:
+                status.eta_seconds = pace * max(0, status.steps - status.step)
+        if config is not None:
+            status.prompts = _prompts(config, metrics, summary)
+        elif summary is not None:
+            status.prompts = _prompts_of_summary(summary)
+        return status
 
 
 def read_status(run_dir: Path) -> Status:
-    """Read an output folder and query Slurm for the job last submitted for it.
-
-    Raises:
-        BadInput: ``run_dir`` is not an output folder.
-    """
-    preflight.check_folder(str(run_dir))
-    record, folder = _record(run_dir)
-    here = _resolved(run_dir)
-    if len(record.tasks) > 1 and here not in map(_resolved, record.tasks):
-        description = f"job array {record.job}, {len(record.tasks)} tasks"
-        status = Status(str(run_dir), "array", description)
-        for i, task in enumerate(record.tasks):
-            status.tasks.append(_task(Path(task), query_job(f"{record.job}_{i}")))
-        return status
-    job = query_job(record.job) if record.job else _array_job(run_dir)
-    return _run(run_dir, job, folder / "run.yaml")
-
-
-def last_job(run_dir: Path) -> JobState | None:
-    """Return the job (or first array task) last submitted for a folder."""
-    record, _ = _record(run_dir)
-    return query_job(record.job) if record.job else None
-
-
-def _task(run_dir: Path, job: JobState) -> Status:
-    """Return the status of one array task; a damaged folder must not hide the other tasks."""
-    try:
-        check_path(str(run_dir))
-        return _run(run_dir, job, None)
-    except ValueError as error:
-        return Status(str(run_dir), "unknown", str(error))
-
-
-def _run(run_dir: Path, job: JobState | None, frozen: Path | None) -> Status:
-    status = Status(str(run_dir), job=job)
-    config = _config(run_dir, frozen, expected=job is not None)
-    status.steps = config.last_step if config else None
-    _read_metrics(status, run_dir / METRICS_FILE)
-    steps = (int(name.rpartition("-")[2]) for name in checkpoint_names(run_dir))
-    status.checkpoint = max(steps, default=None)
-    summary = load_summary(run_dir)
-    for name, result in summary.prompts.items() if summary else ():
-        status.stopped[name] = result.stopped.reason if result.stopped else "finished"
-    status.state, status.description = _judge(status, summary, running_process(run_dir))
-    if status.state == "finished" and (missing := missing_results(run_dir)):
-        status.description += f"; {missing} missing, run: {sync_command(run_dir)}"
-    if status.state != "running":
-        status.eta_seconds = None
-    return status
-
-
-def _judge(status: Status, summary: RunSummary | None, process: str | None) -> tuple[str, str]:
-    """Return state and description; ``process`` describes the holder of the folder's lock."""
-    job = status.job
-    ending = summary.status if summary else "unfinished"
-    rerun = "rerun the command to start over"
-    if status.checkpoint is not None:
-        rerun = f"rerun the command to resume from step {status.checkpoint}"
-    if job is not None and job.active and job.state != "RUNNING":
-        why = f" ({job.reason})" if job.reason not in ("", "None") else ""
-        return "waiting", f"{job.state.lower()}{why}"
-    if job is not None and job.active and ending != "finished":
-        return "running", f"running on {job.nodes}"
-    if process is not None:
-        return "running", f"running: {process}"
-    if summary and ending == "finished":
-        return "finished", f"finished at step {summary.steps or status.step}"
-    ended = f"; job {job.id} ended: {describe_job(job)}" if job and job.state != "UNKNOWN" else ""
-    if summary and ending == "failed":
-        return "failed", f"failed: {summary.error}{ended}; {rerun}"
-    return "not finished", f"not finished and not running{ended}; {rerun}"
-
-
-def describe_job(job: JobState) -> str:
-    return job.state if job.reason in ("", "None") else f"{job.state} ({job.reason})"
-
-
-def query_job(number: str) -> JobState:
-    """Query squeue, then sacct, for a job."""
-    shown = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%T|%r|%N|%L")
-    if shown and shown[0].count("|") == 3:
-        state, reason, nodes, left = (part.strip() for part in shown[0].split("|"))
-        return JobState(number, state, reason, nodes, left)
-    shown = _slurm(
-        *("sacct", "--noheader", "--parsable2", "--allocations"),
-        *(f"--jobs={number}", "--format=State,ExitCode,NodeList"),
-    )
-    if shown and shown[-1].count("|") == 2:
-        state, code, nodes = shown[-1].split("|")
-        return JobState(number, state.split(" ")[0], f"exit code {code}", nodes)
-    return JobState(number, "UNKNOWN", "Slurm is not installed here, or does not know the job")
-
-
-def _slurm(*command: str) -> list[str]:
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SLURM_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return []
-    return [line for line in done.stdout.splitlines() if line] if done.returncode == 0 else []
-
-
-class SubmissionRecord(BaseModel):
-    """``job.json`` of a submission."""
-
-    job: str = ""
-    tasks: list[str] = []
-
-
-def _record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
-    """Return the newest submission and its folder; an empty record if missing or damaged."""
-    submitted = run_dir / SUBMITTED
-    records = filter(Path.exists, submitted.glob(f"*/{RECORD}"))  # not a dangling symlink
-    path = max(records, key=lambda path: path.stat().st_mtime, default=submitted / RECORD)
-    try:
-        return SubmissionRecord.model_validate(read_json_object(path)), path.parent
-    except (BadInput, ValidationError):
-        return SubmissionRecord(), path.parent
-
-
-def _resolved(path: str | Path) -> str:
-    try:
-        return os.path.realpath(path)
-    except ValueError:  # a NUL byte
-        return ""
-
-
-def _array_job(run_dir: Path) -> JobState | None:
-    """Return the array task of this folder, if a job array was submitted for its parent."""
-    around, _ = _record(run_dir.absolute().parent)
-    for i, task in enumerate(around.tasks):
-        if around.job and _resolved(task) == _resolved(run_dir):
-            return query_job(f"{around.job}_{i}")
-    return None
+    """Read the status of a run once; see ``StatusReader.read``."""
+    return StatusReader(run_dir).read()
 
 
 def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig | None:
@@ -234,33 +126,84 @@ def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig 
     for path in (run_dir / "run.yaml", frozen):
         if path is not None and path.is_file():
             return load(path)
-    return None if expected else preflight.check_result(str(run_dir))
-
-
-def _read_metrics(status: Status, path: Path) -> None:
-    times: dict[int, float] = {}
-    try:
-        for line, _ in read_lines(path):
-            if line is None or not math.isfinite(line.time):
-                continue
-            times[line.step] = line.time
-            if line.prompt is not None:
-                latest = status.metrics.setdefault(line.prompt, {})
-                latest |= {name: (line.step, value) for name, value in line.metrics.items()}
-    except OSError:  # a folder, or not readable
-        pass
-    if not times:
-        return
-    status.step, status.written = max(times), max(times.values())
-    pace = _pace([times[step] for step in sorted(times)[-RECENT:]])
-    if pace is not None and status.steps is not None:
-        status.eta_seconds = pace * max(0, status.steps - status.step)
-
-
-def _pace(times: Sequence[float]) -> float | None:
-    """Return the mean seconds per step, including validation, excluding pauses."""
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    if not gaps:
+    if expected or (run_dir / "logs" / "rank-0.log").exists() or is_starting(run_dir):
         return None
-    limit = PAUSE * statistics.median(gaps)
-    return statistics.fmean([seconds for seconds in gaps if seconds <= limit] or gaps)
+    return preflight.check_result(str(run_dir))
+
+
+def _prompts(
+    config: RunConfig, metrics: RunMetrics, summary: RunSummary | None
+) -> list[PromptStatus]:
+    """Return the progress of every prompt, in the order of the run file."""
+    prompts = []
+    for prompt in config.prompts:
+        latest = metrics.latest.get(prompt.name, {})
+        loss_step, loss = latest.get("train_loss", (0, math.nan))
+        scored = metrics.validations.get(prompt.name, {})
+        item = PromptStatus(
+            name=prompt.name,
+            task=prompt.task,
+            metric=config.task(prompt.task).metric,
+            num_virtual_tokens=prompt.num_virtual_tokens,
+            step=max([loss_step, *scored]),
+            steps=config.prompt_steps(prompt),
+            train_loss=loss if math.isfinite(loss) else None,
+            teacher=(prompt.teacher or prompt.name) if prompt.objective == "distill" else None,
+        )
+        keys = {step: score_key(scores, item.metric) for step, scores in scored.items()}
+        best = min(keys, key=lambda step: (keys[step], step), default=None)
+        if best is not None and keys[best] != LAST:
+            item.best, item.best_step = scored[best], best
+        if summary and (result := summary.prompts.get(prompt.name)):
+            item.stopped = result.stopped.reason if result.stopped else "finished"
+            item.best, item.best_step = result.scores, result.best_step
+        elif item.step < min(metrics.step - 1, item.steps):
+            item.stopped = "stopped early"
+        prompts.append(item)
+    return prompts
+
+
+def _prompts_of_summary(summary: RunSummary) -> list[PromptStatus]:
+    """Return the prompts of a finished run without reading its run file."""
+    metrics = {task: selected.metric for task, selected in summary.selected.items()}
+    return [
+        PromptStatus(
+            name=name,
+            task=result.task or "",
+            metric=metrics.get(result.task or "") or "",
+            num_virtual_tokens=result.num_virtual_tokens or 0,
+            step=(result.stopped.step if result.stopped else None) or summary.steps or 0,
+            steps=summary.steps or 0,
+            best=result.scores,
+            best_step=result.best_step,
+            stopped=result.stopped.reason if result.stopped else "finished",
+            teacher=name if result.objective == "distill" else None,
+        )
+        for name, result in summary.prompts.items()
+    ]
+
+
+def _is_complete(summary: RunSummary) -> bool:
+    """Whether a summary has all that a list of runs shows; older versions lack the metric."""
+    ranked = summary.selected and all(selected.metric for selected in summary.selected.values())
+    return bool(summary.status == "finished" and summary.steps and ranked)
+
+
+def ranked_prompts(status: Status) -> list[PromptStatus]:
+    """Return all prompts, from best to worst in each task, then those without a score."""
+    ranked = [prompt for prompts in _by_task(status) for prompt in prompts]
+    names = {prompt.name for prompt in ranked}
+    return [*ranked, *(prompt for prompt in status.prompts if prompt.name not in names)]
+
+
+def best_prompts(status: Status) -> list[PromptStatus]:
+    """Return the best prompt of each task, without tasks that have no score yet."""
+    return [prompts[0] for prompts in _by_task(status) if prompts]
+
+
+def _by_task(status: Status) -> Iterator[list[PromptStatus]]:
+    """Yield the ranked prompts of every task."""
+    for task in dict.fromkeys(prompt.task for prompt in status.prompts):
+        prompts = {prompt.name: prompt for prompt in status.prompts if prompt.task == task}
+        metric = next(iter(prompts.values())).metric
+        yield [prompts[e.name] for e in rank([p.entry for p in prompts.values()], metric)]

@@ -521,7 +521,7 @@ def test_the_guard_spares_a_process_group_that_finished():
 # What the command line answers
 
 
-COMMANDS = ["train", "validate", "submit", "status", "generate", "inspect", "prepare"]
+COMMANDS = ["train", "validate", "submit", "status", "list", "generate", "inspect", "prepare"]
 COMMANDS += ["export", "sync"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from launch import slurm, status, status_text, submit
+from launch import slurm, submit
 from launch.slurm import Job
+from launch.status import read_status
 from slurm.render import EXAMPLES
 from tests.unit.test_launch import promptshard as run_promptshard
 from tests.unit.test_launch import run_file  # noqa: F401
-from trainer.checkpointing import run_lock
-from trainer.checkpointing.run_lock import Holder
 from trainer.runtime.errors import BadInput
 from trainer.runtime.git_revision import git_revision
 
@@ -413,7 +411,7 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
     last = (folder / "run-3.yaml").read_text()
     assert f"output_dir: {run_file.parent}/out/seed-1-steps-7\n" in last
     assert "steps: 7" in last
-    report = status.read_status(run_file.parent / "out")
+    report = read_status(run_file.parent / "out")
     assert [Path(task.run_dir).name for task in report.tasks] == [
         *("seed-0-steps-5", "seed-0-steps-7", "seed-1-steps-5", "seed-1-steps-7")
     ]
@@ -480,195 +478,3 @@ def test_a_dry_run_prints_the_script_alone(run_file, monkeypatch):  # noqa: F811
     assert f"set -- {run_file} training.seed=3\n" in done.stdout
     assert "not submitted (--dry-run)" in done.stderr
     assert not (run_file.parent / "out").exists()
-
-
-# Status
-
-
-def write_run(folder: Path, run: str, steps: int, every: float = 2.0) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "run.yaml").write_text(run)
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(1, steps + 1):
-            line = {"time": 1000 + every * step, "step": step, "useful_tokens": 1}
-            line |= {"prompt": "triage", "metrics": {"train_loss": 1 / step}}
-            file.write(json.dumps(line) + "\n")
-
-
-def test_status_without_slurm(run_file, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("PATH", "")
-    out = run_file.parent / "out"
-    write_run(out, run_file.read_text(), 3)
-    (out / "checkpoints" / "step-00000002").mkdir(parents=True)
-    report = status.read_status(out)
-    assert (report.state, report.step, report.steps, report.checkpoint) == ("not finished", 3, 5, 2)
-    assert report.eta_seconds is None
-    text = status_text.as_text(report, now=1016.0)
-    assert text.startswith(
-        f"{out}: not finished and not running; rerun the command to resume from st"
-    )
-    assert "Slurm job: none" in text
-    assert "step: 3 of 5\n" in text
-    assert "last metrics: 10 s ago" in text
-    assert "checkpoint: step 2" in text
-    assert "triage: train_loss 0.3333" in text
-
-
-def test_status_of_a_run_that_runs_here(run_file, monkeypatch):  # noqa: F811
-    """Also of one that was resumed after it had failed."""
-    monkeypatch.setenv("PATH", "")
-    out = run_file.parent / "out"
-    write_run(out, run_file.read_text(), 3)
-    (out / "summary.json").write_text('{"status": "failed", "error": "x"}')
-    held = run_lock.acquire(out, print)
-    try:
-        report = status.read_status(out)
-        assert (report.state, report.eta_seconds) == ("running", pytest.approx(4.0))
-        assert report.description.startswith(f"running: process {os.getpid()} on ")
-        assert "step: 3 of 5, about 4 s left" in status_text.as_text(report)
-    finally:
-        held.release()
-    assert status.read_status(out).state == "failed"
-
-
-JUNK = ["[]", "null", "7", '"x"', "{", "", "[" * 100_000, '{"a": "\\ud800"}', "\0\xff", "NaN"]
-#: Files of an output folder, and values of a wrong kind in them.
-ODD = {
-    "summary.json": [
-        '{"status": []}',
-        '{"status": "finished", "steps": Infinity}',
-        '{"prompts": []}',
-        '{"prompts": {"a": 3}}',
-        '{"prompts": {"a": {"stopped": 7}}}',
-        '{"status": "failed", "error": {"x": 1}}',
-    ],
-    "metrics.jsonl": [
-        '{"time": 1, "step": Infinity, "metrics": {}}\n',
-        '{"time": NaN, "step": 1, "metrics": {}}\n',
-        '{"time": 1e308, "step": 1, "metrics": {}}\n{"time": -1e308, "step": 2, "metrics": {}}\n',
-        '{"time": 1, "step": 1, "prompt": ["a"], "metrics": {}}\n',
-        '{"time": 1, "step": 1, "prompt": "a", "metrics": []}\n',
-        '{"time": 1, "step": -9, "prompt": "a", "metrics": {"validation_x": 1e999}}\n',
-    ],
-    "run.lock": [
-        '{"pid": "x"}',
-        json.dumps(dict.fromkeys(Holder.__dataclass_fields__, 1)),
-        json.dumps(dict.fromkeys(Holder.__dataclass_fields__, "x")),
-        json.dumps(dict.fromkeys(Holder.__dataclass_fields__)),
-    ],
-    "logs/submitted/1/job.json": [
-        '{"job": 3, "tasks": "abc"}',
-        '{"job": "3", "tasks": [1, {}]}',
-        '{"job": "3", "tasks": ["a\\u0000b", "c"]}',
-        '{"job": "3", "tasks": ["' + "x" * 5000 + '", "c"]}',
-    ],
-    "checkpoints": [""],
-    "logs": [""],
-}
-
-
-def test_status_of_damaged_folders(run_file, monkeypatch):  # noqa: F811
-    """Each file is damaged, a folder, a link to itself, or there and not readable as text."""
-    monkeypatch.setenv("PATH", "")
-    out = run_file.parent / "out"
-    for name, values in ODD.items():
-        for content in [*values, *JUNK, None, "loop"]:
-            shutil.rmtree(out, ignore_errors=True)
-            write_run(out, run_file.read_text(), 3)
-            path = out / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            if content is None:
-                path.mkdir()
-            elif content == "loop":
-                path.symlink_to(path)
-            else:
-                path.write_text(content, encoding="utf-8", errors="surrogateescape")
-            try:
-                report = status.read_status(out)
-            except BadInput:
-                continue
-            assert report.state in ("not finished", "finished", "failed", "array", "unknown")
-            status_text.as_text(report)
-            json.loads(status_text.as_json(report))
-    for name in ("step-x", "step-", "step-00000001.tmp", "step-\u0663"):
-        (out / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
-    assert status.read_status(out).checkpoint is None
-
-
-def test_status_prints_nothing_that_controls_a_terminal(run_file, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("PATH", "")
-    out = run_file.parent / "out"
-    write_run(out, run_file.read_text(), 1)
-    evil = "\x1b]0;title\x07\x9b31m\u202e http://me:secret@host"
-    line = {"time": 1, "step": 1, "prompt": evil, "metrics": {f"validation_{evil}": 1.0}}
-    (out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    (out / "summary.json").write_text(json.dumps({"status": "failed", "error": evil}))
-    for words in ([], ["--json"]):
-        done = run_promptshard("status", out, *words)
-        assert done.returncode == 0, done.stderr
-        assert not set("\x1b\x07\x9b\u202e") & set(done.stdout)
-    assert "\\x1b]0;title" in status_text.as_text(status.read_status(out))
-    assert "secret" not in status_text.as_text(status.read_status(out))
-
-
-@pytest.mark.parametrize(
-    ("summary", "state", "text"),
-    [
-        ({"status": "finished", "steps": 5}, "finished", "finished at step 5"),
-        ({"status": "failed", "error": "out of memory"}, "failed", "failed: out of memory"),
-    ],
-)
-def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, text):  # noqa: F811
-    monkeypatch.setenv("PATH", "")
-    out = run_file.parent / "out"
-    write_run(out, run_file.read_text(), 5)
-    (out / "summary.json").write_text(json.dumps(summary))
-    report = status.read_status(out)
-    assert (report.state, report.eta_seconds) == (state, None)
-    assert report.description.startswith(text)
-
-
-@pytest.mark.parametrize(
-    ("squeue", "sacct", "state", "text"),
-    [
-        ("RUNNING|None|n[1-2]|1:00:00", "", "running", "running on n[1-2]"),
-        ("PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
-        ("", "TIMEOUT|0:0|n1", "not finished", "job 12 ended: TIMEOUT (exit code 0:0)"),
-        ("", "CANCELLED by 0|0:15|n1", "not finished", "job 12 ended: CANCELLED"),
-        ("", "", "not finished", "not finished and not running; rerun the command to start over"),
-    ],
-)
-def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, text):  # noqa: F811
-    for name, answer in (("squeue", squeue), ("sacct", sacct)):
-        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s\\n' '{answer}'\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    out = run_file.parent / "out"
-    folder = out / "logs" / "submitted" / "20260101-000000"
-    folder.mkdir(parents=True)
-    (folder / "run.yaml").write_text(run_file.read_text())  # before the run has saved its own
-    (folder / "job.json").write_text(json.dumps({"job": "12", "tasks": [str(out)]}))
-    report = status.read_status(out)
-    assert (report.state, report.step, report.steps) == (state, 0, 5)
-    assert text in report.description
-
-
-def test_status_of_a_folder_without_a_run(tmp_path):
-    for folder in (tmp_path / "nowhere", tmp_path):
-        done = run_promptshard("status", folder)
-        assert done.returncode == 2
-        assert str(folder) in done.stderr
-
-
-def test_pauses_do_not_count_as_step_time():
-    assert status._pace([0.0, 1.0, 2.0, 3.0, 500.0, 501.0]) == 1.0
-    assert status._pace([1.0]) is None
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(4.4, "4 s"), (600, "10 min"), (12000, "3 h 20 min"), (187200, "2 d 4 h"), (-3, "0 s")],
-)
-def test_durations(seconds, text):
-    assert status_text.duration(seconds) == text

@@ -217,15 +217,30 @@ def _acquire(path: Path, ours: Holder) -> str | None:
     raise BadInput(_in_use(path, file))
 
 
-def running_process(folder: Path) -> str | None:
-    """Describe the process that holds a folder's lock; None if there is none or it died."""
+@dataclass(frozen=True)
+class LockState:
+    """The lock of an output folder, as a process sees it that does not take it.
+
+    Attributes:
+        holder: None if the lock file is damaged or cannot be read.
+        touched: time of the last heartbeat in Unix seconds; None if it is unknown.
+        dead: why the holder is certainly dead; None if it may be alive.
+    """
+
+    holder: Holder | None
+    touched: float | None
+    dead: str | None
+
+
+def lock_state(folder: Path) -> LockState | None:
+    """Read the lock of an output folder without taking it; None if no process holds it."""
     try:
         file = _read(folder / LOCK)
     except (BadInput, OSError):
+        return LockState(None, None, f"{LOCK} cannot be read")
+    if file is None:
         return None
-    if file is None or file.holder is None or file.why_dead(Holder.here(), time.time()):
-        return None
-    return str(file)
+    return LockState(file.holder, file.touched, file.why_dead(Holder.here(), time.time()))
 
 
 def refuse_if_alive(folder: Path) -> None:
