@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -38,7 +39,7 @@ from launch.start import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import refuse_if_alive
 from trainer.config import RunConfig
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import ROWS_CHECKED
+from trainer.runtime.process import ROWS_CHECKED, STARTED, process_age
 from trainer.tracking.process_client import URI_VARIABLE
 
 app = typer.Typer(
@@ -158,12 +159,19 @@ def train(
     os.environ[ROWS_CHECKED] = "1"
     refuse_if_alive(Path(config.output_dir))
 
+    started = time.time() - process_age()
+
     def attempt(fresh: bool) -> ExitReport:
+        nonlocal started
+        os.environ[STARTED] = str(started)
         flags = [*(["--fresh"] if fresh else []), *(["--verbose"] if verbose else [])]
         arguments = [run_file, *overrides, *flags]
         if place is not None:
-            return node.run("trainer", arguments, config.output_dir, place)
-        return start_ranks("trainer", arguments, config.output_dir, processes, hostfile)
+            report = node.run("trainer", arguments, config.output_dir, place)
+        else:
+            report = start_ranks("trainer", arguments, config.output_dir, processes, hostfile)
+        started = time.time()  # of the next attempt
+        return report
 
     _exit_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
 

@@ -80,7 +80,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         Stopped: after a rank received a stop signal and the state of the last step was saved.
     """
     times = PhaseTimes()
-    times.add({"start": process.process_age()})
+    times.add({"start": process.seconds_since_start()})
     with times("start"), console.phase("connecting ranks"):
         engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(Path(config.output_dir) / "logs", config.engine.silence_seconds)

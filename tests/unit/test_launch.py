@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from launch import exit_report, launcher_command, launcher_process, node, preflight, ssh
 from launch.launcher_command import Devices, Host, Place
@@ -859,3 +860,31 @@ def test_the_start_of_ranks_is_reported_until_rank_0_has_its_log(tmp_path, monke
     clock[0] = 1040.0
     notice.poll()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flags", [[], ["--verbose"], ["--fresh", "--verbose"]])
+def test_verbose_reaches_the_ranks(tmp_path, monkeypatch, flags):
+    from launch import commands
+
+    passed: list[list[str]] = []
+
+    def start_ranks(module, arguments, *_):
+        passed.append(list(arguments))
+        return exit_report.ExitReport(0)
+
+    monkeypatch.setattr(commands, "start_ranks", start_ranks)
+    for variable in (commands.ROWS_CHECKED, commands.STARTED):  # are restored after the test
+        monkeypatch.setenv(variable, "")
+    example = str(Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml")
+    arguments = [example, f"output_dir={tmp_path / 'out'}"]
+    result = CliRunner().invoke(commands.app, ["train", *arguments, *flags])
+    assert result.exit_code == 0, result.output
+    assert passed == [[*arguments, *flags]]
+
+
+def test_verbose_is_no_part_of_the_recorded_command():
+    from trainer.__main__ import _parser, shown_command
+
+    args = _parser().parse_args(["r.yaml", "training.steps=5", "--verbose"])
+    assert args.verbose
+    assert shown_command(args) == "deepspeed --module trainer r.yaml training.steps=5"

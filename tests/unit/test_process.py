@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from trainer.runtime import process
 from trainer.runtime.process import ending_signal, process_start
 
 
@@ -20,3 +21,14 @@ def test_exit_status_of_a_process_that_is_not_yet_reaped(end: str, number: int) 
     assert ending_signal(child.pid) == number
     assert process_start(child.pid) == ""
     child.wait()
+
+
+def test_the_start_of_the_command_counts_if_it_is_known(monkeypatch):
+    monkeypatch.setattr(process.time, "time", lambda: 1000.0)
+    monkeypatch.setenv(process.STARTED, "940.5")
+    assert process.seconds_since_start() == 59.5
+    for value in ("", "no number"):
+        monkeypatch.setenv(process.STARTED, value)
+        assert process.seconds_since_start() == pytest.approx(process.process_age(), abs=5)
+    monkeypatch.delenv(process.STARTED)
+    assert process.seconds_since_start() > 0

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 UNFINISHED = "PROMPTSHARD_UNFINISHED"
 #: Environment variable that is set if the remarks about the rows were already printed.
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
+#: Environment variable with the time (seconds since the epoch) at which the command was started.
+STARTED = "PROMPTSHARD_STARTED"
 #: Result of ``process_start`` if the process exists but has no readable start time.
 UNKNOWN = "unknown"
 
@@ -73,6 +76,14 @@ def process_age() -> float:
         return max(0.0, float(read_text("/proc/uptime").split()[0]) - started)
     except (ValueError, IndexError):
         return 0.0
+
+
+def seconds_since_start() -> float:
+    """Return the seconds since the command was started, or since this process was, if unknown."""
+    try:
+        return max(0.0, time.time() - float(os.environ[STARTED]))
+    except (KeyError, ValueError):
+        return process_age()
 
 
 def ending_signal(pid: int) -> int:
