@@ -12,8 +12,10 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+from docs.render import run_file_page
 from launch import preflight
 from trainer.config import load, resolve_path
+from trainer.config.schema import FILE_NAME, schema_text
 from trainer.data.splits import check_rows
 from trainer.runtime.errors import BadInput
 
@@ -33,7 +35,7 @@ COMMANDS = {
     ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make test": "this test suite",
-    "make docs": "what it writes is compared in tests/unit/test_settings.py",
+    "make docs": "what it writes is compared in this file",
     "make faults": "pytest --list-faults, an option of tests/conftest.py",
     "make lint": "part of make test",
     "make format": "ruff, as in make lint",
@@ -84,6 +86,11 @@ def test_every_policy_shards_the_parameters(path):
 
 def test_no_other_kind_of_file_hides_in_ds_configs():
     assert {path.suffix for path in (ROOT / "ds_configs").iterdir()} == {".json"}
+
+
+def test_the_reference_of_the_run_file_is_what_the_config_says():
+    assert _text(ROOT / "docs" / "run-file.md") == run_file_page(), "run make docs"
+    assert _text(ROOT / "examples" / FILE_NAME) == schema_text(), "run make docs"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=short)

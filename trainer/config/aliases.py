@@ -16,10 +16,12 @@ class Alias:
 
     Attributes:
         setting: promptshard's name, or None if it has no such setting.
+        see: the closest setting if there is no such setting; may be None.
         remedy: what to write instead, or why there is no such setting; may be empty.
     """
 
     setting: str | None
+    see: str | None
     remedy: str
 
     @property
@@ -35,7 +37,7 @@ def all_aliases() -> Mapping[str, Alias]:
     """Return the translations by name; a name with a dot applies in that section only."""
     table = yaml_parser.parse(Path(__file__).with_name("aliases.yaml").read_text("utf-8")).data
     return {
-        name: Alias(row.get("setting"), row.get("remedy", ""))
+        name: Alias(row.get("setting"), row.get("see"), row.get("remedy", ""))
         for row in table
         for name in row["names"].split()
     }

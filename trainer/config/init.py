@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from trainer.config.types import PathText, Section
+from trainer.runtime.errors import did_you_mean
 
 #: Fields that can be written alone: ``init: vocab`` is ``{vocab: true}``.
 SHORT_FORMS = ("auto", "vocab", "labels", "random", "zero")
@@ -58,7 +59,15 @@ class Init(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        return {value: True} if value in SHORT_FORMS else value
+        if not isinstance(value, str):
+            return value
+        if value not in SHORT_FORMS:
+            hint = did_you_mean(value, SHORT_FORMS)
+            raise ValueError(
+                f"{value[:80]!r} is not one of {', '.join(SHORT_FORMS)}{hint}; to start from a "
+                "text, write {text: ...}"
+            )
+        return {value: True}
 
     @model_validator(mode="after")
     def _one(self) -> Init:

@@ -249,7 +249,8 @@ def find(name: str) -> tuple[list[str], str | None]:
         return matches, None
     alias = aliases.find_alias(wanted)
     if alias is not None:
-        return [alias.setting] if alias.setting else [], f"{name}: {alias.text}"
+        closest = alias.setting or alias.see
+        return [closest] if closest else [], f"{name}: {alias.text}"
     leaf = wanted.rpartition(".")[2]
     hint = did_you_mean(wanted, list(known)) if "." in wanted else ""
     hint = hint or did_you_mean(leaf, [*(s.leaf for s in known.values()), *aliases.all_aliases()])

@@ -44,7 +44,7 @@ class DataSource(Section):
     split: str | None = Field(
         None,
         description="split of a hub dataset or saved folder\n"
-        "null: train or validation, by the setting that names the source",
+        "null: the one named as the setting: train, validation or shifted_validation",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of a hub dataset\nnull: main"
