@@ -89,8 +89,10 @@ def test_no_other_kind_of_file_hides_in_ds_configs():
 
 
 def test_the_reference_of_the_run_file_is_what_the_config_says():
-    assert _text(ROOT / "docs" / "run-file.md") == run_file_page(), "run make docs"
-    assert _text(ROOT / "examples" / FILE_NAME) == schema_text(), "run make docs"
+    page = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    assert page == run_file_page(), "run make docs"
+    schema = (ROOT / "examples" / FILE_NAME).read_text(encoding="utf-8")
+    assert schema == schema_text(), "run make docs"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=short)
