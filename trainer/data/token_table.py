@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: Version of the file format of a table's folder.
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 1 << 24
 
 
@@ -30,11 +30,16 @@ class Example:
         label_spans: (start, stop) of the tokens that are labels, ascending and disjoint: one for a
             target, or one per learned turn of a dialogue.
         row: index in its ``RowDataset``.
+        prompt_at: index of the token before which the virtual tokens are inserted.
+        prompt_end: number of leading tokens in the prompt's segment, at least ``prompt_at``. Rows
+            with the same leading tokens share this segment in a packed batch.
     """
 
     input_ids: tuple[int, ...]
     label_spans: tuple[tuple[int, int], ...]
     row: int
+    prompt_at: int = 0
+    prompt_end: int = 0
 
     @classmethod
     def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
@@ -65,6 +70,7 @@ class TokenBlock:
         spans_S2: (start, stop) within the example.
         span_counts_R: spans of each example.
         rows_R: index of each example in the ``RowDataset``.
+        places_R2: ``prompt_at`` and ``prompt_end`` of each example.
     """
 
     ids_T: NDArray[np.int32]
@@ -72,6 +78,7 @@ class TokenBlock:
     spans_S2: NDArray[np.int32]
     span_counts_R: NDArray[np.int64]
     rows_R: NDArray[np.int64]
+    places_R2: NDArray[np.int32]
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> TokenBlock:
@@ -82,6 +89,7 @@ class TokenBlock:
             np.array(spans, np.int32).reshape(-1, 2),
             np.array([len(e.label_spans) for e in examples], np.int64),
             np.array([e.row for e in examples], np.int64),
+            np.array([(e.prompt_at, e.prompt_end) for e in examples], np.int32).reshape(-1, 2),
         )
 
 
@@ -93,15 +101,28 @@ class TokenTable(Sequence[Example]):
         offsets: [R + 1] start of each example, and the end of the last one.
         spans_S2, span_offsets: label spans, stored in the same way.
         rows_R: index of each example in the ``RowDataset``.
+        places_R2: ``prompt_at`` and ``prompt_end`` of each example.
     """
 
     def __init__(
-        self, ids_T: Any, offsets: Any, spans_S2: Any, span_offsets: Any, rows_R: Any
+        self,
+        ids_T: Any,
+        offsets: Any,
+        spans_S2: Any,
+        span_offsets: Any,
+        rows_R: Any,
+        places_R2: Any,
     ) -> None:
         # Views as plain arrays: slicing a memmap object takes several times as long.
-        self._ids_T, self._offsets, self._spans_S2, self._span_offsets, self.rows_R = (
-            np.asarray(array) for array in (ids_T, offsets, spans_S2, span_offsets, rows_R)
-        )
+        arrays = (ids_T, offsets, spans_S2, span_offsets, rows_R, places_R2)
+        (
+            self._ids_T,
+            self._offsets,
+            self._spans_S2,
+            self._span_offsets,
+            self.rows_R,
+            self._places_R2,
+        ) = (np.asarray(array) for array in arrays)
 
     def __len__(self) -> int:
         return len(self.rows_R)
@@ -119,11 +140,23 @@ class TokenTable(Sequence[Example]):
         start, stop = self._offsets[index : index + 2].tolist()
         first, last = self._span_offsets[index : index + 2].tolist()
         spans = tuple((a, b) for a, b in self._spans_S2[first:last].tolist())
-        return Example(tuple(self._ids_T[start:stop].tolist()), spans, int(self.rows_R[index]))
+        ids = tuple(self._ids_T[start:stop].tolist())
+        return Example(ids, spans, int(self.rows_R[index]), *self._places_R2[index].tolist())
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         return np.diff(self._offsets).astype(np.int32)
+
+    @cached_property
+    def own_lengths(self) -> NDArray[np.int32]:
+        """Tokens of each example without those that all examples have in the prompt's segment."""
+        ends_R = self._places_R2[:, 1]
+        end = int(ends_R[0]) if len(ends_R) and (ends_R == ends_R[0]).all() else 0
+        first = self._ids_T[:end]
+        for place in range(end):  # by column: a copy of all leading tokens may not fit in memory
+            if not (self._ids_T[self._offsets[:-1] + place] == first[place]).all():
+                return self.lengths
+        return self.lengths - np.int32(end)
 
     @cached_property
     def num_labels(self) -> NDArray[np.int32]:
@@ -149,6 +182,7 @@ def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
         np.concatenate([block.spans_S2 for block in parts]),
         _offsets(np.concatenate([block.span_counts_R for block in parts])),
         np.concatenate([block.rows_R for block in parts]),
+        np.concatenate([block.places_R2 for block in parts]),
     )
 
 
@@ -158,6 +192,7 @@ def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
     offsets = _Growing(folder / "offsets.npy", np.int64)
     span_offsets = _Growing(folder / "span_offsets.npy", np.int64)
     rows = _Growing(folder / "rows.npy", np.int64)
+    places = _Growing(folder / "places.npy", np.int32, 2)
     for growing in (offsets, span_offsets):
         growing.append(np.zeros(1, np.int64))
     for block in blocks:
@@ -166,7 +201,8 @@ def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
         ids.append(block.ids_T)
         spans.append(block.spans_S2)
         rows.append(block.rows_R)
-    for growing in (ids, spans, offsets, span_offsets, rows):
+        places.append(block.places_R2)
+    for growing in (ids, spans, offsets, span_offsets, rows, places):
         growing.close()
     return {"format": FORMAT, "tokens": ids.size, "spans": spans.size, "examples": rows.size}
 
@@ -179,10 +215,10 @@ def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
     """
     arrays = [
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("ids", "offsets", "spans", "span_offsets", "rows")
+        for name in ("ids", "offsets", "spans", "span_offsets", "rows", "places")
     ]
     sizes = [record[key] + more for key, more in (("tokens", 0), ("examples", 1), ("spans", 0))]
-    sizes += [record["examples"] + 1, record["examples"]]
+    sizes += [record["examples"] + 1, record["examples"], record["examples"]]
     if record["format"] != FORMAT or [len(array) for array in arrays] != sizes:
         raise ValueError(f"{folder}: holds {[len(a) for a in arrays]}, not {json.dumps(record)}")
     return TokenTable(*arrays)

@@ -128,9 +128,11 @@ class PromptedBase(nn.Module):
     def _hidden(self, batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
         """Output of the last layer at the labels, [N, H]; or at the shared positions, [U, H]."""
         words_TH = self._embed(batch.token_ids_T)
-        prompts = [virtual_tokens[k].tensor.to(self.dtype) for k, _ in batch.prompts]
-        num_virtual = sum(prompt.shape[0] for prompt in prompts)
-        hidden_TH = torch.cat([*prompts, words_TH[num_virtual:]])
+        parts, end = [], 0
+        for k, positions in batch.prompts:
+            parts += [words_TH[end : positions.start], virtual_tokens[k].tensor.to(self.dtype)]
+            end = positions.end
+        hidden_TH = torch.cat([*(part for part in parts if len(part)), words_TH[end:]])
         past = [virtual_tokens[k].tensor.to(self.dtype) for k, _ in batch.past]
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
             # Makes backward gather the same layers as on a rank with virtual tokens.
@@ -157,7 +159,7 @@ class PromptedBase(nn.Module):
 
     def _padded(self, batch: PackedBatch, hidden_TH: Tensor) -> Tensor:
         """``_packed`` for families that do not support packed rows."""
-        rows = pad_rows(batch.segments[len(batch.prompts) :], hidden_TH.device)
+        rows = pad_rows(batch.segments[batch.first_row :], hidden_TH.device)
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[rows.token_BL],
             attention_mask=rows.mask_BL,

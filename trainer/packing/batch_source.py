@@ -28,7 +28,7 @@ class BatchSource:
         self._teachers = [tasks[p.task].teachers.get(p.name) for p in config.prompts]
         self._samplers = [
             TokenBudgetSampler(
-                examples.lengths,
+                examples.own_lengths,
                 config.training.tokens_per_step,
                 config.data_seed(prompt),
                 _components(examples, tasks[prompt.task].train_rows),

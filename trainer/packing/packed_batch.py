@@ -2,7 +2,8 @@
 
 A packed batch contains each prompt once, not once per row: in a causal model, the states of a
 prompt do not depend on the text after it. Every row attends to its own prompt and to itself; its
-positions continue those of the prompt. A prompt of keys and values per layer (prefix tuning) has no
+positions continue those of the prompt. A prompt's segment may also contain text around the virtual
+tokens, with which rows begin: rows with the same such text share the segment. A prompt of keys and values per layer (prefix tuning) has no
 tokens in the packed batch: its segment is after the last token, where attention puts its keys.
 
 A row with several candidate targets has one segment with the tokens that all candidates share, and
@@ -30,6 +31,10 @@ from trainer.data.token_table import Example
 T = TypeVar("T")
 
 
+#: Index of a prompt in the bank, number of tokens before its virtual tokens, tokens around them.
+SegmentKey = tuple[int, int, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """One row of a task together with the prompt before it.
@@ -53,22 +58,35 @@ class PackedRow:
 
     @cached_property
     def shared_ids(self) -> tuple[int, ...]:
-        """The longest common prefix of all candidates."""
-        read = [_read_ids(example) for example in self.candidates]
+        """The longest common prefix of all candidates, without the prompt's segment."""
+        read = [_read_ids(example)[self.num_leading :] for example in self.candidates]
         same = (len(set(column)) == 1 for column in zip(*read, strict=False))
         return read[0][: sum(takewhile(bool, same))]
 
     @cached_property
     def own_ids(self) -> tuple[tuple[int, ...], ...]:
         """Tokens of each candidate after the shared ones, without its last label."""
-        return tuple(_read_ids(c)[len(self.shared_ids) :] for c in self.candidates)
+        read = self.num_leading + len(self.shared_ids)
+        return tuple(_read_ids(c)[read:] for c in self.candidates)
+
+    @property
+    def num_leading(self) -> int:
+        """Number of leading tokens of the example that are in the prompt's segment."""
+        return 0 if self.prompt is None else self.example.prompt_end
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens in a packed batch, without the prompt."""
+        """Number of tokens in a packed batch, without the prompt's segment."""
         if not self.candidates:
-            return self.example.num_tokens
+            return self.example.num_tokens - self.num_leading
         return len(self.shared_ids) + sum(map(len, self.own_ids))
+
+    @cached_property
+    def segment_key(self) -> SegmentKey | None:
+        """Key of the prompt's segment, which rows with equal keys share; None without a prompt."""
+        if self.prompt is None:
+            return None
+        return self.prompt, self.example.prompt_at, self.example.input_ids[: self.num_leading]
 
 
 def _read_ids(example: Example) -> tuple[int, ...]:
@@ -89,6 +107,10 @@ class Segment:
     length: int
     prefix: Segment | None = None
     candidate: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
     @property
     def prefixes(self) -> tuple[Segment, ...]:
@@ -121,7 +143,9 @@ class PackedBatch:
     Attributes:
         token_ids_T: token ids; 0 at the positions of virtual tokens.
         position_ids_T: every row continues the positions of its prompt.
-        prompts: (index in the bank, segment) of every prompt of virtual tokens.
+        prompts: (index in the bank, positions of its virtual tokens), ascending. A prompt occurs
+            more than once if its rows have different text before the virtual tokens.
+        first_row: index of the first segment that is part of a row.
         past: (index in the bank, segment) of every prompt of keys and values; these segments are
             after the last token.
         segments: all segments of tokens, prompts first; candidates of one row are consecutive.
@@ -142,6 +166,7 @@ class PackedBatch:
     prompts: tuple[tuple[int, Segment], ...]
     past: tuple[tuple[int, Segment], ...]
     segments: tuple[Segment, ...]
+    first_row: int
     label_positions_N: Tensor
     labels_N: Tensor
     label_prompt_N: Tensor
@@ -197,22 +222,34 @@ def build_packed_batch(
         prompt_lengths: positions of every prompt, as ``PromptLengths.tokens``.
         past_lengths: as ``PromptLengths.past``; none by default.
     """
-    used = sorted({row.prompt for row in rows if row.prompt is not None})
-    past = [k for k in used if past_lengths and past_lengths[k]]
+    keys = dict.fromkeys(row.segment_key for row in rows if row.segment_key is not None)
+    # By prompt, which all ranks number alike; Python's sort keeps the order of the rows otherwise.
+    ordered = sorted(keys, key=lambda key: key[0])
+    past = list(dict.fromkeys(k for k, _, _ in ordered if past_lengths and past_lengths[k]))
     builder = _BatchBuilder()
-    prompt_segments = {k: builder.append([0] * prompt_lengths[k]) for k in used if k not in past}
-    prompts = tuple(prompt_segments.items())
-    end = len(builder.token_ids) + sum(row.num_tokens for row in rows)
+    end = sum(prompt_lengths[k] + len(ids) for k, _, ids in ordered)
+    end += sum(row.num_tokens for row in rows)
+    past_segments: dict[int, Segment] = {}
     for k in past:
-        prompt_segments[k] = Segment(end, past_lengths[k])
+        past_segments[k] = Segment(end, past_lengths[k])
         end += past_lengths[k]
+    prompt_segments: dict[SegmentKey | None, Segment | None] = {None: None}
+    prompts = []
+    for key in ordered:
+        k, at, ids = key
+        if k not in past_segments:
+            prompts.append((k, Segment(len(builder.token_ids) + at, prompt_lengths[k])))
+            ids = (*ids[:at], *[0] * prompt_lengths[k], *ids[at:])
+        prefix = past_segments.get(k)
+        prompt_segments[key] = builder.append(ids, prefix) if ids or prefix is None else prefix
+    first_row = len(builder.segments)
     for row in rows:
-        prompt = None if row.prompt is None else prompt_segments[row.prompt]
+        segment = prompt_segments[row.segment_key]
         if row.candidates:
-            builder.add_candidates(row, prompt)
+            builder.add_candidates(row, segment)
         else:
-            builder.add_row(row, prompt)
-    return builder.build(prompts, tuple((k, prompt_segments[k]) for k in past))
+            builder.add_row(row, segment)
+    return builder.build(tuple(prompts), tuple(past_segments.items()), first_row)
 
 
 @dataclass
@@ -239,19 +276,22 @@ class _BatchBuilder:
 
     def add_row(self, row: PackedRow, prompt: Segment | None) -> None:
         """Append a row with a single target."""
-        start = self.append(row.example.input_ids, prompt).start
+        leading = row.num_leading
+        start = self.append(row.example.input_ids[leading:], prompt).start
         if row.teacher is not None:
             first = len(self.labels)
             self.distilled += range(first, first + row.example.num_labels)
         for first, stop in row.example.label_spans:
             # The output at one position predicts the token at the next.
-            self.label_positions += range(start + first - 1, start + stop - 1)
+            self.label_positions += range(start + first - 1 - leading, start + stop - 1 - leading)
+        if prompt is not None and row.example.target_start == leading:
+            self.label_positions[-row.example.num_labels] = prompt.end - 1
         self._label(row, row.slot, row.example)
 
     def add_candidates(self, row: PackedRow, prompt: Segment | None) -> None:
         """Append the tokens that a row's candidates share, then those of each candidate."""
         self.any_candidates = True
-        prefix, shared = prompt, len(row.shared_ids)
+        prefix, shared, leading = prompt, len(row.shared_ids), row.num_leading
         row_start = len(self.token_ids)
         if shared:
             prefix = self.append(row.shared_ids, prompt)
@@ -262,8 +302,10 @@ class _BatchBuilder:
             self.label_positions += (
                 place + (row_start if place < shared else own_start)
                 for first, stop in example.label_spans
-                for place in range(first - 1, stop - 1)
+                for place in range(first - 1 - leading, stop - 1 - leading)
             )
+            if prompt is not None and example.target_start == leading:
+                self.label_positions[-example.num_labels] = prompt.end - 1
             self._label(row, row.slot + i, example)
 
     def _label(self, row: PackedRow, slot: int, example: Example) -> None:
@@ -277,6 +319,7 @@ class _BatchBuilder:
         self,
         prompts: tuple[tuple[int, Segment], ...],
         past: tuple[tuple[int, Segment], ...],
+        first_row: int,
     ) -> PackedBatch:
         label_positions_N = torch.tensor(self.label_positions)
         shared = None
@@ -288,6 +331,7 @@ class _BatchBuilder:
             prompts=prompts,
             past=past,
             segments=tuple(self.segments),
+            first_row=first_row,
             label_positions_N=label_positions_N,
             labels_N=torch.tensor(self.labels),
             label_prompt_N=torch.tensor(self.label_prompt),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_batch import PackedRow, SegmentKey
 
 T = TypeVar("T")
 
@@ -62,23 +62,29 @@ def _fill(
 ) -> list[list[PackedRow]]:
     batches: list[list[PackedRow]] = [[] for _ in range(num_batches)]
     loads = [(0, batch) for batch in range(num_batches)]
-    seen: list[set[int]] = [set() for _ in range(num_batches)]
+    seen: list[set[SegmentKey]] = [set() for _ in range(num_batches)]
     for i in order:
         row = rows[i]
         load, lightest = loads[0]
         batches[lightest].append(row)
         load += row.num_tokens
-        if row.prompt is not None and row.prompt not in seen[lightest]:
-            seen[lightest].add(row.prompt)
-            load += prompt_lengths[row.prompt]
+        key = row.segment_key
+        if key is not None and key not in seen[lightest]:
+            seen[lightest].add(key)
+            load += _segment_tokens(key, prompt_lengths)
         heapq.heapreplace(loads, (load, lightest))
     return batches
 
 
 def _tokens(batch: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
-    prompts = {row.prompt for row in batch if row.prompt is not None}
+    keys = {row.segment_key for row in batch if row.segment_key is not None}
     text = sum(row.num_tokens for row in batch)
-    return text + sum(prompt_lengths[k] for k in prompts)
+    return text + sum(_segment_tokens(key, prompt_lengths) for key in keys)
+
+
+def _segment_tokens(key: SegmentKey, prompt_lengths: Sequence[int]) -> int:
+    prompt, _, leading_ids = key
+    return prompt_lengths[prompt] + len(leading_ids)
 
 
 def portions(items: Iterable[T], num_tokens: Callable[[T], int], most: float) -> Iterator[list[T]]:

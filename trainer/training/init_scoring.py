@@ -114,7 +114,7 @@ class LossInitScorer:
 
         def num_tokens(start: tuple[int, Words]) -> int:
             i, words = start
-            return len(words) + sum(row.example.num_tokens for row in self._rows[i])
+            return len(words) + sum(row.num_tokens for row in self._rows[i])
 
         return portions(starts, num_tokens, most)
 

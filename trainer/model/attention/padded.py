@@ -26,7 +26,8 @@ class PaddedRows:
         token_BL: index of each token in the packed batch; padding repeats the row's last token.
         mask_BL: 1 for tokens, 0 for padding.
         position_BL: positions, counted from the start of the prompt.
-        place_T: index in the flattened padded batch of each token of a row.
+        place_T: index in the flattened padded batch of each token; of a prompt's token, one of the
+            places where it is repeated.
     """
 
     token_BL: Tensor
@@ -38,14 +39,13 @@ class PaddedRows:
 def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
     """Lay out one or more rows, given as the segments that are not prompts."""
     assert all(len(row.prefixes) <= 1 for row in rows), "padded rows are not split into candidates"
-    own = [torch.arange(row.start, row.start + row.length) for row in rows]
+    own = [torch.arange(row.start, row.end) for row in rows]
     prefixes = [prefix_indices(row)[: row.prefix_length] for row in rows]
     token_BL = stack_padded([torch.cat(pair) for pair in zip(prefixes, own, strict=True)])
     prefix_length = torch.tensor([row.prefix_length for row in rows])[:, None]
     column = torch.arange(token_BL.shape[1])[None]
     is_token_BL = column < prefix_length + torch.tensor([row.length for row in rows])[:, None]
-    is_own_BL = is_token_BL & (column >= prefix_length)
-    place_T = torch.zeros(max(row.start + row.length for row in rows), dtype=torch.long)
-    place_T[token_BL[is_own_BL]] = is_own_BL.flatten().nonzero().flatten()
+    place_T = torch.zeros(max(row.end for row in rows), dtype=torch.long)
+    place_T[token_BL[is_token_BL]] = is_token_BL.flatten().nonzero().flatten()
     padded = PaddedRows(token_BL, is_token_BL.long(), column.expand_as(token_BL), place_T)
     return map_tensors(padded, lambda tensor: tensor.to(device, non_blocking=True))
