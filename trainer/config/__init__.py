@@ -30,6 +30,8 @@ from trainer.config.task import (
     PLACEHOLDER,
     DataSource,
     Task,
+    fixed_beginning,
+    split_template,
     template_fields,
 )
 from trainer.config.types import check_path, expand_path, parse_bytes
@@ -50,11 +52,13 @@ __all__ = [
     "check_path",
     "dump",
     "expand_path",
+    "fixed_beginning",
     "load",
     "load_output",
     "load_shards",
     "parse_bytes",
     "resolve_path",
+    "split_template",
     "sweeps",
     "template_fields",
 ]

@@ -22,6 +22,8 @@ LOWER_IS_BETTER = frozenset({"loss"})
 DEFAULT_TOOLS = "tools"
 #: A ``{column}`` field of a template, or a doubled brace (an escaped one).
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+#: The field of an input template that marks the place of the virtual tokens.
+VIRTUAL_TOKENS = "virtual_tokens"
 
 
 class DataSource(Section):
@@ -149,6 +151,8 @@ class Task(Section):
     input: str = Field(
         "",
         description="template of the text that the base reads, with {column} fields\n"
+        "{virtual_tokens} marks the place of the prompt; default: before everything. Fixed text "
+        "around it, up to the first column, becomes part of the prompt and costs nothing per row.\n"
         'Required, except with messages or tokens. For example "{text}\\nTopic:".',
     )
     target: str = Field(
@@ -222,7 +226,8 @@ class Task(Section):
     hand_written: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         default_factory=list,
         json_schema_extra={"default": []},
-        description="prompts in words to compare with, inserted before the input",
+        description="prompts in words to compare with\n"
+        "Inserted before the input, or at {virtual_tokens}.",
     )
 
     @field_validator("choices", mode="before")
@@ -290,6 +295,10 @@ class Task(Section):
             problems += self._problems_without_target() if not self.target else []
             if self.input and not template_fields(self.input):
                 problems.append("input: has no {column} field, so all rows would be the same")
+            if len(_fields(self.input, VIRTUAL_TOKENS)) > 1:
+                problems.append("input: has {virtual_tokens} more than once; keep one")
+            if _fields(self.target, VIRTUAL_TOKENS):
+                problems.append("target: {virtual_tokens} works in input only; move it there")
             return problems
         allowed = ("loss", "exact_match") if other[0] == "messages" else ("loss",)
         clash = [*other[1:], *(n for n in ("input", "target") if getattr(self, n))]
@@ -356,4 +365,22 @@ class Task(Section):
 
 def template_fields(template: str) -> list[str]:
     """Return the columns of a template in order, without repeats; ``{{`` and ``}}`` are braces."""
-    return list(dict.fromkeys(name for name in PLACEHOLDER.findall(template) if name))
+    names = dict.fromkeys(name for name in PLACEHOLDER.findall(template) if name)
+    return [name for name in names if name != VIRTUAL_TOKENS]
+
+
+def split_template(template: str) -> tuple[str, str] | None:
+    """Return the template before and after ``{virtual_tokens}``; None without this field."""
+    fields = _fields(template, VIRTUAL_TOKENS)
+    return (template[: fields[0].start()], template[fields[0].end() :]) if fields else None
+
+
+def fixed_beginning(template: str) -> str:
+    """Return the part of a template before its first column."""
+    columns = template_fields(template)
+    first = min((_fields(template, name)[0].start() for name in columns), default=len(template))
+    return template[:first]
+
+
+def _fields(template: str, name: str) -> list[re.Match[str]]:
+    return [match for match in PLACEHOLDER.finditer(template) if match[1] == name]

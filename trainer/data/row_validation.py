@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import DEFAULT_TOOLS, PLACEHOLDER, Task, template_fields
+from trainer.config.task import VIRTUAL_TOKENS
 from trainer.data.column_parsers import parsers, problem_of_tokens
 from trainer.data.text_readers import FileRecord, place, shorten
 from trainer.runtime.errors import did_you_mean
@@ -24,13 +25,18 @@ _KINDS = {
 }
 
 
-def render(template: str, row: Mapping[str, Any]) -> str:
+def render(template: str, row: Mapping[str, Any], hard_prompt: str = "") -> str:
     """Fill a template with ``str`` of a row's values; raises ``KeyError`` for a missing column.
 
     Unpaired braces are kept.
+
+    Args:
+        hard_prompt: text in place of ``{virtual_tokens}``.
     """
 
     def value(match: re.Match[str]) -> str:
+        if match[1] == VIRTUAL_TOKENS:
+            return hard_prompt
         return str(row[match[1]]) if match[1] else match[0][0]
 
     return PLACEHOLDER.sub(value, template)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import RunConfig, Task
+from trainer.config import RunConfig, Task, split_template
 from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
@@ -178,8 +178,9 @@ def load_tasks(
             loader = _TaskLoader(task, tokenizer, room, context_length, vocab_size, progress, date)
             data = loader.load(splits, read_progress)
             data.teachers = of_task
-            row = render(task.input, data.train_rows[0])
-            data.warnings += merge_warnings(prompts, tokenizer, row)
+            if split_template(task.input) is None:
+                row = render(task.input, data.train_rows[0])
+                data.warnings += merge_warnings(prompts, tokenizer, row)
             tasks[task.name] = data
         except BadInput as error:
             problems += error.problems

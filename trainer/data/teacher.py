@@ -7,10 +7,11 @@ prompts (prompt compression, Wingate et al. 2022, arXiv 2210.03162). Imports no 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer.config import Prompt, RunConfig
+from trainer.config import Prompt, RunConfig, split_template, template_fields
+from trainer.data.row_validation import render
 from trainer.data.token_table import Example
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
@@ -23,7 +24,8 @@ class Teacher:
     Attributes:
         index: among the distinct teachers of a run.
         token_ids: special tokens at the beginning of a text, then the teacher's text.
-        num_special: number of these special tokens. Rows omit theirs after the teacher.
+        num_special: number of these special tokens. Rows omit theirs after the teacher. 0 if the
+            task's input has ``{virtual_tokens}``, where the teacher's text is inserted.
         beginnings: token at the beginning of a row -> its tokens after the teacher's text; only for
             tokenizers that put a space before every text.
     """
@@ -49,7 +51,7 @@ class Teacher:
         shift = self.num_special + 1 - len(begin)
         spans = tuple((start - shift, stop - shift) for start, stop in example.label_spans)
         assert start > 0, "the first label is predicted by a token of the row"
-        return Example((*begin, *rest), spans, example.row)
+        return replace(example, input_ids=(*begin, *rest), label_spans=spans)
 
 
 def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
@@ -57,19 +59,27 @@ def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:
 
     Raises ``BadInput`` if a text has no tokens.
     """
-    texts = {prompt.name: prompt.teacher for prompt in config.prompts if prompt.teacher is not None}
-    if not texts:
+    if all(prompt.teacher is None for prompt in config.prompts):
         return {}
     teachers: dict[str, Teacher] = {}
-    by_ids: dict[tuple[int, ...], Teacher] = {}
+    known: dict[tuple[int, tuple[int, ...]], Teacher] = {}
     encoder = TextTokenizer(tokenizer)
     num_special, beginnings = len(encoder.front), encoder.beginnings()
-    for name, text in texts.items():
-        ids = tuple(encoder.inputs([text])[0])
-        if len(ids) <= num_special:
-            raise BadInput(f"prompts.{name}.teacher: has no tokens; write some words")
-        teacher = Teacher(len(by_ids), ids, num_special, beginnings)
-        teachers[name] = by_ids.setdefault(ids, teacher)
+    for prompt in config.prompts:
+        if prompt.teacher is None:
+            continue
+        halves = split_template(config.task(prompt.task).input)
+        if halves is None:
+            ids = encoder.inputs([prompt.teacher])[0]
+            teacher = Teacher(len(known), tuple(ids), num_special, beginnings)
+        else:
+            context = "" if template_fields(halves[0]) else render(halves[0], {})
+            (ids,), _ = encoder.targets([context], encoder.inputs([context]), [prompt.teacher])
+            teacher = Teacher(len(known), tuple(ids), 0)
+        if len(ids) <= teacher.num_special:
+            raise BadInput(f"prompts.{prompt.name}.teacher: has no tokens; write some words")
+        key = teacher.num_special, teacher.token_ids
+        teachers[prompt.name] = known.setdefault(key, teacher)
     return teachers
 
 

@@ -249,6 +249,7 @@ class Evaluator:
             task.max_new_tokens,
             between_batches=self._between_batches,
             max_tokens=GENERATION_BATCHES * self.budget.tokens,
+            prompt_at=[example.prompt_at for example in examples],
         )
         code = task.metric == "execution"
         texts = [stop.text(ids, skip_special_tokens=code) for ids in generated]

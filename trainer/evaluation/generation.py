@@ -35,6 +35,7 @@ def generate(
     max_new_tokens: int,
     between_batches: Callable[[int], object] = lambda rows: None,
     max_tokens: int | None = None,
+    prompt_at: Sequence[int] = (),
 ) -> list[list[int]]:
     """Generate the tokens after each input, up to the first end token; a collective.
 
@@ -47,6 +48,7 @@ def generate(
             an exception from it ends the generation.
         max_tokens: limit of a batch, which counts prompt, input and generated text of all its
             rows. A batch has at least one row.
+        prompt_at: for each input, the number of its tokens before the virtual tokens; default: 0.
 
     Returns:
         Generated token ids of each row, on every rank; ``stop.text`` decodes them.
@@ -63,8 +65,10 @@ def generate(
         for start in range(0, len(order), batch_size * engine.world_size):
             between_batches(batch_size * engine.world_size if start else 0)
             mine = order[start + engine.rank :: engine.world_size][:batch_size]
-            rows = [inputs[i] for i in mine or order[:1]]
-            batch = _decode(engine, base, stop, rows, virtual_tokens, max_new_tokens)
+            read = mine or order[:1]
+            rows = [inputs[i] for i in read]
+            places = [prompt_at[i] for i in read] if prompt_at else []
+            batch = _decode(engine, base, stop, rows, virtual_tokens, max_new_tokens, places)
             generated |= dict(zip(mine, batch, strict=False))
     merged = ChainMap(*engine.all_gather(generated))
     return [merged[i] for i in range(len(inputs))]
@@ -90,6 +94,7 @@ def _decode(
     rows: Sequence[Sequence[int]],
     virtual_tokens: SoftPrompt | None,
     max_new_tokens: int,
+    prompt_at: Sequence[int],
 ) -> list[list[int]]:
     longest = max(map(len, rows))
     pads = [longest - len(row) for row in rows]
@@ -104,7 +109,7 @@ def _decode(
     generated: list[list[int]] = [[] for _ in rows]
     unfinished = list(range(len(rows)))
     for _ in range(max_new_tokens):
-        logits_BV = base(DecodeStep(token_ids, mask, cache), prompts).logits_BV
+        logits_BV = base(DecodeStep(token_ids, mask, cache, prompt_at), prompts).logits_BV
         if penalties[0]:
             # Each row separately, without its padding.
             seen = [

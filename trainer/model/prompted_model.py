@@ -38,11 +38,13 @@ class DecodeStep:
     Attributes:
         token_ids_BL: the tokens since the last step; in the first step, the full rows.
         attention_mask_BT: 1 for every token so far, virtual tokens included; 0 for padding.
+        prompt_at: for each row, the number of its tokens before the virtual tokens.
     """
 
     token_ids_BL: Tensor
     attention_mask_BT: Tensor
     cache: PastCache
+    prompt_at: Sequence[int] = ()
 
 
 class ForwardResult(NamedTuple):
@@ -175,12 +177,13 @@ class PromptedBase(nn.Module):
         first = step.cache.get_seq_length() == 0
         if first and virtual_tokens:
             soft_prompt = virtual_tokens[0]
-            prompt = soft_prompt.tensor
+            prompt, prompt_at = soft_prompt.tensor, step.prompt_at or [0] * len(words_BLH)
             if isinstance(soft_prompt, PrefixKeyValues):
                 pads_B = (step.attention_mask_BT == 0).sum(1)
                 step.cache.place(prompt.to(self.dtype), pads_B)
                 prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
-            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt)
+                prompt_at = [0] * len(words_BLH)  # keys and values precede all tokens
+            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt, prompt_at)
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
         output: Any = self.model(
             inputs_embeds=words_BLH,
@@ -242,17 +245,19 @@ class _Anchored(torch.autograd.Function):
         return None, ctx.like
 
 
-def _insert_prompt(words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor) -> Tensor:
-    """Insert the prompt between each row's padding and text: [B, P + L, H].
+def _insert_prompt(
+    words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor, prompt_at: Sequence[int]
+) -> Tensor:
+    """Insert the prompt into each row, after its padding and ``prompt_at`` tokens: [B, P + L, H].
 
     The mask already counts the P virtual tokens: row b has ``T - sum(mask_b)`` padding tokens.
     """
     num_virtual = prompt_PH.shape[0]
     prompt_PH = prompt_PH.to(words_BLH.dtype)
     rows = []
-    for words_LH, mask_T in zip(words_BLH, mask_BT, strict=True):
-        pads = int((mask_T == 0).sum())
-        rows.append(torch.cat([words_LH[:pads], prompt_PH, words_LH[pads:]]))
+    for words_LH, mask_T, at in zip(words_BLH, mask_BT, prompt_at, strict=True):
+        place = int((mask_T == 0).sum()) + at
+        rows.append(torch.cat([words_LH[:place], prompt_PH, words_LH[place:]]))
     stacked = torch.stack(rows)
     assert stacked.shape[1] == words_BLH.shape[1] + num_virtual
     return stacked

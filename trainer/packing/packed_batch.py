@@ -3,8 +3,9 @@
 A packed batch contains each prompt once, not once per row: in a causal model, the states of a
 prompt do not depend on the text after it. Every row attends to its own prompt and to itself; its
 positions continue those of the prompt. A prompt's segment may also contain text around the virtual
-tokens, with which rows begin: rows with the same such text share the segment. A prompt of keys and values per layer (prefix tuning) has no
-tokens in the packed batch: its segment is after the last token, where attention puts its keys.
+tokens, with which rows begin: rows with the same such text share the segment. A prompt of keys and
+values per layer (prefix tuning) has no tokens in the packed batch: its segment is after the last
+token, where attention puts its keys, and is continued by the text at the beginning of its rows.
 
 A row with several candidate targets has one segment with the tokens that all candidates share, and
 one short segment per candidate, which attends to itself, the shared segment and the prompt. The

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
-from trainer.config import Task
+from trainer.config import Task, fixed_beginning, split_template, template_fields
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example
 from trainer.data.tokenization.row_tokenizer import RowTokenizer, TokenizationReport
@@ -13,8 +15,30 @@ from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row as tokens.
+
+    Attributes:
+        input_ids: of the input.
+        targets: ids of each candidate target.
+        merged: the tokenizer merges the end of the input with the beginning of a target.
+        prompt_at, prompt_end: as in ``Example``.
+    """
+
+    input_ids: list[int]
+    targets: list[list[int]]
+    merged: bool = False
+    prompt_at: int = 0
+    prompt_end: int = 0
+
+
 class TextRowTokenizer(RowTokenizer):
     """Tokenizes rows of input and target; truncation cuts the input on the left.
+
+    With ``{virtual_tokens}`` in the input template, the text before the virtual tokens and the text
+    after them are tokenized separately, because virtual tokens are between them. Otherwise the
+    virtual tokens are before the special tokens at the beginning of the text, as in PEFT.
 
     Args:
         prefix: a hard prompt before every input.
@@ -36,8 +60,13 @@ class TextRowTokenizer(RowTokenizer):
         # Tokens before a row's own text, which are never cut: BOS and the hard prompt, with and
         # without trailing white space, which often belongs to the following token.
         self.fronts = [self.encoder.front]
+        self.halves = None if prefix else split_template(task.input)
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r} before it"
+        if split_template(task.input) is not None:
+            beginning = render(fixed_beginning(task.input), {}, prefix)
+            self.fronts = self.encoder.inputs([beginning, beginning.rstrip()])
+        elif prefix:
             self.fronts = self.encoder.inputs([prefix, prefix.rstrip()])
         if max_length < 2:
             raise BadInput(
@@ -55,19 +84,20 @@ class TextRowTokenizer(RowTokenizer):
 
     def check_choices(self, row: Mapping[str, Any]) -> None:
         """Raise ``BadInput`` if choices have equal tokens, or none, after the input of a row."""
-        (_, targets, _), *_ = self.prepare([row])
-        problem = _problem_of_choices(self.task, targets)
+        encoded, *_ = self.prepare([row])
+        problem = _problem_of_choices(self.task, encoded.targets)
         if problem:
             raise BadInput(f"tasks.{self.task.name}.choices: {problem}; use other words")
 
-    def prepare(
-        self, rows: Sequence[Mapping[str, Any]]
-    ) -> list[tuple[list[int], list[list[int]], bool]]:
-        """Encode rows: per row (ids of its input, ids of its targets, whether any merges)."""
-        texts = [self.prefix + render(self.task.input, row) for row in rows]
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+        """Encode the inputs and targets of rows."""
+        texts = [self.text(row) for row in rows]
         inputs = self.encoder.inputs(texts)
+        encoded = [EncodedRow(ids, [[]]) for ids in inputs]
+        if self.halves is not None:
+            encoded = self._around_virtual_tokens(*self.halves, rows)
         if not self.task.target:
-            return [(ids, [[]], False) for ids in inputs]
+            return encoded
         if self.choices is None:
             targets = [render(self.task.target, row) for row in rows]
         else:
@@ -80,32 +110,57 @@ class TextRowTokenizer(RowTokenizer):
         )
         parts = [slice(i * width, (i + 1) * width) for i in range(len(rows))]
         return [
-            (own, ids[part], any(merged[part])) for own, part in zip(inputs, parts, strict=True)
+            replace(row, targets=ids[part], merged=any(merged[part]))
+            for row, part in zip(encoded, parts, strict=True)
         ]
 
-    def examples(
-        self,
-        row: int,
-        values: tuple[list[int], list[list[int]], bool],
-        report: TokenizationReport,
-    ) -> list[Example]:
-        """Return one example per target, all with the same input."""
-        input_ids, targets, merged = values
-        ids = self._fit(row, input_ids, targets, report)
-        if ids is None:
-            return []
-        if merged:
-            report.add_merged(row)
-        # Without a target, all tokens of the text except the first are labels.
-        start = len(ids) if self.task.target else len(self._front(input_ids)) + 1
-        return [Example.with_target((*ids, *target, *self.eos), start, row) for target in targets]
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the input of a row, with the hard prompt and without virtual tokens."""
+        if split_template(self.task.input) is None:
+            return self.prefix + render(self.task.input, row)
+        return render(self.task.input, row, self.prefix)
 
-    def _fit(
-        self, row: int, input_ids: list[int], targets: list[list[int]], report: TokenizationReport
-    ) -> list[int] | None:
-        """Return the ids of the input, truncated if needed; None if skipped or invalid."""
+    def _around_virtual_tokens(
+        self, before: str, after: str, rows: Sequence[Mapping[str, Any]]
+    ) -> list[EncodedRow]:
+        """Encode the inputs of rows as the text before and after the virtual tokens."""
+        first = [render(before, row) for row in rows]
+        first_ids = self.encoder.inputs(first)
+        second_ids, _ = self.encoder.targets(first, first_ids, [render(after, row) for row in rows])
+        # White space at the end often belongs to the following token, which is part of the row.
+        fixed = "" if template_fields(before) else render(fixed_beginning(after), {}).rstrip()
+        (fixed_ids,), _ = self.encoder.targets(first[:1], first_ids[:1], [fixed])
+        return [
+            EncodedRow(a + b, [[]], False, len(a), len(a) + _common_length(b, fixed_ids))
+            for a, b in zip(first_ids, second_ids, strict=True)
+        ]
+
+    def examples(self, row: int, values: EncodedRow, report: TokenizationReport) -> list[Example]:
+        """Return one example per target, all with the same input."""
+        fitting = self._fit(row, values, report)
+        if fitting is None:
+            return []
+        if values.merged:
+            report.add_merged(row)
+        ids, at, end = fitting.input_ids, fitting.prompt_at, fitting.prompt_end
+        # Without a target, all tokens of the row's text except the first are labels.
+        start = len(ids) if self.task.target else max(end, len(self._front(fitting))) + 1
+        return [
+            Example(
+                (*ids, *target, *self.eos),
+                ((start, len(ids) + len(target) + len(self.eos)),),
+                row,
+                at,
+                end,
+            )
+            for target in values.targets
+        ]
+
+    def _fit(self, row: int, values: EncodedRow, report: TokenizationReport) -> EncodedRow | None:
+        """Return a row whose input is truncated if needed; None if it is skipped or invalid."""
+        input_ids, targets = values.input_ids, values.targets
         room = self.max_length - max(map(len, targets)) - len(self.eos)
-        front = self._front(input_ids)
+        front = self._front(values)
         same = _problem_of_choices(self.task, targets) if self.choices is not None else None
         if self.task.target and not all(targets):
             report.add_problem(row, "its target gives no tokens; the tokenizer drops this text")
@@ -116,7 +171,7 @@ class TextRowTokenizer(RowTokenizer):
         elif not self.task.target and len(input_ids) + len(self.eos) < len(front) + 2:
             report.add_problem(row, "has one token and no EOS: nothing to predict; remove the row")
         elif len(input_ids) <= room:
-            return input_ids
+            return values
         elif not self.may_truncate(row, len(input_ids) + self.max_length - room, report):
             pass
         elif room <= len(front):
@@ -128,12 +183,32 @@ class TextRowTokenizer(RowTokenizer):
             )
         else:
             report.truncated += 1
-            return front + input_ids[len(front) - room :]
+            return _cut(values, len(front), len(input_ids) - room)
         return None
 
-    def _front(self, ids: list[int]) -> list[int]:
+    def _front(self, row: EncodedRow) -> list[int]:
         """Return the first tokens of a row, which are never cut."""
+        ids = row.input_ids
+        if self.halves is not None and not template_fields(self.halves[0]):
+            return ids[: row.prompt_end]
         return next((front for front in self.fronts if ids[: len(front)] == front), self.fronts[0])
+
+
+def _cut(row: EncodedRow, start: int, count: int) -> EncodedRow:
+    """Remove ``count`` tokens of the input from index ``start`` on."""
+
+    def moved(index: int) -> int:
+        return index if index <= start else max(start, index - count)
+
+    ids = row.input_ids[:start] + row.input_ids[start + count :]
+    return replace(
+        row, input_ids=ids, prompt_at=moved(row.prompt_at), prompt_end=moved(row.prompt_end)
+    )
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of leading elements that are equal."""
+    return sum(takewhile(bool, (x == y for x, y in zip(a, b, strict=False))))
 
 
 def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
