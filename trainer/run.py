@@ -46,6 +46,7 @@ from trainer.evaluation.prediction_records import Predictions
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import check_prefix_tuning, embedding_size
 from trainer.packing.batch_source import BatchSource
+from trainer.prompts.peft_adapter import FixedText
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.reporting.html import write_missing_report
@@ -133,6 +134,7 @@ def _train(
         lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
         loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
     loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times)
+    fixed_texts = _fixed_texts(engine, files, loaded, tasks)
     if fresh:  # all checks have passed
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     if saved is None and loop.predictions is not None:
@@ -176,7 +178,7 @@ def _train(
         measured["checkpoints"] = writer.report(loop.progress.train_seconds - seconds_before)
         with times("results"), results_can_be_written_later(output):
             lock.confirm()
-            summary = write_results(output, loop, files, measured, console)
+            summary = write_results(output, loop, files, measured, console, fixed_texts)
         show_results(summary, config, console)
 
 
@@ -264,6 +266,21 @@ def _make_loop(
         load_run_state(loop, saved)
         console.print(f"resuming from step {loop.progress.step}/{config.last_step}")
     return loop
+
+
+def _fixed_texts(
+    engine: Engine, files: BaseFiles, loaded: LoadedBase, tasks: Mapping[str, TaskData]
+) -> dict[str, FixedText]:
+    """Return the text that is in the prompt's segment of all rows of a task; a collective."""
+    embed, texts = embedding_function(loaded.model, engine.device), {}
+    for name, data in tasks.items():
+        leading = data.train.leading
+        if leading is not None and leading.input_ids:
+            ids, at = leading.input_ids, leading.prompt_at
+            shown = (files.tokenizer.decode(list(part)) for part in (ids[:at], ids[at:]))
+            before, after = map(str, shown)
+            texts[name] = FixedText(ids, at, embed(ids).cpu(), (before, after))
+    return texts
 
 
 def _baseline_cache(

@@ -150,13 +150,22 @@ class TokenTable(Sequence[Example]):
     @cached_property
     def own_lengths(self) -> NDArray[np.int32]:
         """Tokens of each example without those that all examples have in the prompt's segment."""
-        ends_R = self._places_R2[:, 1]
-        end = int(ends_R[0]) if len(ends_R) and (ends_R == ends_R[0]).all() else 0
-        first = self._ids_T[:end]
-        for place in range(end):  # by column: a copy of all leading tokens may not fit in memory
-            if not (self._ids_T[self._offsets[:-1] + place] == first[place]).all():
-                return self.lengths
-        return self.lengths - np.int32(end)
+        return self.lengths - np.int32(0 if self.leading is None else len(self.leading.input_ids))
+
+    @cached_property
+    def leading(self) -> Example | None:
+        """The tokens that all examples have in the prompt's segment; None if they differ."""
+        if not len(self):
+            return None
+        at, end = self._places_R2[0].tolist()
+        starts_R = self._offsets[:-1]
+        same = bool((self._places_R2 == self._places_R2[0]).all()) and all(
+            # By column: a copy of the leading tokens of all rows may not fit in memory.
+            bool((self._ids_T[starts_R + place] == self._ids_T[place]).all())
+            for place in range(end)
+        )
+        ids = tuple(self._ids_T[:end].tolist())
+        return Example(ids, (), -1, at, end) if same else None
 
     @cached_property
     def num_labels(self) -> NDArray[np.int32]:

@@ -10,6 +10,7 @@ Shape letters: P virtual tokens, L layers, A key heads, D head size.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,35 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trainer.prompts.saved_prompts import SETTINGS, TENSOR, WEIGHTS
+from trainer.prompts.saved_prompts import SEGMENT, SETTINGS, TENSOR, WEIGHTS, trained_rows
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
 CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class FixedText:
+    """Text around the virtual tokens that is the same in all rows, as PEFT stores it.
+
+    Attributes:
+        ids: token ids of the text.
+        at: number of these tokens before the virtual tokens.
+        embeddings: [n, H], of the base.
+        text: the decoded text before and after the virtual tokens, for the model card.
+    """
+
+    ids: tuple[int, ...]
+    at: int
+    embeddings: Tensor
+    text: tuple[str, str]
+
+    def around(self, prompt_PH: Tensor) -> Tensor:
+        """Return the embeddings of the prompt's whole segment, [n + P, H]."""
+        fixed_nH = self.embeddings.to(prompt_PH)
+        return torch.cat([fixed_nH[: self.at], prompt_PH, fixed_nH[self.at :]])
 
 
 def save_peft(
@@ -38,14 +61,20 @@ def save_peft(
     num_attention_heads: int,
     title: str | None = None,
     description: str = "",
+    fixed_text: FixedText | None = None,
 ) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
+
+    PEFT puts an adapter before the complete text. Text that comes before the virtual tokens, or
+    that all rows have after them, is therefore exported as further virtual tokens; the rows then
+    begin after it. ``segment.json`` records which are trained.
 
     Args:
         prompt: the encoder's output; saved in fp32.
         base_model_name: absolute path of the base model's folder, or its hub id.
         title: of the model card; default: the folder's name.
         description: line of the model card with task and scores.
+        fixed_text: of the prompt's segment; not used for keys and values, which precede all text.
 
     Raises:
         ValueError: the prompt is not finite.
@@ -64,13 +93,16 @@ def save_peft(
             "prefix_projection": False,
             "encoder_hidden_size": token_dim,
         }
+        fixed_text = None
+    elif fixed_text is not None:
+        values = fixed_text.around(values)
     config = {
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "num_attention_heads": num_attention_heads,
         "num_layers": num_layers,
         "num_transformer_submodules": 1,
-        "num_virtual_tokens": prompt.num_virtual_tokens,
+        "num_virtual_tokens": len(values),
         **method,
         "revision": revision,
         "task_type": "CAUSAL_LM",
@@ -80,7 +112,14 @@ def save_peft(
     weights = {TENSOR: values.flatten(1)}
     atomic_io.write(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     atomic_io.write_json(folder / SETTINGS, config)
-    atomic_io.write(folder / CARD, _card(title or folder.name, config, description, folder))
+    if fixed_text is None:
+        (folder / SEGMENT).unlink(missing_ok=True)
+    else:
+        ids, at, trained = list(fixed_text.ids), fixed_text.at, prompt.num_virtual_tokens
+        segment = {"before": ids[:at], "num_virtual_tokens": trained, "after": ids[at:]}
+        atomic_io.write_json(folder / SEGMENT, segment)
+    card = _card(title or folder.name, config, description, folder, fixed_text)
+    atomic_io.write(folder / CARD, card)
 
 
 def load_peft(folder: Path) -> SoftPrompt:
@@ -89,7 +128,7 @@ def load_peft(folder: Path) -> SoftPrompt:
         values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
         config = read_json_object(folder / SETTINGS)
         if config["peft_type"] != "PREFIX_TUNING":
-            return VirtualTokens(values)
+            return VirtualTokens(values[trained_rows(folder, len(values))])
         shape = (config["num_layers"], 2, config["num_attention_heads"], -1)
         return PrefixKeyValues(values.unflatten(1, shape))
     except BadInput:
@@ -101,13 +140,26 @@ def load_peft(folder: Path) -> SoftPrompt:
         ) from None
 
 
-def _card(name: str, config: dict[str, Any], description: str, folder: Path) -> str:
+def _card(
+    name: str,
+    config: dict[str, Any],
+    description: str,
+    folder: Path,
+    fixed_text: FixedText | None,
+) -> str:
     base, revision = config["base_model_name_or_path"], config["revision"]
     at = "" if revision is None else f", revision={revision!r}"
     kind = config["peft_type"].replace("_", " ").lower()
     what = f"{config['num_virtual_tokens']} virtual tokens of width {config['token_dim']}"
     if kind == "prefix tuning":
         what += f" as keys and values in each of {config['num_layers']} layers"
+    use = ""
+    if fixed_text is not None:
+        before, after = map(json.dumps, fixed_text.text)
+        use = f"""
+The virtual tokens include the text {before} before the trained ones and {after} after them (with
+special tokens). Pass only the text that follows, tokenized with `add_special_tokens=False`.
+"""
     # JSON strings are YAML strings: a path with a colon must not break the header.
     return f"""---
 library_name: peft
@@ -127,4 +179,4 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base!r}{at})
 model = PeftModel.from_pretrained(base, {str(folder.resolve())!r})  # this folder
 ```
-"""
+{use}"""

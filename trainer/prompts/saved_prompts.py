@@ -17,6 +17,8 @@ from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import parse_json, read_json_object
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: Text of the prompt's segment whose embeddings are in the adapter too; see ``save_peft``.
+SEGMENT = "segment.json"
 #: The only tensor of an adapter, with one row per virtual token.
 TENSOR = "prompt_embeddings"
 #: PEFT types of adapters with virtual tokens; PREFIX_TUNING has keys and values.
@@ -58,7 +60,30 @@ def find_source(path: str) -> PromptSource:
             f"{', '.join(VIRTUAL_TOKENS)}, PREFIX_TUNING"
         )
     rows, width = _shape(folder)
-    return PromptSource(folder, kind == "PREFIX_TUNING", rows, width)
+    trained = trained_rows(folder, rows)
+    return PromptSource(folder, kind == "PREFIX_TUNING", trained.stop - trained.start, width)
+
+
+def trained_rows(folder: Path, rows: int) -> slice:
+    """Return which rows of an adapter are virtual tokens; others are embeddings of fixed text.
+
+    Raises:
+        BadInput: the record of the text is damaged or does not match the adapter.
+    """
+    if not (folder / SEGMENT).is_file():
+        return slice(0, rows)
+    segment = read_json_object(folder / SEGMENT)
+    try:
+        start = len(segment["before"])
+        trained = slice(start, start + _size(segment["num_virtual_tokens"]))
+        if trained.stop + len(segment["after"]) != rows or trained.stop == start:
+            raise ValueError(f"it describes other than the {rows} rows of {WEIGHTS}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{folder / SEGMENT}: is damaged ({type(error).__name__}: {error}); export the prompt "
+            "again"
+        ) from None
+    return trained
 
 
 def source_problems(config: RunConfig, hidden_size: int | None = None) -> Iterator[str]:

@@ -11,7 +11,7 @@ from trainer.evaluation.score_format import column_title, score_text, shown_scor
 from trainer.evaluation.selection import select
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.model.checkpoint_files import BaseFiles, portable_name
-from trainer.prompts.peft_adapter import save_peft
+from trainer.prompts.peft_adapter import FixedText, save_peft
 from trainer.reporting.comparison import compare
 from trainer.reporting.html import write_report
 from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
@@ -27,14 +27,20 @@ from trainer.training.loop import Loop
 
 
 def write_results(
-    output: Path, loop: Loop, files: BaseFiles, measured: Mapping[str, Any], console: Console
+    output: Path,
+    loop: Loop,
+    files: BaseFiles,
+    measured: Mapping[str, Any],
+    console: Console,
+    fixed_texts: Mapping[str, FixedText],
 ) -> RunSummary:
     """Write adapters, summary and report of a finished run.
 
     Args:
         measured: fields of ``RunSummary`` that ``measure`` and the checkpoint writer return.
+        fixed_texts: text in the segment of each task's prompts, by task.
     """
-    _save_adapters(output, loop, files, console)
+    _save_adapters(output, loop, files, console, fixed_texts)
     summary = RunSummary.model_validate(
         {
             "schema_version": SCHEMA_VERSION,
@@ -67,7 +73,13 @@ def write_results(
     return summary
 
 
-def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console) -> None:
+def _save_adapters(
+    output: Path,
+    loop: Loop,
+    files: BaseFiles,
+    console: Console,
+    fixed_texts: Mapping[str, FixedText],
+) -> None:
     for k, prompt in enumerate(loop.config.prompts):
         scores = loop.progress.scores.get(prompt.name, {})
         shown = shown_scores(scores, prompt.objective == "distill")
@@ -94,6 +106,7 @@ def _save_adapters(output: Path, loop: Loop, files: BaseFiles, console: Console)
                 description=f"Task {prompt.task}. {described}".strip(),
                 num_layers=files.config.num_hidden_layers,
                 num_attention_heads=files.config.num_attention_heads,
+                fixed_text=fixed_texts.get(prompt.task),
             )
 
 

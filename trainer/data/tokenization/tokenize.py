@@ -113,6 +113,18 @@ def encode_input(
     return TextTokenizer(tokenizer).inputs([text])[0]
 
 
+def encode_halves(tokenizer: Any, before: str, after: str) -> tuple[list[int], int]:
+    """Tokenize the text before and after the virtual tokens, as ``encode_input``.
+
+    Returns:
+        The ids of both, and the number of those before the virtual tokens.
+    """
+    encoder = TextTokenizer(tokenizer)
+    first = encoder.inputs([before])
+    (second,), _ = encoder.targets([before], first, [after])
+    return first[0] + second, len(first[0])
+
+
 def check_vocabulary(examples: TokenTable, vocab_size: int) -> None:
     """Raise ``BadInput`` if an id has no embedding: the tokenizer is then not that of the base."""
     example = examples.first_beyond(vocab_size)
