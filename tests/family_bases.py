@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,24 @@ def problem(hidden_size: int) -> tuple[list[PackedRow], list[Tensor]]:
     return [PackedRow(row, i % 2, i) for i, row in enumerate(rows)], prompts
 
 
+def with_text_around(packed_rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """Begin the rows of each prompt with the same tokens, two before it and one after it.
+
+    The last row has other tokens before its prompt, up to its first label.
+    """
+    placed = []
+    for row in packed_rows:
+        example = row.example
+        assert row.prompt is not None
+        ids = (5 + row.prompt, 9, 11 + row.prompt, *example.input_ids)
+        spans = tuple((start + 3, stop + 3) for start, stop in example.label_spans)
+        placed.append(replace(row, example=Example(ids, spans, example.row, 2, 3)))
+    last = placed[-1].example
+    start = last.target_start
+    alone = replace(last, prompt_at=start, prompt_end=start)
+    return [*placed[:-1], replace(placed[-1], example=alone)]
+
+
 def row_by_row(
     model: Any, pieces: Sequence[PackedRow], prompts: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
@@ -296,8 +315,9 @@ def row_by_row(
         rows = [piece.example for piece in pieces if piece.prompt == k]
         total = torch.zeros(())
         for row in rows:
-            ids = torch.tensor([row.input_ids])
-            embeds = torch.cat([leaf[None], model.get_input_embeddings()(ids)], dim=1)
+            ids, at = torch.tensor([row.input_ids]), row.prompt_at
+            words = model.get_input_embeddings()(ids)
+            embeds = torch.cat([words[:, :at], leaf[None], words[:, at:]], dim=1)
             logits = model(inputs_embeds=embeds, use_cache=False).logits[0, len(leaf) :]
             start = row.target_start
             total = total + cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")

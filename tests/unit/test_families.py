@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tests.family_bases import (
     randomize,
     row_by_row,
     save_family,
+    with_text_around,
 )
 from tests.soft_prompts import soft_prompts
 from trainer.config import Base
@@ -39,7 +40,7 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
-from trainer.packing.packed_batch import Segment, build_packed_batch
+from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
 
@@ -55,9 +56,12 @@ def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab_parallel, "MIN_COLUMNS", 64)
 
 
-def packed(base: PromptedBase) -> tuple[list[float], list[Tensor]]:
+def packed(
+    base: PromptedBase, packed_rows: Sequence[PackedRow] = ()
+) -> tuple[list[float], list[Tensor]]:
     """Mean loss per label of each prompt and its gradient, from one packed batch."""
-    packed_rows, prompts = problem(base.hidden_size)
+    default_rows, prompts = problem(base.hidden_size)
+    packed_rows = packed_rows or default_rows
     leaves = [prompt.requires_grad_() for prompt in prompts]
     batch = build_packed_batch(packed_rows, [len(leaf) for leaf in leaves])
     nll_N = base(batch, soft_prompts(leaves)).losses.loss_N
@@ -80,6 +84,15 @@ class TestFamily:
         losses, gradients = packed(base)
         packed_rows, prompts = problem(base.hidden_size)
         expected, wanted = row_by_row(plain_model(family(case), quantization), packed_rows, prompts)
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert max(errors(gradients, wanted)) < 1e-5
+
+    def test_virtual_tokens_inside_the_text_equal_plain(self, family: Any, case: str) -> None:
+        base = load(family(case), "int8")
+        packed_rows, prompts = problem(base.hidden_size)
+        packed_rows = with_text_around(packed_rows)
+        losses, gradients = packed(base, packed_rows)
+        expected, wanted = row_by_row(plain_model(family(case), "int8"), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         assert max(errors(gradients, wanted)) < 1e-5
 
