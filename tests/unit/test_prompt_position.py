@@ -74,7 +74,7 @@ def test_a_hand_written_prompt_replaces_the_virtual_tokens(tmp_path: Path) -> No
     task = make_task(input=INPUT)
     rows = make_rows(tmp_path, [("a", "yes")], task)
     (example,) = tokenize(rows, task, make_tokenizer(), 100, prefix="b b").examples
-    assert example == Example(ids("<s> c d b b e : a Answer : yes </s>"), ((9, 11),), 0)
+    assert example == Example(ids("<s> c d b b e : a Answer : yes </s>"), ((10, 12),), 0)
 
 
 def test_without_a_target_the_row_itself_is_learned(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_shared_text_does_not_change_losses_or_gradients(tmp_path: Path) -> None
     """Keys and values before shared text: the same as a copy of the text in every row."""
     save_family(tmp_path / "base", "llama")
     base = load_unsharded(tmp_path / "base", "none")
-    packed_rows, prompts = problem(base.hidden_size)
+    packed_rows, _ = problem(base.hidden_size)
     config = base.model.config
     shape = (4, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
     past = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k in range(2)]
@@ -175,6 +175,7 @@ def test_an_exported_prompt_contains_the_text_around_it(tmp_path: Path) -> None:
         num_attention_heads=4,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
     rows = table(tmp_path, [("a b", "yes"), ("c", "no")])
     base = load_unsharded(tmp_path / "base", "none")
     prompt_PH = torch.randn(4, 16)
