@@ -4,20 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 
-# The first interpreter that is new enough; override with make PYTHON=...
-PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+# The first interpreter of a tested version; override with make PYTHON=...
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
+
+# The interpreters of make test-pythons: names or paths.
+PYTHONS ?= python3.11 python3.12 python3.13
 
 PINNED := pyproject.toml constraints.txt
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q \
 	-c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test faults lint format docs clean
+.PHONY: help install quickstart test test-pythons faults lint format docs clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(VENV)/.installed ## Install promptshard into .venv
 
@@ -26,6 +29,16 @@ quickstart: $(VENV)/.installed ## Install, train two prompts on a tiny base, sho
 
 test: $(VENV)/.installed-test lint ## Install what tests need, check the code, run every test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+test-pythons: ## Run the unit tests and the wheel test with every supported Python
+	@for python in $(PYTHONS); do $$python -c '' 2>/dev/null || missing="$$missing $$python"; done; \
+	test -z "$$missing" || { echo "error: not found:$$missing; install them, or name those to test: make test-pythons PYTHONS=\"python3.11 /path/to/python3.13\"" >&2; exit 2; }
+	@set -e; for python in $(PYTHONS); do \
+	venv=$(VENV)-$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	$(MAKE) --no-print-directory VENV=$$venv PYTHON=$$python $$venv/.installed-test; \
+	echo "testing with $$($$venv/bin/python --version)"; \
+	$$venv/bin/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS) \
+		tests/unit tests/integration/test_wheel.py; done
 
 faults: $(VENV)/.installed-test ## List the failures that tests reproduce
 	@$(BIN)/python -m pytest --list-faults
@@ -43,10 +56,10 @@ docs: $(VENV)/.installed ## Write the reference and the JSON schema of the run f
 	$(BIN)/python docs/render.py
 
 clean: ## Remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-3.* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 or newer found; install one, or give make PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found; install one, or give make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 

@@ -53,7 +53,7 @@ app = typer.Typer(
 )
 
 
-class Storage(str, enum.Enum):
+class Storage(enum.StrEnum):
     """Values of base.embeddings and base.head in the run file."""
 
     KEEP = "keep"

@@ -98,16 +98,6 @@ def test_another_package_named_trainer_is_refused(tmp_path, kind):
     assert not ran.exists()
 
 
-def test_standard_modules_shadowed_by_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "queue.py").write_text("")
-    (tmp_path / "email").mkdir()
-    (tmp_path / "email" / "__init__.py").write_text("")
-    (tmp_path / "json").mkdir()  # a folder without code hides nothing
-    (tmp_path / "model.py").write_text("")
-    assert bootstrap.hidden_modules() == ["email", "queue.py"]
-
-
 #: A parent that starts a process and dies; ``late``: before the process could ask for a signal.
 PARENT = """\
 import os, signal, subprocess, sys

@@ -338,7 +338,8 @@ def test_bitsandbytes_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     bitsandbytes_module._functional.cache_clear()
     assert candidates() == ["dequantize", "int8"]
     with pytest.raises(
-        BadInput, match=r"bitsandbytes cannot be imported .*install it, or use auto"
+        BadInput,
+        match=r"bitsandbytes cannot be imported .*promptshard\[bitsandbytes\].*, or use auto",
     ):
         resolve_matmul("bitsandbytes", "int8", CPU, 4096)
 

@@ -76,7 +76,7 @@ class Holder:
             boot=read_text("/proc/sys/kernel/random/boot_id"),
             namespace=namespace,
             started=process_start(os.getpid()),
-            since=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             job=os.environ.get("SLURM_JOB_ID"),
             restarts=int(restarts) if restarts.isdigit() else 0,
             token=uuid.uuid4().hex,

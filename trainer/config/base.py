@@ -52,7 +52,7 @@ class Base(Section):
         "auto: the fastest (by timing on a GPU, by hidden size and CPU otherwise)\n"
         "int8: activations are quantized too\n"
         "int8_outliers: all activations but the largest are quantized too\n"
-        "bitsandbytes: LLM.int8() by bitsandbytes' kernels\n"
+        "bitsandbytes: LLM.int8() by bitsandbytes' kernels (extra promptshard[bitsandbytes])\n"
         "dequantize: exact to the stored weights",
     )
     outlier_threshold: PositiveFloat = Field(

@@ -36,7 +36,8 @@ class DataSource(Section):
     )
     hub: str | None = Field(
         None,
-        description="id of a dataset on the Hugging Face hub\nnull: path is given instead",
+        description="id of a dataset on the Hugging Face hub (extra promptshard[hub])\n"
+        "null: path is given instead",
     )
     name: str | None = Field(
         None,

@@ -207,10 +207,16 @@ def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
     Raises:
         BadInput: the data set cannot be loaded, or is not a plain table.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
     label = source.label
+    try:
+        import datasets
+    except ImportError:
+        raise BadInput(
+            f"{label}: data sets of the hub need the package datasets, which is not installed; run "
+            "`pip install 'promptshard[hub]'`, or save the rows as parquet or JSON lines and give "
+            "the file"
+        ) from None
+    datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(source.hub, source.name, revision=source.revision)
         kind = type(builder).__module__.split(".")[-1]

@@ -215,7 +215,8 @@ def _choose_matmul(
                 lambda: measure(shared, shapes, dtype, engine.device, settings.outlier_threshold)
             )
         matmul = measured.kind
-        console.detail(f"base.matmul: auto is {matmul} here ({measured.reason})")
+        untimed = "" if "bitsandbytes" in shared else "; bitsandbytes cannot be imported"
+        console.detail(f"base.matmul: auto is {matmul} here ({measured.reason}{untimed})")
     exact = use_matmul(model, matmul, settings.outlier_threshold)
     if matmul != "dequantize":  # all others have required a compiler already
         compile_fused_operations(model)

@@ -59,7 +59,7 @@ def describe_run(
         "host": platform.node(),
         "git_revision": git_revision(PROJECT_ROOT),
         "command": redact(command),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     atomic_io.write_json(output / "environment.json", environment)
     atomic_io.write_json(

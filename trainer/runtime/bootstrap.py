@@ -3,8 +3,8 @@
     python trainer/runtime/bootstrap.py [OPTIONS] MODULE [ARGUMENT ...]
 
 ``python -m MODULE`` imports from the working directory first: a ``json.py`` or a folder ``trainer``
-there replaces the real one silently. Python 3.11 prevents that with PYTHONSAFEPATH, Python 3.10
-does not. Therefore every process of this project is started with the path of this file.
+there replaces the real one silently. Therefore every process of this project is started with the
+path of this file, which also sets PYTHONSAFEPATH for the processes that libraries start.
 
 Until the import path is clean, import only modules that the interpreter has already loaded.
 """
@@ -67,19 +67,6 @@ def foreign_package() -> str | None:
     )
 
 
-def hidden_modules() -> list[str]:
-    """Return the files and folders in the working directory that hide standard modules.
-
-    Worker processes of Python 3.10 import from there first, even if this process does not.
-    """
-    names = {
-        name.partition(".")[0]: name
-        for name in os.listdir()
-        if name.endswith(".py") or os.path.isfile(os.path.join(name, "__init__.py"))
-    }
-    return sorted(names[module] for module in sys.stdlib_module_names & names.keys())
-
-
 def main() -> None:
     """Clean the import path, then run a module in this process."""
     clean_path()
@@ -97,13 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.chdir is not None:
         os.chdir(args.chdir)
-    problem = foreign_package()
-    if not hasattr(sys.flags, "safe_path") and (hidden := hidden_modules()):  # Python 3.10
-        problem = problem or (
-            f"{', '.join(hidden)} in the working directory hides a standard module; rename "
-            "it, start from another folder, or use Python 3.11 or newer"
-        )
-    if problem is not None:
+    if problem := foreign_package():
         sys.exit(refuse(problem))
 
     from trainer.runtime.process import die_with_parent

@@ -20,7 +20,14 @@ from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line
 from trainer.tracking.mlflow_store import MlflowStore
 from trainer.tracking.progress_file import ProgressFile, StoreProgress
 from trainer.tracking.run_metadata import Artifact, ReadResults, RunMetadata
-from trainer.tracking.store_uri import ARTIFACTS, DATABASE, StoreAddress, resolve, sync_command
+from trainer.tracking.store_uri import (
+    ARTIFACTS,
+    DATABASE,
+    StoreAddress,
+    install_ui_hint,
+    resolve,
+    sync_command,
+)
 
 logger = logging.getLogger(__name__)
 SENT_FILES = (METRICS_FILE, SYSTEM_FILE)
@@ -243,7 +250,10 @@ def where_to_look(target: StoreAddress, page: str | None) -> str:
     command = "mlflow ui"
     if not _is_default_here(target):
         command += f" --backend-store-uri {shlex.quote(target.name)}"
-    return f"{command}\nthen open http://127.0.0.1:5000/{page}" if page else command
+    lines = [command]
+    if page:
+        lines.append(f"then open http://127.0.0.1:5000/{page}")
+    return "\n".join([*lines, *filter(None, [install_ui_hint()])])
 
 
 def _is_default_here(target: StoreAddress) -> bool:

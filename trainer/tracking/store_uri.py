@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shlex
 from collections.abc import Iterator, MutableMapping
@@ -149,6 +150,15 @@ def sync_command(output_dir: Path, uri: str | None = None) -> str:
     """Return the ``promptshard sync`` command for a folder."""
     option = f" --uri {shlex.quote(uri)}" if uri else ""
     return f"promptshard sync {for_shell(output_dir)}{option}"
+
+
+def install_ui_hint() -> str:
+    """Return how to install ``mlflow ui``; "" if it is installed. ``mlflow-skinny`` lacks it."""
+    try:
+        importlib.metadata.distribution("mlflow")
+    except importlib.metadata.PackageNotFoundError:
+        return "mlflow ui needs more packages: pip install 'promptshard[ui]'"
+    return ""
 
 
 def for_shell(path: Path) -> str:

@@ -71,8 +71,8 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
         )
     if setting == "bitsandbytes" and (reason := missing_library()):
         raise BadInput(
-            f"base.matmul: bitsandbytes cannot be imported ({reason}); install it, or use auto, "
-            "int8 or dequantize"
+            f"base.matmul: bitsandbytes cannot be imported ({reason}); run `pip install "
+            "'promptshard[bitsandbytes]'`, or use auto, int8 or dequantize"
         )
     return setting
 

@@ -24,6 +24,7 @@ from trainer.runtime.phases import breakdown
 from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.progress_file import ProgressFile
+from trainer.tracking.store_uri import install_ui_hint
 
 
 @dataclass
@@ -191,8 +192,9 @@ def _commands(output_dir: Path, config: RunConfig, summary: RunSummary) -> list[
     where = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     if store.startswith("http"):
         where = f"{store}/{page or ''}"
-    elif page:
-        where += f"\n# then open http://127.0.0.1:5000/{page}"
+    else:
+        opened = page and f"then open http://127.0.0.1:5000/{page}"
+        where = "\n# ".join([where, *filter(None, [opened, install_ui_hint()])])
     try_it = f'promptshard generate {folder} --prompt {shlex.quote(prompt)} --input "..."'
     commands = [("Try a prompt", try_it), ("Compare runs and curves in MLflow", where)]
     if state.problem:
