@@ -366,6 +366,7 @@ app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusComm
     status_commands.status
 )
 app.command("list", epilog=EXIT_CODES)(status_commands.list_)
+app.command(epilog=EXIT_CODES)(scaffold_commands.init)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
 app.command()(settings_commands.settings)
 app.command()(settings_commands.schema)

@@ -71,6 +71,22 @@ def check_config(
     return config
 
 
+def check_paths(config: RunConfig) -> None:
+    """Raise ``BadInput`` for files of a loaded run file that do not exist; reads no rows."""
+    from trainer.data.data_files import find_files  # loads Arrow only where rows are read
+
+    problems = [*_base(config), *_policy(config), *_output(config)]
+    for task in config.tasks:
+        for split in ("train", "validation", "shifted_validation"):
+            for source in getattr(task, split) or []:
+                try:
+                    find_files(source, f"tasks.{task.name}.{split}", split)
+                except BadInput as error:
+                    problems += error.problems
+    if problems:
+        raise BadInput(problems)
+
+
 def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     """Load the resolved run file of an output folder and check that ``prompt`` was trained."""
     check_folder(run_dir)

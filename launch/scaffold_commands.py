@@ -5,18 +5,107 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.arguments import path_argument
-from trainer.config import SHIPPED
-from trainer.runtime.errors import BadInput
+from launch import preflight, run_templates
+from launch.arguments import as_path, option, path_argument
+from launch.run_templates import KINDS, Request
+from trainer.config import SHIPPED, load
+from trainer.runtime import atomic_io
+from trainer.runtime.errors import EXIT_BAD_INPUT, BadInput, did_you_mean
 
 #: The folder as a path begins with it, in the shipped run files.
 _PREFIX = re.compile(r"(?<![\w./-])examples/")
+
+
+def init(
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)}.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE", callback=as_path, help="The new run file. [default: KIND.yaml]"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        option("MODEL", "A model's folder or hub id. [default: a tiny model]", callback=as_path),
+    ] = None,
+    train: Annotated[
+        str | None,
+        option(
+            "FILE",
+            "Rows to train on: a file, a glob or hf://NAME. Its columns are filled in. [default: "
+            "example rows]",
+            callback=as_path,
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        option("FILE", "Rows to measure quality. [default: a tenth of --train]", callback=as_path),
+    ] = None,
+    output_dir: Annotated[
+        str | None,
+        option("DIR", "Output folder of the run. [default: runs/NAME_OF_FILE]", callback=as_path),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False,
+) -> None:
+    """Write a run file to start from, in which every setting is explained.
+
+    Without `--model` and `--train` the file works at once, with a tiny model and example rows.
+
+    **Examples:**
+
+    - `promptshard init classify`
+    - `promptshard init classify mine.yaml --train reviews.csv --model meta-llama/Llama-3.2-3B`
+    - `promptshard init chat --train dialogues.jsonl`
+    """
+    if kind is None:
+        typer.echo("Name the kind of run file: promptshard init KIND", err=True)
+        for name, text in KINDS.items():
+            typer.echo(f"  {name:{max(map(len, KINDS))}}  {text}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT)
+    if kind not in KINDS:
+        hint = did_you_mean(kind, list(KINDS))
+        raise BadInput(f"init: {kind!r} is not a kind{hint}; known: {', '.join(KINDS)}")
+    target = Path(file or f"{kind}.yaml")
+    _check_target(target, force)
+    request = Request(
+        kind,
+        file=str(target),
+        output_dir=output_dir or str(Path("runs", target.stem)),
+        model=model or None,
+        train=train or None,
+        validation=validation or None,
+    )
+    text = run_templates.render(request)
+    with tempfile.TemporaryDirectory() as folder:  # check before FILE changes
+        checked = Path(folder, target.name)
+        checked.write_text(text, encoding="utf-8")
+        preflight.check_paths(load(checked))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic_io.write(target, text)
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written: {error.strerror}") from None
+    shown = shlex.quote(str(target))
+    typer.echo(f"wrote {target}: {KINDS[kind]}")
+    typer.echo("next:")
+    typer.echo(f"  promptshard validate {shown}    check settings and data")
+    typer.echo(f"  promptshard train {shown}")
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.suffix not in (".yaml", ".yml"):
+        raise BadInput(f"{target}: the name of a run file ends in .yaml")
+    if target.is_dir():
+        raise BadInput(f"{target}: is a folder; name a new file")
+    if target.exists() and not force:
+        raise BadInput(f"{target}: exists; name another file, or replace it with --force")
 
 
 def examples(

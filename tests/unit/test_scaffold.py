@@ -1,14 +1,19 @@
-"""``promptshard examples``: a new user's first files."""
+"""``promptshard init`` and ``promptshard examples``: what they write works at once."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from launch import preflight
 from launch.commands import app
+from launch.run_templates import KINDS
+from trainer.config import load
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,3 +53,123 @@ def test_examples_needs_a_new_or_empty_folder(tmp_path):
         call("examples", str(file))
     with pytest.raises(BadInput, match="file/below: is a file"):
         call("examples", str(file / "below"))
+
+
+def settings_in_comments(text: str) -> list[tuple[int, str]]:
+    """Optional settings of a run file: number of the line, and the line without its ``#``."""
+    lines = enumerate(text.splitlines())
+    return [(i, line.replace("#", "", 1)) for i, line in lines if re.match(r" *#[a-z_]+:", line)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_writes_a_file_that_validates_and_explains_every_setting(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"promptshard train {kind}.yaml" in call("init", kind)
+    file = tmp_path / f"{kind}.yaml"
+    preflight.check_run(file.name, [])
+    text = file.read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    optional = settings_in_comments(text)
+    assert len(optional) >= 15
+    default = load(file).model_dump()
+    for number, line in optional:
+        lines = text.splitlines()
+        lines[number] = line
+        file.write_text("\n".join(lines))
+        changed = load(file).model_dump()
+        assert (changed == default) != ("# e.g." in line), line
+
+
+def test_init_fills_in_its_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")
+    Path("cost$.csv").write_text("id,review,stars\n" + "1,good,5\n2,bad,1\n3,fine,5\n" * 5)
+    call(
+        *("init", "classify", "sub/mine.yaml", "--train", "cost$.csv", "--validation", "cost$.csv"),
+        *("--model", "model", "--output-dir", "out: 1"),
+    )
+    config = preflight.check_run("sub/mine.yaml", [])
+    (task,) = config.tasks
+    assert (task.input, task.target) == ("{review}\nAnswer:", " {stars}")
+    assert task.choices == ["5", "1"]
+    assert [source.path for source in [*task.train, *(task.validation or [])]] == ["cost$.csv"] * 2
+    assert (config.base.model, config.output_dir) == ("model", "out: 1")
+
+
+ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "labels in lists": (
+        "classify",
+        [{"title": "a", "body": "b", "tags": tags} for tags in (["x"], ["x", "y"], ["no"])],
+        {"input": "{title}\n{body}\nAnswer:", "choices": ["x", "y", "no"], "multi_label": True},
+    ),
+    "numbers and flags": (
+        "sweep",
+        [{"text": str(i), "spam": i % 2 == 0} for i in range(9)],
+        {"target": " {spam}", "choices": ["true", "false"]},
+    ),
+    "names before order": (
+        "classify",
+        [{"label": "no" if i % 2 else "yes", "text": "ab"[i % 2]} for i in range(8)],
+        {"input": "{text}\nAnswer:", "choices": ["yes", "no"]},
+    ),
+    "instruction and input": (
+        "generate",
+        [{"instruction": "Add.", "input": f"{i}+1", "output": f"{i + 1}"} for i in range(3)],
+        {"input": "{instruction}\n{input}\nAnswer:", "target": " {output}"},
+    ),
+    "unknown names": (
+        "generate",
+        [{"uuid": f"x{i}", "english": f"one {i}", "french": f"un {i}"} for i in range(3)],
+        {"input": "{english}\nAnswer:", "target": " {french}"},
+    ),
+    "dialogues": (
+        "chat",
+        [{"n": 1, "talk": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+        {"messages": "talk"},
+    ),
+    "only texts": ("distill", [{"notes": "a"}, {"notes": "b"}], {"input": "{notes}\nAnswer:"}),
+}
+
+
+@pytest.mark.parametrize(("kind", "rows", "expected"), ROWS.values(), ids=ROWS)
+def test_init_reads_columns(kind, rows, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    call("init", kind, "--train", "rows.jsonl", "--validation", "rows.jsonl")
+    config = preflight.check_run(f"{kind}.yaml", [])
+    values = config.tasks[0].model_dump()
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_init_refuses_bad_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("one\ntwo\n")
+    Path("bad.jsonl").write_text("{\n")
+    Path("folder.yaml").mkdir()
+    Path("old.yaml").write_text("mine")
+    for arguments, problem in {
+        ("clasify",): r"'clasify' is not a kind \(did you mean 'classify'\?\)",
+        ("chat", "old.yaml"): "old.yaml: exists; name another file, or replace it with --force",
+        ("chat", "folder.yaml", "--force"): "folder.yaml: is a folder",
+        ("chat", "rows.csv"): "rows.csv: the name of a run file ends in .yaml",
+        ("chat", "--train", "none.jsonl"): r"--train: none\.jsonl: no such file",
+        ("chat", "--train", "texts.txt"): r"no column of dialogues \(columns: text\).*generate",
+        ("generate", "--train", "texts.txt"): "no column of texts to learn.*init distill",
+        ("classify", "--train", "texts.txt"): "no column with 2 to 50 different labels",
+        ("chat", "--train", "bad.jsonl"): "--train: bad.jsonl:1: not valid JSON",
+        ("chat", "--model", "./none"): r"base\.model: \./none: no such folder",
+        ("chat", "--validation", "none.csv"): "validation: none.csv: no such file",
+    }.items():
+        with pytest.raises(BadInput, match=problem):
+            call("init", *arguments)
+    assert sorted(path.name for path in tmp_path.glob("*.yaml")) == ["folder.yaml", "old.yaml"]
+    assert Path("old.yaml").read_text() == "mine"
+    call("init", "chat", "old.yaml", "--force")
+    preflight.check_run("old.yaml", [])
+
+
+def test_init_without_a_kind_lists_them():
+    result = CliRunner().invoke(app, ["init"])
+    assert result.exit_code == 2
+    assert all(re.search(rf"^  {kind} +\w", result.output, re.MULTILINE) for kind in KINDS)

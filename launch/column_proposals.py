@@ -1,0 +1,179 @@
+"""Guess from the rows of a data file which columns are input, target, label or dialogue."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.config import DataSource
+from trainer.runtime.errors import BadInput
+
+#: Maximum number of rows that are read, and of different values of a column of labels.
+MAX_ROWS, MAX_LABELS = 100_000, 50
+#: Usual names of columns, in order of preference.
+# fmt: off
+LABELS = (
+    "label", "labels", "label_text", "class", "category", "intent", "topic", "sentiment", "target",
+    "output", "answer", "y",
+)
+TARGETS = (
+    "target", "output", "answer", "response", "completion", "summary", "translation", "code",
+    "label", "chosen",
+)
+INPUTS = (
+    "text", "input", "inputs", "sentence", "question", "prompt", "instruction", "context", "title",
+    "content", "document", "article", "body", "review", "query", "source", "utterance", "message",
+    "premise", "hypothesis", "sentence1", "sentence2",
+)
+# fmt: on
+DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+IDENTIFIERS = ("id", "idx", "index", "uuid", "guid", "url", "date", "time", "timestamp")
+
+
+@dataclass
+class Column:
+    """What the rows of a file show of one column.
+
+    Attributes:
+        rows: number of rows with a value.
+        texts, lists, dialogues: number of rows in which the value is a text, a list, a dialogue.
+        labels: different values as text, or those in lists; None: too many, or not labels.
+    """
+
+    name: str
+    rows: int = 0
+    texts: int = 0
+    lists: int = 0
+    dialogues: int = 0
+    labels: dict[str, None] | None = field(default_factory=dict)
+
+    def add(self, value: Any) -> None:
+        self.rows += 1
+        self.texts += isinstance(value, str)
+        self.lists += isinstance(value, list)
+        self.dialogues += _is_dialogue(value)
+        texts = [_label(item) for item in (value if isinstance(value, list) else [value])]
+        if self.labels is None or None in texts:
+            self.labels = None
+        else:
+            self.labels |= dict.fromkeys(text for text in texts if text is not None)
+            if len(self.labels) > MAX_LABELS:
+                self.labels = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Columns of the first rows of a data file.
+
+    Attributes:
+        rows: number of rows read.
+        complete: whether these are all rows.
+    """
+
+    columns: list[Column]
+    rows: int
+    complete: bool
+
+    @property
+    def names(self) -> str:
+        return ", ".join(column.name for column in self.columns)
+
+
+def read_sample(train: str) -> Sample:
+    """Read the first rows of ``train``; raises ``BadInput`` if they cannot be read."""
+    from trainer.data.data_files import find_files  # loads Arrow only where rows are read
+
+    columns: dict[str, Column] = {}
+    classes: dict[str, list[str]] = {}
+    rows = 0
+    for file in find_files(DataSource.model_validate(train), "--train", "train"):
+        header = file.header()
+        for name in header or ():
+            columns.setdefault(name, Column(name))
+            classes[name] = file.class_names(name) or classes.get(name, [])
+        for record in itertools.islice(file.records(header or []), MAX_ROWS + 1 - rows):
+            if record.problem:
+                place = f"{file.name}:{record.line or f'row {record.row}'}"
+                raise BadInput(f"--train: {place}: {record.problem}")
+            rows += 1
+            for name, value in record.values.items():
+                if value is not None:
+                    columns.setdefault(name, Column(name)).add(value)
+    if not rows:
+        raise BadInput(f"--train: {train}: has no rows")
+    for name, labels in classes.items():
+        if labels:
+            columns[name].labels = dict.fromkeys(labels)
+    return Sample(list(columns.values()), min(rows, MAX_ROWS), rows <= MAX_ROWS)
+
+
+def find_label(sample: Sample) -> Column | None:
+    """Return the column of labels: by name, else the last one with few different values."""
+    possible = [
+        column
+        for column in sample.columns
+        if column.labels is not None and 2 <= len(column.labels) <= MAX_LABELS
+    ]
+    few = [c for c in possible if len(c.labels or ()) <= max(2, sample.rows // 4)]
+    return _preferred(possible, LABELS) or next(reversed([*_no_inputs(few)]), None)
+
+
+def find_target(sample: Sample) -> Column | None:
+    """Return the column of texts to write: by name, else the last one."""
+    possible = [c for c in sample.columns if 0 < c.rows == c.texts and not _is_identifier(c)]
+    return _preferred(possible, TARGETS) or next(reversed([*_no_inputs(possible)]), None)
+
+
+def find_inputs(sample: Sample, target: Column | None) -> list[Column]:
+    """Return the columns to read: those with usual names, else all other texts."""
+    full = [c for c in sample.columns if c is not target and c.rows == sample.rows]
+    texts = [c for c in full if c.texts == c.rows and not _is_identifier(c)]
+    usual = [column for column in texts if column.name.lower() in INPUTS]
+    scalars = [c for c in full if not c.lists and not _is_identifier(c)]
+    return usual or texts or scalars
+
+
+def find_dialogue(sample: Sample) -> Column | None:
+    possible = [column for column in sample.columns if column.dialogues]
+    return _preferred(possible, DIALOGUES) or next(iter(possible), None)
+
+
+def template(columns: Sequence[Column]) -> str:
+    return "\n".join(f"{{{column.name}}}" for column in columns)
+
+
+def _preferred(columns: Sequence[Column], names: Collection[str]) -> Column | None:
+    by_name = {column.name.lower(): column for column in columns}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _no_inputs(columns: Sequence[Column]) -> Iterator[Column]:
+    return (c for c in columns if c.name.lower() not in INPUTS and not _is_identifier(c))
+
+
+def _is_identifier(column: Column) -> bool:
+    name = column.name.lower()
+    return name in IDENTIFIERS or name.endswith("_id") or not name.strip() or "{" in name
+
+
+def _is_dialogue(value: Any) -> bool:
+    from trainer.data.column_parsers import parse_messages
+
+    if not isinstance(value, list) and not str(value).lstrip().startswith("["):
+        return False
+    try:
+        parse_messages(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _label(value: Any) -> str | None:
+    """Return the text of a label as in ``choices``; None if the value cannot be one."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else None
+    return str(value) if isinstance(value, str | int) else None

@@ -1,0 +1,169 @@
+"""Render the commented run files of ``promptshard init``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import column_proposals
+from launch.column_proposals import Column, Sample
+from trainer.config import yaml_parser
+from trainer.runtime.errors import BadInput
+
+TEMPLATES = Path(__file__).parent / "templates"
+#: Kinds of run files.
+KINDS = {
+    "classify": "assign one of a few labels to a text",
+    "chat": "answer in dialogues, with the chat template of the model",
+    "generate": "write an answer to a text",
+    "distill": "compress a long prompt in words; rows need no answers",
+    "sweep": "compare settings of a classification in one run",
+}
+#: Shipped data of each kind.
+SHIPPED_ROWS = {"chat": "chat", "generate": "codegen"}
+TINY_BASE = "examples/tiny_base"
+_TEACHERS = (
+    "Classify the illness as metabolic, cardiac or other. Name the medical field of the diagnosis, "
+    "not that of the medicine or of the test. Answer with one word.",
+    "Write the long prompt here. The virtual tokens replace it.",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of ``promptshard init``; None: use what promptshard ships."""
+
+    kind: str
+    file: str
+    output_dir: str
+    model: str | None = None
+    train: str | None = None
+    validation: str | None = None
+
+
+def render(request: Request) -> str:
+    """Return the text of a run file; raises ``BadInput`` if the data do not fit its kind."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"yaml": _yaml, "comment": _comment}
+    values = _values(request) | _columns(request)
+    return environment.get_template(f"{request.kind}.yaml.j2").render(values)
+
+
+def _values(request: Request) -> dict[str, Any]:
+    rows = f"examples/data/{SHIPPED_ROWS.get(request.kind, 'triage')}"
+    shipped, tiny = request.train is None, request.model is None
+    validation = f"{rows}.valid.jsonl" if shipped else None
+    small = shipped and tiny  # trains within a minute
+    return {
+        "file": shlex.quote(request.file),
+        "kind": request.kind,
+        "tiny": tiny,
+        "shipped": shipped,
+        "output_dir": _escape(request.output_dir),
+        "model": _escape(request.model or TINY_BASE),
+        "train": _escape(request.train or f"{rows}.train.jsonl"),
+        "validation": _escape(request.validation or validation or ""),
+        "teacher": _TEACHERS[0 if shipped else 1],
+        "tokens": 10 if tiny else 20,
+        "steps": 60 if small else 300,
+        "first": 20 if small else 100,
+        "every": 10 if small else 50,
+        "tokens_per_step": 1024 if small else 8192,
+    }
+
+
+def _columns(request: Request) -> dict[str, Any]:
+    """Return the values that depend on the columns of the data."""
+    if request.train is None:
+        target = "code" if request.kind == "generate" else "label"
+        return {
+            "columns": "",
+            "messages": "messages",
+            "input": "{text}\nAnswer:",
+            "target": f" {{{target}}}",
+            "choices": ["metabolic", "cardiac", "other"],
+            "choices_note": "",
+            "multi": False,
+        }
+    sample = column_proposals.read_sample(request.train)
+    propose: dict[str, Callable[[Request, Sample], dict[str, Any]]] = {
+        "chat": _dialogue,
+        "generate": _text,
+        "distill": _unlabelled,
+    }
+    return {"columns": sample.names} | propose.get(request.kind, _classes)(request, sample)
+
+
+def _dialogue(request: Request, sample: Sample) -> dict[str, Any]:
+    column = column_proposals.find_dialogue(sample)
+    if column is None:
+        raise _misfit(request, sample, "no column of dialogues", "generate")
+    return {"messages": column.name}
+
+
+def _text(request: Request, sample: Sample) -> dict[str, Any]:
+    target = column_proposals.find_target(sample)
+    if target is None:
+        raise _misfit(request, sample, "no column of texts to learn", "distill")
+    return _input(request, sample, target) | {"target": f" {{{target.name}}}"}
+
+
+def _unlabelled(request: Request, sample: Sample) -> dict[str, Any]:
+    return _input(request, sample, column_proposals.find_target(sample))
+
+
+def _classes(request: Request, sample: Sample) -> dict[str, Any]:
+    label = column_proposals.find_label(sample)
+    if label is None:
+        most = column_proposals.MAX_LABELS
+        raise _misfit(request, sample, f"no column with 2 to {most} different labels", "generate")
+    choices = list(label.labels or ())
+    note = "" if sample.complete else f" of the first {sample.rows:,} rows; add those of others"
+    return _input(request, sample, label) | {
+        "target": f" {{{label.name}}}",
+        "choices": choices,
+        "choices_note": note,
+        "multi": bool(label.lists),
+    }
+
+
+def _input(request: Request, sample: Sample, target: Column | None) -> dict[str, Any]:
+    inputs = column_proposals.find_inputs(sample, target)
+    if not inputs and request.kind == "distill":
+        inputs = column_proposals.find_inputs(sample, None)
+    if not inputs:
+        raise _misfit(request, sample, "no column of texts to read", "chat")
+    return {"input": column_proposals.template(inputs) + "\nAnswer:"}
+
+
+def _misfit(request: Request, sample: Sample, missing: str, other: str) -> BadInput:
+    return BadInput(
+        f"--train: {request.train}: has {missing} (columns: {sample.names}); name other data, or "
+        f"use `promptshard init {other}`: {KINDS[other]}"
+    )
+
+
+def _escape(path: str) -> str:
+    """Escape ``$``, which begins a variable in the run file."""
+    return path.replace("$", "$$")
+
+
+def _yaml(value: Any) -> str:
+    return yaml_parser.dump(value, one_line=True)
+
+
+def _comment(text: str) -> str:
+    """Escape and shorten a text, so that it fits on one line of comment."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
