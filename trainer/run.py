@@ -57,7 +57,7 @@ from trainer.reporting.summary import RunSummary, finished_summary
 from trainer.reporting.terminal_table import show_results
 from trainer.runtime import process, stop_signals
 from trainer.runtime.console import Console
-from trainer.runtime.phases import PhaseTimes
+from trainer.runtime.phases import PHASES, PhaseTimes
 from trainer.runtime.stop_signals import Stopped
 from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_callback import MetricsCallback
@@ -81,7 +81,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
         Stopped: after a rank received a stop signal and the state of the last step was saved.
     """
     times = PhaseTimes()
-    times.add({"start": process.seconds_since_start()})
+    times.add(dict.fromkeys(PHASES, 0.0) | {"start": process.seconds_since_start()})
     with times("start"), console.phase("connecting ranks"):
         engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(Path(config.output_dir) / "logs", config.engine.silence_seconds)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import struct
+import termios
 import threading
 from pathlib import Path
 
@@ -183,3 +187,14 @@ def test_details_are_printed_only_when_asked_for(
     console.verbose = True
     console.detail("packed batches of up to 1,536 tokens")
     assert out.getvalue() == "packed batches of up to 1,536 tokens\n"
+
+
+def test_the_width_is_that_of_the_console_s_own_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    leader, follower = os.openpty()
+    with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as out:
+        for columns in (97, 143):
+            fcntl.ioctl(out, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+            assert Console(out, io.StringIO()).width == columns
+    assert Console(io.StringIO(), io.StringIO()).width == module.PLAIN_WIDTH

@@ -51,8 +51,7 @@ def test_a_sweep_has_one_line_and_ties_are_ranked_by_loss():
     shown, out = report(4)
     shown.show(10, scores((0.5, 1.0), (0.75, 0.5), (0.75, 0.4), (0.25, 2.0)), range(4), {})
     assert out.getvalue() == (
-        "step 10  t: accuracy best 75.0%, median 62.5%, worst 25.0%; best prompt p2 (loss 0.4000); "
-        "4 of 4 still train\n"
+        "step 10  t: accuracy best 75.0% (p2), median 62.5%, worst 25.0%; 4 of 4 still train\n"
     )
 
 
@@ -72,7 +71,8 @@ def test_many_prompts_that_stop_early_are_counted(count):
     shown.show(40, scores(*pairs), [count - 1], dict.fromkeys(range(count - 1), 20))
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].endswith(f"; best prompt p0 (loss 1.0000); 1 of {count} still train")
+    assert "best 50.0% (p0)" in lines[0]
+    assert lines[0].endswith(f"; 1 of {count} still train")
     assert lines[1] == (
         f"step 40  t: {count - 1} stopped early: p0 (best at step 20), p1 (best at step 20), "
         f"p2 (best at step 20), p3 (best at step 20) and {count - 5} more"
@@ -89,9 +89,7 @@ def test_scores_that_are_not_finite_are_counted():
     shown, out = report(3)
     nan = float("nan")
     shown.show(10, scores((0.5, 1.0), (nan, nan), (0.25, 2.0)), range(3), {})
-    assert "best 50.0%, median 37.5%, worst 25.0%; best prompt p0 (loss 1.0000); 1 not finite" in (
-        out.getvalue()
-    )
+    assert "best 50.0% (p0), median 37.5%, worst 25.0%; 1 not finite; 3 of 3" in out.getvalue()
     shown, out = report(3)
     shown.show(10, scores(*[(nan, nan)] * 3), range(3), {})
     assert out.getvalue() == "step 10  t: no finite score of 3 prompts; 3 of 3 still train\n"
@@ -102,10 +100,9 @@ def test_losses_against_different_teachers_are_in_different_lines():
     shown, out = report(6, "loss", p3=taught, p4=taught, p5=taught)
     shown.show(10, scores(*[(0.5, float(k)) for k in range(6)]), range(6), {})
     assert out.getvalue().splitlines() == [
-        "step 10  t: loss best 0.0000, median 1.0000, worst 2.0000; best prompt p0; 3 of 3 still "
+        "step 10  t: loss best 0.0000 (p0), median 1.0000, worst 2.0000; 3 of 3 still train",
+        "step 10  t: KL divergence best 3.0000 (p3), median 4.0000, worst 5.0000; 3 of 3 still "
         "train",
-        "step 10  t: KL divergence best 3.0000, median 4.0000, worst 5.0000; best prompt p3; "
-        "3 of 3 still train",
     ]
 
 
@@ -135,3 +132,16 @@ def test_names_in_a_line():
     assert some(["a"]) == "a"
     assert some(list("abcd")) == "a, b, c, d"
     assert some(list("abcdef")) == "a, b, c, d and 2 more"
+
+
+def test_a_terminal_breaks_lines_between_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    shown, out = report(3)
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    shown._console = Console(out, out)
+    shown.show(10, scores(*[(0.5, 1.0)] * 3), range(3), {})
+    assert out.getvalue().splitlines() == [
+        "step 10  t: accuracy best 50.0% (p0), median 50.0%, worst",
+        "         50.0%; 3 of 3 still train",
+    ]

@@ -6,8 +6,9 @@ In the order in which a process uses them:
 2. ``rank_program``: run a rank and turn its exceptions (``errors.BadInput``, ``errors.PortTaken``)
    into exit codes. ``stdio``: redirect library output to the rank's log. ``stop_signals``: stop
    when loading, or after the current step.
-3. ``console``: messages, progress and tables. ``phases``: a running ``Phase``, seconds by phase.
-   ``redact``: hide credentials and escape control characters.
+3. ``console``: messages, progress and tables. ``step_line``: the newest training step. ``phases``:
+   a running ``Phase``, seconds by phase. ``redact``: hide credentials and escape control
+   characters.
 4. ``atomic_io``, ``json_file``: write files atomically, read untrusted JSON. ``cache_dir``,
    ``git_revision``: location of caches, revision of the code.
 """

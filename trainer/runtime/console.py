@@ -6,6 +6,7 @@ elsewhere, a thread prints the innermost phase after ``plain_interval`` seconds 
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 import threading
@@ -18,22 +19,37 @@ from typing import TextIO
 import rich.console
 import rich.text
 from rich.box import SIMPLE_HEAD
+from rich.console import ConsoleDimensions
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from trainer.runtime.phases import Phase, clock
+from trainer.runtime.phases import Phase
 from trainer.runtime.redact import printable, redact
+from trainer.runtime.step_line import StepLine, plain_interval
 
-#: Without a terminal: seconds without output before a line is printed, at the start of a phase
-#: and after a long time.
-PLAIN_INTERVAL, LONGEST_INTERVAL = 5.0, 60.0
 #: Shorter phases are not displayed.
 QUIET_SECONDS = 1.0
 #: Seconds between two updates of the display.
 TICK = 0.25
 #: Without a terminal: width of a table in characters.
 PLAIN_WIDTH = 110
+
+
+class _RichConsole(rich.console.Console):
+    """A rich console with the size of its own stream: standard streams are redirected to a log."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        try:
+            columns, lines = os.get_terminal_size(self.file.fileno())
+        except (OSError, ValueError):
+            return super().size
+        return ConsoleDimensions(self._width or columns, self._height or lines)
+
+    @size.setter
+    def size(self, new: tuple[int, int]) -> None:
+        self._width, self._height = new
 
 
 class Console:
@@ -61,8 +77,8 @@ class Console:
         self._answer = answer or out
         self._reported: BaseException | None = None
         width = None if out.isatty() else PLAIN_WIDTH
-        self._out = rich.console.Console(file=out, width=width, highlight=False, soft_wrap=True)
-        self._err = rich.console.Console(file=err, highlight=False, soft_wrap=True)
+        self._out = _RichConsole(file=out, width=width, highlight=False, soft_wrap=True)
+        self._err = _RichConsole(file=err, highlight=False, soft_wrap=True)
         self._phases: list[Phase] = []
         self._lock = threading.Lock()  # a phase must not end while the thread displays it
         self._last_output = time.monotonic()
@@ -90,13 +106,20 @@ class Console:
         elif self._log is not None:  # the process's stderr is this file
             sys.stderr.write(f"{text}\n")
 
-    def paragraph(self, text: str) -> None:
-        """Print a long text on stdout; on a terminal, break its lines between words."""
+    def paragraph(self, text: str, indent: int = 0) -> None:
+        """Print a long text on stdout; on a terminal, break its lines between words.
+
+        Args:
+            indent: spaces before all lines but the first.
+        """
         if self._out.is_terminal:
-            wrapper = textwrap.TextWrapper(
-                self.width, break_long_words=False, break_on_hyphens=False
+            text = textwrap.fill(
+                text,
+                self.width,
+                subsequent_indent=" " * indent,
+                break_long_words=False,
+                break_on_hyphens=False,
             )
-            text = wrapper.fill(text)
         self.print(text)
 
     def note(self, text: str) -> None:
@@ -274,47 +297,10 @@ class Console:
     def training(self, steps: int, done: int) -> Iterator[StepLine]:
         """Display step, loss, useful tokens per second and ETA of the training loop."""
         with self.phase("training", steps, "steps", done) as phase:
-            line = StepLine(self, phase)
+            line = StepLine(self.print, phase, live=self.is_terminal)
             phase.plain = line.plain
             yield line
             line.end()
-
-
-class StepLine:
-    """The newest step: updated in place on a terminal, printed every few seconds elsewhere."""
-
-    def __init__(self, console: Console, phase: Phase) -> None:
-        self._console, self._phase = console, phase
-        self._printed = float("-inf")
-        self._unprinted = ""
-
-    def show(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        phase, steps = self._phase, self._phase.total
-        phase.done = step
-        phase.status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
-        self._unprinted = f"step {step}/{steps:.0f}  {phase.status}"
-        now, interval = time.monotonic(), plain_interval(phase.seconds / 10)
-        if not self._console.is_terminal and now - self._printed >= interval:
-            self._printed = now
-            self.end()
-
-    def plain(self) -> str:
-        """Return the newest step if it is not printed yet, or which step is running."""
-        text, self._unprinted = self._unprinted, ""
-        if text:
-            self._printed = time.monotonic()
-        return text or f"step {self._phase.done + 1:.0f}/{self._phase.total:.0f} is running"
-
-    def end(self) -> None:
-        """Print the newest step unless already printed."""
-        if self._unprinted:
-            self._console.print(self._unprinted)
-            self._unprinted = ""
-
-
-def plain_interval(seconds: float) -> float:
-    """Limit seconds between two lines without a terminal."""
-    return min(LONGEST_INTERVAL, max(PLAIN_INTERVAL, seconds))
 
 
 def _safe(text: str) -> str:

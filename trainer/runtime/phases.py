@@ -63,6 +63,18 @@ class Phase:
         return f"{value / 1e6:,.1f}" if self.unit == "bytes" else f"{value:,.0f}"
 
 
+#: Phases of a training run whose seconds are shown, in this order.
+PHASES = (
+    "start",
+    "data",
+    "loading the base",
+    "initialization search",
+    "baselines",
+    "training",
+    "validation",
+    "saving",
+    "results",
+)
 #: Phase of the seconds outside all other phases.
 OTHER = "other"
 

@@ -7,7 +7,8 @@
    ``memory_monitor`` lowers the token budget, ``skipped_updates`` counts non-finite updates.
 5. ``prompt_optimizer``, ``optimizers``, ``lr_schedules``: gradients -> one update of each prompt.
 6. ``accounting``: time, tokens and traffic of the step -> ``StepReport``.
-7. ``validation``, ``early_stopping``, ``halving``: scores -> ``Metrics``, and prompts to stop.
+7. ``validation``, ``early_stopping``, ``halving``: scores -> ``Metrics``, and prompts to stop;
+   ``validation_report`` prints them.
 8. ``callbacks``: reports and metrics -> console; further ones in ``tracking``, ``checkpointing``.
 
 ``progress`` is the state that checkpoints hold; ``profiler`` records single steps.

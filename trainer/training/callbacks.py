@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from trainer.runtime.console import Console, StepLine
+from trainer.runtime.console import Console
+from trainer.runtime.step_line import StepLine
 from trainer.training.progress import TrainingProgress
 
 
@@ -79,6 +80,8 @@ class ConsoleProgress(Callback):
     def on_step_end(self, report: StepReport) -> None:
         assert self._line is not None
         self._line.show(report.step, report.loss, report.tokens_per_second, report.seconds_left)
+        if report.step == self._last_step:  # before the lines of the last validation
+            self._line.end()
 
     def on_run_end(self) -> None:
         self._open.close()

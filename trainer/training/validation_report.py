@@ -51,11 +51,8 @@ class ValidationReport:
                     self._print(step, name, f"stopped early, best at step {best}")
                 continue
             left = len([k for k in group if k in training])
-            self._print(
-                step,
-                self._prompt(group[0]).task,
-                f"{self._summary(scored)}; {left} of {len(group)} still train",
-            )
+            text = f"{self._summary(scored)}; {left} of {len(group)} still train"
+            self._print(step, self._prompt(group[0]).task, text)
             if stopped:
                 names = [f"{name} (best at step {best})" for name, best in stopped.items()]
                 text = f"{len(stopped)} stopped early: {some(names)}"
@@ -89,7 +86,7 @@ class ValidationReport:
         return list(groups.values())
 
     def _summary(self, scores: Mapping[int, Scores]) -> str:
-        """Best, median and worst finite score of a group of prompts, and the best prompt."""
+        """Best finite score of a group of prompts with the prompt's name, median and worst."""
         metric = self._tasks[self._prompt(next(iter(scores))).task].task.metric
         key = f"validation_{metric}"
         entries = [
@@ -107,14 +104,11 @@ class ValidationReport:
             return f"no finite score of {not_finite} prompts"
         values = [entry.scores[key] for entry in ranked]
         best = self._prompt(int(ranked[0].name))
-        columns = list(shown_scores({key: 0.0, "validation_loss": 0.0}, _is_distilled(best)))
-        shown = {"best": values[0], "median": median(values), "worst": values[-1]}
-        text = f"{column_title(columns[0])} "
-        text += ", ".join(f"{what} {format_score(key, value)}" for what, value in shown.items())
-        text += f"; best prompt {best.name}"
-        if key != "validation_loss":
-            loss = format_score("validation_loss", ranked[0].scores.get("validation_loss"))
-            text += f" ({column_title(columns[1])} {loss})"
+        column = next(iter(shown_scores({key: 0.0}, _is_distilled(best))))
+        first, middle, last = (
+            format_score(key, x) for x in (values[0], median(values), values[-1])
+        )
+        text = f"{column_title(column)} best {first} ({best.name}), median {middle}, worst {last}"
         return f"{text}; {not_finite} not finite" if not_finite else text
 
     def _described(self, k: int, scores: Scores) -> str:
@@ -132,7 +126,7 @@ class ValidationReport:
         return (prompt.teacher or prompt.name) if _is_distilled(prompt) else None
 
     def _print(self, step: int, name: str, text: str) -> None:
-        self._console.print(f"step {step}  {name}: {text}")
+        self._console.paragraph(f"step {step}  {name}: {text}", indent=len(f"step {step}  "))
 
 
 def some(names: Sequence[str]) -> str:
