@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-import click
+import typer
 
 from trainer.config.reference import Setting, SettingsSection, sections
 
@@ -64,7 +64,7 @@ def describe_section(section: SettingsSection, width: int) -> Iterator[str]:
 
 def describe(setting: Setting, width: int) -> Iterator[str]:
     """Yield the full entry of a setting."""
-    yield click.style(setting.name, bold=True)
+    yield typer.style(setting.name, bold=True)
     yield from wrap(setting.summary, width, 4)
     yield from wrap(setting.details, width, 4)
     yield from wrap(f"type: {setting.type}", width, 4, hanging=6)
@@ -97,7 +97,7 @@ def _short(setting: Setting) -> str:
 def _heading(setting: Setting, width: int, mark: str = "") -> Iterator[str]:
     kind = " (a list)" if setting.type.startswith("list") else ""
     first, *rest = wrap(f"{setting.name}: {setting.summary}{kind}{mark}", width, hanging=2)
-    yield click.style(setting.name, bold=True) + first.removeprefix(setting.name)
+    yield typer.style(setting.name, bold=True) + first.removeprefix(setting.name)
     yield from rest
 
 
