@@ -15,8 +15,8 @@ from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 PAUSE = 20
 #: The pace of a run is computed from this many latest steps, its speed from fewer.
 RECENT, RECENT_SPEEDS = 200, 20
-#: Number of bytes at the end of the file in which ``quick`` looks for the newest step.
-TAIL_BYTES = 1 << 16
+#: Size of the end of a large file of which all lines are read; of a list of runs, a smaller one.
+TAIL_BYTES, QUICK_TAIL_BYTES = 1 << 22, 1 << 16
 
 
 class RunMetrics:
@@ -42,24 +42,24 @@ class RunMetrics:
         self.latest: dict[str, dict[str, tuple[int, float]]] = {}
         self.validations: dict[str, dict[int, dict[str, float]]] = {}
 
-    def update(self, *, quick: bool = False) -> None:
+    def update(self, tail_bytes: int = TAIL_BYTES) -> None:
         """Read new lines; read a file that was replaced from its beginning.
 
         Args:
-            quick: read only validation scores and the last lines, which is about 20 times faster.
+            tail_bytes: at the first read, of lines before the last ``tail_bytes`` only those with
+                validation scores are parsed.
         """
         try:
             file = self.path.stat()
             inode = (file.st_dev, file.st_ino)
-            if inode != self._inode or file.st_size < self._offset or quick:
+            if inode != self._inode or file.st_size < self._offset:
                 self._clear()
                 self._inode = inode
-            if quick:
+            if self._offset == 0 and file.st_size > tail_bytes:
                 for line, _ in read_lines(self.path, containing=b'"validation'):
                     self._add(line)
-                for line, _ in read_lines(self.path, max(0, file.st_size - TAIL_BYTES)):
-                    self._add(line)
-                return
+                self._offset = file.st_size - tail_bytes
+                self._times.clear()
             for line, end in read_lines(self.path, self._offset):
                 self._offset = end
                 self._add(line)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch import preflight
-from launch.run_metrics import RunMetrics
+from launch.run_metrics import QUICK_TAIL_BYTES, TAIL_BYTES, RunMetrics
 from launch.run_state import PromptStatus, Status, holder_process, is_starting, judge
 from launch.slurm_queue import JobState, find_job, query_job, read_record, resolved
 from trainer.checkpointing.checkpoint_names import checkpoint_names
@@ -94,7 +94,7 @@ class StatusReader:
         status.steps = config.last_step if config else summary.steps if summary else None
         metrics = self._metrics.setdefault(run_dir, RunMetrics(run_dir))
         if config or not quick:
-            metrics.update(quick=quick)
+            metrics.update(QUICK_TAIL_BYTES if quick else TAIL_BYTES)
         status.step, status.written = metrics.step, metrics.written
         status.metrics = metrics.latest
         if config is None and summary and summary.steps:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -93,7 +93,8 @@ def as_text(
     if prompts:
         room = len(prompts)
         if height is not None:
-            room = max(1, height - len(text.splitlines()) - 4)
+            used = sum(1 + max(0, cell_len(line) - 1) // width for line in text.splitlines())
+            room = max(1, height - used - 4)
         text += "\n\n" + _prompt_table(prompts[:room], width)
         if room < len(prompts):
             text += f"\n... and {len(prompts) - room} more prompts with lower scores"
@@ -138,7 +139,10 @@ def _details(status: Status, now: float) -> list[str]:
 
 def _is_here(command: str) -> bool:
     """Whether the run file of a command exists, seen from the working directory."""
-    words = command.split()
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without its end
+        return True
     return len(words) < 3 or os.path.exists(words[2])
 
 
@@ -185,7 +189,7 @@ def _run_table(runs: Sequence[Status], now: float, width: int) -> str:
             score = run.error or run.description.removeprefix(f"{run.state}: ")
         rows.append(
             [
-                os.path.relpath(run.run_dir) if Path(run.run_dir).is_absolute() else run.run_dir,
+                run.run_dir,
                 run.state,
                 f"{run.step}/{'?' if run.steps is None else run.steps}",
                 "–" if run.written is None else f"{duration(now - run.written)} ago",

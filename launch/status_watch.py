@@ -91,18 +91,25 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _live() -> Iterator[Callable[[Status], None]]:
-    """Yield a function that redraws the status in place."""
+    """Yield a function that redraws the status in place; print the last status at the end."""
     console = Console(highlight=False)
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+    last: Status | None = None
 
-        def show(status: Status) -> None:
-            width, height = console.size
-            text = as_text(status, width=width, height=height - 2)
-            first, _, rest = text.partition("\n")
-            hint = "" if status.exit_code is not None else "\nCtrl-C ends this display, not the run"
-            live.update(Text(first, "bold") + Text(f"\n{rest}") + Text(hint, "dim"), refresh=True)
+    def show(status: Status) -> None:
+        nonlocal last
+        last = status
+        width, height = console.size
+        first, _, rest = as_text(status, width=width, height=height - 2).partition("\n")
+        hint = "\nCtrl-C ends this display, not the run"
+        live.update(Text(first, "bold") + Text(f"\n{rest}") + Text(hint, "dim"), refresh=True)
 
-        yield show
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        try:
+            yield show
+        finally:
+            live.update("", refresh=True)
+    if last is not None:
+        console.print(Text(as_text(last, width=console.width)), soft_wrap=True)
 
 
 @contextmanager

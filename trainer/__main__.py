@@ -7,6 +7,7 @@ errors in the run file are reported at once.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from trainer import config as run_file
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def shown_command(args: argparse.Namespace) -> str:
     """Return the command line that ``environment.json`` records."""
-    return " ".join(["deepspeed --module trainer", args.run, *args.overrides])
+    return f"deepspeed --module trainer {shlex.join([args.run, *args.overrides])}"
 
 
 def _parser() -> argparse.ArgumentParser:
