@@ -28,6 +28,7 @@ import psutil
 
 from launch import messages, orphan_guard, preflight
 from launch.exit_report import VERDICT, ExitReport, describe
+from trainer.checkpointing.run_lock import Holder
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
@@ -162,7 +163,7 @@ def run_local(
     environment = {**environment, STDOUT_FD_VARIABLE: "0"}
     if first_rank == 0:
         with preflight.writing(log.parent):
-            unfinished.touch()
+            unfinished.write_text(Holder.here().to_json())  # for `promptshard status`
         environment[UNFINISHED] = str(unfinished)
     stop = StopSignals()
     with log.open("wb") as chatter, stop.listening():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from launch.exit_report import KILLED
 from launch.run_logs import LogTail, failed_without_summary, failure_log, launcher_verdict
 from launch.slurm_queue import JobState
-from trainer.checkpointing.run_lock import LOCK, LockState
+from trainer.checkpointing.run_lock import LOCK, LockState, lock_state
 from trainer.config.ranking import Entry
 from trainer.reporting.summary import SUMMARY_FILE, RunSummary
 from trainer.runtime import stop_signals
@@ -22,10 +21,8 @@ from trainer.tracking.metrics_log import METRICS_FILE
 from trainer.tracking.progress_file import missing_results
 from trainer.tracking.store_uri import sync_command
 
-#: Marks the time between the start of the launcher and its end.
-STARTING = Path("logs", "launcher.unfinished")
-#: Age in seconds after which the marker counts as left behind.
-STARTING_SECONDS = 300.0
+#: Files that exist, with the launcher's process in them, from its start until rank 0 has finished.
+LAUNCHER_MARKS = ("launcher.unfinished", "launcher-host0.unfinished")
 _RANK_COMMAND = "deepspeed --module trainer "
 #: Exit code of ``status --watch`` by the state in which a run ends.
 EXIT_BY_STATE = {
@@ -152,8 +149,9 @@ def judge(status: Status, summary: RunSummary | None, lock: LockState | None) ->
         status.state, status.description = "running", f"running: {_holder(lock)}{phase}"
     elif job is not None and job.active and ending != "finished":
         status.state, status.description = "running", f"running on {job.nodes}; starting"
-    elif is_starting(run_dir):
-        status.state, status.description = "running", "starting: its processes are being started"
+    elif launcher_runs(run_dir):
+        phase = "ending its processes" if _wrote_since_start(run_dir) else "starting its processes"
+        status.state, status.description = "running", f"running: {phase}"
     elif summary and ending == "finished":
         status.state, status.description = (
             "finished",
@@ -238,17 +236,28 @@ def _ended_after(summary: Path, lock: LockState) -> bool:
         return False
 
 
-def is_starting(run_dir: Path) -> bool:
-    """Whether ``promptshard train`` has started processes that have not taken the lock yet."""
-    try:
-        started = os.stat(run_dir / STARTING).st_mtime
-    except OSError:
-        return False
-    later = 0.0  # what a run writes after it has taken the lock, and when it stops
-    for name in (METRICS_FILE, SUMMARY_FILE, LOCK, Path("logs", stop_signals.FILE)):
-        with suppress(OSError):
-            later = max(later, os.stat(run_dir / name).st_mtime)
-    return later < started > time.time() - STARTING_SECONDS
+def launcher_runs(run_dir: Path) -> bool:
+    """Whether ``promptshard train`` runs, also before and after its ranks hold the lock.
+
+    If it runs on another host, that is known only for some time after its start.
+    """
+    marks = (lock_state(run_dir / "logs" / name) for name in LAUNCHER_MARKS)
+    return any(mark is not None and mark.dead is None for mark in marks)
+
+
+def _wrote_since_start(run_dir: Path) -> bool:
+    """Whether the ranks have taken the lock, or were stopped, since the launcher's start."""
+    changed = []
+    for names in (
+        [METRICS_FILE, SUMMARY_FILE, LOCK, f"logs/{stop_signals.FILE}"],
+        [f"logs/{name}" for name in LAUNCHER_MARKS],
+    ):
+        times = [0.0]
+        for name in names:
+            with suppress(OSError):
+                times.append((run_dir / name).stat().st_mtime)
+        changed.append(max(times))
+    return changed[0] > changed[1]
 
 
 def _resume_command(run_dir: Path) -> str:

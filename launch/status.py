@@ -13,10 +13,10 @@ from pathlib import Path
 
 from launch import preflight
 from launch.run_metrics import QUICK_TAIL_BYTES, TAIL_BYTES, RunMetrics
-from launch.run_state import PromptStatus, Status, holder_process, is_starting, judge
+from launch.run_state import PromptStatus, Status, holder_process, judge, launcher_runs
 from launch.slurm_queue import JobState, find_job, query_job, read_record, resolved
 from trainer.checkpointing.checkpoint_names import checkpoint_names
-from trainer.checkpointing.run_lock import lock_state
+from trainer.checkpointing.run_lock import LOCK, lock_state
 from trainer.config import RunConfig, check_path, load
 from trainer.config.ranking import LAST, rank, score_key
 from trainer.reporting.summary import RunSummary, load_summary
@@ -87,7 +87,7 @@ class StatusReader:
 
     def _run(self, run_dir: Path, job: JobState | None, frozen: Path | None, quick: bool) -> Status:
         status = Status(str(run_dir), job=job)
-        summary, lock = load_summary(run_dir), lock_state(run_dir)
+        summary, lock = load_summary(run_dir), lock_state(run_dir / LOCK)
         config = None
         if not (quick and summary and _is_complete(summary)):
             config = _config(run_dir, frozen, expected=job is not None or lock is not None)
@@ -126,7 +126,7 @@ def _config(run_dir: Path, frozen: Path | None, *, expected: bool) -> RunConfig 
     for path in (run_dir / "run.yaml", frozen):
         if path is not None and path.is_file():
             return load(path)
-    if expected or (run_dir / "logs" / "rank-0.log").exists() or is_starting(run_dir):
+    if expected or (run_dir / "logs" / "rank-0.log").exists() or launcher_runs(run_dir):
         return None
     return preflight.check_result(str(run_dir))
 

@@ -35,7 +35,7 @@ class StatusCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = []
-        for word, following in zip(args, [*args[1:], ""], strict=True):
+        for word, following in zip(args, [*args, ""][1:], strict=True):
             bare = word == "--watch" and not _is_number(following)
             words.append(f"{word}={WATCH_SECONDS:g}" if bare else word)
         return super().parse_args(ctx, words)
@@ -52,7 +52,7 @@ def _is_number(word: str) -> bool:
 def status(
     run_dir: RunDir,
     watch: Annotated[
-        float | None,
+        str | None,
         option(
             "[SECONDS]",
             "Update the status until the run ends, every SECONDS (2 if left out): in place on a "
@@ -81,9 +81,9 @@ def status(
     - `promptshard status runs/quickstart --json | jq .state`
     """
     if watch is not None:
-        if not (math.isfinite(watch) and watch > 0):
-            raise BadInput(f"--watch: {watch:g} is not a number of seconds above 0; give 2 or more")
-        raise typer.Exit(watch_run(Path(run_dir), watch, json_lines=as_json))
+        if not (_is_number(watch) and 0 < float(watch) < math.inf):
+            raise BadInput(f"--watch: {watch!r} is not a number of seconds above 0; give 2 or more")
+        raise typer.Exit(watch_run(Path(run_dir), float(watch), json_lines=as_json))
     report = read_status(Path(run_dir))
     text = status_text.as_json(report) if as_json else status_text.as_text(report, width=_width())
     typer.echo(text)

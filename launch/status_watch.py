@@ -21,8 +21,8 @@ from trainer.runtime.errors import EXIT_DONE, EXIT_FAILURE, BadInput
 from trainer.runtime.redact import printable, redact
 
 #: A run has ended if two reads, this many seconds apart, agree: `train --max-restarts` starts a
-#: failed run again within a moment.
-CONFIRM_SECONDS = 3.0
+#: failed run again within seconds.
+CONFIRM_SECONDS = 5.0
 #: Seconds between two lines that differ in the step only.
 STEP_LINE_SECONDS = 30.0
 

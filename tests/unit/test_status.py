@@ -232,7 +232,7 @@ def out(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
 def leave_lock(folder: Path, age: float = 0.0, **changes: Any) -> Holder:
     """Leave the lock of another process, last touched ``age`` seconds ago."""
     holder = dataclasses.replace(Holder.here(), **changes)
-    (folder / LOCK).write_text(json.dumps(dataclasses.asdict(holder)))
+    (folder / LOCK).write_text(holder.to_json())
     os.utime(folder / LOCK, (time.time() - age,) * 2)
     return holder
 
@@ -240,6 +240,10 @@ def leave_lock(folder: Path, age: float = 0.0, **changes: Any) -> Holder:
 def write_log(folder: Path, name: str, text: str, age: float = 0.0) -> None:
     (folder / "logs" / name).write_text(text)
     os.utime(folder / "logs" / name, (time.time() - age,) * 2)
+
+
+def write_summary(folder: Path, **values: Any) -> None:
+    (folder / "summary.json").write_text(json.dumps(values))
 
 
 TRACEBACK = "line\n" * 30 + "Traceback (most recent call last):\n  File x\nRuntimeError: {}\n"
@@ -333,13 +337,18 @@ def test_a_run_that_failed_before_the_first_step(out):
     assert status.read_status(out).state == "stopped"
 
 
-def test_a_run_that_starts_or_loads_is_running(out):
-    marker = out / "logs" / "launcher.unfinished"
-    marker.touch()
+def test_a_run_whose_launcher_runs_is_running(out):
+    """Before its ranks take the lock, while they load, and after they have released the lock."""
     os.utime(out / "metrics.jsonl", (1, 1))
-    assert status.read_status(out).description == "starting: its processes are being started"
-    os.utime(marker, (time.time() - 1000,) * 2)  # left behind
-    assert status.read_status(out).state == "stopped"
+    mark = out / "logs" / "launcher.unfinished"
+    mark.write_text(Holder.here().to_json())
+    assert status.read_status(out).description == "running: starting its processes"
+    write_summary(out, status="failed", error="x")
+    os.utime(mark, (time.time() - 1000,) * 2)
+    report = status.read_status(out)
+    assert (report.state, report.description) == ("running", "running: ending its processes")
+    mark.write_text(dataclasses.replace(Holder.here(), started="1").to_json())  # killed
+    assert status.read_status(out).state == "failed"
     shutil.rmtree(out)
     out.mkdir()
     leave_lock(out)
@@ -489,7 +498,8 @@ def test_ctrl_c_ends_watch_with_code_0(out):
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [(["--watch"], 75), (["--watch", "0.5"], 75), (["--watch=0"], 2)]
+    ("words", "code"),
+    [(["--watch"], 75), (["--watch", "0.5"], 75), (["--watch=0"], 2), (["--watch=x"], 2)],
 )
 def test_watch_takes_seconds_or_none(out, monkeypatch, words, code):
     monkeypatch.setattr(status_watch, "CONFIRM_SECONDS", 0.0)

@@ -100,6 +100,10 @@ class Holder:
             return f"Slurm job {self.job} was requeued"
         return f"no heartbeat for {age:.0f} s" if age > DEAD_SECONDS else None
 
+    def to_json(self) -> str:
+        """Return the content of a lock file."""
+        return json.dumps(asdict(self))
+
     def __str__(self) -> str:
         job = "" if self.job is None else f" of Slurm job {self.job}"
         return f"process {self.pid} on {self.host}{job}"
@@ -219,7 +223,7 @@ def _acquire(path: Path, ours: Holder) -> str | None:
 
 @dataclass(frozen=True)
 class LockState:
-    """The lock of an output folder, as a process sees it that does not take it.
+    """A lock file, as a process sees it that does not take the lock.
 
     Attributes:
         holder: None if the lock file is damaged or cannot be read.
@@ -232,12 +236,12 @@ class LockState:
     dead: str | None
 
 
-def lock_state(folder: Path) -> LockState | None:
-    """Read the lock of an output folder without taking it; None if no process holds it."""
+def lock_state(path: Path) -> LockState | None:
+    """Read a lock file without taking the lock; None if there is no such file."""
     try:
-        file = _read(folder / LOCK)
+        file = _read(path)
     except (BadInput, OSError):
-        return LockState(None, None, f"{LOCK} cannot be read")
+        return LockState(None, None, f"{path.name} cannot be read")
     if file is None:
         return None
     return LockState(file.holder, file.touched, file.why_dead(Holder.here(), time.time()))
@@ -302,7 +306,7 @@ def _create(path: Path, holder: Holder) -> bool:
         return False
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(json.dumps(asdict(holder)).encode())
+            stream.write(holder.to_json().encode())
             stream.flush()
             os.fsync(stream.fileno())
     except OSError:  # a full disk
