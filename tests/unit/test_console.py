@@ -49,6 +49,9 @@ def test_a_progress_line_is_printed_after_five_silent_seconds(watch: Clock) -> N
         console.print("a word")
         assert at(19.0) == ""
     assert at(60.0) == "", "no phase is running"
+    with console.phase("connecting ranks"):
+        assert at(60.5) == "", "short phases are not shown"
+        assert at(61.0) == "connecting ranks: 0:01\n"
 
 
 def test_bytes_and_unknown_totals(watch: Clock) -> None:

@@ -231,8 +231,9 @@ class Console:
                 for phase in self._phases:
                     self._draw(phase)
             elif self._phases:
-                phase = self._phases[-1]
-                if time.monotonic() - self._last_output >= plain_interval(phase.seconds / 2):
+                phase, silence = self._phases[-1], time.monotonic() - self._last_output
+                is_long = phase.seconds >= QUIET_SECONDS
+                if is_long and silence >= plain_interval(phase.seconds / 2):
                     self.print(phase.plain_line())
 
     def _draw(self, phase: Phase) -> None:
