@@ -155,6 +155,18 @@ def test_the_end_says_what_to_do_next_in_few_lines(monkeypatch):
     ]
 
 
+def test_a_task_without_validation_has_a_table_without_scores():
+    config = small_config("accuracy", [{"name": "a"}, {"name": "b"}])
+    prompts = {"a": {}, "b": {"stopped": {"step": 3, "reason": "diverged"}}}
+    summary = {"status": "finished", "steps": 4, "prompts": prompts}
+    console = Console(out := io.StringIO(), err := io.StringIO())
+    show_results(RunSummary.model_validate(summary), config, console)
+    table = [line.split() for line in out.getvalue().splitlines()[2:6]]
+    assert table[0] == ["prompt", "tokens", "stopped"]
+    assert table[2:] == [["a", "20"], ["b", "20", "step", "3,", "diverged"]]
+    assert err.getvalue() == "warning: diverged and stopped early: b; lower learning_rate\n"
+
+
 @pytest.mark.parametrize("text", ["short", "a-rather-long-name-of-a-prompt-lr0.1", "語" * 30])
 @pytest.mark.parametrize("width", [12, 13, 20])
 @pytest.mark.parametrize("tail", [1, 5])

@@ -78,6 +78,8 @@ def show_table(table: TaskTable, output_dir: str, console: Console) -> None:
         prompts = prompts[:TOP]
     ranked = rank(table.baselines, table.metric)
     rows = [*prompts, *ranked, *(row for row in table.baselines if row not in ranked)]
+    if not rows:
+        return
     layout = fit(table, rows, console.width)
     if not console.is_terminal:  # a file is not wrapped, and names can be searched for
         longest = max((cell_len(_name(row)) for row in prompts), default=0)
