@@ -196,7 +196,10 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def _write_other_files(files: BaseFiles, settings: Base, out: Path) -> None:
-    for path in sorted(files.folder.iterdir()):
+    if files.folder.is_file():  # a GGUF file contains config and tokenizer
+        for part in (files.config, files.tokenizer, files.generation):
+            part.save_pretrained(out)
+    for path in files.small_files("*"):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".h5") or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, out / path.name)

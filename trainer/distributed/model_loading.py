@@ -13,7 +13,7 @@ from trainer.distributed.deepspeed_config import resolve_policy
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.placement import Placement
 from trainer.model.attention.interface import resolve_attention
-from trainer.model.checkpoint_files import BaseFiles, local_folder, open_base
+from trainer.model.checkpoint_files import BaseFiles, local_path, open_base
 from trainer.model.families import family_of, layer_sizes
 from trainer.model.fingerprint import combine_digests, digest_weight_files
 from trainer.model.layers.fused_ops import compile_fused_operations, fused_counts
@@ -66,7 +66,7 @@ def open_base_on_all(engine: Engine, settings: Base, console: Console) -> BaseFi
     """
 
     def download() -> BaseFiles | None:
-        if local_folder(settings) is not None:
+        if local_path(settings) is not None:
             return None
         with console.downloading(settings.model) as progress:
             return open_base(settings, progress=progress)

@@ -20,13 +20,13 @@ from trainer.config import Base, resolve_path
 from trainer.model import hub
 from trainer.model.families import context_length, family_of
 from trainer.model.generation_config import read_generation_config
+from trainer.model.gguf_file import read_gguf
 from trainer.model.model_folder import (
     SINGLE,
     SMALL_FILES,
     check_config,
     check_folder,
     find_tensors,
-    gguf_remedy,
     read_index,
 )
 from trainer.model.quantized_weights import accept_quantization, combine_tensors
@@ -41,14 +41,16 @@ HEADER_BYTES = 1 << 20
 #: JSON files of a tokenizer, and their maximum size.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 TOKENIZER_BYTES = 1 << 28
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A model folder that can be loaded.
+    """A model folder or GGUF file that can be loaded.
 
     Attributes:
         name: ``base.model``.
+        folder: or the GGUF file, which contains config and tokenizer.
         config: of the text model; ``tie_word_embeddings`` is corrected to the stored weights.
         tensors: all tensors of the weight files that transformers reads, by name.
         generation: the folder's generation config, with the end tokens.
@@ -74,6 +76,10 @@ class BaseFiles:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.weight_files)
 
+    def small_files(self, *patterns: str) -> list[Path]:
+        """Files of config and tokenizer; none if they are in a GGUF file."""
+        return sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config, tokenizer, and the headers and sizes of the weight files.
@@ -81,7 +87,7 @@ class BaseFiles:
         Fast; ``trainer.model.fingerprint`` hashes the complete content.
         """
         digest = hashlib.sha256()
-        for path in sorted({*self.weight_files, *self.folder.glob("*.json")}):
+        for path in sorted({*self.weight_files, *self.small_files("*.json")}):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 digest.update(file.read(HEADER_BYTES))
@@ -101,7 +107,9 @@ def open_base(
     Raises:
         BadInput: if the model is missing, unsupported, not in safetensors, damaged or incomplete.
     """
-    name, folder, from_hub = settings.model, local_folder(settings), False
+    name, folder, from_hub = settings.model, local_path(settings), False
+    if folder is not None and folder.suffix == GGUF:
+        return _open_gguf(folder, name)
     if folder is None:
         folder, from_hub = hub.fetch(settings, SMALL_FILES, download=download), True
     check_folder(folder, name)
@@ -121,31 +129,43 @@ def open_base(
     return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
 
 
-def local_folder(settings: Base) -> Path | None:
-    """The folder that ``base.model`` names; None if ``base.model`` may be a hub id.
+def _open_gguf(path: Path, name: str) -> BaseFiles:
+    model = read_gguf(path, name)
+    family_of(model.config, name)
+    accept_quantization(model.config, name)
+    generation = GenerationConfig.from_model_config(model.config)
+    parameters = map_weights(model.config, model.tensors, name)
+    model.config.tie_word_embeddings = parameters.tied
+    return BaseFiles(
+        name, path, model.config, model.tokenizer, model.tensors, parameters, generation
+    )
+
+
+def local_path(settings: Base) -> Path | None:
+    """The folder or GGUF file that ``base.model`` names; None if it may be a hub id.
 
     Raises:
         BadInput: if ``base.model`` can be neither.
     """
-    folder = resolve_path(settings.model)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or settings.model.startswith((".", "/", "~")):
-        problem = f"base.model: {settings.model!r} is not a folder; use a folder or a hub id"
-        if folder.suffix == ".gguf":
-            problem = f"base.model: {settings.model!r} is a GGUF file, {gguf_remedy(folder)}"
-        elif folder.suffix in (".safetensors", ".json"):
+    path = resolve_path(settings.model)
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
+        return path
+    if path.exists() or settings.model.startswith((".", "/", "~")):
+        problem = (
+            f"base.model: {settings.model!r} is not a folder; use a folder, a GGUF file or a hub id"
+        )
+        if path.is_file() and path.suffix in (".safetensors", ".json"):
             problem = (
-                f"base.model: {settings.model!r} is a file; use its folder, {str(folder.parent)!r}"
+                f"base.model: {settings.model!r} is a file; use its folder, {str(path.parent)!r}"
             )
         raise BadInput(problem)
     return None
 
 
 def portable_name(settings: Base) -> str:
-    """Absolute path of the folder, or the hub id: valid in any working directory."""
-    folder = local_folder(settings)
-    return settings.model if folder is None else str(folder.resolve())
+    """Absolute path of the folder or file, or the hub id: valid in any working directory."""
+    path = local_path(settings)
+    return settings.model if path is None else str(path.resolve())
 
 
 def _read_config(folder: Path, name: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:

@@ -25,6 +25,8 @@ MIN_CACHED_BYTES = 256 << 20
 #: Small files of a model's folder that do not belong to the tokenizer.
 _NOT_TOKENIZER = {"config.json", "generation_config.json", INDEX}
 _THREADS = 8
+#: In place of a digest: a GGUF file contains config and weights.
+IN_WEIGHTS = "in the weights' file"
 
 
 def combine_digests(files: BaseFiles, weights: Mapping[str, str]) -> dict[str, str]:
@@ -33,14 +35,15 @@ def combine_digests(files: BaseFiles, weights: Mapping[str, str]) -> dict[str, s
     Args:
         weights: digests of all weight files, by file name.
     """
-    paths = {path for pattern in SMALL_FILES for path in files.folder.glob(pattern)}
-    tokenizer = sorted(path for path in paths if path.name not in _NOT_TOKENIZER)
+    small = set(files.small_files(*SMALL_FILES))
+    tokenizer = sorted(path for path in small if path.name not in _NOT_TOKENIZER)
+    config = [path for path in small if path.name == "config.json"]
     template = json.dumps(getattr(files.tokenizer, "chat_template", None), sort_keys=True)
     settings = files.generation.to_diff_dict()
     settings.pop("transformers_version", None)
     generation = json.dumps(settings, sort_keys=True, default=str)
     return {
-        "base.model, its config": _digest(files.folder / "config.json"),
+        "base.model, its config": _digest(config[0]) if config else IN_WEIGHTS,
         "base.model, its tokenizer": _combine((path.name, _digest(path)) for path in tokenizer),
         "base.model, its chat template": hashlib.sha256(template.encode()).hexdigest(),
         "base.model, its generation config": hashlib.sha256(generation.encode()).hexdigest(),

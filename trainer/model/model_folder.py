@@ -25,7 +25,10 @@ def check_folder(folder: Path, name: str) -> None:
     """Raise BadInput with all files that transformers would read but this program does not."""
     if not (folder / "config.json").is_file():
         if gguf := sorted(folder.glob("*.gguf")):
-            raise BadInput(f"base.model: {name!r} holds a GGUF file, {gguf_remedy(gguf[0])}")
+            raise BadInput(
+                f"base.model: {name!r} has no config.json, but a GGUF file; name the file itself: "
+                f"base.model: {gguf[0]}"
+            )
         raise BadInput(
             f"base.model: {name!r} has no config.json; use the folder that contains the "
             "model's config.json and safetensors files"
@@ -50,17 +53,6 @@ def check_folder(folder: Path, name: str) -> None:
         )
     if problems:
         raise BadInput(problems)
-
-
-def gguf_remedy(path: Path) -> str:
-    """Describe how to convert a GGUF file to a model folder."""
-    load = f"from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}"
-    return (
-        "which must be converted once with transformers (requires the package "
-        f"gguf): AutoModelForCausalLM.{load}, quantization_config=GgufConfig(dequantize=True))"
-        f".save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.{load})"
-        ".save_pretrained(NEW_FOLDER); then use NEW_FOLDER"
-    )
 
 
 def _missing_reason(path: Path) -> str:
