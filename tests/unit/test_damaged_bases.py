@@ -173,15 +173,10 @@ class TestTrueRemedies:
         (folder / "adapter_config.json").write_text("{}")
         assert "transformers would add this adapter" in refusal(folder)
 
-    def test_a_gguf_file(self, folder: Path) -> None:
-        path = folder / "m-q4.gguf"
-        path.write_bytes(b"GGUF")
-        text = refusal(path)
-        assert "is a GGUF file" in text
-        load = f"from_pretrained({str(folder)!r}, gguf_file='m-q4.gguf'"
-        assert f"AutoModelForCausalLM.{load}, quantization_config=GgufConfig(" in text
+    def test_a_folder_with_a_gguf_file(self, folder: Path) -> None:
+        (folder / "m-q4.gguf").write_bytes(b"GGUF")
         (folder / "config.json").unlink()
-        assert load in refusal(folder)
+        assert f"name the file itself: base.model: {folder / 'm-q4.gguf'}" in refusal(folder)
 
     def test_a_weight_file_in_place_of_its_folder(self, folder: Path) -> None:
         assert f"is a file; use its folder, {str(folder)!r}" in refusal(folder / SINGLE)

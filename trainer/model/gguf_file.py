@@ -30,8 +30,8 @@ from trainer.runtime.errors import BadInput
 
 #: Architectures that are compared with transformers, by their name in a GGUF file.
 ARCHITECTURES = (
-    *("gemma2", "gemma3", "llama", "nemotron", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe"),
-    *("stablelm", "starcoder2"),
+    *("gemma2", "gemma3", "llama", "nemotron", "phi3", "qwen2", "qwen3", "qwen3moe", "stablelm"),
+    "starcoder2",
 )
 #: Architectures whose files hold the weight of a norm plus one.
 _NORM_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
@@ -199,8 +199,8 @@ def _rename(
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
         new = names.get(key) or names.get(key.removesuffix(".weight"), key)
-        if found := _EXPERTS.fullmatch(key):
-            tensors |= _experts(tensor, f"{new.rpartition('.')[0]}", f"{found[1]}_proj")
+        if match := _EXPERTS.fullmatch(key):
+            tensors |= _experts(tensor, f"{new.rpartition('.')[0]}", f"{match[1]}_proj")
         else:
             tensors[new] = _restored(tensor, key, config, architecture)
     return tensors
