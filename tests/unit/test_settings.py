@@ -120,6 +120,7 @@ def test_choices_null_and_auto_are_explained(setting):
         ("init.from", ["prompts.init.from"]),
         ("tasks.validation.weight", ["tasks.train.weight"]),
         ("training", ["training"]),
+        ("Learning-Rate", ["prompts.learning_rate"]),
     ],
 )
 def test_names_are_found(name, expected):
@@ -134,9 +135,17 @@ def test_names_of_other_trainers_are_translated():
     assert note.startswith("lora_r: promptshard trains prompts, not LoRA; ")
 
 
+def test_values_are_found():
+    names, note = find("adamw")
+    assert (names, note) == (["prompts.optimizer"], "adamw is a value of prompts.optimizer")
+    assert find("int8")[0] == ["base.quantization"], "another trainer's name comes first"
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
+        ("", "'': unknown setting"),
+        ("null", "'null': unknown setting"),
         ("learning_rte", "did you mean 'learning_rate'?"),
         ("prompts.nmu_virtual_tokens", "did you mean 'prompts.num_virtual_tokens'?"),
         ("xyz", "`promptshard settings` lists all"),

@@ -227,31 +227,37 @@ def _read_description(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def find(name: str) -> tuple[list[str], str | None]:
-    """Look up settings by a name.
+    """Look up settings by a name, or by one of their values.
 
     Returns:
         The names of the settings or sections that match, and a sentence if the name is another
-        trainer's.
+        trainer's or a value.
 
     Raises:
-        BadInput: no setting matches.
+        BadInput: nothing matches.
     """
-    wanted = re.sub(r"\[[^\]]*\]", "", name.strip()).strip(".")
     known = settings()
-    for section in sections().values():
-        prefix = f"{section.setting.name}."
-        if section.like and wanted.startswith(prefix):
-            wanted = f"{section.like}.{wanted.removeprefix(prefix)}"
-    matches = [other for other in known if f".{other}".endswith(f".{wanted}")]
-    if wanted in known:
-        return [wanted], None
+    query = _normalized(name)
+    matches = [other for other in known if f".{other}".endswith(f".{query}")]
     if matches:
-        return matches, None
-    alias = aliases.find_alias(wanted)
-    if alias is not None:
+        return [query] if query in matches else matches, None
+    if alias := aliases.find_alias(query):
         closest = alias.setting or alias.see
         return [closest] if closest else [], f"{name}: {alias.text}"
-    leaf = wanted.rpartition(".")[2]
-    hint = did_you_mean(wanted, list(known)) if "." in wanted else ""
+    matches = [other for other, setting in known.items() if query in (setting.values or {})]
+    if matches and query not in ("null", "auto", "true", "false"):
+        return matches, f"{name} is a value of {_join(matches)}"
+    leaf = query.rpartition(".")[2]
+    hint = did_you_mean(query, list(known)) if "." in query else ""
     hint = hint or did_you_mean(leaf, [*(s.leaf for s in known.values()), *aliases.all_aliases()])
-    raise BadInput(f"{name}: unknown setting{hint}; `promptshard settings` lists all")
+    raise BadInput(f"{name!r}: unknown setting{hint}; `promptshard settings` lists all")
+
+
+def _normalized(name: str) -> str:
+    """Return a name without list indices and, in a section like another one, in that one."""
+    query = re.sub(r"\[[^\]]*\]", "", name.strip()).strip(".").lower().replace("-", "_")
+    for section in sections().values():
+        prefix = f"{section.setting.name}."
+        if section.like and query.startswith(prefix):
+            return f"{section.like}.{query.removeprefix(prefix)}"
+    return query
