@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
-from trainer.config.prompt import DEFAULT_BETAS
+from trainer.config.prompt_defaults import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
 from trainer.prompts.init_search import SearchResult, Words
 from trainer.prompts.soft_prompt import SoftPrompt

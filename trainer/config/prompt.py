@@ -15,6 +15,7 @@ from trainer.config.encoders import (
     methods_of,
 )
 from trainer.config.init import Init
+from trainer.config.prompt_defaults import with_defaults
 from trainer.config.types import (
     Name,
     NonNegativeFloat,
@@ -24,29 +25,8 @@ from trainer.config.types import (
     Section,
     Share,
     ShareBelowOne,
-    is_true,
 )
 from trainer.runtime.errors import did_you_mean
-
-#: Default of Muon. Lower than usual: in short runs, a prompt learns faster with less momentum.
-DEFAULT_MOMENTUM = 0.5
-#: Default of AdamW. Lower than torch's (0.9, 0.999), because the gradients of a prompt soon become
-#: far smaller than the first ones.
-DEFAULT_BETAS = (0.8, 0.99)
-#: Default learning rate if relative_learning_rate does not apply.
-DEFAULT_RATE = 3.0e-3
-#: Recipes from the literature. Settings in the run file override them.
-PRESETS: dict[str, dict[str, Any]] = {
-    # Lester et al. 2021, arXiv 2104.08691, section 3. No clipping: Adafactor clips its own updates.
-    "lester": {
-        "optimizer": "adafactor",
-        "learning_rate": 0.3,
-        "schedule": "constant",
-        "warmup_ratio": 0.0,
-        "weight_decay": 1.0e-5,
-        "max_grad_norm": None,
-    },
-}
 
 
 def _known_encoders(schema: dict[str, Any]) -> None:
@@ -224,33 +204,7 @@ class Prompt(Section):
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, value: Any) -> Any:
-        """Fill in the preset, and the defaults of learning rate and optimizer."""
-        if not isinstance(value, dict):
-            return value
-        preset = value.get("preset")
-        filled = dict(PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else {}
-        rates = ("learning_rate", "relative_learning_rate")
-        if any(value.get(rate) is not None for rate in rates):
-            filled.pop("learning_rate", None)
-        elif "learning_rate" not in filled:
-            entry, init = find_encoder(value.get("method"), value.get("encoder")), value.get("init")
-            zero = init == "zero" or (isinstance(init, dict) and is_true(init.get("zero")))
-            share = None if entry is None or zero else entry.relative_learning_rate
-            if value.get("optimizer") != "sgd":  # sgd has no default: see _check_training
-                filled |= {rates[0]: DEFAULT_RATE} if share is None else {rates[1]: share}
-        filled |= cls._optimizer(filled | {k: v for k, v in value.items() if v is not None})
-        left_open = {*rates, "optimizer", "momentum", "betas"}
-        return filled | {k: v for k, v in value.items() if k not in left_open or v is not None}
-
-    @staticmethod
-    def _optimizer(value: dict[str, Any]) -> dict[str, Any]:
-        entry = find_encoder(value.get("method"), value.get("encoder"))
-        trains_values = entry is not None and entry.trains_values
-        own = "muon" if trains_values and value.get("betas") is None else "adamw"
-        name = value.get("optimizer") or own
-        if name == "muon":
-            return {"optimizer": name, "momentum": DEFAULT_MOMENTUM}
-        return {"optimizer": name} | ({"betas": DEFAULT_BETAS} if name == "adamw" else {})
+        return with_defaults(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:

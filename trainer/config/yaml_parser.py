@@ -15,7 +15,6 @@ expanding aliases) or too deeply nested.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -24,23 +23,23 @@ from typing import Any
 
 import yaml
 
+from trainer.config.yaml_scalars import (
+    FLOAT,
+    INT,
+    NULL,
+    TAG,
+    UNCLEAR,
+    plain_value,
+    shown,
+    tagged_value,
+)
+
 SettingPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 22
 MAX_DEPTH = 40
 #: Maximum number of values and keys, with aliases expanded.
 MAX_NODES = 100_000
-
-_TAG = "tag:yaml.org,2002:"
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+|0o[0-7]+")
-_FLOAT = re.compile(
-    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
-    r"|\.(?:nan|NaN|NAN)"
-)
-_UNCLEAR = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*_[0-9_]*(?:\.[0-9_]*)?)")
-_MAX_DIGITS = 20  # the 19 digits of 2**63, and a sign
 
 
 class YamlError(ValueError):
@@ -217,8 +216,8 @@ class _Resolver:
         return self._scalar(node, path)
 
     def _check_tag(self, node: _Node, path: SettingPath, own: str) -> None:
-        if node.tag not in (None, _TAG + own):
-            self._problem(node, path, f"tag {_shown(node.tag)} is not supported; remove it")
+        if node.tag not in (None, TAG + own):
+            self._problem(node, path, f"tag {shown(node.tag)} is not supported; remove it")
 
     def _problem(self, node: _Node, path: SettingPath, text: str) -> None:
         self.problems.append((path, node.line, text))
@@ -256,81 +255,21 @@ class _Resolver:
     def _scalar(self, node: _Node, path: SettingPath) -> Any:
         assert node.text is not None
         try:
-            if self._is_text(path) and node.plain and not _NULL.fullmatch(node.text):
+            if self._is_text(path) and node.plain and not NULL.fullmatch(node.text):
                 return node.text
-            return _plain(node.text) if node.plain else _tagged(node.tag, node.text)
+            return plain_value(node.text) if node.plain else tagged_value(node.tag, node.text)
         except ValueError as error:
             self._problem(node, path, str(error))
             return None
-
-
-def _plain(text: str) -> Any:
-    """Parse a scalar without quotes and tag; raises ``ValueError``."""
-    if _NULL.fullmatch(text):
-        return None
-    if _BOOL.fullmatch(text):
-        return text.lower() == "true"
-    if _UNCLEAR.fullmatch(text):
-        digits = text.replace("_", "")
-        number = re.sub(r"^([-+]?)0+(?=\d)", r"\1", digits)
-        raise ValueError(
-            f"{_shown(text)} is read differently by different versions of YAML; write "
-            f'{_shown(number)} or, for text, put it in quotes: "{_shown(text)}"'
-        )
-    if _INT.fullmatch(text):
-        return _integer(text)
-    if _FLOAT.fullmatch(text):
-        return _number(text)
-    return _text(text)
-
-
-def _tagged(tag: str | None, text: str) -> Any:
-    """Parse a scalar with quotes or a tag; raises ``ValueError``."""
-    if tag in (None, _TAG + "str"):
-        return _text(text)
-    patterns = {"int": _INT, "float": _FLOAT, "bool": _BOOL, "null": _NULL}
-    kind = str(tag).removeprefix(_TAG)
-    if kind not in patterns:
-        raise ValueError(f"tag {_shown(tag)} is not supported; remove it")
-    if not patterns[kind].fullmatch(text):
-        raise ValueError(f"!!{kind} {_shown(text)}: is not of that type; remove the tag")
-    return _number(text) if kind == "float" else _plain(text)
-
-
-def _integer(text: str) -> int:
-    number = int(text, 0) if len(text) <= _MAX_DIGITS else 2**63
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{_shown(text)} is too large; integers have 64 bits")
-    return number
-
-
-def _number(text: str) -> float:
-    lower = text.lower()
-    number = float(lower.replace(".inf", "inf").replace(".nan", "nan"))
-    if math.isinf(number) and "inf" not in lower:
-        raise ValueError(f"{_shown(text)} is too large; write .inf for infinity")
-    return number
-
-
-def _text(text: str) -> str:
-    if bad := re.search("[\0\ud800-\udfff]", text):
-        raise ValueError(f"{_shown(text)} holds {bad[0]!a}, which is not text; remove it")
-    return text
-
-
-def _shown(text: str | None, width: int = 40) -> str:
-    short = str(text).replace(_TAG, "!!")
-    short = short if len(short) <= width else short[: width - 3] + "..."
-    return short if short.isprintable() else ascii(short)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes texts that YAML 1.1 or the core schema would parse as another type."""
 
 
-_Dumper.add_implicit_resolver(_TAG + "int", re.compile(rf"(?:{_UNCLEAR.pattern})$"), None)
-_Dumper.add_implicit_resolver(_TAG + "int", re.compile(rf"(?:{_INT.pattern})$"), None)
-_Dumper.add_implicit_resolver(_TAG + "float", re.compile(rf"(?:{_FLOAT.pattern})$"), None)
+_Dumper.add_implicit_resolver(TAG + "int", re.compile(rf"(?:{UNCLEAR.pattern})$"), None)
+_Dumper.add_implicit_resolver(TAG + "int", re.compile(rf"(?:{INT.pattern})$"), None)
+_Dumper.add_implicit_resolver(TAG + "float", re.compile(rf"(?:{FLOAT.pattern})$"), None)
 
 
 class _OneLineDumper(_Dumper):
@@ -343,7 +282,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
         "[\n\r\x85\u2028\u2029]" if isinstance(dumper, _OneLineDumper) else "[\r\x85\u2028\u2029]"
     )
     style = '"' if re.search(breaks, text) else None
-    return dumper.represent_scalar(_TAG + "str", text, style=style)
+    return dumper.represent_scalar(TAG + "str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Prompt
-from trainer.config.prompt import DEFAULT_BETAS
+from trainer.config.prompt_defaults import DEFAULT_BETAS
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, kind_of
 from trainer.training.lr_schedules import learning_rate_factor
 from trainer.training.optimizers import make_update_rule
