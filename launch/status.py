@@ -107,8 +107,9 @@ class StatusReader:
         judge(status, summary, lock)
         if status.state == "running":
             status.tokens_per_second = metrics.tokens_per_second
-            if (pace := metrics.seconds_per_step) is not None and status.steps is not None:
-                status.eta_seconds = pace * max(0, status.steps - status.step)
+            left = (status.steps or 0) - status.step
+            if (pace := metrics.seconds_per_step) is not None and left > 0:
+                status.eta_seconds = pace * left
         if config is not None:
             status.prompts = _prompts(config, metrics, summary)
         elif summary is not None:
