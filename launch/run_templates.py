@@ -11,6 +11,7 @@ from typing import Any
 from launch import column_proposals
 from launch.column_proposals import Column, Sample
 from trainer.config import yaml_parser
+from trainer.config.schema import EDITOR_LINE
 from trainer.runtime.errors import BadInput
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -66,6 +67,7 @@ def _values(request: Request) -> dict[str, Any]:
     validation = f"{rows}.valid.jsonl" if shipped else None
     small = shipped and tiny  # trains within a minute
     return {
+        "editor_line": EDITOR_LINE,
         "file": shlex.quote(request.file),
         "kind": request.kind,
         "tiny": tiny,

@@ -16,6 +16,7 @@ from launch import preflight, run_templates
 from launch.arguments import as_path, option, path_argument
 from launch.run_templates import KINDS, Request
 from trainer.config import SHIPPED, load
+from trainer.config.schema import FILE_NAME, schema_text
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import EXIT_BAD_INPUT, BadInput, did_you_mean
 
@@ -57,6 +58,7 @@ def init(
     """Write a run file to start from, in which every setting is explained.
 
     Without `--model` and `--train` the file works at once, with a tiny model and example rows.
+    `run-file.schema.json` is written beside it, for editors with the YAML language server.
 
     **Examples:**
 
@@ -90,10 +92,12 @@ def init(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_io.write(target, text)
+        atomic_io.write(target.parent / FILE_NAME, schema_text())
     except OSError as error:
         raise BadInput(f"{target}: cannot be written: {error.strerror}") from None
     shown = shlex.quote(str(target))
     typer.echo(f"wrote {target}: {KINDS[kind]}")
+    typer.echo(f"wrote {target.parent / FILE_NAME}: completes and checks run files in editors")
     typer.echo("next:")
     typer.echo(f"  promptshard validate {shown}    check settings and data")
     typer.echo(f"  promptshard train {shown}")

@@ -12,12 +12,13 @@ import click
 import jsonschema
 import pytest
 
-from launch import settings_text
+from launch import scaffold_commands, settings_text
+from launch.run_templates import KINDS
 from trainer.config import RunConfig, dump, load, yaml_parser, yaml_source
 from trainer.config.aliases import all_aliases
 from trainer.config.explain import _all_settings
 from trainer.config.reference import find, sections, settings
-from trainer.config.schema import EDITOR_LINE, run_file_schema, schema_text
+from trainer.config.schema import EDITOR_LINE, FILE_NAME, run_file_schema, schema_text
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,16 @@ def test_examples_and_their_resolved_files_match_the_schema(path, tmp_path, monk
     assert path.read_text(encoding="utf-8").startswith(EDITOR_LINE + "\n")
     assert not schema_problems(path)
     assert not schema_problems(written(tmp_path, dump(load(path))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_init_match_the_schema(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scaffold_commands.init(kind, force=False)
+    file = tmp_path / f"{kind}.yaml"
+    assert file.read_text(encoding="utf-8").startswith(EDITOR_LINE + "\n")
+    assert (tmp_path / FILE_NAME).read_text(encoding="utf-8") == schema_text()
+    assert not schema_problems(file)
 
 
 @pytest.mark.parametrize(
