@@ -28,8 +28,7 @@ QUICKSTART = "promptshard train examples/quickstart.yaml"
 #: Trainings after the first are cut short, each into a folder of its own. What a prompt is compared
 #: with, and on all rows, the first has shown.
 SHORT = ["training.steps=2", "evaluation.every=50"]
-SHORT += [f"tasks[{task}].hand_written=[]" for task in (0, 1)]
-SHORT += [f"tasks[{task}].max_validation_rows=20" for task in (0, 1)]
+SHORT_TASK = ["tasks[{}].hand_written=[]", "tasks[{}].max_validation_rows=20"]
 
 
 def blocks(language: str) -> list[str]:
@@ -110,7 +109,10 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
         return  # the fixture has run it
     if "train" in words or words[0] == "deepspeed":
         output = f"runs/{abs(hash(command))}"
-        words += [w for w in SHORT if w.split("=")[0] not in command] + [f"output_dir={output}"]
+        tasks = (0, 1) if "quickstart" in command else (0,)
+        short = SHORT + [setting.format(task) for setting in SHORT_TASK for task in tasks]
+        words = [word for word in words if not word.startswith("training.steps=")]
+        words += [*short, f"output_dir={output}"]
     if "submit" in words:  # tests/slurm has a Slurm
         words.append("--dry-run")
     done = folder.run(*words)
