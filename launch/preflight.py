@@ -184,6 +184,13 @@ def _base(config: RunConfig) -> Iterator[str]:
         yield f"base.model: {name} is a file; give its folder"
     elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
+    if config.base.chat_template is not None:
+        from trainer.model.chat_template_file import read_chat_template  # imports jinja2
+
+        try:
+            read_chat_template(config.base.chat_template)
+        except BadInput as error:
+            yield from error.problems
 
 
 def _looks_local(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,38 +191,62 @@ def test_a_multi_token_character_at_the_end_of_the_marker_is_complete(tmp_path, 
 
 
 @pytest.mark.parametrize("source", [PHI, QWEN_3, GPT_OSS])
-def test_templates_that_rewrite_earlier_turns_are_refused_with_a_remedy_that_works(
-    tmp_path, tokenizer, source
-):
+def test_a_row_whose_turns_are_rewritten_equals_one_row_per_turn(tmp_path, tokenizer, source):
     with_template(tokenizer, source)
-    with pytest.raises(BadInput) as caught:
-        tokenized(tmp_path, tokenizer, [{"messages": TWO}])
-    assert caught.value.problems == [
-        f"{tmp_path}/d.jsonl:1: messages: [1]: the chat template writes this turn differently once "
-        'others follow, so the row has other tokens than generation gives; set "weight": 0 on this '
-        "turn and, to learn it, add a row that ends with it"
+    rows = [TWO, TWO[:2], [USER, ANSWER | {"weight": 0}, *TWO[2:]]]
+    tokens = tokenized(tmp_path, tokenizer, [{"messages": row} for row in rows])
+    tree, *alone = tokens.examples
+    assert [(t.input_ids, t.label_spans) for t in tree.linear()] == [
+        (example.input_ids, example.label_spans) for example in alone
     ]
-    rows = [TWO[:2], [USER, ANSWER | {"weight": 0}, *TWO[2:]]]
-    first, second = tokenized(tmp_path, tokenizer, [{"messages": row} for row in rows]).examples
-    for example, messages in ((first, TWO[:2]), (second, TWO)):
+    for example, messages in zip(alone, (TWO[:2], TWO), strict=True):
         ((start, stop),) = example.label_spans
         assert list(example.input_ids) == of_transformers(tokenizer, messages)
         assert list(example.input_ids[:start]) == of_transformers(
             tokenizer, messages[:-1], add_generation_prompt=True
         )
         assert stop == example.num_tokens
+    assert tokens.rewritten == 1
 
 
 def test_a_generation_prompt_that_no_answer_follows_is_refused(tmp_path, tokenizer):
     """Rows with different answers have one and the same problem."""
-    with_template(tokenizer, THINKS)
+    with_template(tokenizer, THINKS.replace("<think></think>", ""))
     with pytest.raises(BadInput) as caught:
         tokenized(tmp_path, tokenizer, [{"messages": TWO[:2]}, {"messages": TWO[2:]}])
     (problem,) = caught.value.problems
     assert problem.startswith(
         f"{tmp_path}/d.jsonl:1 and 1 more row: messages: [1]: the generation prompt of the chat "
-        "template continues with '\\n' where"
+        "template continues with '<think>\\n' where"
     )
+
+
+def test_an_answer_closes_the_thoughts_that_its_generation_prompt_opens(tmp_path, tokenizer):
+    """The template writes answers without thoughts in another way than generation does."""
+    with_template(tokenizer, THINKS)
+    (example,) = tokenized(tmp_path, tokenizer, [{"messages": TWO[:2]}]).examples
+    asked = of_transformers(tokenizer, [USER], add_generation_prompt=True)
+    assert list(example.input_ids[: example.target_start]) == asked
+    assert learned(tokenizer, example) == ["</think>Hello<|im_end|>\n"]
+    with_template(
+        tokenizer,
+        PHI.replace("|assistant|>\\n' }}{% else", "|assistant|>\\n<think> </think>' }}{% else"),
+    )
+    (example,) = tokenized(tmp_path, tokenizer, [{"messages": TWO[:2]}]).examples
+    asked = of_transformers(tokenizer, [USER], add_generation_prompt=True)
+    assert list(example.input_ids[: example.target_start]) == asked
+    assert learned(tokenizer, example) == ["Hello<|end|>\n</s>"]
+
+
+@pytest.mark.parametrize("ends", [["<|im_end|>"], ["</s>", "<|im_end|>"]])
+def test_labels_end_at_the_token_that_ends_generation(tmp_path, tokenizer, ends):
+    with_template(tokenizer, CHATML)
+    path, task = tmp_path / "d.jsonl", make_task()
+    path.write_text(json.dumps({"messages": TWO}) + "\n")
+    ids = tokenizer.convert_tokens_to_ids(ends)
+    (example,) = tokenize(load_rows(str(path), task), task, tokenizer, 100, end_ids=ids).examples
+    assert learned(tokenizer, example) == ["Hello<|im_end|>", "Fine<|im_end|>"]
+    assert list(example.input_ids) == of_transformers(tokenizer, TWO)
 
 
 @pytest.mark.parametrize("source", [QWEN_3_5, QWEN_3_5_MARKED])
@@ -232,15 +257,17 @@ def test_a_generation_prompt_whose_end_merges_with_the_answer_keeps_its_tokens(
     with_template(tokenizer, source)
     rows = [{"messages": TWO}, {"messages": TWO[:2]}]
     tokens = tokenized(tmp_path, tokenizer, rows)
-    for messages, example in zip((TWO, TWO[:2]), tokens.examples, strict=True):
+    first, last, alone = *tokens.examples[0].linear(), tokens.examples[1]
+    assert alone == replace(first, row=1)
+    for messages, example in ((TWO[:2], first), (TWO, last)):
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert "<think>\n\n</think>" in text
         assert tokenizer.decode(example.input_ids) == text
         assert list(example.input_ids) != of_transformers(tokenizer, messages)
-        asked = of_transformers(tokenizer, [USER], add_generation_prompt=True)
+        asked = of_transformers(tokenizer, messages[:-1], add_generation_prompt=True)
         assert list(example.input_ids[: example.target_start]) == asked
         assert learned(tokenizer, example) == [
-            f"\n</think>\n\n{turn['content']}<|im_end|>\n" for turn in messages[1::2]
+            f"\n</think>\n\n{messages[-1]['content']}<|im_end|>\n"
         ]
     assert tokens.warning is not None
     assert "(in 2 of 2 rows)" in tokens.warning

@@ -30,7 +30,7 @@ MAY_CHANGE = {
     "search.init_share",  # a resumed prompt needs no initial value
 }
 #: Paths may change, but not the digests of their content.
-PATHS = {"model", "revision", "train", "validation", "shifted_validation"}
+PATHS = {"model", "revision", "chat_template", "train", "validation", "shifted_validation"}
 
 
 def run_identity(

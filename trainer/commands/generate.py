@@ -65,9 +65,14 @@ def _generate(
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_base_on_all(engine, config.base, console)
-    dialogue, date = task.messages is not None, read_chat_date(folder)
     if halves is None:
-        input_ids = encode_input(files.tokenizer, text, dialogue=dialogue, date=date)
+        input_ids = encode_input(
+            files.tokenizer,
+            text,
+            dialogue=task.messages is not None,
+            date=read_chat_date(folder),
+            variables=task.chat_template_kwargs,
+        )
         prompt_at = 0
     else:
         before, after = (render(half, {columns[0]: column}) for half in halves)

@@ -27,6 +27,11 @@ class Base(Section):
     revision: str | None = Field(
         None, description="branch, tag or commit of a hub model\nnull: main"
     )
+    chat_template: PathText | None = Field(
+        None,
+        description="Jinja file that replaces the tokenizer's own chat template\n"
+        "null: the tokenizer's own",
+    )
     quantization: Literal["int8", "none"] = Field(
         "int8",
         description="storage of the weights of linear layers\n"

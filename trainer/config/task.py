@@ -19,6 +19,27 @@ from trainer.config.types import (
 LOWER_IS_BETTER = frozenset({"loss"})
 #: Default column of the tools that a dialogue may call, as in TRL.
 DEFAULT_TOOLS = "tools"
+#: Arguments of transformers' ``apply_chat_template``, and variables that it sets.
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
 #: A ``{column}`` field of a template, or a doubled brace (an escaped one).
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 #: The field of an input template that marks the place of the virtual tokens.
@@ -106,6 +127,10 @@ class Task(Section):
         description="messages: column of the tools that a dialogue may call\n"
         "JSON schemas for the chat template. The default column may be missing.\n"
         "null: no tools",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="messages: variables for the chat template, such as {enable_thinking: false}",
     )
     tokens: TokenColumns | None = Field(
         None,
@@ -220,6 +245,11 @@ class Task(Section):
     def _problems_of_form(self) -> list[str]:
         """Check that a task has exactly one of: input and target, messages, tokens."""
         other = [name for name in ("messages", "tokens") if getattr(self, name) is not None]
+        if self.messages is None and self.chat_template_kwargs:
+            return ["chat_template_kwargs: works with messages only; set messages, or remove it"]
+        reserved = sorted(_TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys())
+        if reserved:
+            return [f"chat_template_kwargs.{reserved[0]}: is set by this program; remove it"]
         if self.messages is None and self.tools not in (None, DEFAULT_TOOLS):
             return ["tools: works with messages only; set messages, or remove it"]
         if not other:

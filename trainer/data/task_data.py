@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -145,6 +145,7 @@ def load_tasks(
     read_progress: ReadProgress = nullcontext,
     splits: Sequence[str] = SPLITS,
     date: datetime.date | None = None,
+    end_ids: Collection[int] = (),
 ) -> dict[str, TaskData]:
     """Read and tokenize the tasks of a run.
 
@@ -153,6 +154,7 @@ def load_tasks(
         read_progress: shows the progress of reading.
         splits: splits to tokenize; all are read and checked.
         date: the date that chat templates read; None: today.
+        end_ids: tokens at which the base's generation stops.
 
     Raises:
         BadInput: with the problems of all tasks.
@@ -175,7 +177,9 @@ def load_tasks(
                     f"prompts of task {task.name!r}: {cause} no room in a context of "
                     f"{context_length}; {remedy}"
                 )
-            loader = _TaskLoader(task, tokenizer, room, context_length, vocab_size, progress, date)
+            loader = _TaskLoader(
+                task, tokenizer, room, context_length, vocab_size, progress, date, end_ids
+            )
             data = loader.load(splits, read_progress)
             data.teachers = of_task
             if split_template(task.input) is None:
@@ -200,6 +204,7 @@ class _TaskLoader:
     vocab_size: int
     progress: RowProgress
     date: datetime.date | None
+    end_ids: Collection[int]
 
     def load(self, needed: Sequence[str], read_progress: ReadProgress) -> TaskData:
         with read_progress() as on_rows:
@@ -216,7 +221,7 @@ class _TaskLoader:
             else:
                 self._load_evaluation(data, split, rows)
         data.leaks = leaks(self.task, splits)
-        data.remarks = [*remarks(self.task, splits), *self._overlap_remarks(data)]
+        data.remarks += [*remarks(self.task, splits), *self._overlap_remarks(data)]
         for leak in data.leaks:
             data.counts[leak.split]["also_in_train"] = leak.count
             for source in data.sources:
@@ -242,6 +247,12 @@ class _TaskLoader:
             "skipped": skipped,
             "truncated": tokenized.truncated,
         }
+        if tokenized.rewritten:
+            data.remarks.append(
+                f"task {name}: {split}: the chat template rewrites earlier turns in "
+                f"{tokenized.rewritten:,} of {num_rows:,} rows; each learned turn there is read "
+                "after the text that generation reads before it"
+            )
         if tokenized.warning is not None:
             data.warnings.append(f"task {name}: {split}: {tokenized.warning}")
 
@@ -295,6 +306,7 @@ class _TaskLoader:
             self.tokenizer,
             room,
             date=self.date,
+            end_ids=self.end_ids,
             progress=self.progress,
             **options,
         )

@@ -51,7 +51,8 @@ class Teacher:
         shift = self.num_special + 1 - len(begin)
         spans = tuple((start - shift, stop - shift) for start, stop in example.label_spans)
         assert start > 0, "the first label is predicted by a token of the row"
-        return replace(example, input_ids=(*begin, *rest), label_spans=spans)
+        branches = tuple((start - shift, at - shift) for start, at in example.branches)
+        return replace(example, input_ids=(*begin, *rest), label_spans=spans, branches=branches)
 
 
 def teachers_of(config: RunConfig, tokenizer: Any) -> dict[str, Teacher]:

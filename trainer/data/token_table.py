@@ -19,20 +19,39 @@ from numpy.typing import NDArray
 #: Version of the file format of a table's folder.
 FORMAT = 2
 _CHUNK = 1 << 24
+#: Name, type and columns of a table's files, in the order of the arguments of ``TokenTable``.
+_ARRAYS: tuple[tuple[str, Any, int | None], ...] = (
+    ("ids", np.int32, None),
+    ("offsets", np.int64, None),
+    ("spans", np.int32, 2),
+    ("span_offsets", np.int64, None),
+    ("branches", np.int32, 2),
+    ("branch_offsets", np.int64, None),
+    ("rows", np.int64, None),
+    ("places", np.int32, 2),
+)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row.
+    """One tokenized row: a text, and other continuations of its beginning.
+
+    Most rows are one text. If a chat template rewrites earlier turns of a dialogue, generation
+    reads other tokens before an earlier turn than before the last one. Then the row is a tree: the
+    trunk is the dialogue up to its last turn, and each branch is the rest of the dialogue up to an
+    earlier turn, after the tokens that both have in common.
 
     Attributes:
-        input_ids: input, target, EOS; no virtual tokens.
+        input_ids: input, target, EOS of the trunk, then the tokens of each branch; no virtual
+            tokens.
         label_spans: (start, stop) of the tokens that are labels, ascending and disjoint: one for a
             target, or one per learned turn of a dialogue.
         row: index in its ``RowDataset``.
         prompt_at: index of the token before which the virtual tokens are inserted.
         prompt_end: number of leading tokens in the prompt's segment, at least ``prompt_at``. Rows
             with the same leading tokens share this segment in a packed batch.
+        branches: (start, shared) of each branch: it begins at ``start`` and continues the first
+            ``shared`` tokens of the trunk.
     """
 
     input_ids: tuple[int, ...]
@@ -40,6 +59,7 @@ class Example:
     row: int
     prompt_at: int = 0
     prompt_end: int = 0
+    branches: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def with_target(cls, input_ids: tuple[int, ...], target_start: int, row: int) -> Example:
@@ -59,16 +79,64 @@ class Example:
     def num_labels(self) -> int:
         return sum(stop - start for start, stop in self.label_spans)
 
+    @property
+    def trunk_length(self) -> int:
+        """Number of tokens of the trunk; without branches, of the row."""
+        return self.branches[0][0] if self.branches else len(self.input_ids)
+
+    @property
+    def last_target(self) -> tuple[int, int]:
+        """(start, stop) of the last labels of the trunk: the target, or the last learned turn."""
+        return [span for span in self.label_spans if span[1] <= self.trunk_length][-1]
+
+    def linear(self) -> list[Example]:
+        """Return every text of the row separately, in the order of the turns they end with.
+
+        Each label is in the first text that contains it.
+        """
+        if not self.branches:
+            return [self]
+        trunk = [span for span in self.label_spans if span[1] <= self.trunk_length]
+        stops = [*(start for start, _ in self.branches[1:]), len(self.input_ids)]
+        texts, done, place = list[Example](), 0, (self.prompt_at, self.prompt_end)
+        for (first, shared), end in zip(self.branches, stops, strict=True):
+            own = [(a, b) for a, b in self.label_spans if first <= a < end]
+            spans = _within(trunk, done, shared)
+            spans += [(a - first + shared, b - first + shared) for a, b in own]
+            ids = self.input_ids[:shared] + self.input_ids[first:end]
+            texts.append(Example(ids, _joined(spans), self.row, *place))
+            done = max(done, shared)
+        ids, rest = self.input_ids[: self.trunk_length], _within(trunk, done, self.trunk_length)
+        return [*texts, Example(ids, tuple(rest), self.row, *place)]
+
+
+def _within(spans: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the parts of the spans from ``start`` to ``stop``."""
+    return [(max(a, start), min(b, stop)) for a, b in spans if b > start and a < stop]
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Join adjacent spans."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """R consecutive examples, concatenated: T tokens, S label spans.
+    """R consecutive examples, concatenated: T tokens, S label spans, B branches.
 
     Attributes:
         ids_T: int32.
         lengths_R: tokens of each example.
         spans_S2: (start, stop) within the example.
         span_counts_R: spans of each example.
+        branches_B2: (start, shared tokens) of each branch.
+        branch_counts_R: branches of each example.
         rows_R: index of each example in the ``RowDataset``.
         places_R2: ``prompt_at`` and ``prompt_end`` of each example.
     """
@@ -77,6 +145,8 @@ class TokenBlock:
     lengths_R: NDArray[np.int64]
     spans_S2: NDArray[np.int32]
     span_counts_R: NDArray[np.int64]
+    branches_B2: NDArray[np.int32]
+    branch_counts_R: NDArray[np.int64]
     rows_R: NDArray[np.int64]
     places_R2: NDArray[np.int32]
 
@@ -88,6 +158,8 @@ class TokenBlock:
             np.array([e.num_tokens for e in examples], np.int64),
             np.array(spans, np.int32).reshape(-1, 2),
             np.array([len(e.label_spans) for e in examples], np.int64),
+            np.array([b for e in examples for b in e.branches], np.int32).reshape(-1, 2),
+            np.array([len(e.branches) for e in examples], np.int64),
             np.array([e.row for e in examples], np.int64),
             np.array([(e.prompt_at, e.prompt_end) for e in examples], np.int32).reshape(-1, 2),
         )
@@ -100,6 +172,7 @@ class TokenTable(Sequence[Example]):
         ids_T: token ids of all examples, concatenated.
         offsets: [R + 1] start of each example, and the end of the last one.
         spans_S2, span_offsets: label spans, stored in the same way.
+        branches_B2, branch_offsets: branches, stored in the same way.
         rows_R: index of each example in the ``RowDataset``.
         places_R2: ``prompt_at`` and ``prompt_end`` of each example.
     """
@@ -110,19 +183,17 @@ class TokenTable(Sequence[Example]):
         offsets: Any,
         spans_S2: Any,
         span_offsets: Any,
+        branches_B2: Any,
+        branch_offsets: Any,
         rows_R: Any,
         places_R2: Any,
     ) -> None:
         # Views as plain arrays: slicing a memmap object takes several times as long.
-        arrays = (ids_T, offsets, spans_S2, span_offsets, rows_R, places_R2)
-        (
-            self._ids_T,
-            self._offsets,
-            self._spans_S2,
-            self._span_offsets,
-            self.rows_R,
-            self._places_R2,
-        ) = (np.asarray(array) for array in arrays)
+        self._ids_T, self._offsets = np.asarray(ids_T), np.asarray(offsets)
+        self._spans_S2, self._span_offsets = np.asarray(spans_S2), np.asarray(span_offsets)
+        self._branches_B2 = np.asarray(branches_B2)
+        self._branch_offsets = np.asarray(branch_offsets)
+        self.rows_R, self._places_R2 = np.asarray(rows_R), np.asarray(places_R2)
 
     def __len__(self) -> int:
         return len(self.rows_R)
@@ -138,10 +209,13 @@ class TokenTable(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         index %= len(self)
         start, stop = self._offsets[index : index + 2].tolist()
-        first, last = self._span_offsets[index : index + 2].tolist()
-        spans = tuple((a, b) for a, b in self._spans_S2[first:last].tolist())
-        ids = tuple(self._ids_T[start:stop].tolist())
-        return Example(ids, spans, int(self.rows_R[index]), *self._places_R2[index].tolist())
+        return Example(
+            tuple(self._ids_T[start:stop].tolist()),
+            _pairs(self._spans_S2, self._span_offsets, index),
+            int(self.rows_R[index]),
+            *self._places_R2[index].tolist(),
+            branches=_pairs(self._branches_B2, self._branch_offsets, index),
+        )
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -182,6 +256,14 @@ class TokenTable(Sequence[Example]):
         return None
 
 
+def _pairs(
+    pairs_N2: NDArray[np.int32], offsets: NDArray[np.int64], index: int
+) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of one example."""
+    first, last = offsets[index : index + 2].tolist()
+    return tuple((a, b) for a, b in pairs_N2[first:last].tolist()) if first < last else ()
+
+
 def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
     """Concatenate blocks of few rows into a table."""
     parts = list(blocks) or [TokenBlock.of([])]
@@ -190,6 +272,8 @@ def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
         _offsets(np.concatenate([block.lengths_R for block in parts])),
         np.concatenate([block.spans_S2 for block in parts]),
         _offsets(np.concatenate([block.span_counts_R for block in parts])),
+        np.concatenate([block.branches_B2 for block in parts]),
+        _offsets(np.concatenate([block.branch_counts_R for block in parts])),
         np.concatenate([block.rows_R for block in parts]),
         np.concatenate([block.places_R2 for block in parts]),
     )
@@ -197,23 +281,30 @@ def in_memory(blocks: Iterable[TokenBlock]) -> TokenTable:
 
 def write(folder: Path, blocks: Iterable[TokenBlock]) -> dict[str, int]:
     """Write a table's files into an existing folder; return the JSON record for ``open_table``."""
-    ids, spans = _Growing(folder / "ids.npy", np.int32), _Growing(folder / "spans.npy", np.int32, 2)
-    offsets = _Growing(folder / "offsets.npy", np.int64)
-    span_offsets = _Growing(folder / "span_offsets.npy", np.int64)
-    rows = _Growing(folder / "rows.npy", np.int64)
-    places = _Growing(folder / "places.npy", np.int32, 2)
-    for growing in (offsets, span_offsets):
-        growing.append(np.zeros(1, np.int64))
+    arrays = {
+        name: _Growing(folder / f"{name}.npy", dtype, columns) for name, dtype, columns in _ARRAYS
+    }
+    ids, spans, branches = arrays["ids"], arrays["spans"], arrays["branches"]
+    for name in ("offsets", "span_offsets", "branch_offsets"):
+        arrays[name].append(np.zeros(1, np.int64))
     for block in blocks:
-        offsets.append(_offsets(block.lengths_R)[1:] + ids.size)
-        span_offsets.append(_offsets(block.span_counts_R)[1:] + spans.size)
+        arrays["offsets"].append(_offsets(block.lengths_R)[1:] + ids.size)
+        arrays["span_offsets"].append(_offsets(block.span_counts_R)[1:] + spans.size)
+        arrays["branch_offsets"].append(_offsets(block.branch_counts_R)[1:] + branches.size)
         ids.append(block.ids_T)
         spans.append(block.spans_S2)
-        rows.append(block.rows_R)
-        places.append(block.places_R2)
-    for growing in (ids, spans, offsets, span_offsets, rows, places):
+        branches.append(block.branches_B2)
+        arrays["rows"].append(block.rows_R)
+        arrays["places"].append(block.places_R2)
+    for growing in arrays.values():
         growing.close()
-    return {"format": FORMAT, "tokens": ids.size, "spans": spans.size, "examples": rows.size}
+    return {
+        "format": FORMAT,
+        "tokens": ids.size,
+        "spans": spans.size,
+        "branches": branches.size,
+        "examples": arrays["rows"].size,
+    }
 
 
 def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
@@ -223,11 +314,11 @@ def open_table(folder: Path, record: dict[str, int]) -> TokenTable:
         OSError, ValueError, EOFError: files are missing, truncated or do not match ``record``.
     """
     arrays = [
-        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("ids", "offsets", "spans", "span_offsets", "rows", "places")
+        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name, *_ in _ARRAYS
     ]
-    sizes = [record[key] + more for key, more in (("tokens", 0), ("examples", 1), ("spans", 0))]
-    sizes += [record["examples"] + 1, record["examples"], record["examples"]]
+    examples = record["examples"]
+    sizes = [record["tokens"], examples + 1, record["spans"], examples + 1]
+    sizes += [record["branches"], examples + 1, examples, examples]
     if record["format"] != FORMAT or [len(array) for array in arrays] != sizes:
         raise ValueError(f"{folder}: holds {[len(a) for a in arrays]}, not {json.dumps(record)}")
     return TokenTable(*arrays)

@@ -83,5 +83,6 @@ class BaselineCache:
         digest = hashlib.sha256(self._identity.encode())
         for row in rows:
             for example in row:
-                digest.update(repr((example.input_ids, example.label_spans)).encode())
+                identity = (example.input_ids, example.label_spans, example.branches)
+                digest.update(repr(identity).encode())
         return self.folder / f"{digest.hexdigest()[:32]}.nll"

@@ -239,7 +239,7 @@ class Evaluator:
         task = rows.task
         stop = StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
         examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
-        spans = [example.label_spans[-1] for example in examples]
+        spans = [example.last_target for example in examples]
         generated = generate(
             self.engine,
             self.base,

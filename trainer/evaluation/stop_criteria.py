@@ -11,6 +11,7 @@ from trainer.config import Task
 from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.task_data import EvalSet
 from trainer.data.text_readers import shorten
+from trainer.model.generation_config import end_ids
 from trainer.runtime.errors import BadInput
 
 
@@ -32,13 +33,12 @@ class StopCriteria:
         cls, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, task: Task
     ) -> StopCriteria:
         """Combine a task's stop strings with the end tokens and stop strings of the base model."""
-        listed = config.eos_token_id
-        ids = set(listed) if isinstance(listed, list) else {listed}
+        ids: set[int | None] = set(end_ids(config))
         if task.messages is None and task.append_eos:
             ids.add(tokenizer.eos_token_id)  # the end of every target
         stop = config.stop_strings or []
         strings = [*task.stop, *([stop] if isinstance(stop, str) else stop)]
-        return cls(tokenizer, frozenset(ids - {None}), tuple(strings))
+        return cls(tokenizer, frozenset(i for i in ids if i is not None), tuple(strings))
 
     def cut(self, ids: Sequence[int]) -> list[int]:
         """Return the tokens before the first end token."""
@@ -102,7 +102,7 @@ def check_targets(rows: EvalSet, stop: StopCriteria) -> str | None:
     if task.metric not in ("exact_match", "f1"):
         return None
     examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
-    targets = [e.input_ids[slice(*e.label_spans[-1])] for e in examples]
+    targets = [e.input_ids[slice(*e.last_target)] for e in examples]
     problems = []
     for example, ids in zip(examples, targets, strict=True) if stop.strings else ():
         text = stop.tokenizer.decode(stop.cut(ids), skip_special_tokens=True)

@@ -18,8 +18,9 @@ from transformers import (
 
 from trainer.config import Base, resolve_path
 from trainer.model import hub
+from trainer.model.chat_template_file import read_chat_template
 from trainer.model.families import context_length, family_of
-from trainer.model.generation_config import read_generation_config
+from trainer.model.generation_config import end_ids, read_generation_config
 from trainer.model.gguf_file import read_gguf
 from trainer.model.model_folder import (
     SINGLE,
@@ -67,6 +68,11 @@ class BaseFiles:
     @property
     def context_length(self) -> int:
         return context_length(self.config)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens at which the base's generation stops."""
+        return end_ids(self.generation)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -117,6 +123,8 @@ def open_base(
     text = config.get_text_config()
     family_of(text, name)
     tokenizer = _read_tokenizer(folder, name)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
     generation = read_generation_config(folder)
     if from_hub:
         commit = settings.model_copy(update={"revision": folder.name})
@@ -160,6 +168,13 @@ def local_path(settings: Base) -> Path | None:
             )
         raise BadInput(problem)
     return None
+
+
+def portable(settings: Base) -> Base:
+    """Replace the paths by absolute ones, which are valid in any working directory."""
+    template = settings.chat_template
+    absolute = None if template is None else str(resolve_path(template).absolute())
+    return settings.model_copy(update={"model": portable_name(settings), "chat_template": absolute})
 
 
 def portable_name(settings: Base) -> str:

@@ -50,6 +50,12 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     return config
 
 
+def end_ids(config: GenerationConfig) -> frozenset[int]:
+    """Return the tokens at which generation stops."""
+    listed = config.eos_token_id
+    return frozenset(listed if isinstance(listed, list) else [] if listed is None else [listed])
+
+
 def logits_processors(
     model: PreTrainedModel, token_ids: Sequence[int], max_new_tokens: int, device: torch.device
 ) -> LogitsProcessorList:

@@ -11,6 +11,9 @@ A row with several candidate targets has one segment with the tokens that all ca
 one short segment per candidate, which attends to itself, the shared segment and the prompt. The
 last token of a candidate predicts nothing and is omitted.
 
+A row with branches (``Example``) has one segment per branch, and its trunk is divided where
+branches begin: a branch attends to the segments of the trunk before it.
+
 Shape letters: T tokens of a packed batch, N labels, U positions that predict them, K prompts of the
 bank.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, TypeVar, cast
 
 import torch
@@ -78,7 +81,7 @@ class PackedRow:
     @property
     def num_tokens(self) -> int:
         """Number of tokens in a packed batch, without the prompt's segment."""
-        if not self.candidates:
+        if not self.candidates or self.example.branches:
             return self.example.num_tokens - self.num_leading
         return len(self.shared_ids) + sum(map(len, self.own_ids))
 
@@ -246,7 +249,7 @@ def build_packed_batch(
     first_row = len(builder.segments)
     for row in rows:
         segment = prompt_segments[row.segment_key]
-        if row.candidates:
+        if row.candidates and not row.example.branches:
             builder.add_candidates(row, segment)
         else:
             builder.add_row(row, segment)
@@ -277,17 +280,41 @@ class _BatchBuilder:
 
     def add_row(self, row: PackedRow, prompt: Segment | None) -> None:
         """Append a row with a single target."""
+        self.any_candidates = self.any_candidates or bool(row.candidates)
         leading = row.num_leading
-        start = self.append(row.example.input_ids[leading:], prompt).start
+        start = len(self.token_ids) - leading
+        before = self._add_segments(row.example, leading, prompt)
         if row.teacher is not None:
             first = len(self.labels)
             self.distilled += range(first, first + row.example.num_labels)
         for first, stop in row.example.label_spans:
             # The output at one position predicts the token at the next.
-            self.label_positions += range(start + first - 1 - leading, start + stop - 1 - leading)
+            self.label_positions.append(start + before.get(first, first) - 1)
+            self.label_positions += range(start + first, start + stop - 1)
         if prompt is not None and row.example.target_start == leading:
             self.label_positions[-row.example.num_labels] = prompt.end - 1
         self._label(row, row.slot, row.example)
+
+    def _add_segments(
+        self, example: Example, leading: int, prompt: Segment | None
+    ) -> dict[int, int]:
+        """Append a row without its leading tokens, divided where branches begin.
+
+        Returns:
+            Start of each branch -> number of tokens of the trunk that it continues.
+        """
+        if not example.branches:
+            self.append(example.input_ids[leading:], prompt)
+            return {}
+        ends = {leading: prompt}
+        edges = sorted({shared for _, shared in example.branches} | {leading, example.trunk_length})
+        assert edges[0] == leading, "branches continue the segment of the prompt"
+        for start, stop in pairwise(edges):
+            ends[stop] = self.append(example.input_ids[start:stop], ends[start])
+        starts = [*(start for start, _ in example.branches), example.num_tokens]
+        for (start, shared), stop in zip(example.branches, starts[1:], strict=True):
+            self.append(example.input_ids[start:stop], ends[shared])
+        return dict(example.branches)
 
     def add_candidates(self, row: PackedRow, prompt: Segment | None) -> None:
         """Append the tokens that a row's candidates share, then those of each candidate."""

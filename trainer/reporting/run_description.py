@@ -18,7 +18,7 @@ from trainer.data.task_data import TaskData
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import LoadedBase
 from trainer.distributed.zero3_sharder import base_bytes
-from trainer.model.checkpoint_files import portable_name
+from trainer.model.checkpoint_files import portable
 from trainer.runtime import atomic_io
 from trainer.runtime.git_revision import git_revision
 from trainer.runtime.redact import redact
@@ -43,9 +43,7 @@ def describe_run(
     If the run ``begins``, that is, does not resume, it gets a new MLflow run unless an earlier run
     in this folder had the same settings.
     """
-    # A full path of the base model's folder is valid in any working directory.
-    base = config.base.model_copy(update={"model": portable_name(config.base)})
-    settings = redact(dump(config.model_copy(update={"base": base})))
+    settings = redact(dump(config.model_copy(update={"base": portable(config.base)})))
     if begins:
         forget_if_other(output, settings)
     atomic_io.write(output / "run.yaml", settings)

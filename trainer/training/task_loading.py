@@ -37,6 +37,7 @@ def load_tasks_per_node(
             console.reading,
             splits=splits,
             date=date,
+            end_ids=files.end_ids,
         )
     )
 

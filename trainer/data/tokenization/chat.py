@@ -6,9 +6,12 @@ Needs a tokenizer, but no torch.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise, takewhile
 from typing import Any
 
 from trainer.config import Task
@@ -27,44 +30,90 @@ from trainer.runtime.errors import BadInput
 
 Spans = list[tuple[int, int]]
 
+#: The thoughts that a generation prompt begins, or begins and ends, at its end.
+_THOUGHTS = re.compile(r"<(\w+)>\s*(</\1>)?\s*\Z")
+#: Dialogues that show which token follows a turn of the assistant: without and with a tool call.
+_CALL = {"name": "f", "arguments": {}}
+_FOLLOWED: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}],
+    [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "id": "callcall0", "function": _CALL}],
+        },
+        {"role": "tool", "name": "f", "tool_call_id": "callcall0", "content": "x"},
+    ],
+)
+
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A dialogue as tokens.
+    """A dialogue as tokens: trunk and branches as in ``Example``.
 
     Attributes:
         spans: (start, stop) of the tokens of learned turns of the assistant, ascending and
             disjoint.
         merged: the tokenizer would merge the end of a turn with the beginning of the next one; they
             are tokenized separately, as in generation.
+        longest: number of tokens of the longest text.
     """
 
     ids: list[int]
     spans: Spans
     merged: bool = False
+    branches: Spans = field(default_factory=list)
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A learned turn: the tokens of the dialogue up to it, of which start to stop are labels."""
+
+    ids: list[int]
+    start: int
+    stop: int
+    merged: bool = False
 
 
 class DialogueEncoder:
-    """Encodes dialogues with the tokens that the base model reads in generation.
+    """Encodes dialogues with the tokens that the base model reads and writes in generation.
 
     The generation prompt of a turn is the dialogue before it, written by
-    ``apply_chat_template(add_generation_prompt=True)``. A learned turn of the assistant begins at
-    the end of its generation prompt, and ends at the end of the dialogue up to this turn, including
-    the end mark. If the template marks turns (``{% generation %}``), the turn ends at the end of
-    the mark, and begins at its beginning if that is later. Generation prompt and turn must be a
-    prefix of the complete dialogue.
+    ``apply_chat_template(add_generation_prompt=True)``. The labels of a turn of the assistant
+    begin at the end of its generation prompt and end with the token that ends generation; without
+    such a token, at the end of the dialogue up to this turn. If the template marks turns
+    (``{% generation %}``), the labels begin at the beginning of the mark if that is later, and end
+    at its end if no token ends generation.
+
+    A turn is learned in the text of the complete dialogue if that begins with the dialogue up to
+    the turn. Otherwise the template rewrites this turn once others follow, and the dialogue up to
+    the turn is a separate text.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         date: the date that the template reads; None: today.
+        variables: ``tasks.chat_template_kwargs``.
+        end_ids: tokens at which generation stops, in addition to the tokenizer's EOS.
 
     Raises:
         TemplateLimitExceeded: as ``ChatTemplate``.
     """
 
-    def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
-        self.template = ChatTemplate(tokenizer, date)
+    def __init__(
+        self,
+        tokenizer: Any,
+        date: datetime.date | None = None,
+        variables: Mapping[str, Any] | None = None,
+        end_ids: Collection[int] = (),
+    ) -> None:
+        self.template = ChatTemplate(tokenizer, date, variables)
         self._encoder = TextTokenizer(tokenizer)
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self._special = sorted(special, key=len, reverse=True)
+        known = [i for i in sorted(end_ids) if i < len(tokenizer)]
+        ends = {*tokenizer.convert_ids_to_tokens(known), tokenizer.eos_token}
+        self._ends = tuple(sorted(end for end in ends if end))
 
     def opening(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Encode a dialogue with the generation prompt of the assistant at its end."""
@@ -85,22 +134,73 @@ class DialogueEncoder:
                 "undefined tools; use a chat template that writes tools, or set tools: null in the "
                 "task to learn without them"
             )
-        marked = self._marked(messages, tools)
-        if marked is not None:
-            return self._cut_at_marks(messages, tools, text, marked)
-        edges: list[int] = []
-        for number in filter(lambda n: is_learned(messages[n]), range(len(messages))):
-            opening = self._opening(messages, tools, number, text)
-            last = number == len(messages) - 1
-            until = text if last else self.template.text(messages[: number + 1], tools)
-            if not (text.startswith(until) and len(until) > len(opening)):
-                raise ValueError(
-                    f"[{number}]: the chat template writes this turn differently once others "
-                    "follow, so the row has other tokens than generation gives; set "
-                    '"weight": 0 on this turn and, to learn it, add a row that ends with it'
-                )
-            edges += (len(opening), len(until))
-        return self._cut(text, edges)
+        last = len(messages) - 1
+        turns = [
+            self._turn(messages[: number + 1], tools, text if number == last else None)
+            for number in range(len(messages))
+            if is_learned(messages[number])
+        ]
+        trunk = turns[-1].ids if is_learned(messages[last]) else self.template.ids(text)
+        return _tree(trunk, turns)
+
+    def _turn(self, messages: Messages, tools: Tools, text: str | None) -> _Turn:
+        """Find the labels of the last of the messages; ``text``: the dialogue, if known."""
+        number = len(messages) - 1
+        opening = self.template.text(messages[:-1], tools, generation_prompt=True)
+        until = self.template.text(messages, tools) if text is None else text
+        continued = _continuation(opening, until)
+        if continued is None:
+            raise ValueError(f"[{number}]: {_mismatch(opening, until)}")
+        start, stop = len(opening), len(continued)
+        end = self._end(continued, start)
+        if continued == until:
+            marks = self._marked(messages, tools)
+            if marks is not None:
+                start, stop = max(start, marks[-1].characters[0]), marks[-1].characters[1]
+            if end is None:
+                following = self._following[bool(messages[-1].get("tool_calls"))]
+                if following:
+                    continued += following
+                    end = len(continued)
+        stop = stop if end is None else end
+        if start >= stop:
+            raise ValueError(f"[{number}]: the chat template marks no token of this turn")
+        bounds = [0, len(opening), start, stop, len(continued)]
+        texts = [continued[a:b] for a, b in pairwise(bounds)]
+        (asked, before, labels, rest), merged = self._encoder.pieces(texts)
+        first = len(asked) + len(before)
+        ids = asked + before + labels + rest
+        return _Turn(ids, first, first + len(labels), merged)
+
+    def _end(self, text: str, start: int) -> int | None:
+        """Return the index after the token at which generation stops, or None.
+
+        Only special tokens and white space may follow it.
+        """
+        end, stop = None, len(text)
+        while True:
+            stop = len(text[:stop].rstrip())
+            last = next((s for s in self._special if text.endswith(s, start, stop)), None)
+            if last is None:
+                return end
+            end = stop if last in self._ends else end
+            stop -= len(last)
+
+    @cached_property
+    def _following(self) -> tuple[str, str]:
+        """The token after a turn of the assistant, without and with tool calls, if it ends turns.
+
+        In some families (GLM) a turn has no end mark: generation stops at the token that begins the
+        next turn. Empty if that token does not stop generation.
+        """
+        found = ["", ""]
+        for i, followed in enumerate(_FOLLOWED):
+            messages = [{"role": "user", "content": "x"}, *followed]
+            with suppress(ValueError):
+                until, text = self.template.text(messages[:2]), self.template.text(messages)
+                rest = text[len(until) :] if text.startswith(until) else ""
+                found[i] = next((end for end in self._ends if rest.startswith(end)), "")
+        return found[0], found[1]
 
     def _marked(self, messages: Messages, tools: Tools) -> list[TokenSpan] | None:
         """Return the spans that the template marks, if there is one per turn of the assistant."""
@@ -109,66 +209,96 @@ class DialogueEncoder:
         turns = sum(turn["role"] == "assistant" for turn in messages)
         return marks if len(marks) == turns else None
 
-    def _cut_at_marks(
-        self, messages: Messages, tools: Tools, text: str, marks: Sequence[TokenSpan]
-    ) -> Dialogue:
-        """Encode a dialogue with marks; marked tokens after the generation prompt are learned."""
-        ids, merged = self.template.ids(text), False
-        spans, edges = list[tuple[int, int]](), list[int]()
-        turns = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-        for number, mark in zip(turns, marks, strict=True):
-            if not is_learned(messages[number]):
-                continue
-            opening = self._opening(messages, tools, number, text)
-            opening_ids = self.template.ids(opening)
-            merged = merged or ids[: len(opening_ids)] != opening_ids
-            spans.append((max(mark.tokens[0], len(opening_ids)), mark.tokens[1]))
-            edges += (max(mark.characters[0], len(opening)), mark.characters[1])
-            if edges[-2] >= edges[-1]:
-                raise ValueError(f"[{number}]: the chat template marks no token of this turn")
-        return self._cut(text, edges) if merged else Dialogue(ids, spans)
 
-    def _opening(self, messages: Messages, tools: Tools, number: int, text: str) -> str:
-        """Return the generation prompt of a turn, which must be a prefix of the dialogue."""
-        opening = self.template.text(messages[:number], tools, generation_prompt=True)
-        if text.startswith(opening):
-            return opening
-        pairs = enumerate(zip(opening, text, strict=False))
-        same = next((place for place, (a, b) in pairs if a != b), len(text))
-        raise ValueError(
-            f"[{number}]: the generation prompt of the chat template continues with "
-            f"{opening[same : same + 30]!r} where the dialogue has other text, so generation never "
-            "produces this turn; change the chat template so that both agree, or write the "
-            "dialogue as text with input and target"
-        )
-
-    def _cut(self, text: str, edges: Sequence[int]) -> Dialogue:
-        """Tokenize the pieces between the edges separately; every second one is learned."""
-        bounds = [0, *edges, len(text)]
-        texts = [text[start:stop] for start, stop in pairwise(bounds)]
-        pieces, merged = self._encoder.pieces(texts)
-        ids, spans = list[int](), list[tuple[int, int]]()
-        for place, piece in enumerate(pieces):
-            if place % 2 and piece:
-                spans.append((len(ids), len(ids) + len(piece)))
-            ids += piece
-        return Dialogue(ids, spans, merged)
+def _tree(trunk: list[int], turns: list[_Turn]) -> Dialogue:
+    """Join the dialogues up to each turn, so that their common tokens occur once."""
+    turns = [turn for turn in turns if turn.start < turn.stop]
+    merged, longest = any(turn.merged for turn in turns), len(trunk)
+    ids, spans, branches, branch_ids = list(trunk), Spans(), Spans(), trunk
+    texts = [(trunk, *_inside(trunk, turns))]
+    while texts[-1][2]:
+        branch_ids = texts[-1][2][-1].ids
+        texts.append((branch_ids, *_inside(branch_ids, texts[-1][2])))
+    for text, inside, _ in [texts[0], *reversed(texts[1:])]:  # branches in the dialogue's order
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(text, trunk, strict=False))
+        shared = sum(1 for _ in pairs)
+        shift, longest = len(ids) - shared, max(longest, len(text))
+        if shared < len(text):
+            branches.append((len(ids), shared))
+            ids += text[shared:]
+        for turn in inside:
+            start, stop = turn.start, turn.stop
+            spans += [(start, min(stop, shared))] if start < shared else []
+            spans += [(max(start, shared) + shift, stop + shift)] if stop > shared else []
+    return Dialogue(ids, sorted(spans), merged, branches, longest)
 
 
-def encode_opening(tokenizer: Any, text: str, date: datetime.date | None = None) -> list[int]:
+def _inside(text: list[int], turns: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
+    """Divide turns into those whose dialogue is the beginning of a text, and the others."""
+    inside, others = list[_Turn](), list[_Turn]()
+    for turn in turns:
+        (inside if text[: turn.stop] == turn.ids[: turn.stop] else others).append(turn)
+    return inside, others
+
+
+def _continuation(opening: str, until: str) -> str | None:
+    """Return the text of a dialogue up to an answer, as it continues its generation prompt.
+
+    Some templates begin the thoughts of an answer in the generation prompt (``<think>``), or write
+    an empty block of thoughts there, but write an answer without thoughts in another way. Then the
+    answer follows the generation prompt without the part that the prompt has already.
+
+    Returns:
+        ``until`` if it begins with ``opening``; None if generation cannot produce the answer.
+    """
+    if until.startswith(opening):
+        return until
+    thoughts = _THOUGHTS.search(opening)
+    if thoughts is None or not until.startswith(opening[: thoughts.start()].rstrip()):
+        return None
+    before = opening[: thoughts.start()]
+    rest = until[len(before if until.startswith(before) else before.rstrip()) :]
+    tag, is_closed = thoughts[1], thoughts[2] is not None
+    begin, end = rf"\s*<{tag}>\s*", f"</{tag}>"
+    if is_closed:
+        return opening + re.sub(rf"\A{begin}{end}\s*", "", rest)
+    rest = re.sub(rf"\A{begin}", "", rest)
+    return opening + rest if end in rest else None
+
+
+def _mismatch(opening: str, until: str) -> str:
+    pairs = enumerate(zip(opening, until, strict=False))
+    same = next((place for place, (a, b) in pairs if a != b), min(len(opening), len(until)))
+    return (
+        f"the generation prompt of the chat template continues with "
+        f"{opening[same : same + 30]!r} where the dialogue has other text, so generation never "
+        "produces this turn; change chat_template_kwargs or base.chat_template so that both agree, "
+        "or write the dialogue as text with input and target"
+    )
+
+
+def encode_opening(
+    tokenizer: Any,
+    text: str,
+    date: datetime.date | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Encode one user's turn with the generation prompt of the assistant.
 
     Raises ``BadInput`` if there is no chat template, or if it fails on this turn.
     """
     try:
-        return DialogueEncoder(tokenizer, date).opening([{"role": "user", "content": text}])
+        encoder = DialogueEncoder(tokenizer, date, variables)
+        return encoder.opening([{"role": "user", "content": text}])
     except TemplateLimitExceeded as error:
         raise BadInput(f"base.model: {_limit_problem(error)}") from None
     except ValueError as error:
         raise BadInput(f"base.model: {error}") from None
 
 
-def _encoder(tokenizer: Any, task: Task, date: datetime.date | None) -> DialogueEncoder:
+def _encoder(
+    tokenizer: Any, task: Task, date: datetime.date | None, end_ids: Collection[int]
+) -> DialogueEncoder:
     setting = f"tasks.{task.name}.messages"
     if not tokenizer.chat_template:
         raise BadInput(
@@ -176,9 +306,19 @@ def _encoder(tokenizer: Any, task: Task, date: datetime.date | None) -> Dialogue
             "input and target in place of messages"
         )
     try:
-        return DialogueEncoder(tokenizer, date)
+        encoder = DialogueEncoder(tokenizer, date, task.chat_template_kwargs, end_ids)
     except TemplateLimitExceeded as error:
         raise BadInput(f"{setting}: {_limit_problem(error)}") from None
+    unread = [name for name in task.chat_template_kwargs if not encoder.template.reads(name)]
+    if unread:
+        raise BadInput(
+            [
+                f"tasks.{task.name}.chat_template_kwargs.{name}: the chat template reads no such "
+                "variable; correct the name or remove it"
+                for name in unread
+            ]
+        )
+    return encoder
 
 
 def _limit_problem(error: TemplateLimitExceeded) -> str:
@@ -196,11 +336,16 @@ class DialogueRowTokenizer(RowTokenizer):
     """
 
     def __init__(
-        self, task: Task, tokenizer: Any, max_length: int, date: datetime.date | None = None
+        self,
+        task: Task,
+        tokenizer: Any,
+        max_length: int,
+        date: datetime.date | None = None,
+        end_ids: Collection[int] = (),
     ) -> None:
         super().__init__(task, max_length)
-        self.date = date
-        self.encode = _encoder(tokenizer, task, date)
+        self.date, self.end_ids = date, end_ids
+        self.encode = _encoder(tokenizer, task, date, end_ids)
 
     def examples(
         self, row: int, values: Mapping[str, Any], report: TokenizationReport
@@ -209,8 +354,8 @@ class DialogueRowTokenizer(RowTokenizer):
         tools = None if self.task.tools is None else values.get(self.task.tools)
         try:
             dialogue = self.encode(messages, tools)
-            if len(dialogue.ids) > self.max_length:
-                if not self.may_truncate(row, len(dialogue.ids), report):
+            if dialogue.longest > self.max_length:
+                if not self.may_truncate(row, dialogue.longest, report):
                     return []
                 dialogue = self._truncate(messages, tools, dialogue)
                 report.truncated += 1
@@ -225,7 +370,8 @@ class DialogueRowTokenizer(RowTokenizer):
             ) from None
         if dialogue.merged:
             report.add_merged(row)
-        return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row)]
+        report.branched += bool(dialogue.branches)
+        return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row, tuple(dialogue.branches))]
 
     def _truncate(self, messages: Messages, tools: Tools, dialogue: Dialogue) -> Dialogue:
         """Remove as few turns as possible so that the dialogue fits; raises ``ValueError``."""
@@ -233,10 +379,10 @@ class DialogueRowTokenizer(RowTokenizer):
         for start in range(system + 1, len(messages)):
             if messages[start]["role"] == "user" and any(map(is_learned, messages[start:])):
                 dialogue = self.encode([*messages[:system], *messages[start:]], tools)
-                if len(dialogue.ids) <= self.max_length:
+                if dialogue.longest <= self.max_length:
                     return dialogue
         raise ValueError(
-            f"its last exchange that is learned has {len(dialogue.ids)} tokens; {self.max_length} "
+            f"its last exchange that is learned has {dialogue.longest} tokens; {self.max_length} "
             f"fit {self.limit}, and a turn is never cut: shorten it, or set "
             f"tasks.{self.task.name}.too_long to skip"
         )

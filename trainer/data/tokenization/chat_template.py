@@ -62,13 +62,20 @@ class ChatTemplate:
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         date: the date that templates read through ``strftime_now``; None: today.
+        variables: ``tasks.chat_template_kwargs``.
 
     Raises:
         TemplateLimitExceeded: the template takes too long or writes too much.
     """
 
-    def __init__(self, tokenizer: Any, date: datetime.date | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        date: datetime.date | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer, self._date = tokenizer, date
+        self._variables = dict(variables or {})
         self._reads_text, self._reads_parts = True, True
         self._reads_text, self._reads_parts = self._probe()
 
@@ -95,6 +102,12 @@ class ChatTemplate:
                     f"writes {len(text):,} characters for a dialogue of {given:,}"
                 )
         return text
+
+    def reads(self, name: str) -> bool:
+        """Whether a chat template of the tokenizer contains the name of a variable."""
+        source = self._tokenizer.chat_template
+        sources = source.values() if isinstance(source, dict) else [source]
+        return any(re.search(rf"\b{re.escape(name)}\b", text) for text in sources)
 
     def ids(self, text: str) -> list[int]:
         """Tokenize text that the template has written."""
@@ -125,6 +138,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]
+        options |= self._variables
         try:
             if _DATE in (source := self._source(tools)):
                 options["chat_template"] = _with_date(source, self._date or datetime.date.today())

@@ -12,7 +12,7 @@ from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.token_table import Example, TokenBlock
 
 #: Fields of a ``TokenizationReport`` that are stored with a cached table.
-COUNTS = ("skipped", "truncated", "merged", "first_merged")
+COUNTS = ("skipped", "truncated", "merged", "first_merged", "branched")
 
 
 @dataclass
@@ -23,6 +23,7 @@ class TokenizationReport:
         skipped, truncated: number of rows that are too long, by ``task.too_long``.
         merged: number of rows whose input and target the tokenizer merges.
         first_merged: the first of them; -1 if there is none.
+        branched: number of dialogues whose earlier turns the chat template rewrites.
         invalid: number of rows with a problem.
         problems: problem -> (first row, number of rows), for the first few problems.
     """
@@ -32,6 +33,7 @@ class TokenizationReport:
     truncated: int = 0
     merged: int = 0
     first_merged: int = -1
+    branched: int = 0
     invalid: int = 0
     problems: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -52,6 +54,7 @@ class TokenizationReport:
         self.skipped += other.skipped
         self.truncated += other.truncated
         self.merged += other.merged
+        self.branched += other.branched
         self.first_merged = other.first_merged if self.first_merged < 0 else self.first_merged
         invalid = self.invalid + other.invalid
         for text, (row, rows) in other.problems.items():

@@ -11,7 +11,7 @@ Large splits are tokenized by worker processes, and the table is cached.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +51,14 @@ class Tokenized:
     Attributes:
         skipped, truncated: number of rows, by ``task.too_long``.
         warning: about rows whose input and target the tokenizer merges; None without such rows.
+        rewritten: number of dialogues in which the chat template rewrites earlier turns.
     """
 
     examples: TokenTable
     skipped: int
     truncated: int
     warning: str | None = None
+    rewritten: int = 0
 
 
 def tokenize(
@@ -68,6 +70,7 @@ def tokenize(
     prefix: str = "",
     per_choice: bool = False,
     date: datetime.date | None = None,
+    end_ids: Collection[int] = (),
     progress: RowProgress = no_progress,
 ) -> Tokenized:
     """Tokenize every row.
@@ -80,6 +83,7 @@ def tokenize(
             row's own target. All have the same input, cut so that the longest choice fits; a row
             whose longest choice does not fit is skipped with all its choices.
         date: the date that a chat template reads; None: today.
+        end_ids: tokens at which the base's generation stops, for dialogues.
 
     Raises:
         BadInput: rows do not fit (too_long: refuse), targets do not fit at all, texts give no
@@ -87,7 +91,7 @@ def tokenize(
     """
     row_tokenizer: RowTokenizer
     if task.messages is not None:
-        row_tokenizer = DialogueRowTokenizer(task, tokenizer, max_length, date)
+        row_tokenizer = DialogueRowTokenizer(task, tokenizer, max_length, date, end_ids)
     elif task.tokens is not None:
         row_tokenizer = TokenIdRowReader(task, max_length)
     else:
@@ -101,15 +105,21 @@ def tokenize(
 
 
 def encode_input(
-    tokenizer: Any, text: str, *, dialogue: bool = False, date: datetime.date | None = None
+    tokenizer: Any,
+    text: str,
+    *,
+    dialogue: bool = False,
+    date: datetime.date | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Tokenize one input like those of rows, to generate from text that is in no file.
 
     Args:
-        dialogue: the text is a user's turn for the chat template, which reads ``date``.
+        dialogue: the text is a user's turn for the chat template, which reads ``date`` and
+            ``variables``, the ``chat_template_kwargs`` of the task.
     """
     if dialogue:
-        return encode_opening(tokenizer, text, date)
+        return encode_opening(tokenizer, text, date, variables)
     return TextTokenizer(tokenizer).inputs([text])[0]
 
 
@@ -169,12 +179,13 @@ def _tokenize_all(
             "prefix": row_tokenizer.prefix,
             "max_length": row_tokenizer.max_length,
             "date": _template_date(tokenizer, row_tokenizer),
+            "end_ids": _end_ids(row_tokenizer),
         }
         table, count = cached(identity, make, counts)
     else:
         table, count = in_memory(make()), counts()
     warning = _merge_warning(rows, row_tokenizer.task, count["merged"], count["first_merged"])
-    return Tokenized(table, count["skipped"], count["truncated"], warning)
+    return Tokenized(table, count["skipped"], count["truncated"], warning, count["branched"])
 
 
 def _merge_warning(rows: RowDataset, task: Task, merged: int, first: int) -> str | None:
@@ -243,6 +254,12 @@ _NO_EFFECT_ON_TOKENS = {
     "stop",
     "hand_written",
 }
+
+
+def _end_ids(row_tokenizer: RowTokenizer) -> list[int] | None:
+    if not isinstance(row_tokenizer, DialogueRowTokenizer):
+        return None
+    return sorted(row_tokenizer.end_ids)
 
 
 def _template_date(tokenizer: Any, row_tokenizer: RowTokenizer) -> str | None:

@@ -94,10 +94,13 @@ class TextTokenizer:
         """
         ids, pieces, merged = list[int](), list[list[int]](), False
         for until, text in zip(accumulate(texts), texts, strict=True):
+            if not text:
+                pieces.append([])
+                continue
             joined = self._encode([until], special=False)[0]
             piece = joined[len(ids) :]
             if merged or joined[: len(ids)] != ids or ids[-1:] == self._unknown:
-                alone = self._continuations([text])[0] if text else []
+                alone = self._continuations([text])[0]
                 merged = merged or joined != ids + alone
                 piece = alone
             pieces.append(piece)

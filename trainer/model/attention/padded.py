@@ -37,15 +37,21 @@ class PaddedRows:
 
 
 def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
-    """Lay out one or more rows, given as the segments that are not prompts."""
-    assert all(len(row.prefixes) <= 1 for row in rows), "padded rows are not split into candidates"
+    """Lay out one or more rows, given as the segments that are not prompts.
+
+    A row with branches becomes several rows, one for each segment that no other one continues.
+    """
+    assert not any(row.candidate for row in rows), "padded rows are not split into candidates"
+    end = max(row.end for row in rows)
+    continued = {row.prefix for row in rows}
+    rows = [row for row in rows if row not in continued]
     own = [torch.arange(row.start, row.end) for row in rows]
     prefixes = [prefix_indices(row)[: row.prefix_length] for row in rows]
     token_BL = stack_padded([torch.cat(pair) for pair in zip(prefixes, own, strict=True)])
     prefix_length = torch.tensor([row.prefix_length for row in rows])[:, None]
     column = torch.arange(token_BL.shape[1])[None]
     is_token_BL = column < prefix_length + torch.tensor([row.length for row in rows])[:, None]
-    place_T = torch.zeros(max(row.end for row in rows), dtype=torch.long)
+    place_T = torch.zeros(end, dtype=torch.long)
     place_T[token_BL[is_token_BL]] = is_token_BL.flatten().nonzero().flatten()
     padded = PaddedRows(token_BL, is_token_BL.long(), column.expand_as(token_BL), place_T)
     return map_tensors(padded, lambda tensor: tensor.to(device, non_blocking=True))
