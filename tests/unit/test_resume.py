@@ -247,17 +247,21 @@ def test_notes_about_rows_are_not_printed_twice(
     if checked:
         monkeypatch.setenv(ROWS_CHECKED, "1")
     data = SimpleNamespace(
-        remarks=["a remark"], leaks=[SimpleNamespace(warning="a leak")], warnings=["of tokens"]
+        remarks=["a remark"],
+        leaks=[SimpleNamespace(warning="a leak")],
+        notes=["a note"],
+        warnings=["of tokens"],
     )
     monkeypatch.setattr("trainer.training.task_loading.load_tasks", lambda *_, **__: {"t": data})
     engine: Any = OneRank()
     out, err = io.StringIO(), io.StringIO()
     files: Any = SimpleNamespace(
-        tokenizer=None, context_length=0, config=SimpleNamespace(vocab_size=0)
+        tokenizer=None, context_length=0, config=SimpleNamespace(vocab_size=0), end_ids=()
     )
     read_tasks(engine, files, config(), Console(out, err), None)
     assert ("a remark" in out.getvalue()) == (not checked)
     assert ("a leak" in err.getvalue()) == (not checked)
+    assert "a note" in out.getvalue()
     assert "of tokens" in err.getvalue()
 
 

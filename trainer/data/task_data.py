@@ -118,7 +118,7 @@ class TaskData:
             compared on the same rows.
         leaks: splits that share rows with train.
         remarks: notes about the sources of the rows.
-        warnings: warnings about tokenization.
+        notes, warnings: of tokenization.
         sources: path, rows and digest of each split.
         teachers: name of a distilled prompt -> its teacher.
     """
@@ -131,6 +131,7 @@ class TaskData:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     leaks: list[LeakedRows] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     teachers: dict[str, Teacher] = field(default_factory=dict)
@@ -221,7 +222,7 @@ class _TaskLoader:
             else:
                 self._load_evaluation(data, split, rows)
         data.leaks = leaks(self.task, splits)
-        data.remarks += [*remarks(self.task, splits), *self._overlap_remarks(data)]
+        data.remarks = [*remarks(self.task, splits), *self._overlap_remarks(data)]
         for leak in data.leaks:
             data.counts[leak.split]["also_in_train"] = leak.count
             for source in data.sources:
@@ -248,7 +249,7 @@ class _TaskLoader:
             "truncated": tokenized.truncated,
         }
         if tokenized.rewritten:
-            data.remarks.append(
+            data.notes.append(
                 f"task {name}: {split}: the chat template rewrites earlier turns in "
                 f"{tokenized.rewritten:,} of {num_rows:,} rows; each learned turn there is read "
                 "after the text that generation reads before it"

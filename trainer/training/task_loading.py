@@ -70,6 +70,8 @@ def read_tasks(
                 console.print(remark)
             for leak in data.leaks:
                 console.warn(leak.warning)
+        for note in data.notes:
+            console.print(note)
         for warning in data.warnings:
             console.warn(warning)
     return tasks

@@ -193,14 +193,14 @@ class DialogueEncoder:
         In some families (GLM) a turn has no end mark: generation stops at the token that begins the
         next turn. Empty if that token does not stop generation.
         """
-        found = ["", ""]
+        tokens = ["", ""]
         for i, followed in enumerate(_FOLLOWED):
             messages = [{"role": "user", "content": "x"}, *followed]
             with suppress(ValueError):
                 until, text = self.template.text(messages[:2]), self.template.text(messages)
                 rest = text[len(until) :] if text.startswith(until) else ""
-                found[i] = next((end for end in self._ends if rest.startswith(end)), "")
-        return found[0], found[1]
+                tokens[i] = next((end for end in self._ends if rest.startswith(end)), "")
+        return tokens[0], tokens[1]
 
     def _marked(self, messages: Messages, tools: Tools) -> list[TokenSpan] | None:
         """Return the spans that the template marks, if there is one per turn of the assistant."""
