@@ -20,7 +20,7 @@ TREE = Example(
     tuple(range(10, 10 + 9 + 3 + 2 + 4 + 2)),
     ((3, 5), (7, 9), (9, 12), (13, 14), (16, 18), (18, 19)),
     0,
-    ((9, 5), (12, 5), (14, 0), (18, 9)),
+    branches=((9, 5), (12, 5), (14, 0), (18, 9)),
 )
 pytestmark = pytest.mark.usefixtures("one_thread")
 

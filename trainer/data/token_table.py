@@ -209,12 +209,14 @@ class TokenTable(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         index %= len(self)
         start, stop = self._offsets[index : index + 2].tolist()
+        at, end = self._places_R2[index].tolist()
         return Example(
             tuple(self._ids_T[start:stop].tolist()),
             _pairs(self._spans_S2, self._span_offsets, index),
             int(self.rows_R[index]),
-            *self._places_R2[index].tolist(),
-            branches=_pairs(self._branches_B2, self._branch_offsets, index),
+            at,
+            end,
+            _pairs(self._branches_B2, self._branch_offsets, index),
         )
 
     @cached_property

@@ -140,7 +140,9 @@ class DialogueEncoder:
             for number in range(len(messages))
             if is_learned(messages[number])
         ]
-        trunk = turns[-1].ids if is_learned(messages[last]) else self.template.ids(text)
+        trunk = turns[-1].ids
+        if not is_learned(messages[last]) and _inside(full := self.template.ids(text), turns)[0]:
+            trunk = full
         return _tree(trunk, turns)
 
     def _turn(self, messages: Messages, tools: Tools, text: str | None) -> _Turn:
@@ -371,7 +373,8 @@ class DialogueRowTokenizer(RowTokenizer):
         if dialogue.merged:
             report.add_merged(row)
         report.branched += bool(dialogue.branches)
-        return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row, tuple(dialogue.branches))]
+        branches = tuple(dialogue.branches)
+        return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row, branches=branches)]
 
     def _truncate(self, messages: Messages, tools: Tools, dialogue: Dialogue) -> Dialogue:
         """Remove as few turns as possible so that the dialogue fits; raises ``ValueError``."""
