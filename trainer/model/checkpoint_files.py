@@ -115,7 +115,7 @@ def open_base(
     """
     name, folder, from_hub = settings.model, local_path(settings), False
     if folder is not None and folder.suffix == GGUF:
-        return _open_gguf(folder, name)
+        return _open_gguf(folder, settings)
     if folder is None:
         folder, from_hub = hub.fetch(settings, SMALL_FILES, download=download), True
     check_folder(folder, name)
@@ -123,8 +123,7 @@ def open_base(
     text = config.get_text_config()
     family_of(text, name)
     tokenizer = _read_tokenizer(folder, name)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(settings.chat_template)
+    _set_chat_template(tokenizer, settings)
     generation = read_generation_config(folder)
     if from_hub:
         commit = settings.model_copy(update={"revision": folder.name})
@@ -137,8 +136,15 @@ def open_base(
     return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
 
 
-def _open_gguf(path: Path, name: str) -> BaseFiles:
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Base) -> None:
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
+
+
+def _open_gguf(path: Path, settings: Base) -> BaseFiles:
+    name = settings.model
     model = read_gguf(path, name)
+    _set_chat_template(model.tokenizer, settings)
     family_of(model.config, name)
     accept_quantization(model.config, name)
     generation = GenerationConfig.from_model_config(model.config)
