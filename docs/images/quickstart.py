@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PICTURE = Path(__file__).with_suffix(".svg")
 COMMAND = "promptshard train examples/quickstart.yaml"
 WIDTH = 112
-#: Lines of progress that a terminal replaces, and lines of the machine.
-LEFT_OUT = re.compile(
-    r"importing |scoring |training: |validation at |reading |loading |sending |writing |fused "
-    r"|packed batches|then open|.*MLflow|step \d+/"
-)
-#: Styles of lines, by a pattern that the line contains.
-STYLES = {r"^\$": "bold green", r"beats the best": "bold", r"best prompt|best$": "bold green"}
+#: Lines that are shown: scores at validations, and everything from the first table on.
+VALIDATION = re.compile(r"step \d+  ")
+TABLE = re.compile(r"\S+ \([\d,]+ validation rows")
+#: Lines after the tables that depend on the machine.
+LEFT_OUT = re.compile(r"seconds by phase|baselines [\d:]+ \(|\s*then open|\s*http|sending ")
+#: Styles of lines, by a pattern of their beginning.
+STYLES = {r"\$": "bold green", r"\* (?!baseline|best)": "bold green", r"Prompt \S+ \(": "bold"}
 
 
 def run_quickstart() -> str:
@@ -44,17 +44,22 @@ def run_quickstart() -> str:
 
 
 def shown_lines(output: str) -> Iterator[str]:
+    """Yield the lines of the picture: of the validations only the first and the last step."""
+    lines = output.splitlines()
+    first = next(i for i, line in enumerate(lines) if TABLE.match(line))
+    scores = [line for line in lines[:first] if VALIDATION.match(line)]
+    shown = {scores[0].split()[1], scores[-1].split()[1]}
     yield f"$ {COMMAND}"
-    for line in output.splitlines():
-        if not LEFT_OUT.match(line):
-            yield line
+    yield from (line for line in scores if line.split()[1] in shown)
+    yield ""
+    yield from (line for line in lines[first:] if not LEFT_OUT.match(line))
 
 
 def draw(output: str) -> str:
     """Return an SVG with the lines of the output."""
     console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
     for line in shown_lines(output):
-        style = next((s for pattern, s in STYLES.items() if re.search(pattern, line)), "")
+        style = next((s for pattern, s in STYLES.items() if re.match(pattern, line)), "")
         console.print(Text(line, style=style))
     svg = console.export_svg(title="promptshard")
     # The picture loads nothing from other servers.
