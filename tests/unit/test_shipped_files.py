@@ -35,6 +35,7 @@ COMMANDS = {
     ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make test": "this test suite",
+    "make test-pythons": "the unit tests, with other interpreters",
     "make docs": "what it writes is compared in this file",
     "make faults": "pytest --list-faults, an option of tests/conftest.py",
     "make lint": "part of make test",
