@@ -105,7 +105,7 @@ class StatusReader:
             status.stopped[name] = result.stopped.reason if result.stopped else "finished"
         status.process = holder_process(lock)
         judge(status, summary, lock)
-        if status.state == "running":
+        if status.state == "running" and lock is not None and lock.dead is None:
             status.tokens_per_second = metrics.tokens_per_second
             left = (status.steps or 0) - status.step
             if (pace := metrics.seconds_per_step) is not None and left > 0:
