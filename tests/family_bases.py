@@ -76,6 +76,18 @@ _LATENT = {
     "v_head_dim": 12,
 }
 
+#: A dense layer and one with experts in groups, whose router has a correction bias.
+_ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
+_DENSE_FIRST = {**_ROUTED, "first_k_dense_replace": 1}
+_LAYERS = {"mlp_layer_types": ["dense", "sparse"]}
+
 #: name of the case -> (model_type, settings)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
@@ -154,13 +166,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
+    "deepseek_v3": ("deepseek_v3", {**_LLAMA, **_LATENT, **_DENSE_FIRST}),
     "diffllama": ("diffllama", _LLAMA),
     "doge": ("doge", _LLAMA),
+    "dots1": ("dots1", {**_LLAMA, **_DENSE_FIRST, "head_dim": 12}),
     "ernie4_5": ("ernie4_5", _LLAMA),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            **_LLAMA,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_intermediate_size": 40,
+            "moe_layer_start_index": 1,
+        },
+    ),
     "exaone4": ("exaone4", {**_LLAMA, **_ALTERNATING}),
+    "exaone_moe": (
+        "exaone_moe",
+        {
+            **_SMALL_EXPERTS,
+            **_ALTERNATING,
+            **_LAYERS,
+            "num_shared_experts": 1,
+            "head_dim": 12,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "flex_olmo": ("flex_olmo", _MOE),
     "glm": ("glm", {**_LLAMA, **_HALF, "head_dim": 12}),
     "glm4": ("glm4", {**_LLAMA, **_HALF, "head_dim": 12}),
+    "glm4_moe": (
+        "glm4_moe",
+        {**_LLAMA, **_HALF, **_DENSE_FIRST, "head_dim": 12, "use_qk_norm": True},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_LLAMA, **_LATENT, **_ROUTED, **_LAYERS}),
     "gpt_bigcode": ("gpt_bigcode", {**_BASIC, "n_positions": 128}),
     "gpt_neo": (
         "gpt_neo",
@@ -183,6 +225,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {**_MOE, "head_dim": 16, "moe_topk": 2}),
     "jais2": ("jais2", _LLAMA),
     "mellum": ("mellum", _MOE),
+    "minimax_m2": (
+        "minimax_m2",
+        {**_MOE, "num_local_experts": 4, "head_dim": 12, "rotary_dim": 6},
+    ),
     "ministral": (
         "ministral",
         {**_LLAMA, **_ALTERNATING, "head_dim": 16, "rope_parameters": _ROPE},
@@ -219,8 +265,8 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
     settings = copy.deepcopy(settings)
     if not {"attention_types", "no_rope_layers"} & settings.keys():
         settings["num_hidden_layers"] = num_layers
-        if "layer_types" in settings:
-            settings["layer_types"] *= num_layers // 2
+        for types in {"layer_types", "mlp_layer_types"} & settings.keys():
+            settings[types] *= num_layers // 2
     return AutoConfig.for_model(model_type, **settings)
 
 
@@ -235,7 +281,7 @@ def save_family(folder: Path, case: str, num_layers: int = 2, **options: Any) ->
 
 
 def randomize(model: nn.Module) -> None:
-    """Draw weights so large that attention is far from uniform; change every bias and norm."""
+    """Draw weights so large that attention is far from uniform; change biases, norms, buffers."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -244,6 +290,10 @@ def randomize(model: nn.Module) -> None:
                 parameter.copy_(noise * 0.15)
             else:
                 parameter.add_(noise * (0.5 if "sinks" in name else 0.1))
+        persistent = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
 
 
 def plain_model(folder: Path, quantization: str) -> Any:

@@ -368,7 +368,6 @@ class TestRefusals:
         ("model_type", "reason"),
         [
             ("mamba", "state would leak"),
-            ("deepseek_v3", "router keeps state"),
             ("t5", "encoder-decoder"),
             ("reformer", "not been compared"),
         ],

@@ -43,14 +43,15 @@ class Family:
 
 
 _PADDED_ROWS = "its rows are padded, and keys and values can only precede packed rows"
+_TWO_SIZES = "its keys and values are of different sizes"
 _BIDIRECTIONAL = {
     "use_bidirectional_attention": "tokens attend to later tokens: not a causal model"
 }
 #: Families to which the defaults of ``Family`` apply.
 _PLAIN = """
-    cwm ernie4_5 exaone4 glm granite granitemoe granitemoeshared hunyuan_v1_dense llama mellum
-    ministral ministral3 mistral mixtral olmoe phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3
-    stablelm
+    cwm dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe glm glm4_moe granite granitemoe
+    granitemoeshared hunyuan_v1_dense llama mellum minimax_m2 ministral ministral3 mistral mixtral
+    olmoe phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm
 """
 _UNGATED = ("biogpt", "falcon", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2")
 _WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo", "olmo2", "olmo3")
@@ -63,7 +64,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("arcee", "jais2", "nemotron"), Family(mlp_tensors=1)),
     **dict.fromkeys(("bloom", "gptj"), Family(cached_attention="eager", mlp_tensors=1)),
     **dict.fromkeys(("codegen", "gpt_neo"), Family(cached_attention="eager")),
-    "deepseek_v2": Family(no_prefix_tuning="its keys and values are of different sizes"),
+    **dict.fromkeys(("deepseek_v2", "glm4_moe_lite"), Family(no_prefix_tuning=_TWO_SIZES)),
+    "deepseek_v3": Family(no_prefix_tuning=_TWO_SIZES, norm_inputs=3),
     "diffllama": Family(
         no_prefix_tuning="it pairs the heads of its values after the cache", norm_inputs=7
     ),
@@ -105,7 +107,6 @@ SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
 
 #: Unsupported families that users are likely to try, with the reason.
 UNSUPPORTED: dict[str, str] = {
-    "deepseek_v3": "its router keeps state that is not a weight",
     "t5": "an encoder-decoder does not take virtual tokens before its text",
     "bart": "an encoder-decoder does not take virtual tokens before its text",
     "bert": "it is not a causal language model",
@@ -189,6 +190,8 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     family = FAMILIES.get(config.model_type, Family())
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head_size = int(_first(config, "head_dim") or hidden // heads)
+    if latent := _first(config, "qk_nope_head_dim"):  # keys are computed from a smaller state
+        head_size = int(latent) + int(config.qk_rope_head_dim)
     key_heads = int(_first(config, "num_key_value_heads", "num_kv_heads") or heads)
     experts = int(_first(config, "num_experts_per_tok") or 0)
     if not getattr(config, "is_moe", True):

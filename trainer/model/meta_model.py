@@ -55,10 +55,11 @@ def build_meta_model(
             replace_attention(model)
         fuse_operations(model)
         locations = locate_parameters(model, stored, files.tensors)
+        int8 = {name for name, p in model.named_parameters() if p.dtype == torch.int8}
         problems = [
             problem
-            for name, parameter in model.named_parameters()
-            for problem in _problems(reader, locations[name], parameter.dtype == torch.int8)
+            for name in dict.fromkeys([*dict(model.named_parameters()), *locations])
+            for problem in _problems(reader, locations[name], name in int8)
         ]
     if problems:
         raise BadInput(problems[:10])
@@ -186,15 +187,13 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
             "belongs to these weights"
         )
     for path, module in model.named_modules():
-        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        buffers = {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and name in module._non_persistent_buffers_set
+        }
         if not buffers or module is model.get_input_embeddings():
             continue
-        persistent = sorted(set(buffers) - module._non_persistent_buffers_set)
-        if persistent:
-            raise BadInput(
-                f"base.model: {path} ({type(module).__name__}) has persistent buffers ("
-                f"{', '.join(persistent)}), which are not supported"
-            )
         for name, buffer in buffers.items():
             nan = torch.full(buffer.shape, torch.nan, device=device)
             module._buffers[name] = nan.to(buffer.dtype)

@@ -87,6 +87,9 @@ def load_shards(
             for name, parameter in list(module.named_parameters(recurse=False)):
                 location = locations[f"{path}.{name}" if path else name]
                 loader.load(module, name, parameter, location)
+            for name, _ in list(module.named_buffers(recurse=False)):
+                if buffer := locations.get(f"{path}.{name}"):
+                    loader.load_buffer(module, name, buffer)
         sharder.finish(loader.partial_scales, loader.problems)
         stats = LoadStats(time.perf_counter() - started, reader.bytes_read)
     model.requires_grad_(False)
@@ -138,6 +141,14 @@ class _WeightLoader:
         scales = self._scales[key]
         if scales is not None:
             setattr(module, absmax_name(name), scales)
+
+    def load_buffer(self, module: nn.Module, name: str, location: TensorLocation) -> None:
+        """Load a persistent buffer, such as a router's correction bias, completely and in fp32."""
+        try:
+            values = self.reader.read(location.tensors[0])
+            module._buffers[name] = values.float().to(self.device)
+        except BadInput as error:
+            self.problems += error.problems
 
     def _load_int8(self, location: TensorLocation, unit: int) -> tuple[Tensor, Tensor]:
         """This rank's shard, quantized now or stored as int8, and the scales of all rows."""

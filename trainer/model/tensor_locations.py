@@ -106,14 +106,18 @@ def locate_parameters(
     tensors: Mapping[str, tuple[str, ...]],
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, TensorLocation]:
-    """Return the location of every parameter; a tied parameter is listed under all its names."""
+    """Return the location of every parameter and persistent buffer.
+
+    A tied parameter is listed under all its names.
+    """
 
     def is_transposed(name: str) -> bool:
         path, _, own = name.rpartition(".")
         turned = own in getattr(model.get_submodule(path), "transposed", ())
         return turned and not stored[tensors[name][0]].by_rows
 
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in tensors}
     return {
-        name: TensorLocation(tensors[name], parameter.shape, is_transposed(name))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        name: TensorLocation(tensors[name], tensor.shape, is_transposed(name))
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers.items())
     }

@@ -34,10 +34,10 @@ COMPARED_ELEMENTS = 4 << 20
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """The stored tensors of each parameter of the text model.
+    """The stored tensors of each parameter and persistent buffer of the text model.
 
     Attributes:
-        tensors: by parameter: the stored tensors whose concatenated rows form the parameter.
+        tensors: by parameter or buffer: the stored tensors whose concatenated rows form it.
         tied: the head uses the embedding table.
         duplicate: a stored head that equals the embedding table and is not read.
         separate: config.json ties the head, but a different head is stored and used.
@@ -67,10 +67,7 @@ def map_weights(
         inside = config.get_text_config() is not config
         text = build_transformers_model(config.get_text_config(), name) if inside else loader
     paths = _paths_in(loader, text, name) if inside else {"": ""}
-    parameters = {
-        parameter: _renamed(parameter, paths)
-        for parameter, _ in text.named_parameters(remove_duplicate=False)
-    }
+    parameters = {parameter: _renamed(parameter, paths) for parameter in text.state_dict()}
     stored, unread = _stored_tensors(loader, tensors, set(parameters.values()))
     paths_of = {module: path for path, module in text.named_modules()}
     head, table = (
