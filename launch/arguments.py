@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launch import completion
 from trainer.config import check_path
 from trainer.runtime.errors import BadInput
 
@@ -29,11 +30,18 @@ def option(metavar: str, text: str | None = None, *names: str, **settings: Any) 
     return typer.Option(*names, metavar=metavar, help=text, **settings)
 
 
-def path_argument(metavar: str, text: str) -> Any:
-    return typer.Argument(metavar=metavar, callback=as_path, help=text)
+def path_argument(metavar: str, text: str, **settings: Any) -> Any:
+    return typer.Argument(metavar=metavar, callback=as_path, help=text, **settings)
 
 
-RunFile = Annotated[str, path_argument("RUN.yaml", "The run file; promptshard init writes one.")]
+RunFile = Annotated[
+    str,
+    path_argument(
+        "RUN.yaml",
+        "The run file; promptshard init writes one.",
+        autocompletion=completion.run_files,
+    ),
+]
 RunDir = Annotated[str, path_argument("RUN_DIR", "The output_dir of a run.")]
 NewFolder = Annotated[str, path_argument("OUT", "A new folder.")]
 Overrides = Annotated[
@@ -41,6 +49,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="Override settings in the file: training.steps=100, prompts.triage.seed=1.",
+        autocompletion=completion.overrides,
     ),
 ]
 Processes = Annotated[

@@ -12,6 +12,7 @@ import typer
 
 from launch import (
     __version__,
+    completion,
     messages,
     node,
     preflight,
@@ -46,7 +47,6 @@ app = typer.Typer(
     help="Train soft prompts for frozen language models that are too big for one GPU.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -134,7 +134,7 @@ def train(
 
     **Examples:**
 
-    - `promptshard train examples/quickstart.yaml`
+    - `promptshard train quickstart.yaml` (of `promptshard examples`)
     - `promptshard train run.yaml training.steps=50 output_dir=runs/short --processes 1`
     - `promptshard train run.yaml --max-restarts 3`
     - `promptshard train run.yaml --hostfile hosts`
@@ -195,7 +195,9 @@ def validate(run_file: RunFile, overrides: Overrides = None) -> None:
 @app.command(epilog=EXIT_CODES)
 def generate(
     run_dir: RunDir,
-    prompt: Annotated[str, option("NAME", "Name of the prompt.")],
+    prompt: Annotated[
+        str, option("NAME", "Name of the prompt.", autocompletion=completion.prompt_names)
+    ],
     text: Annotated[
         str,
         option(

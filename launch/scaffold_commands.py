@@ -25,7 +25,12 @@ _PREFIX = re.compile(r"(?<![\w./-])examples/")
 
 
 def init(
-    kind: Annotated[str | None, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)}.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND", help=f"{', '.join(KINDS)}.", autocompletion=lambda: list(KINDS.items())
+        ),
+    ] = None,
     file: Annotated[
         str | None,
         typer.Argument(

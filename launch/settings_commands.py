@@ -22,6 +22,7 @@ def settings(
             help="A section (prompts.init), a setting (prompts.learning_rate, learning_rate) or "
             "another trainer's name for one (lr).",
             show_default="all settings",
+            autocompletion=lambda: list(reference.settings()),
         ),
     ] = None,
     as_json: Annotated[
