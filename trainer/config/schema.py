@@ -116,12 +116,13 @@ def _allow_sweeps(prompt: Schema) -> None:
     properties = prompt["properties"]
     lists = {
         name: {
+            "description": "values of: " + field["description"].split("\n")[0],
             "type": "array",
             "items": {"$ref": f"#/$defs/Prompt/properties/{name}"},
             "minItems": 1,
             "uniqueItems": True,
         }
-        for name in properties
+        for name, field in properties.items()
         if name not in sweep.NOT_SWEPT
     }
     forms = {
