@@ -177,18 +177,55 @@ def train(
 
 
 @app.command(epilog=EXIT_CODES)
-def validate(run_file: RunFile, overrides: Overrides = None) -> None:
+def validate(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    preview: Annotated[
+        int | None,
+        option(
+            "N",
+            "Also print the first N rows of each task as tokens: what the base model reads, "
+            "what is learned, and where the virtual tokens are. Loads the tokenizer, no weights.",
+            min=1,
+        ),
+    ] = None,
+    json_file: Annotated[
+        str | None,
+        option(
+            "FILE",
+            "With --preview: output file for the token ids and labels; -: stdout.",
+            "--json",
+            callback=as_path,
+        ),
+    ] = None,
+) -> None:
     """Check a run file and all its data without starting a run.
 
     Reports all errors at once, each with line, setting, value and a suggested fix.
 
-    **Example:** `promptshard validate run.yaml training.steps=50`
+    **Examples:**
+
+    - `promptshard validate run.yaml training.steps=50`
+    - `promptshard validate run.yaml --preview 3`
+    - `promptshard validate run.yaml --preview 100 --json rows.json`
     """
+    if json_file and preview is None:
+        raise BadInput("--json: writes the rows of --preview; add --preview N")
     config = preflight.check_run(run_file, overrides or [])
+    if preview is not None:
+        options = [f"--rows={preview}"]
+        if json_file:
+            new = json_file if json_file == "-" else preflight.check_new_file(Path(json_file))
+            options.append(f"--json={new}")
+        arguments = [*options, "--", run_file, *(overrides or [])]
+        code = run_alone("trainer.commands.preview", arguments, imports="transformers")
+        if code:
+            raise typer.Exit(code)
     typer.echo(
         f"{run_file}: OK ({count(len(config.prompts), 'prompt')}, "
         f"{count(len(config.tasks), 'task')}, {count(config.last_step, 'step')}; "
-        f"base {config.base.model}; output {config.output_dir})"
+        f"base {config.base.model}; output {config.output_dir})",
+        err=json_file == "-",
     )
 
 

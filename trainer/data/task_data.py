@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import RunConfig, Task, split_template
+from trainer.config import Prompt, RunConfig, Task, split_template
 from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
@@ -166,18 +166,8 @@ def load_tasks(
     for task in config.tasks:
         prompts = [prompt for prompt in config.prompts if prompt.task == task.name]
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
-        longest_prompt = max((prompt.num_virtual_tokens for prompt in prompts), default=0)
-        longest_teacher = max((teacher.num_tokens for teacher in of_task.values()), default=0)
-        room = context_length - max(longest_prompt, longest_teacher)
         try:
-            if room < 2:
-                cause, remedy = f"{longest_prompt} virtual tokens leave", "lower num_virtual_tokens"
-                if longest_teacher > longest_prompt:
-                    cause, remedy = f"a teacher of {longest_teacher} tokens leaves", "shorten it"
-                raise BadInput(
-                    f"prompts of task {task.name!r}: {cause} no room in a context of "
-                    f"{context_length}; {remedy}"
-                )
+            room = row_room(task, prompts, of_task, context_length)
             loader = _TaskLoader(
                 task, tokenizer, room, context_length, vocab_size, progress, date, end_ids
             )
@@ -192,6 +182,31 @@ def load_tasks(
     if problems:
         raise BadInput(problems)
     return tasks
+
+
+def row_room(
+    task: Task,
+    prompts: Sequence[Prompt],
+    teachers: Mapping[str, Teacher],
+    context_length: int,
+) -> int:
+    """Return the maximum tokens of a row after the longest prompt or teacher of a task.
+
+    Raises:
+        BadInput: less than two.
+    """
+    longest_prompt = max((prompt.num_virtual_tokens for prompt in prompts), default=0)
+    longest_teacher = max((teacher.num_tokens for teacher in teachers.values()), default=0)
+    room = context_length - max(longest_prompt, longest_teacher)
+    if room < 2:
+        cause, remedy = f"{longest_prompt} virtual tokens leave", "lower num_virtual_tokens"
+        if longest_teacher > longest_prompt:
+            cause, remedy = f"a teacher of {longest_teacher} tokens leaves", "shorten it"
+        raise BadInput(
+            f"prompts of task {task.name!r}: {cause} no room in a context of "
+            f"{context_length}; {remedy}"
+        )
+    return room
 
 
 @dataclass

@@ -100,6 +100,24 @@ class BaseFiles:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class BaseTokenizer:
+    """What determines the tokens of rows; ``config`` is that of the text model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    generation: GenerationConfig
+
+    @property
+    def context_length(self) -> int:
+        return context_length(self.config)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens at which the base's generation stops."""
+        return end_ids(self.generation)
+
+
 def open_base(
     settings: Base, *, download: bool = True, progress: hub.Progress | None = None
 ) -> BaseFiles:
@@ -113,18 +131,13 @@ def open_base(
     Raises:
         BadInput: if the model is missing, unsupported, not in safetensors, damaged or incomplete.
     """
-    name, folder, from_hub = settings.model, local_path(settings), False
+    name, folder = settings.model, local_path(settings)
     if folder is not None and folder.suffix == GGUF:
         return _open_gguf(folder, settings)
-    if folder is None:
-        folder, from_hub = hub.fetch(settings, SMALL_FILES, download=download), True
-    check_folder(folder, name)
-    config, quantization = _read_config(folder, name)
+    from_hub = folder is None
+    folder = folder or hub.fetch(settings, SMALL_FILES, download=download)
+    config, quantization, tokenizer, generation = _read_small_files(folder, settings)
     text = config.get_text_config()
-    family_of(text, name)
-    tokenizer = _read_tokenizer(folder, name)
-    _set_chat_template(tokenizer, settings)
-    generation = read_generation_config(folder)
     if from_hub:
         commit = settings.model_copy(update={"revision": folder.name})
         folder = hub.fetch(commit, [SINGLE], download=download, progress=progress)
@@ -134,6 +147,34 @@ def open_base(
     parameters = map_weights(config, tensors, name)
     text.tie_word_embeddings = parameters.tied
     return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
+
+
+def open_tokenizer(settings: Base) -> BaseTokenizer:
+    """Find the model and read what determines the tokens of rows, but no weights.
+
+    Raises:
+        BadInput: as ``open_base``, except for problems of weights.
+    """
+    folder = local_path(settings)
+    if folder is not None and folder.suffix == GGUF:
+        files = _open_gguf(folder, settings)
+        return BaseTokenizer(files.tokenizer, files.config, files.generation)
+    folder = folder or hub.fetch(settings, SMALL_FILES, download=True)
+    config, _, tokenizer, generation = _read_small_files(folder, settings)
+    return BaseTokenizer(tokenizer, config.get_text_config(), generation)
+
+
+def _read_small_files(
+    folder: Path, settings: Base
+) -> tuple[PretrainedConfig, dict[str, Any] | None, PreTrainedTokenizerBase, GenerationConfig]:
+    """Read config, quantization config, tokenizer and generation config of a model folder."""
+    name = settings.model
+    check_folder(folder, name)
+    config, quantization = _read_config(folder, name)
+    family_of(config.get_text_config(), name)
+    tokenizer = _read_tokenizer(folder, name)
+    _set_chat_template(tokenizer, settings)
+    return config, quantization, tokenizer, read_generation_config(folder)
 
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Base) -> None:

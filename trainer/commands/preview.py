@@ -1,0 +1,134 @@
+"""``python -m trainer.commands.preview RUN.yaml --rows N``: rows as the base will read them.
+
+The part of ``promptshard validate --preview`` that needs a tokenizer; loads no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import rich.console
+import rich.text
+
+from trainer.config import RunConfig, load
+from trainer.runtime import atomic_io
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.runtime.process import flush_and_exit
+from trainer.runtime.redact import printable, redact
+
+if TYPE_CHECKING:
+    from trainer.data.preview import PreviewText
+
+#: A longer text is shortened in the middle, on the terminal.
+MAX_TOKENS = 160
+#: Marks of learned tokens and of the virtual tokens, which are legible without colors.
+LEARNED, VIRTUAL = (">>", "<<"), "[virtual tokens]"
+LEGEND = f"tokens are divided by |; {LEARNED[0]}learned{LEARNED[1]}; \\n is a line break"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.commands.preview")
+    parser.add_argument("run_file")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--json")
+    chosen = parser.parse_args(arguments)
+    try:
+        _preview(load(chosen.run_file, chosen.overrides), chosen.rows, chosen.json)
+    except BadInput as error:
+        print(printable(redact(str(error))), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return EXIT_DONE
+
+
+def _preview(config: RunConfig, count: int, json_file: str | None) -> None:
+    from trainer.data.preview import preview
+    from trainer.data.tokenization.chat_template import read_chat_date
+    from trainer.model.checkpoint_files import open_tokenizer
+
+    base = open_tokenizer(config.base)
+    rows = preview(
+        config,
+        base.tokenizer,
+        base.context_length,
+        base.config.vocab_size,
+        count,
+        date=read_chat_date(Path(config.output_dir)),
+        end_ids=base.end_ids,
+    )
+    record = {"rows": [text.to_json() for text in rows.texts]}
+    if json_file == "-":
+        json.dump(record, sys.stdout)
+        print()
+    else:
+        show(rows.texts, base.tokenizer, sys.stdout)
+    if json_file not in (None, "-"):
+        atomic_io.write_json(Path(str(json_file)), record)
+    for note in rows.notes:
+        print(f"warning: {printable(note)}", file=sys.stderr)
+
+
+def show(texts: Sequence[PreviewText], tokenizer: Any, out: TextIO) -> None:
+    """Print texts, with colors on a terminal."""
+    console = rich.console.Console(file=out, highlight=False, soft_wrap=not out.isatty())
+    console.print(rich.text.Text(LEGEND, style="dim"))
+    for text in texts:
+        example = text.example
+        held_out = ", held out" if text.split != "train" else ""
+        console.print()
+        console.print(
+            rich.text.Text(
+                printable(f"task {text.task}, {text.where}{held_out}: ")
+                + f"{example.num_tokens:,} tokens, {example.num_labels:,} learned",
+                style="bold",
+            )
+        )
+        console.print(rich.text.Text.assemble(*_pieces(text, tokenizer)))
+
+
+def _pieces(text: PreviewText, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """Yield pieces of a text with their styles."""
+    ids, labels = text.example.input_ids, text.labels
+    hidden = range(0)
+    if len(ids) > MAX_TOKENS:
+        hidden = range(MAX_TOKENS // 2, len(ids) - MAX_TOKENS // 2)
+    before = False
+    for place, token in enumerate(ids):
+        learned = labels[place] >= 0
+        if place in hidden:
+            if place == hidden.start:
+                yield (LEARNED[1], "green") if before else ("", "")
+                count = sum(labels[i] >= 0 for i in hidden)
+                yield f" ... {len(hidden):,} tokens, {count:,} learned ... ", "dim"
+                before = False
+            continue
+        if before and not learned:
+            yield LEARNED[1], "green"
+        if place == text.example.prompt_at:
+            yield VIRTUAL, "bold cyan"
+        elif place and before == learned and place != hidden.stop:
+            yield "|", "dim"
+        if learned and not before:
+            yield LEARNED[0], "green"
+        yield token_text(tokenizer, token), "bold green" if learned else ""
+        before = learned
+    if before:
+        yield LEARNED[1], "green"
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Return the text of one token, on one line, without control characters."""
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    text = name.replace("▁", " ") if "▁" in name else str(tokenizer.decode([token]))
+    if not text or "\ufffd" in text:  # a part of a character
+        text = name
+    return printable(text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t"))
+
+
+if __name__ == "__main__":
+    flush_and_exit(main(sys.argv[1:]))
