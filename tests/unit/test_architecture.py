@@ -231,3 +231,18 @@ def test_names_say_what_they_hold():
             if identifier.strip("_").lower() in vague:
                 uses.append(f"{name}:{node.lineno}: {identifier}")
     assert uses == []
+
+
+def test_a_rank_imports_neither_trackers_nor_tools_of_reports():
+    """Each of these costs every rank time and memory; rank 0 imports some when it needs them."""
+    unneeded = {"bitsandbytes", "datasets", "matplotlib", "mlflow", "pandas", "peft", "pyarrow"}
+    unneeded |= {"sklearn", "sqlalchemy", "tensorboard"}
+    code = (
+        "import sys, trainer.__main__, trainer.run\n"
+        f"found = {unneeded!r} & sys.modules.keys()\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

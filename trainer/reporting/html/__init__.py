@@ -13,7 +13,6 @@ from pathlib import Path
 import jinja2
 
 from trainer.evaluation.score_format import is_loss
-from trainer.reporting.html.collect import collect
 from trainer.reporting.summary import SUMMARY_FILE
 from trainer.runtime import atomic_io
 from trainer.runtime.redact import redact
@@ -30,6 +29,8 @@ def write_report(output_dir: Path | str) -> Path:
     Raises:
         BadInput: a newer version wrote ``summary.json``.
     """
+    from trainer.reporting.html.collect import collect  # imports matplotlib
+
     output_dir = Path(output_dir)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("trainer.reporting.html", "."),
