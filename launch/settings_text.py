@@ -16,7 +16,7 @@ PIPE_WIDTH, MAX_WIDTH = 80, 100
 _NAMES = 26
 #: Maximum length of the meaning of a default that stands beside it in the overview.
 _SHORT_MEANING = 24
-_EMPTY = {"''": "empty", "[]": "empty list"}
+_EMPTY = {"''": "empty", "[]": "empty list", "{}": "empty"}
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 INTRODUCTION = (

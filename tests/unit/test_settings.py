@@ -321,6 +321,10 @@ def test_no_alias_is_listed_twice():
             "training.learning_rate=0.1",
             "training.learning_rate: unknown setting here; write prompts.learning_rate instead",
         ),
+        (
+            "task=x",
+            "task: unknown setting here (did you mean 'tasks'?); known elsewhere: prompts.task",
+        ),
         ("every=5", "every: unknown setting here; write evaluation.every or checkpoint.every "),
         ("prompts.one.sweep={lr: [0.1, 0.2]}", "sweep.lr: promptshard calls it prompts.learning"),
     ],

@@ -99,7 +99,9 @@ def _unknown(name: str, section: type[BaseModel], model: type[BaseModel]) -> str
         return alias.text
     elsewhere = [other for other in _all_settings(model) if other.rpartition(".")[2] == leaf]
     hint = did_you_mean(leaf, known)
-    if elsewhere and not hint:
+    if elsewhere and hint:
+        return f"unknown setting here{hint}; known elsewhere: {', '.join(elsewhere)}"
+    if elsewhere:
         return f"unknown setting here; write {' or '.join(elsewhere)} instead"
     return f"unknown setting{hint}; known: {', '.join(known)}"
 

@@ -130,6 +130,7 @@ class Task(Section):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
+        json_schema_extra={"default": {}},
         description="messages: variables for the chat template, such as {enable_thinking: false}",
     )
     tokens: TokenColumns | None = Field(
