@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,16 +86,19 @@ def read_sample(train: str) -> Sample:
 
     columns: dict[str, Column] = {}
     classes: dict[str, list[str]] = {}
-    rows = 0
+    rows, complete = 0, True
     for file in find_files(DataSource.model_validate(train), "--train", "train"):
         header = file.header()
         for name in header or ():
             columns.setdefault(name, Column(name))
             classes[name] = file.class_names(name) or classes.get(name, [])
-        for record in itertools.islice(file.records(header or []), MAX_ROWS + 1 - rows):
+        for record in file.records(header or []):
             if record.problem:
                 place = f"{file.name}:{record.line or f'row {record.row}'}"
                 raise BadInput(f"--train: {place}: {record.problem}")
+            if rows == MAX_ROWS:
+                complete = False
+                break
             rows += 1
             for name, value in record.values.items():
                 if value is not None:
@@ -106,7 +108,7 @@ def read_sample(train: str) -> Sample:
     for name, labels in classes.items():
         if labels:
             columns[name].labels = dict.fromkeys(labels)
-    return Sample(list(columns.values()), min(rows, MAX_ROWS), rows <= MAX_ROWS)
+    return Sample(list(columns.values()), rows, complete)
 
 
 def find_label(sample: Sample) -> Column | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from launch import preflight
+from launch import column_proposals, preflight
 from launch.commands import app
 from launch.run_templates import KINDS
 from trainer.config import load
@@ -140,6 +140,16 @@ def test_init_reads_columns(kind, rows, expected, tmp_path, monkeypatch):
     config = preflight.check_run(f"{kind}.yaml", [])
     values = config.tasks[0].model_dump()
     assert {key: values[key] for key in expected} == expected
+
+
+def test_init_says_that_labels_are_those_of_the_first_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(column_proposals, "MAX_ROWS", 10)
+    Path("rows.csv").write_text("text,label\n" + "a,x\nb,y\n" * 6 + "c,z\n")
+    call("init", "classify", "--train", "rows.csv")
+    text = Path("classify.yaml").read_text()
+    assert "# The labels of the first 10 rows; add those of others." in text
+    assert "choices: [x, y]" in text.replace("'", "")
 
 
 def test_init_refuses_bad_input(tmp_path, monkeypatch):

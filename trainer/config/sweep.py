@@ -30,6 +30,7 @@ MAX_NAME, MAX_WORD = 80, 24
 #: Abbreviations of settings in names; empty: only the value is used. Others are not abbreviated.
 SHORT = {
     "learning_rate": "lr",
+    "relative_learning_rate": "rel_lr",
     "num_virtual_tokens": "len",
     "weight_decay": "wd",
     "warmup_ratio": "warmup",
