@@ -133,6 +133,16 @@ def test_bytes_and_added_tokens_are_no_words() -> None:
     assert Vocabulary(lambda ids: TABLE_VH, wrapped, 20).words_n.tolist() == [2, 4]
 
 
+def test_embedding_rows_without_a_token_are_never_drawn() -> None:
+    """At the end of the table, as in Qwen 2.5, and between tokens."""
+    tokens = {"a": 1, "b": 2, "c": 6, "d": 9}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(tokens)))
+    table_VH = torch.arange(9.0)[:, None].expand(-1, HIDDEN)
+    vocabulary = Vocabulary(lambda ids: table_VH[torch.tensor(ids)], wrapped, 9)
+    assert vocabulary.words_n.tolist() == [1, 2, 6]
+    assert {int(v[0]) for v in vocab(vocabulary, 30, generator())} == {1, 2, 6}
+
+
 def test_vocab_repeats_only_when_words_run_out(vocabulary: Vocabulary) -> None:
     rows = [row_of(v) for v in vocab(vocabulary, 14, generator())]
     assert all(rows.count(i) in (2, 3) for i in range(2, 8))

@@ -243,6 +243,7 @@ def test_notes_about_rows_are_not_printed_twice(
 ) -> None:
     """``promptshard`` prints them before it starts the ranks."""
     monkeypatch.setattr("trainer.training.task_loading._check_targets", lambda *_: None)
+    monkeypatch.setattr("trainer.training.task_loading.class_warning", lambda *_: "of a class")
     monkeypatch.delenv(ROWS_CHECKED, raising=False)
     if checked:
         monkeypatch.setenv(ROWS_CHECKED, "1")
@@ -256,12 +257,17 @@ def test_notes_about_rows_are_not_printed_twice(
     engine: Any = OneRank()
     out, err = io.StringIO(), io.StringIO()
     files: Any = SimpleNamespace(
-        tokenizer=None, context_length=0, config=SimpleNamespace(vocab_size=0), end_ids=()
+        tokenizer=None,
+        folder=None,
+        context_length=0,
+        config=SimpleNamespace(vocab_size=0),
+        end_ids=(),
     )
     read_tasks(engine, files, config(), Console(out, err), None)
     assert ("a remark" in out.getvalue()) == (not checked)
     assert ("a leak" in err.getvalue()) == (not checked)
     assert "a note" in out.getvalue()
+    assert "of a class" in err.getvalue()
     assert "of tokens" in err.getvalue()
 
 

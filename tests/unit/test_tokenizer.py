@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import normalizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
@@ -24,6 +25,7 @@ from trainer.data.tokenization.tokenize import encode_input, tokenize
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
+from trainer.model.tokenizer_class import class_warning
 from trainer.packing.activation_memory import TokenBudget
 from trainer.runtime.errors import BadInput
 
@@ -76,6 +78,12 @@ def load(
     return load_tasks(config, tokenizer, 64, len(tokenizer))["t"]
 
 
+def encoded(tokenizer, text: str) -> list[int]:
+    """The ids of transformers; a text that begins with BOS gets no second one."""
+    ids = tokenizer(text).input_ids
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
 @pytest.fixture(scope="module")
 def tokenizers():
     return {kind: make_tokenizer(kind, TEXTS) for kind in ALL}
@@ -90,13 +98,13 @@ def test_a_row_has_the_tokens_of_its_text(tmp_path, tokenizers, kind, source, ta
     assert scores.warning is None
     for i, (row, example) in enumerate(zip(ROWS, scores.examples, strict=True)):
         text = source.format(**row)
-        assert list(example.input_ids) == [*tokenizer(text + target.format(**row)).input_ids, 2]
+        assert list(example.input_ids) == [*encoded(tokenizer, text + target.format(**row)), 2]
         own = list(example.input_ids[: example.target_start])
-        assert own == encode_input(tokenizer, text) == tokenizer(text).input_ids
+        assert own == encode_input(tokenizer, text) == encoded(tokenizer, text)
         of_row = scored[i * len(ANSWERS) : (i + 1) * len(ANSWERS)]
         assert of_row[i] == example
         assert [list(e.input_ids) for e in of_row] == [
-            [*tokenizer(text + target.format(a=answer)).input_ids, 2] for answer in ANSWERS
+            [*encoded(tokenizer, text + target.format(a=answer)), 2] for answer in ANSWERS
         ]
 
 
@@ -313,3 +321,50 @@ def test_a_base_that_memorized_every_answer_scores_1(tmp_path, bases, kind, sour
         (scores,) = evaluator.score([Request(data.evaluation["validation"], None)], [])
         assert scores.scores[metric] == 1.0
         assert scores.scores["loss"] < 0.02
+
+
+# BOS, padding and rows without a token
+
+
+@pytest.mark.parametrize("kind", ["llama", "prepend", "llama3"])
+def test_bos_occurs_once_behind_a_template_that_writes_it(tmp_path, tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    task = Task(name="t", train="x", input="<s>Q: {q}\nA:", target=" {a}")
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"q": "two cats", "a": "yes"}) + "\n")
+    (example,) = tokenize(load_rows(str(path), task), task, tokenizer, 100).examples
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert (
+        list(example.input_ids[: example.target_start])
+        == tokenizer("<s>Q: two cats\nA:", add_special_tokens=False)["input_ids"]
+    )
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_padding_of_a_tokenizer_adds_no_tokens(tmp_path, kind):
+    """Padding on the left that tokenizer.json turns on; and no padding token at all."""
+    tokenizer = make_tokenizer(kind, TEXTS)
+    plain = TextTokenizer(tokenizer).inputs(["two cats", "a"])
+    tokenizer.backend_tokenizer.enable_padding(direction="left", length=40)
+    tokenizer.save_pretrained(tmp_path)
+    padded = AutoTokenizer.from_pretrained(tmp_path)
+    padded.padding_side = "left"
+    assert TextTokenizer(padded).inputs(["two cats", "a"]) == plain
+    padded.pad_token = None
+    assert TextTokenizer(padded).inputs(["two cats", "a"]) == plain
+
+
+def test_a_class_that_disagrees_with_its_file_is_warned_of(tmp_path):
+    tokenizer = make_tokenizer("llama3", ["12345 of 2024 Hello, world!"] * 9)
+    tokenizer.save_pretrained(tmp_path)
+    assert class_warning(AutoTokenizer.from_pretrained(tmp_path), tmp_path) is None
+    assert class_warning(tokenizer, tmp_path / "none") is None
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"]["pretokenizers"].insert(
+        0, {"type": "Digits", "individual_digits": True}
+    )
+    path.write_text(json.dumps(content))
+    warning = class_warning(tokenizer, tmp_path)
+    assert warning is not None
+    assert re.search(r"class TokenizersBackend reads .* as 123 45 .* as 1 2 3 4 5", warning)

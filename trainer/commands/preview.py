@@ -50,6 +50,7 @@ def _preview(config: RunConfig, count: int, json_file: str | None) -> None:
     from trainer.data.preview import preview
     from trainer.data.tokenization.chat_template import read_chat_date
     from trainer.model.checkpoint_files import open_tokenizer
+    from trainer.model.tokenizer_class import class_warning
 
     base = open_tokenizer(config.base)
     rows = preview(
@@ -69,7 +70,8 @@ def _preview(config: RunConfig, count: int, json_file: str | None) -> None:
         show(rows.texts, base.tokenizer, sys.stdout)
     if json_file not in (None, "-"):
         atomic_io.write_json(Path(str(json_file)), record)
-    for note in rows.notes:
+    warning = class_warning(base.tokenizer, base.folder)
+    for note in [*([warning] if warning else []), *rows.notes]:
         print(f"warning: {printable(note)}", file=sys.stderr)
 
 

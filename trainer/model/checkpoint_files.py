@@ -104,6 +104,7 @@ class BaseFiles:
 class BaseTokenizer:
     """What determines the tokens of rows; ``config`` is that of the text model."""
 
+    folder: Path
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
     generation: GenerationConfig
@@ -158,10 +159,10 @@ def open_tokenizer(settings: Base) -> BaseTokenizer:
     folder = local_path(settings)
     if folder is not None and folder.suffix == GGUF:
         files = _open_gguf(folder, settings)
-        return BaseTokenizer(files.tokenizer, files.config, files.generation)
+        return BaseTokenizer(folder, files.tokenizer, files.config, files.generation)
     folder = folder or hub.fetch(settings, SMALL_FILES, download=True)
     config, _, tokenizer, generation = _read_small_files(folder, settings)
-    return BaseTokenizer(tokenizer, config.get_text_config(), generation)
+    return BaseTokenizer(folder, tokenizer, config.get_text_config(), generation)
 
 
 def _read_small_files(

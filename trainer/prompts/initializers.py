@@ -87,7 +87,9 @@ class Vocabulary:
         ones come first.
         """
         unlike = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        ordinary = (i for i in range(min(self.size, len(self.tokenizer))) if i not in unlike)
+        # Embedding tables may have rows without a token, at the end or in between.
+        known = sorted(i for i in self.tokenizer.get_vocab().values() if i < self.size)
+        ordinary = (i for i in known if i not in unlike)
         words = islice((i for i in ordinary if _is_text(self.tokenizer.decode([i]))), FREQUENT)
         return torch.tensor(list(words), dtype=torch.long)
 

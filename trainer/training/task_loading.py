@@ -13,6 +13,7 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.metrics import check_sandbox
 from trainer.evaluation.stop_criteria import StopCriteria, check_targets
 from trainer.model.checkpoint_files import BaseFiles
+from trainer.model.tokenizer_class import class_warning
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED
@@ -58,6 +59,8 @@ def read_tasks(
         BadInput: with the problems of all tasks.
     """
     tasks = load_tasks_per_node(engine, files, config, console, date)
+    if warning := engine.run_on_main(lambda: class_warning(files.tokenizer, files.folder)):
+        console.warn(warning)
     engine.run_on_all(lambda: _check_targets(tasks, files))
     if date:
         console.print(f"the chat template reads the date: {date}, also when the run is resumed")

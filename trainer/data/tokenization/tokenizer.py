@@ -21,7 +21,8 @@ class TextTokenizer:
     """Encodes inputs and targets, with the special tokens at the beginning of a text.
 
     Some tokenizers also end every text with EOS or a separator. They are removed, because between
-    input and target they would end the document.
+    input and target they would end the document. A text that begins with the special tokens that
+    the tokenizer adds (``<s>`` written in a template) has them once.
 
     Attributes:
         front: special tokens at the beginning of every text.
@@ -39,6 +40,9 @@ class TextTokenizer:
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize texts, with special tokens at the beginning."""
         encoded = self._encode(texts, special=True)
+        if self.front:
+            size, twice = len(self.front), self.front * 2
+            encoded = [ids[size:] if ids[: 2 * size] == twice else ids for ids in encoded]
         if not self._back:
             return encoded
         cut = len(self._back)
