@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
@@ -86,6 +92,14 @@ _ROUTED = {
     "moe_intermediate_size": 40,
 }
 _DENSE_FIRST = {**_ROUTED, "first_k_dense_replace": 1}
+
+
+def _mrope(section: int, **more: Any) -> dict[str, Any]:
+    """Rotary embedding of images: time, height and width have a section each."""
+    sections = {"mrope_section": [section] * 3}
+    return {"rope_parameters": {**_ROPE, **sections, **more}}
+
+
 _LAYERS = {"mlp_layer_types": ["dense", "sparse"]}
 
 #: name of the case -> (model_type, settings)
@@ -203,6 +217,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, **_HALF, **_DENSE_FIRST, "head_dim": 12, "use_qk_norm": True},
     ),
     "glm4_moe_lite": ("glm4_moe_lite", {**_LLAMA, **_LATENT, **_ROUTED, **_LAYERS}),
+    "glm4v": ("glm4v_text", {**_LLAMA, **_mrope(1), **_HALF}),
+    "glm4v_moe": (
+        "glm4v_moe_text",
+        {**_LLAMA, **_DENSE_FIRST, "head_dim": 12, **_mrope(1, **_HALF)},
+    ),
     "gpt_bigcode": ("gpt_bigcode", {**_BASIC, "n_positions": 128}),
     "gpt_neo": (
         "gpt_neo",
@@ -242,6 +261,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "persimmon",
         {**_BASIC, **_HALF, "intermediate_size": 64, "max_position_embeddings": 128},
     ),
+    "qwen2_vl": ("qwen2_vl_text", {**_LLAMA, **_mrope(2), "tie_word_embeddings": True}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {**_LLAMA, **_mrope(2)}),
+    "qwen3_vl": ("qwen3_vl_text", {**_LLAMA, **_mrope(2), "head_dim": 12}),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", {**_SMALL_EXPERTS, **_mrope(2), "head_dim": 12}),
     "seed_oss": ("seed_oss", {**_LLAMA, "head_dim": 16}),
     "smollm3": (
         "smollm3",
@@ -252,6 +275,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, **_ALTERNATING, "head_dim": 16, "attn_logit_softcapping": 2.0},
     ),
     "xglm": ("xglm", {**_BASIC, "ffn_dim": 64, "max_position_embeddings": 128}),
+}
+
+
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 1,
+    "patch_size": 14,
+    "out_hidden_size": HIDDEN,
+}
+#: Text models that transformers has only inside a container: its type and vision config.
+CONTAINER_OF: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2_vl", {"depth": 1, "embed_dim": 16, "num_heads": 1, "hidden_size": 48}),
+    "qwen2_5_vl_text": ("qwen2_5_vl", {**_VISION, "fullatt_block_indexes": [0]}),
+    "qwen3_vl_text": ("qwen3_vl", {**_VISION, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe_text": ("qwen3_vl_moe", {**_VISION, "deepstack_visual_indexes": [0]}),
+    "glm4v_text": ("glm4v", _VISION),
+    "glm4v_moe_text": ("glm4v_moe", _VISION),
 }
 
 
@@ -270,10 +312,23 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **settings)
 
 
+def class_of(config: PretrainedConfig) -> Any:
+    """The auto class of a text model or its container."""
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    return next(kind for kind in kinds if type(config) in kind._model_mapping)
+
+
 def save_family(folder: Path, case: str, num_layers: int = 2, **options: Any) -> Path:
     """Save a model with random weights, different in every parameter; see ``randomize``."""
     config = family_config(case, num_layers)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if config.model_type in CONTAINER_OF:
+        kind, vision = CONTAINER_OF[config.model_type]
+        text = config.to_dict()
+        tied = CASES[case][1].get("tie_word_embeddings", False)
+        config = AutoConfig.for_model(
+            kind, text_config=text, vision_config=vision, tie_word_embeddings=tied
+        )
+    model = class_of(config).from_config(config, attn_implementation="eager")
     randomize(model)
     model.save_pretrained(folder, **options)
     make_tokenizer().save_pretrained(folder)
@@ -298,7 +353,8 @@ def randomize(model: nn.Module) -> None:
 
 def plain_model(folder: Path, quantization: str) -> Any:
     """Load the model in transformers; for int8 with the dequantized weights."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kind = class_of(AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, dtype=torch.float32)
     model.set_experts_implementation("eager")
     if quantization == "int8":
         quantize_plain(model)

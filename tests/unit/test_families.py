@@ -317,7 +317,7 @@ class TestRowReader:
         settings = Base(model=str(family(case)))
         files = open_base(settings)
         model = build_meta_model(files, settings, torch.float32, CPU)
-        sources = locate_parameters(model, files.parameters.tensors, files.tensors)
+        sources = locate_parameters(model, files.parameters, files.tensors)
         flat = FlatFile(load_file(family(case) / "model.safetensors"))
         for source in sources.values():
             full = whole_parameter(source, flat.tensors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,20 @@ class TestTies:
 
     def test_a_container_of_sounds(self, root: Path) -> None:
         assert_alike(container(root, "qwen2_audio"))
+
+    @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
+    def test_the_vision_tower_is_neither_read_nor_held(
+        self, root: Path, family: Any, kind: str
+    ) -> None:
+        folder = family(kind) if kind == "qwen3_vl" else container(root, kind)
+        base, local, stats = load_shard(folder)
+        stored = load_file(folder / SINGLE)
+        vision = [name for name in stored if re.search("visual|vision|projector", name)]
+        assert len(vision) > 5
+        text = sum(tensor.nbytes for name, tensor in stored.items() if name not in vision)
+        assert stats.bytes_read == text
+        held = [*base.parameters(), *(b for n, b in base.named_buffers() if n.endswith("rows"))]
+        assert sum(tensor.numel() * 4 for tensor in held) == text
 
     def test_a_head_that_differs_is_reported(self, root: Path, tmp_path: Path) -> None:
         folder = copy(plain(root, "llama"), tmp_path / "m")

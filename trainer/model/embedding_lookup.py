@@ -31,7 +31,7 @@ def read_token_embeddings(
     table = model.get_input_embeddings()
     assert isinstance(table, FrozenEmbedding), table
     path = next(name for name, module in model.named_modules() if module is table)
-    location = locate_parameters(model, files.parameters.tensors, files.tensors)[f"{path}.weight"]
+    location = locate_parameters(model, files.parameters, files.tensors)[f"{path}.weight"]
     with SafetensorsReader(files.tensors) as reader:
         rows = RowReader(location, reader)
         rows_nH = torch.cat([rows.read(i, i + 1) for i in token_ids])

@@ -49,9 +49,10 @@ _BIDIRECTIONAL = {
 }
 #: Families to which the defaults of ``Family`` apply.
 _PLAIN = """
-    cwm dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe glm glm4_moe granite granitemoe
-    granitemoeshared hunyuan_v1_dense llama mellum minimax_m2 ministral ministral3 mistral mixtral
-    olmoe phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm
+    cwm dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe glm glm4_moe glm4v_moe_text granite
+    granitemoe granitemoeshared hunyuan_v1_dense llama mellum minimax_m2 ministral ministral3
+    mistral mixtral olmoe phi3 qwen2 qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_moe
+    qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 stablelm
 """
 _UNGATED = ("biogpt", "falcon", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2")
 _WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo", "olmo2", "olmo3")
@@ -75,7 +76,7 @@ FAMILIES: dict[str, Family] = {
         cached_attention="eager", refused=_BIDIRECTIONAL, norm_inputs=4, keeps_scores=True
     ),
     "gemma3_text": Family(refused=_BIDIRECTIONAL, norm_inputs=4),
-    "glm4": Family(norm_inputs=4),
+    **dict.fromkeys(("glm4", "glm4v_text"), Family(norm_inputs=4)),
     "gpt2": Family(
         refused={"add_cross_attention": "it is the decoder of an encoder-decoder"},
         mlp_tensors=1,

@@ -54,7 +54,7 @@ def build_meta_model(
         if family.packed:
             replace_attention(model)
         fuse_operations(model)
-        locations = locate_parameters(model, stored, files.tensors)
+        locations = locate_parameters(model, files.parameters, files.tensors)
         int8 = {name for name, p in model.named_parameters() if p.dtype == torch.int8}
         problems = [
             problem
@@ -69,7 +69,7 @@ def build_meta_model(
 
 def locate_int8_parameters(model: PreTrainedModel, files: BaseFiles) -> dict[str, TensorLocation]:
     """Return the locations of the weights that a model on ``meta`` stores in int8, by parameter."""
-    locations = locate_parameters(model, files.parameters.tensors, files.tensors)
+    locations = locate_parameters(model, files.parameters, files.tensors)
     int8 = [name for name, p in model.named_parameters() if p.dtype == torch.int8]
     return {name: locations[name] for name in int8}
 

@@ -80,7 +80,7 @@ def load_shards(
         BadInput: on all ranks, with the tensors that any rank cannot read or that hold NaN.
     """
     started = time.perf_counter()
-    locations = locate_parameters(model, files.parameters.tensors, files.tensors)
+    locations = locate_parameters(model, files.parameters, files.tensors)
     with return_freed_memory(), SafetensorsReader(files.tensors, progress) as reader:
         loader = _WeightLoader(reader, sharder, dtype, device)
         for path, module in model.named_modules():

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.model.safetensors_reader import SafetensorsReader, StoredTensor
+from trainer.model.weight_mapping import WeightMapping
 
 #: Bytes in fp32 that are read at a time; loading needs this memory besides the shards.
 BLOCK_BYTES = 4 << 20
@@ -103,7 +104,7 @@ class RowReader:
 
 def locate_parameters(
     model: PreTrainedModel,
-    tensors: Mapping[str, tuple[str, ...]],
+    mapping: WeightMapping,
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, TensorLocation]:
     """Return the location of every parameter and persistent buffer.
@@ -114,8 +115,10 @@ def locate_parameters(
     def is_transposed(name: str) -> bool:
         path, _, own = name.rpartition(".")
         turned = own in getattr(model.get_submodule(path), "transposed", ())
-        return turned and not stored[tensors[name][0]].by_rows
+        turned = turned != (name in mapping.transposed)
+        return turned and not stored[mapping.tensors[name][0]].by_rows
 
+    tensors = mapping.tensors
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in tensors}
     return {
         name: TensorLocation(tensors[name], tensor.shape, is_transposed(name))

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trainer.runtime.errors import BadInput
 
@@ -31,7 +34,7 @@ def build_transformers_model(
     Raises:
         BadInput: if transformers has no such class for the config, or cannot build it.
     """
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModel)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
     if kind is None:
         raise BadInput(
@@ -40,7 +43,33 @@ def build_transformers_model(
         )
     with torch.device("meta"), library_errors(f"base.model: config.json of {name!r}"):
         model: PreTrainedModel = kind.from_config(config, attn_implementation="eager", **options)
-    return model
+        return TextModelWithHead(model) if kind is AutoModel else model
+
+
+class TextModelWithHead(PreTrainedModel, GenerationMixin):
+    """The text model of a multimodal container, for types that transformers has only inside it."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, text: PreTrainedModel) -> None:
+        super().__init__(text.config)
+        self.model = text
+        size = text.config.vocab_size, text.config.hidden_size
+        self.lm_head = nn.Linear(size[1], size[0], bias=False, dtype=text.dtype)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the config of the text model names its implementation
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.model._init_weights(module)
+
+    def forward(self, *, logits_to_keep: int = 0, **inputs: Any) -> CausalLMOutputWithPast:
+        """Compute the logits of the last ``logits_to_keep`` tokens; 0: of all."""
+        output = self.model(**inputs)
+        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
 
 
 @contextmanager

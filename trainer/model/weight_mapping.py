@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -41,6 +42,7 @@ class WeightMapping:
         tied: the head uses the embedding table.
         duplicate: a stored head that equals the embedding table and is not read.
         separate: config.json ties the head, but a different head is stored and used.
+        transposed: parameters whose tensors transformers transposes.
         warnings: about stored tensors that are not used as config.json suggests.
     """
 
@@ -48,6 +50,7 @@ class WeightMapping:
     tied: bool
     duplicate: str | None = None
     separate: bool = False
+    transposed: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
 
@@ -68,7 +71,7 @@ def map_weights(
         text = build_transformers_model(config.get_text_config(), name) if inside else loader
     paths = _paths_in(loader, text, name) if inside else {"": ""}
     parameters = {parameter: _renamed(parameter, paths) for parameter in text.state_dict()}
-    stored, unread = _stored_tensors(loader, tensors, set(parameters.values()))
+    stored, turned, unread = _stored_tensors(loader, tensors, set(parameters.values()))
     paths_of = {module: path for path, module in text.named_modules()}
     head, table = (
         f"{paths_of[layer]}.weight"
@@ -93,7 +96,8 @@ def map_weights(
     if missing:
         raise BadInput(_describe_missing(name, config, missing, unread, tensors, tied_pair=pair))
     mapping = {parameter: stored[key] for parameter, key in parameters.items()}
-    return WeightMapping(mapping, tied, duplicate, separate, tuple(warnings))
+    transposed = frozenset(parameter for parameter, key in parameters.items() if key in turned)
+    return WeightMapping(mapping, tied, duplicate, separate, transposed, tuple(warnings))
 
 
 def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict[str, str]:
@@ -133,8 +137,8 @@ def _renamed(parameter: str, paths: Mapping[str, str]) -> str:
 
 def _stored_tensors(
     loader: PreTrainedModel, tensors: Mapping[str, StoredTensor], parameters: Set[str]
-) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Return the tensors of each parameter, and the tensors that belong to no parameter.
+) -> tuple[dict[str, tuple[str, ...]], set[str], list[str]]:
+    """Return the tensors of each parameter, those to transpose, and tensors without parameter.
 
     As in ``convert_and_load_state_dict_in_model``, the first of several tensors for one parameter
     in natural order is used.
@@ -146,6 +150,7 @@ def _stored_tensors(
     state, prefix = loader.state_dict(), loader.base_model_prefix
     stored: dict[str, tuple[str, ...]] = {}
     parts: dict[str, dict[str, list[str]]] = {}
+    turned: set[str] = set()
     unread = []
     for tensor in sorted(tensors, key=dot_natural_key):
         key, pattern = rename_source_key(tensor, renamings, converters, prefix, state)
@@ -166,8 +171,14 @@ def _stored_tensors(
                 f"({other!r}); keep one form"
             )
         converter = by_pattern[next(iter(lists))]
+        if [type(operation) for operation in converter.operations] == [Transpose]:
+            ((tensor, *_),) = lists.values()
+            stored[key] = (tensor,)
+            if not converter.operations[0].check_dims or tensors[tensor].shape != state[key].shape:
+                turned.add(key)
+            continue
         stored[key] = _stacked(key, converter, lists, len(state[key]))
-    return stored, unread
+    return stored, turned, unread
 
 
 def _stacked(
