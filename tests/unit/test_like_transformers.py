@@ -268,7 +268,7 @@ class TestTies:
         self, root: Path, family: Any, kind: str
     ) -> None:
         folder = family(kind) if kind == "qwen3_vl" else container(root, kind)
-        base, local, stats = load_shard(folder)
+        base, _, stats = load_shard(folder)
         stored = load_file(folder / SINGLE)
         vision = [name for name in stored if re.search("visual|vision|projector", name)]
         assert len(vision) > 5
