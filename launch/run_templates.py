@@ -145,15 +145,14 @@ def _input(request: Request, sample: Sample, target: Column | None) -> dict[str,
     if not inputs and request.kind == "distill":
         inputs = column_proposals.find_inputs(sample, None)
     if not inputs:
-        raise _misfit(request, sample, "no column of texts to read", "chat")
+        raise _misfit(request, sample, "no column of texts to read")
     return {"input": column_proposals.template(inputs) + "\nAnswer:"}
 
 
-def _misfit(request: Request, sample: Sample, missing: str, other: str) -> BadInput:
-    return BadInput(
-        f"--train: {request.train}: has {missing} (columns: {sample.names}); name other data, or "
-        f"use `promptshard init {other}`: {KINDS[other]}"
-    )
+def _misfit(request: Request, sample: Sample, missing: str, other: str | None = None) -> BadInput:
+    remedy = f", or use `promptshard init {other}`: {KINDS[other]}" if other else ""
+    problem = f"has {missing} (columns: {sample.names})"
+    return BadInput(f"--train: {request.train}: {problem}; name other data{remedy}")
 
 
 def _escape(path: str) -> str:

@@ -1,4 +1,4 @@
-"""A wheel in a fresh environment, without a clone: copied examples validate and train.
+"""A wheel in a fresh environment, without a clone: ``examples`` and ``init`` write what trains.
 
 The environment sees the libraries of the interpreter that runs the tests, or of another one:
 
@@ -97,7 +97,7 @@ def test_the_source_distribution_has_every_file_of_the_repository(installed: Ins
     assert sources - names == set()
 
 
-def test_the_wheel_trains_copied_examples_in_another_folder(
+def test_the_wheel_trains_copied_and_new_run_files_in_another_folder(
     installed: Installed, tmp_path: Path
 ) -> None:
     python, promptshard = installed.bin / "python", installed.bin / "promptshard"
@@ -117,4 +117,6 @@ def test_the_wheel_trains_copied_examples_in_another_folder(
     assert {prompt["best_step"] for prompt in summary["prompts"].values()} <= {0, 2}
 
     run(promptshard, "init", "classify", cwd=tmp_path)
-    assert "classify.yaml: OK" in run(promptshard, "validate", "classify.yaml", cwd=tmp_path)
+    short = ["tasks.classify.max_validation_rows=6", "training.steps=2", "--processes", "1"]
+    run(promptshard, "train", "classify.yaml", *short, cwd=tmp_path)
+    assert (tmp_path / "runs" / "classify" / "prompts" / "classify").is_dir()

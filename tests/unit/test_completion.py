@@ -12,7 +12,7 @@ from launch.run_templates import KINDS
 
 
 def complete(*words: str) -> list[str]:
-    """Completions of the last word, as bash asks for them."""
+    """Return the completions of the last word, in the way of bash."""
     environment = {
         "COMP_WORDS": " ".join(["promptshard", *words]),
         "COMP_CWORD": str(len(words)),
