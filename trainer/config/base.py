@@ -21,8 +21,8 @@ class Base(Section):
 
     model: PathText = Field(
         min_length=1,
-        description="the pretrained model: a folder, or an id on the Hugging Face hub\n"
-        "An id is such as meta-llama/Llama-3.2-3B; weights must be safetensors.",
+        description="the pretrained model: a folder, a GGUF file, or an id on the Hugging Face hub"
+        "\nAn id is such as meta-llama/Llama-3.2-3B. Folders must have weights in safetensors.",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of a hub model\nnull: main"
