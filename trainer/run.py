@@ -134,7 +134,7 @@ def _train(
         lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
         loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
     loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times)
-    fixed_texts = _fixed_texts(engine, files, loaded, tasks)
+    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks)
     if fresh:  # all checks have passed
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     if saved is None and loop.predictions is not None:
@@ -269,17 +269,21 @@ def _make_loop(
 
 
 def _fixed_texts(
-    engine: Engine, files: BaseFiles, loaded: LoadedBase, tasks: Mapping[str, TaskData]
+    engine: Engine,
+    config: RunConfig,
+    files: BaseFiles,
+    loaded: LoadedBase,
+    tasks: Mapping[str, TaskData],
 ) -> dict[str, FixedText]:
-    """Return the text that is in the prompt's segment of all rows of a task; a collective."""
+    """Return the text that is in a prompt's segment in all rows, by prompt; a collective."""
     embed, texts = embedding_function(loaded.model, engine.device), {}
-    for name, data in tasks.items():
-        leading = data.train.leading
+    for prompt in config.prompts:
+        leading = tasks[prompt.task].train_at(prompt.position).leading
         if leading is not None and leading.input_ids:
             ids, at = leading.input_ids, leading.prompt_at
             shown = (files.tokenizer.decode(list(part)) for part in (ids[:at], ids[at:]))
             before, after = map(str, shown)
-            texts[name] = FixedText(ids, at, embed(ids).cpu(), (before, after))
+            texts[prompt.name] = FixedText(ids, at, embed(ids).cpu(), (before, after))
     return texts
 
 
@@ -307,7 +311,7 @@ def _chat_date(
     files: BaseFiles, config: RunConfig, output: Path, *, fresh: bool
 ) -> datetime.date | None:
     """Return the date of the run's first start, if its tasks use a chat template with a date."""
-    if not reads_date(files.tokenizer) or all(task.messages is None for task in config.tasks):
+    if not reads_date(files.tokenizer) or not any(task.is_chat for task in config.tasks):
         return None
     kept = None if fresh else read_chat_date(output)
     return kept or datetime.date.today()

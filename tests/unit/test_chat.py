@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import Task
 from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_rows
-from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
-from trainer.data.tokenization.tokenize import Tokenized, tokenize
+from trainer.data.tokenization.chat import DialogueEncoder
+from trainer.data.tokenization.tokenize import Tokenized, encode_request, tokenize
 from trainer.runtime.errors import BadInput
 
+DIALOGUES = Task(name="t", train="x.jsonl", messages="messages")
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "hi", "there", "sys", "assistant", ","]
 MARKS = ["<s>", "</s>", "<system>", "<user>", "<assistant>", "<tool>", "<end>", "<unk>"]
 
@@ -109,9 +110,9 @@ def test_the_prompt_of_generation_is_that_of_training():
     dialogue = DialogueEncoder(tokenizer)(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     )
-    assert encode_opening(tokenizer, "hi") == dialogue.ids[: dialogue.spans[0][0]]
+    assert encode_request(tokenizer, DIALOGUES, "hi")[0] == dialogue.ids[: dialogue.spans[0][0]]
     with pytest.raises(BadInput, match=r"base\.model: .* rejects this dialogue: no answers here"):
-        encode_opening(make_tokenizer("{{ raise_exception('no answers here') }}"), "hi")
+        encode_request(make_tokenizer("{{ raise_exception('no answers here') }}"), DIALOGUES, "hi")
 
 
 def test_templates_that_do_not_show_the_turns_are_refused():

@@ -11,7 +11,7 @@ import pytest
 from tests.tokenizers_of_families import make_tokenizer
 from trainer.config import Base, Task
 from trainer.data.splits import load_rows
-from trainer.data.tokenization.tokenize import encode_input, tokenize
+from trainer.data.tokenization.tokenize import encode_request, tokenize
 from trainer.model.chat_template_file import read_chat_template
 from trainer.model.checkpoint_files import open_base, portable
 from trainer.runtime.cache_dir import cache_dir
@@ -45,7 +45,7 @@ def test_variables_reach_the_dialogue_and_its_generation_prompt(tmp_path, tokeni
     for thinks in (False, True):
         task = make_task(thinks=thinks)
         asked = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True, thinks=thinks)
-        ids = encode_input(tokenizer, "Hi", dialogue=True, variables=task.chat_template_kwargs)
+        ids, _ = encode_request(tokenizer, task, "Hi")
         assert ids == asked["input_ids"]
         if not thinks:
             (example,) = tokenize(rows_of(tmp_path, task), task, tokenizer, 99).examples
@@ -64,7 +64,7 @@ def test_variables_that_cannot_work_are_refused(tmp_path, tokenizer):
     ]
     with pytest.raises(ValueError, match=r"chat_template_kwargs\.tokenize: is set by this program"):
         make_task(tokenize=False)
-    with pytest.raises(ValueError, match="chat_template_kwargs: works with messages only"):
+    with pytest.raises(ValueError, match="chat_template_kwargs: works with messages or chat only"):
         Task(name="t", train="x", input="{a}", target="{b}", chat_template_kwargs={"a": 1})
 
 

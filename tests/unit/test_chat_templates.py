@@ -19,13 +19,14 @@ from trainer.config import Task
 from trainer.data.splits import load_rows
 from trainer.data.token_table import Example
 from trainer.data.tokenization import chat_template
-from trainer.data.tokenization.chat import DialogueEncoder, encode_opening
+from trainer.data.tokenization.chat import DialogueEncoder
 from trainer.data.tokenization.chat_template import CHAT_DATE, keep_chat_date, read_chat_date
 from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
-from trainer.data.tokenization.tokenize import Tokenized, tokenize
+from trainer.data.tokenization.tokenize import Tokenized, encode_request, tokenize
 from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.errors import BadInput
 
+DIALOGUES = Task(name="t", train="x.jsonl", messages="messages")
 MARKS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|start|>", "<|channel|>"]
 MARKS += ["<|message|>", "<|end|>", "<|return|>", "<|user|>", "<|assistant|>", "<tool_call>"]
 
@@ -170,7 +171,7 @@ def test_labels_begin_where_the_generation_prompt_ends(
     for n, (start, _) in zip(turns, example.label_spans, strict=True):
         asked = of_transformers(tokenizer, messages[:n], add_generation_prompt=True)
         assert list(example.input_ids[:start]) == asked
-    assert encode_opening(tokenizer, "Hi") == of_transformers(
+    assert encode_request(tokenizer, DIALOGUES, "Hi")[0] == of_transformers(
         tokenizer, [USER], add_generation_prompt=True
     )
 
@@ -295,7 +296,7 @@ def test_content_may_be_parts_of_text(tmp_path, tokenizer):
             f"<|im_start|>user\n{same}<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
         )
     asked = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    assert encode_opening(tokenizer, "Hi") == of_transformers(
+    assert encode_request(tokenizer, DIALOGUES, "Hi")[0] == of_transformers(
         tokenizer, asked, add_generation_prompt=True
     )
 
@@ -407,7 +408,7 @@ def test_a_fixed_day_is_what_transformers_writes_on_that_day(tokenizer, monkeypa
 
     with_template(tokenizer, source)
     dialogue = DialogueEncoder(tokenizer, day)(TWO[:2])
-    opening = encode_opening(tokenizer, "Hi", day)
+    opening = encode_request(tokenizer, DIALOGUES, "Hi", date=day)[0]
     monkeypatch.setattr(chat_template_utils, "datetime", Then)
     assert dialogue.ids == of_transformers(tokenizer, TWO[:2])
     assert opening == of_transformers(tokenizer, [USER], add_generation_prompt=True)

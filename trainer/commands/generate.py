@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import config as run_file
-from trainer.config import RunConfig, split_template, template_fields
+from trainer.config import RunConfig
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
@@ -41,8 +41,7 @@ def _generate(
     console: Console,
 ) -> None:
     with console.phase("importing torch, transformers and deepspeed", announce=True):
-        from trainer.data.row_validation import render
-        from trainer.data.tokenization.tokenize import encode_halves, encode_input
+        from trainer.data.tokenization.tokenize import encode_request
         from trainer.distributed.deepspeed_engine import Engine
         from trainer.distributed.model_loading import load_base, open_base_on_all
         from trainer.evaluation.generation import generate
@@ -54,29 +53,12 @@ def _generate(
         known = ", ".join(prompt.name for prompt in config.prompts)
         raise BadInput(f"--prompt: {folder} has no prompt {name!r}; known: {known}")
     task = config.task(prompt.task)
-    halves, columns = split_template(task.input), template_fields(task.input)
-    if len(columns) == 1:
-        column, text = text, render(task.input, {columns[0]: text})
-    elif halves is not None:
-        raise BadInput(
-            f"--input: the template of task {task.name!r} has {len(columns)} columns and "
-            "{virtual_tokens}; only templates with one column can be filled in"
-        )
 
     engine = Engine(config.engine.timeout_seconds)
     files = open_base_on_all(engine, config.base, console)
-    if halves is None:
-        input_ids = encode_input(
-            files.tokenizer,
-            text,
-            dialogue=task.messages is not None,
-            date=read_chat_date(folder),
-            variables=task.chat_template_kwargs,
-        )
-        prompt_at = 0
-    else:
-        before, after = (render(half, {columns[0]: column}) for half in halves)
-        input_ids, prompt_at = encode_halves(files.tokenizer, before, after)
+    input_ids, prompt_at = encode_request(
+        *(files.tokenizer, task, text), position=prompt.position, date=read_chat_date(folder)
+    )
     limit = max_new_tokens or task.max_new_tokens
     room = files.context_length - prompt.num_virtual_tokens - limit
     if room < 1:

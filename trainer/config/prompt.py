@@ -81,6 +81,15 @@ class Prompt(Section):
         "separate: none; one MLP per virtual token",
     )
     num_virtual_tokens: PositiveInt = Field(20, description="length of the prompt, in tokens")
+    position: Literal["front", "system", "user"] = Field(
+        "front",
+        description="place of the virtual tokens\n"
+        "front: before the whole text, as in PEFT\n"
+        "system: at the beginning of the system's turn, which is added to dialogues without one\n"
+        "user: at the beginning of the first turn of the user\n"
+        "system and user need a task with messages or chat. In an input template, "
+        "{virtual_tokens} marks any other place.",
+    )
     objective: Literal["labels", "distill"] = Field(
         "labels",
         description="what the prompt learns\n"
@@ -221,6 +230,11 @@ class Prompt(Section):
                 )
         if problems:
             raise ValueError("\n".join(problems))
+        if self.position != "front" and entry.trains_prefix:
+            raise ValueError(
+                f"position: {self.position} is not possible with {self.method}, whose keys and "
+                "values come before all text; use front, or method: prompt_tuning"
+            )
         if self.init.zero and not entry.trains_prefix:
             raise ValueError(
                 "init: zero works with method: prefix_tuning only; use text, vocab or random"

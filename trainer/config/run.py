@@ -14,7 +14,7 @@ from trainer.config import sweep, yaml_parser, yaml_source
 from trainer.config.base import Base, EngineConfig
 from trainer.config.explain import explain
 from trainer.config.prompt import Prompt
-from trainer.config.task import Task
+from trainer.config.task import Task, split_template
 from trainer.config.tracking import Tracking
 from trainer.config.training import Checkpoint, Evaluation, Search, Training
 from trainer.config.types import PathText, Section, checked
@@ -90,6 +90,7 @@ class RunConfig(Section):
             if prompt.task not in names
         ]
         problems += self._problems_of_teachers()
+        problems += self._problems_of_positions()
         choices = {task.name: task.choices for task in self.tasks}
         problems += [
             f"prompts[{i}].init.labels: task {prompt.task!r} has no choices; list them, or "
@@ -137,6 +138,25 @@ class RunConfig(Section):
                 f"({self.last_step}), so no prompt would be stopped; lower it"
             )
 
+    def _problems_of_positions(self) -> list[str]:
+        problems = []
+        tasks = {task.name: task for task in self.tasks}
+        for i, prompt in enumerate(self.prompts):
+            task = tasks.get(prompt.task)
+            if task is None or prompt.position == "front":
+                continue
+            if not task.is_chat:
+                problems.append(
+                    f"prompts[{i}].position: {prompt.position} needs a dialogue; set chat: true or "
+                    f"messages in task {task.name!r}, or write {{virtual_tokens}} into its input"
+                )
+            elif split_template(task.input) is not None:
+                problems.append(
+                    f"prompts[{i}].position: the input of task {task.name!r} already has "
+                    "{virtual_tokens}; remove one"
+                )
+        return problems
+
     def _problems_of_teachers(self) -> list[str]:
         problems = []
         for i, task in enumerate(self.tasks):
@@ -148,10 +168,9 @@ class RunConfig(Section):
                     f"tasks[{i}].target: is missing; add it"
                     + (f", or use objective: distill for {', '.join(labelled)}" if labelled else "")
                 )
-            if not written and len(labelled) < len(prompts):
+            if task.tokens is not None and len(labelled) < len(prompts):
                 problems.append(
-                    f"tasks[{i}].input: objective: distill needs input; it does not work with "
-                    "messages or tokens"
+                    f"tasks[{i}].tokens: objective: distill needs text; use input or messages"
                 )
         return problems
 

@@ -128,10 +128,22 @@ class Task(Section):
         "JSON schemas for the chat template. The default column may be missing.\n"
         "null: no tools",
     )
+    chat: bool = Field(
+        False,
+        description="write input and target with the base's chat template\n"
+        "true: the input is a user's turn and the target is the assistant's answer; hand_written "
+        "prompts and teachers are then texts of the system",
+    )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="chat: text of the system in every row\nnull: none",
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         json_schema_extra={"default": {}},
-        description="messages: variables for the chat template, such as {enable_thinking: false}",
+        description="messages, chat: variables for the chat template, such as "
+        "{enable_thinking: false}",
     )
     tokens: TokenColumns | None = Field(
         None,
@@ -211,6 +223,11 @@ class Task(Section):
         return DEFAULT_VALIDATION_SHARE if share is None else share
 
     @property
+    def is_chat(self) -> bool:
+        """Whether the base's chat template writes the rows."""
+        return self.chat or self.messages is not None
+
+    @property
     def scored_by_likelihood(self) -> bool:
         """Whether every choice is scored on every row, instead of the row's own target only."""
         return self.choices is not None and not self.multi_label
@@ -246,8 +263,12 @@ class Task(Section):
     def _problems_of_form(self) -> list[str]:
         """Check that a task has exactly one of: input and target, messages, tokens."""
         other = [name for name in ("messages", "tokens") if getattr(self, name) is not None]
-        if self.messages is None and self.chat_template_kwargs:
-            return ["chat_template_kwargs: works with messages only; set messages, or remove it"]
+        if not self.is_chat and self.chat_template_kwargs:
+            return ["chat_template_kwargs: works with messages or chat only; set one, or remove it"]
+        if other and self.chat:
+            return [f"chat: needs input and target; rows come from {other[0]}; remove one"]
+        if self.system is not None and not self.chat:
+            return ["system: works with chat: true only; set it, or remove system"]
         reserved = sorted(_TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys())
         if reserved:
             return [f"chat_template_kwargs.{reserved[0]}: is set by this program; remove it"]
@@ -262,14 +283,19 @@ class Task(Section):
                 problems.append("input: has {virtual_tokens} more than once; keep one")
             if _fields(self.target, VIRTUAL_TOKENS):
                 problems.append("target: {virtual_tokens} works in input only; move it there")
+            if self.chat and not self.target:
+                problems.append("target: is missing; chat needs the answer to learn")
+            if self.chat and self.multi_label:
+                problems.append("multi_label: does not work with chat; remove one")
             return problems
-        allowed = ("loss", "exact_match") if other[0] == "messages" else ("loss",)
+        is_tokens = other[0] == "tokens"
+        allowed = ("loss",) if is_tokens else ("loss", "exact_match", "accuracy")
         clash = [*other[1:], *(n for n in ("input", "target") if getattr(self, n))]
         problems = [f"{name}: rows come from {other[0]}; remove one" for name in clash]
         problems += [
             f"{name}: needs input and target; rows come from {other[0]}"
             for name in ("choices", "hand_written")
-            if getattr(self, name)
+            if is_tokens and getattr(self, name)
         ]
         if self.tools is not None and self.tools == self.messages:
             problems.append(
@@ -296,7 +322,7 @@ class Task(Section):
             )
         if self.choices is not None:
             fields = template_fields(self.target)
-            if len(fields) != 1:
+            if self.messages is None and len(fields) != 1:
                 problems.append(
                     "choices: target must have exactly one {column} field, "
                     f"but has {len(fields)}: {self.target!r}"

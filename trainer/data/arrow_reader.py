@@ -165,7 +165,7 @@ def _is_valid(batch: Any, task: Task) -> bool:
             blank = [compute.equal(compute.utf8_trim_whitespace(c), "") for c in columns]
             if compute.any(reduce(compute.and_, blank)).as_py():
                 return False
-    if task.choices is not None:
+    if task.choices is not None and task.messages is None:
         column = batch.column(template_fields(task.target)[0]).cast(pa.string())
         return bool(compute.all(compute.is_in(column, pa.array(task.choices, pa.string()))).as_py())
     return True

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Task, template_fields
+from trainer.data.column_parsers import content_of
 from trainer.data.ingest import HASH, IngestedFile
 from trainer.data.row_hashing import Hashes, Index
 
@@ -160,7 +161,9 @@ class RowDataset:
 
 
 def gold_target(row: dict[str, Any], task: Task) -> str:
-    """Return the choice of a row: the value of the target's only column, as text."""
+    """Return the choice of a row: the value of the target's only column, or the last answer."""
+    if task.messages is not None:
+        return content_of(row[task.messages][-1])
     return str(row[template_fields(task.target)[0]])
 
 

@@ -155,7 +155,8 @@ def _hash(content: str) -> int:
 
 def _problem_of_classes(file: DataFile, task: Task) -> list[str]:
     """Report choices that are not class names, if the column has class names."""
-    column = template_fields(task.target)[0] if task.choices else ""
+    columns = template_fields(task.target) if task.choices else []
+    column = columns[0] if columns else ""
     names = file.class_names(column)
     wrong = [choice for choice in task.choices or [] if names and choice not in names]
     return [

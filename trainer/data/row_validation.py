@@ -46,6 +46,8 @@ def label_texts(task: Task) -> list[str]:
     """Render every choice of a task as a target; empty without choices."""
     if task.choices is None:
         return []
+    if task.messages is not None:
+        return task.choices
     column = template_fields(task.target)[0]
     return [render(task.target, {column: choice}) for choice in task.choices]
 

@@ -108,10 +108,20 @@ class EvalSet:
 
 
 @dataclass
+class PlacedRows:
+    """Rows of a task as tokenized for a ``prompts.position`` inside the dialogue."""
+
+    train: TokenTable
+    evaluation: dict[str, EvalSet] = field(default_factory=dict)
+
+
+@dataclass
 class TaskData:
     """All data of a task.
 
     Attributes:
+        train, evaluation: rows as read with prompts at the front, and without a prompt.
+        placed: ``prompts.position`` -> its rows, for other positions.
         hand_written: split -> its rows after each hard prompt of the task.
         counts: split -> number of rows, and how many were skipped and truncated. A validation row
             is skipped if it is too long after any of the hard prompts, so that all prompts are
@@ -135,6 +145,15 @@ class TaskData:
     warnings: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     teachers: dict[str, Teacher] = field(default_factory=dict)
+    placed: dict[str, PlacedRows] = field(default_factory=dict)
+
+    def train_at(self, position: str) -> TokenTable:
+        """Return the training rows for prompts with this ``prompts.position``."""
+        return self.placed[position].train if position in self.placed else self.train
+
+    def evaluation_at(self, position: str) -> dict[str, EvalSet]:
+        """Return the rows of every evaluation for prompts with this ``prompts.position``."""
+        return self.placed[position].evaluation if position in self.placed else self.evaluation
 
 
 def load_tasks(
@@ -162,18 +181,21 @@ def load_tasks(
     """
     problems: list[str] = []
     tasks: dict[str, TaskData] = {}
-    teachers = teachers_of(config, tokenizer)
+    teachers = teachers_of(config, tokenizer, date)
     for task in config.tasks:
         prompts = [prompt for prompt in config.prompts if prompt.task == task.name]
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
         try:
             room = row_room(task, prompts, of_task, context_length)
+            positions = sorted({prompt.position for prompt in prompts} - {"front"})
             loader = _TaskLoader(
-                task, tokenizer, room, context_length, vocab_size, progress, date, end_ids
+                *(task, tokenizer, room, context_length, vocab_size, progress, date, end_ids),
+                positions=positions,
             )
             data = loader.load(splits, read_progress)
             data.teachers = of_task
-            if split_template(task.input) is None:
+            _check_teachers(data)
+            if not task.is_chat and split_template(task.input) is None:
                 row = render(task.input, data.train_rows[0])
                 data.warnings += merge_warnings(prompts, tokenizer, row)
             tasks[task.name] = data
@@ -209,6 +231,21 @@ def row_room(
     return room
 
 
+def _check_teachers(data: TaskData) -> None:
+    """Raise ``BadInput`` if rows do not begin with the tokens that a teacher replaces."""
+    for name, teacher in data.teachers.items():
+        tables = [data.train_at(teacher.position)]
+        tables += [r.candidates.table for r in data.evaluation_at(teacher.position).values()]
+        for table in tables:
+            row = table.first_without(teacher.replaced)
+            if row is not None:
+                raise BadInput(
+                    f"prompts.{name}.teacher: row {row.row + 1} of task {data.task.name!r} has a "
+                    "turn of the system, which the teacher would replace; remove the turns of "
+                    "the system from the rows, or write their text into the teacher"
+                )
+
+
 @dataclass
 class _TaskLoader:
     """Loads one task. ``room``: maximum tokens of a row after the longest prompt."""
@@ -221,11 +258,13 @@ class _TaskLoader:
     progress: RowProgress
     date: datetime.date | None
     end_ids: Collection[int]
+    positions: Sequence[str] = ()
 
     def load(self, needed: Sequence[str], read_progress: ReadProgress) -> TaskData:
         with read_progress() as on_rows:
             splits = load_splits(self.task, on_rows=on_rows)
         data = TaskData(self.task, in_memory([]), splits["train"])
+        data.placed = {position: PlacedRows(data.train) for position in self.positions}
         for split, rows in splits.items():
             if split not in needed:
                 data.counts[split] = {"rows": len(rows)}
@@ -233,6 +272,8 @@ class _TaskLoader:
                 tokenized = self._tokenize(rows, self.room)
                 check_vocabulary(tokenized.examples, self.vocab_size)
                 data.train = tokenized.examples
+                for position, placed in data.placed.items():
+                    placed.train = self._tokenize(rows, self.room, position=position).examples
                 self._record(data, "train", rows, tokenized, tokenized.skipped)
             else:
                 self._load_evaluation(data, split, rows)
@@ -273,7 +314,7 @@ class _TaskLoader:
             data.warnings.append(f"task {name}: {split}: {tokenized.warning}")
 
     def _load_evaluation(self, data: TaskData, split: str, rows: RowDataset) -> None:
-        """Tokenize a split without a prompt and after each hard prompt; keep common rows."""
+        """Tokenize a split without a prompt and with every hard prompt; keep common rows."""
         likelihood = self.task.scored_by_likelihood
         width = len(self.task.choices or []) if likelihood else 1
         tables = [self._tokenize(rows, self.room, per_choice=likelihood)]
@@ -281,6 +322,8 @@ class _TaskLoader:
         for text in self.task.hand_written:
             room = self._room_with_prompt(text)
             tables.append(self._tokenize(rows, room, prefix=text, per_choice=likelihood))
+        for position in data.placed:
+            tables.append(self._tokenize(rows, self.room, position=position, per_choice=likelihood))
         rows_of = [tokenized.examples.rows_R[::width] for tokenized in tables]
         common = reduce(lambda a, b: np.intersect1d(a, b, assume_unique=True), rows_of)
         if not len(common):
@@ -299,7 +342,10 @@ class _TaskLoader:
             )
             for tokenized, own in zip(tables, rows_of, strict=True)
         ]
-        data.evaluation[split], data.hand_written[split] = sets[0], sets[1:]
+        hand_written = len(self.task.hand_written)
+        data.evaluation[split], data.hand_written[split] = sets[0], sets[1 : 1 + hand_written]
+        for placed, rows_there in zip(data.placed.values(), sets[1 + hand_written :], strict=True):
+            placed.evaluation[split] = rows_there
         self._record(data, split, rows, tables[0], len(rows) - len(common))
 
     def _overlap_remarks(self, data: TaskData) -> list[str]:

@@ -248,6 +248,17 @@ class TokenTable(Sequence[Example]):
         totals = _offsets(self._spans_S2[:, 1] - self._spans_S2[:, 0])
         return np.diff(totals[self._span_offsets]).astype(np.int32)
 
+    def first_without(self, ids: Sequence[int]) -> Example | None:
+        """Return the first example that does not begin with ``ids``."""
+        begins_R = self.lengths >= len(ids)
+        starts_R = np.where(begins_R, self._offsets[:-1], 0)
+        for place, token in enumerate(ids):
+            if not begins_R.all():
+                break
+            begins_R = begins_R & (self._ids_T[starts_R + place] == token)
+        others = np.flatnonzero(~begins_R)
+        return self[int(others[0])] if len(others) else None
+
     def first_beyond(self, vocab_size: int) -> Example | None:
         """Return the first example with an id of at least ``vocab_size``."""
         for start in range(0, len(self._ids_T), _CHUNK):

@@ -73,10 +73,11 @@ def baselines_of(tasks: Mapping[str, TaskData]) -> list[Baseline]:
             rows = {split: sets[i] for split, sets in data.hand_written.items()}
             baselines.append(Baseline(task, f"{HAND_WRITTEN}-{i + 1}", rows, text))
         for prompt, teacher in data.teachers.items():
-            rows, name = data.evaluation, f"{NO_PROMPT}-{prompt}"
+            rows, name = data.evaluation_at(teacher.position), f"{NO_PROMPT}-{prompt}"
             baselines.append(Baseline(task, name, rows, distilled=prompt, compared_with=teacher))
         for number, teacher in enumerate(teachers_of(data), 1):
-            rows = {split: sets.with_teacher(teacher) for split, sets in data.evaluation.items()}
+            rows = data.evaluation_at(teacher.position)
+            rows = {split: sets.with_teacher(teacher) for split, sets in rows.items()}
             if rows:
                 baselines.append(Baseline(task, f"{TEACHER}-{number}", rows, prefix=teacher))
     return baselines

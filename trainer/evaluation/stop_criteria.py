@@ -34,7 +34,7 @@ class StopCriteria:
     ) -> StopCriteria:
         """Combine a task's stop strings with the end tokens and stop strings of the base model."""
         ids: set[int | None] = set(end_ids(config))
-        if task.messages is None and task.append_eos:
+        if not task.is_chat and task.append_eos:
             ids.add(tokenizer.eos_token_id)  # the end of every target
         stop = config.stop_strings or []
         strings = [*task.stop, *([stop] if isinstance(stop, str) else stop)]

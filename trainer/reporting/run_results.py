@@ -38,7 +38,7 @@ def write_results(
 
     Args:
         measured: fields of ``RunSummary`` that ``measure`` and the checkpoint writer return.
-        fixed_texts: text in the segment of each task's prompts, by task.
+        fixed_texts: text in the segment of each prompt, by its name.
     """
     _save_adapters(output, loop, files, console, fixed_texts)
     summary = RunSummary.model_validate(
@@ -106,7 +106,7 @@ def _save_adapters(
                 description=f"Task {prompt.task}. {described}".strip(),
                 num_layers=files.config.num_hidden_layers,
                 num_attention_heads=files.config.num_attention_heads,
-                fixed_text=fixed_texts.get(prompt.task),
+                fixed_text=fixed_texts.get(prompt.name),
             )
 
 

@@ -112,7 +112,8 @@ class Validator:
     def request(self, k: int, split: str) -> Request:
         """Return the request to score prompt ``k`` on a split of its task."""
         data = self._data(k)
-        return Request(data.evaluation[split], k, data.teachers.get(self.bank.names[k]))
+        rows = data.evaluation_at(self.config.prompts[k].position)[split]
+        return Request(rows, k, data.teachers.get(self.bank.names[k]))
 
     def score(
         self, what: str, requests: Sequence[Request], prompts: Sequence[SoftPrompt]
@@ -142,7 +143,8 @@ class Validator:
             self.bank.keep_best(k)
             self.progress.scores[name] = scores
             assert validation is not None, "a prompt is ranked by its validation rows"
-            self.keep_predictions(name, step, self._data(k).evaluation[VALIDATION], validation)
+            rows = self._data(k).evaluation_at(self.config.prompts[k].position)[VALIDATION]
+            self.keep_predictions(name, step, rows, validation)
         if self.stopping[name].should_stop:
             self._stop(k, "early_stopping")
         shown = {key: x for key, x in scores.items() if not key.endswith(STANDARD_ERROR)}

@@ -92,7 +92,7 @@ def all_arms(
         trained: names of the trained prompts, in the order of their indices.
         num_rows: rows of each task, drawn with ``training.seed``; all if it has fewer.
     """
-    task_of = {prompt.name: prompt.task for prompt in config.prompts}
+    prompts = {prompt.name: prompt for prompt in config.prompts}
     arms = []
     for name, data in tasks.items():
         if "validation" not in data.evaluation:
@@ -105,8 +105,9 @@ def all_arms(
         for text, rows in zip(task.hand_written, data.hand_written["validation"], strict=True):
             arms.append(Arm(name, "hand_written", text, _sample(rows, sample)))
         for k, prompt in enumerate(trained):
-            if task_of[prompt] == name:
-                arms.append(Arm(name, "trained", prompt, _sample(plain, sample), k))
+            if prompts[prompt].task == name:
+                rows = data.evaluation_at(prompts[prompt].position)["validation"]
+                arms.append(Arm(name, "trained", prompt, _sample(rows, sample), k))
     return [arm for arm in arms if arm.rows.candidates]
 
 

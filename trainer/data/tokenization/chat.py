@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any
 
-from trainer.config import Task
-from trainer.data.column_parsers import is_learned
-from trainer.data.token_table import Example
+from trainer.data.column_parsers import content_of, is_learned
 from trainer.data.tokenization.chat_template import (
     ChatTemplate,
     Messages,
-    TemplateLimitExceeded,
     TokenSpan,
     Tools,
 )
-from trainer.data.tokenization.row_tokenizer import RowTokenizer, TokenizationReport
 from trainer.data.tokenization.tokenizer import TextTokenizer
-from trainer.runtime.errors import BadInput
 
 Spans = list[tuple[int, int]]
 
@@ -47,6 +42,54 @@ _FOLLOWED: tuple[list[dict[str, Any]], ...] = (
 )
 
 
+#: Character of the private use area that marks the place of the virtual tokens in a dialogue.
+MARK = "\ue000"
+
+
+def with_mark(messages: Messages, position: str) -> Messages:
+    """Mark the place of the virtual tokens, ``prompts.position``; raises ``ValueError``."""
+    if position == "front":
+        return messages
+    number = next((i for i, turn in enumerate(messages) if turn["role"] == position), None)
+    if number is None and position == "user":
+        raise ValueError("has no turn of the user for prompts.position: user; use front or system")
+    if number is None:
+        return [{"role": "system", "content": MARK}, *messages]
+    content = messages[number].get("content") or ""
+    parts = [{"type": "text", "text": MARK}]
+    marked = [*parts, *content] if isinstance(content, list) else MARK + content
+    return _replaced(messages, number, marked)
+
+
+def with_system(messages: Messages, text: str | None) -> Messages:
+    """Add text of the system, before any text that the system has already."""
+    if text is None:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    content = messages[0].get("content") or ""
+    parts = [{"type": "text", "text": f"{text}\n\n"}]
+    joined = [*parts, *content] if isinstance(content, list) else f"{text}\n\n{content}"
+    return _replaced(messages, 0, joined)
+
+
+def with_answer(messages: Messages, answer: str) -> Messages:
+    """Replace the last answer, which is then the only learned turn."""
+    earlier = [
+        {**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in messages[:-1]
+    ]
+    return [*earlier, {"role": "assistant", "content": answer}]
+
+
+def _replaced(messages: Messages, number: int, content: Any) -> Messages:
+    turn = {**messages[number], "content": content}
+    return [*messages[:number], turn, *messages[number + 1 :]]
+
+
+def _count_marks(messages: Messages) -> int:
+    return sum(content_of(turn).count(MARK) for turn in messages)
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """A dialogue as tokens: trunk and branches as in ``Example``.
@@ -57,6 +100,7 @@ class Dialogue:
         merged: the tokenizer would merge the end of a turn with the beginning of the next one; they
             are tokenized separately, as in generation.
         longest: number of tokens of the longest text.
+        prompt_at: number of tokens before the virtual tokens.
     """
 
     ids: list[int]
@@ -64,6 +108,7 @@ class Dialogue:
     merged: bool = False
     branches: Spans = field(default_factory=list)
     longest: int = 0
+    prompt_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +119,7 @@ class _Turn:
     start: int
     stop: int
     merged: bool = False
+    prompt_at: int = 0
 
 
 class DialogueEncoder:
@@ -89,6 +135,9 @@ class DialogueEncoder:
     A turn is learned in the text of the complete dialogue if that begins with the dialogue up to
     the turn. Otherwise the template rewrites this turn once others follow, and the dialogue up to
     the turn is a separate text.
+
+    A turn of the system or of the user may contain ``MARK`` once (``with_mark``): the place of the
+    virtual tokens. The mark is not encoded, and the text after it is tokenized separately.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
@@ -117,7 +166,31 @@ class DialogueEncoder:
 
     def opening(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Encode a dialogue with the generation prompt of the assistant at its end."""
-        return self.template.ids(self.template.text(messages, tools, generation_prompt=True))
+        return self.marked_opening(messages, tools)[0]
+
+    def marked_opening(self, messages: Messages, tools: Tools = None) -> tuple[list[int], int]:
+        """As ``opening``; also returns the number of tokens before the mark."""
+        text = self.template.text(messages, tools, generation_prompt=True)
+        (ids,), _, place = self._pieces([text])
+        return ids, place
+
+    def fixed_after_mark(self, dialogues: Sequence[Messages]) -> list[int]:
+        """Return the tokens that are the same after the mark in all openings of dialogues."""
+        before, _, after = self.beginning(dialogues)[0].partition(MARK)
+        # White space at the end often belongs to the following token.
+        return self._encoder.pieces_after(before, [after.rstrip()])[0][0]
+
+    def beginning(self, dialogues: Sequence[Messages]) -> tuple[str, str]:
+        """Return the text with which the openings of all dialogues begin, and the first's rest."""
+        texts = [self.template.text(messages, generation_prompt=True) for messages in dialogues]
+        columns = zip(*texts, strict=False)
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        return texts[0][:shared], texts[0][shared:]
+
+    def ids(self, text: str) -> list[int]:
+        """Tokenize text that the template has written, which may contain the mark."""
+        (ids,), _, _ = self._pieces([text])
+        return ids
 
     def __call__(self, messages: Messages, tools: Tools = None) -> Dialogue:
         """Encode a dialogue.
@@ -128,6 +201,11 @@ class DialogueEncoder:
             TemplateLimitExceeded: as ``ChatTemplate``.
         """
         text = self.template.text(messages, tools)
+        if text.count(MARK) != _count_marks(messages):
+            raise ValueError(
+                "the chat template does not write the turn with the virtual tokens exactly once; "
+                "use another prompts.position"
+            )
         if tools and text == self.template.text(messages):
             raise ValueError(
                 "the chat template ignores the tools of this row, so the answers would call "
@@ -141,7 +219,7 @@ class DialogueEncoder:
             if is_learned(messages[number])
         ]
         trunk = turns[-1].ids
-        if not is_learned(messages[last]) and _inside(full := self.template.ids(text), turns)[0]:
+        if not is_learned(messages[last]) and _inside(full := self._pieces([text])[0][0], turns)[0]:
             trunk = full
         return _tree(trunk, turns)
 
@@ -169,10 +247,27 @@ class DialogueEncoder:
             raise ValueError(f"[{number}]: the chat template marks no token of this turn")
         bounds = [0, len(opening), start, stop, len(continued)]
         texts = [continued[a:b] for a, b in pairwise(bounds)]
-        (asked, before, labels, rest), merged = self._encoder.pieces(texts)
+        (asked, before, labels, rest), merged, place = self._pieces(texts)
         first = len(asked) + len(before)
         ids = asked + before + labels + rest
-        return _Turn(ids, first, first + len(labels), merged)
+        return _Turn(ids, first, first + len(labels), merged, place)
+
+    def _pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], bool, int]:
+        """Tokenize consecutive pieces, the first of which may contain the mark.
+
+        Returns:
+            The ids of each piece, whether any merges, and the number of ids before the mark.
+        """
+        first, mark, rest = texts[0].partition(MARK)
+        if any(MARK in text for text in (rest, *texts[1:])):
+            raise ValueError(
+                "the virtual tokens would be after a learned turn; use another prompts.position"
+            )
+        if not mark:
+            return *self._encoder.pieces(texts), 0
+        (before,), _ = self._encoder.pieces([first])
+        (after, *others), merged = self._encoder.pieces_after(first, [rest, *texts[1:]])
+        return [before + after, *others], merged, len(before)
 
     def _end(self, text: str, start: int) -> int | None:
         """Return the index after the token at which generation stops, or None.
@@ -215,6 +310,7 @@ class DialogueEncoder:
 def _tree(trunk: list[int], turns: list[_Turn]) -> Dialogue:
     """Join the dialogues up to each turn, so that their common tokens occur once."""
     turns = [turn for turn in turns if turn.start < turn.stop]
+    place = turns[-1].prompt_at if turns else 0
     merged, longest = any(turn.merged for turn in turns), len(trunk)
     ids, spans, branches, branch_ids = list(trunk), Spans(), Spans(), trunk
     texts = [(trunk, *_inside(trunk, turns))]
@@ -225,6 +321,11 @@ def _tree(trunk: list[int], turns: list[_Turn]) -> Dialogue:
         pairs = takewhile(lambda pair: pair[0] == pair[1], zip(text, trunk, strict=False))
         shared = sum(1 for _ in pairs)
         shift, longest = len(ids) - shared, max(longest, len(text))
+        if shared < place:
+            raise ValueError(
+                "the chat template rewrites the text before the virtual tokens once other turns "
+                "follow; use another prompts.position"
+            )
         if shared < len(text):
             branches.append((len(ids), shared))
             ids += text[shared:]
@@ -232,7 +333,7 @@ def _tree(trunk: list[int], turns: list[_Turn]) -> Dialogue:
             start, stop = turn.start, turn.stop
             spans += [(start, min(stop, shared))] if start < shared else []
             spans += [(max(start, shared) + shift, stop + shift)] if stop > shared else []
-    return Dialogue(ids, sorted(spans), merged, branches, longest)
+    return Dialogue(ids, sorted(spans), merged, branches, longest, place)
 
 
 def _inside(text: list[int], turns: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
@@ -277,115 +378,3 @@ def _mismatch(opening: str, until: str) -> str:
         "produces this turn; change chat_template_kwargs or base.chat_template so that both agree, "
         "or write the dialogue as text with input and target"
     )
-
-
-def encode_opening(
-    tokenizer: Any,
-    text: str,
-    date: datetime.date | None = None,
-    variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Encode one user's turn with the generation prompt of the assistant.
-
-    Raises ``BadInput`` if there is no chat template, or if it fails on this turn.
-    """
-    try:
-        encoder = DialogueEncoder(tokenizer, date, variables)
-        return encoder.opening([{"role": "user", "content": text}])
-    except TemplateLimitExceeded as error:
-        raise BadInput(f"base.model: {_limit_problem(error)}") from None
-    except ValueError as error:
-        raise BadInput(f"base.model: {error}") from None
-
-
-def _encoder(
-    tokenizer: Any, task: Task, date: datetime.date | None, end_ids: Collection[int]
-) -> DialogueEncoder:
-    setting = f"tasks.{task.name}.messages"
-    if not tokenizer.chat_template:
-        raise BadInput(
-            f"{setting}: the tokenizer of base.model has no chat template; use a chat model, or "
-            "input and target in place of messages"
-        )
-    try:
-        encoder = DialogueEncoder(tokenizer, date, task.chat_template_kwargs, end_ids)
-    except TemplateLimitExceeded as error:
-        raise BadInput(f"{setting}: {_limit_problem(error)}") from None
-    unread = [name for name in task.chat_template_kwargs if not encoder.template.reads(name)]
-    if unread:
-        raise BadInput(
-            [
-                f"tasks.{task.name}.chat_template_kwargs.{name}: the chat template reads no such "
-                "variable; correct the name or remove it"
-                for name in unread
-            ]
-        )
-    return encoder
-
-
-def _limit_problem(error: TemplateLimitExceeded) -> str:
-    return f"the chat template of base.model {error}; repair the template"
-
-
-class DialogueRowTokenizer(RowTokenizer):
-    """Tokenizes rows with a dialogue.
-
-    Truncation removes the oldest turns, except those of the system. The rest begins with a user's
-    turn and contains a learned turn.
-
-    Raises:
-        BadInput: the tokenizer has no chat template, or one that exceeds its limits.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        tokenizer: Any,
-        max_length: int,
-        date: datetime.date | None = None,
-        end_ids: Collection[int] = (),
-    ) -> None:
-        super().__init__(task, max_length)
-        self.date, self.end_ids = date, end_ids
-        self.encode = _encoder(tokenizer, task, date, end_ids)
-
-    def examples(
-        self, row: int, values: Mapping[str, Any], report: TokenizationReport
-    ) -> list[Example]:
-        messages = values[str(self.task.messages)]
-        tools = None if self.task.tools is None else values.get(self.task.tools)
-        try:
-            dialogue = self.encode(messages, tools)
-            if dialogue.longest > self.max_length:
-                if not self.may_truncate(row, dialogue.longest, report):
-                    return []
-                dialogue = self._truncate(messages, tools, dialogue)
-                report.truncated += 1
-            if not dialogue.spans:
-                raise ValueError("the chat template shows no turn of the assistant")
-        except ValueError as error:
-            report.add_problem(row, f"{self.task.messages}: {error}")
-            return []
-        except TemplateLimitExceeded as error:  # presumably on every row, so stop at once
-            raise BadInput(
-                f"tasks.{self.task.name}.messages: row {row + 1}: {_limit_problem(error)}"
-            ) from None
-        if dialogue.merged:
-            report.add_merged(row)
-        report.branched += bool(dialogue.branches)
-        branches = tuple(dialogue.branches)
-        return [Example(tuple(dialogue.ids), tuple(dialogue.spans), row, branches=branches)]
-
-    def _truncate(self, messages: Messages, tools: Tools, dialogue: Dialogue) -> Dialogue:
-        """Remove as few turns as possible so that the dialogue fits; raises ``ValueError``."""
-        system = next(i for i, turn in enumerate(messages) if turn["role"] != "system")
-        for start in range(system + 1, len(messages)):
-            if messages[start]["role"] == "user" and any(map(is_learned, messages[start:])):
-                dialogue = self.encode([*messages[:system], *messages[start:]], tools)
-                if dialogue.longest <= self.max_length:
-                    return dialogue
-        raise ValueError(
-            f"its last exchange that is learned has {dialogue.longest} tokens; {self.max_length} "
-            f"fit {self.limit}, and a turn is never cut: shorten it, or set "
-            f"tasks.{self.task.name}.too_long to skip"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from trainer.config import Task
@@ -71,10 +72,12 @@ class RowTokenizer(ABC):
     Attributes:
         limit: reason for ``max_length``, for messages.
         prefix, choices: hard prompt before every input; candidate targets of every row.
+        position: ``prompts.position``.
     """
 
     limit = "(context minus virtual tokens)"
     prefix = ""
+    position = "front"
     choices: Sequence[str] | None = None
 
     def __init__(self, task: Task, max_length: int) -> None:
@@ -108,3 +111,23 @@ class RowTokenizer(ABC):
                 f"tasks.{self.task.name}.too_long to skip or truncate",
             )
         return self.task.too_long == "truncate"
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of leading elements that are equal."""
+    return sum(takewhile(bool, (x == y for x, y in zip(a, b, strict=False))))
+
+
+def problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
+    """Describe choices with equal tokens, or without tokens; None if there are none."""
+    assert task.choices is not None
+    first: dict[tuple[int, ...], str] = {}
+    for choice, target in zip(task.choices, targets, strict=True):
+        if not target:
+            return f"{choice!r} gives no tokens with this tokenizer"
+        other = first.setdefault(tuple(target), choice)
+        if other != choice:
+            return (
+                f"{other!r} and {choice!r} give the same tokens: this base cannot tell them apart"
+            )
+    return None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 from trainer.config import Task, fixed_beginning, split_template, template_fields
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example
-from trainer.data.tokenization.row_tokenizer import RowTokenizer, TokenizationReport
+from trainer.data.tokenization.row_tokenizer import (
+    RowTokenizer,
+    TokenizationReport,
+    common_length,
+    problem_of_choices,
+)
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
@@ -85,7 +89,7 @@ class TextRowTokenizer(RowTokenizer):
     def check_choices(self, row: Mapping[str, Any]) -> None:
         """Raise ``BadInput`` if choices have equal tokens, or none, after the input of a row."""
         encoded, *_ = self.prepare([row])
-        problem = _problem_of_choices(self.task, encoded.targets)
+        problem = problem_of_choices(self.task, encoded.targets)
         if problem:
             raise BadInput(f"tasks.{self.task.name}.choices: {problem}; use other words")
 
@@ -131,7 +135,7 @@ class TextRowTokenizer(RowTokenizer):
         fixed = "" if template_fields(before) else render(fixed_beginning(after), {}).rstrip()
         (fixed_ids,), _ = self.encoder.targets(first[:1], first_ids[:1], [fixed])
         return [
-            EncodedRow(a + b, [[]], False, len(a), len(a) + _common_length(b, fixed_ids))
+            EncodedRow(a + b, [[]], False, len(a), len(a) + common_length(b, fixed_ids))
             for a, b in zip(first_ids, second_ids, strict=True)
         ]
 
@@ -161,7 +165,7 @@ class TextRowTokenizer(RowTokenizer):
         input_ids, targets = values.input_ids, values.targets
         room = self.max_length - max(map(len, targets)) - len(self.eos)
         front = self._front(values)
-        same = _problem_of_choices(self.task, targets) if self.choices is not None else None
+        same = problem_of_choices(self.task, targets) if self.choices is not None else None
         if self.task.target and not all(targets):
             report.add_problem(row, "its target gives no tokens; the tokenizer drops this text")
         elif same:
@@ -204,23 +208,3 @@ def _cut(row: EncodedRow, start: int, count: int) -> EncodedRow:
     return replace(
         row, input_ids=ids, prompt_at=moved(row.prompt_at), prompt_end=moved(row.prompt_end)
     )
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the number of leading elements that are equal."""
-    return sum(takewhile(bool, (x == y for x, y in zip(a, b, strict=False))))
-
-
-def _problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:
-    """Describe choices with equal tokens, or without tokens; None if there are none."""
-    assert task.choices is not None
-    first: dict[tuple[int, ...], str] = {}
-    for choice, target in zip(task.choices, targets, strict=True):
-        if not target:
-            return f"{choice!r} gives no tokens with this tokenizer"
-        other = first.setdefault(tuple(target), choice)
-        if other != choice:
-            return (
-                f"{other!r} and {choice!r} give the same tokens: this base cannot tell them apart"
-            )
-    return None

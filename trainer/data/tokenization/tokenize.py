@@ -3,7 +3,7 @@
 A row is ``tokenizer(input)`` with its special tokens, then the target as a continuation of that
 text (module ``tokenizer``), then EOS. The labels are the target and EOS; in a task without targets,
 whose prompts learn from a teacher, all tokens of the text except the first. Dialogues are written
-by the tokenizer's chat template (``chat``); ``token_ids`` reads tokenized rows.
+by the tokenizer's chat template (``dialogue_rows``); ``token_ids`` reads tokenized rows.
 
 Large splits are tokenized by worker processes, and the table is cached.
 """
@@ -11,18 +11,24 @@ Large splits are tokenized by worker processes, and the table is cached.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import Task
+from trainer.config import Task, split_template, template_fields
 from trainer.data.dataset import RowDataset
 from trainer.data.row_validation import Problems, label_texts, render
 from trainer.data.token_cache import cached, tokenizer_digest
 from trainer.data.token_table import TokenBlock, TokenTable, in_memory
-from trainer.data.tokenization.chat import DialogueRowTokenizer, encode_opening
-from trainer.data.tokenization.chat_template import reads_date
+from trainer.data.tokenization.chat import MARK, with_mark
+from trainer.data.tokenization.chat_template import TemplateLimitExceeded, reads_date
+from trainer.data.tokenization.dialogue_rows import (
+    DialogueRowTokenizer,
+    dialogue_encoder,
+    limit_problem,
+    user_messages,
+)
 from trainer.data.tokenization.row_tokenizer import COUNTS, RowTokenizer, TokenizationReport
 from trainer.data.tokenization.text import TextRowTokenizer
 from trainer.data.tokenization.token_ids import TokenIdRowReader
@@ -69,6 +75,7 @@ def tokenize(
     *,
     prefix: str = "",
     per_choice: bool = False,
+    position: str = "front",
     date: datetime.date | None = None,
     end_ids: Collection[int] = (),
     progress: RowProgress = no_progress,
@@ -82,6 +89,7 @@ def tokenize(
         per_choice: make one example per choice of the task, in this order, instead of one with the
             row's own target. All have the same input, cut so that the longest choice fits; a row
             whose longest choice does not fit is skipped with all its choices.
+        position: ``prompts.position``.
         date: the date that a chat template reads; None: today.
         end_ids: tokens at which the base's generation stops, for dialogues.
 
@@ -89,38 +97,74 @@ def tokenize(
         BadInput: rows do not fit (too_long: refuse), targets do not fit at all, texts give no
             tokens, choices have equal tokens, the tokenizer has no EOS, or no row is left.
     """
-    row_tokenizer: RowTokenizer
-    if task.messages is not None:
-        row_tokenizer = DialogueRowTokenizer(task, tokenizer, max_length, date, end_ids)
-    elif task.tokens is not None:
+    choices = (label_texts(task) or None) if per_choice else None
+    row_tokenizer: TextRowTokenizer | DialogueRowTokenizer | TokenIdRowReader
+    if task.tokens is not None:
         row_tokenizer = TokenIdRowReader(task, max_length)
-    else:
-        choices = label_texts(task) if per_choice else None
-        row_tokenizer = text_tokenizer = TextRowTokenizer(
-            task, tokenizer, max_length, prefix, choices
+        return _tokenize_all(rows, tokenizer, row_tokenizer, progress)
+    if task.is_chat:
+        row_tokenizer = DialogueRowTokenizer(
+            *(task, tokenizer, max_length, date, end_ids),
+            prefix=prefix,
+            choices=choices,
+            position=position,
         )
-        if per_choice:
-            text_tokenizer.check_choices(rows[0])
+    else:
+        row_tokenizer = TextRowTokenizer(task, tokenizer, max_length, prefix, choices)
+    if per_choice:
+        row_tokenizer.check_choices(rows[0])
     return _tokenize_all(rows, tokenizer, row_tokenizer, progress)
 
 
-def encode_input(
+def encode_input(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize one text like the inputs of rows."""
+    return TextTokenizer(tokenizer).inputs([text])[0]
+
+
+def encode_request(
     tokenizer: Any,
+    task: Task,
     text: str,
     *,
-    dialogue: bool = False,
+    position: str = "front",
     date: datetime.date | None = None,
-    variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Tokenize one input like those of rows, to generate from text that is in no file.
+) -> tuple[list[int], int]:
+    """Tokenize the input of a row that is in no file, up to where the base continues it.
 
     Args:
-        dialogue: the text is a user's turn for the chat template, which reads ``date`` and
-            ``variables``, the ``chat_template_kwargs`` of the task.
+        text: fills the input template if that has exactly one column; otherwise it is the complete
+            input or, for a dialogue, the user's turn.
+        position: ``prompts.position``.
+        date: the date that a chat template reads; None: today.
+
+    Returns:
+        The ids, and the number of those before the virtual tokens.
+
+    Raises:
+        BadInput: the template has ``{virtual_tokens}`` and other than one column, or the chat
+            template is missing or fails.
     """
-    if dialogue:
-        return encode_opening(tokenizer, text, date, variables)
-    return TextTokenizer(tokenizer).inputs([text])[0]
+    columns, halves = template_fields(task.input), split_template(task.input)
+    if len(columns) == 1:
+        values = {columns[0]: text}
+        text = render(task.input, values, MARK)
+    elif halves is not None:
+        raise BadInput(
+            f"--input: the template of task {task.name!r} has {len(columns)} columns and "
+            "{virtual_tokens}; only templates with one column can be filled in"
+        )
+    if not task.is_chat:
+        if halves is None:
+            return encode_input(tokenizer, text), 0
+        before, _, after = text.partition(MARK)
+        return encode_halves(tokenizer, before, after)
+    encoder = dialogue_encoder(tokenizer, task, date)
+    try:
+        return encoder.marked_opening(with_mark(user_messages(task, text), position))
+    except TemplateLimitExceeded as error:
+        raise BadInput(f"base.model: {limit_problem(error)}") from None
+    except ValueError as error:
+        raise BadInput(f"base.model: {error}") from None
 
 
 def encode_halves(tokenizer: Any, before: str, after: str) -> tuple[list[int], int]:
@@ -177,6 +221,7 @@ def _tokenize_all(
             "task": row_tokenizer.task.model_dump(mode="json", exclude=_NO_EFFECT_ON_TOKENS),
             "choices": row_tokenizer.choices,
             "prefix": row_tokenizer.prefix,
+            "position": row_tokenizer.position,
             "max_length": row_tokenizer.max_length,
             "date": _template_date(tokenizer, row_tokenizer),
             "end_ids": _end_ids(row_tokenizer),
@@ -192,7 +237,7 @@ def _merge_warning(rows: RowDataset, task: Task, merged: int, first: int) -> str
     if not merged:
         return None
     where, share = rows.where(first), f"(in {merged:,} of {len(rows):,} rows)"
-    if task.messages is not None:
+    if task.is_chat:
         return (
             f"{where}: the tokenizer merges the end of a turn with the beginning of the next "
             f"{share}; generation reads the turns before alone, so they are tokenized separately; "

@@ -111,6 +111,17 @@ class TextTokenizer:
             ids += piece
         return pieces, merged
 
+    def pieces_after(self, context: str, texts: Sequence[str]) -> tuple[list[list[int]], bool]:
+        """As ``pieces``, for the part of a text that is separated from ``context`` before it."""
+        first = next(filter(None, texts), "")
+        for before in (context, *_CONTEXTS):
+            own = self._encode([before], special=False)[0]
+            joined = self._encode([before + first], special=False)[0]
+            if own and own[-1:] != self._unknown and joined[: len(own)] == own:
+                (_, *pieces), merged = self.pieces([before, *texts])
+                return pieces, merged
+        return self.pieces(texts)
+
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize texts as the continuation of a text with which they do not merge."""
         by_text: dict[str, list[int]] = {}
