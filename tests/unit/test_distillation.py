@@ -180,8 +180,8 @@ def example_with(tmp_path: Path, **prompt: Any) -> Path:
         ),
         (["tasks.notes.metric=exact_match"], "tasks[0].metric: 'exact_match' needs a target"),
         (
-            ["tasks.notes.input=''", "tasks.notes.messages=m"],
-            "tasks[0].input: objective: distill needs input; it does not work with",
+            ["tasks.notes.input=''", "tasks.notes.tokens={}"],
+            "tasks[0].tokens: objective: distill needs text; use input or messages",
         ),
     ],
 )

@@ -1,0 +1,244 @@
+"""Virtual tokens, hard prompts, choices and teachers inside dialogues, beside transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stock_templates import SPECIALS, STOCK
+from tests.tokenizers_of_families import make_tokenizer
+from tests.unit.test_stock_templates import SYSTEM, TEXTS, TURNS, continuation, of_transformers
+from trainer.config import RunConfig, Task
+from trainer.data.dataset import gold_choices
+from trainer.data.splits import load_rows
+from trainer.data.task_data import load_tasks
+from trainer.data.teacher import teachers_of
+from trainer.data.token_table import Example
+from trainer.data.tokenization.tokenize import encode_request, tokenize
+from trainer.runtime.errors import BadInput
+
+MARK = "\ue000"
+DIALOGUES = {"without system": TURNS[:2], "with system": [SYSTEM, *TURNS[:2]]}
+CHATML = STOCK["smollm2"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Any]:
+    kinds = {stock.kind for stock in STOCK.values()}
+    return {kind: make_tokenizer(kind, TEXTS, specials=SPECIALS) for kind in kinds}
+
+
+@pytest.fixture
+def tokenizer(tokenizers: dict[str, Any]) -> Any:
+    made = tokenizers[CHATML.kind]
+    made.chat_template = CHATML.source
+    return made
+
+
+def dialogues(**settings: Any) -> Task:
+    return Task(name="t", train="x.jsonl", messages="messages", **settings)
+
+
+def classification(**settings: Any) -> Task:
+    values = {"input": "Hi {text}", "target": "{label}", "choices": ["Hello.", "Fine, so 3"]}
+    return Task(name="t", train="x.jsonl", chat=True, metric="accuracy", **(values | settings))
+
+
+def examples(folder: Path, task: Task, tokenizer: Any, rows: list[dict], **how: Any) -> Any:
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ends = tokenizer.convert_tokens_to_ids(list(CHATML.ends))
+    data = load_rows(str(path), task)
+    return tokenize(data, task, tokenizer, 1000, **({"end_ids": ends} | how)).examples
+
+
+def marked(messages: list[dict], position: str) -> list[dict]:
+    """The turns with the mark, written by hand."""
+    if position == "system" and messages[0]["role"] != "system":
+        return [{"role": "system", "content": MARK}, *messages]
+    number = next(i for i, turn in enumerate(messages) if turn["role"] == position)
+    turn = {**messages[number], "content": MARK + messages[number]["content"]}
+    return [*messages[:number], turn, *messages[number + 1 :]]
+
+
+def labels(example: Example) -> list[int]:
+    return [i for start, stop in example.label_spans for i in example.input_ids[start:stop]]
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+@pytest.mark.parametrize("position", ["system", "user"])
+@pytest.mark.parametrize("family", STOCK)
+def test_virtual_tokens_inside_a_turn(tmp_path, tokenizers, family, position, dialogue) -> None:
+    stock, messages = STOCK[family], DIALOGUES[dialogue]
+    if not stock.system and (position == "system" or dialogue == "with system"):
+        pytest.skip("the template has no system turn")
+    tokenizer = tokenizers[stock.kind]
+    tokenizer.chat_template = stock.source
+    task = dialogues(chat_template_kwargs=dict(stock.variables))
+    how: dict[str, Any] = {"end_ids": tokenizer.convert_tokens_to_ids(list(stock.ends))}
+    rows = [{"messages": messages}]
+    (row,) = examples(tmp_path, task, tokenizer, rows, position=position, **how)
+    (front,) = examples(tmp_path, task, tokenizer, rows, **how)
+    asked = tokenizer.apply_chat_template(
+        marked(messages, position)[:-1],
+        tokenize=False,
+        add_generation_prompt=True,
+        **stock.variables,
+    )
+    before, _, after = asked.partition(MARK)
+    before_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
+    assert list(row.input_ids[: row.prompt_at]) == before_ids
+    opening = row.input_ids[row.prompt_at : row.target_start]
+    assert list(opening) == continuation(tokenizer, [], after)
+    assert labels(row) == labels(front)
+    assert (front.prompt_at, front.prompt_end) == (0, 0)
+    assert row.prompt_at <= row.prompt_end <= row.target_start
+
+
+@pytest.mark.parametrize("position", ["front", "system", "user"])
+def test_rows_of_input_and_target_are_dialogues(tmp_path, tokenizer, position) -> None:
+    rows = [{"text": "And?", "label": "Fine, so 3"}, {"text": "Hi", "label": "Hello."}]
+    turns = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Hi {row['text']}"},
+                {"role": "assistant", "content": row["label"]},
+            ]
+        }
+        for row in rows
+    ]
+    written = examples(tmp_path, classification(), tokenizer, rows, position=position)
+    messages = examples(tmp_path, dialogues(), tokenizer, turns, position=position)
+    assert [(e.input_ids, e.label_spans, e.prompt_at) for e in written] == [
+        (e.input_ids, e.label_spans, e.prompt_at) for e in messages
+    ]
+    request = encode_request(tokenizer, classification(), "And?", position=position)
+    row = written[0]
+    assert request == (list(row.input_ids[: row.target_start]), row.prompt_at)
+
+
+def test_fixed_text_of_the_template_is_once_in_a_packed_batch(tmp_path, tokenizer) -> None:
+    rows = [{"text": "And?", "label": "Hello."}, {"text": "3 is it", "label": "Hello."}]
+    task = classification(system="Be brief.")
+    table = examples(tmp_path, task, tokenizer, rows, position="system")
+    fixed = table.leading
+    text = tokenizer.decode(list(fixed.input_ids))
+    assert text.endswith("Be brief.<|im_end|>\n<|im_start|>user\nHi")
+    assert fixed.prompt_at > 0
+    placed = classification(input="Be {virtual_tokens} brief. {text}")
+    leading = examples(tmp_path, placed, tokenizer, rows).leading
+    assert tokenizer.decode(list(leading.input_ids[: leading.prompt_at])).endswith("user\nBe ")
+    assert tokenizer.decode(list(leading.input_ids[leading.prompt_at :])) == " brief."
+
+
+def test_choices_differ_in_the_answer_only(tmp_path, tokenizer) -> None:
+    rows, task = [{"text": "And?", "label": "Fine, so 3"}], classification()
+    first, second = examples(tmp_path, task, tokenizer, rows, per_choice=True)
+    start = first.target_start
+    assert first.input_ids[:start] == second.input_ids[:start]
+    for example, choice in zip((first, second), task.choices, strict=True):
+        answer = tokenizer.decode(list(example.input_ids[start : example.label_spans[0][1]]))
+        assert answer == f"{choice}<|im_end|>"
+    (own,) = examples(tmp_path, task, tokenizer, rows)
+    assert own == second
+
+
+def test_choices_of_dialogues(tmp_path, tokenizer) -> None:
+    """The last answer is the label; earlier ones are part of the input."""
+    task = dialogues(choices=["Fine, so 3", "it is"], metric="accuracy")
+    rows = [{"messages": TURNS[:4]}]
+    first, _ = examples(tmp_path, task, tokenizer, rows, per_choice=True)
+    (own,) = examples(tmp_path, task, tokenizer, rows)
+    assert own == first
+    assert len(own.label_spans) == 1
+    assert own.target_start == len(
+        of_transformers(tokenizer, CHATML, TURNS[:3], add_generation_prompt=True)
+    )
+    assert gold_choices(load_rows(str(tmp_path / "d.jsonl"), task), task) == [0]
+    with pytest.raises(BadInput, match=r"the last answer is 'Hello\.', which is not one of"):
+        examples(tmp_path, task, tokenizer, [{"messages": TURNS[:2]}])
+
+
+def test_a_hand_written_prompt_is_text_of_the_system(tmp_path, tokenizer) -> None:
+    for messages in DIALOGUES.values():
+        rows = [{"messages": messages}]
+        (row,) = examples(tmp_path, dialogues(), tokenizer, rows, prefix="Add json")
+        own = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        system = {"role": "system", "content": "Add json" + (f"\n\n{own}" if own else "")}
+        turns = [system, *[turn for turn in messages if turn["role"] != "system"]]
+        (wanted,) = examples(tmp_path, dialogues(), tokenizer, [{"messages": turns}])
+        assert row == wanted
+
+
+def config_of(tmp_path: Path, task: dict, *prompts: dict) -> RunConfig:
+    values = {"name": "t", "train": str(tmp_path / "d.jsonl"), "validation_share": 0.0}
+    return RunConfig.model_validate(
+        {
+            "output_dir": str(tmp_path / "out"),
+            "base": {"model": "x"},
+            "tasks": [values | task],
+            "prompts": [{"name": f"p{i}", "task": "t"} | p for i, p in enumerate(prompts)],
+            "training": {"steps": 1, "tokens_per_step": 64},
+        }
+    )
+
+
+DISTILL = {"objective": "distill", "teacher": "Add json", "num_virtual_tokens": 4}
+
+
+@pytest.mark.parametrize("position", ["front", "system", "user"])
+def test_a_teacher_is_read_as_text_of_the_system(tmp_path, tokenizer, position) -> None:
+    task = dialogues()
+    (taught,) = examples(tmp_path, task, tokenizer, [{"messages": TURNS[:2]}], prefix="Add json")
+    (row,) = examples(tmp_path, task, tokenizer, [{"messages": TURNS[:2]}], position=position)
+    config = config_of(tmp_path, {"messages": "messages"}, DISTILL | {"position": position})
+    teacher = teachers_of(config, tokenizer)["p0"]
+    after = teacher.continued_by(row)
+    assert (*teacher.token_ids, *after.input_ids) == taught.input_ids
+    assert (after.prompt_at, after.prompt_end) == (0, 0)
+    assert labels(after) == labels(taught)
+
+
+def test_a_teacher_does_not_replace_text_of_the_rows(tmp_path, tokenizer) -> None:
+    rows = [{"messages": TURNS[:2]}, {"messages": [SYSTEM, *TURNS[:2]]}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path, {"messages": "messages"}, DISTILL)
+    with pytest.raises(BadInput, match=r"prompts\.p0\.teacher: row 2 of task 't' has a turn of"):
+        load_tasks(config, tokenizer, 1000, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "problem"),
+    [
+        ({"input": "{a}", "target": "{b}"}, {"position": "user"}, "needs a dialogue; set chat"),
+        (
+            {"input": "{a}{virtual_tokens}", "target": "{b}", "chat": True},
+            {"position": "user"},
+            "already has",
+        ),
+        (
+            {"messages": "m"},
+            {"position": "user", "method": "prefix_tuning"},
+            "come before all text",
+        ),
+        ({"messages": "m", "system": "x"}, {}, "system: works with chat: true only"),
+        ({"messages": "m", "chat": True}, {}, "chat: needs input and target"),
+        ({"input": "{a}", "chat": True}, DISTILL, "target: is missing; chat needs the answer"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, task, prompt, problem) -> None:
+    with pytest.raises(ValueError, match=problem):
+        config_of(tmp_path, task, prompt)
+
+
+def test_a_template_without_system_turns_is_refused_by_row(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ '<|user|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|user|>' }}{% endif %}"
+    )
+    with pytest.raises(BadInput, match="rejects this dialogue: no system"):
+        examples(tmp_path, dialogues(), tokenizer, [{"messages": TURNS[:2]}], position="system")
