@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _DIRECTIVES, _FLAGS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf", ("", "-", "_"
 CHAT_DATE = "chat-date.txt"
 
 _DATE = "strftime_now"
+_LITERAL_FORMAT = re.compile(r"strftime_now\(\s*(?:'[^'\\]*'|\"[^\"\\]*\")\s*\)")
 #: Macro that replaces the function of the same name that transformers passes to templates.
 _STRFTIME_NOW = (
     "{% macro strftime_now(format) -%}{% for text in format.split('%%') %}"
@@ -187,10 +189,13 @@ def reads_date(tokenizer: Any) -> bool:
     return _DATE in str(getattr(tokenizer, "chat_template", None))
 
 
+@cache
 def _with_date(source: str, date: datetime.date) -> str:
     """Add the macro to a template that makes it read midnight of ``date`` as the current time."""
     time = datetime.datetime.combine(date, datetime.time())
     names = [f"%{flag}{directive}" for directive in _DIRECTIVES for flag in _FLAGS]
+    if len(_LITERAL_FORMAT.findall(source)) == source.count(f"{_DATE}("):
+        names = [name for name in names if name in source]  # the macro tries every name
     values = [(name, time.strftime(name)) for name in names]
     return _STRFTIME_NOW.replace("VALUES", repr(values)) + source
 
