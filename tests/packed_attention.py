@@ -13,12 +13,14 @@ from trainer.model.attention.interface import Layout, attend, make_layout, with_
 from trainer.packing.packed_batch import Segment
 
 HEADS, SIZE = 4, 16
-TOKENS, PAST = 5 + 3 + 7 + 150 + 4 + 20 + 6 + 2 + 1 + 3 + 4 + 2 + 2 + 1, [6, 2]
+TOKENS, PAST = 5 + 3 + 7 + 150 + 4 + 20 + 6 + 2 + 1 + 3 + 4 + 2 + 2 + 1 + 4 + 3, [6, 2]
 _FIRST, _SECOND = Segment(0, 5), Segment(5, 3)
 _PAST = Segment(TOKENS, 6), Segment(TOKENS + 6, 2)
 _ROWS = [Segment(8, 7, _FIRST), Segment(165, 4, _PAST[0]), Segment(189, 6)]
+_BRANCH = Segment(210, 4, _ROWS[1])
 # Two prompts of tokens, then rows: behind each of these, behind two prefixes, behind none; one is
-# longer than a block of FlexAttention's. Then candidates of three of the rows.
+# longer than a block of FlexAttention's. Then candidates of three of the rows, a branch of one, and
+# a segment that continues the branch.
 SEGMENTS = [
     _FIRST,
     _SECOND,
@@ -34,6 +36,8 @@ SEGMENTS = [
     Segment(205, 2, _ROWS[1], candidate=True),
     Segment(207, 2, _ROWS[2], candidate=True),
     Segment(209, 1, _ROWS[2], candidate=True),
+    _BRANCH,
+    Segment(214, 3, _BRANCH),
 ]
 SCORES = {
     "plain": Scores(0.3),

@@ -4,6 +4,7 @@
 - ``generate``: generate text with a trained prompt
 - ``export``: turn a task description into a prompt with a trained text encoder
 - ``inspect``: measure the errors of int8 weights and their effect on validation losses
+- ``preview``: print the first rows as the base will read them
 - ``sync``: upload metrics and artifacts to MLflow, after or during training
 
 Training itself is ``trainer.__main__``.

@@ -118,7 +118,10 @@ class Task(Section):
         None,
         description="column of dialogues, instead of input and target\n"
         "Lists of {role, content} or {from, value} (ShareGPT), rendered by the tokenizer's chat "
-        "template. The assistant's turns are learned, except those with weight: 0.\n"
+        "template. The assistant's turns are learned, except those with weight: 0. A dialogue is "
+        "one row of an epoch, whatever its number of turns. If the template rewrites earlier "
+        "turns, each learned turn is read after the text that generation reads before it, and "
+        "tokens in common are read and counted once.\n"
         "null: rows have input and target, or tokens",
     )
     tools: str | None = Field(

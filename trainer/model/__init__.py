@@ -12,6 +12,7 @@
 5. ``prompted_model.PromptedBase``: ``PackedBatch`` and virtual tokens -> losses, hidden states or
    logits.
 
-``fingerprint`` hashes the files of a base. ``embedding_lookup`` reads the embeddings of some tokens
-without loading the base.
+``chat_template_file`` reads ``base.chat_template``; ``tokenizer_class`` compares the tokenizer with
+its file. ``fingerprint`` hashes the files of a base. ``embedding_lookup`` reads the embeddings of
+some tokens without loading the base.
 """

@@ -5,7 +5,8 @@
 2. A ``RowTokenizer`` (``row_tokenizer``) converts a batch of rows to a ``TokenBlock`` and a
    ``TokenizationReport``: ``TextRowTokenizer`` (``text``) for input and target,
    ``DialogueRowTokenizer`` (``chat``) for dialogues, ``TokenIdRowReader`` (``token_ids``) for
-   tokenized rows.
+   tokenized rows. A dialogue whose chat template rewrites earlier turns is an ``Example`` with
+   branches.
 3. They use ``TextTokenizer`` (``tokenizer``), which tokenizes targets as continuations of inputs,
    and ``ChatTemplate`` (``chat_template``), which writes dialogues as text within a CPU time limit
    (``cpu_limit``).
