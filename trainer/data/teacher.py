@@ -53,7 +53,7 @@ class Teacher:
     def num_tokens(self) -> int:
         """Maximum number of tokens by which the teacher lengthens a row."""
         longer = max(map(len, self.beginnings.values()), default=1) - 1
-        return len(self.token_ids) - self.num_special + longer
+        return max(0, len(self.token_ids) - self.num_special + longer)
 
     def continued_by(self, example: Example) -> Example:
         """Return a row as tokenized after the teacher's text; the labels are the same tokens."""
@@ -109,7 +109,8 @@ def teachers_of(
             context = "" if template_fields(halves[0]) else render(halves[0], {})
             (ids,), _ = encoder.targets([context], encoder.inputs([context]), [prompt.teacher])
             teacher = Teacher(len(known), tuple(ids), 0)
-        if len(ids) <= teacher.num_special:
+        empty = teacher.replaced or tuple(encoder.front)[: teacher.num_special]
+        if teacher.token_ids == empty:
             raise BadInput(f"prompts.{prompt.name}.teacher: has no tokens; write some words")
         key = teacher.num_special, teacher.token_ids, teacher.replaced, teacher.position
         teachers[prompt.name] = known.setdefault(key, teacher)
