@@ -96,6 +96,7 @@ def test_a_dialogue_has_one_text_for_each_turn_that_is_rewritten(tmp_path, token
         asked = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
         assert record["labels"][: len(asked)] == [-100] * len(asked)
         assert record["labels"][len(asked)] != -100
+    assert ":1, text 1 of 2: " in shown(texts, tokenizer)
 
 
 def test_rows_of_token_ids(tmp_path, tokenizer):
@@ -113,7 +114,7 @@ def test_a_long_row_is_shortened_in_the_middle_on_the_terminal_only(tmp_path, to
     (text,) = preview(config, tokenizer, 2000, len(tokenizer), 1).texts
     assert len(text.labels) == text.example.num_tokens > 600
     printed = shown([text], tokenizer)
-    hidden = text.example.num_tokens - preview_command.MAX_TOKENS
+    hidden = text.example.num_tokens - preview_command.SHOWN_TOKENS
     assert f" ... {hidden:,} tokens, 0 learned ... " in printed
     assert len(re.findall(r"\|", printed)) < preview_command.MAX_TOKENS + 20
 

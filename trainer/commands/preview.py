@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,8 +25,8 @@ from trainer.runtime.redact import printable, redact
 if TYPE_CHECKING:
     from trainer.data.preview import PreviewText
 
-#: A longer text is shortened in the middle, on the terminal.
-MAX_TOKENS = 160
+#: A longer text is shortened in the middle to fewer tokens, on the terminal.
+MAX_TOKENS, SHOWN_TOKENS = 200, 160
 #: Marks of learned tokens and of the virtual tokens, which are legible without colors.
 LEARNED, VIRTUAL = (">>", "<<"), "[virtual tokens]"
 LEGEND = f"tokens are divided by |; {LEARNED[0]}learned{LEARNED[1]}; \\n is a line break"
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _preview(load(chosen.run_file, chosen.overrides), chosen.rows, chosen.json)
     except BadInput as error:
-        print(printable(redact(str(error))), file=sys.stderr)
+        for problem in error.problems:
+            print(f"error: {printable(redact(problem))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return EXIT_DONE
 
@@ -79,9 +81,13 @@ def show(texts: Sequence[PreviewText], tokenizer: Any, out: TextIO) -> None:
     """Print texts, with colors on a terminal."""
     console = rich.console.Console(file=out, highlight=False, soft_wrap=not out.isatty())
     console.print(rich.text.Text(LEGEND, style="dim"))
+    of_row = Counter((text.task, text.row) for text in texts)
+    shown = Counter[tuple[str, int]]()
     for text in texts:
-        example = text.example
-        held_out = ", held out" if text.split != "train" else ""
+        example, row = text.example, (text.task, text.row)
+        shown[row] += 1
+        part = f", text {shown[row]} of {of_row[row]}" if of_row[row] > 1 else ""
+        held_out = part + (", held out" if text.split != "train" else "")
         console.print()
         console.print(
             rich.text.Text(
@@ -98,7 +104,7 @@ def _pieces(text: PreviewText, tokenizer: Any) -> Iterator[tuple[str, str]]:
     ids, labels = text.example.input_ids, text.labels
     hidden = range(0)
     if len(ids) > MAX_TOKENS:
-        hidden = range(MAX_TOKENS // 2, len(ids) - MAX_TOKENS // 2)
+        hidden = range(SHOWN_TOKENS // 2, len(ids) - SHOWN_TOKENS // 2)
     before = False
     for place, token in enumerate(ids):
         learned = labels[place] >= 0
