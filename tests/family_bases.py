@@ -102,6 +102,27 @@ def _mrope(section: int, **more: Any) -> dict[str, Any]:
 
 _LAYERS = {"mlp_layer_types": ["dense", "sparse"]}
 
+#: A recurrent layer and one with attention.
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 12,
+}
+_MAMBA = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+_CONV = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
+_SHARED = {**_SMALL_EXPERTS, "shared_expert_intermediate_size": 32}
+
 #: name of the case -> (model_type, settings)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
@@ -163,6 +184,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "afmoe": ("afmoe", {**_MOE, **_ALTERNATING, "head_dim": 12}),
     "arcee": ("arcee", _LLAMA),
+    "bamba": (
+        "bamba",
+        {**_LLAMA, **_MAMBA, "attn_layer_indices": [1], "rope_parameters": {**_ROPE, **_HALF}},
+    ),
     "biogpt": (
         "biogpt",
         {**_BASIC, "intermediate_size": 64, "max_position_embeddings": 128},
@@ -239,10 +264,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoeshared",
         {**_MOE, **_GRANITE, "num_local_experts": 4, "shared_intermediate_size": 32},
     ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_MOE,
+            **_GRANITE,
+            **_MAMBA,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention"],
+        },
+    ),
     "helium": ("helium", {**_LLAMA, "head_dim": 12}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {**_LLAMA, "head_dim": 16}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {**_MOE, "head_dim": 16, "moe_topk": 2}),
     "jais2": ("jais2", _LLAMA),
+    "lfm2": ("lfm2", {**_LLAMA, **_CONV, "block_auto_adjust_ff_dim": False}),
+    "lfm2_moe": ("lfm2_moe", {**_SMALL_EXPERTS, **_CONV, "num_dense_layers": 1}),
+    "mamba2": (
+        "mamba2",
+        {
+            **{key: value for key, value in _BASIC.items() if key != "num_attention_heads"},
+            "num_heads": 6,
+            "head_dim": 16,
+            "state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "expand": 2,
+        },
+    ),
     "mellum": ("mellum", _MOE),
     "minimax_m2": (
         "minimax_m2",
@@ -256,11 +306,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {**_BASIC, "max_seq_len": 128, "expansion_ratio": 2, "n_heads": 12}),
     "nanochat": ("nanochat", _LLAMA),
     "nemotron": ("nemotron", {**_LLAMA, **_HALF}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **_LLAMA,
+            **_ROUTED,
+            "head_dim": 12,
+            "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "moe_shared_expert_intermediate_size": 40,
+        },
+    ),
     "olmo3": ("olmo3", {**_LLAMA, **_ALTERNATING}),
     "persimmon": (
         "persimmon",
         {**_BASIC, **_HALF, "intermediate_size": 64, "max_position_embeddings": 128},
     ),
+    "qwen3_next": ("qwen3_next", {**_SHARED, **_DELTA, **_HALF}),
+    "qwen3_5": ("qwen3_5_text", {**_LLAMA, **_DELTA, **_mrope(1, **_HALF)}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**_SHARED, **_DELTA, **_mrope(1, **_HALF)}),
     "qwen2_vl": ("qwen2_vl_text", {**_LLAMA, **_mrope(2), "tie_word_embeddings": True}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {**_LLAMA, **_mrope(2)}),
     "qwen3_vl": ("qwen3_vl_text", {**_LLAMA, **_mrope(2), "head_dim": 12}),
@@ -305,7 +373,13 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
     """
     model_type, settings = CASES[case]
     settings = copy.deepcopy(settings)
-    if not {"attention_types", "no_rope_layers"} & settings.keys():
+    if blocks := settings.get("layers_block_type"):
+        settings["layers_block_type"] = blocks * (num_layers // 2)
+        settings["num_hidden_layers"] = len(settings["layers_block_type"])
+    elif "attn_layer_indices" in settings:
+        settings["num_hidden_layers"] = num_layers
+        settings["attn_layer_indices"] = list(range(1, num_layers, 2))
+    elif not {"attention_types", "no_rope_layers"} & settings.keys():
         settings["num_hidden_layers"] = num_layers
         for types in {"layer_types", "mlp_layer_types"} & settings.keys():
             settings[types] *= num_layers // 2

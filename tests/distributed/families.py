@@ -73,7 +73,9 @@ def train_step(
         "digest_kept": base_digest(base) == digest,
         "whole": [list(p.ds_shape) for p in matrices if 2 * p.ds_tensor.numel() > p.ds_numel + 4],
         "float_stacks": [
-            list(p.ds_shape) for p in matrices if len(p.ds_shape) == 3 and p.dtype != torch.int8
+            list(p.ds_shape)
+            for p in matrices
+            if len(p.ds_shape) == 3 and p.ds_shape[1] > 1 and p.dtype != torch.int8
         ],
     }
     return step.losses, step.gradients, stored

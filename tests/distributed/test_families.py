@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.families import SCORED
 from tests.family_bases import CASES
+from trainer.model.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def result(
 def test_sharded_equals_plain(result: dict[str, Any], case: str) -> None:
     measured = result[case]
     assert measured["loss_error"] < 1e-5
-    assert measured["gradient_error"] < 1e-5
+    recurrent = FAMILIES[CASES[case][0]].recurrent  # padding changes the order of sums
+    assert measured["gradient_error"] < (2e-4 if recurrent else 1e-5)
     assert measured["digest_kept"]
     assert measured["whole"] == []
     assert measured["float_stacks"] == []

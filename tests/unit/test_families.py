@@ -31,7 +31,6 @@ from tests.family_bases import (
 from tests.soft_prompts import soft_prompts
 from trainer.config import Base
 from trainer.model.attention.padded import pad_rows
-from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.checkpoint_files import open_base
 from trainer.model.families import FAMILIES, context_length, family_of, layer_sizes
 from trainer.model.layers import vocab_parallel
@@ -94,7 +93,8 @@ class TestFamily:
         losses, gradients = packed(base, packed_rows)
         expected, wanted = row_by_row(plain_model(family(case), "int8"), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
-        assert max(errors(gradients, wanted)) < 1e-5
+        recurrent = FAMILIES[CASES[case][0]].recurrent  # padding changes the order of sums
+        assert max(errors(gradients, wanted)) < (2e-4 if recurrent else 1e-5)
 
     def test_a_diverged_prompt_does_not_change_the_others(self, family: Any, case: str) -> None:
         base = load(family(case), "int8")
@@ -121,7 +121,8 @@ class TestFamily:
             float(torch.cosine_similarity(a.flatten(), b.flatten(), 0))
             for a, b in zip(gradients, wanted, strict=True)
         ]
-        assert all(0.98 < cosine <= 1.001 for cosine in alike), alike
+        least = 0.85 if FAMILIES[CASES[case][0]].recurrent else 0.98  # rounding accumulates
+        assert all(least < cosine <= 1.001 for cosine in alike), alike
         assert min(alike) < 1 - 1e-7
 
     def test_bf16(self, family: Any, case: str) -> None:
@@ -139,7 +140,7 @@ class TestFamily:
         pads = [longest - len(row) for row in rows]
         ids = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest + len(prompt) - pad) for pad in pads])
-        cache = PastCache()
+        cache = base.new_cache()
         with torch.no_grad(), base.unpacked():
             first = base(DecodeStep(ids, mask, cache), [VirtualTokens(prompt)]).logits_BV
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
@@ -167,6 +168,25 @@ class TestPaddedFallback:
         actual, wanted = packed(base)
         assert actual == pytest.approx(losses, rel=1e-6)
         assert max(errors(gradients, wanted)) < 2e-6
+
+    @pytest.mark.parametrize(
+        "case", [case for case, (kind, _) in CASES.items() if FAMILIES[kind].recurrent]
+    )
+    def test_the_loss_of_a_row_does_not_depend_on_its_neighbors(
+        self, family: Any, case: str
+    ) -> None:
+        """Also where a neighbor is longer, so that the row is padded, or holds NaN."""
+        base = load(family(case), "none")
+        rows, prompts = problem(base.hidden_size)
+
+        def losses(chosen: Sequence[PackedRow], virtual: Sequence[Tensor]) -> Tensor:
+            batch = build_packed_batch(chosen, [len(prompt) for prompt in virtual])
+            return base(batch, soft_prompts(virtual)).losses.loss_N.detach()
+
+        alone = [losses([row], prompts) for row in rows]
+        torch.testing.assert_close(losses(rows, prompts), torch.cat(alone), rtol=1e-5, atol=1e-5)
+        backwards = torch.cat(alone[::-1])
+        torch.testing.assert_close(losses(rows[::-1], prompts), backwards, rtol=1e-5, atol=1e-5)
 
     def test_the_head_reads_labels_alone(
         self, family: Any, monkeypatch: pytest.MonkeyPatch
@@ -367,7 +387,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("model_type", "reason"),
         [
-            ("mamba", "state would leak"),
+            ("falcon_h1", "embeddings are scaled only"),
             ("t5", "encoder-decoder"),
             ("reformer", "not been compared"),
         ],

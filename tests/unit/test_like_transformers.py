@@ -94,7 +94,7 @@ def digests_of_ours(model: Any) -> dict[str, str]:
     digests = {}
     for part, root in (("base", model.base_model), ("head", model.get_output_embeddings())):
         for path, module in root.named_modules():
-            turned = getattr(module, "transposed", ())
+            turned = getattr(module, "transposed", ()) or ()  # False in a convolution
             values = dict(module.named_parameters(recurse=False))
             if getattr(module, "rows", None) is not None:
                 values["weight"] = module.rows

@@ -11,7 +11,7 @@ import torch
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES
 from trainer.data.token_table import Example
-from trainer.model.families import layer_sizes
+from trainer.model.families import FAMILIES, layer_sizes
 from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import BatchMemory, row_sizes
@@ -64,4 +64,6 @@ def test_estimate_bounds_what_is_saved(
     )
     bytes_per_token = saved_bytes(base, batch) / len(batch.token_ids_T)
     expected = memory.saved(checkpointing)
-    assert bytes_per_token <= expected <= 1.5 * bytes_per_token, (bytes_per_token, expected)
+    recurrent = FAMILIES[CASES[case][0]].recurrent  # in some layers, counted in all
+    most = (4 if recurrent else 1.5) * bytes_per_token
+    assert bytes_per_token <= expected <= most, (bytes_per_token, expected)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.stop_criteria import StopCriteria
-from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.generation_config import logits_processors
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.prompts.soft_prompt import SoftPrompt
@@ -81,7 +80,7 @@ def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]
     All ranks pass the same ids and receive the tensor of rank 0.
     """
     ids_1n = torch.tensor([list(token_ids)], device=engine.device)
-    cache = PastCache()
+    cache = base.new_cache()
     with base.unpacked():
         base(DecodeStep(ids_1n, torch.ones_like(ids_1n), cache), [])
     return engine.broadcast(cache.read().float().cpu() if engine.is_main else None)
@@ -105,7 +104,7 @@ def _decode(
     prompts = [] if virtual_tokens is None else [virtual_tokens]
     penalties = [logits_processors(base.model, row, max_new_tokens, engine.device) for row in rows]
 
-    cache = PastCache()
+    cache = base.new_cache()
     generated: list[list[int]] = [[] for _ in rows]
     unfinished = list(range(len(rows)))
     for _ in range(max_new_tokens):

@@ -22,6 +22,7 @@ class Family:
 
     Attributes:
         packed: attention runs on packed rows; otherwise rows are padded.
+        recurrent: layers pass a state from token to token, so that rows are padded.
         cached_attention: transformers' attention for decoding and for padded rows: "eager" if its
             SDPA omits a part of this family's attention (capped scores, sinks) or does not exist.
         refused: unsupported settings of config.json, each with the reason.
@@ -32,6 +33,7 @@ class Family:
     """
 
     packed: bool = True
+    recurrent: bool = False
     cached_attention: str = "sdpa"
     refused: dict[str, str] = field(default_factory=dict)
     no_prefix_tuning: str = ""
@@ -93,6 +95,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "persimmon": Family(norm_inputs=3),
     "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
+    **dict.fromkeys(
+        (
+            *("bamba", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2", "nemotron_h"),
+            *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+        ),
+        Family(packed=False, recurrent=True, no_prefix_tuning=_PADDED_ROWS),
+    ),
     "vaultgemma": Family(cached_attention="eager", keeps_scores=True),
     "xglm": Family(
         packed=False,
@@ -111,12 +120,18 @@ UNSUPPORTED: dict[str, str] = {
     "t5": "an encoder-decoder does not take virtual tokens before its text",
     "bart": "an encoder-decoder does not take virtual tokens before its text",
     "bert": "it is not a causal language model",
-    "mamba": "a state-space model cannot read packed rows: state would leak from row to row",
-    "mamba2": "a state-space model cannot read packed rows: state would leak from row to row",
-    "rwkv": "a recurrent model cannot read packed rows: state would leak from row to row",
-    "jamba": "its state-space layers cannot read packed rows: state would leak from row to row",
+    "falcon_h1": "its embeddings are scaled only if it gets token ids, not virtual tokens",
+    "gemma3n": "its layers read inputs by token id, which virtual tokens do not have",
+    "gemma3n_text": "its layers read inputs by token id, which virtual tokens do not have",
+    "gemma4_text": "its layers read inputs by token id, which virtual tokens do not have",
+    "jamba": "it reads the weight of a linear layer directly, which int8 storage does not allow",
+    "llama4_text": "its experts are not computed by transformers' common expert layer",
+    "mamba": "it has not been compared with transformers; use Mamba 2",
+    "rwkv": "it has not been compared with transformers",
 }
 
+#: Tokens of a chunk in transformers' gated delta rule.
+DELTA_CHUNK = 64
 #: Length with which ALiBi models were trained whose config sets no maximum length.
 DEFAULT_CONTEXT_LENGTH = 2048
 
@@ -189,7 +204,8 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     ``n_inner``, and by default four times the hidden size.
     """
     family = FAMILIES.get(config.model_type, Family())
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    hidden = int(config.hidden_size)
+    heads = int(_first(config, "num_attention_heads", "num_heads"))
     head_size = int(_first(config, "head_dim") or hidden // heads)
     if latent := _first(config, "qk_nope_head_dim"):  # keys are computed from a smaller state
         head_size = int(latent) + int(config.qk_rope_head_dim)
@@ -203,6 +219,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     # Experts shared by all tokens are added to the selected ones.
     shared = -(-int(_first(config, "shared_expert_intermediate_size") or 0) // width)
     shared += _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
+    recurrent, recurrent_work = _recurrent_sizes(config) if family.recurrent else (0, 0)
     slow = _first(config, "hidden_act", "activation_function", "hidden_activation") in SLOW_GELUS
     return LayerSizes(
         layers=int(config.num_hidden_layers),
@@ -217,7 +234,22 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         layer_norm=family.layer_norm,
         experts_per_token=experts + shared,
         keeps_scores=family.keeps_scores,
+        recurrent=recurrent,
+        recurrent_work=recurrent_work,
     )
+
+
+def _recurrent_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """Saved elements per token of a recurrent layer, and those of its largest temporary tensor."""
+    if delta_heads := _first(config, "linear_num_value_heads"):
+        return 11 * int(delta_heads) * DELTA_CHUNK, int(delta_heads) * DELTA_CHUNK
+    chunk = int(_first(config, "mamba_chunk_size", "chunk_size") or 0)
+    if not chunk:  # a short convolution (LFM2)
+        return 0, 0
+    heads = int(_first(config, "mamba_n_heads", "mamba_num_heads", "num_heads"))
+    size = int(_first(config, "mamba_d_head", "mamba_head_dim", "head_dim"))
+    state = int(_first(config, "mamba_d_state", "ssm_state_size", "state_size"))
+    return heads * (4 * chunk + 8 * size + 8 * state), heads * chunk * state
 
 
 def _first(config: PretrainedConfig, *names: str) -> Any:

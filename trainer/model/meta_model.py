@@ -186,21 +186,28 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
             f"besides the weights ({largest}), more than any model has; use the config.json that "
             "belongs to these weights"
         )
+    table = model.get_input_embeddings()
+    unset: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        buffers = {
-            name: buffer
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_meta and name in module._non_persistent_buffers_set
-        }
-        if not buffers or module is model.get_input_embeddings():
-            continue
-        for name, buffer in buffers.items():
-            nan = torch.full(buffer.shape, torch.nan, device=device)
-            module._buffers[name] = nan.to(buffer.dtype)
-        with torch.no_grad():
+        for name, buffer in module.named_buffers(recurse=False):
+            computed = name in module._non_persistent_buffers_set and module is not table
+            if buffer.is_meta and computed:
+                nan = torch.full(buffer.shape, torch.nan, device=device)
+                module._buffers[name] = nan.to(buffer.dtype)
+                unset[path] = module
+    # Falcon-H1's model fills buffers of its layers.
+    parents = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    with torch.no_grad():
+        for module in (*unset.values(), *(parents if unset else ())):
             model._init_weights(module)
-        if any(not module._buffers[name].isfinite().all() for name in buffers):
+    for path, module in unset.items():
+        if any(not buffer.isfinite().all() for buffer in _computed(module)):
             raise BadInput(
                 f"base.model: cannot rebuild the buffers of {path} ({type(module).__name__}); "
                 "this model is not supported"
             )
+
+
+def _computed(module: nn.Module) -> list[torch.Tensor]:
+    names = module._non_persistent_buffers_set
+    return [buffer for name, buffer in module.named_buffers(recurse=False) if name in names]

@@ -6,6 +6,7 @@ rows, L longest row, V vocabulary. Keys and values of a prompt: [P, layers, 2, h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
+        self._only_recurrent = "cache_params" in inspect.signature(model.forward).parameters
 
     @property
     def hidden_size(self) -> int:
@@ -174,7 +176,8 @@ class PromptedBase(nn.Module):
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
         words_BLH = self._embed(step.token_ids_BL)
-        first = step.cache.get_seq_length() == 0
+        num_virtual = sum(len(prompt.tensor) for prompt in virtual_tokens)
+        first = step.attention_mask_BT.shape[1] == words_BLH.shape[1] + num_virtual
         if first and virtual_tokens:
             soft_prompt = virtual_tokens[0]
             prompt, prompt_at = soft_prompt.tensor, step.prompt_at or [0] * len(words_BLH)
@@ -185,16 +188,25 @@ class PromptedBase(nn.Module):
                 prompt_at = [0] * len(words_BLH)  # keys and values precede all tokens
             words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt, prompt_at)
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
-        output: Any = self.model(
-            inputs_embeds=words_BLH,
-            attention_mask=step.attention_mask_BT,
-            position_ids=positions_BT[:, -words_BLH.shape[1] :],
-            past_key_values=step.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits_BV: Tensor = output.logits[:, -1].float()
-        return logits_BV
+        inputs = {
+            "inputs_embeds": words_BLH,
+            "attention_mask": step.attention_mask_BT,
+            "position_ids": positions_BT[:, -words_BLH.shape[1] :],
+            "use_cache": True,
+        }
+        logits_BV: Tensor
+        if self._only_recurrent:  # Mamba 2, whose own forward reads the weight of the head
+            output: Any = self.model.base_model(**inputs, cache_params=step.cache)
+            logits_BV = self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
+        else:
+            output = self.model(**inputs, past_key_values=step.cache, logits_to_keep=1)
+            logits_BV = output.logits[:, -1]
+        return logits_BV.float()
+
+    def new_cache(self) -> PastCache:
+        """Make an empty cache for decode steps."""
+        config = self.model.config
+        return PastCache(config if family_of(config, config.model_type).recurrent else None)
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:

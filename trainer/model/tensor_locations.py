@@ -114,7 +114,8 @@ def locate_parameters(
 
     def is_transposed(name: str) -> bool:
         path, _, own = name.rpartition(".")
-        turned = own in getattr(model.get_submodule(path), "transposed", ())
+        transposed = getattr(model.get_submodule(path), "transposed", None)
+        turned = isinstance(transposed, frozenset) and own in transposed
         turned = turned != (name in mapping.transposed)
         return turned and not stored[mapping.tensors[name][0]].by_rows
 

@@ -44,6 +44,9 @@ class LayerSizes:
         layer_norm: LayerNorm instead of RMSNorm; queries and keys have no norms.
         experts_per_token: 0 without experts.
         keeps_scores: attention saves its scores (capped, or with sinks).
+        recurrent: fp32 elements per token that a recurrent layer saves, in transformers' reference
+            implementation.
+        recurrent_work: fp32 elements per token of its largest temporary tensor.
     """
 
     layers: int
@@ -58,6 +61,8 @@ class LayerSizes:
     layer_norm: bool = False
     experts_per_token: int = 0
     keeps_scores: bool = False
+    recurrent: int = 0
+    recurrent_work: int = 0
 
     @property
     def mlp(self) -> int:
@@ -120,7 +125,7 @@ class BatchMemory:
         norms *= 4 if s.wide_norms else item
         mlp = item * s.mlp_tensors * s.mlp
         routed = s.experts_per_token * (item * s.hidden + 32)
-        return MARGIN * (norms + mlp + routed + self._attention())
+        return MARGIN * (norms + mlp + routed + self._attention() + 4 * s.recurrent)
 
     def _attention(self) -> float:
         s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
@@ -146,6 +151,7 @@ class BatchMemory:
         """Return the peak: all saved bytes, and the buffers of one layer."""
         s = self.sizes
         at_work = 4 * (3 * s.hidden + s.query_width + 2 * s.key_width + 3 * s.mlp)
+        at_work = max(at_work, 4 * s.recurrent_work)
         losses = 12 * s.hidden
         again = self.layer() if checkpointing else 0
         return self.saved(checkpointing) + self.rows.padding * (again + max(at_work, losses))

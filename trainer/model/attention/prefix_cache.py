@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 
 class PastCache(DynamicCache):
@@ -21,8 +21,13 @@ class PastCache(DynamicCache):
     layer before attention reads them.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: PretrainedConfig | None = None) -> None:
+        """Make an empty cache.
+
+        Args:
+            config: of a model with recurrent layers, whose states are kept as well.
+        """
+        super().__init__(config=config)
         self._past: Tensor | None = None
         self._places_BP: Tensor | None = None
 
