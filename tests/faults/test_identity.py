@@ -128,10 +128,17 @@ def data(case: Case) -> None:
     case.rows.write_text('{"text": "Takes insulin", "label": "metabolic"}\n' * 3)
 
 
+def chat_template_file(case: Case) -> None:
+    path = case.base.with_name("own.jinja")
+    path.write_text("{{ messages }}")
+    case.run["base"]["chat_template"] = str(path)
+
+
 CHANGES: list[tuple[Callable[[Case], None], set[str]]] = [
     (weights, {"base.model, its weights"}),
     (tokenizer, {"base.model, its tokenizer"}),
     (chat_template, {"base.model, its tokenizer", "base.model, its chat template"}),
+    (chat_template_file, {"base.model, its chat template"}),
     (config, {"base.model, its config"}),
     (dtype, {"base.dtype"}),
     (template, {"tasks.triage.input"}),
@@ -164,6 +171,19 @@ def test_compatible_changes_are_accepted(case: Case) -> None:
     saved = find_checkpoint(Path(case.run["output_dir"]), case.identity(), CONSOLE)
     assert saved is not None
     assert saved.step == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_settings_with_their_default(case: Case) -> None:
+    identity = case.identity()
+    older = {k: v for k, v in identity.items() if not k.endswith((".position", ".chat"))}
+    assert len(older) == len(identity) - 2
+    folder = Path(case.run["output_dir"]) / "checkpoints"
+    save_checkpoint(folder, 3, {}, checkpoint_state(3, older), 1)
+    saved = find_checkpoint(folder.parent, identity, CONSOLE)
+    assert saved is not None
+    assert saved.step == 3
+    case.run["tasks"][0]["chat"] = True
+    assert "tasks.triage.chat" in case.problems()
 
 
 @pytest.mark.fault("pointer to the newest checkpoint is missing or garbled")

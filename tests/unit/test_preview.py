@@ -99,6 +99,20 @@ def test_a_dialogue_has_one_text_for_each_turn_that_is_rewritten(tmp_path, token
     assert ":1, text 1 of 2: " in shown(texts, tokenizer)
 
 
+def test_virtual_tokens_inside_a_dialogue(tmp_path, tokenizer):
+    config = make_config(
+        tmp_path, [{"messages": TURNS[:2]}], messages="messages", validation_share=0
+    )
+    prompts = [config.prompts[0], config.prompts[0].model_copy(update={"position": "user"})]
+    config = config.model_copy(update={"prompts": prompts})
+    first, second = preview(config, tokenizer, 200, len(tokenizer), 1).texts
+    assert (first.position, first.to_json()["virtual_tokens_at"]) == ("front", 0)
+    header = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    assert (second.position, second.to_json()["virtual_tokens_at"]) == ("user", len(header))
+    assert ":1, position user: " in shown([first, second], tokenizer)
+    assert "user|\\n[virtual tokens]Hi|" in shown([second], tokenizer)
+
+
 def test_rows_of_token_ids(tmp_path, tokenizer):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}]
     config = make_config(tmp_path, rows, tokens={}, validation_share=0)

@@ -33,6 +33,11 @@ MAY_CHANGE = {
 PATHS = {"model", "revision", "chat_template", "train", "validation", "shifted_validation"}
 
 
+#: Settings that checkpoints of earlier versions lack, and the value that their runs had. Settings
+#: whose default is null need no entry.
+ADDED = {"position": "front", "chat": False}
+
+
 def run_identity(
     config: RunConfig, base: Mapping[str, str], dtype: str, tasks: Mapping[str, TaskData]
 ) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def find_checkpoint(
                 f"{output}: {steps} step(s) were logged, but no checkpoint was saved; starting over"
             )
         return None
-    before = saved.state["identity"]
+    before = _with_added(saved.state["identity"], identity)
     problems = [
         f"{key}: is {identity.get(key)!r}, but the run in {output} started with {before.get(key)!r}"
         for key in sorted(identity.keys() | before.keys())
@@ -95,6 +100,12 @@ def find_checkpoint(
         remedy = f"{output}: give another output_dir, or use --fresh to archive that run"
         raise BadInput([*problems, remedy])
     return saved
+
+
+def _with_added(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved identity with the settings of ``ADDED`` that it lacks."""
+    names = {key: key.rpartition(".")[2] for key in now.keys() - before.keys()}
+    return {**before, **{key: ADDED[name] for key, name in names.items() if name in ADDED}}
 
 
 def take_run_snapshot(

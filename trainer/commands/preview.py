@@ -81,12 +81,13 @@ def show(texts: Sequence[PreviewText], tokenizer: Any, out: TextIO) -> None:
     """Print texts, with colors on a terminal."""
     console = rich.console.Console(file=out, highlight=False, soft_wrap=not out.isatty())
     console.print(rich.text.Text(LEGEND, style="dim"))
-    of_row = Counter((text.task, text.row) for text in texts)
-    shown = Counter[tuple[str, int]]()
+    of_row = Counter((text.task, text.row, text.position) for text in texts)
+    shown = Counter[tuple[str, int, str]]()
     for text in texts:
-        example, row = text.example, (text.task, text.row)
+        example, row = text.example, (text.task, text.row, text.position)
         shown[row] += 1
         part = f", text {shown[row]} of {of_row[row]}" if of_row[row] > 1 else ""
+        part += f", position {text.position}" if text.position != "front" else ""
         held_out = part + (", held out" if text.split != "train" else "")
         console.print()
         console.print(

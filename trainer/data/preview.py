@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,16 @@ from trainer.runtime.errors import BadInput
 
 @dataclass(frozen=True)
 class PreviewText:
-    """One text of a row: a dialogue has several if its chat template rewrites earlier turns.
+    """One text of a row.
+
+    A dialogue has several if its chat template rewrites earlier turns, or if the prompts of its
+    task have several positions.
 
     Attributes:
         row: index among all rows of the task's train files.
         where: place of the row in its file.
         split: ``train``, or ``validation`` if the row is held out.
+        position: ``prompts.position``.
         labels: the token id, or -100 for a token that is not learned.
     """
 
@@ -36,6 +40,7 @@ class PreviewText:
     row: int
     where: str
     split: str
+    position: str
     example: Example
 
     @property
@@ -52,6 +57,7 @@ class PreviewText:
             "row": self.row,
             "where": self.where,
             "split": self.split,
+            "position": self.position,
             "input_ids": list(self.example.input_ids),
             "labels": self.labels,
             "virtual_tokens_at": self.example.prompt_at,
@@ -92,10 +98,14 @@ def preview(
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
         try:
             room = row_room(task, prompts, of_task, context_length)
-            for split, rows in _first_rows(task, count):
-                tokenized = tokenize(rows, task, tokenizer, room, date=date, end_ids=end_ids)
+            positions = dict.fromkeys(prompt.position for prompt in prompts) or ["front"]
+            split_rows = list(_first_rows(task, count))
+            for position, (split, rows) in itertools.product(positions, split_rows):
+                tokenized = tokenize(
+                    rows, task, tokenizer, room, position=position, date=date, end_ids=end_ids
+                )
                 check_vocabulary(tokenized.examples, vocab_size)
-                texts += _texts(task, split, rows, list(tokenized.examples))
+                texts += _texts(task, position, split, rows, list(tokenized.examples))
                 for number, what in ((tokenized.skipped, "skipped"), (tokenized.truncated, "cut")):
                     if number:
                         notes.append(f"task {task.name}: {number} of these rows: {what}: too long")
@@ -106,7 +116,7 @@ def preview(
         raise BadInput(problems)
     order = {task.name: i for i, task in enumerate(config.tasks)}
     texts.sort(key=lambda text: (order[text.task], text.row))  # stable: texts of a row in order
-    return Preview(texts, notes)
+    return Preview(texts, list(dict.fromkeys(notes)))
 
 
 def _first_rows(task: Task, count: int) -> Iterator[tuple[str, RowDataset]]:
@@ -117,7 +127,7 @@ def _first_rows(task: Task, count: int) -> Iterator[tuple[str, RowDataset]]:
     numbered = sorted(
         (number, name, index)
         for name, rows in datasets.items()
-        for index, number in enumerate(islice(rows.numbers.tolist(), count))
+        for index, number in enumerate(itertools.islice(rows.numbers.tolist(), count))
     )
     for name, rows in datasets.items():
         chosen = [index for _, of, index in numbered[:count] if of == name]
@@ -126,9 +136,9 @@ def _first_rows(task: Task, count: int) -> Iterator[tuple[str, RowDataset]]:
 
 
 def _texts(
-    task: Task, split: str, rows: RowDataset, examples: list[Example]
+    task: Task, position: str, split: str, rows: RowDataset, examples: list[Example]
 ) -> Iterator[PreviewText]:
     for example in examples:
         number = int(rows.numbers[example.row])
         for text in example.linear():
-            yield PreviewText(task.name, number, rows.where(example.row), split, text)
+            yield PreviewText(task.name, number, rows.where(example.row), split, position, text)
