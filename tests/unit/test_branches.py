@@ -11,6 +11,8 @@ import torch
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, VOCAB_SIZE, errors
 from tests.soft_prompts import soft_prompts
+from tests.unit.test_prefix_tuning import packed as packed_prefixes
+from tests.unit.test_prefix_tuning import pasts
 from trainer.data.token_table import Example
 from trainer.model.families import FAMILIES
 from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
@@ -38,6 +40,22 @@ def test_every_text_of_a_row_and_each_label_once():
     assert TREE.last_target == (7, 9)
     plain = replace(TREE, branches=())
     assert plain.linear() == [plain]
+
+
+def test_prefix_tuning_of_rows_with_branches(family: Any) -> None:
+    base = load_unsharded(family("llama"), "none")
+    values = pasts(base)
+    row = replace(TREE, input_ids=tuple(i + 20 for i in TREE.input_ids))
+    texts = [text for text in row.linear() if text.label_spans]
+    losses, gradients = packed([row], base, values)
+    expected, wanted = packed(texts, base, values)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert max(errors(gradients, wanted)) < 1e-5
+
+
+def packed(rows: list[Example], base: Any, values: list[Any]) -> tuple[list[float], list[Any]]:
+    """Mean loss of each prefix and its gradient."""
+    return packed_prefixes(base, [PackedRow(row, k, 0) for row in rows for k in (0, 1)], values)
 
 
 def test_segments_of_a_row_with_branches():

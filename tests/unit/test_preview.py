@@ -64,7 +64,7 @@ def test_rows_of_input_and_target(tmp_path, tokenizer):
     record = texts[0].to_json()
     assert record["input_ids"] == ids
     assert record["labels"] == [-100] * (len(ids) - 2) + ids[-2:]
-    assert (record["task"], record["virtual_tokens_at"]) == ("t", 0)
+    assert (record["task"], record["row"], record["virtual_tokens_at"]) == ("t", 1, 0)
     assert "[virtual tokens]<s>|I" in shown(texts, tokenizer)
     assert ">> yes|</s><<" in shown(texts, tokenizer)
 

@@ -51,10 +51,10 @@ class PreviewText:
         return labels
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record of ``validate --preview --json``."""
+        """Return the record of ``--json``; rows count from 1, as in predictions."""
         return {
             "task": self.task,
-            "row": self.row,
+            "row": self.row + 1,
             "where": self.where,
             "split": self.split,
             "position": self.position,
