@@ -102,6 +102,20 @@ def _mrope(section: int, **more: Any) -> dict[str, Any]:
 
 _LAYERS = {"mlp_layer_types": ["dense", "sparse"]}
 
+_GEMMA4 = {
+    **_LLAMA,
+    **_ALTERNATING,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
 #: A recurrent layer and one with attention.
 _DELTA = {
     "linear_num_key_heads": 2,
@@ -134,6 +148,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "gemma3_text",
         {**_LLAMA, **_ALTERNATING, "head_dim": 16, "rope_parameters": _ROPES},
+    ),
+    "gemma4": ("gemma4_text", _GEMMA4),
+    "gemma4-moe": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 4,
+            "moe_intermediate_size": 40,
+            "attention_k_eq_v": True,
+        },
     ),
     "phi": ("phi", {**_LLAMA, **_HALF}),
     "phi3": ("phi3", {**_LLAMA, "sliding_window": WINDOW}),
@@ -443,8 +469,8 @@ def quantize_plain(model: Any) -> None:
             _round(module.weight, transposed=True)
         elif isinstance(module, nn.Linear) and module is not head:
             _round(module.weight)
-        elif hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed"):
-            _round(module.gate_up_proj, module.is_transposed)
+        elif hasattr(module, "down_proj") and hasattr(module, "is_transposed"):
+            _round(module.gate_up_proj if module.has_gate else module.up_proj, module.is_transposed)
             _round(module.down_proj, module.is_transposed)
 
 

@@ -36,6 +36,17 @@ _VISION: dict[str, Any] = {
 #: Containers by model_type: the case of their text model, and settings of their own.
 CONTAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {"vision_config": _VISION, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4", {"vision_config": None, "audio_config": None}),
+    "ministral3": ("ministral3", {"vision_config": {"model_type": "pixtral", **_VISION}}),
+    "qwen3_5": (
+        "qwen3_5",
+        {
+            "vision_config": {
+                **{"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1},
+                **{"patch_size": 14, "out_hidden_size": 48},
+            }
+        },
+    ),
     "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", **_VISION}}),
     "qwen2_audio": (
         "qwen2",
@@ -60,9 +71,8 @@ def save_container(folder: Path, container: str) -> Path:
     """Write a multimodal folder whose text model is a family's case."""
     case, settings = CONTAINERS[container]
     text = {**family_config(case).to_dict(), "tie_word_embeddings": False}
-    config = AutoConfig.for_model(
-        container, text_config=text, tie_word_embeddings=False, **settings
-    )
+    kind = {"ministral3": "mistral3"}.get(container, container)
+    config = AutoConfig.for_model(kind, text_config=text, tie_word_embeddings=False, **settings)
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
     model = kind.from_config(config)

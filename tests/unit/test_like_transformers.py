@@ -260,8 +260,9 @@ class TestTies:
         """Cohere 2 scales its logits; Aya Vision does not."""
         assert "use a release of the text model alone" in refusal(container(root, "aya_vision"))
 
-    def test_a_container_of_sounds(self, root: Path) -> None:
-        assert_alike(container(root, "qwen2_audio"))
+    @pytest.mark.parametrize("kind", ["qwen2_audio", "gemma4", "ministral3", "qwen3_5"])
+    def test_other_containers(self, root: Path, kind: str) -> None:
+        assert_alike(container(root, kind))
 
     @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
     def test_the_vision_tower_is_neither_read_nor_held(

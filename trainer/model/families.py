@@ -45,6 +45,7 @@ class Family:
 
 
 _PADDED_ROWS = "its rows are padded, and keys and values can only precede packed rows"
+_PER_LAYER = "its layers read inputs by token id, which virtual tokens do not have"
 _TWO_SIZES = "its keys and values are of different sizes"
 _BIDIRECTIONAL = {
     "use_bidirectional_attention": "tokens attend to later tokens: not a causal model"
@@ -78,6 +79,11 @@ FAMILIES: dict[str, Family] = {
         cached_attention="eager", refused=_BIDIRECTIONAL, norm_inputs=4, keeps_scores=True
     ),
     "gemma3_text": Family(refused=_BIDIRECTIONAL, norm_inputs=4),
+    "gemma4_text": Family(
+        refused={**_BIDIRECTIONAL, "hidden_size_per_layer_input": _PER_LAYER},
+        no_prefix_tuning=_TWO_SIZES,
+        norm_inputs=7,
+    ),
     **dict.fromkeys(("glm4", "glm4v_text"), Family(norm_inputs=4)),
     "gpt2": Family(
         refused={"add_cross_attention": "it is the decoder of an encoder-decoder"},
@@ -121,9 +127,7 @@ UNSUPPORTED: dict[str, str] = {
     "bart": "an encoder-decoder does not take virtual tokens before its text",
     "bert": "it is not a causal language model",
     "falcon_h1": "its embeddings are scaled only if it gets token ids, not virtual tokens",
-    "gemma3n": "its layers read inputs by token id, which virtual tokens do not have",
-    "gemma3n_text": "its layers read inputs by token id, which virtual tokens do not have",
-    "gemma4_text": "its layers read inputs by token id, which virtual tokens do not have",
+    "gemma3n_text": _PER_LAYER,
     "jamba": "it reads the weight of a linear layer directly, which int8 storage does not allow",
     "llama4_text": "its experts are not computed by transformers' common expert layer",
     "mamba": "it has not been compared with transformers; use Mamba 2",
@@ -210,14 +214,16 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     if latent := _first(config, "qk_nope_head_dim"):  # keys are computed from a smaller state
         head_size = int(latent) + int(config.qk_rope_head_dim)
     key_heads = int(_first(config, "num_key_value_heads", "num_kv_heads") or heads)
-    experts = int(_first(config, "num_experts_per_tok") or 0)
-    if not getattr(config, "is_moe", True):
+    experts = int(_first(config, "num_experts_per_tok", "top_k_experts") or 0)
+    dense = getattr(config, "enable_moe_block", None)  # Gemma 4: a dense MLP beside the experts
+    if not getattr(config, "is_moe", True) or dense is False:
         experts = 0
     widths: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     widths = ("moe_intermediate_size", *widths) if experts else widths
     width = int(_first(config, *widths) or (_first(config, "expansion_ratio") or 4) * hidden)
     # Experts shared by all tokens are added to the selected ones.
     shared = -(-int(_first(config, "shared_expert_intermediate_size") or 0) // width)
+    shared += -(-int(config.intermediate_size) // width) if dense else 0
     shared += _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
     recurrent, recurrent_work = _recurrent_sizes(config) if family.recurrent else (0, 0)
     slow = _first(config, "hidden_act", "activation_function", "hidden_activation") in SLOW_GELUS
@@ -254,6 +260,15 @@ def _recurrent_sizes(config: PretrainedConfig) -> tuple[int, int]:
 
 def _first(config: PretrainedConfig, *names: str) -> Any:
     """The first of these settings that is not None; of a list over layers, the maximum."""
-    values = (getattr(config, name, None) for name in names)
+    values = (_setting(config, name) for name in names)
     value = next((value for value in values if value is not None), None)
     return max(value) if isinstance(value, list | tuple) else value
+
+
+def _setting(config: PretrainedConfig, name: str) -> Any:
+    """A setting, or None; its values for all layers if they may differ (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError of transformers
+        layers = config.per_layer_config
+        return [getattr(layers[i], name) for i in range(config.num_hidden_layers)]

@@ -70,7 +70,7 @@ def check_config(path: Path) -> None:
         f"{path}: {key}: {value} is more than any model has; use the config.json that belongs to "
         "these weights"
         for key, value in _numbers(raw)
-        if value > (MAX_LAYERS if "layer" in key or key.endswith("[]") else 2**62)
+        if value > (MAX_LAYERS if re.search(r"(?<!per_)layer|\[\]$", key) else 2**62)
     ]
     kind = raw.get("model_type")
     if kind is not None and not isinstance(kind, str):

@@ -7,6 +7,7 @@ For the text model of a multimodal container, the container's names and tying ap
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict
     inner = next((p for p, m in modules.items() if type(m) is type(text.base_model)), None)
     head = loader.get_output_embeddings()
     own_head = text.get_output_embeddings()
-    if inner is not None and logit_scale_and_cap(text) != (1.0, None):
+    scales = logit_scale_and_cap(text) != (1.0, None)
+    if inner is not None and scales and not _scales_logits(loader):
         raise BadInput(
             f"base.model: {name!r} is a {type(loader).__name__}, whose own head "
             f"lacks the logit scaling of {type(text).__name__} (logit_scale, logits_scaling, "
@@ -126,6 +128,12 @@ def _paths_in(loader: PreTrainedModel, text: PreTrainedModel, name: str) -> dict
             p for p, m in modules.items() if m is head
         ),
     }
+
+
+def _scales_logits(loader: PreTrainedModel) -> bool:
+    """Whether a container applies the logit scaling of its text model (Gemma 4 does)."""
+    source = inspect.getsource(type(loader).forward)
+    return any(name in source for name in ("logit_scale", "logits_scaling", "softcapping"))
 
 
 def _renamed(parameter: str, paths: Mapping[str, str]) -> str:

@@ -21,30 +21,33 @@ from trainer.model.layers.int8_matmul import frozen_matmul
 from trainer.model.layers.linear import absmax_name
 from trainer.model.layers.quantization import INT8_MAX
 
-MATRICES = ("gate_up_proj", "down_proj")
-BIASES = ("gate_up_proj_bias", "down_proj_bias")
-
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is transformers' stacked experts (``use_experts_implementation``)."""
-    return hasattr(module, "is_transposed") and all(hasattr(module, name) for name in MATRICES)
+    return hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 class FrozenExperts(nn.Module):
     """All experts of one layer, with the signature of transformers' experts.
 
     Attributes:
-        gate_up_proj, down_proj: Parameters [E, 2 I, H] and [E, H, I], int8 or float.
+        gate_up_proj, down_proj: Parameters [E, 2 I, H] and [E, H, I], int8 or float. Experts
+            without gate (Nemotron-H) have ``up_proj``, [E, I, H].
         gate_up_proj_absmax, down_proj_absmax: fp32 buffers [E, 2 I] and [E, H] if int8.
         transposed: names of parameters that the checkpoint stores as [E, K, N].
     """
 
     def __init__(self, experts: Any, quantized: bool) -> None:
         super().__init__()
-        self._apply_gate: Callable[[Tensor], Tensor] = fused_gate(experts) or experts._apply_gate
-        self.num_experts: int = experts.gate_up_proj.shape[0]
-        self.transposed = frozenset(MATRICES if experts.is_transposed else ())
-        for name in MATRICES:
+        gated = getattr(experts, "has_gate", True)
+        self._apply_gate: Callable[[Tensor], Tensor] = (
+            fused_gate(experts) or experts._apply_gate if gated else experts.act_fn
+        )
+        self._up = "gate_up_proj" if gated else "up_proj"
+        matrices = (self._up, "down_proj")
+        self.num_experts: int = experts.down_proj.shape[0]
+        self.transposed = frozenset(matrices if experts.is_transposed else ())
+        for name in matrices:
             shape = getattr(experts, name).shape
             if experts.is_transposed:
                 shape = torch.Size((shape[0], shape[2], shape[1]))
@@ -53,7 +56,7 @@ class FrozenExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
             absmax = torch.empty(shape[:-1], dtype=torch.float32, device="meta")
             self.register_buffer(absmax_name(name), absmax if quantized else None)
-        for name in BIASES:
+        for name in (f"{name}_bias" for name in matrices):
             bias = getattr(experts, name, None)
             if bias is not None:
                 bias = nn.Parameter(torch.empty(bias.shape, device="meta"), requires_grad=False)
@@ -76,8 +79,8 @@ class FrozenExperts(nn.Module):
         return (output_TRH * weight_TR[..., None]).sum(1).to(hidden_TH.dtype)
 
     def _expert(self, tokens: Tensor, e: int) -> Tensor:
-        gate_up = self._project("gate_up_proj", tokens, e)
-        return self._project("down_proj", self._apply_gate(gate_up), e)
+        up = self._project(self._up, tokens, e)
+        return self._project("down_proj", self._apply_gate(up), e)
 
     def _project(self, name: str, x: Tensor, e: int) -> Tensor:
         y = frozen_matmul(x, partial(self._matrix, name, e))
