@@ -4,12 +4,13 @@
    process or, for many rows, in the worker processes of ``worker_pool``.
 2. A ``RowTokenizer`` (``row_tokenizer``) converts a batch of rows to a ``TokenBlock`` and a
    ``TokenizationReport``: ``TextRowTokenizer`` (``text``) for input and target,
-   ``DialogueRowTokenizer`` (``chat``) for dialogues, ``TokenIdRowReader`` (``token_ids``) for
-   tokenized rows. A dialogue whose chat template rewrites earlier turns is an ``Example`` with
-   branches.
-3. They use ``TextTokenizer`` (``tokenizer``), which tokenizes targets as continuations of inputs,
+   ``DialogueRowTokenizer`` (``dialogue_rows``) for dialogues, ``TokenIdRowReader``
+   (``token_ids``) for tokenized rows.
+3. ``DialogueEncoder`` (``chat``) finds the tokens that generation reads and writes in each learned
+   turn. A dialogue whose chat template rewrites earlier turns becomes an ``Example`` with branches.
+4. They use ``TextTokenizer`` (``tokenizer``), which tokenizes targets as continuations of inputs,
    and ``ChatTemplate`` (``chat_template``), which writes dialogues as text within a CPU time limit
    (``cpu_limit``).
-4. ``tokenize`` joins the blocks into a ``TokenTable`` (memory-mapped from ``token_cache`` for many
+5. ``tokenize`` joins the blocks into a ``TokenTable`` (memory-mapped from ``token_cache`` for many
    rows) and returns it as ``Tokenized``, or raises the problems of all rows.
 """
