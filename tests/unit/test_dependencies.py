@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.task import DataSource
+from trainer.config.data_source import DataSource
 from trainer.data.table_readers import open_hub
 from trainer.runtime.errors import BadInput
 from trainer.tracking.pusher import where_to_look
