@@ -191,7 +191,7 @@ _NEMOTRON = (
 {%- endif %}"""
 )
 
-#: A turn has no end of its own: the next one begins.
+#: A turn has no end mark: the next turn begins.
 _GLM = (
     """\
 [gMASK]<sop>
@@ -278,7 +278,7 @@ _LLAMA_3 = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}"""
 
-#: System turn and tools stand before the last user's turn.
+#: System turn and tools are before the last user's turn.
 _MISTRAL = """\
 {%- if messages[0].role == 'system' %}
     {%- set first = messages[0].content %}{%- set turns = messages[1:] %}
