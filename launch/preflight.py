@@ -121,7 +121,8 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
     path = Path(target)
     if is_run_dir(target):
         return check_config(load_output(path, overrides), trains=False)
-    if os.path.isfile(path) or path.suffix in (".yaml", ".yml"):
+    is_file = os.path.isfile(path) and path.suffix != ".gguf"
+    if is_file or path.suffix in (".yaml", ".yml"):
         return check_run(target, overrides)
     folder = resolve_path(target)
     if os.path.isdir(folder) and not (folder / "config.json").is_file():
@@ -129,7 +130,7 @@ def check_target(target: str, overrides: Sequence[str]) -> RunConfig | Base:
             f"{target}: has neither a run.yaml (the output folder of a run) nor a config.json "
             "(a model's folder); give a run file, a run's folder, or a model's folder or hub id"
         )
-    if not os.path.isdir(folder) and _looks_local(target):
+    if not os.path.exists(folder) and _looks_local(target):
         raise BadInput(
             f"{target}: no such file or folder; give a run file, a run's folder, or a model's "
             "folder or hub id"
@@ -180,8 +181,11 @@ def _base(config: RunConfig) -> Iterator[str]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             yield f"base.model: {name} is not a model folder (no config.json)"
+        else:
+            yield from _quantization(folder, name)
     elif folder.exists():
-        yield f"base.model: {name} is a file; give its folder"
+        if folder.suffix != ".gguf":
+            yield f"base.model: {name} is a file; give its folder"
     elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
     if config.base.chat_template is not None:
@@ -191,6 +195,22 @@ def _base(config: RunConfig) -> Iterator[str]:
             read_chat_template(config.base.chat_template)
         except BadInput as error:
             yield from error.problems
+
+
+def _quantization(folder: Path, name: str) -> Iterator[str]:
+    """Yield the reason if the weights of a model folder are in a format that cannot be read."""
+    from trainer.model.quantization_config import quantization_problem
+
+    try:
+        config = read_json_object(folder / "config.json")
+    except BadInput as error:
+        yield from error.problems
+        return
+    for section in (config, config.get("text_config")):
+        method = section.get("quantization_config") if isinstance(section, dict) else None
+        problem = quantization_problem(method, name) if isinstance(method, dict) else None
+        if problem:
+            yield problem
 
 
 def _looks_local(name: str) -> bool:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import VOCAB_SIZE, save_random
 from benchmarks.unsharded_base import LocalSharder, load_shard, load_unsharded
+from launch import preflight
 from tests.family_bases import CASES, save_family
 from tests.odd_folders import SINGLE
 from tests.quantized_folders import (
@@ -243,6 +244,7 @@ class TestRefusals:
         (problem,) = refused.value.problems
         assert f"are stored in {stored}, not supported" in problem
         assert "use a release of the model in 16 bits or FP8" in problem
+        assert list(preflight._quantization(folder, str(folder))) == [problem]
 
     def test_missing_scales(self, plain: Path, tmp_path: Path) -> None:
         quantize_folder(plain, FORMATS["fp8 per row"], tmp_path / "m", tmp_path / "d")

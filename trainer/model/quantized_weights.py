@@ -21,12 +21,10 @@ from trainer.model.encodings import (
     ScaledBlocks,
     ScaleGrid,
 )
+from trainer.model.quantization_config import SCALED_METHODS, quantization_problem
 from trainer.model.safetensors_reader import Encoding, StoredTensor, scales_name
 from trainer.runtime.errors import BadInput
 
-#: Formats of compressed-tensors whose weights are one tensor of 8-bit values and their scales.
-_COMPRESSED_FORMATS = (None, "dense", "float-quantized", "int-quantized", "naive-quantized")
-_SCALED_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors")
 #: Default block of transformers' FineGrainedFP8Config.
 _FP8_BLOCK = (128, 128)
 #: Tensors that describe activations, the key-value cache or packing: not part of a weight.
@@ -45,59 +43,10 @@ def accept_quantization(config: PretrainedConfig, name: str) -> dict[str, Any] |
     if settings is None:
         return None
     method: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
-    kind = method.get("quant_method", "an unknown format")
-    reason = ""
-    if kind == "compressed-tensors":
-        reason = _compressed_problem(method)
-    elif kind == "bitsandbytes":
-        reason = "" if method.get("load_in_8bit") else "4 bits"
-    elif kind not in (*_SCALED_METHODS, "mxfp4"):
-        reason = "cannot be read"
-    if reason:
-        raise BadInput(_refusal(str(kind), reason, name))
+    if problem := quantization_problem(method, name):
+        raise BadInput(problem)
     del config.quantization_config
     return method
-
-
-def _compressed_problem(method: Mapping[str, Any]) -> str:
-    """What cannot be read in compressed-tensors' settings; empty if all can."""
-    groups = method.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
-    if not groups or not all(isinstance(group, dict) for group in groups):
-        return "without config_groups"
-    sparsity = method.get("sparsity_config")
-    sparse = sparsity.get("format") if isinstance(sparsity, dict) else None
-    if sparse not in (None, "dense"):
-        return f"sparse: {sparse}"
-    for group in groups:
-        weights = group.get("weights")
-        bits = weights.get("num_bits") if isinstance(weights, dict) else 8
-        if bits != 8:
-            return f"{bits} bits"
-        layout = group.get("format") or method.get("format")
-        if layout not in _COMPRESSED_FORMATS:
-            return f"format {layout}"
-    return ""
-
-
-def _refusal(kind: str, reason: str, name: str) -> str:
-    load = f"AutoModelForCausalLM.from_pretrained({name!r}"
-    # In the original format, transformers may write tensor names that it cannot load.
-    save = (
-        "save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.from_pretrained("
-        f"{name!r}).save_pretrained(NEW_FOLDER)"
-    )
-    remedy = "use a release of the model in 16 bits or FP8"
-    if kind == "compressed-tensors":
-        dequantized = "quantization_config=CompressedTensorsConfig(dequantize=True)"
-        remedy += (
-            ", or convert it to 16 bits once with transformers (requires the package "
-            f"compressed-tensors): {load}, {dequantized}).{save}"
-        )
-    elif kind == "bitsandbytes":
-        remedy += f", or convert it to 16 bits once with transformers: {load}).dequantize().{save}"
-    stored = kind if reason == "cannot be read" else f"{kind} ({reason})"
-    return f"base.model: the weights of {name!r} are stored in {stored}, not supported; {remedy}"
 
 
 def combine_tensors(
@@ -114,7 +63,7 @@ def combine_tensors(
     kind = None if method is None else method.get("quant_method")
     if kind == "mxfp4":
         return _combine_mxfp4(tensors)
-    if kind not in _SCALED_METHODS:
+    if kind not in SCALED_METHODS:
         return dict(tensors)
     assert method is not None
     combined = {name: stored for name, stored in tensors.items() if not _UNUSED.search(name)}
