@@ -134,7 +134,7 @@ def _train(
         lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
         loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
     loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times)
-    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks)
+    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks, console)
     if fresh:  # all checks have passed
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     if saved is None and loop.predictions is not None:
@@ -274,16 +274,32 @@ def _fixed_texts(
     files: BaseFiles,
     loaded: LoadedBase,
     tasks: Mapping[str, TaskData],
-) -> dict[str, FixedText]:
-    """Return the text that is in a prompt's segment in all rows, by prompt; a collective."""
-    embed, texts = embedding_function(loaded.model, engine.device), {}
+    console: Console,
+) -> dict[str, FixedText | None]:
+    """Return the text that is in a prompt's segment in all rows, by prompt; a collective.
+
+    None: the text before the virtual tokens differs between rows.
+    """
+    embed = embedding_function(loaded.model, engine.device)
+    texts: dict[str, FixedText | None] = {}
     for prompt in config.prompts:
+        if prompt.entry.trains_prefix:
+            continue
         leading = tasks[prompt.task].train_at(prompt.position).leading
-        if leading is not None and leading.input_ids:
+        if leading is None:
+            texts[prompt.name] = None
+        elif leading.input_ids:
             ids, at = leading.input_ids, leading.prompt_at
             shown = (files.tokenizer.decode(list(part)) for part in (ids[:at], ids[at:]))
             before, after = map(str, shown)
             texts[prompt.name] = FixedText(ids, at, embed(ids).cpu(), (before, after))
+    inside = [name for name, text in texts.items() if text is None]
+    if inside:
+        console.warn(
+            f"{len(inside)} prompt(s) stand after text that differs between rows, where PEFT "
+            "cannot put them; their adapters have the virtual tokens only, and the model cards "
+            f"describe how to use them: {', '.join(inside[:8])}{', ...' if inside[8:] else ''}"
+        )
     return texts
 
 

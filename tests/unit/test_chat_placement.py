@@ -134,6 +134,31 @@ def test_fixed_text_of_the_template_is_once_in_a_packed_batch(tmp_path, tokenize
     assert tokenizer.decode(list(leading.input_ids[leading.prompt_at :])) == " brief."
 
 
+@pytest.mark.parametrize("position", ["front", "system", "user"])
+def test_characters_of_the_private_use_area_are_text(tmp_path, tokenizer, position) -> None:
+    rows = [{"text": "And\ue000? \uf8ff", "label": "Hello."}, {"text": "And", "label": "Hello."}]
+    task = classification()
+    row, other = examples(tmp_path, task, tokenizer, rows, position=position)
+    assert row.prompt_at == other.prompt_at
+    assert "And\ue000? \uf8ff" in tokenizer.decode(list(row.input_ids))
+
+
+def test_text_that_the_template_ignores_is_refused(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ '<|user|>' + m.content + '<|end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|user|>' }}{% endif %}"
+    )
+    ignored = "the chat template ignores turns of the system"
+    rows = [{"text": "And?", "label": "Hello."}]
+    with pytest.raises(BadInput, match=rf"tasks\.t\.system: {ignored}"):
+        examples(tmp_path, classification(system="Be brief."), tokenizer, rows)
+    with pytest.raises(BadInput, match=rf"tasks\.t\.hand_written: {ignored}"):
+        examples(tmp_path, dialogues(), tokenizer, [{"messages": TURNS[:2]}], prefix="Add json")
+    config = config_of(tmp_path, {"messages": "messages"}, DISTILL)
+    with pytest.raises(BadInput, match=rf"prompts\.p0\.teacher: {ignored}"):
+        teachers_of(config, tokenizer)
+
+
 def test_choices_differ_in_the_answer_only(tmp_path, tokenizer) -> None:
     rows, task = [{"text": "And?", "label": "Fine, so 3"}], classification()
     first, second = examples(tmp_path, task, tokenizer, rows, per_choice=True)

@@ -133,6 +133,20 @@ def test_a_long_row_is_shortened_in_the_middle_on_the_terminal_only(tmp_path, to
     assert len(re.findall(r"\|", printed)) < preview_command.MAX_TOKENS + 20
 
 
+def test_the_place_of_the_prompt_is_shown_in_the_middle_of_a_long_row(tmp_path, tokenizer):
+    config = make_config(
+        tmp_path,
+        [{"text": "Hi " * 300, "label": "yes"}],
+        input=f"{'Hi ' * 300}good {{virtual_tokens}} {{text}}",
+        target="{label}",
+        validation_share=0,
+    )
+    (text,) = preview(config, tokenizer, 4000, len(tokenizer), 1).texts
+    before, _, after = shown([text], tokenizer).partition("[virtual tokens]")
+    assert before.endswith("good| ")
+    assert (before.count(" tokens, 0 learned"), after.count(" tokens, 0 learned")) == (1, 1)
+
+
 def test_tokens_cannot_control_the_terminal(tokenizer):
     ids = tokenizer("\x1b[2J\n\\é", add_special_tokens=False)["input_ids"]
     printed = "".join(token_text(tokenizer, token) for token in ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,13 @@ from tests.soft_prompts import soft_prompts
 from tests.unit.test_tokenize import ids, make_rows, make_task, make_tokenizer
 from trainer.config import Prompt
 from trainer.data.teacher import teachers_of
-from trainer.data.token_table import Example, TokenTable
+from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory
 from trainer.data.tokenization.tokenize import encode_halves, tokenize
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.prompted_model import DecodeStep
 from trainer.packing.packed_batch import PackedRow, build_packed_batch, build_teacher_batch
 from trainer.packing.planning import plan_batches
-from trainer.prompts.peft_adapter import FixedText, load_peft, save_peft
+from trainer.prompts.peft_adapter import CARD, FixedText, load_peft, save_peft
 from trainer.prompts.saved_prompts import SEGMENT, find_source
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
@@ -75,6 +76,32 @@ def test_a_hand_written_prompt_replaces_the_virtual_tokens(tmp_path: Path) -> No
     rows = make_rows(tmp_path, [("a", "yes")], task)
     (example,) = tokenize(rows, task, make_tokenizer(), 100, prefix="b b").examples
     assert example == Example(ids("<s> c d b b e : a Answer : yes </s>"), ((10, 12),), 0)
+
+
+def test_the_fixed_text_of_all_rows_ends_where_one_differs(tmp_path: Path) -> None:
+    rows = list(table(tmp_path, [("a b", "yes"), ("c", "no")]))
+    assert in_memory([TokenBlock.of(rows)]).leading == Example(ids("<s> c d e :"), (), -1, 3, 5)
+    shorter = replace(rows[1], prompt_end=4)
+    assert in_memory([TokenBlock.of([rows[0], shorter])]).leading == Example(
+        ids("<s> c d e"), (), -1, 3, 4
+    )
+    other = replace(rows[1], input_ids=(*ids("<s> d"), *rows[1].input_ids[2:]))
+    assert in_memory([TokenBlock.of([rows[0], other])]).leading is None
+
+
+@pytest.mark.parametrize("template", ["{text}{virtual_tokens}", "{text} {virtual_tokens} a"])
+def test_without_a_target_tokens_follow_the_virtual_tokens(tmp_path: Path, template: str) -> None:
+    for too_long in ("refuse", "truncate"):
+        with pytest.raises(BadInput, match="less than two tokens after the virtual tokens"):
+            table(
+                tmp_path,
+                [("a b c d", "")],
+                5,
+                target="",
+                input=template,
+                append_eos=False,
+                too_long=too_long,
+            )
 
 
 def test_without_a_target_the_row_itself_is_learned(tmp_path: Path) -> None:
@@ -201,6 +228,30 @@ def test_an_exported_prompt_contains_the_text_around_it(tmp_path: Path) -> None:
         torch.testing.assert_close(loss_N[batch.label_slot_N == i], wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(load_peft(adapter).tensor, prompt_PH)
     assert find_source(str(adapter)).num_virtual_tokens == 4
+    assert 'include the text "<s> c d" before the trained ones' in (adapter / CARD).read_text()
     (adapter / SEGMENT).write_text('{"before": [1], "num_virtual_tokens": 4, "after": []}')
     with pytest.raises(BadInput, match=r"segment\.json: is damaged"):
         find_source(str(adapter))
+
+
+def test_the_card_of_a_prompt_inside_the_rows_inserts_it_there(tmp_path: Path) -> None:
+    """The code of the model card gives the loss of the packed batch."""
+    save_family(tmp_path / "base", "llama")
+    base, model = load_unsharded(tmp_path / "base", "none"), plain_model(tmp_path / "base", "none")
+    prompt_PH, row = torch.randn(4, base.hidden_size), (3, 5, 6, 2, 7)
+    batch = build_packed_batch([PackedRow(Example(row, ((4, 5),), 0, 2, 2), 0, 0)], [4])
+    loss_N: Tensor = base(batch, [VirtualTokens(prompt_PH)]).losses.loss_N
+    adapter = tmp_path / "adapter"
+    save_peft(
+        *(adapter, VirtualTokens(prompt_PH), str(tmp_path / "base")),
+        num_layers=model.config.num_hidden_layers,
+        num_attention_heads=model.config.num_attention_heads,
+        inside=True,
+    )
+    card = (adapter / CARD).read_text()
+    code = card.split("```python\n")[-1].split("base.generate")[0]
+    names = {"torch": torch, "base": model, "place": 2, "input_ids": torch.tensor([row])}
+    names["model"] = PeftModel.from_pretrained(model, adapter)
+    exec(code, names)
+    logits = model(inputs_embeds=names["embeds"], use_cache=False).logits[0, -2:-1]
+    torch.testing.assert_close(loss_N, cross_entropy(logits, torch.tensor(row[-1:]))[None])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: A longer text is shortened in the middle to fewer tokens, on the terminal.
 MAX_TOKENS, SHOWN_TOKENS = 200, 160
+#: Tokens that are always shown before and after the virtual tokens.
+NEAR_TOKENS = 10
 #: Marks of learned tokens and of the virtual tokens, which are legible without colors.
 LEARNED, VIRTUAL = (">>", "<<"), "[virtual tokens]"
 LEGEND = f"tokens are divided by |; {LEARNED[0]}learned{LEARNED[1]}; \\n is a line break"
@@ -103,24 +105,22 @@ def show(texts: Sequence[PreviewText], tokenizer: Any, out: TextIO) -> None:
 def _pieces(text: PreviewText, tokenizer: Any) -> Iterator[tuple[str, str]]:
     """Yield pieces of a text with their styles."""
     ids, labels = text.example.input_ids, text.labels
-    hidden = range(0)
-    if len(ids) > MAX_TOKENS:
-        hidden = range(SHOWN_TOKENS // 2, len(ids) - SHOWN_TOKENS // 2)
-    before = False
+    gaps = {gap.start: gap for gap in _gaps(len(ids), text.example.prompt_at)}
+    before, resumed = False, 0
     for place, token in enumerate(ids):
         learned = labels[place] >= 0
-        if place in hidden:
-            if place == hidden.start:
-                yield (LEARNED[1], "green") if before else ("", "")
-                count = sum(labels[i] >= 0 for i in hidden)
-                yield f" ... {len(hidden):,} tokens, {count:,} learned ... ", "dim"
-                before = False
+        if place in gaps:
+            yield (LEARNED[1], "green") if before else ("", "")
+            count = sum(labels[i] >= 0 for i in gaps[place])
+            yield f" ... {len(gaps[place]):,} tokens, {count:,} learned ... ", "dim"
+            before, resumed = False, gaps[place].stop
+        if place < resumed:
             continue
         if before and not learned:
             yield LEARNED[1], "green"
         if place == text.example.prompt_at:
             yield VIRTUAL, "bold cyan"
-        elif place and before == learned and place != hidden.stop:
+        elif place and before == learned and place != resumed:
             yield "|", "dim"
         if learned and not before:
             yield LEARNED[0], "green"
@@ -128,6 +128,16 @@ def _pieces(text: PreviewText, tokenizer: Any) -> Iterator[tuple[str, str]]:
         before = learned
     if before:
         yield LEARNED[1], "green"
+
+
+def _gaps(length: int, prompt_at: int) -> list[range]:
+    """Return the tokens of a long text that are not shown, which are not near the prompt."""
+    if length <= MAX_TOKENS:
+        return []
+    start, stop = SHOWN_TOKENS // 2, length - SHOWN_TOKENS // 2
+    near = range(prompt_at - NEAR_TOKENS, prompt_at + NEAR_TOKENS)
+    gaps = [range(start, min(stop, near.start)), range(max(start, near.stop), stop)]
+    return list(filter(None, gaps)) if start < prompt_at < stop else [range(start, stop)]
 
 
 def token_text(tokenizer: Any, token: int) -> str:

@@ -92,7 +92,7 @@ def preview(
     """
     problems: list[str] = []
     texts, notes = list[PreviewText](), list[str]()
-    teachers = teachers_of(config, tokenizer)
+    teachers = teachers_of(config, tokenizer, date)
     for task in config.tasks:
         prompts = [prompt for prompt in config.prompts if prompt.task == task.name]
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}

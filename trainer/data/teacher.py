@@ -111,7 +111,10 @@ def teachers_of(
             teacher = Teacher(len(known), tuple(ids), 0)
         empty = teacher.replaced or tuple(encoder.front)[: teacher.num_special]
         if teacher.token_ids == empty:
-            raise BadInput(f"prompts.{prompt.name}.teacher: has no tokens; write some words")
+            problem = "has no tokens; write some words"
+            if teacher.replaced:
+                problem = "the chat template ignores turns of the system; use one that writes them"
+            raise BadInput(f"prompts.{prompt.name}.teacher: {problem}")
         key = teacher.num_special, teacher.token_ids, teacher.replaced, teacher.position
         teachers[prompt.name] = known.setdefault(key, teacher)
     return teachers

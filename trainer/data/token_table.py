@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, overload
 
@@ -230,18 +231,22 @@ class TokenTable(Sequence[Example]):
 
     @cached_property
     def leading(self) -> Example | None:
-        """The tokens that all examples have in the prompt's segment; None if they differ."""
+        """The tokens that all examples have in the prompt's segment.
+
+        None if tokens before the virtual tokens differ.
+        """
         if not len(self):
             return None
-        at, end = self._places_R2[0].tolist()
-        starts_R = self._offsets[:-1]
-        same = bool((self._places_R2 == self._places_R2[0]).all()) and all(
-            # By column: a copy of the leading tokens of all rows may not fit in memory.
-            bool((self._ids_T[starts_R + place] == self._ids_T[place]).all())
-            for place in range(end)
+        at, starts_R = int(self._places_R2[0, 0]), self._offsets[:-1]
+        # By column: a copy of the leading tokens of all rows may not fit in memory.
+        same = takewhile(
+            lambda place: (self._ids_T[starts_R + place] == self._ids_T[place]).all(),
+            range(int(self._places_R2[:, 1].min())),
         )
-        ids = tuple(self._ids_T[:end].tolist())
-        return Example(ids, (), -1, at, end) if same else None
+        end = sum(1 for _ in same)
+        if end < at or (self._places_R2[:, 0] != at).any():
+            return None
+        return Example(tuple(self._ids_T[:end].tolist()), (), -1, at, end)
 
     @cached_property
     def num_labels(self) -> NDArray[np.int32]:

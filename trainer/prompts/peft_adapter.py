@@ -27,6 +27,22 @@ from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
 CARD = "README.md"
+#: Paragraphs of the model card about the place of the virtual tokens.
+_WITH_TEXT = """
+The virtual tokens include the text {before} before the trained ones and {after} after them (with
+special tokens). Pass only the text that follows, tokenized with `add_special_tokens=False`.
+"""
+_INSIDE = """
+The virtual tokens were trained inside the text, after tokens that differ between rows. PEFT puts
+them before all text, which gives other results. Insert them into the input embeddings instead:
+
+```python
+prompt = model.get_prompt(batch_size=1)
+words = base.get_input_embeddings()(input_ids)  # [1, tokens]
+embeds = torch.cat([words[:, :place], prompt, words[:, place:]], 1)  # place: tokens before
+base.generate(inputs_embeds=embeds)
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -62,12 +78,14 @@ def save_peft(
     title: str | None = None,
     description: str = "",
     fixed_text: FixedText | None = None,
+    inside: bool = False,
 ) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
     PEFT puts an adapter before the complete text. Text that comes before the virtual tokens, or
     that all rows have after them, is therefore exported as further virtual tokens; the rows then
-    begin after it. ``segment.json`` records which are trained.
+    begin after it. ``segment.json`` records which are trained. If the text before the virtual
+    tokens differs between rows, the adapter has the virtual tokens only, which the model card says.
 
     Args:
         prompt: the encoder's output; saved in fp32.
@@ -75,6 +93,7 @@ def save_peft(
         title: of the model card; default: the folder's name.
         description: line of the model card with task and scores.
         fixed_text: of the prompt's segment; not used for keys and values, which precede all text.
+        inside: the text before the virtual tokens differs between rows.
 
     Raises:
         ValueError: the prompt is not finite.
@@ -118,7 +137,11 @@ def save_peft(
         ids, at, trained = list(fixed_text.ids), fixed_text.at, prompt.num_virtual_tokens
         segment = {"before": ids[:at], "num_virtual_tokens": trained, "after": ids[at:]}
         atomic_io.write_json(folder / SEGMENT, segment)
-    card = _card(title or folder.name, config, description, folder, fixed_text)
+    use = _INSIDE if inside else ""
+    if fixed_text is not None:
+        before, after = map(json.dumps, fixed_text.text)
+        use = _WITH_TEXT.format(before=before, after=after)
+    card = _card(title or folder.name, config, description, folder, use)
     atomic_io.write(folder / CARD, card)
 
 
@@ -145,7 +168,7 @@ def _card(
     config: dict[str, Any],
     description: str,
     folder: Path,
-    fixed_text: FixedText | None,
+    use: str,
 ) -> str:
     base, revision = config["base_model_name_or_path"], config["revision"]
     at = "" if revision is None else f", revision={revision!r}"
@@ -153,13 +176,6 @@ def _card(
     what = f"{config['num_virtual_tokens']} virtual tokens of width {config['token_dim']}"
     if kind == "prefix tuning":
         what += f" as keys and values in each of {config['num_layers']} layers"
-    use = ""
-    if fixed_text is not None:
-        before, after = map(json.dumps, fixed_text.text)
-        use = f"""
-The virtual tokens include the text {before} before the trained ones and {after} after them (with
-special tokens). Pass only the text that follows, tokenized with `add_special_tokens=False`.
-"""
     # JSON strings are YAML strings: a path with a colon must not break the header.
     return f"""---
 library_name: peft

@@ -32,13 +32,13 @@ def write_results(
     files: BaseFiles,
     measured: Mapping[str, Any],
     console: Console,
-    fixed_texts: Mapping[str, FixedText],
+    fixed_texts: Mapping[str, FixedText | None],
 ) -> RunSummary:
     """Write adapters, summary and report of a finished run.
 
     Args:
         measured: fields of ``RunSummary`` that ``measure`` and the checkpoint writer return.
-        fixed_texts: text in the segment of each prompt, by its name.
+        fixed_texts: text in the segment of each prompt, by its name; None: differs between rows.
     """
     _save_adapters(output, loop, files, console, fixed_texts)
     summary = RunSummary.model_validate(
@@ -78,7 +78,7 @@ def _save_adapters(
     loop: Loop,
     files: BaseFiles,
     console: Console,
-    fixed_texts: Mapping[str, FixedText],
+    fixed_texts: Mapping[str, FixedText | None],
 ) -> None:
     for k, prompt in enumerate(loop.config.prompts):
         scores = loop.progress.scores.get(prompt.name, {})
@@ -107,6 +107,7 @@ def _save_adapters(
                 num_layers=files.config.num_hidden_layers,
                 num_attention_heads=files.config.num_attention_heads,
                 fixed_text=fixed_texts.get(prompt.name),
+                inside=prompt.name in fixed_texts and fixed_texts[prompt.name] is None,
             )
 
 

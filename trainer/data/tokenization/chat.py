@@ -42,8 +42,9 @@ _FOLLOWED: tuple[list[dict[str, Any]], ...] = (
 )
 
 
-#: Character of the private use area that marks the place of the virtual tokens in a dialogue.
-MARK = "\ue000"
+#: Marks the place of the virtual tokens in a dialogue. Three characters of the private use area: no
+#: text contains this sequence, although fonts with icons use single characters of the area.
+MARK = "\uf8ff\ue000\uf8ff"
 
 
 def with_mark(messages: Messages, position: str) -> Messages:

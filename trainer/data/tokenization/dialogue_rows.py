@@ -113,7 +113,25 @@ class DialogueRowTokenizer(RowTokenizer):
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r}"
         self.encode = dialogue_encoder(tokenizer, task, date, end_ids)
+        self._check_system()
         self.fixed = self._fixed_after_prompt()
+
+    def _check_system(self) -> None:
+        """Raise ``BadInput`` if the chat template ignores the text of the system."""
+        setting = "system" if self.task.system is not None else "hand_written"
+        if self.task.system is None and (not self.prefix or split_template(self.task.input)):
+            return
+        text = self.task.system or self.prefix
+        turns: Messages = [{"role": "user", "content": "x"}]
+        try:
+            ignored = self.encode.opening(with_system(turns, text)) == self.encode.opening(turns)
+        except ValueError:  # the template rejects turns of the system, which is reported by row
+            return
+        if ignored:
+            raise BadInput(
+                f"tasks.{self.task.name}.{setting}: the chat template ignores turns of the "
+                "system; use base.chat_template with one that writes them, or remove it"
+            )
 
     def check_choices(self, row: Mapping[str, Any]) -> None:
         """Raise ``BadInput`` if choices have equal tokens, or none."""

@@ -147,8 +147,7 @@ class TextRowTokenizer(RowTokenizer):
         if values.merged:
             report.add_merged(row)
         ids, at, end = fitting.input_ids, fitting.prompt_at, fitting.prompt_end
-        # Without a target, all tokens of the row's text except the first are labels.
-        start = len(ids) if self.task.target else max(end, len(self._front(fitting))) + 1
+        start = self._first_label(fitting)
         return [
             Example(
                 (*ids, *target, *self.eos),
@@ -172,23 +171,39 @@ class TextRowTokenizer(RowTokenizer):
             report.add_problem(row, f"after its input {same}; change the input or use other words")
         elif len(input_ids) <= len(self.encoder.front):
             report.add_problem(row, "its input gives no tokens; the tokenizer drops this text")
-        elif not self.task.target and len(input_ids) + len(self.eos) < len(front) + 2:
-            report.add_problem(row, "has one token and no EOS: nothing to predict; remove the row")
+        elif self._first_label(values) >= len(input_ids) + max(map(len, targets)) + len(self.eos):
+            report.add_problem(row, self._nothing_to_predict)
         elif len(input_ids) <= room:
             return values
-        elif not self.may_truncate(row, len(input_ids) + self.max_length - room, report):
-            pass
-        elif room <= len(front):
+        elif self.may_truncate(row, len(input_ids) + self.max_length - room, report):
+            cut = _cut(values, len(front), len(input_ids) - room)
+            if room > len(front) and self._first_label(cut) < self.max_length:
+                report.truncated += 1
+                return cut
+            what = f"its target alone has {self.max_length - room} tokens"
+            if not self.task.target:
+                what = f"its fixed text alone has {len(front)} tokens"
             report.add_problem(
                 row,
-                f"its target alone has {self.max_length - room} tokens; {self.max_length} fit, "
-                f"including what precedes it; a target is never cut: shorten it, or set "
-                f"tasks.{self.task.name}.too_long to skip",
+                f"{what}; {self.max_length} fit, including what precedes it; it is never cut: "
+                f"shorten it, or set tasks.{self.task.name}.too_long to skip",
             )
-        else:
-            report.truncated += 1
-            return _cut(values, len(front), len(input_ids) - room)
         return None
+
+    def _first_label(self, row: EncodedRow) -> int:
+        """Return the index of the first label: of the target, or the second token of own text."""
+        if self.task.target:
+            return len(row.input_ids)
+        return max(row.prompt_end, len(self._front(row))) + 1
+
+    @property
+    def _nothing_to_predict(self) -> str:
+        if self.halves is None:
+            return "has one token and no EOS: nothing to predict; remove the row"
+        return (
+            "has less than two tokens after the virtual tokens: nothing to predict; move "
+            f"{{virtual_tokens}} in tasks.{self.task.name}.input to the left"
+        )
 
     def _front(self, row: EncodedRow) -> list[int]:
         """Return the first tokens of a row, which are never cut."""
