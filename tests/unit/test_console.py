@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import struct
+import sys
 import termios
 import threading
 from pathlib import Path
@@ -190,6 +191,21 @@ def test_details_are_printed_only_when_asked_for(
     console.verbose = True
     console.detail("packed batches of up to 1,536 tokens")
     assert out.getvalue() == "packed batches of up to 1,536 tokens\n"
+
+
+def test_output_of_libraries_does_not_appear_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a progress bar is drawn; the standard streams of a rank are its log."""
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    terminal = io.StringIO()
+    console = Console(terminal, terminal)
+    monkeypatch.setattr(type(console._out), "is_terminal", True)
+    with console.phase("training", 10):
+        console.refresh()
+        print("deprecated", file=sys.stderr)
+    assert "deprecated" not in terminal.getvalue()
+    assert "deprecated" in capsys.readouterr().err
 
 
 def test_the_width_is_that_of_the_console_s_own_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,6 +248,8 @@ class Console:
                     TimeElapsedColumn(),
                     console=self._out,
                     transient=True,
+                    redirect_stdout=False,  # output of libraries stays in the log
+                    redirect_stderr=False,
                 )
                 self._bar.start()
             phase.task = self._bar.add_task("", status="", visible=False)
