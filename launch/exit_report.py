@@ -18,6 +18,8 @@ from trainer.runtime.errors import (
 #: Beginning of the last line of a launcher's log, which is the message of the ``ExitReport``.
 VERDICT = "promptshard: "
 KILLED = " was killed by "
+#: Message in the launcher's log if the ranks refused the input; they have printed why.
+REFUSED = "invalid input"
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from typing import Any
 import psutil
 
 from launch import messages, orphan_guard, preflight
-from launch.exit_report import VERDICT, ExitReport, describe
+from launch.exit_report import REFUSED, VERDICT, ExitReport, describe
 from trainer.checkpointing.run_lock import Holder
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
-from trainer.runtime.errors import BadInput
+from trainer.runtime.errors import EXIT_BAD_INPUT, BadInput
 from trainer.runtime.process import UNFINISHED, ending_signal, process_start
 from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
 
@@ -199,9 +199,9 @@ def run_local(
         first=failures.first,
         hung=read_lost(log.parent),
     )
-    if report.message:
-        with suppress(OSError), log.open("a") as ending:  # a full disk
-            ending.write(f"{VERDICT}{report.message}\n")
+    if ending := report.message or (REFUSED if report.code == EXIT_BAD_INPUT else ""):
+        with suppress(OSError), log.open("a") as file:  # a full disk
+            file.write(f"{VERDICT}{ending}\n")
     return report
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.exit_report import VERDICT
+from launch.exit_report import REFUSED, VERDICT
 from trainer.distributed.watchdog import read_lost
 from trainer.runtime import stop_signals
 
@@ -85,6 +85,15 @@ def failed_without_summary(run_dir: Path) -> str:
     changed = _by_change([Path(tail.path)]).get(Path(tail.path), 0.0)
     stopped = stop_signals.stopped_since(run_dir / "logs", changed - SAME_START)
     return "" if stopped else tail.error
+
+
+def refusal(run_dir: Path) -> str:
+    """Return why the ranks of the last start refused the input; empty if they did not."""
+    if launcher_verdict(run_dir) != REFUSED:
+        return ""
+    lines = _tail(run_dir / "logs" / "rank-0.log").lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else REFUSED
 
 
 def _tail(path: Path) -> LogTail:

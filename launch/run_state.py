@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.exit_report import KILLED
-from launch.run_logs import LogTail, failed_without_summary, failure_log, launcher_verdict
+from launch.run_logs import (
+    LogTail,
+    failed_without_summary,
+    failure_log,
+    launcher_verdict,
+    refusal,
+)
 from launch.slurm_queue import JobState
 from trainer.checkpointing.run_lock import LOCK, LockState, lock_state
 from trainer.config.ranking import Entry
@@ -96,8 +102,8 @@ class Status:
 
     Attributes:
         state: ``waiting`` (in Slurm), ``running``, ``finished``, ``failed``, ``stopped`` (it can
-            be resumed) or ``dead`` (its process ended without a word); ``array`` for a job array;
-            ``unknown`` for a damaged folder.
+            be resumed) or ``dead`` (its process ended without recording why); ``array`` for a job
+            array; ``unknown`` for a damaged folder.
         steps: total number of steps; None without a run file.
         eta_seconds: time until the last step, from the pace of recent steps; None unless running.
         written: time of the last metrics, in Unix seconds.
@@ -177,8 +183,12 @@ def _judge_unfinished(status: Status, summary: RunSummary | None, lock: LockStat
         status.state, status.error = "failed", summary.error or "unknown error"
     elif error := failed_without_summary(run_dir):
         status.state, status.error = "failed", error
+    elif (error := refusal(run_dir)) and status.checkpoint is None:
+        status.state, status.error, verdict = "failed", error, ""
     else:
         status.state, status.description, verdict = "stopped", "stopped", ""
+        if error:  # an earlier start can be resumed
+            status.description += f"; the last start was refused: {error}"
     if status.state == "failed":
         status.error = next(iter(status.error.strip().splitlines()), "")
         if KILLED in verdict:  # the other ranks only report that a connection was closed

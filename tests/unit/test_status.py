@@ -337,6 +337,19 @@ def test_a_run_that_failed_before_the_first_step(out):
     assert status.read_status(out).state == "stopped"
 
 
+def test_a_run_whose_input_the_ranks_refused_has_failed(out):
+    """If an earlier start has left a checkpoint, that start can still be resumed."""
+    write_log(out, "rank-0.log", "error: old\nlibrary\nerror: a.jsonl:4: has 6005 tokens\n")
+    write_log(out, "launcher.log", "chatter\npromptshard: invalid input\n")
+    report = status.read_status(out)
+    assert report.state == "stopped"
+    assert "the last start was refused: a.jsonl:4: has 6005 tokens; rerun" in report.description
+    (out / "checkpoints" / "step-00000002").rmdir()
+    report = status.read_status(out)
+    assert (report.state, report.error) == ("failed", "a.jsonl:4: has 6005 tokens")
+    assert report.description.startswith("failed: a.jsonl:4: has 6005 tokens; rerun the command")
+
+
 def test_a_run_whose_launcher_runs_is_running(out):
     """Before its ranks take the lock, while they load, and after they have released the lock."""
     os.utime(out / "metrics.jsonl", (1, 1))

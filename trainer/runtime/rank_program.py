@@ -106,6 +106,7 @@ def run_guarded(
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)
+            print(f"error: {printable(redact(problem))}", file=sys.stderr)  # for the log
         return EXIT_BAD_INPUT
     except PortTaken as error:
         console.note(str(error))
