@@ -60,3 +60,11 @@ Fresh = Annotated[
     bool,
     typer.Option("--fresh", help="Start over; move an earlier run in output_dir out of the way."),
 ]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        help="Print every prompt at every validation, all rows of the final table, and details "
+        "of the base. Otherwise a task with three or more prompts has one line per validation.",
+    ),
+]

@@ -30,6 +30,7 @@ from launch.arguments import (
     Processes,
     RunDir,
     RunFile,
+    Verbose,
     as_path,
     option,
     path_argument,
@@ -116,14 +117,7 @@ def train(
             min=0,
         ),
     ] = 0,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose",
-            help="Print every prompt at every validation, all rows of the final table, and details "
-            "of the base. Otherwise a task with three or more prompts has one line per validation.",
-        ),
-    ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train the prompts defined in a run file on one sharded base model.
 
@@ -407,8 +401,8 @@ app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusComm
 app.command("list", epilog=EXIT_CODES)(status_commands.list_)
 app.command(epilog=EXIT_CODES)(scaffold_commands.init)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
-app.command()(settings_commands.settings)
-app.command()(settings_commands.schema)
+app.command(epilog=EXIT_CODES)(settings_commands.settings)
+app.command(epilog=EXIT_CODES)(settings_commands.schema)
 
 
 def _exit_with(report: ExitReport) -> NoReturn:

@@ -128,13 +128,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--need-gpus", action="store_true")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args(words)
     try:
         hosts = tuple(Host(name, args.slots) for name in args.hosts)
         place = Place(hosts, args.node_rank, args.master_addr, args.master_port)
-        arguments = [args.run, *args.overrides, *(["--fresh"] if args.fresh else [])]
+        flags = [f"--{name}" for name in ("fresh", "verbose") if getattr(args, name)]
+        arguments = [args.run, *args.overrides, *flags]
         output_dir = load(args.run, args.overrides).output_dir
         report = run("trainer", arguments, output_dir, place, need_gpus=args.need_gpus)
     except BadInput as error:

@@ -78,6 +78,7 @@ class Job:
     container: str | None = None
     mounts: tuple[str, ...] = ()
     fresh: bool = False
+    verbose: bool = False
     command: str = ""
 
 
@@ -237,6 +238,8 @@ def _setup(job: Job) -> Iterator[str]:
         yield "case $SLURM_ARRAY_TASK_ID in"
         yield from (f"    {i}) set -- {shlex.join(task)} ;;" for i, task in enumerate(job.tasks))
         yield "esac"
+    if job.verbose:
+        yield 'set -- --verbose "$@"'
     yield "restarts=${SLURM_RESTART_COUNT:-0}"
     if job.fresh:
         yield 'set -- --fresh "$@"'  # after a requeue, nothing is archived again

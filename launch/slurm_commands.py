@@ -14,7 +14,7 @@ import typer
 
 from launch import messages, preflight, slurm
 from launch import submit as submission
-from launch.arguments import Fresh, Overrides, RunFile, option
+from launch.arguments import Fresh, Overrides, RunFile, Verbose, option
 from launch.slurm import Job
 from launch.slurm_queue import last_job
 from trainer.config import PROJECT_ROOT, RunConfig
@@ -69,6 +69,7 @@ def submit(
         list[str] | None, option("OPTION", "Any other option: --sbatch=--constraint=h100.")
     ] = None,
     fresh: Fresh = False,
+    verbose: Verbose = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sbatch script without submitting it.")
     ] = False,
@@ -111,6 +112,7 @@ def submit(
         container=container_image,
         mounts=tuple(container_mounts or ()),
         fresh=fresh,
+        verbose=verbose,
         command=redact(shlex.join(["promptshard", *sys.argv[1:]])),
     )
     if problems := list(slurm.problems(job)):

@@ -315,12 +315,12 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
     assert text.count("signalling the ranks to save and stop") == 1
 
 
-def test_every_session_of_a_fresh_job_receives_the_fresh_flag(tmp_path):
+def test_every_session_of_a_job_receives_the_flags_fresh_and_verbose(tmp_path):
     """It may be requeued before it has put the earlier run aside; it knows whether it has."""
-    batch = Batch(tmp_path, fresh=True)
+    batch = Batch(tmp_path, fresh=True, verbose=True)
     for restart in "01":
         batch.run("0", SLURM_RESTART_COUNT=restart)
-        assert "--fresh" in (tmp_path / "node-0").read_text().splitlines()
+        assert {"--fresh", "--verbose"} <= set((tmp_path / "node-0").read_text().splitlines())
 
 
 def test_the_command_is_a_comment_of_one_line():
