@@ -199,9 +199,10 @@ def test_the_verdict_states_that_no_prompt_beats_the_best_baseline(tmp_path):
     assert comparison
     assert (comparison.better, comparison.difference) == (False, pytest.approx(-3 / 60))
     assert table.verdict == (
-        "No prompt beats the best baseline (no prompt: 73.3%) significantly on 60 validation rows: "
-        "best prompt p (68.3%), difference -5.0 points (95% interval -24.7 to +15.6; McNemar "
-        "exact, p = 0.736). 60 rows can show a difference of about 27.1 points or more."
+        "None of the prompts beats the best baseline (no prompt: 73.3%) significantly on 60 "
+        "validation rows: best prompt p (68.3%), difference -5.0 points (95% interval -24.7 to "
+        "+15.6; McNemar exact, p = 0.736). 60 rows can show a difference of about 27.1 points or "
+        "more."
     )
 
 
@@ -214,7 +215,9 @@ def test_the_verdict_states_that_a_prompt_beats_the_best_baseline(tmp_path):
         "Prompt p (83.3%) beats the best baseline (no prompt: 33.3%) significantly on 60 "
         "validation rows: difference +50.0 points (95% interval "
     )
-    assert table.verdict.endswith("best of 2 prompts on these rows, so it is optimistic.")
+    assert table.verdict.endswith(
+        "best of 2 prompts on the same rows: the difference is optimistic."
+    )
 
 
 def test_a_prompt_other_than_the_best_may_be_significantly_better(tmp_path):

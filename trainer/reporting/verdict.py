@@ -29,10 +29,13 @@ def describe_comparison(
             f"validation rows: {numbers}."
         )
         if num_prompts > 1:
-            text += f" It is the best of {num_prompts} prompts on these rows, so it is optimistic."
+            text += (
+                f" This is the best of {num_prompts} prompts on the same rows: the difference is "
+                "optimistic."
+            )
         return text
     also = ", ".join(comparison.also_better)
-    subject = "The best prompt does not beat" if also else "No prompt beats"
+    subject = "The best prompt does not beat" if also else "None of the prompts beats"
     text = (
         f"{subject} the best baseline ({against}) significantly on {rows} validation rows: best "
         f"prompt {score}, {numbers}."
