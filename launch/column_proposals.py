@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import DataSource
+from trainer.config.task import VIRTUAL_TOKENS
 from trainer.runtime.errors import BadInput
 
 #: Maximum number of rows that are read, and of different values of a column of labels.
@@ -54,7 +55,8 @@ class Column:
         self.lists += isinstance(value, list)
         self.dialogues += _is_dialogue(value)
         texts = [_label(item) for item in (value if isinstance(value, list) else [value])]
-        if self.labels is None or None in texts:
+        is_vector = isinstance(value, list) and any(isinstance(item, float) for item in value)
+        if self.labels is None or None in texts or is_vector:
             self.labels = None
         else:
             self.labels |= dict.fromkeys(text for text in texts if text is not None)
@@ -157,7 +159,8 @@ def _no_inputs(columns: Sequence[Column]) -> Iterator[Column]:
 
 def _is_identifier(column: Column) -> bool:
     name = column.name.lower()
-    return name in IDENTIFIERS or name.endswith("_id") or not name.strip() or "{" in name
+    not_in_template = name == VIRTUAL_TOKENS or not name.strip() or "{" in name
+    return name in IDENTIFIERS or name.endswith("_id") or not_in_template
 
 
 def _is_dialogue(value: Any) -> bool:

@@ -113,6 +113,11 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         [{"label": "no" if i % 2 else "yes", "text": "ab"[i % 2]} for i in range(8)],
         {"input": "{text}\nAnswer:", "choices": ["yes", "no"]},
     ),
+    "vectors are no labels": (
+        "classify",
+        [{"text": f"t{i}", "kind": "ab"[i % 2], "vector": [1.0, 2.0]} for i in range(9)],
+        {"target": " {kind}", "choices": ["a", "b"], "multi_label": False},
+    ),
     "instruction and input": (
         "generate",
         [{"instruction": "Add.", "input": f"{i}+1", "output": f"{i + 1}"} for i in range(3)],
