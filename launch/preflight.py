@@ -91,7 +91,7 @@ def check_result(run_dir: str, prompt: str | None = None) -> RunConfig:
     """Load the resolved run file of an output folder and check that ``prompt`` was trained."""
     check_folder(run_dir)
     if not is_run_dir(run_dir):
-        raise BadInput(f"{run_dir} is not a run directory (no run.yaml)")
+        raise BadInput(f"{run_dir} has no run.yaml; give the output_dir of a run")
     config = load(Path(run_dir) / "run.yaml")
     if prompt is None:
         return config

@@ -65,7 +65,7 @@ def _values(request: Request) -> dict[str, Any]:
     rows = f"examples/data/{SHIPPED_ROWS.get(request.kind, 'triage')}"
     shipped, tiny = request.train is None, request.model is None
     validation = f"{rows}.valid.jsonl" if shipped else None
-    small = shipped and tiny  # trains within a minute
+    small = shipped and tiny  # trains within minutes
     return {
         "editor_line": EDITOR_LINE,
         "file": shlex.quote(request.file),

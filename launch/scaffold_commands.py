@@ -141,7 +141,7 @@ def examples(
         typer.echo(f"  {name:{width}}  {title}")
     typer.echo("next:")
     typer.echo(f"  cd {shlex.quote(folder)}")
-    typer.echo("  promptshard train quickstart.yaml    about a minute, without a GPU")
+    typer.echo("  promptshard train quickstart.yaml    a few minutes, without a GPU")
 
 
 def _check_empty(folder: Path) -> None:

@@ -36,7 +36,7 @@ class Tracking(Section):
     tensorboard: bool = Field(
         False,
         description="also write the metrics to output_dir/tensorboard\n"
-        "Needs pip install tensorboard.",
+        "Needs the extra promptshard[tensorboard].",
     )
     system_metrics: bool = Field(
         True, description="record CPU, memory and GPU load of rank 0's node"
