@@ -99,6 +99,9 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         "training FLOPs of 2 prompt(s)"
     )
     assert words[0].startswith("triage: starts from drawing 3 of words, the best of 64 candidates")
-    assert "loss 0.2500; before crossing: best 0.2500, median 1.5000): 'an illness?'" in words[0]
+    assert (
+        "loss 0.2500; before the genetic search: best 0.2500, median 1.5000): 'an illness?'"
+        in words[0]
+    )
     assert words[1].startswith("animals: starts from the task's choices: 'plants meat' (init: auto")
     assert "search.init_share allows 6 of at least 8 candidates" in words[1]

@@ -77,7 +77,7 @@ class LossInitScorer:
             return
         show(
             f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}; "
-            f"before crossing: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
+            f"before the genetic search: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
         )
 
     @torch.no_grad()
