@@ -58,7 +58,8 @@ def build_meta_model(
         int8 = {name for name, p in model.named_parameters() if p.dtype == torch.int8}
         problems = [
             problem
-            for name in dict.fromkeys([*dict(model.named_parameters()), *locations])
+            for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))
+            if name in locations
             for problem in _problems(reader, locations[name], name in int8)
         ]
     if problems:
