@@ -13,6 +13,7 @@ import typer
 from launch import (
     __version__,
     completion,
+    example_commands,
     messages,
     node,
     preflight,
@@ -401,6 +402,7 @@ app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusComm
 app.command("list", epilog=EXIT_CODES)(status_commands.list_)
 app.command(epilog=EXIT_CODES)(scaffold_commands.init)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
+app.command(epilog=EXIT_CODES)(example_commands.example)
 app.command(epilog=EXIT_CODES)(settings_commands.settings)
 app.command(epilog=EXIT_CODES)(settings_commands.schema)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class Request:
 
 def render(request: Request) -> str:
     """Return the text of a run file; raises ``BadInput`` if the data do not fit its kind."""
+    return fill(f"{request.kind}.yaml.j2", _values(request) | _columns(request))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """Fill in one of ``TEMPLATES``; the filter ``path`` writes a path, ``yaml`` any value."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -56,9 +61,8 @@ def render(request: Request) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"yaml": _yaml, "comment": _comment}
-    values = _values(request) | _columns(request)
-    return environment.get_template(f"{request.kind}.yaml.j2").render(values)
+    environment.filters |= {"yaml": _yaml, "comment": _comment, "path": _path}
+    return environment.get_template(template).render(values)
 
 
 def _values(request: Request) -> dict[str, Any]:
@@ -158,6 +162,10 @@ def _misfit(request: Request, sample: Sample, missing: str, other: str | None = 
 def _escape(path: str) -> str:
     """Escape ``$``, which begins a variable in the run file."""
     return path.replace("$", "$$")
+
+
+def _path(path: str) -> str:
+    return _yaml(_escape(path))
 
 
 def _yaml(value: Any) -> str:

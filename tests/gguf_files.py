@@ -63,7 +63,13 @@ _SCALES_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), 
 K_QUANTS = tuple(_SCALES_AT)
 
 
-def write_gguf(path: Path, architecture: str, kind: str = "Q8_0", **settings: Any) -> Path:
+def write_gguf(
+    path: Path,
+    architecture: str,
+    kind: str = "Q8_0",
+    chat_template: str | None = None,
+    **settings: Any,
+) -> Path:
     """Write a model of an architecture whose matrices are stored as ``kind``."""
     model_type, mapping, own = ARCHITECTURES[architecture]
     config = AutoConfig.for_model(model_type, **{**_SETTINGS, **own, **settings})
@@ -74,6 +80,8 @@ def write_gguf(path: Path, architecture: str, kind: str = "Q8_0", **settings: An
         if setting:
             _add(writer, f"{architecture}.{key}", _setting(config, setting))
     _add_tokenizer(writer)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     state = model.state_dict()
     for name, parameter in get_gguf_hf_weights_map(model, processor).items():
