@@ -17,15 +17,18 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-ba
 	-c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-pythons faults lint format docs clean
+.PHONY: help install quickstart example-smollm2 test test-pythons faults lint format docs clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 25
 
 install: $(VENV)/.installed ## Install promptshard into .venv
 
 quickstart: $(VENV)/.installed ## Install, train two prompts on a tiny base, show the result
 	$(BIN)/promptshard train examples/quickstart.yaml
+
+example-smollm2: $(VENV)/.installed-gguf ## Install, train prompts for a small real language model, show the result
+	$(BIN)/promptshard example smollm2 runs/smollm2
 
 test: $(VENV)/.installed-test lint ## Install what tests need, check the code, run every test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
@@ -66,6 +69,10 @@ $(BIN)/python:
 $(VENV)/.installed: $(PINNED) | $(BIN)/python
 	@echo "installing promptshard and its libraries into $(VENV) (a few minutes the first time)"
 	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-gguf: $(VENV)/.installed
+	$(INSTALL) -e '.[gguf]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
