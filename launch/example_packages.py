@@ -93,7 +93,7 @@ def _download(package: Package, folder: Path) -> None:
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """Return the most telling line of pip's messages: its first error, else its last line."""
-    told = [line.strip() for line in lines if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in told if line.startswith("ERROR: ")]
-    return (errors or told[-1:] or ["no message"])[0]
+    """Return pip's first error, else the last line that it prints."""
+    printed = [line.strip() for line in lines if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in printed if line.startswith("ERROR: ")]
+    return (errors or printed[-1:] or ["no message"])[0]

@@ -270,11 +270,15 @@ class Console:
 
     @contextmanager
     def downloading(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield ``update(done, total)``, in bytes; both may grow."""
-        with self.phase(f"downloading {what}", unit="bytes") as phase:
+        """Yield ``update(done, total)`` of a download, in bytes; both may grow.
+
+        Without an update, such as for a local folder, the display says ``opening``.
+        """
+        with self.phase(f"opening {what}", unit="bytes") as phase:
 
             def update(done: int, total: int) -> None:
                 is_first, phase.done, phase.total = phase.total is None, done, total
+                phase.what = f"downloading {what}"
                 if is_first and not self._out.is_terminal:
                     self.print(f"{phase.what} ({phase.size})")
 
