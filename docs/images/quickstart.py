@@ -48,9 +48,12 @@ def shown_lines(output: str) -> Iterator[str]:
     lines = output.splitlines()
     first = next(i for i, line in enumerate(lines) if TABLE.match(line))
     scores = [line for line in lines[:first] if VALIDATION.match(line)]
-    shown = {scores[0].split()[1], scores[-1].split()[1]}
+    steps = [line.split()[1] for line in scores]
     yield f"$ {COMMAND}"
-    yield from (line for line in scores if line.split()[1] in shown)
+    yield from (line for line, step in zip(scores, steps, strict=True) if step == steps[0])
+    if len(set(steps)) > 2:
+        yield "..."
+    yield from (line for line, step in zip(scores, steps, strict=True) if step == steps[-1])
     yield ""
     yield from (line for line in lines[first:] if not LEFT_OUT.match(line))
 
