@@ -199,10 +199,15 @@ def run_local(
         first=failures.first,
         hung=read_lost(log.parent),
     )
+    _record(report, log)
+    return report
+
+
+def _record(report: ExitReport, log: Path) -> None:
+    """Append to the launcher's log how the processes ended, for ``promptshard status``."""
     if ending := report.message or (REFUSED if report.code == EXIT_BAD_INPUT else ""):
         with suppress(OSError), log.open("a") as file:  # a full disk
             file.write(f"{VERDICT}{ending}\n")
-    return report
 
 
 def start(command: Sequence[str], **settings: Any) -> subprocess.Popen[Any]:

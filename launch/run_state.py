@@ -173,7 +173,8 @@ def _judge_unfinished(status: Status, summary: RunSummary | None, lock: LockStat
     """Set the fields of ``judge`` for a run that has not finished and is not running."""
     job, run_dir = status.job, Path(status.run_dir)
     ended = f"; job {job.id} ended: {job}" if job and job.state != "UNKNOWN" else ""
-    verdict = launcher_verdict(run_dir)
+    refused = refusal(run_dir)
+    verdict = "" if refused else launcher_verdict(run_dir)
     if lock is not None and not _ended_after(run_dir / SUMMARY_FILE, lock):
         how = str(lock.dead)
         if lock.holder is not None:
@@ -183,18 +184,18 @@ def _judge_unfinished(status: Status, summary: RunSummary | None, lock: LockStat
         status.state, status.error = "failed", summary.error or "unknown error"
     elif error := failed_without_summary(run_dir):
         status.state, status.error = "failed", error
-    elif (error := refusal(run_dir)) and status.checkpoint is None:
-        status.state, status.error, verdict = "failed", error, ""
+    elif refused and status.checkpoint is None:
+        status.state, status.error = "failed", refused
     else:
         status.state, status.description, verdict = "stopped", "stopped", ""
-        if error:  # an earlier start can be resumed
-            status.description += f"; the last start was refused: {error}"
+        if refused:  # an earlier start can be resumed
+            status.description += f"; the last start was refused: {refused}"
     if status.state == "failed":
         status.error = next(iter(status.error.strip().splitlines()), "")
         if KILLED in verdict:  # the other ranks only report that a connection was closed
             status.error = verdict
         status.description = f"failed: {status.error}"
-    if status.state in ("failed", "dead"):
+    if status.state == "dead" or (status.state == "failed" and status.error != refused):
         status.log = failure_log(run_dir)
     status.resume = _resume_command(run_dir)
     rerun = "rerun the command to start over"

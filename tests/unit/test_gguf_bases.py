@@ -125,7 +125,10 @@ class TestRefusals:
 
     def test_without_the_library(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "gguf", None)
-        assert "requires the package gguf; install it (pip install gguf)" in self.refusal(llama)
+        assert (
+            "requires the package gguf; install it (pip install 'promptshard[gguf]')"
+            in self.refusal(llama)
+        )
 
     @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
     def test_a_truncated_file(self, llama: Path, tmp_path: Path, share: float) -> None:

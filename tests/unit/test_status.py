@@ -347,6 +347,7 @@ def test_a_run_whose_input_the_ranks_refused_has_failed(out):
     (out / "checkpoints" / "step-00000002").rmdir()
     report = status.read_status(out)
     assert (report.state, report.error) == ("failed", "a.jsonl:4: has 6005 tokens")
+    assert report.log is None
     assert report.description.startswith("failed: a.jsonl:4: has 6005 tokens; rerun the command")
 
 

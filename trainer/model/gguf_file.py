@@ -107,7 +107,7 @@ def read_gguf(path: Path, name: str) -> GgufModel:
     except ImportError:
         raise BadInput(
             f"base.model: {name!r} is a GGUF file, which requires the package gguf; install it "
-            "(pip install gguf)"
+            "(pip install 'promptshard[gguf]')"
         ) from None
     with library_errors(f"base.model: {name!r}"), _plain_arrays():
         reader = GGUFReader(path)
