@@ -503,6 +503,8 @@ def test_prompts_that_share_an_encoder_need_equal_settings(run_file):
     assert len(problems) == 2
     assert "prompts[1].num_virtual_tokens: differs from that of 'one', but both" in problems[0]
     assert "prompts[1].seed: differs from that of 'one'" in problems[1]
+    places = "prompts.two.position=user", "tasks.triage.chat=true"
+    assert load(run_file(), [*shared, "prompts.two.num_virtual_tokens=5", *places])
     run = load(run_file(), [*shared, "prompts.two.num_virtual_tokens=5"])
     assert [prompt.init.text for prompt in run.prompts] == ["Read.", "Sort it."]
 
