@@ -181,12 +181,14 @@ class TextRowTokenizer(RowTokenizer):
                 report.truncated += 1
                 return cut
             what = f"its target alone has {self.max_length - room} tokens"
-            if not self.task.target:
-                what = f"its fixed text alone has {len(front)} tokens"
+            if len(front) > len(self.encoder.front):
+                fixed = f"the text before its first column has {len(front)}"
+                what = f"{what}, {fixed}" if self.task.target else fixed
             report.add_problem(
                 row,
-                f"{what}; {self.max_length} fit, including what precedes it; it is never cut: "
-                f"shorten it, or set tasks.{self.task.name}.too_long to skip",
+                f"{what}; {self.max_length} fit, including what precedes it; a target and text of "
+                "the template are never cut: shorten them, or set "
+                f"tasks.{self.task.name}.too_long to skip",
             )
         return None
 
