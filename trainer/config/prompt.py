@@ -303,7 +303,8 @@ class Prompt(Section):
 
     def differences(self, other: Prompt) -> list[str]:
         """Return the settings that differ but must be equal in prompts of one share."""
-        own = {"name", "task", "teacher", "position"} | ({"init"} if self.encoder_name == "text" else set())
+        own = {"name", "task", "teacher", "position"}
+        own |= {"init"} if self.encoder_name == "text" else set()
         ours, theirs = (prompt.model_dump(exclude=own) for prompt in (self, other))
         return [key for key in ours if ours[key] != theirs[key]]
 
