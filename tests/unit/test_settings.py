@@ -115,6 +115,7 @@ def test_choices_null_and_auto_are_explained(setting):
     [
         ("prompts.init", ["prompts.init"]),
         ("prompts[0].init", ["prompts.init"]),
+        ("prompts.short.init.text", ["prompts.init.text"]),
         ("prompts[triage].init.text", ["prompts.init.text"]),
         ("learning_rate", ["prompts.learning_rate"]),
         ("every", ["evaluation.every", "checkpoint.every"]),

@@ -1,8 +1,8 @@
 """Reference of all settings of the run file, read from its JSON schema. Imports no torch.
 
-``sections`` lists them in the order of the run file; ``find`` looks a name up, also with list
-indices (``prompts[0].init``), without its section (``learning_rate``), or under the name that
-another trainer uses (``lr``).
+``sections`` lists them in the order of the run file; ``find`` looks a name up, also with the index
+or the name of an item (``prompts[0].init``, ``prompts.short.seed``), without its section
+(``learning_rate``), or under the name that another trainer uses (``lr``).
 """
 
 from __future__ import annotations
@@ -254,10 +254,15 @@ def find(name: str) -> tuple[list[str], str | None]:
 
 
 def _normalized(name: str) -> str:
-    """Return a name without list indices and, in a section like another one, in that one."""
+    """Return a name without indices and names of items; in a section like another, in that one."""
     query = re.sub(r"\[[^\]]*\]", "", name.strip()).strip(".").lower().replace("-", "_")
     for section in sections().values():
         prefix = f"{section.setting.name}."
         if section.like and query.startswith(prefix):
             return f"{section.like}.{query.removeprefix(prefix)}"
+    # prompts.NAME.seed, as in an override
+    section_name, *inner = query.split(".")
+    if section_name in ("tasks", "prompts") and len(inner) > 1 and query not in settings():
+        without_name = ".".join([section_name, *inner[1:]])
+        return without_name if without_name in settings() else query
     return query
