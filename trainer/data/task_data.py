@@ -327,9 +327,12 @@ class _TaskLoader:
         rows_of = [tokenized.examples.rows_R[::width] for tokenized in tables]
         common = reduce(lambda a, b: np.intersect1d(a, b, assume_unique=True), rows_of)
         if not len(common):
+            setting, what = "hand_written", "after all of them; shorten them"
+            if not self.task.hand_written:
+                setting, what = "too_long", "with every position of the prompts; shorten the rows"
             raise BadInput(
-                f"tasks.{self.task.name}.hand_written: no row of {rows.path} fits after all of "
-                f"them; shorten them, or set tasks.{self.task.name}.too_long to truncate"
+                f"tasks.{self.task.name}.{setting}: no row of {rows.path} fits {what}, or set "
+                f"tasks.{self.task.name}.too_long to truncate"
             )
         gold = gold_choices(rows, self.task) if likelihood else [0] * len(rows)
         sets = [

@@ -85,7 +85,8 @@ def save_peft(
     PEFT puts an adapter before the complete text. Text that comes before the virtual tokens, or
     that all rows have after them, is therefore exported as further virtual tokens; the rows then
     begin after it. ``segment.json`` records which are trained. If the text before the virtual
-    tokens differs between rows, the adapter has the virtual tokens only, which the model card says.
+    tokens differs between rows, the adapter has the virtual tokens only, and the model card
+    describes how to insert them.
 
     Args:
         prompt: the encoder's output; saved in fp32.
