@@ -152,7 +152,7 @@ def test_unknown_modules_are_not_changed() -> None:
         assert type(module) is kind
 
 
-#: Fused operations in two layers of every family of tests/family_bases.py, with transformers 5.23.
+#: Fused operations in two layers of every family of tests/family_bases.py, with transformers 5.24.
 #: If a release matches fewer, its modules were rewritten: adapt ``fused_ops.KNOWN``.
 FUSED_OPERATIONS = {
     "5 RMSNorm, 2 gated MLP, 2 rotary attention": (

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from trainer.model.attention.interface import make_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
@@ -23,6 +23,9 @@ from trainer.model.families import family_of
 from trainer.model.layers.lm_head import LabelLosses
 from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
+
+#: Names of the cache in a model's forward: since transformers 5.24, before, and before in Mamba 2.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
-        self._only_recurrent = "cache_params" in inspect.signature(model.forward).parameters
+        taken = inspect.signature(model.base_model.forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in taken), "")
 
     @property
     def hidden_size(self) -> int:
@@ -188,18 +192,21 @@ class PromptedBase(nn.Module):
                 prompt_at = [0] * len(words_BLH)  # keys and values precede all tokens
             words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt, prompt_at)
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
-        inputs = {
+        inputs: dict[str, Any] = {
             "inputs_embeds": words_BLH,
             "attention_mask": step.attention_mask_BT,
             "position_ids": positions_BT[:, -words_BLH.shape[1] :],
             "use_cache": True,
         }
         logits_BV: Tensor
-        if self._only_recurrent:  # Mamba 2, whose own forward reads the weight of the head
-            output: Any = self.model.base_model(**inputs, cache_params=step.cache)
+        inputs[self._cache_argument] = step.cache
+        if isinstance(
+            self.model, Mamba2ForCausalLM
+        ):  # its own forward reads the weight of the head
+            output: Any = self.model.base_model(**inputs)
             logits_BV = self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
         else:
-            output = self.model(**inputs, past_key_values=step.cache, logits_to_keep=1)
+            output = self.model(**inputs, logits_to_keep=1)
             logits_BV = output.logits[:, -1]
         return logits_BV.float()
 

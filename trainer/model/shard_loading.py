@@ -217,7 +217,10 @@ def return_freed_memory() -> Iterator[None]:
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Its name since transformers 5.24, and before.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
     # transformers makes embeddings require a gradient, which only reentrant checkpointing needs.
     # ZeRO-3 would gather the table for an unused backward and never release it.
     model.disable_input_require_grads()

@@ -69,7 +69,7 @@ class TextModelWithHead(PreTrainedModel, GenerationMixin):
         """Compute the logits of the last ``logits_to_keep`` tokens; 0: of all."""
         output = self.model(**inputs)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=logits)
 
 
 @contextmanager

@@ -304,7 +304,8 @@ def _mixed(fused: Any, original: Any) -> Any:
 @cache
 def _with_fused_rotation(original: Any, compiled: bool) -> Callable[..., Any]:
     """The forward of an attention class with the global ``apply_rotary_pos_emb`` replaced."""
-    forward = original.forward
+    # Unwrapped: a decorator of transformers 5.24 accepts former names of arguments.
+    forward: Any = inspect.unwrap(original.forward)
     rotation = partial(_apply_rotation, compiled=compiled)
     fused = types.FunctionType(
         forward.__code__,
@@ -318,7 +319,7 @@ def _with_fused_rotation(original: Any, compiled: bool) -> Callable[..., Any]:
 
 
 def _rotates_like_llama(attention: type[nn.Module]) -> bool:
-    forward = getattr(attention, "forward", None)
+    forward = inspect.unwrap(attention.forward)
     names = getattr(forward, "__globals__", {})
     used = getattr(getattr(forward, "__code__", None), "co_names", ())
     return apply_rotary_pos_emb.__name__ in used and all(
