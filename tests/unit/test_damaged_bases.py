@@ -79,7 +79,7 @@ def test_the_healthy_folder_is_read(folder: Path) -> None:
         ({"hidden_act": "none"}, "transformers cannot read it"),
         ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, "cannot read it: 'odd'"),
         ({"model_type": 3}, "model_type: 3 must be a string"),
-        ({"model_type": "odd"}, "transformers cannot read it"),
+        ({"model_type": "odd"}, "'odd', which is not supported (transformers "),
         ({"text_config": "odd"}, "the config of its text model is 'odd'"),
         ({"quantization_config": [1]}, "transformers cannot read it"),
         ({"quantization_config": {}}, "stored in an unknown format"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import make_tokenizer
 from benchmarks.unsharded_base import load_unsharded as load
@@ -32,7 +32,13 @@ from tests.soft_prompts import soft_prompts
 from trainer.config import Base
 from trainer.model.attention.padded import pad_rows
 from trainer.model.checkpoint_files import open_base
-from trainer.model.families import FAMILIES, context_length, family_of, layer_sizes
+from trainer.model.families import (
+    FAMILIES,
+    FIRST_RELEASE,
+    context_length,
+    family_of,
+    layer_sizes,
+)
 from trainer.model.layers import vocab_parallel
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
@@ -399,6 +405,28 @@ class TestRefusals:
         AutoConfig.for_model(model_type).save_pretrained(tmp_path)
         with pytest.raises(BadInput, match=f"'{model_type}'.*{reason}"):
             open_base(Base(model=str(tmp_path)))
+
+    def test_a_release_that_lacks_a_family_is_refused_with_the_one_needed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(FIRST_RELEASE, "new", "99.1")
+        monkeypatch.setitem(FIRST_RELEASE, "llama", "99.2")
+        (tmp_path / "config.json").write_text('{"model_type": "new"}')
+        with pytest.raises(
+            BadInput, match=r"'new', which needs transformers 99\.1 or newer, but 5"
+        ):
+            open_base(Base(model=str(tmp_path)))
+        container = {"model_type": "llava", "text_config": {"model_type": "new"}}
+        (tmp_path / "config.json").write_text(json.dumps(container))
+        with pytest.raises(
+            BadInput, match=r"'new', which needs transformers 99\.1 or newer, but 5"
+        ):
+            open_base(Base(model=str(tmp_path)))
+        with pytest.raises(BadInput, match=r"'llama', which needs transformers 99\.2"):
+            family_of(family_config("llama"), "m")
+
+    def test_every_family_that_the_installed_release_lacks_has_a_first_release(self) -> None:
+        assert {kind for kind in FAMILIES if kind not in CONFIG_MAPPING} <= FIRST_RELEASE.keys()
 
     def test_a_variant_is_refused_with_its_setting(self) -> None:
         config = family_config("gemma3")

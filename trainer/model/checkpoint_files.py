@@ -19,15 +19,15 @@ from transformers import (
 from trainer.config import Base, resolve_path
 from trainer.model import hub
 from trainer.model.chat_template_file import read_chat_template
-from trainer.model.families import context_length, family_of
+from trainer.model.families import check_model_type, context_length, family_of
 from trainer.model.generation_config import end_ids, read_generation_config
 from trainer.model.gguf_file import read_gguf
 from trainer.model.model_folder import (
     SINGLE,
     SMALL_FILES,
-    check_config,
     check_folder,
     find_tensors,
+    read_config,
     read_index,
 )
 from trainer.model.quantized_weights import accept_quantization, combine_tensors
@@ -233,7 +233,7 @@ def portable_name(settings: Base) -> str:
 
 def _read_config(folder: Path, name: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
     """Read the config of a text model or its multimodal container, and its quantization."""
-    check_config(folder / "config.json")
+    check_model_type(read_config(folder / "config.json"), name)
     with library_errors(f"base.model: config.json of {name!r}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()

@@ -7,10 +7,12 @@ buffers to rebuild) are read from the modules and need no entry.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as TRANSFORMERS_VERSION
 
 from trainer.packing.activation_memory import LayerSizes
 from trainer.runtime.errors import BadInput
@@ -134,17 +136,70 @@ UNSUPPORTED: dict[str, str] = {
     "rwkv": "it has not been compared with transformers",
 }
 
+#: Oldest release of transformers with which a family is known to pass its tests, if newer than the
+#: oldest supported one; and the first that has the multimodal container of a supported text model.
+FIRST_RELEASE: dict[str, str] = {
+    **dict.fromkeys(("deepseek_v2", "diffllama", "doge"), "5.23"),
+    "exaone4_5": "5.8",
+    "exaone_moe": "5.1",
+    **dict.fromkeys(("gemma4", "gemma4_text"), "5.5"),
+    **dict.fromkeys(("glm4v_moe_text", "glm4v_text"), "5.2"),
+    "hunyuan_v1_moe": "5.1",
+    "kimi_k25": "5.13",
+    "mellum": "5.10",
+    **dict.fromkeys(("nemotron", "nemotron_h"), "5.23"),
+    **dict.fromkeys(("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text"), "5.2"),
+    "qwen3_vl_moe_text": "5.4",
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"), "5.2"),
+    "xglm": "5.3",
+}
+
 #: Tokens of a chunk in transformers' gated delta rule.
 DELTA_CHUNK = 64
 #: Length with which ALiBi models were trained whose config sets no maximum length.
 DEFAULT_CONTEXT_LENGTH = 2048
 
 
+def check_model_type(raw: Mapping[str, Any], name: str) -> None:
+    """Refuse the content of a config.json whose model type the installed transformers lacks.
+
+    A type that the folder's own code implements is left to ``AutoConfig``, which names the code.
+
+    Raises:
+        BadInput: with the first release of transformers that has the type, if it is known.
+    """
+    text = raw.get("text_config")
+    for config in (raw, text if isinstance(text, dict) else {}):
+        kind = config.get("model_type")
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+            _check_release(kind, name)
+            if config is raw and "auto_map" not in raw:
+                raise BadInput(
+                    f"base.model: {name!r} is of model type {kind!r}, which is not supported "
+                    f"(transformers {TRANSFORMERS_VERSION} does not have it); supported: "
+                    f"{', '.join(sorted(FAMILIES))}"
+                )
+
+
+def _check_release(kind: str, name: str) -> None:
+    needed = FIRST_RELEASE.get(kind)
+    if needed is not None and _release(TRANSFORMERS_VERSION) < _release(needed):
+        raise BadInput(
+            f"base.model: {name!r} is of model type {kind!r}, which needs transformers {needed} or "
+            f"newer, but {TRANSFORMERS_VERSION} is installed: pip install --upgrade transformers"
+        )
+
+
+def _release(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
+
+
 def family_of(config: PretrainedConfig, name: str) -> Family:
     """Return the table's entry for a model.
 
     Raises:
-        BadInput: with the reason, if the family or a setting in config.json is not supported.
+        BadInput: with the reason, if the family, with the installed release of transformers, or a
+            setting in config.json is not supported.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -153,6 +208,7 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
             f"base.model: {name!r} is of family {config.model_type!r}, which is not supported "
             f"({reason}); supported: {', '.join(sorted(FAMILIES))}"
         )
+    _check_release(config.model_type, name)
     for setting, reason in family.refused.items():
         if getattr(config, setting, False):
             raise BadInput(

@@ -59,8 +59,10 @@ def _missing_reason(path: Path) -> str:
     return "is not a file" if path.exists() else "is a link to a file that is not there"
 
 
-def check_config(path: Path) -> None:
-    """Refuse a config that transformers would not read in bounded time or as this program does.
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json.
+
+    Refuses a config that transformers would not read in bounded time or as this program does.
 
     Raises:
         BadInput: with all settings that are invalid, unreasonably large or not supported.
@@ -82,6 +84,7 @@ def check_config(path: Path) -> None:
         )
     if problems:
         raise BadInput(problems[:10])
+    return raw
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
