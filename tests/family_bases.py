@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
 from trainer.data.token_table import Example
+from trainer.model.families import FAMILIES
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.packing.packed_batch import PackedRow
 
@@ -452,9 +453,14 @@ def randomize(model: nn.Module) -> None:
 
 
 def plain_model(folder: Path, quantization: str) -> Any:
-    """Load the model in transformers; for int8 with the dequantized weights."""
-    kind = class_of(AutoConfig.from_pretrained(folder))
-    model = kind.from_pretrained(folder, dtype=torch.float32)
+    """Load the model in transformers; for int8 with the dequantized weights.
+
+    transformers 5.0 has an SDPA for Gemma 2 that omits the cap on its scores.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    attention = FAMILIES[config.get_text_config().model_type].cached_attention
+    options = {"attn_implementation": "eager"} if attention == "eager" else {}
+    model = class_of(config).from_pretrained(folder, dtype=torch.float32, **options)
     model.set_experts_implementation("eager")
     if quantization == "int8":
         quantize_plain(model)

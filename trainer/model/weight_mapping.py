@@ -30,6 +30,8 @@ from trainer.model.safetensors_reader import SafetensorsReader, StoredTensor, sc
 from trainer.model.transformers_model import build_transformers_model, limit_parameters
 from trainer.runtime.errors import BadInput
 
+#: Operation of transformers 5.0 and 5.1 that copies a tensor to an aligned address (gpt-oss).
+COPY = "Force16BytesAlignment"
 #: Number of elements that are compared at a time.
 COMPARED_ELEMENTS = 4 << 20
 
@@ -179,6 +181,9 @@ def _stored_tensors(
                 f"({other!r}); keep one form"
             )
         converter = by_pattern[next(iter(lists))]
+        if [type(operation).__name__ for operation in converter.operations] == [COPY]:
+            (stored[key],) = (tuple(column) for column in lists.values())
+            continue
         if [type(operation) for operation in converter.operations] == [Transpose]:
             ((tensor, *_),) = lists.values()
             stored[key] = (tensor,)

@@ -92,7 +92,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | Layout | None,
     *,
-    scaling: float,
+    scaling: float | None = None,
     layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -106,6 +106,10 @@ def packed_attention(
     """
     layout = layout or attention_mask  # type: ignore[assignment]
     assert isinstance(layout, Layout)
+    if (
+        scaling is None
+    ):  # GPT-2 of transformers 5.0, which leaves it to scaled_dot_product_attention
+        scaling = query.shape[-1] ** -0.5
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     layer: Any = module.layer_idx
     return attend(query, key, value, layout, scores, layer), None
