@@ -12,12 +12,14 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # The interpreters of make test-pythons: names or paths.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-PINNED := pyproject.toml constraints.txt
+CONSTRAINTS := constraints.txt
+PINNED := pyproject.toml $(CONSTRAINTS)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q \
-	-c constraints.txt $(PIP_ARGS)
+	-c $(CONSTRAINTS) $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart example-smollm2 test test-pythons faults lint format docs clean
+.PHONY: help install quickstart example-smollm2 test test-pythons test-oldest faults lint format docs \
+	clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 25
@@ -43,6 +45,11 @@ test-pythons: ## Run the unit tests and the wheel test with every supported Pyth
 	$$venv/bin/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS) \
 		tests/unit tests/integration/test_wheel.py; done
 
+test-oldest: ## Test the main families with the oldest supported transformers
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)-oldest/constraints.txt \
+		$(VENV)-oldest/.installed-test
+	$(VENV)-oldest/bin/python -m pytest -m oldest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
 faults: $(VENV)/.installed-test ## List the failures that tests reproduce
 	@$(BIN)/python -m pytest --list-faults
 
@@ -59,12 +66,16 @@ docs: $(VENV)/.installed ## Write the reference and the JSON schema of the run f
 	$(BIN)/python docs/render.py
 
 clean: ## Remove .venv and caches; runs/ stays
-	rm -rf $(VENV) $(VENV)-3.* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-3.* $(VENV)-oldest build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found; install one, or give make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/constraints.txt: constraints.txt constraints-oldest.txt | $(BIN)/python
+	@awk -F== 'NR == FNR { replaced[$$1]; print; next } !($$1 in replaced)' \
+		constraints-oldest.txt constraints.txt > $@
 
 $(VENV)/.installed: $(PINNED) | $(BIN)/python
 	@echo "installing promptshard and its libraries into $(VENV) (a few minutes the first time)"

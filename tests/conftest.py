@@ -29,6 +29,18 @@ SLOW_FILES = (
     "test_like_transformers.py",
     "test_slurm.py",
 )
+#: Tests that ``make test-oldest`` runs: these files, in some of them only the tests of these
+#: families, and the quickstart.
+OLDEST_FILES = (
+    *("test_chat.py", "test_chat_placement.py", "test_chat_settings.py", "test_chat_templates.py"),
+    *("test_export_command.py", "test_families.py", "test_generation.py"),
+    *("test_like_transformers.py", "test_peft_adapter.py", "test_stock_templates.py"),
+    *("test_tokenize.py", "test_tokenizer.py"),
+)
+OLDEST_FAMILIES = (
+    *("gemma", "gemma2", "gemma3", "gpt2", "gpt_oss", "llama", "mistral", "mixtral", "opt", "phi"),
+    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +82,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+        if _is_of_oldest(item):
+            item.add_marker("oldest")
+
+
+def _is_of_oldest(item: pytest.Item) -> bool:
+    if item.path.name == "test_readme.py":
+        return item.name.startswith("test_quickstart_")
+    callspec = getattr(item, "callspec", None)
+    case = callspec.params.get("case", "llama") if callspec else "llama"
+    return item.path.name in OLDEST_FILES and case in OLDEST_FAMILIES
 
 
 def _place(item: pytest.Item) -> int:
