@@ -82,8 +82,8 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
-        taken = inspect.signature(model.base_model.forward).parameters
-        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in taken), "")
+        parameters = inspect.signature(model.base_model.forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), "")
 
     @property
     def hidden_size(self) -> int:
