@@ -36,6 +36,7 @@ COMMANDS = {
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make test": "this test suite",
     "make test-pythons": "the unit tests, with other interpreters",
+    "make test-oldest": "tests marked oldest, with older libraries",
     "make docs": "what it writes is compared in this file",
     "make faults": "pytest --list-faults, an option of tests/conftest.py",
     "make lint": "part of make test",
