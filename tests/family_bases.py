@@ -476,7 +476,8 @@ def quantize_plain(model: Any) -> None:
         elif isinstance(module, nn.Linear) and module is not head:
             _round(module.weight)
         elif hasattr(module, "down_proj") and hasattr(module, "is_transposed"):
-            _round(module.gate_up_proj if module.has_gate else module.up_proj, module.is_transposed)
+            gated = getattr(module, "has_gate", True)  # transformers 5.0 has no others
+            _round(module.gate_up_proj if gated else module.up_proj, module.is_transposed)
             _round(module.down_proj, module.is_transposed)
 
 
