@@ -91,7 +91,9 @@ def _is_of_oldest(item: pytest.Item) -> bool:
         return item.name.startswith("test_quickstart_")
     callspec = getattr(item, "callspec", None)
     case = callspec.params.get("case", "llama") if callspec else "llama"
-    return item.path.name in OLDEST_FILES and case in OLDEST_FAMILIES
+    # transformers 5.0 holds a tied head twice if it is stored; the values are the same.
+    ties = "TestTies" in item.nodeid
+    return item.path.name in OLDEST_FILES and case in OLDEST_FAMILIES and not ties
 
 
 def _place(item: pytest.Item) -> int:

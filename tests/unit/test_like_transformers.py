@@ -73,7 +73,11 @@ def load_theirs(folder: Path) -> tuple[Any, set[str]]:
     config = AutoConfig.from_pretrained(folder)
     kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
-    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    family = FAMILIES.get(config.get_text_config().model_type)
+    if family and family.cached_attention == "eager":  # as in tests.family_bases.plain_model
+        options["attn_implementation"] = "eager"
+    model, info = kind.from_pretrained(folder, **options)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False), info["missing_keys"]
