@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.test_bank import H, loss_gradients, make_bank, make_config
+from trainer.config import encoders
 from trainer.config.encoders import EncoderEntry, register_encoder
 from trainer.prompts.encoders import EncoderInputs, PromptEncoder
 from trainer.prompts.peft_adapter import load_peft, save_peft
@@ -26,7 +27,8 @@ class ToyEncoder(PromptEncoder):
         return self.get_buffer("start") + self.shift
 
 
-def test_toy_encoder_trains_and_exports(tmp_path: Path) -> None:
+def test_toy_encoder_trains_and_exports(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(encoders, "_ENTRIES", dict(encoders._ENTRIES))
     register_encoder(EncoderEntry(method="p_tuning", name="toy", build=ToyEncoder))
     toy = {"name": "toy", "method": "p_tuning", "encoder": "toy", "num_virtual_tokens": 3}
     assert make_config([toy]).prompts[0].encoder_name == "toy"

@@ -34,7 +34,7 @@ COMMANDS = {
     ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
     ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
-    "make example-smollm2": "the same command, in tests/integration/test_example.py",
+    "make example-smollm2": "the same command, in tests/integration/test_smollm2_example.py",
     "make test": "this test suite",
     "make test-pythons": "the unit tests, with other interpreters",
     "make test-oldest": "tests marked oldest, with older libraries",
