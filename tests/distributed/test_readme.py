@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICKSTART = "promptshard train examples/quickstart.yaml"
-#: Commands that other tests run: this one downloads a model (tests/integration/test_smollm2_example.py).
+#: Commands that other tests run: this one downloads a model
+#: (tests/integration/test_smollm2_example.py).
 ELSEWHERE = {"promptshard example smollm2 work"}
 #: Trainings after the first are cut short, each into a folder of its own. What a prompt is compared
 #: with, and on all rows, the first has shown.
