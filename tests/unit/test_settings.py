@@ -14,6 +14,7 @@ import pytest
 
 from launch import scaffold_commands, settings_text
 from launch.run_templates import KINDS
+from tests.unit.test_config import GOOD
 from trainer.config import RunConfig, dump, load, yaml_parser, yaml_source
 from trainer.config.aliases import all_aliases
 from trainer.config.explain import _all_settings
@@ -24,24 +25,6 @@ from trainer.runtime.errors import BadInput
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 VALIDATOR = jsonschema.Draft202012Validator(run_file_schema())
-
-GOOD = """\
-output_dir: runs/x
-base:
-  model: some/base
-tasks:
-  - name: triage
-    train: train.jsonl
-    input: "{text}\\nTopic:"
-    target: " {label}"
-    choices: [a, b]
-    metric: accuracy
-prompts:
-  - name: one
-    task: triage
-training:
-  steps: 10
-"""
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
