@@ -128,7 +128,8 @@ class TestFamily:
             float(torch.cosine_similarity(a.flatten(), b.flatten(), 0))
             for a, b in zip(gradients, wanted, strict=True)
         ]
-        least = 0.85 if FAMILIES[CASES[case][0]].recurrent else 0.98  # rounding accumulates
+        # Rounding accumulates in recurrent layers, and can change the experts of a token.
+        least = 0.7 if FAMILIES[CASES[case][0]].recurrent else 0.98
         assert all(least < cosine <= 1.001 for cosine in alike), alike
         assert min(alike) < 1 - 1e-7
 
