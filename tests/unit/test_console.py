@@ -217,3 +217,14 @@ def test_the_width_is_that_of_the_console_s_own_terminal(monkeypatch: pytest.Mon
             fcntl.ioctl(out, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
             assert Console(out, io.StringIO()).width == columns
     assert Console(io.StringIO(), io.StringIO()).width == module.PLAIN_WIDTH
+
+
+def test_a_terminal_of_unknown_size_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    leader, follower = os.openpty()  # 0 by 0
+    with os.fdopen(leader), os.fdopen(follower, "w") as out:
+        console = Console(out, out)
+        assert console.is_terminal
+        assert console.width == 80
+        console.paragraph("step 10  " + "a word " * 30, indent=9)

@@ -45,7 +45,11 @@ class _RichConsole(rich.console.Console):
             columns, lines = os.get_terminal_size(self.file.fileno())
         except (OSError, ValueError):
             return super().size
-        return ConsoleDimensions(self._width or columns, self._height or lines)
+        # Terminals of containers and of tools such as script may report a size of 0 by 0.
+        unknown = ConsoleDimensions(80, 25)
+        return ConsoleDimensions(
+            self._width or columns or unknown.width, self._height or lines or unknown.height
+        )
 
     @size.setter
     def size(self, new: tuple[int, int]) -> None:
