@@ -64,10 +64,13 @@ class TextRowTokenizer(RowTokenizer):
         # Tokens before a row's own text, which are never cut: BOS and the hard prompt, with and
         # without trailing white space, which often belongs to the following token.
         self.fronts = [self.encoder.front]
-        self.halves = None if prefix else split_template(task.input)
+        halves = split_template(task.input)
+        self.is_placed = halves is not None  # the template has {virtual_tokens}
+        self.halves = None if prefix else halves
+        self.is_prompt_first = self.halves is not None and not template_fields(self.halves[0])
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r} before it"
-        if split_template(task.input) is not None:
+        if self.is_placed:
             beginning = render(fixed_beginning(task.input), {}, prefix)
             self.fronts = self.encoder.inputs([beginning, beginning.rstrip()])
         elif prefix:
@@ -120,7 +123,7 @@ class TextRowTokenizer(RowTokenizer):
 
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the input of a row, with the hard prompt and without virtual tokens."""
-        if split_template(self.task.input) is None:
+        if not self.is_placed:
             return self.prefix + render(self.task.input, row)
         return render(self.task.input, row, self.prefix)
 
@@ -210,7 +213,7 @@ class TextRowTokenizer(RowTokenizer):
     def _front(self, row: EncodedRow) -> list[int]:
         """Return the first tokens of a row, which are never cut."""
         ids = row.input_ids
-        if self.halves is not None and not template_fields(self.halves[0]):
+        if self.is_prompt_first:
             return ids[: row.prompt_end]
         return next((front for front in self.fronts if ids[: len(front)] == front), self.fronts[0])
 
