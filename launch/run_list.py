@@ -79,7 +79,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
                     if not name.startswith(".") and name not in SKIPPED and entry.is_dir()
                 ]
                 folders += [(inner, depth + 1) for inner in below]
-        except OSError:  # not readable, or deleted meanwhile
+        except OSError:  # unreadable, or deleted since it was listed
             continue
 
 

@@ -67,7 +67,7 @@ def schema() -> None:
 
 
 def _chosen(names: list[str] | None) -> Iterator[reference.Setting]:
-    """Yield settings; a section stands for the settings in it."""
+    """Yield the named settings, and all settings of the named sections."""
     for name, setting in reference.settings().items():
         if names is None or any(name == n or name.startswith(f"{n}.") for n in names):
             yield setting

@@ -11,10 +11,10 @@ import typer
 
 from trainer.config.reference import Setting, SettingsSection, sections
 
-#: Width of a line where the output is no terminal, and the largest width on one.
+#: Line width if the output is not a terminal, and maximum line width on a terminal.
 PIPE_WIDTH, MAX_WIDTH = 80, 100
 _NAMES = 26
-#: Maximum length of the meaning of a default that stands beside it in the overview.
+#: Maximum length of a default's meaning that the overview prints beside the default.
 _SHORT_MEANING = 24
 _EMPTY = {"''": "empty", "[]": "empty list", "{}": "empty"}
 _NO_BREAK = "\N{NO-BREAK SPACE}"

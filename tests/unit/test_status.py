@@ -326,7 +326,7 @@ def test_a_killed_rank_is_the_reason_of_a_failure(out):
 
 
 def test_a_run_that_failed_before_the_first_step(out):
-    """It has no run.yaml and no summary; a stop signal is no failure."""
+    """The run has neither run.yaml nor summary; a stop signal is not a failure."""
     shutil.rmtree(out)
     (out / "logs").mkdir(parents=True)
     write_log(out, "rank-0.log", TRACEBACK.format("no memory"))
