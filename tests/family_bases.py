@@ -429,7 +429,9 @@ def save_family(folder: Path, case: str, num_layers: int = 2, **options: Any) ->
         config = AutoConfig.for_model(
             kind, text_config=text, vision_config=vision, tie_word_embeddings=tied
         )
-    model = class_of(config).from_config(config, attn_implementation="eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some layers draw their vectors, which ``randomize`` only changes
+        model = class_of(config).from_config(config, attn_implementation="eager")
     randomize(model)
     model.save_pretrained(folder, **options)
     make_tokenizer().save_pretrained(folder)

@@ -119,6 +119,9 @@ class TestFamily:
 
     def test_int8_products(self, family: Any, case: str) -> None:
         base = load(family(case), "int8")
+        for router in base.modules():  # every expert, or rounding changes the experts of a token
+            if hasattr(router, "top_k") and hasattr(router, "num_experts"):
+                router.top_k = router.num_experts
         exact, wanted = packed(base)
         use_matmul(base, "int8", 0.0)
         with torch.compiler.set_stance("force_eager"):
@@ -128,8 +131,7 @@ class TestFamily:
             float(torch.cosine_similarity(a.flatten(), b.flatten(), 0))
             for a, b in zip(gradients, wanted, strict=True)
         ]
-        # Rounding accumulates in recurrent layers, and can change the experts of a token.
-        least = 0.7 if FAMILIES[CASES[case][0]].recurrent else 0.98
+        least = 0.95 if FAMILIES[CASES[case][0]].recurrent else 0.98  # rounding accumulates
         assert all(least < cosine <= 1.001 for cosine in alike), alike
         assert min(alike) < 1 - 1e-7
 
