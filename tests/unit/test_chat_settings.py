@@ -59,8 +59,8 @@ def test_variables_that_cannot_work_are_refused(tmp_path, tokenizer):
     with pytest.raises(BadInput) as caught:
         tokenize(rows_of(tmp_path, task), task, tokenizer, 99)
     assert caught.value.problems == [
-        "tasks.t.chat_template_kwargs.thniks: the chat template reads no such variable; correct "
-        "the name or remove it"
+        "tasks.t.chat_template_kwargs.thniks: the chat template reads no such variable (did you "
+        "mean 'thinks'?); correct the name or remove it"
     ]
     with pytest.raises(ValueError, match=r"chat_template_kwargs\.tokenize: is set by this program"):
         make_task(tokenize=False)

@@ -218,7 +218,7 @@ def test_a_generation_prompt_that_no_answer_follows_is_refused(tmp_path, tokeniz
     (problem,) = caught.value.problems
     assert problem.startswith(
         f"{tmp_path}/d.jsonl:1 and 1 more row: messages: [1]: the generation prompt of the chat "
-        "template continues with '<think>\\n' where"
+        "template opens <think>, and neither the row nor the template closes it before the answer; "
     )
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from trainer.config import Prompt, RunConfig, Task, split_template, template_fields
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example
-from trainer.data.tokenization.chat import with_mark
 from trainer.data.tokenization.chat_template import TemplateLimitExceeded
 from trainer.data.tokenization.dialogue_rows import (
     dialogue_encoder,
     limit_problem,
     user_messages,
 )
+from trainer.data.tokenization.message_edits import with_mark
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 

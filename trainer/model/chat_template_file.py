@@ -4,27 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateSyntaxError
 
 from trainer.config import resolve_path
+from trainer.data.tokenization.template_syntax import environment
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import printable
 
 #: Maximum size of a template. The largest known ones have 20 kB.
 MAX_BYTES = 1 << 20
-
-
-class _Generation(Extension):
-    """Accepts ``{% generation %}``, which marks the turns of the assistant in transformers."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def read_chat_template(setting: str) -> str:
@@ -59,11 +47,8 @@ def read_chat_template(setting: str) -> str:
 
 
 def _syntax_problem(source: str, path: Path) -> str | None:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
     try:
-        environment.from_string(source)
+        environment().from_string(source)
     except TemplateSyntaxError as error:
         reason = printable(str(error.message))
         return f"{path}:{error.lineno}: is not valid Jinja: {reason}; correct the line"

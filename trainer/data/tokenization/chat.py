@@ -6,27 +6,27 @@ Needs a tokenizer, but no torch.
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
-from trainer.data.column_parsers import content_of, is_learned
+from trainer.data.column_parsers import is_learned
 from trainer.data.tokenization.chat_template import (
     ChatTemplate,
     Messages,
     TokenSpan,
     Tools,
 )
+from trainer.data.tokenization.message_edits import MARK, count_marks
+from trainer.data.tokenization.reasoning import ReasoningFormat
+from trainer.data.tokenization.row_tokenizer import common_length
 from trainer.data.tokenization.tokenizer import TextTokenizer
 
 Spans = list[tuple[int, int]]
 
-#: The thoughts that a generation prompt begins, or begins and ends, at its end.
-_THOUGHTS = re.compile(r"<(\w+)>\s*(</\1>)?\s*\Z")
 #: Dialogues that show which token follows a turn of the assistant: without and with a tool call.
 _CALL = {"name": "f", "arguments": {}}
 _FOLLOWED: tuple[list[dict[str, Any]], ...] = (
@@ -40,55 +40,6 @@ _FOLLOWED: tuple[list[dict[str, Any]], ...] = (
         {"role": "tool", "name": "f", "tool_call_id": "callcall0", "content": "x"},
     ],
 )
-
-
-#: Marks the place of the virtual tokens in a dialogue. Three characters of the private use area: no
-#: text contains this sequence, although fonts with icons use single characters of the area.
-MARK = "\uf8ff\ue000\uf8ff"
-
-
-def with_mark(messages: Messages, position: str) -> Messages:
-    """Mark the place of the virtual tokens, ``prompts.position``; raises ``ValueError``."""
-    if position == "front":
-        return messages
-    number = next((i for i, turn in enumerate(messages) if turn["role"] == position), None)
-    if number is None and position == "user":
-        raise ValueError("has no turn of the user for prompts.position: user; use front or system")
-    if number is None:
-        return [{"role": "system", "content": MARK}, *messages]
-    content = messages[number].get("content") or ""
-    parts = [{"type": "text", "text": MARK}]
-    marked = [*parts, *content] if isinstance(content, list) else MARK + content
-    return _replaced(messages, number, marked)
-
-
-def with_system(messages: Messages, text: str | None) -> Messages:
-    """Add text of the system, before any text that the system has already."""
-    if text is None:
-        return messages
-    if messages[0]["role"] != "system":
-        return [{"role": "system", "content": text}, *messages]
-    content = messages[0].get("content") or ""
-    parts = [{"type": "text", "text": f"{text}\n\n"}]
-    joined = [*parts, *content] if isinstance(content, list) else f"{text}\n\n{content}"
-    return _replaced(messages, 0, joined)
-
-
-def with_answer(messages: Messages, answer: str) -> Messages:
-    """Replace the last answer, which is then the only learned turn."""
-    earlier = [
-        {**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in messages[:-1]
-    ]
-    return [*earlier, {"role": "assistant", "content": answer}]
-
-
-def _replaced(messages: Messages, number: int, content: Any) -> Messages:
-    turn = {**messages[number], "content": content}
-    return [*messages[:number], turn, *messages[number + 1 :]]
-
-
-def _count_marks(messages: Messages) -> int:
-    return sum(content_of(turn).count(MARK) for turn in messages)
 
 
 @dataclass(frozen=True)
@@ -158,6 +109,7 @@ class DialogueEncoder:
         end_ids: Collection[int] = (),
     ) -> None:
         self.template = ChatTemplate(tokenizer, date, variables)
+        self._reasoning = ReasoningFormat(self.template.sources)
         self._encoder = TextTokenizer(tokenizer)
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         self._special = sorted(special, key=len, reverse=True)
@@ -184,8 +136,7 @@ class DialogueEncoder:
     def beginning(self, dialogues: Sequence[Messages]) -> tuple[str, str]:
         """Return the text with which the openings of all dialogues begin, and the first's rest."""
         texts = [self.template.text(messages, generation_prompt=True) for messages in dialogues]
-        columns = zip(*texts, strict=False)
-        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        shared = min(common_length(texts[0], text) for text in texts)
         return texts[0][:shared], texts[0][shared:]
 
     def ids(self, text: str) -> list[int]:
@@ -202,7 +153,7 @@ class DialogueEncoder:
             TemplateLimitExceeded: as ``ChatTemplate``.
         """
         text = self.template.text(messages, tools)
-        if text.count(MARK) != _count_marks(messages):
+        if text.count(MARK) != count_marks(messages):
             raise ValueError(
                 "the chat template does not write the turn with the virtual tokens exactly once; "
                 "use another prompts.position"
@@ -229,20 +180,22 @@ class DialogueEncoder:
         number = len(messages) - 1
         opening = self.template.text(messages[:-1], tools, generation_prompt=True)
         until = self.template.text(messages, tools) if text is None else text
-        continued = _continuation(opening, until)
-        if continued is None:
-            raise ValueError(f"[{number}]: {_mismatch(opening, until)}")
+        try:
+            continued = self._reasoning.continued(messages[-1], opening, until)
+        except ValueError as error:
+            raise ValueError(f"[{number}]: {error}") from None
         start, stop = len(opening), len(continued)
         end = self._end(continued, start)
-        if continued == until:
+        if continued == until and (
+            end is None or self.template.begins_mark_after(start, messages, tools)
+        ):
             marks = self._marked(messages, tools)
             if marks is not None:
                 start, stop = max(start, marks[-1].characters[0]), marks[-1].characters[1]
-            if end is None:
-                following = self._following[bool(messages[-1].get("tool_calls"))]
-                if following:
-                    continued += following
-                    end = len(continued)
+        following = self._following[bool(messages[-1].get("tool_calls"))]
+        if end is None and following:
+            continued += following
+            end = len(continued)
         stop = stop if end is None else end
         if start >= stop:
             raise ValueError(f"[{number}]: the chat template marks no token of this turn")
@@ -319,8 +272,7 @@ def _tree(trunk: list[int], turns: list[_Turn]) -> Dialogue:
         branch_ids = texts[-1][2][-1].ids
         texts.append((branch_ids, *_inside(branch_ids, texts[-1][2])))
     for text, inside, _ in [texts[0], *reversed(texts[1:])]:  # branches in the dialogue's order
-        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(text, trunk, strict=False))
-        shared = sum(1 for _ in pairs)
+        shared = len(trunk) if text is trunk else common_length(text, trunk)
         shift, longest = len(ids) - shared, max(longest, len(text))
         if shared < place:
             raise ValueError(
@@ -343,39 +295,3 @@ def _inside(text: list[int], turns: list[_Turn]) -> tuple[list[_Turn], list[_Tur
     for turn in turns:
         (inside if text[: turn.stop] == turn.ids[: turn.stop] else others).append(turn)
     return inside, others
-
-
-def _continuation(opening: str, until: str) -> str | None:
-    """Return the text of a dialogue up to an answer, as it continues its generation prompt.
-
-    Some templates begin the thoughts of an answer in the generation prompt (``<think>``), or write
-    an empty block of thoughts there, but write an answer without thoughts in another way. Then the
-    answer follows the generation prompt without the part that the prompt has already.
-
-    Returns:
-        ``until`` if it begins with ``opening``; None if generation cannot produce the answer.
-    """
-    if until.startswith(opening):
-        return until
-    thoughts = _THOUGHTS.search(opening)
-    if thoughts is None or not until.startswith(opening[: thoughts.start()].rstrip()):
-        return None
-    before = opening[: thoughts.start()]
-    rest = until[len(before if until.startswith(before) else before.rstrip()) :]
-    tag, is_closed = thoughts[1], thoughts[2] is not None
-    begin, end = rf"\s*<{tag}>\s*", f"</{tag}>"
-    if is_closed:
-        return opening + re.sub(rf"\A{begin}{end}\s*", "", rest)
-    rest = re.sub(rf"\A{begin}", "", rest)
-    return opening + rest if end in rest else None
-
-
-def _mismatch(opening: str, until: str) -> str:
-    pairs = enumerate(zip(opening, until, strict=False))
-    same = next((place for place, (a, b) in pairs if a != b), min(len(opening), len(until)))
-    return (
-        f"the generation prompt of the chat template continues with "
-        f"{opening[same : same + 30]!r} where the dialogue has other text, so generation never "
-        "produces this turn; change chat_template_kwargs or base.chat_template so that both agree, "
-        "or write the dialogue as text with input and target"
-    )

@@ -8,11 +8,14 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.data.column_parsers import content_of
 from trainer.data.token_table import runs
@@ -105,11 +108,11 @@ class ChatTemplate:
                 )
         return text
 
-    def reads(self, name: str) -> bool:
-        """Whether a chat template of the tokenizer contains the name of a variable."""
+    @property
+    def sources(self) -> list[str]:
+        """All chat templates of the tokenizer."""
         source = self._tokenizer.chat_template
-        sources = source.values() if isinstance(source, dict) else [source]
-        return any(re.search(rf"\b{re.escape(name)}\b", text) for text in sources)
+        return list(source.values()) if isinstance(source, dict) else [source]
 
     def ids(self, text: str) -> list[int]:
         """Tokenize text that the template has written."""
@@ -138,14 +141,42 @@ class ChatTemplate:
             marks.append(TokenSpan((start, stop), (first.start, last.end)))
         return marks
 
+    def begins_mark_after(self, start: int, messages: Messages, tools: Tools = None) -> bool:
+        """Whether the last span inside ``{% generation %}`` begins after a number of characters.
+
+        Faster than ``marked``, because nothing is tokenized. Raises as ``text``.
+        """
+        if not _GENERATION.search(source := self._source(tools)):
+            return False
+        options = self._tokenizer.special_tokens_map | self._options(source)
+        with self._limited():
+            _, (spans,) = render_jinja_template(
+                conversations=[[self._turn(turn) for turn in messages]],
+                tools=tools,
+                return_assistant_tokens_mask=True,
+                **{"chat_template": source} | options,
+            )
+        return any(first > start for first, _ in spans[-1:])
+
     def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]
-        options |= self._variables
+        with self._limited():
+            options |= self._options(self._source(tools))
+            return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
+
+    def _options(self, source: str) -> dict[str, Any]:
+        """Return the variables of a template, and the template that reads the fixed date."""
+        if _DATE not in source:
+            return dict(self._variables)
+        dated = _with_date(source, self._date or datetime.date.today())
+        return self._variables | {"chat_template": dated}
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Limit the time of the template, and convert its errors."""
         try:
-            if _DATE in (source := self._source(tools)):
-                options["chat_template"] = _with_date(source, self._date or datetime.date.today())
             with cpu_limit(CPU_SECONDS):
-                return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
+                yield
         except CpuLimitExceeded:
             raise TemplateLimitExceeded(f"takes more than {CPU_SECONDS:g} s of CPU time") from None
         except MemoryError:

@@ -15,21 +15,16 @@ from trainer.config import Task, split_template, template_fields
 from trainer.data.column_parsers import content_of, is_learned
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example
-from trainer.data.tokenization.chat import (
-    MARK,
-    Dialogue,
-    DialogueEncoder,
-    with_answer,
-    with_mark,
-    with_system,
-)
+from trainer.data.tokenization.chat import Dialogue, DialogueEncoder
 from trainer.data.tokenization.chat_template import Messages, TemplateLimitExceeded, Tools
+from trainer.data.tokenization.message_edits import MARK, with_answer, with_mark, with_system
 from trainer.data.tokenization.row_tokenizer import (
     RowTokenizer,
     TokenizationReport,
     common_length,
     problem_of_choices,
 )
+from trainer.data.tokenization.template_syntax import variable_problem
 from trainer.runtime.errors import BadInput
 
 
@@ -67,15 +62,13 @@ def dialogue_encoder(
         encoder = DialogueEncoder(tokenizer, date, task.chat_template_kwargs, end_ids)
     except TemplateLimitExceeded as error:
         raise BadInput(f"{setting}: {limit_problem(error)}") from None
-    unread = [name for name in task.chat_template_kwargs if not encoder.template.reads(name)]
-    if unread:
-        raise BadInput(
-            [
-                f"tasks.{task.name}.chat_template_kwargs.{name}: the chat template reads no such "
-                "variable; correct the name or remove it"
-                for name in unread
-            ]
-        )
+    problems = [
+        f"tasks.{task.name}.chat_template_kwargs.{name}: {problem}"
+        for name in task.chat_template_kwargs
+        if (problem := variable_problem(name, encoder.template.sources))
+    ]
+    if problems:
+        raise BadInput(problems)
     return encoder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 from trainer.config import Task
@@ -113,9 +112,16 @@ class RowTokenizer(ABC):
         return self.task.too_long == "truncate"
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Return the number of leading elements that are equal."""
-    return sum(takewhile(bool, (x == y for x, y in zip(a, b, strict=False))))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # compares slices: faster than elements one by one
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def problem_of_choices(task: Task, targets: list[list[int]]) -> str | None:

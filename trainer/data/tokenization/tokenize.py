@@ -21,7 +21,6 @@ from trainer.data.dataset import RowDataset
 from trainer.data.row_validation import Problems, label_texts, render
 from trainer.data.token_cache import cached, tokenizer_digest
 from trainer.data.token_table import TokenBlock, TokenTable, in_memory
-from trainer.data.tokenization.chat import MARK, with_mark
 from trainer.data.tokenization.chat_template import TemplateLimitExceeded, reads_date
 from trainer.data.tokenization.dialogue_rows import (
     DialogueRowTokenizer,
@@ -29,6 +28,7 @@ from trainer.data.tokenization.dialogue_rows import (
     limit_problem,
     user_messages,
 )
+from trainer.data.tokenization.message_edits import MARK, with_mark
 from trainer.data.tokenization.row_tokenizer import COUNTS, RowTokenizer, TokenizationReport
 from trainer.data.tokenization.text import TextRowTokenizer
 from trainer.data.tokenization.token_ids import TokenIdRowReader

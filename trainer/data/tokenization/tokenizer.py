@@ -10,8 +10,11 @@ tokens, and the target is tokenized as the continuation of another text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
+
+from trainer.data.tokenization.segments import SegmentEncoder
 
 #: Texts before a target that merges with its own input; the first one without a merge is used.
 _CONTEXTS = ("\n", ".", "(", "a", "0")
@@ -97,11 +100,11 @@ class TextTokenizer:
             with the previous one.
         """
         ids, pieces, merged = list[int](), list[list[int]](), False
-        for until, text in zip(accumulate(texts), texts, strict=True):
+        encoded = self._segments(list(accumulate(texts)))
+        for joined, text in zip(encoded, texts, strict=True):
             if not text:
                 pieces.append([])
                 continue
-            joined = self._encode([until], special=False)[0]
             piece = joined[len(ids) :]
             if merged or joined[: len(ids)] != ids or ids[-1:] == self._unknown:
                 alone = self._continuations([text])[0]
@@ -115,12 +118,15 @@ class TextTokenizer:
         """As ``pieces``, for the part of a text that is separated from ``context`` before it."""
         first = next(filter(None, texts), "")
         for before in (context, *_CONTEXTS):
-            own = self._encode([before], special=False)[0]
-            joined = self._encode([before + first], special=False)[0]
+            own, joined = self._segments([before, before + first])
             if own and own[-1:] != self._unknown and joined[: len(own)] == own:
                 (_, *pieces), merged = self.pieces([before, *texts])
                 return pieces, merged
         return self.pieces(texts)
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder:
+        return SegmentEncoder(self._tokenizer, partial(self._encode, special=False))
 
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize texts as the continuation of a text with which they do not merge."""
@@ -156,12 +162,23 @@ class TextTokenizer:
 
         if not _is_plain(self._tokenizer):
             return encode(texts)
-        # The first call through transformers configures the backend. Further texts are passed to
-        # the backend without computing offsets into the text, which saves a third of the time.
-        first = encode(texts[:1])
+        # transformers configures the backend if other settings were used in between. The backend
+        # is called without computing offsets into the text, which saves a third of the time.
         backend = self._tokenizer.backend_tokenizer
-        others = backend.encode_batch_fast(list(texts[1:]), add_special_tokens=special)
+        first = [] if _is_configured(self._tokenizer) else encode(texts[:1])
+        others = backend.encode_batch_fast(list(texts[len(first) :]), add_special_tokens=special)
         return first + [encoding.ids for encoding in others]
+
+
+def _is_configured(tokenizer: Any) -> bool:
+    """Whether the backend of a tokenizer neither pads nor truncates, and splits as set."""
+    backend = tokenizer.backend_tokenizer
+    split_special = getattr(tokenizer, "split_special_tokens", False)
+    return (
+        backend.truncation is None
+        and backend.padding is None
+        and backend.encode_special_tokens == split_special
+    )
 
 
 def _is_plain(tokenizer: Any) -> bool:
