@@ -65,5 +65,5 @@ def _boundary(tokenizer: Any, encode: Encode) -> re.Pattern[str] | None:
     names = sorted((token.content for token in tokens), key=len, reverse=True)
     boundary = re.compile("|".join(map(re.escape, names)))
     probe = "a b" + "".join(f"{name}\na \n{name} b.\n\n{name}a {name}" for name in names)
-    whole, *segments = encode([probe, *_split(probe, boundary)])
-    return boundary if whole == [token for ids in segments for token in ids] else None
+    complete, *segments = encode([probe, *_split(probe, boundary)])
+    return boundary if complete == [token for ids in segments for token in ids] else None
