@@ -98,12 +98,12 @@ def test_candidates_share_the_tokens_of_their_row():
     """The last token of each predicts nothing; a choice of one token needs no segment."""
     row = [Example.with_target((10, 11, *target), 2, 0) for target in ((7,), (8, 9, 5), (8, 6))]
     packed_row = PackedRow(row[0], 0, 4, candidates=tuple(row))
-    assert (packed_row.shared_ids, packed_row.own_ids) == ((10, 11), ((), (8, 9), (8,)))
+    assert packed_row.tree.token_ids == (10, 11, 8, 9, 8)
     assert packed_row.num_tokens == 5
     batch = build_packed_batch([packed_row], [3])
     prompt = Segment(0, 3)
     text = Segment(3, 2, prompt)
-    own = [Segment(5, 2, text, candidate=True), Segment(7, 1, text, candidate=True)]
+    own = [Segment(5, 2, text, sibling=True), Segment(7, 1, text, sibling=True)]
     assert batch.segments == (prompt, text, *own)
     assert batch.token_ids_T.tolist() == [0, 0, 0, 10, 11, 8, 9, 8]
     assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 5]

@@ -96,6 +96,13 @@ class EvalSet:
         return int(self.candidates.table.lengths[self._first_examples].sum())
 
     @cached_property
+    def num_shared(self) -> int:
+        """Number of leading tokens that all rows have in common, such as a hard prompt."""
+        if self.candidates.teacher is not None:
+            return 0  # the tokens differ from those of the table
+        return self.candidates.table.num_shared(self._first_examples)
+
+    @cached_property
     def label_counts(self) -> list[int]:
         """Number of tokens of each row's correct target."""
         correct = self._first_examples + np.asarray(self.gold)

@@ -237,16 +237,34 @@ class TokenTable(Sequence[Example]):
         """
         if not len(self):
             return None
-        at, starts_R = int(self._places_R2[0, 0]), self._offsets[:-1]
-        # By column: a copy of the leading tokens of all rows may not fit in memory.
-        same = takewhile(
-            lambda place: (self._ids_T[starts_R + place] == self._ids_T[place]).all(),
-            range(int(self._places_R2[:, 1].min())),
-        )
-        end = sum(1 for _ in same)
+        at = int(self._places_R2[0, 0])
+        end = self._common(self._offsets[:-1], int(self._places_R2[:, 1].min()))
         if end < at or (self._places_R2[:, 0] != at).any():
             return None
         return Example(tuple(self._ids_T[:end].tolist()), (), -1, at, end)
+
+    def num_shared(self, indices_R: NDArray[np.int64]) -> int:
+        """Return the number of leading tokens that these examples have in common.
+
+        The token that predicts the first label is never one of them, nor is a token after the
+        beginning of a branch. 0 for a single example.
+        """
+        if len(indices_R) < 2:
+            return 0
+        first_labels_R = self._spans_S2[self._span_offsets[indices_R], 0]
+        most = int(first_labels_R.min()) - 1
+        if len(self._branches_B2):
+            most = min(most, int(self._branches_B2[:, 1].min()))
+        return self._common(self._offsets[indices_R], most)
+
+    def _common(self, starts_R: NDArray[np.int64], most: int) -> int:
+        """Return how many tokens, at most ``most``, are equal from each of these indices on."""
+        # By column: a copy of the leading tokens of all rows may not fit in memory.
+        same = takewhile(
+            lambda place: (self._ids_T[starts_R + place] == self._ids_T[starts_R[0] + place]).all(),
+            range(most),
+        )
+        return sum(1 for _ in same)
 
     @cached_property
     def num_labels(self) -> NDArray[np.int32]:

@@ -27,7 +27,7 @@ from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
-from trainer.packing.planning import plan_batches, portions
+from trainer.packing.planning import plan_batches, windows
 from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime import stop_signals
 from trainer.runtime.stop_signals import Stopped
@@ -83,20 +83,22 @@ class Evaluator:
         """
         self._advance = advance
         lengths = prompt_lengths(virtual_tokens)
-        cached = self._read_cache(requests)
-        missing = [r for r, nll in zip(requests, cached, strict=True) if nll is None]
+        distinct = list({request.key: request for request in requests}.values())
+        cached = self._read_cache(distinct)
+        missing = [r for r, nll in zip(distinct, cached, strict=True) if nll is None]
         slots = [request.num_slots for request in missing]
         computed = iter(self._candidate_nll(missing, lengths, virtual_tokens).split(slots))
         nll = [next(computed) if known is None else known for known in cached]
         if self.baselines is not None and self.engine.is_main:
-            for request, known, value in zip(requests, cached, nll, strict=True):
+            for request, known, value in zip(distinct, cached, nll, strict=True):
                 if known is None and request.is_baseline:
                     nll_RC = value.view(-1, request.num_candidates).numpy()
                     self.baselines.write(request.rows.candidates, nll_RC)
-        scored = [
-            self._result(request, value, virtual_tokens)
-            for request, value in zip(requests, nll, strict=True)
-        ]
+        results = {
+            request.key: self._result(request, value, virtual_tokens)
+            for request, value in zip(distinct, nll, strict=True)
+        }
+        scored = [results[request.key] for request in requests]
         if any(request.teacher is not None for request in requests):
             sums = self._compare_with_teachers(requests, lengths, virtual_tokens)
             for i, (request, teacher_R2) in enumerate(zip(requests, sums, strict=True)):
@@ -109,20 +111,13 @@ class Evaluator:
         return scored
 
     def num_texts(self, requests: Sequence[Request]) -> int:
-        """Number of texts that ``score`` reads: rows (candidates if padded) and generations."""
+        """Number of texts that ``score`` reads: rows and generations."""
         texts = 0
-        for request in requests:
-            rows = len(request.rows.candidates)
+        for request in {request.key: request for request in requests}.values():
             if request.by_labels:
-                texts += self._num_read(request)
-                texts += 0 if request.rows.task.scored_by_likelihood else rows
-            if request.teacher is not None:
-                texts += rows
-        return texts
-
-    def _num_read(self, request: Request) -> int:
-        rows = len(request.rows.candidates)
-        return rows if self.base.packed else rows * request.num_candidates
+                passes = 1 if request.rows.task.scored_by_likelihood else 2
+                texts += passes * len(request.rows.candidates)
+        return texts + sum(len(r.rows.candidates) for r in requests if r.teacher is not None)
 
     def _read_cache(self, requests: Sequence[Request]) -> list[Tensor | None]:
         """Read cached likelihoods on every rank; None for requests that are not cached."""
@@ -139,7 +134,7 @@ class Evaluator:
         for request, array in zip(requests, arrays, strict=True):
             if array is not None:
                 self.reused += 1
-                self._advance(self._num_read(request))
+                self._advance(len(request.rows.candidates))
         return [None if array is None else torch.from_numpy(array).flatten() for array in arrays]
 
     def _candidate_nll(
@@ -165,8 +160,8 @@ class Evaluator:
         max_tokens = self.budget.tokens
 
         def planned() -> Iterator[tuple[list[PackedRow], float]]:
-            window_tokens = WINDOW_BATCHES * max_tokens * self.engine.world_size
-            for window in portions(packed_rows, lambda row: row.num_tokens, window_tokens):
+            num_batches = WINDOW_BATCHES * self.engine.world_size
+            for window in windows(packed_rows, lengths.tokens, max_tokens, num_batches):
                 plan = plan_batches(window, lengths.tokens, self.engine.world_size, max_tokens)
                 mine = plan[self.engine.rank]
                 yield from ((batch, len(window) / len(mine)) for batch in mine)

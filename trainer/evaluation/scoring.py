@@ -37,6 +37,11 @@ class Request:
         return self.teacher is None or self.rows.task.metric != "loss"
 
     @property
+    def key(self) -> tuple[int, int | None, bool]:
+        """Equal for requests with the same scores: the teacher adds further scores."""
+        return id(self.rows), self.prompt, self.by_labels
+
+    @property
     def num_candidates(self) -> int:
         """Number of candidates of each row."""
         return self.rows.candidates.width
@@ -88,25 +93,27 @@ def candidate_rows(
 ) -> Iterator[PackedRow]:
     """Yield all candidates of all rows of all requests; slots number them in this order.
 
+    All packed batches have ``PackedBatch.shared``, because ranks that share a head must agree on
+    it.
+
     Args:
-        packed: the base model reads a row's text once for all its candidates. All packed batches
-            then have ``PackedBatch.shared``, because ranks that share a head must agree on it.
-        max_tokens: limit of a packed batch; a row whose candidates exceed it is read several times.
+        packed: the base reads a row's text once for all its candidates; otherwise once for each.
+        max_tokens: limit of a packed batch; a row whose candidates exceed it is divided.
     """
     slot = 0
     for request in requests:
+        shared = request.rows.num_shared
         for row in request.rows.candidates if request.by_labels else ():
-            if packed:
-                room = max(1, max_tokens - row[0].target_start)
-                for candidates in portions(row, lambda example: example.num_labels, room):
-                    yield PackedRow(
-                        candidates[0], request.prompt, slot, candidates=tuple(candidates)
-                    )
-                    slot += len(candidates)
-            else:
-                for example in row:
-                    yield PackedRow(example, request.prompt, slot)
-                    slot += 1
+            room = max(1, max_tokens - row[0].target_start) if packed else max_tokens
+            for candidates in portions(
+                row, lambda e: e.num_labels if packed else e.num_tokens, room
+            ):
+                yield PackedRow(
+                    *(candidates[0], request.prompt, slot),
+                    candidates=tuple(candidates),
+                    shared=shared,
+                )
+                slot += len(candidates)
 
 
 def distilled_rows(requests: Sequence[Request]) -> Iterator[PackedRow]:
@@ -114,6 +121,11 @@ def distilled_rows(requests: Sequence[Request]) -> Iterator[PackedRow]:
     slot = 0
     for request in requests:
         if request.teacher is not None:
+            shared = request.rows.num_shared
             for right, candidates in zip(request.rows.gold, request.rows.candidates, strict=True):
-                yield PackedRow(candidates[right], request.prompt, slot, teacher=request.teacher)
+                yield PackedRow(
+                    *(candidates[right], request.prompt, slot),
+                    teacher=request.teacher,
+                    shared=shared,
+                )
                 slot += 1

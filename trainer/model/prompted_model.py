@@ -160,9 +160,7 @@ class PromptedBase(nn.Module):
             layout=layout,
             use_cache=False,
         )
-        shared = batch.shared
-        positions = batch.label_positions_N if shared is None else shared.position_U
-        hidden_NH: Tensor = output.last_hidden_state[0, positions]
+        hidden_NH: Tensor = output.last_hidden_state[0, batch.read_positions]
         return hidden_NH
 
     def _padded(self, batch: PackedBatch, hidden_TH: Tensor) -> Tensor:
@@ -174,8 +172,8 @@ class PromptedBase(nn.Module):
             position_ids=rows.position_BL,
             use_cache=False,
         )
-        place_N = rows.place_T[batch.label_positions_N]
-        hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[place_N]
+        places = rows.place_T[batch.read_positions]
+        hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[places]
         return hidden_NH
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:

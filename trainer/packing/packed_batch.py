@@ -7,12 +7,9 @@ tokens, with which rows begin: rows with the same such text share the segment. A
 values per layer (prefix tuning) has no tokens in the packed batch: its segment is after the last
 token, where attention puts its keys, and is continued by the text at the beginning of its rows.
 
-A row with several candidate targets has one segment with the tokens that all candidates share, and
-one short segment per candidate, which attends to itself, the shared segment and the prompt. The
-last token of a candidate predicts nothing and is omitted.
-
-A row with branches (``Example``) has one segment per branch, and its trunk is divided where
-branches begin: a branch attends to the segments of the trunk before it.
+A row with several texts that share a beginning is a tree of segments (``token_tree``): a row with
+candidate targets, or a dialogue with branches. A segment attends to all segments that it continues.
+So a packed batch has up to four levels: prompt, text with which all rows begin, row, candidates.
 
 Shape letters: T tokens of a packed batch, N labels, U positions that predict them, K prompts of the
 bank.
@@ -23,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from itertools import pairwise, takewhile
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,11 +27,15 @@ from torch import Tensor
 
 from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
+from trainer.packing.token_tree import ROOT, TokenTree, tree_of, tree_of_candidates
 
 T = TypeVar("T")
 
 
-#: Index of a prompt in the bank, number of tokens before its virtual tokens, tokens around them.
+#: In place of the index of a prompt: the base without a prompt.
+NO_PROMPT = -1
+#: Index of a prompt in the bank or ``NO_PROMPT``, number of tokens before its virtual tokens,
+#: tokens around them.
 SegmentKey = tuple[int, int, tuple[int, ...]]
 
 
@@ -51,6 +51,8 @@ class PackedRow:
         teacher: the label positions learn its distributions instead of the labels.
         candidates: the row with each of its candidate targets, ``example`` first; candidate i has
             the slot ``slot + i``. Empty: ``example`` is the only target.
+        shared: number of leading tokens that all rows of the caller have in common. They are read
+            once per packed batch, as those of ``Example.prompt_end`` are.
     """
 
     example: Example
@@ -59,43 +61,34 @@ class PackedRow:
     is_padding: bool = False
     teacher: Teacher | None = None
     candidates: tuple[Example, ...] = ()
+    shared: int = 0
 
     @cached_property
-    def shared_ids(self) -> tuple[int, ...]:
-        """The longest common prefix of all candidates, without the prompt's segment."""
-        read = [_read_ids(example)[self.num_leading :] for example in self.candidates]
-        same = (len(set(column)) == 1 for column in zip(*read, strict=False))
-        return read[0][: sum(takewhile(bool, same))]
-
-    @cached_property
-    def own_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Tokens of each candidate after the shared ones, without its last label."""
-        read = self.num_leading + len(self.shared_ids)
-        return tuple(_read_ids(c)[read:] for c in self.candidates)
+    def tree(self) -> TokenTree:
+        """Tokens of the row after those in the prompt's segment."""
+        if self.candidates:
+            return tree_of_candidates(self.candidates, self.num_leading)
+        return tree_of(self.example, self.num_leading)
 
     @property
     def num_leading(self) -> int:
         """Number of leading tokens of the example that are in the prompt's segment."""
-        return 0 if self.prompt is None else self.example.prompt_end
+        return max(self.shared, 0 if self.prompt is None else self.example.prompt_end)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens in a packed batch, without the prompt's segment."""
-        if not self.candidates or self.example.branches:
-            return self.example.num_tokens - self.num_leading
-        return len(self.shared_ids) + sum(map(len, self.own_ids))
+        if self.candidates:
+            return len(self.tree.token_ids)
+        return self.example.num_tokens - self.num_leading
 
     @cached_property
     def segment_key(self) -> SegmentKey | None:
-        """Key of the prompt's segment, which rows with equal keys share; None without a prompt."""
+        """Key of the segment before the row, which rows with equal keys share; None without one."""
+        ids = self.example.input_ids[: self.num_leading]
         if self.prompt is None:
-            return None
-        return self.prompt, self.example.prompt_at, self.example.input_ids[: self.num_leading]
-
-
-def _read_ids(example: Example) -> tuple[int, ...]:
-    """Return the tokens up to the one that predicts the last label."""
-    return example.input_ids[: example.label_spans[-1][1] - 1]
+            return (NO_PROMPT, 0, ids) if ids else None
+        return self.prompt, self.example.prompt_at, ids
 
 
 @dataclass(frozen=True)
@@ -104,13 +97,13 @@ class Segment:
 
     Attributes:
         prefix: the segment that this one continues, which may have a prefix itself.
-        candidate: one of several targets of a row, which are consecutive and share one prefix.
+        sibling: one of several short segments with this prefix, which are consecutive.
     """
 
     start: int
     length: int
     prefix: Segment | None = None
-    candidate: bool = False
+    sibling: bool = False
 
     @property
     def end(self) -> int:
@@ -149,10 +142,10 @@ class PackedBatch:
         position_ids_T: every row continues the positions of its prompt.
         prompts: (index in the bank, positions of its virtual tokens), ascending. A prompt occurs
             more than once if its rows have different text before the virtual tokens.
-        first_row: index of the first segment that is part of a row.
+        first_row: index of the first segment that is part of a single row.
         past: (index in the bank, segment) of every prompt of keys and values; these segments are
             after the last token.
-        segments: all segments of tokens, prompts first; candidates of one row are consecutive.
+        segments: all segments of tokens, prompts first.
         label_positions_N: position whose output predicts the label; labels may share one.
         labels_N: ids of the tokens to predict.
         label_prompt_N: index in the bank; -1 without a prompt.
@@ -179,6 +172,11 @@ class PackedBatch:
     layout: Any = None
     distilled_D: Tensor | None = None
     teacher: PackedBatch | None = None
+
+    @property
+    def read_positions(self) -> Tensor:
+        """Positions whose hidden states the head reads: U distinct ones, or one per label, [N]."""
+        return self.label_positions_N if self.shared is None else self.shared.position_U
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy to the device, from pinned memory without waiting."""
@@ -229,9 +227,13 @@ def build_packed_batch(
     keys = dict.fromkeys(row.segment_key for row in rows if row.segment_key is not None)
     # By prompt, which all ranks number alike; Python's sort keeps the order of the rows otherwise.
     ordered = sorted(keys, key=lambda key: key[0])
-    past = list(dict.fromkeys(k for k, _, _ in ordered if past_lengths and past_lengths[k]))
+    past = list(
+        dict.fromkeys(
+            k for k, _, _ in ordered if k != NO_PROMPT and past_lengths and past_lengths[k]
+        )
+    )
     builder = _BatchBuilder()
-    end = sum(prompt_lengths[k] + len(ids) for k, _, ids in ordered)
+    end = sum(segment_length(key, prompt_lengths) for key in ordered)
     end += sum(row.num_tokens for row in rows)
     past_segments: dict[int, Segment] = {}
     for k in past:
@@ -241,19 +243,21 @@ def build_packed_batch(
     prompts = []
     for key in ordered:
         k, at, ids = key
-        if k not in past_segments:
+        if k != NO_PROMPT and k not in past_segments:
             prompts.append((k, Segment(len(builder.token_ids) + at, prompt_lengths[k])))
             ids = (*ids[:at], *[0] * prompt_lengths[k], *ids[at:])
         prefix = past_segments.get(k)
         prompt_segments[key] = builder.append(ids, prefix) if ids or prefix is None else prefix
     first_row = len(builder.segments)
     for row in rows:
-        segment = prompt_segments[row.segment_key]
-        if row.candidates and not row.example.branches:
-            builder.add_candidates(row, segment)
-        else:
-            builder.add_row(row, segment)
+        builder.add_row(row, prompt_segments[row.segment_key])
     return builder.build(tuple(prompts), tuple(past_segments.items()), first_row)
+
+
+def segment_length(key: SegmentKey, prompt_lengths: Sequence[int]) -> int:
+    """Return the number of tokens of a prompt's segment in a packed batch."""
+    prompt, _, ids = key
+    return len(ids) + (0 if prompt == NO_PROMPT else prompt_lengths[prompt])
 
 
 @dataclass
@@ -269,9 +273,9 @@ class _BatchBuilder:
     any_candidates: bool = False
 
     def append(
-        self, ids: Sequence[int], prefix: Segment | None = None, candidate: bool = False
+        self, ids: Sequence[int], prefix: Segment | None = None, sibling: bool = False
     ) -> Segment:
-        segment = Segment(len(self.token_ids), len(ids), prefix, candidate)
+        segment = Segment(len(self.token_ids), len(ids), prefix, sibling)
         self.segments.append(segment)
         self.token_ids += ids
         first = segment.prefix_length
@@ -279,69 +283,23 @@ class _BatchBuilder:
         return segment
 
     def add_row(self, row: PackedRow, prompt: Segment | None) -> None:
-        """Append a row with a single target."""
+        """Append the segments and labels of a row."""
         self.any_candidates = self.any_candidates or bool(row.candidates)
-        leading = row.num_leading
-        start = len(self.token_ids) - leading
-        before = self._add_segments(row.example, leading, prompt)
+        tree, start, placed = row.tree, len(self.token_ids), list[Segment]()
+        for part in tree.segments:
+            prefix = prompt if part.parent == ROOT else placed[part.parent]
+            ids = tree.token_ids[part.start : part.stop]
+            placed.append(self.append(ids, prefix, part.sibling))
         if row.teacher is not None:
             first = len(self.labels)
             self.distilled += range(first, first + row.example.num_labels)
-        for first, stop in row.example.label_spans:
-            # The output at one position predicts the token at the next.
-            self.label_positions.append(start + before.get(first, first) - 1)
-            self.label_positions += range(start + first, start + stop - 1)
-        if prompt is not None and row.example.target_start == leading:
-            self.label_positions[-row.example.num_labels] = prompt.end - 1
-        self._label(row, row.slot, row.example)
-
-    def _add_segments(
-        self, example: Example, leading: int, prompt: Segment | None
-    ) -> dict[int, int]:
-        """Append a row without its leading tokens, divided where branches begin.
-
-        Returns:
-            Start of each branch -> number of tokens of the trunk that it continues.
-        """
-        if not example.branches:
-            self.append(example.input_ids[leading:], prompt)
-            return {}
-        ends = {leading: prompt}
-        edges = sorted({shared for _, shared in example.branches} | {leading, example.trunk_length})
-        assert edges[0] == leading, "branches continue the segment of the prompt"
-        for start, stop in pairwise(edges):
-            ends[stop] = self.append(example.input_ids[start:stop], ends[start])
-        starts = [*(start for start, _ in example.branches), example.num_tokens]
-        for (start, shared), stop in zip(example.branches, starts[1:], strict=True):
-            self.append(example.input_ids[start:stop], ends[shared])
-        return dict(example.branches)
-
-    def add_candidates(self, row: PackedRow, prompt: Segment | None) -> None:
-        """Append the tokens that a row's candidates share, then those of each candidate."""
-        self.any_candidates = True
-        prefix, shared, leading = prompt, len(row.shared_ids), row.num_leading
-        row_start = len(self.token_ids)
-        if shared:
-            prefix = self.append(row.shared_ids, prompt)
-        for i, (example, ids) in enumerate(zip(row.candidates, row.own_ids, strict=True)):
-            own_start = len(self.token_ids) - shared
-            if ids:
-                self.append(ids, prefix, candidate=True)
-            self.label_positions += (
-                place + (row_start if place < shared else own_start)
-                for first, stop in example.label_spans
-                for place in range(first - 1 - leading, stop - 1 - leading)
-            )
-            if prompt is not None and example.target_start == leading:
-                self.label_positions[-example.num_labels] = prompt.end - 1
-            self._label(row, row.slot + i, example)
-
-    def _label(self, row: PackedRow, slot: int, example: Example) -> None:
-        for first, stop in example.label_spans:
-            self.labels += example.input_ids[first:stop]
-        count = example.num_labels
-        self.label_prompt += [-1 if row.prompt is None else row.prompt] * count
-        self.label_slot += [-1 if row.is_padding else slot] * count
+        before = -1 if prompt is None else prompt.end - 1
+        for number, target in enumerate(tree.targets):
+            self.label_positions += (before if i < 0 else start + i for i in target.positions)
+            self.labels += target.labels
+            count = len(target.labels)
+            self.label_prompt += [-1 if row.prompt is None else row.prompt] * count
+            self.label_slot += [-1 if row.is_padding else row.slot + number] * count
 
     def build(
         self,

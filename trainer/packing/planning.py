@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from trainer.packing.packed_batch import PackedRow, SegmentKey
+from trainer.packing.packed_batch import PackedRow, SegmentKey, segment_length
 
 T = TypeVar("T")
 
 #: Share by which a packed batch may exceed its budget, so that a few virtual tokens, or unequal
 #: loads, do not add a forward to the step.
 SLACK = 1 / 32
+#: Share of a packed batch that the segments of several prompts may take, where rows can be grouped.
+SEGMENT_SHARE = 1 / 8
 
 
 def plan_batches(
@@ -71,7 +73,7 @@ def _fill(
         key = row.segment_key
         if key is not None and key not in seen[lightest]:
             seen[lightest].add(key)
-            load += _segment_tokens(key, prompt_lengths)
+            load += segment_length(key, prompt_lengths)
         heapq.heapreplace(loads, (load, lightest))
     return batches
 
@@ -79,12 +81,36 @@ def _fill(
 def _tokens(batch: Sequence[PackedRow], prompt_lengths: Sequence[int]) -> int:
     keys = {row.segment_key for row in batch if row.segment_key is not None}
     text = sum(row.num_tokens for row in batch)
-    return text + sum(_segment_tokens(key, prompt_lengths) for key in keys)
+    return text + sum(segment_length(key, prompt_lengths) for key in keys)
 
 
-def _segment_tokens(key: SegmentKey, prompt_lengths: Sequence[int]) -> int:
-    prompt, _, leading_ids = key
-    return prompt_lengths[prompt] + len(leading_ids)
+def windows(
+    rows: Iterable[PackedRow], prompt_lengths: Sequence[int], max_tokens: int, num_batches: int
+) -> Iterator[list[PackedRow]]:
+    """Yield rows in order, in lists that ``plan_batches`` may mix.
+
+    Every packed batch of a list may contain the segments of all its prompts, so a list has few.
+
+    Args:
+        max_tokens: of a packed batch.
+        num_batches: maximum number of packed batches that a list fills.
+    """
+    window = list[PackedRow]()
+    tokens, segments = 0, dict[SegmentKey, int]()
+    for row in rows:
+        key, own = row.segment_key, row.num_tokens
+        new = 0 if key is None or key in segments else segment_length(key, prompt_lengths)
+        crowded = new and new + sum(segments.values()) > SEGMENT_SHARE * max_tokens
+        if window and (crowded or tokens + own > num_batches * max_tokens):
+            yield window
+            window, tokens, segments = [], 0, {}
+            new = 0 if key is None else segment_length(key, prompt_lengths)
+        window.append(row)
+        tokens += own
+        if key is not None:
+            segments.setdefault(key, new)
+    if window:
+        yield window
 
 
 def portions(items: Iterable[T], num_tokens: Callable[[T], int], most: float) -> Iterator[list[T]]:

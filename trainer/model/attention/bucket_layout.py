@@ -127,9 +127,9 @@ class Buckets:
 
 def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
     """Group segments of similar length."""
-    alone = [[segment] for segment in segments if not segment.candidate]
+    alone = [[segment] for segment in segments if not segment.sibling]
     groups = _grouped(alone, _run_length)
-    groups += _grouped(_candidate_runs(segments), lambda r: r[0].prefix_length + _run_length(r))
+    groups += _grouped(_sibling_runs(segments), lambda r: r[0].prefix_length + _run_length(r))
     buckets = tuple(_bucket(group) for group in groups)
 
     restore_T = torch.empty(sum(segment.length for segment in segments), dtype=torch.long)
@@ -143,10 +143,10 @@ def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
     )
 
 
-def _candidate_runs(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Runs of the candidates of each row, so that their common prefix is laid out once."""
-    candidates = [segment for segment in segments if segment.candidate]
-    runs = [list(run) for _, run in itertools.groupby(candidates, key=lambda s: s.prefix)]
+def _sibling_runs(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Runs of siblings, so that their common prefix is laid out once."""
+    siblings = [segment for segment in segments if segment.sibling]
+    runs = [list(run) for _, run in itertools.groupby(siblings, key=lambda s: s.prefix)]
     for run in runs:
         assert run[-1].start + run[-1].length == run[0].start + _run_length(run), "not consecutive"
     return runs

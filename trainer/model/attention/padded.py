@@ -39,9 +39,8 @@ class PaddedRows:
 def pad_rows(rows: Sequence[Segment], device: torch.device) -> PaddedRows:
     """Lay out one or more rows, given as the segments that are not prompts.
 
-    A row with branches becomes several rows, one for each segment that no other one continues.
+    A tree of segments becomes several rows, one for each segment that no other one continues.
     """
-    assert not any(row.candidate for row in rows), "padded rows are not split into candidates"
     end = max(row.end for row in rows)
     continued = {row.prefix for row in rows}
     rows = [row for row in rows if row not in continued]
