@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from benchmarks import random_base
 from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
 from tests.unit.test_chat import TURNS, make_tokenizer, words
@@ -130,6 +131,25 @@ def test_choices_with_a_common_first_token_are_scored_by_all_tokens(tmp_path):
     assert scores.scores["accuracy"] == 3 / 4
     assert scores.predicted == [*likeliest, likeliest[0]]
     assert scores.nll_RC.shape == (4, 3)
+
+
+def test_equal_requests_are_computed_once(tmp_path, monkeypatch):
+    rows = [{"text": f"w3 w4 w{i}", "label": "w5"} for i in range(6, 9)]
+    tokenizer, task = random_base.make_tokenizer(), {"input": "{text}", "target": " {label}"}
+    data = load(tmp_path, rows, tokenizer, choices=["w5", "w6"], metric="accuracy", **task)
+    validation = data.evaluation["validation"]
+    assert validation.num_shared == 2
+    base, read = load_unsharded(random_base.save_random(tmp_path / "base"), "none"), []
+    base.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    evaluator = Evaluator(OneRank(), base, tokenizer, TokenBudget(100))  # type: ignore[arg-type]
+    requests = [Request(validation, None), Request(validation.subset([0]), None)]
+    requests.append(requests[0])
+    scored = evaluator.score(requests, [])
+    assert evaluator.num_texts(requests) == 4
+    (batch,) = read
+    assert len(batch.token_ids_T) == 2 + 3 * (1 + 2) + (3 + 2), "shared text, rows, one row alone"
+    assert scored[2] == scored[0]
+    torch.testing.assert_close(scored[1].nll_RC, scored[0].nll_RC[:1])
 
 
 def test_stop_signals_are_handled_between_generation_batches(tmp_path, monkeypatch):

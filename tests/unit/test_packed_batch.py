@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.token_table import Example
 from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
-from trainer.packing.planning import SLACK, plan_batches
+from trainer.packing.planning import SLACK, plan_batches, windows
 
 P = 20
 
@@ -112,6 +112,28 @@ def test_candidates_share_the_tokens_of_their_row():
     assert batch.label_slot_N.tolist() == [4, 5, 5, 5, 6, 6]
     assert batch.shared.position_U.tolist() == [4, 5, 6, 7]
     assert batch.shared.place_N.tolist() == [0, 0, 1, 2, 0, 3]
+
+
+@pytest.mark.parametrize(("prompt", "virtual"), [(None, 0), (0, P)])
+def test_text_that_all_rows_begin_with_is_read_once(prompt: int | None, virtual: int) -> None:
+    rows = [Example.with_target((10, 11, 12 + n, 7), 3, n) for n in range(3)]
+    packed_rows = [PackedRow(row, prompt, n, shared=2) for n, row in enumerate(rows)]
+    batch = build_packed_batch(packed_rows, [P])
+    first = Segment(0, virtual + 2)
+    assert batch.segments == (first, *(Segment(virtual + 2 + 2 * n, 2, first) for n in range(3)))
+    assert batch.token_ids_T[virtual:].tolist() == [10, 11, 12, 7, 13, 7, 14, 7]
+    assert batch.label_positions_N.tolist() == [virtual + 2, virtual + 4, virtual + 6]
+    (plan,) = plan_batches(packed_rows, [P], 1, len(batch.token_ids_T))
+    assert [len(planned) for planned in plan] == [3]
+
+
+def test_prompts_that_would_crowd_a_packed_batch_are_planned_apart():
+    row = Example.with_target((1,) * 10, 8, 0)
+    rows = [PackedRow(row, k, 0) for k in range(5) for _ in range(3)]
+    listed = windows(rows, [10, 10, 90, 10, 10], 160, 64)
+    assert [{row.prompt for row in rows} for rows in listed] == [{0, 1}, {2}, {3, 4}]
+    by_tokens = windows(rows[:3], [10], 160, 1), windows([PackedRow(row, None, 0)] * 20, [], 50, 2)
+    assert [[len(rows) for rows in listed] for listed in by_tokens] == [[3], [10, 10]]
 
 
 def test_a_plan_counts_the_tokens_that_candidates_take():

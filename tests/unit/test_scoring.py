@@ -1,4 +1,4 @@
-"""Candidates of one row read in one go: as likely as each read behind a copy of the row."""
+"""Text that rows or candidates share is read once: likelihoods are those of separate texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
-from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedRow, build_packed_batch
@@ -32,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EOS = 2
 #: One token; two that begin alike; one that begins with another; one longer than a window.
 TARGETS = [(7,), (9, 4), (9, 5), (9, 5, 6), tuple(range(10, 12 + WINDOW))]
-PACKED = [case for case, (family, _) in CASES.items() if FAMILIES[family].packed]
+#: Tokens that all rows begin with.
+BEGINNING = (20, 21, 22)
 
 
 def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[list[Example]]:
@@ -40,9 +40,10 @@ def rows(targets: Sequence[tuple[int, ...]], eos: tuple[int, ...] = ()) -> list[
     generator = torch.Generator().manual_seed(5)
     scored_rows = []
     for number, length in enumerate((3, 2 * WINDOW, WINDOW, 1, 9)):
-        text = tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
+        own = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+        text = (*BEGINNING, *own)
         scored_rows.append(
-            [Example.with_target((*text, *t, *eos), length, number) for t in targets]
+            [Example.with_target((*text, *t, *eos), len(text), number) for t in targets]
         )
     return scored_rows
 
@@ -63,14 +64,14 @@ def likelihoods(
 def both_forms(rows: Sequence[Sequence[Example]], num_prompts: int) -> list[list[PackedRow]]:
     """Rows with all their candidates, and each candidate behind its own copy of the row.
 
-    Every row is read without a prompt and behind each prompt.
+    Every row is read without a prompt and behind each prompt; every other row shares its beginning.
     """
     shared: list[PackedRow] = []
     alone: list[PackedRow] = []
     for prompt in (None, *range(num_prompts)):
-        for row in rows:
-            slot = len(alone)
-            shared.append(PackedRow(row[0], prompt, slot, candidates=tuple(row)))
+        for number, row in enumerate(rows):
+            slot, beginning = len(alone), number % 2 * len(BEGINNING)
+            shared.append(PackedRow(row[0], prompt, slot, candidates=tuple(row), shared=beginning))
             alone += [PackedRow(example, prompt, slot + i) for i, example in enumerate(row)]
     return [shared, alone]
 
@@ -81,7 +82,7 @@ def prompts_of(base: PromptedBase, case: str) -> list[Tensor]:
     return [tokens] if case in WITHOUT else [tokens, pasts(base)[1]]
 
 
-@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("case", CASES)
 def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
     base = load_unsharded(family(case), "int8")
     prompts = prompts_of(base, case)

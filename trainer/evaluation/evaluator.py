@@ -99,6 +99,8 @@ class Evaluator:
             for request, value in zip(distinct, nll, strict=True)
         }
         scored = [results[request.key] for request in requests]
+        from_cache = {r.key for r, known in zip(distinct, cached, strict=True) if known is not None}
+        self.reused += sum(request.key in from_cache for request in requests)
         if any(request.teacher is not None for request in requests):
             sums = self._compare_with_teachers(requests, lengths, virtual_tokens)
             for i, (request, teacher_R2) in enumerate(zip(requests, sums, strict=True)):
@@ -133,7 +135,6 @@ class Evaluator:
         assert arrays is not None
         for request, array in zip(requests, arrays, strict=True):
             if array is not None:
-                self.reused += 1
                 self._advance(len(request.rows.candidates))
         return [None if array is None else torch.from_numpy(array).flatten() for array in arrays]
 
