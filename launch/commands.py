@@ -13,6 +13,7 @@ import typer
 from launch import (
     __version__,
     completion,
+    evaluate_command,
     example_commands,
     messages,
     node,
@@ -395,6 +396,7 @@ def sync(
     raise typer.Exit(code)
 
 
+app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusCommand)(
     status_commands.status

@@ -22,7 +22,12 @@ from trainer.tracking.store_uri import StoreAddress
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Import names that differ from the package's name.
-IMPORTED_AS = {"mlflow-skinny": "mlflow", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+IMPORTED_AS = {
+    "huggingface-hub": "huggingface_hub",
+    "mlflow-skinny": "mlflow",
+    "pyyaml": "yaml",
+    "rouge-score": "rouge_score",
+}
 #: Imported by mlflow-skinny, which does not require them, for SQLite stores.
 FOR_MLFLOW = {"alembic", "sqlalchemy"}
 #: Extras for work on the repository; the other extras are for users.

@@ -106,7 +106,7 @@ def test_folders_without_a_prompt_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:20])
-    assert "is not a valid safetensors file of a prompt" in problem_of(tmp_path)
+    assert "is not a valid safetensors file of an adapter" in problem_of(tmp_path)
     save_file({"other": torch.ones(2)}, weights)
     assert "has no tensor 'prompt_embeddings'" in problem_of(tmp_path)
     save_file({"prompt_embeddings": torch.ones(0, H)}, weights)

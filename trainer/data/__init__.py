@@ -18,7 +18,8 @@ Steps from a file to a packed batch, with the type passed at each step:
 7. ``task_data``: the splits of a task -> ``TaskData``: a ``TokenTable`` for training, an
    ``EvalSet`` per validation split, without a prompt and after each hard prompt, and the
    ``Teacher`` of each distilled prompt (``teacher``).
-   ``preview`` tokenizes the first rows only, for ``promptshard validate --preview``.
+   ``preview`` tokenizes the first rows only, for ``promptshard validate --preview``;
+   ``examples_in_context`` and ``retrieval`` put train rows before rows, for ``evaluate``.
 8. ``sampler``: ``TokenTable`` -> ``TokenBudgetSampler``: row numbers of each update.
 9. ``packing.batch_source``: row numbers -> ``PackedRow`` of each prompt.
 10. ``packing.planning`` and ``packing.packed_batch``: ``PackedRow`` -> ``PackedBatch``, one

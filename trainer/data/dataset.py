@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -158,6 +158,32 @@ class RowDataset:
         edges = [(c.start, c.stop) for c in self._all_components] if any(weights) else []
         identity = [[file.digest for file in self._files], weights, edges, self._selection]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+class ChangedRows(RowDataset):
+    """Rows whose values are computed from those of other rows; places and hashes stay the same.
+
+    Args:
+        change: returns the new row, from the index and the row.
+        description: of the change, for the digest.
+    """
+
+    def __init__(
+        self,
+        rows: RowDataset,
+        change: Callable[[int, dict[str, Any]], dict[str, Any]],
+        description: str,
+    ) -> None:
+        vars(self).update(vars(rows))
+        self._rows, self._change = rows, change
+        self.digest = hashlib.sha256(json.dumps([rows.digest, description]).encode()).hexdigest()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._change(range(len(self))[index], self._rows[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index, row in enumerate(self._rows):
+            yield self._change(index, row)
 
 
 def gold_target(row: dict[str, Any], task: Task) -> str:

@@ -110,6 +110,12 @@ class EvalSet:
         return counts
 
     @property
+    def row_numbers(self) -> list[int]:
+        """Index in ``rows`` of every row of this set."""
+        numbers: list[int] = np.asarray(self.candidates.table.rows_R)[self._first_examples].tolist()
+        return numbers
+
+    @property
     def _first_examples(self) -> NDArray[np.int64]:
         return np.asarray(self.candidates.kept, np.int64) * self.candidates.width
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainer.config import Task, template_fields
@@ -75,7 +74,7 @@ class Predictions:
         inputs = self._inputs_of(rows)
         task = rows.task
         short_texts = task.multi_label or (task.choices and task.metric != "exact_match")
-        for i, number in enumerate(_row_numbers(rows)):
+        for i, number in enumerate(rows.row_numbers):
             record: dict[str, Any] = {"step": step, "row": number + 1}
             record |= inputs[i] if i < len(inputs) else {}
             record |= {key: _cut(values[i]) for key, values in columns.items() if i < len(values)}
@@ -88,10 +87,15 @@ class Predictions:
         """Place, input and target of the first rows, computed once per task."""
         task = rows.task
         if task.name not in self._inputs:
-            numbers = _row_numbers(rows)[:MAX_TEXTS]
-            inputs = ({"place": rows.rows.where(i)} | _texts(rows.rows[i], task) for i in numbers)
-            self._inputs[task.name] = [{k: _cut(v) for k, v in row.items()} for row in inputs]
+            numbers = rows.row_numbers[:MAX_TEXTS]
+            self._inputs[task.name] = [input_fields(rows, number) for number in numbers]
         return self._inputs[task.name]
+
+
+def input_fields(rows: EvalSet, number: int) -> dict[str, Any]:
+    """Place, input and target of a row, by its index in ``rows.rows``."""
+    fields = {"place": rows.rows.where(number)} | _texts(rows.rows[number], rows.task)
+    return {key: _cut(value) for key, value in fields.items()}
 
 
 def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
@@ -124,7 +128,7 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
 def answer_columns(rows: EvalSet, answer: str) -> Columns:
     """Fields of every row, for a baseline that always gives the same answer."""
     task = rows.task
-    targets = [gold_target(rows.rows[number], task) for number in _row_numbers(rows)]
+    targets = [gold_target(rows.rows[number], task) for number in rows.row_numbers]
     if task.multi_label:  # the texts of sets of labels
         (column,) = template_fields(task.target)
         answer = render(task.target, {column: answer})
@@ -139,14 +143,6 @@ def _label_columns(texts: Sequence[str], targets: Sequence[str], task: Task) -> 
     correct = [set(a) == set(b) for a, b in zip(predicted, gold, strict=True)]
     terms = list(zip(*f1_terms(predicted, gold), strict=True))
     return {"target": gold, "prediction": predicted, "correct": correct, "f1_terms": terms}
-
-
-def _row_numbers(rows: EvalSet) -> list[int]:
-    """Index of every scored row among the rows of its split."""
-    candidates = rows.candidates
-    first = np.asarray(candidates.kept, np.int64) * candidates.width
-    numbers: list[int] = np.asarray(candidates.table.rows_R)[first].tolist()
-    return numbers
 
 
 def _by_choice(choices: Sequence[str], values_RC: torch.Tensor) -> list[dict[str, float | None]]:

@@ -148,6 +148,23 @@ def _adapter_folder(folder: Path) -> Path:
 
 def _shape(folder: Path) -> tuple[int, int]:
     """Read the shape of the adapter's tensor from the header of its weights file."""
+    path, shapes = folder / WEIGHTS, tensor_shapes(folder)
+    if TENSOR not in shapes:
+        raise BadInput(f"{path}: has no tensor {TENSOR!r}, so it has no prompt")
+    if len(shapes[TENSOR]) != 2:
+        raise BadInput(f"{path}: is not a prompt: {TENSOR!r} has the shape {shapes[TENSOR]}")
+    rows, width = shapes[TENSOR]
+    if not rows:
+        raise BadInput(f"{path}: has no virtual tokens")
+    return rows, width
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of an adapter's tensors from the header of its weights file.
+
+    Raises:
+        BadInput: there are no weights in safetensors, or the file is damaged.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = any(folder.glob("adapter_model.bin"))
@@ -157,14 +174,10 @@ def _shape(folder: Path) -> tuple[int, int]:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = parse_json(file.read(min(size, 1 << 24)))
-        rows, width = map(_size, header[TENSOR]["shape"])
-    except KeyError:
-        raise BadInput(f"{path}: has no tensor {TENSOR!r}, so it has no prompt") from None
-    except (OSError, ValueError, TypeError, struct.error) as error:
-        raise BadInput(f"{path}: is not a valid safetensors file of a prompt: {error}") from None
-    if not rows:
-        raise BadInput(f"{path}: has no virtual tokens")
-    return rows, width
+        header.pop("__metadata__", None)
+        return {name: tuple(map(_size, entry["shape"])) for name, entry in header.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise BadInput(f"{path}: is not a valid safetensors file of an adapter: {error}") from None
 
 
 def _size(value: Any) -> int:

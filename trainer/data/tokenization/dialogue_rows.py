@@ -9,10 +9,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from trainer.config import Task, split_template, template_fields
 from trainer.data.column_parsers import content_of, is_learned
+from trainer.data.examples_in_context import example_turns
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example
 from trainer.data.tokenization.chat import Dialogue, DialogueEncoder
@@ -182,7 +184,9 @@ class DialogueRowTokenizer(RowTokenizer):
         else:
             answer = {"role": "assistant", "content": render(self.task.target, values)}
             messages = [*self._asked(values), answer]
-        return with_mark(messages, self.position)
+        messages = with_mark(messages, self.position)
+        system = sum(1 for _ in takewhile(lambda turn: turn["role"] == "system", messages))
+        return [*messages[:system], *example_turns(self.task, values), *messages[system:]]
 
     def _asked(self, values: Mapping[str, Any]) -> Messages:
         """Return the turns before the answer of a row of input and target."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import Any
 
 from trainer.config import Task, fixed_beginning, split_template, template_fields
+from trainer.data.examples_in_context import examples_text
 from trainer.data.row_validation import render
 from trainer.data.token_table import Example
 from trainer.data.tokenization.row_tokenizer import (
@@ -122,18 +124,26 @@ class TextRowTokenizer(RowTokenizer):
         ]
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return the input of a row, with the hard prompt and without virtual tokens."""
+        """Return the input of a row, with hard prompt and examples, without virtual tokens."""
+        examples = examples_text(self.task, row)
         if not self.is_placed:
-            return self.prefix + render(self.task.input, row)
-        return render(self.task.input, row, self.prefix)
+            return self.prefix + examples + render(self.task.input, row)
+        return examples + render(self.task.input, row, self.prefix)
 
     def _around_virtual_tokens(
         self, before: str, after: str, rows: Sequence[Mapping[str, Any]]
     ) -> list[EncodedRow]:
         """Encode the inputs of rows as the text before and after the virtual tokens."""
+        # Examples directly precede the row's own text, after the prompt if that precedes this text.
+        examples = [examples_text(self.task, row) for row in rows]
         first = [render(before, row) for row in rows]
+        second = [render(after, row) for row in rows]
+        if self.is_prompt_first:
+            second = list(map(add, examples, second))
+        else:
+            first = list(map(add, examples, first))
         first_ids = self.encoder.inputs(first)
-        second_ids, _ = self.encoder.targets(first, first_ids, [render(after, row) for row in rows])
+        second_ids, _ = self.encoder.targets(first, first_ids, second)
         # White space at the end often belongs to the following token, which is part of the row.
         fixed = "" if template_fields(before) else render(fixed_beginning(after), {}).rstrip()
         (fixed_ids,), _ = self.encoder.targets(first[:1], first_ids[:1], [fixed])

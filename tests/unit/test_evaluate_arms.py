@@ -1,0 +1,313 @@
+"""The arms of ``promptshard evaluate`` equal transformers and PEFT on the same int8 weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.unsharded_base import load_unsharded
+from tests.one_rank import OneRank
+from trainer.commands.evaluate.arms import Arm, ArmBuilder
+from trainer.commands.evaluate.options import Options
+from trainer.commands.evaluate.rows import RowEncoder
+from trainer.commands.evaluate.scoring import ArmScorer
+from trainer.commands.evaluate.store import PredictionStore
+from trainer.config import RunConfig
+from trainer.data.task_data import load_tasks
+from trainer.data.tokenization.tokenize import no_progress
+from trainer.evaluation.evaluator import Evaluator
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.prompted_model import PromptedBase
+from trainer.model.weight_adapter import check_layers, load_tensors
+from trainer.packing.activation_memory import TokenBudget
+from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
+from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.prompts.soft_prompt import VirtualTokens
+from trainer.runtime.errors import BadInput
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny_base"
+CHOICES = ["plants", "meat", "insects"]
+TEXTS = ["A lion in the grass.", "A deer near the trees, alone.", "An anteater.", "A deer."]
+TRAIN = [("A lion sleeps.", "meat"), ("A deer near the trees.", "plants"), ("An anteater!", "meat")]
+HAND_WRITTEN = "What does this animal eat?\n"
+PROMPT_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def base() -> PromptedBase:
+    return load_unsharded(BASE, "int8")
+
+
+@pytest.fixture(scope="module")
+def reference(base: PromptedBase) -> PreTrainedModel:
+    """The model of transformers with the dequantized weights of ``base``."""
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    layers = dict(model.named_modules())
+    for name, layer in base.model.named_modules():
+        if isinstance(layer, FrozenLinear) and layer.absmax is not None:
+            weight, scale = layer.matrix()
+            assert scale is not None
+            layers[name].weight.data = weight.float() * scale[:, None]
+    return model
+
+
+def make_run(folder: Path, **task: Any) -> RunConfig:
+    """Write rows and a trained prompt ``soft``; return the run."""
+    rows = [{"text": text, "label": CHOICES[i % 3]} for i, text in enumerate(TEXTS)]
+    train = [{"text": text, "label": label} for text, label in TRAIN]
+    for name, content in (("train", train), ("valid", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    settings = {
+        "name": "diet",
+        "train": str(folder / "train.jsonl"),
+        "validation": str(folder / "valid.jsonl"),
+        "input": "{text}\nAnswer:",
+        "target": " {label}",
+        "choices": CHOICES,
+        "metric": "accuracy",
+        "hand_written": [HAND_WRITTEN],
+    }
+    tokens = torch.randn(PROMPT_TOKENS, 128, generator=torch.Generator().manual_seed(3)) * 0.2
+    save_peft(
+        folder / "prompts" / "soft",
+        VirtualTokens(tokens),
+        str(BASE),
+        num_layers=4,
+        num_attention_heads=2,
+    )
+    return RunConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "base": {"model": str(BASE)},
+            "tasks": [settings | task],
+            "prompts": [{"name": "soft", "task": "diet", "num_virtual_tokens": PROMPT_TOKENS}],
+            "training": {"steps": 1},
+        }
+    )
+
+
+def build(
+    folder: Path, config: RunConfig, adapters: Sequence[str] = (), **options: Any
+) -> tuple[list[Arm], list[Any]]:
+    """Arms of the only task, and the adapters."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    data = load_tasks(config, tokenizer, 512, len(tokenizer))["diet"]
+    read = [read_adapter(path, str(BASE)) for path in adapters]
+    prompts = [adapter for adapter in read if isinstance(adapter, PromptAdapter)]
+    weights = [adapter for adapter in read if isinstance(adapter, WeightAdapter)]
+    builder = ArmBuilder(
+        Options(folder, **options),
+        config,
+        data,
+        RowEncoder(tokenizer, 512, None, (), no_progress),
+        [(0, config.prompts[0])],
+        [PROMPT_TOKENS] + [PROMPT_TOKENS] * len(prompts),
+        [(1 + i, adapter) for i, adapter in enumerate(prompts)],
+        list(enumerate(weights)),
+    )
+    return builder.build(), [*prompts, *weights]
+
+
+def score(
+    folder: Path,
+    base: PromptedBase,
+    arms: Sequence[Arm],
+    adapters: Sequence[Any] = (),
+    done: Mapping[str, int] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Records of every arm, as written to the files."""
+    store = PredictionStore(folder)
+    counts = {a.name: store.open(a.task, a.name, "digest", fresh=False) for a in arms}
+    engine: Any = OneRank()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    folders = [folder / "prompts" / "soft"]
+    folders += [a.folder for a in adapters if isinstance(a, PromptAdapter)]
+    weights = [a for a in adapters if isinstance(a, WeightAdapter)]
+    scorer = ArmScorer(
+        Evaluator(engine, base, tokenizer, TokenBudget(300)),
+        [load_peft(path) for path in folders],
+        [(adapter, load_tensors(adapter, torch.device("cpu"))) for adapter in weights],
+        store,
+    )
+    scorer.score(arms, done or counts, lambda texts: None)
+    return {arm.name: store.records(arm.task, arm.name) for arm in arms}
+
+
+def by_hand(model: Any, text: str, before: str = "", virtual_tokens: int = 0) -> list[float]:
+    """Log-likelihood of every choice after a text, with one call per choice."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    read = tokenizer(f"{before}{text}\nAnswer:")["input_ids"]
+    values = []
+    for choice in CHOICES:
+        ids = tokenizer(f"{before}{text}\nAnswer: {choice}")["input_ids"]
+        assert ids[: len(read)] == read
+        ids.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, virtual_tokens:]
+        nll = torch.nn.functional.cross_entropy(
+            logits[len(read) - 1 : -1], torch.tensor(ids[len(read) :]), reduction="sum"
+        )
+        values.append(-float(nll))
+    return values
+
+
+def assert_scores(records: Sequence[Mapping[str, Any]], wanted: Sequence[Sequence[float]]) -> None:
+    actual = [[record["scores"][choice] for choice in CHOICES] for record in records]
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+    for record, values in zip(records, wanted, strict=True):
+        likeliest = CHOICES[max(range(3), key=lambda i: values[i])]
+        assert record["prediction"] == likeliest
+        assert record["correct"] == (likeliest == record["target"])
+
+
+def shown(texts: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"{text}\nAnswer: {label}\n\n" for text, label in texts)
+
+
+def test_arms_without_weights_equal_transformers(
+    tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
+) -> None:
+    config = make_run(tmp_path)
+    arms, _ = build(tmp_path, config, shots=2, retrieved=1)
+    records = score(tmp_path, base, arms)
+    assert [arm.kind for arm in arms] == [
+        *("no_prompt", "hand_written", "shots", "retrieved", "prompt", "prompt_retrieved")
+    ]
+    assert_scores(records["no_prompt"], [by_hand(reference, text) for text in TEXTS])
+    hand_written = [by_hand(reference, text, HAND_WRITTEN) for text in TEXTS]
+    assert_scores(records["hand_written-1"], hand_written)
+    lines = {f"{tmp_path}/train.jsonl:{i + 1}": row for i, row in enumerate(TRAIN)}
+    soft = peft.PeftModel.from_pretrained(reference, tmp_path / "prompts" / "soft")
+    for name, model, virtual in (
+        ("shots-2", reference, 0),
+        ("retrieved-1", reference, 0),
+        ("soft", soft, PROMPT_TOKENS),
+        ("soft+retrieved-1", soft, PROMPT_TOKENS),
+    ):
+        texts = [shown([lines[place] for place in r.get("examples", ())]) for r in records[name]]
+        wanted = [
+            by_hand(model, text, before, virtual) for text, before in zip(TEXTS, texts, strict=True)
+        ]
+        assert_scores(records[name], wanted)
+    retrieved = [record["examples"] for record in records["retrieved-1"]]
+    assert retrieved == [[f"{tmp_path}/train.jsonl:{line}"] for line in (1, 2, 3, 2)], (
+        "the most similar train row of each text"
+    )
+    assert len({tuple(record["examples"]) for record in records["shots-2"]}) == 1
+
+
+def trained(model: PreTrainedModel, config: Any, folder: Path) -> Any:
+    """Save an adapter with random values, and return its model."""
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "ia3_" in name or "prompt" in name:
+            torch.nn.init.normal_(parameter, mean=float("ia3_" in name), std=0.2)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj", "gate_proj"],
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"layers.1.self_attn.q_proj": 3},
+        task_type="CAUSAL_LM",
+    ),
+    "rslora": lambda: peft.LoraConfig(
+        r=3, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+    ),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        task_type="CAUSAL_LM",
+    ),
+    "prompt": lambda: peft.PromptTuningConfig(
+        num_virtual_tokens=PROMPT_TOKENS, task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_equal_peft(
+    kind: str, tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
+) -> None:
+    config = make_run(tmp_path)
+    adapted = trained(copy.deepcopy(reference), ADAPTERS[kind](), tmp_path / kind)
+    arms, adapters = build(tmp_path, config, [str(tmp_path / kind)])
+    for adapter in adapters:
+        if isinstance(adapter, WeightAdapter):
+            check_layers(base.model, adapter)
+    records = score(tmp_path, base, arms, adapters)
+    virtual = PROMPT_TOKENS if kind == "prompt" else 0
+    wanted = [by_hand(adapted, text, "", virtual) for text in TEXTS]
+    plain = [by_hand(reference, text) for text in TEXTS]
+    assert not torch.allclose(torch.tensor(wanted), torch.tensor(plain), atol=0.05)
+    assert_scores(records[kind], wanted)
+    assert_scores(records["no_prompt"], plain)
+
+
+def test_an_interrupted_evaluation_continues_after_the_last_complete_record(
+    tmp_path: Path, base: PromptedBase
+) -> None:
+    arms, _ = build(tmp_path, make_run(tmp_path))
+    whole_run = score(tmp_path, base, arms)
+    store = PredictionStore(tmp_path)
+    path = store.path("diet", "soft")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])
+    store.path("diet", "no_prompt").unlink()
+    kept = store.open("diet", "soft", "digest", fresh=False)
+    assert kept == 2
+    again = score(tmp_path, base, arms)
+    for name, records in whole_run.items():
+        assert [record["row"] for record in again[name]] == [1, 2, 3, 4]
+        for before, after in zip(records, again[name], strict=True):
+            assert after["prediction"] == before["prediction"]
+            assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert store.open("diet", "soft", "another digest", fresh=False) == 0
+    assert store.open("diet", "no_prompt", "digest", fresh=True) == 0
+
+
+def test_two_evaluations_of_one_run_at_the_same_time(tmp_path: Path) -> None:
+    first, second = PredictionStore(tmp_path), PredictionStore(tmp_path)
+    with first.locked(), pytest.raises(BadInput, match="another evaluation"), second.locked():
+        pass
+    with second.locked():
+        pass
+
+
+def test_more_examples_than_the_context_holds(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    data = load_tasks(config, tokenizer, 40, len(tokenizer))["diet"]
+    encoder = RowEncoder(tokenizer, 40, None, (), no_progress)
+    builder = ArmBuilder(
+        Options(tmp_path, shots=3), config, data, encoder, [(0, config.prompts[0])], [4]
+    )
+    with pytest.raises(BadInput, match=r"--shots 3: the context does not hold the examples: .*40"):
+        builder.build()
+
+
+def test_an_arm_is_scored_again_if_what_it_depends_on_changes(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    (arms, _), (others, _) = build(tmp_path, config), build(tmp_path, config, shots=1)
+    digest = {arm.name: arm.digest("base", ["p"], []) for arm in arms}
+    assert digest == {a.name: a.digest("base", ["p"], []) for a in others if a.kind != "shots"}
+    assert arms[-1].digest("base", ["q"], []) != digest["soft"]
+    assert arms[0].digest("other base", ["p"], []) != digest["no_prompt"]
+    other = make_run(tmp_path, input="{text}\nDiet:")
+    (changed, *_), _ = build(tmp_path, other)
+    assert changed.digest("base", ["p"], []) != digest["no_prompt"]

@@ -1,0 +1,277 @@
+"""The arms of an evaluation: what the base reads before each row of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from trainer.commands.evaluate.options import Options
+from trainer.commands.evaluate.rows import RowEncoder, at_most
+from trainer.config import Prompt, RunConfig, Task
+from trainer.data.dataset import RowDataset
+from trainer.data.examples_in_context import (
+    EXAMPLES,
+    examples_text,
+    fixed_examples,
+    with_examples,
+)
+from trainer.data.retrieval import retrieve
+from trainer.data.task_data import EvalSet, TaskData
+from trainer.evaluation.metric_sums import scored_as
+from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter
+from trainer.prompts.saved_prompts import WEIGHTS
+from trainer.runtime.errors import BadInput
+
+#: Kinds of arms, in the order of the table.
+KINDS = (
+    "no_prompt",
+    "hand_written",
+    "shots",
+    "retrieved",
+    "knn",
+    "prompt",
+    "prompt_retrieved",
+    "adapter",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to prompt the base, on the rows of a task.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        rows: as this arm tokenizes them.
+        prompt: index among the loaded prompts; None: no soft prompt.
+        adapter: index among the loaded LoRA and IA3 adapters; None: the base alone.
+        virtual_tokens: number of positions of the soft prompt.
+        text: hand-written prompt.
+        num_bytes: size of what the arm needs besides the base.
+        setup_seconds: time to prepare the arm; training excluded.
+        examples: places of the examples in context of every row.
+        neighbors: k of kNN prompting.
+        numbers: index of every row in its split.
+    """
+
+    task: str
+    name: str
+    kind: str
+    rows: EvalSet
+    prompt: int | None = None
+    adapter: int | None = None
+    virtual_tokens: int = 0
+    text: str | None = None
+    num_bytes: int = 0
+    setup_seconds: float = 0.0
+    examples: Sequence[Sequence[str]] | None = None
+    neighbors: int | None = None
+    numbers: Sequence[int] = ()
+
+    def digest(self, base: str, prompts: Sequence[str], adapters: Sequence[str]) -> str:
+        """Digest of everything that the predictions depend on.
+
+        Args:
+            base: describes the base and how it computes.
+            prompts, adapters: digests of the loaded prompts and adapters.
+        """
+        digest = hashlib.sha256(base.encode())
+        task = self.rows.task
+        settings = {
+            "metric": task.metric,
+            "choices": task.choices,
+            "multi_label": [task.multi_label, task.label_separator],
+            "stop": [task.stop, task.max_new_tokens, task.append_eos],
+            "prompt": None if self.prompt is None else prompts[self.prompt],
+            "adapter": None if self.adapter is None else adapters[self.adapter],
+            "neighbors": self.neighbors,
+            "gold": self.rows.gold,
+        }
+        digest.update(json.dumps(settings).encode())
+        for row in self.rows.candidates:
+            for example in row:
+                tokens = (example.input_ids, example.label_spans, example.prompt_at)
+                digest.update(repr((*tokens, example.branches)).encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class ArmBuilder:
+    """Builds the arms of one task.
+
+    Attributes:
+        prompts: the trained prompts of the task to evaluate, and their indices.
+        sizes: virtual tokens of every loaded prompt, by index.
+        prompt_adapters, weight_adapters: with their indices among loaded prompts and adapters.
+    """
+
+    options: Options
+    config: RunConfig
+    data: TaskData
+    encoder: RowEncoder
+    prompts: Sequence[tuple[int, Prompt]]
+    sizes: Sequence[int]
+    prompt_adapters: Sequence[tuple[int, PromptAdapter]] = ()
+    weight_adapters: Sequence[tuple[int, WeightAdapter]] = ()
+    split: str = "validation"
+
+    @property
+    def task(self) -> Task:
+        return self.data.task
+
+    def build(self) -> list[Arm]:
+        """Return all arms of the task, on the same rows in the same order.
+
+        Raises:
+            BadInput: examples in context do not fit.
+        """
+        task, rows = self.task.name, self.plain
+        arms = [Arm(task, "no_prompt", "no_prompt", rows)]
+        texts = zip(self.task.hand_written, self.data.hand_written[self.split], strict=True)
+        for number, (text, after_text) in enumerate(texts, 1):
+            size = len(text.encode())
+            own = self._selected(after_text)
+            name = f"hand_written-{number}"
+            arms.append(Arm(task, name, "hand_written", own, text=text, num_bytes=size))
+        if self.options.shots is not None:
+            arms.append(self._shots(self.options.shots))
+        if self.options.retrieved is not None:
+            arms.append(self._retrieved(self.options.retrieved))
+        if self.options.knn is not None:
+            arms.append(replace(arms[0], name=f"knn-{self.options.knn}", kind="knn"))
+            arms[-1] = replace(arms[-1], neighbors=self.options.knn)
+        arms += [self._prompt(index, prompt) for index, prompt in self.prompts]
+        if self.options.retrieved is not None:
+            arms += [
+                self._prompt_retrieved(index, prompt, self.options.retrieved)
+                for index, prompt in self.prompts
+            ]
+        arms += self._adapters()
+        names, numbers = _unique(arms), rows.row_numbers
+        return [
+            replace(arm, name=name, numbers=numbers) for arm, name in zip(arms, names, strict=True)
+        ]
+
+    @cached_property
+    def plain(self) -> EvalSet:
+        """The selected rows without a prompt."""
+        return self._selected(self.data.evaluation[self.split])
+
+    def _selected(self, rows: EvalSet) -> EvalSet:
+        """Select the rows to score, and predict what the metric needs."""
+        kept = rows.subset(at_most(rows, self.options.rows))
+        return self._for_metric(kept)
+
+    def _for_metric(self, rows: EvalSet) -> EvalSet:
+        metric = scored_as(self.options.metric or self.task.metric, self.task)
+        return replace(rows, task=self.task.model_copy(update={"metric": metric}))
+
+    def _prompt(self, index: int, prompt: Prompt) -> Arm:
+        folder = self.options.run_dir / "prompts" / prompt.name
+        rows = self._selected(self.data.evaluation_at(prompt.position)[self.split])
+        size = (folder / WEIGHTS).stat().st_size
+        return Arm(
+            *(self.task.name, prompt.name, "prompt", rows, index),
+            virtual_tokens=self.sizes[index],
+            num_bytes=size,
+        )
+
+    def _shots(self, count: int) -> Arm:
+        train, seed = self.data.train_rows, self.config.training.seed
+        drawn = fixed_examples(self.task, train, count, seed)
+        chosen = [drawn] * len(self.plain.candidates)
+        arm = self._with_examples("shots", count, chosen, f"--shots {count}")
+        shown = [train[index] for index in drawn]
+        return replace(arm, num_bytes=_text_bytes(self.task, shown))
+
+    def _retrieved(self, count: int) -> Arm:
+        chosen, seconds = self._similar
+        arm = self._with_examples("retrieved", count, chosen, f"--retrieved {count}")
+        size = _text_bytes(self.task, self.data.train_rows)
+        return replace(arm, num_bytes=size, setup_seconds=seconds)
+
+    def _prompt_retrieved(self, index: int, prompt: Prompt, count: int) -> Arm:
+        plain, option = self._prompt(index, prompt), f"--retrieved {count}"
+        chosen, seconds = self._similar
+        arm = self._with_examples("retrieved", count, chosen, option, plain, prompt)
+        return replace(
+            arm,
+            name=f"{prompt.name}+retrieved-{count}",
+            kind="prompt_retrieved",
+            num_bytes=plain.num_bytes + _text_bytes(self.task, self.data.train_rows),
+            setup_seconds=seconds,
+        )
+
+    @cached_property
+    def _similar(self) -> tuple[list[list[int]], float]:
+        """Indices of the retrieved train rows of every row, and the seconds that it took."""
+        started = time.perf_counter()
+        count = self.options.retrieved or 0
+        chosen = retrieve(self.task, self.data.train_rows, self._own_rows(), count)
+        return chosen, time.perf_counter() - started
+
+    def _own_rows(self) -> RowDataset:
+        return self.plain.rows.take(np.asarray(self.plain.row_numbers), "evaluated")
+
+    def _with_examples(
+        self,
+        kind: str,
+        count: int,
+        chosen: Sequence[Sequence[int]],
+        option: str,
+        plain: Arm | None = None,
+        prompt: Prompt | None = None,
+    ) -> Arm:
+        train, plain = self.data.train_rows, plain or Arm(self.task.name, "", "", self.plain)
+        strict = self.task.model_copy(update={"too_long": "refuse"})
+        rows = with_examples(self._own_rows(), train, chosen)
+        try:
+            encoded = self.encoder.encode(
+                plain.rows,
+                rows,
+                task=strict,
+                virtual_tokens=plain.virtual_tokens,
+                position=prompt.position if prompt else "front",
+            )
+        except BadInput as error:
+            raise BadInput(
+                f"{option}: the context does not hold the examples: {problem}"
+                for problem in error.problems[:1]
+            ) from None
+        places = [[train.where(index) for index in indices] for indices in chosen]
+        return replace(plain, name=f"{kind}-{count}", kind=kind, rows=encoded, examples=places)
+
+    def _adapters(self) -> list[Arm]:
+        rows, task = self.plain, self.task.name
+        arms = []
+        for index, adapter in self.prompt_adapters:
+            arm = Arm(task, adapter.name, "adapter", rows, prompt=index)
+            arms.append(replace(arm, virtual_tokens=self.sizes[index], num_bytes=adapter.num_bytes))
+        for index, weights in self.weight_adapters:
+            arm = Arm(task, weights.name, "adapter", rows, adapter=index)
+            arms.append(replace(arm, num_bytes=weights.num_bytes))
+        return arms
+
+
+def _text_bytes(task: Task, rows: Iterable[dict[str, Any]]) -> int:
+    """Size of rows as examples in context, in UTF-8."""
+    if task.messages is not None:
+        return sum(len(repr(row[task.messages]).encode()) for row in rows)
+    return sum(len(examples_text(task, {EXAMPLES: [row]}).encode()) for row in rows)
+
+
+def _unique(arms: Sequence[Arm]) -> list[str]:
+    """Names of arms, which are also file names; a repeated one is preceded by the arm's kind."""
+    names: list[str] = []
+    for arm in arms:
+        name = arm.name
+        while name in names:
+            name = f"{arm.kind}-{name}"
+        names.append(name)
+    return names

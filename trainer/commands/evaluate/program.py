@@ -1,0 +1,250 @@
+"""The evaluation of a run on all ranks: rows, arms, base, scores, results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.commands.evaluate.arms import Arm, ArmBuilder
+from trainer.commands.evaluate.costs import BaseCost
+from trainer.commands.evaluate.options import Options
+from trainer.commands.evaluate.results import TaskResults
+from trainer.commands.evaluate.rows import RowEncoder
+from trainer.commands.evaluate.scoring import ArmScorer
+from trainer.commands.evaluate.selection import SelectedRun
+from trainer.commands.evaluate.store import PredictionStore
+from trainer.commands.evaluate.table import show
+from trainer.data.task_data import TaskData
+from trainer.data.tokenization.chat_template import read_chat_date
+from trainer.distributed.deepspeed_engine import Engine, compute_dtype
+from trainer.distributed.model_loading import load_base, open_base_on_all
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.metrics import check_sandbox
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.model.families import check_prefix_tuning, embedding_size
+from trainer.model.fingerprint import digest_file
+from trainer.model.meta_model import build_meta_model
+from trainer.model.weight_adapter import check_layers, load_tensors
+from trainer.prompts.adapter_files import WeightAdapter
+from trainer.prompts.peft_adapter import load_peft
+from trainer.prompts.saved_prompts import WEIGHTS
+from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
+from trainer.reporting.evaluation import EVALUATION_FILE, Evaluation, TaskEvaluation
+from trainer.reporting.summary import load_summary
+from trainer.runtime import atomic_io, stop_signals
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+from trainer.training.task_loading import load_tasks_per_node
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Prompts and adapters in memory, with the digests of their files."""
+
+    prompts: Sequence[SoftPrompt]
+    prompt_digests: Sequence[str]
+    adapters: Sequence[tuple[WeightAdapter, Mapping[str, Tensor]]]
+    adapter_digests: Sequence[str]
+
+
+def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
+    """Evaluate the selected prompts, baselines and adapters; a collective.
+
+    Raises:
+        BadInput: on all ranks, before the base is loaded.
+        Stopped: after a stop signal; the records of complete blocks are kept.
+    """
+    config = run.config
+    engine = Engine(config.engine.timeout_seconds)
+    engine.start_watchdog(options.run_dir / "logs", config.engine.silence_seconds)
+    store = PredictionStore(options.run_dir) if engine.is_main else None
+    with _locked(engine, store):
+        files = open_base_on_all(engine, config.base, console)
+        loaded = engine.run_on_all(lambda: _load(options, run, files, engine.device))
+        date = engine.run_on_main(lambda: read_chat_date(options.run_dir))
+        with console.phase("reading rows"):
+            splits = ("validation", "shifted_validation")
+            tasks = load_tasks_per_node(engine, files, config, console, date, splits)
+        _warn(engine, options, tasks, console)
+        encoder = RowEncoder(
+            files.tokenizer, files.context_length, date, files.end_ids, console.working
+        )
+        with console.phase("preparing prompts and examples"):
+            arms = engine.run_on_all(lambda: _arms(options, run, tasks, encoder, loaded))
+        cost = engine.run_on_all(lambda: _base_cost(engine, files, run))
+        _score(engine, files, options, run, arms, loaded, store, console)
+        if store is not None:
+            _report(options, run, arms, store, cost, console)
+    engine.close()
+
+
+def _warn(
+    engine: Engine, options: Options, tasks: Mapping[str, TaskData], console: Console
+) -> None:
+    metrics = [options.metric or data.task.metric for data in tasks.values()]
+    warnings = [warning for data in tasks.values() for warning in data.warnings]
+    if "execution" in metrics and (unsafe := engine.run_on_main(check_sandbox)):
+        warnings.append(unsafe)
+    for warning in warnings:
+        console.warn(warning)
+
+
+def _load(options: Options, run: SelectedRun, files: BaseFiles, device: torch.device) -> Loaded:
+    """Read prompts and adapters, and check that they fit the base."""
+    folders = [options.run_dir / "prompts" / prompt.name for prompt in run.prompts]
+    folders += [adapter.folder for adapter in run.prompt_adapters]
+    prompts = [load_peft(folder).to(device, torch.float32) for folder in folders]
+    width = embedding_size(files.config)
+    problems = []
+    for folder, prompt in zip(folders, prompts, strict=True):
+        if isinstance(prompt, PrefixKeyValues):
+            check_prefix_tuning(files.config, files.name)
+        elif isinstance(prompt, VirtualTokens) and prompt.tensor.shape[1] != width:
+            problems.append(
+                f"{folder}: its virtual tokens have width {prompt.tensor.shape[1]}, and the base "
+                f"has {width}; use the base that they were trained for"
+            )
+    if problems:
+        raise BadInput(problems)
+    return Loaded(
+        prompts,
+        [digest_file(folder / WEIGHTS) for folder in folders],
+        [(adapter, load_tensors(adapter, device)) for adapter in run.weight_adapters],
+        [
+            digest_file(adapter.folder / WEIGHTS) + json.dumps(adapter.settings, sort_keys=True)
+            for adapter in run.weight_adapters
+        ],
+    )
+
+
+def _arms(
+    options: Options,
+    run: SelectedRun,
+    tasks: Mapping[str, TaskData],
+    encoder: RowEncoder,
+    loaded: Loaded,
+) -> dict[str, list[Arm]]:
+    """Build the arms of every task; raises ``BadInput`` with the problems of all tasks."""
+    sizes = [prompt.num_virtual_tokens for prompt in loaded.prompts]
+    first = len(run.prompts)
+    arms, problems = {}, []
+    for name, data in tasks.items():
+        builder = ArmBuilder(
+            options,
+            run.config,
+            data,
+            encoder,
+            [(i, prompt) for i, prompt in enumerate(run.prompts) if prompt.task == name],
+            sizes,
+            [(first + i, adapter) for i, adapter in enumerate(run.prompt_adapters)],
+            list(enumerate(run.weight_adapters)),
+        )
+        try:
+            arms[name] = builder.build()
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return arms
+
+
+def _base_cost(engine: Engine, files: BaseFiles, run: SelectedRun) -> BaseCost:
+    """Measure the model on ``meta``, and check that adapters fit its layers."""
+    settings = run.config.base
+    dtype = compute_dtype(settings.dtype, engine.device)
+    model = build_meta_model(files, settings, dtype, engine.device)
+    for adapter in run.weight_adapters:
+        check_layers(model, adapter)
+    return BaseCost.of(model)
+
+
+def _score(
+    engine: Engine,
+    files: BaseFiles,
+    options: Options,
+    run: SelectedRun,
+    arms: Mapping[str, Sequence[Arm]],
+    loaded: Loaded,
+    store: PredictionStore | None,
+    console: Console,
+) -> None:
+    """Score the rows without a record; the base is loaded only if there are any."""
+
+    def open_store() -> dict[str, dict[str, int]]:
+        assert store is not None
+        base = json.dumps([files.fingerprint, run.config.base.model_dump(mode="json")])
+        digests = base, loaded.prompt_digests, loaded.adapter_digests
+        return {
+            task: {
+                arm.name: store.open(task, arm.name, arm.digest(*digests), fresh=options.fresh)
+                for arm in of_task
+            }
+            for task, of_task in arms.items()
+        }
+
+    done = engine.run_on_main(open_store)
+    missing = sum(
+        len(arm.numbers) - done[task][arm.name] for task, own in arms.items() for arm in own
+    )
+    if kept := sum(sum(of_task.values()) for of_task in done.values()):
+        console.print(f"{kept:,} rows were scored before; {missing:,} remain")
+    if not missing:
+        return
+    base = load_base(engine, files, run.config, console)
+    evaluator = Evaluator(engine, base.model, files.tokenizer, base.budget)
+    scorer = ArmScorer(evaluator, loaded.prompts, loaded.adapters, store)
+    stop_signals.defer()
+    texts = sum(scorer.num_texts(own, done[task]) for task, own in arms.items())
+    with console.phase("evaluating", texts, "texts") as phase:
+        for task, own in arms.items():
+            scorer.score(own, done[task], phase.advance)
+
+
+def _report(
+    options: Options,
+    run: SelectedRun,
+    arms: Mapping[str, Sequence[Arm]],
+    store: PredictionStore,
+    cost: BaseCost,
+    console: Console,
+) -> None:
+    """Write ``evaluation.json`` and print the tables."""
+    summary = load_summary(options.run_dir)
+    results: dict[str, TaskEvaluation] = {}
+    for task, own in arms.items():
+        records = {arm.name: store.records(task, arm.name) for arm in own}
+        metric = options.metric or run.config.task(task).metric
+        compared = TaskResults(own, records, metric, options.select_on, cost, summary)
+        results[task] = compared.evaluation()
+    evaluation = Evaluation(tasks=results)
+    content: dict[str, Any] = evaluation.model_dump(mode="json")
+    for task, result in results.items():
+        show(task, result, console)
+    if options.json == "-":
+        console.answer(json.dumps(content, indent=2))
+        return
+    path = Path(options.json) if options.json else options.run_dir / EVALUATION_FILE
+    try:
+        atomic_io.write_json(path, content)
+    except OSError as error:
+        raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
+    console.print(f"\nall numbers: {path}; predictions: {store.folder}")
+
+
+@contextmanager
+def _locked(engine: Engine, store: PredictionStore | None) -> Iterator[None]:
+    """Hold the store's lock on rank 0; all ranks raise ``BadInput`` if another process has it."""
+    lock = None if store is None else store.locked()
+    engine.run_on_all(lambda: None if lock is None else lock.__enter__())
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)

@@ -1,0 +1,158 @@
+"""What an evaluation selects of a run, with all checks that need no base. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.commands.evaluate.options import Options
+from trainer.config import DataSource, Prompt, RunConfig, Task, load_output
+from trainer.data.splits import check_rows
+from trainer.evaluation.metric_sums import TEXT_METRICS, metric_problem
+from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
+from trainer.prompts.saved_prompts import WEIGHTS
+from trainer.runtime.errors import BadInput, did_you_mean
+
+
+@dataclass(frozen=True)
+class SelectedRun:
+    """A run with the tasks, prompts and adapters to evaluate.
+
+    Attributes:
+        config: with the selected tasks only; prompts of these tasks, also those not selected.
+        prompts: the selected prompts, which are saved.
+    """
+
+    config: RunConfig
+    prompts: tuple[Prompt, ...]
+    prompt_adapters: tuple[PromptAdapter, ...]
+    weight_adapters: tuple[WeightAdapter, ...]
+
+
+def selected_run(options: Options) -> SelectedRun:
+    """Select tasks, prompts and adapters, and check them against the options.
+
+    Raises:
+        BadInput: with all problems.
+    """
+    folder = options.run_dir
+    config = load_output(folder)
+    problems = [
+        *_unknown("--task", options.tasks, [task.name for task in config.tasks], str(folder)),
+        *_unknown("--prompt", options.prompts, [p.name for p in config.prompts], str(folder)),
+    ]
+    if problems:
+        raise BadInput(problems)
+    prompts = _prompts(options, config)
+    named = {prompt.task for prompt in prompts} if options.prompts else set()
+    tasks = [
+        _with_data(task, options.data)
+        for task in config.tasks
+        if (task.name in options.tasks if options.tasks else not named or task.name in named)
+    ]
+    problems += _problems(options, tasks)
+    adapters = []
+    for path in options.adapters:
+        try:
+            adapters.append(read_adapter(path, config.base.model, force=options.force))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    names = {task.name for task in tasks}
+    config = config.model_copy(
+        update={"tasks": tasks, "prompts": [p for p in config.prompts if p.task in names]}
+    )
+    return SelectedRun(
+        config,
+        tuple(prompt for prompt in prompts if prompt.task in names),
+        tuple(adapter for adapter in adapters if isinstance(adapter, PromptAdapter)),
+        tuple(adapter for adapter in adapters if isinstance(adapter, WeightAdapter)),
+    )
+
+
+def check_data(run: SelectedRun) -> list[str]:
+    """Read and check all rows; return remarks. Raises ``BadInput`` with all problems."""
+    return check_rows(run.config)
+
+
+def _unknown(option: str, names: Sequence[str], known: Sequence[str], folder: str) -> list[str]:
+    return [
+        f"{option}: {folder} has no {option[2:]} {name!r}{did_you_mean(name, known)}; known: "
+        f"{', '.join(known[:20])}"
+        for name in names
+        if name not in known
+    ]
+
+
+def _prompts(options: Options, config: RunConfig) -> list[Prompt]:
+    """Return the prompts to evaluate; raises ``BadInput`` if none is saved."""
+    folder = options.run_dir
+    saved = [p for p in config.prompts if (folder / "prompts" / p.name / WEIGHTS).is_file()]
+    if options.tasks:
+        saved = [prompt for prompt in saved if prompt.task in options.tasks]
+    if not saved:
+        raise BadInput(
+            f"{folder}: has no finished prompt to evaluate; train the run to its end first "
+            "(promptshard status shows where it is)"
+        )
+    if not options.prompts:
+        return saved
+    unfinished = [name for name in options.prompts if name not in {p.name for p in saved}]
+    if unfinished:
+        raise BadInput(
+            f"--prompt: {', '.join(unfinished)}: not finished, or of a task that is not selected; "
+            f"finished here: {', '.join(prompt.name for prompt in saved)}"
+        )
+    return [prompt for prompt in saved if prompt.name in options.prompts]
+
+
+def _with_data(task: Task, data: str | None) -> Task:
+    if data is None:
+        return task
+    changes = {
+        "validation": [DataSource(path=data)],
+        "validation_share": None,
+        "max_validation_rows": None,
+    }
+    return task.model_copy(update=changes)
+
+
+def _problems(options: Options, tasks: Sequence[Task]) -> list[str]:
+    problems = []
+    if options.data is not None and len(tasks) > 1:
+        names = ", ".join(task.name for task in tasks)
+        problems.append(f"--data: replaces the rows of one task, but there are {names}; add --task")
+    for task in tasks:
+        if not task.has_validation:
+            problems.append(
+                f"tasks.{task.name}: has no validation rows to evaluate on; give some with --data"
+            )
+        metric = options.metric or task.metric
+        if reason := metric_problem(metric, task):
+            problems.append(f"--metric: {reason} (task {task.name})")
+        for option in ("shots", "retrieved", "knn"):
+            if getattr(options, option) is not None and (reason := _no_examples(task, option)):
+                problems.append(f"--{option}: {reason} (task {task.name})")
+    metric = options.metric or ""
+    if metric in TEXT_METRICS and not _installed(metric):
+        problems.append(
+            f"--metric: {metric} needs the package {TEXT_METRICS[metric]}; run `pip install "
+            "'promptshard[metrics]'`"
+        )
+    return problems
+
+
+def _no_examples(task: Task, option: str) -> str | None:
+    """Describe why a task cannot have examples in context, or kNN prompting."""
+    if task.tokens is not None or not (task.target or task.messages):
+        return "needs rows with a text and an answer, not token ids or texts alone"
+    if option == "knn" and not task.scored_by_likelihood:
+        return "kNN prompting predicts one of the choices; it needs choices without multi_label"
+    return None
+
+
+def _installed(metric: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec({"rouge_l": "rouge_score"}.get(metric, "sacrebleu")) is not None

@@ -1,0 +1,84 @@
+"""Prediction files of an evaluation: one record per row, appended as rows are scored.
+
+    RUN_DIR/predictions/evaluation/TASK/ARM.jsonl    a record per row, in the order of the rows
+    RUN_DIR/predictions/evaluation/TASK/ARM.json     digest of everything that predictions depend on
+
+An interrupted evaluation continues after the last complete record. If the digest differs, such as
+after the prompt was trained again, the arm is scored from the beginning. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.evaluation.prediction_files import FOLDER, read
+from trainer.runtime import atomic_io
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
+
+#: Folder of the evaluation in ``predictions``, beside the files of training.
+EVALUATION = "evaluation"
+
+
+class PredictionStore:
+    """Reads and appends records; used on rank 0 only."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / FOLDER / EVALUATION
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the folder; raises ``BadInput`` if another evaluation has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BadInput(
+                    f"{self.folder}: another evaluation of this run is running; wait until it ends"
+                ) from None
+            yield
+
+    def path(self, task: str, arm: str) -> Path:
+        return self.folder / task / f"{arm}.jsonl"
+
+    def open(self, task: str, arm: str, digest: str, *, fresh: bool) -> int:
+        """Prepare the file of an arm; return the number of its complete records."""
+        path = self.path(task, arm)
+        known = path.with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(BadInput):
+            if not fresh and read_json_object(known).get("digest") == digest:
+                return _complete(path)
+        path.unlink(missing_ok=True)
+        atomic_io.write_json(known, {"digest": digest})
+        return 0
+
+    def append(self, task: str, arm: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append records and write them to disk."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        with self.path(task, arm).open("ab") as file:
+            file.write("".join(lines).encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self, task: str, arm: str) -> list[dict[str, Any]]:
+        return list(read(self.path(task, arm)))
+
+
+def _complete(path: Path) -> int:
+    """Remove an incomplete last line; return the number of lines."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+    return content.count(b"\n")
