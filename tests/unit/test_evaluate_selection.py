@@ -73,8 +73,8 @@ def test_a_metric_that_does_not_suit_the_task(tmp_path: Path) -> None:
 
 def test_data_without_rows_or_for_no_task(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
-    (tmp_path / "empty.jsonl").write_text("")
-    assert "empty.jsonl: is empty; it has no rows" in refused(folder, data=str(tmp_path / "empty.jsonl"))
+    (empty := tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl: is empty; it has no rows" in refused(folder, data=str(empty))
     assert "missing.jsonl" in refused(folder, data=str(tmp_path / "missing.jsonl"))
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "x", "label": "wrong"}) + "\n")
     assert "wrong" in refused(folder, data=str(tmp_path / "other.jsonl"))
