@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,33 @@ from trainer.data.token_table import Example
 from trainer.evaluation import metrics
 from trainer.packing.batch_source import BatchSource
 
-#: PEFT settings of each arm, besides the number of virtual tokens.
-ARMS: dict[str, dict[str, Any]] = {
-    "prompt tuning, vocab": {"method": "prompt_tuning", "init": "SAMPLE_VOCAB"},
-    "prompt tuning, text": {"method": "prompt_tuning", "init": "TEXT"},
-    "p-tuning": {"method": "p_tuning"},
-    "LoRA": {"method": "lora"},
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class PeerMethod:
+    """A method of PEFT, and the settings of its config besides the number of virtual tokens."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+FROM_VOCABULARY = PeerMethod("prompt_tuning", {"prompt_tuning_init": "SAMPLE_VOCAB"})
+FROM_TEXT = PeerMethod("prompt_tuning", {"prompt_tuning_init": "TEXT"})
+P_TUNING = PeerMethod("p_tuning")
+PREFIX_TUNING = PeerMethod("prefix_tuning")
+IA3 = PeerMethod("ia3")
+LORA = PeerMethod(
+    "lora", {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "target_modules": "all-linear"}
+)
+ARMS = {
+    "prompt tuning, vocab": FROM_VOCABULARY,
+    "prompt tuning, text": FROM_TEXT,
+    "p-tuning": P_TUNING,
+    "LoRA": LORA,
 }
 #: Batch size of scoring, in rows.
 EVALUATED = 128
-LORA_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -81,42 +98,47 @@ class Data:
 
 
 def plain_base(folder: str) -> Any:
+    """Load a base model with transformers, in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 
-def peft_model(base: Any, job: Job, num_virtual_tokens: int) -> Any:
-    """Return a PEFT model over a copy of the base, with initial weights from the job's seed."""
-    from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+def peft_model(
+    base: Any, method: PeerMethod, *, seed: int, text: str, num_virtual_tokens: int
+) -> Any:
+    """Return a PEFT model over a copy of the base, with initial weights from the seed.
 
-    torch.manual_seed(job.seed)
-    arm = ARMS[job.arm]
-    shared = {"task_type": "CAUSAL_LM"}
-    if arm["method"] == "lora":
-        config: Any = LoraConfig(
-            **shared, r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"
-        )
-    elif arm["method"] == "p_tuning":
-        hidden = base.config.hidden_size
-        config = PromptEncoderConfig(
-            **shared, num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=hidden
-        )
-    else:
-        text = {}
-        if arm["init"] == "TEXT":
-            text = {
-                "prompt_tuning_init_text": job.text,
-                "tokenizer_name_or_path": base.config.name_or_path,
-            }
-        config = PromptTuningConfig(
-            **shared,
-            num_virtual_tokens=num_virtual_tokens,
-            prompt_tuning_init=arm["init"],
-            **text,
-        )
-    return get_peft_model(copy.deepcopy(base), config)
+    Args:
+        text: initial text, for prompt tuning with the init TEXT.
+    """
+    from peft import (
+        IA3Config,
+        LoraConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+    )
+
+    torch.manual_seed(seed)
+    settings = dict(method.settings, task_type="CAUSAL_LM")
+    if method.name in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        settings["num_virtual_tokens"] = num_virtual_tokens
+    if method == FROM_TEXT:
+        settings["prompt_tuning_init_text"] = text
+        settings["tokenizer_name_or_path"] = base.config.name_or_path
+    if method.name == "p_tuning":
+        settings["encoder_hidden_size"] = base.config.hidden_size
+    configs: dict[str, Any] = {
+        "ia3": IA3Config,
+        "lora": LoraConfig,
+        "p_tuning": PromptEncoderConfig,
+        "prefix_tuning": PrefixTuningConfig,
+        "prompt_tuning": PromptTuningConfig,
+    }
+    return get_peft_model(copy.deepcopy(base), configs[method.name](**settings))
 
 
 def padded(rows: Sequence[Example]) -> dict[str, Tensor]:
@@ -218,7 +240,13 @@ def train(data: Data, base: Any, job: Job, steps: int, num_virtual_tokens: int) 
     """
     from transformers import get_linear_schedule_with_warmup
 
-    model = peft_model(base, job, num_virtual_tokens).train()
+    model = peft_model(
+        base,
+        ARMS[job.arm],
+        seed=job.seed,
+        text=job.text,
+        num_virtual_tokens=num_virtual_tokens,
+    ).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)

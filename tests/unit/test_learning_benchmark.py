@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.learning import __main__ as benchmark
 from benchmarks.learning import ours, peers
+from benchmarks.learning import tiny_base as benchmark
 from benchmarks.learning.report import best_rate, plot, reached, summary, table
 from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
@@ -45,7 +45,8 @@ def peer(data: peers.Data, arm: str, task: str) -> tuple[Any, torch.Tensor, peer
     """A PeftModel and the virtual tokens that it starts from."""
     text = "Write this as Python code."
     job = peers.Job(arm, task, 0.01, 0, text, (1,))
-    model = peers.peft_model(peers.plain_base(data.folder), job, 20)
+    base, method = peers.plain_base(data.folder), peers.ARMS[arm]
+    model = peers.peft_model(base, method, seed=0, text=text, num_virtual_tokens=20)
     with torch.no_grad():
         return model, VirtualTokens(model.get_prompt(batch_size=1)[0]), job
 

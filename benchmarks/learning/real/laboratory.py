@@ -1,0 +1,287 @@
+"""Runs jobs: baselines and PEFT in this process, this trainer's arms as runs of their own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.learning.peers import FROM_TEXT, Data, peft_model, plain_base
+from benchmarks.learning.real import own_runs, packed_peft
+from benchmarks.learning.real.cells import Cell, Cells
+from benchmarks.learning.real.files import HELD_BACK, Files
+from benchmarks.learning.real.own_runs import OURS
+from benchmarks.learning.real.packed_peft import OPTIMIZER, PEERS, PackedModel, common_tokens, score
+from benchmarks.learning.real.plan import (
+    BASELINES,
+    HAND_WRITTEN,
+    MAJORITY,
+    NO_PROMPT,
+    SHOTS,
+    Design,
+    Job,
+    jobs,
+)
+from trainer.config import RunConfig
+from trainer.data.task_data import EvalSet
+from trainer.runtime.git_revision import git_revision
+
+NUM_SHOTS = 8
+NUM_VIRTUAL_TOKENS = 20
+#: Training rows to read for a baseline that needs none.
+FEWEST_ROWS = 32
+#: Increase when code here changes the results of the baselines and of PEFT.
+VERSION = 1
+
+
+class Laboratory:
+    """Runs jobs and keeps their results."""
+
+    def __init__(self, files: Files, cells: Cells) -> None:
+        self.files, self.cells = files, cells
+        self._adapters = files.folder / "adapters"
+        self._adapters.mkdir(exist_ok=True)
+        self._data: dict[tuple[str, int, int], Data] = {}
+
+    # --- what is there ---
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the resolved settings of a cell, which are a part of its key."""
+        digest = self.files.digest(cell.task, cell.rows, cell.validation_rows)
+        if cell.arm in OURS:
+            return own_runs.settings_of(cell, self._own_task(cell, written=False), digest)
+        shared = {"version": VERSION, "rows": digest, "held_back": HELD_BACK}
+        if cell.arm in BASELINES:
+            return shared | ({"shots": NUM_SHOTS} if cell.arm == SHOTS else {})
+        arm = PEERS[cell.arm]
+        settings = shared | OPTIMIZER | {"method": arm.method.name, **arm.method.settings}
+        if arm.method == FROM_TEXT:
+            settings["text"] = self.instruction(cell)
+        return settings
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        return self.cells.get(cell, self.settings(cell))
+
+    def done(self, job: Job) -> bool:
+        results = [self.result(cell) for cell in job.cells if cell.rate or cell.arm not in PEERS]
+        if len(results) < len(job.cells):  # no rate is known yet
+            return False
+        return all(r is not None and ("validation" in r or not job.validate) for r in results)
+
+    def missing(self, design: Design) -> Iterator[Job]:
+        """Yield the jobs that are not done, without cells that are done."""
+        for job in jobs(design, self.best_rate, self.files.num_train):
+            if not self.done(job):
+                cells = tuple(c for c in job.cells if job.validate or self.result(c) is None)
+                yield replace(job, cells=cells)
+
+    def best_rate(self, cell: Cell) -> float | None:
+        """Rate with the lowest loss on the held-back rows, of those tried so far."""
+        losses = {}
+        for rate in PEERS[cell.arm].rates:
+            result = self.result(replace(cell, rate=rate))
+            if result is not None:
+                losses[result["held_back"]["loss"]] = rate
+        return losses[min(losses)] if losses else None
+
+    def instruction(self, cell: Cell) -> str:
+        """The best of the five instructions on the held-back rows: all arms know this one."""
+        baseline = Cell(*(HAND_WRITTEN, cell.task, 0, 0, 0, cell.validation_rows, cell.words))
+        result = self.result(baseline)
+        texts = self.files.questions[cell.task].texts
+        return texts[0] if result is None else texts[result["chosen"]]
+
+    # --- work ---
+
+    def run(self, job: Job) -> None:
+        first = job.cells[0]
+        if first.arm in OURS:
+            self._train_ours(job.cells)
+        elif first.arm in BASELINES:
+            self._keep(first, self._baseline(first))
+        else:
+            self._run_peer(first, job.validate)
+
+    def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
+        result |= {"revision": git_revision(Path(__file__).resolve().parents[3])}
+        self.cells.put(cell, self.settings(cell), result)
+
+    def _own_task(self, cell: Cell, *, written: bool) -> dict[str, Any]:
+        """Section of the task in this trainer's run file; ``written``: the rows are in files."""
+        files = {"train": "train", "validation": "validation"}
+        if written:
+            files = self._write_rows(cell)
+        section = self.files.questions[cell.task].section(**files)
+        return section | {"hand_written": [self.instruction(cell)]}
+
+    def _write_rows(self, cell: Cell) -> dict[str, str]:
+        task, name = cell.task, f"{cell.task}-{cell.words}-words"
+        validation = self.files.validation(task, cell.validation_rows)
+        return {
+            "train": self.files.write(
+                f"{name}.train.{cell.rows}", self.files.train(task, cell.rows)
+            ),
+            "validation": self.files.write(f"{name}.validation.{len(validation)}", validation),
+        }
+
+    def _train_ours(self, cells: tuple[Cell, ...]) -> None:
+        first = cells[0]
+        output = self.files.folder / f"run-{first.task}-{first.rows}-{first.seed}"
+        task = self._own_task(first, written=True)
+        run = own_runs.run_sections(cells, task, str(self.files.base), str(output))
+        for cell, result in zip(cells, own_runs.train(cells, run, self.files.folder), strict=True):
+            self._keep(cell, result)
+
+    @cached_property
+    def _base(self) -> Any:
+        return plain_base(str(self.files.base))
+
+    def _data_of(self, cell: Cell) -> Data:
+        """Rows of a task as tokens; the held-back rows are its shifted validation."""
+        rows = cell.rows or FEWEST_ROWS
+        key = cell.task, rows, cell.tokens_per_step
+        if key not in self._data:
+            held_back = self.files.write(
+                f"{cell.task}-{cell.words}-words.held_back", self.files.held_back(cell.task)
+            )
+            question = self.files.questions[cell.task]
+            task = question.section(
+                **self._write_rows(replace(cell, rows=rows)), shifted_validation=held_back
+            )
+            prompts = [{"name": f"p{s}", "task": cell.task, "seed": s} for s in range(5)]
+            config = RunConfig.model_validate(
+                {
+                    "output_dir": "-",
+                    "base": {"model": str(self.files.base), "quantization": "none"},
+                    "tasks": [task | {"hand_written": list(question.texts)}],
+                    "prompts": prompts,
+                    "training": {
+                        "steps": max(1, cell.steps),
+                        "tokens_per_step": max(1, cell.tokens_per_step),
+                    },
+                }
+            )
+            self._data[key] = Data(config)
+        return self._data[key]
+
+    def _baseline(self, cell: Cell) -> dict[str, Any]:
+        data = self._data_of(cell)
+        task = data.tasks[cell.task]
+        rows, held_back = task.evaluation["validation"], task.evaluation["shifted_validation"]
+        if cell.arm == MAJORITY:
+            answer = self.files.majority(cell.task, cell.rows)
+            labels = [
+                row["label"] for row in self.files.validation(cell.task, cell.validation_rows)
+            ]
+            correct = [int(label == answer) for label in labels]
+            accuracy = sum(correct) / len(correct)
+            return {"validation": {"accuracy": accuracy, "correct": correct}, "answer": answer}
+        started = time.perf_counter()
+        result: dict[str, Any] = {}
+        if cell.arm == HAND_WRITTEN:
+            on_held_back = [self._score_base(r) for r in task.hand_written["shifted_validation"]]
+            best = min(
+                range(len(on_held_back)),
+                key=lambda i: (-on_held_back[i]["accuracy"], on_held_back[i]["loss"]),
+            )
+            result["chosen"] = best
+            result["held_back"] = [
+                {"loss": one["loss"], "accuracy": one["accuracy"]} for one in on_held_back
+            ]
+            result["validation"] = self._score_base(task.hand_written["validation"][best])
+        elif cell.arm == SHOTS:
+            result["validation"] = self._score_base(rows, self._shots(cell, rows))
+        else:
+            assert cell.arm == NO_PROMPT
+            result["validation"] = self._score_base(rows)
+            scores = self._score_base(held_back)
+            result["held_back"] = {k: scores[k] for k in ("loss", "accuracy")}
+        return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+    def _score_base(self, rows: EvalSet, before: tuple[int, ...] | None = None) -> dict[str, Any]:
+        common = common_tokens(c[0] for c in rows.candidates)
+        model = PackedModel(self._base, common if before is None else before, len(common))
+        return score(model, rows)
+
+    def _shots(self, cell: Cell, rows: EvalSet) -> tuple[int, ...]:
+        """Tokens of a dialogue with examples: as many of each answer as possible."""
+        question = self.files.questions[cell.task]
+        chosen: list[dict[str, str]] = []
+        pool = self.files.train(cell.task, cell.rows)
+        by_label = {label: [r for r in pool if r["label"] == label] for label in question.choices}
+        while len(chosen) < NUM_SHOTS:
+            for label in question.choices:
+                if by_label[label] and len(chosen) < NUM_SHOTS:
+                    chosen.append(by_label[label].pop(0))
+        random.Random(cell.seed).shuffle(chosen)
+        turns = []
+        for row in chosen:
+            turns.append({"role": "user", "content": f"{row['text']}\n{question.cue}:"})
+            turns.append({"role": "assistant", "content": row["label"]})
+        tokenizer = self._data_of(cell).tokenizer
+        example = rows.candidates[0][0]
+        text = rows.rows[example.row]["text"]
+        turns.append({"role": "user", "content": f"{text}\n{question.cue}:"})
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        common = common_tokens(c[0] for c in rows.candidates)
+        own = list(example.input_ids[len(common) : example.target_start])
+        assert ids[-len(own) :] == own, "the template writes a row differently after examples"
+        return tuple(ids[: -len(own)])
+
+    def _run_peer(self, cell: Cell, validate: bool) -> None:
+        data = self._data_of(cell)
+        task = data.tasks[cell.task]
+        rows, held_back = task.evaluation["validation"], task.evaluation["shifted_validation"]
+        every = [task.train[i] for i in range(len(task.train))]
+        common = common_tokens([*every, *(c[0] for s in (rows, held_back) for c in s.candidates)])
+        arm = PEERS[cell.arm]
+        model = peft_model(
+            self._base,
+            arm.method,
+            seed=cell.seed,
+            text=self.instruction(cell),
+            num_virtual_tokens=NUM_VIRTUAL_TOKENS,
+        )
+        result = dict(self.result(cell) or {})
+        file = self._adapters / f"{cell.task}-{cell.rows}-{cell.arm}-{cell.seed}-{cell.rate}"
+        if result and file.exists():
+            _load(model, file)
+        else:
+            assert cell.rate is not None
+            updates = data.updates(cell.task, cell.seed)
+            result = packed_peft.train(model, updates, common, cell.steps, cell.rate)
+            _save(model, file)
+        model.eval()
+        if "held_back" not in result:
+            scores, _ = _timed(model, common, held_back)
+            result["held_back"] = {k: scores[k] for k in ("loss", "accuracy")}
+        if validate:
+            result["validation"], result["validation_seconds"] = _timed(model, common, rows)
+        self._keep(cell, result)
+
+
+def _timed(model: Any, common: tuple[int, ...], rows: EvalSet) -> tuple[dict[str, Any], float]:
+    started = time.perf_counter()
+    scores = score(PackedModel(model, common), rows)
+    return scores, round(time.perf_counter() - started, 1)
+
+
+def _save(model: Any, file: Path) -> None:
+    tensors = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(tensors, file)
+
+
+def _load(model: Any, file: Path) -> None:
+    tensors = load_file(file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])

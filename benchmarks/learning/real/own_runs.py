@@ -1,0 +1,141 @@
+"""This trainer's arms: ``promptshard train`` with a run file that sets task, method and place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.learning.real.cells import Cell
+from trainer.config import RunConfig
+from trainer.evaluation import prediction_files
+
+ROOT = Path(__file__).resolve().parents[3]
+#: Settings of each arm's prompt. The base is int8 with all defaults, unless ``BASES`` has the arm.
+OURS: dict[str, dict[str, Any]] = {
+    "ours, prompt_tuning, system": {"method": "prompt_tuning", "position": "system"},
+    "ours, prompt_tuning, front": {"method": "prompt_tuning", "position": "front"},
+    "ours, prefix_tuning, front": {"method": "prefix_tuning"},
+    "ours, p_tuning, system": {"method": "p_tuning", "position": "system"},
+    "ours, p_tuning, front": {"method": "p_tuning", "position": "front"},
+}
+#: Arms that compare how the base is stored and multiplied with "ours, prompt_tuning, system", which
+#: has the default (int8, on CPUs with integer products int8 products).
+BASES: dict[str, dict[str, Any]] = {
+    "base in 16 bits": {"quantization": "none"},
+    "base in int8, exact products": {"matmul": "dequantize"},
+    "base in int8, int8 products but outliers": {"matmul": "int8_outliers"},
+}
+OURS |= dict.fromkeys(BASES, OURS["ours, prompt_tuning, system"])
+
+
+def run_sections(
+    cells: Sequence[Cell], task: Mapping[str, Any], base: str, output_dir: str
+) -> dict[str, Any]:
+    """Return the run file that trains the cells' prompts in one bank; cells differ in the arm."""
+    first = cells[0]
+    return {
+        "output_dir": output_dir,
+        "base": {"model": base, **BASES.get(first.arm, {})},
+        "tasks": [dict(task)],
+        "prompts": [
+            {"name": f"prompt-{i}", "task": first.task, "seed": cell.seed, **OURS[cell.arm]}
+            for i, cell in enumerate(cells)
+        ],
+        "training": {"steps": first.steps, "tokens_per_step": first.tokens_per_step},
+        "evaluation": {"every": first.steps},
+        "checkpoint": {"every": first.steps},
+        "tracking": {"system_metrics": False},
+    }
+
+
+def settings_of(cell: Cell, task: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    """Return everything else that determines the result of a cell: resolved settings and rows."""
+    values = run_sections([cell], task, "base", "output") | {"engine": {"attention": "sdpa"}}
+    config = RunConfig.model_validate(values)
+    return {
+        "prompt": config.prompts[0].model_dump(mode="json", exclude={"name", "task", "seed"}),
+        "base": config.base.model_dump(mode="json", exclude={"model"}),
+        "init_share": config.search.init_share,
+        "rows": digest,
+        "text": task["hand_written"],
+    }
+
+
+def train(cells: Sequence[Cell], run: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Train the cells in one run on one process; return their results."""
+    output = Path(run["output_dir"])
+    shutil.rmtree(output, ignore_errors=True)
+    file = folder / f"{output.name}.yaml"
+    file.write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
+    log = folder / f"{output.name}.log"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", "launch", "train", str(file), "--processes", "1"]
+    with log.open("wb") as lines:
+        code = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=lines, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if code:
+        sys.exit(f"{log}:\n{log.read_text(errors='replace')[-3000:]}")
+    return [_result(output, log.read_text(errors="replace"), i, run) for i in range(len(cells))]
+
+
+def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[str, Any]:
+    name = run["prompts"][number]["name"]
+    summary = json.loads((output / "summary.json").read_text())
+    records = list(prediction_files.read(prediction_files.path_of(output, name)))
+    adapter = output / "prompts" / name / "adapter_model.safetensors"
+    scores = summary["prompts"][name]
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    train_losses = [
+        round(line["metrics"]["train_loss"], 4)
+        for line in lines
+        if line["prompt"] == name and "train_loss" in line["metrics"]
+    ]
+    start = re.search(rf"^{name}: starts from (.*?):? '", log, re.MULTILINE)
+    validation = {
+        "loss": scores["validation_loss"],
+        "accuracy": scores["validation_accuracy"],
+        "losses": [round(record["loss"], 4) for record in records],
+        "labels": [record["tokens"] for record in records],
+        "correct": [int(record["correct"]) for record in records],
+    }
+    prompts = len(run["prompts"])
+    return {
+        "validation": validation,
+        "train_losses": train_losses,
+        "start": start[1] if start else "",
+        "trained_parameters": _parameters(adapter),
+        "text_tokens": summary["throughput"]["useful_tokens"] / prompts,
+        "train_seconds": round(summary["throughput"]["train_seconds"] / prompts, 1),
+        "time": {k: round(v / prompts, 2) for k, v in summary["time"].items()},
+        "prompts_in_run": prompts,
+        "useful_tokens_per_second": round(summary["throughput"]["useful_tokens_per_second"], 1),
+    }
+
+
+def _parameters(adapter: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(adapter, "pt") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    return sum(int(_product(shape)) for shape in shapes)
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,354 @@
+"""Make table, plot and JSON of the results, with a list of what was not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.learning.real.cells import Cell
+from benchmarks.learning.real.files import HELD_BACK
+from benchmarks.learning.real.laboratory import NUM_SHOTS, NUM_VIRTUAL_TOKENS, Laboratory
+from benchmarks.learning.real.own_runs import BASES, OURS
+from benchmarks.learning.real.packed_peft import PEERS
+from benchmarks.learning.real.plan import (
+    BASELINES,
+    DECISIVE_OURS,
+    HAND_WRITTEN,
+    MAJORITY,
+    NO_PROMPT,
+    SHOTS,
+    Design,
+)
+from trainer.evaluation.statistics import (
+    Difference,
+    normal_interval,
+    paired_rates,
+    paired_ratios,
+    ratio_standard_error,
+    wilson_interval,
+)
+
+#: The arm whose paired differences to all others the table shows.
+REFERENCE = DECISIVE_OURS[0]
+#: Seconds by phase of ``promptshard train``, and the words of the table.
+PHASES = {
+    "training": "training",
+    "initialization search": "search",
+    "baselines": "baselines",
+    "validation": "validation",
+}
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Results of an arm on a task: one per seed.
+
+    Attributes:
+        tried: learning rates of the first seed, for an arm of PEFT.
+    """
+
+    arm: str
+    results: list[dict[str, Any]]
+    seeds: tuple[int, ...]
+    rate: float | None = None
+    tried: tuple[float, ...] = ()
+
+    @property
+    def correct_R(self) -> list[float]:
+        """Share of the seeds that answer a row correctly, for each validation row."""
+        by_seed = [result["validation"]["correct"] for result in self.results]
+        return [fmean(row) for row in zip(*by_seed, strict=True)]
+
+    @property
+    def accuracy(self) -> float:
+        return fmean(self.correct_R)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval over the validation rows; seeds are averaged."""
+        correct_R = self.correct_R
+        if len(self.results) == 1:
+            return wilson_interval(self.accuracy, len(correct_R))
+        error = ratio_standard_error(correct_R, [1] * len(correct_R))
+        return normal_interval(self.accuracy, error)
+
+    @property
+    def loss(self) -> float | None:
+        losses = [result["validation"].get("loss") for result in self.results]
+        return None if None in losses else fmean(losses)
+
+    @property
+    def spread(self) -> float:
+        """Difference between the best and the worst seed."""
+        scores = [result["validation"]["accuracy"] for result in self.results]
+        return float(max(scores) - min(scores))
+
+    def mean(self, key: str) -> float | None:
+        values = [result.get(key) for result in self.results]
+        return None if None in values else fmean(values)
+
+    def minus(self, other: ArmResult) -> Difference:
+        """Difference of the accuracies, paired by row."""
+        ours, theirs = self.correct_R, other.correct_R
+        if len(self.results) == len(other.results) == 1:
+            return paired_rates([bool(x) for x in ours], [bool(x) for x in theirs])
+        ones = [1.0] * len(ours)
+        return paired_ratios((ours, ones), (theirs, ones))
+
+
+def arm_results(
+    laboratory: Laboratory, design: Design, task: str, rows: int
+) -> dict[str, ArmResult]:
+    """Return the arms of a task that have a result on the validation rows."""
+    found = {}
+    for arm in (*BASELINES, *OURS, *PEERS):
+        seeds = (0,) if arm in BASELINES else design.seeds
+        results, done, rate, tried = [], [], None, ()
+        if arm in PEERS:
+            main = design.cell(arm, task, design.rows[0], design.seeds[0])
+            rate = laboratory.best_rate(main)
+            tried = tuple(r for r in PEERS[arm].rates if laboratory.result(replace(main, rate=r)))
+        for seed in seeds:
+            result = laboratory.result(_cell(design, arm, task, rows, seed, rate))
+            if result is not None and "validation" in result:
+                results.append(result)
+                done.append(seed)
+        if results:
+            found[arm] = ArmResult(arm, results, tuple(done), rate, tried)
+    return found
+
+
+def _cell(design: Design, arm: str, task: str, rows: int, seed: int, rate: float | None) -> Cell:
+    if arm in BASELINES:
+        read = 0 if arm in (NO_PROMPT, HAND_WRITTEN) else rows
+        return replace(design.cell(arm, task, read, 0), steps=0, tokens_per_step=0)
+    return replace(design.cell(arm, task, rows, seed), rate=rate)
+
+
+def tables(laboratory: Laboratory, design: Design, picture: str) -> str:
+    """Render the results as Markdown."""
+    lines = _head(design)
+    comparisons, bodies = list[str](), list[str]()
+    for task in design.tasks:
+        arms = arm_results(laboratory, design, task, design.rows[0])
+        if arms:
+            comparisons += _verdicts(task, arms)
+            bodies += ["", f"## {task}", "", *_task_table(arms)]
+    lines += ["", "## Wins, losses and ties", "", *comparisons, *bodies]
+    lines += ["", "## Fewer and more training rows", "", *_curves(laboratory, design)]
+    lines += ["", "## Cost", "", *_costs(laboratory, design)]
+    lines += ["", "## How the base is stored", "", *_bases(laboratory, design)]
+    lines += ["", "## What was run and what was not", "", *_coverage(laboratory, design)]
+    return "\n".join([*lines, "", f"![accuracy of the arms]({picture})", ""])
+
+
+def _head(design: Design) -> list[str]:
+    cut = f", cut after {design.words} words" if design.words else ""
+    return [
+        "# Learning on a real language model",
+        "",
+        "`python -m benchmarks.learning --base smollm2`: SmolLM2-135M-Instruct, two questions "
+        f"about patients' reviews of drugs{cut}, written by the model's chat template. All arms "
+        f"are trained on the same {design.rows[0]} rows for {design.steps} steps of at most "
+        f"{design.tokens_per_step} tokens of text, and scored on the same "
+        f"{design.validation_rows} validation rows by the likelihood of the choices. Virtual "
+        f"tokens: {NUM_VIRTUAL_TOKENS}. Intervals are 95%, over the validation rows; differences "
+        "are paired by row.",
+        "",
+        "- **Ours**: the run file sets task, method and position; everything else is default. The "
+        "base is stored in int8, the default.",
+        "- **PEFT**: its modules on the base in 16 bits, computed in fp32 (faster on a CPU without "
+        "bfloat16 products). AdamW, clipped, linear decay. The rows of an update are packed into "
+        "one batch, as in ours. The learning rate is the one with the lowest loss on "
+        f"{HELD_BACK} training rows that no arm trains on, of those in the table. These rows are "
+        "an advantage: ours does not use them.",
+        f"- **Best instruction**: of five, the one with the highest accuracy on the {HELD_BACK} "
+        "held-back rows. Ours knows it as `hand_written`; *PEFT prompt tuning, text* starts from "
+        "it.",
+        f"- **{SHOTS}**: {NUM_SHOTS} fixed training rows with their answers before each row, as "
+        "many of each answer as possible.",
+        "- With `position: system`, the template's words before the review are a part of the "
+        "prompt, so an update has more rows within the same number of text tokens.",
+    ]
+
+
+def _verdicts(task: str, arms: dict[str, ArmResult]) -> Iterator[str]:
+    """Compare each of this trainer's arms with each other arm, in a line."""
+    others = [arm for arm in arms.values() if arm.arm not in OURS]
+    for name in OURS:
+        if name not in arms or name in BASES:
+            continue
+        found = {
+            "better": list[str](),
+            "worse": list[str](),
+            "no significant difference": list[str](),
+        }
+        for other in others:
+            difference = arms[name].minus(other)
+            word = "no significant difference"
+            if difference.significant:
+                word = "better" if difference.difference > 0 else "worse"
+            found[word].append(f"{other.arm} ({_points(difference)})")
+        texts = (f"**{word}**: {', '.join(names)}" for word, names in found.items() if names)
+        yield f"- {task}, {name}: {'; '.join(texts)}."
+
+
+def _points(difference: Difference) -> str:
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.difference:+.1f}, {low:+.1f} to {high:+.1f}"
+
+
+def _task_table(arms: dict[str, ArmResult]) -> Iterator[str]:
+    yield (
+        "| | accuracy | loss | difference: ours, prompt_tuning, system minus this | learning rate, "
+        "of those tried | seeds | best to worst seed | trained parameters | training FLOPs |"
+    )
+    yield "|---" * 9 + "|"
+    reference = arms.get(REFERENCE)
+    for name, arm in arms.items():
+        if name in BASES:
+            continue
+        low, high = arm.interval
+        loss = "" if arm.loss is None else f"{arm.loss:.3f}"
+        difference = ""
+        if reference is not None and name != REFERENCE:
+            difference = _points(reference.minus(arm))
+        rate = "" if name in BASELINES else "default"
+        if arm.rate is not None:
+            rate = f"{arm.rate:g} of {', '.join(f'{r:g}' for r in arm.tried)}"
+        parameters, flops = arm.mean("trained_parameters"), arm.mean("train_flops")
+        label = name
+        if name == MAJORITY:
+            label = f"{name}: {arm.results[0]['answer']}"
+        accuracy = f"{100 * arm.accuracy:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+        yield (
+            f"| {label} | {accuracy} | {loss} | {difference} | {rate} | "
+            f"{', '.join(map(str, arm.seeds))} | "
+            f"{100 * arm.spread:.1f} | {parameters or 0:,.0f} | {_flops(flops)} |"
+        )
+
+
+def _flops(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}".replace("e+", "e")
+
+
+def _curves(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    lines = []
+    for task in design.tasks:
+        by_rows = {rows: arm_results(laboratory, design, task, rows) for rows in design.rows}
+        for arm in (*OURS, *PEERS):
+            done = {rows: arms[arm] for rows, arms in sorted(by_rows.items()) if arm in arms}
+            if len(done) > 1:
+                scores = ", ".join(f"{rows}: {100 * r.accuracy:.1f}%" for rows, r in done.items())
+                lines.append(f"- {task}, {arm}: {scores}")
+    yield from lines or ["Not run yet."]
+
+
+def _costs(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    yield (
+        "Seconds on one thread of a machine that other programs used: they compare arms only "
+        "roughly. FLOPs of PEFT are counted by operator in one step and scaled to all tokens."
+    )
+    yield ""
+    yield "| task, arm | text tokens per second | seconds of training | share of the run |"
+    yield "|---|---|---|---|"
+    for task in design.tasks:
+        for name, arm in arm_results(laboratory, design, task, design.rows[0]).items():
+            seconds, tokens = arm.mean("train_seconds"), arm.mean("text_tokens")
+            if name in BASES or seconds is None or tokens is None:
+                continue
+            shares = ""
+            if "time" in arm.results[0]:
+                time = arm.results[0]["time"]
+                parts = (
+                    f"{word} {time.get(p, 0) / sum(time.values()):.0%}"
+                    for p, word in PHASES.items()
+                )
+                shares = ", ".join(parts)
+            yield f"| {task}, {name} | {tokens / seconds:.0f} | {seconds:.0f} | {shares} |"
+
+
+def _bases(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    yield "| task | base | accuracy | loss | difference: default minus this |"
+    yield "|---|---|---|---|---|"
+    for task in design.tasks:
+        arms = arm_results(laboratory, design, task, design.rows[0])
+        for name in (REFERENCE, *BASES):
+            if name in arms and any(base in arms for base in BASES):
+                label = "int8, the default" if name == REFERENCE else name.removeprefix("base in ")
+                arm, difference = arms[name], ""
+                if name != REFERENCE and REFERENCE in arms:
+                    difference = _points(arms[REFERENCE].minus(arm))
+                accuracy = f"{100 * arm.accuracy:.1f}%"
+                yield f"| {task} | {label} | {accuracy} | {arm.loss:.3f} | {difference} |"
+
+
+def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    """List the cells of the whole design that have a result, and that have none."""
+    seeds, rows = len(design.seeds), ", ".join(map(str, design.rows))
+    yield (
+        f"The whole design: {seeds} seeds, five learning rates, {rows} training rows. "
+        "The same command continues with the cells that are missing."
+    )
+    yield ""
+    yield f"| task, arm | rates tried, of 5 | seeds, of {seeds} | number of training rows |"
+    yield "|---|---|---|---|"
+    for task in design.tasks:
+        by_rows = {n: arm_results(laboratory, design, task, n) for n in sorted(design.rows)}
+        main = by_rows[design.rows[0]]
+        for arm in (*BASELINES, *OURS, *PEERS):
+            result = main.get(arm)
+            done = [str(n) for n in by_rows if arm in by_rows[n]]
+            rates = str(len(result.tried)) if result and arm in PEERS else ""
+            if result is None:
+                yield f"| {task}, {arm} | {'0' if arm in PEERS else ''} | not run | not run |"
+            else:
+                count = "" if arm in BASELINES else str(len(result.seeds))
+                yield f"| {task}, {arm} | {rates} | {count} | {', '.join(done)} |"
+
+
+def plot(laboratory: Laboratory, design: Design, path: Path) -> None:
+    """Draw the accuracy of every arm with its interval, one panel per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {t: arm_results(laboratory, design, t, design.rows[0]) for t in design.tasks}
+    found = {task: arms for task, arms in found.items() if arms}
+    figure, axes = pyplot.subplots(1, len(found), figsize=(6.2 * len(found), 4), squeeze=False)
+    for axis, (task, arms) in zip(axes[0], found.items(), strict=True):
+        shown = [arm for name, arm in reversed(arms.items()) if name not in BASES]
+        for y, arm in enumerate(shown):
+            low, high = arm.interval
+            ours, baseline = arm.arm in OURS, arm.arm in BASELINES
+            color = "tab:blue" if ours else "tab:gray" if baseline else "tab:orange"
+            axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=2)
+            axis.plot([100 * arm.accuracy], [y], "o", color=color)
+        axis.set_yticks(range(len(shown)), [arm.arm for arm in shown], fontsize=7)
+        axis.set_xlabel("accuracy on the validation rows, %, with 95% interval", fontsize=8)
+        axis.set_title(task, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def documents(laboratory: Laboratory, design: Design, records: Sequence[Any]) -> dict[str, Any]:
+    """Return the content of the JSON file: the cells, and the scores of the table."""
+    scores = {}
+    for task in design.tasks:
+        for rows in design.rows:
+            for name, arm in arm_results(laboratory, design, task, rows).items():
+                scores[f"{task}, {rows} rows, {name}"] = {
+                    "accuracy": round(arm.accuracy, 4),
+                    "interval": [round(x, 4) for x in arm.interval],
+                    "loss": None if arm.loss is None else round(arm.loss, 4),
+                    "seeds": list(arm.seeds),
+                    "rate": arm.rate,
+                    "rates_tried": list(arm.tried),
+                }
+    return {"scores": scores, "cells": list(records)}
