@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import platform
@@ -12,12 +13,15 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
 
+from launch import __main__ as program
 from launch import exit_report, launcher_command, launcher_process, node, preflight, ssh
 from launch.launcher_command import Devices, Host, Place
 from trainer.runtime import bootstrap
@@ -57,10 +61,31 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def promptshard(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def promptshard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process: starting Python and importing takes longer than most of them.
+
+    ``test_a_process_ends_as_its_command_does`` compares this with a process.
+    """
+    words, stdout, stderr = [str(word) for word in arguments], io.StringIO(), io.StringIO()
+    with ExitStack() as stack:
+        stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
+        stack.enter_context(chdir(ROOT))
+        stack.enter_context(patch.dict(os.environ, COLUMNS="100"))
+        stack.enter_context(patch.object(sys, "argv", ["promptshard", *words]))
+        stack.enter_context(patch("trainer.runtime.stdio.keep_streams"))
+        stack.enter_context(redirect_stdout(stdout))
+        stack.enter_context(redirect_stderr(stderr))
+        ended = stack.enter_context(pytest.raises(SystemExit))
+        program._run()
+    code = int(ended.value.code or 0)
+    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+
+
+def promptshard_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "launch", *map(str, arguments)],
-        cwd=cwd,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
@@ -68,13 +93,28 @@ def promptshard(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Complete
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["validate", "--help"], 0),
+        (["validate", "RUN", "prompts.triage.sweep.seed=[0, 1]"], 0),
+        (["train", "RUN", "training.step=5"], 2),
+        (["no-such-command"], 2),
+    ],
+)
+def test_a_process_ends_as_its_command_does(run_file, words, code):
+    """The same code and output as in the process of the tests."""
+    words = [str(run_file) if word == "RUN" else word for word in words]
+    process, here = promptshard_process(*words), promptshard(*words)
+    assert (process.returncode, here.returncode) == (code, code), process.stderr
+    assert (process.stdout, process.stderr) == (here.stdout, here.stderr)
+
+
 # What is started
 
 
 def parsed(command: list[str]) -> Any:
     """What the per-node part of the real launcher reads in a command of ours."""
-    from unittest.mock import patch
-
     from deepspeed.launcher.launch import parse_args
 
     launcher = [bootstrap.FILE, "--parent-death=SIGKILL", "deepspeed.launcher.launch"]
