@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     PretrainedConfig,
 )
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
@@ -117,6 +118,15 @@ _GEMMA4 = {
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     },
 }
+#: Layers read inputs by token id; the last two read keys and values of the others.
+_PER_LAYER = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "pad_token_id": 2,
+    "num_kv_shared_layers": 2,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 #: A recurrent layer and one with attention.
 _DELTA = {
     "linear_num_key_heads": 2,
@@ -160,6 +170,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "top_k_experts": 4,
             "moe_intermediate_size": 40,
             "attention_k_eq_v": True,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_LLAMA,
+            **_MAMBA,
+            "mamba_d_ssm": 96,
+            "embedding_multiplier": 3.0,
+            "lm_head_multiplier": 0.5,
+            "mlp_multipliers": [0.7, 1.3],
+            "key_multiplier": 0.6,
+            "attention_out_multiplier": 1.2,
+            "ssm_multipliers": [0.5, 0.8, 1.1, 1.4, 0.9],
+            "ssm_out_multiplier": 0.7,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **_LLAMA,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            **_LLAMA,
+            "intermediate_size_mlp": 96,
+            "head_dim": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": WINDOW,
+            "floor_scale": 4,
+        },
+    ),
+    "gemma4-per-layer": ("gemma4_text", {**_GEMMA4, **_PER_LAYER}),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **_LLAMA,
+            **_PER_LAYER,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "laurel_rank": 8,
+            "rope_parameters": _ROPES,
+            "final_logit_softcapping": 30.0,
         },
     ),
     "phi": ("phi", {**_LLAMA, **_HALF}),
@@ -396,10 +462,11 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
     """Return the config of a case.
 
     Args:
-        num_layers: even; a family that names its layers one by one has two all the same.
+        num_layers: even; a family that names its layers one by one has as many as it names.
     """
     model_type, settings = CASES[case]
     settings = copy.deepcopy(settings)
+    num_layers = max(num_layers, len(settings.get("layer_types", ())))
     if blocks := settings.get("layers_block_type"):
         settings["layers_block_type"] = blocks * (num_layers // 2)
         settings["num_hidden_layers"] = len(settings["layers_block_type"])
@@ -409,7 +476,7 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
     elif not {"attention_types", "no_rope_layers"} & settings.keys():
         settings["num_hidden_layers"] = num_layers
         for types in {"layer_types", "mlp_layer_types"} & settings.keys():
-            settings[types] *= num_layers // 2
+            settings[types] = (settings[types] * num_layers)[:num_layers]
     return AutoConfig.for_model(model_type, **settings)
 
 
@@ -475,8 +542,11 @@ def quantize_plain(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Conv1D):
             _round(module.weight, transposed=True)
-        elif isinstance(module, nn.Linear) and module is not head:
+        elif type(module).forward is nn.Linear.forward and module is not head:
             _round(module.weight)
+        elif isinstance(module, Llama4TextExperts):
+            _round(module.gate_up_proj, transposed=True)
+            _round(module.down_proj, transposed=True)
         elif hasattr(module, "down_proj") and hasattr(module, "is_transposed"):
             gated = getattr(module, "has_gate", True)  # transformers 5.0 has no others
             _round(module.gate_up_proj if gated else module.up_proj, module.is_transposed)
@@ -520,6 +590,23 @@ def with_text_around(packed_rows: Sequence[PackedRow]) -> list[PackedRow]:
     return [*placed[:-1], replace(placed[-1], example=alone)]
 
 
+def with_virtual_tokens(
+    model: Any, ids: Tensor, prompt: Tensor, place: int = 0
+) -> dict[str, Tensor]:
+    """Arguments of transformers' forward for a row with virtual tokens after ``place`` tokens."""
+    words, config = model.get_input_embeddings()(ids), model.config.get_text_config()
+    if config.model_type == "falcon_h1":  # scales the embeddings of ids, not ``inputs_embeds``
+        words = words * config.embedding_multiplier
+    inputs = {"inputs_embeds": torch.cat([words[:place], prompt, words[place:]])[None]}
+    if size := getattr(config, "hidden_size_per_layer_input", None):
+        pads = torch.full((len(prompt),), config.pad_token_id)
+        ids = torch.cat([ids[:place], pads, ids[place:]])
+        text = next(m for m in model.modules() if hasattr(m, "embed_tokens_per_layer"))
+        rows = text.embed_tokens_per_layer(ids)
+        inputs["per_layer_inputs"] = rows.view(1, len(ids), config.num_hidden_layers, size)
+    return inputs
+
+
 def row_by_row(
     model: Any, pieces: Sequence[PackedRow], prompts: Sequence[Tensor]
 ) -> tuple[list[float], list[Tensor]]:
@@ -530,12 +617,11 @@ def row_by_row(
         rows = [piece.example for piece in pieces if piece.prompt == k]
         total = torch.zeros(())
         for row in rows:
-            ids, at = torch.tensor([row.input_ids]), row.prompt_at
-            words = model.get_input_embeddings()(ids)
-            embeds = torch.cat([words[:, :at], leaf[None], words[:, at:]], dim=1)
-            logits = model(inputs_embeds=embeds, use_cache=False).logits[0, len(leaf) :]
+            ids = torch.tensor(row.input_ids)
+            inputs = with_virtual_tokens(model, ids, leaf, row.prompt_at)
+            logits = model(**inputs, use_cache=False).logits[0, len(leaf) :]
             start = row.target_start
-            total = total + cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+            total = total + cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum")
         loss = total / sum(row.num_labels for row in rows)
         loss.backward()
         losses.append(loss.item())

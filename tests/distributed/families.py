@@ -18,7 +18,15 @@ from torch.nn.functional import cross_entropy
 
 from tests.base_digest import base_digest
 from tests.distributed.sharded_base import run_config, shard_base
-from tests.family_bases import CASES, errors, plain_model, problem, row_by_row, save_family
+from tests.family_bases import (
+    CASES,
+    errors,
+    plain_model,
+    problem,
+    row_by_row,
+    save_family,
+    with_virtual_tokens,
+)
 from tests.soft_prompts import soft_prompts
 from tests.unit.test_scoring import EOS, TARGETS, rows
 from trainer.distributed.deepspeed_engine import Engine
@@ -101,14 +109,12 @@ def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
 
 def plain_likelihoods(model: Any, prompts: list[Any]) -> list[Any]:
     """Negative log-likelihood from transformers, one candidate at a time."""
-    embed = model.get_input_embeddings()
-
     def nll(front: Tensor, example: Any) -> float:
-        ids = torch.tensor([example.input_ids])
-        embeds = torch.cat([front[None], embed(ids)], dim=1)
-        logits = model(inputs_embeds=embeds, use_cache=False).logits[0, len(front) :]
+        ids = torch.tensor(example.input_ids)
+        inputs = with_virtual_tokens(model, ids, front)
+        logits = model(**inputs, use_cache=False).logits[0, len(front) :]
         start = example.target_start
-        return float(cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum"))
+        return float(cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum"))
 
     with torch.no_grad():
         return [

@@ -27,6 +27,7 @@ from tests.family_bases import (
     row_by_row,
     save_family,
     with_text_around,
+    with_virtual_tokens,
 )
 from tests.soft_prompts import soft_prompts
 from trainer.config import Base
@@ -157,9 +158,8 @@ class TestFamily:
             step = DecodeStep(torch.full((2, 1), 7), mask, cache)
             second = base(step, [VirtualTokens(prompt)]).logits_BV
             for i, row in enumerate(rows):
-                words = model.get_input_embeddings()(torch.tensor([[*row, 7]]))
-                embeds = torch.cat([prompt[None], words], dim=1)
-                wanted = model(inputs_embeds=embeds, use_cache=False).logits[0]
+                inputs = with_virtual_tokens(model, torch.tensor([*row, 7]), prompt)
+                wanted = model(**inputs, use_cache=False).logits[0]
                 torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(second[i], wanted[-1], rtol=1e-4, atol=1e-4)
 

@@ -178,20 +178,18 @@ def base_size(model: nn.Module, dtype: torch.dtype) -> BaseSize:
         return parameter.numel() * _itemsize(parameter, dtype)
 
     parameters = list(model.parameters())
-    tables = {
-        type(module): module.weight
-        for module in model.modules()
-        if isinstance(module, FrozenEmbedding | FrozenHead)
-    }
-    embedding, head = tables[FrozenEmbedding], tables[FrozenHead]
-    units = [[p] for p in parameters if p is not embedding and p is not head]
+    modules = list(model.modules())
+    (head,) = (module.weight for module in modules if isinstance(module, FrozenHead))
+    embeddings = [module.weight for module in modules if isinstance(module, FrozenEmbedding)]
+    looked_up = [weight for weight in embeddings if weight is not head]
+    units = [[p] for p in parameters if all(p is not table for table in (head, *looked_up))]
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             units += [list(layer.parameters()) for layer in module]
     gathered = [*units, [head]]  # the head is gathered if there are many labels
     return BaseSize(
         total_bytes=sum(map(num_bytes, parameters)),
-        looked_up_bytes=0 if embedding is head else num_bytes(embedding),
+        looked_up_bytes=sum(map(num_bytes, looked_up)),
         layer_bytes=max(sum(map(num_bytes, unit)) for unit in gathered),
         layer_elements=max(sum(parameter.numel() for parameter in unit) for unit in units),
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS_VERSION
 
@@ -28,6 +29,8 @@ class Family:
         cached_attention: transformers' attention for decoding and for padded rows: "eager" if its
             SDPA omits a part of this family's attention (capped scores, sinks) or does not exist.
         refused: unsupported settings of config.json, each with the reason.
+        scale_of_ids: setting of config.json that scales embeddings of token ids, but not virtual
+            tokens; empty if the model scales both or neither.
         no_prefix_tuning: reason why prefix tuning is not supported; empty if it is supported.
         mlp_tensors, norm_inputs, wide_norms, layer_norm, keeps_scores: activations that a layer
             saves for backward, see ``trainer.packing.activation_memory.LayerSizes``. The defaults
@@ -38,6 +41,7 @@ class Family:
     recurrent: bool = False
     cached_attention: str = "sdpa"
     refused: dict[str, str] = field(default_factory=dict)
+    scale_of_ids: str = ""
     no_prefix_tuning: str = ""
     mlp_tensors: int = 2
     norm_inputs: int = 2
@@ -47,7 +51,7 @@ class Family:
 
 
 _PADDED_ROWS = "its rows are padded, and keys and values can only precede packed rows"
-_PER_LAYER = "its layers read inputs by token id, which virtual tokens do not have"
+_SHARED_KEYS = "its last layers read keys and values of earlier layers"
 _TWO_SIZES = "its keys and values are of different sizes"
 _BIDIRECTIONAL = {
     "use_bidirectional_attention": "tokens attend to later tokens: not a causal model"
@@ -81,10 +85,20 @@ FAMILIES: dict[str, Family] = {
         cached_attention="eager", refused=_BIDIRECTIONAL, norm_inputs=4, keeps_scores=True
     ),
     "gemma3_text": Family(refused=_BIDIRECTIONAL, norm_inputs=4),
+    "gemma3n_text": Family(
+        no_prefix_tuning=_SHARED_KEYS,
+        norm_inputs=14,
+    ),
     "gemma4_text": Family(
-        refused={**_BIDIRECTIONAL, "hidden_size_per_layer_input": _PER_LAYER},
+        refused=_BIDIRECTIONAL,
         no_prefix_tuning=_TWO_SIZES,
         norm_inputs=7,
+    ),
+    "falcon_h1": Family(
+        packed=False,
+        recurrent=True,
+        scale_of_ids="embedding_multiplier",
+        no_prefix_tuning=_PADDED_ROWS,
     ),
     **dict.fromkeys(("glm4", "glm4v_text"), Family(norm_inputs=4)),
     "gpt2": Family(
@@ -94,6 +108,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(cached_attention="eager", mlp_tensors=6, wide_norms=True, keeps_scores=True),
     "hunyuan_v1_moe": Family(mlp_tensors=4, norm_inputs=3),
+    "llama4_text": Family(norm_inputs=4),
     "mpt": Family(
         packed=False,
         cached_attention="eager",
@@ -105,7 +120,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
     **dict.fromkeys(
         (
-            *("bamba", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2", "nemotron_h"),
+            *("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba2", "nemotron_h"),
             *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
         ),
         Family(packed=False, recurrent=True, no_prefix_tuning=_PADDED_ROWS),
@@ -128,10 +143,6 @@ UNSUPPORTED: dict[str, str] = {
     "t5": "an encoder-decoder does not take virtual tokens before its text",
     "bart": "an encoder-decoder does not take virtual tokens before its text",
     "bert": "it is not a causal language model",
-    "falcon_h1": "its embeddings are scaled only if it gets token ids, not virtual tokens",
-    "gemma3n_text": _PER_LAYER,
-    "jamba": "it reads the weight of a linear layer directly, which int8 storage does not allow",
-    "llama4_text": "its experts are not computed by transformers' common expert layer",
     "mamba": "it has not been compared with transformers; use Mamba 2",
     "rwkv": "it has not been compared with transformers",
 }
@@ -244,11 +255,20 @@ def context_length(config: PretrainedConfig) -> int:
     return DEFAULT_CONTEXT_LENGTH
 
 
+def embedding_scale(table: nn.Module, config: PretrainedConfig) -> float:
+    """Return the factor by which a model multiplies the embeddings of token ids."""
+    scales = [getattr(table, f"{x}embed_scale", None) for x in ("scalar_", "")]
+    if setting := FAMILIES[config.model_type].scale_of_ids:
+        scales.append(getattr(config, setting))
+    return float(next((scale for scale in scales if scale is not None), 1.0))
+
+
 def logit_scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
     """Return the factor on the logits, and the soft cap (Gemma 2, nanochat) or None."""
     scale = getattr(model, "logit_scale", None)  # Cohere
     divisor = getattr(model.config, "logits_scaling", None)  # Granite
     factor = float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
+    factor *= float(getattr(model.config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     return factor, getattr(model.config, "final_logit_softcapping", None)
 
 

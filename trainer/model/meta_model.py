@@ -14,13 +14,15 @@ from trainer.config import Base
 from trainer.model.attention.family_overrides import replace_attention
 from trainer.model.attention.interface import PACKED
 from trainer.model.checkpoint_files import BaseFiles
-from trainer.model.families import family_of, logit_scale_and_cap
+from trainer.model.families import embedding_scale, family_of, logit_scale_and_cap
 from trainer.model.generation_config import check_logits_processors
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.fused_ops import fuse_operations
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts, is_experts
+from trainer.model.llama4 import adapt_llama4, scale_queries
+from trainer.model.per_layer_inputs import per_layer_table
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.tensor_locations import TensorLocation, locate_parameters
 from trainer.model.transformers_model import build_transformers_model
@@ -46,7 +48,9 @@ def build_meta_model(
     model.config._attn_implementation = PACKED if family.packed else family.cached_attention
     model.generation_config = files.generation
     _rebuild_buffers(model, device)
+    adapt_llama4(model)
     _replace_layers(model, quantized=settings.quantization == "int8", dtype=dtype)
+    scale_queries(model)
     with SafetensorsReader(files.tensors) as reader:
         stored = files.parameters.tensors
         _quantize_ends(model, settings, lambda name: reader.is_int8(stored[name][0]))
@@ -114,13 +118,17 @@ def _quantize_ends(
             f"base.head: {settings.head}, but base.embeddings: {settings.embeddings}, and this "
             "model's head is its embedding table; give both the same value"
         )
-    for layer, setting in ((embedding, settings.embeddings), (head, settings.head)):
+    tables = [(embedding, settings.embeddings), (head, settings.head)]
+    if of_layers := per_layer_table(model):
+        tables.append((of_layers, settings.embeddings))
+    for layer, setting in tables:
         if setting == "int8" and settings.quantization != "int8":
             raise BadInput(
                 f"base.quantization: {settings.quantization}, but base.embeddings or base.head is "
                 "int8; use quantization: int8"
             )
-        stored = is_stored_int8(f"{paths[embedding if tied else layer]}.weight")
+        source = embedding if tied and layer is head else layer
+        stored = is_stored_int8(f"{paths[source]}.weight")
         if setting == "int8" or (stored and settings.quantization == "int8"):
             int8 = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
             layer.weight = nn.Parameter(int8, requires_grad=False)
@@ -136,22 +144,23 @@ def _frozen_config(config: PretrainedConfig) -> PretrainedConfig:
     for name in ("output_router_logits", "slow_but_exact"):
         if getattr(config, name, False):
             setattr(config, name, False)
+    config._is_quantized = True  # Mamba layers then call linear layers and do not read weights
     return config
 
 
 def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype) -> None:
     """Replace trainable layers with frozen ones; the head is not quantized here."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tables = {model.get_input_embeddings(), per_layer_table(model)}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             layer: nn.Module
-            if child is embedding:
-                scales = (getattr(child, f"{x}embed_scale", None) for x in ("scalar_", ""))
-                scale = next((s for s in scales if s is not None), 1.0)
+            if child in tables:
+                scale = embedding_scale(child, model.config)
                 layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype, scale)
             elif is_experts(child):
                 layer = FrozenExperts(child, quantized)
-            elif isinstance(child, nn.Linear | Conv1D):
+            elif _is_linear(child):
                 transposed = isinstance(child, Conv1D)
                 n, k = child.weight.T.shape if transposed else child.weight.shape
                 bias = child.bias is not None
@@ -163,6 +172,13 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
             else:
                 continue
             setattr(parent, name, layer)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else, unlike Llama 4's router."""
+    if isinstance(module, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -196,11 +212,12 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 nan = torch.full(buffer.shape, torch.nan, device=device)
                 module._buffers[name] = nan.to(buffer.dtype)
                 unset[path] = module
-    # Falcon-H1's model fills buffers of its layers.
-    parents = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # Falcon-H1's model fills buffers of its layers; Gemma 3n's reads attributes of its own.
+    models = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     with torch.no_grad():
-        for module in (*unset.values(), *(parents if unset else ())):
-            model._init_weights(module)
+        for path, module in (*unset.items(), *(models.items() if unset else ())):
+            owners = [own for own in models if f"{path}.".startswith(f"{own}." if own else "")]
+            models[max(owners, key=len)]._init_weights(module)
     for path, module in unset.items():
         if any(not buffer.isfinite().all() for buffer in _computed(module)):
             raise BadInput(

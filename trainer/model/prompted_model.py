@@ -21,6 +21,7 @@ from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import family_of
 from trainer.model.layers.lm_head import LabelLosses
+from trainer.model.per_layer_inputs import ids_with_padding, look_up, padding_id
 from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 
@@ -145,12 +146,15 @@ class PromptedBase(nn.Module):
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
             # Makes backward gather the same layers as on a rank with virtual tokens.
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
+        ids_T = ids_with_padding(batch, virtual_tokens, padding_id(self.model.config))
         if self.packed:
-            return self._packed(batch, hidden_TH, past)
+            return self._packed(batch, hidden_TH, ids_T, past)
         assert not past, "check_prefix_tuning refuses this"
-        return self._padded(batch, hidden_TH)
+        return self._padded(batch, hidden_TH, ids_T)
 
-    def _packed(self, batch: PackedBatch, hidden_TH: Tensor, past: Sequence[Tensor]) -> Tensor:
+    def _packed(
+        self, batch: PackedBatch, hidden_TH: Tensor, ids_T: Tensor, past: Sequence[Tensor]
+    ) -> Tensor:
         layout = with_past(batch.layout or make_layout(batch.segments, hidden_TH.device), past)
         if self.flex:
             layout = with_flex(layout, batch.segments)
@@ -159,11 +163,12 @@ class PromptedBase(nn.Module):
             position_ids=batch.position_ids_T[None],
             layout=layout,
             use_cache=False,
+            **look_up(self.model, ids_T[None]),
         )
         hidden_NH: Tensor = output.last_hidden_state[0, batch.read_positions]
         return hidden_NH
 
-    def _padded(self, batch: PackedBatch, hidden_TH: Tensor) -> Tensor:
+    def _padded(self, batch: PackedBatch, hidden_TH: Tensor, ids_T: Tensor) -> Tensor:
         """``_packed`` for families that do not support packed rows."""
         rows = pad_rows(batch.segments[batch.first_row :], hidden_TH.device)
         output: Any = self.model.base_model(
@@ -171,13 +176,14 @@ class PromptedBase(nn.Module):
             attention_mask=rows.mask_BL,
             position_ids=rows.position_BL,
             use_cache=False,
+            **look_up(self.model, ids_T[rows.token_BL]),
         )
         places = rows.place_T[batch.read_positions]
         hidden_NH: Tensor = output.last_hidden_state.flatten(0, 1)[places]
         return hidden_NH
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
-        words_BLH = self._embed(step.token_ids_BL)
+        words_BLH, ids_BL = self._embed(step.token_ids_BL), step.token_ids_BL
         num_virtual = sum(len(prompt.tensor) for prompt in virtual_tokens)
         first = step.attention_mask_BT.shape[1] == words_BLH.shape[1] + num_virtual
         if first and virtual_tokens:
@@ -189,12 +195,16 @@ class PromptedBase(nn.Module):
                 prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
                 prompt_at = [0] * len(words_BLH)  # keys and values precede all tokens
             words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt, prompt_at)
+            pads_P1 = ids_BL.new_full((len(prompt), 1), padding_id(self.model.config))
+            ids_BL1 = _insert_prompt(ids_BL[..., None], step.attention_mask_BT, pads_P1, prompt_at)
+            ids_BL = ids_BL1[..., 0]
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
         inputs: dict[str, Any] = {
             "inputs_embeds": words_BLH,
             "attention_mask": step.attention_mask_BT,
             "position_ids": positions_BT[:, -words_BLH.shape[1] :],
             "use_cache": True,
+            **look_up(self.model, ids_BL),
         }
         logits_BV: Tensor
         inputs[self._cache_argument] = step.cache

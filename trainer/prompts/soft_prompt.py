@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -39,11 +39,11 @@ class SoftPrompt(ABC):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return a prompt with ``tensor.to(...)``."""
-        return type(self)(self.tensor.to(*args, **kwargs))
+        return replace(self, tensor=self.tensor.to(*args, **kwargs))
 
     def leaf(self) -> Self:
         """Return a prompt with the same values that is a leaf of a new autograd graph."""
-        return type(self)(self.tensor.detach().requires_grad_())
+        return replace(self, tensor=self.tensor.detach().requires_grad_())
 
     def is_finite(self) -> bool:
         return bool(self.tensor.isfinite().all())
@@ -61,7 +61,14 @@ class SoftPrompt(ABC):
 
 @dataclass(frozen=True, eq=False)
 class VirtualTokens(SoftPrompt):
-    """Virtual tokens: embeddings [P, H] before those of a row's tokens."""
+    """Virtual tokens: embeddings [P, H] before those of a row's tokens.
+
+    Attributes:
+        token_ids: [P], of tokens with these embeddings, for models whose layers read token ids;
+            None for virtual tokens that are not the embeddings of a text.
+    """
+
+    token_ids: Tensor | None = None
 
     in_packed_batch = True
     rms_dims = (0, 1)

@@ -26,6 +26,7 @@ class Scores:
     Attributes:
         scaling: factor of the products.
         window: number of positions a token attends to, including its own; None: all.
+        chunk: a token attends only to those of its chunk of this many positions; None: to all.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: uncapped.
         sinks_A: an extra score per head in the softmax, without a key (gpt-oss).
         slopes: per head, gain of the score per position of the key (ALiBi, arXiv 2108.12409).
@@ -35,6 +36,7 @@ class Scores:
 
     scaling: float
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks_A: Tensor | None = None
     slopes: tuple[float, ...] | None = None
@@ -73,10 +75,10 @@ class Bucket:
             bool [S, 1, Q, K], True where a query attends; with slopes ``dtype`` [S, A, Q, K], the
             gain of each score and minus infinity where a query does not attend.
         """
-        window, slopes = scores.window, scores.slopes
-        if window is not None and window >= self.key_position_SK.shape[1]:
-            window = None
-        if window is None and slopes is None:
+        slopes, longest = scores.slopes, self.key_position_SK.shape[1]
+        window = None if scores.window is None or scores.window >= longest else scores.window
+        chunk = None if scores.chunk is None or scores.chunk >= longest else scores.chunk
+        if window is None and chunk is None and slopes is None:
             return self.mask
 
         def make() -> Tensor:
@@ -84,6 +86,9 @@ class Bucket:
             if window is not None:
                 distance_SQK = self.query_position_SQ[:, :, None] - self.key_position_SK[:, None]
                 mask = mask & (distance_SQK < window)[:, None]
+            if chunk is not None:
+                query_SQ, key_SK = self.query_position_SQ // chunk, self.key_position_SK // chunk
+                mask = mask & (query_SQ[:, :, None] == key_SK[:, None])[:, None]
             if slopes is None:
                 return mask
             slopes_A = torch.tensor(slopes, dtype=scores.slope_dtype)
@@ -92,7 +97,8 @@ class Bucket:
             gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
             return torch.where(mask, gain_SAK[:, :, None, :], -torch.inf)
 
-        return self._cached((window, slopes, scores.slope_dtype, scores.slope_scaling, dtype), make)
+        key = (window, chunk, slopes, scores.slope_dtype, scores.slope_scaling, dtype)
+        return self._cached(key, make)
 
     def bias_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
         """``mask_for`` as a bias of type ``dtype``: 0 or minus infinity in place of a bool."""
@@ -100,7 +106,7 @@ class Bucket:
         if mask.dtype != torch.bool:
             return mask
         zeros = torch.zeros_like(mask, dtype=dtype)
-        return self._cached((scores.window, dtype), lambda: zeros.masked_fill(~mask, -torch.inf))
+        return self._cached((scores.window, scores.chunk, dtype), lambda: zeros.masked_fill(~mask, -torch.inf))
 
     def _cached(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._masks:

@@ -39,14 +39,14 @@ class FlexLayout:
     segment_K: Tensor
     prefixes: tuple[Tensor, ...]
     position_K: Tensor
-    _masks: dict[int | None, BlockMask] = field(default_factory=dict, init=False)
+    _masks: dict[object, BlockMask] = field(default_factory=dict, init=False)
     _gains: dict[object, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def num_queries(self) -> int:
         return len(self.prefixes[0])
 
-    def visible(self, window: int | None) -> Callable[..., Tensor]:
+    def visible(self, window: int | None, chunk: int | None = None) -> Callable[..., Tensor]:
         """FlexAttention's ``mask_mod``."""
         segment_K, prefixes, position_K = self.segment_K, self.prefixes, self.position_K
 
@@ -56,20 +56,22 @@ class FlexLayout:
                 attends = attends | (segment_K[key] == prefix_T[query])
             if window is not None:
                 attends = attends & (position_K[query] - position_K[key] < window)
+            if chunk is not None:
+                attends = attends & (position_K[query] // chunk == position_K[key] // chunk)
             return attends
 
         return mask_mod
 
-    def block_mask(self, window: int | None) -> BlockMask:
-        """Block mask of all layers with this window, computed on first use."""
-        if window not in self._masks:
+    def block_mask(self, window: int | None, chunk: int | None = None) -> BlockMask:
+        """Block mask of all layers with this window and chunk, computed on first use."""
+        if (window, chunk) not in self._masks:
             num_queries, num_keys = self.num_queries, len(self.segment_K)
             device = self.segment_K.device
             create = _compiled(create_block_mask, device.type)
-            self._masks[window] = create(
-                self.visible(window), None, None, num_queries, num_keys, device
+            self._masks[window, chunk] = create(
+                self.visible(window, chunk), None, None, num_queries, num_keys, device
             )
-        return self._masks[window]
+        return self._masks[window, chunk]
 
     def score_mod(self, scores: Scores, dtype: torch.dtype) -> Callable[..., Tensor] | None:
         """FlexAttention's ``score_mod``: softcap, or the gain of ALiBi by position of the key."""
@@ -101,7 +103,7 @@ class FlexLayout:
             key,
             value,
             score_mod=self.score_mod(scores, query.dtype),
-            block_mask=self.block_mask(scores.window),
+            block_mask=self.block_mask(scores.window, scores.chunk),
             scale=scores.scaling,
             enable_gqa=query.shape[1] > key.shape[1],
         )

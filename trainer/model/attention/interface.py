@@ -110,7 +110,8 @@ def packed_attention(
         scaling is None
     ):  # GPT-2 of transformers 5.0, which leaves it to scaled_dot_product_attention
         scaling = query.shape[-1] ** -0.5
-    scores = Scores(scaling, sliding_window, softcap, s_aux)
+    chunk = getattr(module, "attention_chunk", None)
+    scores = Scores(scaling, sliding_window, chunk, softcap, s_aux)
     layer: Any = module.layer_idx
     return attend(query, key, value, layout, scores, layer), None
 

@@ -1,0 +1,53 @@
+"""Inputs that every layer reads by token id (Gemma 3n, Gemma 4 E2B and E4B).
+
+A second embedding table has a row per token with one part for each layer. Virtual tokens have no
+ids: they get the row of the padding token, as images do in transformers.
+
+Shape letters: B rows, T tokens, L layers, I size of a layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trainer.packing.packed_batch import PackedBatch
+from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens
+
+
+def per_layer_table(model: PreTrainedModel) -> nn.Module | None:
+    """Return the embedding table of the layers' inputs; None if the model has none."""
+    table: nn.Module | None = getattr(model.base_model, "embed_tokens_per_layer", None)
+    return table
+
+
+def padding_id(config: PretrainedConfig) -> int:
+    """Id whose inputs virtual tokens get; 0, Gemma's own, if config.json has none."""
+    return int(config.pad_token_id or 0)
+
+
+def ids_with_padding(
+    batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt], padding: int
+) -> Tensor:
+    """Token ids [T] of a packed batch; at virtual tokens, the ids they embed, or ``padding``."""
+    ids_T = batch.token_ids_T.clone()
+    for k, positions in batch.prompts:
+        prompt = virtual_tokens[k]
+        embedded = prompt.token_ids if isinstance(prompt, VirtualTokens) else None
+        place = slice(positions.start, positions.end)
+        ids_T[place] = padding if embedded is None else embedded
+    return ids_T
+
+
+def look_up(model: PreTrainedModel, token_ids_BT: Tensor) -> dict[str, Tensor]:
+    """Argument ``per_layer_inputs`` [B, T, L, I] of the model's forward; a collective.
+
+    Models without such inputs get no argument.
+    """
+    if per_layer_table(model) is None:
+        return {}
+    text_model: torch.nn.Module = model.base_model
+    return {"per_layer_inputs": text_model.get_per_layer_inputs(token_ids_BT)}  # type: ignore[operator]
