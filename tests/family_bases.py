@@ -23,7 +23,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     PretrainedConfig,
 )
-from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextExperts
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
@@ -224,6 +224,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "sliding_window": WINDOW,
             "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.9, 0.0] * 2,
             "rope_parameters": _ROPES,
             "final_logit_softcapping": 30.0,
         },
@@ -475,7 +476,8 @@ def family_config(case: str, num_layers: int = 2) -> PretrainedConfig:
         settings["attn_layer_indices"] = list(range(1, num_layers, 2))
     elif not {"attention_types", "no_rope_layers"} & settings.keys():
         settings["num_hidden_layers"] = num_layers
-        for types in {"layer_types", "mlp_layer_types"} & settings.keys():
+        by_layer = {"layer_types", "mlp_layer_types", "activation_sparsity_pattern"}
+        for types in by_layer & settings.keys():
             settings[types] = (settings[types] * num_layers)[:num_layers]
     return AutoConfig.for_model(model_type, **settings)
 
@@ -542,7 +544,9 @@ def quantize_plain(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Conv1D):
             _round(module.weight, transposed=True)
-        elif type(module).forward is nn.Linear.forward and module is not head:
+        elif isinstance(module, Llama4Router):
+            pass  # transformers' other routers are no linear layers
+        elif isinstance(module, nn.Linear) and module is not head:
             _round(module.weight)
         elif isinstance(module, Llama4TextExperts):
             _round(module.gate_up_proj, transposed=True)

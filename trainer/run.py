@@ -233,7 +233,7 @@ def _make_loop(
         loaded.model,
         files.tokenizer,
         loaded.budget,
-        [VirtualTokens(embed(ids), torch.tensor(ids)) for _, ids in sorted(teachers.items())],
+        [VirtualTokens(embed(ids), ids) for _, ids in sorted(teachers.items())],
         _baseline_cache(engine, files, identity, loaded),
     )
     with times("initialization search"):

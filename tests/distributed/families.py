@@ -109,6 +109,7 @@ def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
 
 def plain_likelihoods(model: Any, prompts: list[Any]) -> list[Any]:
     """Negative log-likelihood from transformers, one candidate at a time."""
+
     def nll(front: Tensor, example: Any) -> float:
         ids = torch.tensor(example.input_ids)
         inputs = with_virtual_tokens(model, ids, front)

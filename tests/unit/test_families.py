@@ -397,7 +397,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("model_type", "reason"),
         [
-            ("falcon_h1", "embeddings are scaled only"),
             ("t5", "encoder-decoder"),
             ("reformer", "not been compared"),
         ],

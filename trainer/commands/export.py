@@ -21,6 +21,7 @@ from trainer.config import Prompt, RunConfig, load_output
 from trainer.model.checkpoint_files import BaseFiles, open_base, portable_name
 from trainer.model.embedding_lookup import read_token_embeddings
 from trainer.model.fingerprint import fingerprint_base
+from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.initializers import Vocabulary, embed_text
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import VirtualTokens
@@ -128,6 +129,7 @@ def export_text(run_dir: Path, out: Path, encoder: str, text: str, console: Cons
         config.base.revision,
         num_layers=files.config.num_hidden_layers,
         num_attention_heads=files.config.num_attention_heads,
+        rules=id_rules(files.config),
         description=f"Encoded from the text {text!r}, without training, by the encoder of {step}.",
     )
     console.print(

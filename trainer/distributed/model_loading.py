@@ -27,6 +27,7 @@ from trainer.model.layers.matmul_selection import (
 )
 from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.meta_model import build_meta_model
+from trainer.model.per_layer_inputs import id_rules
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import LoadStats, load_shards
 from trainer.packing.activation_memory import (
@@ -131,6 +132,12 @@ def load_base(
             f"base.model: {files.config.model_type} does not support packed rows; the rows of a "
             "batch are padded to the longest (slower, and needs more memory; if it runs out, lower "
             "training.micro_batch_tokens)"
+        )
+    padding = id_rules(files.config).padding
+    if padding is not None:
+        console.print(
+            f"base.model: the layers of {files.config.model_type} read inputs by token id; virtual "
+            f"tokens get those of the padding token ({padding})"
         )
     offload = policy["zero_optimization"].get("offload_param", {}).get("device") == "cpu"
     placement = engine.place(model, config, dtype, offload=offload, must_fit=must_fit)

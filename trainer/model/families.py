@@ -85,10 +85,8 @@ FAMILIES: dict[str, Family] = {
         cached_attention="eager", refused=_BIDIRECTIONAL, norm_inputs=4, keeps_scores=True
     ),
     "gemma3_text": Family(refused=_BIDIRECTIONAL, norm_inputs=4),
-    "gemma3n_text": Family(
-        no_prefix_tuning=_SHARED_KEYS,
-        norm_inputs=14,
-    ),
+    # Its layers have four hidden states.
+    "gemma3n_text": Family(no_prefix_tuning=_SHARED_KEYS, mlp_tensors=4, norm_inputs=23),
     "gemma4_text": Family(
         refused=_BIDIRECTIONAL,
         no_prefix_tuning=_TWO_SIZES,
@@ -99,6 +97,8 @@ FAMILIES: dict[str, Family] = {
         recurrent=True,
         scale_of_ids="embedding_multiplier",
         no_prefix_tuning=_PADDED_ROWS,
+        mlp_tensors=3,
+        norm_inputs=4,
     ),
     **dict.fromkeys(("glm4", "glm4v_text"), Family(norm_inputs=4)),
     "gpt2": Family(
@@ -325,6 +325,9 @@ def _recurrent_sizes(config: PretrainedConfig) -> tuple[int, int]:
     """Saved elements per token of a recurrent layer, and those of its largest temporary tensor."""
     if delta_heads := _first(config, "linear_num_value_heads"):
         return 11 * int(delta_heads) * DELTA_CHUNK, int(delta_heads) * DELTA_CHUNK
+    if _first(config, "mamba_dt_rank"):  # Mamba 1 (Jamba)
+        width = int(config.mamba_expand) * int(config.hidden_size)
+        return width * (3 * int(config.mamba_d_state) + 8), width * int(config.mamba_d_state)
     chunk = int(_first(config, "mamba_chunk_size", "chunk_size") or 0)
     if not chunk:  # a short convolution (LFM2)
         return 0, 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import Base
@@ -160,7 +161,7 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
                 layer = FrozenEmbedding(child.num_embeddings, child.embedding_dim, dtype, scale)
             elif is_experts(child):
                 layer = FrozenExperts(child, quantized)
-            elif _is_linear(child):
+            elif isinstance(child, nn.Linear | Conv1D) and not isinstance(child, Llama4Router):
                 transposed = isinstance(child, Conv1D)
                 n, k = child.weight.T.shape if transposed else child.weight.shape
                 bias = child.bias is not None
@@ -172,13 +173,6 @@ def _replace_layers(model: PreTrainedModel, quantized: bool, dtype: torch.dtype)
             else:
                 continue
             setattr(parent, name, layer)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing else, unlike Llama 4's router."""
-    if isinstance(module, Conv1D):
-        return True
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trainer.model.families import FAMILIES
 from trainer.packing.packed_batch import PackedBatch
+from trainer.prompts.peft_adapter import IdRules
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens
 
 
@@ -29,6 +31,16 @@ def padding_id(config: PretrainedConfig) -> int:
     return int(config.pad_token_id or 0)
 
 
+def id_rules(config: PretrainedConfig) -> IdRules:
+    """Return what a text model does with token ids, but not with embeddings."""
+    setting = FAMILIES[config.model_type].scale_of_ids
+    per_layer = getattr(config, "hidden_size_per_layer_input", None)
+    return IdRules(
+        float(getattr(config, setting)) if setting else 1.0,
+        padding_id(config) if per_layer else None,
+    )
+
+
 def ids_with_padding(
     batch: PackedBatch, virtual_tokens: Sequence[SoftPrompt], padding: int
 ) -> Tensor:
@@ -38,7 +50,7 @@ def ids_with_padding(
         prompt = virtual_tokens[k]
         embedded = prompt.token_ids if isinstance(prompt, VirtualTokens) else None
         place = slice(positions.start, positions.end)
-        ids_T[place] = padding if embedded is None else embedded
+        ids_T[place] = padding if embedded is None else ids_T.new_tensor(embedded)
     return ids_T
 
 

@@ -38,9 +38,30 @@ them before all text, which gives other results. Insert them into the input embe
 
 ```python
 prompt = model.get_prompt(batch_size=1)
-words = base.get_input_embeddings()(input_ids)  # [1, tokens]
+words = base.get_input_embeddings()(input_ids){factor}  # [1, tokens]
 embeds = torch.cat([words[:, :place], prompt, words[:, place:]], 1)  # place: tokens before
 base.generate(inputs_embeds=embeds)
+```
+"""
+#: Paragraphs about bases that do more with token ids than with embeddings.
+_SCALED = """
+This base multiplies the embeddings of token ids by {scale}, but not embeddings that it gets, as
+from PEFT. Multiply them before:
+
+```python
+words = base.get_input_embeddings()(input_ids) * {scale}  # [1, tokens]
+embeds = torch.cat([model.get_prompt(batch_size=1), words], 1)
+base.generate(inputs_embeds=embeds)
+```
+"""
+_PER_LAYER = """
+The layers of this base read inputs by token id. Virtual tokens have those of the padding token
+({padding}), which PEFT does not pass:
+
+```python
+ids = torch.cat([{ids}], 1)
+inputs = base.base_model.get_per_layer_inputs(ids)
+logits = {call}, per_layer_inputs=inputs).logits
 ```
 """
 
@@ -67,6 +88,36 @@ class FixedText:
         return torch.cat([fixed_nH[: self.at], prompt_PH, fixed_nH[self.at :]])
 
 
+@dataclass(frozen=True)
+class IdRules:
+    """What a base does with token ids, but not with embeddings; for the model card.
+
+    Attributes:
+        scale: factor of their embeddings.
+        padding: id whose inputs per layer virtual tokens get; None without such inputs.
+    """
+
+    scale: float = 1.0
+    padding: int | None = None
+
+    def card(self, prompt: SoftPrompt, fixed_text: FixedText | None, inside: bool) -> str:
+        """Return the card's paragraphs about the use of virtual tokens."""
+        use = "" if self.scale == 1.0 or inside else _SCALED.format(scale=self.scale)
+        if inside:
+            use = _INSIDE.format(factor="" if self.scale == 1.0 else f" * {self.scale}")
+        if self.padding is not None:
+            ids = f"[{self.padding}] * {prompt.num_virtual_tokens}"
+            if fixed_text is not None:
+                around = fixed_text.ids[: fixed_text.at], fixed_text.ids[fixed_text.at :]
+                ids = f"{list(around[0])} + {ids} + {list(around[1])}"
+            parts, call = f"torch.tensor([{ids}]), input_ids", "model(input_ids=input_ids"
+            if inside:
+                parts = f"input_ids[:, :place], torch.tensor([{ids}]), input_ids[:, place:]"
+                call = "base(inputs_embeds=embeds"
+            use += _PER_LAYER.format(padding=self.padding, ids=parts, call=call)
+        return use
+
+
 def save_peft(
     folder: Path,
     prompt: SoftPrompt,
@@ -79,6 +130,7 @@ def save_peft(
     description: str = "",
     fixed_text: FixedText | None = None,
     inside: bool = False,
+    rules: IdRules | None = None,
 ) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
@@ -95,6 +147,7 @@ def save_peft(
         description: line of the model card with task and scores.
         fixed_text: of the prompt's segment; not used for keys and values, which precede all text.
         inside: the text before the virtual tokens differs between rows.
+        rules: of the base; by default, it computes token ids only from their embeddings.
 
     Raises:
         ValueError: the prompt is not finite.
@@ -138,10 +191,10 @@ def save_peft(
         ids, at, trained = list(fixed_text.ids), fixed_text.at, prompt.num_virtual_tokens
         segment = {"before": ids[:at], "num_virtual_tokens": trained, "after": ids[at:]}
         atomic_io.write_json(folder / SEGMENT, segment)
-    use = _INSIDE if inside else ""
+    use = (rules or IdRules()).card(prompt, fixed_text, inside)
     if fixed_text is not None:
         before, after = map(json.dumps, fixed_text.text)
-        use = _WITH_TEXT.format(before=before, after=after)
+        use = _WITH_TEXT.format(before=before, after=after) + use
     card = _card(title or folder.name, config, description, folder, use)
     atomic_io.write(folder / CARD, card)
 

@@ -64,11 +64,11 @@ class VirtualTokens(SoftPrompt):
     """Virtual tokens: embeddings [P, H] before those of a row's tokens.
 
     Attributes:
-        token_ids: [P], of tokens with these embeddings, for models whose layers read token ids;
-            None for virtual tokens that are not the embeddings of a text.
+        token_ids: P ids of a text whose embeddings these are, for models whose layers read token
+            ids; None for other virtual tokens.
     """
 
-    token_ids: Tensor | None = None
+    token_ids: tuple[int, ...] | None = None
 
     in_packed_batch = True
     rms_dims = (0, 1)

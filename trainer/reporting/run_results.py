@@ -11,6 +11,7 @@ from trainer.evaluation.score_format import column_title, score_text, shown_scor
 from trainer.evaluation.selection import select
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.model.checkpoint_files import BaseFiles, portable_name
+from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.peft_adapter import FixedText, save_peft
 from trainer.reporting.comparison import compare
 from trainer.reporting.html import write_report
@@ -108,6 +109,7 @@ def _save_adapters(
                 num_attention_heads=files.config.num_attention_heads,
                 fixed_text=fixed_texts.get(prompt.name),
                 inside=prompt.name in fixed_texts and fixed_texts[prompt.name] is None,
+                rules=id_rules(files.config),
             )
 
 

@@ -106,7 +106,9 @@ class Bucket:
         if mask.dtype != torch.bool:
             return mask
         zeros = torch.zeros_like(mask, dtype=dtype)
-        return self._cached((scores.window, scores.chunk, dtype), lambda: zeros.masked_fill(~mask, -torch.inf))
+        return self._cached(
+            (scores.window, scores.chunk, dtype), lambda: zeros.masked_fill(~mask, -torch.inf)
+        )
 
     def _cached(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._masks:
