@@ -186,6 +186,8 @@ def _base(config: RunConfig) -> Iterator[str]:
     elif folder.exists():
         if folder.suffix != ".gguf":
             yield f"base.model: {name} is a file; give its folder"
+        else:
+            yield from _gguf(folder, name)
     elif _looks_local(name):
         yield f"base.model: {name}: no such folder; give a model's folder or a hub id"
     if config.base.chat_template is not None:
@@ -211,6 +213,16 @@ def _quantization(folder: Path, name: str) -> Iterator[str]:
         problem = quantization_problem(method, name) if isinstance(method, dict) else None
         if problem:
             yield problem
+
+
+def _gguf(path: Path, name: str) -> Iterator[str]:
+    """Yield the reason if a GGUF file cannot be read."""
+    from trainer.model.gguf_header import read_gguf_header  # imports numpy
+
+    try:
+        read_gguf_header(path, name)
+    except BadInput as error:
+        yield from error.problems
 
 
 def _looks_local(name: str) -> bool:

@@ -14,5 +14,5 @@ def base_digest(base: nn.Module) -> str:
     """SHA-256 over all tensors of the base that stay on this rank."""
     digest = hashlib.sha256()
     for tensor in resident_tensors(base):
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -68,14 +68,20 @@ def write_gguf(
     architecture: str,
     kind: str = "Q8_0",
     chat_template: str | None = None,
+    tensors_per_part: int = 0,
     **settings: Any,
 ) -> Path:
-    """Write a model of an architecture whose matrices are stored as ``kind``."""
+    """Write a model of an architecture whose matrices are stored as ``kind``.
+
+    Returns:
+        ``path``, or with ``tensors_per_part`` the first part.
+    """
     model_type, mapping, own = ARCHITECTURES[architecture]
+    path.parent.mkdir(exist_ok=True)
     config = AutoConfig.for_model(model_type, **{**_SETTINGS, **own, **settings})
     model = AutoModelForCausalLM.from_config(config)
     randomize(model)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     for key, setting in GGUF_CONFIG_MAPPING[mapping].items():
         if setting:
             _add(writer, f"{architecture}.{key}", _setting(config, setting))
@@ -94,7 +100,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return next(iter(sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))), path)
 
 
 def _setting(config: PretrainedConfig, name: str) -> Any:

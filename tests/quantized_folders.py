@@ -104,11 +104,32 @@ def _mxfp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return stored, (values.float() * exponents.exp2()[..., None]).view(n, k)
 
 
-def _compressed(kind: str, strategy: str, **weights: Any) -> dict[str, Any]:
+def _packed(quantize: Quantize) -> Quantize:
+    """Four values in an int32 as compressed-tensors packs them; zero points by rows."""
+
+    def pack(values: Tensor) -> Tensor:
+        padded = torch.zeros(len(values), -(-values.shape[1] // 4) * 4, dtype=torch.uint8)
+        padded[:, : values.shape[1]] = values.view(torch.uint8) ^ 128
+        return padded.view(torch.int32)
+
+    def both(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        stored, values = quantize(weight)
+        plain = stored.pop("")
+        stored |= {"_packed": pack(plain), "_shape": torch.tensor(weight.shape)}
+        if "_zero_point" in stored:
+            stored["_zero_point"] = pack(stored["_zero_point"].T).T.contiguous()
+        return stored, values
+
+    return both
+
+
+def _compressed(
+    kind: str, strategy: str, *, packed: bool = False, **weights: Any
+) -> dict[str, Any]:
     settings = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, **weights}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized" if kind == "float" else "int-quantized",
+        "format": "pack-quantized" if packed else f"{kind}-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": settings}},
         "ignore": ["lm_head"],
@@ -145,11 +166,22 @@ FORMATS: dict[str, Format] = {
         _blocks("_scale", None, torch.int8, shape=(1,)), _compressed("int", "tensor")
     ),
     "int8 per group": Format(_int8_groups, _compressed("int", "group", symmetric=False)),
+    "packed int8 per row": Format(
+        _packed(_blocks("_scale", (1, -1), torch.int8)), _compressed("int", "channel", packed=True)
+    ),
+    "packed int8 per group": Format(
+        _packed(_blocks("_scale", (1, 8), torch.int8)),
+        _compressed("int", "group", packed=True, group_size=8),
+    ),
+    "packed int8 per group, asymmetric": Format(
+        _packed(_int8_groups),
+        _compressed("int", "group", packed=True, group_size=8, symmetric=False),
+    ),
 }
 #: Formats that transformers dequantizes here without another package.
 READ_BY_TRANSFORMERS = ("fp8 per large block", "fp8 per tensor", "mxfp8")
 #: Formats whose int8 values are loaded without being quantized again.
-KEPT_INT8 = ("int8 per row", "int8 per tensor")
+KEPT_INT8 = ("int8 per row", "int8 per tensor", "packed int8 per row")
 
 
 def quantize_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from benchmarks.unsharded_base import load_shard, load_unsharded
+from launch import preflight
 from tests.unit.test_like_transformers import (
     digests_of_ours,
     digests_of_theirs,
@@ -21,7 +23,7 @@ from tests.unit.test_quantized_bases import assert_same_shards
 from trainer.commands.prepare import prepare
 from trainer.config import Base
 from trainer.data.token_table import Example
-from trainer.model import gguf_file
+from trainer.model import gguf_header
 from trainer.model.checkpoint_files import open_base
 from trainer.model.fingerprint import fingerprint_base
 from trainer.runtime.console import Console
@@ -70,8 +72,24 @@ def test_architecture(tmp_path: Path, architecture: str, tied: bool) -> None:
     assert_alike(write_gguf(tmp_path / "m.gguf", architecture, tie_word_embeddings=tied))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts(tmp_path: Path, tied: bool) -> None:
+    """Three files are the model of one, also where the head is in the last."""
+    options = {"tie_word_embeddings": tied}
+    path = write_gguf(tmp_path / "m.gguf", "llama", "Q4_1", tensors_per_part=8, **options)
+    whole = write_gguf(tmp_path / "whole" / "m.gguf", "llama", "Q4_1", **options)
+    assert path.name == "m-00001-of-00003.gguf"
+    assert list(preflight._gguf(path, str(path))) == []
+    files, one = (open_base(Base(model=str(file))) for file in (path, whole))
+    assert [file.name[2:7] for file in files.weight_files] == ["00001", "00002", "00003"]
+    assert files.parameters.warnings == ()
+    configs = [each.config.to_dict() for each in (files, one)]
+    assert {**configs[0], "_name_or_path": ""} == {**configs[1], "_name_or_path": ""}
+    assert_same_shards(path, whole)
+
+
 def test_every_architecture_of_the_list_is_compared() -> None:
-    assert set(ARCHITECTURES) == set(gguf_file.ARCHITECTURES)
+    assert set(ARCHITECTURES) == set(gguf_header.ARCHITECTURES)
 
 
 @pytest.mark.parametrize("embeddings", ["keep", "int8"])
@@ -115,10 +133,11 @@ class TestRefusals:
         with pytest.raises(BadInput) as refused:
             open_base(Base(model=str(path)))
         (problem,) = refused.value.problems
+        assert list(preflight._gguf(path, str(path))) == [problem]  # before ranks start
         return problem
 
     def test_another_architecture(self, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gguf_file, "ARCHITECTURES", ("qwen2",))
+        monkeypatch.setattr(gguf_header, "ARCHITECTURES", ("qwen2",))
         text = self.refusal(llama)
         assert "of architecture 'llama', which is not supported (supported: qwen2)" in text
         assert f"from_pretrained({str(llama.parent)!r}, gguf_file='llama.gguf'" in text
@@ -130,12 +149,32 @@ class TestRefusals:
             in self.refusal(llama)
         )
 
+    def test_parts(self, llama: Path, tmp_path: Path) -> None:
+        path = write_gguf(tmp_path / "m.gguf", "llama", tensors_per_part=8)
+        second = path.with_name("m-00002-of-00003.gguf")
+        assert f"name its first: {path}" in self.refusal(second)
+        shutil.copy(path, tmp_path / "renamed.gguf")
+        assert "merge them first (llama-gguf-split --merge)" in self.refusal(
+            tmp_path / "renamed.gguf"
+        )
+        second.unlink()
+        assert "of which m-00002-of-00003.gguf is missing" in self.refusal(path)
+
+    def test_a_type_that_the_library_cannot_read(
+        self, llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise NotImplementedError
+
+        monkeypatch.setattr("gguf.quants.dequantize", fail)
+        assert "is stored as Q4_1, which cannot be read" in self.refusal(llama)
+
     @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
     def test_a_truncated_file(self, llama: Path, tmp_path: Path, share: float) -> None:
         data = llama.read_bytes()
         path = tmp_path / "m.gguf"
         path.write_bytes(data[: int(share * len(data))])
-        assert "transformers cannot read it" in self.refusal(path)
+        assert "is not a GGUF file that can be read" in self.refusal(path)
 
     def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"

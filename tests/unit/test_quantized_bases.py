@@ -34,6 +34,8 @@ from trainer.data.token_table import Example
 from trainer.model import tensor_locations
 from trainer.model.checkpoint_files import open_base
 from trainer.model.embedding_lookup import read_token_embeddings
+from trainer.model.encodings import PackedInt8, PackedZeroPoints
+from trainer.model.safetensors_reader import StoredTensor
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
@@ -101,7 +103,11 @@ class TestFormat:
     def test_int8_values_are_kept(self, folders: tuple[Path, Path], case: str, form: str) -> None:
         stored = load_file(folders[0] / SINGLE)
         _, local, _ = load_shard(folders[0])
-        values = stored["model.layers.0.self_attn.q_proj.weight"].flatten()
+        name = "model.layers.0.self_attn.q_proj.weight"
+        values = stored.get(name)
+        if values is None:
+            values = (stored[f"{name}_packed"].view(torch.uint8) ^ 128).view(torch.int8)
+        values = values.flatten()
         kept = any(
             shard.dtype == values.dtype and torch.equal(shard, values) for shard in local.shards
         )
@@ -125,6 +131,21 @@ class TestFormat:
         else:
             prepare(base, out, console)
             assert our_loss(load_shard(out)[0], ROW) == our_loss(load_shard(folders[0])[0], ROW)
+
+
+def test_packed_rows_of_any_width() -> None:
+    """Values, and zero points of any number of rows, in full words."""
+    values = torch.arange(-128, -98, dtype=torch.int8).view(5, 6)
+    padded = torch.zeros(8, 8, dtype=torch.uint8)
+    padded[:5, :6] = values.view(torch.uint8) ^ 128
+    by_row = StoredTensor(Path(), "I32", (5, 2), 0, 40)
+    by_column = StoredTensor(Path(), "I32", (2, 6), 0, 48)
+    raw = padded[:5].flatten(), padded[:, :6].reshape(2, 4, 6).transpose(1, 2).flatten()
+    encodings = PackedInt8(by_row, 6), PackedZeroPoints(by_column)
+    for encoding, data in zip(encodings, raw, strict=True):
+        for start, stop in ((0, 5), (1, 2), (3, 5)):
+            rows = encoding.rows(lambda _, a, b, data=data: data[a:b], start, stop)  # type: ignore[misc]
+            assert torch.equal(rows, values[start:stop])
 
 
 class TestMxfp4:
@@ -245,6 +266,21 @@ class TestRefusals:
         assert f"are stored in {stored}, not supported" in problem
         assert "use a release of the model in 16 bits or FP8" in problem
         assert list(preflight._quantization(folder, str(folder))) == [problem]
+
+    def test_packed_weights_in_another_order_or_of_another_shape(
+        self, plain: Path, tmp_path: Path
+    ) -> None:
+        folder, name = tmp_path / "m", "model.layers.0.self_attn.q_proj.weight"
+        quantize_folder(plain, FORMATS["packed int8 per group"], folder, tmp_path / "d")
+        tensors = load_file(folder / SINGLE)
+        changes: dict[str, dict[str, Tensor]] = {
+            "actorder": {f"{name}_g_idx": torch.zeros(48, dtype=torch.int32)},
+            r"does not have 8 bits and shape \[48, 96\]": {f"{name}_shape": torch.tensor([48, 96])},
+        }
+        for message, change in changes.items():
+            save_file(tensors | change, folder / SINGLE, {"format": "pt"})
+            with pytest.raises(BadInput, match=message):
+                open_base(Base(model=str(folder)))
 
     def test_missing_scales(self, plain: Path, tmp_path: Path) -> None:
         quantize_folder(plain, FORMATS["fp8 per row"], tmp_path / "m", tmp_path / "d")

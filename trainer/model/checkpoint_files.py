@@ -76,7 +76,8 @@ class BaseFiles:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        return sorted({path for stored in self.tensors.values() for path in stored.files})
+        files = {path for stored in self.tensors.values() for path in stored.files}
+        return sorted(files | ({self.folder} if self.folder.suffix == GGUF else set()))
 
     @property
     def num_bytes(self) -> int:

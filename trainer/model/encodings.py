@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,53 @@ EXPONENT_BIAS = 127
 #: Values of FP4 (E2M1) by their four bits (OCP MX specification 1.0, table 5).
 _FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 FP4_VALUES = _FP4 + [-value for value in _FP4]
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """int8 values [N, K], four in an int32, the first in its lowest byte (compressed-tensors).
+
+    Bytes are unsigned: 128 is zero.
+
+    Attributes:
+        words: [N, K / 4], rounded up.
+        columns: K.
+    """
+
+    words: StoredTensor
+    columns: int
+    dtype: ClassVar[torch.dtype] = torch.int8
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.words,)
+
+    def rows(self, read: ReadBytes, start: int, stop: int) -> Tensor:
+        size = 4 * self.words.shape[-1]
+        unsigned = read(self.words, start * size, stop * size).view(-1, size)[:, : self.columns]
+        return (unsigned ^ 128).view(torch.int8)
+
+
+@dataclass(frozen=True)
+class PackedZeroPoints:
+    """int8 zero points [N, S], four rows in a row of int32, like ``PackedInt8``.
+
+    Attributes:
+        words: [N / 4, S], rounded up.
+    """
+
+    words: StoredTensor
+    dtype: ClassVar[torch.dtype] = torch.int8
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        return (self.words,)
+
+    def rows(self, read: ReadBytes, start: int, stop: int) -> Tensor:
+        first, size = start // 4, 4 * self.words.shape[-1]
+        raw = read(self.words, first * size, -(-stop // 4) * size)
+        rows = raw.view(-1, size // 4, 4).transpose(1, 2).flatten(0, 1)
+        return (rows[start - 4 * first : stop - 4 * first] ^ 128).view(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -78,6 +126,8 @@ class ScaleGrid:
         matrix = torch.zeros_like(row) if self.shared else row // n
         index = matrix * self.shape[0] + row % n // self.block[0]
         first, last = int(index[0]), int(index[-1]) + 1
+        if self.stored.encoding:
+            return self.stored.encoding.rows(read, first, last).float()[index - first]
         size = self.stored.num_bytes // math.prod(self.stored.shape) * self.shape[1]
         raw = read(self.stored, first * size, last * size)
         return _scales(raw, self.stored.type).view(-1, self.shape[1])[index - first]
@@ -98,6 +148,7 @@ class ScaledBlocks:
     values: StoredTensor
     scales: ScaleGrid
     zero_points: ScaleGrid | None = None
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
@@ -106,8 +157,11 @@ class ScaledBlocks:
 
     def rows(self, read: ReadBytes, start: int, stop: int) -> Tensor:
         n, k = self.values.shape[-2:]
-        raw = read(self.values, start * k, stop * k)
-        values_nK = raw.view(VALUE_TYPES[self.values.type]).view(-1, k).float()
+        if self.values.encoding:
+            values_nK = self.values.encoding.rows(read, start, stop).float()
+        else:
+            raw = read(self.values, start * k, stop * k)
+            values_nK = raw.view(VALUE_TYPES[self.values.type]).view(-1, k).float()
         if self.zero_points:
             values_nK -= self._expand(self.zero_points, read, start, stop)
         if self.scales.shape[1] * self.scales.block[1] == k:
@@ -133,6 +187,7 @@ class Mxfp4Blocks:
 
     values: StoredTensor
     exponents: StoredTensor
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
@@ -160,6 +215,7 @@ class RowScales:
 
     grid: ScaleGrid
     num_rows: int
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:

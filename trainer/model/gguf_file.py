@@ -9,17 +9,17 @@ Shape letters: E experts, N output features, K input features.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from trainer.model.gguf_header import FLOATS, plain_arrays, read_gguf_header
 from trainer.model.safetensors_reader import ReadBytes, StoredTensor
 from trainer.model.transformers_model import (
     build_transformers_model,
@@ -28,15 +28,8 @@ from trainer.model.transformers_model import (
 )
 from trainer.runtime.errors import BadInput
 
-#: Architectures that are compared with transformers, by their name in a GGUF file.
-ARCHITECTURES = (
-    *("gemma2", "gemma3", "llama", "nemotron", "phi3", "qwen2", "qwen3", "qwen3moe", "stablelm"),
-    "starcoder2",
-)
 #: Architectures whose files hold the weight of a norm plus one.
 _NORM_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
-#: Types without blocks, by their name in a safetensors header.
-_FLOATS = ("F32", "F16", "BF16")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up)_exps\.weight")
 
 
@@ -55,6 +48,7 @@ class GgufBlocks:
     kind: str
     heads: int = 0
     offset: float = 0.0
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
@@ -100,68 +94,17 @@ def read_gguf(path: Path, name: str) -> GgufModel:
     """Read everything except the values of a GGUF file's tensors.
 
     Raises:
-        BadInput: if the file is damaged, or its architecture or a type is not supported.
+        BadInput: as ``read_gguf_header``, and if transformers cannot read the file.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise BadInput(
-            f"base.model: {name!r} is a GGUF file, which requires the package gguf; install it "
-            "(pip install 'promptshard[gguf]')"
-        ) from None
-    with library_errors(f"base.model: {name!r}"), _plain_arrays():
-        reader = GGUFReader(path)
-        fields = dict(reader.fields)
-        architecture = str(fields["general.architecture"].contents())
-        split = fields.get("split.count")
-        parts = int(split.contents()) if split else 1
-    if architecture not in ARCHITECTURES:
-        raise BadInput(
-            f"base.model: {name!r} is a GGUF file of architecture {architecture!r}, which is not "
-            f"supported (supported: {', '.join(ARCHITECTURES)}); {_remedy(path)}"
-        )
-    if parts > 1:
-        raise BadInput(
-            f"base.model: {name!r} is one of {parts} parts of a model; merge them first "
-            "(llama-gguf-split --merge)"
-        )
-    with library_errors(f"base.model: {name!r}"), _plain_arrays():
+    header = read_gguf_header(path, name)
+    with library_errors(f"base.model: {name!r}"), plain_arrays():
         options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
         config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, **options)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, **options)
         tokenizer("A text.")
-    stored = {tensor.name: _stored(path, tensor) for tensor in reader.tensors}
-    tensors = _rename(stored, config, architecture, name)
-    return GgufModel(config, tokenizer, tensors)
-
-
-@contextmanager
-def _plain_arrays() -> Iterator[None]:
-    """Let ``GGUFReader`` read from a plain array: slices of ``numpy.memmap`` take 4 times as long.
-
-    A vocabulary has several hundred thousand strings, and transformers reads the file twice.
-    """
-    from gguf import GGUFReader
-
-    def hold(reader: Any, mapped: np.ndarray) -> None:
-        reader._plain = mapped.view(np.ndarray)
-
-    GGUFReader.data = property(lambda reader: reader._plain, hold)
-    try:
-        yield
-    finally:
-        del GGUFReader.data
-
-
-def _remedy(path: Path) -> str:
-    """Describe how to convert a GGUF file to a model folder."""
-    load = f"from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}"
-    return (
-        "if transformers supports it, convert it once: "
-        f"AutoModelForCausalLM.{load}, quantization_config=GgufConfig(dequantize=True))"
-        f".save_pretrained(NEW_FOLDER, save_original_format=False), AutoTokenizer.{load})"
-        ".save_pretrained(NEW_FOLDER)"
-    )
+    stored = {tensor.name: _stored(file, tensor) for file, tensor in header.tensors}
+    config.tie_word_embeddings = "output.weight" not in stored  # it may be in a later part
+    return GgufModel(config, tokenizer, _rename(stored, config, header.architecture, name))
 
 
 def _stored(path: Path, tensor: Any) -> StoredTensor:
@@ -169,17 +112,7 @@ def _stored(path: Path, tensor: Any) -> StoredTensor:
     kind = tensor.tensor_type.name
     shape = tuple(int(size) for size in reversed(tensor.shape))
     stored = StoredTensor(path, kind, shape, int(tensor.data_offset), int(tensor.n_bytes))
-    if kind in _FLOATS:
-        return stored
-    encoding = GgufBlocks(stored, kind)
-    try:
-        encoding.rows(lambda _, start, stop: torch.zeros(stop - start, dtype=torch.uint8), 0, 1)
-    except (NotImplementedError, ValueError, KeyError):
-        raise BadInput(
-            f"{path}: {tensor.name!r} is stored as {kind}, which cannot be read; use a GGUF file "
-            "of type Q4_0 to Q8_0 or a K-quant"
-        ) from None
-    return replace(stored, encoding=encoding)
+    return stored if kind in FLOATS else replace(stored, encoding=GgufBlocks(stored, kind))
 
 
 def _rename(

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 #: Formats of compressed-tensors whose weights are one tensor of 8-bit values and their scales.
-_COMPRESSED_FORMATS = (None, "dense", "float-quantized", "int-quantized", "naive-quantized")
+_COMPRESSED_FORMATS = (
+    *(None, "dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized"),
+)
 #: Methods whose weights are 8-bit values and scales.
 SCALED_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors")
 

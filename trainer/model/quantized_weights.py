@@ -1,6 +1,7 @@
 """Accept or refuse the quantization of a checkpoint, and combine its values with their scales.
 
-Accepted: FP8 and int8 with scales per tensor, row or block, MXFP4, and bitsandbytes' int8.
+Accepted: FP8 and int8 with scales per tensor, row or block, also packed in int32, MXFP4, and
+bitsandbytes' int8.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from trainer.model.encodings import (
@@ -17,12 +19,19 @@ from trainer.model.encodings import (
     SCALE_TYPES,
     VALUE_TYPES,
     Mxfp4Blocks,
+    PackedInt8,
+    PackedZeroPoints,
     RowScales,
     ScaledBlocks,
     ScaleGrid,
 )
 from trainer.model.quantization_config import SCALED_METHODS, quantization_problem
-from trainer.model.safetensors_reader import Encoding, StoredTensor, scales_name
+from trainer.model.safetensors_reader import (
+    Encoding,
+    SafetensorsReader,
+    StoredTensor,
+    scales_name,
+)
 from trainer.runtime.errors import BadInput
 
 #: Default block of transformers' FineGrainedFP8Config.
@@ -66,10 +75,12 @@ def combine_tensors(
     if kind not in SCALED_METHODS:
         return dict(tensors)
     assert method is not None
+    tensors = _unpack(tensors, symmetric=_is_symmetric(method))
     combined = {name: stored for name, stored in tensors.items() if not _UNUSED.search(name)}
     blocks, problems = list(_declared_blocks(method)), []
     for name, stored in tensors.items():
-        if stored.type not in VALUE_TYPES or len(stored.shape) < 2 or name not in combined:
+        is_weight = stored.type in VALUE_TYPES and len(stored.shape) > 1 and name in combined
+        if not is_weight or name.endswith("_zero_point"):
             continue
         try:
             _combine(combined, name, blocks, symmetric=_is_symmetric(method))
@@ -78,6 +89,46 @@ def combine_tensors(
     if problems:
         raise BadInput(problems[:10])
     return combined
+
+
+def _unpack(tensors: Mapping[str, StoredTensor], *, symmetric: bool) -> dict[str, StoredTensor]:
+    """Replace the packed int32 tensors of compressed-tensors by the int8 values in them."""
+    unpacked = dict(tensors)
+    for name in tensors:
+        module = name.removesuffix(".weight_packed")
+        if module == name:
+            continue
+        words = unpacked.pop(name)
+        shape = _packed_shape(tensors.get(f"{module}.weight_shape"), words)
+        if f"{module}.weight_g_idx" in tensors:
+            raise BadInput(
+                f"{words.path}: {module}.weight_g_idx: columns in another order (actorder) are not "
+                "supported; use a release of the model in 16 bits or FP8"
+            )
+        values = replace(words, type="I8", shape=shape, encoding=PackedInt8(words, shape[-1]))
+        unpacked[f"{module}.weight"] = values
+        zeros, scales = (tensors.get(f"{module}.weight_{x}") for x in ("zero_point", "scale"))
+        if zeros and scales and zeros.type == "I32" and len(shape) == 2 and not symmetric:
+            unpacked[f"{module}.weight_zero_point"] = replace(
+                zeros, type="I8", shape=scales.shape, encoding=PackedZeroPoints(zeros)
+            )
+    return unpacked
+
+
+def _packed_shape(stored: StoredTensor | None, words: StoredTensor) -> tuple[int, ...]:
+    """Read the shape of a packed weight from its file."""
+    shape: list[int] = []
+    if stored is not None and stored.type in ("I32", "I64"):
+        with SafetensorsReader({}) as reader:
+            raw = reader.read_stored(stored, 0, stored.num_bytes)
+        shape = raw.view(torch.int64 if stored.type == "I64" else torch.int32).tolist()
+    packed = (*shape[:-1], *(-(-columns // 4) for columns in shape[-1:]))
+    if len(shape) < 2 or words.type != "I32" or words.shape != packed:
+        raise BadInput(
+            f"{words.path}: a weight packed as {words.type} {list(words.shape)} does not have 8 "
+            f"bits and shape {shape}; copy or download the model again"
+        )
+    return tuple(shape)
 
 
 def _combine(

@@ -37,11 +37,15 @@ class Encoding(Protocol):
     """Computes the rows of a weight [..., N, K], or of a vector, from stored tensors."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the computed values: fp32, or int8 without scales."""
+
+    @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """The stored tensors."""
 
     def rows(self, read: ReadBytes, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` in fp32; each element of a vector is a row."""
+        """Rows ``start`` to ``stop``; each element of a vector is a row."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class StoredTensor:
     @property
     def dtype(self) -> torch.dtype | None:
         """Type of the values that are read; None if weights of this type cannot be loaded."""
-        return torch.float32 if self.encoding else DTYPES.get(self.type)
+        return self.encoding.dtype if self.encoding else DTYPES.get(self.type)
 
     @property
     def by_rows(self) -> bool:
