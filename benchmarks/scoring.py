@@ -1,18 +1,19 @@
-"""FLOPs of scoring choices if a row is read once for all choices or once for each.
+"""Cost of scoring choices: a row is read once for all its choices.
 
     python -m benchmarks.scoring [RUN.yaml]
 
-Counts the matrix products of a tiny base and of a Llama of 110M parameters on rows of 60 tokens
-with 3 choices after a prompt of 20 virtual tokens, and writes a table to
-benchmarks/results/scoring.md. With a run file, also counts the FLOPs of that run's baselines,
-validations and training. Tensors are fake, so nothing is computed and counts do not depend on the
-machine.
+Scores rows of 60 tokens after a prompt of 20 virtual tokens, with a tiny base and a Llama of 110M
+parameters: 8 short choices against a single choice, and against one text per choice. Counts matrix
+products on fake tensors, which do not depend on the machine, and measures CPU seconds of the Llama.
+Writes a table to benchmarks/results/scoring.md. With a run file, also counts the FLOPs of that
+run's initialization search, baselines, validations and training.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.figures import figure, figure_rows
+from benchmarks.figures import figure, figure_rows, machine
 from benchmarks.llama import LLAMA_110M, make_base
 from benchmarks.peers.counters import FlopCounter
 from benchmarks.unsharded_base import load_unsharded
@@ -34,9 +35,11 @@ from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, prompt_length
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.md"
-ROWS, LENGTH, CHOICES, VIRTUAL, RANKS = 48, 60, 3, 20, 2
-#: Target, relative to the FLOPs of reading the row once for each of 3 choices.
-REACH = 0.45
+ROWS, LENGTH, CHOICES, VIRTUAL, RANKS = 48, 60, 8, 20, 2
+#: Target of 8 choices, relative to one.
+REACH = 1.3
+#: Rounds of the measurement, in turns; the fastest counts.
+ROUNDS = 5
 
 Rows = Sequence[Sequence[Example]]
 
@@ -73,12 +76,15 @@ class Counted:
         self.head += before[2] - before[1]
 
 
-def once(rows: Rows, prompt: int | None) -> list[PackedRow]:
+def once(rows: Rows, prompt: int | None, shared: int = 0) -> list[PackedRow]:
     """Return packed rows that read each row once for all its candidates."""
-    return [PackedRow(row[0], prompt, i, candidates=tuple(row)) for i, row in enumerate(rows)]
+    return [
+        PackedRow(row[0], prompt, i, candidates=tuple(row), shared=shared)
+        for i, row in enumerate(rows)
+    ]
 
 
-def for_each(rows: Rows, prompt: int | None) -> list[PackedRow]:
+def for_each(rows: Rows, prompt: int | None, shared: int = 0) -> list[PackedRow]:
     """Return packed rows that read each row once for each of its candidates."""
     return [PackedRow(example, prompt, i) for i, row in enumerate(rows) for example in row]
 
@@ -98,12 +104,13 @@ def count(
     return counted
 
 
-def made_up_rows() -> list[list[Example]]:
-    """Return rows of equal length with choices of one token and EOS."""
-    text = (5,) * (LENGTH - 2)
+def made_up_rows(choices: int = CHOICES, tokens: int = 1, rows: int = ROWS) -> list[list[Example]]:
+    """Return rows of equal length with choices of 1 or 2 tokens and EOS."""
+    text = (5,) * LENGTH
+    ends = [(6 + choice, 20 + choice)[:tokens] for choice in range(choices)]
     return [
-        [Example.with_target((*text, 6 + choice, 1), len(text), row) for choice in range(CHOICES)]
-        for row in range(ROWS)
+        [Example.with_target((*text, *end, 1), len(text), row) for end in ends]
+        for row in range(rows)
     ]
 
 
@@ -114,21 +121,48 @@ def bases() -> Iterator[tuple[str, PromptedBase]]:
         yield "Llama (110M parameters)", load_unsharded(Path(folder), "int8")
 
 
+def seconds(base: PromptedBase, forms: Sequence[list[PackedRow]]) -> list[float]:
+    """Measure the CPU seconds of one packed batch with each of these rows, without gradients."""
+    prompts = [VirtualTokens(torch.zeros(VIRTUAL, base.hidden_size))]
+    lengths = prompt_lengths(prompts)
+    batches = [prepare_batch(rows, lengths, torch.device("cpu")) for rows in forms]
+    fastest = [float("inf")] * len(batches)
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for i, batch in enumerate(batches):
+                start = time.process_time()
+                base(batch, prompts)
+                fastest[i] = min(fastest[i], time.process_time() - start)
+    return fastest
+
+
 def compare() -> list[str]:
-    """Compare the two forms on synthetic rows; return Markdown."""
+    """Compare 8 choices with one, and with one text per choice; return Markdown."""
     figures, lines = [], []
     for name, base in bases():
         prompts = [VirtualTokens(torch.zeros(VIRTUAL, base.hidden_size))]
-        new, old = (count(base, form(made_up_rows(), 0), prompts) for form in (once, for_each))
-        figures.append(figure(f"{name}: once / for each choice", new.total / old.total, REACH))
-        lines += [
-            f"| {name} | {form} | {cost.total / 1e9:.2f} | {cost.head / cost.total:.1%} |"
-            for form, cost in (("for each choice", old), ("once", new))
-        ]
+        for tokens in (1, 2):
+            what = f"{name}, choices of {tokens} token(s)"
+            rows, single = made_up_rows(tokens=tokens), made_up_rows(1, tokens)
+            one, new = (count(base, once(r, 0), prompts) for r in (single, rows))
+            old = count(base, for_each(rows, 0), prompts)
+            figures.append(figure(f"FLOPs, {what}: 8 / 1", new.total / one.total, REACH))
+            lines += [
+                f"| {what} | {form} | {cost.total / 1e9:.2f} | {cost.head / cost.total:.1%} |"
+                for form, cost in (
+                    ("1 choice", one),
+                    ("8 choices", new),
+                    ("8 choices, one text per choice", old),
+                )
+            ]
+            if not name.startswith("tiny"):
+                forms = [once(made_up_rows(n, tokens, 16), 0) for n in (1, CHOICES)]
+                alone, eight = seconds(base, forms)
+                figures.append(figure(f"CPU seconds, {what}: 8 / 1", eight / alone, REACH))
     return [
         *figure_rows(figures),
         "",
-        "| base | row is read | GFLOP | of it the head |",
+        "| base | row is read with | GFLOP | of it the head |",
         "|---|---|---|---|",
         *lines,
     ]
@@ -140,6 +174,7 @@ def costs(path: str) -> list[str]:
     from trainer.data.task_data import load_tasks
     from trainer.model.checkpoint_files import open_base
     from trainer.packing.batch_source import BatchSource
+    from trainer.training.validation import validation_steps
 
     config = load(path)
     files = open_base(config.base)
@@ -150,44 +185,56 @@ def costs(path: str) -> list[str]:
     ]
     feed, steps = BatchSource(config, tasks), config.last_step
     active = [True] * len(prompts)
-    trained = [count(base, feed.next_step(active), prompts, train=True) for _ in range(steps)]
-    training = sum(one.total for one in trained)
+    updates = [feed.next_step(active) for _ in range(steps)]
+    training = sum(count(base, rows, prompts, train=True).total for rows in updates)
+    search = sum(
+        config.init_budget(prompt)
+        * count(base, [row for row in updates[0] if row.prompt == k], prompts).total
+        for k, prompt in enumerate(config.prompts)
+        if prompt.init.auto
+    )
 
     def total(form: Any) -> dict[str, int]:
         baselines = validation = 0
         for name, data in tasks.items():
             sets = [data.evaluation["validation"], *data.hand_written["validation"]]
             packed_rows = [
-                packed_row for rows in sets for packed_row in form(list(rows.candidates), None)
+                packed_row
+                for rows in sets
+                for packed_row in form(list(rows.candidates), None, rows.num_shared)
             ]
             baselines += count(base, packed_rows, []).total
             readers = [k for k, prompt in enumerate(config.prompts) if prompt.task == name]
             packed_rows = [
-                packed_row for k in readers for packed_row in form(list(sets[0].candidates), k)
+                packed_row
+                for k in readers
+                for packed_row in form(list(sets[0].candidates), k, sets[0].num_shared)
             ]
             validation += count(base, packed_rows, prompts).total
-        times = steps // config.evaluation.every
+        times = len(validation_steps(config))
         return {"baselines": baselines, f"{times} validations": times * validation}
 
     new, old = total(once), total(for_each)
+    new, old = ({"initialization search": search, **costs} for costs in (new, old))
+    new["training"] = old["training"] = training
     lines = [
-        f"training, {steps} steps: {training / 1e12:.4f} TFLOP",
+        f"`{path}`, {steps} steps:",
         "",
-        "| TFLOP | row read for each choice | once | once / training |",
+        "| | TFLOP, one text per choice | once | share of the run |",
         "|---|---|---|---|",
     ]
     for name in new:
         before, now = old[name] / 1e12, new[name] / 1e12
-        lines.append(f"| {name} | {before:.4f} | {now:.4f} | {new[name] / training:.2f} |")
+        lines.append(f"| {name} | {before:.3f} | {now:.3f} | {new[name] / sum(new.values()):.1%} |")
     return lines
 
 
 def main() -> None:
     lines = [
-        "# Scoring choices: FLOPs",
+        "# Cost of scoring choices",
         "",
-        f"`python -m benchmarks.scoring`. {ROWS} rows of {LENGTH} tokens, {CHOICES} choices of one "
-        f"token and EOS, behind {VIRTUAL} virtual tokens.",
+        f"`python -m benchmarks.scoring`. {ROWS} rows of {LENGTH} tokens (seconds: 16), choices "
+        f"with EOS, after {VIRTUAL} virtual tokens. {machine()}.",
         "",
         *compare(),
     ]

@@ -38,7 +38,7 @@ from trainer.training.callbacks import Callback, ConsoleProgress, Metrics, StepR
 from trainer.training.loop import Loop
 from trainer.training.prompt_optimizer import make_optimizer
 from trainer.training.skipped_updates import Diverged
-from trainer.training.validation import gaps
+from trainer.training.validation import gaps, validation_steps
 
 H, VOCAB = 4, 19
 TABLE_VH = torch.randn(VOCAB, H, generator=torch.Generator().manual_seed(5))
@@ -391,7 +391,7 @@ def test_time_left_counts_validations(tmp_path: Path) -> None:
     toy = Toy(
         tmp_path,
         [{"name": "a"}, {"name": "b", "steps": 4}],
-        training={"steps": 10, "tokens_per_step": 6},
+        training={"steps": 11, "tokens_per_step": 6},
         evaluation={"every": 3},
     )
     loop = toy.loop
@@ -400,13 +400,13 @@ def test_time_left_counts_validations(tmp_path: Path) -> None:
     loop.progress.useful_tokens = 50
     tokens = 2 * sum(rows.num_tokens for rows in loop.tasks["x"].evaluation.values())
     assert tokens == 2 * 2 * 8 * 4, "two words, the label and EOS"
-    assert loop.accounting.seconds_left() == pytest.approx(16 + 5 * 4.0 * tokens / 50 / 2)
+    assert loop.accounting.seconds_left() == pytest.approx(18 + 5 * 4.0 * tokens / 50 / 2)
     loop.times.add({"baselines": 10.0})
-    # 8 steps of 2 s; validations at 3, 4, 6, 9 and 10 of 2 prompts, where two baselines took 10 s
-    assert loop.accounting.seconds_left() == pytest.approx(16 + 5 * 10)
+    # 9 steps of 2 s; validations at 3, 4, 6, 9 and 11 of 2 prompts, where two baselines took 10 s
+    assert loop.accounting.seconds_left() == pytest.approx(18 + 5 * 10)
     loop.progress.validations = 2
     loop.times.add({"validation": 1.0})
-    assert loop.accounting.seconds_left() == pytest.approx(16 + 5 * 0.5)
+    assert loop.accounting.seconds_left() == pytest.approx(18 + 5 * 0.5)
 
 
 def script(toy: Toy, scores: dict[int, list[tuple[float, float]]]) -> Toy:
@@ -440,6 +440,16 @@ def test_the_best_step_is_the_one_with_the_best_metric_then_the_lowest_loss(tmp_
     assert toy.loop.validator.stopping["p"].best_step == 6
     scores = toy.loop.progress.scores["p"]
     assert (scores["validation_accuracy"], scores["validation_loss"]) == (0.6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "expected"),
+    [(50, 60, [60]), (50, 75, [50, 75]), (3, 10, [3, 6, 10]), (1, 2, [1, 2]), (50, 7, [7])],
+)
+def test_no_validation_shortly_before_the_last(tmp_path, every, last, expected):
+    sections = {"evaluation": {"every": every}, "training": {"steps": last}}
+    toy = Toy(tmp_path, [{"name": "p"}], **sections)
+    assert validation_steps(toy.config) == expected
 
 
 def test_early_stopping_waits_for_the_metric(tmp_path):

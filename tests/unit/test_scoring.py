@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
+from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedRow, build_packed_batch
@@ -93,9 +95,12 @@ def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
     assert actual.std() > 0.5, "the candidates differ"
 
 
-@pytest.mark.parametrize("budget", [1000, 24, 1])
-def test_a_row_with_more_candidates_than_a_packed_batch_holds(tmp_path: Path, budget: int) -> None:
+@pytest.mark.parametrize(("budget", "packed"), [(1000, True), (24, True), (1, True), (24, False)])
+def test_a_row_with_more_candidates_than_a_packed_batch_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, packed: bool
+) -> None:
     """Scores are the same, whatever the number of packed batches that a row's candidates take."""
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], packed=packed))
     tokenizer = make_tokenizer()
     choices = [f"w{i} w{i + 1}" for i in range(20, 50)]
     rows = [{"text": "w3 w4 w5 w6 w7", "label": choices[2]}, {"text": "w8", "label": choices[0]}]
@@ -117,13 +122,13 @@ def test_a_row_with_more_candidates_than_a_packed_batch_holds(tmp_path: Path, bu
     torch.testing.assert_close(scored.nll_RC, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_three_choices_cost_little_more_than_one() -> None:
-    """FLOPs of rows of 60 tokens, against reading each row once for each choice."""
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_eight_choices_cost_little_more_than_one(tokens: int) -> None:
+    """FLOPs of rows of 60 tokens."""
     base = load_unsharded(scoring.ROOT / "examples" / "tiny_base", "int8")
     prompts = soft_prompts([torch.zeros(scoring.VIRTUAL, base.hidden_size)])
-    rows = scoring.made_up_rows()[:12]
-    once, each = (
-        scoring.count(base, form(rows, 0), prompts) for form in (scoring.once, scoring.for_each)
+    one, eight = (
+        scoring.count(base, scoring.once(scoring.made_up_rows(n, tokens, 12), 0), prompts)
+        for n in (1, scoring.CHOICES)
     )
-    assert once.total <= scoring.REACH * each.total
-    assert once.head == pytest.approx(each.head * 4 / 6)
+    assert one.total < eight.total <= scoring.REACH * one.total

@@ -51,7 +51,9 @@ class Evaluation(Section):
     """Validation during training."""
 
     every: PositiveInt = Field(
-        50, description="steps between validations; the last step is always validated"
+        50,
+        description="steps between validations; the last step is always validated\n"
+        "A validation less than half an interval before the last step is omitted.",
     )
     early_stopping: EarlyStoppingConfig | None = Field(
         None,

@@ -193,7 +193,8 @@ class Evaluator:
         """``Scored.teacher_R2`` of every request; None without a teacher."""
         rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
         sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
-        for batch in self._batches(distilled_rows(requests), lengths, distilled=True):
+        packed_rows = distilled_rows(requests, self.base.packed)
+        for batch in self._batches(packed_rows, lengths, distilled=True):
             teacher_DH = read_teacher(self.base, batch, self.teachers)
             losses = self.base(batch, virtual_tokens, teacher_DH).losses
             distilled_D = batch.distilled_D

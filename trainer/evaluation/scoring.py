@@ -93,38 +93,42 @@ def candidate_rows(
 ) -> Iterator[PackedRow]:
     """Yield all candidates of all rows of all requests; slots number them in this order.
 
-    All packed batches have ``PackedBatch.shared``, because ranks that share a head must agree on
-    it.
+    The base reads the text that all rows share once per packed batch, and a row's text once for all
+    its candidates. All packed batches have ``PackedBatch.shared``, because ranks that share a head
+    must agree on it.
 
     Args:
-        packed: the base reads a row's text once for all its candidates; otherwise once for each.
-        max_tokens: limit of a packed batch; a row whose candidates exceed it is divided.
+        packed: the family supports packed rows. Otherwise every candidate is a padded row, which
+            contains all text before it, so nothing is shared.
+        max_tokens: limit of a packed batch; a row whose candidates exceed it is read several times.
     """
     slot = 0
     for request in requests:
-        shared = request.rows.num_shared
+        shared = request.rows.num_shared if packed else 0
         for row in request.rows.candidates if request.by_labels else ():
-            room = max(1, max_tokens - row[0].target_start) if packed else max_tokens
-            for candidates in portions(
-                row, lambda e: e.num_labels if packed else e.num_tokens, room
-            ):
+            room = max(1, max_tokens - row[0].target_start) if packed else 0
+            for candidates in portions(row, lambda example: example.num_labels, room):
                 yield PackedRow(
-                    *(candidates[0], request.prompt, slot),
+                    candidates[0],
+                    request.prompt,
+                    slot,
                     candidates=tuple(candidates),
                     shared=shared,
                 )
                 slot += len(candidates)
 
 
-def distilled_rows(requests: Sequence[Request]) -> Iterator[PackedRow]:
+def distilled_rows(requests: Sequence[Request], packed: bool) -> Iterator[PackedRow]:
     """Yield the correct candidate of all rows with a teacher; slots number them in this order."""
     slot = 0
     for request in requests:
         if request.teacher is not None:
-            shared = request.rows.num_shared
+            shared = request.rows.num_shared if packed else 0
             for right, candidates in zip(request.rows.gold, request.rows.candidates, strict=True):
                 yield PackedRow(
-                    *(candidates[right], request.prompt, slot),
+                    candidates[right],
+                    request.prompt,
+                    slot,
                     teacher=request.teacher,
                     shared=shared,
                 )

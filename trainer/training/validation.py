@@ -30,6 +30,7 @@ class Validator:
 
     Attributes:
         predictions: keeps the predictions of the best steps; None on ranks other than 0.
+        steps: steps after which prompts are validated, ascending.
     """
 
     config: RunConfig
@@ -46,22 +47,18 @@ class Validator:
         patience = rule.patience if rule else None
         self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
         self._last_steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
+        every = self.config.evaluation.every
+        self._steps = [_steps_of_a_prompt(every, last) for last in self._last_steps]
+        self.steps = validation_steps(self.config)
         self._latest: dict[int, Scores] = {}
         self._rungs = rungs(self.config.search.halving, self.config.last_step)
         self._report = ValidationReport(self.config, self.tasks, self.console)
 
-    @property
-    def steps(self) -> list[int]:
-        """Steps after which prompts are validated, ascending."""
-        every = range(0, self.config.last_step + 1, self.config.evaluation.every)
-        return sorted({*every, *self._rungs, *self._last_steps})
-
     def due(self) -> list[int]:
         """Prompts to validate now: all at intervals and rungs, each at its own last step."""
         step = self.progress.step
-        everyone = step % self.config.evaluation.every == 0 or step in self._rungs
         active = [k for k, active in enumerate(self.bank.active) if active]
-        return [k for k in active if everyone or step == self._last_steps[k]]
+        return [k for k in active if step in self._steps[k] or step in self._rungs]
 
     def validate(self, due: Sequence[int]) -> list[Metrics]:
         """Score prompts on all splits of their tasks, keep the best, and stop early; a collective.
@@ -174,6 +171,19 @@ class Validator:
             if not self.bank.active[k]
         }
         self._report.show(step, self._latest, training, stopped)
+
+
+def validation_steps(config: RunConfig) -> list[int]:
+    """Return the steps after which prompts are validated, ascending: at intervals and rungs."""
+    steps = set(rungs(config.search.halving, config.last_step))
+    for prompt in config.prompts:
+        steps |= _steps_of_a_prompt(config.evaluation.every, config.prompt_steps(prompt))
+    return sorted(steps)
+
+
+def _steps_of_a_prompt(every: int, last: int) -> frozenset[int]:
+    """Return the last step and those at intervals, except less than half an interval before it."""
+    return frozenset({last, *range(every, last - (every - 1) // 2, every)})
 
 
 def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:
