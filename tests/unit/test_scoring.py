@@ -64,9 +64,9 @@ def likelihoods(
 
 
 def both_forms(rows: Sequence[Sequence[Example]], num_prompts: int) -> list[list[PackedRow]]:
-    """Rows with all their candidates, and each candidate behind its own copy of the row.
+    """Rows with all their candidates, and each candidate after a copy of the row's text.
 
-    Every row is read without a prompt and behind each prompt; every other row shares its beginning.
+    Every row is read without a prompt and after each prompt; every other row shares its beginning.
     """
     shared: list[PackedRow] = []
     alone: list[PackedRow] = []

@@ -1,7 +1,7 @@
 """Score prompts on evaluation rows.
 
 All prompts are scored in one packed pass. Every (prompt, row, candidate) has a slot. Each rank adds
-the losses of its own packed batches to their slots, and one all-reduce sums the slots of all ranks.
+the losses of its packed batches to their slots, and one all-reduce sums the slots of all ranks.
 """
 
 from __future__ import annotations
