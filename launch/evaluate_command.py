@@ -65,6 +65,15 @@ def evaluate(
             min=1,
         ),
     ] = None,
+    knn: Annotated[
+        int | None,
+        option(
+            "K",
+            "Also kNN prompting (Xu et al. 2023): the majority answer of the K train rows whose "
+            "next-token distributions are most similar. With --shots, after the fixed examples.",
+            min=1,
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         option(
@@ -87,6 +96,15 @@ def evaluate(
             "scores on the other half."
         ),
     ] = SelectOn.ALL,
+    robustness: Annotated[
+        bool,
+        typer.Option(
+            "--robustness",
+            help="Also score shifted_validation, and rows in lower case, without punctuation, "
+            "with typos, with the template's columns in the other order, and with the "
+            "task's paraphrases.",
+        ),
+    ] = False,
     json_file: Annotated[
         str | None,
         option(
@@ -111,8 +129,9 @@ def evaluate(
     **Examples:**
 
     - `promptshard evaluate runs/quickstart`
-    - `promptshard evaluate runs/quickstart --task triage --shots 3 --retrieved 3`
+    - `promptshard evaluate runs/quickstart --task triage --shots 3 --retrieved 3 --knn 5`
     - `promptshard evaluate runs/quickstart --task triage --data test.jsonl --select-on half`
+    - `promptshard evaluate runs/quickstart --robustness`
     - `promptshard evaluate runs/quickstart --adapter adapters/lora --json -`
     """
     if metric is not None and metric not in METRICS:
@@ -134,6 +153,8 @@ def evaluate(
         force=force,
         shots=shots,
         retrieved=retrieved,
+        knn=knn,
+        robustness=robustness,
         select_on=select_on.value,
         json=json_file,
         fresh=fresh,

@@ -109,7 +109,7 @@ def build(
         Options(folder, **options),
         config,
         data,
-        RowEncoder(tokenizer, 512, None, (), no_progress),
+        RowEncoder(tokenizer, 512, len(tokenizer), None, (), no_progress),
         [(0, config.prompts[0])],
         [PROMPT_TOKENS] + [PROMPT_TOKENS] * len(prompts),
         [(1 + i, adapter) for i, adapter in enumerate(prompts)],
@@ -293,7 +293,7 @@ def test_more_examples_than_the_context_holds(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     data = load_tasks(config, tokenizer, 40, len(tokenizer))["diet"]
-    encoder = RowEncoder(tokenizer, 40, None, (), no_progress)
+    encoder = RowEncoder(tokenizer, 40, len(tokenizer), None, (), no_progress)
     builder = ArmBuilder(
         Options(tmp_path, shots=3), config, data, encoder, [(0, config.prompts[0])], [4]
     )
@@ -311,3 +311,52 @@ def test_an_arm_is_scored_again_if_what_it_depends_on_changes(tmp_path: Path) ->
     other = make_run(tmp_path, input="{text}\nDiet:")
     (changed, *_), _ = build(tmp_path, other)
     assert changed.digest("base", ["p"], []) != digest["no_prompt"]
+
+
+def test_knn_prompting_equals_transformers(
+    tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
+) -> None:
+    config = make_run(tmp_path)
+    train = [*TRAIN, ("Ants and a tree.", "insects"), (TEXTS[0], "plants"), ("Grass.", "plants")]
+    rows = [{"text": text, "label": label} for text, label in train]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arms, _ = build(tmp_path, config, knn=2)
+    records = score(tmp_path, base, [arm for arm in arms if arm.kind == "knn"])["knn-2"]
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+
+    def distribution(text: str) -> torch.Tensor:
+        ids = tokenizer(f"{text}\nAnswer:", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return reference(input_ids=ids).logits[0, -1].log_softmax(-1)
+
+    log_AV = torch.stack([distribution(text) for text, _ in train])
+    for record, text in zip(records, TEXTS, strict=True):
+        log_V = distribution(text)
+        divergence_A = (log_V.exp() * (log_V - log_AV)).sum(-1)
+        if text == TEXTS[0] and record["target"] == "plants":
+            divergence_A[4] = torch.inf  # the same row
+        near = divergence_A.argsort()[:2].tolist()
+        assert record["neighbors"] == [f"{tmp_path}/train.jsonl:{i + 1}" for i in near]
+        labels = [train[i][1] for i in near]
+        assert record["prediction"] == labels[0]  # both votes count the same: the nearest one
+        assert record["probabilities"] == {c: labels.count(c) / 2 for c in CHOICES}
+    assert records[0]["target"] == "plants"
+
+
+def test_changed_rows_are_scored_as_their_own_texts(
+    tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
+) -> None:
+    config = make_run(tmp_path, paraphrases=["{text}\nIt eats:"])
+    arms, _ = build(tmp_path, config, robustness=True)
+    changes = ["lower_case", "no_punctuation", "typos", "paraphrase-1"]
+    assert {arm.change for arm in arms} == {None, *changes}
+    records = score(tmp_path, base, arms)
+    lower = [by_hand(reference, text.lower()) for text in TEXTS]
+    assert_scores(records["no_prompt@lower_case"], lower)
+    without = [text.replace(".", "").replace(",", "") for text in TEXTS]
+    wanted = [by_hand(reference, text, HAND_WRITTEN) for text in without]
+    assert_scores(records["hand_written-1@no_punctuation"], wanted)
+    soft = peft.PeftModel.from_pretrained(reference, tmp_path / "prompts" / "soft")
+    scores = [record["scores"] for record in records["soft@paraphrase-1"]]
+    assert scores != [record["scores"] for record in records["soft"]]
+    assert_scores(records["soft"], [by_hand(soft, t, "", PROMPT_TOKENS) for t in TEXTS])

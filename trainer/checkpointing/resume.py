@@ -31,6 +31,8 @@ MAY_CHANGE = {
 }
 #: Paths may change, but not the digests of their content.
 PATHS = {"model", "revision", "chat_template", "train", "validation", "shifted_validation"}
+#: Settings that only ``promptshard evaluate`` reads.
+NOT_TRAINED = {"paraphrases"}
 
 
 #: Settings that checkpoints of earlier versions lack, and the value that their runs had. Settings
@@ -64,7 +66,7 @@ def run_identity(
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key not in PATHS:
+            if key not in PATHS | NOT_TRAINED:
                 yield from _flatten(f"{prefix}.{key}", inner)
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for inner in value:

@@ -202,6 +202,13 @@ class Task(Section):
         description="prompts in words to compare with\n"
         "Inserted before the input, or at {virtual_tokens}.",
     )
+    paraphrases: list[str] = Field(
+        default_factory=list,
+        json_schema_extra={"default": []},
+        description="input in other words, with the same columns\n"
+        "promptshard evaluate --robustness scores the prompts with each; training does not use "
+        "them.",
+    )
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -259,6 +266,7 @@ class Task(Section):
         twice = [text for text in self.hand_written if self.hand_written.count(text) > 1]
         if twice:
             problems.append(f"hand_written: {twice[0]!r} is listed more than once; remove one")
+        problems += self._problems_of_paraphrases()
         if self.tests != "tests" and self.metric != "execution":
             problems.append(f"tests: metric {self.metric} does not use it; use metric: execution")
         return checked(self, problems)
@@ -311,6 +319,17 @@ class Task(Section):
             )
         return problems
 
+    def _problems_of_paraphrases(self) -> list[str]:
+        if self.paraphrases and not self.input:
+            return ["paraphrases: need input, which they replace; remove them"]
+        columns, placed = set(template_fields(self.input)), split_template(self.input) is None
+        return [
+            f"paraphrases: {text!r} must have the fields of input, and no others: "
+            f"{', '.join(_field_names(self.input))}"
+            for text in self.paraphrases
+            if set(template_fields(text)) != columns or (split_template(text) is None) != placed
+        ]
+
     def _problems_without_target(self) -> list[str]:
         """Return problems of a task without target; ``RunConfig`` checks if it needs one."""
         if self.metric == "loss" or self.choices:
@@ -359,6 +378,11 @@ def template_fields(template: str) -> list[str]:
     """Return the columns of a template in order, without repeats; ``{{`` and ``}}`` are braces."""
     names = dict.fromkeys(name for name in PLACEHOLDER.findall(template) if name)
     return [name for name in names if name != VIRTUAL_TOKENS]
+
+
+def _field_names(template: str) -> list[str]:
+    placed = [VIRTUAL_TOKENS] if _fields(template, VIRTUAL_TOKENS) else []
+    return [f"{{{name}}}" for name in (*placed, *template_fields(template))]
 
 
 def split_template(template: str) -> tuple[str, str] | None:

@@ -86,6 +86,53 @@ def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]
     return engine.broadcast(cache.read().float().cpu() if engine.is_main else None)
 
 
+@torch.no_grad()
+def next_token_log_probabilities(
+    engine: Engine,
+    base: PromptedBase,
+    inputs: Sequence[Sequence[int]],
+    between_batches: Callable[[int], object] = lambda rows: None,
+    max_tokens: int | None = None,
+) -> tuple[list[int], Tensor]:
+    """Compute the distribution of the token after each input, without a prompt; a collective.
+
+    Rows are split over the ranks, which run in lockstep.
+
+    Args:
+        between_batches, max_tokens: as in ``generate``.
+
+    Returns:
+        Indices of this rank's inputs, and their log-probabilities, fp32 [rows, V], on the CPU.
+    """
+    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    batch_size = min(BATCH_ROWS, -(-len(inputs) // engine.world_size))
+    if max_tokens is not None:
+        batch_size = min(batch_size, max(1, max_tokens // max(map(len, inputs))))
+    indices: list[int] = []
+    parts = [torch.empty(0, base.vocab_size)]
+    with base.unpacked():
+        for start in range(0, len(order), batch_size * engine.world_size):
+            between_batches(batch_size * engine.world_size if start else 0)
+            mine = order[start + engine.rank :: engine.world_size][:batch_size]
+            rows = [inputs[i] for i in mine or order[:1]]
+            token_ids, mask = _left_padded(rows, 0, engine.device)
+            logits_BV = base(DecodeStep(token_ids, mask, base.new_cache()), []).logits_BV
+            indices += mine
+            parts.append(logits_BV.log_softmax(-1)[: len(mine)].cpu())
+    return indices, torch.cat(parts)
+
+
+def _left_padded(
+    rows: Sequence[Sequence[int]], num_virtual: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return token ids with padding on the left, and the mask of these and the virtual tokens."""
+    longest = max(map(len, rows))
+    pads = [longest - len(row) for row in rows]
+    token_ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest + num_virtual - pad) for pad in pads])
+    return token_ids.to(device), mask.to(device)
+
+
 def _decode(
     engine: Engine,
     base: PromptedBase,
@@ -95,12 +142,8 @@ def _decode(
     max_new_tokens: int,
     prompt_at: Sequence[int],
 ) -> list[list[int]]:
-    longest = max(map(len, rows))
-    pads = [longest - len(row) for row in rows]
-    token_ids = torch.tensor([[0] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
     num_virtual = 0 if virtual_tokens is None else virtual_tokens.num_virtual_tokens
-    mask = torch.tensor([[0] * pad + [1] * (longest + num_virtual - pad) for pad in pads])
-    token_ids, mask = token_ids.to(engine.device), mask.to(engine.device)
+    token_ids, mask = _left_padded(rows, num_virtual, engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
     penalties = [logits_processors(base.model, row, max_new_tokens, engine.device) for row in rows]
 

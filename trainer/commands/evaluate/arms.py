@@ -15,20 +15,26 @@ import numpy as np
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.rows import RowEncoder, at_most
 from trainer.config import Prompt, RunConfig, Task
-from trainer.data.dataset import RowDataset
+from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.examples_in_context import (
     EXAMPLES,
     examples_text,
     fixed_examples,
     with_examples,
 )
+from trainer.data.perturbations import CHANGES, changed_rows, templates
 from trainer.data.retrieval import retrieve
+from trainer.data.row_hashing import first_by_hash
 from trainer.data.task_data import EvalSet, TaskData
+from trainer.evaluation.baselines import VALIDATION
 from trainer.evaluation.metric_sums import scored_as
 from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.runtime.errors import BadInput
 
+SHIFTED = "shifted_validation"
+#: Anchors of kNN prompting: each has a distribution over the vocabulary.
+MAX_ANCHORS = 1024
 #: Kinds of arms, in the order of the table.
 KINDS = (
     "no_prompt",
@@ -40,6 +46,29 @@ KINDS = (
     "prompt_retrieved",
     "adapter",
 )
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Train rows among which kNN prompting finds neighbors.
+
+    Attributes:
+        count: number of neighbors that vote.
+        inputs: token ids of every anchor, up to its answer.
+        labels: index of the correct choice of every anchor.
+        places: of the anchors in their files.
+        excluded: anchors that are the same as a row, for every row.
+    """
+
+    count: int
+    inputs: Sequence[tuple[int, ...]]
+    labels: Sequence[int]
+    places: Sequence[str]
+    excluded: Sequence[Sequence[int]]
+
+    def digest(self) -> str:
+        values = (self.count, self.inputs, self.labels, self.excluded)
+        return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -56,7 +85,8 @@ class Arm:
         num_bytes: size of what the arm needs besides the base.
         setup_seconds: time to prepare the arm; training excluded.
         examples: places of the examples in context of every row.
-        neighbors: k of kNN prompting.
+        neighbors: of kNN prompting; None for other arms.
+        change: how the rows differ from the validation rows; None if they do not.
         numbers: index of every row in its split.
     """
 
@@ -71,7 +101,8 @@ class Arm:
     num_bytes: int = 0
     setup_seconds: float = 0.0
     examples: Sequence[Sequence[str]] | None = None
-    neighbors: int | None = None
+    neighbors: Neighbors | None = None
+    change: str | None = None
     numbers: Sequence[int] = ()
 
     def digest(self, base: str, prompts: Sequence[str], adapters: Sequence[str]) -> str:
@@ -90,7 +121,7 @@ class Arm:
             "stop": [task.stop, task.max_new_tokens, task.append_eos],
             "prompt": None if self.prompt is None else prompts[self.prompt],
             "adapter": None if self.adapter is None else adapters[self.adapter],
-            "neighbors": self.neighbors,
+            "neighbors": None if self.neighbors is None else self.neighbors.digest(),
             "gold": self.rows.gold,
         }
         digest.update(json.dumps(settings).encode())
@@ -119,7 +150,6 @@ class ArmBuilder:
     sizes: Sequence[int]
     prompt_adapters: Sequence[tuple[int, PromptAdapter]] = ()
     weight_adapters: Sequence[tuple[int, WeightAdapter]] = ()
-    split: str = "validation"
 
     @property
     def task(self) -> Task:
@@ -133,7 +163,7 @@ class ArmBuilder:
         """
         task, rows = self.task.name, self.plain
         arms = [Arm(task, "no_prompt", "no_prompt", rows)]
-        texts = zip(self.task.hand_written, self.data.hand_written[self.split], strict=True)
+        texts = zip(self.task.hand_written, self.data.hand_written[VALIDATION], strict=True)
         for number, (text, after_text) in enumerate(texts, 1):
             size = len(text.encode())
             own = self._selected(after_text)
@@ -144,8 +174,7 @@ class ArmBuilder:
         if self.options.retrieved is not None:
             arms.append(self._retrieved(self.options.retrieved))
         if self.options.knn is not None:
-            arms.append(replace(arms[0], name=f"knn-{self.options.knn}", kind="knn"))
-            arms[-1] = replace(arms[-1], neighbors=self.options.knn)
+            arms.append(self._knn(self.options.knn, arms[0]))
         arms += [self._prompt(index, prompt) for index, prompt in self.prompts]
         if self.options.retrieved is not None:
             arms += [
@@ -154,14 +183,15 @@ class ArmBuilder:
             ]
         arms += self._adapters()
         names, numbers = _unique(arms), rows.row_numbers
-        return [
-            replace(arm, name=name, numbers=numbers) for arm, name in zip(arms, names, strict=True)
-        ]
+        arms = [replace(a, name=name, numbers=numbers) for a, name in zip(arms, names, strict=True)]
+        if self.options.robustness:
+            arms += self._changed(arms)
+        return arms
 
     @cached_property
     def plain(self) -> EvalSet:
         """The selected rows without a prompt."""
-        return self._selected(self.data.evaluation[self.split])
+        return self._selected(self.data.evaluation[VALIDATION])
 
     def _selected(self, rows: EvalSet) -> EvalSet:
         """Select the rows to score, and predict what the metric needs."""
@@ -172,9 +202,48 @@ class ArmBuilder:
         metric = scored_as(self.options.metric or self.task.metric, self.task)
         return replace(rows, task=self.task.model_copy(update={"metric": metric}))
 
+    def _changed(self, arms: Sequence[Arm]) -> list[Arm]:
+        """Return the arms without examples on shifted validation rows and on changed rows."""
+        changed, plain = [], self._own_rows()
+        # A typo may add tokens; the text is cut rather than refused.
+        task = self.task.model_copy(update={"too_long": "truncate"})
+        variants: list[tuple[str, RowDataset, Task]] = [
+            (change, changed_rows(plain, task, change), task) for change in CHANGES
+        ]
+        variants += [(change, plain, other) for change, other in templates(task).items()]
+        for arm in arms:
+            if arm.kind not in ("no_prompt", "hand_written", "prompt"):
+                continue
+            position = next(
+                (prompt.position for index, prompt in self.prompts if index == arm.prompt), "front"
+            )
+            if (shifted := self._shifted(arm, position)) is not None:
+                changed.append(shifted)
+            for change, rows, other in variants:
+                encoded = self.encoder.encode(
+                    arm.rows,
+                    rows,
+                    task=other,
+                    virtual_tokens=arm.virtual_tokens,
+                    position=position,
+                    prefix=arm.text or "",
+                )
+                changed.append(replace(arm, name=_name(arm, change), rows=encoded, change=change))
+        return changed
+
+    def _shifted(self, arm: Arm, position: str) -> Arm | None:
+        if SHIFTED not in self.data.evaluation:
+            return None
+        rows = self.data.evaluation_at(position)[SHIFTED]
+        if arm.text is not None:
+            rows = self.data.hand_written[SHIFTED][self.task.hand_written.index(arm.text)]
+        rows = self._selected(rows)
+        name = _name(arm, SHIFTED)
+        return replace(arm, name=name, rows=rows, change=SHIFTED, numbers=rows.row_numbers)
+
     def _prompt(self, index: int, prompt: Prompt) -> Arm:
         folder = self.options.run_dir / "prompts" / prompt.name
-        rows = self._selected(self.data.evaluation_at(prompt.position)[self.split])
+        rows = self._selected(self.data.evaluation_at(prompt.position)[VALIDATION])
         size = (folder / WEIGHTS).stat().st_size
         return Arm(
             *(self.task.name, prompt.name, "prompt", rows, index),
@@ -183,12 +252,43 @@ class ArmBuilder:
         )
 
     def _shots(self, count: int) -> Arm:
-        train, seed = self.data.train_rows, self.config.training.seed
-        drawn = fixed_examples(self.task, train, count, seed)
+        train, drawn = self.data.train_rows, self._drawn
         chosen = [drawn] * len(self.plain.candidates)
         arm = self._with_examples("shots", count, chosen, f"--shots {count}")
         shown = [train[index] for index in drawn]
         return replace(arm, num_bytes=_text_bytes(self.task, shown))
+
+    def _knn(self, count: int, plain: Arm) -> Arm:
+        """kNN prompting, with the fixed examples of ``--shots`` in context if there are any."""
+        train, shots = self.data.train_rows, self.options.shots
+        drawn = self._drawn if shots is not None else []
+        anchors = np.setdiff1d(first_by_hash(train.hashes(), min(len(train), MAX_ANCHORS)), drawn)
+        rows = train.take(anchors, "anchors")
+        gold = gold_choices(rows, self.task)
+        shown = with_examples(rows, train, [drawn] * len(rows))
+        table = self.encoder.table(shown, self.task, per_choice=False)
+        kept = table.rows_R.tolist()  # rows that are too long may be skipped
+        if len(kept) < count:
+            raise BadInput(f"--knn {count}: there are only {len(kept)} train rows; lower it")
+        hashes, own = rows.hashes()[table.rows_R], self._own_rows().hashes()
+        neighbors = Neighbors(
+            count,
+            [example.input_ids[: example.target_start] for example in table],
+            [gold[row] for row in kept],
+            [rows.where(row) for row in kept],
+            [np.flatnonzero(hashes == hash_).tolist() for hash_ in own],
+        )
+        if drawn:
+            chosen = [drawn] * len(self.plain.candidates)
+            plain = self._with_examples("shots", len(drawn), chosen, f"--shots {shots}")
+        size = len(kept) * self.encoder.vocab_size * 2
+        return replace(plain, name=f"knn-{count}", kind="knn", neighbors=neighbors, num_bytes=size)
+
+    @cached_property
+    def _drawn(self) -> list[int]:
+        """Indices of the fixed examples."""
+        count, seed = self.options.shots or 0, self.config.training.seed
+        return fixed_examples(self.task, self.data.train_rows, count, seed)
 
     def _retrieved(self, count: int) -> Arm:
         chosen, seconds = self._similar
@@ -264,6 +364,10 @@ def _text_bytes(task: Task, rows: Iterable[dict[str, Any]]) -> int:
     if task.messages is not None:
         return sum(len(repr(row[task.messages]).encode()) for row in rows)
     return sum(len(examples_text(task, {EXAMPLES: [row]}).encode()) for row in rows)
+
+
+def _name(arm: Arm, change: str) -> str:
+    return f"{arm.name}@{change}"
 
 
 def _unique(arms: Sequence[Arm]) -> list[str]:

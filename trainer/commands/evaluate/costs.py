@@ -35,6 +35,7 @@ class BaseCost:
     weights: int
     head: int
     attention_width: int
+    vocab_size: int
 
     @classmethod
     def of(cls, model: Any) -> BaseCost:
@@ -48,7 +49,9 @@ class BaseCost:
             if isinstance(module, FrozenExperts):
                 stored = sum(p.numel() for p in module.parameters() if p.dim() == 3)
                 experts += stored * max(1, sizes.experts_per_token) // module.num_experts
-        return cls(linear - head + experts, head, sizes.layers * sizes.query_width)
+        return cls(
+            linear - head + experts, head, sizes.layers * sizes.query_width, model.config.vocab_size
+        )
 
     def flops(self, tokens: float, predicted: float) -> float:
         """Multiplications and additions for a query.
@@ -65,10 +68,15 @@ def query_cost(arm: Arm, base: BaseCost) -> tuple[float, float]:
     """Return mean tokens read per query, and mean FLOPs."""
     tokens = flops = 0.0
     for row in arm.rows.candidates:
+        if arm.neighbors is not None:
+            read = row[0].last_target[0]
+            compared = 2 * len(arm.neighbors.inputs) * base.vocab_size
+            tokens, flops = tokens + read, flops + base.flops(read, 1) + compared
+            continue
         packed = PackedRow(row[0], arm.prompt, 0, candidates=tuple(row))
         read = packed.num_tokens + packed.num_leading + arm.virtual_tokens
         tokens += read
-        flops += base.flops(read, 1 if arm.neighbors else sum(e.num_labels for e in row))
+        flops += base.flops(read, sum(example.num_labels for example in row))
     rows = len(arm.rows.candidates)
     return tokens / rows, flops / rows
 

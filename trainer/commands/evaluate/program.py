@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,12 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
             tasks = load_tasks_per_node(engine, files, config, console, date, splits)
         _warn(engine, options, tasks, console)
         encoder = RowEncoder(
-            files.tokenizer, files.context_length, date, files.end_ids, console.working
+            files.tokenizer,
+            files.context_length,
+            files.config.vocab_size,
+            date,
+            files.end_ids,
+            console.working,
         )
         with console.phase("preparing prompts and examples"):
             arms = engine.run_on_all(lambda: _arms(options, run, tasks, encoder, loaded))
@@ -220,6 +225,10 @@ def _report(
     results: dict[str, TaskEvaluation] = {}
     for task, own in arms.items():
         records = {arm.name: store.records(task, arm.name) for arm in own}
+        own = [
+            replace(arm, setup_seconds=store.setup_seconds(task, arm.name) or arm.setup_seconds)
+            for arm in own
+        ]
         metric = options.metric or run.config.task(task).metric
         compared = TaskResults(own, records, metric, options.select_on, cost, summary)
         results[task] = compared.evaluation()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.commands.evaluate.arms import Arm
+from trainer.commands.evaluate.arms import SHIFTED, Arm
 from trainer.commands.evaluate.costs import BaseCost, paid_after, query_cost, training_flops
 from trainer.data.row_hashing import split_by_hash
 from trainer.evaluation.calibration import calibration
@@ -19,9 +19,10 @@ from trainer.evaluation.metric_sums import (
     paired_difference,
     row_sums,
     score_interval,
+    unpaired_difference,
 )
 from trainer.evaluation.statistics import Difference
-from trainer.reporting.evaluation import ArmResult, TaskEvaluation
+from trainer.reporting.evaluation import ArmResult, ChangeResult, TaskEvaluation
 from trainer.reporting.summary import RunSummary
 
 Records = Sequence[Mapping[str, Any]]
@@ -49,11 +50,11 @@ class TaskResults:
 
     def evaluation(self) -> TaskEvaluation:
         best, text = self.best("prompt"), self.best("hand_written")
-        costs = {arm.name: query_cost(arm, self.base) for arm in self.arms}
+        costs = {arm.name: query_cost(arm, self.base) for arm in self.compared}
         training = training_flops(self.summary, self.base)
-        differences = {arm.name: self._difference(arm, best) for arm in self.arms}
+        differences = {arm.name: self._difference(arm, best) for arm in self.compared}
         arms = []
-        for arm in self.arms:
+        for arm in self.compared:
             paid = None
             if best is not None and arm.kind not in ("prompt", "prompt_retrieved"):
                 paid = paid_after(training, costs[best.name][1], costs[arm.name][1])
@@ -66,11 +67,12 @@ class TaskResults:
             best_hand_written=None if text is None else text.name,
             selected_on=self.select_on,
             arms=arms,
+            robustness=[self._change(arm) for arm in self.arms if arm.change is not None],
         )
 
     def best(self, kind: str) -> Arm | None:
         """Return the arm of a kind with the best score on the rows to choose on."""
-        arms = [arm for arm in self.arms if arm.kind == kind]
+        arms = [arm for arm in self.compared if arm.kind == kind]
         sign = 1 if self.metric in LOWER_IS_BETTER else -1
 
         def key(arm: Arm) -> tuple[bool, float]:
@@ -78,6 +80,11 @@ class TaskResults:
             return not math.isfinite(score), sign * score
 
         return min(arms, key=key, default=None)
+
+    @property
+    def compared(self) -> list[Arm]:
+        """The arms on the unchanged validation rows."""
+        return [arm for arm in self.arms if arm.change is None]
 
     def reported_sums(self, arm: Arm) -> RowSums:
         return self.sums[arm.name].at(self.reported)
@@ -107,7 +114,7 @@ class TaskResults:
         sign = 1 if self.metric in LOWER_IS_BETTER else -1
         others = [
             (sign * self.reported_sums(arm).score, difference)
-            for arm in self.arms
+            for arm in self.compared
             if arm.kind not in ("prompt", "prompt_retrieved")
             and (difference := differences[arm.name]) is not None
         ]
@@ -155,6 +162,34 @@ class TaskResults:
             **paired,
             **(calibrated or {}),
         )
+
+    def _change(self, arm: Arm) -> ChangeResult:
+        """Compare an arm on shifted or changed rows with the same arm on the validation rows."""
+        plain = self.reported_sums(self._unchanged(arm))
+        if arm.change == SHIFTED:
+            sums = self.sums[arm.name]
+            difference = unpaired_difference(self.metric, sums, plain)
+        else:
+            sums = self.reported_sums(arm)
+            difference = paired_difference(self.metric, sums, plain)
+        low, high = score_interval(self.metric, sums)
+        assert arm.change is not None
+        return ChangeResult(
+            arm=self._unchanged(arm).name,
+            change=arm.change,
+            rows=len(sums.values_RC),
+            score=finite(sums.score),
+            low=finite(low),
+            high=finite(high),
+            difference=finite(difference.difference),
+            difference_low=finite(difference.low),
+            difference_high=finite(difference.high),
+            p_value=finite(difference.p_value),
+        )
+
+    def _unchanged(self, arm: Arm) -> Arm:
+        name = arm.name.removesuffix(f"@{arm.change}")
+        return next(other for other in self.compared if other.name == name)
 
     def _training_seconds(self, arm: Arm) -> float | None:
         """An equal share of the run's training time: its prompts are trained together."""

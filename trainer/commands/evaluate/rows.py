@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from trainer.config import Task
 from trainer.data.dataset import RowDataset
 from trainer.data.row_hashing import first_by_hash
 from trainer.data.task_data import Candidates, EvalSet
+from trainer.data.token_table import TokenTable
 from trainer.data.tokenization.tokenize import RowProgress, tokenize
 
 
@@ -21,11 +23,13 @@ class RowEncoder:
     """Tokenizes rows that ``load_tasks`` has not.
 
     Attributes:
+        vocab_size: of the base.
         date, end_ids, progress: as in ``tokenize``.
     """
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
+    vocab_size: int
     date: datetime.date | None
     end_ids: Collection[int]
     progress: RowProgress
@@ -52,22 +56,32 @@ class RowEncoder:
             BadInput: rows are too long (unless ``task.too_long`` is truncate) or give no tokens.
         """
         task = task or like.task
-        likelihood = task.scored_by_likelihood
-        table = tokenize(
+        table = self.table(
+            rows,
+            task,
+            per_choice=task.scored_by_likelihood,
+            virtual_tokens=virtual_tokens,
+            position=position,
+            prefix=prefix,
+        )
+        candidates = Candidates(table, like.candidates.width, range(len(rows)))
+        assert len(table) == len(rows) * candidates.width, "no row is skipped"
+        return EvalSet(like.task, like.split, rows, candidates, like.gold)
+
+    def table(
+        self, rows: RowDataset, task: Task, *, virtual_tokens: int = 0, **options: Any
+    ) -> TokenTable:
+        """Tokenize rows; ``options`` as in ``tokenize``."""
+        return tokenize(
             rows,
             task,
             self.tokenizer,
             self.context_length - virtual_tokens,
-            prefix=prefix,
-            per_choice=likelihood,
-            position=position,
             date=self.date,
             end_ids=self.end_ids,
             progress=self.progress,
+            **options,
         ).examples
-        candidates = Candidates(table, like.candidates.width, range(len(rows)))
-        assert len(table) == len(rows) * candidates.width, "no row is skipped"
-        return EvalSet(like.task, like.split, rows, candidates, like.gold)
 
 
 def at_most(rows: EvalSet, count: int | None) -> list[int]:

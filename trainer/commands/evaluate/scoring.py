@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.commands.evaluate.arms import Arm
+from trainer.commands.evaluate.arms import Arm, Neighbors
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.data.task_data import EvalSet
-from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
+from trainer.evaluation.knn_prompting import nearest, read_anchors, votes
 from trainer.evaluation.prediction_records import input_fields, scored_columns
 from trainer.evaluation.scoring import Request
 from trainer.model.weight_adapter import applied
 from trainer.prompts.adapter_files import WeightAdapter
 from trainer.prompts.soft_prompt import SoftPrompt
+from trainer.runtime import stop_signals
+from trainer.runtime.stop_signals import Stopped
 
 #: Rows of a block, per rank. A stopped evaluation repeats at most one block.
 BLOCK_ROWS = 64
@@ -50,29 +54,72 @@ class ArmScorer:
         Raises:
             Stopped: on all ranks; the records of complete blocks are kept.
         """
+        for arm in arms:
+            if arm.neighbors is not None and done[arm.name] < len(arm.numbers):
+                self._classify(arm, arm.neighbors, done[arm.name], advance)
+        arms = [arm for arm in arms if arm.neighbors is None]
         for start, stop in self._blocks(arms):
             for adapter in sorted({-1 if a.adapter is None else a.adapter for a in arms}):
                 due = [
-                    (arm, range(max(start, done[arm.name]), stop))
+                    (arm, range(max(start, done[arm.name]), min(stop, len(arm.numbers))))
                     for arm in arms
                     if (-1 if arm.adapter is None else arm.adapter) == adapter
-                    and done[arm.name] < stop
+                    and max(start, done[arm.name]) < min(stop, len(arm.numbers))
                 ]
                 if due:
                     self._score_block(due, advance, adapter)
 
     def num_texts(self, arms: Sequence[Arm], done: Mapping[str, int]) -> int:
         """Number of texts that ``score`` reads."""
-        return self.evaluator.num_texts(
-            [
-                Request(a.rows.subset(range(done[a.name], len(a.rows.candidates))), a.prompt)
-                for a in arms
-                if done[a.name] < len(a.rows.candidates)
-            ]
+        missing = [(arm, range(done[arm.name], len(arm.numbers))) for arm in arms]
+        requests = [
+            Request(arm.rows.subset(rows), arm.prompt)
+            for arm, rows in missing
+            if rows and arm.neighbors is None
+        ]
+        anchors = [
+            len(a.neighbors.inputs) + len(rows) for a, rows in missing if rows and a.neighbors
+        ]
+        return self.evaluator.num_texts(requests) + sum(anchors)
+
+    def _classify(
+        self, arm: Arm, neighbors: Neighbors, first: int, advance: Callable[[float], None]
+    ) -> None:
+        """Classify the rows of an arm by kNN prompting."""
+        engine, base = self.evaluator.engine, self.evaluator.base
+        limit = GENERATION_BATCHES * self.evaluator.budget.tokens
+
+        def between_batches(rows: int) -> None:
+            advance(rows)
+            if engine.any_rank(stop_signals.stop_requested()):
+                raise Stopped
+
+        started = time.perf_counter()
+        anchors = read_anchors(
+            engine, base, neighbors.inputs, neighbors.labels, between_batches, limit
         )
+        if self.store is not None:
+            self.store.note(arm.task, arm.name, time.perf_counter() - started)
+        size = BLOCK_ROWS * engine.world_size
+        for start in range(first, len(arm.numbers), size):
+            rows = arm.rows.subset(range(start, min(start + size, len(arm.numbers))))
+            nearest_R = nearest(
+                engine,
+                base,
+                [row[0].input_ids[: row[0].last_target[0]] for row in rows.candidates],
+                anchors,
+                neighbors.excluded[start : start + size],
+                neighbors.count,
+                between_batches,
+                limit,
+            )
+            if self.store is not None:
+                columns = _neighbor_columns(rows, neighbors, nearest_R)
+                self.store.append(arm.task, arm.name, records_of(arm, rows, start, columns))
+        engine.end_step()
 
     def _blocks(self, arms: Sequence[Arm]) -> Iterator[tuple[int, int]]:
-        rows = max((len(arm.rows.candidates) for arm in arms), default=0)
+        rows = max((len(arm.numbers) for arm in arms), default=0)
         size = BLOCK_ROWS * self.evaluator.engine.world_size
         yield from ((start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -96,6 +143,25 @@ class ArmScorer:
         if index < 0:
             return nullcontext()
         return applied(self.evaluator.base.model, *self.adapters[index])
+
+
+def _neighbor_columns(
+    rows: EvalSet, neighbors: Neighbors, nearest_R: Sequence[Sequence[int]]
+) -> dict[str, Sequence[Any]]:
+    """Fields of every row, as ``scored_columns``, with the places of its neighbors."""
+    choices = rows.task.choices or []
+    voted = [
+        votes([neighbors.labels[anchor] for anchor in near], len(choices)) for near in nearest_R
+    ]
+    predicted = [choices[choice] for choice, _ in voted]
+    target = [choices[choice] for choice in rows.gold]
+    return {
+        "target": target,
+        "prediction": predicted,
+        "correct": [a == b for a, b in zip(predicted, target, strict=True)],
+        "probabilities": [dict(zip(choices, shares, strict=True)) for _, shares in voted],
+        "neighbors": [[neighbors.places[anchor] for anchor in near] for near in nearest_R],
+    }
 
 
 def records_of(

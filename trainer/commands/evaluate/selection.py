@@ -134,6 +134,11 @@ def _problems(options: Options, tasks: Sequence[Task]) -> list[str]:
         for option in ("shots", "retrieved", "knn"):
             if getattr(options, option) is not None and (reason := _no_examples(task, option)):
                 problems.append(f"--{option}: {reason} (task {task.name})")
+        if options.knn is not None and metric not in ("accuracy", "macro_f1"):
+            problems.append(
+                f"--knn: kNN prompting predicts choices, without likelihoods or text, so {metric} "
+                "cannot be computed; use --metric accuracy or macro_f1"
+            )
     metric = options.metric or ""
     if metric in TEXT_METRICS and not _installed(metric):
         problems.append(

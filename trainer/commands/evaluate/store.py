@@ -60,6 +60,16 @@ class PredictionStore:
         atomic_io.write_json(known, {"digest": digest})
         return 0
 
+    def note(self, task: str, arm: str, setup_seconds: float) -> None:
+        """Record the time to prepare an arm."""
+        path = self.path(task, arm).with_suffix(".json")
+        atomic_io.write_json(path, read_json_object(path) | {"setup_seconds": setup_seconds})
+
+    def setup_seconds(self, task: str, arm: str) -> float | None:
+        """Return the time from ``note``; None without one."""
+        seconds = read_json_object(self.path(task, arm).with_suffix(".json")).get("setup_seconds")
+        return seconds if isinstance(seconds, float) else None
+
     def append(self, task: str, arm: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records and write them to disk."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]

@@ -298,6 +298,7 @@ _NO_EFFECT_ON_TOKENS = {
     "max_new_tokens",
     "stop",
     "hand_written",
+    "paraphrases",
 }
 
 
