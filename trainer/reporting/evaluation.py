@@ -179,10 +179,11 @@ def remarks(task: TaskEvaluation) -> list[str]:
         )
     if len(prompts) > 1 or len(texts) > 1:
         if task.selected_on == "half":
-            chosen = f"{task.best}" + (
-                f" and {task.best_hand_written}" if task.best_hand_written else ""
-            )
-            lines.append(f"{chosen} were chosen on the other half of the rows.")
+            chosen = [task.best] if len(prompts) > 1 else []
+            chosen += [task.best_hand_written] if len(texts) > 1 else []
+            verb = "was" if len(chosen) == 1 else "were"
+            names = " and ".join(map(str, chosen))
+            lines.append(f"{names} {verb} chosen on the other half of the rows.")
         else:
             lines.append(
                 "The best of several prompts and texts was chosen on these same rows, so its score "
@@ -194,12 +195,13 @@ def remarks(task: TaskEvaluation) -> list[str]:
         else:
             amount = format_difference(task.metric, task.detectable_difference).lstrip("+")
             lines.append(
-                f"{task.rows:,} rows show a difference of {amount} to {task.best} with 80% power."
+                f"A difference of {amount} between {task.best} and the best other arm would be "
+                f"significant on {task.rows:,} rows with 80% power."
             )
     if any(arm.paid_after_queries is not None for arm in task.arms):
         lines.append(
-            f"paid after: queries after which training {task.best} costs fewer FLOPs than the "
-            "longer text of this arm."
+            f"paid after: number of queries after which training {task.best} has paid for itself "
+            "in FLOPs, because this arm reads more per query."
         )
     return lines
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import load_base, open_base_on_all
+from trainer.evaluation.baseline_cache import RULES
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.metrics import check_sandbox
 from trainer.model.checkpoint_files import BaseFiles
@@ -184,7 +186,9 @@ def _score(
 
     def open_store() -> dict[str, dict[str, int]]:
         assert store is not None
-        base = json.dumps([files.fingerprint, run.config.base.model_dump(mode="json")])
+        versions = [version(name) for name in ("torch", "transformers")]
+        settings = run.config.base.model_dump(mode="json")
+        base = json.dumps([RULES, versions, engine.device.type, files.fingerprint, settings])
         digests = base, loaded.prompt_digests, loaded.adapter_digests
         return {
             task: {

@@ -40,13 +40,16 @@ def show(name: str, task: TaskEvaluation, console: Console) -> None:
     )
     if left_out:
         console.paragraph(f"not shown here: {', '.join(left_out)}; evaluation.json has all")
+    for line in remarks(task):
+        console.paragraph(line)
     if task.robustness:
         columns, table = changes(task)
         console.print()
-        console.table(f"{name}: changed rows", ["  prompt, rows", *columns], table, wrap=False)
-        console.paragraph("difference: to the score of the same prompt on the validation rows.")
-    for line in remarks(task):
-        console.paragraph(line)
+        console.table(f"{name}: changed rows", ["prompt, rows", *columns], table, wrap=False)
+        console.paragraph(
+            "difference: to the score of the same prompt on the validation rows, with 95% "
+            "interval; paired by row except for shifted validation."
+        )
 
 
 def _fit(
