@@ -19,7 +19,10 @@ from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.prefetch import prepare_batch
+from trainer.evaluation.generation import keys_and_values
 from trainer.model.layers.linear import FrozenLinear
+from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import OutOfMemory, step_gradients
 
@@ -66,11 +69,23 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
         except OutOfMemory as error:
             ways[way] = {"refusal": str(error)}
             break
+    retries_retraced = engine.world_size > 1 and _retries_after_decoding(engine, module)
     return {
         "ways": ways,
         "retries_untraced": retries_untraced,
+        "retries_retraced": retries_retraced,
         "digest_kept": base_digest(base) == digest,
     }
+
+
+@torch.no_grad()
+def _retries_after_decoding(engine: Engine, module: Any) -> bool:
+    """Whether a rank retries alone after decoding and packed forwards without gradient."""
+    keys_and_values(engine, module, [3, 4, 5])
+    rows, prompts = problem()
+    for _ in range(2):
+        module(prepare_batch(rows, prompt_lengths(prompts), engine.device), prompts)
+    return engine.recover_from_oom()
 
 
 @contextmanager

@@ -37,6 +37,11 @@ def test_no_rank_of_several_retries_alone_before_training_is_traced(results: Any
     assert results(2)["1"]["retries_untraced"] is False
 
 
+def test_no_rank_of_several_retries_alone_after_decoding(results: Any) -> None:
+    """DeepSpeed has recorded the order of a validation, and would record training in the retry."""
+    assert results(2)["1"]["retries_retraced"] is False
+
+
 def test_ranks_that_share_a_copy_report_the_remedy(results: Any) -> None:
     """The other ranks wait in this packed batch's gathers, so no rank can retry alone."""
     result = results(2)["2"]

@@ -191,7 +191,16 @@ class Engine(Ranks):
             head.keeps = self.kept_bytes + head.table_bytes <= kept_bytes
         # Returned without the engine's wrapper, which refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
+        module.register_forward_hook(self._check_trace)
         return module
+
+    def _check_trace(self, *_: object) -> None:
+        """After a forward, note whether DeepSpeed still has the trace of training.
+
+        A forward in another order, such as a decoding step, discards the trace. The next forward
+        without gradient is then recorded as a complete trace, without the order in backward.
+        """
+        self._traced = self._traced and self._zero.get_param_coordinator().is_complete_trace()
 
     def release(self, base: nn.Module) -> None:
         """Free this rank's memory of a base that is not used again.
