@@ -13,6 +13,7 @@ from tests.tokenizers_of_families import make_tokenizer
 from tests.unit.test_stock_templates import SYSTEM, TEXTS, TURNS, continuation, of_transformers
 from trainer.config import RunConfig, Task
 from trainer.data.dataset import gold_choices
+from trainer.data.preview import preview
 from trainer.data.splits import load_rows
 from trainer.data.task_data import load_tasks
 from trainer.data.teacher import teachers_of
@@ -227,12 +228,30 @@ def test_a_teacher_is_read_as_text_of_the_system(tmp_path, tokenizer, position) 
     assert labels(after) == labels(taught)
 
 
+def test_a_teacher_at_the_virtual_tokens_is_tokenized_with_the_text_before_it(
+    tmp_path, tokenizer
+) -> None:
+    settings = {"input": "Now {virtual_tokens} of {a}", "target": "{b}", "chat": True}
+    config = config_of(tmp_path, settings, DISTILL)
+    task, rows = config.tasks[0], [{"a": "x", "b": "yes"}]
+    (taught,) = examples(tmp_path, task, tokenizer, rows, prefix="Add json")
+    (row,) = examples(tmp_path, task, tokenizer, rows)
+    teacher = teachers_of(config, tokenizer)["p0"]
+    after = teacher.continued_by(row)
+    ids, at = after.input_ids, after.prompt_at
+    assert (*ids[:at], *teacher.token_ids, *ids[at:]) == taught.input_ids
+    assert labels(after) == labels(taught)
+
+
 def test_a_teacher_does_not_replace_text_of_the_rows(tmp_path, tokenizer) -> None:
     rows = [{"messages": TURNS[:2]}, {"messages": [SYSTEM, *TURNS[:2]]}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of(tmp_path, {"messages": "messages"}, DISTILL)
-    with pytest.raises(BadInput, match=r"prompts\.p0\.teacher: row 2 of task 't' has a turn of"):
+    problem = r"prompts\.p0\.teacher: .*d\.jsonl:2 has a turn of the system"
+    with pytest.raises(BadInput, match=problem):
         load_tasks(config, tokenizer, 1000, 100_000)
+    with pytest.raises(BadInput, match=problem):
+        preview(config, tokenizer, 1000, 100_000, 5)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import plain_model, problem, save_family, with_text_around
 from tests.soft_prompts import soft_prompts
+from tests.tokenizers_of_families import make_tokenizer as tokenizer_like
 from tests.unit.test_tokenize import ids, make_rows, make_task, make_tokenizer
 from trainer.config import Prompt
-from trainer.data.teacher import teachers_of
+from trainer.data.teacher import merge_warnings, teachers_of
 from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory
 from trainer.data.tokenization.tokenize import encode_halves, tokenize
 from trainer.model.attention.prefix_cache import PastCache
@@ -115,9 +116,11 @@ def test_without_a_target_the_row_itself_is_learned(tmp_path: Path) -> None:
         ({"input": "{virtual_tokens}{text}{virtual_tokens}"}, "more than once"),
         ({"target": "{virtual_tokens}{label}"}, "works in input only"),
         ({"input": "{virtual_tokens} a"}, "no {column} field"),
+        ({"hand_written": ["b {virtual_tokens}"]}, "is inserted at {virtual_tokens} of input"),
+        ({"chat": True, "system": "b {virtual_tokens}"}, "use prompts.position: system"),
     ],
 )
-def test_templates_that_cannot_work_are_refused(settings: dict[str, str], message: str) -> None:
+def test_templates_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_task(**settings)
 
@@ -189,6 +192,47 @@ def test_the_teacher_is_read_at_the_same_place(tmp_path: Path) -> None:
     assert batch.token_ids_T.tolist() == read
     assert batch.prompts[0][1].start == 3
     assert batch.labels_N.tolist() == list(ids("yes </s>"))
+
+
+TEXTS = ["rate the review: good or bad", "classify a review. now answer it"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "llama"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "rate {virtual_tokens}\nreview: {text}",
+        "{virtual_tokens}review: {text}",
+        "{virtual_tokens}{text}",
+    ],
+)
+def test_a_teacher_is_tokenized_with_the_fixed_text_before_it(
+    tmp_path: Path, kind: str, template: str
+) -> None:
+    """A space before ``{virtual_tokens}`` belongs to the teacher's first word, as in one text."""
+    task, tokenizer = make_task(input=template), tokenizer_like(kind, TEXTS)
+    rows = make_rows(tmp_path, [("good", "a"), ("a bad review", "b")], task)
+    text = "classify a review.\n"
+    prompt = Prompt(name="p", task="t", objective="distill", teacher=text, num_virtual_tokens=4)
+    config: Any = SimpleNamespace(prompts=[prompt], task=lambda name: task)
+    teacher = teachers_of(config, tokenizer)["p"]
+    taught = tokenize(rows, task, tokenizer, 100, prefix=text).examples
+    for row, wanted in zip(tokenize(rows, task, tokenizer, 100).examples, taught, strict=True):
+        after = teacher.continued_by(row)
+        ids, at = after.input_ids, after.prompt_at
+        assert (*ids[:at], *teacher.token_ids, *ids[at:]) == wanted.input_ids
+        assert after.num_labels == wanted.num_labels
+        fixed = [ids[at : after.prompt_end], row.input_ids[row.prompt_at : row.prompt_end]]
+        assert len({tokenizer.decode(part).strip() for part in fixed}) == 1
+    assert merge_warnings(task, [prompt], tokenizer, rows[0]) == []
+
+
+def test_a_teacher_that_merges_with_text_of_the_rows_is_reported(tmp_path: Path) -> None:
+    task, tokenizer = make_task(input="{text} {virtual_tokens} a"), tokenizer_like("gpt2", TEXTS)
+    (row,) = make_rows(tmp_path, [("good", "a")], task)
+    prompt = Prompt(name="p", task="t", objective="distill", teacher="now", num_virtual_tokens=4)
+    (warning,) = merge_warnings(task, [prompt], tokenizer, row)
+    assert warning.startswith("prompts.p.teacher: the tokenizer merges it with the text")
 
 
 def test_an_exported_prompt_contains_the_text_around_it(tmp_path: Path) -> None:

@@ -245,8 +245,8 @@ def test_a_teacher_that_merges_with_the_rows_is_warned_of(tmp_path, tokenizers):
     for kind in ALL:
         data = load(tmp_path, tokenizers[kind], "billing {q}", " {a}", teacher="Which topic? ")
         assert data.warnings == [
-            "prompts.p.teacher: the tokenizer merges its end with the beginning of the rows; they "
-            "are tokenized separately: end it with a word or a line break, without a space"
+            "prompts.p.teacher: the tokenizer merges it with the text of the rows around it; they "
+            "are tokenized separately: end both with a word or a line break, without a space"
         ]
 
 

@@ -263,6 +263,11 @@ class Task(Section):
                     problems.append(
                         f"{name}: needs validation rows; set validation or validation_share"
                     )
+        marked = "{" + VIRTUAL_TOKENS + "}"
+        if any(marked in text for text in self.hand_written):
+            problems.append(f"hand_written: is inserted at {marked} of input; remove it here")
+        if marked in (self.system or ""):
+            problems.append(f"system: {marked} works in input only; use prompts.position: system")
         twice = [text for text in self.hand_written if self.hand_written.count(text) > 1]
         if twice:
             problems.append(f"hand_written: {twice[0]!r} is listed more than once; remove one")

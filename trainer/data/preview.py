@@ -14,7 +14,7 @@ from trainer.config import RunConfig, Task
 from trainer.data.column_parsers import NO_LABEL
 from trainer.data.dataset import RowDataset
 from trainer.data.splits import load_splits
-from trainer.data.task_data import row_room
+from trainer.data.task_data import check_teacher, row_room
 from trainer.data.teacher import teachers_of
 from trainer.data.token_table import Example
 from trainer.data.tokenization.tokenize import check_vocabulary, tokenize
@@ -105,6 +105,10 @@ def preview(
                     rows, task, tokenizer, room, position=position, date=date, end_ids=end_ids
                 )
                 check_vocabulary(tokenized.examples, vocab_size)
+                for name, teacher in of_task.items():
+                    if teacher.position == position:
+                        setting = f"prompts.{name}.teacher"
+                        check_teacher(setting, teacher, rows, tokenized.examples)
                 texts += _texts(task, position, split, rows, list(tokenized.examples))
                 for number, what in ((tokenized.skipped, "skipped"), (tokenized.truncated, "cut")):
                     if number:

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import Prompt, RunConfig, Task, split_template
+from trainer.config import Prompt, RunConfig, Task
 from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
-from trainer.data.row_validation import render
 from trainer.data.splits import SPLITS, LeakedRows, leaks, load_splits, remarks
 from trainer.data.teacher import Teacher, merge_warnings, teachers_of
 from trainer.data.token_table import Example, TokenTable, in_memory
@@ -208,9 +207,8 @@ def load_tasks(
             data = loader.load(splits, read_progress)
             data.teachers = of_task
             _check_teachers(data)
-            if not task.is_chat and split_template(task.input) is None:
-                row = render(task.input, data.train_rows[0])
-                data.warnings += merge_warnings(prompts, tokenizer, row)
+            if not task.is_chat:
+                data.warnings += merge_warnings(task, prompts, tokenizer, data.train_rows[0])
             tasks[task.name] = data
         except BadInput as error:
             problems += error.problems
@@ -247,16 +245,21 @@ def row_room(
 def _check_teachers(data: TaskData) -> None:
     """Raise ``BadInput`` if rows do not begin with the tokens that a teacher replaces."""
     for name, teacher in data.teachers.items():
-        tables = [data.train_at(teacher.position)]
-        tables += [r.candidates.table for r in data.evaluation_at(teacher.position).values()]
-        for table in tables:
-            row = table.first_without(teacher.replaced)
-            if row is not None:
-                raise BadInput(
-                    f"prompts.{name}.teacher: row {row.row + 1} of task {data.task.name!r} has a "
-                    "turn of the system, which the teacher would replace; remove the turns of "
-                    "the system from the rows, or write their text into the teacher"
-                )
+        setting = f"prompts.{name}.teacher"
+        check_teacher(setting, teacher, data.train_rows, data.train_at(teacher.position))
+        for split in data.evaluation_at(teacher.position).values():
+            check_teacher(setting, teacher, split.rows, split.candidates.table)
+
+
+def check_teacher(setting: str, teacher: Teacher, rows: RowDataset, table: TokenTable) -> None:
+    """Raise ``BadInput`` if a row does not begin with the tokens that a teacher replaces."""
+    example = table.first_without(teacher.replaced)
+    if example is not None:
+        raise BadInput(
+            f"{setting}: {rows.where(example.row)} has a turn of the system, which the teacher "
+            "would replace; remove the turns of the system from the rows, or write their text "
+            "into the teacher"
+        )
 
 
 @dataclass

@@ -20,7 +20,7 @@ from trainer.data.tokenization.dialogue_rows import (
     limit_problem,
     user_messages,
 )
-from trainer.data.tokenization.message_edits import with_mark
+from trainer.data.tokenization.message_edits import MARK, with_mark
 from trainer.data.tokenization.tokenizer import TextTokenizer
 from trainer.runtime.errors import BadInput
 
@@ -31,14 +31,16 @@ class Teacher:
 
     Attributes:
         index: among the distinct teachers of a run.
-        token_ids: special tokens at the beginning of a text, then the teacher's text.
-        num_special: number of these special tokens. Rows omit theirs after the teacher. 0 if the
-            task's input has ``{virtual_tokens}``, where the teacher's text is inserted.
+        token_ids: the text that the base reads in place of the first tokens of a row: special
+            tokens, fixed text before ``{virtual_tokens}`` if it merges with the teacher, and the
+            teacher's text.
+        num_special: number of these first tokens, which rows omit after the teacher. 0 if the
+            teacher's text is inserted at ``{virtual_tokens}``.
         beginnings: token at the beginning of a row -> its tokens after the teacher's text; only for
             tokenizers that put a space before every text.
-        replaced: tokens at the beginning of every dialogue in place of which the teacher is read:
-            what the chat template writes before the user's text, without and with the teacher as
-            text of the system.
+        replaced: the first ``num_special`` tokens of every row if they are more than special
+            tokens: what the chat template writes before the user's text, or the fixed text before
+            ``{virtual_tokens}``.
         position: ``prompts.position`` of the prompt, which determines the tokens of its rows.
     """
 
@@ -66,13 +68,14 @@ class Teacher:
         spans = tuple((start - shift, stop - shift) for start, stop in example.label_spans)
         assert start > 0, "the first label is predicted by a token of the row"
         branches = tuple((start - shift, at - shift) for start, at in example.branches)
+        fixed = example.prompt_end > self.num_special  # text after the prompt is shared
         return replace(
             example,
             input_ids=(*begin, *rest),
             label_spans=spans,
             branches=branches,
             prompt_at=max(0, example.prompt_at - self.num_special),
-            prompt_end=max(0, example.prompt_end - self.num_special),
+            prompt_end=example.prompt_end - shift if fixed else 0,
         )
 
 
@@ -98,21 +101,18 @@ def teachers_of(
             continue
         task = config.task(prompt.task)
         halves = split_template(task.input)
-        if halves is None and task.is_chat:
-            replaced, ids = _as_system(prompt, task, tokenizer, date)
-            more: Any = {"replaced": tuple(replaced), "position": prompt.position}
-            teacher = Teacher(len(known), tuple(ids), len(replaced), **more)
-        elif halves is None:
+        if not task.is_chat and (halves is None or not halves[0]):
             ids = encoder.inputs([prompt.teacher])[0]
             teacher = Teacher(len(known), tuple(ids), num_special, beginnings)
         else:
-            context = "" if template_fields(halves[0]) else render(halves[0], {})
-            (ids,), _ = encoder.targets([context], encoder.inputs([context]), [prompt.teacher])
-            teacher = Teacher(len(known), tuple(ids), 0)
+            place = _as_system if halves is None else _at_virtual_tokens
+            replaced, ids = place(prompt, task, tokenizer, date)
+            more: Any = {"replaced": tuple(replaced), "position": prompt.position}
+            teacher = Teacher(len(known), tuple(ids), len(replaced), **more)
         empty = teacher.replaced or tuple(encoder.front)[: teacher.num_special]
         if teacher.token_ids == empty:
             problem = "has no tokens; write some words"
-            if teacher.replaced:
+            if teacher.replaced and halves is None:
                 problem = "the chat template ignores turns of the system; use one that writes them"
             raise BadInput(f"prompts.{prompt.name}.teacher: {problem}")
         key = teacher.num_special, teacher.token_ids, teacher.replaced, teacher.position
@@ -151,11 +151,57 @@ def _as_system(
     return encoder.ids(before), encoder.ids(before_taught)
 
 
-def merge_warnings(prompts: Sequence[Prompt], tokenizer: Any, row: str) -> list[str]:
-    """Return warnings about teachers whose text the tokenizer merges with the input of a row."""
+def _at_virtual_tokens(
+    prompt: Prompt, task: Task, tokenizer: Any, date: datetime.date | None
+) -> tuple[list[int], list[int]]:
+    """Return the tokens that the teacher replaces, and the tokens that it replaces them with.
+
+    It replaces the fixed text before ``{virtual_tokens}`` if the tokenizer merges the two, as it
+    merges a space with the next word. Otherwise the teacher's text is inserted and replaces
+    nothing.
+    """
+    text, encoder = str(prompt.teacher), TextTokenizer(tokenizer)
+    columns, (half, _) = template_fields(task.input), split_template(task.input) or ("", "")
+    before = render(half, dict.fromkeys(columns, "x"))
+    if template_fields(half):  # the text before differs between rows
+        (inserted,), _ = encoder.targets([before], encoder.inputs([before]), [text])
+        return [], inserted
+    if task.is_chat:
+        dialogues = dialogue_encoder(tokenizer, task, date)
+        inputs = [render(task.input, dict.fromkeys(columns, probe), MARK) for probe in ("x", "y")]
+        try:
+            written, _ = dialogues.beginning([user_messages(task, i) for i in inputs])
+        except TemplateLimitExceeded as error:
+            raise BadInput(f"prompts.{prompt.name}.teacher: {limit_problem(error)}") from None
+        except ValueError as error:
+            raise BadInput(f"prompts.{prompt.name}.teacher: {error}") from None
+        before, _, _ = written.partition(MARK)
+        own, joined = dialogues.ids(before), dialogues.ids(before + text)
+    else:
+        own, joined = encoder.inputs([before, before + text])
+    return ([], joined[len(own) :]) if joined[: len(own)] == own else (own, joined)
+
+
+def merge_warnings(
+    task: Task, prompts: Sequence[Prompt], tokenizer: Any, row: Mapping[str, Any]
+) -> list[str]:
+    """Return warnings about teachers whose text the tokenizer merges with text around it.
+
+    Args:
+        row: a row of the task, which has input and target.
+    """
+    encoder = TextTokenizer(tokenizer)
+    halves = split_template(task.input) or ("", task.input)
+    before, after = (render(half, row) for half in halves)
+
+    def merges(teacher: str) -> bool:
+        # Fixed text before the teacher is tokenized together with it.
+        is_row = bool(template_fields(halves[0])) and encoder.merges(before, teacher)
+        return is_row or encoder.merges(before + teacher, after)
+
     return [
-        f"prompts.{prompt.name}.teacher: the tokenizer merges its end with the beginning of the "
-        "rows; they are tokenized separately: end it with a word or a line break, without a space"
+        f"prompts.{prompt.name}.teacher: the tokenizer merges it with the text of the rows around "
+        "it; they are tokenized separately: end both with a word or a line break, without a space"
         for prompt in prompts
-        if prompt.teacher is not None and TextTokenizer(tokenizer).merges(prompt.teacher, row)
+        if prompt.teacher is not None and merges(prompt.teacher)
     ]
