@@ -155,7 +155,8 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
     laboratory: Any = FakeLaboratory(results)
     text = tables.tables(laboratory, DESIGN, "plot.png")
     assert f"- condition, {OURS}: **worse**: {LORA} (-57.5," in text
-    assert "| 0.01 of 0.01 | 0 | 0.0 | 11,520 | 1e12 |" in text
+    assert "| 0.01 of 0.01 | 0 | 0.0 | 11,520 |" in text
+    assert f"| condition, {LORA} | 50 | 2 | 1e12 |  |" in text
     assert f"| condition, {LORA} | 1 | 1 | 128 |" in text
     assert f"| condition, {OURS} |  | 2 | 128 |" in text
     assert "| condition, PEFT IA3 | 0 | not run | not run |" in text

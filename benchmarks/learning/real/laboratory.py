@@ -25,10 +25,12 @@ from benchmarks.learning.real.plan import (
     MAJORITY,
     NO_PROMPT,
     SHOTS,
+    STEP_PROFILE,
     Design,
     Job,
     jobs,
 )
+from benchmarks.learning.real.profile import step_costs
 from trainer.config import RunConfig
 from trainer.data.task_data import EvalSet
 from trainer.runtime.git_revision import git_revision
@@ -58,6 +60,8 @@ class Laboratory:
         if cell.arm in OURS:
             return own_runs.settings_of(cell, self._own_task(cell, written=False), digest)
         shared = {"version": VERSION, "rows": digest, "held_back": HELD_BACK}
+        if cell.arm == STEP_PROFILE:
+            return shared
         if cell.arm in BASELINES:
             return shared | ({"shots": NUM_SHOTS} if cell.arm == SHOTS else {})
         arm = PEERS[cell.arm]
@@ -108,6 +112,11 @@ class Laboratory:
             self._keep(first, self._baseline(first))
         else:
             self._run_peer(first, job.validate)
+
+    def profile(self, cell: Cell) -> None:
+        """Measure the cost of a step on the rows of the first update."""
+        rows = next(self._data_of(cell).updates(cell.task, cell.seed))
+        self._keep(cell, step_costs(self.files.base, rows, NUM_VIRTUAL_TOKENS))
 
     def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
         result |= {"revision": git_revision(Path(__file__).resolve().parents[3])}

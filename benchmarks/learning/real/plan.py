@@ -11,6 +11,8 @@ from benchmarks.learning.real.packed_peft import PEERS
 
 MAJORITY, NO_PROMPT, HAND_WRITTEN = "always the majority answer", "no prompt", "best instruction"
 SHOTS = "8 examples in context"
+#: Not an arm: the cost of one step of this trainer.
+STEP_PROFILE = "step profile"
 #: Other arms start from the best instruction, so it is the first.
 BASELINES = (HAND_WRITTEN, MAJORITY, NO_PROMPT, SHOTS)
 #: Arms that are compared first.

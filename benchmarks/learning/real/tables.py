@@ -20,6 +20,7 @@ from benchmarks.learning.real.plan import (
     MAJORITY,
     NO_PROMPT,
     SHOTS,
+    STEP_PROFILE,
     Design,
 )
 from trainer.evaluation.statistics import (
@@ -204,9 +205,9 @@ def _points(difference: Difference) -> str:
 def _task_table(arms: dict[str, ArmResult]) -> Iterator[str]:
     yield (
         "| | accuracy | loss | difference: ours, prompt_tuning, system minus this | learning rate, "
-        "of those tried | seeds | best to worst seed | trained parameters | training FLOPs |"
+        "of those tried | seeds | best to worst seed | trained parameters |"
     )
-    yield "|---" * 9 + "|"
+    yield "|---" * 8 + "|"
     reference = arms.get(REFERENCE)
     for name, arm in arms.items():
         if name in BASES:
@@ -219,7 +220,7 @@ def _task_table(arms: dict[str, ArmResult]) -> Iterator[str]:
         rate = "" if name in BASELINES else "default"
         if arm.rate is not None:
             rate = f"{arm.rate:g} of {', '.join(f'{r:g}' for r in arm.tried)}"
-        parameters, flops = arm.mean("trained_parameters"), arm.mean("train_flops")
+        parameters = arm.mean("trained_parameters")
         label = name
         if name == MAJORITY:
             label = f"{name}: {arm.results[0]['answer']}"
@@ -227,7 +228,7 @@ def _task_table(arms: dict[str, ArmResult]) -> Iterator[str]:
         yield (
             f"| {label} | {accuracy} | {loss} | {difference} | {rate} | "
             f"{', '.join(map(str, arm.seeds))} | "
-            f"{100 * arm.spread:.1f} | {parameters or 0:,.0f} | {_flops(flops)} |"
+            f"{100 * arm.spread:.1f} | {parameters or 0:,.0f} |"
         )
 
 
@@ -248,27 +249,43 @@ def _curves(laboratory: Laboratory, design: Design) -> Iterator[str]:
 
 
 def _costs(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    profile = laboratory.result(_profile_cell(design))
     yield (
         "Seconds on one thread of a machine that other programs used: they compare arms only "
-        "roughly. FLOPs of PEFT are counted by operator in one step and scaled to all tokens."
+        "roughly. FLOPs of training are counted by operator in one step and scaled to all tokens."
     )
     yield ""
-    yield "| task, arm | text tokens per second | seconds of training | share of the run |"
-    yield "|---|---|---|---|"
+    yield (
+        "| task, arm | text tokens per second | seconds of training | training FLOPs | phases of "
+        "the run |"
+    )
+    yield "|---|---|---|---|---|"
     for task in design.tasks:
         for name, arm in arm_results(laboratory, design, task, design.rows[0]).items():
             seconds, tokens = arm.mean("train_seconds"), arm.mean("text_tokens")
             if name in BASES or seconds is None or tokens is None:
                 continue
-            shares = ""
-            if "time" in arm.results[0]:
-                time = arm.results[0]["time"]
-                parts = (
-                    f"{word} {time.get(p, 0) / sum(time.values()):.0%}"
-                    for p, word in PHASES.items()
-                )
-                shares = ", ".join(parts)
-            yield f"| {task}, {name} | {tokens / seconds:.0f} | {seconds:.0f} | {shares} |"
+            flops, time = arm.mean("train_flops"), arm.results[0].get("time", {})
+            if flops is None and profile is not None:
+                flops = tokens * profile["train_flops"]
+            parts = (
+                f"{word} {time[key] / sum(time.values()):.0%}"
+                for key, word in PHASES.items()
+                if key in time
+            )
+            yield (
+                f"| {task}, {name} | {tokens / seconds:.0f} | {seconds:.0f} | {_flops(flops)} | "
+                f"{', '.join(parts)} |"
+            )
+    if profile is not None:
+        yield ""
+        for what, key in (("Training", "train_shares"), ("Scoring", "score_shares")):
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in profile[key].items())
+            yield f"- {what}, shares of the time of one step of ours: {shares}."
+
+
+def _profile_cell(design: Design) -> Cell:
+    return design.cell(STEP_PROFILE, design.tasks[0], design.rows[0], 0)
 
 
 def _bases(laboratory: Laboratory, design: Design) -> Iterator[str]:
