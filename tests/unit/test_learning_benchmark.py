@@ -168,7 +168,6 @@ def test_one_side_is_measured_and_the_other_kept(
     new = [training("ours, prompt_tuning", 0, None, 0.1, 0.2)]
     done = SimpleNamespace(wait=lambda: 0)
     reported: dict[str, Any] = {}
-    monkeypatch.setattr(sys, "argv", ["learning", "--only", "ours"])
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(ours, "run_file", lambda path, *_, with_text: (path, {}))
     monkeypatch.setattr(ours, "train", lambda *_: done)
@@ -176,7 +175,7 @@ def test_one_side_is_measured_and_the_other_kept(
     monkeypatch.setattr(benchmark, "summary", lambda report: reported.update(report) or report)
     monkeypatch.setattr(benchmark, "table", lambda *_: "")
     monkeypatch.setattr(benchmark, "plot", lambda *_: None)
-    benchmark.main()
+    benchmark.main(["--only", "ours"])
     assert reported["ours"] == reported["ours, with instruction"] == new
     assert reported["peers"] == (before["peers"] if kept else None)
     assert json.loads((tmp_path / "learning.json").read_text()) == reported
