@@ -311,6 +311,7 @@ def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
         "The same command continues with the cells that are missing."
     )
     yield ""
+    yield from _revisions(laboratory, design)
     yield f"| task, arm | rates tried, of 5 | seeds, of {seeds} | number of training rows |"
     yield "|---|---|---|---|"
     for task in design.tasks:
@@ -325,6 +326,20 @@ def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
             else:
                 count = "" if arm in BASELINES else str(len(result.seeds))
                 yield f"| {task}, {arm} | {rates} | {count} | {', '.join(done)} |"
+
+
+def _revisions(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    """Name the commits whose defaults were measured; "+changed": with uncommitted changes."""
+    found = {
+        result["revision"][:9] + ("+changed" if "+changed" in result["revision"] else "")
+        for task in design.tasks
+        for name, arm in arm_results(laboratory, design, task, design.rows[0]).items()
+        for result in arm.results
+        if name in OURS and result.get("revision")
+    }
+    if found:
+        yield f"Ours at commit {', '.join(sorted(found))}."
+        yield ""
 
 
 def plot(laboratory: Laboratory, design: Design, path: Path) -> None:
