@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +34,6 @@ from benchmarks.learning.real.plan import (
 from benchmarks.learning.real.profile import step_costs
 from trainer.config import RunConfig
 from trainer.data.task_data import EvalSet
-from trainer.runtime.git_revision import git_revision
 
 NUM_SHOTS = 8
 NUM_VIRTUAL_TOKENS = 20
@@ -119,7 +119,7 @@ class Laboratory:
         self._keep(cell, step_costs(self.files.base, rows, NUM_VIRTUAL_TOKENS))
 
     def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
-        result |= {"revision": git_revision(Path(__file__).resolve().parents[3])}
+        result |= {"trainer_commit": trainer_commit()}
         self.cells.put(cell, self.settings(cell), result)
 
     def _own_task(self, cell: Cell, *, written: bool) -> dict[str, Any]:
@@ -275,6 +275,13 @@ class Laboratory:
         if validate:
             result["validation"], result["validation_seconds"] = _timed(model, common, rows)
         self._keep(cell, result)
+
+
+def trainer_commit() -> str:
+    """Last commit of the trainer's code, whatever has changed elsewhere; empty outside a clone."""
+    root = Path(__file__).resolve().parents[3]
+    command = ["git", "-C", str(root), "log", "-1", "--format=%h", "--", "trainer"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _timed(model: Any, common: tuple[int, ...], rows: EvalSet) -> tuple[dict[str, Any], float]:

@@ -311,7 +311,7 @@ def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
         "The same command continues with the cells that are missing."
     )
     yield ""
-    yield from _revisions(laboratory, design)
+    yield from _commits(laboratory, design)
     yield f"| task, arm | rates tried, of 5 | seeds, of {seeds} | number of training rows |"
     yield "|---|---|---|---|"
     for task in design.tasks:
@@ -328,17 +328,16 @@ def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
                 yield f"| {task}, {arm} | {rates} | {count} | {', '.join(done)} |"
 
 
-def _revisions(laboratory: Laboratory, design: Design) -> Iterator[str]:
-    """Name the commits whose defaults were measured; "+changed": with uncommitted changes."""
+def _commits(laboratory: Laboratory, design: Design) -> Iterator[str]:
     found = {
-        result["revision"][:9] + ("+changed" if "+changed" in result["revision"] else "")
+        result["trainer_commit"]
         for task in design.tasks
         for name, arm in arm_results(laboratory, design, task, design.rows[0]).items()
         for result in arm.results
-        if name in OURS and result.get("revision")
+        if name in OURS and result.get("trainer_commit")
     }
     if found:
-        yield f"Ours at commit {', '.join(sorted(found))}."
+        yield f"Last commit of the trainer's code that was measured: {', '.join(sorted(found))}."
         yield ""
 
 
