@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -96,7 +97,6 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
     name = run["prompts"][number]["name"]
     summary = json.loads((output / "summary.json").read_text())
     records = list(prediction_files.read(prediction_files.path_of(output, name)))
-    adapter = output / "prompts" / name / "adapter_model.safetensors"
     scores = summary["prompts"][name]
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     train_losses = [
@@ -117,25 +117,20 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
         "validation": validation,
         "train_losses": train_losses,
         "start": start[1] if start else "",
-        "trained_parameters": _parameters(adapter),
+        "trained_parameters": _parameters(output, name),
         "text_tokens": summary["throughput"]["useful_tokens"] / prompts,
         "train_seconds": round(summary["throughput"]["train_seconds"] / prompts, 1),
-        "time": {k: round(v / prompts, 2) for k, v in summary["time"].items()},
+        "time": {k: round(v / prompts, 2) for k, v in summary["time"].items() if k != "total"},
         "prompts_in_run": prompts,
         "useful_tokens_per_second": round(summary["throughput"]["useful_tokens_per_second"], 1),
     }
 
 
-def _parameters(adapter: Path) -> int:
+def _parameters(output: Path, name: str) -> int:
+    """Number of trained parameters, from the last checkpoint."""
     from safetensors import safe_open
 
-    with safe_open(adapter, "pt") as tensors:
-        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-    return sum(int(_product(shape)) for shape in shapes)
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    (checkpoint,) = sorted((output / "checkpoints").glob("*/state.safetensors"))[-1:]
+    with safe_open(checkpoint, "pt") as tensors:
+        trained = [key for key in tensors.keys() if key.startswith(f"{name}/encoder/")]  # noqa: SIM118
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in trained)
