@@ -133,11 +133,15 @@ def tables(laboratory: Laboratory, design: Design, picture: str) -> str:
     """Render the results as Markdown."""
     lines = _head(design)
     comparisons, bodies = list[str](), list[str]()
+    seeds = set[int]()
     for task in design.tasks:
         arms = arm_results(laboratory, design, task, design.rows[0])
         if arms:
+            seeds |= {seed for arm in arms.values() for seed in arm.seeds}
             comparisons += _verdicts(task, arms)
             bodies += ["", f"## {task}", "", *_task_table(arms)]
+    if seeds == {design.seeds[0]}:
+        comparisons += ["", "Only one seed was run; others can change these differences."]
     lines += ["", "## Wins, losses and ties", "", *comparisons, *bodies]
     lines += ["", "## Fewer and more training rows", "", *_curves(laboratory, design)]
     lines += ["", "## Cost", "", *_costs(laboratory, design)]
@@ -227,7 +231,7 @@ def _task_table(arms: dict[str, ArmResult]) -> Iterator[str]:
         accuracy = f"{100 * arm.accuracy:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
         yield (
             f"| {label} | {accuracy} | {loss} | {difference} | {rate} | "
-            f"{', '.join(map(str, arm.seeds))} | "
+            f"{'' if name in BASELINES else ', '.join(map(str, arm.seeds))} | "
             f"{100 * arm.spread:.1f} | {parameters or 0:,.0f} |"
         )
 
@@ -289,10 +293,13 @@ def _profile_cell(design: Design) -> Cell:
 
 
 def _bases(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    by_task = {t: arm_results(laboratory, design, t, design.rows[0]) for t in design.tasks}
+    if not any(base in arms for arms in by_task.values() for base in BASES):
+        yield "Not run yet."
+        return
     yield "| task | base | accuracy | loss | difference: default minus this |"
     yield "|---|---|---|---|---|"
-    for task in design.tasks:
-        arms = arm_results(laboratory, design, task, design.rows[0])
+    for task, arms in by_task.items():
         for name in (REFERENCE, *BASES):
             if name in arms and any(base in arms for base in BASES):
                 label = "int8, the default" if name == REFERENCE else name.removeprefix("base in ")
