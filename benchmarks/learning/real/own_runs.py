@@ -104,6 +104,7 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
         for line in lines
         if line["prompt"] == name and "train_loss" in line["metrics"]
     ]
+    task = run["prompts"][number]["task"]
     start = re.search(rf"^{name}: starts from (.*?):? '", log, re.MULTILINE)
     validation = {
         "loss": scores["validation_loss"],
@@ -115,6 +116,7 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
     prompts = len(run["prompts"])
     return {
         "validation": validation,
+        "baselines": _baselines(output, task, summary["tasks"][task]),
         "train_losses": train_losses,
         "start": start[1] if start else "",
         "trained_parameters": _parameters(output, name),
@@ -124,6 +126,21 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
         "prompts_in_run": prompts,
         "useful_tokens_per_second": round(summary["throughput"]["useful_tokens_per_second"], 1),
     }
+
+
+def _baselines(output: Path, task: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores of the base without a prompt and with the instruction, as this run stores the base."""
+    texts = {"no_prompt": scores["no_prompt"], "hand_written-1": scores["hand_written"][0]}
+    found = {}
+    for name, values in texts.items():
+        file = prediction_files.baseline_file(task, name)
+        records = prediction_files.read(prediction_files.path_of(output, file))
+        found[name] = {
+            "accuracy": values["validation_accuracy"],
+            "loss": values["validation_loss"],
+            "correct": [int(record["correct"]) for record in records],
+        }
+    return found
 
 
 def _parameters(output: Path, name: str) -> int:

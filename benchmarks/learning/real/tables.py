@@ -293,21 +293,38 @@ def _profile_cell(design: Design) -> Cell:
 
 
 def _bases(laboratory: Laboratory, design: Design) -> Iterator[str]:
-    by_task = {t: arm_results(laboratory, design, t, design.rows[0]) for t in design.tasks}
-    if not any(base in arms for arms in by_task.values() for base in BASES):
-        yield "Not run yet."
-        return
-    yield "| task | base | accuracy | loss | difference: default minus this |"
-    yield "|---|---|---|---|---|"
-    for task, arms in by_task.items():
-        for name in (REFERENCE, *BASES):
-            if name in arms and any(base in arms for base in BASES):
-                label = "int8, the default" if name == REFERENCE else name.removeprefix("base in ")
-                arm, difference = arms[name], ""
-                if name != REFERENCE and REFERENCE in arms:
-                    difference = _points(arms[REFERENCE].minus(arm))
-                accuracy = f"{100 * arm.accuracy:.1f}%"
-                yield f"| {task} | {label} | {accuracy} | {arm.loss:.3f} | {difference} |"
+    """Compare int8 with 16 bits: texts scored on both bases, and prompts trained on each."""
+    yield "Differences in points of accuracy: int8, the default, minus the other base."
+    yield ""
+    yield "| task | prompt | base | accuracy | loss | difference |"
+    yield "|---|---|---|---|---|---|"
+    for task in design.tasks:
+        arms = arm_results(laboratory, design, task, design.rows[0])
+        yield from _texts_on_bases(task, arms)
+        trained = [name for name in (REFERENCE, *BASES) if name in arms]
+        for name in trained if len(trained) > 1 else ():
+            arm = arms[name]
+            label = "int8" if name == REFERENCE else name.removeprefix("base in ")
+            points = "" if name == REFERENCE else _points(arms[REFERENCE].minus(arm))
+            yield _base_row(task, "trained on this base", label, arm.accuracy, arm.loss, points)
+
+
+def _texts_on_bases(task: str, arms: dict[str, ArmResult]) -> Iterator[str]:
+    """Scores of no prompt and of the best instruction on both bases."""
+    in_int8 = arms[REFERENCE].results[0].get("baselines", {}) if REFERENCE in arms else {}
+    for key, arm in (("no_prompt", NO_PROMPT), ("hand_written-1", HAND_WRITTEN)):
+        if key in in_int8 and arm in arms:
+            ours, other = in_int8[key], arms[arm]
+            correct = [bool(x) for x in other.results[0]["validation"]["correct"]]
+            points = _points(paired_rates([bool(x) for x in ours["correct"]], correct))
+            yield _base_row(task, arm, "int8", ours["accuracy"], ours["loss"], "")
+            yield _base_row(task, arm, "16 bits", other.accuracy, other.loss, points)
+
+
+def _base_row(
+    task: str, prompt: str, base: str, accuracy: float, loss: float | None, points: str
+) -> str:
+    return f"| {task} | {prompt} | {base} | {100 * accuracy:.1f}% | {loss or 0:.3f} | {points} |"
 
 
 def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
