@@ -152,6 +152,11 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
         replace(ours_cell, seed=1): trained(*[0] * 11, *[1] * 9),
         lora: trained(*[1] * 20, loss=0.1),
     }
+    results[ours_cell]["baselines"] = {
+        "hand_written-1": {"accuracy": 0.2, "loss": 5.0, "correct": [1] * 4 + [0] * 16}
+    }
+    text_cell = replace(DESIGN.cell(HAND_WRITTEN, "condition", 0, 0), steps=0, tokens_per_step=0)
+    results[text_cell] = trained(*[1] * 5, *[0] * 15, loss=4.0)
     laboratory: Any = FakeLaboratory(results)
     text = tables.tables(laboratory, DESIGN, "plot.png")
     assert f"- condition, {OURS}: **worse**: {LORA} (-57.5," in text
@@ -160,6 +165,9 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
     assert f"| condition, {LORA} | 1 | 1 | 128 |" in text
     assert f"| condition, {OURS} |  | 2 | 128 |" in text
     assert "| condition, PEFT IA3 | 0 | not run | not run |" in text
+    assert f"| condition, {HAND_WRITTEN} |  |  | 32, 128 |" in text
+    assert f"| condition | {HAND_WRITTEN} | int8 | 20.0% | 5.000 |  |" in text
+    assert f"| condition | {HAND_WRITTEN} | 16 bits | 25.0% | 4.000 | -5.0," in text
     tables.plot(laboratory, DESIGN, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     scores = tables.documents(laboratory, DESIGN, [])["scores"]
