@@ -15,6 +15,7 @@ from launch import (
     completion,
     evaluate_command,
     example_commands,
+    lint_command,
     messages,
     node,
     preflight,
@@ -405,6 +406,7 @@ app.command("list", epilog=EXIT_CODES)(status_commands.list_)
 app.command(epilog=EXIT_CODES)(scaffold_commands.init)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
 app.command(epilog=EXIT_CODES)(example_commands.example)
+app.command(epilog=EXIT_CODES)(lint_command.lint)
 app.command(epilog=EXIT_CODES)(settings_commands.settings)
 app.command(epilog=EXIT_CODES)(settings_commands.schema)
 

@@ -1,0 +1,166 @@
+"""Words and phrases that the rules look for, in lower case."""
+
+from __future__ import annotations
+
+import re
+
+
+def any_of(*phrases: str) -> re.Pattern[str]:
+    """Match one of the phrases as whole words, in any case."""
+    return re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
+
+
+#: Verbs that ask for a result.
+REQUESTS = frozenset(
+    "analyse analyze assess calculate categorize classify compare compute count create decide "
+    "describe detect determine discuss draft estimate evaluate explain extract find generate "
+    "identify justify label list name outline predict propose provide rank rate recommend rewrite "
+    "show solve state suggest summarise summarize tag tell translate write".split()
+)
+#: Those that are nouns, too: a request only before one of NOUN_STARTS, unless they begin a sentence.
+ALSO_NOUNS = frozenset(
+    "count draft estimate find label list name outline rank rate show state tag".split()
+)
+NOUN_STARTS = frozenset(
+    "a all an any at both each every exactly how if it its me one our that the their them these "
+    "this those three two us what when where whether which who why your".split()
+)
+#: What may stand before the verb of a request.
+POLITE = re.compile(
+    r"(?:(?:please|kindly|(?:could|can|would|will) you|i (?:would like|want|need) you to|"
+    r"you (?:should|must|need to|have to)|your (?:task|job) is to|try to)\s+)+",
+    re.IGNORECASE,
+)
+#: Verbs that say how to answer.
+ANSWERS = frozenset(
+    "answer choose end format give keep limit omit output pick print put quote reply respond "
+    "return say select start use write".split()
+)
+NEGATIVE = any_of("do not", "don['’]t", "never", "avoid", "refrain from", "must not", "should not")
+FORMAT = any_of(
+    r"(?:answer|respond|reply|output|return)\b[^.]*",
+    "in (?:one|two|three|\\d+) (?:words?|sentences?|lines?)",
+    "one of",
+    "(?:as|in) (?:a )?(?:json|xml|yaml|csv|table|list)",
+    "format",
+    "label only",
+    "only the (?:label|class|name|category|word)",
+)
+CONSTRAINT = any_of(
+    "must",
+    "only",
+    "exactly",
+    "at most",
+    "at least",
+    "no more than",
+    "no fewer than",
+    "always",
+    "never",
+    "do not",
+    "don['’]t",
+    "avoid",
+)
+
+#: Phrases that change nothing, with what may replace them.
+FILLERS = {
+    r"please\s+": "",
+    r",?\s*please(?=[.!?]|$)": "",
+    r"kindly\s+": "",
+    r"(?:could|can|would|will) you (?:please )?": "",
+    r"i (?:would|'d) (?:like|love|want) (?:for )?you to\s+": "",
+    r"i (?:want|need) you to\s+": "",
+    r"i was wondering (?:if|whether) you (?:could|can)\s+": "",
+    r"your (?:task|job) is to\s+": "",
+    r"(?:make|be) sure (?:to|that you)\s+": "",
+    r"it is (?:very |really )?important (?:to note )?that\s+": "",
+    r"(?:please )?note that\s+": "",
+    r"in order to\b": "to",
+    r"due to the fact that\b": "because",
+    r"as (?:much|well|best|accurately|clearly) as (?:you can|possible)": "",
+    r"if (?:at all )?possible,?\s*": "",
+    r"take a deep breath(?: and)?\s*": "",
+    r"(?:basically|essentially|actually|literally|obviously|simply put),?\s+": "",
+    r"(?:very|really|extremely|quite|rather|super)\s+": "",
+    r"(?:feel free to|don['’]t hesitate to)\s+": "",
+    r"thank(?:s| you)(?: (?:so much|in advance|very much))?[.!]?": "",
+}
+#: Amounts that every reader understands differently, with an example of a number.
+VAGUE = {
+    r"(?:a few|a couple of|a number of|some|several|various|numerous)(?= \w+s\b)": "three",
+    r"(?:many|a lot of|lots of|plenty of)(?= \w+)": "ten",
+    r"(?<=be )(?:fairly |relatively )?(?:short|brief|concise)": "at most 20 words long",
+    r"(?<=it )(?:fairly |relatively )?(?:short|brief|concise)": "to at most 20 words",
+    r"(?:fairly |relatively )?(?:short|brief|concise|long)"
+    r"(?= (?:answer|description|explanation|list|overview|reply|response|summary|text))": "20-word",
+    r",?\s*(?:etc\.?|and so on|and so forth)(?!\w)(?:,)?": "",
+}
+#: Negative words with their opposites.
+OPPOSITES = {
+    "without": "with",
+    "exclude": "include",
+    "excluding": "including",
+    "omit": "include",
+    "omitting": "including",
+    "ignore": "consider",
+    "ignoring": "considering",
+    "fail to": "",
+    "forget to": "",
+    "neglect to": "",
+    "avoid": "include",
+    "irrelevant": "only relevant",
+    "unrelated": "only related",
+    "unnecessary": "only necessary",
+    "unimportant": "only important",
+    "unclear": "clear",
+    "uncommon": "common",
+    "unlikely": "likely",
+    "unhappy": "happy",
+    "unhelpful": "helpful",
+    "unsatisfied": "satisfied",
+    "dissatisfied": "satisfied",
+    "untrue": "true",
+    "impossible": "possible",
+    "incorrect": "only correct",
+    "incomplete": "only complete",
+    "inaccurate": "only accurate",
+    "no": "",
+    "nothing": "something",
+    "none": "all",
+}
+#: Fashionable words with plain ones.
+JARGON = {
+    "utilize": "use",
+    "utilise": "use",
+    "leverage": "use",
+    "actionable insights": "recommendations",
+    "deep dive": "analysis",
+    "synergies": "common effects",
+    "holistic": "complete",
+    "best-in-class": "best",
+    "low-hanging fruit": "easiest steps",
+    "stakeholders": "people concerned",
+    "paradigm": "model",
+    "granular": "detailed",
+}
+#: Abbreviations that need no definition, and words that people write in capitals for emphasis.
+KNOWN = frozenset(
+    "AI API AM ASCII BBC CEO CPU CSS CSV DNA EU FAQ GPS GPU HTML HTTP ID IDS IT JSON LLM NLP NOT OK "
+    "PC PDF PM QA RNA SMS SQL TV UK UN URL US USA USB UTF UTC VAT XML YAML AND OR ONLY MUST NEVER "
+    "ISO ALWAYS ALL ANY DO DON'T NO YES ONE EXACTLY IMPORTANT NOTE WARNING THE IF BE IN IS TRUE FALSE "
+    "NONE NULL TODO Q A I TEXT INPUT OUTPUT ANSWER QUESTION LABEL".split()
+)
+#: Demands that exclude each other.
+OPPOSED = (
+    (any_of("brief(?:ly)?", "short", "concise(?:ly)?", "one word", "one sentence", "single word"),
+     any_of("detailed", "in (?:full |great )?detail", "comprehensive(?:ly)?", "thorough(?:ly)?",
+            "exhaustive(?:ly)?", "at length", "step by step", "complete (?:list|overview)")),
+    (any_of("one word", "single word", "label only", "only the (?:label|class|name|category|word)",
+            "only with the (?:label|class|name|category|word)"),
+     any_of("explain", "justify", "give (?:a |your )?reasons?", "describe", "elaborate")),
+    (any_of("formal(?:ly)?"), any_of("informal(?:ly)?", "casual(?:ly)?", "friendly", "slang")),
+    (any_of("(?:as|in) (?:valid )?json"), any_of("plain text", "(?:as|in) (?:a )?(?:markdown|xml|yaml|csv)")),
+    (any_of("simple (?:words|language)", "plain (?:words|language)", "for (?:a child|laypeople|beginners)"),
+     any_of("technical (?:terms|language)", "for experts", "expert-level")),
+    (any_of("objective(?:ly)?", "neutral(?:ly)? (?:tone|style)"),
+     any_of("persuasive(?:ly)?", "your opinion", "your personal")),
+)  # fmt: skip
