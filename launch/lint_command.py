@@ -12,9 +12,11 @@ import typer
 
 from launch import completion, preflight, settings_text
 from launch.arguments import Overrides, as_path, option
+from launch.start import count
 from trainer.config import load
 from trainer.evaluation.lint.instructions import Instruction, instructions_of, words_of
-from trainer.evaluation.lint.rules import Finding, TaskWords, lint as findings_of
+from trainer.evaluation.lint.rules import Finding, TaskWords
+from trainer.evaluation.lint.rules import lint as findings_of
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import printable
 
@@ -134,29 +136,33 @@ def _as_json(finding: Finding) -> dict[str, Any]:
 
 
 def _lines(results: Sequence[tuple[Instruction, list[Finding]]], width: int) -> Iterator[str]:
-    for number, (each, found) in enumerate(results):
-        yield from [""] * (number > 0)
+    for each, found in results:
         name = each.place if each.task is None else f"{each.place} ({each.task})"
         yield from settings_text.wrap(f"{name}: {printable(each.text.strip())!r}", width)
         for finding in found:
-            yield ""
             yield typer.style(f"  {finding.rule}", bold=True) + f"  {_shown(each.text, finding)}"
-            yield from settings_text.wrap(printable(finding.why), width, 4)
-            rewrite = printable(finding.apply(each.text).strip()) or "(leave it out)"
-            yield from settings_text.wrap(f"rewrite: {rewrite}", width, 4)
-        if not found:
-            yield "  no findings"
+            yield from settings_text.wrap(f"{printable(finding.why)} {_advice(finding)}", width, 4)
+        yield from ["  no findings"] * (not found)
+        yield ""
     total = sum(len(found) for _, found in results)
-    texts = "1 text" if len(results) == 1 else f"{len(results)} texts"
-    yield ""
-    yield f"{total} finding{'s' * (total != 1)} in {texts}"
+    yield f"{count(total, 'finding')} in {count(len(results), 'text')}"
+
+
+def _advice(finding: Finding) -> str:
+    rewrite = printable(finding.rewrite.strip())
+    if len(rewrite) < 2:
+        return "Leave it out."
+    return f"{'Add' if finding.start == finding.end else 'Rewrite'}: {rewrite!r}"
 
 
 def _shown(text: str, finding: Finding) -> str:
     """Return the part of a finding with some text around it, underlined on a terminal."""
-    before, after = text[: finding.start], text[finding.end :]
-    cut = [f"...{before[-_AROUND:]}" if len(before) > _AROUND else before]
-    cut.append(text[finding.start : finding.end])
-    cut.append(f"{after[:_AROUND]}..." if len(after) > _AROUND else after)
-    left, part, right = (printable(piece.replace("\n", " ")) for piece in cut)
-    return left.lstrip() + typer.style(part, underline=True) + right.rstrip()
+    before, part, after = (
+        printable(piece.replace("\n", " "))
+        for piece in (text[: finding.start], text[finding.start : finding.end], text[finding.end :])
+    )
+    before = f"...{before[-_AROUND:]}" if len(before) > _AROUND else before
+    after = f"{after[:_AROUND]}..." if len(after) > _AROUND else after
+    if len(part) > 2 * _AROUND:
+        before, part, after = "", f"{part[:_AROUND].strip()}...{part[-_AROUND:].strip()}", ""
+    return before.lstrip() + typer.style(part, underline=True) + after.rstrip()

@@ -25,13 +25,15 @@ MIDDLE = 4
 #: More class names than this do not belong into an instruction.
 MOST_CHOICES = 20
 
-_STOP_WORDS = frozenset(
-    "a about all also an and any are as at be been but by can could do does for from had has have "
-    "he her his how i if in into is it its just may me more most my no not of on one only or other "
-    "our out she should so such than that the their them then there these they this those to up us "
-    "was we were what when where which while who will with would you your".split()
+_STOP_WORDS = words.listed(
+    "a about all also an and any are as at be been but by can could do does for from had has "
+    "have he her his how i if in into is it its just may me more most my no not of on one only "
+    "or other our out she should so such than that the their them then there these they this "
+    "those to up us was we were what when where which while who will with would you your"
 )
-_CLAUSE = re.compile(r"(?:^|[,;:]|\band\b|\bthen\b|\balso\b|\bas well as\b|\bor\b)\s*", re.IGNORECASE)
+_CLAUSE = re.compile(
+    r"(?:^|[,;:]|\band\b|\bthen\b|\balso\b|\bas well as\b|\bor\b)\s*", re.IGNORECASE
+)
 _ABBREVIATION = re.compile(r"\b(?=\w*[A-Z]\w*[A-Z])[A-Za-z][A-Za-z0-9]{1,7}(?:-\d+)?\b")
 
 
@@ -74,7 +76,11 @@ class Finding:
     def apply(self, text: str) -> str:
         """Return the instruction with the rewrite."""
         changed = tidy(text[: self.start] + self.rewrite + text[self.end :])
-        return changed if text[-1:] not in {"\n", " "} else changed.rstrip() + text[len(text.rstrip()) :]
+        return (
+            changed
+            if text[-1:] not in {"\n", " "}
+            else changed.rstrip() + text[len(text.rstrip()) :]
+        )
 
 
 def lint(text: str, task: TaskWords | None = None) -> list[Finding]:
@@ -98,7 +104,10 @@ def too_long(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Find
         count = len(sentence.words)
         if count > LONG_SENTENCE:
             why = f"{count} words in one sentence; a model follows shorter sentences more exactly."
-            yield Finding("too-long", sentence.start, sentence.end, why, _divided(sentence.text))
+            rewrite = _divided(sentence.text)
+            ready = rewrite is not None
+            rewrite = rewrite or "(two or three sentences)"
+            yield Finding("too-long", sentence.start, sentence.end, why, rewrite, measurable=ready)
     content = [word for sentence in parts for word in sentence.words if word not in _STOP_WORDS]
     count = sum(len(sentence.words) for sentence in parts)
     if count >= LONG_TEXT and len(set(content)) < LEAST_CONTENT * count:
@@ -112,12 +121,12 @@ def too_long(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Find
         yield Finding("too-long", 0, len(text), why, " ".join(kept))
 
 
-def _divided(sentence: str) -> str:
-    """Divide a sentence at the joint nearest to its middle, or name the place to do it."""
+def _divided(sentence: str) -> str | None:
+    """Divide a sentence at the joint nearest to its middle; None without one."""
     joints = re.finditer(r"(?:[,;]\s+(?:and|but|so|then)\s+|;\s+|,\s+(?:while|which)\s+)", sentence)
     nearest = min(joints, key=lambda m: abs(m.start() - len(sentence) / 2), default=None)
     if nearest is None:
-        return tidy(sentence[: len(sentence) // 2].rsplit(" ", 1)[0]) + "."
+        return None
     return f"{sentence[: nearest.start()]}. {tidy(sentence[nearest.end() :])}"
 
 
@@ -153,14 +162,16 @@ def _requests(sentence: Sentence) -> Iterator[int]:
         if len(following) < 2 or following[0] not in words.REQUESTS:
             continue
         opens = clause.start() == 0 or clause.group().startswith((";", ":"))
-        needs_object = following[0] in words.ALSO_NOUNS or not opens
-        if not needs_object or following[1] in words.NOUN_STARTS:
+        is_verb = opens or following[0] not in words.ALSO_NOUNS
+        if is_verb or following[1] in words.NOUN_STARTS:
             yield place
 
 
 def _clause_start(sentence: str, place: int) -> int:
     """Return the place of the comma or conjunction before a clause."""
-    before = re.search(r"(?:[,;:]?\s*(?:\band\b|\bthen\b|\balso\b|\bas well as\b|\bor\b)?\s*)+$", sentence[:place])
+    before = re.search(
+        r"(?:[,;:]?\s*(?:\band\b|\bthen\b|\balso\b|\bas well as\b|\bor\b)?\s*)+$", sentence[:place]
+    )
     assert before is not None
     return before.start()
 
@@ -182,7 +193,9 @@ def vague_amount(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[
         for pattern, rewrite in words.VAGUE.items():
             for match in re.finditer(rf"(?<!\w){pattern}", sentence.text, re.IGNORECASE):
                 start, end = sentence.start + match.start(), sentence.start + match.end()
-                why = f"{match.group().strip(' ,')!r} has no fixed meaning; give a number or a list."
+                why = (
+                    f"{match.group().strip(' ,')!r} has no fixed meaning; give a number or a list."
+                )
                 yield Finding("vague-amount", start, end, why, rewrite)
 
 
@@ -194,7 +207,9 @@ def double_negation(text: str, parts: list[Sentence], task: TaskWords) -> Iterat
     """Two negative words in one clause."""
     first = r"\b(?:do not|don['’]t|does not|doesn['’]t|not|never|avoid|no)\b"
     second = "|".join(sorted(words.OPPOSITES, key=len, reverse=True))
-    pattern = re.compile(rf"(?:\b(never|avoid)|{first})((?:\s+[\w'’]+){{0,4}}?)\s+({second})\b", re.I)
+    pattern = re.compile(
+        rf"(?:\b(never|avoid)|{first})((?:\s+[\w'’]+){{0,4}}?)\s+({second})\b", re.I
+    )
     for match in pattern.finditer(text):
         between, negative = match.group(2), match.group(3).lower()
         if negative in {"no", "nothing", "none"} and not between.strip():
@@ -211,8 +226,11 @@ def negative_only(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
         match = words.NEGATIVE.search(sentence.text)
         if match is None or _conditional(sentence.text, match.start()):
             continue
+        if re.match(r"\s+(?:forget|fail|neglect|hesitate) to\b", sentence.text[match.end() :]):
+            continue  # asks for something
         beside = [*parts[max(0, i - 1) : i], *parts[i + 1 : i + 2]]
-        positive = re.search(r"\b(?:instead|rather|only|but)\b|;", sentence.text, re.IGNORECASE)
+        after = sentence.text[match.end() :]
+        positive = re.search(r"\b(?:instead|rather|only|but)\b|;", after, re.IGNORECASE)
         if positive or any(_begins_with_answer(near) for near in beside):
             continue
         clause = re.search(r"[^,;.!?]*", sentence.text[match.start() :])
@@ -220,18 +238,14 @@ def negative_only(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
         start = sentence.start + match.start()
         why = "says what not to do, but not what to do instead."
         rewrite = "answer only what is asked" if match.start() else "Answer only what is asked"
-        yield Finding("negative-only", start, start + clause.end(), f"{clause.group()!r} {why}", rewrite)
+        yield Finding(
+            "negative-only", start, start + clause.end(), f"{clause.group()!r} {why}", rewrite
+        )
 
 
 def names_the_unwanted(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Instructions that name the thing to avoid, which makes it more likely."""
-    pattern = re.compile(
-        r"(?:,?\s*(?:\b(?:and|but)\s+)?)\b(?:(?:do not|don['’]t|never|avoid|without|refrain from)\s+)"
-        r"(?:mention|includ|discuss|talk|refer|say|bring up|name|list|us(?:e|ing) the words?)\w*"
-        r"(?:\s+(?:about|to))?\s+(?!it\b|them\b|this\b|that\b|anything\b)[^.;!?]+",
-        re.IGNORECASE,
-    )
-    for match in pattern.finditer(text):
+    for match in words.UNWANTED.finditer(text):
         thing = match.group().strip(" ,")
         why = f"{thing!r} names what the answer must not contain; the model reads these words, too."
         yield Finding("names-the-unwanted", match.start(), match.end(), why, "")
@@ -240,9 +254,9 @@ def names_the_unwanted(text: str, parts: list[Sentence], task: TaskWords) -> Ite
 def _conditional(sentence: str, place: int) -> bool:
     """Whether a negation belongs to a condition or a quoted answer, such as "I don't know"."""
     before = sentence[:place]
-    return bool(re.search(r"\b(?:if|when|unless|whether|that|who|which|I|you)\b[^,]*$", before)) or (
-        before.count('"') % 2 == 1 or before.count("'") % 2 == 1
-    )
+    return bool(
+        re.search(r"\b(?:if|when|unless|whether|that|who|which|I|you)\b[^,]*$", before)
+    ) or (before.count('"') % 2 == 1 or before.count("'") % 2 == 1)
 
 
 def buried_constraint(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
@@ -258,7 +272,13 @@ def buried_constraint(text: str, parts: list[Sentence], task: TaskWords) -> Iter
             rest = text[sentence.end : parts[-1].end].strip()
             why = "is a constraint in the middle of the text; put it at the end."
             rewrite = f"{rest} {sentence.text}"
-            yield Finding("buried-constraint", sentence.start, parts[-1].end, f"{sentence.text!r} {why}", rewrite)
+            yield Finding(
+                "buried-constraint",
+                sentence.start,
+                parts[-1].end,
+                f"{sentence.text!r} {why}",
+                rewrite,
+            )
 
 
 def contradiction(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
@@ -271,14 +291,22 @@ def contradiction(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
         why = f"{one.group()!r} and {other.group()!r} exclude each other."
         start, end = _phrase_around(text, later)
         yield Finding("contradiction", start, end, why, "")
-    most, least = (re.search(rf"\b{name} (\d+)", text, re.IGNORECASE) for name in ("at most", "at least"))
+    most, least = (
+        re.search(rf"\b{name} (\d+)", text, re.IGNORECASE) for name in ("at most", "at least")
+    )
     if most and least and int(most.group(1)) < int(least.group(1)):
         why = f"{most.group()!r} and {least.group()!r} exclude each other."
         yield Finding("contradiction", least.start(), least.end(), why, most.group())
 
 
 def _negated(text: str, match: re.Match[str]) -> bool:
-    return bool(re.search(r"(?:\b(?:not|never|no|without|avoid)|n['’]t)\s+(?:\w+\s+)?$", text[: match.start()], re.I))
+    return bool(
+        re.search(
+            r"(?:\b(?:not|never|no|without|avoid)|n['’]t)\s+(?:\w+\s+)?$",
+            text[: match.start()],
+            re.I,
+        )
+    )
 
 
 def _phrase_around(text: str, match: re.Match[str]) -> tuple[int, int]:
@@ -305,7 +333,8 @@ def undefined_term(text: str, parts: list[Sentence], task: TaskWords) -> Iterato
         if term in seen or term in known or {term, plain} & words.KNOWN or _spoken(term, text):
             continue
         seen.add(term)
-        if re.search(rf"\({re.escape(term)}s?\)|\b{re.escape(term)}\s*(?:\(|=|means|stands for|is short for)", text):
+        name = re.escape(term)
+        if re.search(rf"\({name}s?\)|\b{name}\s*(?:\(|=|means|stands for|is short for)", text):
             continue
         why = f"{term!r} is never written out; a small model may know it by another meaning."
         rewrite = f"{term} (written out)"
@@ -317,7 +346,7 @@ def undefined_term(text: str, parts: list[Sentence], task: TaskWords) -> Iterato
 
 
 def _spoken(term: str, text: str) -> bool:
-    """Whether a word in capitals is emphasis: the text is all capitals, or has the word in lower case."""
+    """Whether capitals are emphasis: all words have them, or the text also has the word small."""
     lower = term.lower()
     emphasis = term.isupper() and (lower in _STOP_WORDS or lower in words.REQUESTS | words.ANSWERS)
     return emphasis or text.isupper() or bool(re.search(rf"\b{lower}\b", text))
@@ -351,7 +380,9 @@ def class_names(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[F
 
 
 def _missing(text: str, choices: Sequence[str]) -> list[str]:
-    return [c for c in choices if not re.search(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.IGNORECASE)]
+    return [
+        c for c in choices if not re.search(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.IGNORECASE)
+    ]
 
 
 def _demand(text: str, task: TaskWords) -> str:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import re
 
 
+def listed(text: str) -> frozenset[str]:
+    """Return the words of a text."""
+    return frozenset(text.split())
+
+
 def any_of(*phrases: str) -> re.Pattern[str]:
     """Match one of the phrases as whole words, in any case."""
     return re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
 
 
 #: Verbs that ask for a result.
-REQUESTS = frozenset(
+REQUESTS = listed(
     "analyse analyze assess calculate categorize classify compare compute count create decide "
     "describe detect determine discuss draft estimate evaluate explain extract find generate "
     "identify justify label list name outline predict propose provide rank rate recommend rewrite "
-    "show solve state suggest summarise summarize tag tell translate write".split()
+    "show solve state suggest summarise summarize tag tell translate write"
 )
-#: Those that are nouns, too: a request only before one of NOUN_STARTS, unless they begin a sentence.
-ALSO_NOUNS = frozenset(
-    "count draft estimate find label list name outline rank rate show state tag".split()
-)
-NOUN_STARTS = frozenset(
+#: Those that are nouns, too: inside a sentence, a request only before one of NOUN_STARTS.
+ALSO_NOUNS = listed("count draft estimate find label list name outline rank rate show state tag")
+NOUN_STARTS = listed(
     "a all an any at both each every exactly how if it its me one our that the their them these "
-    "this those three two us what when where whether which who why your".split()
+    "this those three two us what when where whether which who why your"
 )
 #: What may stand before the verb of a request.
 POLITE = re.compile(
@@ -32,11 +35,18 @@ POLITE = re.compile(
     re.IGNORECASE,
 )
 #: Verbs that say how to answer.
-ANSWERS = frozenset(
+ANSWERS = listed(
     "answer choose end format give keep limit omit output pick print put quote reply respond "
-    "return say select start use write".split()
+    "return say select start use write"
 )
 NEGATIVE = any_of("do not", "don['’]t", "never", "avoid", "refrain from", "must not", "should not")
+#: A clause that names the thing to avoid.
+UNWANTED = re.compile(
+    r"(?:,?\s*(?:\b(?:and|but)\s+)?)\b(?:do not|don['’]t|never|avoid|without|refrain from)\s+"
+    r"(?:mention|includ|discuss|talk|refer|say|bring up|name|list|us(?:e|ing) the words?)\w*"
+    r"(?:\s+anything)?(?:\s+(?:about|to))?\s+(?!(?:it|them|this|that|anything)\b)[^.,;!?]+",
+    re.IGNORECASE,
+)
 FORMAT = any_of(
     r"(?:answer|respond|reply|output|return)\b[^.]*",
     "in (?:one|two|three|\\d+) (?:words?|sentences?|lines?)",
@@ -86,7 +96,7 @@ FILLERS = {
 }
 #: Amounts that every reader understands differently, with an example of a number.
 VAGUE = {
-    r"(?:a few|a couple of|a number of|some|several|various|numerous)(?= \w+s\b)": "three",
+    r"(?:a few|a couple of|a number of|some|several|various|numerous)(?= (?:\w+ )?\w+s\b)": "three",
     r"(?:many|a lot of|lots of|plenty of)(?= \w+)": "ten",
     r"(?<=be )(?:fairly |relatively )?(?:short|brief|concise)": "at most 20 words long",
     r"(?<=it )(?:fairly |relatively )?(?:short|brief|concise)": "to at most 20 words",
@@ -143,24 +153,32 @@ JARGON = {
     "granular": "detailed",
 }
 #: Abbreviations that need no definition, and words that people write in capitals for emphasis.
-KNOWN = frozenset(
-    "AI API AM ASCII BBC CEO CPU CSS CSV DNA EU FAQ GPS GPU HTML HTTP ID IDS IT JSON LLM NLP NOT OK "
-    "PC PDF PM QA RNA SMS SQL TV UK UN URL US USA USB UTF UTC VAT XML YAML AND OR ONLY MUST NEVER "
-    "ISO ALWAYS ALL ANY DO DON'T NO YES ONE EXACTLY IMPORTANT NOTE WARNING THE IF BE IN IS TRUE FALSE "
-    "NONE NULL TODO Q A I TEXT INPUT OUTPUT ANSWER QUESTION LABEL".split()
+KNOWN = listed(
+    "A AI ALL ALWAYS AM AND ANSWER ANY API ASCII BBC BE CEO CPU CSS CSV DNA DO DON'T EU EXACTLY "
+    "FALSE FAQ GPS GPU HTML HTTP I ID IDS IF IMPORTANT IN INPUT IS ISO IT JSON LABEL LLM MUST "
+    "NEVER NLP NO NONE NOT NOTE NULL OK ONE ONLY OR OUTPUT PC PDF PM Q QA QUESTION RNA SMS SQL "
+    "TEXT THE TODO TRUE TV UK UN URL US USA USB UTC UTF VAT WARNING XML YAML YES"
 )
 #: Demands that exclude each other.
-OPPOSED = (
-    (any_of("brief(?:ly)?", "short", "concise(?:ly)?", "one word", "one sentence", "single word"),
-     any_of("detailed", "in (?:full |great )?detail", "comprehensive(?:ly)?", "thorough(?:ly)?",
-            "exhaustive(?:ly)?", "at length", "step by step", "complete (?:list|overview)")),
-    (any_of("one word", "single word", "label only", "only the (?:label|class|name|category|word)",
-            "only with the (?:label|class|name|category|word)"),
-     any_of("explain", "justify", "give (?:a |your )?reasons?", "describe", "elaborate")),
-    (any_of("formal(?:ly)?"), any_of("informal(?:ly)?", "casual(?:ly)?", "friendly", "slang")),
-    (any_of("(?:as|in) (?:valid )?json"), any_of("plain text", "(?:as|in) (?:a )?(?:markdown|xml|yaml|csv)")),
-    (any_of("simple (?:words|language)", "plain (?:words|language)", "for (?:a child|laypeople|beginners)"),
-     any_of("technical (?:terms|language)", "for experts", "expert-level")),
-    (any_of("objective(?:ly)?", "neutral(?:ly)? (?:tone|style)"),
-     any_of("persuasive(?:ly)?", "your opinion", "your personal")),
-)  # fmt: skip
+_OPPOSED = (
+    (
+        "brief(?:ly)?|short|concise(?:ly)?|one word|one sentence|single word",
+        "detailed|in (?:full |great )?detail|comprehensive(?:ly)?|thorough(?:ly)?|"
+        "exhaustive(?:ly)?|at length|step by step|complete (?:list|overview)",
+    ),
+    (
+        "one word|single word|label only|only (?:with )?the (?:label|class|name|category|word)",
+        "explain|justify|give (?:a |your )?reasons?|describe|elaborate",
+    ),
+    ("formal(?:ly)?", "informal(?:ly)?|casual(?:ly)?|friendly|slang"),
+    ("(?:as|in) (?:valid )?json", "plain text|(?:as|in) (?:a )?(?:markdown|xml|yaml|csv)"),
+    (
+        "(?:simple|plain) (?:words|language)|for (?:a child|laypeople|beginners)",
+        "technical (?:terms|language)|for experts|expert-level",
+    ),
+    (
+        "objective(?:ly)?|neutral(?:ly)? (?:tone|style)",
+        "persuasive(?:ly)?|your opinion|your personal",
+    ),
+)
+OPPOSED = tuple((any_of(first), any_of(second)) for first, second in _OPPOSED)

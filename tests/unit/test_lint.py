@@ -1,0 +1,185 @@
+"""Rules of ``promptshard lint`` on good and bad instructions, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launch.commands import app
+from trainer.evaluation.lint.rules import RULES, TaskWords, lint
+from trainer.evaluation.lint.text import sentences
+
+SENTIMENT = TaskWords(("positive", "negative", "neutral"))
+
+#: The same demand of a pharmaceutical company, badly and well put.
+PHARMACY_BAD = (
+    "Please could you generate some information about various metabolic diseases such as T2DM, "
+    "obesity, etc., and also list the drugs and compare their prices, but don't mention anything "
+    "about cancer or our competitors, and make sure it is brief while giving a comprehensive and "
+    "detailed overview that is not without examples."
+)
+PHARMACY_GOOD = (
+    "Describe drugs that treat type 2 diabetes or obesity: for each, give its name, how it works, "
+    "and its two most frequent side effects. Use one line per drug."
+)
+
+BAD = {
+    "Do not forget to answer. What is the review about?": {"double-negation"},
+    "Is it good? What drug is it?": {"split-requests"},
+    "Don't use long words.": {"negative-only"},
+    "Read the text. Answer with exactly one word. The text is a review. It was written by a "
+    "patient. The patient took a drug.": {"buried-constraint"},
+    "Write at most 20 words. Use at least 50 words.": {"contradiction"},
+    "Describe the drug in plain language with technical terms.": {"contradiction"},
+    "I would like you to leverage the KPI to describe sales.": {"filler", "undefined-term"},
+    "Summarize the article, translate it to French and write a poem.": {"split-requests"},
+    "Do not include irrelevant details.": {
+        "double-negation",
+        "names-the-unwanted",
+        "negative-only",
+    },
+    "List several side effects, and so on.": {"vague-amount"},
+    "Answer in one word and explain your reasons.": {"contradiction"},
+    " ".join(f"word{i}" for i in range(40)) + ".": {"too-long"},
+    "The cat sat on the mat. " * 8: {"too-long"},
+}
+GOOD = [
+    PHARMACY_GOOD,
+    'Answer the question using only the context. If the answer is not in the context, say "I '
+    "don't know\".",
+    "Translate the sentence to German. Keep the names unchanged.",
+    "Extract all drug names from the text. Return a JSON list of strings.",
+    "Summarize the article in three sentences for a reader who knows nothing about the subject.",
+    "Write a Python function that returns the sum of a list. Do not use loops; use sum().",
+    "Identify the language of the text. Reply with its ISO code, such as en or fr.",
+    "What is this message about? ",
+    "Rate the essay from 1 to 5. Answer with the number only.",
+    "Rewrite the letter in plain language (at most 100 words).",
+    "You are a nurse. The text is a call to an emergency line. The caller may be upset. Decide "
+    "how urgent the call is. Answer with a number from 1 to 3.",
+]
+GOOD_WITH_CHOICES = [
+    "Classify the review of a drug as positive, negative or neutral.\n\n",
+    "Is the patient satisfied with the drug? Answer positive, negative or neutral.\n\n",
+    "Decide whether the review is positive, negative or neutral. Respond with the label only.",
+]
+
+
+def rules_of(text: str, task: TaskWords | None = None) -> set[str]:
+    return {finding.rule for finding in lint(text, task)}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_instruction(text: str) -> None:
+    assert rules_of(text) == BAD[text]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_instruction(text: str) -> None:
+    assert lint(text) == []
+
+
+@pytest.mark.parametrize("text", GOOD_WITH_CHOICES)
+def test_good_instruction_for_choices(text: str) -> None:
+    assert lint(text, SENTIMENT) == []
+
+
+def test_pharmacy() -> None:
+    assert len(rules_of(PHARMACY_BAD)) >= 4
+    assert lint(PHARMACY_GOOD) == []
+
+
+def test_every_rule_is_tested() -> None:
+    found = {rule for rules in BAD.values() for rule in rules}
+    with_task = {"no-output-format", "class-names", "longer-than-prompt"}
+    assert found | with_task == set(RULES)
+
+
+class TestTask:
+    def test_class_names_in_other_letters(self) -> None:
+        text = "Classify as Positive, negative or neutral."
+        (finding,) = lint(text, SENTIMENT)
+        assert (finding.rule, text[finding.start : finding.end]) == ("class-names", "Positive")
+        assert finding.apply(text) == "Classify as positive, negative or neutral."
+
+    def test_missing_class_names_and_format(self) -> None:
+        findings = lint("Judge the review: positive or negative.", SENTIMENT)
+        assert {finding.rule for finding in findings} == {"class-names", "no-output-format"}
+        assert "neutral" in findings[0].why
+
+    def test_the_template_may_name_the_classes(self) -> None:
+        template = "\nAnswer with positive, negative or neutral:"
+        assert lint("Judge the review.", TaskWords(SENTIMENT.choices, template)) == []
+
+    def test_longer_than_the_prompt(self) -> None:
+        task = TaskWords((), "", 2, lambda text: [4, 8, 13])
+        (finding,) = lint("Some more words", task)
+        assert finding.rule == "longer-than-prompt"
+        assert finding.apply("Some more words") == "Some mor"
+
+
+@pytest.mark.parametrize("text", [*BAD, PHARMACY_BAD])
+def test_spans_and_rewrites(text: str) -> None:
+    """A rewrite replaces a part of the text, and solves its own finding at that place."""
+    for finding in lint(text):
+        assert 0 <= finding.start <= finding.end <= len(text)
+        changed = finding.apply(text)
+        assert changed != text
+        assert "  " not in changed.strip()
+
+
+def test_sentences_keep_abbreviations_together() -> None:
+    text = "Name drugs, e.g. aspirin. Stop!\nNow"
+    assert [s.text for s in sentences(text)] == ["Name drugs, e.g. aspirin.", "Stop!", "Now"]
+    assert all(text[s.start : s.end] == s.text for s in sentences(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n", "?!", "\x1b[31m", "a" * 5000, "Ärger\u202e über 日本語"]
+)
+def test_odd_texts(text: str) -> None:
+    assert isinstance(lint(text, SENTIMENT), list)
+
+
+class TestCommand:
+    def run(self, *arguments: str) -> Any:
+        return CliRunner().invoke(app, ["lint", *arguments])
+
+    def test_text(self) -> None:
+        result = self.run("--text", PHARMACY_BAD)
+        assert result.exit_code == 0
+        assert "names-the-unwanted" in result.output
+        assert "findings in 1 text" in result.output
+
+    def test_json(self, tmp_path: Path) -> None:
+        path = tmp_path / "lint.json"
+        result = self.run("examples/quickstart.yaml", "--json", str(path))
+        assert result.exit_code == 0
+        prompts = json.loads(path.read_text())["prompts"]
+        assert len(prompts) == 6
+        finding = prompts[0]["findings"][0]
+        assert set(finding) >= {"rule", "start", "end", "why", "rewrite", "effect"}
+
+    def test_text_for_the_task_of_a_run(self) -> None:
+        text = "Name the diet: plants, meat or insects."
+        result = self.run("examples/quickstart.yaml", "--task", "animals", "--text", text)
+        assert "no findings" in result.output
+        result = self.run("examples/quickstart.yaml", "--text", text)
+        assert "metabolic" in result.output
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "nothing to read"),
+            (["--text", "  "], "is empty"),
+            (["--text", "a b", "--task", "x"], "name the RUN.yaml"),
+            (["examples/quickstart.yaml", "--task", "triag"], "no task 'triag'"),
+        ],
+    )
+    def test_bad_input(self, arguments: list[str], message: str) -> None:
+        result = self.run(*arguments)
+        assert message in str(result.exception)
