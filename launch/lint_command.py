@@ -86,17 +86,17 @@ def _instructions(
     names = [each.name for each in config.tasks]
     if task is not None and task not in names:
         raise BadInput(f"--task: {run_file} has no task {task!r}; known: {', '.join(names)}")
-    found = [each for each in instructions_of(config) if task in (None, each.task)]
+    selected = [each for each in instructions_of(config) if task in (None, each.task)]
     if text is not None:
         chosen = config.task(task or names[0])
         words = words_of(config, chosen)
         return [Instruction("--text", _checked(text), chosen.name, words)]
-    if not found:
+    if not selected:
         raise BadInput(
             f"{run_file}: has no instruction in words; add one to tasks.hand_written, or pass "
             "--text TEXT"
         )
-    return found
+    return selected
 
 
 def _checked(text: str) -> str:
@@ -111,9 +111,9 @@ def _write(json_file: str, results: Sequence[tuple[Instruction, list[Finding]]])
             "place": each.place,
             "task": each.task,
             "text": each.text,
-            "findings": [_as_json(finding) for finding in found],
+            "findings": [_as_json(finding) for finding in findings],
         }
-        for each, found in results
+        for each, findings in results
     ]
     text = json.dumps({"prompts": prompts}, indent=2, ensure_ascii=False) + "\n"
     if json_file == "-":
@@ -136,15 +136,15 @@ def _as_json(finding: Finding) -> dict[str, Any]:
 
 
 def _lines(results: Sequence[tuple[Instruction, list[Finding]]], width: int) -> Iterator[str]:
-    for each, found in results:
+    for each, findings in results:
         name = each.place if each.task is None else f"{each.place} ({each.task})"
         yield from settings_text.wrap(f"{name}: {printable(each.text.strip())!r}", width)
-        for finding in found:
+        for finding in findings:
             yield typer.style(f"  {finding.rule}", bold=True) + f"  {_shown(each.text, finding)}"
             yield from settings_text.wrap(f"{printable(finding.why)} {_advice(finding)}", width, 4)
-        yield from ["  no findings"] * (not found)
+        yield from ["  no findings"] * (not findings)
         yield ""
-    total = sum(len(found) for _, found in results)
+    total = sum(len(findings) for _, findings in results)
     yield f"{count(total, 'finding')} in {count(len(results), 'text')}"
 
 

@@ -32,11 +32,13 @@ def instructions_of(config: RunConfig) -> list[Instruction]:
     A text is listed once per task, at its first place.
     """
     tokenize = _tokenizer(config.base.model)
-    found: dict[tuple[str, str], Instruction] = {}
+    instructions: dict[tuple[str, str], Instruction] = {}
     for task, place, text in _texts(config):
         words = words_of(config, task, tokenize)
-        found.setdefault((task.name, text.strip()), Instruction(place, text, task.name, words))
-    return list(found.values())
+        instructions.setdefault(
+            (task.name, text.strip()), Instruction(place, text, task.name, words)
+        )
+    return list(instructions.values())
 
 
 def words_of(

@@ -94,8 +94,8 @@ def lint(text: str, task: TaskWords | None = None) -> list[Finding]:
     if not WORD.search(text):
         return []
     parts = sentences(text)
-    found = [finding for rule in RULES.values() for finding in rule(text, parts, task)]
-    return sorted(found, key=lambda finding: (finding.start, finding.end, finding.rule))
+    findings = [finding for rule in RULES.values() for finding in rule(text, parts, task)]
+    return sorted(findings, key=lambda finding: (finding.start, finding.end, finding.rule))
 
 
 def too_long(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
@@ -316,9 +316,9 @@ def _phrase_around(text: str, match: re.Match[str]) -> tuple[int, int]:
     joint = re.search(r"(?:,?\s*(?:\b(?:and|but)\s+)?|\s+)$", text[:start])
     after = re.search(r"[.!?;,\n]|\s+(?:and|but)\b|$", text[match.end() :])
     assert after is not None
-    whole = joint is None or text[: joint.start()].rstrip()[-1:] in {"", ".", "!", "?", "\n"}
+    at_start = joint is None or text[: joint.start()].rstrip()[-1:] in {"", ".", "!", "?", "\n"}
     end = match.end() + after.start()
-    if whole and text[end : end + 1] in {".", "!", "?", ","}:
+    if at_start and text[end : end + 1] in {".", "!", "?", ","}:
         end += 1
     return (start if joint is None else joint.start()), end
 
@@ -354,8 +354,8 @@ def _spoken(term: str, text: str) -> bool:
 
 def no_output_format(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Choices exist, but nothing says how to answer."""
-    whole = f"{text} {task.template}"
-    if not task.choices or words.FORMAT.search(whole) or not _missing(whole, task.choices):
+    complete = f"{text} {task.template}"
+    if not task.choices or words.FORMAT.search(complete) or not _missing(complete, task.choices):
         return
     why = "does not say how to answer, though the task has choices."
     yield Finding("no-output-format", len(text), len(text), f"The text {why}", _demand(text, task))
@@ -365,14 +365,14 @@ def class_names(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[F
     """Class names that are missing, or spelled in another way than the task spells them."""
     if not task.choices or len(task.choices) > MOST_CHOICES:
         return
-    whole = f"{text} {task.template}"
+    complete = f"{text} {task.template}"
     for choice in task.choices:
-        exact = re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", whole)
+        exact = re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", complete)
         other = re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text, re.IGNORECASE)
         if exact is None and other is not None:
             why = f"{other.group()!r}: the task spells this class {choice!r}."
             yield Finding("class-names", other.start(), other.end(), why, choice)
-    missing = _missing(whole, task.choices)
+    missing = _missing(complete, task.choices)
     if missing:
         names = ", ".join(missing)
         why = f"Class names are missing: {names}."
