@@ -129,7 +129,7 @@ def make_config(folder: str, rows: str, prompts: list[dict[str, Any]]) -> RunCon
             ],
             "prompts": [{"task": "x", **prompt} for prompt in prompts],
             "training": {"steps": STEPS, "tokens_per_step": 60},
-            "search": {"init_share": 20},  # the longest search, however few steps
+            "search": {"init_share": 5},  # 40 candidates: random ones, then three rounds
         }
     )
 

@@ -1,15 +1,12 @@
 """Start ranks on CPU with the environment that the DeepSpeed launcher gives them.
 
-Runs from the command line go through the launcher itself. Here it would only import torch twice,
-one time after the other, before a rank starts.
+Runs from the command line go through the launcher itself; these ranks are preloaded processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 
 from launch.launcher_command import Devices, environment, free_port
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 400
@@ -30,24 +28,28 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
     def run(module: str, ranks: int, *arguments: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("ranks")
         out = folder / "result.json"
-        command = [sys.executable, "-u", "-m", f"tests.distributed.{module}", str(out), *arguments]
         logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-        processes = [
-            start(command, environ, log)
-            for environ, log in zip(environments(ranks), logs, strict=True)
-        ]
-        try:
-            codes = wait(processes)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        codes = run_module(f"tests.distributed.{module}", str(out), *arguments, logs=logs)
         output = "\n".join(f"{log.name}:\n{log.read_text()[-5000:]}" for log in logs)
         assert codes == [0] * ranks, f"exit codes {codes}\n{output}"
         result: dict[str, Any] = json.loads(out.read_text())
         return result
 
     return run
+
+
+def run_module(module: str, *arguments: str, logs: list[Path]) -> list[int | None]:
+    """Run ``python -m MODULE`` on a rank per log; return exit codes as ``wait`` does."""
+    processes = [
+        preloaded.start(module, *arguments, environ=environ, stdout=log, stderr=None)
+        for environ, log in zip(environments(len(logs)), logs, strict=True)
+    ]
+    try:
+        return wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
@@ -60,14 +62,7 @@ def environments(ranks: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def start(command: list[str], environ: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file
-        )
-
-
-def wait(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
+def wait(processes: list[preloaded.Process]) -> list[int | None]:
     """Wait until all have ended or one has failed; return exit codes, None for running ones."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:

@@ -19,6 +19,8 @@ import yaml
 from safetensors.torch import load_file
 
 from launch.launcher_command import free_port
+from tests import preloaded
+from tests.distributed.conftest import run_module
 from tests.hub_cache import TINY, fill_cache
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import EXIT_PORT_TAKEN
@@ -45,15 +47,19 @@ def promptshard(
 def one_process(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m MODULE`` as the only rank: like ``--processes 1``, without a launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    own = {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"} | variables
+    return preloaded.run(module, *arguments, environ=kept | own)
+
+
+def two_processes(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m MODULE`` on two ranks without a launcher; output is that of rank 0."""
+    logs = [folder / f"{module}-{rank}.log" for rank in range(2)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    codes = run_module(module, *arguments, logs=logs)
+    assert codes[0] == codes[1], [log.read_text() for log in logs]
+    text = logs[0].read_text()
+    return subprocess.CompletedProcess([module, *arguments], codes[0] or 0, text, text)
 
 
 def write_run_file(folder: Path) -> Path:
@@ -239,9 +245,9 @@ def test_a_run_with_other_settings_is_refused(run_file: Path, two_ranks: Path) -
 
 def test_finished_run_is_not_repeated(run_file: Path, two_ranks: Path) -> None:
     before = (two_ranks / "summary.json").stat().st_mtime_ns
-    done = promptshard("train", str(run_file))
+    done = one_process("trainer", str(run_file))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "finished" in done.stdout
+    assert "already holds this finished run" in done.stdout
     assert (two_ranks / "summary.json").stat().st_mtime_ns == before
 
 
@@ -277,14 +283,20 @@ def test_adapter_loads_in_peft(two_ranks: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["soft", "prefix"])
-def test_generate(two_ranks: Path, name: str) -> None:
+def test_generate(two_ranks: Path, tmp_path: Path, name: str) -> None:
+    """On two ranks as on one; one of the two prompts from the command line."""
     arguments = [str(two_ranks), "--prompt", name, "--max-new-tokens", "8"]
     arguments += ["--input", "The patient has chest pain."]
-    done = promptshard("generate", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
     one = one_process("trainer.commands.generate", *arguments)
-    # stdout is the answer and nothing else
-    assert done.stdout == one.stdout.splitlines()[-1] + "\n"
+    answer = one.stdout.splitlines()[-1]
+    if name == "soft":
+        done = promptshard("generate", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == answer + "\n", "stdout is the answer and nothing else"
+    else:
+        done = two_processes(tmp_path, "trainer.commands.generate", *arguments)
+        assert done.returncode == 0, done.stdout
+        assert answer in done.stdout.splitlines()
 
 
 def test_cpu_offload_gives_equal_losses(run_file: Path, one_rank: Path) -> None:
@@ -359,7 +371,7 @@ def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) ->
     words += [f"tasks[0].validation={run_file.parent / 'few.jsonl'}", "tasks[0].hand_written=[]"]
     few = (run_file.parent / "validation.jsonl").read_text().splitlines()[:4]
     (run_file.parent / "few.jsonl").write_text("\n".join(few) + "\n")
-    done = promptshard(*words, "base.model=org/tiny", **offline)
+    done = promptshard(*words, "base.model=org/tiny", "--processes", "1", **offline)
     assert done.returncode == 0, done.stdout + done.stderr
     config = json.loads((output / "prompts" / "soft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/tiny"

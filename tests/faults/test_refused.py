@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.conftest import environments, start, wait
+from tests import preloaded
+from tests.distributed.conftest import environments, wait
 from tests.distributed.test_run import write_run_file
 from tests.hub_cache import TINY
 from trainer.config import Base
@@ -113,7 +114,7 @@ def test_a_damaged_base_ends_all_ranks_and_names_the_file(
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     words = [str(run_file), f"output_dir={tmp_path / 'run'}", f"base.model={two_files}"]
     processes = [
-        start([sys.executable, "-m", "trainer", *words], environ, log)
+        preloaded.start("trainer", *words, environ=environ, stdout=log, stderr=None)
         for environ, log in zip(environments(2), logs, strict=True)
     ]
     try:

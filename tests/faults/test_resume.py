@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from launch.launcher_command import free_port
-from tests.distributed.conftest import environments, start, wait
+from tests import preloaded
+from tests.distributed.conftest import run_module
 from tests.distributed.test_run import lines, promptshard, summary, write_run_file
 from tests.unit.run_folder import save_checkpoint
 from tests.unit.test_checkpoint import flip_a_bit, truncate
@@ -43,7 +43,7 @@ class Runs:
 
     def words(self, name: str, where: str = "never") -> list[str]:
         notes = self.folder / f"{name}.jsonl"
-        program = [sys.executable, "-m", "tests.faults.watched", str(notes), where]
+        program = ["tests.faults.watched", str(notes), where]
         return [*program, str(self.file), f"output_dir={self.folder / name}", *SHORT]
 
     def start(
@@ -51,15 +51,8 @@ class Runs:
     ) -> subprocess.CompletedProcess[str]:
         """Run on one rank."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
-        return subprocess.run(
-            [*self.words(name, where), *overrides],
-            cwd=ROOT,
-            env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        environ = kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        return preloaded.run(*self.words(name, where), *overrides, environ=environ, timeout=300)
 
     def copy(self, source: str, name: str, *left_out: int) -> Path:
         """Copy an output folder without these checkpoints and without the final results."""
@@ -194,16 +187,8 @@ def two_ranks(runs: Runs) -> str:
     flip_a_bit(output / "checkpoints/step-00000004/state.safetensors")
     (output / "checkpoints" / "latest").write_bytes(b"\xff{")
     logs = [runs.folder / f"two-{rank}.log" for rank in range(2)]
-    processes = [
-        start(runs.words("two"), environ, log)
-        for environ, log in zip(environments(2), logs, strict=True)
-    ]
-    try:
-        assert wait(processes) == [0, 0], [log.read_text() for log in logs]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    codes = run_module(*runs.words("two"), logs=logs)
+    assert codes == [0, 0], [log.read_text() for log in logs]
     return logs[0].read_text()
 
 
@@ -324,22 +309,19 @@ def test_a_run_whose_folder_was_moved_stops_and_resumes_completely(runs: Runs) -
     output, steps = runs.folder / "moved", 60
     words = [f"training.steps={steps}", "evaluation.every=1000", "checkpoint.every=1000"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
-    process = subprocess.Popen(
-        [*runs.words("moved"), *words],
-        cwd=ROOT,
-        env=kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    environ = kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    log = runs.folder / "moved.log"
+    process = preloaded.start(
+        *runs.words("moved"), *words, environ=environ, stdout=log, stderr=None
     )
-    deadline = time.monotonic() + 150
-    while not (log := output / "metrics.jsonl").exists() or not log.stat().st_size:
-        assert process.poll() is None
+    deadline = time.monotonic() + 400
+    while not (metrics := output / "metrics.jsonl").exists() or not metrics.stat().st_size:
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     output.rename(runs.folder / "elsewhere")
-    text, _ = process.communicate(timeout=150)
-    assert process.returncode == 1, text
+    code, text = process.wait(150), log.read_text()
+    assert code == 1, text
     assert f"output_dir {output} was moved or deleted while the run was writing to it" in text
     assert "and all metrics were written to a new" in text
     again = runs.start("moved", *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -62,6 +63,22 @@ def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab_parallel, "MIN_COLUMNS", 64)
 
 
+@pytest.fixture(scope="module")
+def ours(family: Any) -> Callable[..., PromptedBase]:
+    """Return a function that loads a case once per kind. Tests do not change these bases."""
+    return functools.cache(
+        lambda case, quantization, checkpointing=False: load(
+            family(case), quantization, checkpointing
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(family: Any) -> Callable[[str, str], Any]:
+    """Return a function that loads the weights of a case in transformers once per kind."""
+    return functools.cache(lambda case, quantization: plain_model(family(case), quantization))
+
+
 def packed(
     base: PromptedBase, packed_rows: Sequence[PackedRow] = ()
 ) -> tuple[list[float], list[Tensor]]:
@@ -84,28 +101,30 @@ def test_every_family_of_the_table_is_compared():
 class TestFamily:
     @pytest.mark.parametrize(("quantization", "checkpointing"), [("int8", False), ("none", True)])
     def test_packed_equals_plain(
-        self, family: Any, case: str, quantization: str, checkpointing: bool
+        self, ours: Any, plain: Any, case: str, quantization: str, checkpointing: bool
     ) -> None:
-        base = load(family(case), quantization, checkpointing)
+        base = ours(case, quantization, checkpointing)
         losses, gradients = packed(base)
         packed_rows, prompts = problem(base.hidden_size)
-        expected, wanted = row_by_row(plain_model(family(case), quantization), packed_rows, prompts)
+        expected, wanted = row_by_row(plain(case, quantization), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         recurrent = FAMILIES[CASES[case][0]].recurrent  # padding changes the order of sums
         assert max(errors(gradients, wanted)) < (2e-4 if recurrent else 1e-5)
 
-    def test_virtual_tokens_inside_the_text_equal_plain(self, family: Any, case: str) -> None:
-        base = load(family(case), "int8")
+    def test_virtual_tokens_inside_the_text_equal_plain(
+        self, ours: Any, plain: Any, case: str
+    ) -> None:
+        base = ours(case, "int8")
         packed_rows, prompts = problem(base.hidden_size)
         packed_rows = with_text_around(packed_rows)
         losses, gradients = packed(base, packed_rows)
-        expected, wanted = row_by_row(plain_model(family(case), "int8"), packed_rows, prompts)
+        expected, wanted = row_by_row(plain(case, "int8"), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         recurrent = FAMILIES[CASES[case][0]].recurrent  # padding changes the order of sums
         assert max(errors(gradients, wanted)) < (2e-4 if recurrent else 1e-5)
 
-    def test_a_diverged_prompt_does_not_change_the_others(self, family: Any, case: str) -> None:
-        base = load(family(case), "int8")
+    def test_a_diverged_prompt_does_not_change_the_others(self, ours: Any, case: str) -> None:
+        base = ours(case, "int8")
         packed_rows, prompts = problem(base.hidden_size)
         prompts[0].fill_(torch.nan)
         leaves = [prompt.requires_grad_() for prompt in prompts]
@@ -136,15 +155,15 @@ class TestFamily:
         assert all(least < cosine <= 1.001 for cosine in alike), alike
         assert min(alike) < 1 - 1e-7
 
-    def test_bf16(self, family: Any, case: str) -> None:
+    def test_bf16(self, family: Any, ours: Any, case: str) -> None:
         losses, gradients = packed(load(family(case), "int8", dtype=torch.bfloat16))
-        exact, _ = packed(load(family(case), "int8"))
+        exact, _ = packed(ours(case, "int8"))
         assert losses == pytest.approx(exact, rel=0.05)
         assert all(gradient.isfinite().all() for gradient in gradients)
 
-    def test_decoding_equals_plain(self, family: Any, case: str) -> None:
+    def test_decoding_equals_plain(self, ours: Any, plain: Any, case: str) -> None:
         """Two rows of different lengths behind a prompt, padded on the left, two steps."""
-        base, model = load(family(case), "none", True), plain_model(family(case), "none")
+        base, model = ours(case, "none", True), plain(case, "none")
         packed_rows, prompts = problem(base.hidden_size)
         rows = [list(packed_row.example.input_ids) for packed_row in packed_rows[:2]]
         longest, prompt = max(map(len, rows)), prompts[1]

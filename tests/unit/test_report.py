@@ -22,6 +22,12 @@ from trainer.runtime.console import Console
 from trainer.tracking.progress_file import ProgressFile
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of text: drawing the four plots of a page takes most of a second."""
+    monkeypatch.setattr("trainer.reporting.html.collect.curves_svg", lambda *_: "<svg></svg>")
+
+
 def test_the_page_shows_every_result(tmp_path: Path) -> None:
     html = write_report(finished_run(tmp_path / "support")).read_text()
     for text in [*PROMPTS, *(t for hard in HAND_WRITTEN.values() for t, *_ in hard)]:
@@ -58,6 +64,7 @@ def test_the_page_needs_no_network_and_is_well_formed(tmp_path: Path) -> None:
     assert not open_tags
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_warnings_describe_the_problem(tmp_path: Path) -> None:
     report = collect(finished_run(tmp_path))
     assert any("3 of 600 rows were truncated" in text for text in report.warnings)
@@ -65,6 +72,7 @@ def test_warnings_describe_the_problem(tmp_path: Path) -> None:
     assert len(report.warnings) == 2
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_rows_that_are_also_in_train_are_counted_and_named(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
@@ -80,6 +88,7 @@ def test_rows_that_are_also_in_train_are_counted_and_named(tmp_path: Path) -> No
     ) in collect(folder).warnings
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_worse_prompt_is_not_called_better(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
@@ -114,6 +123,7 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_the_selected_prompt_and_why_prompts_stopped(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
@@ -188,6 +198,7 @@ def test_a_divergence_is_not_called_a_loss(tmp_path: Path) -> None:
     assert "validation_loss_hand_written" not in scores
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_uploading_is_suggested_only_if_mlflow_could_not_be_reached(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     assert "promptshard sync" not in write_report(folder).read_text()
@@ -197,6 +208,7 @@ def test_uploading_is_suggested_only_if_mlflow_could_not_be_reached(tmp_path: Pa
     assert "Upload missing metrics" in write_report(folder).read_text()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_commands_are_those_of_the_selected_prompt(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "support")
     summary = json.loads((folder / "summary.json").read_text())
@@ -242,6 +254,7 @@ class _Cells(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_terminal_page_and_mlflow_note_show_the_same_table(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     html = write_report(folder).read_text()
