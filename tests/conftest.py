@@ -20,6 +20,7 @@ FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 #: Unit test files by the CPU time they take, the longest first.
 SLOW_FILES = (
     "test_learning_benchmark.py",
+    "test_families.py",
     "test_other_device.py",
     "test_generation.py",
     "test_damaged_bases.py",

@@ -13,6 +13,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from trainer.runtime.process import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,6 +96,7 @@ def run(
 def _run(
     module: str, arguments: tuple[str, ...], environ: dict[str, str], stdout: str, stderr: str
 ) -> None:
+    die_with_parent(signal.SIGKILL)  # the server, which ends with the tests
     multiprocessing.current_process()._config["daemon"] = False  # it may start processes itself
     os.environ.clear()
     os.environ.update(environ)
