@@ -69,6 +69,7 @@ def main() -> None:
         candidates=Candidates([[p.example] for p in packed_rows if p.prompt == 1]),
         gold=[0] * sum(p.prompt == 1 for p in packed_rows),
         label_counts=[p.example.num_labels for p in packed_rows if p.prompt == 1],
+        num_shared=0,
     )
     budget: Any = SimpleNamespace(tokens=60)
     evaluator = Evaluator(engine, module, None, budget, teachers)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from tests.family_bases import (
     with_virtual_tokens,
 )
 from tests.soft_prompts import soft_prompts
-from tests.unit.test_scoring import EOS, TARGETS, rows
+from tests.unit.test_scoring import BEGINNING, EOS, TARGETS, rows
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
@@ -100,6 +100,7 @@ def score(engine: Engine, module: Any, prompts: list[Any]) -> list[Any]:
         candidates=Candidates(rows(TARGETS, (EOS,))),
         gold=[0] * len(rows(TARGETS)),
         label_counts=[2] * len(rows(TARGETS)),
+        num_shared=len(BEGINNING),
     )
     requests: Any = [Request(candidates_of_rows, 0), Request(candidates_of_rows, None)]  # type: ignore[arg-type]
     evaluator = Evaluator(engine, module, None, TokenBudget(40))  # type: ignore[arg-type]
