@@ -36,7 +36,17 @@ _VISION: dict[str, Any] = {
 #: Containers by model_type: the case of their text model, and settings of their own.
 CONTAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {"vision_config": _VISION, "mm_tokens_per_image": 4}),
-    "gemma4": ("gemma4", {"vision_config": None, "audio_config": None}),
+    "gemma4": (
+        "gemma4-per-layer",
+        {
+            "vision_config": {
+                **_VISION,
+                **{"num_key_value_heads": 1, "head_dim": 16, "pooling_kernel_size": 1},
+                "position_embedding_size": 16,
+            },
+            "audio_config": None,
+        },
+    ),
     "ministral3": ("ministral3", {"vision_config": {"model_type": "pixtral", **_VISION}}),
     "qwen3_5": (
         "qwen3_5",
@@ -63,6 +73,16 @@ CONTAINERS: dict[str, tuple[str, dict[str, Any]]] = {
         "cohere2",
         {"vision_config": {"model_type": "siglip_vision_model", **_VISION}},
     ),
+    "llama4": (
+        "llama4",
+        {
+            "vision_config": {
+                **_VISION,
+                **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 16),
+                **dict.fromkeys(("vision_input_dim", "vision_output_dim"), 16),
+            }
+        },
+    ),
     "llava": ("llama", {"vision_config": {"model_type": "clip_vision_model", **_VISION}}),
 }
 
@@ -73,7 +93,7 @@ def save_container(folder: Path, container: str) -> Path:
     text = {**family_config(case).to_dict(), "tie_word_embeddings": False}
     kind = {"ministral3": "mistral3"}.get(container, container)
     config = AutoConfig.for_model(kind, text_config=text, tie_word_embeddings=False, **settings)
-    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kinds = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
     kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
     model = kind.from_config(config)
     randomize(model)

@@ -264,11 +264,39 @@ class TestTies:
         """Cohere 2 scales its logits; Aya Vision does not."""
         assert "use a release of the text model alone" in refusal(container(root, "aya_vision"))
 
-    @pytest.mark.parametrize("kind", ["qwen2_audio", "gemma4", "ministral3", "qwen3_5"])
+    @pytest.mark.parametrize("kind", ["qwen2_audio", "gemma4", "llama4", "ministral3", "qwen3_5"])
     def test_other_containers(self, root: Path, kind: str) -> None:
         assert_alike(container(root, kind))
+        assert open_base(Base(model=str(container(root, kind)))).parameters.warnings == ()
 
-    @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
+    def test_a_container_whose_vision_tower_needs_another_package(
+        self, family: Any, tmp_path: Path
+    ) -> None:
+        """Gemma 3n's is of the package timm, which is not installed."""
+        folder = copy(family("gemma3n"), tmp_path / "m")
+
+        def wrap(config: dict[str, Any]) -> None:
+            text = dict(config)
+            config.clear()
+            vision = {"model_type": "gemma3n_vision", "hidden_size": 16, "vocab_size": 128}
+            audio = {"hidden_size": 16, "conf_num_hidden_layers": 1}
+            config.update(model_type="gemma3n", text_config=text, vision_config=vision)
+            config.update(audio_config=audio, tie_word_embeddings=True)
+
+        def rename(tensors: dict[str, Tensor]) -> None:
+            for name in [name for name in tensors if name.startswith("model.")]:
+                inner = name.removeprefix("model.")
+                tensors[f"model.language_model.{inner}"] = tensors.pop(name)
+            tensors["model.vision_tower.timm_model.conv_stem.conv.weight"] = torch.zeros(4, 4)
+
+        edit_config(folder, wrap)
+        edit_tensors(folder, rename)
+        row = Example.with_target(tuple(range(3, 15)), 5, 0)
+        losses = [our_loss(load_unsharded(f, "none"), row) for f in (folder, family("gemma3n"))]
+        assert losses[0] == losses[1]
+        assert open_base(Base(model=str(folder))).parameters.warnings == ()
+
+    @pytest.mark.parametrize("kind", ["gemma3", "llama4", "llava", "qwen3_5", "qwen3_vl"])
     def test_the_vision_tower_is_neither_read_nor_held(
         self, root: Path, family: Any, kind: str
     ) -> None:

@@ -38,13 +38,13 @@ def test_a_teacher_is_read_with_its_own_ids(family: Any, case: str) -> None:
     assert embedded is not None
     example = type(row).with_target(rest, row.target_start - 6, 0)
     batch = build_packed_batch([PackedRow(example, 0, 0)], [6])
-    whole = build_packed_batch([PackedRow(row, None, 0)], [])
+    as_text = build_packed_batch([PackedRow(row, None, 0)], [])
 
     def states(batch: Any, prompts: list[Any]) -> Tensor:
         hidden: Tensor = base(HiddenStatesRequest(batch), prompts).hidden_NH
         return hidden
 
-    wanted = states(whole, [])
+    wanted = states(as_text, [])
     torch.testing.assert_close(states(batch, [VirtualTokens(embedded, text)]), wanted)
     as_virtual_tokens = states(batch, [VirtualTokens(embedded)])
     assert (as_virtual_tokens - wanted).abs().max() > 1e-3

@@ -26,19 +26,13 @@ def per_layer_table(model: PreTrainedModel) -> nn.Module | None:
     return table
 
 
-def padding_id(config: PretrainedConfig) -> int:
-    """Id whose inputs virtual tokens get; 0, Gemma's own, if config.json has none."""
-    return int(config.pad_token_id or 0)
-
-
 def id_rules(config: PretrainedConfig) -> IdRules:
     """Return what a text model does with token ids, but not with embeddings."""
     setting = FAMILIES[config.model_type].scale_of_ids
     per_layer = getattr(config, "hidden_size_per_layer_input", None)
-    return IdRules(
-        float(getattr(config, setting)) if setting else 1.0,
-        padding_id(config) if per_layer else None,
-    )
+    padding = int(config.pad_token_id or 0)  # 0 is Gemma's own
+    scale = float(getattr(config, setting)) if setting else 1.0
+    return IdRules(scale, padding if per_layer else None)
 
 
 def ids_with_padding(

@@ -21,7 +21,7 @@ from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.families import family_of
 from trainer.model.layers.lm_head import LabelLosses
-from trainer.model.per_layer_inputs import ids_with_padding, look_up, padding_id
+from trainer.model.per_layer_inputs import id_rules, ids_with_padding, look_up
 from trainer.packing.packed_batch import PackedBatch
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 
@@ -83,6 +83,7 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
+        self._padding = id_rules(model.config).padding
         parameters = inspect.signature(model.base_model.forward).parameters
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), "")
 
@@ -146,7 +147,9 @@ class PromptedBase(nn.Module):
         if past and torch.is_grad_enabled() and not hidden_TH.requires_grad:
             # Makes backward gather the same layers as on a rank with virtual tokens.
             hidden_TH = _Anchored.apply(hidden_TH, past[0])
-        ids_T = ids_with_padding(batch, virtual_tokens, padding_id(self.model.config))
+        ids_T = batch.token_ids_T
+        if self._padding is not None:
+            ids_T = ids_with_padding(batch, virtual_tokens, self._padding)
         if self.packed:
             return self._packed(batch, hidden_TH, ids_T, past)
         assert not past, "check_prefix_tuning refuses this"
@@ -195,9 +198,11 @@ class PromptedBase(nn.Module):
                 prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
                 prompt_at = [0] * len(words_BLH)  # keys and values precede all tokens
             words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt, prompt_at)
-            pads_P1 = ids_BL.new_full((len(prompt), 1), padding_id(self.model.config))
-            ids_BL1 = _insert_prompt(ids_BL[..., None], step.attention_mask_BT, pads_P1, prompt_at)
-            ids_BL = ids_BL1[..., 0]
+            if self._padding is not None:
+                pads_P1 = ids_BL.new_full((len(prompt), 1), self._padding)
+                ids_BL1 = ids_BL[..., None]
+                ids_BL1 = _insert_prompt(ids_BL1, step.attention_mask_BT, pads_P1, prompt_at)
+                ids_BL = ids_BL1[..., 0]
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
         inputs: dict[str, Any] = {
             "inputs_embeds": words_BLH,

@@ -41,9 +41,26 @@ def build_transformers_model(
             f"base.model: {name!r} is of type {config.model_type!r}, which does not generate text; "
             "use a causal language model"
         )
-    with torch.device("meta"), library_errors(f"base.model: config.json of {name!r}"):
+    subject = f"base.model: config.json of {name!r}"
+    with torch.device("meta"), library_errors(subject), _without_timm(config):
         model: PreTrainedModel = kind.from_config(config, attn_implementation="eager", **options)
         return TextModelWithHead(model) if kind is AutoModel else model
+
+
+@contextmanager
+def _without_timm(config: PretrainedConfig) -> Iterator[None]:
+    """Leave out vision towers of the package timm (Gemma 3n), which would have to be installed."""
+    vision = type(getattr(config, "vision_config", None))
+    tower: Any = AutoModel._model_mapping.get(vision, None)
+    if getattr(tower, "__name__", "") != "TimmWrapperModel":
+        yield
+        return
+    original = tower.__init__
+    tower.__init__ = PreTrainedModel.__init__
+    try:
+        yield
+    finally:
+        tower.__init__ = original
 
 
 class TextModelWithHead(PreTrainedModel, GenerationMixin):

@@ -32,6 +32,8 @@ from trainer.runtime.errors import BadInput
 
 #: Operation of transformers 5.0 and 5.1 that copies a tensor to an aligned address (gpt-oss).
 COPY = "Force16BytesAlignment"
+#: Names of the parts of a multimodal container that are not text.
+_OTHER_PARTS = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal|embed_(vision|audio))")
 #: Number of elements that are compared at a time.
 COMPARED_ELEMENTS = 4 << 20
 
@@ -83,7 +85,8 @@ def map_weights(
     pair = {parameters[head], parameters[table]}
     tied = any(set(keys) == pair for keys in loader.all_tied_weights_keys.items())
     head_tensors, embedding = stored.get(parameters[head]), stored.get(parameters[table])
-    duplicate, separate, warnings = None, False, _unread_warnings(loader, unread, name)
+    others = [tensor for tensor in unread if not (inside and _OTHER_PARTS.search(tensor))]
+    duplicate, separate, warnings = None, False, _unread_warnings(loader, others, name)
     if tied and head_tensors and embedding and head_tensors != embedding:
         duplicate = head_tensors[0]
         if not _equal(duplicate, embedding[0], tensors):

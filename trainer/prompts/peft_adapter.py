@@ -90,7 +90,7 @@ class FixedText:
 
 @dataclass(frozen=True)
 class IdRules:
-    """What a base does with token ids, but not with embeddings; for the model card.
+    """Rules that a base applies to token ids, but not to embeddings; for the model card.
 
     Attributes:
         scale: factor of their embeddings.
