@@ -11,8 +11,8 @@ runs the missing ones only, the most useful first; those in the committed
 benchmarks/results/learning-smollm2.json count as done. A cell is measured again if the rows or the
 resolved settings of its arm have changed.
 
-PEFT's arms try five learning rates. The one with the lowest loss on training rows that are held
-back is scored on the validation rows. This trainer's arms have their defaults.
+PEFT's arms try five learning rates. The one with the lowest loss on held-out training rows is
+scored on the validation rows. This trainer's arms have their defaults.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def chosen_arms(parts: Sequence[str] | None, error: Callable[[str], None]) -> tu
 def run(laboratory: Laboratory, design: Design, budget: float) -> None:
     """Run the missing jobs, one after the other, until none is left or the time is over."""
     started, done = time.monotonic(), 0
-    # Missing jobs are determined anew after each: the best rates depend on the cells before.
+    # Missing jobs are determined again after each: the best rates depend on the cells before.
     while missing := list(laboratory.missing(design)):
         job, spent = missing[0], time.monotonic() - started
         time_left = f"{spent / done * len(missing) / 60:.0f} min" if done else "unknown"
@@ -138,6 +138,6 @@ def outcome(laboratory: Laboratory, cells: Sequence[Cell]) -> str:
         scores = result.get("validation") or result["held_back"]
         kept = {key: round(scores[key], 3) for key in ("accuracy", "loss") if key in scores}
         parts.append(
-            f"{'validation' if 'validation' in result else 'held back'}: {json.dumps(kept)}"
+            f"{'validation' if 'validation' in result else 'held out'}: {json.dumps(kept)}"
         )
     return "; ".join(parts)

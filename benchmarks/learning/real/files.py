@@ -16,7 +16,7 @@ from launch import example_packages, smollm2_example
 from launch.smollm2_example import QUESTIONS, Row
 from trainer.runtime import atomic_io
 
-#: Training rows of a task that no arm trains on: learning rates and instructions are chosen there.
+#: Training rows of a task that no arm trains on (held out), to choose learning rates and instructions.
 HELD_BACK = 48
 #: Seed of the selection of rows, equal for all arms and seeds.
 SELECTION_SEED = 0
@@ -60,13 +60,13 @@ class Question:
 
 def questions() -> dict[str, Question]:
     """The two tasks of the example, by name."""
-    found = {}
+    by_name = {}
     for one in QUESTIONS:
         choices = f"{', '.join(one.choices[:-1])} or {one.choices[-1]}"
         more = (text.format(choices=choices) for text in MORE_TEXTS[one.name])
         texts = (one.written, one.instruction, *more)
-        found[one.name] = Question(one.name, one.cue, one.choices, texts)
-    return found
+        by_name[one.name] = Question(one.name, one.cue, one.choices, texts)
+    return by_name
 
 
 class Files:
@@ -103,7 +103,7 @@ class Files:
             self._splits[name] = train[HELD_BACK:], train[:HELD_BACK], validation
 
     def num_train(self, task: str) -> int:
-        """Training rows of a task, without those held back."""
+        """Training rows of a task, without the held-out ones."""
         return len(self._splits[task][0])
 
     def train(self, task: str, rows: int) -> list[Row]:

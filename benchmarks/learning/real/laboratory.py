@@ -87,7 +87,7 @@ class Laboratory:
                 yield replace(job, cells=cells)
 
     def best_rate(self, cell: Cell) -> float | None:
-        """Rate with the lowest loss on the held-back rows, of those tried so far."""
+        """Rate with the lowest loss on the held-out rows, of those tried so far."""
         losses = {}
         for rate in PEERS[cell.arm].rates:
             result = self.result(replace(cell, rate=rate))
@@ -96,7 +96,7 @@ class Laboratory:
         return losses[min(losses)] if losses else None
 
     def instruction(self, cell: Cell) -> str:
-        """The best of the five instructions on the held-back rows: all arms know this one."""
+        """The best of the five instructions on the held-out rows; it is given to all arms."""
         baseline = Cell(*(HAND_WRITTEN, cell.task, 0, 0, 0, cell.validation_rows, cell.words))
         result = self.result(baseline)
         texts = self.files.questions[cell.task].texts
@@ -153,7 +153,7 @@ class Laboratory:
         return plain_base(str(self.files.base))
 
     def _data_of(self, cell: Cell) -> Data:
-        """Rows of a task as tokens; the held-back rows are its shifted validation."""
+        """Rows of a task as tokens; the held-out rows are its shifted validation."""
         rows = cell.rows or FEWEST_ROWS
         key = cell.task, rows, cell.tokens_per_step
         if key not in self._data:
@@ -238,8 +238,10 @@ class Laboratory:
         example = rows.candidates[0][0]
         text = rows.rows[example.row]["text"]
         turns.append({"role": "user", "content": f"{text}\n{question.cue}:"})
-        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        text_of_all = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text_of_all, add_special_tokens=False)["input_ids"]
         common = common_tokens(c[0] for c in rows.candidates)
         own = list(example.input_ids[len(common) : example.target_start])
         assert ids[-len(own) :] == own, "the template writes a row differently after examples"
@@ -278,7 +280,7 @@ class Laboratory:
 
 
 def trainer_commit() -> str:
-    """Last commit of the trainer's code, whatever has changed elsewhere; empty outside a clone."""
+    """Last commit that changed the folder ``trainer``; empty outside a clone."""
     root = Path(__file__).resolve().parents[3]
     command = ["git", "-C", str(root), "log", "-1", "--format=%h", "--", "trainer"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -131,16 +131,16 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
 def _baselines(output: Path, task: str, scores: dict[str, Any]) -> dict[str, Any]:
     """Scores of the base without a prompt and with the instruction, as this run stores the base."""
     texts = {"no_prompt": scores["no_prompt"], "hand_written-1": scores["hand_written"][0]}
-    found = {}
+    baselines = {}
     for name, values in texts.items():
         file = prediction_files.baseline_file(task, name)
         records = prediction_files.read(prediction_files.path_of(output, file))
-        found[name] = {
+        baselines[name] = {
             "accuracy": values["validation_accuracy"],
             "loss": values["validation_loss"],
             "correct": [int(record["correct"]) for record in records],
         }
-    return found
+    return baselines
 
 
 def _parameters(output: Path, name: str) -> int:

@@ -1,7 +1,7 @@
 """PEFT's methods on packed rows: virtual tokens and the rows' common beginning once per batch.
 
 The modules are PEFT's. Only the layout of a batch differs from ``PeftModel.forward``, which repeats
-the prompt before each row and pads: rows stand one after the other, and a mask keeps them apart.
+the prompt before each row and pads: rows follow each other, and a mask separates them.
 Loss and gradients are equal, and PEFT is not slowed down by padding.
 """
 

@@ -104,7 +104,7 @@ def arm_results(
     laboratory: Laboratory, design: Design, task: str, rows: int
 ) -> dict[str, ArmResult]:
     """Return the arms of a task that have a result on the validation rows."""
-    found = {}
+    by_arm = {}
     for arm in (*BASELINES, *OURS, *PEERS):
         seeds = (0,) if arm in BASELINES else design.seeds
         results, done, rate, tried = [], [], None, ()
@@ -118,8 +118,8 @@ def arm_results(
                 results.append(result)
                 done.append(seed)
         if results:
-            found[arm] = ArmResult(arm, results, tuple(done), rate, tried)
-    return found
+            by_arm[arm] = ArmResult(arm, results, tuple(done), rate, tried)
+    return by_arm
 
 
 def _cell(design: Design, arm: str, task: str, rows: int, seed: int, rate: float | None) -> Cell:
@@ -171,8 +171,8 @@ def _head(design: Design) -> list[str]:
         f"{HELD_BACK} training rows that no arm trains on, of those in the table. These rows are "
         "an advantage: ours does not use them.",
         f"- **Best instruction**: of five, the one with the highest accuracy on the {HELD_BACK} "
-        "held-back rows. Ours knows it as `hand_written`; *PEFT prompt tuning, text* starts from "
-        "it.",
+        "held-out rows. It is `hand_written` in our run file, and the initial text "
+        "of *PEFT prompt tuning, text*.",
         f"- **{SHOTS}**: {NUM_SHOTS} fixed training rows with their answers before each row, as "
         "many of each answer as possible.",
         "- With `position: system`, the template's words before the review are a part of the "
@@ -186,7 +186,7 @@ def _verdicts(task: str, arms: dict[str, ArmResult]) -> Iterator[str]:
     for name in OURS:
         if name not in arms or name in BASES:
             continue
-        found = {
+        by_outcome = {
             "better": list[str](),
             "worse": list[str](),
             "no significant difference": list[str](),
@@ -196,8 +196,8 @@ def _verdicts(task: str, arms: dict[str, ArmResult]) -> Iterator[str]:
             word = "no significant difference"
             if difference.significant:
                 word = "better" if difference.difference > 0 else "worse"
-            found[word].append(f"{other.arm} ({_points(difference)})")
-        texts = (f"**{word}**: {', '.join(names)}" for word, names in found.items() if names)
+            by_outcome[word].append(f"{other.arm} ({_points(difference)})")
+        texts = (f"**{word}**: {', '.join(names)}" for word, names in by_outcome.items() if names)
         yield f"- {task}, {name}: {'; '.join(texts)}."
 
 
@@ -353,15 +353,15 @@ def _coverage(laboratory: Laboratory, design: Design) -> Iterator[str]:
 
 
 def _commits(laboratory: Laboratory, design: Design) -> Iterator[str]:
-    found = {
+    commits = {
         result["trainer_commit"]
         for task in design.tasks
         for name, arm in arm_results(laboratory, design, task, design.rows[0]).items()
         for result in arm.results
         if name in OURS and result.get("trainer_commit")
     }
-    if found:
-        yield f"Last commit of the trainer's code that was measured: {', '.join(sorted(found))}."
+    if commits:
+        yield f"Last commit of the trainer's code that was measured: {', '.join(sorted(commits))}."
         yield ""
 
 
@@ -372,10 +372,10 @@ def plot(laboratory: Laboratory, design: Design, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = {t: arm_results(laboratory, design, t, design.rows[0]) for t in design.tasks}
-    found = {task: arms for task, arms in found.items() if arms}
-    figure, axes = pyplot.subplots(1, len(found), figsize=(6.2 * len(found), 4), squeeze=False)
-    for axis, (task, arms) in zip(axes[0], found.items(), strict=True):
+    by_task = {t: arm_results(laboratory, design, t, design.rows[0]) for t in design.tasks}
+    by_task = {task: arms for task, arms in by_task.items() if arms}
+    figure, axes = pyplot.subplots(1, len(by_task), figsize=(6.2 * len(by_task), 4), squeeze=False)
+    for axis, (task, arms) in zip(axes[0], by_task.items(), strict=True):
         shown = [arm for name, arm in reversed(arms.items()) if name not in BASES]
         for y, arm in enumerate(shown):
             low, high = arm.interval
