@@ -102,8 +102,8 @@ def chosen_arms(parts: Sequence[str] | None, error: Callable[[str], None]) -> tu
     for part in parts:
         if not any(part.lower() in arm.lower() for arm in ARMS):
             error(f"--arms: no arm has {part!r} in its name; arms: {'; '.join(ARMS)}")
-    found = (arm for arm in ARMS if any(part.lower() in arm.lower() for part in parts))
-    return tuple(dict.fromkeys([HAND_WRITTEN, *found]))
+    selected = (arm for arm in ARMS if any(part.lower() in arm.lower() for part in parts))
+    return tuple(dict.fromkeys([HAND_WRITTEN, *selected]))
 
 
 def run(laboratory: Laboratory, design: Design, budget: float) -> None:

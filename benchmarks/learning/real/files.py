@@ -16,7 +16,7 @@ from launch import example_packages, smollm2_example
 from launch.smollm2_example import QUESTIONS, Row
 from trainer.runtime import atomic_io
 
-#: Training rows of a task that no arm trains on (held out), to choose learning rates and instructions.
+#: Held-out training rows of a task: learning rates and instructions are chosen by them.
 HELD_BACK = 48
 #: Seed of the selection of rows, equal for all arms and seeds.
 SELECTION_SEED = 0
