@@ -81,8 +81,8 @@ def main(given: list[str]) -> None:
     elif not arguments.report:
         run(laboratory, design, arguments.budget)
     # The table has all results with these steps, also those that this call did not ask for.
-    whole = replace(design, arms=ARMS, tasks=TASKS, seeds=SEEDS, rows=ROWS)
-    write(laboratory, whole)
+    all_cells = replace(design, arms=ARMS, tasks=TASKS, seeds=SEEDS, rows=ROWS)
+    write(laboratory, all_cells)
 
 
 def write(laboratory: Laboratory, design: Design) -> None:
