@@ -27,10 +27,12 @@ from trainer.checkpointing.resume import (
     load_base_as_saved,
     load_run_state,
     run_identity,
+    saved_positions,
     take_run_snapshot,
 )
 from trainer.checkpointing.run_lock import Lock, acquire
 from trainer.config import RunConfig
+from trainer.data.prompt_positions import with_positions
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import keep_chat_date, read_chat_date, reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
@@ -115,6 +117,8 @@ def _train(
     # A requeued job has already moved the earlier run; the folder contains the job's own files.
     fresh = fresh and not engine.run_on_main(lambda: was_archived(output))
     date = engine.run_on_main(lambda: _chat_date(files, config, output, fresh=fresh))
+    places = engine.run_on_main(lambda: {} if fresh else saved_positions(output, config))
+    config = engine.run_on_all(lambda: with_positions(config, files.tokenizer, date, places))
     with times("data"), console.phase("reading rows"):
         tasks = read_tasks(engine, files, config, console, date)
     with times("loading the base"), console.phase("checking the base's files"):

@@ -14,7 +14,7 @@ import torch
 
 from tests.hub_cache import TINY
 from tests.unit.run_folder import checkpoint_state, save_checkpoint
-from trainer.checkpointing.resume import find_checkpoint, run_identity
+from trainer.checkpointing.resume import find_checkpoint, run_identity, saved_positions
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.model.checkpoint_files import open_base
@@ -182,6 +182,8 @@ def test_a_checkpoint_of_an_earlier_version_lacks_settings_with_their_default(ca
     saved = find_checkpoint(folder.parent, identity, CONSOLE)
     assert saved is not None
     assert saved.step == 3
+    run = case.run | {"tasks": [case.run["tasks"][0] | {"chat": True}]}
+    assert saved_positions(folder.parent, RunConfig.model_validate(run)) == {"soft": "front"}
     case.run["tasks"][0]["chat"] = True
     assert "tasks.triage.chat" in case.problems()
 

@@ -14,6 +14,7 @@ from tests.unit.test_stock_templates import SYSTEM, TEXTS, TURNS, continuation, 
 from trainer.config import RunConfig, Task
 from trainer.data.dataset import gold_choices
 from trainer.data.preview import preview
+from trainer.data.prompt_positions import with_positions
 from trainer.data.splits import load_rows
 from trainer.data.task_data import load_tasks
 from trainer.data.teacher import teachers_of
@@ -212,6 +213,49 @@ def config_of(tmp_path: Path, task: dict, *prompts: dict) -> RunConfig:
     )
 
 
+CLASSIFY = {"chat": True, "input": "Hi {text}", "target": "{label}"}
+
+
+def positions(config: RunConfig) -> list[str]:
+    return [prompt.position for prompt in config.prompts]
+
+
+@pytest.mark.parametrize("task", [CLASSIFY, {"messages": "messages"}], ids=["chat", "messages"])
+@pytest.mark.parametrize("family", STOCK)
+def test_auto_is_the_turn_of_the_system_or_of_the_user(tmp_path, tokenizers, family, task) -> None:
+    stock = STOCK[family]
+    tokenizer = tokenizers[stock.kind]
+    tokenizer.chat_template = stock.source
+    task = task | {"chat_template_kwargs": dict(stock.variables)}
+    config = config_of(tmp_path, task, {}, {"position": "front"}, {"method": "prefix_tuning"})
+    assert positions(config) == ["auto", "front", "front"]
+    first, *others = positions(with_positions(config, tokenizer))
+    assert others == ["front", "front"]
+    # Mistral's template writes the text of the system into the last turn of the user.
+    late = family == "mistral" and "messages" in task
+    assert first == ("system" if stock.system and not late else "user")
+    rows = [{"messages": TURNS[:4], "text": "And?", "label": "Hello."}]
+    how: dict[str, Any] = {"end_ids": tokenizer.convert_tokens_to_ids(list(stock.ends))}
+    (row,) = examples(tmp_path, config.tasks[0], tokenizer, rows, position=first, **how)
+    assert 0 < row.prompt_at < row.target_start
+
+
+def test_auto_is_front_without_a_chat_template_or_beside_virtual_tokens_in_the_input(
+    tmp_path, tokenizer
+) -> None:
+    text = {"input": "{text}", "target": "{label}"}
+    placed = CLASSIFY | {"input": "{virtual_tokens} {text}"}
+    for task in (text, placed):
+        assert positions(config_of(tmp_path, task, {})) == ["front"]
+        assert positions(with_positions(config_of(tmp_path, task, {}), None)) == ["front"]
+
+
+def test_positions_of_a_checkpoint_have_priority_over_auto(tmp_path, tokenizer) -> None:
+    config = config_of(tmp_path, CLASSIFY, {}, {}, {"position": "user"})
+    saved = {"p0": "front", "p2": "front"}
+    assert positions(with_positions(config, tokenizer, None, saved)) == ["front", "system", "user"]
+
+
 DISTILL = {"objective": "distill", "teacher": "Add json", "num_virtual_tokens": 4}
 
 
@@ -246,7 +290,7 @@ def test_a_teacher_at_the_virtual_tokens_is_tokenized_with_the_text_before_it(
 def test_a_teacher_does_not_replace_text_of_the_rows(tmp_path, tokenizer) -> None:
     rows = [{"messages": TURNS[:2]}, {"messages": [SYSTEM, *TURNS[:2]]}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = config_of(tmp_path, {"messages": "messages"}, DISTILL)
+    config = with_positions(config_of(tmp_path, {"messages": "messages"}, DISTILL), tokenizer)
     problem = r"prompts\.p0\.teacher: .*d\.jsonl:2 has a turn of the system"
     with pytest.raises(BadInput, match=problem):
         load_tasks(config, tokenizer, 1000, 100_000)

@@ -73,7 +73,7 @@ def test_the_run_file_names_the_files_of_its_folder(folder, tmp_path):
         assert plain.hand_written == [expected.written]
         assert instructed.system == expected.instruction
         assert plain.choices == instructed.choices == list(expected.choices)
-    assert [prompt.position for prompt in config.prompts] == ["system"] * 4
+    assert [prompt.position for prompt in config.prompts] == ["auto"] * 4
 
 
 def test_a_changed_file_is_refused(tmp_path):

@@ -110,6 +110,23 @@ def _with_added(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {**before, **{key: ADDED[name] for key, name in names.items() if name in ADDED}}
 
 
+def saved_positions(output: Path, config: RunConfig) -> dict[str, str]:
+    """Return ``position`` of each prompt in the run's newest checkpoint; empty without one.
+
+    Runs of earlier versions keep ``front``, which was the default before ``auto``.
+    """
+    if all(prompt.position != "auto" for prompt in config.prompts):
+        return {}
+    saved = checkpoint.newest(output / CHECKPOINTS, lambda _: None, problem_of)
+    before = saved.state["identity"] if saved else {}
+    keys = {prompt.name: f"prompts.{prompt.name}" for prompt in config.prompts}
+    return {
+        name: before.get(f"{key}.position", ADDED["position"])
+        for name, key in keys.items()
+        if f"{key}.task" in before
+    }
+
+
 def take_run_snapshot(
     loop: Loop, loaded: LoadedBase, identity: Mapping[str, Any], conditions: Mapping[str, Any]
 ) -> Snapshot:

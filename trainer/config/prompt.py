@@ -81,9 +81,11 @@ class Prompt(Section):
         "separate: none; one MLP per virtual token",
     )
     num_virtual_tokens: PositiveInt = Field(20, description="length of the prompt, in tokens")
-    position: Literal["front", "system", "user"] = Field(
-        "front",
+    position: Literal["auto", "front", "system", "user"] = Field(
+        "auto",
         description="place of the virtual tokens\n"
+        "auto: system in tasks with messages or chat, or user if the chat template has no turn of "
+        "the system; front in other tasks and with prefix_tuning\n"
         "front: before the whole text, as in PEFT\n"
         "system: at the beginning of the system's turn, which is added to dialogues without one\n"
         "user: at the beginning of the first turn of the user\n"
@@ -230,7 +232,7 @@ class Prompt(Section):
                 )
         if problems:
             raise ValueError("\n".join(problems))
-        if self.position != "front" and entry.trains_prefix:
+        if self.position not in ("auto", "front") and entry.trains_prefix:
             raise ValueError(
                 f"position: {self.position} is not possible with {self.method}, whose keys and "
                 "values come before all text; use front, or method: prompt_tuning"

@@ -117,7 +117,17 @@ class RunConfig(Section):
                     f"{setting}: task {without[0]!r} has no validation rows; set validation or "
                     f"validation_share, or remove {setting.partition('.')[2]}"
                 )
+        if not problems:
+            self._place_prompts_at_front()
         return checked(self, [*problems, *self._search_problems()])
+
+    def _place_prompts_at_front(self) -> None:
+        """Replace ``position: auto`` where it does not depend on the chat template."""
+        for i, prompt in enumerate(self.prompts):
+            task = self.task(prompt.task)
+            inside = task.is_chat and split_template(task.input) is None
+            if prompt.position == "auto" and (prompt.entry.trains_prefix or not inside):
+                self.prompts[i] = prompt.model_copy(update={"position": "front"})
 
     def _search_problems(self) -> Iterator[str]:
         most, halving = self.search.max_prompts, self.search.halving
@@ -143,7 +153,7 @@ class RunConfig(Section):
         tasks = {task.name: task for task in self.tasks}
         for i, prompt in enumerate(self.prompts):
             task = tasks.get(prompt.task)
-            if task is None or prompt.position == "front":
+            if task is None or prompt.position in ("auto", "front"):
                 continue
             if not task.is_chat:
                 problems.append(

@@ -15,6 +15,7 @@ Steps from a file to a packed batch, with the type passed at each step:
    (``row_hashing``), and reports validation rows that are also in train (``LeakedRows``).
 6. ``tokenization``: ``RowDataset`` -> ``TokenBlock`` per batch -> ``TokenTable`` of ``Example``
    (``token_table``), kept in ``token_cache``.
+   Before, ``prompt_positions`` replaces ``position: auto`` in the settings.
 7. ``task_data``: the splits of a task -> ``TaskData``: a ``TokenTable`` for training, an
    ``EvalSet`` per validation split, without a prompt and after each hard prompt, and the
    ``Teacher`` of each distilled prompt (``teacher``).

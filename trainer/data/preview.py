@@ -13,6 +13,7 @@ import numpy as np
 from trainer.config import RunConfig, Task
 from trainer.data.column_parsers import NO_LABEL
 from trainer.data.dataset import RowDataset
+from trainer.data.prompt_positions import with_positions
 from trainer.data.splits import load_splits
 from trainer.data.task_data import check_teacher, row_room
 from trainer.data.teacher import teachers_of
@@ -92,6 +93,7 @@ def preview(
     """
     problems: list[str] = []
     texts, notes = list[PreviewText](), list[str]()
+    config = with_positions(config, tokenizer, date)
     teachers = teachers_of(config, tokenizer, date)
     for task in config.tasks:
         prompts = [prompt for prompt in config.prompts if prompt.task == task.name]

@@ -161,10 +161,12 @@ class TaskData:
 
     def train_at(self, position: str) -> TokenTable:
         """Return the training rows for prompts with this ``prompts.position``."""
+        assert position != "auto", "replaced by with_positions"
         return self.placed[position].train if position in self.placed else self.train
 
     def evaluation_at(self, position: str) -> dict[str, EvalSet]:
         """Return the rows of every evaluation for prompts with this ``prompts.position``."""
+        assert position != "auto", "replaced by with_positions"
         return self.placed[position].evaluation if position in self.placed else self.evaluation
 
 

@@ -1,0 +1,61 @@
+"""``prompts.position: auto``: the place of the virtual tokens in the dialogues of a chat template."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import RunConfig, Task
+from trainer.data.tokenization.chat import with_mark
+from trainer.data.tokenization.chat_template import Messages, TemplateLimitExceeded
+from trainer.data.tokenization.dialogue_rows import dialogue_encoder, limit_problem, user_messages
+from trainer.runtime.errors import BadInput
+
+
+def with_positions(
+    config: RunConfig,
+    tokenizer: Any,
+    date: datetime.date | None = None,
+    saved: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """Return the settings of a run with a position instead of ``auto``.
+
+    Args:
+        date: the date that a chat template reads; None: today.
+        saved: positions of the run's checkpoint, by prompt; they have priority.
+
+    Raises:
+        BadInput: the chat template is missing or exceeds its limits.
+    """
+    saved, by_task = saved or {}, dict[str, str]()
+    prompts = []
+    for prompt in config.prompts:
+        if prompt.position != "auto":
+            prompts.append(prompt)
+            continue
+        position = saved.get(prompt.name)
+        if position is None and prompt.task not in by_task:
+            by_task[prompt.task] = _position(config.task(prompt.task), tokenizer, date)
+        position = position or by_task[prompt.task]
+        prompts.append(prompt.model_copy(update={"position": position}))
+    return config.model_copy(update={"prompts": prompts})
+
+
+def _position(task: Task, tokenizer: Any, date: datetime.date | None) -> str:
+    """Return the first turn, of system and user, in which the template writes virtual tokens."""
+    encoder = dialogue_encoder(tokenizer, task, date)
+    answer = {"role": "assistant", "content": "y"}
+    dialogue: Messages = [*user_messages(task, "x"), answer]
+    if task.messages is not None:  # some templates write the system's text before the last question
+        dialogue = [*dialogue, *dialogue]
+    for position in ("system", "user"):
+        try:
+            encoder(with_mark(dialogue, position))
+        except TemplateLimitExceeded as error:
+            name = "messages" if task.messages is not None else "chat"
+            raise BadInput(f"tasks.{task.name}.{name}: {limit_problem(error)}") from None
+        except ValueError:
+            continue
+        return position
+    return "front"
