@@ -19,6 +19,7 @@ from trainer.prompts.encoders import (
 from trainer.prompts.extended.lstm import LSTMEncoder
 from trainer.prompts.extended.prefix_mlp import PrefixMLPEncoder
 from trainer.prompts.extended.residual import ResidualEncoder
+from trainer.training.prompt_optimizer import make_optimizer
 
 P, H, E = 5, 8, 12
 
@@ -302,3 +303,13 @@ def test_run_file_chooses_a_prefix_encoder() -> None:
     projected = make_encoder(mlp, make_past(), generator, H)
     assert isinstance(projected, PrefixMLPEncoder)
     assert projected.transform[0].out_features == H
+
+
+@pytest.mark.parametrize("num_layers", [1, 4, 30])
+def test_the_learning_rate_of_a_prefix_is_shared_among_its_layers(num_layers: int) -> None:
+    init = torch.full((P, num_layers, 2, 2, 4), 3.0)
+    prompt = Prompt(name="a", task="t", method="prefix_tuning", warmup_ratio=0)
+    encoder = make_encoder(prompt, init, torch.Generator().manual_seed(0), H)
+    assert encoder.scale() == pytest.approx(3.0 / num_layers)
+    optimizer = make_optimizer(prompt, dict(encoder.named_parameters()), 9, encoder.scale())
+    assert optimizer.learning_rate == pytest.approx(0.4 * 3.0 / num_layers)

@@ -149,7 +149,7 @@ for _entry in (
         name="embedding",
         build=f"{_ENCODERS}:build_embedding",
         trains_prefix=True,
-        relative_learning_rate=0.1,
+        relative_learning_rate=0.4,  # summed over the layers
         trains_values=True,
     ),
     EncoderEntry(
@@ -158,7 +158,7 @@ for _entry in (
         build=f"{_EXTENDED}.prefix_mlp:build",
         trains_prefix=True,
         settings=_SIZE,
-        relative_learning_rate=0.1,
+        relative_learning_rate=0.4,
     ),
 ):
     register_encoder(_entry)

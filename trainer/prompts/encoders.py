@@ -92,9 +92,13 @@ class PromptEncoder(nn.Module):
         The optimizer is assumed to move every parameter by about its learning rate, as Adam does.
         For an encoder that ends in a linear layer, only the update of that layer counts, and all
         its weights are assumed to move in the same direction.
+
+        For keys and values, the updates of the L layers count together: each layer moves by an L-th
+        of the root mean square, because what the layers change in the loss adds up.
         """
+        num_layers = 1 if len(self.shape) == 2 else self.shape[1]
         with torch.no_grad():
-            return _root_mean_square(self())
+            return _root_mean_square(self()) / num_layers
 
 
 class EmbeddingEncoder(PromptEncoder):
