@@ -1,4 +1,4 @@
-"""``prompts.position: auto``: the place of the virtual tokens in the dialogues of a chat template."""
+"""``prompts.position: auto``: place of the virtual tokens in dialogues of a chat template."""
 
 from __future__ import annotations
 
