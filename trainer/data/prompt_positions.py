@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import RunConfig, Task
-from trainer.data.tokenization.chat import with_mark
 from trainer.data.tokenization.chat_template import Messages, TemplateLimitExceeded
 from trainer.data.tokenization.dialogue_rows import dialogue_encoder, limit_problem, user_messages
+from trainer.data.tokenization.message_edits import with_mark
 from trainer.runtime.errors import BadInput
 
 
