@@ -301,6 +301,12 @@ def test_more_examples_than_the_context_holds(tmp_path: Path) -> None:
         builder.build()
 
 
+@pytest.mark.parametrize("option", ["shots", "retrieved", "knn"])
+def test_more_examples_than_train_rows(tmp_path: Path, option: str) -> None:
+    with pytest.raises(BadInput, match=rf"--{option} 9: .*only 3 train rows.*lower it"):
+        build(tmp_path, make_run(tmp_path), **{option: 9})
+
+
 def test_an_arm_is_scored_again_if_what_it_depends_on_changes(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     (arms, _), (others, _) = build(tmp_path, config), build(tmp_path, config, shots=1)

@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 
+from tests.unit import run_folder
 from tests.unit.test_evaluate_arms import CHOICES, build, make_run
 from trainer.commands.evaluate.arms import _unique
 from trainer.commands.evaluate.costs import BaseCost, paid_after, query_cost, training_flops
 from trainer.commands.evaluate.results import TaskResults
 from trainer.commands.evaluate.table import _fit, show
 from trainer.evaluation.statistics import paired_rates
-from trainer.reporting.evaluation import Evaluation, TaskEvaluation, cells, label, remarks, titles
+from trainer.reporting.evaluation import (
+    EVALUATION_FILE,
+    Evaluation,
+    TaskEvaluation,
+    cells,
+    label,
+    remarks,
+    titles,
+)
+from trainer.reporting.html import write_report
+from trainer.reporting.mlflow_note import read_results
 from trainer.reporting.summary import RunSummary
 from trainer.runtime.console import Console
 
@@ -169,3 +180,23 @@ def test_arms_have_different_names() -> None:
         SimpleNamespace(name="shots-3", kind="adapter"),
     ]
     assert _unique(arms) == ["shots-3", "prompt-shots-3", "adapter-shots-3"]
+
+
+def test_report_and_note_show_the_evaluation(tmp_path: Path) -> None:
+    scores = {"no_prompt": "1000", "hand_written-1": "1010", "soft": "1111"}
+    task = results(tmp_path, scores)
+    folder = run_folder.write_inputs(tmp_path / "run")
+    run_folder.write_results(folder)
+    evaluation = Evaluation(tasks={"triage": task})
+    (folder / EVALUATION_FILE).write_text(evaluation.model_dump_json())
+    html = write_report(folder).read_text()
+    note = read_results(folder).note
+    for arm in task.arms:
+        for cell in cells(task, arm):
+            assert cell in html
+            assert cell in note
+    for line in remarks(task):
+        assert line in html
+        assert line in note
+    (folder / EVALUATION_FILE).write_text("{}")
+    assert "Evaluation on" not in write_report(folder).read_text(), "a damaged file is left out"

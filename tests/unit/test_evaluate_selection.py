@@ -15,7 +15,7 @@ from trainer.commands.evaluate.options import Options, parse
 from trainer.commands.evaluate.selection import check_data, selected_run
 from trainer.config import dump
 from trainer.prompts.adapter_files import WeightAdapter, read_adapter
-from trainer.prompts.saved_prompts import SETTINGS, WEIGHTS
+from trainer.prompts.saved_prompts import SEGMENT, SETTINGS, WEIGHTS
 from trainer.runtime.errors import BadInput
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(BASE)}
@@ -112,6 +112,14 @@ def test_adapters_that_cannot_be_used(
     with pytest.raises(BadInput) as error:
         read_adapter(str(folder), str(BASE))
     assert problem in error.value.problems[0]
+
+
+def test_an_adapter_with_text_around_its_virtual_tokens(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    inside = tmp_path / "prompts" / "soft"
+    segment = {"before": [1], "num_virtual_tokens": 2, "after": [5]}
+    (inside / SEGMENT).write_text(json.dumps(segment))
+    assert "were trained inside text" in refused(folder, adapters=(str(inside),))
 
 
 def test_the_ranks_get_the_same_options() -> None:

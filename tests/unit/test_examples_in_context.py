@@ -85,6 +85,8 @@ def test_fixed_examples_have_every_class(tmp_path: Path) -> None:
     assert sorted(rows[i]["label"] for i in drawn) == ["c", "c", "f", "f"]
     assert drawn == fixed_examples(settings, train, 4, seed=1)
     assert drawn != fixed_examples(settings, train, 4, seed=2)
+    others = fixed_examples(settings, train, 32, seed=1, answered=train.take(FIRST, "first"))
+    assert sorted(others) == list(range(1, 32))
     assert len(set(fixed_examples(settings, train, 6, seed=1))) == 6, "only two rows are f"
 
 

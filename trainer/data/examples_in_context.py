@@ -10,6 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from trainer.config import Task
 from trainer.data.column_parsers import content_of
 from trainer.data.dataset import ChangedRows, RowDataset, gold_target
@@ -61,9 +63,16 @@ def input_text(task: Task, row: Mapping[str, Any]) -> str:
     )
 
 
-def fixed_examples(task: Task, train: RowDataset, count: int, seed: int) -> list[int]:
-    """Draw train rows, with choices the same number of each class as far as possible."""
-    order = list(range(len(train)))
+def fixed_examples(
+    task: Task, train: RowDataset, count: int, seed: int, answered: RowDataset | None = None
+) -> list[int]:
+    """Draw train rows, with choices the same number of each class as far as possible.
+
+    Args:
+        answered: rows to be answered; equal train rows are not drawn.
+    """
+    equal = np.isin(train.hashes(), [] if answered is None else answered.hashes())
+    order: list[int] = np.flatnonzero(~equal).tolist()
     random.Random(f"{seed} {task.name}").shuffle(order)
     if not task.scored_by_likelihood:
         return order[:count]

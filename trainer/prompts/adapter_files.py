@@ -15,6 +15,7 @@ from typing import Any
 
 from trainer.config import resolve_path
 from trainer.prompts.saved_prompts import (
+    SEGMENT,
     SETTINGS,
     VIRTUAL_TOKENS,
     WEIGHTS,
@@ -55,11 +56,13 @@ class PromptAdapter:
     Attributes:
         name: of the folder.
         num_bytes: size of its weights.
+        is_inside: the virtual tokens were trained inside text (``segment.json``).
     """
 
     name: str
     folder: Path
     num_bytes: int
+    is_inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def read_adapter(path: str, base: str, *, force: bool = False) -> PromptAdapter 
             _check_base(folder, settings.get("base_model_name_or_path"), base)
         if kind in (*VIRTUAL_TOKENS, "PREFIX_TUNING"):
             find_source(str(folder))
-            return PromptAdapter(name, folder, size)
+            return PromptAdapter(name, folder, size, (folder / SEGMENT).is_file())
         if kind not in _PARTS:
             known = ", ".join([*_PARTS, *VIRTUAL_TOKENS, "PREFIX_TUNING"])
             raise BadInput(

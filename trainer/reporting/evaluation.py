@@ -1,29 +1,24 @@
-"""``evaluation.json``: the typed results of ``promptshard evaluate``, and their table.
+"""``evaluation.json``: the typed results of ``promptshard evaluate``, and their tables.
 
-The terminal and the documents render ``titles`` and ``cells``. Imports no torch.
+The terminal, the HTML report and the MLflow note render ``titles`` and ``cells``, so their numbers
+are the same. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.evaluation.metric_sums import LOWER_IS_BETTER
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
 
 EVALUATION_FILE = "evaluation.json"
+#: Increase when a key is removed or changes its meaning.
+SCHEMA_VERSION = 1
 NONE = "–"
-_KIND_LABELS = {
-    "no_prompt": "no prompt",
-    "hand_written": "hand-written",
-    "shots": "fixed examples",
-    "retrieved": "retrieved examples",
-    "knn": "kNN prompting",
-    "prompt": "trained prompt",
-    "prompt_retrieved": "trained prompt and retrieved examples",
-    "adapter": "adapter",
-}
 
 
 class _Model(BaseModel):
@@ -112,10 +107,14 @@ class TaskEvaluation(_Model):
 class Evaluation(_Model):
     """Content of ``evaluation.json``."""
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
     tasks: dict[str, TaskEvaluation]
 
 
+CHANGES_REMARK = (
+    "difference: to the score of the same prompt on the validation rows, with 95% interval; paired "
+    "by row except for shifted validation."
+)
 #: Columns that a narrow terminal leaves out, the first one first.
 OPTIONAL = ("Brier", "set-up", "bytes", "ECE", "FLOPs", "paid after", "tokens", "p")
 
@@ -269,6 +268,10 @@ def changes(task: TaskEvaluation) -> tuple[list[str], list[list[str]]]:
     return columns, table
 
 
-def kinds(arms: Sequence[ArmResult]) -> list[str]:
-    """Describe the kinds of arms, in order."""
-    return [_KIND_LABELS[kind] for kind in dict.fromkeys(arm.kind for arm in arms)]
+def load_evaluation(output_dir: Path) -> Evaluation | None:
+    """Read ``evaluation.json``; None if it is missing, damaged or of a newer version."""
+    try:
+        evaluation = Evaluation.model_validate(read_json_object(output_dir / EVALUATION_FILE))
+    except (BadInput, ValidationError):
+        return None
+    return evaluation if evaluation.schema_version <= SCHEMA_VERSION else None

@@ -11,6 +11,14 @@ from trainer.config.ranking import rank
 from trainer.evaluation.prediction_files import HAND_WRITTEN, MAJORITY, NO_PROMPT, TEACHER
 from trainer.evaluation.score_format import PREFIXES
 from trainer.evaluation.statistics import STANDARD_ERROR
+from trainer.reporting.evaluation import (
+    Evaluation,
+    cells,
+    label,
+    load_evaluation,
+    remarks,
+    titles,
+)
 from trainer.reporting.result_table import PROMPT, ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import PromptResult, RunSummary, load_summary
 from trainer.runtime.errors import BadInput
@@ -41,7 +49,7 @@ def read_results(output_dir: Path) -> FinalResults:
                 final_metrics(table, row),
                 clean_tags({"stopped": stopped, "selected": "yes" if selected else None}),
             )
-    return FinalResults(note(tables), prompts)
+    return FinalResults(note(tables, load_evaluation(output_dir)), prompts)
 
 
 def final_metrics(table: TaskTable, prompt: ResultRow) -> dict[str, float]:
@@ -65,8 +73,11 @@ def final_metrics(table: TaskTable, prompt: ResultRow) -> dict[str, float]:
     return metrics
 
 
-def note(tables: list[TaskTable]) -> str:
-    """Return the parent run's description (Markdown): verdict and result table of every task."""
+def note(tables: list[TaskTable], evaluation: Evaluation | None = None) -> str:
+    """Return the parent run's description (Markdown): verdict and result table of every task.
+
+    After ``promptshard evaluate``, with its tables.
+    """
     lines = []
     for table in tables:
         subject = f"**{table.task}**: " if len(tables) > 1 else ""
@@ -75,10 +86,17 @@ def note(tables: list[TaskTable]) -> str:
         lines += [f"#### Task {table.task}", "", f"| {' | '.join(['prompt', *table.titles])} |"]
         lines += ["|---|" + "---:|" * len(table.columns)]
         for row in table.rows:
-            label = f"**{row.label}** ({row.detail})" if row.kind == PROMPT else row.label
-            label += f", {row.tag}" if row.tag else ""
-            lines.append(f"| {' | '.join([_cell(label), *table.cells(row)])} |")
+            shown = f"**{row.label}** ({row.detail})" if row.kind == PROMPT else row.label
+            shown += f", {row.tag}" if row.tag else ""
+            lines.append(f"| {' | '.join([_cell(shown), *table.cells(row)])} |")
         lines.append("")
+    for name, task in evaluation.tasks.items() if evaluation else ():
+        lines += [f"#### Evaluation of {name} on {task.rows:,} rows", ""]
+        lines += [f"| {' | '.join(['prompt', *titles(task)])} |"]
+        lines += ["|---|" + "---:|" * len(titles(task))]
+        for arm in task.arms:
+            lines.append(f"| {' | '.join([_cell(label(task, arm)), *cells(task, arm)])} |")
+        lines += ["", *(f"{line}  " for line in remarks(task)), ""]
     return "\n".join(lines)[:MAX_TAG]
 
 

@@ -288,7 +288,13 @@ class ArmBuilder:
     def _drawn(self) -> list[int]:
         """Indices of the fixed examples."""
         count, seed = self.options.shots or 0, self.config.training.seed
-        return fixed_examples(self.task, self.data.train_rows, count, seed)
+        drawn = fixed_examples(self.task, self.data.train_rows, count, seed, self._own_rows())
+        if len(drawn) < count:
+            raise BadInput(
+                f"--shots {count}: task {self.task.name!r} has only {len(drawn)} train rows that "
+                "are not among the rows to answer; lower it"
+            )
+        return drawn
 
     def _retrieved(self, count: int) -> Arm:
         chosen, seconds = self._similar
@@ -314,6 +320,12 @@ class ArmBuilder:
         started = time.perf_counter()
         count = self.options.retrieved or 0
         chosen = retrieve(self.task, self.data.train_rows, self._own_rows(), count)
+        fewest = min(map(len, chosen))
+        if fewest < count:
+            raise BadInput(
+                f"--retrieved {count}: task {self.task.name!r} has only {fewest} train rows that "
+                "differ from the row to answer; lower it"
+            )
         return chosen, time.perf_counter() - started
 
     def _own_rows(self) -> RowDataset:

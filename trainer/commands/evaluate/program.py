@@ -39,6 +39,7 @@ from trainer.prompts.peft_adapter import load_peft
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.reporting.evaluation import EVALUATION_FILE, Evaluation, TaskEvaluation
+from trainer.reporting.html import write_report
 from trainer.reporting.summary import load_summary
 from trainer.runtime import atomic_io, stop_signals
 from trainer.runtime.console import Console
@@ -249,6 +250,11 @@ def _report(
     except OSError as error:
         raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
     console.print(f"\nall numbers: {path}; predictions: {store.folder}")
+    report = options.run_dir / "report.html"
+    if report.is_file() and not options.json:
+        with console.phase("writing the report"):
+            write_report(options.run_dir)
+        console.print(f"report: {report}")
 
 
 @contextmanager

@@ -23,8 +23,10 @@ from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime import stop_signals
 from trainer.runtime.stop_signals import Stopped
 
-#: Rows of a block, per rank. A stopped evaluation repeats at most one block.
-BLOCK_ROWS = 64
+#: Rows of a block, per rank: the first block, and the largest. A stopped evaluation repeats at most
+#: one block, so blocks grow only while they take less than ``BLOCK_SECONDS``.
+FIRST_ROWS, MOST_ROWS = 8, 256
+BLOCK_SECONDS = 10.0
 
 
 @dataclass
@@ -54,20 +56,20 @@ class ArmScorer:
         Raises:
             Stopped: on all ranks; the records of complete blocks are kept.
         """
-        for arm in arms:
-            if arm.neighbors is not None and done[arm.name] < len(arm.numbers):
-                self._classify(arm, arm.neighbors, done[arm.name], advance)
-        arms = [arm for arm in arms if arm.neighbors is None]
-        for start, stop in self._blocks(arms):
-            for adapter in sorted({-1 if a.adapter is None else a.adapter for a in arms}):
+        scored = [arm for arm in arms if arm.neighbors is None]
+        for start, stop in self._blocks(max((len(arm.numbers) for arm in scored), default=0)):
+            for adapter in sorted({-1 if a.adapter is None else a.adapter for a in scored}):
                 due = [
                     (arm, range(max(start, done[arm.name]), min(stop, len(arm.numbers))))
-                    for arm in arms
+                    for arm in scored
                     if (-1 if arm.adapter is None else arm.adapter) == adapter
                     and max(start, done[arm.name]) < min(stop, len(arm.numbers))
                 ]
                 if due:
                     self._score_block(due, advance, adapter)
+        for arm in arms:
+            if arm.neighbors is not None and done[arm.name] < len(arm.numbers):
+                self._classify(arm, arm.neighbors, done[arm.name], advance)
 
     def num_texts(self, arms: Sequence[Arm], done: Mapping[str, int]) -> int:
         """Number of texts that ``score`` reads."""
@@ -100,15 +102,14 @@ class ArmScorer:
         )
         if self.store is not None:
             self.store.note(arm.task, arm.name, time.perf_counter() - started)
-        size = BLOCK_ROWS * engine.world_size
-        for start in range(first, len(arm.numbers), size):
-            rows = arm.rows.subset(range(start, min(start + size, len(arm.numbers))))
+        for start, stop in self._blocks(len(arm.numbers), first):
+            rows = arm.rows.subset(range(start, stop))
             nearest_R = nearest(
                 engine,
                 base,
                 [row[0].input_ids[: row[0].last_target[0]] for row in rows.candidates],
                 anchors,
-                neighbors.excluded[start : start + size],
+                neighbors.excluded[start:stop],
                 neighbors.count,
                 between_batches,
                 limit,
@@ -118,10 +119,17 @@ class ArmScorer:
                 self.store.append(arm.task, arm.name, records_of(arm, rows, start, columns))
         engine.end_step()
 
-    def _blocks(self, arms: Sequence[Arm]) -> Iterator[tuple[int, int]]:
-        rows = max((len(arm.numbers) for arm in arms), default=0)
-        size = BLOCK_ROWS * self.evaluator.engine.world_size
-        yield from ((start, min(start + size, rows)) for start in range(0, rows, size))
+    def _blocks(self, rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of blocks; all ranks yield the same."""
+        engine, size = self.evaluator.engine, FIRST_ROWS
+        while start < rows:
+            stop = min(start + size * engine.world_size, rows)
+            started = time.perf_counter()
+            yield start, stop
+            is_fast = time.perf_counter() - started < BLOCK_SECONDS
+            if not engine.any_rank(not is_fast):
+                size = min(2 * size, MOST_ROWS)
+            start = stop
 
     def _score_block(
         self,

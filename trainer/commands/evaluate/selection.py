@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.commands.evaluate.options import Options
-from trainer.config import DataSource, Prompt, RunConfig, Task, load_output
+from trainer.config import DataSource, Prompt, RunConfig, Task, load_output, split_template
 from trainer.data.splits import check_rows
 from trainer.evaluation.metric_sums import TEXT_METRICS, metric_problem
 from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
-from trainer.prompts.saved_prompts import WEIGHTS
+from trainer.prompts.saved_prompts import SEGMENT, WEIGHTS
 from trainer.runtime.errors import BadInput, did_you_mean
 
 
@@ -57,6 +57,16 @@ def selected_run(options: Options) -> SelectedRun:
             adapters.append(read_adapter(path, config.base.model, force=options.force))
         except BadInput as error:
             problems += error.problems
+    problems += [
+        f"--adapter: {adapter.folder}: its virtual tokens were trained inside text "
+        f"({SEGMENT}), and the input of task {task.name!r} has no {{virtual_tokens}}; evaluate it "
+        "in the run that trained it"
+        for adapter in adapters
+        for task in tasks
+        if isinstance(adapter, PromptAdapter)
+        and adapter.is_inside
+        and split_template(task.input) is None
+    ]
     if problems:
         raise BadInput(problems)
     names = {task.name for task in tasks}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from trainer.reporting.evaluation import (
+    CHANGES_REMARK,
     OPTIONAL,
     TaskEvaluation,
     cells,
@@ -46,10 +47,7 @@ def show(name: str, task: TaskEvaluation, console: Console) -> None:
         columns, table = changes(task)
         console.print()
         console.table(f"{name}: changed rows", ["prompt, rows", *columns], table, wrap=False)
-        console.paragraph(
-            "difference: to the score of the same prompt on the validation rows, with 95% "
-            "interval; paired by row except for shifted validation."
-        )
+        console.paragraph(CHANGES_REMARK)
 
 
 def _fit(

@@ -13,6 +13,7 @@ from pathlib import Path
 import jinja2
 
 from trainer.evaluation.score_format import is_loss
+from trainer.reporting import evaluation
 from trainer.reporting.summary import SUMMARY_FILE
 from trainer.runtime import atomic_io
 from trainer.runtime.redact import redact
@@ -24,7 +25,8 @@ def write_report(output_dir: Path | str) -> Path:
     """Write ``OUTPUT_DIR/report.html``.
 
     Reads ``summary.json``, ``metrics.jsonl``, ``run.yaml``, ``environment.json``,
-    ``datasets.json`` and ``predictions/`` there; sections of missing files are left out.
+    ``datasets.json``, ``evaluation.json`` and ``predictions/`` there; sections of missing files are
+    left out.
 
     Raises:
         BadInput: a newer version wrote ``summary.json``.
@@ -40,7 +42,7 @@ def write_report(output_dir: Path | str) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("template.html.j2")
-    html = template.render(report=collect(output_dir), is_loss=is_loss)
+    html = template.render(report=collect(output_dir), is_loss=is_loss, evaluation=evaluation)
     path = output_dir / "report.html"
     atomic_io.write(path, redact(html))
     return path

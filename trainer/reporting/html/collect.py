@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.config import Prompt, RunConfig, load_output
 from trainer.evaluation.prediction_files import HAND_WRITTEN, NO_PROMPT
+from trainer.reporting.evaluation import TaskEvaluation, load_evaluation
 from trainer.reporting.html.plots import COLORS, Curve, curves_svg, sparkline_svg
 from trainer.reporting.html.prediction_views import PredictionReport, prediction_report
 from trainer.reporting.html.run_warnings import DataSplit, data_splits, run_warnings
@@ -34,6 +35,7 @@ class TaskReport:
     Attributes:
         colors: color of every prompt whose curves are drawn, by name.
         predictions: of the best prompt on the validation rows.
+        evaluation: results of ``promptshard evaluate``; None if it was not run.
     """
 
     table: TaskTable
@@ -41,6 +43,7 @@ class TaskReport:
     details: dict[str, str]
     plots: dict[str, str]
     predictions: PredictionReport | None
+    evaluation: TaskEvaluation | None = None
 
 
 @dataclass
@@ -87,6 +90,9 @@ def collect(output_dir: Path) -> Report:
     data = data_splits(output_dir, results)
     tables = task_tables(config, summary) if config else []
     tasks = [_task_report(output_dir, table, config, results, lines) for table in tables if config]
+    if (evaluation := load_evaluation(output_dir)) is not None:
+        for task in tasks:
+            task.evaluation = evaluation.tasks.get(task.table.task)
     ended = max((line.time for group in lines.values() for line in group), default=None)
     speeds = [
         (line.step, line.metrics["useful_tokens_per_second"])
