@@ -128,7 +128,7 @@ def _check_base(folder: Path, named: Any, base: str) -> None:
     if not same:
         raise BadInput(
             f"{folder}: was trained for the base {named!r}, and the run has {base!r}. With another "
-            "base the score says nothing about the adapter. If both are the same model at two "
+            "base the score means nothing. If both are the same model at two "
             "places, use --force"
         )
 

@@ -33,7 +33,7 @@ class ArmResult(_Model):
         difference: to the best trained prompt, paired by row, with its 95% interval.
         loss: mean negative log-likelihood of the answer, in nats per token.
         ece, brier: calibration of the predicted choice.
-        bytes: size of what the arm needs besides the base.
+        bytes: size of texts, index or weights, without the base.
         setup_seconds: time to prepare the arm without training.
         training_seconds: of a trained prompt: an equal share of its run.
         paid_after_queries: queries after which training the best prompt costs fewer FLOPs than this

@@ -1,4 +1,4 @@
-"""The arms of an evaluation: what the base reads before each row of a task."""
+"""The arms of an evaluation: texts, examples, prompts and adapters with which rows are read."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Arm:
         adapter: index among the loaded LoRA and IA3 adapters; None: the base alone.
         virtual_tokens: number of positions of the soft prompt.
         text: hand-written prompt.
-        num_bytes: size of what the arm needs besides the base.
+        num_bytes: size of texts, index or weights, without the base.
         setup_seconds: time to prepare the arm; training excluded.
         examples: places of the examples in context of every row.
         neighbors: of kNN prompting; None for other arms.
@@ -194,7 +194,7 @@ class ArmBuilder:
         return self._selected(self.data.evaluation[VALIDATION])
 
     def _selected(self, rows: EvalSet) -> EvalSet:
-        """Select the rows to score, and predict what the metric needs."""
+        """Select the rows to score, with the predictions that the metric is computed from."""
         kept = rows.subset(at_most(rows, self.options.rows))
         return self._for_metric(kept)
 
