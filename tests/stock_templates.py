@@ -17,7 +17,8 @@ SPECIALS = [
     "<|observation|>", "[gMASK]", "<sop>", "<start_of_turn>", "<end_of_turn>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "[INST]", "[/INST]",
     "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "<|tool|>", "<|/tool|>", "<|User|>", "<|Assistant|>",
+    "[/TOOL_RESULTS]", "<|tool|>", "<|/tool|>", "<|User|>", "<|Assistant|>", "<|turn>",
+    "<turn|>", "<|channel>", "<channel|>",
 ]  # fmt: skip
 
 
@@ -247,6 +248,20 @@ _GEMMA_3 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"""
 
+#: The generation prompt has an empty block of thoughts that no dialogue has.
+_GEMMA_4 = """\
+{{- bos_token }}
+{%- for m in messages %}
+    {{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}
+    {%- if loop.last and m.reasoning_content %}
+        {{- '<|channel>thought\\n' + m.reasoning_content + '<channel|>' }}
+    {%- endif %}
+    {{- m.content + '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|turn>model\\n' }}
+    {{- '' if enable_thinking else '<|channel>thought\\n<channel|>' }}
+{%- endif %}"""
+
 _LLAMA_3 = """\
 {{- bos_token }}
 {%- if messages[0].role == 'system' %}
@@ -297,6 +312,32 @@ _MISTRAL = """\
         {{- '[TOOL_CALLS] ' + m.tool_calls[0].function.name + ' ' }}
         {{- m.tool_calls[0].function.arguments | tojson }}{{- eos_token }}
     {%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}
+    {%- else %}{{- ' ' + m.content + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+#: The text of the system is before the user's turn that the base answers, in no other dialogue.
+_MISTRAL_V3 = """\
+{%- if messages[0].role == 'system' %}
+    {%- set first = messages[0].content %}{%- set turns = messages[1:] %}
+{%- else %}{%- set turns = messages %}
+{%- endif %}
+{%- set users = turns | selectattr('role', 'equalto', 'user') | list %}
+{{- bos_token }}
+{%- for m in turns %}
+    {%- if m.role == 'user' %}
+        {%- if tools and m == users[-1] %}
+            {{- '[AVAILABLE_TOOLS] ' }}{{- tools | tojson }}{{- '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST] ' + (first + '\\n\\n' if loop.last and first else '') + m.content }}
+        {{- '[/INST]' }}
+    {%- elif m.tool_calls %}
+        {%- if m.tool_calls[0].id | length != 9 %}{{ raise_exception('ids have 9 letters') }}
+        {%- endif %}
+        {{- '[TOOL_CALLS] [' + (m.tool_calls[0].function | tojson)[:-1] + ', "id": "' }}
+        {{- m.tool_calls[0].id + '"}]' + eos_token }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' + m.content + ', "call_id": "' + m.tool_call_id }}
+        {{- '"}[/TOOL_RESULTS]' }}
     {%- else %}{{- ' ' + m.content + eos_token }}
     {%- endif %}
 {%- endfor %}"""
@@ -407,6 +448,16 @@ STOCK = {
         '{"name": "add", "parameters": {"a": 1}}<|eot_id|>',
     ),
     "mistral": Stock(_MISTRAL, ("</s>",), " {}</s>", '[TOOL_CALLS] add {"a": 1}</s>', kind="llama"),
+    "mistral-v3": Stock(
+        _MISTRAL_V3,
+        ("</s>",),
+        " {}</s>",
+        '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "callcall0"}]</s>',
+        kind="llama",
+    ),
+    "gemma4": Stock(
+        _GEMMA_4, ("<turn|>",), "{}<turn|>", None, "\n", True, {"enable_thinking": False}, True
+    ),
     "smollm2": Stock(_SMOLLM_2, _CHATML_ENDS, "{}<|im_end|>", tail="\n"),
     "smollm3": Stock(_SMOLLM_3, _CHATML_ENDS, "{}<|im_end|>", tail="\n", variables=_NO_THINKING),
     "smollm3-thinking": Stock(_SMOLLM_3, _CHATML_ENDS, "{}<|im_end|>", tail="\n"),

@@ -121,8 +121,10 @@ def test_every_learned_turn_is_read_and_written_as_in_generation(
 
 
 #: The answer continues a generation prompt that the template writes otherwise in a dialogue (its
-#: last line break is one token with the next), or ends with the token that begins the next turn.
-_CONTINUED = ("nemotron", "deepseek-v3.1-thinking", "qwen3.5", "glm", "glm-no-thinking")
+#: last line break is one token with the next), or ends with the token that begins the next turn; or
+#: the template writes the text of the system in a generation prompt only.
+_CONTINUED = ("nemotron", "deepseek-v3.1-thinking", "qwen3.5", "glm", "glm-no-thinking", "gemma4")
+_CONTINUED += ("mistral-v3",)
 
 
 @pytest.mark.parametrize("family", STOCK)
@@ -138,3 +140,79 @@ def test_ids_are_those_of_transformers(tmp_path, tokenizers, family):
     _, stop = last.label_spans[-1]
     assert tokenizer.decode(last.input_ids[stop:]) == stock.tail
     assert last.input_ids.count(tokenizer.bos_token_id) == theirs.count(tokenizer.bos_token_id)
+
+
+#: After gpt-oss: the text of a tool call is reasoning, left out of dialogues that end in an answer.
+_ANALYSIS = """\
+{%- for m in messages %}
+    {%- if m.role == 'assistant' and m.tool_calls %}
+        {%- if m.content and messages[-1].role != 'assistant' or messages[-1].tool_calls %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.content + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant to=add<|message|>' + m.tool_calls[0].function.arguments | tojson }}
+        {{- '<|call|>' }}
+    {%- elif m.role == 'tool' %}{{- '<|start|>add<|message|>' + m.content | tojson + '<|end|>' }}
+    {%- elif m.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}
+    {%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+
+def test_an_answer_follows_the_text_that_generation_reads(tmp_path, tokenizers):
+    """The template leaves the reasoning before a tool call out of the complete dialogue."""
+    tokenizer = tokenizers["llama3"]
+    stock = Stock(_ANALYSIS, ("<|return|>", "<|call|>"), "")
+    tokenizer.chat_template = stock.source
+    called = CALL | {"content": "Hi Hi"}
+    quoted = [TURNS[0], called, {**CALLS[2], "content": 'it\n"is"'}, TURNS[1]]
+    for messages in ([TURNS[0], called, *CALLS[2:4]], quoted):
+        (row,) = rows_of(tmp_path, tokenizer, stock, {"messages": messages, "tools": None})
+        for number in (1, 3):
+            opening = of_transformers(
+                tokenizer, stock, messages[:number], add_generation_prompt=True
+            )
+            assert tokenizer.decode(opening).count("analysis") == (number == 3)
+            spans = [
+                tokenizer.decode(text.input_ids[start:stop])
+                for text in row.linear()
+                for start, stop in text.label_spans
+                if list(text.input_ids[:start]) == opening
+            ]
+            assert spans == [
+                {
+                    1: "<|channel|>analysis<|message|>Hi Hi<|end|><|start|>assistant to=add"
+                    '<|message|>{"a": 1}<|call|>',
+                    3: f"<|channel|>final<|message|>{messages[3]['content']}<|return|>",
+                }[number]
+            ]
+
+
+@pytest.mark.parametrize("form", ["object", "text"])
+def test_arguments_of_tool_calls_have_the_form_that_the_template_reads(tmp_path, tokenizers, form):
+    """Some templates concatenate JSON text, others read the items of an object."""
+    tokenizer = tokenizers["llama3"]
+    source = {
+        "object": "{% for k, v in call.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}",
+        "text": "{{ '```json' + call.arguments + '```' }}",
+    }[form]
+    stock = Stock(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.tool_calls %}"
+        f"{{% set call = m.tool_calls[0].function %}}{source}{{% else %}}{{{{ m.content }}}}"
+        "{% endif %}{{ '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        ("</s>",),
+        "",
+    )
+    tokenizer.chat_template = stock.source
+    read: dict[str, Any] = {"object": {"a": 1}, "text": '{"a": 1}'}
+    turns = {
+        name: CALL | {"tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
+        for name, arguments in read.items()
+    }
+    theirs = of_transformers(tokenizer, stock, [TURNS[0], turns[form], CALLS[2], TURNS[1]])
+    for turn in turns.values():
+        row = {"messages": [TURNS[0], turn, CALLS[2], TURNS[1]], "tools": None}
+        (example,) = rows_of(tmp_path, tokenizer, stock, row)
+        assert list(example.input_ids) == theirs

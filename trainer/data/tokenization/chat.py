@@ -6,14 +6,14 @@ Needs a tokenizer, but no torch.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from trainer.data.column_parsers import is_learned
+from trainer.data.column_parsers import content_of, is_learned
 from trainer.data.tokenization.chat_template import (
     ChatTemplate,
     Messages,
@@ -153,11 +153,6 @@ class DialogueEncoder:
             TemplateLimitExceeded: as ``ChatTemplate``.
         """
         text = self.template.text(messages, tools)
-        if text.count(MARK) != count_marks(messages):
-            raise ValueError(
-                "the chat template does not write the turn with the virtual tokens exactly once; "
-                "use another prompts.position"
-            )
         if tools and text == self.template.text(messages):
             raise ValueError(
                 "the chat template ignores the tools of this row, so the answers would call "
@@ -180,10 +175,17 @@ class DialogueEncoder:
         number = len(messages) - 1
         opening = self.template.text(messages[:-1], tools, generation_prompt=True)
         until = self.template.text(messages, tools) if text is None else text
+        if not until.startswith(opening):
+            until = self._with_earlier(messages, tools, opening, until)
         try:
             continued = self._reasoning.continued(messages[-1], opening, until)
         except ValueError as error:
             raise ValueError(f"[{number}]: {error}") from None
+        if continued.count(MARK) != count_marks(messages):
+            raise ValueError(
+                "the chat template does not write the turn with the virtual tokens exactly once; "
+                "use another prompts.position"
+            )
         start, stop = len(opening), len(continued)
         end = self._end(continued, start)
         if continued == until and (
@@ -205,6 +207,30 @@ class DialogueEncoder:
         first = len(asked) + len(before)
         ids = asked + before + labels + rest
         return _Turn(ids, first, first + len(labels), merged, place)
+
+    def _with_earlier(self, messages: Messages, tools: Tools, opening: str, until: str) -> str:
+        """Replace the text before an answer by that before its generation prompt, if they differ.
+
+        Some templates write earlier turns in another way once the last one is an answer: gpt-oss
+        without reasoning, Mistral without the text of the system. Returns ``until`` if it does not
+        contain the previous turn with the generation prompt after it.
+        """
+        for previous in self._endings(messages[:-1], tools, opening):
+            _, separator, rest = until.rpartition(previous)
+            if separator:
+                return opening + rest
+        return until
+
+    def _endings(self, messages: Messages, tools: Tools, opening: str) -> Iterator[str]:
+        """Yield the last turn with the generation prompt, and the same from its content on."""
+        with suppress(ValueError):  # without the last turn, the template may reject the dialogue
+            before = self.template.text(messages[:-1], tools) if len(messages) > 1 else ""
+            if before and opening.startswith(before):
+                yield opening[len(before) :]
+        content = content_of(messages[-1]).strip()
+        place = opening.rfind(content)
+        if content and 0 <= place < len(opening) - len(content):
+            yield opening[place:]
 
     def _pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], bool, int]:
         """Tokenize consecutive pieces, the first of which may contain the mark.

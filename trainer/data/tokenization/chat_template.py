@@ -9,7 +9,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from trainer.data.token_table import runs
 from trainer.data.tokenization.cpu_limit import CpuLimitExceeded, cpu_limit
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import parse_json
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -160,9 +161,16 @@ class ChatTemplate:
 
     def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]
-        with self._limited():
-            options |= self._options(self._source(tools))
-            return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
+        options |= self._options(self._source(tools))
+        try:
+            with self._limited():
+                return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
+        except ValueError:
+            if (others := _with_other_arguments(turns)) == turns:
+                raise
+            with suppress(ValueError), self._limited():
+                return self._tokenizer.apply_chat_template(others, tools=tools, **options)
+            raise
 
     def _options(self, source: str) -> dict[str, Any]:
         """Return the variables of a template, and the template that reads the fixed date."""
@@ -213,6 +221,33 @@ class ChatTemplate:
             return self.text([{"role": "user", "content": content}])
         except ValueError:
             return ""
+
+
+def _with_other_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Convert the arguments of tool calls from objects to JSON text, and JSON text to objects.
+
+    Some templates read one form only.
+    """
+
+    def other(arguments: Any) -> Any:
+        if not isinstance(arguments, str):
+            return json.dumps(arguments, ensure_ascii=False)
+        with suppress(ValueError):
+            return parse_json(arguments)
+        return arguments
+
+    def converted(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            return call
+        return call | {"function": function | {"arguments": other(function["arguments"])}}
+
+    return [
+        turn | {"tool_calls": [converted(call) for call in turn["tool_calls"]]}
+        if isinstance(turn.get("tool_calls"), list)
+        else turn
+        for turn in turns
+    ]
 
 
 def reads_date(tokenizer: Any) -> bool:

@@ -23,6 +23,8 @@ _SWITCHES = ("enable_thinking", "thinking")
 _OPENED = re.compile(r"<([\w:]+)>(\s*)\Z")
 _OF_REASONING = re.compile("think|thought|reason")
 _CLOSED = re.compile(r"(?:<([\w:]+)>\s*)?</([\w:]+)>\s*\Z")
+#: The same in Gemma 4, whose block has other marks.
+_EMPTY_CHANNEL = re.compile(r"<\|channel>\w+\s*<channel\|>\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class ReasoningFormat:
             return self._after_opened(turn, opening, until, opened)
         if closed is not None and closed[2] in self._tags:
             return self._after_closed(turn, opening, until, closed)
+        empty = _EMPTY_CHANNEL.search(opening)
+        if empty is not None and not until.startswith(opening):
+            return self._after_channel(opening, until, empty)
         if not until.startswith(opening):
             raise ValueError(_mismatch(opening, until))
         rest, tag = until[len(opening) :], self._usual_tag
@@ -90,6 +95,15 @@ class ReasoningFormat:
         if rest is None or closed[1] is None:
             raise ValueError(_mismatch(opening, until))
         return opening + re.sub(rf"\A\s*<{closed[1]}>\s*</{closed[2]}>\s*", "", rest)
+
+    def _after_channel(self, opening: str, until: str, empty: re.Match[str]) -> str:
+        """Continue a generation prompt with an empty block that the dialogue does not have."""
+        rest = _rest(opening[: empty.start()], until)
+        if rest is None:
+            raise ValueError(_mismatch(opening, until))
+        if rest.startswith("<|channel>"):
+            raise ValueError(_ruled_out(empty[0], self._switches))
+        return opening + rest
 
     def _after_opened(
         self, turn: Mapping[str, Any], opening: str, until: str, opened: re.Match[str]
