@@ -198,6 +198,7 @@ def validate(
 ) -> None:
     """Check a run file and all its data without starting a run.
 
+    Tokenizes all rows with the base's tokenizer, as training does; loads no weights.
     Reports all errors at once, each with line, setting, value and a suggested fix.
 
     **Examples:**
@@ -209,15 +210,14 @@ def validate(
     if json_file and preview is None:
         raise BadInput("--json: writes the rows of --preview; add --preview N")
     config = preflight.check_run(run_file, overrides or [])
-    if preview is not None:
-        options = [f"--rows={preview}"]
-        if json_file:
-            new = json_file if json_file == "-" else preflight.check_new_file(Path(json_file))
-            options.append(f"--json={new}")
-        arguments = [*options, "--", run_file, *(overrides or [])]
-        code = run_alone("trainer.commands.preview", arguments, imports="transformers")
-        if code:
-            raise typer.Exit(code)
+    options = [] if preview is None else [f"--rows={preview}"]
+    if json_file:
+        new = json_file if json_file == "-" else preflight.check_new_file(Path(json_file))
+        options.append(f"--json={new}")
+    arguments = [*options, "--", run_file, *(overrides or [])]
+    code = run_alone("trainer.commands.check_rows", arguments, imports="transformers")
+    if code:
+        raise typer.Exit(code)
     typer.echo(
         f"{run_file}: OK ({count(len(config.prompts), 'prompt')}, "
         f"{count(len(config.tasks), 'task')}, {count(config.last_step, 'step')}; "

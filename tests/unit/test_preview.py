@@ -15,7 +15,8 @@ from launch import commands
 from tests.stock_templates import SPECIALS, STOCK
 from tests.tokenizers_of_families import make_tokenizer
 from trainer.commands import preview as preview_command
-from trainer.commands.preview import main, show, token_text
+from trainer.commands.check_rows import main
+from trainer.commands.preview import show, token_text
 from trainer.config import RunConfig
 from trainer.data.preview import preview
 from trainer.runtime.errors import BadInput
@@ -165,7 +166,7 @@ def test_the_command(tmp_path, monkeypatch):
     runner = CliRunner()
     result = runner.invoke(commands.app, ["validate", "r.yaml", "a=1", "--preview", "3"])
     assert result.exit_code == 0
-    assert calls == [("trainer.commands.preview", ["--rows=3", "--", "r.yaml", "a=1"])]
+    assert calls == [("trainer.commands.check_rows", ["--rows=3", "--", "r.yaml", "a=1"])]
     result = runner.invoke(commands.app, ["validate", "r.yaml", "--preview", "1", "--json", "-"])
     assert result.exit_code == 0
     assert result.stdout == ""

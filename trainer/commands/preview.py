@@ -1,11 +1,7 @@
-"""``python -m trainer.commands.preview RUN.yaml --rows N``: rows as the base will read them.
-
-The part of ``promptshard validate --preview`` that needs a tokenizer; loads no weights.
-"""
+"""Print rows as the base will read them: ``promptshard validate --preview``."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -16,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import rich.console
 import rich.text
 
-from trainer.config import RunConfig, load
+from trainer.config import RunConfig
 from trainer.runtime import atomic_io
-from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
-from trainer.runtime.process import flush_and_exit
-from trainer.runtime.redact import printable, redact
+from trainer.runtime.redact import printable
 
 if TYPE_CHECKING:
     from trainer.data.preview import PreviewText
+    from trainer.model.base_tokenizer import BaseTokenizer
 
 #: A longer text is shortened in the middle to fewer tokens, on the terminal.
 MAX_TOKENS, SHOWN_TOKENS = 200, 160
@@ -34,29 +29,11 @@ LEARNED, VIRTUAL = (">>", "<<"), "[virtual tokens]"
 LEGEND = f"tokens are divided by |; {LEARNED[0]}learned{LEARNED[1]}; \\n is a line break"
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.commands.preview")
-    parser.add_argument("run_file")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--json")
-    chosen = parser.parse_args(arguments)
-    try:
-        _preview(load(chosen.run_file, chosen.overrides), chosen.rows, chosen.json)
-    except BadInput as error:
-        for problem in error.problems:
-            print(f"error: {printable(redact(problem))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return EXIT_DONE
-
-
-def _preview(config: RunConfig, count: int, json_file: str | None) -> None:
+def print_rows(config: RunConfig, base: BaseTokenizer, count: int, json_file: str | None) -> None:
+    """Print the first rows of each task, or write them to a file; ``-``: to stdout as JSON."""
     from trainer.data.preview import preview
     from trainer.data.tokenization.chat_template import read_chat_date
-    from trainer.model.checkpoint_files import open_tokenizer
-    from trainer.model.tokenizer_class import class_warning
 
-    base = open_tokenizer(config.base)
     rows = preview(
         config,
         base.tokenizer,
@@ -74,8 +51,7 @@ def _preview(config: RunConfig, count: int, json_file: str | None) -> None:
         show(rows.texts, base.tokenizer, sys.stdout)
     if json_file not in (None, "-"):
         atomic_io.write_json(Path(str(json_file)), record)
-    warning = class_warning(base.tokenizer, base.folder)
-    for note in [*([warning] if warning else []), *rows.notes]:
+    for note in rows.notes:
         print(f"warning: {printable(note)}", file=sys.stderr)
 
 
@@ -147,7 +123,3 @@ def token_text(tokenizer: Any, token: int) -> str:
     if not text or "\ufffd" in text:  # a part of a character
         text = name
     return printable(text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t"))
-
-
-if __name__ == "__main__":
-    flush_and_exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Files -> rows -> token ids. Only ``label_prefixes`` imports torch.
+"""Files -> rows -> token ids. Imports no torch.
 
 Steps from a file to a packed batch, with the type passed at each step:
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from trainer.data.token_table import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Smallest probability that a choice ends where a longer one continues: rounding error of fp32.
 LEAST = 1e-12
@@ -53,6 +54,8 @@ def exclusive(nll_RC: Tensor, rows: Iterable[Sequence[Example]]) -> Tensor:
         nll_RC: negative log-likelihood of C candidates of each of R rows, in nats, float64.
         rows: the candidates of each row.
     """
+    import torch
+
     by_labels: dict[Labels, list[int]] = {}
     for row, candidates in enumerate(rows):
         by_labels.setdefault(labels_of(candidates), []).append(row)

@@ -13,7 +13,8 @@ from trainer.distributed.deepspeed_config import resolve_policy
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.placement import Placement
 from trainer.model.attention.interface import resolve_attention
-from trainer.model.checkpoint_files import BaseFiles, local_path, open_base
+from trainer.model.base_tokenizer import local_path
+from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.families import family_of, layer_sizes
 from trainer.model.fingerprint import combine_digests, digest_weight_files
 from trainer.model.layers.fused_ops import compile_fused_operations, fused_counts

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trainer.config import Task
 from trainer.data.row_validation import MAX_PROBLEMS
-from trainer.data.task_data import EvalSet
+from trainer.data.task_data import EvalSet, TaskData
 from trainer.data.text_readers import shorten
 from trainer.model.generation_config import end_ids
 from trainer.runtime.errors import BadInput
@@ -123,3 +123,30 @@ def check_targets(rows: EvalSet, stop: StopCriteria) -> str | None:
         f"{task.metric} counts all of it; set tasks.{task.name}.stop, for example to the mark "
         "that ends a turn"
     )
+
+
+def check_all_targets(
+    tasks: Mapping[str, TaskData],
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
+) -> None:
+    """Check that targets that are compared with generated texts can be generated.
+
+    Adds warnings to the tasks.
+
+    Raises:
+        BadInput: with the problems of all tasks.
+    """
+    problems: list[str] = []
+    for data in tasks.values():
+        ending = StopCriteria.of(generation, tokenizer, data.task)
+        for rows in data.evaluation.values():
+            try:
+                warning = check_targets(rows, ending)
+            except BadInput as error:
+                problems += error.problems
+                continue
+            if warning is not None and warning not in data.warnings:
+                data.warnings.append(warning)
+    if problems:
+        raise BadInput(problems)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig
 
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LogitsProcessorList, PreTrainedModel
 
 FILE_NAME = "generation_config.json"
 
@@ -65,6 +69,8 @@ def logits_processors(
         model: its ``generation_config`` sets the penalties.
         token_ids: input of the row, without virtual tokens, as in PEFT.
     """
+    import torch
+
     config = copy.deepcopy(model.generation_config)
     num_tokens = len(token_ids)
     length = num_tokens + max_new_tokens
@@ -83,6 +89,8 @@ def logits_processors(
 
 def check_logits_processors(model: PreTrainedModel, name: str) -> None:
     """Raise BadInput if a setting cannot be applied. ``model`` may be on ``meta``."""
+    import torch
+
     if model.generation_config.guidance_scale not in (None, 1):
         raise BadInput(
             f"base.model: {name!r}: {FILE_NAME}: guidance_scale: "

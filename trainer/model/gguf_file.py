@@ -20,12 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from trainer.model.gguf_header import FLOATS, plain_arrays, read_gguf_header
+from trainer.model.library_errors import library_errors
 from trainer.model.safetensors_reader import ReadBytes, StoredTensor
-from trainer.model.transformers_model import (
-    build_transformers_model,
-    library_errors,
-    limit_parameters,
-)
+from trainer.model.transformers_model import build_transformers_model, limit_parameters
 from trainer.runtime.errors import BadInput
 
 #: Architectures whose files hold the weight of a norm plus one.

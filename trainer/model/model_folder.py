@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.model.safetensors_reader import StoredTensor, read_header
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from trainer.model.safetensors_reader import StoredTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: All files except weights: config, index of the weight files, tokenizer.
@@ -109,6 +111,8 @@ def find_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
     Raises:
         BadInput: if there are no such files, or one is missing or damaged.
     """
+    from trainer.model.safetensors_reader import read_header  # imports torch
+
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     shards = sorted(set(read_index(folder)))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from trainer.runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 #: Formats of compressed-tensors whose weights are one tensor of 8-bit values and their scales.
 _COMPRESSED_FORMATS = (
@@ -11,6 +16,22 @@ _COMPRESSED_FORMATS = (
 )
 #: Methods whose weights are 8-bit values and scales.
 SCALED_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors")
+
+
+def accept_quantization(config: PretrainedConfig, name: str) -> dict[str, Any] | None:
+    """Remove the quantization settings from a config and return them; None if there are none.
+
+    Raises:
+        BadInput: if the weights are stored in a format that cannot be read; with the remedy.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
+    if problem := quantization_problem(method, name):
+        raise BadInput(problem)
+    del config.quantization_config
+    return method
 
 
 def quantization_problem(method: Mapping[str, Any], name: str) -> str | None:

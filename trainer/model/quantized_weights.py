@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from trainer.model.encodings import (
     EXPONENT_TYPES,
@@ -25,7 +24,7 @@ from trainer.model.encodings import (
     ScaledBlocks,
     ScaleGrid,
 )
-from trainer.model.quantization_config import SCALED_METHODS, quantization_problem
+from trainer.model.quantization_config import SCALED_METHODS
 from trainer.model.safetensors_reader import (
     Encoding,
     SafetensorsReader,
@@ -40,22 +39,6 @@ _FP8_BLOCK = (128, 128)
 _UNUSED = re.compile(
     r"\.((input|output|activation|k|v|q)_(scale|zero_point)|qscale_act|weight_shape)$"
 )
-
-
-def accept_quantization(config: PretrainedConfig, name: str) -> dict[str, Any] | None:
-    """Remove the quantization settings from a config and return them; None if there are none.
-
-    Raises:
-        BadInput: if the weights are stored in a format that cannot be read; with the remedy.
-    """
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    method: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
-    if problem := quantization_problem(method, name):
-        raise BadInput(problem)
-    del config.quantization_config
-    return method
 
 
 def combine_tensors(

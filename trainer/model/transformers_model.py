@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from trainer.model.library_errors import library_errors
 from trainer.runtime.errors import BadInput
 
 #: Maximum number of parameters: a factor of the stored tensors, plus a constant. With more,
@@ -87,29 +88,6 @@ class TextModelWithHead(PreTrainedModel, GenerationMixin):
         output = self.model(**inputs)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits)
-
-
-@contextmanager
-def library_errors(subject: str) -> Iterator[None]:
-    """Convert any exception of a library that reads files to BadInput, except stops by the user.
-
-    Panics of tokenizers do not derive from ``Exception``.
-    """
-    try:
-        yield
-    except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        text = " ".join(str(error).split())
-        if "custom code" in text:
-            raise BadInput(
-                f"{subject}: needs custom code, which is never executed; use a model that "
-                "transformers supports"
-            ) from None
-        raise BadInput(
-            f"{subject}: transformers cannot read it: {text[:300]} ({type(error).__name__}); copy "
-            "or download it again, or use a model that this version of transformers supports"
-        ) from None
 
 
 @contextmanager

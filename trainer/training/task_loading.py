@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from trainer.config import RunConfig
 from trainer.data.splits import SPLITS
 from trainer.data.task_data import TaskData, load_tasks
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.metrics import check_sandbox
-from trainer.evaluation.stop_criteria import StopCriteria, check_targets
+from trainer.evaluation.stop_criteria import check_all_targets
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.tokenizer_class import class_warning
 from trainer.runtime.console import Console
-from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED
 
 
@@ -61,7 +60,7 @@ def read_tasks(
     tasks = load_tasks_per_node(engine, files, config, console, date)
     if warning := engine.run_on_main(lambda: class_warning(files.tokenizer, files.folder)):
         console.warn(warning)
-    engine.run_on_all(lambda: _check_targets(tasks, files))
+    engine.run_on_all(lambda: check_all_targets(tasks, files.tokenizer, files.generation))
     if date:
         console.print(f"the chat template reads the date: {date}, also when the run is resumed")
     runs_code = any(task.metric == "execution" for task in config.tasks)
@@ -78,20 +77,3 @@ def read_tasks(
         for warning in data.warnings:
             console.warn(warning)
     return tasks
-
-
-def _check_targets(tasks: Mapping[str, TaskData], files: BaseFiles) -> None:
-    """Check that targets that are compared with generated texts can be generated."""
-    problems: list[str] = []
-    for data in tasks.values():
-        ending = StopCriteria.of(files.generation, files.tokenizer, data.task)
-        for rows in data.evaluation.values():
-            try:
-                warning = check_targets(rows, ending)
-            except BadInput as error:
-                problems += error.problems
-                continue
-            if warning is not None and warning not in data.warnings:
-                data.warnings.append(warning)
-    if problems:
-        raise BadInput(problems)
