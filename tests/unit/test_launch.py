@@ -61,6 +61,10 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
+#: The base of the run file has no tokenizer, which ``validate`` reads.
+TINY_BASE = f"base.model={ROOT / 'examples' / 'tiny_base'}"
+
+
 def promptshard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command in this process: starting Python and importing takes longer than most of them.
 
@@ -575,16 +579,37 @@ def test_help_texts_explain_with_examples(command):
 
 
 def test_validate_reports_the_rows_it_read(run_file):
-    done = promptshard("validate", run_file, "training.steps=7")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = promptshard_process("validate", run_file, "training.steps=7", TINY_BASE)
+    assert (done.returncode, done.stderr) == (0, "importing transformers\n")
     assert "OK (1 prompt, 1 task, 7 steps; base " in done.stdout
 
 
 def test_validate_lists_the_prompts_of_a_sweep(run_file):
-    done = promptshard("validate", run_file, "prompts.triage.sweep.seed=[0, 1, 2]")
+    done = promptshard_process(
+        "validate", run_file, "prompts.triage.sweep.seed=[0, 1, 2]", TINY_BASE
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "sweep of 'triage': 3 prompts: triage-seed0, triage-seed1, triage-seed2\n"
+    assert done.stderr.splitlines() == [
+        "sweep of 'triage': 3 prompts: triage-seed0, triage-seed1, triage-seed2",
+        "importing transformers",
+    ]
     assert "OK (3 prompts, 1 task, 5 steps; base " in done.stdout
+
+
+def test_validate_reports_what_only_the_tokenizer_shows(run_file):
+    """Rows that are too long, and a variable that the chat template does not read."""
+    long = "chest " * 600
+    rows = [{"text": "a cold", "label": "other"}, {"text": long, "label": "heart"}]
+    (run_file.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = promptshard_process("validate", run_file, TINY_BASE)
+    assert done.returncode == 2
+    assert "train.jsonl:2: has " in done.stderr
+    variable = "tasks.triage.chat_template_kwargs.enable_thinking"
+    settings = ["tasks.triage.chat=true", f"{variable}=false"]
+    done = promptshard_process("validate", run_file, TINY_BASE, *settings)
+    assert done.returncode == 2
+    assert f"error: {variable}: the chat template reads no such variable" in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -594,7 +619,7 @@ def test_closed_output_streams_fail_no_command(run_file, stream, where):
     reading, writing = os.pipe()
     os.close(reading)
     full = os.open("/dev/full", os.O_WRONLY)
-    command = [sys.executable, "-m", "launch", "validate", str(run_file)]
+    command = [sys.executable, "-m", "launch", "validate", str(run_file), TINY_BASE]
     settings: dict[str, Any] = {stream: writing if where == "pipe" else full}
     if where == "closed":
         number = {"stdout": 1, "stderr": 2}[stream]

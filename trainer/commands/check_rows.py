@@ -1,7 +1,7 @@
 """``python -m trainer.commands.check_rows RUN.yaml [--rows N]``: tokenize and check all rows.
 
-The part of ``promptshard validate`` that needs a tokenizer. Loads no weights. Imports no torch,
-which takes longer than the rest, unless the base is a GGUF file.
+The part of ``promptshard validate`` that needs a tokenizer. Loads no weights, and imports torch,
+which takes longer than the rest, for GGUF files only.
 """
 
 from __future__ import annotations
