@@ -33,11 +33,15 @@ def label_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
 
 
 def text_counts(rows: Sequence[PackedRow], num_prompts: int) -> list[int]:
-    """Return the number of text tokens that each prompt reads in these rows, [K]."""
+    """Return the number of useful tokens that each prompt reads in these rows, [K].
+
+    Tokens of the rows. Fixed text of a prompt's segment, which a packed batch reads once for all
+    rows, is not counted; neither are virtual tokens.
+    """
     counts = [0] * num_prompts
     for row in rows:
         assert row.prompt is not None
-        counts[row.prompt] += row.example.num_tokens
+        counts[row.prompt] += row.num_tokens
     return counts
 
 
@@ -81,7 +85,7 @@ class StepResult:
         gradients: d loss / d virtual tokens of each prompt, summed over ranks; None for prompts
             without rows, or if loss or gradient is not finite on any rank.
         skipped: whether the update of each prompt is skipped because of a non-finite number.
-        tokens: text tokens that the base read for each prompt, over all ranks.
+        tokens: useful tokens that the base read for each prompt, over all ranks.
         longest_batch, first_batch: tokens of the longest and the first packed batch of this rank.
         splits: packed batches that did not fit and were split in two, over all ranks.
         stopping: a rank received a stop signal.
