@@ -330,3 +330,27 @@ def test_a_template_without_system_turns_is_refused_by_row(tmp_path, tokenizer) 
     )
     with pytest.raises(BadInput, match="rejects this dialogue: no system"):
         examples(tmp_path, dialogues(), tokenizer, [{"messages": TURNS[:2]}], position="system")
+
+
+@pytest.mark.parametrize("text", ["Hi", " Hi", "  Hi", "\nHi", "\n\n Hi", "\tHi"])
+@pytest.mark.parametrize("kind", ["llama", "prepend", "first", "always", "gpt2", "llama3"])
+def test_white_space_at_the_beginning_of_a_turn_follows_the_virtual_tokens(tmp_path, kind, text):
+    """Rows and requests have the same ids on both sides of the virtual tokens."""
+    tokenizer: Any = make_tokenizer(kind, ["Hi Hello user assistant\n\n"] * 9, specials=SPECIALS)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    task = Task(name="t", train="x.jsonl", chat=True, input="{text}", target="{label}")
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"text": text, "label": "Hello"}) + "\n")
+    (row,) = tokenize(load_rows(str(path), task), task, tokenizer, 99, position="user").examples
+    asked, place = encode_request(tokenizer, task, text, position="user")
+    assert (list(row.input_ids[: row.target_start]), row.prompt_at) == (asked, place)
+    header = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    assert asked[:place] == header
+    messages = [{"role": "user", "content": text}]
+    plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(asked) == tokenizer.decode(plain)
+    if text == "Hi" or plain[: len(header)] == header:
+        assert asked == plain

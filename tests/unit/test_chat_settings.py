@@ -117,3 +117,50 @@ def test_a_file_may_use_what_transformers_templates_use(tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text(source)
     assert read_chat_template(str(path)) == source
+
+
+LONG = "Hi Hello " * 40
+
+
+@pytest.mark.parametrize("position", ["front", "user"])
+def test_truncation_of_chat_cuts_the_beginning_of_the_longest_column(tmp_path, tokenizer, position):
+    settings = {"chat": True, "input": "user {a}: {b} think", "target": "{c} {a}"}
+    task = Task(name="t", train="x.jsonl", too_long="truncate", **settings)
+    row = {"a": "Hello", "b": LONG + "end", "c": "Hi"}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"b": "end"}) + "\n")
+    rows = load_rows(str(path), task)
+    result = tokenize(rows, task, tokenizer, 60, position=position)
+    assert result.truncated == 1
+    cut, short = result.examples
+    text = tokenizer.decode(cut.input_ids)
+    own = text.removeprefix("<user>user Hello: ").removesuffix(" think<assistant>Hi Hello")
+    assert (LONG + "end").endswith(own)
+    assert own.endswith("end")
+    assert 58 <= cut.num_tokens <= 60
+    asked = tokenizer.decode(cut.input_ids[: cut.target_start])
+    assert asked == f"<user>user Hello: {own} think<assistant>"
+    assert (cut.prompt_at, cut.input_ids[: cut.prompt_at]) == (
+        short.prompt_at,
+        short.input_ids[: short.prompt_at],
+    )
+    complete = tokenize(rows, task, tokenizer, 1000, position=position).examples[0]
+    assert cut.input_ids[cut.target_start :] == complete.input_ids[complete.target_start :]
+
+
+def test_truncation_of_chat_cuts_neither_template_nor_target(tmp_path, tokenizer):
+    """The second longest column is cut where the longest one is not enough."""
+    settings = {"chat": True, "input": "{a} user {b}", "target": "{c}"}
+    task = Task(name="t", train="x.jsonl", too_long="truncate", **settings)
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"a": LONG, "b": LONG + LONG, "c": "Hi"}) + "\n")
+    rows = load_rows(str(path), task)
+    (example,) = tokenize(rows, task, tokenizer, 60).examples
+    first, second = tokenizer.decode(example.input_ids).split(" user ")
+    assert LONG.endswith(first.removeprefix("<user>"))
+    assert second.removesuffix("<assistant>Hi").strip() in ("", "Hello")
+    path.write_text(json.dumps({"a": LONG, "b": "Hi", "c": LONG}) + "\n")
+    with pytest.raises(BadInput) as caught:
+        tokenize(load_rows(str(path), task), task, tokenizer, 60)
+    assert "with one token of each column of the input; 60 fit" in caught.value.problems[0]
+    assert "text of templates and the target are never cut" in caught.value.problems[0]

@@ -101,7 +101,7 @@ def promptshard_process(*arguments: str | Path) -> subprocess.CompletedProcess[s
     ("words", "code"),
     [
         (["validate", "--help"], 0),
-        (["validate", "RUN", "prompts.triage.sweep.seed=[0, 1]"], 0),
+        (["settings", "training.steps"], 0),
         (["train", "RUN", "training.step=5"], 2),
         (["no-such-command"], 2),
     ],

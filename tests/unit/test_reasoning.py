@@ -122,13 +122,13 @@ def example_of(
 def learned_after(tokenizer: Any, row: Example, messages: list, **variables: Any) -> str:
     """What the row learns directly after the generation prompt that follows the messages."""
     opening = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **variables)
-    (found,) = {
+    (learned,) = {
         text.input_ids[start:stop]
         for text in row.linear()
         for start, stop in text.label_spans
         if list(text.input_ids[:start]) == opening["input_ids"]
     }
-    return str(tokenizer.decode(found))
+    return str(tokenizer.decode(learned))
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ class Task(Section):
         description="what happens to rows longer than the context\n"
         "refuse: the run ends with an error\n"
         "skip: they are left out\n"
-        "truncate: the input is cut from the left",
+        "truncate: the input is cut from the left; with messages, the oldest turns are left out; "
+        "with chat, the longest column of the input is cut from the left",
     )
     max_new_tokens: PositiveInt = Field(
         64, description="maximum length of generated text, in tokens"

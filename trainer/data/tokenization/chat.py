@@ -139,6 +139,10 @@ class DialogueEncoder:
         shared = min(common_length(texts[0], text) for text in texts)
         return texts[0][:shared], texts[0][shared:]
 
+    def token_starts(self, text: str) -> list[int]:
+        """Return the characters at which the tokens of a text begin."""
+        return self._encoder.starts(text)
+
     def ids(self, text: str) -> list[int]:
         """Tokenize text that the template has written, which may contain the mark."""
         (ids,), _, _ = self._pieces([text])

@@ -7,6 +7,7 @@ A row is a column of messages, or an input and a target that become a user's tur
 from __future__ import annotations
 
 import datetime
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -78,7 +79,8 @@ class DialogueRowTokenizer(RowTokenizer):
     """Tokenizes rows with a dialogue.
 
     Truncation removes the oldest turns, except those of the system. The rest begins with a user's
-    turn and contains a learned turn.
+    turn and contains a learned turn. In a row of input and target, it removes the beginning of the
+    longest column of the input; text of the templates and the target are never cut.
 
     Args:
         prefix: a hard prompt in the system's turn, or at ``{virtual_tokens}`` of the input.
@@ -150,7 +152,10 @@ class DialogueRowTokenizer(RowTokenizer):
             if longest > self.max_length:
                 if not self.may_truncate(row, longest, report):
                     return []
-                dialogues = self._truncate(messages, tools, longest)
+                if self.task.messages is None:
+                    dialogues = self._cut_columns(values)
+                else:
+                    dialogues = self._truncate(messages, tools, longest)
                 report.truncated += 1
             if not all(dialogue.spans for dialogue in dialogues):
                 raise ValueError("the chat template shows no turn of the assistant")
@@ -177,13 +182,19 @@ class DialogueRowTokenizer(RowTokenizer):
         branches = tuple(dialogue.branches)
         return Example(tuple(ids), tuple(dialogue.spans), row, at, max(at, end), branches)
 
-    def _messages(self, values: Mapping[str, Any]) -> Messages:
-        """Return the dialogue of a row, with the hard prompt or the mark of the virtual tokens."""
+    def _messages(
+        self, values: Mapping[str, Any], cut: Mapping[str, str] | None = None
+    ) -> Messages:
+        """Return the dialogue of a row, with the hard prompt or the mark of the virtual tokens.
+
+        Args:
+            cut: values of columns in the input, in place of those of the row.
+        """
         if self.task.messages is not None:
             messages = with_system(values[self.task.messages], self.prefix or None)
         else:
             answer = {"role": "assistant", "content": render(self.task.target, values)}
-            messages = [*self._asked(values), answer]
+            messages = [*self._asked({**values, **(cut or {})}), answer]
         messages = with_mark(messages, self.position)
         system = sum(1 for _ in takewhile(lambda turn: turn["role"] == "system", messages))
         return [*messages[:system], *example_turns(self.task, values), *messages[system:]]
@@ -234,6 +245,37 @@ class DialogueRowTokenizer(RowTokenizer):
             if any(MARK in content_of(turn) for turn in marked[0]):
                 return self.encode.fixed_after_mark(marked)
         return []
+
+    def _cut_columns(self, values: Mapping[str, Any]) -> list[Dialogue]:
+        """Remove as few tokens as possible at the beginning of the longest column of the input.
+
+        If the rest does not fit with one token of it, the next longest column is cut as well.
+        Raises ``ValueError`` if nothing fits.
+        """
+        texts = {name: str(values[name]) for name in template_fields(self.task.input)}
+        cut, longest = dict[str, str](), 0
+        for name in sorted(texts, key=lambda name: len(texts[name]), reverse=True):
+            starts = self.encode.token_starts(texts[name])[1:]
+
+            def length_from(start: int, name: str = name) -> int:
+                dialogues = self._encode_all(
+                    self._messages(values, cut | {name: texts[name][start:]}), None
+                )
+                return max(dialogue.longest for dialogue in dialogues)
+
+            place = bisect_left(
+                starts, True, key=lambda start: length_from(start) <= self.max_length
+            )
+            if starts:
+                start = starts[min(place, len(starts) - 1)]
+                longest, cut[name] = length_from(start), texts[name][start:]
+            if place < len(starts):
+                return self._encode_all(self._messages(values, cut), None)
+        raise ValueError(
+            f"it has {longest} tokens with one token of each column of the input; "
+            f"{self.max_length} fit {self.limit}, and text of templates and the target are never "
+            f"cut: shorten them, or set tasks.{self.task.name}.too_long to skip"
+        )
 
     def _truncate(self, messages: Messages, tools: Tools, longest: int) -> list[Dialogue]:
         """Remove as few turns as possible so that the dialogue fits; raises ``ValueError``."""

@@ -75,6 +75,15 @@ class TextTokenizer:
             continued[i] = ids
         return continued, merged
 
+    def starts(self, text: str) -> list[int]:
+        """Return the characters at which tokens begin; without a fast tokenizer, all characters."""
+        if not self._tokenizer.is_fast:
+            return list(range(len(text)))
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return sorted({start for start, _ in encoded["offset_mapping"]})
+
     def merges(self, text: str, following: str) -> bool:
         """Whether the tokenizer merges the end of ``text`` with the beginning of ``following``."""
         return self.targets([text], self.inputs([text]), [following])[1][0]
