@@ -342,6 +342,23 @@ def test_tools_that_cannot_be_given_are_refused(tmp_path, tokenizer):
             make_task(**settings)
 
 
+@pytest.mark.parametrize("content", ["", "Hi"])
+def test_calls_and_results_that_the_template_ignores_are_refused(tmp_path, tokenizer, content):
+    """Otherwise an empty answer, or an answer without the result, would be learned."""
+    with_template(tokenizer, PHI)
+    call = CALL | {"content": content}
+    with pytest.raises(BadInput, match=r"\[1\]: the chat template does not write the tool_calls"):
+        tokenized(tmp_path, tokenizer, [{"messages": [USER, call]}])
+    without = CHATML.replace("messages %}", "messages if message.role != 'tool' %}")
+    with_template(tokenizer, without)
+    with pytest.raises(BadInput, match="the chat template ignores turns of the tool"):
+        tokenized(tmp_path, tokenizer, [{"messages": [USER, call, *CALLS[2:]]}])
+    with_template(tokenizer, PHI)
+    rows = [{"messages": [USER, call | {"weight": 0}, *CALLS[2:]]}]
+    (example,) = tokenized(tmp_path, tokenizer, rows).examples
+    assert learned(tokenizer, example) == ["Hello<|end|>\n</s>"]
+
+
 def test_dialogues_of_sharegpt(tmp_path, tokenizer):
     with_template(tokenizer, CHATML)
     turns = [

@@ -199,7 +199,8 @@ def test_arguments_of_tool_calls_have_the_form_that_the_template_reads(tmp_path,
     }[form]
     stock = Stock(
         "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.tool_calls %}"
-        f"{{% set call = m.tool_calls[0].function %}}{source}{{% else %}}{{{{ m.content }}}}"
+        f"{{% set call = m.tool_calls[0].function %}}{{{{ call.name }}}}{source}"
+        "{% else %}{{ m.content }}"
         "{% endif %}{{ '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
         ("</s>",),

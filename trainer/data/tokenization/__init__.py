@@ -7,7 +7,8 @@
    ``DialogueRowTokenizer`` (``dialogue_rows``) for dialogues, ``TokenIdRowReader``
    (``token_ids``) for tokenized rows.
 3. ``DialogueEncoder`` (``chat``) finds the tokens that generation reads and writes in each learned
-   turn. A dialogue whose chat template rewrites earlier turns becomes an ``Example`` with branches.
+   turn. A dialogue whose chat template rewrites earlier turns becomes an ``Example`` with branches
+   (``dialogue_tree``).
    ``ReasoningFormat`` (``reasoning``) handles generation prompts that open or close a block of
    reasoning. ``message_edits`` changes dialogues before they are encoded.
 4. They use ``TextTokenizer`` (``tokenizer``), which tokenizes targets as continuations of inputs

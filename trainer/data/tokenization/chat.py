@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -20,12 +19,11 @@ from trainer.data.tokenization.chat_template import (
     TokenSpan,
     Tools,
 )
+from trainer.data.tokenization.dialogue_tree import Dialogue, LearnedTurn, divide, join_turns
 from trainer.data.tokenization.message_edits import MARK, count_marks
 from trainer.data.tokenization.reasoning import ReasoningFormat
 from trainer.data.tokenization.row_tokenizer import common_length
 from trainer.data.tokenization.tokenizer import TextTokenizer
-
-Spans = list[tuple[int, int]]
 
 #: Dialogues that show which token follows a turn of the assistant: without and with a tool call.
 _CALL = {"name": "f", "arguments": {}}
@@ -40,38 +38,6 @@ _FOLLOWED: tuple[list[dict[str, Any]], ...] = (
         {"role": "tool", "name": "f", "tool_call_id": "callcall0", "content": "x"},
     ],
 )
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """A dialogue as tokens: trunk and branches as in ``Example``.
-
-    Attributes:
-        spans: (start, stop) of the tokens of learned turns of the assistant, ascending and
-            disjoint.
-        merged: the tokenizer would merge the end of a turn with the beginning of the next one; they
-            are tokenized separately, as in generation.
-        longest: number of tokens of the longest text.
-        prompt_at: number of tokens before the virtual tokens.
-    """
-
-    ids: list[int]
-    spans: Spans
-    merged: bool = False
-    branches: Spans = field(default_factory=list)
-    longest: int = 0
-    prompt_at: int = 0
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A learned turn: the tokens of the dialogue up to it, of which start to stop are labels."""
-
-    ids: list[int]
-    start: int
-    stop: int
-    merged: bool = False
-    prompt_at: int = 0
 
 
 class DialogueEncoder:
@@ -157,12 +123,7 @@ class DialogueEncoder:
             TemplateLimitExceeded: as ``ChatTemplate``.
         """
         text = self.template.text(messages, tools)
-        if tools and text == self.template.text(messages):
-            raise ValueError(
-                "the chat template ignores the tools of this row, so the answers would call "
-                "undefined tools; use a chat template that writes tools, or set tools: null in the "
-                "task to learn without them"
-            )
+        self._check_tools(messages, tools, text)
         last = len(messages) - 1
         turns = [
             self._turn(messages[: number + 1], tools, text if number == last else None)
@@ -170,11 +131,30 @@ class DialogueEncoder:
             if is_learned(messages[number])
         ]
         trunk = turns[-1].ids
-        if not is_learned(messages[last]) and _inside(full := self._pieces([text])[0][0], turns)[0]:
+        if not is_learned(messages[last]) and divide(full := self._pieces([text])[0][0], turns)[0]:
             trunk = full
-        return _tree(trunk, turns)
+        return join_turns(trunk, turns)
 
-    def _turn(self, messages: Messages, tools: Tools, text: str | None) -> _Turn:
+    def _check_tools(self, messages: Messages, tools: Tools, text: str) -> None:
+        """Raise ``ValueError`` if the template ignores tools, or the results of their calls."""
+        if tools and text == self.template.text(messages):
+            raise ValueError(
+                "the chat template ignores the tools of this row, so the answers would call "
+                "undefined tools; use a chat template that writes tools, or set tools: null in the "
+                "task to learn without them"
+            )
+        results = [
+            {**turn, "content": f"{content_of(turn)} x"} if turn["role"] == "tool" else turn
+            for turn in messages
+        ]
+        if results != list(messages) and text == self.template.text(results, tools):
+            raise ValueError(
+                "the chat template ignores turns of the tool, so the answers after them would be "
+                "learned without the results; use a chat template that writes them, or write "
+                "results as turns of the user"
+            )
+
+    def _turn(self, messages: Messages, tools: Tools, text: str | None) -> LearnedTurn:
         """Find the labels of the last of the messages; ``text``: the dialogue, if known."""
         number = len(messages) - 1
         opening = self.template.text(messages[:-1], tools, generation_prompt=True)
@@ -205,12 +185,18 @@ class DialogueEncoder:
         stop = stop if end is None else end
         if start >= stop:
             raise ValueError(f"[{number}]: the chat template marks no token of this turn")
+        if (names := _called(messages[-1])) and not any(n in continued[start:stop] for n in names):
+            raise ValueError(
+                f"[{number}]: the chat template does not write the tool_calls of this turn; use a "
+                "chat template that writes them, write calls as text in content, or set weight: 0 "
+                "in this turn"
+            )
         bounds = [0, len(opening), start, stop, len(continued)]
         texts = [continued[a:b] for a, b in pairwise(bounds)]
         (asked, before, labels, rest), merged, place = self._pieces(texts)
         first = len(asked) + len(before)
         ids = asked + before + labels + rest
-        return _Turn(ids, first, first + len(labels), merged, place)
+        return LearnedTurn(ids, first, first + len(labels), merged, place)
 
     def _with_earlier(self, messages: Messages, tools: Tools, opening: str, until: str) -> str:
         """Replace the text before an answer by that before its generation prompt, if they differ.
@@ -291,37 +277,10 @@ class DialogueEncoder:
         return marks if len(marks) == turns else None
 
 
-def _tree(trunk: list[int], turns: list[_Turn]) -> Dialogue:
-    """Join the dialogues up to each turn, so that their common tokens occur once."""
-    turns = [turn for turn in turns if turn.start < turn.stop]
-    place = turns[-1].prompt_at if turns else 0
-    merged, longest = any(turn.merged for turn in turns), len(trunk)
-    ids, spans, branches, branch_ids = list(trunk), Spans(), Spans(), trunk
-    texts = [(trunk, *_inside(trunk, turns))]
-    while texts[-1][2]:
-        branch_ids = texts[-1][2][-1].ids
-        texts.append((branch_ids, *_inside(branch_ids, texts[-1][2])))
-    for text, inside, _ in [texts[0], *reversed(texts[1:])]:  # branches in the dialogue's order
-        shared = len(trunk) if text is trunk else common_length(text, trunk)
-        shift, longest = len(ids) - shared, max(longest, len(text))
-        if shared < place:
-            raise ValueError(
-                "the chat template rewrites the text before the virtual tokens once other turns "
-                "follow; use another prompts.position"
-            )
-        if shared < len(text):
-            branches.append((len(ids), shared))
-            ids += text[shared:]
-        for turn in inside:
-            start, stop = turn.start, turn.stop
-            spans += [(start, min(stop, shared))] if start < shared else []
-            spans += [(max(start, shared) + shift, stop + shift)] if stop > shared else []
-    return Dialogue(ids, sorted(spans), merged, branches, longest, place)
-
-
-def _inside(text: list[int], turns: list[_Turn]) -> tuple[list[_Turn], list[_Turn]]:
-    """Divide turns into those whose dialogue is the beginning of a text, and the others."""
-    inside, others = list[_Turn](), list[_Turn]()
-    for turn in turns:
-        (inside if text[: turn.stop] == turn.ids[: turn.stop] else others).append(turn)
-    return inside, others
+def _called(turn: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tools that a turn calls."""
+    calls = turn.get("tool_calls")
+    if not isinstance(calls, list):
+        return []
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [str(f["name"]) for f in functions if isinstance(f, dict) and f.get("name")]
