@@ -10,7 +10,8 @@ import pytest
 
 from tests.stock_templates import SPECIALS
 from tests.tokenizers_of_families import make_tokenizer
-from trainer.config import Task
+from trainer.config import RunConfig, Task
+from trainer.data.prompt_positions import with_positions
 from trainer.data.splits import load_rows
 from trainer.data.token_table import Example
 from trainer.data.tokenization.tokenize import tokenize
@@ -228,3 +229,16 @@ def test_user_text_that_ends_in_a_tag_is_no_generation_prompt(tmp_path, tokenize
     asked = {"role": "user", "content": "Hi <b>"}
     row = example_of(tmp_path, tokenizer, source, [asked, answer("Fine")])
     assert learned_after(tokenizer, row, [asked]) == "Fine</s>"
+
+
+def test_virtual_tokens_are_in_the_system_turn_by_default(tmp_path, tokenizer):
+    """Also under a template that answers without reasoning do not close."""
+    tokenizer.chat_template = R1
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        base={"model": "x"},
+        tasks=[{"name": "t", "train": "x.jsonl", "messages": "messages"}],
+        prompts=[{"name": "p", "task": "t", "num_virtual_tokens": 4}],
+        training={"steps": 1},
+    )
+    assert with_positions(config, tokenizer).prompts[0].position == "system"

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(config: RunConfig, count: int, json_file: str | None) -> None:
+    from trainer.data.prompt_positions import with_positions
     from trainer.data.task_data import load_tasks
     from trainer.data.tokenization.chat_template import read_chat_date
     from trainer.evaluation.stop_criteria import check_all_targets
@@ -52,6 +53,8 @@ def _check(config: RunConfig, count: int, json_file: str | None) -> None:
         return
     base = open_tokenizer(config.base)
     console = Console(sys.stderr, sys.stderr)
+    date = read_chat_date(Path(config.output_dir))
+    config = with_positions(config, base.tokenizer, date)
     tasks = load_tasks(
         config,
         base.tokenizer,
@@ -59,7 +62,7 @@ def _check(config: RunConfig, count: int, json_file: str | None) -> None:
         base.config.vocab_size,
         console.working,
         console.reading,
-        date=read_chat_date(Path(config.output_dir)),
+        date=date,
         end_ids=base.end_ids,
     )
     check_all_targets(tasks, base.tokenizer, base.generation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,11 +46,16 @@ def with_positions(
 def _position(task: Task, tokenizer: Any, date: datetime.date | None) -> str:
     """Return the first turn, of system and user, in which the template writes virtual tokens."""
     encoder = dialogue_encoder(tokenizer, task, date)
+    asked: Messages = user_messages(task, "x")
     answer = {"role": "assistant", "content": "y"}
-    dialogue: Messages = [*user_messages(task, "x"), answer]
-    if task.messages is not None:  # some templates write the system's text before the last question
-        dialogue = [*dialogue, *dialogue]
-    for position in ("system", "user"):
+    dialogues: list[Messages] = []
+    # Some generation prompts open a block of reasoning, which an answer without it does not close.
+    for turn in (answer, answer | {"reasoning_content": "z"}):
+        dialogue: Messages = [*asked, turn]
+        if task.messages is not None:  # some templates write it before the last question
+            dialogue = [*dialogue, *dialogue]
+        dialogues.append(dialogue)
+    for position, dialogue in itertools.product(("system", "user"), dialogues):
         try:
             encoder(with_mark(dialogue, position))
         except TemplateLimitExceeded as error:

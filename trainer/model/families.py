@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS_VERSION
 
 from trainer.packing.activation_memory import LayerSizes
 from trainer.runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
