@@ -44,7 +44,7 @@ def make_config(folder: Path, rows: list[dict], **task: Any) -> RunConfig:
         output_dir=str(folder / "run"),
         base={"model": "x"},
         tasks=[{"name": "t", "train": str(path), **task}],
-        prompts=[{"name": "p", "task": "t", "num_virtual_tokens": 4}],
+        prompts=[{"name": "p", "task": "t", "num_virtual_tokens": 4, "position": "front"}],
         training={"steps": 1},
     )
 
