@@ -58,10 +58,13 @@ def open_tokenizer(settings: Base) -> BaseTokenizer:
     """
     folder = local_path(settings)
     if folder is not None and folder.suffix == GGUF:
-        from trainer.model.checkpoint_files import open_gguf  # imports torch
+        from trainer.model.gguf_file import read_gguf  # imports torch
 
-        files = open_gguf(folder, settings)
-        return BaseTokenizer(folder, files.tokenizer, files.config, files.generation)
+        model = read_gguf(folder, settings.model)
+        set_chat_template(model.tokenizer, settings)
+        family_of(model.config, settings.model)
+        generation = GenerationConfig.from_model_config(model.config)
+        return BaseTokenizer(folder, model.tokenizer, model.config, generation)
     folder = folder or hub.fetch(settings, SMALL_FILES, download=True)
     config, _, tokenizer, generation = read_small_files(folder, settings)
     return BaseTokenizer(folder, tokenizer, config.get_text_config(), generation)

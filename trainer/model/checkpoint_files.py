@@ -105,7 +105,7 @@ def open_base(
     """
     name, folder = settings.model, local_path(settings)
     if folder is not None and folder.suffix == GGUF:
-        return open_gguf(folder, settings)
+        return _open_gguf(folder, settings)
     from_hub = folder is None
     folder = folder or hub.fetch(settings, SMALL_FILES, download=download)
     config, quantization, tokenizer, generation = read_small_files(folder, settings)
@@ -121,7 +121,7 @@ def open_base(
     return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
 
 
-def open_gguf(path: Path, settings: Base) -> BaseFiles:
+def _open_gguf(path: Path, settings: Base) -> BaseFiles:
     name = settings.model
     model = read_gguf(path, name)
     set_chat_template(model.tokenizer, settings)
