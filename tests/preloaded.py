@@ -102,7 +102,7 @@ def _run(
     os.environ.update(environ)
     os.chdir(ROOT)
     for descriptor, path in ((1, stdout), (2, stderr)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)
         os.close(file)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -82,8 +82,8 @@ def _validation(folder: Path, task: str, count: int) -> Path:
 
 
 def train(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start ``promptshard train`` on one process."""
-    command = [sys.executable, "-m", "launch", "train", str(path), "--processes", "1"]
+    """Start the only rank of ``promptshard train --processes 1``, without a launcher."""
+    command = [sys.executable, "-m", "trainer", str(path)]
     with path.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT

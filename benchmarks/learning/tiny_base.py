@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.learning import ours
 from benchmarks.learning.report import RESULTS, best_rate, plot, summary, table
+from launch.launcher_command import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET: dict[str, Any] = {
@@ -102,8 +103,12 @@ def main(given: list[str]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment, with one thread per process, because speed is not measured."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Return the environment, with one thread per process, because speed is not measured.
+
+    Trainings run at the same time, so each process gets a port of its own.
+    """
+    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | settings | {"MASTER_PORT": str(free_port())}
 
 
 class Peers:
@@ -125,7 +130,9 @@ class Peers:
         last = [self._budget["steps"]]
         pairs = [(arm, task) for arm in rates for task in self._budget["tasks"]]
         ranges = {pair: list(rates[pair[0]]) for pair in pairs}
-        done = self._run([job for p in pairs for r in ranges[p] for job in self._jobs(p, r, last)])
+        compared = [pair for pair in pairs if len(ranges[pair]) > 1]
+        jobs = [job for p in compared for r in ranges[p] for job in self._jobs(p, r, last)]
+        done = self._run(jobs)
         for _ in range(MOVES):
             new = {pair: rate for pair in pairs if (rate := moved(ranges[pair], pair, done))}
             if not new:
@@ -134,7 +141,10 @@ class Peers:
                 ranges[pair] = within(ranges[pair], rate)
             done += self._run([job for p, rate in new.items() for job in self._jobs(p, rate, last)])
         steps = list(range(self._budget["every"], last[0] + 1, self._budget["every"]))
-        best = [(pair, best_rate(done, *pair)) for pair in pairs]
+        best = [
+            (pair, best_rate(done, *pair) if pair in compared else ranges[pair][0])
+            for pair in pairs
+        ]
         curves = self._run([job for pair, rate in best for job in self._jobs(pair, rate, steps)])
         again = {(c["arm"], c["task"], c["rate"]) for c in curves}
         return curves + [d for d in done if (d["arm"], d["task"], d["rate"]) not in again]
@@ -145,7 +155,8 @@ class Peers:
         return [shared | {"seed": seed, "text": self._texts[task]} for seed in self._seeds]
 
     def _run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        print(f"{len(jobs)} trainings with PEFT ...", file=sys.stderr, flush=True)
+        if jobs:
+            print(f"{len(jobs)} trainings with PEFT ...", file=sys.stderr, flush=True)
         workers, folder = [], self._path.parent
         for number in range(min(self._workers, len(jobs))):
             todo, out = (folder / f"{what}-{number}" for what in ("jobs", "done"))
