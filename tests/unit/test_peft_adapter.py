@@ -113,6 +113,13 @@ def test_files_are_those_that_peft_writes(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "adapter_config.json").read_text())) <= known
 
 
+def test_the_model_card_loads_a_gguf_file_as_transformers_does(tmp_path: Path) -> None:
+    prompt = VirtualTokens(torch.ones(5, 8))
+    save_peft(tmp_path / "a", prompt, "/models/m.Q4_1.gguf", num_layers=2, num_attention_heads=4)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "from_pretrained('/models', gguf_file='m.Q4_1.gguf')" in card
+
+
 def test_model_card(tmp_path: Path) -> None:
     name = 'C:\\models\\"tiny": base'
     export(tmp_path / "triage", torch.randn(P, H), name, description="Accuracy 0.93.")

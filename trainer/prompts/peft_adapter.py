@@ -226,6 +226,9 @@ def _card(
 ) -> str:
     base, revision = config["base_model_name_or_path"], config["revision"]
     at = "" if revision is None else f", revision={revision!r}"
+    source = f"{base!r}{at}"
+    if base.endswith(".gguf"):  # transformers takes the file's folder and name
+        source = f"{str(Path(base).parent)!r}, gguf_file={Path(base).name!r}"
     kind = config["peft_type"].replace("_", " ").lower()
     what = f"{config['num_virtual_tokens']} virtual tokens of width {config['token_dim']}"
     if kind == "prefix tuning":
@@ -246,7 +249,7 @@ by promptshard; the base itself is unchanged. {description}
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base!r}{at})
+base = AutoModelForCausalLM.from_pretrained({source})
 model = PeftModel.from_pretrained(base, {str(folder.resolve())!r})  # this folder
 ```
 {use}"""
