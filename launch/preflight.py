@@ -182,7 +182,7 @@ def _base(config: RunConfig) -> Iterator[str]:
         if not (folder / "config.json").is_file():
             yield f"base.model: {name} is not a model folder (no config.json)"
         else:
-            yield from _quantization(folder, name)
+            yield from _model_config(folder, name)
     elif folder.exists():
         if folder.suffix != ".gguf":
             yield f"base.model: {name} is a file; give its folder"
@@ -199,15 +199,18 @@ def _base(config: RunConfig) -> Iterator[str]:
             yield from error.problems
 
 
-def _quantization(folder: Path, name: str) -> Iterator[str]:
-    """Yield the reason if the weights of a model folder are in a format that cannot be read."""
+def _model_config(folder: Path, name: str) -> Iterator[str]:
+    """Yield the reason if a model's family or the format of its weights is not supported."""
     from trainer.model.quantization_config import quantization_problem
+    from trainer.model.unsupported_families import unsupported_family
 
     try:
         config = read_json_object(folder / "config.json")
     except BadInput as error:
         yield from error.problems
         return
+    if unsupported := unsupported_family(config, name):
+        yield unsupported
     for section in (config, config.get("text_config")):
         method = section.get("quantization_config") if isinstance(section, dict) else None
         problem = quantization_problem(method, name) if isinstance(method, dict) else None

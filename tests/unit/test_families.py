@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import make_tokenizer
 from benchmarks.unsharded_base import load_unsharded as load
+from launch import preflight
 from tests.family_bases import (
     CASES,
     errors,
@@ -47,6 +48,7 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
+from trainer.model.unsupported_families import UNSUPPORTED
 from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
@@ -426,6 +428,13 @@ class TestRefusals:
         AutoConfig.for_model(model_type).save_pretrained(tmp_path)
         with pytest.raises(BadInput, match=f"'{model_type}'.*{reason}"):
             open_base(Base(model=str(tmp_path)))
+
+    def test_known_families_are_refused_before_ranks_start(self, tmp_path: Path) -> None:
+        text = AutoConfig.for_model("t5")
+        text.save_pretrained(tmp_path)
+        (problem,) = preflight._model_config(tmp_path, "m")
+        assert "of family 't5', which is not supported (an encoder-decoder" in problem
+        assert not FAMILIES.keys() & UNSUPPORTED.keys()
 
     def test_a_release_that_lacks_a_family_is_refused_with_the_one_needed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -265,7 +265,7 @@ class TestRefusals:
         (problem,) = refused.value.problems
         assert f"are stored in {stored}, not supported" in problem
         assert "use a release of the model in 16 bits or FP8" in problem
-        assert list(preflight._quantization(folder, str(folder))) == [problem]
+        assert list(preflight._model_config(folder, str(folder))) == [problem]
 
     def test_packed_weights_in_another_order_or_of_another_shape(
         self, plain: Path, tmp_path: Path

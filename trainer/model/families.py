@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS_VERSION
 
+from trainer.model.unsupported_families import UNSUPPORTED
 from trainer.packing.activation_memory import LayerSizes
 from trainer.runtime.errors import BadInput
 
@@ -139,15 +140,6 @@ FAMILIES: dict[str, Family] = {
 
 #: Activation functions that transformers computes in several operations, each saving an input.
 SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
-
-#: Unsupported families that users are likely to try, with the reason.
-UNSUPPORTED: dict[str, str] = {
-    "t5": "an encoder-decoder does not take virtual tokens before its text",
-    "bart": "an encoder-decoder does not take virtual tokens before its text",
-    "bert": "it is not a causal language model",
-    "mamba": "it has not been compared with transformers; use Mamba 2",
-    "rwkv": "it has not been compared with transformers",
-}
 
 #: Oldest release of transformers with which a family is known to pass its tests, if newer than the
 #: oldest supported one; and the first that has the multimodal container of a supported text model.
