@@ -306,10 +306,39 @@ def test_run_file_chooses_a_prefix_encoder() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 30])
-def test_the_learning_rate_of_a_prefix_is_shared_among_its_layers(num_layers: int) -> None:
-    init = torch.full((P, num_layers, 2, 2, 4), 3.0)
-    prompt = Prompt(name="a", task="t", method="prefix_tuning", warmup_ratio=0)
+def test_each_layer_of_a_prefix_moves_relative_to_its_own_keys_and_values(num_layers: int) -> None:
+    sizes_L2 = torch.rand(num_layers, 2, generator=torch.Generator().manual_seed(1)) + 0.01
+    init = sizes_L2[None, :, :, None, None] * torch.ones(P, num_layers, 2, 2, 4)
+    init[0] = 100.0  # an attention sink
+    prompt = Prompt(name="a", task="t", method="prefix_tuning", warmup_ratio=0, max_grad_norm=None)
     encoder = make_encoder(prompt, init, torch.Generator().manual_seed(0), H)
-    assert encoder.scale() == pytest.approx(3.0 / num_layers)
     optimizer = make_optimizer(prompt, dict(encoder.named_parameters()), 9, encoder.scale())
-    assert optimizer.learning_rate == pytest.approx(0.4 * 3.0 / num_layers)
+    encoder.embedding.grad = torch.randn(init.shape, generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    moved_L2 = (encoder() - init).detach().square().mean((0, 3, 4)).sqrt()
+    torch.testing.assert_close(moved_L2, 0.2 * sizes_L2 / num_layers**0.5, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rate", [{}, {"learning_rate": 0.01}], ids=["relative", "absolute"])
+def test_a_resumed_prefix_keeps_the_learning_rates_of_its_layers(rate: dict[str, Any]) -> None:
+    prompt = Prompt(name="a", task="t", method="prefix_tuning", **rate)
+
+    def make(init: torch.Tensor) -> tuple[Any, Any]:
+        encoder = make_encoder(prompt, init, torch.Generator().manual_seed(0), H)
+        parameters = dict(encoder.named_parameters())
+        return encoder, make_optimizer(prompt, parameters, 9, encoder.scale())
+
+    def train(encoder: Any, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            encoder.embedding.grad = torch.randn(make_past().shape, generator=generator)
+            optimizer.step()
+
+    whole, stopped = make(make_past()), make(make_past())
+    train(*whole, range(6))
+    train(*stopped, range(3))
+    resumed = make(7 * make_past().abs())  # the start of a resumed prompt is another one
+    resumed[0].load_state_dict(stopped[0].state_dict())
+    resumed[1].load_state_dict(stopped[1].state_dict())
+    train(*resumed, range(3, 6))
+    assert torch.equal(whole[0](), resumed[0]())

@@ -120,8 +120,7 @@ for _entry in (
         name="mlp",
         build=f"{_ENCODERS}:build_mlp",
         settings=_SIZE,
-        # Lower than for the embedding encoder: all three layers of the MLP move the prompt.
-        relative_learning_rate=0.05,
+        relative_learning_rate=0.15,
     ),
     EncoderEntry(
         method="p_tuning",
@@ -149,7 +148,7 @@ for _entry in (
         name="embedding",
         build=f"{_ENCODERS}:build_embedding",
         trains_prefix=True,
-        relative_learning_rate=0.4,  # summed over the layers
+        relative_learning_rate=0.2,  # of all layers together
         trains_values=True,
     ),
     EncoderEntry(
@@ -158,7 +157,7 @@ for _entry in (
         build=f"{_EXTENDED}.prefix_mlp:build",
         trains_prefix=True,
         settings=_SIZE,
-        relative_learning_rate=0.4,
+        relative_learning_rate=0.2,
     ),
 ):
     register_encoder(_entry)

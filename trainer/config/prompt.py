@@ -142,9 +142,10 @@ class Prompt(Section):
         description="largest change of the prompt per update, relative to its scale\n"
         "Instead of learning_rate: a share of the root mean square of the initial values, so that "
         "one value suits bases of any scale. With an encoder: the change of the output by one "
-        "update of the encoder's last layer. In prefix_tuning: the sum over all layers of the "
-        "base. Not available for encoders lstm, text and low_rank or init: zero.\n"
-        "null: 0.1; 0.05 for p_tuning's mlp; 0.4 for prefix_tuning",
+        "update of the encoder's last layer. In prefix_tuning: a share of the size of each layer's "
+        "keys, or values, divided by the square root of the number of layers. Not available for "
+        "encoders lstm, text and low_rank or init: zero.\n"
+        "null: 0.1; 0.15 for p_tuning's mlp; 0.2 for prefix_tuning",
     )
     betas: tuple[ShareBelowOne, ShareBelowOne] | None = Field(
         None,

@@ -59,7 +59,7 @@ class Optimizer(Protocol):
 
 
 #: (prompt, parameters by name, number of updates, ``PromptEncoder.scale()``) -> optimizer.
-OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int, float], Optimizer]
+OptimizerFactory = Callable[[Prompt, Mapping[str, nn.Parameter], int, float | Tensor], Optimizer]
 
 
 class Bank:

@@ -86,19 +86,23 @@ class PromptEncoder(nn.Module):
         """Compute the prompt's values, fp32, differentiable."""
         raise NotImplementedError
 
-    def scale(self) -> float:
+    def scale(self) -> float | Tensor:
         """Compute the learning rate at which one update moves the output by its root mean square.
 
         The optimizer is assumed to move every parameter by about its learning rate, as Adam does.
         For an encoder that ends in a linear layer, only the update of that layer counts, and all
         its weights are assumed to move in the same direction.
 
-        For keys and values, the updates of the L layers count together: each layer moves by an L-th
-        of the root mean square, because what the layers change in the loss adds up.
+        For keys and values, the updates of the L layers count together: each layer moves by
+        1 / sqrt(L) of the root mean square.
+
+        Returns:
+            One number or, for keys and values that are trained themselves, one for the keys and one
+            for the values of each layer, [1, L, 2, 1, 1]: they differ in size by up to 50 times.
         """
         num_layers = 1 if len(self.shape) == 2 else self.shape[1]
         with torch.no_grad():
-            return _root_mean_square(self()) / num_layers
+            return _root_mean_square(self()) / math.sqrt(num_layers)
 
 
 class EmbeddingEncoder(PromptEncoder):
@@ -115,6 +119,14 @@ class EmbeddingEncoder(PromptEncoder):
     def forward(self) -> Tensor:
         # A copy, so that an update does not change tensors that the caller still uses.
         return self.embedding.clone()
+
+    def scale(self) -> float | Tensor:
+        if len(self.shape) == 2:
+            return super().scale()
+        size_PL2 = self.embedding.detach().square().mean((3, 4)).sqrt()
+        # The median, because in many models the first token has keys of a very different size.
+        size_L2 = size_PL2.median(0).values / math.sqrt(self.shape[1])
+        return size_L2[None, :, :, None, None]
 
 
 class HeadEncoder(PromptEncoder):
@@ -150,7 +162,7 @@ class HeadEncoder(PromptEncoder):
         """Fit the last layer to these virtual tokens; exact if the layer has at least P inputs."""
         solve_linear(self.mlp_head[-1], self._hidden(), target_PH)
 
-    def scale(self) -> float:
+    def scale(self) -> float | Tensor:
         return super().scale() / output_gain(self._hidden())
 
     def _hidden(self) -> Tensor:

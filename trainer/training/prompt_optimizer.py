@@ -21,6 +21,8 @@ from trainer.training.optimizers import make_update_rule
 
 #: Names of a parameter's average and initial value in a checkpoint, beside its moments.
 AVERAGE, START = "average", "start"
+#: Name of ``_unit`` in a checkpoint.
+UNIT = "unit"
 
 
 class PromptOptimizer:
@@ -31,7 +33,8 @@ class PromptOptimizer:
     Args:
         decay_to_start: weight decay pulls towards the values at construction instead of zero.
         scale: factor of the learning rate, for a rate relative to the initial values. Adam moves
-            every element by about the learning rate, so a relative rate suits every base.
+            every element by about the learning rate, so a relative rate suits every base. A tensor,
+            if parts of the parameter have different factors; it is broadcast to the parameter.
         ema_decay: share of the running average that an update keeps; None: no average.
 
     Attributes:
@@ -46,7 +49,7 @@ class PromptOptimizer:
         *,
         learning_rate: float,
         num_updates: int,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         optimizer: str = "adamw",
         momentum: float = 0.0,
         betas: tuple[float, float] | None = DEFAULT_BETAS,
@@ -61,7 +64,9 @@ class PromptOptimizer:
         self.updates = 0
         self._parameters = dict(parameters)
         self._schedule, self._num_updates = schedule, num_updates
-        self._scale = scale
+        self._scale = float(torch.as_tensor(scale).mean())
+        #: Factors of the parts' learning rates, whose mean is 1; None: they are equal.
+        self._unit = scale / scale.mean() if isinstance(scale, Tensor) else None
         self._peak = learning_rate
         self._num_warmup, self._max_grad_norm = num_warmup_updates, max_grad_norm
         self._weight_decay, self._ema_decay = weight_decay, ema_decay
@@ -96,7 +101,7 @@ class PromptOptimizer:
             for group in self._optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self._decay()
-            self._optimizer.step()
+            self._move()
             self.updates += 1
             self._average()
         self._optimizer.zero_grad(set_to_none=True)
@@ -107,6 +112,17 @@ class PromptOptimizer:
         return float(
             nn.utils.clip_grad_norm_(list(self._parameters.values()), limit, foreach=False)
         )
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        """Make the update of the optimizer, with the learning rate of each part."""
+        if self._unit is None:
+            self._optimizer.step()
+            return
+        before = self._copies()
+        self._optimizer.step()
+        for name, parameter in self._parameters.items():
+            parameter.copy_(before[name].lerp(parameter, self._unit))
 
     @torch.no_grad()
     def _decay(self) -> None:
@@ -136,6 +152,8 @@ class PromptOptimizer:
         Tensors are CPU copies named ``PARAMETER/MOMENT``, ``/average`` and ``/start``.
         """
         state: dict[str, Any] = {"updates": self.updates, "scale": self._scale}
+        if self._unit is not None:
+            state[UNIT] = self._unit.detach().to("cpu", copy=True)
         for name, parameter in self._parameters.items():
             kept: dict[str, Any] = dict(self._optimizer.state.get(parameter, {}))
             if self.averaged is not None:
@@ -162,10 +180,16 @@ class PromptOptimizer:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.updates, self._scale = int(state["updates"]), float(state["scale"])
+        unit = state.get(UNIT)  # absent in checkpoints of earlier versions, with one learning rate
+        device = next(iter(self._parameters.values())).device
+        self._unit = None if unit is None else unit.to(device, copy=True)
 
 
 def make_optimizer(
-    prompt: Prompt, parameters: Mapping[str, nn.Parameter], num_updates: int, scale: float = 1.0
+    prompt: Prompt,
+    parameters: Mapping[str, nn.Parameter],
+    num_updates: int,
+    scale: float | Tensor = 1.0,
 ) -> PromptOptimizer:
     """Create the optimizer of a prompt. Warm-up is rounded up, as in transformers.
 

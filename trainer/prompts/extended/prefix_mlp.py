@@ -43,7 +43,7 @@ class PrefixMLPEncoder(PromptEncoder):
         )
         solve_linear(self.transform[2], self._hidden(), init.flatten(1))
 
-    def scale(self) -> float:
+    def scale(self) -> float | Tensor:
         return super().scale() / output_gain(self._hidden())
 
     def _hidden(self) -> Tensor:
