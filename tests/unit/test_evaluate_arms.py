@@ -24,6 +24,7 @@ from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.data.tokenization.tokenize import no_progress
 from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.metric_sums import row_sums
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.weight_adapter import check_layers, load_tensors
@@ -366,3 +367,25 @@ def test_changed_rows_are_scored_as_their_own_texts(
     scores = [record["scores"] for record in records["soft@paraphrase-1"]]
     assert scores != [record["scores"] for record in records["soft"]]
     assert_scores(records["soft"], [by_hand(soft, t, "", PROMPT_TOKENS) for t in TEXTS])
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "chrf"])
+def test_generated_text_equals_transformers(
+    metric: str, tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
+) -> None:
+    if metric == "chrf":
+        pytest.importorskip("sacrebleu")
+    arms, _ = build(tmp_path, make_run(tmp_path, max_new_tokens=4), metric=metric, shots=1)
+    records = score(tmp_path, base, [arm for arm in arms if arm.kind in ("no_prompt", "shots")])
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    lines = {f"{tmp_path}/train.jsonl:{i + 1}": row for i, row in enumerate(TRAIN)}
+    for name, of_arm in records.items():
+        for record, text in zip(of_arm, TEXTS, strict=True):
+            before = shown([lines[place] for place in record.get("examples", ())])
+            ids = tokenizer(f"{before}{text}\nAnswer:", return_tensors="pt")["input_ids"]
+            written = reference.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+            wanted = tokenizer.decode(written, skip_special_tokens=True)
+            assert record["prediction"].strip() == wanted.strip(), name
+            assert record["correct"] == (wanted.strip() == record["target"].strip())
+    task = arms[0].rows.task
+    assert 0 <= row_sums(metric, task, records["no_prompt"]).score <= 1
