@@ -20,7 +20,7 @@ from trainer.runtime.process import flush_and_exit
 from trainer.runtime.redact import printable, redact
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, hide_torch: bool = False) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.commands.check_rows")
     parser.add_argument("run_file")
     parser.add_argument("overrides", nargs="*")
@@ -28,7 +28,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json")
     chosen = parser.parse_args(arguments)
     try:
-        _check(load(chosen.run_file, chosen.overrides), chosen.rows, chosen.json)
+        config = load(chosen.run_file, chosen.overrides)
+        if hide_torch and not config.base.model.endswith(".gguf"):
+            _without_torch()
+        _check(config, chosen.rows, chosen.json)
     except BadInput as error:
         for problem in error.problems:
             print(f"error: {printable(redact(problem))}", file=sys.stderr)
@@ -82,6 +85,4 @@ def _without_torch() -> None:
 
 
 if __name__ == "__main__":
-    if not any(".gguf" in argument for argument in sys.argv):
-        _without_torch()
-    flush_and_exit(main(sys.argv[1:]))
+    flush_and_exit(main(sys.argv[1:], hide_torch=True))
