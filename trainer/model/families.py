@@ -145,6 +145,7 @@ SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
 #: oldest supported one; and the first that has the multimodal container of a supported text model.
 FIRST_RELEASE: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "diffllama", "doge"), "5.23"),
+    **dict.fromkeys(("falcon_h1", "gemma3n_text", "jamba", "llama4_text"), "5.24"),
     "exaone4_5": "5.8",
     "exaone_moe": "5.1",
     **dict.fromkeys(("gemma4", "gemma4_text"), "5.5"),

@@ -53,7 +53,10 @@ def look_up(model: PreTrainedModel, token_ids_BT: Tensor) -> dict[str, Tensor]:
 
     Models without such inputs get no argument.
     """
-    if per_layer_table(model) is None:
+    table = per_layer_table(model)
+    if table is None:
         return {}
-    text_model: torch.nn.Module = model.base_model
-    return {"per_layer_inputs": text_model.get_per_layer_inputs(token_ids_BT)}  # type: ignore[operator]
+    # Gemma 3n's table lacks the last ids of the vocabulary, which get the row of the first.
+    ids_BT = torch.where(token_ids_BT < model.config.vocab_size_per_layer_input, token_ids_BT, 0)
+    size = model.config.hidden_size_per_layer_input
+    return {"per_layer_inputs": table(ids_BT).unflatten(-1, (-1, size))}
