@@ -98,7 +98,7 @@ class PromptEncoder(nn.Module):
 
         Returns:
             One number or, for keys and values that are trained themselves, one for the keys and one
-            for the values of each layer, [1, L, 2, 1, 1]: they differ in size by up to 50 times.
+            for the values of each layer, [1, L, 2, 1, 1]: they differ in size by up to 60 times.
         """
         num_layers = 1 if len(self.shape) == 2 else self.shape[1]
         with torch.no_grad():
