@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from trainer.config import RunConfig, load
+from trainer.data.prompt_positions import with_positions
 from trainer.data.task_data import EvalSet, TaskData, load_tasks
 from trainer.data.token_table import Example
 from trainer.evaluation import metrics
@@ -83,6 +84,7 @@ class Data:
         from trainer.model.checkpoint_files import open_base
 
         files = open_base(config.base)
+        config = with_positions(config, files.tokenizer)
         self.config, self.tokenizer, self.folder = config, files.tokenizer, config.base.model
         self.tasks: dict[str, TaskData] = load_tasks(
             config, files.tokenizer, files.context_length, files.config.vocab_size

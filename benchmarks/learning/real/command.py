@@ -33,6 +33,7 @@ from benchmarks.learning.real.own_runs import BASES, OURS
 from benchmarks.learning.real.packed_peft import PEERS
 from benchmarks.learning.real.plan import BASELINES, HAND_WRITTEN, STEP_PROFILE, Design
 from trainer.runtime import atomic_io
+from trainer.runtime.errors import BadInput
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 NAME = "learning-smollm2"
@@ -63,10 +64,14 @@ def main(given: list[str]) -> None:
     add("--profile", action="store_true", help="only measure the cost of one step")
     add("--report", action="store_true", help="only write the table of the cells that are there")
     arguments = parser.parse_args(given)
-    files = Files(arguments.folder, arguments.packages, arguments.words)
+    arms = chosen_arms(arguments.arms, parser.error)
+    try:
+        files = Files(arguments.folder, arguments.packages, arguments.words)
+    except BadInput as error:
+        parser.error(str(error))
     laboratory = Laboratory(files, Cells(arguments.folder / "cells", RESULTS / f"{NAME}.json"))
     design = Design(
-        arms=chosen_arms(arguments.arms, parser.error),
+        arms=arms,
         tasks=tuple(arguments.tasks),
         seeds=tuple(arguments.seeds),
         rows=tuple(arguments.rows),

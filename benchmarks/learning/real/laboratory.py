@@ -164,7 +164,8 @@ class Laboratory:
             task = question.section(
                 **self._write_rows(replace(cell, rows=rows)), shifted_validation=held_back
             )
-            prompts = [{"name": f"p{s}", "task": cell.task, "seed": s} for s in range(5)]
+            front = {"task": cell.task, "position": "front"}
+            prompts = [{"name": f"p{s}", "seed": s, **front} for s in range(5)]
             config = RunConfig.model_validate(
                 {
                     "output_dir": "-",
