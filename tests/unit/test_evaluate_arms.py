@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
-from trainer.commands.evaluate.arms import Arm, ArmBuilder
+from trainer.commands.evaluate.arm import Arm
+from trainer.commands.evaluate.arms import ArmBuilder
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.rows import RowEncoder
 from trainer.commands.evaluate.scoring import ArmScorer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.commands.evaluate.arms import Arm
+from trainer.commands.evaluate.arm import Arm
 from trainer.model.families import layer_sizes
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead

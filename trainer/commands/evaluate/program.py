@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.commands.evaluate.arms import Arm, ArmBuilder
+from trainer.commands.evaluate.arm import Arm
+from trainer.commands.evaluate.arms import ArmBuilder
 from trainer.commands.evaluate.costs import BaseCost
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.results import TaskResults

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.commands.evaluate.arms import SHIFTED, Arm
+from trainer.commands.evaluate.arm import Arm
+from trainer.commands.evaluate.arms import SHIFTED
 from trainer.commands.evaluate.costs import BaseCost, paid_after, query_cost, training_flops
 from trainer.data.row_hashing import split_by_hash
 from trainer.evaluation.calibration import calibration

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.commands.evaluate.arms import Arm, Neighbors
+from trainer.commands.evaluate.arm import Arm, Neighbors
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.data.task_data import EvalSet
 from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
