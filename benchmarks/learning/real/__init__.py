@@ -4,5 +4,5 @@
 2. ``plan``: the cells (arm, task, rows, steps, seed, learning rate), and the order to run them in.
 3. ``own_runs`` and ``packed_peft``: run a cell, with ``promptshard train`` or with PEFT.
 4. ``cells``: keeps the results; a repeated command runs the missing ones only.
-5. ``tables``: results -> table, plot and JSON.
+5. ``arm_results``, ``tables``: results -> intervals and differences -> table, plot and JSON.
 """
