@@ -148,7 +148,7 @@ for _entry in (
         name="embedding",
         build=f"{_ENCODERS}:build_embedding",
         trains_prefix=True,
-        relative_learning_rate=0.2,  # of all layers together
+        relative_learning_rate=0.1,  # of all layers together
         trains_values=True,
     ),
     EncoderEntry(
@@ -157,7 +157,7 @@ for _entry in (
         build=f"{_EXTENDED}.prefix_mlp:build",
         trains_prefix=True,
         settings=_SIZE,
-        relative_learning_rate=0.2,
+        relative_learning_rate=0.1,
     ),
 ):
     register_encoder(_entry)
