@@ -242,7 +242,7 @@ def test_notes_about_rows_are_not_printed_twice(
     monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     """``promptshard`` prints them before it starts the ranks."""
-    monkeypatch.setattr("trainer.training.task_loading._check_targets", lambda *_: None)
+    monkeypatch.setattr("trainer.training.task_loading.check_all_targets", lambda *_: None)
     monkeypatch.setattr("trainer.training.task_loading.class_warning", lambda *_: "of a class")
     monkeypatch.delenv(ROWS_CHECKED, raising=False)
     if checked:
@@ -262,6 +262,7 @@ def test_notes_about_rows_are_not_printed_twice(
         context_length=0,
         config=SimpleNamespace(vocab_size=0),
         end_ids=(),
+        generation=None,
     )
     read_tasks(engine, files, config(), Console(out, err), None)
     assert ("a remark" in out.getvalue()) == (not checked)
