@@ -17,8 +17,13 @@ RANK = """
 import os, signal, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 def stop(*args, **kwargs):
-    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-    signal.pause()
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+        signal.pause()
+    except KeyboardInterrupt:
+        if sys.argv[4:] == ["swallowed"]:
+            raise ModuleNotFoundError("Could not import module") from None
+        raise
 if sys.argv[1] == "train":
     sys.modules["trainer.run"] = types.SimpleNamespace(train=stop)
     from trainer.__main__ import main
@@ -46,14 +51,30 @@ sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"
 def test_only_training_reports_that_it_can_be_resumed(
     tmp_path, command, checkpoints, code, words, signal_name
 ):
-    run = RUN.format(folder=tmp_path)
-    (tmp_path / "run.yaml").write_text(run)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "run.yaml").write_text(run)
     for name in checkpoints:
         (tmp_path / "out" / "checkpoints" / name).mkdir(parents=True)
-    done = subprocess.run(
-        [sys.executable, "-c", RANK, command, str(tmp_path), signal_name],
+    done = stopped_rank(tmp_path, command, signal_name)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == f"{words}\n"
+
+
+def test_a_library_may_turn_the_signal_into_another_error(tmp_path: Path) -> None:
+    """An import that a signal ends can fail with an error of its own."""
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "swallowed")
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.startswith("Stopped before the first checkpoint. Rerun the command")
+
+
+def stopped_rank(
+    tmp_path: Path, command: str, signal_name: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a rank of a run in ``tmp_path`` that a signal stops."""
+    run = RUN.format(folder=tmp_path)
+    (tmp_path / "run.yaml").write_text(run)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "run.yaml").write_text(run)
+    return subprocess.run(
+        [sys.executable, "-c", RANK, command, str(tmp_path), signal_name, *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -61,5 +82,3 @@ def test_only_training_reports_that_it_can_be_resumed(
         timeout=60,
         check=False,
     )
-    assert done.returncode == code, done.stderr
-    assert done.stderr == f"{words}\n"

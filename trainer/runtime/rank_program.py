@@ -98,11 +98,7 @@ def run_guarded(
             mark_finished()
         return EXIT_DONE
     except KeyboardInterrupt:
-        stop_signals.write_stop_file(logs)
-        if resumes_from is not None:
-            return _stopped(resumes_from(logs.parent), console)
-        console.note("Stopped.")
-        return EXIT_FAILURE
+        return _interrupted(logs, resumes_from, console)
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)
@@ -113,11 +109,22 @@ def run_guarded(
         return EXIT_PORT_TAKEN
     except Exception as error:
         traceback.print_exc()
+        if stop_signals.interrupted():
+            return _interrupted(logs, resumes_from, console)
         # When a signal stops one rank, the connections of the other ranks to it fail.
         if resumes_from is not None and stop_signals.stopped_since(logs, started):
             return _stopped(resumes_from(logs.parent), console)
         console.failure(error)
         return EXIT_FAILURE
+
+
+def _interrupted(logs: Path, resumes_from: FindCheckpoint | None, console: Console) -> int:
+    """End the program after a stop signal to this rank; return the exit code."""
+    stop_signals.write_stop_file(logs)
+    if resumes_from is not None:
+        return _stopped(resumes_from(logs.parent), console)
+    console.note("Stopped.")
+    return EXIT_FAILURE
 
 
 def _stopped(checkpoint: str | None, console: Console) -> int:

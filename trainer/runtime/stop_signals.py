@@ -49,6 +49,14 @@ def stop_requested() -> bool:
     return _received
 
 
+def interrupted() -> bool:
+    """Whether a stop signal raised ``KeyboardInterrupt``.
+
+    A library can turn it into another error: an import that it ends may fail in a different way.
+    """
+    return _received and not _deferred
+
+
 def write_stop_file(logs: Path) -> None:
     """Tell other ranks that this rank was stopped by a signal (see ``stopped_since``)."""
     with suppress(OSError):
