@@ -101,13 +101,13 @@ def measure(config: PretrainedConfig) -> ModelMemory:
         for name, weight in weights.items()
     }
     files = BaseFiles(
-        "model",
         Path(),
-        config,
         make_tokenizer(),
+        config,
+        GenerationConfig(eos_token_id=1),
+        "model",
         tensors,
         map_weights(config, tensors, "model"),
-        GenerationConfig(eos_token_id=1),
     )
     model = build_meta_model(files, Base(model="model"), DTYPE, torch.device("cpu"))
     rows = row_sizes([ROW_TOKENS] * (BATCH_TOKENS // ROW_TOKENS), VIRTUAL_TOKENS)

@@ -33,7 +33,13 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class BaseTokenizer:
-    """What determines the tokens of rows; ``config`` is that of the text model."""
+    """What determines the tokens of rows.
+
+    Attributes:
+        folder: or the GGUF file, which contains config and tokenizer.
+        config: of the text model.
+        generation: the folder's generation config, with the end tokens.
+    """
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase

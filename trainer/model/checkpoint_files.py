@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from transformers import (
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig
 
 from trainer.config import Base, resolve_path
 from trainer.model import hub
-from trainer.model.base_tokenizer import GGUF, local_path, read_small_files, set_chat_template
-from trainer.model.families import context_length, family_of
-from trainer.model.generation_config import end_ids
+from trainer.model.base_tokenizer import (
+    GGUF,
+    BaseTokenizer,
+    local_path,
+    read_small_files,
+    set_chat_template,
+)
+from trainer.model.families import family_of
 from trainer.model.gguf_file import read_gguf
 from trainer.model.model_folder import (
     SINGLE,
@@ -35,33 +36,19 @@ HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class BaseFiles:
+class BaseFiles(BaseTokenizer):
     """A model folder or GGUF file that can be loaded.
+
+    ``config.tie_word_embeddings`` is corrected to the stored weights.
 
     Attributes:
         name: ``base.model``.
-        folder: or the GGUF file, which contains config and tokenizer.
-        config: of the text model; ``tie_word_embeddings`` is corrected to the stored weights.
         tensors: all tensors of the weight files that transformers reads, by name.
-        generation: the folder's generation config, with the end tokens.
     """
 
     name: str
-    folder: Path
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
     tensors: dict[str, StoredTensor]
     parameters: WeightMapping
-    generation: GenerationConfig
-
-    @property
-    def context_length(self) -> int:
-        return context_length(self.config)
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens at which the base's generation stops."""
-        return end_ids(self.generation)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -118,7 +105,7 @@ def open_base(
     tensors = combine_tensors(find_tensors(folder, name), quantization)
     parameters = map_weights(config, tensors, name)
     text.tie_word_embeddings = parameters.tied
-    return BaseFiles(name, folder, text, tokenizer, tensors, parameters, generation)
+    return BaseFiles(folder, tokenizer, text, generation, name, tensors, parameters)
 
 
 def _open_gguf(path: Path, settings: Base) -> BaseFiles:
@@ -131,7 +118,7 @@ def _open_gguf(path: Path, settings: Base) -> BaseFiles:
     parameters = map_weights(model.config, model.tensors, name)
     model.config.tie_word_embeddings = parameters.tied
     return BaseFiles(
-        name, path, model.config, model.tokenizer, model.tensors, parameters, generation
+        path, model.tokenizer, model.config, generation, name, model.tensors, parameters
     )
 
 
