@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,19 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+#: The process that sends metrics ends this long after its run, at the latest.
+SENDER_SECONDS = 20
+
+
 def inhabitants(name: str) -> list[str]:
+    """Command lines of the processes of a host."""
     shown = subprocess.run([IP or "ip", "netns", "pids", name], capture_output=True, text=True)
-    return shown.stdout.split()
+    lines = []
+    for pid in shown.stdout.split():
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            lines.append(f"{pid} {' '.join(words)}")
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +145,11 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
         outputs = [process.communicate(timeout=8 * TIMEOUT_SECONDS)[0] for process in processes]
         seconds = time.monotonic() - cut
         codes = [process.returncode for process in processes]
-    left = [pid for name in hosts.names for pid in inhabitants(name)]
+    deadline = time.monotonic() + SENDER_SECONDS
+    while left := [line for name in hosts.names for line in inhabitants(name)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     hosts.cable("up")
     with started(hosts, folder, output) as processes:
         again = [process.communicate(timeout=300)[0] for process in processes]
