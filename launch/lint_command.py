@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -86,11 +87,10 @@ def _instructions(
     names = [each.name for each in config.tasks]
     if task is not None and task not in names:
         raise BadInput(f"--task: {run_file} has no task {task!r}; known: {', '.join(names)}")
-    selected = [each for each in instructions_of(config) if task in (None, each.task)]
     if text is not None:
         chosen = config.task(task or names[0])
-        words = words_of(config, chosen)
-        return [Instruction("--text", _checked(text), chosen.name, words)]
+        return [Instruction("--text", _checked(text), chosen.name, words_of(config, chosen))]
+    selected = [each for each in instructions_of(config) if task in (None, each.task)]
     if not selected:
         raise BadInput(
             f"{run_file}: has no instruction in words; add one to tasks.hand_written, or pass "
@@ -111,7 +111,7 @@ def _write(json_file: str, results: Sequence[tuple[Instruction, list[Finding]]])
             "place": each.place,
             "task": each.task,
             "text": each.text,
-            "findings": [_as_json(finding) for finding in findings],
+            "findings": [asdict(finding) | {"effect": None} for finding in findings],
         }
         for each, findings in results
     ]
@@ -121,18 +121,6 @@ def _write(json_file: str, results: Sequence[tuple[Instruction, list[Finding]]])
     else:
         path = preflight.check_new_file(Path(json_file))
         path.write_text(text, encoding="utf-8")
-
-
-def _as_json(finding: Finding) -> dict[str, Any]:
-    return {
-        "rule": finding.rule,
-        "start": finding.start,
-        "end": finding.end,
-        "why": finding.why,
-        "rewrite": finding.rewrite,
-        "measurable": finding.measurable,
-        "effect": None,
-    }
 
 
 def _lines(results: Sequence[tuple[Instruction, list[Finding]]], width: int) -> Iterator[str]:
