@@ -124,12 +124,20 @@ class TestTask:
 
 @pytest.mark.parametrize("text", [*BAD, PHARMACY_BAD])
 def test_spans_and_rewrites(text: str) -> None:
-    """A rewrite replaces a part of the text, and solves its own finding at that place."""
-    for finding in lint(text):
+    """Every finding marks a part of the text, and its rewrite changes the text."""
+    findings = lint(text)
+    assert findings
+    for finding in findings:
         assert 0 <= finding.start <= finding.end <= len(text)
         changed = finding.apply(text)
         assert changed != text
         assert "  " not in changed.strip()
+
+
+def test_a_run_of_spaces_does_not_hang() -> None:
+    """A pattern with nested repetition would take exponential time here."""
+    text = f"Describe the drug{' ' * 200}here and list the prices."
+    assert rules_of(text) == {"split-requests"}
 
 
 def test_sentences_keep_abbreviations_together() -> None:

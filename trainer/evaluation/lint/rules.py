@@ -142,14 +142,11 @@ def split_requests(text: str, parts: list[Sentence], task: TaskWords) -> Iterato
     why = f"{len(requests)} requests ({named}); the answers to each compete. Ask one per prompt."
     first = requests[0][0]
     same = [place for sentence, place in requests[1:] if sentence is first]
-    start = first.end
     if same:
         start = first.start + _clause_start(first.text, same[0])
-    mark = "." if first.text[-1:] in ".!?" and same else ""
-    others = [s for s, _ in requests if s is not first]
-    if same:
+        mark = "." if first.text[-1:] in ".!?" else ""
         yield Finding("split-requests", start, first.end, why, mark)
-    for sentence in dict.fromkeys(others):
+    for sentence in dict.fromkeys(s for s, _ in requests if s is not first):
         yield Finding("split-requests", sentence.start, sentence.end, why, "")
 
 
@@ -169,9 +166,7 @@ def _requests(sentence: Sentence) -> Iterator[int]:
 
 def _clause_start(sentence: str, place: int) -> int:
     """Return the place of the comma or conjunction before a clause."""
-    before = re.search(
-        r"(?:[,;:]?\s*(?:\band\b|\bthen\b|\balso\b|\bas well as\b|\bor\b)?\s*)+$", sentence[:place]
-    )
+    before = re.search(r"(?:[\s,;:]|\b(?:and|then|also|as well as|or)\b)+$", sentence[:place])
     assert before is not None
     return before.start()
 
@@ -207,11 +202,9 @@ def double_negation(text: str, parts: list[Sentence], task: TaskWords) -> Iterat
     """Two negative words in one clause."""
     first = r"\b(?:do not|don['’]t|does not|doesn['’]t|not|never|avoid|no)\b"
     second = "|".join(sorted(words.OPPOSITES, key=len, reverse=True))
-    pattern = re.compile(
-        rf"(?:\b(never|avoid)|{first})((?:\s+[\w'’]+){{0,4}}?)\s+({second})\b", re.I
-    )
+    pattern = re.compile(rf"{first}((?:\s+[\w'’]+){{0,4}}?)\s+({second})\b", re.IGNORECASE)
     for match in pattern.finditer(text):
-        between, negative = match.group(2), match.group(3).lower()
+        between, negative = match.group(1), match.group(2).lower()
         if negative in {"no", "nothing", "none"} and not between.strip():
             continue  # "or not: no reason"
         opposite = words.OPPOSITES[negative]
