@@ -1,0 +1,206 @@
+"""``inspection.json``: the typed results of ``promptshard inspect RUN_DIR``. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
+
+INSPECTION_FILE = "inspection.json"
+#: Increase when a key is removed or changes its meaning.
+SCHEMA_VERSION = 1
+WAYWARDNESS = (
+    "Nearest tokens can be arbitrary: a prompt that performs as well can be trained to have almost "
+    "any nearest tokens (Khashabi et al. 2022, arXiv 2112.08348). Compare them with the controls "
+    "before you read a meaning into them."
+)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class NearestToken(_Model):
+    """A token of the vocabulary and the cosine of its embedding with a virtual token."""
+
+    token: str
+    cosine: float
+
+
+class ProductToken(_Model):
+    """A token of the vocabulary and the inner product of its embedding with a virtual token."""
+
+    token: str
+    inner_product: float
+
+
+class TokenInspection(_Model):
+    """Measurements of one virtual token. None: has no meaning for this prompt, or is not known.
+
+    Attributes:
+        index: place in the prompt, from 0.
+        nearest, nearest_by_inner_product: the most similar tokens, best first.
+        norm: of the virtual token; of a prefix: root mean square of keys and values.
+        norm_percentile: share of the vocabulary with a smaller norm, from 0 to 100.
+        key_norm, value_norm: of a prefix: mean norm over layers and heads.
+        drift: Euclidean distance from the initial value, in multiples of the vocabulary's mean
+            norm.
+        redundancy: largest cosine with another virtual token of the prompt.
+        redundant_with: index of that token.
+        leave_one_out: change of the validation loss without this token, with 95% interval, paired
+            by row. Positive: the token helps.
+        attention: share of attention that the positions that predict the answer give to this token,
+            mean over heads, by layer; None for a layer without attention.
+        gradient_times_input: sum of gradient times value, of the mean validation loss.
+    """
+
+    index: int
+    nearest: list[NearestToken] = []
+    nearest_by_inner_product: list[ProductToken] = []
+    norm: float | None = None
+    norm_percentile: float | None = None
+    key_norm: float | None = None
+    value_norm: float | None = None
+    drift: float | None = None
+    redundancy: float | None = None
+    redundant_with: int | None = None
+    leave_one_out: float | None = None
+    leave_one_out_low: float | None = None
+    leave_one_out_high: float | None = None
+    attention: list[float | None] | None = None
+    gradient_times_input: float | None = None
+
+
+class Elicited(_Model):
+    """Text that InSPEcT elicits from a prompt (Ramati et al. 2024, arXiv 2410.11660).
+
+    Attributes:
+        elicited: the text with the most class names among all pairs of layers.
+        class_rate: share of the task's class names in that text; None: the task has no classes.
+        mean_class_rate: mean over all pairs of layers.
+        layers: layer whose input is read, and layer whose input is replaced, of that text.
+    """
+
+    elicited: str | None = None
+    class_rate: float | None = None
+    mean_class_rate: float | None = None
+    layers: tuple[int, int] | None = None
+
+
+class Control(Elicited):
+    """The same measurements of a prompt that did not learn the task.
+
+    Attributes:
+        prompt: the other prompt, for the control of another task.
+        loss: on the same rows.
+        nearest: the most similar token of every virtual token.
+    """
+
+    prompt: str | None = None
+    loss: float | None = None
+    nearest: list[NearestToken] = []
+
+
+class Controls(_Model):
+    """Controls of a prompt; None: there is none, and ``notes`` of the prompt has the reason.
+
+    Attributes:
+        random: random directions with the norms of the prompt.
+        initial: the prompt before training.
+        other_task: a prompt of another task in the same run.
+    """
+
+    random: Control | None = None
+    initial: Control | None = None
+    other_task: Control | None = None
+
+
+class CheckpointInspection(Elicited):
+    """What is elicited from a prompt at a checkpoint, and its loss on the same rows."""
+
+    step: int
+    loss: float | None = None
+
+
+class PrunedPrompt(_Model):
+    """Result of ``--prune``.
+
+    Attributes:
+        dropped: indices of the virtual tokens that were dropped.
+        num_virtual_tokens: those that remain.
+        rows: number of rows of the scores, other than the ``chosen_on`` rows on which the dropped
+            tokens were chosen.
+        loss_before, loss: of the full and of the shorter prompt on these rows.
+        difference: of the losses, with 95% interval, paired by row.
+        adapter: folder of the shorter adapter; None: nothing was dropped.
+    """
+
+    dropped: list[int]
+    num_virtual_tokens: int
+    rows: int
+    chosen_on: int
+    loss_before: float
+    loss: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    metric: str | None = None
+    score_before: float | None = None
+    score: float | None = None
+    adapter: str | None = None
+
+
+class PromptInspection(Elicited):
+    """All measurements of one prompt.
+
+    Attributes:
+        kind: ``virtual_tokens`` or ``prefix`` (keys and values).
+        rows: number of validation rows.
+        loss: on these rows.
+        checkpoints: the oldest first.
+        notes: what was not measured, and why.
+    """
+
+    task: str
+    kind: str = "virtual_tokens"
+    method: str = ""
+    rows: int = 0
+    loss: float | None = None
+    tokens: list[TokenInspection]
+    controls: Controls = Controls()
+    checkpoints: list[CheckpointInspection] = []
+    pruned: PrunedPrompt | None = None
+    notes: list[str] = []
+
+
+class Similarity(_Model):
+    """Cosines between the mean virtual tokens of prompts (Vu et al. 2022, arXiv 2110.07904).
+
+    Attributes:
+        prompts: names; prefixes are left out.
+        cosine: a symmetric matrix.
+    """
+
+    prompts: list[str] = []
+    cosine: list[list[float]] = []
+
+
+class Inspection(_Model):
+    """Content of ``inspection.json``."""
+
+    schema_version: int = SCHEMA_VERSION
+    prompts: dict[str, PromptInspection]
+    similarity: Similarity = Similarity()
+    remark: str = WAYWARDNESS
+
+
+def load_inspection(output_dir: Path) -> Inspection | None:
+    """Read ``inspection.json``; None if it is missing, damaged or of a newer version."""
+    try:
+        inspection = Inspection.model_validate(read_json_object(output_dir / INSPECTION_FILE))
+    except (BadInput, ValidationError):
+        return None
+    return inspection if inspection.schema_version <= SCHEMA_VERSION else None
