@@ -50,12 +50,14 @@ def test_shifted_validation_has_the_drugs_without_train_rows(tmp_path):
         files = smollm2_example.rows_of(wheel, **options)
         return {split: [r["text"] for r in rows] for task, split, rows in files if task[0] == "s"}
 
-    split, whole = texts(), texts(split_drugs=False)
+    split, unsplit = texts(), texts(split_drugs=False)
     assert [text[-2] for text in split["shifted_validation"]] == ["2", "5", "8"]
-    assert sorted(split["validation"] + split["shifted_validation"]) == sorted(whole["validation"])
-    assert split["train"] == whole["train"]
-    assert len(whole["validation"]) == 11
-    assert "shifted_validation" not in whole
+    assert sorted(split["validation"] + split["shifted_validation"]) == sorted(
+        unsplit["validation"]
+    )
+    assert split["train"] == unsplit["train"]
+    assert len(unsplit["validation"]) == 11
+    assert "shifted_validation" not in unsplit
 
 
 def test_no_condition_has_more_rows_than_the_limit(tmp_path, monkeypatch):

@@ -22,7 +22,13 @@ from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher
 from trainer.evaluation.evaluator import Evaluator
-from trainer.evaluation.prediction_files import baseline_file, path_of, step_of
+from trainer.evaluation.prediction_files import (
+    baseline_file,
+    path_of,
+    read,
+    step_of,
+    train_file,
+)
 from trainer.evaluation.prediction_records import Predictions
 from trainer.evaluation.scoring import Scored
 from trainer.model.layers.lm_head import LabelLosses
@@ -121,9 +127,9 @@ class Toy:
                     for p in prompts
                 ],
                 "training": {"steps": 8, "tokens_per_step": 12},
-                "evaluation": {"every": 4},
                 "checkpoint": {"every": 1},
                 **sections,
+                "evaluation": {"every": 4, "train_rows": 0} | sections.get("evaluation", {}),
             }
         )
         tokenizer = make_tokenizer()
@@ -379,6 +385,28 @@ def test_gaps_are_logged_with_every_validation(tmp_path):
     scores = toy.loop.progress.scores["one"]
     assert scores["validation_loss_standard_error"] > 0
     assert math.isfinite(scores["generalization_gap"])
+
+
+def test_the_best_prompts_of_two_lengths_are_scored_on_train_rows_at_the_end(tmp_path):
+    prompts = [{"name": "one"}, {"name": "worse", "learning_rate": 1e-6}]
+    prompts += [{"name": "three", "num_virtual_tokens": 3}, {"name": "y", "task": "y"}]
+    Toy(tmp_path, prompts, Predictions(tmp_path, print), evaluation={"train_rows": 3}).run()
+    written = {path.stem for path in path_of(tmp_path, train_file("y")).parent.iterdir()}
+    assert written == {"one", "three", "y"}
+    for name in ("one", "three"):  # the rows of both splits are the same here
+        records = list(read(path_of(tmp_path, train_file(name))))
+        validated = {r["input"]: r["loss"] for r in read(path_of(tmp_path, name))}
+        assert len(records) == 3
+        assert [r["loss"] for r in records] == [
+            pytest.approx(validated[r["input"]]) for r in records
+        ]
+
+
+def test_no_train_rows_are_scored_if_the_setting_is_zero(tmp_path):
+    Toy(
+        tmp_path, [{"name": "one"}], Predictions(tmp_path, print), evaluation={"train_rows": 0}
+    ).run()
+    assert not path_of(tmp_path, train_file("one")).exists()
 
 
 def test_gaps_without_shifted_rows_or_train_losses():

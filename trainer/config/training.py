@@ -59,6 +59,11 @@ class Evaluation(Section):
         None,
         description="stop a prompt whose validation scores no longer improve\nnull: never",
     )
+    train_rows: NonNegativeInt = Field(
+        100,
+        description="number of train rows on which prompts are scored at the end, to show "
+        "overfitting\nScored are the best prompt of each task, and one of another length. 0: none",
+    )
 
 
 class Halving(Section):

@@ -17,6 +17,7 @@ from trainer.config import Prompt, RunConfig, Task
 from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.ingest import OnRows
 from trainer.data.label_prefixes import overlapping
+from trainer.data.row_hashing import first_by_hash
 from trainer.data.splits import SPLITS, LeakedRows, leaks, load_splits, remarks
 from trainer.data.teacher import Teacher, merge_warnings, teachers_of
 from trainer.data.token_table import Example, TokenTable, in_memory
@@ -134,6 +135,7 @@ class TaskData:
     Attributes:
         train, evaluation: rows as read with prompts at the front, and without a prompt.
         placed: ``prompts.position`` -> its rows, for other positions.
+        train_samples: ``prompts.position`` -> some of the train rows, to score.
         hand_written: split -> its rows after each hard prompt of the task.
         counts: split -> number of rows, and how many were skipped and truncated. A validation row
             is skipped if it is too long after any of the hard prompts, so that all prompts are
@@ -158,6 +160,7 @@ class TaskData:
     sources: list[dict[str, Any]] = field(default_factory=list)
     teachers: dict[str, Teacher] = field(default_factory=dict)
     placed: dict[str, PlacedRows] = field(default_factory=dict)
+    train_samples: dict[str, EvalSet] = field(default_factory=dict)
 
     def train_at(self, position: str) -> TokenTable:
         """Return the training rows for prompts with this ``prompts.position``."""
@@ -205,6 +208,7 @@ def load_tasks(
             loader = _TaskLoader(
                 *(task, tokenizer, room, context_length, vocab_size, progress, date, end_ids),
                 positions=positions,
+                sampled=config.evaluation.train_rows,
             )
             data = loader.load(splits, read_progress)
             data.teachers = of_task
@@ -266,7 +270,12 @@ def check_teacher(setting: str, teacher: Teacher, rows: RowDataset, table: Token
 
 @dataclass
 class _TaskLoader:
-    """Loads one task. ``room``: maximum tokens of a row after the longest prompt."""
+    """Loads one task.
+
+    Attributes:
+        room: maximum tokens of a row after the longest prompt.
+        sampled: number of train rows to score at the end of the training.
+    """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
@@ -277,6 +286,7 @@ class _TaskLoader:
     date: datetime.date | None
     end_ids: Collection[int]
     positions: Sequence[str] = ()
+    sampled: int = 0
 
     def load(self, needed: Sequence[str], read_progress: ReadProgress) -> TaskData:
         with read_progress() as on_rows:
@@ -293,6 +303,11 @@ class _TaskLoader:
                 for position, placed in data.placed.items():
                     placed.train = self._tokenize(rows, self.room, position=position).examples
                 self._record(data, "train", rows, tokenized, tokenized.skipped)
+                if self.sampled and "validation" in splits:
+                    data.train_samples = {
+                        position: self._sample(rows, data.train_at(position), position)
+                        for position in ("front", *data.placed)
+                    }
             else:
                 self._load_evaluation(data, split, rows)
         data.leaks = leaks(self.task, splits)
@@ -368,6 +383,22 @@ class _TaskLoader:
         for placed, rows_there in zip(data.placed.values(), sets[1 + hand_written :], strict=True):
             placed.evaluation[split] = rows_there
         self._record(data, split, rows, tables[0], len(rows) - len(common))
+
+    def _sample(self, rows: RowDataset, table: TokenTable, position: str) -> EvalSet:
+        """Tokenize some train rows for scoring, without generation: choices, or else the loss."""
+        metric = "accuracy" if self.task.metric == "accuracy" else "loss"
+        task = self.task.model_copy(update={"metric": metric})
+        hashes = rows.hashes()[np.unique(table.rows_R)]
+        chosen = first_by_hash(hashes, min(self.sampled, len(hashes)))
+        rows = rows.take(np.unique(table.rows_R)[chosen], f"at most {self.sampled}")
+        likelihood = task.scored_by_likelihood
+        width = len(task.choices or []) if likelihood else 1
+        tokenized = self._tokenize(rows, self.room, position=position, per_choice=likelihood)
+        kept = range(len(tokenized.examples.rows_R) // width)
+        gold = gold_choices(rows, task) if likelihood else [0] * len(rows)
+        numbers = tokenized.examples.rows_R[::width].tolist()
+        candidates = Candidates(tokenized.examples, width, kept)
+        return EvalSet(task, "train", rows, candidates, [gold[row] for row in numbers])
 
     def _overlap_remarks(self, data: TaskData) -> list[str]:
         """Remark on choices that are a prefix of another one, which requires append_eos: false."""

@@ -7,7 +7,6 @@ Shape letters: R rows, C values of a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ from trainer.evaluation.prediction_files import outcomes
 from trainer.evaluation.statistics import (
     POWER_80,
     RATES,
-    Z95,
     Difference,
+    independent_difference,
     paired_rates,
     wilson_interval,
 )
@@ -145,27 +144,13 @@ def paired_difference(metric: str, first: RowSums, second: RowSums) -> Differenc
 
 
 def unpaired_difference(metric: str, first: RowSums, second: RowSums) -> Difference:
-    """Compare two scores on different rows.
-
-    The interval combines the intervals of both scores (R. Newcombe, Interval Estimation for the
-    Difference Between Independent Proportions, Statistics in Medicine 17, 1998, method 10). The
-    p-value is that of Fisher's exact test for rates, else of a normal distribution.
-    """
-    from scipy.stats import fisher_exact, norm
-
-    difference = first.score - second.score
-    (low_1, high_1), (low_2, high_2) = score_interval(metric, first), score_interval(metric, second)
-    low = difference - math.hypot(first.score - low_1, high_2 - second.score)
-    high = difference + math.hypot(high_1 - first.score, second.score - low_2)
-    error = (high - low) / (2 * Z95)
-    if metric in RATES:
-        correct = [sums.values_RC[:, 0] for sums in (first, second)]
-        hits = [[int(values.sum()), int((1 - values).sum())] for values in correct]
-        p_value, test = float(fisher_exact(hits).pvalue), "Fisher exact"
-    else:
-        p_value = float(2 * norm.sf(abs(difference) / error)) if error > 0 else 1.0
-        test = "normal"
-    return Difference(difference, low, high, p_value, POWER_80 * error, test)
+    """Compare two scores on different rows."""
+    rows = (len(first.values_RC), len(second.values_RC)) if metric in RATES else None
+    return independent_difference(
+        (first.score, *score_interval(metric, first)),
+        (second.score, *score_interval(metric, second)),
+        rows,
+    )
 
 
 def _ratio(sums: Values) -> Values:

@@ -2,6 +2,7 @@
 
     OUTPUT_DIR/predictions/PROMPT.jsonl                    a prompt at its best step
     OUTPUT_DIR/predictions/baselines/TASK/BASELINE.jsonl   no_prompt, hand_written-1, majority, ...
+    OUTPUT_DIR/predictions/train/PROMPT.jsonl              of some train rows, to show overfitting
 
 One JSON object per line. The first ``MAX_TEXTS`` records have texts (at most ``MAX_CHARACTERS``
 each) and scores of the choices; the others have only the fields in ``SHORT``. Imports no torch.
@@ -19,7 +20,7 @@ from trainer.config import LOWER_IS_BETTER
 from trainer.evaluation.statistics import RATES
 from trainer.runtime.json_file import parse_json
 
-FOLDER, BASELINES = "predictions", "baselines"
+FOLDER, BASELINES, TRAIN = "predictions", "baselines", "train"
 #: Kinds of baselines: always the most frequent answer; the base model alone; with a hand-written
 #: prompt; with the text that a distilled prompt learns from. Several of a kind are numbered from 1.
 MAJORITY, NO_PROMPT, HAND_WRITTEN, TEACHER = "majority", "no_prompt", "hand_written", "teacher"
@@ -32,6 +33,11 @@ SHORT = frozenset({"step", "row", "target", "prediction", "correct", "loss", "to
 def baseline_file(task: str, baseline: str) -> str:
     """Name of a baseline's file, for ``path_of``."""
     return f"{BASELINES}/{task}/{baseline}"
+
+
+def train_file(prompt: str) -> str:
+    """Name of a prompt's predictions on train rows, for ``path_of``."""
+    return f"{TRAIN}/{prompt}"
 
 
 def path_of(output_dir: Path, name: str) -> Path:

@@ -41,7 +41,7 @@ class Predictions:
 
     def __init__(self, output_dir: Path, warn: Callable[[str], None]) -> None:
         self._output_dir, self._warn = output_dir, warn
-        self._inputs: dict[str, list[dict[str, Any]]] = {}
+        self._inputs: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
@@ -84,12 +84,12 @@ class Predictions:
             yield record
 
     def _inputs_of(self, rows: EvalSet) -> list[dict[str, Any]]:
-        """Place, input and target of the first rows, computed once per task."""
-        task = rows.task
-        if task.name not in self._inputs:
+        """Place, input and target of the first rows, computed once per split of a task."""
+        key = rows.task.name, rows.split
+        if key not in self._inputs:
             numbers = rows.row_numbers[:MAX_TEXTS]
-            self._inputs[task.name] = [input_fields(rows, number) for number in numbers]
-        return self._inputs[task.name]
+            self._inputs[key] = [input_fields(rows, number) for number in numbers]
+        return self._inputs[key]
 
 
 def input_fields(rows: EvalSet, number: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from trainer.config import LOWER_IS_BETTER
-from trainer.config.ranking import AnyEntry, rank
+from trainer.config.ranking import AnyEntry, Entry, rank
+from trainer.evaluation.statistics import RATES, STANDARD_ERROR, rate_standard_error
 
 
 def select(
@@ -38,3 +39,27 @@ def select(
         and sign * (entry.scores[key] - best.scores[key]) <= (error if math.isfinite(error) else 0)
     ]
     return best, min(shorter, key=lambda entry: entry.num_virtual_tokens, default=None)
+
+
+def standard_error(entry: Entry, metric: str, rows: int | None) -> float:
+    """Standard error of an entry's score on validation rows; NaN if it is unknown."""
+    key = f"validation_{metric}"
+    if metric in RATES and rows:
+        return rate_standard_error(entry.scores[key], rows)
+    return float(entry.scores.get(key + STANDARD_ERROR, math.nan))
+
+
+def best_and_other_length(
+    prompts: Sequence[AnyEntry], metric: str, rows: int | None
+) -> tuple[AnyEntry, AnyEntry | None] | None:
+    """Return the best prompt, and a prompt of another length to compare it with.
+
+    The other is the shortest one within one standard error, else the best one of another length;
+    None if all prompts have one length.
+    """
+    selected = select(prompts, metric, lambda entry: standard_error(entry, metric, rows))
+    if selected is None:
+        return None
+    best, shorter = selected
+    others = (e for e in rank(prompts, metric) if e.num_virtual_tokens != best.num_virtual_tokens)
+    return best, shorter or next(others, None)

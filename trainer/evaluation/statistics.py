@@ -26,7 +26,7 @@ FEWEST_DISCORDANT = 6
 DISCORDANT_80 = 7.9
 
 
-def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> float:
+def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[float]) -> float:
     """Standard error of ``sum(sums) / sum(counts)`` over R independent rows; NaN for one row.
 
     Source: linearized variance of a ratio, W. G. Cochran, Sampling Techniques (1977), 6.3.
@@ -34,7 +34,7 @@ def ratio_standard_error(sums_R: Sequence[float], counts_R: Sequence[int]) -> fl
     return _error_of_mean(_influence(sums_R, counts_R))
 
 
-def ratio_scores(name: str, sums_R: Sequence[float], counts_R: Sequence[int]) -> dict[str, float]:
+def ratio_scores(name: str, sums_R: Sequence[float], counts_R: Sequence[float]) -> dict[str, float]:
     """Return ``sum(sums) / sum(counts)``, 0 without counts, and its standard error as scores."""
     total = sum(counts_R)
     return {
@@ -162,6 +162,35 @@ def paired_ratios(
     quantile = float(t.ppf(1 - SIGNIFICANCE / 2, freedom))
     low, high = difference - quantile * error, difference + quantile * error
     return Difference(difference, low, high, p_value, (quantile + Z80) * error, "paired t-test")
+
+
+def independent_difference(
+    first: tuple[float, float, float],
+    second: tuple[float, float, float],
+    rows: tuple[int, int] | None = None,
+) -> Difference:
+    """Compare two scores on different rows.
+
+    The interval combines the intervals of both scores (R. Newcombe, Interval Estimation for the
+    Difference Between Independent Proportions, Statistics in Medicine 17, 1998, method 10). The
+    p-value is that of Fisher's exact test for rates, else of a normal distribution.
+
+    Args:
+        first, second: score and both ends of its 95% interval.
+        rows: numbers of rows, if the scores are rates over rows.
+    """
+    from scipy.stats import fisher_exact, norm
+
+    (a, low_a, high_a), (b, low_b, high_b) = first, second
+    low, high = a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+    error = (high - low) / (2 * Z95)
+    if rows is not None:
+        hits = [(round(rate * n), n) for rate, n in zip((a, b), rows, strict=True)]
+        p_value, test = float(fisher_exact([(k, n - k) for k, n in hits]).pvalue), "Fisher exact"
+    else:
+        p_value = float(2 * norm.sf(abs(a - b) / error)) if error > 0 else 1.0
+        test = "normal"
+    return Difference(a - b, low, high, p_value, POWER_80 * error, test)
 
 
 def _influence(sums_R: ArrayLike, counts_R: ArrayLike) -> NDArray[np.float64]:

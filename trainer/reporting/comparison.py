@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import LOWER_IS_BETTER
 from trainer.evaluation.prediction_files import Outcomes, baseline_file, outcomes, path_of, read
-from trainer.evaluation.statistics import RATES, Difference, paired_rates, paired_ratios
+from trainer.evaluation.score_format import score_interval
+from trainer.evaluation.statistics import (
+    RATES,
+    Difference,
+    paired_rates,
+    paired_ratios,
+    ratio_scores,
+)
 from trainer.reporting.result_table import TaskTable
 from trainer.reporting.summary import Comparison
+
+
+@dataclass(frozen=True)
+class FileScore:
+    """Score of a prediction file, with its 95% interval if that is known."""
+
+    rows: int
+    score: float
+    interval: tuple[float, float] | None
 
 
 def compare(output_dir: Path, table: TaskTable) -> Comparison | None:
@@ -39,6 +56,26 @@ def compare(output_dir: Path, table: TaskTable) -> Comparison | None:
         better=prompt.name in better,
         also_better=[name for name in better if name != prompt.name],
     )
+
+
+def paired_difference(output_dir: Path, first: str, second: str, metric: str) -> Difference | None:
+    """Compare the scores of two prediction files, paired by row; None if their rows differ.
+
+    Args:
+        first, second: names for ``path_of``.
+    """
+    of_second = _outcomes(output_dir, second, metric)
+    return None if of_second is None else _difference(output_dir, first, of_second, metric)
+
+
+def score_of_file(output_dir: Path, name: str, metric: str) -> FileScore | None:
+    """Score of a prediction file with its interval; None if the file is missing or damaged."""
+    of_file = _outcomes(output_dir, name, metric)
+    if of_file is None:
+        return None
+    scores = ratio_scores(f"validation_{metric}", of_file.sums, of_file.counts)
+    interval = score_interval(scores, f"validation_{metric}", {"validation": len(of_file.rows)})
+    return FileScore(len(of_file.rows), scores[f"validation_{metric}"], interval)
 
 
 def _difference(

@@ -82,6 +82,8 @@ def note(tables: list[TaskTable], evaluation: Evaluation | None = None) -> str:
     for table in tables:
         subject = f"**{table.task}**: " if len(tables) > 1 else ""
         lines += [_cell(subject + table.verdict, 600), ""]
+        if table.overfitting and table.overfitting.verdict:
+            lines += [_cell(table.overfitting.verdict, 900), ""]
     for table in tables:
         lines += [f"#### Task {table.task}", "", f"| {' | '.join(['prompt', *table.titles])} |"]
         lines += ["|---|" + "---:|" * len(table.columns)]

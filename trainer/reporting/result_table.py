@@ -6,7 +6,6 @@ The terminal, the HTML report and the MLflow note render ``TaskTable.titles`` an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from textwrap import shorten
@@ -22,10 +21,11 @@ from trainer.evaluation.score_format import (
     score_text,
     shown_scores,
 )
-from trainer.evaluation.statistics import RATES, STANDARD_ERROR, rate_standard_error
+from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.reporting.summary import (
     Baseline,
     Comparison,
+    Overfitting,
     PromptResult,
     RunSummary,
     Selection,
@@ -98,6 +98,7 @@ class TaskTable:
     num_rows: Mapping[str, int]
     comparison: Comparison | None = None
     selection: Selection | None = None
+    overfitting: Overfitting | None = None
 
     @property
     def counts(self) -> str:
@@ -172,20 +173,13 @@ class TaskTable:
         if best is None or len(self.prompts) == 1:
             return ""
         text = f"Best prompt: {best.prompt} ({best.why})."
-        if shorter := best.shorter:
+        if (shorter := best.shorter) and not (self.overfitting and self.overfitting.length):
             score = format_score(self.column(self.prompts[0]), shorter.score)
             text += (
                 f" A shorter prompt within one standard error: {shorter.prompt}, "
                 f"{shorter.num_virtual_tokens} virtual tokens, {score}."
             )
         return text
-
-    def standard_error(self, row: Entry) -> float:
-        """Standard error of an entry's score in the task's metric; NaN if it is unknown."""
-        key = f"validation_{self.metric}"
-        if self.metric in RATES and self.num_rows.get("validation"):
-            return rate_standard_error(row.scores[key], self.num_rows["validation"])
-        return float(row.scores.get(key + STANDARD_ERROR, math.nan))
 
 
 def task_tables(config: RunConfig, summary: RunSummary | None) -> list[TaskTable]:
@@ -206,8 +200,11 @@ def _task_table(task: Task, config: RunConfig, summary: RunSummary | None) -> Ta
     baselines = [replace(row, best=True) if row in best else row for row in baselines]
     rows = (*baselines, *ranked, *unranked)
     columns = _columns({column for row in rows for column in row.shown}, metric)
-    selection = summary.selected.get(task.name)
-    return TaskTable(task.name, metric, columns, rows, result.rows, result.comparison, selection)
+    return TaskTable(
+        *(task.name, metric, columns, rows, result.rows, result.comparison),
+        selection=summary.selected.get(task.name),
+        overfitting=summary.overfitting.get(task.name),
+    )
 
 
 def _comparable(

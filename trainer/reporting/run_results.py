@@ -8,13 +8,14 @@ from typing import Any
 
 from trainer.data.task_data import TaskData
 from trainer.evaluation.score_format import column_title, score_text, shown_scores
-from trainer.evaluation.selection import select
+from trainer.evaluation.selection import select, standard_error
 from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.model.checkpoint_files import BaseFiles, portable_name
 from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.peft_adapter import FixedText, save_peft
 from trainer.reporting.comparison import compare
 from trainer.reporting.html import write_report
+from trainer.reporting.overfitting import assess
 from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import (
     SCHEMA_VERSION,
@@ -62,7 +63,14 @@ def write_results(
             comparison = compare(output, table)
             tasks[table.task] = tasks[table.task].model_copy(update={"comparison": comparison})
     selected = {table.task: best for table in tables if (best := selection(table))}
-    summary = summary.model_copy(update={"tasks": tasks, "selected": selected})
+    overfitting = {
+        table.task: signs
+        for table in tables
+        if (signs := assess(output, loop.config, table, selected.get(table.task)))
+    }
+    summary = summary.model_copy(
+        update={"tasks": tasks, "selected": selected, "overfitting": overfitting}
+    )
     save_summary(output, summary)
     try:
         with console.phase("writing the report"):
@@ -138,7 +146,10 @@ def _num_rows(data: TaskData) -> dict[str, int]:
 
 def selection(table: TaskTable) -> Selection | None:
     """Select a task's best prompt, and advise a shorter one; None if no prompt can be ranked."""
-    selected = select(table.prompts, table.metric, table.standard_error)
+    rows = table.num_rows.get("validation")
+    selected = select(
+        table.prompts, table.metric, lambda row: standard_error(row, table.metric, rows)
+    )
     if selected is None:
         return None
     best, shorter = selected

@@ -141,6 +141,70 @@ class Selection(_Model):
     shorter: ShorterPrompt | None = None
 
 
+class Change(_Model):
+    """Difference of two scores, with its 95% interval and a p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+
+
+class TrainScore(_Model):
+    """Score of a prompt on a sample of the train rows.
+
+    Attributes:
+        metric: the task's, or ``loss`` if the task's needs generated text.
+        gap: score on the validation rows minus that on the train rows.
+    """
+
+    metric: str
+    rows: int
+    score: float
+    gap: Change | None = None
+
+
+class SeedSpread(_Model):
+    """Scores of prompts that differ in their seeds only.
+
+    Attributes:
+        prompt: the best one of them; of several groups of such prompts, the group with the best.
+        standard_deviation: between seeds, pooled over the groups.
+    """
+
+    prompt: str
+    seeds: int
+    low: float
+    high: float
+    standard_deviation: float
+
+
+class Overfitting(_Model):
+    """Signs of overfitting of a task's best prompt.
+
+    Attributes:
+        other: prompt of another length: the shortest one within one standard error, else the best.
+        length, length_on_train: score of ``prompt`` minus that of ``other``, paired by row, on
+            validation rows and on train rows.
+        shift: score on the shifted validation rows minus that on the validation rows.
+        baseline_shift: the same of the best baseline.
+        take: the prompt to use: ``prompt``, or a shorter one within one standard error.
+        verdict: the above in words.
+    """
+
+    prompt: str
+    train: TrainScore | None = None
+    other: str | None = None
+    length: Change | None = None
+    length_on_train: Change | None = None
+    shift: Change | None = None
+    baseline_shift: Change | None = None
+    seeds: SeedSpread | None = None
+    take: str
+    verdict: str = ""
+
+
 class Throughput(_Model):
     useful_tokens_per_second: float | None = None
     useful_tokens: int | None = None
@@ -178,6 +242,7 @@ class RunSummary(_Model):
     Attributes:
         prompts, tasks, selected: by name of the prompt or task.
         data: row counts by task and split.
+        overfitting: by task.
         time: seconds by phase.
     """
 
@@ -197,6 +262,7 @@ class RunSummary(_Model):
     world_size: int | None = None
     checkpoints: dict[str, object] = {}
     selected: dict[str, Selection] = {}
+    overfitting: dict[str, Overfitting] = {}
 
 
 def save_summary(output_dir: Path, summary: RunSummary) -> None:

@@ -56,6 +56,8 @@ def show_results(summary: RunSummary, config: RunConfig, console: Console) -> No
         console.paragraph(table.verdict)
         if table.advice:
             console.paragraph(table.advice)
+        if table.overfitting and table.overfitting.verdict:
+            console.paragraph(table.overfitting.verdict)
     console.print()
     diverged = [row.name for table in tables for row in table.prompts if row.diverged]
     if diverged:

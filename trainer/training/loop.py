@@ -7,7 +7,7 @@ until every prompt has stopped:
     on a stop signal: checkpoint, and stop on all ranks together
     validate the prompts that are due; stop early, at a rung, or at the last step
     checkpoint if due
-complete the predictions
+complete the predictions; score some train rows
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from trainer.runtime.console import Console
 from trainer.runtime.phases import PhaseTimes
 from trainer.runtime.stop_signals import Stopped
 from trainer.training.accounting import Accounting
-from trainer.training.baseline_scoring import complete_predictions, score_missing_baselines
+from trainer.training.baseline_scoring import (
+    complete_predictions,
+    score_missing_baselines,
+    score_train_rows,
+)
 from trainer.training.callbacks import Callback, StepReport
 from trainer.training.memory_monitor import MemoryMonitor
 from trainer.training.progress import TrainingProgress
@@ -89,6 +93,7 @@ class Loop:
             self._train()
             with self.times("validation"):
                 complete_predictions(self.validator)
+                score_train_rows(self.validator)
         finally:
             self.batches.close()
 
