@@ -140,7 +140,7 @@ def ours(folder: str, ends: str) -> dict[str, Any]:
     from trainer.distributed.model_loading import load_base
     from trainer.distributed.zero3_sharder import base_bytes
     from trainer.model.checkpoint_files import open_base
-    from trainer.packing.packed_batch import PackedRow
+    from trainer.packing.packed_row import PackedRow
     from trainer.prompts.soft_prompt import VirtualTokens
     from trainer.runtime.console import Console
     from trainer.training.step import step_gradients

@@ -23,12 +23,11 @@ from trainer.distributed.placement import LIVE_LAYERS
 from trainer.distributed.zero3_sharder import base_size, expected_base_bytes
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import layer_sizes
-from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.meta_model import build_meta_model
 from trainer.model.safetensors_reader import StoredTensor
 from trainer.model.transformers_model import build_transformers_model
 from trainer.model.weight_mapping import map_weights
-from trainer.packing.activation_memory import BatchMemory, row_sizes
+from trainer.packing.activation_memory import LOGITS_BYTES, BatchMemory, row_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE = torch.bfloat16

@@ -30,7 +30,8 @@ from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_batch
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import CPU_TOKENS
-from trainer.packing.packed_batch import PackedBatch, PackedRow
+from trainer.packing.packed_batch import PackedBatch
+from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import plan_batches
 from trainer.prompts.soft_prompt import SoftPrompt, VirtualTokens, prompt_lengths
 

@@ -101,7 +101,7 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
     from trainer.data.tokenization import worker_pool
     from trainer.data.tokenization.tokenize import tokenize
     from trainer.distributed.prefetch import RankInfo, prepare_step
-    from trainer.packing.packed_batch import PackedRow, PromptLengths
+    from trainer.packing.packed_row import PackedRow, PromptLengths
 
     tokenizer: Any = Words()
     if not quick:

@@ -30,7 +30,7 @@ from benchmarks.random_base import VOCAB_SIZE, make_tokenizer
 from trainer.data.token_table import Example
 from trainer.model.families import FAMILIES
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 
 HIDDEN = 48
 WINDOW = 6

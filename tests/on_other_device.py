@@ -36,7 +36,7 @@ from trainer.model.layers.moe import FrozenExperts
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer

@@ -133,7 +133,7 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
     from trainer.distributed.deepspeed_engine import Engine
     from trainer.distributed.model_loading import load_base
     from trainer.model.checkpoint_files import open_base
-    from trainer.packing.packed_batch import PackedRow
+    from trainer.packing.packed_row import PackedRow
     from trainer.prompts.soft_prompt import VirtualTokens
     from trainer.runtime.console import Console
     from trainer.training.prompt_optimizer import make_optimizer

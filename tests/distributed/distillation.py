@@ -22,7 +22,7 @@ from trainer.data.token_table import Example
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients

@@ -26,7 +26,7 @@ from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import quantize_rows
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import StepResult, step_gradients

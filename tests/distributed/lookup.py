@@ -26,7 +26,8 @@ from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
+from trainer.packing.packed_batch import PackedBatch, build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import plan_batches
 from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime.process import flush_and_exit

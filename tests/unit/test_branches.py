@@ -15,7 +15,8 @@ from tests.unit.test_prefix_tuning import packed as packed_prefixes
 from tests.unit.test_prefix_tuning import pasts
 from trainer.data.token_table import Example
 from trainer.model.families import FAMILIES
-from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
+from trainer.packing.packed_batch import Segment, build_packed_batch
+from trainer.packing.packed_row import PackedRow
 
 #: Trunk of 9 tokens; branches after 5, 5 and 0 of them, and one after the whole trunk.
 TREE = Example(

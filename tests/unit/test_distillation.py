@@ -30,7 +30,8 @@ from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
 from trainer.model.layers.lm_head import FrozenHead, LabelLosses
 from trainer.model.layers.vocab_parallel import VocabBlock
-from trainer.packing.packed_batch import PackedRow, build_packed_batch, build_teacher_batch
+from trainer.packing.packed_batch import build_packed_batch, build_teacher_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -49,7 +49,8 @@ from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import DecodeStep, PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.model.unsupported_families import UNSUPPORTED
-from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
+from trainer.packing.packed_batch import Segment, build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
 

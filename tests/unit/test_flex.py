@@ -18,7 +18,7 @@ from tests.unit.test_prefix_tuning import WITHOUT, packed, pasts
 from trainer.model.attention import flex
 from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import resolve_attention
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.runtime.errors import BadInput
 
 

@@ -20,7 +20,7 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.init_search import SearchResult, Unsearched
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.runtime.console import Console

@@ -25,7 +25,7 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.training.step import batch_objective
 

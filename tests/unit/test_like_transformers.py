@@ -54,7 +54,8 @@ from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.packed_batch import PackedRow, build_packed_batch
+from trainer.packing.packed_batch import build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 

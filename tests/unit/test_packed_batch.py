@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.token_table import Example
-from trainer.packing.packed_batch import PackedRow, Segment, build_packed_batch
+from trainer.packing.packed_batch import Segment, build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import SLACK, plan_batches, windows
 
 P = 20

@@ -17,7 +17,8 @@ from trainer.model.families import FAMILIES
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.per_layer_inputs import id_rules
 from trainer.model.prompted_model import HiddenStatesRequest
-from trainer.packing.packed_batch import PackedRow, build_packed_batch
+from trainer.packing.packed_batch import build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.peft_adapter import FixedText, save_peft
 from trainer.prompts.soft_prompt import VirtualTokens
 

@@ -12,7 +12,7 @@ import torch
 from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.token_table import Example
 from trainer.distributed.prefetch import RankInfo, StepPrefetcher, prefetched
-from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.packing.packed_row import PackedRow, PromptLengths
 
 LENGTHS = [5, 9, 2, 7, 4, 12, 3]
 EXAMPLES = [Example.with_target(tuple(range(length)), 1, i) for i, length in enumerate(LENGTHS)]

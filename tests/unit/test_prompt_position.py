@@ -25,7 +25,8 @@ from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory
 from trainer.data.tokenization.tokenize import encode_halves, tokenize
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.prompted_model import DecodeStep
-from trainer.packing.packed_batch import PackedRow, build_packed_batch, build_teacher_batch
+from trainer.packing.packed_batch import build_packed_batch, build_teacher_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import plan_batches
 from trainer.prompts.peft_adapter import CARD, FixedText, load_peft, save_peft
 from trainer.prompts.saved_prompts import SEGMENT, find_source

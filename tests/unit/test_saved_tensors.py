@@ -12,10 +12,10 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES
 from trainer.data.token_table import Example
 from trainer.model.families import FAMILIES, layer_sizes
-from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.prompted_model import PromptedBase
-from trainer.packing.activation_memory import BatchMemory, row_sizes
-from trainer.packing.packed_batch import PackedBatch, PackedRow, build_packed_batch
+from trainer.packing.activation_memory import LOGITS_BYTES, BatchMemory, row_sizes
+from trainer.packing.packed_batch import PackedBatch, build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.training.saved_tensors import SavedBytes
 

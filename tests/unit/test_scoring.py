@@ -25,7 +25,8 @@ from trainer.evaluation.scoring import Request
 from trainer.model.families import FAMILIES
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.packed_batch import PackedRow, build_packed_batch
+from trainer.packing.packed_batch import build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import prompt_lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")

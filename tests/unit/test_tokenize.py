@@ -19,7 +19,8 @@ from trainer.data.tokenization.tokenize import (
     encode_input,
     tokenize,
 )
-from trainer.packing.packed_batch import PackedRow, build_packed_batch
+from trainer.packing.packed_batch import build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.runtime.errors import BadInput
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "Answer", ":", "yes", "no", "maybe"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trainer.data.token_table import Example
-from trainer.packing.packed_batch import PackedRow, build_packed_batch
+from trainer.packing.packed_batch import build_packed_batch
+from trainer.packing.packed_row import PackedRow
 from trainer.training.step import text_counts
 
 

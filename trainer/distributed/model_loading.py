@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trainer.config import Base, RunConfig
 from trainer.distributed.deepspeed_config import resolve_policy
@@ -26,20 +26,12 @@ from trainer.model.layers.matmul_selection import (
     resolve_matmul,
     use_matmul,
 )
-from trainer.model.layers.vocab_parallel import LOGITS_BYTES
 from trainer.model.meta_model import build_meta_model
 from trainer.model.per_layer_inputs import id_rules
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import LoadStats, load_shards
-from trainer.packing.activation_memory import (
-    CPU_TOKENS,
-    RAMP,
-    USABLE_SHARE,
-    BatchMemory,
-    TokenBudget,
-    choose_budget,
-    row_sizes,
-)
+from trainer.packing.activation_memory import BatchMemory, TokenBudget
+from trainer.packing.run_budget import run_budget
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
@@ -145,7 +137,17 @@ def load_base(
     if kept_bytes is not None and kept_bytes < placement.kept_bytes:
         placement = replace(placement, kept_bytes=kept_bytes)
     policy = resolve_policy(config, dtype, files.config.hidden_size, placement)
-    memory, budget = _choose_token_budget(engine, files.config, config, placement, dtype, lengths)
+    memory, budget = run_budget(
+        config,
+        layer_sizes(files.config),
+        lengths,
+        vocab_size=files.config.vocab_size,
+        world_size=engine.world_size,
+        itemsize=dtype.itemsize,
+        left_bytes=placement.left_bytes,
+        packed=packed,
+        on_cpu=engine.device.type == "cpu",
+    )
     if lengths:
         console.detail(budget.description)
     share = files.num_bytes // placement.group_size
@@ -162,45 +164,6 @@ def load_base(
     base.flex = flex
     engine.attach(base, policy, placement.kept_bytes)
     return LoadedBase(base, stats, dtype, placement, matmul, memory, budget)
-
-
-def _choose_token_budget(
-    engine: Engine,
-    base: PretrainedConfig,
-    config: RunConfig,
-    placement: Placement,
-    dtype: torch.dtype,
-    lengths: Sequence[int],
-) -> tuple[BatchMemory, TokenBudget]:
-    """Choose the maximum tokens of a packed batch: equal on all ranks, as the arguments are."""
-    on_cpu = engine.device.type == "cpu"
-    virtual = [prompt.num_virtual_tokens for prompt in config.prompts]
-    # 5% more than the mean: rows are not split, so some ranks get more tokens than others.
-    rows = 1.05 * config.training.tokens_per_step * len(virtual) / engine.world_size
-    needed = int(rows) + sum(virtual) + max(lengths, default=0)
-    memory = BatchMemory(
-        layer_sizes(base),
-        row_sizes(
-            lengths,
-            max(virtual),
-            family_of(base, base.model_type).packed,
-            copied=not on_cpu,
-        ),
-        dtype.itemsize,
-        min(LOGITS_BYTES, 4 * base.vocab_size * needed),
-    )
-    tokens = config.training.micro_batch_tokens
-    checkpointing = config.engine.gradient_checkpointing
-    budget = choose_budget(
-        memory,
-        int(USABLE_SHARE * placement.left_bytes),
-        needed,
-        tokens=None if tokens == "auto" else tokens,
-        checkpointing=None if checkpointing == "auto" else checkpointing,
-        most=CPU_TOKENS if on_cpu else None,
-        ramp=(1.0,) if on_cpu else RAMP,
-    )
-    return memory, budget
 
 
 def _choose_matmul(

@@ -13,12 +13,11 @@ from trainer.model.attention.interface import make_layout
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import (
     PackedBatch,
-    PackedRow,
-    PromptLengths,
     build_packed_batch,
     build_teacher_batch,
     map_tensors,
 )
+from trainer.packing.packed_row import PackedRow, PromptLengths
 from trainer.packing.planning import plan_batches
 
 T = TypeVar("T")

@@ -26,7 +26,8 @@ from trainer.evaluation.statistics import ratio_scores
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
-from trainer.packing.packed_batch import PackedBatch, PackedRow, PromptLengths
+from trainer.packing.packed_batch import PackedBatch
+from trainer.packing.packed_row import PackedRow, PromptLengths
 from trainer.packing.planning import plan_batches, windows
 from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime import stop_signals

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.data.task_data import EvalSet
 from trainer.data.teacher import Teacher
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import portions
 
 

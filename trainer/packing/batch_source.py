@@ -13,7 +13,7 @@ from trainer.data.dataset import MixtureComponent, RowDataset
 from trainer.data.sampler import TokenBudgetSampler
 from trainer.data.task_data import TaskData
 from trainer.data.token_table import Example, TokenTable
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 
 
 class BatchSource:

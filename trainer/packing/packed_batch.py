@@ -19,76 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from trainer.data.teacher import Teacher
-from trainer.data.token_table import Example
-from trainer.packing.token_tree import ROOT, TokenTree, tree_of, tree_of_candidates
+from trainer.packing.packed_row import NO_PROMPT, PackedRow, SegmentKey, segment_length
+from trainer.packing.token_tree import ROOT
 
 T = TypeVar("T")
-
-
-#: In place of the index of a prompt: the base without a prompt.
-NO_PROMPT = -1
-#: Index of a prompt in the bank or ``NO_PROMPT``, number of tokens before its virtual tokens,
-#: tokens around them.
-SegmentKey = tuple[int, int, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class PackedRow:
-    """One row of a task together with the prompt before it.
-
-    Attributes:
-        prompt: index in the bank, or None for the base without a prompt.
-        slot: a number chosen by the caller; losses are returned by slot.
-        is_padding: the row only gives a rank without rows the same number of forwards as other
-            ranks; its labels do not count.
-        teacher: the label positions learn its distributions instead of the labels.
-        candidates: the row with each of its candidate targets, ``example`` first; candidate i has
-            the slot ``slot + i``. Empty: ``example`` is the only target.
-        shared: number of leading tokens that all rows of the caller have in common. They are read
-            once per packed batch, as those of ``Example.prompt_end`` are.
-    """
-
-    example: Example
-    prompt: int | None
-    slot: int
-    is_padding: bool = False
-    teacher: Teacher | None = None
-    candidates: tuple[Example, ...] = ()
-    shared: int = 0
-
-    @cached_property
-    def tree(self) -> TokenTree:
-        """Tokens of the row after those in the prompt's segment."""
-        if self.candidates:
-            return tree_of_candidates(self.candidates, self.num_leading)
-        return tree_of(self.example, self.num_leading)
-
-    @property
-    def num_leading(self) -> int:
-        """Number of leading tokens of the example that are in the prompt's segment."""
-        return max(self.shared, 0 if self.prompt is None else self.example.prompt_end)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens in a packed batch, without the prompt's segment."""
-        if self.candidates:
-            return len(self.tree.token_ids)
-        return self.example.num_tokens - self.num_leading
-
-    @cached_property
-    def segment_key(self) -> SegmentKey | None:
-        """Key of the segment before the row, which rows with equal keys share; None without one."""
-        ids = self.example.input_ids[: self.num_leading]
-        if self.prompt is None:
-            return (NO_PROMPT, 0, ids) if ids else None
-        return self.prompt, self.example.prompt_at, ids
 
 
 @dataclass(frozen=True)
@@ -200,19 +139,6 @@ def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
     return cast(T, new)
 
 
-@dataclass(frozen=True)
-class PromptLengths:
-    """Number of virtual tokens of every prompt in the bank, [K].
-
-    Attributes:
-        tokens: of prompts with positions in a packed batch; 0 for prompts of keys and values.
-        past: of prompts of keys and values; 0 for others.
-    """
-
-    tokens: tuple[int, ...]
-    past: tuple[int, ...]
-
-
 def build_packed_batch(
     rows: Sequence[PackedRow],
     prompt_lengths: Sequence[int],
@@ -252,12 +178,6 @@ def build_packed_batch(
     for row in rows:
         builder.add_row(row, prompt_segments[row.segment_key])
     return builder.build(tuple(prompts), tuple(past_segments.items()), first_row)
-
-
-def segment_length(key: SegmentKey, prompt_lengths: Sequence[int]) -> int:
-    """Return the number of tokens of a prompt's segment in a packed batch."""
-    prompt, _, ids = key
-    return len(ids) + (0 if prompt == NO_PROMPT else prompt_lengths[prompt])
 
 
 @dataclass

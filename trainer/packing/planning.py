@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from trainer.packing.packed_batch import PackedRow, SegmentKey, segment_length
+from trainer.packing.packed_row import PackedRow, SegmentKey, segment_length
 
 T = TypeVar("T")
 

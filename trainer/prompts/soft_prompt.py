@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.encoders import EncoderEntry
-from trainer.packing.packed_batch import PromptLengths
+from trainer.packing.packed_row import PromptLengths
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from trainer.distributed.prefetch import RankInfo, StepBatch, prefetched, prepar
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.prompted_model import read_teacher
 from trainer.packing.batch_source import BatchSource
-from trainer.packing.packed_batch import PackedRow, PromptLengths
+from trainer.packing.packed_row import PackedRow, PromptLengths
 from trainer.packing.planning import portions
 from trainer.prompts.init_search import FEWEST, SearchResult, Unsearched, Words
 from trainer.prompts.soft_prompt import VirtualTokens

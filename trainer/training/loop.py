@@ -23,7 +23,7 @@ from trainer.distributed.prefetch import StepBatch, StepPrefetcher
 from trainer.evaluation.baselines import add_majority
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.prediction_records import Predictions
-from trainer.packing.packed_batch import PromptLengths
+from trainer.packing.packed_row import PromptLengths
 from trainer.prompts.bank import Bank
 from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.console import Console

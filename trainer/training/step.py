@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import RankInfo, StepBatch, prepare_batch, prepare_step
 from trainer.model.prompted_model import read_teacher
-from trainer.packing.packed_batch import PackedBatch, PackedRow
+from trainer.packing.packed_batch import PackedBatch
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 from trainer.runtime import stop_signals
 from trainer.training.saved_tensors import SavedBytes

@@ -13,7 +13,7 @@ from benchmarks.unsharded_base import load_unsharded
 from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_batch
 from trainer.model.layers.matmul_selection import resolve_matmul, use_matmul
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.training.step import batch_objective
 

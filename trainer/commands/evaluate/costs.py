@@ -14,7 +14,7 @@ from trainer.model.families import layer_sizes
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow
 from trainer.reporting.summary import RunSummary
 
 #: Forward passes that a training step costs per token: forward and input-gradient; a frozen base

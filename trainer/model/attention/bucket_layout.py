@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trainer.packing.length_groups import group_by_length
 from trainer.packing.packed_batch import Segment, map_tensors
-
-#: Shortest segment of a bucket relative to its longest: less padding against fewer kernel calls.
-BUCKET_RATIO = 0.7
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,10 @@ class Buckets:
 def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
     """Group segments of similar length."""
     alone = [[segment] for segment in segments if not segment.sibling]
-    groups = _grouped(alone, _run_length)
-    groups += _grouped(_sibling_runs(segments), lambda r: r[0].prefix_length + _run_length(r))
+    groups = group_by_length(alone, _run_length)
+    groups += group_by_length(
+        _sibling_runs(segments), lambda r: r[0].prefix_length + _run_length(r)
+    )
     buckets = tuple(_bucket(group) for group in groups)
 
     restore_T = torch.empty(sum(segment.length for segment in segments), dtype=torch.long)
@@ -162,19 +162,6 @@ def _sibling_runs(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 def _run_length(run: Sequence[Segment]) -> int:
     return sum(segment.length for segment in run)
-
-
-def _grouped(
-    runs: Sequence[list[Segment]], size: Callable[[list[Segment]], int]
-) -> list[list[list[Segment]]]:
-    """Group runs of similar size, the largest first."""
-    groups: list[list[list[Segment]]] = []
-    for run in sorted(runs, key=lambda run: (-size(run), run[0].start)):
-        if groups and size(run) >= BUCKET_RATIO * size(groups[-1][0]):
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    return groups
 
 
 def _bucket(group: Sequence[Sequence[Segment]]) -> Bucket:

@@ -21,9 +21,8 @@ from torch.nn.functional import pad
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
 from trainer.model.layers.row_exchange import RowExchange
+from trainer.packing.activation_memory import LOGITS_BYTES
 
-#: Bytes of the fp32 logits of one slice.
-LOGITS_BYTES = 64 << 20
 #: Narrowest slice; narrower ones make the products slow.
 MIN_COLUMNS = 1024
 
