@@ -18,6 +18,7 @@ from launch import (
     lint_command,
     messages,
     node,
+    plan_command,
     preflight,
     restarts,
     scaffold_commands,
@@ -407,6 +408,7 @@ app.command(epilog=EXIT_CODES)(scaffold_commands.init)
 app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
 app.command(epilog=EXIT_CODES)(example_commands.example)
 app.command(epilog=EXIT_CODES)(lint_command.lint)
+app.command(epilog=EXIT_CODES)(plan_command.plan)
 app.command(epilog=EXIT_CODES)(settings_commands.settings)
 app.command(epilog=EXIT_CODES)(settings_commands.schema)
 

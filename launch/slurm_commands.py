@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from launch import messages, preflight, slurm
+from launch import messages, plan_command, preflight, slurm
 from launch import submit as submission
 from launch.arguments import Fresh, Overrides, RunFile, Verbose, option
 from launch.slurm import Job
@@ -68,6 +68,17 @@ def submit(
     sbatch: Annotated[
         list[str] | None, option("OPTION", "Any other option: --sbatch=--constraint=h100.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Plan the run first, for --gpu or this machine's CPU: refuse a job that cannot "
+            "fit, and ask for the planned time if --time is not given.",
+        ),
+    ] = False,
+    gpu: plan_command.Gpu = None,
+    network: plan_command.Network = "ndr",
+    hardware: plan_command.HardwareFile = None,
     fresh: Fresh = False,
     verbose: Verbose = False,
     dry_run: Annotated[
@@ -85,9 +96,12 @@ def submit(
 
     - `promptshard submit run.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00`
     - `promptshard submit run.yaml --nodes 1 --gpus-per-node 8 --array "training.seed=[0, 1, 2]"`
+    - `promptshard submit run.yaml --nodes 2 --gpus-per-node 8 --plan --gpu h100-80gb`
     - `promptshard submit run.yaml --nodes 2 --dry-run > job.sbatch`
     """
     overrides = overrides or []
+    if not plan and (gpu is not None or hardware is not None):
+        raise BadInput("--gpu, --hardware: describe the GPU of a plan; add --plan")
     job = Job(
         name=job_name or "promptshard",
         nodes=nodes,
@@ -120,6 +134,29 @@ def submit(
     if not dry_run:
         submission.check_slurm()
     output_dir, tasks, configs = _checked(run_file, overrides, array or [])
+    if plan:
+        ranks = gpus_per_node or processes_per_node
+        limits = [
+            plan_command.time_limit(
+                plan_command.plan_arguments(
+                    task[0],
+                    task[1:],
+                    nodes * ranks,
+                    ranks,
+                    gpu=gpu,
+                    network=network,
+                    hardware=hardware,
+                    cpu=gpus_per_node is None,
+                )
+            )
+            for task in tasks
+        ]
+        longest = max(limits, key=lambda limit: limit.hours)
+        messages.note(
+            f"planned: {longest.hours:.3g} h"
+            + (f"; --time {longest.time}" if time is None else f" of --time {time}")
+        )
+        job = replace(job, time=time or longest.time)
     folder = Path(output_dir).absolute()
     job = replace(
         job,

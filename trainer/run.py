@@ -52,6 +52,7 @@ from trainer.prompts.peft_adapter import FixedText
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.reporting.html import write_missing_report
+from trainer.reporting.planned import PlanComparison, as_summary, node_sizes, plan_of_run
 from trainer.reporting.run_description import describe_run, device_name, measure
 from trainer.reporting.run_end import finish_sending, tracked_run
 from trainer.reporting.run_results import write_results
@@ -169,6 +170,9 @@ def _train(
         console.warn,
     )
     loop.callbacks += [MetricsCallback(log, client, console.warn), checkpoints]
+    plan = plan_of_run(config, files, tasks, loaded, engine.device, node_sizes(engine.world_size))
+    if plan is not None and saved is None:  # the plan is of a whole run
+        loop.callbacks.append(PlanComparison(plan, console))
     if config.tracking.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # needs an optional package
 
@@ -180,6 +184,8 @@ def _train(
         checkpoints.check_folder(now=True)
         measured = measure(engine, loop, loaded)
         measured["checkpoints"] = writer.report(loop.progress.train_seconds - seconds_before)
+        if plan is not None:
+            measured["planned"] = as_summary(plan)
         with times("results"), results_can_be_written_later(output):
             lock.confirm()
             summary = write_results(output, loop, files, measured, console, fixed_texts)

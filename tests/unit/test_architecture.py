@@ -44,6 +44,7 @@ FOLDERS = (
     "trainer.distributed",
     "trainer.evaluation",
     "trainer.training",
+    "trainer.cost_model",
     "trainer.tracking",
     "trainer.checkpointing",
     "trainer.reporting",

@@ -33,6 +33,21 @@ def test_auto_keeps_groups_inside_nodes() -> None:
     assert group("auto", 37, [2, 4]).group_size == 6
 
 
+def test_auto_stays_inside_a_node_where_activations_still_fit() -> None:
+    nodes = [8, 8]  # shard and two layers take 10.75 GB in a node, 6.4 GB in two
+
+    def chosen(free: float, *, flexible: bool) -> int:
+        memory = int(free * GB / 2)
+        free_bytes = int(free * GB)
+        return place(SIZE, "auto", memory, nodes, free=free_bytes, flexible=flexible).group_size
+
+    assert chosen(15, flexible=False) == 16
+    assert chosen(15, flexible=True) == 8
+    assert chosen(13, flexible=True) == 16  # 0.8 of 13 GB is too little
+    left = place(SIZE, "auto", 7 * GB, nodes, free=15 * GB, flexible=True, exact=True).left_bytes
+    assert left == 15 * GB - 2 * GB - 70 * GB // 8
+
+
 def test_node_and_world() -> None:
     assert group("node", 80, TWO_NODES).group_size == 8
     assert group("world", 80, TWO_NODES).group_size == 16

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], *, hide_torch: bool = False) -> int:
     try:
         config = load(chosen.run_file, chosen.overrides)
         if hide_torch and not config.base.model.endswith(".gguf"):
-            _without_torch()
+            without_torch()
         _check(config, chosen.rows, chosen.json)
     except BadInput as error:
         for problem in error.problems:
@@ -78,7 +78,7 @@ def _check(config: RunConfig, count: int, json_file: str | None) -> None:
         print_rows(config, base, count, json_file)
 
 
-def _without_torch() -> None:
+def without_torch() -> None:
     """Make transformers behave as if torch were not installed; tokenizers do not need it."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # a warning that models are missing

@@ -65,6 +65,13 @@ class Evaluation(Section):
         "overfitting\nScored are the best prompt of each task, and one of another length. 0: none",
     )
 
+    def validated(self, last: int) -> frozenset[int]:
+        """Steps after which a prompt of ``last`` steps is validated.
+
+        At intervals, except less than half an interval before the last step.
+        """
+        return frozenset({last, *range(self.every, last - (self.every - 1) // 2, self.every)})
+
 
 class Halving(Section):
     """Successive halving (arXiv 1810.05934): stop the worst prompts of a task at rungs.

@@ -137,6 +137,7 @@ class Engine(Ranks):
             free=free,
             offload=offload,
             exact=must_fit or setting != "auto",
+            flexible=setting == "auto" and not offload,
         )
 
     def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Zero3Sharder:

@@ -14,6 +14,8 @@ from trainer.runtime.errors import BadInput
 
 #: Share of free memory for the base if ``engine.base_memory`` is auto; activations use the rest.
 AUTO_SHARE = 0.5
+#: Share of free memory that the base may take if that keeps a shard group inside a node.
+NODE_SHARE = 0.8
 #: Layers that are gathered on a rank at the same time: one computed, one prefetched.
 LIVE_LAYERS = 2
 
@@ -73,6 +75,7 @@ def place(
     free: int | None = None,
     offload: bool = False,
     exact: bool = False,
+    flexible: bool = False,
 ) -> Placement:
     """Choose the shard group and the bytes that stay gathered.
 
@@ -82,13 +85,21 @@ def place(
         free: free bytes of the device before the base is loaded; None: ``memory``.
         offload: shards are in host memory and do not count.
         exact: refuse a base that does not fit into ``memory``.
+        flexible: ``engine.base_memory`` is auto. Then group size auto may exceed ``memory``, up to
+            ``NODE_SHARE`` of ``free``, where a larger group would consist of several nodes: fabrics
+            inside a node are several times faster than networks.
 
     Raises:
         BadInput: if the group does not divide the ranks, or the base does not fit.
     """
     world = sum(node_sizes)
     group_size = _group_size(size, shard_group, memory, node_sizes, offload)
-    needed = _needed(size, group_size, offload)
+    if shard_group == "auto" and flexible and group_size > node_sizes[0]:
+        most = int(NODE_SHARE * (memory if free is None else free))
+        inside = [g for g in sensible_groups(node_sizes) if g <= node_sizes[0]]
+        if needed_bytes(size, inside[-1], offload=offload) <= most:
+            group_size, memory = inside[-1], max(memory, needed_bytes(size, inside[-1]))
+    needed = needed_bytes(size, group_size, offload=offload)
     if exact and needed > memory:
         raise BadInput(
             f"engine.base_memory: {memory / 1e9:.2f} GB is too little: with {group_size} of "
@@ -117,11 +128,8 @@ def _group_size(
         return node
     if setting == "auto":
         # Offloaded shards do not use device memory, so one copy is divided among all ranks.
-        groups = [1, world]
-        if even:  # sizes that divide a node or consist of full nodes
-            sizes = [g for g in range(1, world + 1) if world % g == 0]
-            groups = [g for g in sizes if node % g == 0 or g % node == 0]
-        fitting = [g for g in groups if _needed(size, g, offload) <= memory]
+        groups = sensible_groups(node_sizes)
+        fitting = [g for g in groups if needed_bytes(size, g, offload=offload) <= memory]
         return world if offload or not fitting else fitting[0]
     group_size = int(setting)
     if world % group_size:
@@ -133,7 +141,16 @@ def _group_size(
     return group_size
 
 
-def _needed(size: BaseSize, group_size: int, offload: bool) -> int:
-    """Minimum bytes of a rank's device."""
+def sensible_groups(node_sizes: Sequence[int]) -> list[int]:
+    """Sizes of shard groups that divide a node or consist of full nodes, ascending."""
+    world, node = sum(node_sizes), node_sizes[0]
+    if len(set(node_sizes)) > 1:
+        return sorted({1, world})
+    sizes = [g for g in range(1, world + 1) if world % g == 0]
+    return [g for g in sizes if node % g == 0 or g % node == 0]
+
+
+def needed_bytes(size: BaseSize, group_size: int, *, offload: bool = False) -> int:
+    """Minimum bytes of a rank's device: its shard and the layers that are gathered at a time."""
     shard = 0 if offload else -(-size.total_bytes // group_size)
     return shard + (0 if group_size == 1 and not offload else LIVE_LAYERS * size.layer_bytes)

@@ -93,7 +93,7 @@ def read_small_files(
     """Read config, quantization config, tokenizer and generation config of a model folder."""
     name = settings.model
     check_folder(folder, name)
-    config, quantization = _read_config(folder, name)
+    config, quantization = read_model_config(folder, name)
     family_of(config.get_text_config(), name)
     tokenizer = _read_tokenizer(folder, name)
     set_chat_template(tokenizer, settings)
@@ -126,7 +126,7 @@ def local_path(settings: Base) -> Path | None:
     return None
 
 
-def _read_config(folder: Path, name: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+def read_model_config(folder: Path, name: str) -> tuple[PretrainedConfig, dict[str, Any] | None]:
     """Read the config of a text model or its multimodal container, and its quantization."""
     check_model_type(read_config(folder / "config.json"), name)
     with library_errors(f"base.model: config.json of {name!r}"):

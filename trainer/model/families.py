@@ -35,9 +35,10 @@ class Family:
         scale_of_ids: setting of config.json that scales embeddings of token ids, but not virtual
             tokens; empty if the model scales both or neither.
         no_prefix_tuning: reason why prefix tuning is not supported; empty if it is supported.
-        mlp_tensors, norm_inputs, wide_norms, layer_norm, keeps_scores: activations that a layer
-            saves for backward, see ``trainer.packing.activation_memory.LayerSizes``. The defaults
-            describe a gated MLP and two norms; see ``trainer.model.layers.fused_ops``.
+        mlp_tensors, norm_inputs, wide_norms, layer_norm, query_norms, keeps_scores: activations
+            that a layer saves for backward, see ``trainer.packing.activation_memory.LayerSizes``.
+            The defaults describe a gated MLP and norms of the layer, queries and keys; see
+            ``trainer.model.layers.fused_ops``.
     """
 
     packed: bool = True
@@ -50,6 +51,7 @@ class Family:
     norm_inputs: int = 2
     wide_norms: bool = False
     layer_norm: bool = False
+    query_norms: bool = True
     keeps_scores: bool = False
 
 
@@ -71,6 +73,7 @@ _WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo", "olmo2", "olmo3")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN.split(), Family()),
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2"), Family(query_norms=False)),
     **dict.fromkeys(_UNGATED, Family(mlp_tensors=1, layer_norm=True)),
     **dict.fromkeys(_WIDE, Family(wide_norms=True)),
     **dict.fromkeys(("afmoe", "cohere"), Family(norm_inputs=4, wide_norms=True)),
@@ -309,6 +312,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         norm_inputs=family.norm_inputs,
         wide_norms=family.wide_norms,
         layer_norm=family.layer_norm,
+        query_norms=family.query_norms,
         experts_per_token=experts + shared,
         keeps_scores=family.keeps_scores,
         recurrent=recurrent,

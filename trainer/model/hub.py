@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,6 +25,8 @@ from huggingface_hub.utils import tqdm
 from trainer.config import Base
 from trainer.runtime.errors import BadInput
 
+#: Type, shape and bytes of a stored tensor.
+TensorHeader = tuple[str, Sequence[int], int]
 #: Called with the bytes downloaded so far and the total known so far.
 Progress = Callable[[int, int], None]
 
@@ -56,6 +59,27 @@ def fetch(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(_problem(settings, error)) from None
+
+
+def read_headers(settings: Base) -> dict[str, TensorHeader]:
+    """Read the headers of a model's weight files by range requests, without their weights.
+
+    Raises:
+        BadInput: with the reason why the model is not available.
+    """
+    try:
+        files = get_safetensors_metadata(settings.model, revision=settings.revision).files_metadata
+    except NotASafetensorsRepoError:
+        raise BadInput(
+            f"base.model: {settings.model!r} has no weights in safetensors on the hub"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise BadInput(_problem(settings, error)) from None
+    return {
+        name: (str(tensor.dtype), tensor.shape, tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in files.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
 def _problem(settings: Base, error: Exception) -> str:

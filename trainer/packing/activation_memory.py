@@ -44,6 +44,7 @@ class LayerSizes:
         norm_inputs: number of norms of hidden size that save their input.
         wide_norms: norms save fp32, also if the compute type is bfloat16.
         layer_norm: LayerNorm instead of RMSNorm; queries and keys have no norms.
+        query_norms: queries and keys have norms, or their inputs are saved for other reasons.
         experts_per_token: 0 without experts.
         keeps_scores: attention saves its scores (capped, or with sinks).
         recurrent: fp32 elements per token that a recurrent layer saves, in transformers' reference
@@ -61,6 +62,7 @@ class LayerSizes:
     norm_inputs: int = 2
     wide_norms: bool = False
     layer_norm: bool = False
+    query_norms: bool = True
     experts_per_token: int = 0
     keeps_scores: bool = False
     recurrent: int = 0
@@ -111,23 +113,25 @@ class BatchMemory:
     Attributes:
         itemsize: bytes per element of the compute type.
         logits_bytes: bytes of one slice of logits.
+        margin: factor on what a layer saves.
     """
 
     sizes: LayerSizes
     rows: RowSizes
     itemsize: int
     logits_bytes: int
+    margin: float = MARGIN
 
     def layer(self) -> float:
         """Return the bytes that one layer saves."""
         s, item = self.sizes, self.itemsize
         norms = s.norm_inputs * s.hidden
-        if not s.layer_norm:
+        if s.query_norms and not s.layer_norm:
             norms += s.query_width + s.key_width
         norms *= 4 if s.wide_norms else item
         mlp = item * s.mlp_tensors * s.mlp
         routed = s.experts_per_token * (item * s.hidden + 32)
-        return MARGIN * (norms + mlp + routed + self._attention() + 4 * s.recurrent)
+        return self.margin * (norms + mlp + routed + self._attention() + 4 * s.recurrent)
 
     def _attention(self) -> float:
         s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
@@ -145,8 +149,9 @@ class BatchMemory:
         """Return the bytes that the whole model saves from forward to backward."""
         s = self.sizes
         layer = s.hidden * self.itemsize if checkpointing else self.layer()
-        # Norms outside the layers, rotary embeddings, indices of buckets.
-        ends = 4 * (2 * s.hidden + 2 * s.query_width / s.heads) + 32
+        # The norm after the layers, gradients at labels (of one token in 8), rotary embeddings,
+        # indices of buckets.
+        ends = 4 * (1.125 * s.hidden + 2 * s.query_width / s.heads) + 32
         return self.rows.padding * (s.layers * layer + ends)
 
     def peak(self, checkpointing: bool) -> float:

@@ -231,6 +231,26 @@ class Communication(_Model):
     exchanged_bytes_per_step: float | None = None
 
 
+class Planned(_Model):
+    """What the cost model expected, computed before the first step; see ``trainer.cost_model``.
+
+    Attributes:
+        seconds: of the run, validation and initialization search included.
+        peak_bytes: of a GPU's memory; on a CPU, of what a process allocates after imports.
+        saved_bytes: from forward to backward of the longest packed batch.
+    """
+
+    seconds: float
+    step_seconds: float
+    useful_tokens_per_second: float
+    base_bytes_per_rank: int
+    peak_bytes: int
+    saved_bytes: int
+    gathered_bytes_per_step: float
+    flops_per_step: float
+    load_seconds: float
+
+
 class Load(_Model):
     seconds: float | None = None
     bytes_read_per_rank: int | None = None
@@ -243,6 +263,7 @@ class RunSummary(_Model):
         prompts, tasks, selected: by name of the prompt or task.
         data: row counts by task and split.
         overfitting: by task.
+        planned: None if the cost model does not describe the run.
         time: seconds by phase.
     """
 
@@ -257,6 +278,7 @@ class RunSummary(_Model):
     memory: Memory = Memory()
     communication: Communication = Communication()
     load: Load = Load()
+    planned: Planned | None = None
     time: dict[str, float] = {}
     versions: dict[str, str] = {}
     world_size: int | None = None

@@ -47,8 +47,7 @@ class Validator:
         patience = rule.patience if rule else None
         self.stopping = {name: EarlyStopping(patience) for name in self.bank.names}
         self._last_steps = [self.config.prompt_steps(prompt) for prompt in self.config.prompts]
-        every = self.config.evaluation.every
-        self._steps = [_steps_of_a_prompt(every, last) for last in self._last_steps]
+        self._steps = [self.config.evaluation.validated(last) for last in self._last_steps]
         self.steps = validation_steps(self.config)
         self._latest: dict[int, Scores] = {}
         self._rungs = rungs(self.config.search.halving, self.config.last_step)
@@ -177,13 +176,8 @@ def validation_steps(config: RunConfig) -> list[int]:
     """Return the steps after which prompts are validated, ascending: at intervals and rungs."""
     steps = set(rungs(config.search.halving, config.last_step))
     for prompt in config.prompts:
-        steps |= _steps_of_a_prompt(config.evaluation.every, config.prompt_steps(prompt))
+        steps |= config.evaluation.validated(config.prompt_steps(prompt))
     return sorted(steps)
-
-
-def _steps_of_a_prompt(every: int, last: int) -> frozenset[int]:
-    """Return the last step and those at intervals, except less than half an interval before it."""
-    return frozenset({last, *range(every, last - (every - 1) // 2, every)})
 
 
 def gaps(scores: Scores, train_sum: float, train_steps: int) -> Scores:

@@ -1,0 +1,312 @@
+"""``promptshard plan``: sizes from headers, options per shard group, the command and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.plan_command import plan_arguments
+from trainer.commands import plan as command
+from trainer.config import Base, load
+from trainer.cost_model import hardware
+from trainer.cost_model.base_headers import open_base_shape
+from trainer.cost_model.hardware import CONTEXT_BYTES, find_device, read_hardware
+from trainer.cost_model.run_needs import needs_of_row_tokens
+from trainer.cost_model.run_plan import RunPlan, plan_run
+from trainer.distributed.zero3_sharder import base_size, expected_base_bytes
+from trainer.model import hub
+from trainer.model.checkpoint_files import open_base
+from trainer.model.meta_model import build_meta_model
+from trainer.runtime.errors import BadInput
+
+CPU = torch.device("cpu")
+#: Families that differ in names, biases, fused or transposed matrices, experts and their routers.
+PLANNED = (
+    *("llama", "qwen2", "gemma3", "phi3", "gpt2", "gpt_neox", "opt-projected", "falcon-grouped"),
+    *("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4", "qwen2_vl"),
+)
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_sizes_from_headers_are_those_of_the_model(family: Callable[..., Path], case: str) -> None:
+    settings = Base(model=str(family(case)))
+    shape, _, _ = open_base_shape(settings, itemsize=4)
+    model = build_meta_model(open_base(settings), settings, torch.float32, CPU)
+    built, from_headers = base_size(model, torch.float32), shape.size
+    for name in ("total_bytes", "layer_bytes", "layer_elements", "looked_up_bytes"):
+        assert getattr(from_headers, name) == pytest.approx(getattr(built, name), rel=0.01), name
+    for ranks in (1, 2, 4):
+        expected = expected_base_bytes(model, torch.float32, ranks)
+        assert shape.resident_bytes(ranks) == pytest.approx(expected, rel=0.05)
+
+
+def write_base(folder: Path, layers: int, hidden: int, mlp: int, vocab: int) -> Path:
+    """Write the config and the headers of a Llama; its weights are a hole in a file."""
+    folder.mkdir()
+    config = {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens": [vocab, hidden], "lm_head": [vocab, hidden]}
+    for i in range(layers):
+        inner = {"q": hidden, "k": 1024, "v": 1024, "o": hidden}
+        shapes |= {f"model.layers.{i}.self_attn.{k}_proj": [n, hidden] for k, n in inner.items()}
+        shapes |= {f"model.layers.{i}.mlp.{k}_proj": [mlp, hidden] for k in ("gate", "up")}
+        shapes |= {f"model.layers.{i}.mlp.down_proj": [hidden, mlp]}
+        shapes |= {f"model.layers.{i}.{n}_layernorm": [hidden] for n in ("input", "post")}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("plan")
+    return write_base(root / "base", 32, 4096, 14_336, 128_256)
+
+
+@pytest.fixture(scope="module")
+def run_file(llama_8b: Path) -> Path:
+    rows = llama_8b.parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"a": f"w{i}", "b": "x"}) + "\n" for i in range(100)))
+    path = llama_8b.parent / "run.yaml"
+    run = {
+        "output_dir": str(llama_8b.parent / "out"),
+        "base": {"model": str(llama_8b)},
+        "tasks": [{"name": "t", "train": str(rows), "input": "{a}", "target": "{b}"}],
+        "prompts": [{"name": "p", "task": "t", "init": "random"}],
+        "training": {"steps": 1000, "tokens_per_step": 65_536},
+    }
+    path.write_text(json.dumps(run))
+    return path
+
+
+def plan_of(
+    run_file: Path, gpu: str, nodes: Sequence[int], *overrides: str, network: str = "ndr"
+) -> RunPlan:
+    config = load(run_file, overrides)
+    device = find_device(
+        read_hardware(), gpu, gpus_per_node=nodes[0], network=network, dtype=config.base.dtype
+    )
+    base, text, stored = open_base_shape(config.base, device.itemsize)
+    return plan_run(needs_of_row_tokens(config, 512, base, text, stored), device, nodes)
+
+
+def test_a_base_that_fits_is_not_sharded(run_file: Path) -> None:
+    plan = plan_of(run_file, "h100-80gb", [8, 8])
+    assert [option.shard_group for option in plan.options] == [1, 2, 4, 8, 16]
+    best = plan.options[plan.recommended]
+    assert (best.shard_group, best.fits, best.limited_by) == (1, True, "compute")
+    assert best.bytes.base_shard == pytest.approx(9.1e9, rel=0.01)  # 7 GB int8, 2.1 GB tables
+    assert best.cost.gathered_bytes == 0
+    # 41% of peak is published for LoRA on this model and GPU: 12,473 tokens per second.
+    assert best.useful_tokens_per_second / 16 == pytest.approx(12_473, rel=0.15)
+
+
+def test_a_small_gpu_needs_a_larger_shard_group(run_file: Path) -> None:
+    plan = plan_of(run_file, "t4", [4, 4], "base.quantization=none")
+    assert not plan.options[0].fits
+    assert plan.options[plan.recommended].shard_group == 4
+    assert plan.options[plan.recommended].fits
+    shards = [option.bytes.base_shard for option in plan.options]
+    assert shards == sorted(shards, reverse=True)
+
+
+def test_slow_networks_limit_groups_of_several_nodes(run_file: Path) -> None:
+    settings = ("engine.base_memory=3GB", "training.tokens_per_step=2048")
+    slow = plan_of(run_file, "a100-80gb", [2, 2], *settings, network="100gbe")
+    fast = plan_of(run_file, "a100-80gb", [2, 2], *settings)
+    assert slow.options[-1].limited_by == "inter-node fabric"
+    assert slow.options[-1].hours > fast.options[-1].hours
+    assert slow.options[0].hours == fast.options[0].hours
+
+
+def test_a_bank_shares_the_gathers(run_file: Path) -> None:
+    sweep = "prompts.p.sweep.seed=[0, 1, 2, 3]"
+    one, four = (
+        plan_of(run_file, "l4", [8], "engine.base_memory=2GB", "training.tokens_per_step=8192", *s)
+        for s in ((), (sweep,))
+    )
+    per_prompt = [plan.options[-1].cost.gathered_bytes / k for plan, k in ((one, 1), (four, 4))]
+    assert per_prompt[1] < per_prompt[0]
+
+
+def test_json_has_the_keys_of_the_design(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    arguments = plan_arguments(str(run_file), [], 16, 8, gpu="H100-80GB", row_tokens=512)
+    assert command.main([*arguments, f"--json={out}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80, lines
+    plan = json.loads(out.read_text())
+    option = plan["options"][plan["recommended"]]
+    assert {
+        *("shard_group", "fits", "bytes", "micro_batch_tokens", "gathered_bytes_per_step"),
+        *("flops_per_step", "useful_tokens_per_second", "load_seconds", "hours", "gpu_hours"),
+        "limited_by",
+    } <= option.keys()
+    parts = {"base_shard", "gathered", "activations", "head", "prompts", "other", "total"}
+    assert option["bytes"].keys() == parts
+    assert option["bytes"]["total"] == sum(option["bytes"][part] for part in parts - {"total"})
+    assert option["gpu_hours"] == pytest.approx(16 * option["hours"])
+
+
+def test_rows_determine_the_plan_without_row_tokens(
+    family: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"a": " ".join(["w5"] * n), "b": "w7"} for n in range(5, 45)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {
+        "output_dir": str(tmp_path / "out"),
+        "base": {"model": str(family("llama"))},
+        "tasks": [
+            {"name": "t", "train": str(tmp_path / "rows.jsonl"), "input": "{a}", "target": "{b}"}
+        ],
+        "prompts": [{"name": "p", "task": "t"}],
+        "training": {"steps": 10, "tokens_per_step": 200},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    out = tmp_path / "plan.json"
+    arguments = plan_arguments(str(tmp_path / "run.yaml"), [], 2, None, cpu=True)
+    assert command.main([*arguments, f"--json={out}"]) == 0
+    option = json.loads(out.read_text())["options"][0]
+    assert 0 < option["micro_batch_tokens"] < 200
+    assert option["seconds"]["validation"] > 0
+
+
+def problems_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert command.main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_bad_hardware_is_refused(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(**options: Any) -> str:
+        arguments = plan_arguments(str(run_file), [], 8, None, row_tokens=64, **options)
+        return problems_of(capsys, arguments)
+
+    unknown = plan(gpu="h100", network="ndrr")
+    assert "--gpu: 'h100' is not known" in unknown
+    assert "v100-32gb, t4, a10" in unknown
+    assert "--network: 'ndrr' is not known (did you mean 'ndr'?)" in unknown
+    assert "--gpu: name a GPU, give --gpu-memory" in plan(tflops=100.0)
+    (tmp_path / "more.yaml").write_text("gpus: {mine: {memory_gb: -1}}")
+    assert "gpus.mine.memory_gb" in plan(gpu="mine", hardware=str(tmp_path / "more.yaml"))
+
+
+def test_bad_numbers_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(BadInput) as error:
+        plan_arguments("run.yaml", [], 12, 8, bandwidth=-1.0, gpu_memory="big", cpu=True)
+    text = str(error.value)
+    for part in ("--bandwidth: -1.0", "8 does not divide --gpus 12", "'big'", "--cpu: describes"):
+        assert part in text
+
+
+def test_a_shard_group_that_does_not_divide_is_refused(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = plan_arguments(
+        str(run_file), ["engine.shard_group=3"], 8, None, gpu="h200", row_tokens=64
+    )
+    assert "3 does not divide the 8 ranks" in problems_of(capsys, arguments)
+
+
+def test_bases_without_sizes_or_of_other_kinds_are_refused(
+    run_file: Path, tmp_path: Path, family: Callable[..., Path]
+) -> None:
+    folder = write_base(tmp_path / "base", 2, 1024, 512, 300)
+    config = json.loads((folder / "config.json").read_text())
+
+    def reason(**changes: Any) -> str:
+        changed = {k: v for k, v in (config | changes).items() if v is not None}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(BadInput) as error:
+            open_base_shape(Base(model=str(folder)), 2)
+        return str(error.value)
+
+    assert "has no hidden_size, num_hidden_layers" in reason(
+        hidden_size=None, num_hidden_layers=None
+    )
+    assert "whose sizes plan does not know" in reason(quantization_config={"quant_method": "fp8"})
+    with pytest.raises(BadInput, match="does not know the sizes of family 'mamba2'"):
+        open_base_shape(Base(model=str(family("mamba2"))), 2)
+    (tmp_path / "base.gguf").touch()
+    with pytest.raises(BadInput, match="is a GGUF file"):
+        open_base_shape(Base(model=str(tmp_path / "base.gguf")), 2)
+
+
+def test_offloaded_shards_are_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
+    arguments = plan_arguments(str(run_file), [policy], 8, None, gpu="h200", row_tokens=64)
+    assert "which plan does not model" in problems_of(capsys, arguments)
+
+
+def test_users_add_their_own_gpus(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(
+        "gpus:\n  mine: {memory_gb: 50, bfloat16_tflops: 10, float32_tflops: 5, "
+        "memory_gb_per_second: 100, link: pigeon}\n"
+        "links:\n  pigeon: {gb_per_second: 2}\n"
+    )
+    device = find_device(
+        read_hardware(tmp_path / "more.yaml"), "mine", gpus_per_node=4, network="100gbe"
+    )
+    assert device.memory_bytes == 50e9 - CONTEXT_BYTES
+    assert (device.peak_flops, device.link_rate) == (10e12, 1.6e9)
+    assert device.network_rate == pytest.approx(10e9)
+
+
+def test_every_gpu_has_a_link_and_a_source() -> None:
+    data = read_hardware()
+    assert {"v100-32gb", "t4", "a10", "l4", "l40s", "a100-40gb", "a100-80gb"} <= data.gpus.keys()
+    assert {"h100-pcie", "h100-80gb", "h200", "b200", "mi300x"} <= data.gpus.keys()
+    assert {"hdr", "ndr", "efa", "100gbe"} <= data.networks.keys()
+    assert all(gpu.link in data.links and gpu.source for gpu in data.gpus.values())
+    assert hardware.DATA_FILE.suffix == ".yaml"  # a suffix that the wheel includes
+
+
+def test_a_hub_model_is_planned_from_its_headers(
+    llama_8b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, _, _ = open_base_shape(Base(model=str(llama_8b)), 2)
+    asked = []
+
+    def fetch(settings: Base, names: Sequence[str], **_: Any) -> Path:
+        asked.extend(names)
+        return llama_8b
+
+    text = (llama_8b / "model.safetensors").open("rb").read(1 << 20)
+    length = struct.unpack("<Q", text[:8])[0]
+    header = json.loads(text[8 : 8 + length])
+    remote = {
+        name: (entry["dtype"], entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "read_headers", lambda settings: remote)
+    shape, _, stored = open_base_shape(Base(model="org/name"), 2)
+    assert asked == ["config.json"]
+    assert shape == local
+    assert stored == header["model.layers.31.post_layernorm.weight"]["data_offsets"][1]

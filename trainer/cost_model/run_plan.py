@@ -1,0 +1,334 @@
+"""Plan of a run: for every shard group, memory, speed and hours. Imports no torch.
+
+A step takes as long as its products or its gathers, whichever is longer, because layers are
+gathered ahead; on a CPU, where both use the same cores, as long as both together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trainer.config import Prompt, RunConfig, parse_bytes
+from trainer.cost_model.hardware import STORAGE_RATE, Device
+from trainer.cost_model.run_needs import RunNeeds
+from trainer.cost_model.run_time import BATCH_SECONDS, GENERATION_BATCHES, phase_seconds
+from trainer.cost_model.step_cost import StepCost, step_cost
+from trainer.cost_model.step_work import step_work
+from trainer.distributed.placement import (
+    AUTO_SHARE,
+    LIVE_LAYERS,
+    Placement,
+    place,
+    sensible_groups,
+)
+from trainer.packing.activation_memory import (
+    LEAST_TOKENS,
+    LOGITS_COPIES,
+    BatchMemory,
+    TokenBudget,
+)
+from trainer.packing.run_budget import run_budget
+
+#: Copies of a prompt's parameters: values, gradient, two states of the optimizer, the best ones.
+PROMPT_COPIES = 5
+#: Memory of a process on a CPU beside these parts: libraries' buffers, freed memory.
+CPU_SLACK_BYTES = 30_000_000
+#: Share of a GPU's memory for activations and gathered layers that fragments.
+FRAGMENTS = 0.05
+#: Time limit in multiples of the planned time, and the seconds added to it.
+LIMIT_FACTOR, LIMIT_SECONDS = 1.25, 600
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a device's memory by part.
+
+    Attributes:
+        base_shard: shard and row scales.
+        gathered: layers gathered at a time, and those kept until the step ends.
+        activations: of the longest packed batch.
+        head: slices of logits.
+        prompts: prompts, encoders, gradients, optimizer states.
+        other: CUDA context, fragments.
+    """
+
+    base_shard: int
+    gathered: int
+    activations: int
+    head: int
+    prompts: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        parts = (self.base_shard, self.gathered, self.activations, self.head)
+        return sum(parts) + self.prompts + self.other
+
+    def as_json(self) -> dict[str, int]:
+        return vars(self) | {"total": self.total}
+
+
+@dataclass(frozen=True)
+class Option:
+    """The plan with one shard group.
+
+    Attributes:
+        bytes: of a device; ``fits`` compares their total with its memory.
+        step_seconds: of one update of all prompts.
+        limited_by: compute, intra-node fabric, inter-node fabric or memory.
+        roofline_share: reached share of the peak of the devices' matrix products.
+        seconds: by phase, without training's share of saving checkpoints.
+    """
+
+    shard_group: int
+    fits: bool
+    bytes: Bytes
+    placement: Placement
+    budget: TokenBudget
+    cost: StepCost
+    step_seconds: float
+    useful_tokens_per_second: float
+    limited_by: str
+    roofline_share: float
+    load_seconds: float
+    seconds: dict[str, float]
+    world_size: int
+
+    @property
+    def hours(self) -> float:
+        return sum(self.seconds.values()) / 3600
+
+    @property
+    def limit(self) -> str:
+        """Slurm's --time to ask for, a multiple of 5 minutes."""
+        seconds = LIMIT_FACTOR * sum(self.seconds.values()) + LIMIT_SECONDS
+        minutes = 5 * math.ceil(seconds / 300)
+        days, minutes = divmod(minutes, 24 * 60)
+        clock = f"{minutes // 60:02}:{minutes % 60:02}:00"
+        return f"{days}-{clock}" if days else clock
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "shard_group": self.shard_group,
+            "fits": self.fits,
+            "bytes": self.bytes.as_json(),
+            "kept_bytes": self.placement.kept_bytes,
+            "micro_batch_tokens": self.budget.tokens,
+            "micro_batches": self.cost.micro_batches,
+            "gradient_checkpointing": self.budget.checkpointing,
+            "saved_bytes": self.cost.saved_bytes,
+            "gathered_bytes_per_step": self.cost.gathered_bytes,
+            "flops_per_step": self.cost.flops,
+            "step_seconds": self.step_seconds,
+            "useful_tokens_per_second": self.useful_tokens_per_second,
+            "roofline_share": self.roofline_share,
+            "load_seconds": self.load_seconds,
+            "seconds": self.seconds,
+            "hours": self.hours,
+            "gpu_hours": self.hours * self.world_size,
+            "limited_by": self.limited_by,
+            "time_limit": self.limit,
+        }
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Options by shard group, ascending.
+
+    Attributes:
+        recommended: index of the option that ``engine.shard_group: auto`` takes.
+        configured: index of the option of the run file's ``engine.shard_group``.
+    """
+
+    device: Device
+    node_sizes: tuple[int, ...]
+    options: tuple[Option, ...]
+    recommended: int
+    configured: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "recommended": self.recommended,
+            "configured": self.configured,
+            "options": [option.as_json() for option in self.options],
+            "device": self.device.name,
+            "memory_bytes": self.device.memory_bytes + self.device.context_bytes,
+            "world_size": sum(self.node_sizes),
+            "nodes": len(self.node_sizes),
+            "settings": self.settings,
+        }
+
+
+def plan_run(needs: RunNeeds, device: Device, node_sizes: Sequence[int]) -> RunPlan:
+    """Plan a run for every sensible shard group, and for that of the run file.
+
+    Raises:
+        BadInput: ``engine.shard_group`` does not divide the ranks.
+    """
+    setting, size = needs.config.engine.shard_group, needs.base.size
+    memory = _base_memory(needs.config, device)
+    flexible = needs.config.engine.base_memory == "auto"
+    chosen = {
+        name: place(
+            size, name, memory, node_sizes, free=device.memory_bytes, flexible=flexible
+        ).group_size
+        for name in ("auto", setting)
+    }
+    groups = sorted({*sensible_groups(node_sizes), *chosen.values()})
+    options = tuple(plan_option(needs, device, node_sizes, group) for group in groups)
+    recommended = groups.index(chosen["auto"])
+    best = options[recommended]
+    settings = {
+        "engine.shard_group": best.shard_group,
+        "training.micro_batch_tokens": best.budget.tokens,
+        "engine.gradient_checkpointing": best.budget.checkpointing,
+    }
+    return RunPlan(
+        device, tuple(node_sizes), options, recommended, groups.index(chosen[setting]), settings
+    )
+
+
+def _base_memory(config: RunConfig, device: Device) -> int:
+    setting = config.engine.base_memory
+    return int(AUTO_SHARE * device.memory_bytes) if setting == "auto" else parse_bytes(setting)
+
+
+def plan_option(needs: RunNeeds, device: Device, node_sizes: Sequence[int], group: int) -> Option:
+    """Plan a run with shard groups of ``group`` ranks."""
+    placement = place(
+        needs.base.size,
+        group,
+        _base_memory(needs.config, device),
+        node_sizes,
+        free=device.memory_bytes,
+    )
+    memory, budget = run_budget(
+        needs.config,
+        needs.sizes,
+        needs.lengths,
+        vocab_size=needs.base.vocab_size,
+        world_size=sum(node_sizes),
+        itemsize=device.itemsize,
+        left_bytes=placement.left_bytes,
+        packed=needs.packed,
+        on_cpu=device.on_cpu,
+    )
+    return placed_option(needs, device, node_sizes, placement, memory, budget)
+
+
+def placed_option(
+    needs: RunNeeds,
+    device: Device,
+    node_sizes: Sequence[int],
+    placement: Placement,
+    memory: BatchMemory,
+    budget: TokenBudget,
+) -> Option:
+    """Plan a run whose base is placed and whose token budget is chosen, as a run has them."""
+    group, world = placement.group_size, sum(node_sizes)
+    cost, useful = _mean_cost(needs, placement, memory, budget, world, device.itemsize)
+    parts = option_bytes(needs, device, placement, memory, budget.checkpointing, cost)
+    compute = cost.flops / device.flops
+    intra = cost.gathered_bytes / device.link_rate
+    inter = cost.gathered_bytes / device.network_rate if group > node_sizes[0] else 0.0
+    gather = max(intra, inter)
+    exposed = gather if device.on_cpu else gather / (2 * needs.sizes.layers)
+    seconds = (compute if device.on_cpu else max(compute, gather)) + exposed
+    seconds += BATCH_SECONDS * cost.micro_batches
+    fits = parts.total <= device.memory_bytes + device.context_bytes
+    limited = "compute"
+    step_tokens = needs.config.training.tokens_per_step / world
+    if not fits or budget.tokens <= LEAST_TOKENS < step_tokens:
+        limited = "memory"
+    elif gather > compute:
+        limited = "inter-node fabric" if inter > intra else "intra-node fabric"
+    load = needs.stored_bytes * min(1.0, node_sizes[0] / group) / STORAGE_RATE
+    generated = world * GENERATION_BATCHES * budget.tokens
+    return Option(
+        group,
+        fits,
+        parts,
+        placement,
+        budget,
+        cost,
+        seconds,
+        useful / seconds,
+        limited,
+        cost.flops / (seconds * device.peak_flops),
+        load,
+        phase_seconds(needs, device, seconds, useful, load, generated),
+        world,
+    )
+
+
+def _mean_cost(
+    needs: RunNeeds,
+    placement: Placement,
+    memory: BatchMemory,
+    budget: TokenBudget,
+    world: int,
+    itemsize: int,
+) -> tuple[StepCost, float]:
+    """Mean cost of the sampled steps, with the largest packed batch, and their useful tokens."""
+    costs = [
+        step_cost(
+            needs.base,
+            memory,
+            placement,
+            step_work(rows, needs.prompt_lengths, world, budget.tokens),
+            checkpointing=budget.checkpointing,
+            itemsize=itemsize,
+        )
+        for rows in needs.steps_rows
+    ]
+    number = len(costs)
+    largest = max(costs, key=lambda cost: cost.tokens)
+    mean = replace(
+        largest,
+        flops=sum(cost.flops for cost in costs) / number,
+        gathered_bytes=sum(cost.gathered_bytes for cost in costs) // number,
+        exchanged_bytes=sum(cost.exchanged_bytes for cost in costs) // number,
+        micro_batches=max(cost.micro_batches for cost in costs),
+    )
+    useful = sum(row.num_tokens for rows in needs.steps_rows for row in rows) / number
+    return mean, useful
+
+
+def option_bytes(
+    needs: RunNeeds,
+    device: Device,
+    placement: Placement,
+    memory: BatchMemory,
+    checkpointing: bool,
+    cost: StepCost,
+) -> Bytes:
+    """Peak memory of a device by part."""
+    group = placement.group_size
+    gathered = 0 if group == 1 else LIVE_LAYERS * needs.base.size.layer_bytes + placement.kept_bytes
+    activations = int(cost.tokens * memory.peak(checkpointing))
+    other = CPU_SLACK_BYTES
+    if not device.on_cpu:
+        other = device.context_bytes + int(FRAGMENTS * (activations + gathered))
+    return Bytes(
+        base_shard=needs.base.resident_bytes(group),
+        gathered=gathered,
+        activations=activations,
+        head=LOGITS_COPIES * memory.logits_bytes,
+        prompts=sum(_prompt_bytes(prompt, needs) for prompt in needs.config.prompts),
+        other=other,
+    )
+
+
+def _prompt_bytes(prompt: Prompt, needs: RunNeeds) -> int:
+    """fp32 bytes of a prompt, its encoder, and what training keeps beside them."""
+    hidden, sizes = needs.base.embedding.unit, needs.sizes
+    width = 2 * sizes.layers * sizes.key_width if prompt.entry.trains_prefix else hidden
+    values = prompt.num_virtual_tokens * width
+    encoder = 0
+    if prompt.encoder_hidden_size:
+        encoder = prompt.encoder_hidden_size * (hidden + width)
+    return 4 * PROMPT_COPIES * (values + encoder)

@@ -1,0 +1,71 @@
+"""Seconds of each phase of a run. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from trainer.config import RunConfig
+from trainer.cost_model.hardware import Device
+from trainer.cost_model.run_needs import RunNeeds
+from trainer.training.halving import rungs
+
+#: Seconds before the base is loaded: imports, connecting ranks, reading rows.
+START_SECONDS = 60
+#: Seconds of a collective or of a packed batch that do not depend on sizes.
+BATCH_SECONDS = 0.005
+#: Packed batches' tokens that a batch of generation has (``evaluation.evaluator``).
+GENERATION_BATCHES = 4
+#: Candidates that init: auto scores at most, besides known ones; with fewer than 8 it does not
+#: search.
+CANDIDATES, FEWEST_CANDIDATES = 64, 8
+
+
+def phase_seconds(
+    needs: RunNeeds, device: Device, step: float, useful: float, load: float, batch_tokens: int
+) -> dict[str, float]:
+    """Seconds of each phase of a run.
+
+    Args:
+        step: seconds of one update of all prompts, which reads ``useful`` tokens.
+        batch_tokens: of the batches of generation of all ranks.
+    """
+    config, prompts = needs.config, needs.config.prompts
+    each = step / len(prompts)  # of one update of one prompt
+    forward = step / useful / 2  # of one token, in forward only
+    steps = _prompt_steps(config)
+    validations = [len(config.evaluation.validated(config.prompt_steps(p))) for p in prompts]
+    searched = 0.0
+    for prompt in prompts:
+        number = int(2 * config.search.init_share * config.prompt_steps(prompt))
+        if prompt.init.auto and prompt.entry.searches_init and number >= FEWEST_CANDIDATES:
+            searched += min(CANDIDATES, number) * each / 2
+    # Decoding reads the base once per token of a batch of rows.
+    token = max(needs.base.resident_bytes(1) / device.memory_rate, BATCH_SECONDS)
+    decodes = [
+        token * g.new_tokens * math.ceil(g.rows * (g.row_tokens + g.new_tokens) / batch_tokens)
+        for g in needs.generations
+    ]
+    reading = sum(n * t for n, t in zip(validations, needs.validation_tokens, strict=True))
+    decoding = sum(n * t for n, t in zip(validations, decodes, strict=True))
+    return {
+        "start": float(START_SECONDS),
+        "loading the base": load,
+        "initialization search": searched,
+        "baselines": needs.baseline_tokens * forward,
+        "training": steps * each,
+        "validation": reading * forward + decoding,
+    }
+
+
+def _prompt_steps(config: RunConfig) -> int:
+    """Updates of all prompts together; successive halving stops some of them at rungs."""
+    halving, last = config.search.halving, config.last_step
+    if halving is None:
+        return sum(config.prompt_steps(prompt) for prompt in config.prompts)
+    total = 0
+    for task in config.tasks:
+        active, before = sum(prompt.task == task.name for prompt in config.prompts), 0
+        for step in [*sorted(rungs(halving, last)), last]:
+            total += active * (step - before)
+            before, active = step, math.ceil(active / halving.eta)
+    return total

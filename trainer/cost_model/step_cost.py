@@ -1,0 +1,143 @@
+"""FLOPs, gathered bytes and saved bytes of one step. Imports no torch.
+
+Formulas: a frozen linear layer of P elements takes 2P FLOPs per token forward and 2P for the
+input-gradient; a recomputed one 2P more. A rank receives (s - 1)/s of the bytes that it gathers
+from a shard group of s ranks (ring all-gather).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.cost_model.base_shape import BaseShape
+from trainer.cost_model.step_work import BatchWork
+from trainer.distributed.placement import Placement
+from trainer.packing.activation_memory import BatchMemory
+
+#: FLOPs of attention per product of a query with a key and element of a head: scores and sums of
+#: values, each a multiplication and an addition; five such products in backward.
+FORWARD_SCORES, BACKWARD_SCORES = 4, 10
+#: Products with the head per label: logits, and the gradient of the hidden state.
+HEAD_PASSES = 2
+ID_BYTES = COUNT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Cost of one step on the rank that does the most.
+
+    Attributes:
+        flops: of matrix products.
+        gathered_bytes: received for the base, exchanged rows included.
+        exchanged_bytes: embeddings, hidden states sent to the head, or the head itself.
+        saved_bytes: from forward to backward of the largest packed batch.
+        tokens: of the largest packed batch.
+        micro_batches: packed batches of each rank.
+    """
+
+    flops: float
+    gathered_bytes: int
+    exchanged_bytes: int
+    saved_bytes: int
+    tokens: int
+    micro_batches: int
+
+
+def step_cost(
+    base: BaseShape,
+    memory: BatchMemory,
+    placement: Placement,
+    work: Sequence[Sequence[BatchWork]],
+    *,
+    checkpointing: bool,
+    itemsize: int,
+) -> StepCost:
+    """Compute the cost of a step from its packed batches, ``work[rank][micro-batch]``."""
+    group = placement.group_size
+    parts = [work[first : first + group] for first in range(0, len(work), group)]
+    exchanged = max(_exchanged(base, placement, part, itemsize) for part in parts)
+    batches = [batch for rank in work for batch in rank]
+    largest = max(batches, key=lambda batch: batch.tokens)
+    layers = _gathered_layers(base, placement, len(work[0]))
+    saved = largest.tokens * replace(memory, margin=1.0).saved(checkpointing)
+    return StepCost(
+        flops=max(step_flops(base, memory, rank, checkpointing=checkpointing) for rank in work),
+        gathered_bytes=layers + exchanged,
+        exchanged_bytes=exchanged,
+        saved_bytes=int(saved),
+        tokens=largest.tokens,
+        micro_batches=len(work[0]),
+    )
+
+
+def step_flops(
+    base: BaseShape, memory: BatchMemory, batches: Sequence[BatchWork], *, checkpointing: bool
+) -> float:
+    """FLOPs of one rank's packed batches, forward and backward."""
+    tokens = sum(batch.tokens for batch in batches)
+    labels = sum(batch.labels for batch in batches)
+    scores = sum(batch.scores for batch in batches)
+    sizes = memory.sizes
+    linear = 2 * (2 * base.multiplied + checkpointing * base.recomputed) * tokens
+    passes = (1 + checkpointing) * FORWARD_SCORES + BACKWARD_SCORES
+    attention = passes * scores * sizes.query_width * sizes.layers
+    head = HEAD_PASSES * 2 * base.vocab_size * base.hidden * labels
+    return linear + attention + head
+
+
+def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int) -> int:
+    """Bytes that a rank receives for layers in a step: kept ones once, others twice per batch."""
+    group, total = placement.group_size, base.gathered_bytes
+    kept = min(placement.kept_bytes, total)
+    layers = base.layer_bytes()
+    # The last layer is gathered once for both directions.
+    repeated = (total - kept) * (2 - layers[-1] / max(1, sum(layers))) * micro_batches
+    return int((kept + repeated) * (group - 1) / group)
+
+
+def _exchanged(
+    base: BaseShape, placement: Placement, work: Sequence[Sequence[BatchWork]], itemsize: int
+) -> int:
+    """Bytes that a rank of a shard group receives for embeddings and head in a step."""
+    group = placement.group_size
+    if group == 1:
+        return 0
+    others, table = group - 1, base.head.num_bytes
+    keeps = placement.kept_bytes >= base.gathered_bytes + table
+    of_head, spent, gathered = 0.0, 0, False
+    received = [0] * group
+    for batches in zip(*work, strict=True):
+        for rank, num_bytes in enumerate(_looked_up(base, [batch.ids for batch in batches])):
+            received[rank] += num_bytes + others * COUNT_BYTES
+        if gathered:
+            continue
+        of_head += 3 * COUNT_BYTES * others
+        labels = max(batch.labels for batch in batches)
+        moved = labels * 2 * group * base.hidden * itemsize
+        if moved + (spent if keeps else 0) > table:
+            of_head += table * others / group
+            gathered = keeps
+        else:
+            spent += moved
+            # Hidden states and their gradients, labels, and three fp32 numbers reduced twice over.
+            of_head += others * labels * (2 * base.hidden * itemsize + ID_BYTES + 3 * 2 * 4)
+    return int(max(received) + of_head)
+
+
+def _looked_up(base: BaseShape, ids: Sequence[NDArray[np.int64]]) -> list[int]:
+    """Bytes that each rank of a shard group receives to look up the ids of every rank."""
+    width = base.embedding.unit
+    num_rows = base.embedding.elements // width
+    size = -(-num_rows // len(ids))  # as in ``row_exchange.block_rows``
+    # [rank that looks up, rank that holds the row]
+    counts = np.array([np.bincount(own // size, minlength=len(ids)) for own in ids])
+    foreign = counts - np.diag(np.diag(counts))
+    return [
+        int(foreign[rank].sum()) * width * base.embedding.itemsize
+        + int(foreign[:, rank].sum()) * ID_BYTES
+        for rank in range(len(ids))
+    ]

@@ -1,0 +1,68 @@
+"""Packed batches of one step on every rank, counted without building them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.packing.length_groups import group_by_length
+from trainer.packing.packed_row import NO_PROMPT, PackedRow, PromptLengths, segment_length
+from trainer.packing.planning import plan_batches
+
+
+@dataclass(frozen=True)
+class BatchWork:
+    """Counts of one packed batch.
+
+    Attributes:
+        tokens: of the packed batch, virtual tokens included.
+        labels: tokens to predict.
+        ids: distinct token ids, whose embeddings are looked up, ascending.
+        scores: products of a query with a key, per attention head, padding of buckets included.
+    """
+
+    tokens: int
+    labels: int
+    ids: NDArray[np.int64]
+    scores: int
+
+
+def step_work(
+    rows: Sequence[PackedRow], lengths: PromptLengths, num_ranks: int, max_tokens: int
+) -> list[list[BatchWork]]:
+    """Distribute the rows of an update as a run does: ``work[rank][micro-batch]``."""
+    plan = plan_batches(rows, lengths.tokens, num_ranks, max_tokens)
+    return [[_batch_work(batch, lengths) for batch in rank] for rank in plan]
+
+
+def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
+    keys = {row.segment_key for row in rows if row.segment_key is not None}
+    ids: set[int] = set()
+    segments: list[tuple[int, int]] = []  # length, length of what precedes it
+    before: dict[object, int] = {None: 0}
+    tokens = 0
+    for key in keys:
+        own = segment_length(key, lengths.tokens)
+        past = 0 if key[0] == NO_PROMPT else lengths.past[key[0]]
+        before[key] = past + own
+        tokens += own
+        if own:
+            segments.append((own, past))
+            ids |= {*key[2]} if own == len(key[2]) else {0, *key[2]}
+    for row in rows:
+        tree, ends = row.tree, list[int]()
+        for part in tree.segments:
+            prefix = before[row.segment_key] if part.parent < 0 else ends[part.parent]
+            segments.append((part.stop - part.start, prefix))
+            ends.append(prefix + part.stop - part.start)
+        ids.update(tree.token_ids)
+        tokens += len(tree.token_ids)
+    scores = 0
+    for group in group_by_length(segments, lambda segment: segment[0]):
+        longest = group[0][0]
+        scores += len(group) * longest * (longest + max(prefix for _, prefix in group))
+    labels = sum(len(target.labels) for row in rows for target in row.tree.targets)
+    return BatchWork(tokens, labels, np.array(sorted(ids), np.int64), scores)
