@@ -38,7 +38,7 @@ def run_file(
 ) -> tuple[Path, dict[str, str]]:
     """Write the run file; return its path, and each task's first hand-written instruction.
 
-    ``with_text`` keeps all instructions in the tasks, as candidates for default initialization.
+    ``with_text`` keeps all instructions in the tasks, as candidates for the initial tokens.
     """
     chosen = [task for task in tasks() if task["name"] in budget["tasks"]]
     texts = {task["name"]: task["hand_written"][0].strip() for task in chosen}
@@ -51,6 +51,7 @@ def run_file(
             "name": f"{task['name']}-{method}",
             "task": task["name"],
             "method": method,
+            "init": "search",
             "sweep": {"seed": list(seeds)},
         }
         for task in chosen

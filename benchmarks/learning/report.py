@@ -178,7 +178,7 @@ def table(report: dict[str, Any], picture: str) -> str:
         lines += ["", f"## {task}", "", *_task(arms)]
     lines += [
         "",
-        "`search.init_share: 10` lets `init: auto` search to its end; by default its cost is at "
+        "`search.init_share: 10` lets `init: search` run to its end; by default its cost is at "
         f"most a tenth of the training, and {budget['steps']} steps would allow no search. It "
         "reads the rows of the first update once behind each of its "
         f"{tried} starts (one more where a task has labels, four with instructions): only "

@@ -521,16 +521,22 @@ class NearTo:
         self.reported[i] = result, text
 
 
-def test_an_initialization_is_searched_where_the_run_file_gives_none() -> None:
+def test_initial_tokens_are_searched_for_all_prompts_together() -> None:
     """All prompts side by side, each as alone; keys and values of the same words as embeddings."""
     open_ones = [
-        {"name": "open", "num_virtual_tokens": 3, "init": "auto"},
+        {"name": "open", "num_virtual_tokens": 3, "init": "search"},
         {"name": "text", "num_virtual_tokens": 3, "init": {"text": "w9"}},
-        {"name": "mlp", "num_virtual_tokens": 3, "method": "p_tuning"},
-        {"name": "past", "num_virtual_tokens": 3, "method": "prefix_tuning"},
-        {"name": "other", "num_virtual_tokens": 4, "seed": 5},
-        {"name": "same", "num_virtual_tokens": 3, "learning_rate": 0.7},
-        {"name": "lstm", "num_virtual_tokens": 3, "method": "p_tuning", "encoder": "lstm"},
+        {"name": "mlp", "num_virtual_tokens": 3, "init": "search", "method": "p_tuning"},
+        {"name": "past", "num_virtual_tokens": 3, "init": "search", "method": "prefix_tuning"},
+        {"name": "other", "num_virtual_tokens": 4, "init": "search", "seed": 5},
+        {"name": "same", "num_virtual_tokens": 3, "init": "search", "learning_rate": 0.7},
+        {
+            "name": "lstm",
+            "num_virtual_tokens": 3,
+            "init": "search",
+            "method": "p_tuning",
+            "encoder": "lstm",
+        },
     ]
     written = {"hand_written": ["w1 w2\n", "w3"]}
     screen = NearTo(9)
@@ -565,9 +571,20 @@ def test_an_initialization_is_searched_where_the_run_file_gives_none() -> None:
     )
 
 
+@pytest.mark.parametrize(("texts", "asked"), [(["w1 w2\n"], 0), (["w3", "w9"], 3)])
+def test_a_prompt_starts_from_the_best_hand_written_prompt(texts: list[str], asked: int) -> None:
+    """A single one is not scored; several are scored, and joined."""
+    prompt = {"name": "open", "num_virtual_tokens": 2}
+    screen = NearTo(9)
+    bank = make_bank([prompt], screen=screen, hand_written=texts)
+    assert list(map(len, screen.rounds)) == [asked] * bool(asked)
+    words = [9, 9] if asked else [1, 2]
+    assert torch.equal(bank.snapshot(0).tensor, TABLE_VH[words])
+
+
 def test_a_search_costs_at_most_its_share_of_the_training() -> None:
     """``init_share`` of the FLOPs of an update per step, where a candidate costs half an update."""
-    prompt = {"name": "open", "num_virtual_tokens": 3, "steps": 100}
+    prompt = {"name": "open", "num_virtual_tokens": 3, "steps": 100, "init": "search"}
     for share, candidates in ((0.1, 20), (0.2, 35), (1.0, 67)):
         screen = NearTo(9)
         make_bank([prompt], screen=screen, hand_written=["w1 w2", "w3"], init_share=share)
@@ -576,7 +593,8 @@ def test_a_search_costs_at_most_its_share_of_the_training() -> None:
     bank = make_bank([prompt], screen=screen, hand_written=["w1 w2", "w3"], init_share=0.03)
     assert not screen.rounds, "6 candidates are too few for a search"
     start, text = screen.reported[0]
-    assert (start.what, start.budget, text) == ("the hand-written 'w1 w2'", 6, "w1 w2 w1")
+    assert (start.what, text) == ("the hand-written 'w1 w2'", "w1 w2 w1")
+    assert start.why.endswith("search.init_share allows 6 of at least 8 candidates")
     assert torch.equal(bank.snapshot(0).tensor, TABLE_VH[[1, 2, 1]])
     both = [{**prompt, "name": "long", "steps": 1000}, prompt]
     screen = NearTo(9)

@@ -275,7 +275,8 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "method: p_tuning",
             "init: {text: x, vocab: true}",
             17,
-            "prompts[1].init: give exactly one of auto, text, labels, vocab, random, zero, from",
+            "prompts[1].init: give exactly one of auto, search, text, labels, vocab, random, zero, "
+            "from",
         ),
         (
             "- name: two",

@@ -90,12 +90,16 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
     assert wider.losses(asked, embed)[:-2] == pytest.approx(expected, rel=1e-4)
     assert 1 < len(looked_up) < len(asked), "several starts in a packed batch"
 
-    screening.say(0, SearchResult((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64), "an illness?")
-    screening.say(1, Unsearched((1, 2), "the task's choices", 6), "plants meat")
+    screening.say(
+        0, SearchResult((1, 2), "drawing 3 of words", 0.25, 0.25, 1.5, 64, 6), "an illness?"
+    )
+    screening.say(1, Unsearched((1, 2), "the task's choices", "6 are too few"), "plants meat")
+    screening.say(1, SearchResult((1, 2), "one of two", 0.25, 0.25, 1.5, 2, 0), "a text")
+    screening.say(1, Unsearched((1, 2), "the only text", ""), "plants meat")
     cost, *words = output.getvalue().splitlines()
     rows = sum(done)
     assert cost == (
-        f"init: auto searches for an initial prompt: 8 candidates on {rows:,} rows, 3% of the "
+        f"init: auto compares initial prompts: 8 candidates on {rows:,} rows, 3% of the "
         "training FLOPs of 2 prompt(s)"
     )
     assert words[0].startswith("triage: starts from drawing 3 of words, the best of 64 candidates")
@@ -103,5 +107,9 @@ def test_losses_are_those_of_the_first_update(monkeypatch: pytest.MonkeyPatch) -
         "loss 0.2500; before the genetic search: best 0.2500, median 1.5000): 'an illness?'"
         in words[0]
     )
-    assert words[1].startswith("animals: starts from the task's choices: 'plants meat' (init: auto")
-    assert "search.init_share allows 6 of at least 8 candidates" in words[1]
+    assert words[1:] == [
+        "animals: starts from the task's choices: 'plants meat' (6 are too few)",
+        "animals: starts from one of two, the best of 2 candidates on its first rows (loss "
+        "0.2500): 'a text'",
+        "animals: starts from the only text: 'plants meat'",
+    ]

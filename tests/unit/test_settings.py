@@ -297,7 +297,7 @@ def test_no_alias_is_listed_twice():
         ("training.logging_steps=1", "training.logging_steps: every step is logged; remove it"),
         (
             "prompts.one.init=What is this?",
-            "prompts[0].init: 'What is this?' is not one of auto, vocab, labels, random, zero; to ",
+            "prompts[0].init: 'What is this?' is not one of auto, search, vocab, labels, random, ",
         ),
         ("base.name=x", "base.name: promptshard calls it base.model"),
         ("evaluation.eval-steps=5", "promptshard calls it evaluation.every; in steps"),

@@ -28,7 +28,8 @@ class EncoderEntry:
         trains_values: the parameters are the values of the prompt itself, as ``optimizer: muon``
             requires.
         trains_prefix: the prompt is keys and values of every layer instead of virtual tokens.
-        searches_init: ``init: auto`` searches an initial prompt; otherwise it draws tokens.
+        searches_init: ``init: auto`` and ``search`` choose initial tokens by their loss; otherwise
+            they draw tokens.
         problems: yields the problems of a prompt with this encoder: ``SETTING: problem; remedy``.
     """
 

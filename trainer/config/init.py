@@ -10,7 +10,7 @@ from trainer.config.types import PathText, Section
 from trainer.runtime.errors import did_you_mean
 
 #: Fields that can be written alone: ``init: vocab`` is ``{vocab: true}``.
-SHORT_FORMS = ("auto", "vocab", "labels", "random", "zero")
+SHORT_FORMS = ("auto", "search", "vocab", "labels", "random", "zero")
 
 
 class Init(Section):
@@ -23,10 +23,15 @@ class Init(Section):
 
     auto: bool = Field(
         False,
+        description="start from the best of the task's hand_written prompts, or else as search\n"
+        "The best has the lowest loss on the rows of the first update. Encoder lstm: random "
+        "frequent tokens.",
+    )
+    search: bool = Field(
+        False,
         description="search the tokens with the lowest loss on the rows of the first update\n"
         "Candidates are the task's hand_written prompts, its choices, 16 random drawings of "
-        "frequent tokens and 48 prompts that a genetic search derives from the best of these. "
-        "Encoder lstm: random frequent tokens, without a search.",
+        "frequent tokens and 48 prompts that a genetic search derives from the best of these.",
     )
     text: str | None = Field(
         None, min_length=1, description="start from the embeddings of this text's tokens, repeated"
@@ -72,6 +77,16 @@ class Init(Section):
     @model_validator(mode="after")
     def _one(self) -> Init:
         texts = [self.text is not None, self.from_ is not None]
-        if sum([*texts, self.auto, self.labels, self.vocab, self.random, self.zero]) != 1:
-            raise ValueError("give exactly one of auto, text, labels, vocab, random, zero, from")
+        if (
+            sum([*texts, self.auto, self.search, self.labels, self.vocab, self.random, self.zero])
+            != 1
+        ):
+            raise ValueError(
+                "give exactly one of auto, search, text, labels, vocab, random, zero, from"
+            )
         return self
+
+    @property
+    def open(self) -> bool:
+        """Whether the initial tokens are chosen by their loss."""
+        return self.auto or self.search

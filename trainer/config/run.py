@@ -55,7 +55,8 @@ class RunConfig(Section):
         default_factory=Evaluation, description="validation during training, and early stopping"
     )
     search: Search = Field(
-        default_factory=Search, description="limits of a sweep and of the search of init: auto"
+        default_factory=Search,
+        description="limits of a sweep and of the search for initial prompts",
     )
     checkpoint: Checkpoint = Field(
         default_factory=Checkpoint, description="checkpoints, from which a stopped run resumes"
@@ -198,7 +199,7 @@ class RunConfig(Section):
         return self.training.steps if prompt.steps is None else prompt.steps
 
     def init_budget(self, prompt: Prompt) -> int:
-        """Maximum number of candidates that the search of ``init: auto`` scores.
+        """Maximum number of candidates that ``init: auto`` and ``init: search`` score.
 
         Scoring a candidate is a forward over the rows of one update. It costs half of the update's
         FLOPs, because a frozen base has no weight gradients.

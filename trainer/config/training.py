@@ -88,9 +88,9 @@ class Halving(Section):
 
 
 _INIT_SHARE = (
-    "maximum cost of the search of init: auto\n"
-    "As a share of the prompt's training FLOPs. If it allows fewer than 8 candidates, the prompt "
-    "starts from a hand-written prompt or the labels."
+    "maximum cost of choosing initial prompts (init: auto and init: search)\n"
+    "As a share of the prompt's training FLOPs. If it allows too few candidates (a search needs "
+    "8), the prompt starts from the first hand-written prompt or the labels."
 )
 
 

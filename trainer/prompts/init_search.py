@@ -1,9 +1,13 @@
-"""``init: auto``: genetic search for the initial tokens of a prompt.
+"""``init: auto`` and ``init: search``: choose the initial tokens of a prompt by their loss.
 
-The base model's loss differs widely between random token sequences before a row, and good sequences
-can be combined: two of the best candidates so far are crossed token by token, and a few tokens are
-redrawn (like GPS, arXiv 2210.17041, with tokens instead of sentences). The search needs forward
-passes only, over the rows of the prompt's first update.
+``auto`` takes the best of the task's hand-written prompts. On language models, a prompt that starts
+from an instruction learns faster than one that starts from the tokens with the lowest loss. A task
+without ``hand_written`` is searched, as with ``search``.
+
+The search is genetic. The base model's loss differs widely between random token sequences before a
+row, and good sequences can be combined: two of the best candidates so far are crossed token by
+token, and a few tokens are redrawn (like GPS, arXiv 2210.17041, with tokens instead of sentences).
+The search needs forward passes only, over the rows of the prompt's first update.
 
 Searches of several prompts advance together, one round at a time. Each has its own generator, so
 the result for a prompt does not depend on the other prompts.
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from trainer.config import Init, Prompt, RunConfig
 from trainer.data.row_validation import label_texts
-from trainer.prompts.initializers import Vocabulary, initial_token_ids, known_starts
+from trainer.prompts.initializers import Vocabulary, hand_written_starts, initial_token_ids
 
 #: Random candidates in the first round.
 DRAWINGS = 16
@@ -48,6 +52,7 @@ class SearchResult:
         loss: its mean loss per label, in nats.
         first, middle: lowest and median loss of the first round.
         tried: number of distinct candidates that were scored.
+        rounds: number of rounds of the genetic search after the first.
     """
 
     words: Words
@@ -56,6 +61,7 @@ class SearchResult:
     first: float
     middle: float
     tried: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,8 @@ class Extent:
 def extent(budget: int, known: int) -> Extent | None:
     """Plan a search of at most ``budget`` candidates; None below ``FEWEST``.
 
-    Half of the budget is for random candidates and the ``known`` ones of the task (hard prompts and
-    labels), the rest for the rounds.
+    Half of the budget is for random candidates and the ``known`` ones of the task, the rest for the
+    rounds.
     """
     if budget < FEWEST:
         return None
@@ -116,7 +122,7 @@ def search(
             children.append(child)
         yield from _ask([("words of several starts", words) for words in children], tried)
     best = min(tried, key=lambda words: tried[words].rank)
-    return SearchResult(best, tried[best].what, tried[best].loss, first, middle, len(tried))
+    return SearchResult(best, tried[best].what, tried[best].loss, first, middle, len(tried), rounds)
 
 
 @dataclass(frozen=True)
@@ -188,22 +194,22 @@ class InitScorer(Protocol):
 
 @dataclass(frozen=True)
 class Unsearched:
-    """Initial tokens of a prompt whose training is too short for a search.
+    """Initial tokens that were not compared with others.
 
     Attributes:
         what: description of the origin of the tokens.
-        budget: maximum number of candidates, below ``FEWEST``.
+        why: reason for no search, if a search was possible; empty otherwise.
     """
 
     words: Words
     what: str
-    budget: int
+    why: str
 
 
 def search_starts(
     config: RunConfig, vocabulary: Vocabulary, screen: InitScorer
 ) -> dict[int, Tensor]:
-    """Return initial values for the prompts with ``init: auto``, by their indices.
+    """Return initial values for the prompts whose start is left open, by their indices.
 
     Embeddings of tokens give the same loss as the keys and values that the base computes from these
     tokens, so both are searched as embeddings. Prompts with the same task, length, seeds, teacher
@@ -245,7 +251,7 @@ def _open_prompts(prompts: Sequence[Prompt]) -> list[int]:
         begins = prompt.share is None or prompt.share not in shares
         if prompt.share is not None:
             shares.add(prompt.share)
-        if begins and prompt.init.auto and prompt.entry.searches_init:
+        if begins and prompt.init.open and prompt.entry.searches_init:
             indices.append(i)
     return indices
 
@@ -254,7 +260,14 @@ def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
     """Key of everything that a search depends on."""
     seeds = config.prompt_seed(prompt), config.data_seed(prompt)
     budget = config.init_budget(prompt)
-    return prompt.task, prompt.num_virtual_tokens, *seeds, prompt.teacher, budget
+    return (
+        prompt.task,
+        prompt.num_virtual_tokens,
+        *seeds,
+        prompt.teacher,
+        budget,
+        prompt.init.search,
+    )
 
 
 def _first_starts(
@@ -272,12 +285,20 @@ def _first_starts(
         assert token_ids is not None, init
         return tuple(token_ids)
 
-    known, drawn = known_starts(labels, task.hand_written), Init(vocab=True)
-    budget = config.init_budget(prompt)
-    size = extent(budget, len(known))
-    if size is None:
-        what, init = known[0] if known else ("words drawn from the vocabulary", drawn)
-        return Unsearched(ids(init), what, budget)
-    begin_with = [(what, ids(init)) for what, init in known[: size.known]]
+    budget, steps = config.init_budget(prompt), config.prompt_steps(prompt)
+    written = [(what, ids(init)) for what, init in hand_written_starts(task.hand_written)]
+    by_text = bool(written) and not prompt.init.search
+    choices = [("the task's choices", ids(Init(labels=True)))] if labels and not by_text else []
+    known, drawn = written + choices, Init(vocab=True)
+    size = Extent(len(known), 0, 0) if by_text else extent(budget, len(known))
+    if by_text and len(known) == 1:
+        return Unsearched(known[0][1], known[0][0], "")
+    if size is None or size.prompts > budget:
+        what, words = known[0] if known else ("words drawn from the vocabulary", ids(drawn))
+        least = FEWEST if size is None else size.prompts
+        why = f"search.init_share allows {budget} of at least {least} candidates"
+        why = f"no comparison of candidates, which {steps} steps are too few for: {why}"
+        return Unsearched(words, what, why)
+    begin_with = known[: size.known]
     begin_with += [(f"drawing {n + 1} of words", ids(drawn)) for n in range(size.drawings)]
     return size.prompts, search(begin_with, lambda: ids(drawn), generator, size.rounds)

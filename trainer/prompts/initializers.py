@@ -258,16 +258,12 @@ def initialize(
     return from_noise(vocabulary, num_virtual_tokens, generator)
 
 
-def known_starts(labels: Sequence[str], hand_written: Sequence[str]) -> list[tuple[str, Init]]:
-    """Return the candidates of ``init: auto`` that the task provides, each with a description."""
-    starts = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in hand_written]
-    if len(hand_written) > 1:
+def hand_written_starts(texts: Sequence[str]) -> list[tuple[str, Init]]:
+    """Return the initial prompts from hand-written texts, each with a description."""
+    starts = [(f"the hand-written {text.strip()!r}", Init(text=text)) for text in texts]
+    if len(texts) > 1:
         # Joined, they fill a prompt that is longer than each of them, without repetition.
-        starts.append(
-            ("all hand-written prompts", Init(text=" ".join(map(str.strip, hand_written))))
-        )
-    if labels:
-        starts.append(("the task's choices", Init(labels=True)))
+        starts.append(("all hand-written prompts", Init(text=" ".join(map(str.strip, texts)))))
     return starts
 
 

@@ -75,7 +75,7 @@ def build_encoder(
     def initial_values() -> Tensor:
         if init is not None:
             return init
-        settings = Init(vocab=True) if prompt.init.auto else prompt.init
+        settings = Init(vocab=True) if prompt.init.open else prompt.init
         initializer = keys_and_values if prompt.entry.trains_prefix else initialize
         labels = label_texts(config.task(prompt.task))
         return initializer(settings, vocabulary, prompt.num_virtual_tokens, generator, labels)

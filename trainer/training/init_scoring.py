@@ -18,7 +18,7 @@ from trainer.model.prompted_model import read_teacher
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_row import PackedRow, PromptLengths
 from trainer.packing.planning import portions
-from trainer.prompts.init_search import FEWEST, SearchResult, Unsearched, Words
+from trainer.prompts.init_search import SearchResult, Unsearched, Words
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.training.step import batch_objective, label_counts
@@ -58,7 +58,7 @@ class LossInitScorer:
         num_rows = sum(count * len(self._rows[i]) for i, count in asked.items())
         number, steps = sum(asked.values()), sum(self._steps[i] for i in asked)
         self._console.print(
-            f"init: auto searches for an initial prompt: {number} candidates on {num_rows:,} rows, "
+            f"init: auto compares initial prompts: {number} candidates on {num_rows:,} rows, "
             f"{number / (2 * steps):.0%} of the training FLOPs of {len(asked)} prompt(s)"
         )
         with self._console.working("searching for an initial prompt", num_rows) as self._advance:
@@ -69,15 +69,12 @@ class LossInitScorer:
         show = self._console.print if len(self._names) < SWEEP else self._console.detail
         head = f"{self._names[i]}: starts from {best.what}"
         if isinstance(best, Unsearched):
-            show(
-                f"{head}: {text!r} (init: auto without a search, which {self._steps[i]} steps are "
-                f"too few for: search.init_share allows {best.budget} of at least {FEWEST} "
-                "candidates)"
-            )
+            show(f"{head}: {text!r}" + (f" ({best.why})" if best.why else ""))
             return
+        search = f"; before the genetic search: best {best.first:.4f}, median {best.middle:.4f}"
         show(
-            f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}; "
-            f"before the genetic search: best {best.first:.4f}, median {best.middle:.4f}): {text!r}"
+            f"{head}, the best of {best.tried} candidates on its first rows (loss {best.loss:.4f}"
+            f"{search if best.rounds else ''}): {text!r}"
         )
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ def words_of(
     lengths = [
         prompt.num_virtual_tokens
         for prompt in config.prompts
-        if prompt.task == task.name and (prompt.init.auto or prompt.init.text)
+        if prompt.task == task.name and (prompt.init.open or prompt.init.text)
     ]
     template = "" if task.messages else PLACEHOLDER.sub(" ", task.input)
     return TaskWords(task.choices or (), template, max(lengths, default=None), tokenize)
