@@ -15,6 +15,7 @@ from launch import (
     completion,
     evaluate_command,
     example_commands,
+    inspect_command,
     lint_command,
     messages,
     node,
@@ -43,7 +44,6 @@ from launch.exit_report import ExitReport
 from launch.launcher_command import is_local, read_hostfile
 from launch.start import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import refuse_if_alive
-from trainer.config import RunConfig
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED, STARTED, process_age
 from trainer.tracking.process_client import URI_VARIABLE
@@ -310,64 +310,6 @@ def export(
 
 
 @app.command(epilog=EXIT_CODES)
-def inspect(
-    target: Annotated[
-        str,
-        path_argument(
-            "RUN.yaml|RUN_DIR|MODEL",
-            "A run file, the output_dir of a run, or a model's folder or hub id.",
-        ),
-    ],
-    overrides: Overrides = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Measure the error of int8 storage.")
-    ] = False,
-    rows: Annotated[int, option("N", "Validation rows to score per task.", min=1)] = 64,
-    json_file: Annotated[
-        str | None,
-        option(
-            "FILE",
-            "Output file for all numbers; -: stdout. [default: base_inspection.json in a RUN_DIR]",
-            "--json",
-            callback=as_path,
-        ),
-    ] = None,
-    processes: Processes = None,
-) -> None:
-    """Measure the error of int8 storage, in weights and in validation losses.
-
-    Prints one line per layer: relative error, worst-row error, share of rows with outliers. Then
-    validation loss without a prompt, with the hand-written prompts and (for a RUN_DIR) with the
-    trained prompts, for the original model and for int8 with each `base.matmul` that works here.
-    For a MODEL, weights only.
-
-    **Examples:**
-
-    - `promptshard inspect run.yaml --base base.head=int8`
-    - `promptshard inspect runs/quickstart --base --rows 200`
-    - `promptshard inspect meta-llama/Llama-3.1-8B --base base.embeddings=int8 --json errors.json`
-    """
-    if not base:
-        raise BadInput(
-            "inspect: nothing selected; pass --base, which measures the error of int8 in weights "
-            "and validation losses"
-        )
-    checked = preflight.check_target(target, overrides or [])
-    if json_file is None and preflight.is_run_dir(target):
-        json_file = str(Path(target) / "base_inspection.json")
-    # --name=VALUE as one argument: a name may start with a dash
-    arguments = [target, *(overrides or [])]
-    if json_file:
-        new = json_file if json_file == "-" else preflight.check_new_file(Path(json_file))
-        arguments.append(f"--json={new}")
-    module = "trainer.commands.inspect"
-    if not isinstance(checked, RunConfig):
-        raise typer.Exit(run_alone(module, ["--model", *arguments]))
-    arguments.append(f"--rows={rows}")
-    _exit_with(start_ranks(module, arguments, checked.output_dir, processes, None))
-
-
-@app.command(epilog=EXIT_CODES)
 def sync(
     run_dir: RunDir,
     uri: Annotated[
@@ -399,6 +341,7 @@ def sync(
 
 
 app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
+app.command(epilog=EXIT_CODES)(inspect_command.inspect)
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusCommand)(
     status_commands.status

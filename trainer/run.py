@@ -48,6 +48,7 @@ from trainer.evaluation.prediction_records import Predictions
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.families import check_prefix_tuning, embedding_size
 from trainer.packing.batch_source import BatchSource
+from trainer.prompts.initial_prompts import save_initial
 from trainer.prompts.peft_adapter import FixedText
 from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.prompts.soft_prompt import VirtualTokens
@@ -158,6 +159,9 @@ def _train(
     log = MetricsLog(output)
     log.rewind(loop.progress.step, validated=not loop.progress.unjudged)
     describe(begins=saved is None)
+    if saved is None:
+        bank = loop.bank
+        save_initial(output, {name: bank.snapshot(i) for i, name in enumerate(bank.names)})
     writer = AsyncCheckpointWriter(
         output / CHECKPOINTS, config.checkpoint.keep, console.warn, lock.confirm
     )

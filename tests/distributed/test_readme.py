@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICKSTART = "promptshard train examples/quickstart.yaml"
+INSPECT = "promptshard inspect runs/quickstart --prune"
 #: Commands that other tests run: this one downloads a model
 #: (tests/integration/test_smollm2_example.py).
 ELSEWHERE = {"promptshard example smollm2 work"}
@@ -110,8 +111,8 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
     words = shlex.split(command)
     if command == QUICKSTART:
         return  # the fixture has run it
-    if command in ELSEWHERE:
-        return
+    if command in ELSEWHERE or command == INSPECT:
+        return  # INSPECT: the next test runs it
     if "train" in words or words[0] == "deepspeed":
         output = f"runs/{abs(hash(command))}"
         tasks = (0, 1) if "quickstart" in command else (0,)
@@ -125,6 +126,35 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
     if words[1] == "generate":
         # Angina is cardiac, and insulin metabolic: the prompt asks for the illness.
         assert done.stdout == "cardiac\n"
+
+
+def test_inspection_of_the_quickstart(folder: Folder) -> None:
+    """What prompts elicit is above their controls; one rank finds the same as two."""
+    assert INSPECT in commands("promptshard")
+    done = folder.run(*shlex.split(INSPECT), timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((folder.path / "runs/quickstart/inspection.json").read_text())
+    for name, prompt in two["prompts"].items():
+        controls = prompt["controls"]
+        assert set(controls) == {"random", "initial", "other_task"}
+        for control in controls.values():
+            assert prompt["class_rate"] > control["class_rate"], name
+            assert prompt["loss"] < control["loss"]
+        assert [saved["step"] for saved in prompt["checkpoints"]] == [20, 40, 60]
+        assert all(token["drift"] > 0 for token in prompt["tokens"])
+        if prompt["pruned"]["dropped"]:
+            adapter = prompt["pruned"]["adapter"]
+            saved = json.loads((folder.path / adapter / "adapter_config.json").read_text())
+            assert saved["num_virtual_tokens"] == prompt["pruned"]["num_virtual_tokens"]
+    one_rank = [*shlex.split(INSPECT), "--processes", "1", "--json", "one.json"]
+    done = folder.run(*one_rank, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = json.loads((folder.path / "one.json").read_text())
+    for name, prompt in one["prompts"].items():
+        assert prompt["class_rate"] == two["prompts"][name]["class_rate"]
+        for ours, theirs in zip(prompt["tokens"], two["prompts"][name]["tokens"], strict=True):
+            for key in ("norm", "drift", "leave_one_out", "gradient_times_input", "attention"):
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
 
 
 @pytest.mark.parametrize("command", commands("mlflow"))

@@ -22,6 +22,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+#: The trained prompt ``triage`` of the quickstart, for tests that need a trained one.
+TRIAGE_PROMPT = Path(__file__).parent / "triage_prompt.safetensors"
 #: Arguments of ``promptshard train`` by the name of the run.
 RUNS = {
     "quickstart": ["examples/quickstart.yaml"],

@@ -19,7 +19,7 @@ import torch
 
 from tests.unit.run_folder import save_checkpoint
 from trainer.checkpointing import checkpoint
-from trainer.checkpointing.checkpoint import newest
+from trainer.checkpointing.checkpoint import intact, newest
 from trainer.runtime.errors import BadInput
 
 TENSORS = {
@@ -51,6 +51,14 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         assert saved.tensors[name].dtype == tensor.dtype
         assert torch.equal(saved.tensors[name], tensor)
+
+
+def test_intact_skips_damaged_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 1, 2, 3)
+    (tmp_path / "step-00000002" / "state.json").write_text("{}")
+    assert [saved.step for saved in intact(tmp_path)] == [1, 3]
+    assert "step-00000002: state.json: has 2 bytes" in caplog.text
+    assert intact(tmp_path / "missing") == []
 
 
 def test_tensors_that_safetensors_would_refuse(tmp_path: Path) -> None:

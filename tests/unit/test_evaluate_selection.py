@@ -62,7 +62,7 @@ def test_unknown_names(tmp_path: Path) -> None:
 def test_a_run_without_a_finished_prompt(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     (folder / "prompts" / "soft" / WEIGHTS).unlink()
-    assert "has no finished prompt to evaluate; train the run to its end" in refused(folder)
+    assert "has no finished prompt; train the run to its end" in refused(folder)
 
 
 def test_a_metric_that_does_not_suit_the_task(tmp_path: Path) -> None:

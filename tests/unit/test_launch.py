@@ -859,10 +859,31 @@ def test_inspect_reports_its_arguments(run_file, monkeypatch, target, overrides,
         preflight.check_target(str(run_file) if target == "RUN" else target, overrides)
 
 
-def test_inspect_without_an_option_lists_its_options(run_file):
-    done = promptshard("inspect", run_file)
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["RUN"], "is a run file, which has no trained prompt"),
+        (["examples/tiny_base"], "is a model; add --base"),
+        (["nowhere"], "no such folder"),
+        (["OUT"], "OUT: has no finished prompt; train the run to its end first"),
+        (["OUT", "--prompt", "triaje"], "did you mean 'triage'?"),
+        (["OUT", "base.head=int8"], "KEY=VALUE needs --base"),
+        (["OUT", "--base", "--prune", "--prompt", "triage"], "--prompt, --prune: for prompts"),
+        (["OUT", "--json", "nowhere/at/all.json"], "--json: cannot write into"),
+        (["OUT", "--rows", "0"], "0 is not in the range"),
+    ],
+)
+def test_inspect_refuses_what_it_cannot_inspect(
+    run_file, tmp_path, monkeypatch, arguments, problem
+):
+    monkeypatch.chdir(ROOT)
+    saved = tmp_path / "OUT"
+    saved.mkdir()
+    (saved / "run.yaml").write_text(run_file.read_text())
+    known = {"RUN": str(run_file), "OUT": str(saved)}
+    done = promptshard("inspect", *[known.get(word, word) for word in arguments])
     assert done.returncode == 2
-    assert "nothing selected; pass --base" in done.stderr
+    assert problem in done.stderr
 
 
 @pytest.mark.parametrize(

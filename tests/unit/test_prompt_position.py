@@ -28,7 +28,13 @@ from trainer.model.prompted_model import DecodeStep
 from trainer.packing.packed_batch import build_packed_batch, build_teacher_batch
 from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import plan_batches
-from trainer.prompts.peft_adapter import CARD, FixedText, load_peft, save_peft
+from trainer.prompts.peft_adapter import (
+    CARD,
+    FixedText,
+    load_peft,
+    read_fixed_text,
+    save_peft,
+)
 from trainer.prompts.saved_prompts import SEGMENT, find_source
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
@@ -272,6 +278,10 @@ def test_an_exported_prompt_contains_the_text_around_it(tmp_path: Path) -> None:
         wanted = cross_entropy(logits[start - 1 : -1], own[0, start:], reduction="none")
         torch.testing.assert_close(loss_N[batch.label_slot_N == i], wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(load_peft(adapter).tensor, prompt_PH)
+    again = read_fixed_text(adapter, make_tokenizer())
+    assert again is not None
+    assert (again.ids, again.at) == (fixed.ids, fixed.at)
+    assert torch.equal(again.embeddings, fixed.embeddings)
     assert find_source(str(adapter)).num_virtual_tokens == 4
     assert 'include the text "<s> c d" before the trained ones' in (adapter / CARD).read_text()
     (adapter / SEGMENT).write_text('{"before": [1], "num_virtual_tokens": 4, "after": []}')

@@ -143,6 +143,18 @@ def newest(
     return None
 
 
+def intact(folder: Path, warn: Callable[[str], None] = logger.warning) -> list[SavedCheckpoint]:
+    """Read all intact checkpoints, oldest first; damaged ones are skipped with a warning."""
+    by_step: dict[int, SavedCheckpoint] = {}
+    for path in _candidates(folder):
+        try:
+            saved = _read_with_retries(path)
+            by_step.setdefault(saved.step, saved)
+        except _Damaged as error:
+            warn(f"checkpoint skipped: {path}: {error}")
+    return [by_step[step] for step in sorted(by_step)]
+
+
 def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 

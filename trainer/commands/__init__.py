@@ -4,6 +4,7 @@
 - ``generate``: generate text with a trained prompt
 - ``export``: turn a task description into a prompt with a trained text encoder
 - ``inspect``: measure the errors of int8 weights and their effect on validation losses
+- ``inspect_prompts``: measure what the virtual tokens of trained prompts do
 - ``preview``: print the first rows as the base will read them
 - ``sync``: upload metrics and artifacts to MLflow, after or during training
 

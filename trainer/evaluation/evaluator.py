@@ -149,16 +149,32 @@ class Evaluator:
         num_slots = sum(request.num_slots for request in requests)
         totals = torch.zeros(num_slots, dtype=torch.float64, device=self.engine.device)
         packed_rows = candidate_rows(requests, self.base.packed, self.budget.tokens)
-        for batch in self._batches(packed_rows, lengths):
+        for batch in self.batches(packed_rows, lengths):
             nll_N = self.base(batch, virtual_tokens).losses.loss_N.double()
             slot_N = batch.label_slot_N  # -1 in a padding row, which does not count
             totals.index_add_(0, slot_N.clamp(min=0), nll_N.masked_fill(slot_N < 0, 0.0))
         self.engine.all_reduce_sum([totals])
         return totals.cpu()
 
-    def _batches(
-        self, packed_rows: Iterable[PackedRow], lengths: PromptLengths, *, distilled: bool = False
+    def batches(
+        self,
+        packed_rows: Iterable[PackedRow],
+        lengths: PromptLengths,
+        *,
+        distilled: bool = False,
+        advance: Callable[[float], None] | None = None,
     ) -> Iterator[PackedBatch]:
+        """Yield this rank's packed batches of these rows, on the device; all have equally many.
+
+        Args:
+            distilled: rows have teachers.
+            advance: as in ``score``; None: that of the current ``score``.
+
+        Raises:
+            Stopped: as ``score``.
+        """
+        if advance is not None:
+            self._advance = advance
         max_tokens = self.budget.tokens
 
         def planned() -> Iterator[tuple[list[PackedRow], float]]:
@@ -182,6 +198,10 @@ class Evaluator:
     def _between_batches(self, texts: float) -> None:
         """Report texts read; raise ``Stopped`` on all ranks if one received a stop signal."""
         self._advance(texts)
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raise ``Stopped`` on all ranks if one received a stop signal."""
         if self.engine.any_rank(stop_signals.stop_requested()):
             raise Stopped
 
@@ -195,7 +215,7 @@ class Evaluator:
         rows = [0 if r.teacher is None else len(r.rows.candidates) for r in requests]
         sums_R2 = torch.zeros(sum(rows), 2, dtype=torch.float64, device=self.engine.device)
         packed_rows = distilled_rows(requests, self.base.packed)
-        for batch in self._batches(packed_rows, lengths, distilled=True):
+        for batch in self.batches(packed_rows, lengths, distilled=True):
             teacher_DH = read_teacher(self.base, batch, self.teachers)
             losses = self.base(batch, virtual_tokens, teacher_DH).losses
             distilled_D = batch.distilled_D

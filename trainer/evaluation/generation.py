@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def generate(
     between_batches: Callable[[int], object] = lambda rows: None,
     max_tokens: int | None = None,
     prompt_at: Sequence[int] = (),
+    around: Callable[[Sequence[int]], AbstractContextManager[object]] = lambda rows: nullcontext(),
 ) -> list[list[int]]:
     """Generate the tokens after each input, up to the first end token; a collective.
 
@@ -48,6 +50,7 @@ def generate(
         max_tokens: limit of a batch, which counts prompt, input and generated text of all its
             rows. A batch has at least one row.
         prompt_at: for each input, the number of its tokens before the virtual tokens; default: 0.
+        around: returns the context in which the rows with these indices are decoded.
 
     Returns:
         Generated token ids of each row, on every rank; ``stop.text`` decodes them.
@@ -67,7 +70,8 @@ def generate(
             read = mine or order[:1]
             rows = [inputs[i] for i in read]
             places = [prompt_at[i] for i in read] if prompt_at else []
-            batch = _decode(engine, base, stop, rows, virtual_tokens, max_new_tokens, places)
+            with around(read):
+                batch = _decode(engine, base, stop, rows, virtual_tokens, max_new_tokens, places)
             generated |= dict(zip(mine, batch, strict=False))
     merged = ChainMap(*engine.all_gather(generated))
     return [merged[i] for i in range(len(inputs))]

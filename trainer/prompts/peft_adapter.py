@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,9 @@ from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualToke
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CARD = "README.md"
 #: Paragraphs of the model card about the place of the virtual tokens.
@@ -86,6 +89,26 @@ class FixedText:
         """Return the embeddings of the prompt's whole segment, [n + P, H]."""
         fixed_nH = self.embeddings.to(prompt_PH)
         return torch.cat([fixed_nH[: self.at], prompt_PH, fixed_nH[self.at :]])
+
+
+def read_fixed_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> FixedText | None:
+    """Read the text around the virtual tokens of an adapter of ``save_peft``; None without one.
+
+    Raises:
+        BadInput: the adapter is damaged.
+    """
+    if not (folder / SEGMENT).is_file():
+        return None
+    try:
+        values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
+        trained, segment = trained_rows(folder, len(values)), read_json_object(folder / SEGMENT)
+        parts = segment["before"], segment["after"]
+        embeddings = torch.cat([values[: trained.start], values[trained.stop :]])
+        before, after = (str(tokenizer.decode(list(part))) for part in parts)
+        ids = tuple(int(i) for part in parts for i in part)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder}: is damaged ({type(error).__name__}: {error})") from None
+    return FixedText(ids, len(parts[0]), embeddings, (before, after))
 
 
 @dataclass(frozen=True)

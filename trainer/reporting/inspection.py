@@ -78,16 +78,19 @@ class Elicited(_Model):
     """Text that InSPEcT elicits from a prompt (Ramati et al. 2024, arXiv 2410.11660).
 
     Attributes:
-        elicited: the text with the most class names among all pairs of layers.
+        elicited: the text with the most class names among all pairs of layers, with and without
+            examples.
         class_rate: share of the task's class names in that text; None: the task has no classes.
-        mean_class_rate: mean over all pairs of layers.
+        mean_class_rate: mean over all texts.
         layers: layer whose input is read, and layer whose input is replaced, of that text.
+        with_examples: that text continues descriptions of other tasks.
     """
 
     elicited: str | None = None
     class_rate: float | None = None
     mean_class_rate: float | None = None
     layers: tuple[int, int] | None = None
+    with_examples: bool | None = None
 
 
 class Control(Elicited):

@@ -23,6 +23,7 @@ from trainer.commands.evaluate.scoring import ArmScorer
 from trainer.commands.evaluate.selection import SelectedRun
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.commands.evaluate.table import show
+from trainer.commands.trained_prompts import load_prompts
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
@@ -31,14 +32,12 @@ from trainer.evaluation.baseline_cache import RULES
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.metrics import check_sandbox
 from trainer.model.checkpoint_files import BaseFiles
-from trainer.model.families import check_prefix_tuning, embedding_size
 from trainer.model.fingerprint import digest_file
 from trainer.model.meta_model import build_meta_model
 from trainer.model.weight_adapter import check_layers, load_tensors
 from trainer.prompts.adapter_files import WeightAdapter
-from trainer.prompts.peft_adapter import load_peft
 from trainer.prompts.saved_prompts import WEIGHTS
-from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
+from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.reporting.evaluation import EVALUATION_FILE, Evaluation, TaskEvaluation
 from trainer.reporting.html import write_report
 from trainer.reporting.summary import load_summary
@@ -109,19 +108,7 @@ def _load(options: Options, run: SelectedRun, files: BaseFiles, device: torch.de
     """Read prompts and adapters, and check that they fit the base."""
     folders = [options.run_dir / "prompts" / prompt.name for prompt in run.prompts]
     folders += [adapter.folder for adapter in run.prompt_adapters]
-    prompts = [load_peft(folder).to(device, torch.float32) for folder in folders]
-    width = embedding_size(files.config)
-    problems = []
-    for folder, prompt in zip(folders, prompts, strict=True):
-        if isinstance(prompt, PrefixKeyValues):
-            check_prefix_tuning(files.config, files.name)
-        elif isinstance(prompt, VirtualTokens) and prompt.tensor.shape[1] != width:
-            problems.append(
-                f"{folder}: its virtual tokens have width {prompt.tensor.shape[1]}, and the base "
-                f"has {width}; use the base that they were trained for"
-            )
-    if problems:
-        raise BadInput(problems)
+    prompts = load_prompts(folders, files, device)
     return Loaded(
         prompts,
         [digest_file(folder / WEIGHTS) for folder in folders],

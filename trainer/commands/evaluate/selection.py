@@ -103,7 +103,7 @@ def _prompts(options: Options, config: RunConfig) -> list[Prompt]:
         saved = [prompt for prompt in saved if prompt.task in options.tasks]
     if not saved:
         raise BadInput(
-            f"{folder}: has no finished prompt to evaluate; train the run to its end first "
+            f"{folder}: has no finished prompt; train the run to its end first "
             "(promptshard status shows where it is)"
         )
     if not options.prompts:

@@ -14,7 +14,7 @@ prefix, A attention heads, D head size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from trainer.packing.packed_batch import Segment
 from trainer.runtime.errors import BadInput
 
 PACKED = "promptshard_packed"
+#: Called in every layer with query [A, T, D], key [heads, U, D], parameters and index of the layer.
+Observer = Callable[[Tensor, Tensor, Scores, int], None]
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Layout:
     Attributes:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
         flex: layout for FlexAttention; None: use the buckets.
+        observer: measures attention, for ``promptshard inspect``.
     """
 
     buckets: Buckets
     past: tuple[Tensor, ...] = ()
     flex: FlexLayout | None = None
+    observer: Observer | None = None
 
 
 def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
@@ -79,6 +83,8 @@ def attend(
         past_2APD = layout.past[layer].to(key.dtype).permute(1, 2, 0, 3)
         key = torch.cat([key, past_2APD[None, 0]], dim=2)
         value = torch.cat([value, past_2APD[None, 1]], dim=2)
+    if layout.observer is not None:
+        layout.observer(query[0].detach(), key[0].detach(), scores, layer)
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
