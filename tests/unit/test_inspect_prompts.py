@@ -23,14 +23,19 @@ from tests.one_rank import OneRank
 from trainer.commands.inspect_prompts.measurements import measure
 from trainer.commands.inspect_prompts.options import Options, parse
 from trainer.commands.inspect_prompts.pruning import prune
-from trainer.commands.inspect_prompts.results import inspect_prompt, similarity
+from trainer.commands.inspect_prompts.results import _elicited, inspect_prompt, similarity
 from trainer.commands.inspect_prompts.subjects import Subject, make_subject
 from trainer.commands.inspect_prompts.table import show
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData, load_tasks
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.inspection import elicitation
-from trainer.evaluation.inspection.elicitation import class_rate, elicit, layer_choice
+from trainer.evaluation.inspection.elicitation import (
+    Description,
+    class_rate,
+    elicit,
+    layer_choice,
+)
 from trainer.evaluation.inspection.embedding_space import (
     prompt_similarity,
     random_like,
@@ -178,7 +183,9 @@ def results(
         patch.setattr(elicitation, "MOST_LAYERS", 2)
         patch.setattr(elicitation, "MAX_NEW_TOKENS", 6)
         console, chosen = Console(io.StringIO(), io.StringIO()), list(subjects.values())
-        measured = measure(evaluator, chosen, lambda ids: embed(evaluator.base, ids), (), console)
+        measured = measure(
+            evaluator, chosen, lambda ids: embed(evaluator.base, ids), (), 512, console
+        )
         pruned = prune(evaluator, chosen, measured, console)
     return {
         name: inspect_prompt(subject, own, None if s is None else s.result, tokenizer)
@@ -322,7 +329,7 @@ def test_a_prefix_has_what_has_a_meaning(
 
 class TestEmbeddingSpace:
     def test_nearest_tokens_and_norms(self, base: PromptedBase) -> None:
-        table_VH = base.model.get_input_embeddings().weight.detach().float()
+        table_VH = embed(base, range(base.vocab_size))
         vectors_NH = random_like(table_VH[:3], torch.Generator().manual_seed(0)) + table_VH[40:43]
         ids = [i for i in range(len(table_VH)) if i != 7]
         scan = scan_vocabulary(lambda chunk: embed(base, chunk), ids, vectors_NH, 4)
@@ -388,7 +395,9 @@ class TestElicitation:
         monkeypatch.setattr(elicitation, "MAX_NEW_TOKENS", 6)
         values = [subjects[name].values.tensor for name in ("triage", "single")]
         example = subjects["triage"].rows.candidates[0][0]
-        described = elicit(evaluator, list(map(VirtualTokens, values)), [example] * 2, ["Name it."])
+        described = elicit(
+            evaluator, list(map(VirtualTokens, values)), [example] * 2, ["Name it."], 512
+        )
         for prompt_PH, descriptions in zip(values, described, strict=True):
             assert len(descriptions) == 8
             for inspected in descriptions:
@@ -402,6 +411,20 @@ class TestElicitation:
         assert result.class_rate is not None
         assert result.mean_class_rate is not None
         assert result.class_rate >= result.mean_class_rate
+
+    def test_without_classes_there_is_no_rate(self) -> None:
+        texts = [
+            Description((source, target), with_examples, f"{source} {target} {with_examples}")
+            for with_examples in (False, True)
+            for source in (0, 1, 3)
+            for target in (0, 3)
+        ]
+        assert _elicited(texts, None) == {
+            "elicited": "1 0 True",
+            "layers": (1, 0),
+            "with_examples": True,
+        }
+        assert _elicited([], ["yes"]) == {}
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ class RunMetadata(RunFiles):
 
     def late_artifacts(self) -> list[Artifact]:
         """Return the files of the results: predictions of baselines go to the parent run."""
-        artifacts = self._texts("summary.json", "report.html", "evaluation.json")
+        artifacts = self._texts("summary.json", "report.html", "evaluation.json", "inspection.json")
         names = [prompt["name"] for prompt in self.prompts]
         for name in names:
             for folder in ("", "/last"):

@@ -55,6 +55,7 @@ def measure(
     subjects: Sequence[Subject],
     embed: Callable[[Sequence[int]], Tensor],
     demonstrations: Sequence[str],
+    context_length: int,
     console: Console,
 ) -> list[Measurements]:
     """Measure everything; a collective. All virtual tokens are left out in one pass."""
@@ -69,7 +70,7 @@ def measure(
         ):
             result.sensitivity = sensitivity
     _find_nearest(evaluator, subjects, results, embed, console)
-    _elicit(evaluator, subjects, results, demonstrations, console)
+    _elicit(evaluator, subjects, results, demonstrations, context_length, console)
     return results
 
 
@@ -139,6 +140,7 @@ def _elicit(
     subjects: Sequence[Subject],
     results: Sequence[Measurements],
     demonstrations: Sequence[str],
+    context_length: int,
     console: Console,
 ) -> None:
     variants = [
@@ -157,6 +159,7 @@ def _elicit(
             [values for _, _, values in variants],
             examples,
             demonstrations or DEMONSTRATIONS,
+            context_length,
             phase.advance,
         )
     for (i, name, _), descriptions in zip(variants, described, strict=True):

@@ -84,7 +84,9 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
     ]
     _add_checkpoints(options.run_dir, evaluator, files, known.config, subjects, console)
     embed = embedding_function(base.model, engine.device)
-    measured = measure(evaluator, subjects, embed, options.demonstrations, console)
+    measured = measure(
+        evaluator, subjects, embed, options.demonstrations, files.context_length, console
+    )
     pruned: list[Pruned | None] = [None] * len(subjects)
     if options.prune:
         pruned = prune(evaluator, subjects, measured, console)

@@ -20,19 +20,21 @@ NONE = "–"
 #: Virtual tokens of a table; of longer prompts, those with the largest effect are shown.
 MOST_TOKENS = 40
 #: Characters of a nearest token, of an elicited text in a table, and of names.
-TOKEN_WIDTH, TEXT_WIDTH, NAME_WIDTH = 14, 36, 24
+TOKEN_WIDTH, TEXT_WIDTH, NAME_WIDTH = 13, 36, 24
 #: Nearest tokens in the table.
-SHOWN = 3
+SHOWN = 2
 #: Prompts of a map of similarities, which has one column per prompt; of more, pairs are shown.
 MOST_PROMPTS, PAIRS = 6, 10
 READING = (
     "left out: change of the loss without this token, with 95% interval, paired by row; positive: "
     "the token helps. attention: share that the positions that predict the answer give to it, mean "
-    "over heads and layers. gradient x input: negative: a larger token lowers the loss."
+    "over heads and layers. grad x input: gradient times value; negative: a larger token lowers "
+    "the loss."
 )
 SPACE_READING = (
     "norm: share of the vocabulary with a smaller one. drift: distance from the start, in mean "
-    "norms of the vocabulary. most like: the other virtual token with the largest cosine."
+    "norms of the vocabulary. most like: the other virtual token with the largest cosine. A dot in "
+    "a token is a space."
 )
 ELICITED_READING = (
     "class rate: share of the task's class names in the text that the base writes about the hidden "
@@ -53,12 +55,14 @@ def show(inspection: Inspection, console: Console) -> None:
 
 def _show_prompt(name: str, prompt: PromptInspection, console: Console) -> None:
     size = f"{len(prompt.tokens)} virtual token{'' if len(prompt.tokens) == 1 else 's'}"
-    title = f"{name}: {size} for task {prompt.task}, {prompt.rows:,} rows"
-    title += "" if prompt.loss is None else f", loss {prompt.loss:.4f}"
+    text = f"{name}: {size} for task {prompt.task}, {prompt.rows:,} rows"
+    text += "" if prompt.loss is None else f", loss {prompt.loss:.4f}"
+    name = shorten(name, NAME_WIDTH, 4)
     tokens = _shown(prompt.tokens)
     console.print()
+    console.paragraph(text)
     columns, rows = effect_table(tokens)
-    console.table(title, columns, rows, wrap=False)
+    console.table(f"{name}: what each virtual token does", columns, rows, wrap=False)
     console.paragraph(READING)
     if left := len(prompt.tokens) - len(tokens):
         console.print(f"{left} virtual tokens with less effect: see inspection.json")
@@ -71,7 +75,8 @@ def _show_prompt(name: str, prompt: PromptInspection, console: Console) -> None:
     if prompt.checkpoints:
         console.print()
         columns, rows = checkpoint_table(prompt)
-        console.table(f"{name}: at checkpoints", columns, rows, wrap=False)
+        left = 1 if prompt.kind == "prefix" else 2
+        console.table(f"{name}: at checkpoints", columns, rows, left=left, wrap=False)
     if prompt.pruned is not None:
         console.print()
         console.paragraph(pruned_text(name, prompt.pruned))
@@ -89,15 +94,19 @@ def _shown(tokens: Sequence[TokenInspection]) -> list[TokenInspection]:
 def effect_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[list[str]]]:
     """Return columns and cells of what each virtual token does."""
     is_prefix = any(token.key_norm is not None for token in tokens)
-    columns = ["token", "left out", "attention", "most in layer", "gradient x input"]
     rows = []
     for token in tokens:
-        mean, most = _attention(token)
-        row = [str(token.index), _left_out(token), mean, most, _signed(token.gradient_times_input)]
+        mean, peak = _attention(token)
+        norms = [_number(token.key_norm), _number(token.value_norm)]
+        effect = _signed(token.gradient_times_input)
         rows.append(
-            [*row, _number(token.key_norm), _number(token.value_norm)][: 7 if is_prefix else 5]
+            [str(token.index), _left_out(token), mean, *([] if is_prefix else [peak]), effect]
+            + (norms if is_prefix else [])
         )
-    return [*columns, *(["key norm", "value norm"] if is_prefix else [])], rows
+    columns = ["token", "left out", "attention", "peak layer", "grad x input"]
+    if is_prefix:
+        columns = [name for name in columns if name != "peak layer"] + ["key norm", "value norm"]
+    return columns, rows
 
 
 def _left_out(token: TokenInspection) -> str:
@@ -133,9 +142,9 @@ def space_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[list
 
 
 def _quoted(token: str) -> str:
-    """Write a token between quotes, with escapes for line breaks and the like."""
+    """Write a token between quotes, with dots for spaces and escapes for line breaks."""
     text = token.encode("unicode_escape").decode() if not token.isprintable() else token
-    return f"“{shorten(text, TOKEN_WIDTH, 1)}”"
+    return f"“{shorten(text.replace(' ', '·'), TOKEN_WIDTH, 1)}”"
 
 
 def _show_controls(name: str, prompt: PromptInspection, console: Console) -> None:
@@ -197,14 +206,15 @@ def _text(elicited: Elicited) -> str:
 
 def checkpoint_table(prompt: PromptInspection) -> tuple[list[str], list[list[str]]]:
     """Return columns and cells of the prompt at its checkpoints."""
-    columns = ["step", "loss", "class rate", "mean of all", "elicited"]
+    columns = ["step", "elicited", "loss", "class rate", "mean of all"]
     rows = []
     for saved in prompt.checkpoints:
         text = NONE if saved.elicited is None else " ".join(saved.elicited.split())
         rates = [_number(saved.class_rate), _number(saved.mean_class_rate)]
-        rows.append([str(saved.step), _number(saved.loss, 4), *rates, shorten(text, TEXT_WIDTH, 1)])
+        loss = _number(saved.loss, 4)
+        rows.append([str(saved.step), shorten(text, TEXT_WIDTH, 1), loss, *rates])
     if prompt.kind == "prefix":
-        return columns[:2], [row[:2] for row in rows]
+        return [columns[0], columns[2]], [[row[0], row[2]] for row in rows]
     return columns, rows
 
 

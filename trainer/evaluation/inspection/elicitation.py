@@ -86,7 +86,8 @@ def elicit(
     evaluator: Evaluator,
     prompts: Sequence[VirtualTokens],
     examples: Sequence[Example],
-    demonstrations: Sequence[str] = DEMONSTRATIONS,
+    demonstrations: Sequence[str],
+    context_length: int,
     advance: Callable[[float], None] = lambda texts: None,
 ) -> list[list[Description]]:
     """Describe each prompt with all pairs of layers, with and without examples; a collective.
@@ -94,6 +95,7 @@ def elicit(
     Args:
         examples: a row of each prompt's task, whose text before the virtual tokens is read too.
         demonstrations: descriptions of other tasks.
+        context_length: texts that do not fit are left out.
         advance: called with the number of texts generated since the last call.
     """
     engine, base, tokenizer = evaluator.engine, evaluator.base, evaluator.tokenizer
@@ -110,6 +112,7 @@ def elicit(
         for k, of_prompt in enumerate(states)
         for i, source in enumerate(chosen)
         for target in chosen
+        if len(begin[with_examples]) + len(of_prompt[i]) + MAX_NEW_TOKENS <= context_length
     ]
     ids = {*end_ids(base.model.generation_config), tokenizer.eos_token_id} - {None}
     stop = StopCriteria(tokenizer, frozenset(ids), (SEPARATOR.strip(),))
