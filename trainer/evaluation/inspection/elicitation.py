@@ -29,7 +29,8 @@ from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.attention.padded import pad_rows
 from trainer.model.generation_config import end_ids
 from trainer.model.prompted_model import HiddenStatesRequest, PromptedBase
-from trainer.packing.packed_batch import PackedBatch, PackedRow
+from trainer.packing.packed_batch import PackedBatch
+from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import portions
 from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 

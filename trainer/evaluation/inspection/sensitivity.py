@@ -16,7 +16,8 @@ from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
 from trainer.model.attention.bucket_layout import Buckets, Scores
 from trainer.model.attention.interface import make_layout
-from trainer.packing.packed_batch import PackedBatch, PackedRow
+from trainer.packing.packed_batch import PackedBatch
+from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
 
 #: Elements of the keys that are gathered at once.
