@@ -47,7 +47,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 STEPS, TOKENS, OUTLIERS = 2, 120, 2.0
 PROMPTS = [
-    {"name": "words", "task": "triage", "num_virtual_tokens": 4, "noise": 0.1, "ema": 0.9},
+    {
+        **{"name": "words", "task": "triage", "num_virtual_tokens": 4, "init": "search"},
+        **{"noise": 0.1, "ema": 0.9},
+    },
     {"name": "mlp", "task": "animals", "method": "p_tuning", "num_virtual_tokens": 3},
     {"name": "past", "task": "animals", "method": "prefix_tuning", "num_virtual_tokens": 4},
     {"name": "adafactor", "task": "triage", "num_virtual_tokens": 4, "optimizer": "adafactor"},

@@ -22,7 +22,8 @@ from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
 from trainer.config.prompt_defaults import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
-from trainer.prompts.init_search import SearchResult, Words
+from trainer.prompts.init_search import SearchResult, Words, search_starts
+from trainer.prompts.initializers import Vocabulary
 from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime.errors import BadInput
 from trainer.training.prompt_optimizer import make_optimizer
@@ -580,6 +581,17 @@ def test_a_prompt_starts_from_the_best_hand_written_prompt(texts: list[str], ask
     assert list(map(len, screen.rounds)) == [asked] * bool(asked)
     words = [9, 9] if asked else [1, 2]
     assert torch.equal(bank.snapshot(0).tensor, TABLE_VH[words])
+
+
+def test_a_prompt_beside_an_instruction_starts_from_it() -> None:
+    config = make_config([{"name": "open", "num_virtual_tokens": 2}])
+    values = config.model_dump(exclude_unset=True)
+    values["tasks"][0] |= {"chat": True, "system": "w3 w4"}
+    table = Vocabulary(lambda ids: TABLE_VH[torch.tensor(ids)], make_tokenizer(), V)
+    screen = NearTo(9)
+    starts = search_starts(RunConfig.model_validate(values), table, screen)
+    assert torch.equal(starts[0], TABLE_VH[[3, 4]])
+    assert not screen.rounds
 
 
 def test_a_search_costs_at_most_its_share_of_the_training() -> None:

@@ -23,9 +23,9 @@ class Init(Section):
 
     auto: bool = Field(
         False,
-        description="start from the best of the task's hand_written prompts, or else as search\n"
-        "The best has the lowest loss on the rows of the first update. Encoder lstm: random "
-        "frequent tokens.",
+        description="start from the best of the task's hand_written prompts\n"
+        "The best has the lowest loss on the rows of the first update. A task without them: its "
+        "system text; without both, as search. Encoder lstm: random frequent tokens.",
     )
     search: bool = Field(
         False,

@@ -1,8 +1,8 @@
 """``init: auto`` and ``init: search``: choose the initial tokens of a prompt by their loss.
 
-``auto`` takes the best of the task's hand-written prompts. On language models, a prompt that starts
-from an instruction learns faster than one that starts from the tokens with the lowest loss. A task
-without ``hand_written`` is searched, as with ``search``.
+``auto`` takes the best of the task's hand-written prompts, or its ``system`` text. On language
+models, a prompt that starts from an instruction learns faster than one that starts from the tokens
+with the lowest loss. Tasks without a text are searched, as with ``search``.
 
 The search is genetic. The base model's loss differs widely between random token sequences before a
 row, and good sequences can be combined: two of the best candidates so far are crossed token by
@@ -286,7 +286,8 @@ def _first_starts(
         return tuple(token_ids)
 
     budget, steps = config.init_budget(prompt), config.prompt_steps(prompt)
-    written = [(what, ids(init)) for what, init in hand_written_starts(task.hand_written)]
+    texts = task.hand_written or ([task.system] if task.system else [])
+    written = [(what, ids(init)) for what, init in hand_written_starts(texts)]
     by_text = bool(written) and not prompt.init.search
     choices = [("the task's choices", ids(Init(labels=True)))] if labels and not by_text else []
     known, drawn = written + choices, Init(vocab=True)
