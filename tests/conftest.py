@@ -1,7 +1,7 @@
 """Shared fixtures and collection hooks.
 
 Every test is marked with its folder: ``pytest -m unit`` runs tests/unit. With ``-n 2``
-(pytest-xdist), tests that start ranks, a Slurm cluster or network namespaces stay on one worker.
+(pytest-xdist), all tests of tests/distributed run on one worker, as do those of clusters.
 ``pytest --list-faults`` prints which test reproduces which failure (``@pytest.mark.fault``).
 """
 
@@ -17,6 +17,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
+CLUSTERS = ("tests/hosts/", "tests/slurm/")
 #: Unit test files by the CPU time they take, the longest first.
 SLOW_FILES = (
     "test_learning_benchmark.py",
@@ -107,8 +108,22 @@ def _place(item: pytest.Item) -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one worker per core for ``-n auto``, and one more for tests that mostly wait.
+
+    Tests of clusters wait for Slurm and for timeouts; the cores would be idle meanwhile.
+    """
+    paths = [Path(argument.partition("::")[0]) for argument in config.args]
+    units_alone = all("unit" in path.parts for path in paths)
+    return len(os.sched_getaffinity(0)) + (0 if units_alone else 1)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep each unit test file on one worker, all rank tests on one, and all others on one."""
+    """Divide the tests into scopes, each of which one worker runs.
+
+    The scopes are each unit test file, tests/distributed, the tests of clusters, and all others.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -116,7 +131,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::")[0]
             if file.startswith("tests/unit/"):
                 return file
-            return "ranks" if file.startswith("tests/distributed/") else "others"
+            if file.startswith("tests/distributed/"):
+                return "ranks"
+            return "clusters" if file.startswith(CLUSTERS) else "others"
 
     config.option.loadscopereorder = False  # keep the order of the collection
     return Scheduling(config, log)
